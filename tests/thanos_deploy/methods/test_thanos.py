@@ -1,0 +1,301 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.golden import damped, golden_problem, loss
+from thanos_deploy.errors import DeployError, HessianError, ModelError, UsageError
+from thanos_deploy.layer import LayerProblem
+from thanos_deploy.methods import thanos
+from thanos_deploy.pattern import SemiStructured, Structured, Unstructured
+
+TWO_FOUR = SemiStructured(2, 4)
+
+
+def random_problem(seed: int, rows: int = 6, cols: int = 16, tokens: int = 64) -> LayerProblem:
+    """Correlated float64 inputs with channels of unequal size."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols, cols, generator=g, dtype=torch.float64)
+    x = mix @ torch.randn(cols, tokens, generator=g, dtype=torch.float64)
+    weight = torch.randn(rows, cols, generator=g, dtype=torch.float64)
+    return LayerProblem(weight, x @ x.T, f"random {seed}")
+
+
+def naive_thanos(problem: LayerProblem, masks: dict[int, Tensor], block: int) -> Tensor:
+    """The paper's update row by row, with an explicit inverse of every trailing Hessian."""
+    W = problem.weight.clone()
+    H = damped(problem.hessian)
+    for start, mask in masks.items():
+        A = torch.linalg.inv(H[start:, start:])
+        for row in range(len(W)):
+            P = mask[row].nonzero().flatten()
+            if len(P):
+                multipliers = torch.linalg.solve(A[P][:, P].T, W[row, start + P])
+                W[row, start:] -= multipliers @ A[P]
+        W[:, start : start + block][mask] = 0.0
+    return W
+
+
+@pytest.mark.parametrize(
+    ("pattern", "block", "expected"),
+    [
+        (TWO_FOUR, 16, 8611.915409),
+        (TWO_FOUR, 64, 8839.277603),
+        (SemiStructured(4, 8), 16, 7712.734801),
+        (SemiStructured(4, 8), 64, 7815.154499),
+        (Unstructured(0.5), 8, 5819.850242),
+        (Unstructured(0.5), 16, 5910.771620),
+        (Unstructured(0.5), 32, 5486.256199),
+        (Unstructured(0.5), 64, 5247.764982),
+    ],
+    ids=str,
+)
+def test_golden_losses(
+    pattern: SemiStructured | Unstructured, block: int, expected: float
+) -> None:
+    problem = golden_problem()
+    result = thanos.prune(problem, pattern, block_columns=block)
+    assert loss(problem, result.weight) == pytest.approx(expected, rel=1e-9)
+    assert int(result.mask.sum()) == 512
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [(1, 9873.538042), (4, 7522.254598), (16, 6927.994657), (64, 5989.421619)],
+)
+def test_golden_losses_of_a_fixed_mask(block: int, expected: float) -> None:
+    problem = golden_problem()
+    scores = problem.weight.abs() * problem.hessian.diagonal().sqrt()
+    order = scores.sort(dim=1, stable=True).indices[:, :32]
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    U, V, _ = thanos._factor(problem.hessian, 0.01, "golden")
+    W = problem.weight.clone()
+    for start in range(0, 64, block):
+        stop = start + block
+        U_block = U[start:stop, start:stop]
+        change = thanos.solve_block(W[:, start:stop], mask[:, start:stop], U_block @ U_block.T)
+        W[:, stop:] += change @ U_block @ V[start:stop, stop:]
+        W[:, start:stop] = torch.where(mask[:, start:stop], 0.0, W[:, start:stop] + change)
+    assert loss(problem, W) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_block_for_all_columns_is_the_exact_masked_least_squares() -> None:
+    problem = golden_problem()
+    result = thanos.prune(problem, TWO_FOUR, block_columns=64)
+    H = damped(problem.hessian)
+    for row in range(16):
+        keep = ~result.mask[row]
+        exact = torch.linalg.solve(H[keep][:, keep], H[keep] @ problem.weight[row])
+        torch.testing.assert_close(result.weight[row, keep], exact, rtol=1e-8, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    block=st.sampled_from([1, 3, 4, 5, 8, 16]),
+    sparsity=st.sampled_from([0.1, 0.5, 0.8, 1.0]),
+)
+def test_equals_the_row_by_row_update_with_explicit_inverses(
+    seed: int, block: int, sparsity: float
+) -> None:
+    problem = random_problem(seed)
+    result = thanos.prune(problem, Unstructured(sparsity), block_columns=block)
+    masks = {start: result.mask[:, start : start + block] for start in range(0, 16, block)}
+    expected = naive_thanos(problem, masks, block)
+    torch.testing.assert_close(result.weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31))
+def test_losses_of_the_blocks_add_up(seed: int) -> None:
+    problem = random_problem(seed)
+    U, V, _ = thanos._factor(problem.hessian, 0.01, "")
+    W, total = problem.weight.clone(), 0.0
+    for start in range(0, 16, 4):
+        stop = start + 4
+        mask = thanos.smallest_in_groups(W[:, start:stop].abs(), 2, 4)
+        U_block = U[start:stop, start:stop]
+        change = thanos.solve_block(W[:, start:stop], mask, U_block @ U_block.T)
+        total += 0.5 * (change @ U_block).square().sum().item()
+        W[:, stop:] += change @ U_block @ V[start:stop, stop:]
+        W[:, start:stop] += change
+    assert total == pytest.approx(loss(problem, W), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 12),
+    sparsity=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]),
+    levels=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
+    rows: int, cols: int, sparsity: float, levels: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows, cols), generator=g).float()
+    count = thanos.removed_count(sparsity, rows * cols)
+    mask = thanos.smallest_in_matrix(scores, count)
+    by_rule = sorted(
+        (scores[r, c].item(), c, r) for r in range(rows) for c in range(cols)
+    )[:count]
+    expected = torch.zeros_like(mask)
+    for _, c, r in by_rule:
+        expected[r, c] = True
+    assert torch.equal(mask, expected)
+
+
+def test_counts_above_two_to_the_24_are_exact() -> None:
+    entries = (1 << 24) + 4097
+    assert thanos.removed_count(0.3, 10 * entries) == 3 * entries
+    scores = torch.zeros(4097, 4096)
+    scores[:, -1] = 1.0
+    count = 4097 * 4095 + 5
+    assert int(thanos.smallest_in_matrix(scores, count).sum()) == count
+
+
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])
+def test_every_group_of_every_row_loses_exactly_its_share(kept: int, group: int) -> None:
+    problem = random_problem(1, cols=32)
+    result = thanos.prune(problem, SemiStructured(kept, group), block_columns=16)
+    removed = result.mask.reshape(-1, group).sum(dim=1)
+    assert (removed == group - kept).all()
+    assert torch.equal(result.weight == 0, result.mask)
+    assert not torch.signbit(result.weight[result.mask]).any()
+
+
+def test_equal_scores_in_a_group_remove_the_lower_columns() -> None:
+    mask = thanos.smallest_in_groups(torch.ones(1, 8), 2, 4)
+    assert mask.tolist() == [[True, True, False, False] * 2]
+
+
+def test_outlier_rows_stay_bit_identical_and_the_others_are_exact() -> None:
+    problem = random_problem(2, rows=10)
+    result = thanos.prune(problem, TWO_FOUR, block_columns=8, outlier_rows=0.25)
+    dense = ~result.mask.any(dim=1)
+    assert int(dense.sum()) == 2
+    assert torch.equal(result.weight[dense], problem.weight[dense])
+    energy = ((problem.weight @ problem.hessian) * problem.weight).sum(dim=1)
+    assert energy[dense].min() > energy[~dense].max()
+    assert (result.mask[~dense].reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_nothing_to_remove_returns_the_weights_bit_for_bit() -> None:
+    problem = random_problem(3)
+    result = thanos.prune(problem, Unstructured(0.0))
+    assert torch.equal(result.weight, problem.weight)
+    assert result.relative_error == 0.0
+
+
+@pytest.mark.parametrize("scale", [0.25, 64.0])
+def test_scaling_the_hessian_changes_nothing(scale: float) -> None:
+    problem = random_problem(4)
+    scaled = LayerProblem(problem.weight, problem.hessian * scale, "scaled")
+    one, two = (thanos.prune(p, TWO_FOUR, block_columns=8) for p in (problem, scaled))
+    assert torch.equal(one.mask, two.mask)
+    torch.testing.assert_close(one.weight, two.weight, rtol=1e-9, atol=1e-12)
+
+
+def test_permuting_rows_permutes_the_result() -> None:
+    problem = random_problem(5)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    permuted = LayerProblem(problem.weight[order], problem.hessian, "permuted")
+    one, two = (thanos.prune(p, TWO_FOUR, block_columns=8) for p in (problem, permuted))
+    torch.testing.assert_close(one.weight[order], two.weight, rtol=1e-9, atol=1e-12)
+
+
+def test_dead_inputs_are_removed_first_and_leave_no_nan() -> None:
+    problem = random_problem(6)
+    problem.hessian[3] = problem.hessian[:, 3] = 0.0
+    result = thanos.prune(problem, TWO_FOUR, block_columns=8)
+    assert result.mask[:, 3].all()
+    assert result.weight.isfinite().all()
+
+
+def test_an_all_zero_layer_and_an_all_dead_input_are_pruned_without_loss() -> None:
+    zeros = LayerProblem(torch.zeros(4, 8), torch.eye(8), "zeros")
+    dead = LayerProblem(torch.ones(4, 8), torch.zeros(8, 8), "dead")
+    for problem in (zeros, dead):
+        result = thanos.prune(problem, TWO_FOUR)
+        assert result.relative_error == 0.0
+        assert (result.mask.reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_fewer_tokens_than_inputs_and_duplicate_columns_work() -> None:
+    problem = random_problem(7, tokens=4)
+    problem.hessian[1], problem.hessian[:, 1] = problem.hessian[0], problem.hessian[:, 0]
+    result = thanos.prune(problem, TWO_FOUR)
+    assert result.weight.isfinite().all()
+    assert 0.0 <= result.relative_error < 1.0
+
+
+def test_an_indefinite_hessian_is_damped_harder_and_the_result_says_so() -> None:
+    problem = random_problem(8)
+    shifted = problem.hessian - 0.05 * problem.hessian.diagonal().mean() * torch.eye(16)
+    result = thanos.prune(LayerProblem(problem.weight, shifted, "indefinite"), Unstructured(0.5))
+    assert result.damping == pytest.approx(0.1)
+
+
+def test_two_runs_are_bit_identical() -> None:
+    problem = random_problem(9, rows=64, cols=128, tokens=512)
+    problem = LayerProblem(problem.weight.float(), problem.hessian.float(), "twice")
+    one, two = (thanos.prune(problem, TWO_FOUR, block_columns=32) for _ in range(2))
+    assert torch.equal(one.weight, two.weight)
+
+
+def test_float32_follows_float64() -> None:
+    problem = random_problem(10, rows=64, cols=128, tokens=512)
+    single = LayerProblem(problem.weight.float(), problem.hessian.float(), "single")
+    one = thanos.prune(problem, TWO_FOUR, block_columns=32)
+    two = thanos.prune(single, TWO_FOUR, block_columns=32)
+    assert (one.mask != two.mask).float().mean() < 1e-3
+    assert two.relative_error == pytest.approx(one.relative_error, rel=1e-3)
+
+
+def test_on_average_better_than_the_same_pattern_without_an_update() -> None:
+    updated, masked = 0.0, 0.0
+    for seed in range(20):
+        problem = random_problem(seed, cols=32, tokens=128)
+        scores = problem.weight.abs() * problem.hessian.diagonal().sqrt()
+        wanda = torch.where(thanos.smallest_in_groups(scores, 2, 4), 0.0, problem.weight)
+        masked += loss(problem, wanda)
+        updated += loss(problem, thanos.prune(problem, TWO_FOUR, block_columns=8).weight)
+    assert updated < masked
+
+
+def test_nan_statistics_are_refused_with_the_layer_named() -> None:
+    problem = random_problem(11)
+    problem.hessian[0, 0] = float("nan")
+    with pytest.raises(HessianError, match="random 11: 1 of 256 entries of the Hessian"):
+        thanos.prune(problem, TWO_FOUR)
+
+
+def test_a_hopeless_hessian_is_an_error_and_not_another_method() -> None:
+    problem = random_problem(12)
+    hopeless = LayerProblem(problem.weight, -1e6 * problem.hessian + torch.eye(16), "hopeless")
+    with pytest.raises(HessianError, match="not positive definite"):
+        thanos.prune(hopeless, Unstructured(0.5))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "error"),
+    [
+        (SemiStructured(2, 5), {"block_columns": 10}, ModelError),
+        (SemiStructured(2, 4), {"block_columns": 6}, UsageError),
+        (SemiStructured(2, 4), {"block_columns": 0}, UsageError),
+        (SemiStructured(2, 4), {"damping": 0.0}, UsageError),
+        (SemiStructured(2, 4), {"outlier_rows": 1.0}, UsageError),
+        (Unstructured(0.5), {"outlier_rows": 0.1}, UsageError),
+        (Structured(0.5), {}, UsageError),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(
+    pattern: SemiStructured | Unstructured | Structured,
+    options: dict[str, float],
+    error: type[DeployError],
+) -> None:
+    with pytest.raises(error, match="random 13"):
+        thanos.prune(random_problem(13), pattern, **options)

@@ -1,0 +1,90 @@
+"""Everything that can go wrong on purpose.
+
+    DeployError
+    ├── UsageError             2  the command cannot mean what was asked
+    │   └── PatternError       2  a sparsity pattern that cannot be read or built
+    ├── InputError             3  the input is missing, corrupt or unsupported
+    │   ├── ModelError         3  checkpoint, configuration or weights
+    │   ├── CalibrationError   3  calibration or evaluation text
+    │   └── HessianError       3  calibration statistics that no damping can save
+    ├── PlatformError          4  the machine lacks something: a package, a GPU, the network
+    ├── ResourceError          5  out of memory or disk, or the folder is in use
+    ├── GateError              6  a promise was measured and not kept
+    └── IntegrityError         7  a file is not the one that was written
+
+The number is the exit code of `thanos-deploy`. Anything else that escapes is a bug: it exits 1
+and keeps its traceback. An interrupted run exits 130 and resumes when the command is repeated.
+"""
+
+from typing import ClassVar
+
+
+class DeployError(Exception):
+    """A failure that the user can act on.
+
+    Args:
+        message: what failed and where, with the value seen.
+        fix: what to do next, as an instruction.
+    """
+
+    exit_code: ClassVar[int]
+
+    def __init__(self, message: str, *, fix: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  What to do: {self.fix}"
+
+
+class UsageError(DeployError):
+    """The options contradict each other, or contradict what is already on disk."""
+
+    exit_code = 2
+
+
+class PatternError(UsageError):
+    """A sparsity pattern that cannot be read or built."""
+
+
+class InputError(DeployError):
+    """The input is missing, corrupt or unsupported."""
+
+    exit_code = 3
+
+
+class ModelError(InputError):
+    """A checkpoint that cannot be read, is not supported, or does not fit the pattern."""
+
+
+class CalibrationError(InputError):
+    """Calibration or evaluation text that is missing, unreadable or too short."""
+
+
+class HessianError(InputError):
+    """Calibration statistics that are not finite, or that no damping makes positive definite."""
+
+
+class PlatformError(DeployError):
+    """This machine lacks something that the command needs."""
+
+    exit_code = 4
+
+
+class ResourceError(DeployError):
+    """Not enough memory or disk, or another process holds the folder."""
+
+    exit_code = 5
+
+
+class GateError(DeployError):
+    """Something was measured against a stated limit and missed it."""
+
+    exit_code = 6
+
+
+class IntegrityError(DeployError):
+    """A file differs from the one whose hash was recorded."""
+
+    exit_code = 7
