@@ -20,7 +20,8 @@ def golden_problem() -> LayerProblem:
         x[j] = 0.8 * x[j - 1] + 0.6 * x[j]
     x *= np.exp(0.5 * rng.standard_normal((cols, 1)))
     weight = rng.standard_normal((rows, cols))
-    assert np.isclose(x.sum(), 288.698036) and np.isclose(weight.sum(), -13.383162)
+    assert np.isclose(x.sum(), 288.698036)
+    assert np.isclose(weight.sum(), -13.383162)
     return LayerProblem(torch.tensor(weight), torch.tensor(2 * x @ x.T), "golden")
 
 

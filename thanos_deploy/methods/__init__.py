@@ -1,13 +1,13 @@
 """Pruning methods, one per file.
 
-Each module here has `prune(problem, pattern, **options) -> LayerResult`: pure, deterministic,
-and without any knowledge of models, files or the command line. A new file is a new method; the
-command line finds it by its name.
+Each module here has two functions, described by `Method`: pure, deterministic, and without any
+knowledge of models, files or the command line. A new file is a new method; the command line finds
+it by its name.
 """
 
 import pkgutil
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from thanos_deploy.pattern import Pattern
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:  # listing the methods must not pay for importing torch
 
 
 class Method(Protocol):
-    """What every module of this package provides as `prune`."""
+    """What every module of this package provides."""
 
-    def __call__(  # noqa: D102 - the class says it
-        self, problem: "LayerProblem", pattern: Pattern, **options: float
-    ) -> "LayerResult": ...
+    def prune(self, problem: "LayerProblem", pattern: Pattern, **options: float) -> "LayerResult":
+        """Prune one linear layer."""
+
+    def check(self, name: str, cols: int, pattern: Pattern, **options: float) -> None:
+        """Refuse what `prune` could not do for a layer of so many inputs."""
 
 
 def names() -> list[str]:
@@ -29,6 +31,5 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Method:
-    """The `prune` function of a method."""
-    prune: Method = import_module(f"{__name__}.{name}").prune
-    return prune
+    """A method by its name, imported now."""
+    return cast(Method, import_module(f"{__name__}.{name}"))

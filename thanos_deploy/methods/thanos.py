@@ -11,8 +11,9 @@ Three identities make this cheap. Factor the damped Hessian once as H = U U^T wi
 triangular, and let V = U^-1. For a block bb with the columns rr to its right:
 
 1. The Hessian of the block after the columns to the right have absorbed what they can (its Schur
-   complement) is S = U_bb U_bb^T, so choosing the block's change d for every row is one least-squares
-   problem of B unknowns, minimise d S d^T with d = -w on the removed entries. No matrix is inverted.
+   complement) is S = U_bb U_bb^T, so choosing the block's change d for every row is one
+   least-squares problem of B unknowns: minimise d S d^T with d = -w on the removed entries. No
+   matrix is inverted.
 2. The best change of the columns to the right is then (d U_bb) V[bb, rr]: one product for all rows.
 3. The loss 1/2 tr(E H E^T) of the whole layer is the sum over blocks of 1/2 ||d U_bb||^2.
 
@@ -78,7 +79,7 @@ def prune(
     _require_finite(problem)
 
     energy = ((weight @ hessian) * weight).sum(dim=1)
-    outliers = int(math.floor(outlier_rows * len(weight) + 1e-6))
+    outliers = removed_count(outlier_rows, len(weight))
     active = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     active[torch.sort(energy, descending=True, stable=True).indices[:outliers]] = False
 
@@ -215,7 +216,7 @@ def solve_block(w: Tensor, mask: Tensor, S: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where a row is finished and both have vanished."""
+    """Numerator / denominator, and 0 where a row is finished and both have vanished."""
     return torch.where(denominator > 0, numerator / denominator, 0.0)
 
 
@@ -257,9 +258,9 @@ def smallest_in_matrix(scores: Tensor, count: int) -> Tensor:
     return below | (ties & (rank <= count - int(below.sum()))).T
 
 
-def removed_count(sparsity: float, entries: int) -> int:
-    """floor(sparsity * entries), safe from binary fractions that fall just short of an integer."""
-    return min(entries, math.floor(sparsity * entries + 1e-6))
+def removed_count(fraction: float, entries: int) -> int:
+    """floor(fraction * entries), safe from binary fractions that fall just short of an integer."""
+    return min(entries, math.floor(fraction * entries + 1e-6))
 
 
 def _factor(hessian: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor, float]:
@@ -281,7 +282,8 @@ def _factor(hessian: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor,
             V = torch.linalg.solve_triangular(U, identity, upper=True)
             return U.to(hessian.dtype), V.to(hessian.dtype), used
     raise HessianError(
-        f"{name}: the Hessian of {len(H)} inputs is not positive definite, even with damping {used:g}",
+        f"{name}: the Hessian of {len(H)} inputs is not positive definite, even with damping "
+        f"{used:g}",
         fix="use more calibration samples (--nsamples) or more damping (--damp)",
     )
 
@@ -291,6 +293,7 @@ def _require_finite(problem: LayerProblem) -> None:
         bad = int((~tensor.isfinite()).sum())
         if bad:
             raise HessianError(
-                f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or infinite",
+                f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "
+                "infinite",
                 fix="check the checkpoint for NaN; if it is clean, use other calibration text",
             )

@@ -51,9 +51,7 @@ def naive_thanos(problem: LayerProblem, masks: dict[int, Tensor], block: int) ->
     ],
     ids=str,
 )
-def test_golden_losses(
-    pattern: SemiStructured | Unstructured, block: int, expected: float
-) -> None:
+def test_golden_losses(pattern: SemiStructured | Unstructured, block: int, expected: float) -> None:
     problem = golden_problem()
     result = thanos.prune(problem, pattern, block_columns=block)
     assert loss(problem, result.weight) == pytest.approx(expected, rel=1e-9)
@@ -138,9 +136,7 @@ def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
     scores = torch.randint(levels, (rows, cols), generator=g).float()
     count = thanos.removed_count(sparsity, rows * cols)
     mask = thanos.smallest_in_matrix(scores, count)
-    by_rule = sorted(
-        (scores[r, c].item(), c, r) for r in range(rows) for c in range(cols)
-    )[:count]
+    by_rule = sorted((scores[r, c].item(), c, r) for r in range(rows) for c in range(cols))[:count]
     expected = torch.zeros_like(mask)
     for _, c, r in by_rule:
         expected[r, c] = True

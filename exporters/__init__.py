@@ -1,0 +1,11 @@
+"""Exporters, one target per file: each module has one function `export`.
+
+A new file is a new target; the command line finds it by its name.
+"""
+
+import pkgutil
+
+
+def names() -> list[str]:
+    """Names of the targets, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))

@@ -1,0 +1,379 @@
+"""One ONNX graph for prefill and decode, with the kv cache as explicit inputs and outputs.
+
+    inputs   input_ids                int64[batch, sequence]
+             attention_mask           int64[batch, past + sequence]
+             position_ids             int64[batch, sequence]
+             past_key_values.0.key    float32[batch, heads, past, dim]
+             past_key_values.0.value  the same; and so on for every block
+    outputs  logits                   float32[batch, sequence, vocabulary]
+             present.0.key            float32[batch, heads, past + sequence, dim]
+             present.0.value          the same; and so on for every block
+
+Prefill is the case past = 0, decode the case sequence = 1. Every weight keeps its name in the
+model, and the pattern is judged on the file that was written.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnxscript.optimizer import fold_constants
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from thanos_deploy import artifact
+from thanos_deploy.checkpoint import Checkpoint, load_model
+from thanos_deploy.errors import GateError
+from thanos_deploy.families import Family
+from thanos_deploy.pattern import Pattern
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.verdict import judge
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+RECORD = "export.json"
+
+# What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
+OPSET = 20
+
+# Largest difference between ONNX Runtime and PyTorch in float32, relative to the values' range.
+PARITY_LIMIT = 1e-4
+
+_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRecord:
+    """A linear layer's weight in the written file.
+
+    Attributes:
+        name: the layer's full name in the model.
+        shape: as it lies in the file.
+        input_axis: the axis that is summed over, along which n:m groups run.
+        sparsity: fraction of zeros.
+        pattern_holds: the pattern holds everywhere; None for a dense model.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    input_axis: int
+    sparsity: float
+    pattern_holds: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ParityCase:
+    """One comparison of ONNX Runtime with PyTorch; errors are relative to the range of the values.
+
+    Attributes:
+        name: what the case shows.
+        batch, past, sequence: its shape.
+        logits_error, cache_error: largest absolute difference over max - min of PyTorch's values,
+            at positions that are not padding.
+    """
+
+    name: str
+    batch: int
+    past: int
+    sequence: int
+    logits_error: float
+    cache_error: float
+
+
+def export(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    pattern: Pattern | None,
+    on_progress: OnProgress = silent,
+) -> artifact.Json:
+    """Write `model.onnx`, `model.onnx.data` and `export.json`.
+
+    Args:
+        checkpoint: the model to export.
+        destination: an existing folder.
+        pattern: what the linear layers are claimed to hold, or None for a dense model.
+        on_progress: told of every finished step.
+
+    Returns:
+        the content of export.json.
+
+    Raises:
+        GateError: a weight is missing from the file, does not hold the pattern, or ONNX Runtime's
+            results differ from PyTorch's by more than `PARITY_LIMIT`.
+    """
+    on_progress(0, _STEPS)
+    model = load_model(checkpoint.folder)
+    on_progress(1, _STEPS)
+    graph = _trace(model)
+    _simplify(graph)
+    graph.metadata_props["thanos_deploy.pattern"] = "dense" if pattern is None else str(pattern)
+    ir.save(graph, destination / MODEL, external_data=DATA)
+    del graph
+    on_progress(2, _STEPS)
+    weights = _read_weights(destination / MODEL, model, checkpoint.family, pattern)
+    on_progress(3, _STEPS)
+    cases = list(_compare(destination / MODEL, model))
+    record = {
+        "opset": OPSET,
+        "dtype": "float32",
+        "pattern": None if pattern is None else str(pattern),
+        "parity_limit": PARITY_LIMIT,
+        "parity": [asdict(case) for case in cases],
+        "weights": [asdict(weight) for weight in weights],
+    }
+    _require_parity(destination / MODEL, cases)
+    artifact.write_json(destination / RECORD, record)
+    on_progress(4, _STEPS)
+    return record
+
+
+class _WithFlatCache(nn.Module):
+    """A causal model whose cache goes in and out as a flat list: key 0, value 0, key 1, ..."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
+            use_cache=True,
+        )
+        return (output.logits, *_flat(output.past_key_values))
+
+
+def _flat(cache: DynamicCache) -> list[Tensor]:
+    return [tensor for keys, values, *_ in cache for tensor in (keys, values)]
+
+
+def _trace(model: PreTrainedModel) -> ir.Model:
+    # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
+    batch, past, sequence = 2, 5, 3
+    with torch.inference_mode():
+        seen = _flat(model(input_ids=torch.zeros(batch, past, dtype=torch.long)).past_key_values)
+    example = (
+        torch.zeros(batch, sequence, dtype=torch.long),
+        torch.ones(batch, past + sequence, dtype=torch.long),
+        torch.arange(past, past + sequence).expand(batch, sequence),
+        [torch.zeros(tensor.shape) for tensor in seen],
+    )
+    cache = [f"{layer}.{part}" for layer in range(len(seen) // 2) for part in ("key", "value")]
+    with warnings.catch_warnings():
+        # The exporter warns about its own internals; the result is compared with the model below.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _WithFlatCache(model).eval(),
+            example,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            verbose=False,
+            dynamic_shapes={
+                "input_ids": {0: "batch", 1: "sequence"},
+                "attention_mask": {0: "batch", 1: "total"},
+                "position_ids": {0: "batch", 1: "sequence"},
+                "past": [{0: "batch", 2: "past"}] * len(seen),
+            },
+            input_names=[
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{name}" for name in cache),
+            ],
+            output_names=["logits", *(f"present.{name}" for name in cache)],
+        )
+    assert program is not None
+    return program.model
+
+
+def _simplify(graph: ir.Model) -> None:
+    """Make the exporter's raw graph small, and keep the names of the weights.
+
+    before: weight "model.lm.layers.0.fc1.weight" [out, in] -> Transpose -> MatMul; thousands of
+            constants, casts and repeated shape computations
+    after:  weight "lm.layers.0.fc1.weight" [in, out] -> MatMul
+
+    The exporter's own optimiser takes as long as the export itself (mostly rules that match nothing
+    here), loses the names, and ends with a graph of the same size and speed.
+    """
+    weights = graph.graph.initializers
+    for value in list(weights.values()):
+        assert value.name is not None
+        value.name = value.name.removeprefix("model.")  # the attribute of `_WithFlatCache`
+    for node in list(graph.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        # A tied output head is the embedding transposed: folding it would store it twice.
+        if weight is None or weight.name not in weights or len(weight.uses()) != 1:
+            continue
+        assert weight.name is not None
+        assert weight.const_value is not None
+        axes = node.attributes["perm"].as_ints()
+        folded = ir.Tensor(weight.const_value.numpy().transpose(axes), name=weight.name)
+        ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+        graph.graph.remove(node, safe=True)
+        weight.const_value = folded
+        weight.shape = folded.shape
+    fold_constants(graph)
+    for simplify in (
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        # Nodes remember the source lines that they come from, with the paths of this machine.
+        common_passes.ClearMetadataAndDocStringPass(),
+    ):
+        simplify(graph)
+
+
+def _read_weights(
+    path: Path, model: PreTrainedModel, family: Family, pattern: Pattern | None
+) -> list[WeightRecord]:
+    """Find every pruned layer's weight in the written file, and judge it there."""
+    initializers = ir.load(path).graph.initializers
+    records = []
+    for index in range(model.config.num_hidden_layers):
+        for linear in family.linears:
+            name = f"{family.blocks}.{index}.{linear}"
+            value = initializers.get(f"{name}.weight")
+            if value is None or value.const_value is None:
+                raise GateError(
+                    f"{path}: no weight named {name}.weight",
+                    fix="report this model type; its graph hides the layer",
+                )
+            consumer = next(iter(value.uses())).node
+            axis = _input_axis(consumer)
+            array = value.const_value.numpy()
+            nonzero = array != 0 if axis == 1 else (array != 0).T
+            verdict = None if pattern is None else judge(nonzero, pattern)
+            if verdict is not None and not verdict.holds:
+                raise GateError(
+                    f"{path}: {name}.weight does not hold {pattern} along axis {axis}",
+                    fix="check the checkpoint: a pruned layer changed after pruning",
+                )
+            records.append(
+                WeightRecord(
+                    name=name,
+                    shape=array.shape,
+                    input_axis=axis,
+                    sparsity=float(1.0 - np.count_nonzero(nonzero) / nonzero.size),
+                    pattern_holds=None if verdict is None else verdict.holds,
+                )
+            )
+    return records
+
+
+def _input_axis(consumer: ir.Node) -> int:
+    """The axis of a weight that its consumer sums over: MatMul [in, out], Gemm either way."""
+    match consumer.op_type:
+        case "MatMul":
+            return 0
+        case "Gemm":
+            transposed = consumer.attributes.get("transB")
+            return 1 if transposed is not None and transposed.as_int() else 0
+        case "Transpose":
+            return 1
+        case other:
+            raise GateError(
+                f"a linear layer's weight feeds {other}, which is not understood",
+                fix="report this model type; its graph hides the layer",
+            )
+
+
+def _compare(path: Path, model: PreTrainedModel) -> Iterator[ParityCase]:
+    """Run ONNX Runtime beside PyTorch through prefill, chunked prefill, decode and left padding."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()[3:]]
+    text = _sample(model, rows=3, length=12)
+    empty = [
+        torch.zeros(1, *tensor.shape[1:])[:, :, :0]
+        for tensor in _flat(model(input_ids=torch.zeros(1, 2, dtype=torch.long)).past_key_values)
+    ]
+    wrapped = _WithFlatCache(model).eval()
+
+    def case(
+        name: str, sequence: int, past: list[Tensor], mask: Tensor
+    ) -> tuple[ParityCase, list[Tensor]]:
+        batch, total = mask.shape
+        ids = text[:batch, total - sequence : total]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -sequence:]
+        with torch.inference_mode():
+            expected = wrapped(ids, mask, positions, past)
+        feeds = dict(zip(names, (tensor.numpy() for tensor in past), strict=True))
+        actual = session.run(
+            None,
+            {
+                "input_ids": ids.numpy(),
+                "attention_mask": mask.numpy(),
+                "position_ids": positions.numpy(),
+                **feeds,
+            },
+        )
+        real = mask.bool()
+        errors = [
+            _relative(expected[0][real[:, -sequence:]], actual[0][real[:, -sequence:].numpy()])
+        ]
+        for want, got in zip(expected[1:], actual[1:], strict=True):
+            # [batch, heads, total, dim]: bring the token axis beside the batch axis.
+            errors.append(_relative(want.transpose(1, 2)[real], got.swapaxes(1, 2)[real.numpy()]))
+        compared = ParityCase(name, batch, past[0].shape[2], sequence, errors[0], max(errors[1:]))
+        return compared, [tensor.clone() for tensor in expected[1:]]
+
+    compared, cache = case("prefill", 7, empty, torch.ones(1, 7, dtype=torch.long))
+    yield compared
+    compared, cache = case("chunked prefill", 4, cache, torch.ones(1, 11, dtype=torch.long))
+    yield compared
+    yield case("decode", 1, cache, torch.ones(1, 12, dtype=torch.long))[0]
+    padded = torch.ones(3, 6, dtype=torch.long)
+    padded[1, :2] = 0
+    padded[2, :5] = 0
+    batch_of_empty = [tensor.expand(3, -1, -1, -1) for tensor in empty]
+    compared, cache = case("left-padded batch", 6, batch_of_empty, padded)
+    yield compared
+    yield case("decode of that batch", 1, cache, nn.functional.pad(padded, (0, 1), value=1))[0]
+
+
+def _sample(model: PreTrainedModel, *, rows: int, length: int) -> Tensor:
+    """int64[rows, length], sampled from the model itself with a fixed seed.
+
+    Tokens drawn evenly from the vocabulary are nothing that a trained model has seen: now and then
+    one of them sits on an edge where float32 rounding alone moves the logits by 1e-5.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
+    with torch.inference_mode():
+        while ids.shape[1] < length:
+            odds = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(odds, 1, generator=generator)], dim=1)
+    return ids
+
+
+def _relative(want: Tensor, got: NDArray[np.float32]) -> float:
+    expected = want.numpy()
+    spread = float(expected.max() - expected.min())
+    return float(np.abs(expected - got).max()) / (spread or 1.0)
+
+
+def _require_parity(path: Path, cases: list[ParityCase]) -> None:
+    for case in cases:
+        for what, error in (("logits", case.logits_error), ("kv cache", case.cache_error)):
+            if not error <= PARITY_LIMIT:  # written so that NaN fails
+                raise GateError(
+                    f"{path}: {case.name} (batch {case.batch}, past {case.past}, sequence "
+                    f"{case.sequence}): {what} differ from PyTorch by {error:.2g} of their range; "
+                    f"the limit is {PARITY_LIMIT:g}",
+                    fix="report the model and the versions of torch and onnxruntime",
+                )

@@ -1,0 +1,1 @@
+"""Run exported models: numpy and one backend, without torch, transformers or onnx."""

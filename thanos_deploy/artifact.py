@@ -1,0 +1,332 @@
+"""The bundle: one output folder, its stages, and the hash of every file in it.
+
+A bundle is built stage by stage. A stage writes into a hidden folder beside its destination; when
+it is complete its files are flushed, hashed and renamed into place, and only then does
+`manifest.json` say that the stage is done. Whatever moment a run is killed at, the manifest names
+complete stages only, and repeating the command continues from there.
+
+Nothing in a manifest is an absolute path, so a bundle can be moved.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from thanos_deploy import environment
+from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_PARTIAL = ".partial-"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """What a finished stage was made with and what it left.
+
+    Attributes:
+        options: everything the user could have asked for otherwise.
+        inputs: hashes of what the stage read; when one changes, the stage is stale.
+        files: relative path -> record, for every file of the stage.
+        result: what the stage reports, in its own words.
+        seconds: wall time.
+        finished: UTC time, ISO 8601.
+        environment: libraries and machine.
+    """
+
+    options: Json
+    inputs: Json
+    files: dict[str, FileRecord]
+    result: Json
+    seconds: float
+    finished: str
+    environment: Json
+
+
+@dataclass(slots=True)
+class Bundle:
+    """A bundle on disk.
+
+    Attributes:
+        path: the folder.
+        source: the model that it was made from: kind, name, revision, sha256.
+        stages: the finished stages by name, in the order in which they finished.
+    """
+
+    path: Path
+    source: Json
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> "Bundle":
+        """Read a bundle.
+
+        Raises:
+            InputError: there is no bundle, or it is of a format that this version cannot read.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            if manifest["format"] != FORMAT:
+                raise InputError(
+                    f"{path / MANIFEST}: bundle format {manifest['format']!r}; this version "
+                    f"reads format {FORMAT}",
+                    fix="use the version of thanos-deploy that the manifest names",
+                )
+            stages = {
+                name: StageRecord(
+                    **{
+                        **record,
+                        "files": {
+                            name: FileRecord(**file) for name, file in record["files"].items()
+                        },
+                    }
+                )
+                for name, record in manifest["stages"].items()
+            }
+            return cls(path, manifest["source"], stages)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path}: no {MANIFEST} there, so this is not a bundle",
+                fix="give the output folder of `thanos-deploy prune` or `prune-export`",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path / MANIFEST}: not a readable manifest ({type(error).__name__}: {error})",
+                fix="restore the file from a copy of the bundle, or make the bundle again",
+            ) from error
+
+    def require(self, stage: str, command: str) -> StageRecord:
+        """The record of a stage that must be finished.
+
+        Raises:
+            InputError: it is not; the message names the command that finishes it.
+        """
+        if stage not in self.stages:
+            raise InputError(
+                f"{self.path}: stage {stage!r} is not finished", fix=f"run {command} first"
+            )
+        return self.stages[stage]
+
+    def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
+        """Refuse options that differ from those a finished stage was made with.
+
+        Raises:
+            UsageError: they differ and may not be overwritten.
+        """
+        done = self.stages.get(stage)
+        if done is None or done.options == options or overwrite:
+            return
+        changed = ", ".join(
+            f"{key} was {done.options.get(key)!r} and is now {options.get(key)!r}"
+            for key in sorted(done.options.keys() | options.keys())
+            if done.options.get(key) != options.get(key)
+        )
+        raise UsageError(
+            f"{self.path}: stage {stage!r} was made with other options: {changed}",
+            fix="give another output folder with -o, or --overwrite to redo that stage",
+        )
+
+    def run(
+        self,
+        stage: str,
+        produce: Callable[[Path], Json],
+        *,
+        options: Json,
+        inputs: Json,
+        overwrite: bool = False,
+    ) -> StageRecord:
+        """The record of a stage, produced now unless it is already there and intact.
+
+        Args:
+            stage: its name.
+            produce: writes the stage's files into the folder that it is given and returns the
+                stage's result. Every top-level entry of that folder replaces the entry of the
+                same name in the bundle.
+            options: what the stage is made with.
+            inputs: hashes of what it reads.
+            overwrite: redo a stage that was made with other options or whose files changed.
+
+        Raises:
+            UsageError: made with other options, and not `overwrite`.
+            IntegrityError: a file changed since the stage was made, and not `overwrite`.
+        """
+        self.check(stage, options, overwrite=overwrite)
+        done = self.stages.get(stage)
+        if done is not None and done.options == options and done.inputs == inputs:
+            try:
+                self.verify(stage)
+                return done
+            except IntegrityError:
+                if not overwrite:
+                    raise
+        started = time.perf_counter()
+        partial = self.path / f"{_PARTIAL}{stage}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            result = produce(partial)
+            record = StageRecord(
+                options=options,
+                inputs=inputs,
+                files=_record_files(partial),
+                result=result,
+                seconds=round(time.perf_counter() - started, 3),
+                finished=datetime.now(UTC).isoformat(timespec="seconds"),
+                environment=environment.describe(),
+            )
+            self._replace(stage, partial, record)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return record
+
+    def verify(self, *stages: str) -> None:
+        """Hash the files of the named stages, or of all, and compare.
+
+        Raises:
+            IntegrityError: a file is missing or differs; the message names it.
+        """
+        for stage in stages or tuple(self.stages):
+            for name, recorded in self.stages[stage].files.items():
+                path = self.path / name
+                actual = FileRecord(path.stat().st_size, sha256(path)) if path.is_file() else None
+                if actual != recorded:
+                    seen = (
+                        "is missing"
+                        if actual is None
+                        else f"has {actual.bytes} bytes, SHA-256 {actual.sha256}"
+                    )
+                    raise IntegrityError(
+                        f"{path}: {seen}; stage {stage!r} wrote {recorded.bytes} bytes, SHA-256 "
+                        f"{recorded.sha256}",
+                        fix="restore the file, or repeat the command that made the bundle with "
+                        "--overwrite to make that stage again",
+                    )
+
+    def _replace(self, stage: str, partial: Path, record: StageRecord) -> None:
+        # While entries are being moved the stage must not count as done.
+        if self.stages.pop(stage, None) is not None:
+            self._save()
+        for entry in sorted(partial.iterdir()):
+            destination = self.path / entry.name
+            if destination.is_dir():
+                shutil.rmtree(destination)
+            entry.replace(destination)
+        self.stages[stage] = record
+        self._save()
+
+    def _save(self) -> None:
+        manifest = {
+            "format": FORMAT,
+            "source": self.source,
+            "stages": {name: asdict(record) for name, record in self.stages.items()},
+        }
+        partial = self.path / f"{_PARTIAL}{MANIFEST}"
+        write_json(partial, manifest)
+        _sync(partial)
+        partial.replace(self.path / MANIFEST)
+        _sync(self.path)
+
+
+@contextmanager
+def claim(
+    path: Path, source: Json, *, overwrite: bool = False, wait: bool = False
+) -> Iterator[Bundle]:
+    """Open or create the bundle at `path` for writing; no other process can until this one ends.
+
+    Args:
+        path: the output folder; it may not exist yet.
+        source: the model that the bundle is made from.
+        overwrite: start over when the folder holds a bundle of another model.
+        wait: wait for another process instead of refusing.
+
+    Raises:
+        UsageError: the folder holds something else, or a bundle of another model.
+        ResourceError: another process is writing there.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file", fix="give a folder with -o")
+    foreign = path.is_dir() and not (path / MANIFEST).exists()
+    if foreign and any(not entry.name.startswith((_PARTIAL, _LOCK)) for entry in path.iterdir()):
+        raise UsageError(
+            f"{path} is not empty and not a bundle: it has no {MANIFEST}",
+            fix="give a new or empty folder with -o; nothing was changed there",
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / _LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ResourceError(
+                f"{path}: another process is writing there",
+                fix="wait for it to finish, or give another folder with -o",
+            ) from error
+        for leftover in path.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        bundle = Bundle.open(path) if (path / MANIFEST).exists() else Bundle(path, source)
+        if bundle.source["sha256"] != source["sha256"]:
+            if not overwrite:
+                raise UsageError(
+                    f"{path}: made from {bundle.source['name']} (SHA-256 "
+                    f"{bundle.source['sha256'][:12]}), not from {source['name']} "
+                    f"({source['sha256'][:12]})",
+                    fix="give another output folder with -o, or --overwrite",
+                )
+            bundle = Bundle(path, source)
+        yield bundle
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(value: Mapping[str, object]) -> str:
+    """Hexadecimal SHA-256 of a JSON-ready value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, refusing NaN, which is no JSON."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _record_files(folder: Path) -> dict[str, FileRecord]:
+    records = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            records[path.relative_to(folder).as_posix()] = FileRecord(
+                path.stat().st_size, sha256(path)
+            )
+        else:
+            _sync(path)
+    return records
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

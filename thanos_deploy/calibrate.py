@@ -1,0 +1,239 @@
+"""Calibration: text to token segments, segments to the blocks' inputs and their statistics."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from thanos_deploy.errors import CalibrationError
+from thanos_deploy.families import Family
+
+BUILTIN = "builtin"
+
+# Every so many-th topic of the built-in text is kept for evaluation.
+_HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and where it came from, for messages and for the manifest."""
+
+    origin: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text itself."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def builtin_text(*, held_out: bool = False) -> Text:
+    """The language reference that every CPython carries, so that nothing has to be downloaded.
+
+    Its topics overlap, so every paragraph is used once, in the first topic (by name) that has it;
+    one topic in four is held out for evaluation. The calibration part and the held-out part
+    have no paragraph in common.
+
+    Source: `pydoc_data.topics` of the Python standard library.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    parts: list[str] = []
+    for number, (_, topic) in enumerate(sorted(topics.items())):
+        paragraphs = [p.strip("\n") for p in topic.split("\n\n") if p.strip()]
+        fresh = [p for p in dict.fromkeys(paragraphs) if p not in seen]
+        seen.update(fresh)
+        if fresh and (number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == held_out:
+            parts.append("\n\n".join(fresh))
+    return Text(f"{BUILTIN} ({'held-out' if held_out else 'calibration'} part)", "\n\n".join(parts))
+
+
+def read_text(path: Path, *, text_field: str = "text") -> Text:
+    """A text file as it is, or the named field of every row of a `.jsonl`, joined by blank lines.
+
+    Raises:
+        CalibrationError: the file is missing, empty, not UTF-8, or not JSON Lines with the field.
+    """
+    try:
+        content = path.read_bytes().decode()
+    except OSError as error:
+        raise CalibrationError(
+            f"{path}: cannot be read ({error.strerror})", fix="check the path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8",
+            fix="convert the file to UTF-8",
+        ) from error
+    if path.suffix == ".jsonl":
+        content = "\n\n".join(_rows(path, content, text_field))
+    if not content.strip():
+        raise CalibrationError(f"{path}: has no text", fix="give a file with text in it")
+    return Text(path.name, content)
+
+
+def _rows(path: Path, content: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{path}, line {number}: not JSON ({error})", fix="give one JSON object per line"
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise CalibrationError(
+                f"{path}, line {number}: no text field {text_field!r}; found {fields}",
+                fix="name the field that holds the text with --text-field",
+            )
+        yield row[text_field]
+
+
+def segments(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int | None
+) -> Tensor:
+    """Cut a text into segments of equal length, without overlap and without special tokens.
+
+    Args:
+        text: the text, tokenized as a whole.
+        tokenizer: the model's.
+        count: how many segments to take.
+        length: tokens of each.
+        seed: picks the segments from all over the text; None takes the first ones.
+
+    Returns:
+        int64[count, length], in the order of the text.
+
+    Raises:
+        CalibrationError: the text is too short.
+    """
+    # verbose=False: that the text as a whole is longer than the model's context is intended.
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // length
+    if available < count:
+        raise CalibrationError(
+            f"{text.origin}: {len(ids)} tokens found, {count * length} needed for {count} segments "
+            f"of {length}",
+            fix="give a longer text, or fewer or shorter segments",
+        )
+    every = torch.tensor(ids[: available * length]).reshape(available, length)
+    if seed is None:
+        return every[:count]
+    picked = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return every[picked.sort().values]
+
+
+@dataclass(slots=True)
+class BlockInputs:
+    """One batch of calibration data on its way through the blocks.
+
+    Attributes:
+        hidden: float32[batch, tokens, width], what enters the next block; replaced as the walk
+            goes on.
+        arguments: for every block, the other arguments that the model calls it with (attention
+            mask, positions); families with several kinds of blocks pass each kind its own.
+    """
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+    def forward(self, index: int, block: nn.Module) -> Tensor:
+        """What the block makes of this batch."""
+        output = block(self.hidden, **self.arguments[index])
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and passes its input on."""
+
+    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        super().__init__()
+        self._calls = calls
+        # Models ask their blocks for attributes, such as the kind of attention.
+        self._block = (block,)  # in a tuple, so that it does not become a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self._calls.append((hidden, arguments))
+        return hidden
+
+
+def block_inputs(
+    model: PreTrainedModel, family: Family, batches: Iterable[Tensor]
+) -> list[BlockInputs]:
+    """What enters the first block, and what every block is called with besides, for each batch.
+
+    Only what lies before the blocks is computed, so the blocks may be without weights.
+
+    Args:
+        model: the causal model; everything outside its blocks must have weights.
+        family: where its blocks are.
+        batches: int64[batch, tokens] each.
+    """
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    originals = list(blocks)
+    inputs = []
+    try:
+        for index, block in enumerate(originals):
+            blocks[index] = _Recorder(block, calls)
+        for ids in batches:
+            calls.clear()
+            model.base_model(input_ids=ids, use_cache=False)
+            inputs.append(BlockInputs(calls[0][0], [arguments for _, arguments in calls]))
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return inputs
+
+
+@contextmanager
+def hessians(block: nn.Module, names: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass of the block adds to the statistics of its linear layers.
+
+    Args:
+        block: a transformer block.
+        names: its linear layers, grouped by the input that they share.
+
+    Yields:
+        layer name -> float32[cols, cols], the sum of x x^T over all tokens; the layers of a group
+        share one tensor.
+    """
+    sums: dict[str, Tensor] = {}
+    handles = []
+    for group in names:
+        linear = block.get_submodule(group[0])
+        assert isinstance(linear, nn.Linear)
+        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float32)
+        sums.update(dict.fromkeys(group, total))
+        handles.append(linear.register_forward_pre_hook(_accumulate(total)))
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _accumulate(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+        total.addmm_(x.T, x)
+
+    return hook

@@ -1,0 +1,493 @@
+"""Language models on disk: hub ids, Hugging Face folders and GGUF files.
+
+A checkpoint is read tensor by tensor from its safetensors files and written back the same way, so
+that pruning never needs the whole model in memory. No pickle is read or written, and no code that
+comes with a model is run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from thanos_deploy import artifact
+from thanos_deploy.errors import DeployError, ModelError, PlatformError
+from thanos_deploy.families import Family, family_of
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+
+# What belongs to a model besides its weights: configuration, tokenizer, chat template.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        kind: "hub", "folder" or "gguf".
+        name: what the user called it; for a local path, its last part.
+        revision: commit of a hub model, else empty.
+        sha256: hash over the weights, the configuration and the tokenizer.
+        path: the local folder, or the GGUF file.
+    """
+
+    kind: str
+    name: str
+    revision: str
+    sha256: str
+    path: Path
+
+    def to_json(self) -> artifact.Json:
+        """The part that belongs in a manifest: all but the local path."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
+
+
+def locate(model: str, *, revision: str | None = None) -> Source:
+    """Find a model: a `.gguf` file, a local folder, or a hub id, downloaded unless it is cached.
+
+    Raises:
+        ModelError: there is no such model, or it has no safetensors weights.
+        PlatformError: the hub cannot be reached and the model is not in its local cache.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{path}: a file that is not .gguf", fix="give a model folder, a hub id or a .gguf"
+            )
+        return Source("gguf", path.name, "", artifact.sha256(path), path)
+    if path.is_dir():
+        return Source("folder", path.resolve().name, "", _hash_folder(path), path)
+    if (
+        path.is_absolute()
+        or path.suffix == ".gguf"
+        or model.startswith((".", "~"))
+        or model.count("/") > 1
+    ):
+        raise ModelError(f"{model}: no such file or folder", fix="check the path")
+    return _download(model, revision)
+
+
+def _download(repository: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=["*.safetensors", *_COMPANIONS]
+            )
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"{repository}: neither a local path nor a model on the hub"
+            + (f" with revision {revision}" if revision else ""),
+            fix="check the spelling; for a private model log in with `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise PlatformError(
+            f"{repository}: no such local path, not in the hub's local cache, and the hub cannot "
+            f"be reached ({type(error).__name__})",
+            fix="check the path or the network, or give a local folder or .gguf file",
+        ) from error
+    return Source("hub", repository, folder.name, _hash_folder(folder), folder)
+
+
+def _hash_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({*folder.glob("*.safetensors"), *_companions(folder)}):
+        digest.update(f"{path.name} {artifact.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _companions(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for pattern in _COMPANIONS
+        for path in folder.glob(pattern)
+        if not path.name.endswith(".index.json")
+    )
+
+
+def convert_gguf(gguf: Path, destination: Path) -> None:
+    """Write a GGUF file as an ordinary Hugging Face folder, dequantised to float32.
+
+    Raises:
+        PlatformError: the `gguf` package is not installed.
+        ModelError: the file is corrupt or of a model type without a family.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise PlatformError(
+            f"{gguf}: reading GGUF needs the package gguf",
+            fix="pip install 'thanos-deploy[gguf]'",
+        ) from error
+    from transformers import GgufConfig
+
+    try:
+        field = GGUFReader(gguf).get_field("general.architecture")
+        architecture = "" if field is None else str(field.contents())
+        family_of({"gptneox": "gpt_neox"}.get(architecture, architecture))
+        where = {"gguf_file": gguf.name, "local_files_only": True}
+        # Without dequantize=True the loaded model refuses to be saved.
+        with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                **where,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    except DeployError:
+        raise
+    # The readers index and reshape whatever the file says, so a corrupt one raises anything.
+    except Exception as error:
+        raise ModelError(
+            f"{gguf}: not a readable GGUF file ({type(error).__name__}: {error})",
+            fix="download the file again and compare its hash",
+        ) from error
+    model.save_pretrained(destination)
+    tokenizer.save_pretrained(destination)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A Hugging Face folder that can be pruned.
+
+    Attributes:
+        folder: where it is.
+        config: its configuration.
+        family: how its blocks and linear layers are called.
+        weights: its tensors.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    family: Family
+    weights: "Weights"
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read the configuration and the tensors' headers, and no weight.
+
+        Raises:
+            ModelError: a file is missing or unreadable, or the model type has no family.
+        """
+        path = folder / "config.json"
+        try:
+            family = family_of(str(json.loads(path.read_bytes()).get("model_type")))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except DeployError:
+            raise
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"{path}: missing, so {folder} is not a model folder",
+                fix="give a Hugging Face model folder, a hub id or a .gguf file",
+            ) from error
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{path}: not a readable model configuration ({error})",
+                fix="restore config.json from the model's origin",
+            ) from error
+        return cls(folder, config, family, Weights(folder))
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the configuration allows, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights: parameters have no storage, buffers are real."""
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        model.eval()
+        return model
+
+    def stored_name(self, parameter: str, prefix: str) -> str:
+        """How the weights call a parameter; some checkpoints leave out the base model's prefix.
+
+        Raises:
+            ModelError: the weights do not have it.
+        """
+        for name in (parameter, parameter.removeprefix(f"{prefix}.")):
+            if name in self.weights.shapes:
+                return name
+        raise ModelError(
+            f"{self.folder}: the weights have no tensor {parameter}",
+            fix="the checkpoint is incomplete or not of the type that its config.json names",
+        )
+
+
+class Weights:
+    """The tensors of a checkpoint folder, read by name.
+
+    Attributes:
+        shapes: name -> shape.
+        dtypes: name -> dtype as stored.
+        files: name -> file name of its shard.
+
+    Raises:
+        ModelError: a file is missing or corrupt, or a tensor is stored in another dtype than
+            float64, float32, float16 or bfloat16.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.files: dict[str, str] = {}
+        for shard in self._shards():
+            with self._open(shard) as file:
+                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                    view = file.get_slice(name)
+                    if view.get_dtype() not in _SAFETENSORS_DTYPES:
+                        raise ModelError(
+                            f"{folder / shard}: {name} is stored as {view.get_dtype()}, a "
+                            "quantised or integer type",
+                            fix="use the float checkpoint that this one was made from",
+                        )
+                    self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = _SAFETENSORS_DTYPES[view.get_dtype()]
+                    self.files[name] = shard
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, in the dtype in which they are stored.
+
+        Raises:
+            ModelError: a tensor has NaN or infinite entries.
+        """
+        tensors = {}
+        wanted = sorted(names, key=lambda name: self.files[name])
+        for shard in dict.fromkeys(self.files[name] for name in wanted):
+            with self._open(shard) as file:
+                for name in wanted:
+                    if self.files[name] != shard:
+                        continue
+                    # A copy, because the file's pages count as resident while they are mapped.
+                    tensor = file.get_tensor(name).clone()
+                    bad = int((~tensor.isfinite()).sum())
+                    if bad:
+                        raise ModelError(
+                            f"{self.folder / shard}: {bad} of {tensor.numel()} entries of {name} "
+                            "are NaN or infinite",
+                            fix="the checkpoint is damaged; fetch it again or use another one",
+                        )
+                    tensors[name] = tensor
+        return tensors
+
+    def _shards(self) -> list[str]:
+        index = self.folder / _INDEX
+        if index.exists():
+            try:
+                shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError(
+                    f"{index}: not a readable index ({error})", fix="fetch the checkpoint again"
+                ) from error
+        elif (self.folder / _SINGLE).exists():
+            shards = [_SINGLE]
+        else:
+            pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+            raise ModelError(
+                f"{self.folder}: no {_SINGLE} and no {_INDEX}"
+                + (
+                    f", only {', '.join(pickled)}, which may run code when loaded"
+                    if pickled
+                    else ""
+                ),
+                fix="use a checkpoint with safetensors weights",
+            )
+        return shards
+
+    def _open(self, shard: str) -> Any:  # safetensors ships no types for its handle
+        path = self.folder / shard
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"{path}: missing, though {_INDEX} names it", fix="fetch the checkpoint again"
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path}: not a readable safetensors file ({error})",
+                fix="the file is truncated or corrupt; fetch it again and compare its hash",
+            ) from error
+
+
+class WeightsCopy:
+    """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
+
+    The files have the names, the tensors and the order of the original ones; only the dtype may
+    differ. All sizes are known beforehand, so each header is written first and every tensor goes
+    straight to its final place.
+
+    Source: the safetensors format: 8 bytes little-endian header length, a JSON header padded
+    with spaces to 8 bytes, then the tensors without gaps.
+    """
+
+    def __init__(self, original: Weights, destination: Path, dtype: torch.dtype | None) -> None:
+        """Create the files.
+
+        Args:
+            original: the checkpoint to copy.
+            destination: the folder to write to.
+            dtype: what to store, or None to keep each tensor's own.
+        """
+        self._missing = dict.fromkeys(original.shapes)
+        self._places: dict[str, tuple[int, int, torch.dtype]] = {}
+        self._descriptors: list[int] = []
+        self.bytes = 0
+        for shard in dict.fromkeys(original.files.values()):
+            header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+            offset, spans = 0, {}
+            for name, file in original.files.items():
+                if file != shard:
+                    continue
+                kind = dtype or original.dtypes[name]
+                size = kind.itemsize
+                for extent in original.shapes[name]:
+                    size *= extent
+                header[name] = {
+                    "dtype": _SAFETENSORS_NAMES[kind],
+                    "shape": original.shapes[name],
+                    "data_offsets": [offset, offset + size],
+                }
+                spans[name] = (offset, kind)
+                offset += size
+            encoded = json.dumps(header, separators=(",", ":")).encode()
+            encoded += b" " * (-len(encoded) % 8)
+            descriptor = os.open(destination / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptors.append(descriptor)
+            _write_at(descriptor, struct.pack("<Q", len(encoded)) + encoded, 0)
+            for name, (start, kind) in spans.items():
+                self._places[name] = (descriptor, 8 + len(encoded) + start, kind)
+            self.bytes += offset
+        if (original.folder / _INDEX).exists():
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
+            artifact.write_json(destination / _INDEX, index)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the tensors that have not been written yet."""
+        return list(self._missing)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        return self._places[name][2]
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, which must have the dtype `dtype(name)`."""
+        descriptor, offset, dtype = self._places[name]
+        assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
+        del self._missing[name]
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        _write_at(descriptor, data.data, offset)
+
+    def __enter__(self) -> "WeightsCopy":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None) -> None:
+    """Copy configuration, tokenizer and chat template, and state the new dtype in config.json."""
+    for path in _companions(original):
+        shutil.copyfile(path, destination / path.name)
+    if dtype is not None:
+        path = destination / "config.json"
+        config = json.loads(path.read_bytes())
+        config.pop("torch_dtype", None)  # the older name of the same entry
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        artifact.write_json(path, config)
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The whole model in float32 on the CPU, ready for inference, by the stock loader."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: the model does not load ({error})",
+            fix="check the folder with `thanos-deploy prune --dry-run`, or fetch it again",
+        ) from error
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: the folder has none that loads without the model's own code.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: no tokenizer that can be loaded ({error})",
+            fix="put the model's tokenizer.json and tokenizer_config.json there",
+        ) from error
+    return tokenizer

@@ -1,0 +1,413 @@
+"""The command `thanos-deploy`: each subcommand parses, calls one function of `pipeline`, prints.
+
+Results go to standard output, progress and errors to standard error. What is heavy is imported by
+the subcommand that needs it, so that `--help` answers at once.
+"""
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import exporters
+from thanos_deploy import __version__, console, methods, pattern
+from thanos_deploy.errors import DeployError, PatternError, ResourceError
+
+if TYPE_CHECKING:
+    from thanos_deploy.artifact import Json
+    from thanos_deploy.pipeline import Announce, BenchRequest, EvalRequest, PruneRequest
+
+INTERRUPTED = 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PatternType(click.ParamType[pattern.Pattern]):
+    """A sparsity pattern on the command line."""
+
+    name = "pattern"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> pattern.Pattern:
+        """Read the spelling; a bad one is a usage error."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]  # click may hand over a converted value
+        try:
+            return pattern.parse(value)
+        except PatternError as error:
+            self.fail(f"{error.message}; {error.fix}", param, ctx)
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which `--help` shows them."""
+    return lambda command: reduce(lambda inner, wrap: wrap(inner), reversed(decorators), command)
+
+
+_model = click.argument("model")
+_bundle = click.argument("out", type=click.Path(path_type=Path))
+_out = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle."
+)
+_common = _options(
+    click.option(
+        "--overwrite/--resume",
+        default=False,
+        help="Redo the stages that were made with other options, or keep what is finished "
+        "and refuse other options.  [default: resume]",
+    ),
+    click.option("--offline", is_flag=True, help="Use no network: models from the local cache."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    click.option("-v", "--verbose", is_flag=True, help="Log every block."),
+)
+_dense = click.option(
+    "--dense", metavar="MODEL", required=True, help="The dense model that OUT was made from."
+)
+_revision = click.option("--revision", help="Branch, tag or commit of a hub model.")
+_dry_run = click.option(
+    "--dry-run", is_flag=True, help="Check everything and say what would be done."
+)
+_text_field = click.option(
+    "--text-field", default="text", show_default=True, help="Field of a .jsonl row with the text."
+)
+_pruning = _options(
+    click.option(
+        "--pattern",
+        type=PatternType(),
+        required=True,
+        help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
+        "unstructured:FRACTION removes that fraction.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(methods.names()),
+        default="thanos",
+        show_default=True,
+        help="Pruning method.",
+    ),
+    click.option(
+        "--calib",
+        default="builtin",
+        show_default=True,
+        help="Calibration text: a .txt or .jsonl file; or builtin, the Python language reference.",
+    ),
+    _text_field,
+    click.option("--nsamples", default=32, show_default=True, help="Segments of calibration text."),
+    click.option("--seqlen", default=512, show_default=True, help="Tokens of each segment."),
+    click.option("--seed", default=0, show_default=True, help="Picks the segments."),
+    click.option(
+        "--block-size", default=128, show_default=True, help="Columns that are solved at once."
+    ),
+    click.option(
+        "--damp",
+        default=0.01,
+        show_default=True,
+        help="Damping of the Hessian, as a fraction of its mean diagonal.",
+    ),
+    click.option(
+        "--outlier-rows",
+        default=0.0,
+        show_default=True,
+        help="Fraction of each layer's rows that stay dense (n:m only). "
+        "Such a model does not hold the pattern everywhere.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+        default="auto",
+        show_default=True,
+        help="What to store the checkpoint in; auto keeps the model's own.",
+    ),
+)
+_evaluation = _options(
+    click.option(
+        "--eval-text",
+        default="builtin",
+        show_default=True,
+        help="Text for perplexity: a file, or the part of the built-in text that calibration "
+        "never sees.",
+    ),
+    click.option(
+        "--eval-segments", default=12, show_default=True, help="Segments of evaluation text."
+    ),
+    click.option("--eval-seqlen", default=1024, show_default=True, help="Tokens of each."),
+)
+_benchmark = _options(
+    click.option("--batch", default=1, show_default=True, help="Sequences at once."),
+    click.option("--prompt", default=128, show_default=True, help="Tokens of each timed prompt."),
+    click.option(
+        "--new-tokens", default=16, show_default=True, help="Tokens decoded after each prompt."
+    ),
+    click.option("--rounds", default=10, show_default=True, help="Timed rounds of each model."),
+    click.option(
+        "--sample-prompt",
+        default="The capital of France is",
+        show_default=True,
+        help="Prompt of the sample text.",
+    ),
+)
+_target = click.option(
+    "--target",
+    type=click.Choice(exporters.names()),
+    default="onnx",
+    show_default=True,
+    help="What to export to.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Take a language model, give back a deployable sparse one, with proof.
+
+    MODEL is a hub id, a local Hugging Face folder, or a .gguf file. OUT is a bundle: the folder
+    that `prune` or `prune-export` made. Repeating a command continues where it was interrupted
+    and does no work twice.
+
+    Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad input, 4 the machine lacks something, 5 no memory or
+    disk, 6 a gate failed, 7 a file was changed, 130 interrupted.
+    """
+
+
+@cli.command("prune-export")
+@_model
+@_out
+@_pruning
+@_target
+@_evaluation
+@_benchmark
+@_revision
+@_dry_run
+@_common
+def prune_export(
+    model: str, out: Path, target: str, revision: str | None, dry_run: bool, **options: Any
+) -> None:
+    r"""Prune MODEL, export it, run it, measure it, and say what came out.
+
+    \b
+    thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
+    """
+    with _session(options) as session:
+        from thanos_deploy import pipeline
+
+        run = pipeline.plan if dry_run else pipeline.prune_export
+        result = run(
+            model,
+            out,
+            request=_prune_request(options),
+            evaluation=_eval_request(options),
+            benchmark=_bench_request(options),
+            revision=revision,
+            overwrite=options["overwrite"],
+            announce=session,
+        )
+    _print(options, result, console.show_values if dry_run else console.show_report)
+
+
+@cli.command()
+@_model
+@_out
+@_pruning
+@_revision
+@_common
+def prune(model: str, out: Path, revision: str | None, **options: Any) -> None:
+    """Prune MODEL into OUT/model, an ordinary checkpoint."""
+    with _session(options) as session:
+        from thanos_deploy import artifact, pipeline
+
+        dense = pipeline.Dense(model, revision=revision)
+        with artifact.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
+            record = pipeline.prune(
+                bundle,
+                dense,
+                _prune_request(options),
+                overwrite=options["overwrite"],
+                announce=session,
+            )
+    _print(options, record.result, console.show_values)
+
+
+@cli.command()
+@_bundle
+@_target
+@_common
+def export(out: Path, target: str, **options: Any) -> None:
+    """Export the pruned model of the bundle OUT."""
+    with _session(options) as session:
+        from thanos_deploy import artifact, pipeline
+
+        with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
+            record = pipeline.export(bundle, overwrite=options["overwrite"], announce=session)
+    _print(options, record.result, console.show_parity)
+
+
+@cli.command("eval")
+@_bundle
+@_dense
+@_text_field
+@_evaluation
+@_common
+def evaluate(out: Path, dense: str, **options: Any) -> None:
+    """Measure the perplexity of the bundle OUT and of the dense model."""
+    with _session(options) as session:
+        from thanos_deploy import pipeline
+
+        with pipeline.reopen(out, dense) as (bundle, source):
+            pruned = pipeline.evaluate(
+                bundle,
+                source,
+                _eval_request(options),
+                overwrite=options["overwrite"],
+                announce=session,
+            )
+    _print(options, {"dense": pruned.inputs["dense"], "pruned": pruned.result}, console.show_values)
+
+
+@cli.command()
+@_bundle
+@_dense
+@_benchmark
+@_common
+def bench(out: Path, dense: str, **options: Any) -> None:
+    """Time the bundle OUT beside the dense model, and bring its report up to date."""
+    with _session(options) as session:
+        from thanos_deploy import pipeline
+
+        with pipeline.reopen(out, dense) as (bundle, source):
+            bundle.require("eval", f"`thanos-deploy eval {out} --dense {dense}`")
+            pipeline.bench(
+                bundle,
+                source,
+                _bench_request(options),
+                overwrite=options["overwrite"],
+                announce=session,
+            )
+            report = pipeline.write_report(bundle, source)
+    _print(options, report, console.show_report)
+
+
+def _prune_request(options: dict[str, Any]) -> "PruneRequest":
+    from thanos_deploy.pipeline import PruneRequest
+
+    return PruneRequest(
+        pattern=options["pattern"],
+        method=options["method"],
+        block_columns=options["block_size"],
+        damping=options["damp"],
+        outlier_rows=options["outlier_rows"],
+        calib=options["calib"],
+        text_field=options["text_field"],
+        nsamples=options["nsamples"],
+        seqlen=options["seqlen"],
+        seed=options["seed"],
+        dtype=options["dtype"],
+    )
+
+
+def _eval_request(options: dict[str, Any]) -> "EvalRequest":
+    from thanos_deploy.pipeline import EvalRequest
+
+    return EvalRequest(
+        text=options["eval_text"],
+        text_field=options["text_field"],
+        segments=options["eval_segments"],
+        seqlen=options["eval_seqlen"],
+    )
+
+
+def _bench_request(options: dict[str, Any]) -> "BenchRequest":
+    from thanos_deploy.pipeline import BenchRequest
+
+    return BenchRequest(
+        batch=options["batch"],
+        prompt=options["prompt"],
+        new_tokens=options["new_tokens"],
+        rounds=options["rounds"],
+        sample_prompt=options["sample_prompt"],
+    )
+
+
+@contextmanager
+def _session(options: dict[str, Any]) -> "Iterator[Announce]":
+    """What every command that works needs: quiet libraries, logging, progress."""
+    if options["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("thanos_deploy").setLevel(
+        logging.INFO if options["verbose"] else logging.WARNING
+    )
+    console.quiet_libraries()
+    with console.announcer(quiet=options["quiet"]) as announce:
+        yield announce
+
+
+def _print(options: dict[str, Any], value: "Json", show: "Callable[[Json], None]") -> None:
+    if options["as_json"]:
+        click.echo(json.dumps(value, indent=2, allow_nan=False))
+    else:
+        show(value)
+
+
+def main() -> None:
+    """Run the command and turn every outcome into its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except DeployError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        console.show_error("interrupted; repeat the command to continue where it stopped")
+        return INTERRUPTED
+    except Exception as error:
+        if resource := _resource_error(error):
+            return _fail(resource)
+        traceback.print_exc()
+        console.show_error("this is a bug in thanos-deploy; please report the lines above")
+        return 1
+    return 0
+
+
+def _fail(error: DeployError) -> int:
+    console.show_error(str(error))
+    return error.exit_code
+
+
+def _resource_error(error: Exception) -> ResourceError | None:
+    """What an exception means if it says that memory or disk ran out."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"{error.filename or 'a file'}: no space left on the device",
+            fix="free some space and repeat the command; what is finished is kept",
+        )
+    # PyTorch's CPU allocator raises a plain RuntimeError.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return ResourceError(
+            f"out of memory ({error})",
+            fix="use fewer or shorter segments (--seqlen, --eval-seqlen), or a larger machine",
+        )
+    return None
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

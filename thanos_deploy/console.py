@@ -1,0 +1,168 @@
+"""What a person at a terminal sees: progress, tables, errors. Standard error, except for tables."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from thanos_deploy.artifact import Json
+from thanos_deploy.progress import OnProgress, silent
+
+# Without a terminal, a line at most so often.
+_SECONDS_BETWEEN_LINES = 10.0
+
+_errors = Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars, notes and warnings off the user's terminal."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+class Announcer:
+    """Shows the pieces of work one after the other, each with a bar and the time it still takes."""
+
+    def __init__(self, bars: Progress | None, *, quiet: bool) -> None:
+        self._bars = bars
+        self._quiet = quiet
+
+    def __call__(self, title: str) -> OnProgress:
+        """Start a piece of work; see `pipeline.Announce`."""
+        if self._quiet:
+            return silent
+        return self._lines(title) if self._bars is None else self._bar(self._bars, title)
+
+    def _bar(self, bars: Progress, title: str) -> OnProgress:
+        task = bars.add_task(title, total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        return on_progress
+
+    def _lines(self, title: str) -> OnProgress:
+        started = last = time.monotonic()
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if 0 < done < total and now - last < _SECONDS_BETWEEN_LINES:
+                return
+            last = now
+            spent = now - started
+            left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+            print(f"{title}: {done}/{total}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
+
+        return on_progress
+
+
+@contextmanager
+def announcer(*, quiet: bool) -> Iterator[Announcer]:
+    """Progress on standard error: bars on a terminal, else a line now and then."""
+    if quiet or not _errors.is_terminal:
+        yield Announcer(None, quiet=quiet)
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=_errors,
+    ) as bars:
+        yield Announcer(bars, quiet=False)
+
+
+def show_report(report: Json) -> None:
+    """Print a report as a table, its verdict and the sample texts."""
+    console = Console()
+    quality, size, latency = report["quality"], report["bytes"], report["latency"]
+    memory, sample = report["peak_memory_bytes"], report["sample"]
+    table = Table(title=f"{report['source']['name']}, {report['pattern']} with {report['method']}")
+    table.add_column("")
+    for name in ("dense", "pruned", "pruned / dense"):
+        table.add_column(name, justify="right")
+
+    def row(title: str, dense: float, pruned: float, digits: int = 1) -> None:
+        table.add_row(title, f"{dense:.{digits}f}", f"{pruned:.{digits}f}", f"{pruned / dense:.3f}")
+
+    row("perplexity", quality["dense"], quality["pruned"], 2)
+    for name, title in (("model", "checkpoint, MB"), ("onnx", "ONNX, MB")):
+        row(title, size[name]["dense"] / 1e6, size[name]["pruned"] / 1e6)
+    for what, title in (
+        ("prefill", f"prefill of {latency['batch']}x{latency['prompt']}"),
+        ("decode", f"decode of {latency['batch']}x1"),
+    ):
+        for figure in ("median", "p90", "p99"):
+            row(
+                f"{title}, ms {figure}",
+                latency["dense"][what][figure] * 1e3,
+                latency["pruned"][what][figure] * 1e3,
+                2,
+            )
+    row("peak memory, MB", memory["dense"] / 1e6, memory["pruned"] / 1e6)
+    table.add_row("zeros in linear layers", "", f"{report['linear_layers']['sparsity']:.2%}", "")
+    table.add_row("ONNX against PyTorch", "", f"{report['parity']['worst']:.1e}", "")
+    table.add_row("on a GPU", latency["gpu"], latency["gpu"], "")
+    console.print(table)
+    environment = report["environment"]
+    console.print(
+        f"Latency and memory: {latency['backend']}, {environment['cores']} cores of "
+        f"{environment['processor']}; in turns, each model in a process of its own.",
+        style="dim",
+        highlight=False,
+    )
+    for sentence in report["verdict"]:
+        console.print(f"• {sentence}", highlight=False, markup=False)
+    for who in ("dense", "pruned"):
+        console.print(f"\n[{who}] {sample['prompt']}{sample[who]}", highlight=False, markup=False)
+
+
+def show_parity(result: Json) -> None:
+    """Print how far ONNX Runtime and PyTorch are apart."""
+    table = Table(title=f"ONNX Runtime against PyTorch, limit {result['parity_limit']:g}")
+    for name in ("case", "batch", "past", "sequence", "logits", "kv cache"):
+        table.add_column(name)
+    for case in result["parity"]:
+        table.add_row(
+            case["name"],
+            *(str(case[name]) for name in ("batch", "past", "sequence")),
+            *(f"{case[name]:.1e}" for name in ("logits_error", "cache_error")),
+        )
+    Console().print(table)
+
+
+def show_values(values: Json) -> None:
+    """Print a flat JSON value as a two-column table."""
+    table = Table(show_header=False)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry != "")
+        table.add_row(
+            name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
+        )
+    Console().print(table)
+
+
+def show_error(message: str) -> None:
+    """Print an error."""
+    print(f"Error: {message}", file=sys.stderr)

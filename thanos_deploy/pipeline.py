@@ -1,0 +1,594 @@
+"""The stages of a bundle, from a dense model to a report; each is done once and kept.
+
+    import   a GGUF file becomes a Hugging Face folder        (in the cache)
+    prune    model/, layers.json
+    eval     eval/perplexity.json
+    onnx     onnx/                                            (of the dense model: in the cache)
+    bench    bench/latency.json, bench/sample.json
+    report   report/report.json, README.md
+
+The dense model that pruned ones are compared with is itself a bundle, in a cache folder named
+after its hash, so several runs on one model convert, export and evaluate it once.
+"""
+
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+import exporters.onnx
+from runtime import paired
+from runtime.engine import open_engine, stop_ids
+from runtime.generate import generate
+from runtime.latency import Workload
+from thanos_deploy import artifact, card, checkpoint, environment, report
+from thanos_deploy import perplexity as quality
+from thanos_deploy import prune as pruning
+from thanos_deploy.artifact import Bundle, Json, StageRecord
+from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
+from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, locate
+from thanos_deploy.errors import ResourceError, UsageError
+from thanos_deploy.pattern import Pattern, parse
+from thanos_deploy.progress import OnProgress, silent
+
+# Told the title of a piece of work that starts now, returns where to report its progress.
+Announce = Callable[[str], OnProgress]
+
+STAGES = ("prune", "eval", "onnx", "bench", "report")
+
+
+def quietly(title: str) -> OnProgress:
+    """Announce nothing."""
+    return silent
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRequest:
+    """What to prune to, how, and on which text.
+
+    Attributes:
+        pattern: the sparsity pattern.
+        method: name of the method.
+        block_columns, damping, outlier_rows: the method's options.
+        calib: "builtin" or the path of a text.
+        text_field: the field of a JSON Lines row that holds the text.
+        nsamples, seqlen: calibration segments and tokens of each.
+        seed: picks the segments.
+        dtype: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
+    """
+
+    pattern: Pattern
+    method: str = "thanos"
+    block_columns: int = 128
+    damping: float = 0.01
+    outlier_rows: float = 0.0
+    calib: str = BUILTIN
+    text_field: str = "text"
+    nsamples: int = 32
+    seqlen: int = 512
+    seed: int = 0
+    dtype: str = "auto"
+
+    @property
+    def method_options(self) -> dict[str, float]:
+        """The options that the method itself takes."""
+        return {
+            "block_columns": self.block_columns,
+            "damping": self.damping,
+            "outlier_rows": self.outlier_rows,
+        }
+
+    def to_json(self) -> Json:
+        """For the manifest: the text by its name, not its path."""
+        return {**asdict(self), "pattern": str(self.pattern), "calib": Path(self.calib).name}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRequest:
+    """Which text to measure perplexity on: "builtin" or a path, and how much of it."""
+
+    text: str = BUILTIN
+    text_field: str = "text"
+    segments: int = 12
+    seqlen: int = 1024
+
+    def to_json(self) -> Json:
+        """For the manifest: the text by its name, not its path."""
+        return {**asdict(self), "text": Path(self.text).name}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """What to time, and the prompt of the sample text."""
+
+    batch: int = 1
+    prompt: int = 128
+    new_tokens: int = 16
+    rounds: int = 10
+    warmup: int = 2
+    sample_prompt: str = "The capital of France is"
+    sample_tokens: int = 48
+
+    @property
+    def workload(self) -> Workload:
+        """What one round does."""
+        return Workload(self.batch, self.prompt, self.new_tokens)
+
+
+def cache_folder() -> Path:
+    """Where dense models are kept: $THANOS_DEPLOY_CACHE, else the user's cache folder."""
+    if own := os.environ.get("THANOS_DEPLOY_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "thanos-deploy"
+
+
+class Dense:
+    """The model that a bundle is made from, and its own bundle in the cache.
+
+    Attributes:
+        source: where it comes from.
+        folder: its bundle in the cache.
+    """
+
+    def __init__(self, model: str, *, revision: str | None = None) -> None:
+        """Find a model; see `checkpoint.locate` for what it may be and what is raised."""
+        self.source = locate(model, revision=revision)
+        self.folder = cache_folder() / self.source.sha256[:16]
+        self._checkpoint: Checkpoint | None = None
+
+    def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
+        """The model as a Hugging Face folder; a GGUF file is converted once."""
+        if self._checkpoint is None:
+            if self.source.kind == "gguf":
+                self._convert(announce)
+                self._checkpoint = Checkpoint.open(self.folder / "model")
+            else:
+                self._checkpoint = Checkpoint.open(self.source.path)
+        return self._checkpoint
+
+    def _convert(self, announce: Announce) -> None:
+        def produce(folder: Path) -> Json:
+            progress = announce(f"Convert {self.source.name}")
+            progress(0, 1)
+            convert_gguf(self.source.path, folder / "model")
+            progress(1, 1)
+            return {}
+
+        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+            bundle.run("import", produce, options={}, inputs={}, overwrite=True)
+
+    def evaluate(self, request: EvalRequest, text: Text, announce: Announce) -> StageRecord:
+        """Perplexity of the dense model."""
+        dense = self.checkpoint(announce)
+        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+            return _evaluate(
+                bundle, dense, request, text, {}, announce, title="dense model", overwrite=True
+            )
+
+    def export(self, announce: Announce) -> StageRecord:
+        """ONNX of the dense model."""
+        dense = self.checkpoint(announce)
+        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+            return _export(bundle, dense, None, {}, announce, title="dense model", overwrite=True)
+
+
+def prune(
+    bundle: Bundle,
+    dense: Dense,
+    request: PruneRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> StageRecord:
+    """Prune the model into the bundle, unless that is done."""
+    source = dense.checkpoint(announce)
+    text = _text(request.calib, request.text_field, held_out=False)
+    ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
+
+    def produce(folder: Path) -> Json:
+        (folder / "model").mkdir()
+        _require_disk(folder, _bytes_of(source, request.dtype))
+        blocks = pruning.prune(
+            source,
+            ids,
+            folder / "model",
+            pattern=request.pattern,
+            method=request.method,
+            options=request.method_options,
+            dtype=DTYPES.get(request.dtype),
+            on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
+        )
+        artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
+        return {**_summary_of(blocks), "dense_bytes": _bytes_of(source, "auto")}
+
+    return bundle.run(
+        "prune",
+        produce,
+        options=request.to_json(),
+        inputs={"model": dense.source.sha256, "text": text.sha256},
+        overwrite=overwrite,
+    )
+
+
+def evaluate(
+    bundle: Bundle,
+    dense: Dense,
+    request: EvalRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> StageRecord:
+    """Measure the perplexity of the dense and the pruned model, unless that is done."""
+    pruned = bundle.require("prune", "`thanos-deploy prune`")
+    text = _text(request.text, request.text_field, held_out=True)
+    if text.sha256 == pruned.inputs["text"]:
+        raise UsageError(
+            f"{text.origin}: the model was pruned on this very text, so its perplexity there "
+            "says nothing",
+            fix="give another text with --eval-text",
+        )
+    reference = dense.evaluate(request, text, announce)
+    return _evaluate(
+        bundle,
+        Checkpoint.open(bundle.path / "model"),
+        request,
+        text,
+        {"model": _model_hash(bundle), "dense": reference.result},
+        announce,
+        title="pruned model",
+        overwrite=overwrite,
+    )
+
+
+def export(bundle: Bundle, *, overwrite: bool = False, announce: Announce = quietly) -> StageRecord:
+    """Export the pruned model to ONNX, unless that is done."""
+    pattern = parse(bundle.require("prune", "`thanos-deploy prune`").options["pattern"])
+    # Rows that were left dense on purpose keep no pattern, so none can be claimed for the file.
+    claimed = pattern if bundle.stages["prune"].result["pattern_holds"] else None
+    return _export(
+        bundle,
+        Checkpoint.open(bundle.path / "model"),
+        claimed,
+        {"model": _model_hash(bundle)},
+        announce,
+        title="pruned model",
+        overwrite=overwrite,
+    )
+
+
+def bench(
+    bundle: Bundle,
+    dense: Dense,
+    request: BenchRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> StageRecord:
+    """Time the pruned model beside the dense one on ONNX Runtime, unless that is done."""
+    bundle.require("onnx", "`thanos-deploy export --target onnx`")
+    reference = dense.export(announce)
+    subjects = {"dense": dense.folder, "pruned": bundle.path}
+
+    def produce(folder: Path) -> Json:
+        out = folder / "bench"
+        out.mkdir()
+        measured = paired.compare(
+            subjects,
+            request.workload,
+            rounds=request.rounds,
+            warmup=request.warmup,
+            on_progress=announce("Measure latency and memory, dense and pruned in turns"),
+        )
+        samples = {label: asdict(measurement) for label, measurement in measured.items()}
+        artifact.write_json(
+            out / "latency.json",
+            {
+                "backend": "onnxruntime",
+                "provider": "CPUExecutionProvider",
+                "request": asdict(request),
+                "subjects": samples,
+                "environment": environment.describe(),
+            },
+        )
+        texts = {
+            label: _sample(path, bundle.path / "model", request) for label, path in subjects.items()
+        }
+        artifact.write_json(out / "sample.json", {"prompt": request.sample_prompt, **texts})
+        return {"subjects": samples, "sample": texts}
+
+    return bundle.run(
+        "bench",
+        produce,
+        options=asdict(request),
+        inputs={
+            label: {name: file.sha256 for name, file in record.files.items()}
+            for label, record in (("dense", reference), ("pruned", bundle.stages["onnx"]))
+        },
+        overwrite=overwrite,
+    )
+
+
+def write_report(bundle: Bundle, dense: Dense) -> Json:
+    """Put what the finished stages say into report.json and the model card; return the report."""
+
+    def produce(folder: Path) -> Json:
+        (folder / "report").mkdir()
+        content = report.build(bundle, Bundle.open(dense.folder))
+        artifact.write_json(folder / "report" / "report.json", content)
+        (folder / "README.md").write_text(card.write(content), encoding="utf-8")
+        return content
+
+    return bundle.run(
+        "report",
+        produce,
+        options={},
+        inputs={
+            name: record.finished for name, record in bundle.stages.items() if name != "report"
+        },
+        overwrite=True,
+    ).result
+
+
+@contextmanager
+def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
+    """A bundle for further stages, and the dense model that it was made from.
+
+    Raises:
+        InputError: there is no bundle.
+        UsageError: it was made from another model.
+        ResourceError: another process is writing there.
+    """
+    Bundle.open(out)  # claiming would create one
+    dense = Dense(model)
+    with artifact.claim(out, dense.source.to_json()) as bundle:
+        yield bundle, dense
+
+
+def prune_export(
+    model: str,
+    out: Path,
+    *,
+    request: PruneRequest,
+    evaluation: EvalRequest,
+    benchmark: BenchRequest,
+    revision: str | None = None,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Json:
+    """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
+
+    Raises:
+        DeployError: of any kind; everything that can be refused beforehand is.
+    """
+    dense = Dense(model, revision=revision)
+    with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
+        _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
+        prune(bundle, dense, request, overwrite=overwrite, announce=announce)
+        evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
+        export(bundle, overwrite=overwrite, announce=announce)
+        bench(bundle, dense, benchmark, overwrite=overwrite, announce=announce)
+        return write_report(bundle, dense)
+
+
+def plan(
+    model: str,
+    out: Path,
+    *,
+    request: PruneRequest,
+    evaluation: EvalRequest,
+    benchmark: BenchRequest,
+    revision: str | None = None,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Json:
+    """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
+    dense = Dense(model, revision=revision)
+    bundle = (
+        Bundle.open(out)
+        if (out / artifact.MANIFEST).exists()
+        else Bundle(out, dense.source.to_json())
+    )
+    _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
+    source = dense.checkpoint(announce)
+    shapes = pruning.linear_shapes(source).values()
+    weights = sum(rows * cols for rows, cols in shapes)
+    parameters = _parameters(source)
+    return {
+        "model": dense.source.to_json(),
+        "model_type": source.config.model_type,
+        "parameters": parameters,
+        "linear_layers": len(shapes),
+        "linear_weights": weights,
+        "linear_weights_removed": int(weights * request.pattern.sparsity),
+        "prune": request.to_json(),
+        "eval": evaluation.to_json(),
+        "bench": asdict(benchmark),
+        "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
+        "disk_bytes_needed": _bytes_of(source, request.dtype) + 4 * parameters,
+        "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
+        "cache": str(dense.folder),
+        "cache_bytes_needed": (8 if dense.source.kind == "gguf" else 4) * parameters,
+    }
+
+
+def _refuse_beforehand(
+    bundle: Bundle,
+    dense: Dense,
+    request: PruneRequest,
+    evaluation: EvalRequest,
+    benchmark: BenchRequest,
+    overwrite: bool,
+    announce: Announce,
+) -> None:
+    """Raise now what a later stage would raise after minutes of work."""
+    for stage, options in (
+        ("prune", request.to_json()),
+        ("eval", evaluation.to_json()),
+        ("bench", asdict(benchmark)),
+    ):
+        bundle.check(stage, options, overwrite=overwrite)
+    source = dense.checkpoint(announce)
+    pruning.check(
+        source, pattern=request.pattern, method=request.method, options=request.method_options
+    )
+    tokens = benchmark.prompt + benchmark.new_tokens
+    if tokens > source.max_positions:
+        raise UsageError(
+            f"a prompt of {benchmark.prompt} and {benchmark.new_tokens} new tokens; the model "
+            f"takes {source.max_positions}",
+            fix="use a shorter --prompt or fewer --new-tokens",
+        )
+    text = _text(evaluation.text, evaluation.text_field, held_out=True)
+    _segments(source, text, evaluation.segments, evaluation.seqlen, seed=None)
+
+
+def _evaluate(
+    bundle: Bundle,
+    model: Checkpoint,
+    request: EvalRequest,
+    text: Text,
+    inputs: Json,
+    announce: Announce,
+    *,
+    title: str,
+    overwrite: bool,
+) -> StageRecord:
+    def produce(folder: Path) -> Json:
+        ids = _segments(model, text, request.segments, request.seqlen, seed=None)
+        progress = announce(f"Perplexity of the {title}")
+        measured = quality.perplexity(
+            checkpoint.load_model(model.folder), ids, on_progress=progress
+        )
+        result = {"text": text.origin, **asdict(measured)}
+        (folder / "eval").mkdir()
+        artifact.write_json(folder / "eval" / "perplexity.json", {**result, **inputs})
+        return result
+
+    return bundle.run(
+        "eval",
+        produce,
+        options=request.to_json(),
+        inputs={**inputs, "text": text.sha256},
+        overwrite=overwrite,
+    )
+
+
+def _export(
+    bundle: Bundle,
+    model: Checkpoint,
+    pattern: Pattern | None,
+    inputs: Json,
+    announce: Announce,
+    *,
+    title: str,
+    overwrite: bool,
+) -> StageRecord:
+    def produce(folder: Path) -> Json:
+        _require_disk(folder, 4 * _parameters(model))
+        (folder / "onnx").mkdir()
+        record = exporters.onnx.export(
+            model,
+            folder / "onnx",
+            pattern=pattern,
+            on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
+        )
+        return {
+            "parity_limit": record["parity_limit"],
+            "parity": record["parity"],
+            "weights": len(record["weights"]),
+        }
+
+    return bundle.run("onnx", produce, options={}, inputs=inputs, overwrite=overwrite)
+
+
+def _text(name: str, text_field: str, *, held_out: bool) -> Text:
+    if name == BUILTIN:
+        return builtin_text(held_out=held_out)
+    return read_text(Path(name).expanduser(), text_field=text_field)
+
+
+def _segments(
+    source: Checkpoint, text: Text, count: int, length: int, *, seed: int | None
+) -> Tensor:
+    if not 2 <= length <= source.max_positions or count < 1:
+        raise UsageError(
+            f"{count} segments of {length} tokens; the model takes 2 to {source.max_positions} "
+            "tokens at once",
+            fix="use at least one segment, of a length that the model takes",
+        )
+    tokenizer = checkpoint.load_tokenizer(source.folder)
+    return segments(text, tokenizer, count=count, length=length, seed=seed)
+
+
+def _sample(bundle: Path, model: Path, request: BenchRequest) -> str:
+    """What the exported model of a bundle makes of the sample prompt."""
+    tokenizer = checkpoint.load_tokenizer(model)
+    prompt = tokenizer(request.sample_prompt, add_special_tokens=False)["input_ids"]
+    ids = generate(
+        open_engine(bundle), prompt, new_tokens=request.sample_tokens, stop=stop_ids(model)
+    )
+    return str(tokenizer.decode(list(ids)))
+
+
+def _summary_of(blocks: list[pruning.BlockReport]) -> Json:
+    layers = [layer for block in blocks for layer in block.layers]
+    worst = max(layers, key=lambda layer: layer.relative_error)
+    weights = sum(layer.rows * layer.cols for layer in layers)
+    return {
+        "layers": len(layers),
+        "weights": weights,
+        "sparsity": sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
+        "pattern_holds": all(layer.pattern_holds for layer in layers),
+        "layers_off_pattern": [layer.name for layer in layers if not layer.pattern_holds],
+        "median_relative_error": statistics.median(layer.relative_error for layer in layers),
+        "worst_relative_error": worst.relative_error,
+        "worst_layer": worst.name,
+        "largest_damping": max(layer.damping for layer in layers),
+        "collect_seconds": sum(block.collect_seconds for block in blocks),
+        "solve_seconds": sum(block.solve_seconds for block in blocks),
+        "forward_seconds": sum(block.forward_seconds for block in blocks),
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+    }
+
+
+def _model_hash(bundle: Bundle) -> str:
+    """One hash for the pruned model: over the hashes of its files."""
+    files = bundle.stages["prune"].files
+    return artifact.sha256_of(
+        {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
+    )
+
+
+def _bytes_of(source: Checkpoint, dtype: str) -> int:
+    """Size of the model's weights when stored in a dtype."""
+    weights = source.weights
+    return sum(
+        math.prod(shape) * DTYPES.get(dtype, weights.dtypes[name]).itemsize
+        for name, shape in weights.shapes.items()
+    )
+
+
+def _parameters(source: Checkpoint) -> int:
+    return sum(math.prod(shape) for shape in source.weights.shapes.values())
+
+
+def _require_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {needed / 1e9:.1f} GB needed on disk, {free / 1e9:.1f} GB free",
+            fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; what is "
+            "finished is kept, and repeating the command continues",
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The path itself or the nearest parent that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -1,0 +1,152 @@
+"""What a run showed, dense beside pruned, as one JSON-ready value and a verdict in words."""
+
+from typing import Any
+
+from runtime.latency import summarise
+from thanos_deploy.artifact import Bundle, Json, StageRecord
+from thanos_deploy.pattern import Pattern, SemiStructured, parse
+
+FORMAT = 1
+
+_NO_GPU = "not measured (no GPU)"
+
+
+def build(bundle: Bundle, dense: Bundle) -> Json:
+    """Collect what the finished stages of a bundle and of its dense model say.
+
+    Args:
+        bundle: with the stages prune, eval, onnx and bench finished.
+        dense: the bundle of the dense model, with eval and onnx finished.
+    """
+    prune, evaluation = bundle.stages["prune"], bundle.stages["eval"]
+    onnx, bench = bundle.stages["onnx"], bundle.stages["bench"]
+    pattern = parse(prune.options["pattern"])
+    latency = {
+        label: {
+            "prefill": _summary(measured["samples"]["prefill_seconds"]),
+            "decode": _summary(measured["samples"]["decode_seconds"]),
+            "load_seconds": measured["load_seconds"],
+        }
+        for label, measured in bench.result["subjects"].items()
+    }
+    speedup = {
+        what: latency["dense"][what]["median"] / latency["pruned"][what]["median"]
+        for what in ("prefill", "decode")
+    }
+    perplexity = {
+        "dense": dense.stages["eval"].result["value"],
+        "pruned": evaluation.result["value"],
+    }
+    return {
+        "format": FORMAT,
+        "source": bundle.source,
+        "pattern": str(pattern),
+        "method": prune.options["method"],
+        "verdict": verdict(pattern, speedup, perplexity),
+        "quality": {
+            "measure": "perplexity",
+            "text": evaluation.result["text"],
+            "segments": evaluation.result["segments"],
+            "length": evaluation.result["length"],
+            **perplexity,
+        },
+        "linear_layers": {
+            name: prune.result[name]
+            for name in (
+                "layers",
+                "weights",
+                "sparsity",
+                "pattern_holds",
+                "layers_off_pattern",
+                "median_relative_error",
+                "worst_relative_error",
+                "worst_layer",
+                "largest_damping",
+            )
+        },
+        "bytes": {
+            "model": {
+                "dense": prune.result["dense_bytes"],
+                "pruned": _bytes(prune, ".safetensors"),
+            },
+            "onnx": {
+                "dense": _bytes(dense.stages["onnx"], ".onnx", ".data"),
+                "pruned": _bytes(onnx, ".onnx", ".data"),
+            },
+        },
+        "latency": {
+            "backend": "ONNX Runtime, CPUExecutionProvider",
+            "batch": bench.options["batch"],
+            "prompt": bench.options["prompt"],
+            "new_tokens": bench.options["new_tokens"],
+            **latency,
+            "speedup": speedup,
+            "gpu": _NO_GPU,
+        },
+        "peak_memory_bytes": {
+            label: measured["peak_memory_bytes"]
+            for label, measured in bench.result["subjects"].items()
+        },
+        "parity": {
+            "limit": onnx.result["parity_limit"],
+            "cases": len(onnx.result["parity"]),
+            "worst": max(
+                max(case["logits_error"], case["cache_error"]) for case in onnx.result["parity"]
+            ),
+        },
+        "sample": {"prompt": bench.options["sample_prompt"], **bench.result["sample"]},
+        "seconds": {
+            name: record.seconds for name, record in bundle.stages.items() if name != "report"
+        },
+        "options": {
+            name: record.options for name, record in bundle.stages.items() if record.options
+        },
+        "environment": bench.environment,
+    }
+
+
+def verdict(pattern: Pattern, speedup: dict[str, float], perplexity: dict[str, float]) -> list[str]:
+    """What the numbers mean, one sentence each.
+
+    Args:
+        pattern: what was pruned to.
+        speedup: dense time / pruned time of "prefill" and "decode" on ONNX Runtime's CPU provider.
+        perplexity: of the "dense" and the "pruned" model.
+    """
+    sentences = [
+        f"Perplexity went from {perplexity['dense']:.2f} to {perplexity['pruned']:.2f}.",
+        f"Measured on this CPU, prefill ran at {speedup['prefill']:.2f}x and decode at "
+        f"{speedup['decode']:.2f}x the dense model's speed.",
+        f"{pattern} brings no speed on a CPU: ONNX Runtime has no sparse CPU kernels, so it reads "
+        "and multiplies the zeros like any other number; a difference from 1.00x has other causes.",
+        "The files are no smaller either, because the zeros are stored like any other number.",
+    ]
+    match pattern:
+        case SemiStructured(2, 4):
+            sentences.append(
+                "What would be faster: sparse tensor cores (NVIDIA, compute capability 8.0 or "
+                "later) through TensorRT with sparse weights allowed, for prefill and large "
+                "batches; on any machine, structured pruning, which makes the matrices smaller. "
+                f"On a GPU this model is {_NO_GPU}."
+            )
+        case _:
+            sentences.append(
+                f"No sparse tensor core takes {pattern} (they take 2:4 only), so a GPU does not "
+                "change this; structured pruning, which makes the matrices smaller, would."
+            )
+    return sentences
+
+
+def _summary(seconds: list[float]) -> dict[str, Any]:
+    summary = summarise(tuple(seconds))
+    return {
+        "median": summary.median,
+        "p90": summary.p90,
+        "p99": summary.p99,
+        "count": summary.count,
+        "unit": "seconds",
+    }
+
+
+def _bytes(record: StageRecord, *endings: str) -> int:
+    return sum(file.bytes for name, file in record.files.items() if name.endswith(endings))
