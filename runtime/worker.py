@@ -1,11 +1,13 @@
 """One engine in a process of its own, measured on demand.
 
-`python -m runtime.worker BUNDLE BACKEND` speaks lines of JSON. When the engine is loaded it says how
-long that took; then, for every workload on standard input, it returns the samples, and for an
+`python -m runtime.worker BUNDLE BACKEND` speaks lines of JSON. When the engine is loaded it says
+how long that took; then, for every workload on standard input, it returns the samples, and for an
 empty object its memory alone.
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -36,4 +38,9 @@ def _say(value: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # Ctrl-C reaches every process of the terminal; whoever started this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        main(*sys.argv[1:])
+    except BrokenPipeError:
+        os._exit(0)  # nobody listens any more, and closing standard output would say so again

@@ -1,0 +1,105 @@
+"""Small random models, and an environment in which nothing is downloaded or left behind."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import exporters.onnx
+from thanos_deploy.checkpoint import Checkpoint
+
+MakeModel = Callable[..., Path]
+
+# What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
+_SIZES: dict[str, dict[str, object]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 1, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "gpt_neox": {"use_parallel_residual": True},
+}
+MODEL_TYPES = tuple(_SIZES)
+VOCABULARY = 257
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THANOS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes a folder with a random two-block model of a type, with a byte tokenizer."""
+
+    def make(
+        model_type: str = "llama", *, dtype: torch.dtype = torch.float32, **sizes: object
+    ) -> Path:
+        folder = tmp_path_factory.mktemp(model_type)
+        config = AutoConfig.for_model(
+            model_type,
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 128,
+                "bos_token_id": 256,
+                "eos_token_id": 256,
+                "pad_token_id": 256,
+                **_SIZES[model_type],
+                **sizes,
+            },
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # the usual 0.02 would leave nothing to tell apart
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.to(dtype).save_pretrained(folder)
+        save_byte_tokenizer(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_model: MakeModel) -> Path:
+    """A random two-block LLaMA with grouped query attention. Not to be changed."""
+    return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny LLaMA's ONNX export, where a bundle has it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / "onnx").mkdir()
+    exporters.onnx.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
+    return folder
+
+
+def stock_model(folder: Path, **options: object) -> Any:
+    """A model as a user of transformers alone would load it, ready for inference.
+
+    Typed as Any: transformers' own types say that `generate` cannot be called.
+    """
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """One token a byte, and one that ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)

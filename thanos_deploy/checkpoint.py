@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -228,7 +229,14 @@ class Checkpoint:
                 f"{path}: missing, so {folder} is not a model folder",
                 fix="give a Hugging Face model folder, a hub id or a .gguf file",
             ) from error
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            StrictDataclassError,
+        ) as error:
             raise ModelError(
                 f"{path}: not a readable model configuration ({error})",
                 fix="restore config.json from the model's origin",

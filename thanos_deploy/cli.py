@@ -259,7 +259,10 @@ def export(out: Path, target: str, **options: Any) -> None:
 @_evaluation
 @_common
 def evaluate(out: Path, dense: str, **options: Any) -> None:
-    """Measure the perplexity of the bundle OUT and of the dense model."""
+    """Measure the perplexity of the bundle OUT and of the dense model.
+
+    A bundle holds one evaluation; --overwrite replaces it by one on another text.
+    """
     with _session(options) as session:
         from thanos_deploy import pipeline
 
@@ -271,6 +274,8 @@ def evaluate(out: Path, dense: str, **options: Any) -> None:
                 overwrite=options["overwrite"],
                 announce=session,
             )
+            if "report" in bundle.stages:
+                pipeline.write_report(bundle, source)
     _print(options, {"dense": pruned.inputs["dense"], "pruned": pruned.result}, console.show_values)
 
 

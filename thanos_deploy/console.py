@@ -29,6 +29,7 @@ _errors = Console(stderr=True)
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars, notes and warnings off the user's terminal."""
+    import torch  # noqa: F401 - importing it sets up its loggers, so it has to come first
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -108,26 +109,22 @@ def show_report(report: Json) -> None:
     row("perplexity", quality["dense"], quality["pruned"], 2)
     for name, title in (("model", "checkpoint, MB"), ("onnx", "ONNX, MB")):
         row(title, size[name]["dense"] / 1e6, size[name]["pruned"] / 1e6)
-    for what, title in (
-        ("prefill", f"prefill of {latency['batch']}x{latency['prompt']}"),
-        ("decode", f"decode of {latency['batch']}x1"),
-    ):
+    for what, tokens in (("prefill", latency["prompt"]), ("decode", 1)):
         for figure in ("median", "p90", "p99"):
             row(
-                f"{title}, ms {figure}",
+                f"{what} {latency['batch']}x{tokens} {figure}, ms",
                 latency["dense"][what][figure] * 1e3,
                 latency["pruned"][what][figure] * 1e3,
-                2,
             )
     row("peak memory, MB", memory["dense"] / 1e6, memory["pruned"] / 1e6)
     table.add_row("zeros in linear layers", "", f"{report['linear_layers']['sparsity']:.2%}", "")
     table.add_row("ONNX against PyTorch", "", f"{report['parity']['worst']:.1e}", "")
-    table.add_row("on a GPU", latency["gpu"], latency["gpu"], "")
     console.print(table)
     environment = report["environment"]
     console.print(
         f"Latency and memory: {latency['backend']}, {environment['cores']} cores of "
-        f"{environment['processor']}; in turns, each model in a process of its own.",
+        f"{environment['processor']}; in turns, each model in a process of its own. "
+        f"Perplexity: {quality['text']}. GPU: {latency['gpu']}.",
         style="dim",
         highlight=False,
     )

@@ -227,13 +227,9 @@ def evaluate(
 ) -> StageRecord:
     """Measure the perplexity of the dense and the pruned model, unless that is done."""
     pruned = bundle.require("prune", "`thanos-deploy prune`")
+    bundle.check("eval", request.to_json(), overwrite=overwrite)
     text = _text(request.text, request.text_field, held_out=True)
-    if text.sha256 == pruned.inputs["text"]:
-        raise UsageError(
-            f"{text.origin}: the model was pruned on this very text, so its perplexity there "
-            "says nothing",
-            fix="give another text with --eval-text",
-        )
+    _require_other_text(text, pruned.inputs["text"])
     reference = dense.evaluate(request, text, announce)
     return _evaluate(
         bundle,
@@ -273,6 +269,7 @@ def bench(
 ) -> StageRecord:
     """Time the pruned model beside the dense one on ONNX Runtime, unless that is done."""
     bundle.require("onnx", "`thanos-deploy export --target onnx`")
+    bundle.check("bench", asdict(request), overwrite=overwrite)
     reference = dense.export(announce)
     subjects = {"dense": dense.folder, "pruned": bundle.path}
 
@@ -445,8 +442,11 @@ def _refuse_beforehand(
             f"takes {source.max_positions}",
             fix="use a shorter --prompt or fewer --new-tokens",
         )
+    calibration = _text(request.calib, request.text_field, held_out=False)
+    _segments(source, calibration, request.nsamples, request.seqlen, seed=request.seed)
     text = _text(evaluation.text, evaluation.text_field, held_out=True)
     _segments(source, text, evaluation.segments, evaluation.seqlen, seed=None)
+    _require_other_text(text, calibration.sha256)
 
 
 def _evaluate(
@@ -512,6 +512,15 @@ def _text(name: str, text_field: str, *, held_out: bool) -> Text:
     if name == BUILTIN:
         return builtin_text(held_out=held_out)
     return read_text(Path(name).expanduser(), text_field=text_field)
+
+
+def _require_other_text(text: Text, calibration_sha256: str) -> None:
+    if text.sha256 == calibration_sha256:
+        raise UsageError(
+            f"{text.origin}: the model is pruned on this very text, so its perplexity there "
+            "says nothing",
+            fix="give another text with --eval-text",
+        )
 
 
 def _segments(

@@ -25,7 +25,7 @@ from thanos_deploy.verdict import judge
 logger = logging.getLogger(__name__)
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
-_TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def prune(
         files = _Files(checkpoint, copy, model.base_model_prefix)
 
         files.load(model.base_model, f"{model.base_model_prefix}.", skip=checkpoint.family.blocks)
-        batch = max(1, _TOKENS_PER_BATCH // segments.shape[1])
+        batch = max(1, TOKENS_PER_BATCH // segments.shape[1])
         inputs = block_inputs(model, checkpoint.family, segments.split(batch))
         model.get_input_embeddings().to("meta")
 

@@ -127,7 +127,7 @@ def verdict(pattern: Pattern, speedup: dict[str, float], perplexity: dict[str, f
                 "What would be faster: sparse tensor cores (NVIDIA, compute capability 8.0 or "
                 "later) through TensorRT with sparse weights allowed, for prefill and large "
                 "batches; on any machine, structured pruning, which makes the matrices smaller. "
-                f"On a GPU this model is {_NO_GPU}."
+                f"On a GPU: {_NO_GPU}."
             )
         case _:
             sentences.append(

@@ -89,6 +89,12 @@ def prune(
     )
     new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
     new_weight[active], mask[active] = pruned, removed
+    if not bool(new_weight.isfinite().all()):
+        raise HessianError(
+            f"{problem.name}: the solution overflows {weight.dtype}; the weights reach "
+            f"{weight.abs().max().item():g} and the Hessian {hessian.abs().max().item():g}",
+            fix="check the checkpoint: no trained layer has values like these",
+        )
     return LayerResult(
         weight=new_weight,
         mask=mask,

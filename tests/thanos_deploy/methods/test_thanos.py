@@ -275,6 +275,13 @@ def test_a_hopeless_hessian_is_an_error_and_not_another_method() -> None:
         thanos.prune(hopeless, Unstructured(0.5))
 
 
+def test_a_solution_that_overflows_is_an_error() -> None:
+    problem = random_problem(14)
+    huge = LayerProblem(problem.weight.float() * 1e37, problem.hessian.float(), "huge")
+    with pytest.raises(HessianError, match="huge: the solution overflows"):
+        thanos.prune(huge, TWO_FOUR)
+
+
 @pytest.mark.parametrize(
     ("pattern", "options", "error"),
     [

