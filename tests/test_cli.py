@@ -360,6 +360,15 @@ def test_a_full_disk_exits_5_and_the_rerun_succeeds(
     assert invoke(*arguments)[0] == 0
 
 
+def test_a_place_that_cannot_be_written_to_exits_4(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    code, _, errors = invoke("prune", tiny_llama, *SMALL[:8], "-o", tmp_path / "file" / "out")
+    assert code == 4
+    assert "Not a directory" in errors
+
+
 def test_a_bug_exits_1_and_keeps_its_traceback(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

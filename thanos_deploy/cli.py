@@ -21,13 +21,15 @@ import click
 
 import exporters
 from thanos_deploy import __version__, console, methods, pattern
-from thanos_deploy.errors import DeployError, PatternError, ResourceError
+from thanos_deploy.errors import DeployError, PatternError, PlatformError, ResourceError
 
 if TYPE_CHECKING:
     from thanos_deploy.artifact import Json
     from thanos_deploy.pipeline import Announce, BenchRequest, EvalRequest, PruneRequest
 
 INTERRUPTED = 130
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -385,8 +387,8 @@ def _run() -> int:
         console.show_error("interrupted; repeat the command to continue where it stopped")
         return INTERRUPTED
     except Exception as error:
-        if resource := _resource_error(error):
-            return _fail(resource)
+        if known := _as_deploy_error(error):
+            return _fail(known)
         traceback.print_exc()
         console.show_error("this is a bug in thanos-deploy; please report the lines above")
         return 1
@@ -398,12 +400,17 @@ def _fail(error: DeployError) -> int:
     return error.exit_code
 
 
-def _resource_error(error: Exception) -> ResourceError | None:
-    """What an exception means if it says that memory or disk ran out."""
+def _as_deploy_error(error: Exception) -> DeployError | None:
+    """What an exception of the system or of PyTorch means, if it is not a bug."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             f"{error.filename or 'a file'}: no space left on the device",
             fix="free some space and repeat the command; what is finished is kept",
+        )
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return PlatformError(
+            f"{error.filename}: {error.strerror}",
+            fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
         )
     # PyTorch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):

@@ -241,7 +241,9 @@ class _Files:
         """Write what has not been written yet as it is in the checkpoint."""
         for name in self._copy.missing:
             tensor = self._checkpoint.weights.read([name])[name]
-            self._copy.write(name, _stored(tensor, self._copy.dtype(name), name))
+            if tensor.dtype != self._copy.dtype(name):
+                tensor = _stored(tensor, self._copy.dtype(name), name)
+            self._copy.write(name, tensor)
 
     def _stored_name(self, parameter: str) -> str:
         return self._checkpoint.stored_name(parameter, self._prefix)
@@ -256,7 +258,7 @@ def _stored(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         ModelError: a value does not fit the dtype.
     """
-    stored = weight.to(dtype) + 0.0
+    stored = weight.to(dtype, copy=True).add_(0.0)
     if not bool(stored.isfinite().all()):
         raise ModelError(
             f"{name}: values up to {weight.abs().max().item():g} do not fit {dtype}",
