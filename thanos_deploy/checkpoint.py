@@ -48,6 +48,9 @@ _SAFETENSORS_DTYPES = {
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
+# Entries that are checked at once: checking needs as much memory again.
+_ENTRIES_AT_ONCE = 1 << 22
+
 # What belongs to a model besides its weights: configuration, tokenizer, chat template.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -317,7 +320,10 @@ class Weights:
                         continue
                     # A copy, because the file's pages count as resident while they are mapped.
                     tensor = file.get_tensor(name).clone()
-                    bad = int((~tensor.isfinite()).sum())
+                    bad = sum(
+                        int((~part.isfinite()).sum())
+                        for part in tensor.flatten().split(_ENTRIES_AT_ONCE)
+                    )
                     if bad:
                         raise ModelError(
                             f"{self.folder / shard}: {bad} of {tensor.numel()} entries of {name} "
