@@ -58,6 +58,29 @@ def summarise(seconds: tuple[float, ...]) -> Summary:
     return Summary(len(seconds), float(median), float(p90), float(p99))
 
 
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """How many times as fast one engine is as another, over rounds in which they took turns."""
+
+    median: float
+    lowest: float
+    highest: float
+    rounds: int
+
+
+def speedup(slow: tuple[float, ...], fast: tuple[float, ...], *, rounds: int) -> Speedup:
+    """Compare two engines round by round, which takes out what changed from round to round.
+
+    Args:
+        slow: the samples that count as 1; as many in each round, in the order of the rounds.
+        fast: the samples to compare with them, likewise.
+        rounds: how many rounds the samples are from.
+    """
+    of_slow, of_fast = (np.reshape(seconds, (rounds, -1)).sum(axis=1) for seconds in (slow, fast))
+    ratios = of_slow / of_fast
+    return Speedup(float(np.median(ratios)), float(ratios.min()), float(ratios.max()), rounds)
+
+
 def measure(engine: Engine, workload: Workload) -> LatencySamples:
     """Time one prefill and the decode steps after it.
 

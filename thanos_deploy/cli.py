@@ -151,7 +151,7 @@ _benchmark = _options(
     click.option(
         "--new-tokens", default=16, show_default=True, help="Tokens decoded after each prompt."
     ),
-    click.option("--rounds", default=10, show_default=True, help="Timed rounds of each model."),
+    click.option("--rounds", default=20, show_default=True, help="Timed rounds of each model."),
     click.option(
         "--sample-prompt",
         default="The capital of France is",

@@ -110,7 +110,7 @@ class BenchRequest:
     batch: int = 1
     prompt: int = 128
     new_tokens: int = 16
-    rounds: int = 10
+    rounds: int = 20
     warmup: int = 2
     sample_prompt: str = "The capital of France is"
     sample_tokens: int = 48

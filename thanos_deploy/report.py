@@ -1,8 +1,9 @@
 """What a run showed, dense beside pruned, as one JSON-ready value and a verdict in words."""
 
+from dataclasses import asdict
 from typing import Any
 
-from runtime.latency import summarise
+from runtime.latency import Speedup, speedup, summarise
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.pattern import Pattern, SemiStructured, parse
 
@@ -29,8 +30,14 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
         }
         for label, measured in bench.result["subjects"].items()
     }
-    speedup = {
-        what: latency["dense"][what]["median"] / latency["pruned"][what]["median"]
+    faster = {
+        what: speedup(
+            *(
+                bench.result["subjects"][label]["samples"][f"{what}_seconds"]
+                for label in ("dense", "pruned")
+            ),
+            rounds=bench.options["rounds"],
+        )
         for what in ("prefill", "decode")
     }
     perplexity = {
@@ -42,7 +49,7 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
         "source": bundle.source,
         "pattern": str(pattern),
         "method": prune.options["method"],
-        "verdict": verdict(pattern, speedup, perplexity),
+        "verdict": verdict(pattern, faster, perplexity),
         "quality": {
             "measure": "perplexity",
             "text": evaluation.result["text"],
@@ -80,7 +87,7 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
             "prompt": bench.options["prompt"],
             "new_tokens": bench.options["new_tokens"],
             **latency,
-            "speedup": speedup,
+            "speedup": {what: asdict(value) for what, value in faster.items()},
             "gpu": _NO_GPU,
         },
         "peak_memory_bytes": {
@@ -105,18 +112,20 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
     }
 
 
-def verdict(pattern: Pattern, speedup: dict[str, float], perplexity: dict[str, float]) -> list[str]:
+def verdict(
+    pattern: Pattern, faster: dict[str, Speedup], perplexity: dict[str, float]
+) -> list[str]:
     """What the numbers mean, one sentence each.
 
     Args:
         pattern: what was pruned to.
-        speedup: dense time / pruned time of "prefill" and "decode" on ONNX Runtime's CPU provider.
+        faster: speed of "prefill" and "decode" on ONNX Runtime's CPU provider, dense = 1.
         perplexity: of the "dense" and the "pruned" model.
     """
     sentences = [
         f"Perplexity went from {perplexity['dense']:.2f} to {perplexity['pruned']:.2f}.",
-        f"Measured on this CPU, prefill ran at {speedup['prefill']:.2f}x and decode at "
-        f"{speedup['decode']:.2f}x the dense model's speed.",
+        f"Measured on this CPU, prefill ran at {_times(faster['prefill'])} and decode at "
+        f"{_times(faster['decode'])} the dense model's speed.",
         f"{pattern} brings no speed on a CPU: ONNX Runtime has no sparse CPU kernels, so it reads "
         "and multiplies the zeros like any other number; a difference from 1.00x has other causes.",
         "The files are no smaller either, because the zeros are stored like any other number.",
@@ -135,6 +144,13 @@ def verdict(pattern: Pattern, speedup: dict[str, float], perplexity: dict[str, f
                 "change this; structured pruning, which makes the matrices smaller, would."
             )
     return sentences
+
+
+def _times(speedup: Speedup) -> str:
+    return (
+        f"{speedup.median:.2f}x ({speedup.lowest:.2f}x to {speedup.highest:.2f}x in "
+        f"{speedup.rounds} rounds)"
+    )
 
 
 def _summary(seconds: list[float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import paired
-from runtime.latency import LatencySamples, Workload, measure, summarise
+from runtime.latency import LatencySamples, Workload, measure, speedup, summarise
 from thanos_deploy.errors import DeployError, PlatformError
 
 
@@ -46,6 +46,14 @@ def test_samples_add_up_in_order() -> None:
 def test_a_summary_is_the_median_and_the_tail() -> None:
     summary = summarise(tuple(float(i) for i in range(1, 102)))
     assert (summary.count, summary.median, summary.p90, summary.p99) == (101, 51.0, 91.0, 100.0)
+
+
+def test_a_speedup_is_taken_round_by_round() -> None:
+    """The second round is ten times as slow for both, and the ratio does not notice."""
+    dense = (1.0, 3.0, 10.0, 30.0, 1.0, 1.0)
+    pruned = (1.0, 1.0, 10.0, 10.0, 1.0, 3.0)
+    result = speedup(dense, pruned, rounds=3)
+    assert (result.median, result.lowest, result.highest) == (2.0, 0.5, 2.0)
 
 
 def test_engines_are_compared_in_processes_of_their_own(
