@@ -49,7 +49,7 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
         "source": bundle.source,
         "pattern": str(pattern),
         "method": prune.options["method"],
-        "verdict": verdict(pattern, faster, perplexity),
+        "verdict": verdict(pattern, faster, perplexity, holds=prune.result["pattern_holds"]),
         "quality": {
             "measure": "perplexity",
             "text": evaluation.result["text"],
@@ -113,7 +113,7 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
 
 
 def verdict(
-    pattern: Pattern, faster: dict[str, Speedup], perplexity: dict[str, float]
+    pattern: Pattern, faster: dict[str, Speedup], perplexity: dict[str, float], *, holds: bool
 ) -> list[str]:
     """What the numbers mean, one sentence each.
 
@@ -121,6 +121,7 @@ def verdict(
         pattern: what was pruned to.
         faster: speed of "prefill" and "decode" on ONNX Runtime's CPU provider, dense = 1.
         perplexity: of the "dense" and the "pruned" model.
+        holds: every pruned layer keeps the pattern everywhere.
     """
     sentences = [
         f"Perplexity went from {perplexity['dense']:.2f} to {perplexity['pruned']:.2f}.",
@@ -131,6 +132,11 @@ def verdict(
         "The files are no smaller either, because the zeros are stored like any other number.",
     ]
     match pattern:
+        case SemiStructured() if not holds:
+            sentences.append(
+                "The pattern does not hold in every row (outlier rows were left dense), so sparse "
+                "tensor cores do not take these layers as they are."
+            )
         case SemiStructured(2, 4):
             sentences.append(
                 "What would be faster: sparse tensor cores (NVIDIA, compute capability 8.0 or "

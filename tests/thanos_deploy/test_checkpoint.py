@@ -69,6 +69,21 @@ def test_a_hub_id_that_is_not_cached_needs_the_network() -> None:
         locate("nobody/nothing")
 
 
+def test_a_hub_id_is_found_in_the_hubs_local_cache(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(tiny_llama, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    source = locate("someone/tiny")
+    assert (source.kind, source.name, source.revision) == ("hub", "someone/tiny", commit)
+    assert source.sha256 == locate(str(tiny_llama)).sha256
+    assert Checkpoint.open(source.path).config.model_type == "llama"
+
+
 def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"not \.gguf"):
