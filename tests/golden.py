@@ -34,3 +34,12 @@ def loss(problem: LayerProblem, new_weight: Tensor) -> float:
     """1/2 tr(E H E^T) with the damped H."""
     change = new_weight - problem.weight
     return 0.5 * ((change @ damped(problem.hessian)) * change).sum().item()
+
+
+def random_problem(seed: int, rows: int = 6, cols: int = 16, tokens: int = 64) -> LayerProblem:
+    """Correlated float64 inputs with channels of unequal size."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols, cols, generator=g, dtype=torch.float64)
+    x = mix @ torch.randn(cols, tokens, generator=g, dtype=torch.float64)
+    weight = torch.randn(rows, cols, generator=g, dtype=torch.float64)
+    return LayerProblem(weight, x @ x.T, f"random {seed}")

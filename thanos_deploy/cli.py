@@ -56,6 +56,16 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return lambda command: reduce(lambda inner, wrap: wrap(inner), reversed(decorators), command)
 
 
+# Options that belong to a method; each is passed on only when it was given.
+_METHOD_OPTIONS = (
+    "block_columns",
+    "damping",
+    "damping_mode",
+    "score",
+    "refit_steps",
+    "outlier_rows",
+)
+
 _model = click.argument("model")
 _bundle = click.argument("out", type=click.Path(path_type=Path))
 _out = click.option(
@@ -89,7 +99,8 @@ _pruning = _options(
         type=PatternType(),
         required=True,
         help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
-        "unstructured:FRACTION removes that fraction.",
+        "unstructured:FRACTION removes that fraction; structured:FRACTION removes whole input "
+        "columns of each layer (they become zero, the shapes stay).",
     ),
     click.option(
         "--method",
@@ -109,20 +120,37 @@ _pruning = _options(
     click.option("--seqlen", default=512, show_default=True, help="Tokens of each segment."),
     click.option("--seed", default=0, show_default=True, help="Picks the segments."),
     click.option(
-        "--block-size", default=128, show_default=True, help="Columns that are solved at once."
+        "--block-size",
+        "block_columns",
+        type=int,
+        help="thanos, sparsegpt: columns that are solved at once.  [default: 128]",
     ),
     click.option(
         "--damp",
-        default=0.01,
-        show_default=True,
-        help="Damping of the Hessian, as a fraction of its mean diagonal.",
+        "damping",
+        type=float,
+        help="thanos, sparsegpt: damping of the Hessian, as a fraction.  [default: 0.01]",
+    ),
+    click.option(
+        "--damp-mode",
+        "damping_mode",
+        help="thanos, sparsegpt: fraction of what: the mean or median of the Hessian's diagonal, "
+        "or per-channel.  [default: mean]",
+    ),
+    click.option(
+        "--score",
+        help="thanos: what chooses the weights to remove: wanda or obs.  [default: wanda]",
+    ),
+    click.option(
+        "--refit-steps",
+        type=int,
+        help="thanos: steps of a last fit of all kept weights of a layer.  [default: 0]",
     ),
     click.option(
         "--outlier-rows",
-        default=0.0,
-        show_default=True,
-        help="Fraction of each layer's rows that stay dense (n:m only). "
-        "Such a model does not hold the pattern everywhere.",
+        type=float,
+        help="thanos: fraction of each layer's rows that stay dense; such a model does not "
+        "hold the pattern everywhere.  [default: 0]",
     ),
     click.option(
         "--dtype",
@@ -310,9 +338,7 @@ def _prune_request(options: dict[str, Any]) -> "PruneRequest":
     return PruneRequest(
         pattern=options["pattern"],
         method=options["method"],
-        block_columns=options["block_size"],
-        damping=options["damp"],
-        outlier_rows=options["outlier_rows"],
+        options={name: options[name] for name in _METHOD_OPTIONS if options[name] is not None},
         calib=options["calib"],
         text_field=options["text_field"],
         nsamples=options["nsamples"],

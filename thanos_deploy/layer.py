@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,18 @@ class LayerResult:
     mask: Tensor
     relative_error: float
     damping: float
+
+
+def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:
+    """The layer with the masked weights set to zero and nothing else changed.
+
+    Args:
+        problem: the layer.
+        mask: bool[rows, cols], True = removed.
+    """
+    weight = torch.where(mask, 0.0, problem.weight)
+    error = relative_error(problem.weight, weight, problem.hessian)
+    return LayerResult(weight, mask, error, damping=0.0)
 
 
 def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:

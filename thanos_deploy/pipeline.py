@@ -15,9 +15,9 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -27,13 +27,14 @@ from runtime import paired
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.latency import Workload
-from thanos_deploy import artifact, card, checkpoint, environment, report
+from thanos_deploy import artifact, card, checkpoint, environment, methods, report
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, locate
 from thanos_deploy.errors import ResourceError, UsageError
+from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, parse
 from thanos_deploy.progress import OnProgress, silent
 
@@ -55,7 +56,7 @@ class PruneRequest:
     Attributes:
         pattern: the sparsity pattern.
         method: name of the method.
-        block_columns, damping, outlier_rows: the method's options.
+        options: what the method is told; its own defaults apply to the rest.
         calib: "builtin" or the path of a text.
         text_field: the field of a JSON Lines row that holds the text.
         nsamples, seqlen: calibration segments and tokens of each.
@@ -65,9 +66,7 @@ class PruneRequest:
 
     pattern: Pattern
     method: str = "thanos"
-    block_columns: int = 128
-    damping: float = 0.01
-    outlier_rows: float = 0.0
+    options: Mapping[str, Option] = field(default_factory=dict)
     calib: str = BUILTIN
     text_field: str = "text"
     nsamples: int = 32
@@ -76,17 +75,27 @@ class PruneRequest:
     dtype: str = "auto"
 
     @property
-    def method_options(self) -> dict[str, float]:
-        """The options that the method itself takes."""
-        return {
-            "block_columns": self.block_columns,
-            "damping": self.damping,
-            "outlier_rows": self.outlier_rows,
-        }
+    def resolved_options(self) -> dict[str, Option]:
+        """All of the method's options, the defaults of those not given included.
+
+        Raises:
+            UsageError: the method has no such option.
+        """
+        return methods.resolve(self.method, self.options)
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
-        return {**asdict(self), "pattern": str(self.pattern), "calib": Path(self.calib).name}
+        return {
+            "pattern": str(self.pattern),
+            "method": self.method,
+            **self.resolved_options,
+            "calib": Path(self.calib).name,
+            "text_field": self.text_field,
+            "nsamples": self.nsamples,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +210,7 @@ def prune(
             folder / "model",
             pattern=request.pattern,
             method=request.method,
-            options=request.method_options,
+            options=request.resolved_options,
             dtype=DTYPES.get(request.dtype),
             on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
         )
@@ -433,7 +442,7 @@ def _refuse_beforehand(
         bundle.check(stage, options, overwrite=overwrite)
     source = dense.checkpoint(announce)
     pruning.check(
-        source, pattern=request.pattern, method=request.method, options=request.method_options
+        source, pattern=request.pattern, method=request.method, options=request.resolved_options
     )
     tokens = benchmark.prompt + benchmark.new_tokens
     if tokens > source.max_positions:

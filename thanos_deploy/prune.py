@@ -18,6 +18,7 @@ from thanos_deploy.calibrate import block_inputs, hessians
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.errors import ModelError
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.verdict import judge
@@ -76,7 +77,7 @@ def prune(
     *,
     pattern: Pattern,
     method: str,
-    options: Mapping[str, float],
+    options: Mapping[str, Option],
     dtype: torch.dtype | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -171,7 +172,7 @@ def prune(
 
 
 def check(
-    checkpoint: Checkpoint, *, pattern: Pattern, method: str, options: Mapping[str, float]
+    checkpoint: Checkpoint, *, pattern: Pattern, method: str, options: Mapping[str, Option]
 ) -> None:
     """Refuse, before anything is computed, layers that the method cannot prune.
 

@@ -20,8 +20,10 @@ def test_a_width_that_the_group_does_not_divide_does_not_hold() -> None:
     assert not judge(np.zeros((2, 6), dtype=bool), SemiStructured(2, 4)).holds
 
 
-@pytest.mark.parametrize(("zeros", "holds"), [(49, False), (50, True), (51, True)])
-def test_unstructured_needs_the_full_count(zeros: int, holds: bool) -> None:
+@pytest.mark.parametrize(("zeros", "holds"), [(39, False), (41, True), (50, True), (51, True)])
+def test_unstructured_needs_the_full_count_rounded_down_in_each_row(
+    zeros: int, holds: bool
+) -> None:
     nonzero = np.ones(100, dtype=bool)
     nonzero[:zeros] = False
     verdict = judge(nonzero.reshape(10, 10), Unstructured(0.5))

@@ -5,23 +5,33 @@ knowledge of models, files or the command line. A new file is a new method; the 
 it by its name.
 """
 
+import inspect
 import pkgutil
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
-from thanos_deploy.pattern import Pattern
+from thanos_deploy.errors import ModelError, UsageError
+from thanos_deploy.pattern import Pattern, SemiStructured
 
 if TYPE_CHECKING:  # listing the methods must not pay for importing torch
     from thanos_deploy.layer import LayerProblem, LayerResult
 
 
-class Method(Protocol):
-    """What every module of this package provides."""
+# The value of what a method can be told beside the pattern.
+Option = float | str
 
-    def prune(self, problem: "LayerProblem", pattern: Pattern, **options: float) -> "LayerResult":
+
+class Method(Protocol):
+    """What every module of this package provides.
+
+    The options of a method are the keyword arguments of its two functions, with their defaults.
+    """
+
+    def prune(self, problem: "LayerProblem", pattern: Pattern, **options: Option) -> "LayerResult":
         """Prune one linear layer."""
 
-    def check(self, name: str, cols: int, pattern: Pattern, **options: float) -> None:
+    def check(self, name: str, cols: int, pattern: Pattern, **options: Option) -> None:
         """Refuse what `prune` could not do for a layer of so many inputs."""
 
 
@@ -33,3 +43,34 @@ def names() -> list[str]:
 def load(name: str) -> Method:
     """A method by its name, imported now."""
     return cast(Method, import_module(f"{__name__}.{name}"))
+
+
+def resolve(name: str, given: Mapping[str, Option]) -> dict[str, Option]:
+    """All options of a method: those given, and the defaults of the others.
+
+    Raises:
+        UsageError: the method has no such option.
+    """
+    parameters = inspect.signature(load(name).prune).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for option in given:
+        if option not in defaults:
+            raise UsageError(
+                f"method {name} has no option {option.replace('_', ' ')!r}",
+                fix=f"leave it out; {name} takes {', '.join(defaults) or 'none'}",
+            )
+    return {**defaults, **given}
+
+
+def check_group(name: str, cols: int, pattern: Pattern) -> None:
+    """Refuse a layer whose inputs do not divide into the groups of an n:m pattern.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if isinstance(pattern, SemiStructured) and cols % pattern.group:
+        raise ModelError(
+            f"{name}: {cols} inputs do not divide into the groups of {pattern.group} of pattern "
+            f"{pattern}",
+            fix="use a pattern whose group divides the number of inputs",
+        )

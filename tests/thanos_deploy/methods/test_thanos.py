@@ -1,25 +1,20 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.golden import damped, golden_problem, loss
+from tests.golden import damped, golden_problem, loss, random_problem
 from thanos_deploy.errors import DeployError, HessianError, ModelError, UsageError
+from thanos_deploy.hessian import factor
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.mask import smallest_in_groups
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import SemiStructured, Structured, Unstructured
 
 TWO_FOUR = SemiStructured(2, 4)
-
-
-def random_problem(seed: int, rows: int = 6, cols: int = 16, tokens: int = 64) -> LayerProblem:
-    """Correlated float64 inputs with channels of unequal size."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(cols, cols, generator=g, dtype=torch.float64)
-    x = mix @ torch.randn(cols, tokens, generator=g, dtype=torch.float64)
-    weight = torch.randn(rows, cols, generator=g, dtype=torch.float64)
-    return LayerProblem(weight, x @ x.T, f"random {seed}")
 
 
 def naive_thanos(problem: LayerProblem, masks: dict[int, Tensor], block: int) -> Tensor:
@@ -67,13 +62,13 @@ def test_golden_losses_of_a_fixed_mask(block: int, expected: float) -> None:
     scores = problem.weight.abs() * problem.hessian.diagonal().sqrt()
     order = scores.sort(dim=1, stable=True).indices[:, :32]
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-    U, V, _ = thanos._factor(problem.hessian, 0.01, "golden")
+    H = factor(problem, 0.01)
     W = problem.weight.clone()
     for start in range(0, 64, block):
         stop = start + block
-        U_block = U[start:stop, start:stop]
-        change = thanos.solve_block(W[:, start:stop], mask[:, start:stop], U_block @ U_block.T)
-        W[:, stop:] += change @ U_block @ V[start:stop, stop:]
+        U_block = H.U[start:stop, start:stop]
+        change = thanos.solve_masked(W[:, start:stop], mask[:, start:stop], U_block @ U_block.T)
+        W[:, stop:] += change @ U_block @ H.V[start:stop, stop:]
         W[:, start:stop] = torch.where(mask[:, start:stop], 0.0, W[:, start:stop] + change)
     assert loss(problem, W) == pytest.approx(expected, rel=1e-9)
 
@@ -108,48 +103,17 @@ def test_equals_the_row_by_row_update_with_explicit_inverses(
 @given(seed=st.integers(0, 2**31))
 def test_losses_of_the_blocks_add_up(seed: int) -> None:
     problem = random_problem(seed)
-    U, V, _ = thanos._factor(problem.hessian, 0.01, "")
+    H = factor(problem, 0.01)
     W, total = problem.weight.clone(), 0.0
     for start in range(0, 16, 4):
         stop = start + 4
-        mask = thanos.smallest_in_groups(W[:, start:stop].abs(), 2, 4)
-        U_block = U[start:stop, start:stop]
-        change = thanos.solve_block(W[:, start:stop], mask, U_block @ U_block.T)
+        mask = smallest_in_groups(W[:, start:stop].abs(), 2, 4)
+        U_block = H.U[start:stop, start:stop]
+        change = thanos.solve_masked(W[:, start:stop], mask, U_block @ U_block.T)
         total += 0.5 * (change @ U_block).square().sum().item()
-        W[:, stop:] += change @ U_block @ V[start:stop, stop:]
+        W[:, stop:] += change @ U_block @ H.V[start:stop, stop:]
         W[:, start:stop] += change
     assert total == pytest.approx(loss(problem, W), rel=1e-9)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    rows=st.integers(1, 9),
-    cols=st.integers(1, 12),
-    sparsity=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]),
-    levels=st.integers(1, 4),
-    seed=st.integers(0, 2**31),
-)
-def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
-    rows: int, cols: int, sparsity: float, levels: int, seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (rows, cols), generator=g).float()
-    count = thanos.removed_count(sparsity, rows * cols)
-    mask = thanos.smallest_in_matrix(scores, count)
-    by_rule = sorted((scores[r, c].item(), c, r) for r in range(rows) for c in range(cols))[:count]
-    expected = torch.zeros_like(mask)
-    for _, c, r in by_rule:
-        expected[r, c] = True
-    assert torch.equal(mask, expected)
-
-
-def test_counts_above_two_to_the_24_are_exact() -> None:
-    entries = (1 << 24) + 4097
-    assert thanos.removed_count(0.3, 10 * entries) == 3 * entries
-    scores = torch.zeros(4097, 4096)
-    scores[:, -1] = 1.0
-    count = 4097 * 4095 + 5
-    assert int(thanos.smallest_in_matrix(scores, count).sum()) == count
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])
@@ -160,11 +124,6 @@ def test_every_group_of_every_row_loses_exactly_its_share(kept: int, group: int)
     assert (removed == group - kept).all()
     assert torch.equal(result.weight == 0, result.mask)
     assert not torch.signbit(result.weight[result.mask]).any()
-
-
-def test_equal_scores_in_a_group_remove_the_lower_columns() -> None:
-    mask = thanos.smallest_in_groups(torch.ones(1, 8), 2, 4)
-    assert mask.tolist() == [[True, True, False, False] * 2]
 
 
 def test_outlier_rows_stay_bit_identical_and_the_others_are_exact() -> None:
@@ -234,6 +193,107 @@ def test_an_indefinite_hessian_is_damped_harder_and_the_result_says_so() -> None
     assert result.damping == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("outlier_rows", "columns", "zeros", "expected"),
+    [(0.0, 20, 320, 8601.529830), (0.125, 22, 308, 8254.663897)],
+)
+def test_golden_losses_of_whole_columns(
+    outlier_rows: float, columns: int, zeros: int, expected: float
+) -> None:
+    problem = golden_problem()
+    result = thanos.prune(problem, Structured(0.3), outlier_rows=outlier_rows)
+    assert loss(problem, result.weight) == pytest.approx(expected, rel=1e-9)
+    assert int(result.mask.sum()) == zeros
+    outliers = (~result.mask.any(dim=1)).nonzero().flatten().tolist()
+    assert outliers == ([3, 7] if outlier_rows else [])
+    removed = result.mask[0].nonzero().flatten().tolist()
+    assert len(removed) == columns
+    if not outlier_rows:
+        assert removed == [
+            2,
+            4,
+            5,
+            9,
+            14,
+            15,
+            16,
+            17,
+            18,
+            23,
+            25,
+            30,
+            32,
+            34,
+            37,
+            42,
+            46,
+            48,
+            52,
+            57,
+        ]
+
+
+def test_whole_columns_are_the_exact_least_squares_on_the_kept_ones() -> None:
+    problem = random_problem(15)
+    result = thanos.prune(problem, Structured(0.5))
+    H, keep = damped(problem.hessian), ~result.mask[0]
+    exact = torch.linalg.solve(H[keep][:, keep], H[keep] @ problem.weight.T).T
+    torch.testing.assert_close(result.weight[:, keep], exact, rtol=1e-9, atol=1e-10)
+
+
+def test_the_obs_score_of_columns_is_the_loss_of_removing_each_alone() -> None:
+    problem = random_problem(16)
+    one = thanos.prune(problem, Structured(1 / 16), score="obs")
+    losses = []
+    for column in range(16):
+        keep = torch.arange(16) != column
+        H = damped(problem.hessian)
+        exact = torch.zeros_like(problem.weight)
+        exact[:, keep] = torch.linalg.solve(H[keep][:, keep], H[keep] @ problem.weight.T).T
+        losses.append(loss(problem, exact))
+    assert one.mask[0].nonzero().item() == int(torch.tensor(losses).argmin())
+
+
+def test_a_refit_is_the_exact_least_squares_of_the_final_mask() -> None:
+    problem = golden_problem()
+    result = thanos.prune(problem, TWO_FOUR, block_columns=16, refit_steps=200)
+    H = damped(problem.hessian)
+    for row in range(16):
+        keep = ~result.mask[row]
+        exact = torch.linalg.solve(H[keep][:, keep], H[keep] @ problem.weight[row])
+        torch.testing.assert_close(result.weight[row, keep], exact, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [TWO_FOUR, Unstructured(0.5), Unstructured(0.7)], ids=str)
+def test_refit_steps_only_lower_the_loss_and_keep_the_mask(
+    pattern: SemiStructured | Unstructured,
+) -> None:
+    problem = golden_problem()
+    results = [
+        thanos.prune(problem, pattern, block_columns=16, refit_steps=n) for n in (0, 1, 3, 10)
+    ]
+    losses = [loss(problem, result.weight) for result in results]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(torch.equal(result.mask, results[0].mask) for result in results)
+
+
+def test_the_obs_score_of_a_weight_is_the_loss_of_removing_it_alone() -> None:
+    problem = random_problem(17)
+    one = thanos.prune(problem, Unstructured(1 / 96), score="obs")
+    losses = torch.full((6, 16), torch.inf)
+    H = damped(problem.hessian)
+    for row in range(6):
+        for column in range(16):
+            keep = torch.arange(16) != column
+            exact = problem.weight.clone()
+            exact[row, column] = 0.0
+            exact[row, keep] = torch.linalg.solve(H[keep][:, keep], H[keep] @ problem.weight[row])
+            losses[row, column] = loss(problem, exact)
+    assert one.mask.sum() == 1
+    assert int(one.mask.flatten().nonzero()) == int(losses.argmin())
+
+
 def test_two_runs_are_bit_identical() -> None:
     problem = random_problem(9, rows=64, cols=128, tokens=512)
     problem = LayerProblem(problem.weight.float(), problem.hessian.float(), "twice")
@@ -255,7 +315,7 @@ def test_on_average_better_than_the_same_pattern_without_an_update() -> None:
     for seed in range(20):
         problem = random_problem(seed, cols=32, tokens=128)
         scores = problem.weight.abs() * problem.hessian.diagonal().sqrt()
-        wanda = torch.where(thanos.smallest_in_groups(scores, 2, 4), 0.0, problem.weight)
+        wanda = torch.where(smallest_in_groups(scores, 2, 4), 0.0, problem.weight)
         masked += loss(problem, wanda)
         updated += loss(problem, thanos.prune(problem, TWO_FOUR, block_columns=8).weight)
     assert updated < masked
@@ -291,13 +351,16 @@ def test_a_solution_that_overflows_is_an_error() -> None:
         (SemiStructured(2, 4), {"damping": 0.0}, UsageError),
         (SemiStructured(2, 4), {"outlier_rows": 1.0}, UsageError),
         (Unstructured(0.5), {"outlier_rows": 0.1}, UsageError),
-        (Structured(0.5), {}, UsageError),
+        (Structured(0.5), {"outlier_rows": 0.6}, UsageError),
+        (SemiStructured(2, 4), {"score": "guess"}, UsageError),
+        (SemiStructured(2, 4), {"refit_steps": -1}, UsageError),
+        (SemiStructured(2, 4), {"damping_mode": "mode"}, UsageError),
     ],
     ids=str,
 )
 def test_what_does_not_fit_is_refused(
     pattern: SemiStructured | Unstructured | Structured,
-    options: dict[str, float],
+    options: dict[str, Any],
     error: type[DeployError],
 ) -> None:
     with pytest.raises(error, match="random 13"):

@@ -1,0 +1,47 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thanos_deploy import mask as masks
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 12),
+    sparsity=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]),
+    levels=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
+    rows: int, cols: int, sparsity: float, levels: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows, cols), generator=g).float()
+    count = masks.removed_count(sparsity, rows * cols)
+    mask = masks.smallest_in_matrix(scores, count)
+    by_rule = sorted((scores[r, c].item(), c, r) for r in range(rows) for c in range(cols))[:count]
+    expected = torch.zeros_like(mask)
+    for _, c, r in by_rule:
+        expected[r, c] = True
+    assert torch.equal(mask, expected)
+
+
+def test_counts_above_two_to_the_24_are_exact() -> None:
+    entries = (1 << 24) + 4097
+    assert masks.removed_count(0.3, 10 * entries) == 3 * entries
+    scores = torch.zeros(4097, 4096)
+    scores[:, -1] = 1.0
+    count = 4097 * 4095 + 5
+    assert int(masks.smallest_in_matrix(scores, count).sum()) == count
+
+
+def test_equal_scores_in_a_group_remove_the_lower_columns() -> None:
+    mask = masks.smallest_in_groups(torch.ones(1, 8), 2, 4)
+    assert mask.tolist() == [[True, True, False, False] * 2]
+
+
+def test_smallest_columns_go_in_column_order_when_equal() -> None:
+    assert masks.smallest_columns(torch.tensor([2.0, 1.0, 1.0, 1.0]), 2).tolist() == [
+        *(False, True, True, False)
+    ]

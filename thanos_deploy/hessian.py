@@ -1,0 +1,120 @@
+"""The damped Hessian of a layer, factored once.
+
+H = U U^T with U upper triangular, V = U^-1. Then for every column i the trailing Hessian
+H[i:, i:] is U[i:, i:] U[i:, i:]^T and its inverse V[i:, i:]^T V[i:, i:]: whatever a method needs of
+a trailing inverse is a sub-block of V, and nothing is inverted twice.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.layer import LayerProblem
+
+DampingMode = Literal["mean", "median", "per-channel"]
+DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
+
+# A Hessian that is not numerically positive definite is damped ten times harder, so often at most.
+_RETRIES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """The factored Hessian, in the dtype of the layer's weight.
+
+    Attributes:
+        damped: [cols, cols], H with its damping.
+        U: [cols, cols], upper triangular, U U^T = H.
+        V: [cols, cols], U^-1.
+        damping: the fraction of damping that it took.
+    """
+
+    damped: Tensor
+    U: Tensor
+    V: Tensor
+    damping: float
+
+    def trailing_inverse_diagonal(self, column: int) -> Tensor:
+        """Diagonal of the inverse of H[column:, column:]; [cols - column]."""
+        return self.V[column:, column:].square().sum(dim=0)
+
+
+def check_damping(name: str, damping: float, mode: str) -> None:
+    """Refuse damping that is none.
+
+    Raises:
+        UsageError: the value or the mode is out of range.
+    """
+    if damping <= 0.0:
+        raise UsageError(
+            f"{name}: damping {damping:g} leaves the Hessian singular where inputs repeat",
+            fix="use a --damp above 0, such as 0.01",
+        )
+    if mode not in DAMPING_MODES:
+        raise UsageError(
+            f"{name}: damping mode {mode!r}", fix=f"use one of {', '.join(DAMPING_MODES)}"
+        )
+
+
+def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
+    """Damp and factor a layer's Hessian, in float64.
+
+    Inputs that calibration never saw have a zero row and column in H; damping gives them a
+    diagonal of their own, so they stay uncoupled from the rest.
+
+    Args:
+        problem: the layer.
+        damping: added to the diagonal, as a fraction of its scale.
+        mode: the scale: the "mean" of the diagonal (the papers'), its "median" over the inputs that
+            are alive (which a few huge channels do not move), or "per-channel", each entry's own.
+
+    Raises:
+        HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
+    """
+    require_finite(problem)
+    H = problem.hessian.double()
+    diagonal = H.diagonal()
+    alive = diagonal[diagonal > 0]
+    if not len(alive):  # nothing to scale the damping by
+        scale = torch.ones_like(diagonal)
+    elif mode == "mean":
+        scale = diagonal.mean().expand_as(diagonal)
+    elif mode == "median":
+        scale = alive.median().expand_as(diagonal)
+    else:
+        scale = torch.where(diagonal > 0, diagonal, alive.mean())
+    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    for attempt in range(_RETRIES + 1):
+        used = damping * 10**attempt
+        damped = H + torch.diag(used * scale)
+        # Reversing rows and columns turns the usual lower factor into the upper one.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            U = lower.flip(0, 1)
+            V = torch.linalg.solve_triangular(U, identity, upper=True)
+            dtype = problem.weight.dtype
+            return Factor(damped.to(dtype), U.to(dtype), V.to(dtype), used)
+    raise HessianError(
+        f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
+        f"damping {used:g}",
+        fix="use more calibration samples (--nsamples) or more damping (--damp)",
+    )
+
+
+def require_finite(problem: LayerProblem) -> None:
+    """Refuse a layer whose weight or Hessian has NaN or infinite entries.
+
+    Raises:
+        HessianError: it has; the message says where and how many.
+    """
+    for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise HessianError(
+                f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "
+                "infinite",
+                fix="check the checkpoint for NaN; if it is clean, use other calibration text",
+            )

@@ -1,0 +1,72 @@
+"""Which weights go, given a score for each: exact counts, and one rule for ties."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def removed_count(fraction: float, entries: int) -> int:
+    """floor(fraction * entries), safe from binary fractions that fall just short of an integer."""
+    return min(entries, math.floor(fraction * entries + 1e-6))
+
+
+def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
+    """In each row and each `group` consecutive columns, mark all but the `kept` largest scores.
+
+    Equal scores go in column order, the lower column first.
+
+    Args:
+        scores: [rows, cols], cols a multiple of `group`.
+
+    Returns:
+        bool[rows, cols], True = removed.
+    """
+    grouped = scores.reshape(scores.shape[0], -1, group)
+    return smallest_in_rows(grouped, group - kept).reshape(scores.shape)
+
+
+def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` smallest scores along the last axis; equal scores go in column order.
+
+    Args:
+        scores: [..., cols].
+
+    Returns:
+        bool[..., cols], True = removed.
+    """
+    order = torch.sort(scores, dim=-1, stable=True).indices
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, order[..., :count], True)
+
+
+def smallest_in_matrix(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` smallest scores of the whole matrix.
+
+    Equal scores go in column order, then in row order.
+
+    Args:
+        scores: [rows, cols], finite.
+
+    Returns:
+        bool[rows, cols] with exactly `count` True.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.flatten().kthvalue(count).values
+    below = scores < threshold
+    ties = (scores == threshold).T  # transposed, so that counting runs down the columns
+    rank = ties.flatten().cumsum(dim=0).reshape(ties.shape)
+    return below | (ties & (rank <= count - int(below.sum()))).T
+
+
+def smallest_columns(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` columns with the smallest scores; equal scores go in column order.
+
+    Args:
+        scores: [cols].
+
+    Returns:
+        bool[cols], True = removed.
+    """
+    return smallest_in_rows(scores, count)

@@ -1,0 +1,53 @@
+"""Magnitude pruning: the smallest weights go, whatever their inputs are. Updates nothing.
+
+Cost: one sort. The baseline that every other method has to beat.
+"""
+
+from torch import Tensor
+
+from thanos_deploy.hessian import require_finite
+from thanos_deploy.layer import LayerProblem, LayerResult, without_update
+from thanos_deploy.mask import (
+    removed_count,
+    smallest_columns,
+    smallest_in_groups,
+    smallest_in_matrix,
+)
+from thanos_deploy.methods import check_group
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+
+
+def prune(problem: LayerProblem, pattern: Pattern) -> LayerResult:
+    """Prune one linear layer.
+
+    Unstructured: the smallest of the whole matrix. n:m: the smallest of each group. Structured:
+    the columns with the smallest mean magnitude.
+
+    Raises:
+        ModelError: see `check`.
+        HessianError: weight or Hessian are not finite.
+    """
+    check(problem.name, problem.weight.shape[1], pattern)
+    require_finite(problem)
+    mask = _mask(problem.weight.abs(), pattern)
+    return without_update(problem, mask)
+
+
+def check(name: str, cols: int, pattern: Pattern) -> None:
+    """Refuse what `prune` could not do for a layer, from its width alone.
+
+    Raises:
+        ModelError: the number of inputs is not a multiple of the pattern's group.
+    """
+    check_group(name, cols, pattern)
+
+
+def _mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    match pattern:
+        case Unstructured(sparsity):
+            return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))
+        case SemiStructured(kept, group):
+            return smallest_in_groups(scores, kept, group)
+        case Structured(sparsity):
+            count = removed_count(sparsity, scores.shape[1])
+            return smallest_columns(scores.mean(dim=0), count).expand_as(scores)

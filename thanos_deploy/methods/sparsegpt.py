@@ -1,0 +1,119 @@
+"""SparseGPT: one column at a time, each error absorbed by the columns to its right.
+
+Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+One-Shot", arXiv 2301.00774. V_jj^2 is the optimal-brain-surgeon denominator of column j once
+everything to its left is frozen, and row j of V gives the update; see `thanos_deploy.hessian`.
+
+Two differences from the published code: a block removes exactly its share (the code's threshold
+takes one more, and more yet with ties), and ties go in a stated order. Cost for a [rows, cols]
+layer: cols^3 to factor and rows cols^2 to update.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.errors import UsageError
+from thanos_deploy.hessian import check_damping, factor
+from thanos_deploy.layer import LayerProblem, LayerResult, relative_error
+from thanos_deploy.mask import (
+    removed_count,
+    smallest_columns,
+    smallest_in_groups,
+    smallest_in_matrix,
+)
+from thanos_deploy.methods import check_group
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+
+
+def prune(
+    problem: LayerProblem,
+    pattern: Pattern,
+    *,
+    block_columns: int = 128,
+    damping: float = 0.01,
+    damping_mode: str = "mean",
+) -> LayerResult:
+    """Prune one linear layer.
+
+    Unstructured: each block of columns loses the same fraction, chosen over all its rows at once.
+    n:m: each group is chosen when its first column is reached, from the weights as they are then.
+    Structured (as the Thanos paper defines this baseline): in each block the columns of the
+    smallest mean score, rounded up.
+
+    Args:
+        problem: float32 or float64 tensors; the work is done in the weight's dtype.
+        pattern: what to prune to.
+        block_columns: columns whose updates to the right are applied together.
+        damping, damping_mode: see `thanos_deploy.hessian.factor`.
+
+    Raises:
+        HessianError: the statistics are not finite or cannot be factored.
+        ModelError, UsageError: see `check`.
+    """
+    cols = problem.weight.shape[1]
+    check(
+        problem.name,
+        cols,
+        pattern,
+        block_columns=block_columns,
+        damping=damping,
+        damping_mode=damping_mode,
+    )
+    factored = factor(problem, damping, damping_mode)
+    W, V = problem.weight.clone(), factored.V
+    M = torch.zeros_like(W, dtype=torch.bool)
+    for start in range(0, cols, block_columns):
+        stop = min(start + block_columns, cols)
+        scores = (W[:, start:stop] / V.diagonal()[start:stop]).square()
+        M[:, start:stop] = _block_mask(scores, pattern)
+        errors = torch.zeros_like(W[:, start:stop])
+        for j in range(start, stop):
+            if isinstance(pattern, SemiStructured) and j % pattern.group == 0:
+                group = slice(j, j + pattern.group)
+                scores = (W[:, group] / V.diagonal()[group]).square()
+                M[:, group] = smallest_in_groups(scores, pattern.kept, pattern.group)
+            error = torch.where(M[:, j], W[:, j], 0.0) / V[j, j]
+            W[:, j:stop] -= error[:, None] * V[j, j:stop]
+            W[:, j] = torch.where(M[:, j], 0.0, W[:, j])
+            errors[:, j - start] = error
+        W[:, stop:] -= errors @ V[start:stop, stop:]
+    return LayerResult(W, M, relative_error(problem.weight, W, problem.hessian), factored.damping)
+
+
+def check(
+    name: str,
+    cols: int,
+    pattern: Pattern,
+    *,
+    block_columns: int = 128,
+    damping: float = 0.01,
+    damping_mode: str = "mean",
+) -> None:
+    """Refuse what `prune` could not do for a layer, from its width alone.
+
+    Raises:
+        ModelError: the number of inputs is not a multiple of the pattern's group.
+        UsageError: an option is out of range.
+    """
+    check_damping(name, damping, damping_mode)
+    check_group(name, cols, pattern)
+    group = pattern.group if isinstance(pattern, SemiStructured) else 1
+    if block_columns < 1 or block_columns % group:
+        raise UsageError(
+            f"{name}: blocks of {block_columns} columns for pattern {pattern}",
+            fix=f"use a --block-size that is a positive multiple of {group}",
+        )
+
+
+def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """What goes from a block, chosen before any of its columns is visited."""
+    match pattern:
+        case Unstructured(sparsity):
+            return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))
+        case SemiStructured():
+            return torch.zeros_like(scores, dtype=torch.bool)  # chosen group by group
+        case Structured(sparsity):
+            count = math.ceil(sparsity * scores.shape[1] - 1e-6)
+            return smallest_columns(scores.mean(dim=0), count).expand_as(scores)

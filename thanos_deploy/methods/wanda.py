@@ -1,0 +1,57 @@
+"""Wanda: the weights whose product with the size of their input is smallest go. Updates nothing.
+
+Source: Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language
+Models", arXiv 2306.11695. Score |W_ij| ||X_j||_2; its square is twice the optimal-brain-damage
+saliency. Cost: one sort a row.
+"""
+
+from torch import Tensor
+
+from thanos_deploy.hessian import require_finite
+from thanos_deploy.layer import LayerProblem, LayerResult, without_update
+from thanos_deploy.mask import (
+    removed_count,
+    smallest_columns,
+    smallest_in_groups,
+    smallest_in_rows,
+)
+from thanos_deploy.methods import check_group
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+
+
+def prune(problem: LayerProblem, pattern: Pattern) -> LayerResult:
+    """Prune one linear layer.
+
+    Unstructured: the same number in every row. n:m: the smallest of each group. Structured (as the
+    Thanos paper defines this baseline): the columns with the smallest mean score.
+
+    Raises:
+        ModelError: see `check`.
+        HessianError: weight or Hessian are not finite.
+    """
+    check(problem.name, problem.weight.shape[1], pattern)
+    require_finite(problem)
+    scores = problem.weight.abs() * problem.hessian.diagonal().clamp(min=0).sqrt()
+    mask = _mask(scores, pattern)
+    return without_update(problem, mask)
+
+
+def check(name: str, cols: int, pattern: Pattern) -> None:
+    """Refuse what `prune` could not do for a layer, from its width alone.
+
+    Raises:
+        ModelError: the number of inputs is not a multiple of the pattern's group.
+    """
+    check_group(name, cols, pattern)
+
+
+def _mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    cols = scores.shape[1]
+    match pattern:
+        case Unstructured(sparsity):
+            return smallest_in_rows(scores, removed_count(sparsity, cols))
+        case SemiStructured(kept, group):
+            return smallest_in_groups(scores, kept, group)
+        case Structured(sparsity):
+            count = removed_count(sparsity, cols)
+            return smallest_columns(scores.mean(dim=0), count).expand_as(scores)
