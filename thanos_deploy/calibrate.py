@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,36 +203,90 @@ def block_inputs(
     return inputs
 
 
-@contextmanager
-def hessians(block: nn.Module, names: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward pass of the block adds to the statistics of its linear layers.
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """What calibration saw of one layer's input.
+
+    Attributes:
+        hessian: float32[cols, cols], the sum of x x^T over all tokens.
+        cross: float32[cols, cols], the sum of y x^T with y the same input in the dense model; None
+            if that was not asked for.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Calibration data on its way through the blocks of one model.
+
+    Attributes:
+        index: number of the next block.
+        block: that block, with weights.
+        batches: what enters it.
+    """
+
+    index: int
+    block: nn.Module
+    batches: list[BlockInputs]
+
+
+def collect(walk: Walk, names: list[str], dense: Walk | None = None) -> dict[str, Statistics]:
+    """Run the data into a block, as far as the last of some linear layers.
 
     Args:
-        block: a transformer block.
-        names: its linear layers, grouped by the input that they share.
+        walk: the model that is being pruned.
+        names: linear layers of the block, in the order in which the forward pass reaches them.
+        dense: the same data in the dense model, at the same block, for `Statistics.cross`.
 
-    Yields:
-        layer name -> float32[cols, cols], the sum of x x^T over all tokens; the layers of a group
-        share one tensor.
+    Returns:
+        layer name -> statistics.
     """
-    sums: dict[str, Tensor] = {}
-    handles = []
-    for group in names:
-        linear = block.get_submodule(group[0])
-        assert isinstance(linear, nn.Linear)
-        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float32)
-        sums.update(dict.fromkeys(group, total))
-        handles.append(linear.register_forward_pre_hook(_accumulate(total)))
+    sums: dict[str, Statistics] = {}
+    for number, batch in enumerate(walk.batches):
+        inputs = _inputs_of(walk, names, batch)
+        targets = {} if dense is None else _inputs_of(dense, names, dense.batches[number])
+        for name, x in inputs.items():
+            if name not in sums:
+                zeros = torch.zeros(x.shape[1], x.shape[1])
+                sums[name] = Statistics(zeros, None if dense is None else zeros.clone())
+            sums[name].hessian.addmm_(x.T, x)
+            if (cross := sums[name].cross) is not None:
+                cross.addmm_(targets[name].T, x)
+    return sums
+
+
+def advance(walk: Walk) -> None:
+    """Run the data through the block."""
+    for batch in walk.batches:
+        batch.hidden = batch.forward(walk.index, walk.block)
+
+
+class _Reached(Exception):  # noqa: N818 - it stops a forward pass and is no error
+    """The last layer whose input is wanted has been reached; the rest of the block need not run."""
+
+
+def _inputs_of(walk: Walk, names: list[str], batch: BlockInputs) -> dict[str, Tensor]:
+    """float32[tokens, cols] for each name."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            if name == names[-1]:
+                raise _Reached
+
+        return hook
+
+    handles = [
+        walk.block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names
+    ]
     try:
-        yield sums
+        batch.forward(walk.index, walk.block)
+    except _Reached:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _accumulate(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-        total.addmm_(x.T, x)
-
-    return hook
+    return inputs

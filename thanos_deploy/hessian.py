@@ -118,3 +118,34 @@ def require_finite(problem: LayerProblem) -> None:
                 "infinite",
                 fix="check the checkpoint for NaN; if it is clean, use other calibration text",
             )
+
+
+def retarget(problem: LayerProblem, cross: Tensor, fraction: float, damping: float) -> Tensor:
+    """The weight whose output, on the pruned model's inputs, is nearest to the dense model's.
+
+    A layer of a pruned model does not see what the dense model's layer sees. With x its input and y
+    the dense model's, the wanted output is W ((1 - f) x + f y), and the least-squares weight for it
+    is W + f W (G - H) (H + D)^-1 with G = sum y x^T. Pruning that weight under H is the same as
+    pruning W towards the wanted output, because what no weight can reach is constant.
+
+    Args:
+        problem: the layer, with H = sum x x^T.
+        cross: [cols, cols], G in the scale of H.
+        fraction: f; 0 is the pruned model's own output, 1 the dense model's.
+        damping: D, as a fraction of H's mean diagonal; it holds the weight near W.
+
+    Returns:
+        [rows, cols].
+    """
+    H = problem.hessian.double()
+    scale = H.diagonal().mean().item() or 1.0
+    lower, info = torch.linalg.cholesky_ex(H + damping * scale * torch.eye(len(H)).to(H))
+    if int(info):
+        raise HessianError(
+            f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite with damping "
+            f"{damping:g}",
+            fix="use more calibration samples (--nsamples) or --dense-target 0",
+        )
+    missing = problem.weight.double() @ (cross.double() - H)
+    correction = torch.cholesky_solve(missing.T, lower).T
+    return problem.weight + fraction * correction.to(problem.weight.dtype)

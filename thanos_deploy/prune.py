@@ -6,19 +6,22 @@ block's weights are in memory at a time.
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from thanos_deploy import methods
-from thanos_deploy.calibrate import block_inputs, hessians
+from thanos_deploy.calibrate import Statistics, Walk, advance, block_inputs, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.errors import ModelError
+from thanos_deploy.hessian import retarget
 from thanos_deploy.layer import LayerProblem
-from thanos_deploy.methods import Option
+from thanos_deploy.methods import Method, Option
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.verdict import judge
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048
+
+# Holds a layer near its own weight when it aims at the dense model's output.
+RETARGET_DAMPING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,8 @@ class LayerReport:
         rows, cols: outputs and inputs.
         sparsity: fraction of zeros.
         pattern_holds: the written weight keeps the pattern everywhere.
-        relative_error: fraction of the output's energy on the calibration data that changed.
+        relative_error: fraction of the energy of the output that the layer aims at, on the
+            calibration data, that the pruned weight misses.
         damping: what the method used.
         seconds: time that the method took.
     """
@@ -59,7 +66,7 @@ class BlockReport:
 
     Attributes:
         layers: reports of its linear layers.
-        collect_seconds: forward pass through the dense block, statistics included.
+        collect_seconds: forward passes through the block as far as the layers, with statistics.
         solve_seconds: the pruning method, all layers.
         forward_seconds: forward pass through the pruned block, for the blocks after it.
     """
@@ -78,6 +85,8 @@ def prune(
     pattern: Pattern,
     method: str,
     options: Mapping[str, Option],
+    true_sequential: bool = True,
+    dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -92,6 +101,10 @@ def prune(
         pattern: what to prune to.
         method: name of a method.
         options: the method's options.
+        true_sequential: collect the statistics of each group of layers after the groups before it
+            in the block are pruned, instead of all from the dense block.
+        dense_target: how far each layer aims at the output that it has in the dense model rather
+            than at its own output on the pruned model's inputs; see `hessian.retarget`.
         dtype: what to store, or None to keep each tensor's own.
         on_progress: told of every finished block.
 
@@ -100,75 +113,124 @@ def prune(
         HessianError: the calibration statistics cannot be used.
     """
     check(checkpoint, pattern=pattern, method=method, options=options)
-    solve = methods.load(method).prune
+    family = checkpoint.family
     copy_companions(checkpoint.folder, destination, dtype)
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
         model = checkpoint.skeleton()
-        blocks = model.get_submodule(checkpoint.family.blocks)
+        blocks = model.get_submodule(family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         files = _Files(checkpoint, copy, model.base_model_prefix)
 
-        files.load(model.base_model, f"{model.base_model_prefix}.", skip=checkpoint.family.blocks)
+        files.load(model.base_model, f"{model.base_model_prefix}.", skip=family.blocks)
         batch = max(1, TOKENS_PER_BATCH // segments.shape[1])
-        inputs = block_inputs(model, checkpoint.family, segments.split(batch))
+        batches = block_inputs(model, family, segments.split(batch))
+        dense_batches = [replace(data) for data in batches] if dense_target else []
         model.get_input_embeddings().to("meta")
 
         reports = []
         on_progress(0, len(blocks))
         for index, block in enumerate(blocks):
-            prefix = f"{checkpoint.family.blocks}.{index}."
+            prefix = f"{family.blocks}.{index}."
             files.load(block, prefix)
-
-            started = time.perf_counter()
-            with hessians(block, checkpoint.family.inputs) as statistics:
-                for data in inputs:
-                    data.forward(index, block)
-            collected = time.perf_counter()
-            layers = []
-            for name in checkpoint.family.linears:
-                linear = block.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                begun = time.perf_counter()
-                problem = LayerProblem(linear.weight, statistics[name], prefix + name)
-                result = solve(problem, pattern, **options)
-                seconds = time.perf_counter() - begun
-                # What the following layers and blocks see is what is written, rounding included.
-                stored = _stored(result.weight, files.dtype(f"{problem.name}.weight"), problem.name)
-                linear.weight.copy_(stored)
-                verdict = judge((stored != 0).numpy(), pattern)
-                layers.append(
-                    LayerReport(
-                        name=problem.name,
-                        rows=linear.out_features,
-                        cols=linear.in_features,
-                        sparsity=verdict.sparsity,
-                        pattern_holds=verdict.holds,
-                        relative_error=result.relative_error,
-                        damping=result.damping,
-                        seconds=seconds,
-                    )
-                )
-            solved = time.perf_counter()
+            walk, dense, clock = Walk(index, block, batches), None, _Clock()
+            if dense_target:
+                dense = Walk(index, deepcopy(block), dense_batches)
+            layers: list[LayerReport] = []
+            for groups in (
+                [[group] for group in family.inputs] if true_sequential else [family.inputs]
+            ):
+                with clock.measure("collect"):
+                    statistics = collect(walk, [group[0] for group in groups], dense)
+                with clock.measure("solve"):
+                    for group in groups:
+                        layers += (
+                            _prune_layer(
+                                block.get_submodule(name),
+                                prefix + name,
+                                statistics[group[0]],
+                                pattern=pattern,
+                                method=methods.load(method),
+                                options=options,
+                                dense_target=dense_target,
+                                dtype=files.dtype(f"{prefix}{name}.weight"),
+                            )
+                            for name in group
+                        )
             if index + 1 < len(blocks):
-                for data in inputs:
-                    data.hidden = data.forward(index, block)
-            finished = time.perf_counter()
+                with clock.measure("forward"):
+                    for path in (walk, dense):
+                        if path is not None:
+                            advance(path)
             files.store(block, prefix)
             block.to("meta")
             reports.append(
                 BlockReport(
-                    tuple(layers), collected - started, solved - collected, finished - solved
+                    layers=tuple(layers),
+                    collect_seconds=clock.seconds["collect"],
+                    solve_seconds=clock.seconds["solve"],
+                    forward_seconds=clock.seconds["forward"],
                 )
             )
             logger.info(
-                "block %d: relative error %.4f, %.1f s",
+                "block %d: largest relative error %.4f, %.1f s",
                 index,
                 max(layer.relative_error for layer in layers),
-                finished - started,
+                sum(clock.seconds.values()),
             )
             on_progress(index + 1, len(blocks))
         files.copy_rest()
     return reports
+
+
+def _prune_layer(
+    linear: nn.Module,
+    name: str,
+    statistics: Statistics,
+    *,
+    pattern: Pattern,
+    method: Method,
+    options: Mapping[str, Option],
+    dense_target: float,
+    dtype: torch.dtype,
+) -> LayerReport:
+    """Prune one layer in place.
+
+    What the following layers and blocks see is what is written, rounding to `dtype` included.
+    """
+    assert isinstance(linear, nn.Linear)
+    started = time.perf_counter()
+    problem = LayerProblem(linear.weight, statistics.hessian, name)
+    if statistics.cross is not None:
+        weight = retarget(problem, statistics.cross, dense_target, RETARGET_DAMPING)
+        problem = LayerProblem(weight, statistics.hessian, name)
+    result = method.prune(problem, pattern, **options)
+    seconds = time.perf_counter() - started
+    stored = _stored(result.weight, dtype, name)
+    linear.weight.copy_(stored)
+    verdict = judge((stored != 0).numpy(), pattern)
+    return LayerReport(
+        name=name,
+        rows=linear.out_features,
+        cols=linear.in_features,
+        sparsity=verdict.sparsity,
+        pattern_holds=verdict.holds,
+        relative_error=result.relative_error,
+        damping=result.damping,
+        seconds=seconds,
+    )
+
+
+class _Clock:
+    """Seconds by activity."""
+
+    def __init__(self) -> None:
+        self.seconds = {"collect": 0.0, "solve": 0.0, "forward": 0.0}
+
+    @contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[activity] += time.perf_counter() - started
 
 
 def check(

@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from tests.conftest import MakeModel, stock_model
 from thanos_deploy.calibrate import (
     Text,
+    Walk,
+    advance,
     block_inputs,
     builtin_text,
-    hessians,
+    collect,
     read_text,
     segments,
 )
@@ -90,13 +93,39 @@ def test_statistics_are_the_sum_of_outer_products(make_model: MakeModel) -> None
         lambda _, arguments: seen.append(arguments[0].reshape(-1, 48).double())
     )
     with torch.no_grad():
-        inputs = block_inputs(model, family, batches)
-        with hessians(model.model.layers[0], family.inputs) as statistics:
-            for data in inputs:
-                data.forward(0, model.model.layers[0])
-    x = torch.cat(seen)
-    torch.testing.assert_close(statistics["mlp.down_proj"].double(), x.T @ x, rtol=1e-5, atol=1e-5)
-    assert statistics["self_attn.q_proj"] is statistics["self_attn.v_proj"]
+        walk = Walk(0, model.model.layers[0], block_inputs(model, family, batches))
+        names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+        statistics = collect(walk, names)
+        alone = collect(walk, ["mlp.down_proj"])
+    x = torch.cat(seen[:2])  # two batches; then once more, alone
+    assert list(statistics) == names
+    hessian = statistics["mlp.down_proj"].hessian
+    torch.testing.assert_close(hessian.double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(alone["mlp.down_proj"].hessian, hessian)
+    assert statistics["mlp.down_proj"].cross is None
+
+
+def test_cross_statistics_pair_the_tokens_of_both_models(make_model: MakeModel) -> None:
+    model = stock_model(make_model("llama"), dtype=torch.float32)
+    family, block = family_of("llama"), model.model.layers[0]
+    changed = deepcopy(block)
+    changed.self_attn.o_proj.weight.data *= 0.5
+    batches = torch.randint(257, (4, 9)).split(2)
+    seen: dict[str, list[torch.Tensor]] = {"pruned": [], "dense": []}
+    with torch.no_grad():
+        pruned = Walk(0, changed, block_inputs(model, family, batches))
+        dense = Walk(0, block, block_inputs(model, family, batches))
+        statistics = collect(pruned, ["mlp.down_proj"], dense)["mlp.down_proj"]
+        for name, walk in (("pruned", pruned), ("dense", dense)):
+            walk.block.get_submodule("mlp.down_proj").register_forward_pre_hook(
+                lambda _, arguments, name=name: seen[name].append(arguments[0].reshape(-1, 48))
+            )
+            advance(walk)
+    x, y = (torch.cat(seen[name]).double() for name in ("pruned", "dense"))
+    assert not torch.allclose(x, y)
+    assert statistics.cross is not None
+    torch.testing.assert_close(statistics.cross.double(), y.T @ x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.hessian.double(), x.T @ x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox"])
@@ -111,7 +140,7 @@ def test_walking_the_blocks_by_hand_is_the_forward_pass(
     with torch.no_grad():
         (data,) = block_inputs(model, family, [ids])
         for index, block in enumerate(blocks):
-            data.hidden = data.forward(index, block)
+            advance(Walk(index, block, [data]))
         blocks[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
         model(ids)
     torch.testing.assert_close(data.hidden, outputs[0], rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tests.golden import damped, random_problem
 from thanos_deploy.errors import HessianError
-from thanos_deploy.hessian import DAMPING_MODES, factor
+from thanos_deploy.hessian import DAMPING_MODES, factor, retarget
 from thanos_deploy.layer import LayerProblem
 
 
@@ -61,3 +61,24 @@ def test_a_hopeless_hessian_is_an_error() -> None:
     hopeless = LayerProblem(problem.weight, torch.eye(16) - 1e6 * problem.hessian, "hopeless")
     with pytest.raises(HessianError, match=r"hopeless: .* not positive definite"):
         factor(hopeless, 0.01)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_retargeting_is_the_ridge_regression_on_the_wanted_output(fraction: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 64, generator=g, dtype=torch.float64)
+    y = x + 0.3 * torch.randn(16, 64, generator=g, dtype=torch.float64)
+    weight = torch.randn(6, 16, generator=g, dtype=torch.float64)
+    problem = LayerProblem(weight, x @ x.T, "")
+    # Ridge centred at the weight: minimise ||(W' - W) x - f W (y - x)||^2 + ||(W' - W) sqrt(D)||^2.
+    ridge = (0.01 * problem.hessian.diagonal().mean()).sqrt() * torch.eye(16).double()
+    inputs = torch.cat([x, ridge], dim=1)
+    wanted = torch.cat([fraction * weight @ (y - x), torch.zeros(6, 16)], dim=1)
+    change = torch.linalg.lstsq(inputs.T, wanted.T).solution.T
+    actual = retarget(problem, y @ x.T, fraction, 0.01)
+    torch.testing.assert_close(actual, weight + change, rtol=1e-9, atol=1e-10)
+
+
+def test_retargeting_to_the_same_inputs_changes_nothing() -> None:
+    problem = random_problem(5)
+    assert torch.equal(retarget(problem, problem.hessian, 1.0, 0.01), problem.weight)

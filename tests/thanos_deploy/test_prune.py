@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import HessianError, ModelError, UsageError
 from thanos_deploy.families import family_of
+from thanos_deploy.hessian import retarget
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune import BlockReport, prune
+from thanos_deploy.prune import RETARGET_DAMPING, BlockReport, prune
 
 TWO_FOUR = SemiStructured(2, 4)
 SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))
@@ -23,6 +25,8 @@ def run(
     pattern: Pattern = TWO_FOUR,
     *,
     dtype: torch.dtype | None = None,
+    true_sequential: bool = True,
+    dense_target: float = 0.0,
     **options: float,
 ) -> list[BlockReport]:
     out.mkdir()
@@ -33,6 +37,8 @@ def run(
         pattern=pattern,
         method="thanos",
         options={"block_columns": 16, **options},
+        true_sequential=true_sequential,
+        dense_target=dense_target,
         dtype=dtype,
     )
 
@@ -66,40 +72,71 @@ def test_every_family_prunes_reloads_with_the_stock_loader_and_generates(
     assert text.shape[1] > 3
 
 
-def test_each_block_is_pruned_on_what_the_pruned_blocks_before_it_pass_on(
-    make_model: MakeModel, tmp_path: Path
+def inputs_of(model: Any, block: Any, name: str) -> torch.Tensor:
+    """float32[tokens, cols] that a layer sees when the whole model runs."""
+    seen: list[torch.Tensor] = []
+    handle = block.get_submodule(name).register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].reshape(-1, arguments[0].shape[-1]))
+    )
+    model(SEGMENTS)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+def test_the_walk_is_the_straightforward_one(
+    make_model: MakeModel, tmp_path: Path, true_sequential: bool, dense_target: float
 ) -> None:
-    """The walk against a straightforward one: whole model in memory, whole forward passes."""
+    """Against whole models in memory and whole forward passes for every single layer."""
     folder = make_model("llama")
-    run(folder, tmp_path / "pruned")
+    run(
+        *(folder, tmp_path / "pruned"),
+        true_sequential=true_sequential,
+        dense_target=dense_target,
+    )
     walked = load_file(tmp_path / "pruned" / "model.safetensors")
-    model = stock_model(folder, dtype=torch.float32)
+    model, dense = (stock_model(folder, dtype=torch.float32) for _ in range(2))
     family = family_of("llama")
+    groups = family.inputs if true_sequential else (family.linears,)
     with torch.no_grad():
         for index, block in enumerate(model.model.layers):
-            inputs: dict[str, torch.Tensor] = {}
-            handles = [
-                block.get_submodule(name).register_forward_pre_hook(
-                    lambda _, arguments, name=name, inputs=inputs: inputs.update(
-                        {name: arguments[0]}
-                    )
-                )
-                for name in family.linears
-            ]
-            model(SEGMENTS)
-            for handle in handles:
-                handle.remove()
-            for name in family.linears:
-                linear = block.get_submodule(name)
-                x = inputs[name].reshape(-1, linear.in_features)
-                problem = LayerProblem(linear.weight, x.T @ x, name)
-                result = thanos.prune(problem, TWO_FOUR, block_columns=16)
-                linear.weight.copy_(result.weight)
-                stored = walked[f"model.layers.{index}.{name}.weight"]
-                agree = (result.weight == 0) == (stored == 0)
-                assert agree.float().mean() > 0.995
-                if bool(agree.all()):
-                    torch.testing.assert_close(stored, result.weight, rtol=1e-3, atol=1e-4)
+            for group in groups:
+                results = {}
+                for name in group:
+                    x = inputs_of(model, block, name)
+                    y = inputs_of(dense, dense.model.layers[index], name)
+                    problem = LayerProblem(block.get_submodule(name).weight, x.T @ x, name)
+                    if dense_target:
+                        weight = retarget(problem, y.T @ x, dense_target, RETARGET_DAMPING)
+                        problem = LayerProblem(weight, x.T @ x, name)
+                    results[name] = thanos.prune(problem, TWO_FOUR, block_columns=16).weight
+                for name, weight in results.items():
+                    stored = walked[f"model.layers.{index}.{name}.weight"]
+                    agree = (weight == 0) == (stored == 0)
+                    assert agree.float().mean() > 0.995, name
+                    if bool(agree.all()):
+                        torch.testing.assert_close(stored, weight, rtol=1e-3, atol=1e-3)
+                    # Go on from what was stored, so that differences do not add up.
+                    block.get_submodule(name).weight.copy_(stored)
+
+
+def test_aiming_at_the_dense_model_brings_the_hidden_states_nearer_to_it(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama", num_hidden_layers=6)
+    dense = stock_model(folder, dtype=torch.float32)
+    errors = []
+    for dense_target in (0.0, 0.5):
+        out = tmp_path / str(dense_target)
+        run(folder, out, dense_target=dense_target)
+        with torch.no_grad():
+            wanted, got = (
+                model.model(SEGMENTS).last_hidden_state
+                for model in (dense, stock_model(out, dtype=torch.float32))
+            )
+        errors.append((got - wanted).square().sum().item())
+    assert errors[1] < errors[0]
 
 
 def test_two_runs_write_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
