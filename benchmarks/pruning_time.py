@@ -1,6 +1,6 @@
 """Where pruning spends its time, block by block, and how much memory it takes.
 
-Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4] [--nsamples 32]
+Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4] [--preset best]
 
 Prints one line a block: the forward pass that collects statistics, the solver, the forward pass
 through the pruned block; then the sums, beside the bare cost of two forward passes, and the
@@ -20,7 +20,7 @@ from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment, pattern, prune
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
-from thanos_deploy.pipeline import Dense
+from thanos_deploy.pipeline import Dense, PruneRequest
 
 
 def main() -> None:
@@ -28,18 +28,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--pattern", type=pattern.parse, default="2:4")
+    parser.add_argument("--preset", choices=["best", "paper"], default="best")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     arguments = parser.parse_args()
     console.quiet_libraries()
 
+    request = PruneRequest(
+        pattern=arguments.pattern,
+        preset=arguments.preset,
+        nsamples=arguments.nsamples,
+        seqlen=arguments.seqlen,
+    )
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
     ids = segments(
         builtin_text(),
         load_tokenizer(checkpoint.folder),
-        count=arguments.nsamples,
-        length=arguments.seqlen,
-        seed=0,
+        count=request.nsamples,
+        length=request.seqlen,
+        seed=request.seed,
     )
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -47,9 +54,10 @@ def main() -> None:
             checkpoint,
             ids,
             Path(folder),
-            pattern=arguments.pattern,
-            method="thanos",
-            options={},
+            pattern=request.pattern,
+            method=request.method,
+            options=request.resolved_options,
+            **request.walk_options,
         )
         total = time.perf_counter() - started
     peak = environment.peak_memory_bytes()
@@ -70,7 +78,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "pattern": str(arguments.pattern),
+                **request.to_json(),
                 "tokens": ids.numel(),
                 "collect_seconds": collect,
                 "solve_seconds": solve,

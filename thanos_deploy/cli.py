@@ -110,6 +110,26 @@ _pruning = _options(
         help="Pruning method.",
     ),
     click.option(
+        "--preset",
+        type=click.Choice(["best", "paper"]),
+        default="best",
+        show_default=True,
+        help="Defaults of the options below: what measured best on held-out text, or the setting "
+        "of the method's own paper.",
+    ),
+    click.option(
+        "--true-sequential/--block-statistics",
+        default=None,
+        help="Collect each layer's statistics after the layers before it in the block are pruned, "
+        "or all of a block's at once.  [default: the preset's]",
+    ),
+    click.option(
+        "--dense-target",
+        type=click.FloatRange(0.0, 1.0),
+        help="How far each layer aims at its output in the dense model (1) rather than at its own "
+        "output on the pruned model's activations (0).  [default: the preset's]",
+    ),
+    click.option(
         "--calib",
         default="builtin",
         show_default=True,
@@ -123,34 +143,34 @@ _pruning = _options(
         "--block-size",
         "block_columns",
         type=int,
-        help="thanos, sparsegpt: columns that are solved at once.  [default: 128]",
+        help="thanos, sparsegpt: columns that are solved at once.",
     ),
     click.option(
         "--damp",
         "damping",
         type=float,
-        help="thanos, sparsegpt: damping of the Hessian, as a fraction.  [default: 0.01]",
+        help="thanos, sparsegpt: damping of the Hessian, as a fraction.",
     ),
     click.option(
         "--damp-mode",
         "damping_mode",
         help="thanos, sparsegpt: fraction of what: the mean or median of the Hessian's diagonal, "
-        "or per-channel.  [default: mean]",
+        "or per-channel.",
     ),
     click.option(
         "--score",
-        help="thanos: what chooses the weights to remove: wanda or obs.  [default: wanda]",
+        help="thanos: what chooses the weights to remove: wanda or obs.",
     ),
     click.option(
         "--refit-steps",
         type=int,
-        help="thanos: steps of a last fit of all kept weights of a layer.  [default: 0]",
+        help="thanos: steps of a last fit of all kept weights of a layer.",
     ),
     click.option(
         "--outlier-rows",
         type=float,
         help="thanos: fraction of each layer's rows that stay dense; such a model does not "
-        "hold the pattern everywhere.  [default: 0]",
+        "hold the pattern everywhere.",
     ),
     click.option(
         "--dtype",
@@ -339,6 +359,9 @@ def _prune_request(options: dict[str, Any]) -> "PruneRequest":
         pattern=options["pattern"],
         method=options["method"],
         options={name: options[name] for name in _METHOD_OPTIONS if options[name] is not None},
+        preset=options["preset"],
+        true_sequential=options["true_sequential"],
+        dense_target=options["dense_target"],
         calib=options["calib"],
         text_field=options["text_field"],
         nsamples=options["nsamples"],

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -44,6 +45,13 @@ Announce = Callable[[str], OnProgress]
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
 
+class WalkOptions(TypedDict):
+    """Keyword arguments of `prune.prune` that a preset can set."""
+
+    true_sequential: bool
+    dense_target: float
+
+
 def quietly(title: str) -> OnProgress:
     """Announce nothing."""
     return silent
@@ -56,7 +64,9 @@ class PruneRequest:
     Attributes:
         pattern: the sparsity pattern.
         method: name of the method.
-        options: what the method is told; its own defaults apply to the rest.
+        preset: "best" or "paper", the setting of the method; see `methods.Preset`.
+        options: what the method is told otherwise.
+        true_sequential, dense_target: see `prune.prune`; None for the preset's.
         calib: "builtin" or the path of a text.
         text_field: the field of a JSON Lines row that holds the text.
         nsamples, seqlen: calibration segments and tokens of each.
@@ -66,7 +76,10 @@ class PruneRequest:
 
     pattern: Pattern
     method: str = "thanos"
+    preset: str = "best"
     options: Mapping[str, Option] = field(default_factory=dict)
+    true_sequential: bool | None = None
+    dense_target: float | None = None
     calib: str = BUILTIN
     text_field: str = "text"
     nsamples: int = 32
@@ -76,12 +89,24 @@ class PruneRequest:
 
     @property
     def resolved_options(self) -> dict[str, Option]:
-        """All of the method's options, the defaults of those not given included.
+        """All of the method's options: given, else the preset's, else the method's defaults.
 
         Raises:
             UsageError: the method has no such option.
         """
-        return methods.resolve(self.method, self.options)
+        chosen = methods.preset(self.method, self.preset)
+        return methods.resolve(self.method, {**chosen.options, **self.options})
+
+    @property
+    def walk_options(self) -> WalkOptions:
+        """How to walk through the model: given, else the preset's."""
+        chosen = methods.preset(self.method, self.preset)
+        return {
+            "true_sequential": chosen.true_sequential
+            if self.true_sequential is None
+            else self.true_sequential,
+            "dense_target": chosen.dense_target if self.dense_target is None else self.dense_target,
+        }
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
@@ -89,6 +114,7 @@ class PruneRequest:
             "pattern": str(self.pattern),
             "method": self.method,
             **self.resolved_options,
+            **self.walk_options,
             "calib": Path(self.calib).name,
             "text_field": self.text_field,
             "nsamples": self.nsamples,
@@ -211,6 +237,7 @@ def prune(
             pattern=request.pattern,
             method=request.method,
             options=request.resolved_options,
+            **request.walk_options,
             dtype=DTYPES.get(request.dtype),
             on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
         )

@@ -85,7 +85,7 @@ def prune(
     pattern: Pattern,
     method: str,
     options: Mapping[str, Option],
-    true_sequential: bool = True,
+    true_sequential: bool = False,
     dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
     on_progress: OnProgress = silent,

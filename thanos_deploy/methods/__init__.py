@@ -8,6 +8,7 @@ it by its name.
 import inspect
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -22,11 +23,31 @@ if TYPE_CHECKING:  # listing the methods must not pay for importing torch
 Option = float | str
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A way to use a method on a whole model.
+
+    Attributes:
+        options: of the method, where they differ from its own defaults.
+        true_sequential, dense_target: of the walk through the model; see `thanos_deploy.prune`.
+    """
+
+    options: Mapping[str, Option] = field(default_factory=dict)
+    true_sequential: bool = False
+    dense_target: float = 0.0
+
+
 class Method(Protocol):
     """What every module of this package provides.
 
     The options of a method are the keyword arguments of its two functions, with their defaults.
+
+    Attributes:
+        PRESETS: "paper", the setting of the method's own paper; and "best", what measured best
+            on held-out text, where that is another one.
     """
+
+    PRESETS: Mapping[str, Preset]
 
     def prune(self, problem: "LayerProblem", pattern: Pattern, **options: Option) -> "LayerResult":
         """Prune one linear layer."""
@@ -45,8 +66,14 @@ def load(name: str) -> Method:
     return cast(Method, import_module(f"{__name__}.{name}"))
 
 
+def preset(name: str, which: str) -> Preset:
+    """A preset of a method; "best" is the paper's setting where no better one is known."""
+    presets = load(name).PRESETS
+    return presets.get(which, presets["paper"])
+
+
 def resolve(name: str, given: Mapping[str, Option]) -> dict[str, Option]:
-    """All options of a method: those given, and the defaults of the others.
+    """All options of a method: those given, and the method's own defaults for the others.
 
     Raises:
         UsageError: the method has no such option.

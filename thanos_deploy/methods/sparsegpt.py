@@ -23,8 +23,10 @@ from thanos_deploy.mask import (
     smallest_in_groups,
     smallest_in_matrix,
 )
-from thanos_deploy.methods import check_group
+from thanos_deploy.methods import Preset, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+
+PRESETS = {"paper": Preset()}
 
 
 def prune(

@@ -43,11 +43,21 @@ from thanos_deploy.mask import (
     smallest_in_groups,
     smallest_in_matrix,
 )
-from thanos_deploy.methods import check_group
+from thanos_deploy.methods import Preset, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 
 Score = Literal["wanda", "obs"]
 SCORES: tuple[str, ...] = get_args(Score)
+
+PRESETS = {
+    "paper": Preset({"block_columns": 512}),
+    # Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see benchmarks/LOG.md.
+    "best": Preset(
+        {"block_columns": 32, "damping": 0.03, "score": "obs", "refit_steps": 12},
+        true_sequential=True,
+        dense_target=0.4,
+    ),
+}
 
 # Relative residual, in the preconditioned norm, at which a row counts as solved. The loss is
 # quadratic in it: the float32 value costs about 1e-12 of the loss, less than rounding does.
