@@ -48,8 +48,9 @@ cores of {environment["processor"]}. GPU: {latency["gpu"]}.
 
 {layers["layers"]} linear layers with {layers["weights"]:,} weights, {layers["sparsity"]:.2%} of them zero. The
 pattern {"holds in every layer" if layers["pattern_holds"] else f"does not hold in {len(layers['layers_off_pattern'])} layers"},
-read back from the files. The output of a layer changed by {layers["median_relative_error"]:.2%} of
-its energy in the median and {layers["worst_relative_error"]:.2%} at worst ({layers["worst_layer"]}).
+read back from the files. On the calibration text a layer misses {layers["median_relative_error"]:.2%} of the
+energy of the output that it aims at in the median and {layers["worst_relative_error"]:.2%} at worst
+({layers["worst_layer"]}).
 `layers.json` has every layer. Embeddings, norms, biases and the output head are unchanged.
 
 ## How to load it
