@@ -20,7 +20,7 @@ from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment, pattern, prune
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
-from thanos_deploy.pipeline import Dense, PruneRequest
+from thanos_deploy.pipeline import Dense, PruneRequest, prune_checkpoint
 
 
 def main() -> None:
@@ -50,15 +50,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        blocks = prune.prune(
-            checkpoint,
-            ids,
-            Path(folder),
-            pattern=request.pattern,
-            method=request.method,
-            options=request.resolved_options,
-            **request.walk_options,
-        )
+        blocks = prune_checkpoint(checkpoint, ids, Path(folder), request)
         total = time.perf_counter() - started
     peak = environment.peak_memory_bytes()
     print("block  collect s  solve s  forward s")

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import console, environment, prune
+from thanos_deploy import console, environment
 from thanos_deploy.calibrate import read_text, segments
 from thanos_deploy.checkpoint import load_model, load_tokenizer
 from thanos_deploy.pattern import parse
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import Dense, PruneRequest
+from thanos_deploy.pipeline import Dense, PruneRequest, prune_checkpoint
 
 
 def main() -> None:
@@ -59,15 +59,7 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            prune.prune(
-                source,
-                calibration,
-                Path(folder),
-                pattern=request.pattern,
-                method=request.method,
-                options=request.resolved_options,
-                **request.walk_options,
-            )
+            prune_checkpoint(source, calibration, Path(folder), request)
             seconds = time.perf_counter() - started
             value = judge(Path(folder), evaluation)
         print(

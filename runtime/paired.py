@@ -7,7 +7,7 @@ is reversed every round. A process of its own makes peak memory the engine's and
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from runtime.latency import LatencySamples, Workload
 from thanos_deploy.errors import DeployError, PlatformError
+from thanos_deploy.progress import OnProgress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def compare(
     rounds: int,
     warmup: int,
     backend: str = "onnxruntime",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> dict[str, Measurement]:
     """Measure the exported models of some bundles in turns.
 

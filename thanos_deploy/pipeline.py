@@ -214,6 +214,28 @@ class Dense:
             return _export(bundle, dense, None, {}, announce, title="dense model", overwrite=True)
 
 
+def prune_checkpoint(
+    source: Checkpoint,
+    ids: Tensor,
+    destination: Path,
+    request: PruneRequest,
+    *,
+    on_progress: OnProgress = silent,
+) -> list[pruning.BlockReport]:
+    """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`."""
+    return pruning.prune(
+        source,
+        ids,
+        destination,
+        pattern=request.pattern,
+        method=request.method,
+        options=request.resolved_options,
+        **request.walk_options,
+        dtype=DTYPES.get(request.dtype),
+        on_progress=on_progress,
+    )
+
+
 def prune(
     bundle: Bundle,
     dense: Dense,
@@ -230,17 +252,8 @@ def prune(
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
         _require_disk(folder, _bytes_of(source, request.dtype))
-        blocks = pruning.prune(
-            source,
-            ids,
-            folder / "model",
-            pattern=request.pattern,
-            method=request.method,
-            options=request.resolved_options,
-            **request.walk_options,
-            dtype=DTYPES.get(request.dtype),
-            on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
-        )
+        progress = announce(f"Prune to {request.pattern} with {request.method}")
+        blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
         artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
         return {**_summary_of(blocks), "dense_bytes": _bytes_of(source, "auto")}
 

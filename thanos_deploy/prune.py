@@ -113,7 +113,7 @@ def prune(
         HessianError: the calibration statistics cannot be used.
     """
     check(checkpoint, pattern=pattern, method=method, options=options)
-    family = checkpoint.family
+    family, solver = checkpoint.family, methods.load(method)
     copy_companions(checkpoint.folder, destination, dtype)
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
         model = checkpoint.skeleton()
@@ -149,7 +149,7 @@ def prune(
                                 prefix + name,
                                 statistics[group[0]],
                                 pattern=pattern,
-                                method=methods.load(method),
+                                solver=solver,
                                 options=options,
                                 dense_target=dense_target,
                                 dtype=files.dtype(f"{prefix}{name}.weight"),
@@ -188,7 +188,7 @@ def _prune_layer(
     statistics: Statistics,
     *,
     pattern: Pattern,
-    method: Method,
+    solver: Method,
     options: Mapping[str, Option],
     dense_target: float,
     dtype: torch.dtype,
@@ -203,7 +203,7 @@ def _prune_layer(
     if statistics.cross is not None:
         weight = retarget(problem, statistics.cross, dense_target, RETARGET_DAMPING)
         problem = LayerProblem(weight, statistics.hessian, name)
-    result = method.prune(problem, pattern, **options)
+    result = solver.prune(problem, pattern, **options)
     seconds = time.perf_counter() - started
     stored = _stored(result.weight, dtype, name)
     linear.weight.copy_(stored)

@@ -101,3 +101,17 @@ def check_group(name: str, cols: int, pattern: Pattern) -> None:
             f"{pattern}",
             fix="use a pattern whose group divides the number of inputs",
         )
+
+
+def check_blocks(name: str, block_columns: int, pattern: Pattern) -> None:
+    """Refuse blocks of columns that would cut through the groups of an n:m pattern.
+
+    Raises:
+        UsageError: the block size is not a positive multiple of the group.
+    """
+    group = pattern.group if isinstance(pattern, SemiStructured) else 1
+    if block_columns < 1 or block_columns % group:
+        raise UsageError(
+            f"{name}: blocks of {block_columns} columns for pattern {pattern}",
+            fix=f"use a --block-size that is a positive multiple of {group}",
+        )

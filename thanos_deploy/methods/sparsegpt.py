@@ -14,7 +14,6 @@ import math
 import torch
 from torch import Tensor
 
-from thanos_deploy.errors import UsageError
 from thanos_deploy.hessian import check_damping, factor
 from thanos_deploy.layer import LayerProblem, LayerResult, relative_error
 from thanos_deploy.mask import (
@@ -23,7 +22,7 @@ from thanos_deploy.mask import (
     smallest_in_groups,
     smallest_in_matrix,
 )
-from thanos_deploy.methods import Preset, check_group
+from thanos_deploy.methods import Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 
 PRESETS = {"paper": Preset()}
@@ -101,12 +100,7 @@ def check(
     """
     check_damping(name, damping, damping_mode)
     check_group(name, cols, pattern)
-    group = pattern.group if isinstance(pattern, SemiStructured) else 1
-    if block_columns < 1 or block_columns % group:
-        raise UsageError(
-            f"{name}: blocks of {block_columns} columns for pattern {pattern}",
-            fix=f"use a --block-size that is a positive multiple of {group}",
-        )
+    check_blocks(name, block_columns, pattern)
 
 
 def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:

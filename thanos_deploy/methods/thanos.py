@@ -43,7 +43,7 @@ from thanos_deploy.mask import (
     smallest_in_groups,
     smallest_in_matrix,
 )
-from thanos_deploy.methods import Preset, check_group
+from thanos_deploy.methods import Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 
 Score = Literal["wanda", "obs"]
@@ -165,12 +165,7 @@ def check(
     """
     check_damping(name, damping, damping_mode)
     check_group(name, cols, pattern)
-    group = pattern.group if isinstance(pattern, SemiStructured) else 1
-    if block_columns < 1 or block_columns % group:
-        raise UsageError(
-            f"{name}: blocks of {block_columns} columns for pattern {pattern}",
-            fix=f"use a --block-size that is a positive multiple of {group}",
-        )
+    check_blocks(name, block_columns, pattern)
     if score not in SCORES:
         raise UsageError(f"{name}: score {score!r}", fix=f"use one of {', '.join(SCORES)}")
     if refit_steps < 0:
