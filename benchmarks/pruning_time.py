@@ -11,13 +11,12 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import console, environment, pattern, prune
+from thanos_deploy import console, environment, pattern, walk
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pipeline import Dense, PruneRequest, prune_checkpoint
@@ -56,12 +55,11 @@ def main() -> None:
     print("block  collect s  solve s  forward s")
     for index, block in enumerate(blocks):
         print(
-            f"{index:5d}  {block.collect_seconds:9.2f}  {block.solve_seconds:7.2f}"
-            f"  {block.forward_seconds:9.2f}"
+            f"{index:5d}  {block.seconds['collect']:9.2f}  {block.seconds['solve']:7.2f}"
+            f"  {block.seconds['forward']:9.2f}"
         )
     collect, solve, forward = (
-        sum(asdict(block)[f"{part}_seconds"] for block in blocks)
-        for part in ("collect", "solve", "forward")
+        sum(block.seconds[part] for block in blocks) for part in ("collect", "solve", "forward")
     )
     bare = two_forward_passes(checkpoint, ids)
     print(f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}   whole call {total:.1f} s")
@@ -87,7 +85,7 @@ def main() -> None:
 def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> float:
     """Seconds of running the calibration tokens through the dense model's blocks, twice."""
     model = load_model(checkpoint.folder)
-    batch = max(1, prune.TOKENS_PER_BATCH // ids.shape[1])
+    batch = max(1, walk.TOKENS_PER_BATCH // ids.shape[1])
     started = time.perf_counter()
     with torch.inference_mode():
         for part in (*ids.split(batch), *ids.split(batch)):

@@ -25,6 +25,7 @@ _SIZES: dict[str, dict[str, object]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "gpt2": {"n_inner": 48},
     "gpt_neox": {"use_parallel_residual": True},
 }
 MODEL_TYPES = tuple(_SIZES)

@@ -132,6 +132,14 @@ def segments(
     return every[picked.sort().values]
 
 
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a model calls a block with besides the hidden states: attention mask, positions."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
 @dataclass(slots=True)
 class BlockInputs:
     """One batch of calibration data on its way through the blocks.
@@ -139,16 +147,17 @@ class BlockInputs:
     Attributes:
         hidden: float32[batch, tokens, width], what enters the next block; replaced as the walk
             goes on.
-        arguments: for every block, the other arguments that the model calls it with (attention
-            mask, positions); families with several kinds of blocks pass each kind its own.
+        arguments: the other arguments of every block; families with several kinds of blocks pass
+            each kind its own.
     """
 
     hidden: Tensor
-    arguments: list[dict[str, Any]]
+    arguments: list[Arguments]
 
     def forward(self, index: int, block: nn.Module) -> Tensor:
         """What the block makes of this batch."""
-        output = block(self.hidden, **self.arguments[index])
+        arguments = self.arguments[index]
+        output = block(self.hidden, *arguments.positional, **arguments.named)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
@@ -156,7 +165,7 @@ class BlockInputs:
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and passes its input on."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, Arguments]]) -> None:
         super().__init__()
         self._calls = calls
         # Models ask their blocks for attributes, such as the kind of attention.
@@ -168,8 +177,8 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"][0], name)
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self._calls.append((hidden, arguments))
+    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+        self._calls.append((hidden, Arguments(positional, named)))
         return hidden
 
 
@@ -187,7 +196,7 @@ def block_inputs(
     """
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    calls: list[tuple[Tensor, Arguments]] = []
     originals = list(blocks)
     inputs = []
     try:

@@ -609,9 +609,10 @@ def _summary_of(blocks: list[pruning.BlockReport]) -> Json:
         "worst_relative_error": worst.relative_error,
         "worst_layer": worst.name,
         "largest_damping": max(layer.damping for layer in layers),
-        "collect_seconds": sum(block.collect_seconds for block in blocks),
-        "solve_seconds": sum(block.solve_seconds for block in blocks),
-        "forward_seconds": sum(block.forward_seconds for block in blocks),
+        **{
+            f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
+            for activity in ("collect", "solve", "forward")
+        },
         "peak_memory_bytes": environment.peak_memory_bytes(),
     }
 

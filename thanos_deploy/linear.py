@@ -1,0 +1,59 @@
+"""A linear layer as a matrix [outputs, inputs], whichever class of layer holds it."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """The weight as [outputs, inputs]; a view, so writing to it changes the layer.
+
+    GPT-2's Conv1D stores it the other way round.
+    """
+    weight = linear.get_parameter("weight")
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def replace(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer another matrix, of any shape.
+
+    Args:
+        linear: the layer.
+        weight: [outputs, inputs].
+        bias: [outputs], or None for a layer without one.
+    """
+    outputs, inputs = weight.shape
+    if isinstance(linear, Conv1D):
+        linear.nf, linear.nx = outputs, inputs
+        weight = weight.T
+    else:
+        assert isinstance(linear, nn.Linear)
+        linear.out_features, linear.in_features = outputs, inputs
+    linear.weight = _parameter(weight)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+
+
+def keep_outputs(linear: nn.Module, kept: Tensor) -> None:
+    """Cut a layer down to some of its outputs.
+
+    Args:
+        linear: the layer.
+        kept: int64[count], the outputs that stay, in their new order.
+    """
+    bias = getattr(linear, "bias", None)
+    replace(linear, matrix(linear)[kept], None if bias is None else bias[kept])
+
+
+def resize(linear: nn.Module, outputs: int, inputs: int) -> None:
+    """Give a layer without storage another shape."""
+    bias = getattr(linear, "bias", None)
+    replace(
+        linear,
+        torch.empty(outputs, inputs, device="meta"),
+        None if bias is None else torch.empty(outputs, device="meta"),
+    )
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
