@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,18 +212,50 @@ def block_inputs(
     return inputs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Statistics:
-    """What calibration saw of one layer's input.
+    """What calibration saw of one layer's input x, and of the same input y in the dense model.
 
     Attributes:
+        tokens: how many.
         hessian: float32[cols, cols], the sum of x x^T over all tokens.
-        cross: float32[cols, cols], the sum of y x^T with y the same input in the dense model; None
-            if that was not asked for.
+        total: float32[cols], the sum of x.
+        cross: float32[cols, cols], the sum of y x^T; None if the dense model was not asked for.
+        dense_total: float32[cols], the sum of y; the same.
     """
 
+    tokens: int
     hessian: Tensor
+    total: Tensor
     cross: Tensor | None
+    dense_total: Tensor | None
+
+    @classmethod
+    def empty(cls, cols: int, *, with_dense: bool) -> "Statistics":
+        """Of no tokens."""
+        square, row = torch.zeros(cols, cols), torch.zeros(cols)
+        dense = (square.clone(), row.clone()) if with_dense else (None, None)
+        return cls(0, square, row, *dense)
+
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """Count some tokens; float32[tokens, cols] each."""
+        self.tokens += len(x)
+        self.hessian.addmm_(x.T, x)
+        self.total += x.sum(dim=0)
+        if y is not None:
+            assert self.cross is not None
+            assert self.dense_total is not None
+            self.cross.addmm_(y.T, x)
+            self.dense_total += y.sum(dim=0)
+
+    def centred(self) -> "Statistics":
+        """The same around the means: what is left for a weight to explain beside a free bias."""
+        cross = self.cross
+        if cross is not None:
+            assert self.dense_total is not None
+            cross = cross - torch.outer(self.dense_total, self.total) / self.tokens
+        hessian = self.hessian - torch.outer(self.total, self.total) / self.tokens
+        return replace(self, hessian=hessian, cross=cross)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +290,8 @@ def collect(walk: Walk, names: list[str], dense: Walk | None = None) -> dict[str
         targets = {} if dense is None else _inputs_of(dense, names, dense.batches[number])
         for name, x in inputs.items():
             if name not in sums:
-                zeros = torch.zeros(x.shape[1], x.shape[1])
-                sums[name] = Statistics(zeros, None if dense is None else zeros.clone())
-            sums[name].hessian.addmm_(x.T, x)
-            if (cross := sums[name].cross) is not None:
-                cross.addmm_(targets[name].T, x)
+                sums[name] = Statistics.empty(x.shape[1], with_dense=dense is not None)
+            sums[name].add(x, targets.get(name))
     return sums
 
 

@@ -46,21 +46,13 @@ cores of {environment["processor"]}. GPU: {latency["gpu"]}.
 
 ## What was pruned
 
-{layers["layers"]} linear layers with {layers["weights"]:,} weights, {layers["sparsity"]:.2%} of them zero. The
-pattern {"holds in every layer" if layers["pattern_holds"] else f"does not hold in {len(layers['layers_off_pattern'])} layers"},
-read back from the files. On the calibration text a layer misses {layers["median_relative_error"]:.2%} of the
+{_what(report)} On the calibration text a layer misses {layers["median_relative_error"]:.2%} of the
 energy of the output that it aims at in the median and {layers["worst_relative_error"]:.2%} at worst
 ({layers["worst_layer"]}).
-`layers.json` has every layer. Embeddings, norms, biases and the output head are unchanged.
 
 ## How to load it
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("model")
-tokenizer = AutoTokenizer.from_pretrained("model")
-```
+{_loading(report)}
 
 `onnx/model.onnx` is one graph for prefill and decode with the kv cache as inputs and outputs;
 its results differ from PyTorch's by at most {report["parity"]["worst"]:.1e} of their range
@@ -77,3 +69,66 @@ where the dense model continues:
 
 > {sample["dense"].strip().replace(chr(10), chr(10) + "> ")}
 """
+
+
+def _what(report: Json) -> str:
+    layers, widths = report["linear_layers"], report["widths"]
+    if widths is None:
+        holds = (
+            "holds in every layer"
+            if layers["pattern_holds"]
+            else f"does not hold in {len(layers['layers_off_pattern'])} layers"
+        )
+        return f"""{layers["layers"]} linear layers with {layers["weights"]:,} weights, {layers["sparsity"]:.2%} of them zero. The
+pattern {holds}, read back from the files. `layers.json` has every
+layer. Embeddings, norms, biases and the output head are unchanged."""
+    rows = "\n".join(
+        f"| {title} | {_range(widths[part]['before'])} | {_range(widths[part]['after'])} |"
+        for part, title in (
+            ("heads", "attention heads"),
+            ("kv_heads", "key-value heads"),
+            ("channels", "feed-forward channels"),
+        )
+    )
+    return f"""{widths["removed"]:.2%} of the blocks' parameters are gone ({widths["block_parameters_before"]:,} before,
+{widths["block_parameters_after"]:,} after); the layers that read what is left were refitted by least squares.
+
+| in each block | dense | pruned |
+|---|---|---|
+{rows}
+
+`layers.json` says which heads and channels stayed. Embeddings, norms and the output head are unchanged."""
+
+
+def _range(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _loading(report: Json) -> str:
+    widths = report["widths"]
+    if widths is not None and not widths["stock_config"]:
+        return """No stock `config.json` can describe these widths, so `AutoModelForCausalLM` refuses the folder:
+`config.json` is the dense model's and `model/widths.json` declares the widths. Use the ONNX graph, or
+
+```python
+from pathlib import Path
+from thanos_deploy.checkpoint import load_model
+
+model = load_model(Path("model"))
+```"""
+    stock = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model")
+```"""
+    if widths is None:
+        return stock
+    return f"""{stock}
+
+`model/` is an ordinary checkpoint of its architecture with a smaller `config.json`: no code comes with
+it and no flag is needed. Its numbers of heads and channels are those that the architecture's own
+configuration states (`num_attention_heads`, `num_key_value_heads`, an explicit `head_dim`,
+`intermediate_size` or what the family calls it), the same in every block. Loaders that read these
+entries, such as vLLM and llama.cpp's converter, have what they need; that is an argument from the
+configuration, they were not run here."""

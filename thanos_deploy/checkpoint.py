@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -22,7 +22,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,8 +33,10 @@ from transformers import (
 )
 
 from thanos_deploy import artifact
+from thanos_deploy import widths as block_widths
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
+from thanos_deploy.widths import Widths
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -207,12 +209,14 @@ class Checkpoint:
         config: its configuration.
         family: how its blocks and linear layers are called.
         weights: its tensors.
+        widths: heads and channels of each block.
     """
 
     folder: Path
     config: PretrainedConfig
     family: Family
     weights: "Weights"
+    widths: tuple[Widths, ...]
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -244,17 +248,40 @@ class Checkpoint:
                 f"{path}: not a readable model configuration ({error})",
                 fix="restore config.json from the model's origin",
             ) from error
-        return cls(folder, config, family, Weights(folder))
+        count = config.num_hidden_layers
+        declared = block_widths.declared(folder)
+        if declared is not None and len(declared) != count:
+            raise ModelError(
+                f"{folder / block_widths.FILE}: {len(declared)} blocks, config.json says {count}",
+                fix="use the files of one and the same checkpoint",
+            )
+        uniform = (block_widths.of_config(config, family),) * count
+        return cls(folder, config, family, Weights(folder), declared or uniform)
 
     @property
     def max_positions(self) -> int:
         """The longest sequence that the configuration allows, in tokens."""
         return int(self.config.max_position_embeddings)
 
-    def skeleton(self) -> PreTrainedModel:
-        """The model without its weights: parameters have no storage, buffers are real."""
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return block_widths.head_size(self.config)
+
+    def skeleton(self, widths: Sequence[Widths] | None = None) -> PreTrainedModel:
+        """The model without its weights: parameters have no storage, buffers are real.
+
+        Args:
+            widths: other ones than the checkpoint's own.
+        """
+        widths = widths or self.widths
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        stock = block_widths.of_config(self.config, self.family)
+        if any(block != stock for block in widths):
+            blocks = model.get_submodule(self.family.blocks)
+            assert isinstance(blocks, nn.ModuleList)
+            block_widths.resize(blocks, self.family, widths, self.head_size)
         model.eval()
         return model
 
@@ -383,16 +410,24 @@ class WeightsCopy:
     with spaces to 8 bytes, then the tensors without gaps.
     """
 
-    def __init__(self, original: Weights, destination: Path, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        original: Weights,
+        destination: Path,
+        dtype: torch.dtype | None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         """Create the files.
 
         Args:
             original: the checkpoint to copy.
             destination: the folder to write to.
             dtype: what to store, or None to keep each tensor's own.
+            shapes: name -> shape of the tensors that will have another shape.
         """
+        shapes = {**original.shapes, **(shapes or {})}
         self._missing = dict.fromkeys(original.shapes)
-        self._places: dict[str, tuple[int, int, torch.dtype]] = {}
+        self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
         self._descriptors: list[int] = []
         self.bytes = 0
         for shard in dict.fromkeys(original.files.values()):
@@ -403,22 +438,22 @@ class WeightsCopy:
                     continue
                 kind = dtype or original.dtypes[name]
                 size = kind.itemsize
-                for extent in original.shapes[name]:
+                for extent in shapes[name]:
                     size *= extent
                 header[name] = {
                     "dtype": _SAFETENSORS_NAMES[kind],
-                    "shape": original.shapes[name],
+                    "shape": shapes[name],
                     "data_offsets": [offset, offset + size],
                 }
-                spans[name] = (offset, kind)
+                spans[name] = (offset, kind, shapes[name])
                 offset += size
             encoded = json.dumps(header, separators=(",", ":")).encode()
             encoded += b" " * (-len(encoded) % 8)
             descriptor = os.open(destination / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._descriptors.append(descriptor)
             _write_at(descriptor, struct.pack("<Q", len(encoded)) + encoded, 0)
-            for name, (start, kind) in spans.items():
-                self._places[name] = (descriptor, 8 + len(encoded) + start, kind)
+            for name, (start, kind, shape) in spans.items():
+                self._places[name] = (descriptor, 8 + len(encoded) + start, kind, shape)
             self.bytes += offset
         if (original.folder / _INDEX).exists():
             index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
@@ -434,9 +469,11 @@ class WeightsCopy:
         return self._places[name][2]
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, which must have the dtype `dtype(name)`."""
-        descriptor, offset, dtype = self._places[name]
-        assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
+        """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""
+        descriptor, offset, dtype, shape = self._places[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), (
+            f"{name}: {tensor.dtype} {tuple(tensor.shape)} instead of {dtype} {shape}"
+        )
         del self._missing[name]
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         _write_at(descriptor, data.data, offset)
@@ -475,7 +512,15 @@ def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The whole model in float32 on the CPU, ready for inference, by the stock loader."""
+    """The whole model in float32 on the CPU, ready for inference.
+
+    By the stock loader, unless the folder declares widths that no stock configuration has.
+
+    Raises:
+        ModelError: the model does not load.
+    """
+    if block_widths.declared(folder) is not None:
+        return _load_declared(Checkpoint.open(folder))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
@@ -486,6 +531,30 @@ def load_model(folder: Path) -> PreTrainedModel:
             fix="check the folder with `thanos-deploy prune --dry-run`, or fetch it again",
         ) from error
     model.eval()
+    return model
+
+
+def _load_declared(checkpoint: Checkpoint) -> PreTrainedModel:
+    model = checkpoint.skeleton()
+    sources = {}
+    for name, _ in model.named_parameters():
+        # A tied output head is not stored; it is tied again below.
+        if model.get_parameter(name) is not model.get_output_embeddings().weight or not (
+            model.config.tie_word_embeddings
+        ):
+            sources[name] = checkpoint.stored_name(name, model.base_model_prefix)
+    tensors = checkpoint.weights.read(sources.values())
+    for name, source in sources.items():
+        shape = tuple(model.get_parameter(name).shape)
+        if tensors[source].shape != shape:
+            raise ModelError(
+                f"{checkpoint.folder}: {source} has shape {tuple(tensors[source].shape)}, "
+                f"{block_widths.FILE} and config.json say {shape}",
+                fix="use the files of one and the same checkpoint",
+            )
+    state = {name: tensors[source].float() for name, source in sources.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
     return model
 
 

@@ -99,8 +99,32 @@ _pruning = _options(
         type=PatternType(),
         required=True,
         help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
-        "unstructured:FRACTION removes that fraction; structured:FRACTION removes whole input "
-        "columns of each layer (they become zero, the shapes stay).",
+        "unstructured:FRACTION removes that fraction; structured:FRACTION cuts attention heads and "
+        "feed-forward channels out, at least that fraction of the blocks' parameters, and leaves "
+        "an ordinary smaller model.",
+    ),
+    click.option(
+        "--shrink",
+        type=click.Choice(["heads", "ffn", "both"]),
+        help="structured: what to cut out.  [default: both]",
+    ),
+    click.option(
+        "--ffn-multiple",
+        type=int,
+        help="structured: of which the number of feed-forward channels has to be.  [default: 64, "
+        "or the largest power of two below that divides the model's own]",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(["uniform", "loss"]),
+        help="structured: the same widths in every block, as a stock config.json has it; or by "
+        "loss, each block its own, for ONNX only.  [default: uniform]",
+    ),
+    click.option(
+        "--keep-shape",
+        is_flag=True,
+        help="structured: set that fraction of each layer's input columns to zero instead, and "
+        "leave all shapes as they are.",
     ),
     click.option(
         "--method",
@@ -262,7 +286,7 @@ def prune_export(
             overwrite=options["overwrite"],
             announce=session,
         )
-    _print(options, result, console.show_values if dry_run else console.show_report)
+    _print(options, result, console.show_plan if dry_run else console.show_report)
 
 
 @cli.command()
@@ -270,12 +294,22 @@ def prune_export(
 @_out
 @_pruning
 @_revision
+@_dry_run
 @_common
-def prune(model: str, out: Path, revision: str | None, **options: Any) -> None:
-    """Prune MODEL into OUT/model, an ordinary checkpoint."""
+def prune(model: str, out: Path, revision: str | None, dry_run: bool, **options: Any) -> None:
+    """Prune MODEL into OUT/model, an ordinary checkpoint.
+
+    With a structured pattern, --dry-run measures what each block would lose and prints the heads
+    and channels that would stay.
+    """
     with _session(options) as session:
         from thanos_deploy import artifact, pipeline
 
+        if dry_run:
+            request = _prune_request(options)
+            plan = pipeline.plan_prune(model, request, revision=revision, announce=session)
+            _print(options, plan, console.show_plan)
+            return
         dense = pipeline.Dense(model, revision=revision)
         with artifact.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
             record = pipeline.prune(
@@ -285,7 +319,7 @@ def prune(model: str, out: Path, revision: str | None, **options: Any) -> None:
                 overwrite=options["overwrite"],
                 announce=session,
             )
-    _print(options, record.result, console.show_values)
+    _print(options, record.result, console.show_plan)
 
 
 @cli.command()
@@ -368,6 +402,10 @@ def _prune_request(options: dict[str, Any]) -> "PruneRequest":
         seqlen=options["seqlen"],
         seed=options["seed"],
         dtype=options["dtype"],
+        keep_shape=options["keep_shape"],
+        shrink=options["shrink"],
+        ffn_multiple=options["ffn_multiple"],
+        allocation=options["allocation"],
     )
 
 

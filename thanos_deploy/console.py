@@ -117,7 +117,14 @@ def show_report(report: Json) -> None:
                 latency["pruned"][what][figure] * 1e3,
             )
     row("peak memory, MB", memory["dense"] / 1e6, memory["pruned"] / 1e6)
-    table.add_row("zeros in linear layers", "", f"{report['linear_layers']['sparsity']:.2%}", "")
+    if widths := report["widths"]:
+        row(
+            "parameters of the blocks, M",
+            *(widths[f"block_parameters_{when}"] / 1e6 for when in ("before", "after")),
+        )
+    else:
+        zeros = report["linear_layers"]["sparsity"]
+        table.add_row("zeros in linear layers", "", f"{zeros:.2%}", "")
     table.add_row("ONNX against PyTorch", "", f"{report['parity']['worst']:.1e}", "")
     console.print(table)
     environment = report["environment"]
@@ -158,6 +165,28 @@ def show_values(values: Json) -> None:
             name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
         )
     Console().print(table)
+
+
+def show_plan(plan: Json) -> None:
+    """Print what is or would be pruned; for a shrunk model with the widths of its blocks."""
+    values = dict(plan)
+    widths = values.pop("widths", None)
+    if widths is not None:
+        table = Table(title="What stays of each block")
+        for name in ("block", "heads", "kv heads", "channels", "parameters", "predicted loss"):
+            table.add_column(name, justify="right")
+        for index, block in enumerate(widths["blocks"]):
+            before, after = block["before"], block["after"]
+            table.add_row(
+                str(index),
+                *(f"{after[part]} of {before[part]}" for part in ("heads", "kv_heads", "channels")),
+                f"{block['parameters_after']:,} of {block['parameters_before']:,}",
+                f"{block['predicted_loss']:.4f}",
+            )
+        Console().print(table)
+        values["removed of the blocks"] = f"{widths['removed']:.2%}"
+        values["loads with stock loaders"] = "yes" if widths["stock_config"] else "no, ONNX only"
+    show_values(values)
 
 
 def show_error(message: str) -> None:

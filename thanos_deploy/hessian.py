@@ -20,6 +20,9 @@ DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
 # A Hessian that is not numerically positive definite is damped ten times harder, so often at most.
 _RETRIES = 4
 
+# Holds a layer near its own weight when it aims at the dense model's output.
+RETARGET_DAMPING = 0.01
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
@@ -120,7 +123,9 @@ def require_finite(problem: LayerProblem) -> None:
             )
 
 
-def retarget(problem: LayerProblem, cross: Tensor, fraction: float, damping: float) -> Tensor:
+def retarget(
+    problem: LayerProblem, cross: Tensor, fraction: float, damping: float = RETARGET_DAMPING
+) -> Tensor:
     """The weight whose output, on the pruned model's inputs, is nearest to the dense model's.
 
     A layer of a pruned model does not see what the dense model's layer sees. With x its input and y

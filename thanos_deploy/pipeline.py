@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,21 +28,39 @@ from runtime import paired
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.latency import Workload
-from thanos_deploy import artifact, card, checkpoint, environment, methods, report
+from thanos_deploy import artifact, card, checkpoint, environment, methods, report, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
+from thanos_deploy import shrink as shrinking
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, locate
 from thanos_deploy.errors import ResourceError, UsageError
 from thanos_deploy.methods import Option
-from thanos_deploy.pattern import Pattern, parse
+from thanos_deploy.pattern import Pattern, Structured, parse
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.sizing import Plan
 
 # Told the title of a piece of work that starts now, returns where to report its progress.
 Announce = Callable[[str], OnProgress]
 
 STAGES = ("prune", "eval", "onnx", "bench", "report")
+
+
+class SizingOptions(TypedDict):
+    """Keyword arguments of `sizing.plan`."""
+
+    part: str
+    multiple: int | None
+    allocation: str
+
+
+class FitOptions(TypedDict):
+    """Keyword arguments of `shrink.shrink`."""
+
+    damping: float
+    damping_mode: str
+    dense_target: float
 
 
 class WalkOptions(TypedDict):
@@ -72,6 +90,10 @@ class PruneRequest:
         nsamples, seqlen: calibration segments and tokens of each.
         seed: picks the segments.
         dtype: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
+        keep_shape: for a structured pattern: set columns to zero instead of cutting heads and
+            channels out.
+        shrink: what to cut out: "heads", "ffn" or "both"; None for both.
+        ffn_multiple, allocation: see `sizing.plan`; None for its defaults.
     """
 
     pattern: Pattern
@@ -86,6 +108,78 @@ class PruneRequest:
     seqlen: int = 512
     seed: int = 0
     dtype: str = "auto"
+    keep_shape: bool = False
+    shrink: str | None = None
+    ffn_multiple: int | None = None
+    allocation: str | None = None
+
+    @property
+    def shrinks(self) -> bool:
+        """Heads and channels are cut out."""
+        return isinstance(self.pattern, Structured) and not self.keep_shape
+
+    @property
+    def sizing_options(self) -> SizingOptions:
+        """How to choose the widths of a shrunk model."""
+        return {
+            "part": self.shrink or "both",
+            "multiple": self.ffn_multiple,
+            "allocation": self.allocation or "uniform",
+        }
+
+    @property
+    def fit_options(self) -> FitOptions:
+        """How to refit a shrunk model: given, else what measured best; see benchmarks/LOG.md."""
+        return {
+            "damping": float(self.options.get("damping", 0.01)),
+            "damping_mode": str(self.options.get("damping_mode", "mean")),
+            "dense_target": 0.5 if self.dense_target is None else self.dense_target,
+        }
+
+    def check(self) -> None:
+        """Refuse options that have no meaning together.
+
+        Raises:
+            UsageError: they have none.
+        """
+        if not self.shrinks:
+            for name, value in (
+                ("--shrink", self.shrink),
+                ("--ffn-multiple", self.ffn_multiple),
+                ("--allocation", self.allocation),
+                ("--keep-shape", self.keep_shape and not isinstance(self.pattern, Structured)),
+            ):
+                if value:
+                    raise UsageError(
+                        f"{name} with pattern {self.pattern}"
+                        + (" and --keep-shape" if self.keep_shape else ""),
+                        fix="leave it out; it is for structured patterns that cut heads and "
+                        "channels out",
+                    )
+            return
+        if self.method != "thanos":
+            raise UsageError(
+                f"--method {self.method} with {self.pattern}: heads and channels are chosen and "
+                "what reads them is refitted by thanos only",
+                fix="use --method thanos, or --keep-shape for columns of zeros by this method",
+            )
+        if self.options.get("outlier_rows"):
+            raise UsageError(
+                f"--outlier-rows {self.options['outlier_rows']:g} with {self.pattern}: rows that "
+                "stay dense read every input, so nothing could be cut out",
+                fix="leave --outlier-rows out, or use --keep-shape for columns of zeros",
+            )
+        unused = [
+            name.replace("_", " ")
+            for name in self.options
+            if name not in ("damping", "damping_mode", "outlier_rows")
+        ]
+        if unused or self.true_sequential is not None:
+            raise UsageError(
+                f"{self.pattern} with {', '.join(unused) or 'true sequential'}: it has no meaning "
+                "where heads and channels are cut out",
+                fix="leave it out, or use --keep-shape for columns of zeros",
+            )
 
     @property
     def resolved_options(self) -> dict[str, Option]:
@@ -110,11 +204,15 @@ class PruneRequest:
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
+        how = (
+            {"cut": True, **self.sizing_options, **self.fit_options}
+            if self.shrinks
+            else {**self.resolved_options, **self.walk_options}
+        )
         return {
             "pattern": str(self.pattern),
             "method": self.method,
-            **self.resolved_options,
-            **self.walk_options,
+            **how,
             "calib": Path(self.calib).name,
             "text_field": self.text_field,
             "nsamples": self.nsamples,
@@ -236,6 +334,43 @@ def prune_checkpoint(
     )
 
 
+def plan_widths(
+    source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce = quietly
+) -> Plan:
+    """How wide the blocks of a shrunk model will be, on given calibration tokens."""
+    fit = request.fit_options
+    losses = shrinking.survey(
+        source,
+        ids,
+        multiple=request.ffn_multiple,
+        damping=fit["damping"],
+        damping_mode=fit["damping_mode"],
+        on_progress=announce("Find out what each block would lose"),
+    )
+    return sizing.plan(source, losses, request.pattern.sparsity, **request.sizing_options)
+
+
+def shrink_checkpoint(
+    source: Checkpoint,
+    ids: Tensor,
+    destination: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> tuple[Plan, list[shrinking.BlockReport]]:
+    """Cut heads and channels out of a checkpoint as requested; see `shrink.shrink`."""
+    plan = plan_widths(source, ids, request, announce)
+    blocks = shrinking.shrink(
+        source,
+        ids,
+        destination,
+        plan=plan,
+        **request.fit_options,
+        dtype=DTYPES.get(request.dtype),
+        on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
+    )
+    return plan, blocks
+
+
 def prune(
     bundle: Bundle,
     dense: Dense,
@@ -246,16 +381,31 @@ def prune(
 ) -> StageRecord:
     """Prune the model into the bundle, unless that is done."""
     source = dense.checkpoint(announce)
+    _refuse_pruning(source, request)
     text = _text(request.calib, request.text_field, held_out=False)
     ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
 
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
         _require_disk(folder, _bytes_of(source, request.dtype))
-        progress = announce(f"Prune to {request.pattern} with {request.method}")
-        blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
+        blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
+        if request.shrinks:
+            plan, blocks = shrink_checkpoint(source, ids, folder / "model", request, announce)
+            summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
+        else:
+            progress = announce(f"Prune to {request.pattern} with {request.method}")
+            blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
+            summary = _summary_of(blocks)
         artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
-        return {**_summary_of(blocks), "dense_bytes": _bytes_of(source, "auto")}
+        return {
+            **summary,
+            **{
+                f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
+                for activity in ("collect", "solve", "forward")
+            },
+            "peak_memory_bytes": environment.peak_memory_bytes(),
+            "dense_bytes": _bytes_of(source, "auto"),
+        }
 
     return bundle.run(
         "prune",
@@ -294,9 +444,9 @@ def evaluate(
 
 def export(bundle: Bundle, *, overwrite: bool = False, announce: Announce = quietly) -> StageRecord:
     """Export the pruned model to ONNX, unless that is done."""
-    pattern = parse(bundle.require("prune", "`thanos-deploy prune`").options["pattern"])
-    # Rows that were left dense on purpose keep no pattern, so none can be claimed for the file.
-    claimed = pattern if bundle.stages["prune"].result["pattern_holds"] else None
+    pruned = bundle.require("prune", "`thanos-deploy prune`")
+    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
+    claimed = parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
     return _export(
         bundle,
         Checkpoint.open(bundle.path / "model"),
@@ -443,17 +593,9 @@ def plan(
     )
     _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
     source = dense.checkpoint(announce)
-    shapes = pruning.linear_shapes(source).values()
-    weights = sum(rows * cols for rows, cols in shapes)
     parameters = _parameters(source)
     return {
-        "model": dense.source.to_json(),
-        "model_type": source.config.model_type,
-        "parameters": parameters,
-        "linear_layers": len(shapes),
-        "linear_weights": weights,
-        "linear_weights_removed": int(weights * request.pattern.sparsity),
-        "prune": request.to_json(),
+        **_plan_pruning(dense, request, announce),
         "eval": evaluation.to_json(),
         "bench": asdict(benchmark),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
@@ -462,6 +604,44 @@ def plan(
         "cache": str(dense.folder),
         "cache_bytes_needed": (8 if dense.source.kind == "gguf" else 4) * parameters,
     }
+
+
+def plan_prune(
+    model: str,
+    request: PruneRequest,
+    *,
+    revision: str | None = None,
+    announce: Announce = quietly,
+) -> Json:
+    """What `prune` would do, and whether it would be refused; writes nothing.
+
+    For a model that is to be shrunk this includes the widths of every block and the loss that is
+    predicted for them, from a walk through the dense model.
+    """
+    dense = Dense(model, revision=revision)
+    _refuse_pruning(dense.checkpoint(announce), request)
+    return _plan_pruning(dense, request, announce)
+
+
+def _plan_pruning(dense: Dense, request: PruneRequest, announce: Announce) -> Json:
+    source = dense.checkpoint(announce)
+    shapes = pruning.linear_shapes(source).values()
+    weights = sum(rows * cols for rows, cols in shapes)
+    plan = {
+        "model": dense.source.to_json(),
+        "model_type": source.config.model_type,
+        "parameters": _parameters(source),
+        "linear_layers": len(shapes),
+        "linear_weights": weights,
+        "prune": request.to_json(),
+    }
+    if request.shrinks:
+        text = _text(request.calib, request.text_field, held_out=False)
+        ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
+        plan["widths"] = _plan_summary(plan_widths(source, ids, request, announce))
+    else:
+        plan["linear_weights_removed"] = int(weights * request.pattern.sparsity)
+    return plan
 
 
 def _refuse_beforehand(
@@ -481,9 +661,7 @@ def _refuse_beforehand(
     ):
         bundle.check(stage, options, overwrite=overwrite)
     source = dense.checkpoint(announce)
-    pruning.check(
-        source, pattern=request.pattern, method=request.method, options=request.resolved_options
-    )
+    _refuse_pruning(source, request)
     tokens = benchmark.prompt + benchmark.new_tokens
     if tokens > source.max_positions:
         raise UsageError(
@@ -496,6 +674,18 @@ def _refuse_beforehand(
     text = _text(evaluation.text, evaluation.text_field, held_out=True)
     _segments(source, text, evaluation.segments, evaluation.seqlen, seed=None)
     _require_other_text(text, calibration.sha256)
+
+
+def _refuse_pruning(source: Checkpoint, request: PruneRequest) -> None:
+    """Raise what pruning would raise, as far as configuration and headers show it."""
+    request.check()
+    if request.shrinks:
+        shrinking.check(source)
+        sizing.check(source, request.pattern.sparsity, **request.sizing_options)
+    else:
+        pruning.check(
+            source, pattern=request.pattern, method=request.method, options=request.resolved_options
+        )
 
 
 def _evaluate(
@@ -609,11 +799,33 @@ def _summary_of(blocks: list[pruning.BlockReport]) -> Json:
         "worst_relative_error": worst.relative_error,
         "worst_layer": worst.name,
         "largest_damping": max(layer.damping for layer in layers),
-        **{
-            f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
-            for activity in ("collect", "solve", "forward")
-        },
-        "peak_memory_bytes": environment.peak_memory_bytes(),
+    }
+
+
+def _summary_of_cuts(blocks: list[shrinking.BlockReport]) -> Json:
+    errors = {
+        f"block {index}, {part}": error
+        for index, block in enumerate(blocks)
+        for part, error in (("heads", block.heads_error), ("ffn", block.channels_error))
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "median_relative_error": statistics.median(errors.values()),
+        "worst_relative_error": errors[worst],
+        "worst_layer": worst,
+        "largest_damping": max(block.damping for block in blocks),
+    }
+
+
+def _plan_summary(plan: Plan) -> Json:
+    """For people and for the manifest: one row a block, and what they come to."""
+    return {
+        "removed": plan.removed,
+        "stock_config": plan.stock,
+        "block_parameters_before": sum(block.parameters_before for block in plan.blocks),
+        "block_parameters_after": sum(block.parameters_after for block in plan.blocks),
+        "predicted_loss": sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
+        "blocks": [asdict(block) for block in plan.blocks],
     }
 
 

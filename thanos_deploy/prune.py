@@ -27,9 +27,6 @@ from thanos_deploy.walk import Visit, visits
 
 logger = logging.getLogger(__name__)
 
-# Holds a layer near its own weight when it aims at the dense model's output.
-RETARGET_DAMPING = 0.01
-
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -162,7 +159,7 @@ def _prune_layer(
     name, weight = visit.prefix + linear, matrix(visit.block.get_submodule(linear))
     problem = LayerProblem(weight, statistics.hessian, name)
     if statistics.cross is not None:
-        wanted = retarget(problem, statistics.cross, dense_target, RETARGET_DAMPING)
+        wanted = retarget(problem, statistics.cross, dense_target)
         problem = LayerProblem(wanted, statistics.hessian, name)
     result = solver.prune(problem, pattern, **options)
     seconds = time.perf_counter() - started

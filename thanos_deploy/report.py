@@ -44,12 +44,17 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
         "dense": dense.stages["eval"].result["value"],
         "pruned": evaluation.result["value"],
     }
+    widths = _widths(prune)
     return {
         "format": FORMAT,
         "source": bundle.source,
         "pattern": str(pattern),
         "method": prune.options["method"],
-        "verdict": verdict(pattern, faster, perplexity, holds=prune.result["pattern_holds"]),
+        "verdict": (
+            shrunk_verdict(widths, faster, perplexity)
+            if widths
+            else verdict(pattern, faster, perplexity, holds=prune.result["pattern_holds"])
+        ),
         "quality": {
             "measure": "perplexity",
             "text": evaluation.result["text"],
@@ -57,20 +62,8 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
             "length": evaluation.result["length"],
             **perplexity,
         },
-        "linear_layers": {
-            name: prune.result[name]
-            for name in (
-                "layers",
-                "weights",
-                "sparsity",
-                "pattern_holds",
-                "layers_off_pattern",
-                "median_relative_error",
-                "worst_relative_error",
-                "worst_layer",
-                "largest_damping",
-            )
-        },
+        "linear_layers": _layers(prune),
+        "widths": widths,
         "bytes": {
             "model": {
                 "dense": prune.result["dense_bytes"],
@@ -134,9 +127,8 @@ def verdict(
     match pattern:
         case Structured():
             sentences[2:4] = [
-                "The removed columns are zero, but the matrices keep their shapes, so nothing is "
-                "faster or smaller: that needs the columns to be cut out, which this version does "
-                "not do."
+                "The removed columns are zero, but the matrices keep their shapes (--keep-shape), "
+                "so nothing is faster or smaller: that needs heads and channels to be cut out."
             ]
         case SemiStructured() if not holds:
             sentences.append(
@@ -156,6 +148,69 @@ def verdict(
                 "change this; structured pruning, which makes the matrices smaller, would."
             )
     return sentences
+
+
+def shrunk_verdict(
+    widths: Json, faster: dict[str, Speedup], perplexity: dict[str, float]
+) -> list[str]:
+    """What the numbers of a model mean that had heads and channels cut out, one sentence each.
+
+    Args:
+        widths: as in the report.
+        faster, perplexity: see `verdict`.
+    """
+    sentences = [
+        f"Perplexity went from {perplexity['dense']:.2f} to {perplexity['pruned']:.2f}.",
+        f"{widths['removed']:.1%} of the blocks' parameters are gone for good: the files, the "
+        "memory and the work of every block are smaller by that, on any machine and any backend; "
+        "embeddings and the output head are as they were.",
+        f"Measured on this CPU, prefill ran at {_times(faster['prefill'])} and decode at "
+        f"{_times(faster['decode'])} the dense model's speed. On a GPU: {_NO_GPU}.",
+    ]
+    if widths["stock_config"]:
+        sentences.append(
+            "The result is an ordinary smaller checkpoint: stock loaders take it as it is."
+        )
+    else:
+        sentences.append(
+            "No stock config.json describes these widths, so model/ is for thanos-deploy only "
+            "(widths.json declares them); the ONNX graph runs anywhere."
+        )
+    return sentences
+
+
+def _layers(prune: StageRecord) -> Json:
+    return {
+        name: prune.result[name]
+        for name in (
+            "layers",
+            "weights",
+            "sparsity",
+            "pattern_holds",
+            "layers_off_pattern",
+            "median_relative_error",
+            "worst_relative_error",
+            "worst_layer",
+            "largest_damping",
+        )
+        if name in prune.result
+    }
+
+
+def _widths(prune: StageRecord) -> Json | None:
+    """What was cut out; None if all shapes are the dense model's."""
+    widths = prune.result.get("widths")
+    if widths is None:
+        return None
+    cuts = {
+        part: {
+            who: sorted({block[who][part] for block in widths["blocks"]})
+            for who in ("before", "after")
+        }
+        for part in ("heads", "kv_heads", "channels")
+    }
+    figures = ("removed", "stock_config", "block_parameters_before", "block_parameters_after")
+    return {**{name: widths[name] for name in figures}, **cuts}
 
 
 def _times(speedup: Speedup) -> str:

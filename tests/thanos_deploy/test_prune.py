@@ -13,7 +13,7 @@ from thanos_deploy.hessian import retarget
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune import RETARGET_DAMPING, BlockReport, prune
+from thanos_deploy.prune import BlockReport, prune
 
 TWO_FOUR = SemiStructured(2, 4)
 SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))
@@ -108,7 +108,7 @@ def test_the_walk_is_the_straightforward_one(
                     y = inputs_of(dense, dense.model.layers[index], name)
                     problem = LayerProblem(block.get_submodule(name).weight, x.T @ x, name)
                     if dense_target:
-                        weight = retarget(problem, y.T @ x, dense_target, RETARGET_DAMPING)
+                        weight = retarget(problem, y.T @ x, dense_target)
                         problem = LayerProblem(weight, x.T @ x, name)
                     results[name] = thanos.prune(problem, TWO_FOUR, block_columns=16).weight
                 for name, weight in results.items():

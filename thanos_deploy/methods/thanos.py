@@ -34,6 +34,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.hessian import Factor, check_damping, factor
 from thanos_deploy.layer import LayerProblem, LayerResult, relative_error
@@ -220,24 +221,12 @@ def _prune_blocks(
 
 
 def _prune_columns(W: Tensor, norms: Tensor | None, H: Factor, count: int) -> tuple[Tensor, Tensor]:
-    """Remove whole columns at once and refit the kept ones. Returns the new weights and the mask.
-
-    With S the removed and K the kept columns: W_K += W_S H[S, K] H[K, K]^-1.
-    """
-    energy = W.square().sum(dim=0)
-    scores = (
-        energy * norms.square() if norms is not None else energy / H.trailing_inverse_diagonal(0)
-    )
+    """Remove whole columns at once and refit the rest. Returns the new weights and the mask."""
+    elimination = Elimination(W, H)
+    scores = elimination.costs() if norms is None else W.square().sum(dim=0) * norms.square()
     removed = smallest_columns(scores, count)
-    keep = ~removed
-    new = torch.zeros_like(W)
-    if keep.any():
-        # float64: one factorisation for the whole layer, with all its kept columns.
-        damped = H.damped.double()
-        lower = torch.linalg.cholesky(damped[keep][:, keep])
-        coupling = damped[keep][:, removed] @ W[:, removed].double().T
-        new[:, keep] = W[:, keep] + torch.cholesky_solve(coupling, lower).T.to(W.dtype)
-    return new, removed.expand_as(W).clone()
+    elimination.remove(removed.nonzero().flatten())
+    return elimination.weight.to(W.dtype), removed.expand_as(W).clone()
 
 
 def solve_masked(
