@@ -24,6 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -519,43 +520,42 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the model does not load.
     """
+    loader: Any = AutoModelForCausalLM
     if block_widths.declared(folder) is not None:
-        return _load_declared(Checkpoint.open(folder))
+        loader = _declared_class(Checkpoint.open(folder))
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+        model, information = loader.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: the model does not load ({error})",
             fix="check the folder with `thanos-deploy prune --dry-run`, or fetch it again",
         ) from error
-    model.eval()
-    return model
+    # The loader only warns about these, and makes the weights up.
+    if made_up := sorted(information["missing_keys"]):
+        raise ModelError(
+            f"{folder}: the weights lack {len(made_up)} tensors, such as {made_up[0]}",
+            fix="the checkpoint is incomplete or not of the type that its config.json names",
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
-def _load_declared(checkpoint: Checkpoint) -> PreTrainedModel:
-    model = checkpoint.skeleton()
-    sources = {}
-    for name, _ in model.named_parameters():
-        # A tied output head is not stored; it is tied again below.
-        if model.get_parameter(name) is not model.get_output_embeddings().weight or not (
-            model.config.tie_word_embeddings
-        ):
-            sources[name] = checkpoint.stored_name(name, model.base_model_prefix)
-    tensors = checkpoint.weights.read(sources.values())
-    for name, source in sources.items():
-        shape = tuple(model.get_parameter(name).shape)
-        if tensors[source].shape != shape:
-            raise ModelError(
-                f"{checkpoint.folder}: {source} has shape {tuple(tensors[source].shape)}, "
-                f"{block_widths.FILE} and config.json say {shape}",
-                fix="use the files of one and the same checkpoint",
-            )
-    state = {name: tensors[source].float() for name, source in sources.items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    return model
+def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The stock class of a checkpoint's models, with the widths that the checkpoint declares."""
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:  # noqa: N807
+        stock.__init__(self, config)
+        blocks = self.get_submodule(checkpoint.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        family, size = checkpoint.family, checkpoint.head_size
+        block_widths.resize(blocks, family, checkpoint.widths, size)
+
+    # The loader renames stored weights for the library's own modules only.
+    names = {"__init__": __init__, "__module__": stock.__module__}
+    return type(stock.__name__, (stock,), names)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
