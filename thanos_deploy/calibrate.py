@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,14 +218,14 @@ class Statistics:
     """What calibration saw of one layer's input x, and of the same input y in the dense model.
 
     Attributes:
-        tokens: how many.
+        mass: the number of tokens, or the sum of their weights.
         hessian: float32[cols, cols], the sum of x x^T over all tokens.
         total: float32[cols], the sum of x.
         cross: float32[cols, cols], the sum of y x^T; None if the dense model was not asked for.
         dense_total: float32[cols], the sum of y; the same.
     """
 
-    tokens: int
+    mass: float
     hessian: Tensor
     total: Tensor
     cross: Tensor | None
@@ -235,11 +236,11 @@ class Statistics:
         """Of no tokens."""
         square, row = torch.zeros(cols, cols), torch.zeros(cols)
         dense = (square.clone(), row.clone()) if with_dense else (None, None)
-        return cls(0, square, row, *dense)
+        return cls(0.0, square, row, *dense)
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
         """Count some tokens; float32[tokens, cols] each."""
-        self.tokens += len(x)
+        self.mass += len(x)
         self.hessian.addmm_(x.T, x)
         self.total += x.sum(dim=0)
         if y is not None:
@@ -248,13 +249,19 @@ class Statistics:
             self.cross.addmm_(y.T, x)
             self.dense_total += y.sum(dim=0)
 
+    def add_weighted(self, x: Tensor, weight: Tensor) -> None:
+        """Count some tokens, float32[tokens, cols], each with its weight, float32[tokens, 1]."""
+        self.mass += weight.sum().item()
+        self.hessian.addmm_((weight * x).T, x)
+        self.total += (weight * x).sum(dim=0)
+
     def centred(self) -> "Statistics":
         """The same around the means: what is left for a weight to explain beside a free bias."""
         cross = self.cross
         if cross is not None:
             assert self.dense_total is not None
-            cross = cross - torch.outer(self.dense_total, self.total) / self.tokens
-        hessian = self.hessian - torch.outer(self.total, self.total) / self.tokens
+            cross = cross - torch.outer(self.dense_total, self.total) / self.mass
+        hessian = self.hessian - torch.outer(self.total, self.total) / self.mass
         return replace(self, hessian=hessian, cross=cross)
 
 
@@ -295,6 +302,33 @@ def collect(walk: Walk, names: list[str], dense: Walk | None = None) -> dict[str
     return sums
 
 
+def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
+    """Run the data through a block, and weigh each token by 1 / |h|^2 with h what leaves the block.
+
+    A layer that writes to the stream of hidden states then counts for what it changes of each
+    token in proportion to that token's size, which is what the next norm makes of it. Blocks
+    become comparable, and the few tokens with huge activations do not outweigh all others.
+
+    Args:
+        walk: the model.
+        names: linear layers of the block.
+
+    Returns:
+        layer name -> statistics.
+    """
+    sums: dict[str, Statistics] = {}
+    for batch in walk.batches:
+        inputs: dict[str, Tensor] = {}
+        with _recorded(walk, names, inputs):
+            hidden = batch.forward(walk.index, walk.block)
+        weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
+        for name, x in inputs.items():
+            if name not in sums:
+                sums[name] = Statistics.empty(x.shape[1], with_dense=False)
+            sums[name].add_weighted(x, weight.clamp(min=1e-30).reciprocal())
+    return sums
+
+
 def advance(walk: Walk) -> None:
     """Run the data through the block."""
     for batch in walk.batches:
@@ -306,13 +340,23 @@ class _Reached(Exception):  # noqa: N818 - it stops a forward pass and is no err
 
 
 def _inputs_of(walk: Walk, names: list[str], batch: BlockInputs) -> dict[str, Tensor]:
-    """float32[tokens, cols] for each name."""
+    """float32[tokens, cols] for each name; the forward pass ends with the last of them."""
     inputs: dict[str, Tensor] = {}
+    with suppress(_Reached), _recorded(walk, names, inputs, stop=True):
+        batch.forward(walk.index, walk.block)
+    return inputs
+
+
+@contextmanager
+def _recorded(
+    walk: Walk, names: list[str], inputs: dict[str, Tensor], *, stop: bool = False
+) -> Iterator[None]:
+    """Keep what the named layers read while the block runs, float32[tokens, cols] each."""
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-            if name == names[-1]:
+            if stop and name == names[-1]:
                 raise _Reached
 
         return hook
@@ -321,10 +365,7 @@ def _inputs_of(walk: Walk, names: list[str], batch: BlockInputs) -> dict[str, Te
         walk.block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names
     ]
     try:
-        batch.forward(walk.index, walk.block)
-    except _Reached:
-        pass
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return inputs

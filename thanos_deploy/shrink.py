@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy import artifact, widths
-from thanos_deploy.calibrate import Statistics, collect
+from thanos_deploy.calibrate import Statistics, collect, collect_relative
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import ModelError
@@ -117,7 +117,7 @@ def survey(
     for visit in visits(checkpoint, segments):
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
-        statistics = collect(visit.walk, consumers)
+        statistics = collect_relative(visit.walk, consumers)
         fits = [
             _Fit(visit, name, statistics[name], damping=damping, damping_mode=damping_mode)
             for name in consumers
@@ -126,8 +126,8 @@ def survey(
         for layout in layouts(width):
             trial = fits[0].elimination()
             trial.drop_heads((width.heads, width.kv_heads), keep=layout)
-            heads[layout] = trial.loss / fits[0].energy
-        by_count = fits[1].elimination().channel_losses() / fits[1].energy
+            heads[layout] = trial.loss / segments.numel()
+        by_count = fits[1].elimination().channel_losses() / segments.numel()
         channels = {
             left: by_count[width.channels - left].item()
             for left in (width.channels, *channel_steps(width.channels, multiple))
@@ -206,7 +206,6 @@ class _Fit:
     """A layer that reads heads or channels, as a least-squares problem.
 
     Attributes:
-        energy: of the output that the layer aims at, around its mean where it has a bias.
         damping: that was used.
     """
 
@@ -227,10 +226,10 @@ class _Fit:
         used = statistics if self._bias is None else statistics.centred()
         weight = matrix(self._layer).double()
         problem = LayerProblem(weight, used.hessian.double(), visit.prefix + name)
-        self._mean = wanted = statistics.total.double() / statistics.tokens
+        self._mean = wanted = statistics.total.double() / statistics.mass
         if used.cross is not None:
             assert statistics.dense_total is not None
-            dense = statistics.dense_total.double() / statistics.tokens
+            dense = statistics.dense_total.double() / statistics.mass
             wanted = wanted + dense_target * (dense - wanted)
             aimed = retarget(problem, used.cross.double(), dense_target)
             problem = dataclasses.replace(problem, weight=aimed)
@@ -238,7 +237,6 @@ class _Fit:
         self._output = weight @ wanted
         self._factor = factor(problem, damping, damping_mode)
         self.damping = self._factor.damping
-        self.energy = float(((problem.weight @ problem.hessian) * problem.weight).sum()) or 1.0
 
     def elimination(self) -> Elimination:
         """Start removing inputs."""

@@ -50,11 +50,13 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What one block would lose, as a fraction of the energy of the layer's own output.
+    """How much a cut would change what leaves a block: |change|^2 / |hidden state|^2 of a token.
+
+    Means over the calibration tokens, after the refit.
 
     Attributes:
-        heads: (query heads, key-value heads) that stay -> loss of the attention's output.
-        channels: feed-forward channels that stay -> loss of the feed-forward network's output.
+        heads: (query heads, key-value heads) that stay -> change.
+        channels: feed-forward channels that stay -> change.
     """
 
     heads: Mapping[tuple[int, int], float]

@@ -1,0 +1,144 @@
+"""Structured patterns as a user of the command meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import MakeModel, stock_model
+from tests.test_cli import SMALL, Invoke, invoke
+from thanos_deploy.artifact import Bundle
+
+__all__ = ["invoke"]  # a fixture
+
+CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
+REST = SMALL[8:]
+
+
+def test_structured_gives_a_smaller_model_and_a_report_that_says_so(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("prune-export", tiny_llama, "--pattern", "structured:0.2", *CALIBRATION, *REST)
+    code, output, errors = invoke(*arguments, "-o", out, "--json")
+    assert code == 0, errors
+    report = json.loads(output)
+    dense, small = (stock_model(folder) for folder in (tiny_llama, out / "model"))
+    counts = [sum(p.numel() for p in model.model.layers.parameters()) for model in (dense, small)]
+    widths = report["widths"]
+    assert [widths[f"block_parameters_{when}"] for when in ("before", "after")] == counts
+    assert widths["removed"] == pytest.approx(1 - counts[1] / counts[0])
+    assert widths["removed"] >= 0.2
+    assert widths["heads"]["after"] == [small.config.num_attention_heads]
+    assert widths["channels"]["after"] == [small.config.intermediate_size]
+    for kind in ("model", "onnx"):
+        assert report["bytes"][kind]["pruned"] < report["bytes"][kind]["dense"]
+    assert any("gone for good" in sentence for sentence in report["verdict"])
+    assert not any("zeros" in sentence for sentence in report["verdict"])
+    card = (out / "README.md").read_text()
+    assert "no code comes with" in card
+    assert f"| feed-forward channels | 48 | {small.config.intermediate_size} |" in card
+    blocks = json.loads((out / "layers.json").read_text())
+    assert [len(block["channels"]) for block in blocks] == [small.config.intermediate_size] * 2
+    code, table, _ = invoke(*arguments, "-o", out)
+    assert code == 0
+    assert "parameters of the blocks" in table
+
+
+def test_widths_by_loss_are_for_onnx_and_the_card_says_so(
+    make_model: MakeModel, tmp_path: Path, invoke: Invoke
+) -> None:
+    out = tmp_path / "out"
+    pattern = ("--pattern", "structured:0.2", "--allocation", "loss", "--shrink", "ffn")
+    model = make_model("llama", num_hidden_layers=3)
+    code, output, errors = invoke(
+        *("prune-export", model, *pattern, *CALIBRATION, *REST, "-o", out, "--json")
+    )
+    assert code == 0, errors
+    report = json.loads(output)
+    assert report["widths"]["stock_config"] is False
+    assert any("widths.json declares them" in sentence for sentence in report["verdict"])
+    assert "from thanos_deploy.checkpoint import load_model" in (out / "README.md").read_text()
+    Bundle.open(out).verify()
+
+
+def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    arguments = ("prune", tiny_llama, "--pattern", "structured:0.2", *CALIBRATION)
+    out = tmp_path / "out"
+    code, output, _ = invoke(*arguments, "-o", out, "--dry-run", "--json")
+    assert code == 0
+    assert not out.exists()
+    planned = json.loads(output)["widths"]
+    assert all(block["predicted_loss"] > 0 for block in planned["blocks"])
+    assert planned["block_parameters_after"] < planned["block_parameters_before"]
+    code, output, _ = invoke(*arguments, "-o", out, "--json")
+    assert code == 0
+    assert json.loads(output)["widths"] == planned
+    code, table, _ = invoke(*arguments, "-o", tmp_path / "other", "--dry-run")
+    assert code == 0
+    assert "kv heads" in table
+    assert "predicted loss" in table
+
+
+def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    out = tmp_path / "out"
+    pattern = ("--pattern", "structured:0.25", "--keep-shape")
+    code, _, errors = invoke("prune", tiny_llama, *pattern, *CALIBRATION, "-o", out)
+    assert code == 0, errors
+    dense, masked = (load_file(f / "model.safetensors") for f in (tiny_llama, out / "model"))
+    assert {name: w.shape for name, w in dense.items()} == {n: w.shape for n, w in masked.items()}
+    for name, weight in masked.items():
+        if "_proj" in name:
+            zero = int((weight == 0).all(dim=0).sum())
+            assert zero == weight.shape[1] // 4, name
+        else:
+            assert torch.equal(weight, dense[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "advice"),
+    [
+        (
+            ("structured:0.2", "--outlier-rows", "0.1"),
+            "rows that stay dense read every input",
+            "--keep-shape",
+        ),
+        (("structured:0.2", "--method", "wanda"), "by thanos only", "--keep-shape"),
+        (("structured:0.99",), "no heads or channels would be left", "at most structured:0."),
+        (("structured:0.5", "--shrink", "heads"), "no heads would be left", "--shrink both"),
+        (("structured:0.2", "--block-size", "64"), "with block columns", "leave it out"),
+        (("structured:0.2", "--true-sequential"), "with true sequential", "leave it out"),
+        (("structured:0.2", "--ffn-multiple", "49"), "multiples of 49", "at most that"),
+        (("2:4", "--shrink", "ffn"), "--shrink with pattern 2:4", "structured patterns"),
+        (("2:4", "--keep-shape"), "--keep-shape with pattern 2:4", "structured patterns"),
+        (
+            ("structured:0.2", "--keep-shape", "--allocation", "loss"),
+            "--allocation with pattern structured:0.2 and --keep-shape",
+            "leave it out",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_any_work(
+    tiny_llama: Path,
+    tmp_path: Path,
+    invoke: Invoke,
+    arguments: tuple[str, ...],
+    message: str,
+    advice: str,
+) -> None:
+    pattern, *options = arguments
+    common = ("--pattern", pattern, *options, *CALIBRATION)
+    for command in (("prune",), ("prune", "--dry-run"), ("prune-export", *REST)):
+        code, output, errors = invoke(
+            command[0], tiny_llama, *common, *command[1:], "-o", tmp_path / "out"
+        )
+        assert (code, output) == (2, ""), errors
+        assert message in errors
+        assert advice in errors
+    assert not list(tmp_path.rglob("manifest.json"))
