@@ -221,8 +221,9 @@ class Statistics:
         mass: the number of tokens, or the sum of their weights.
         hessian: float32[cols, cols], the sum of x x^T over all tokens.
         total: float32[cols], the sum of x.
-        cross: float32[cols, cols], the sum of y x^T; None if the dense model was not asked for.
-        dense_total: float32[cols], the sum of y; the same.
+        cross: float32[dense cols, cols], the sum of y x^T; None if the dense model was not asked
+            for.
+        dense_total: float32[dense cols], the sum of y; the same.
     """
 
     mass: float
@@ -232,11 +233,15 @@ class Statistics:
     dense_total: Tensor | None
 
     @classmethod
-    def empty(cls, cols: int, *, with_dense: bool) -> "Statistics":
+    def empty(cls, cols: int, dense_cols: int | None = None) -> "Statistics":
         """Of no tokens."""
-        square, row = torch.zeros(cols, cols), torch.zeros(cols)
-        dense = (square.clone(), row.clone()) if with_dense else (None, None)
-        return cls(0.0, square, row, *dense)
+        return cls(
+            mass=0.0,
+            hessian=torch.zeros(cols, cols),
+            total=torch.zeros(cols),
+            cross=None if dense_cols is None else torch.zeros(dense_cols, cols),
+            dense_total=None if dense_cols is None else torch.zeros(dense_cols),
+        )
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
         """Count some tokens; float32[tokens, cols] each."""
@@ -297,7 +302,9 @@ def collect(walk: Walk, names: list[str], dense: Walk | None = None) -> dict[str
         targets = {} if dense is None else _inputs_of(dense, names, dense.batches[number])
         for name, x in inputs.items():
             if name not in sums:
-                sums[name] = Statistics.empty(x.shape[1], with_dense=dense is not None)
+                sums[name] = Statistics.empty(
+                    x.shape[1], targets[name].shape[1] if name in targets else None
+                )
             sums[name].add(x, targets.get(name))
     return sums
 
@@ -324,7 +331,7 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
         weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
         for name, x in inputs.items():
             if name not in sums:
-                sums[name] = Statistics.empty(x.shape[1], with_dense=False)
+                sums[name] = Statistics.empty(x.shape[1])
             sums[name].add_weighted(x, weight.clamp(min=1e-30).reciprocal())
     return sums
 

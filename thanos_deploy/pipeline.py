@@ -133,7 +133,7 @@ class PruneRequest:
         return {
             "damping": float(self.options.get("damping", 0.01)),
             "damping_mode": str(self.options.get("damping_mode", "mean")),
-            "dense_target": 0.5 if self.dense_target is None else self.dense_target,
+            "dense_target": self.dense_target or 0.0,
         }
 
     def check(self) -> None:

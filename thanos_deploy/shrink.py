@@ -13,7 +13,8 @@ because nothing reads what it made any more.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,16 +119,17 @@ def survey(
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
         statistics = collect_relative(visit.walk, consumers)
-        fits = [
-            _Fit(visit, name, statistics[name], damping=damping, damping_mode=damping_mode)
-            for name in consumers
-        ]
+        fitted = {}
+        for name in consumers:
+            layer = _Layer(visit, name, statistics[name])
+            factored = factor(layer.problem, damping, damping_mode)
+            fitted[name] = Elimination(layer.problem.weight, factored)
         heads = {}
         for layout in layouts(width):
-            trial = fits[0].elimination()
+            trial = deepcopy(fitted[family.heads.consumer])
             trial.drop_heads((width.heads, width.kv_heads), keep=layout)
             heads[layout] = trial.loss / segments.numel()
-        by_count = fits[1].elimination().channel_losses() / segments.numel()
+        by_count = fitted[family.channels.consumer].channel_losses() / segments.numel()
         channels = {
             left: by_count[width.channels - left].item()
             for left in (width.channels, *channel_steps(width.channels, multiple))
@@ -157,7 +159,8 @@ def shrink(
         destination: an empty folder.
         plan: the widths of each block.
         damping, damping_mode: see `thanos_deploy.hessian.factor`.
-        dense_target: see `prune.prune`.
+        dense_target: how far every linear layer, cut or not, aims at the output that it has in the
+            dense model; see `hessian.retarget`.
         dtype: what to store, or None to keep each tensor's own.
         on_progress: told of every finished block.
 
@@ -179,16 +182,20 @@ def shrink(
         on_progress(0, len(plan.blocks))
         for visit in visits(checkpoint, segments, copy=copy, with_dense=dense_target > 0.0):
             before, after = checkpoint.widths[visit.index], plan.widths[visit.index]
-            cut = _Cutter(visit, family, damping, damping_mode, dense_target)
-            heads, heads_error = cut.heads(before, after, checkpoint.head_size)
-            channels, channels_error = cut.channels(before, after)
+            cut = _Cutter(
+                *(visit, family, before, after),
+                damping=damping,
+                damping_mode=damping_mode,
+                dense_target=dense_target,
+            )
+            cut.run(checkpoint.head_size)
             report = BlockReport(
                 before=before,
                 after=after,
-                heads=tuple(heads.tolist()),
-                channels=tuple(channels.tolist()),
-                heads_error=heads_error,
-                channels_error=channels_error,
+                heads=tuple(cut.heads.tolist()),
+                channels=tuple(cut.channels.tolist()),
+                heads_error=cut.heads_error,
+                channels_error=cut.channels_error,
                 damping=cut.damping,
                 seconds=visit.clock.seconds,
             )
@@ -202,27 +209,20 @@ def shrink(
     return reports
 
 
-class _Fit:
-    """A layer that reads heads or channels, as a least-squares problem.
+class _Layer:
+    """A linear layer on its way to another weight, and perhaps to fewer inputs.
 
     Attributes:
-        damping: that was used.
+        problem: the weight that it aims at and the Hessian of its input, in float64; around the
+            means where it has a bias, which takes over what is lost on average.
     """
 
     def __init__(
-        self,
-        visit: Visit,
-        name: str,
-        statistics: Statistics,
-        *,
-        damping: float,
-        damping_mode: str,
-        dense_target: float = 0.0,
+        self, visit: Visit, name: str, statistics: Statistics, dense_target: float = 0.0
     ) -> None:
         self._visit, self._name = visit, name
         self._layer = visit.block.get_submodule(name)
         self._bias = getattr(self._layer, "bias", None)
-        # A bias takes over what the lost inputs add on average, so the weight need not.
         used = statistics if self._bias is None else statistics.centred()
         weight = matrix(self._layer).double()
         problem = LayerProblem(weight, used.hessian.double(), visit.prefix + name)
@@ -233,85 +233,108 @@ class _Fit:
             wanted = wanted + dense_target * (dense - wanted)
             aimed = retarget(problem, used.cross.double(), dense_target)
             problem = dataclasses.replace(problem, weight=aimed)
-        self._problem = problem
+        self.problem = problem
         self._output = weight @ wanted
-        self._factor = factor(problem, damping, damping_mode)
-        self.damping = self._factor.damping
 
-    def elimination(self) -> Elimination:
-        """Start removing inputs."""
-        return Elimination(self._problem.weight, self._factor)
+    def write(self, weight: Tensor, left: Tensor) -> float:
+        """Give the layer a new weight, on the inputs that are left; return its relative error.
 
-    def write(self, fitted: Elimination) -> float:
-        """Cut the layer down to the inputs that are left; return its relative error."""
-        rounded = self._visit.stored(f"{self._name}.weight", fitted.weight)
+        Args:
+            weight: float64[rows, cols], zero where an input is gone.
+            left: bool[cols].
+        """
+        rounded = self._visit.stored(f"{self._name}.weight", weight)
         bias = None
         if self._bias is not None:
             change = self._output - rounded.double() @ self._mean
             bias = self._visit.stored(f"{self._name}.bias", self._bias + change.float()).float()
-        replace(self._layer, rounded[:, fitted.left].float(), bias)
-        return relative_error(self._problem.weight, rounded.double(), self._problem.hessian)
+        replace(self._layer, rounded[:, left].float(), bias)
+        return relative_error(self.problem.weight, rounded.double(), self.problem.hessian)
 
 
 class _Cutter:
-    """Cuts one block, first its heads, then its channels.
+    """Cuts one block.
 
     Attributes:
+        heads, channels: int64[count], those that stay.
+        heads_error, channels_error: relative errors of the layers that read them.
         damping: the most that was used.
     """
 
     def __init__(
-        self, visit: Visit, family: Family, damping: float, damping_mode: str, dense_target: float
+        self,
+        visit: Visit,
+        family: Family,
+        before: Widths,
+        after: Widths,
+        *,
+        damping: float,
+        damping_mode: str,
+        dense_target: float,
     ) -> None:
         self._visit, self._family = visit, family
+        self._before, self._after = before, after
         self._damping, self._mode, self._dense_target = damping, damping_mode, dense_target
-        self.damping = 0.0
+        self.heads, self.channels = torch.arange(before.heads), torch.arange(before.channels)
+        self.heads_error = self.channels_error = self.damping = 0.0
 
-    def heads(self, before: Widths, after: Widths, size: int) -> tuple[Tensor, float]:
-        """Returns int64[count], the query heads that stay, and the relative error."""
-        layout = (after.heads, after.kv_heads)
-        if layout == (before.heads, before.kv_heads) and not self._dense_target:
-            return torch.arange(before.heads), 0.0
-        fit = self._fit(self._family.heads.consumer)
-        with self._visit.clock.measure("solve"):
-            fitted = fit.elimination()
-            kept = fitted.drop_heads((before.heads, before.kv_heads), keep=layout)
-            error = fit.write(fitted)
-            rows = head_rows(self._family.heads, kept, before, size)
-            self._cut(self._family.heads.producers, rows)
-            widths.fit_attention(self._visit.block, self._family, after, size)
-        return kept, error
+    def run(self, size: int) -> None:
+        """Layer by layer in the order of the forward pass; `size` is that of a head."""
+        before, after = self._before, self._after
+        layouts_differ = (before.heads, before.kv_heads) != (after.heads, after.kv_heads)
+        for group in self._family.inputs:
+            if group == (self._family.heads.consumer,):
+                if layouts_differ:
+                    self._cut_heads(size)
+                    continue
+            elif group == (self._family.channels.consumer,) and before.channels != after.channels:
+                self._cut_channels()
+                continue
+            if self._dense_target:
+                self._aim(group)
 
-    def channels(self, before: Widths, after: Widths) -> tuple[Tensor, float]:
-        """Returns int64[count], the channels that stay, and the relative error."""
-        if before.channels == after.channels and not self._dense_target:
-            return torch.arange(before.channels), 0.0
-        fit = self._fit(self._family.channels.consumer)
+    def _aim(self, group: tuple[str, ...]) -> None:
+        """Bring the outputs of layers that lose no input nearer to the dense model's."""
+        statistics = self._collect(group[0])
         with self._visit.clock.measure("solve"):
-            fitted = fit.elimination()
-            fitted.drop_channels(after.channels)
-            kept = fitted.left.nonzero().flatten()
-            error = fit.write(fitted)
-            producers = self._family.channels.producers
-            self._cut(producers, [kept] * len(producers))
-        return kept, error
+            for name in group:
+                layer = _Layer(self._visit, name, statistics, self._dense_target)
+                weight = layer.problem.weight
+                layer.write(weight, torch.ones(weight.shape[1], dtype=torch.bool))
 
-    def _fit(self, name: str) -> _Fit:
-        with self._visit.clock.measure("collect"):
-            statistics = collect(self._visit.walk, [name], self._visit.dense)[name]
+    def _cut_heads(self, size: int) -> None:
+        heads, before, after = self._family.heads, self._before, self._after
+        layer, fitted = self._start(heads.consumer)
         with self._visit.clock.measure("solve"):
-            fit = _Fit(
-                *(self._visit, name, statistics),
-                damping=self._damping,
-                damping_mode=self._mode,
-                dense_target=self._dense_target,
+            self.heads = fitted.drop_heads(
+                (before.heads, before.kv_heads), keep=(after.heads, after.kv_heads)
             )
-        self.damping = max(self.damping, fit.damping)
-        return fit
+            self.heads_error = layer.write(fitted.weight, fitted.left)
+            rows = head_rows(heads, self.heads, before, size)
+            for name, kept in zip(heads.producers, rows, strict=True):
+                keep_outputs(self._visit.block.get_submodule(name), kept)
+            widths.fit_attention(self._visit.block, self._family, after, size)
 
-    def _cut(self, producers: Sequence[str], rows: Sequence[Tensor]) -> None:
-        for name, kept in zip(producers, rows, strict=True):
-            keep_outputs(self._visit.block.get_submodule(name), kept)
+    def _cut_channels(self) -> None:
+        layer, fitted = self._start(self._family.channels.consumer)
+        with self._visit.clock.measure("solve"):
+            fitted.drop_channels(self._after.channels)
+            self.channels = fitted.left.nonzero().flatten()
+            self.channels_error = layer.write(fitted.weight, fitted.left)
+            for name in self._family.channels.producers:
+                keep_outputs(self._visit.block.get_submodule(name), self.channels)
+
+    def _start(self, name: str) -> tuple[_Layer, Elimination]:
+        statistics = self._collect(name)
+        with self._visit.clock.measure("solve"):
+            layer = _Layer(self._visit, name, statistics, self._dense_target)
+            factored = factor(layer.problem, self._damping, self._mode)
+            self.damping = max(self.damping, factored.damping)
+            return layer, Elimination(layer.problem.weight, factored)
+
+    def _collect(self, name: str) -> Statistics:
+        with self._visit.clock.measure("collect"):
+            return collect(self._visit.walk, [name], self._visit.dense)[name]
 
 
 def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Tensor]:

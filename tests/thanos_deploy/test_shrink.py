@@ -13,6 +13,7 @@ from thanos_deploy import sizing
 from thanos_deploy.checkpoint import Checkpoint, load_model
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import ModelError
+from thanos_deploy.families import family_of
 from thanos_deploy.hessian import factor, retarget
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.linear import matrix
@@ -177,32 +178,57 @@ def test_the_walk_is_the_straightforward_one(
     masked, dense = (stock_model(folder, dtype=torch.float64) for _ in range(2))
     shrunk = load_model(tmp_path / "shrunk").double()
     size = Checkpoint.open(folder).head_size
-    for index, (before, after) in enumerate(zip(plan.blocks, plan.widths, strict=True)):
+    for index, (block, report) in enumerate(zip(plan.blocks, reports, strict=True)):
         whole, cut = masked.model.layers[index], shrunk.model.layers[index]
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            layer = whole.get_submodule(name)
-            x = inputs_of(masked, layer)
-            y = inputs_of(dense, dense.model.layers[index].get_submodule(name))
-            with torch.no_grad():
-                problem = LayerProblem(layer.weight, x.T @ x, name)
-                weight = retarget(problem, y.T @ x, dense_target)
-                problem = LayerProblem(weight, x.T @ x, name)
-                elimination = Elimination(weight, factor(problem, 0.01))
-                if name == "mlp.down_proj":
-                    elimination.drop_channels(after.channels)
-                    kept = torch.tensor(reports[index].channels)
-                else:
-                    there = (before.before.heads, before.before.kv_heads)
-                    elimination.drop_heads(there, keep=(after.heads, after.kv_heads))
-                    heads = torch.tensor(reports[index].heads)
-                    kept = (heads[:, None] * size + torch.arange(size)).flatten()
-                assert torch.equal(elimination.left.nonzero().flatten(), kept)
-                stored = cut.get_submodule(name).weight
-                torch.testing.assert_close(
-                    stored, elimination.weight[:, kept], rtol=1e-3, atol=1e-4
-                )
-                layer.weight.zero_()
-                layer.weight[:, kept] = stored  # go on from what was stored
+        heads = torch.tensor(report.heads)
+        kept = {
+            "self_attn.o_proj": (heads[:, None] * size + torch.arange(size)).flatten(),
+            "mlp.down_proj": torch.tensor(report.channels),
+        }
+        for group in family_of("llama").inputs:
+            x = inputs_of(masked, whole.get_submodule(group[0]))
+            y = inputs_of(dense, dense.model.layers[index].get_submodule(group[0]))
+            for name in group:
+                layer = whole.get_submodule(name)
+                with torch.no_grad():
+                    problem = LayerProblem(layer.weight, x.T @ x, name)
+                    weight = retarget(problem, y.T @ x, dense_target)
+                    if name in kept:
+                        problem = LayerProblem(weight, x.T @ x, name)
+                        elimination = Elimination(weight, factor(problem, 0.01))
+                        if name == "mlp.down_proj":
+                            elimination.drop_channels(block.after.channels)
+                        else:
+                            elimination.drop_heads(
+                                (block.before.heads, block.before.kv_heads),
+                                keep=(block.after.heads, block.after.kv_heads),
+                            )
+                        assert torch.equal(elimination.left.nonzero().flatten(), kept[name])
+                        weight = elimination.weight
+                    # Go on from what was stored, so that differences do not add up; of a layer
+                    # that lost outputs, what is left is compared when all is known.
+                    stored = cut.get_submodule(name).weight
+                    if name in kept:
+                        torch.testing.assert_close(
+                            stored, weight[:, kept[name]], rtol=1e-3, atol=1e-4
+                        )
+                        weight = torch.zeros_like(weight)
+                        weight[:, kept[name]] = stored
+                    else:
+                        rows = kept_rows(name, report, size)
+                        torch.testing.assert_close(stored, weight[rows], rtol=1e-3, atol=1e-4)
+                        weight[rows] = stored
+                    layer.weight.copy_(weight)
+
+
+def kept_rows(name: str, report: BlockReport, size: int) -> torch.Tensor:
+    """Rows of a LLaMA's producer that are left."""
+    if name.startswith("mlp."):
+        return torch.tensor(report.channels)
+    heads = torch.tensor(report.heads)
+    if "q_proj" not in name:
+        heads = (heads // (report.before.heads // report.before.kv_heads)).unique()
+    return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
 def inputs_of(model: Any, layer: torch.nn.Module) -> torch.Tensor:

@@ -1,0 +1,193 @@
+"""Does it pay to remove channels of the residual stream instead of heads and feed-forward channels?
+
+Usage: python -m benchmarks.hidden_channels --calib FILE --eval-text FILE [--hidden 504 432]
+
+One common set of channels leaves the whole network: embeddings, norms, and every linear layer that
+reads or writes the stream. The channels are scored over all blocks by the OBS price of losing
+them as inputs (see `thanos_deploy.elimination`); every reader and writer is then refitted by least
+squares to what it makes in the dense model, and the last norm's scale channel by channel. The
+result is a stock LLaMA with a smaller `hidden_size`. Beside each stands a model of at most the same
+number of parameters, embeddings included, that `thanos-deploy prune --pattern structured:P` makes.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.smollm2 import gguf_path
+from thanos_deploy import console, environment
+from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs, collect, read_text
+from thanos_deploy.calibrate import segments as cut_segments
+from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
+from thanos_deploy.elimination import Elimination
+from thanos_deploy.hessian import factor
+from thanos_deploy.layer import LayerProblem
+from thanos_deploy.pattern import Structured
+from thanos_deploy.perplexity import perplexity
+from thanos_deploy.pipeline import Dense, PruneRequest, shrink_checkpoint
+
+DAMPING = 0.01
+BATCH = 4
+
+
+def main() -> None:
+    """Cut, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--eval-text", type=Path, required=True)
+    parser.add_argument("--eval-segments", type=int, default=8)
+    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[504, 432])
+    arguments = parser.parse_args()
+    console.quiet_libraries()
+
+    checkpoint = Dense(str(gguf_path())).checkpoint()
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = cut_segments(read_text(arguments.calib), tokenizer, count=32, length=512, seed=None)
+    held_out = cut_segments(
+        read_text(arguments.eval_text),
+        tokenizer,
+        count=arguments.eval_segments,
+        length=arguments.eval_seqlen,
+        seed=None,
+    )
+    dense = load_model(checkpoint.folder)
+    rows = [row("dense", dense, held_out)]
+    prices = channel_prices(checkpoint, dense, ids)
+    for hidden in arguments.hidden:
+        kept = prices.topk(hidden).indices.sort().values
+        small = cut(checkpoint, dense, ids, kept)
+        rows.append(row(f"hidden {hidden}", small, held_out))
+        removed = parameters(dense) - parameters(small)
+        fraction = removed / sum(p.numel() for p in blocks_of(checkpoint, dense).parameters())
+        del small
+        with tempfile.TemporaryDirectory() as folder:
+            request = PruneRequest(Structured(fraction))
+            plan, _ = shrink_checkpoint(checkpoint, ids, Path(folder), request)
+            width = plan.widths[0]
+            name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
+            rows.append(row(name, load_model(Path(folder)), held_out))
+    print(json.dumps({"rows": rows, "environment": environment.describe()}))
+
+
+def row(name: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Print one line of the table, and return it."""
+    value = perplexity(model, ids).value
+    print(f"{name:40s} {parameters(model) / 1e6:7.1f} M parameters  perplexity {value:8.2f}")
+    return {"model": name, "parameters": parameters(model), "perplexity": value}
+
+
+def parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def blocks_of(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks."""
+    blocks = model.get_submodule(checkpoint.family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def start(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> list[BlockInputs]:
+    """The calibration data before the first block."""
+    return block_inputs(model, checkpoint.family, torch.split(ids, BATCH))
+
+
+@torch.no_grad()
+def channel_prices(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """float64[hidden]: what losing each channel of the stream would cost all who read it.
+
+    For each group of layers with the same input the OBS price of the channel, as a fraction of
+    the energy of what the group makes.
+    """
+    batches = start(checkpoint, model, ids)
+    total = torch.zeros(checkpoint.config.hidden_size, dtype=torch.float64)
+    for index, block in enumerate(blocks_of(checkpoint, model)):
+        walk = Walk(index, block, batches)
+        readers = [group for group in checkpoint.family.inputs if reads_stream(group)]
+        statistics = collect(walk, [group[0] for group in readers])
+        for group in readers:
+            W = torch.cat([block.get_submodule(name).get_parameter("weight") for name in group])
+            problem = LayerProblem(W.double(), statistics[group[0]].hessian.double(), group[0])
+            energy = ((problem.weight @ problem.hessian) * problem.weight).sum()
+            total += Elimination(problem.weight, factor(problem, DAMPING)).costs() / energy
+        advance(walk)
+    return total
+
+
+def reads_stream(group: tuple[str, ...]) -> bool:
+    """The layers read the (normed) stream rather than heads or channels."""
+    return not group[0].endswith(("o_proj", "down_proj"))
+
+
+@torch.no_grad()
+def cut(
+    checkpoint: Checkpoint, dense: PreTrainedModel, ids: Tensor, kept: Tensor
+) -> PreTrainedModel:
+    """A stock model with some channels of the stream, refitted block by block.
+
+    Args:
+        checkpoint: the dense model's.
+        dense: its weights.
+        ids: int64[count, length], calibration tokens.
+        kept: int64[hidden], the channels that stay.
+    """
+    entries = {"hidden_size": len(kept), "head_dim": checkpoint.head_size}
+    config = type(checkpoint.config).from_dict({**checkpoint.config.to_dict(), **entries})
+    small: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    old, new = dense.state_dict(), small.state_dict()
+    for name, weight in new.items():
+        source = old[name]
+        for axis in range(weight.dim()):
+            if source.shape[axis] != weight.shape[axis]:
+                source = source.index_select(axis, kept)
+        weight.copy_(source)
+    small.tie_weights()
+
+    paths = start(checkpoint, dense, ids), start(checkpoint, small, ids)
+    for index, (whole, part) in enumerate(
+        zip(blocks_of(checkpoint, dense), blocks_of(checkpoint, small), strict=True)
+    ):
+        walks = Walk(index, whole, paths[0]), Walk(index, part, paths[1])
+        for group in checkpoint.family.inputs:
+            statistics = collect(walks[1], [group[0]], walks[0])[group[0]]
+            H, C = statistics.hessian.double(), statistics.cross
+            assert C is not None
+            lower = torch.linalg.cholesky(H + DAMPING * H.diagonal().mean() * torch.eye(len(H)))
+            for name in group:
+                layer = part.get_submodule(name).get_parameter("weight")
+                W = whole.get_submodule(name).get_parameter("weight").double()
+                W = W if reads_stream(group) else W[kept]
+                missing = W @ C.double() - layer.double() @ H
+                layer.add_(torch.cholesky_solve(missing.T, lower).T.float())
+        for walk in walks:
+            advance(walk)
+    refit_last_norm(dense, small, paths, kept)
+    return small
+
+
+def refit_last_norm(
+    dense: PreTrainedModel,
+    small: PreTrainedModel,
+    paths: tuple[list[BlockInputs], list[BlockInputs]],
+    kept: Tensor,
+) -> None:
+    """Scale every channel before the output head to what it is in the dense model."""
+    norms = [model.base_model.get_submodule("norm") for model in (dense, small)]
+    both = square = torch.zeros(len(kept))
+    for batches in zip(*paths, strict=True):
+        want, got = (norm(b.hidden) for norm, b in zip(norms, batches, strict=True))
+        both = both + (want[..., kept] * got).sum(dim=(0, 1))
+        square = square + got.square().sum(dim=(0, 1))
+    norms[1].get_parameter("weight").mul_(both / square)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What cutting heads and channels out gives and costs: quality, size, latency, memory.
+
+Usage: python -m benchmarks.shrinking --calib FILE --eval-text FILE [--fractions 0.1 0.2 0.3]
+
+Cuts SmolLM2-135M by each fraction of its blocks' parameters, measures perplexity, exports every
+model to ONNX, and times all of them in turns on ONNX Runtime's CPU provider. Each is also timed
+with its first block alone: the difference is the time of the other blocks, without embeddings,
+output head and whatever else a call costs, and that is what should shrink like the parameters.
+
+Beside the first fraction that `--against` names stands Torch-Pruning (PyPI, `pip install
+torch-pruning`) cutting the same number of feed-forward channels out of the same model, by the
+magnitude of the weights and by a first-order Taylor expansion on the same calibration text.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import exporters.onnx
+from benchmarks.smollm2 import gguf_path
+from runtime import paired
+from runtime.latency import Workload, summarise
+from thanos_deploy import console, environment
+from thanos_deploy.calibrate import read_text, segments
+from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
+from thanos_deploy.pattern import Structured
+from thanos_deploy.perplexity import perplexity
+from thanos_deploy.pipeline import Dense, PruneRequest, shrink_checkpoint
+
+LATENCY_SLACK = 1.1  # times the ratio of parameters
+
+
+def main() -> None:
+    """Cut, judge, export, time and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--eval-text", type=Path, required=True)
+    parser.add_argument("--eval-segments", type=int, default=8)
+    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--against", type=float, default=0.2, help="0 leaves Torch-Pruning out")
+    parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
+    parser.add_argument("--new-tokens", type=int, default=16)
+    arguments = parser.parse_args()
+    console.quiet_libraries()
+
+    source = Dense(str(gguf_path())).checkpoint()
+    tokenizer = load_tokenizer(source.folder)
+    calibration = segments(read_text(arguments.calib), tokenizer, count=32, length=512, seed=None)
+    held_out = segments(
+        read_text(arguments.eval_text),
+        tokenizer,
+        count=arguments.eval_segments,
+        length=arguments.eval_seqlen,
+        seed=None,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {"dense": Path(scratch) / "dense"}
+        shutil.copytree(source.folder, models["dense"] / "model")
+        rows = [judge("dense", models["dense"] / "model", held_out)]
+        for fraction in arguments.fractions:
+            name = f"structured:{fraction:g}"
+            models[name] = Path(scratch) / name
+            rows.append(cut(source, calibration, models[name] / "model", fraction, held_out))
+        if arguments.against:
+            rows += against_torch_pruning(source, calibration, held_out, arguments.against)
+        latency = {}
+        if arguments.rounds:
+            workload = Workload(batch=1, prompt=128, new_tokens=arguments.new_tokens)
+            latency = time_in_turns(models, workload, arguments.rounds)
+    print(json.dumps({"rows": rows, "latency": latency, "environment": environment.describe()}))
+
+
+def judge(name: str, folder: Path, held_out: Tensor) -> dict[str, Any]:
+    """Size and perplexity of the model in a folder; prints them."""
+    model = load_model(folder)
+    return report(
+        name,
+        model,
+        held_out,
+        file_bytes=sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+    )
+
+
+def report(name: str, model: Any, held_out: Tensor, **more: Any) -> dict[str, Any]:
+    """Print one line of the table, and return it."""
+    row = {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "block_parameters": block_parameters(model),
+        "perplexity": perplexity(model, held_out).value,
+        **more,
+    }
+    print(
+        f"{name:34s} {row['parameters'] / 1e6:7.1f} M parameters, blocks "
+        f"{row['block_parameters'] / 1e6:6.1f} M, perplexity {row['perplexity']:8.2f}",
+        flush=True,
+    )
+    return row
+
+
+def block_parameters(model: Any) -> int:
+    """Parameters of all transformer blocks of a LLaMA."""
+    return sum(parameter.numel() for parameter in model.model.layers.parameters())
+
+
+def cut(
+    source: Checkpoint,
+    calibration: Tensor,
+    folder: Path,
+    fraction: float,
+    held_out: Tensor,
+    **options: Any,
+) -> dict[str, Any]:
+    """Cut a model as `thanos-deploy prune --pattern structured:FRACTION` does, and judge it."""
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+    request = PruneRequest(Structured(fraction), **options)
+    plan, _ = shrink_checkpoint(source, calibration, folder, request)
+    seconds = time.perf_counter() - started
+    width = plan.widths[0]
+    return {
+        **judge(f"structured:{fraction:g} {options.get('shrink', '')}".strip(), folder, held_out),
+        "widths": [width.heads, width.kv_heads, width.channels],
+        "seconds": round(seconds, 1),
+    }
+
+
+def against_torch_pruning(
+    source: Checkpoint, calibration: Tensor, held_out: Tensor, fraction: float
+) -> list[dict[str, Any]]:
+    """The same feed-forward channels fewer, by us and by Torch-Pruning."""
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = cut(source, calibration, Path(scratch) / "m", fraction, held_out, shrink="ffn")
+    rows = [ours]
+    for importance in ("magnitude", "taylor"):
+        model: Any = load_model(source.folder)
+        started = time.perf_counter()
+        prune_with_torch_pruning(model, calibration, ours["widths"][2], importance)
+        seconds = time.perf_counter() - started
+        rows.append(
+            report(f"Torch-Pruning, {importance}", model, held_out, seconds=round(seconds, 1))
+        )
+        assert rows[-1]["parameters"] == ours["parameters"]
+    return rows
+
+
+def prune_with_torch_pruning(
+    model: Any, calibration: Tensor, channels: int, importance: str
+) -> None:
+    """Cut every feed-forward network of a LLaMA to some channels with Torch-Pruning, in place."""
+    import torch_pruning as tp
+
+    if importance == "taylor":
+        for ids in calibration:
+            model(input_ids=ids[None], labels=ids[None]).loss.backward()
+        score = tp.importance.GroupTaylorImportance()
+    else:
+        score = tp.importance.GroupMagnitudeImportance()
+    gates = [block.mlp.gate_proj for block in model.model.layers]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    ups = [block.mlp.up_proj for block in model.model.layers]
+    pruner = tp.pruner.BasePruner(
+        model,
+        {"input_ids": calibration[:1, :8], "use_cache": False},
+        importance=score,
+        pruning_ratio=0.0,
+        pruning_ratio_dict=dict.fromkeys(gates, 1.0 - channels / gates[0].out_features),
+        ignored_layers=[layer for layer in linears if layer not in (*gates, *ups)],
+        output_transform=lambda output: output.logits,
+    )
+    pruner.step()
+    model.zero_grad()
+    assert all(gate.out_features == channels for gate in gates)
+
+
+def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> dict[str, Any]:
+    """Latency and memory of every model, and of the blocks alone; prints a table."""
+    subjects = {}
+    for name, bundle in models.items():
+        export(bundle / "model", bundle)
+        subjects[name] = bundle
+        first = bundle / "first-block"
+        model: Any = load_model(bundle / "model")
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        model.save_pretrained(first / "model")
+        export(first / "model", first)
+        subjects[f"{name}, first block"] = first
+    measured = paired.compare(subjects, workload, rounds=rounds, warmup=2)
+
+    def median(name: str, what: str) -> float:
+        return summarise(getattr(measured[name].samples, f"{what}_seconds")).median
+
+    parameters = {
+        name: block_parameters(load_model(path / "model")) for name, path in models.items()
+    }
+    table = {}
+    for name in models:
+        row: dict[str, Any] = {
+            "peak_memory_bytes": measured[name].peak_memory_bytes,
+            "onnx_bytes": sum(f.stat().st_size for f in (models[name] / "onnx").iterdir()),
+            "parameter_ratio_of_blocks": parameters[name] / parameters["dense"],
+        }
+        for what in ("prefill", "decode"):
+            alone, of_dense = (
+                median(who, what) - median(f"{who}, first block", what) for who in (name, "dense")
+            )
+            row[what] = {
+                "median_seconds": median(name, what),
+                "ratio": median(name, what) / median("dense", what),
+                "ratio_of_blocks": alone / of_dense,
+            }
+        table[name] = row
+        print(
+            f"{name:16s} prefill {row['prefill']['median_seconds'] * 1e3:7.1f} ms "
+            f"({row['prefill']['ratio']:.3f}; blocks {row['prefill']['ratio_of_blocks']:.3f}), "
+            f"decode {row['decode']['median_seconds'] * 1e3:6.2f} ms "
+            f"({row['decode']['ratio']:.3f}; blocks {row['decode']['ratio_of_blocks']:.3f}), "
+            f"parameters of the blocks {row['parameter_ratio_of_blocks']:.3f}, "
+            f"peak {row['peak_memory_bytes'] / 1e6:.0f} MB, ONNX {row['onnx_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
+    for name, row in table.items():
+        for what in ("prefill", "decode"):
+            limit = LATENCY_SLACK * row["parameter_ratio_of_blocks"]
+            verdict = "within" if row[what]["ratio_of_blocks"] <= limit else "ABOVE"
+            print(f"{name}: {what} of the blocks {verdict} {limit:.3f} of the dense model's")
+    return table
+
+
+def export(model: Path, bundle: Path) -> None:
+    """ONNX beside a model folder, where an engine looks for it."""
+    (bundle / "onnx").mkdir(parents=True)
+    exporters.onnx.export(Checkpoint.open(model), bundle / "onnx", pattern=None)
+
+
+if __name__ == "__main__":
+    main()
