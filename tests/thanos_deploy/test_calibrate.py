@@ -7,12 +7,14 @@ import torch
 
 from tests.conftest import MakeModel, stock_model
 from thanos_deploy.calibrate import (
+    Statistics,
     Text,
     Walk,
     advance,
     block_inputs,
     builtin_text,
     collect,
+    collect_relative,
     read_text,
     segments,
 )
@@ -128,7 +130,7 @@ def test_cross_statistics_pair_the_tokens_of_both_models(make_model: MakeModel) 
     torch.testing.assert_close(statistics.hessian.double(), x.T @ x, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "gpt_neox"])
 def test_walking_the_blocks_by_hand_is_the_forward_pass(
     make_model: MakeModel, model_type: str
 ) -> None:
@@ -144,3 +146,46 @@ def test_walking_the_blocks_by_hand_is_the_forward_pass(
         blocks[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
         model(ids)
     torch.testing.assert_close(data.hidden, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_relative_statistics_weigh_a_token_by_what_leaves_the_block(make_model: MakeModel) -> None:
+    model = stock_model(make_model("llama"), dtype=torch.float32)
+    ids = torch.randint(257, (4, 20), generator=torch.Generator().manual_seed(0))
+    seen: dict[str, torch.Tensor] = {}
+    block = model.model.layers[0]
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: seen.update({name: arguments[0].flatten(0, 1)})
+        )
+    with torch.no_grad():
+        hidden = model.model(ids, output_hidden_states=True).hidden_states[1].flatten(0, 1)
+        whole = dict(seen)
+        expected = {name: x / hidden.norm(dim=1, keepdim=True) for name, x in whole.items()}
+        walk = Walk(0, block, block_inputs(model, family_of("llama"), ids.split(2)))
+        statistics = collect_relative(walk, list(expected))
+    for name, x in expected.items():
+        torch.testing.assert_close(statistics[name].hessian, x.T @ x, rtol=1e-4, atol=1e-6)
+        mass = hidden.square().sum(dim=1).reciprocal()
+        assert statistics[name].mass == pytest.approx(mass.sum().item(), rel=1e-5)
+        total = (whole[name] * mass[:, None]).sum(dim=0)
+        torch.testing.assert_close(statistics[name].total, total, rtol=1e-4, atol=1e-6)
+
+
+def test_centred_statistics_are_those_of_inputs_around_their_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 6, generator=generator) + 3.0 for _ in range(2))
+    statistics = Statistics.empty(6, 6)
+    for part in range(0, 50, 10):
+        statistics.add(x[part : part + 10], y[part : part + 10])
+    x0, y0 = x - x.mean(dim=0), y - y.mean(dim=0)
+    centred = statistics.centred()
+    torch.testing.assert_close(centred.hessian, x0.T @ x0, rtol=1e-4, atol=1e-3)
+    assert centred.cross is not None
+    torch.testing.assert_close(centred.cross, y0.T @ x0, rtol=1e-4, atol=1e-3)
+    weighted = Statistics.empty(6)
+    weight = torch.rand(50, 1, generator=generator)
+    weighted.add_weighted(x, weight)
+    x1 = x - (weight * x).sum(dim=0) / weight.sum()
+    torch.testing.assert_close(
+        weighted.centred().hessian, (weight * x1).T @ x1, rtol=1e-4, atol=1e-3
+    )
