@@ -7,9 +7,12 @@ model to ONNX, and times all of them in turns on ONNX Runtime's CPU provider. Ea
 with its first block alone: the difference is the time of the other blocks, without embeddings,
 output head and whatever else a call costs, and that is what should shrink like the parameters.
 
-Beside the first fraction that `--against` names stands Torch-Pruning (PyPI, `pip install
+Beside the fraction that `--against` names stands Torch-Pruning (PyPI, `pip install
 torch-pruning`) cutting the same number of feed-forward channels out of the same model, by the
 magnitude of the weights and by a first-order Taylor expansion on the same calibration text.
+
+`--models DIR` keeps the models and their ONNX files there and takes those that are there already,
+so that timing can be repeated on a quiet machine.
 """
 
 import argparse
@@ -17,6 +20,8 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--eval-seqlen", type=int, default=2048)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--against", type=float, default=0.2, help="0 leaves Torch-Pruning out")
+    parser.add_argument("--models", type=Path, metavar="DIR")
     parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
     parser.add_argument("--new-tokens", type=int, default=16)
     arguments = parser.parse_args()
@@ -60,16 +66,20 @@ def main() -> None:
         length=arguments.eval_seqlen,
         seed=None,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        models = {"dense": Path(scratch) / "dense"}
-        shutil.copytree(source.folder, models["dense"] / "model")
+    with ExitStack() as stack:
+        place = arguments.models or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models = {"dense": place / "dense"}
+        if not models["dense"].exists():
+            shutil.copytree(source.folder, models["dense"] / "model")
         rows = [judge("dense", models["dense"] / "model", held_out)]
         for fraction in arguments.fractions:
             name = f"structured:{fraction:g}"
-            models[name] = Path(scratch) / name
+            models[name] = place / name
             rows.append(cut(source, calibration, models[name] / "model", fraction, held_out))
         if arguments.against:
             rows += against_torch_pruning(source, calibration, held_out, arguments.against)
+        for bundle in models.values():
+            export(bundle)
         latency = {}
         if arguments.rounds:
             workload = Workload(batch=1, prompt=128, new_tokens=arguments.new_tokens)
@@ -119,17 +129,17 @@ def cut(
     **options: Any,
 ) -> dict[str, Any]:
     """Cut a model as `thanos-deploy prune --pattern structured:FRACTION` does, and judge it."""
+    name = f"structured:{fraction:g} {options.get('shrink', '')}".strip()
+    if folder.exists():
+        return judge(name, folder, held_out)
     folder.mkdir(parents=True)
     started = time.perf_counter()
     request = PruneRequest(Structured(fraction), **options)
     plan, _ = shrink_checkpoint(source, calibration, folder, request)
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started, 1)
     width = plan.widths[0]
-    return {
-        **judge(f"structured:{fraction:g} {options.get('shrink', '')}".strip(), folder, held_out),
-        "widths": [width.heads, width.kv_heads, width.channels],
-        "seconds": round(seconds, 1),
-    }
+    widths = [width.heads, width.kv_heads, width.channels]
+    return {**judge(name, folder, held_out), "widths": widths, "seconds": seconds}
 
 
 def against_torch_pruning(
@@ -166,15 +176,18 @@ def prune_with_torch_pruning(
     gates = [block.mlp.gate_proj for block in model.model.layers]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ups = [block.mlp.up_proj for block in model.model.layers]
-    pruner = tp.pruner.BasePruner(
-        model,
-        {"input_ids": calibration[:1, :8], "use_cache": False},
-        importance=score,
-        pruning_ratio=0.0,
-        pruning_ratio_dict=dict.fromkeys(gates, 1.0 - channels / gates[0].out_features),
-        ignored_layers=[layer for layer in linears if layer not in (*gates, *ups)],
-        output_transform=lambda output: output.logits,
-    )
+    with warnings.catch_warnings():
+        # It says that it finds the norms' weights outside the layers that it knows; none is cut.
+        warnings.simplefilter("ignore")
+        pruner = tp.pruner.BasePruner(
+            model,
+            {"input_ids": calibration[:1, :8], "use_cache": False},
+            importance=score,
+            pruning_ratio=0.0,
+            pruning_ratio_dict=dict.fromkeys(gates, 1.0 - channels / gates[0].out_features),
+            ignored_layers=[layer for layer in linears if layer not in (*gates, *ups)],
+            output_transform=lambda output: output.logits,
+        )
     pruner.step()
     model.zero_grad()
     assert all(gate.out_features == channels for gate in gates)
@@ -184,15 +197,8 @@ def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> d
     """Latency and memory of every model, and of the blocks alone; prints a table."""
     subjects = {}
     for name, bundle in models.items():
-        export(bundle / "model", bundle)
         subjects[name] = bundle
-        first = bundle / "first-block"
-        model: Any = load_model(bundle / "model")
-        model.model.layers = model.model.layers[:1]
-        model.config.num_hidden_layers = 1
-        model.save_pretrained(first / "model")
-        export(first / "model", first)
-        subjects[f"{name}, first block"] = first
+        subjects[f"{name}, first block"] = bundle / "first-block"
     measured = paired.compare(subjects, workload, rounds=rounds, warmup=2)
 
     def median(name: str, what: str) -> float:
@@ -235,10 +241,18 @@ def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> d
     return table
 
 
-def export(model: Path, bundle: Path) -> None:
-    """ONNX beside a model folder, where an engine looks for it."""
-    (bundle / "onnx").mkdir(parents=True)
-    exporters.onnx.export(Checkpoint.open(model), bundle / "onnx", pattern=None)
+def export(bundle: Path) -> None:
+    """ONNX of a model and of its first block alone, where an engine looks for it."""
+    first = bundle / "first-block"
+    if (first / "onnx").exists():
+        return
+    model: Any = load_model(bundle / "model")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(first / "model")
+    for folder in (bundle, first):
+        (folder / "onnx").mkdir(parents=True)
+        exporters.onnx.export(Checkpoint.open(folder / "model"), folder / "onnx", pattern=None)
 
 
 if __name__ == "__main__":

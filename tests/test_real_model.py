@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.smollm2 import gguf_path
 from runtime.engine import open_engine
@@ -101,3 +102,77 @@ def test_logits_of_a_long_text_agree(run: tuple[Path, Path, dict[str, object]]) 
     actual = open_engine(out).prefill(ids.numpy())
     spread = expected.max() - expected.min()
     assert np.abs(actual - expected).max() < 1e-4 * spread
+
+
+@pytest.fixture(scope="module")
+def shrunk(
+    run: tuple[Path, Path, dict[str, object]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Bundle and report of the model with a fifth of its blocks' parameters cut out."""
+    _, dense, _ = run
+    out = tmp_path_factory.mktemp("shrunk") / "out"
+    done = subprocess.run(
+        [
+            *(COMMAND, "prune-export", gguf_path(), "--pattern", "structured:0.2"),
+            *("-o", out, "--nsamples", "8", "--seqlen", "256", "--eval-segments", "4"),
+            *("--eval-seqlen", "512", "--rounds", "3", "--new-tokens", "8", "--json"),
+        ],
+        env={**os.environ, "THANOS_DEPLOY_CACHE": str(dense.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_the_shrunk_model_is_smaller_in_every_count_and_loads_with_the_stock_loader(
+    shrunk: tuple[Path, dict[str, Any]],
+) -> None:
+    out, report = shrunk
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
+    model, information = loaded
+    assert not any(information.values()), information
+    blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert blocks == report["widths"]["block_parameters_after"]
+    assert 0.2 <= report["widths"]["removed"] < 0.25
+    for kind in ("model", "onnx"):
+        assert report["bytes"][kind]["pruned"] < 0.9 * report["bytes"][kind]["dense"]
+    assert report["quality"]["pruned"] < 4 * report["quality"]["dense"]
+
+
+def test_the_shrunk_model_is_the_masked_one(
+    run: tuple[Path, Path, dict[str, object]], shrunk: tuple[Path, dict[str, Any]]
+) -> None:
+    """Zeros in the dense model's shapes give the logits that the smaller shapes give."""
+    small, masked = stock_model(shrunk[0] / "model"), stock_model(run[1] / "model")
+    size = masked.config.head_dim
+    reports = json.loads((shrunk[0] / "layers.json").read_text())
+    for part, whole, report in zip(small.model.layers, masked.model.layers, reports, strict=True):
+        heads = torch.tensor(report["heads"])[:, None] * size + torch.arange(size)
+        for name, kept in (
+            ("self_attn.o_proj", heads.flatten()),
+            ("mlp.down_proj", torch.tensor(report["channels"])),
+        ):
+            weight = whole.get_submodule(name).weight.data.zero_()
+            weight[:, kept] = part.get_submodule(name).weight.data
+    text = "Structured pruning removes whole heads and channels."
+    ids = AutoTokenizer.from_pretrained(shrunk[0] / "model")(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        expected, actual = masked(ids).logits, small(ids).logits
+    # Products over fewer terms round otherwise; logits span about 40.
+    assert (actual - expected).abs().max() < 1e-4
+
+
+def test_greedy_text_of_the_exported_shrunk_model_is_that_of_torch(
+    shrunk: tuple[Path, dict[str, Any]],
+) -> None:
+    folder = shrunk[0]
+    model = stock_model(folder / "model")
+    prompt = AutoTokenizer.from_pretrained(folder / "model")("Once upon a time")["input_ids"]
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None
+    )
+    assert (
+        prompt + list(generate(open_engine(folder), prompt, new_tokens=32)) == expected[0].tolist()
+    )
