@@ -30,7 +30,13 @@ from thanos_deploy.hessian import factor
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import Dense, PruneRequest, shrink_checkpoint
+from thanos_deploy.pipeline import (
+    Dense,
+    PruneRequest,
+    plan_widths,
+    shrink_checkpoint,
+    survey_blocks,
+)
 
 DAMPING = 0.01
 BATCH = 4
@@ -60,6 +66,7 @@ def main() -> None:
     dense = load_model(checkpoint.folder)
     rows = [row("dense", dense, held_out)]
     prices = channel_prices(checkpoint, dense, ids)
+    losses = survey_blocks(checkpoint, ids, PruneRequest(Structured(0.0)))
     for hidden in arguments.hidden:
         kept = prices.topk(hidden).indices.sort().values
         small = cut(checkpoint, dense, ids, kept)
@@ -69,7 +76,8 @@ def main() -> None:
         del small
         with tempfile.TemporaryDirectory() as folder:
             request = PruneRequest(Structured(fraction))
-            plan, _ = shrink_checkpoint(checkpoint, ids, Path(folder), request)
+            plan = plan_widths(checkpoint, losses, request)
+            shrink_checkpoint(checkpoint, ids, Path(folder), request, plan)
             width = plan.widths[0]
             name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
             rows.append(row(name, load_model(Path(folder)), held_out))

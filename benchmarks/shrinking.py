@@ -36,7 +36,14 @@ from thanos_deploy.calibrate import read_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import Dense, PruneRequest, shrink_checkpoint
+from thanos_deploy.pipeline import (
+    Dense,
+    PruneRequest,
+    plan_widths,
+    shrink_checkpoint,
+    survey_blocks,
+)
+from thanos_deploy.sizing import Losses
 
 LATENCY_SLACK = 1.1  # times the ratio of parameters
 
@@ -72,12 +79,14 @@ def main() -> None:
         if not models["dense"].exists():
             shutil.copytree(source.folder, models["dense"] / "model")
         rows = [judge("dense", models["dense"] / "model", held_out)]
+        losses = survey_blocks(source, calibration, PruneRequest(Structured(0.0)))
         for fraction in arguments.fractions:
             name = f"structured:{fraction:g}"
             models[name] = place / name
-            rows.append(cut(source, calibration, models[name] / "model", fraction, held_out))
+            folder = models[name] / "model"
+            rows.append(cut(source, calibration, losses, folder, fraction, held_out))
         if arguments.against:
-            rows += against_torch_pruning(source, calibration, held_out, arguments.against)
+            rows += against_torch_pruning(source, calibration, losses, held_out, arguments.against)
         for bundle in models.values():
             export(bundle)
         latency = {}
@@ -123,6 +132,7 @@ def block_parameters(model: Any) -> int:
 def cut(
     source: Checkpoint,
     calibration: Tensor,
+    losses: list[Losses],
     folder: Path,
     fraction: float,
     held_out: Tensor,
@@ -135,7 +145,8 @@ def cut(
     folder.mkdir(parents=True)
     started = time.perf_counter()
     request = PruneRequest(Structured(fraction), **options)
-    plan, _ = shrink_checkpoint(source, calibration, folder, request)
+    plan = plan_widths(source, losses, request)
+    shrink_checkpoint(source, calibration, folder, request, plan)
     seconds = round(time.perf_counter() - started, 1)
     width = plan.widths[0]
     widths = [width.heads, width.kv_heads, width.channels]
@@ -143,11 +154,16 @@ def cut(
 
 
 def against_torch_pruning(
-    source: Checkpoint, calibration: Tensor, held_out: Tensor, fraction: float
+    source: Checkpoint,
+    calibration: Tensor,
+    losses: list[Losses],
+    held_out: Tensor,
+    fraction: float,
 ) -> list[dict[str, Any]]:
     """The same feed-forward channels fewer, by us and by Torch-Pruning."""
     with tempfile.TemporaryDirectory() as scratch:
-        ours = cut(source, calibration, Path(scratch) / "m", fraction, held_out, shrink="ffn")
+        folder = Path(scratch) / "model"
+        ours = cut(source, calibration, losses, folder, fraction, held_out, shrink="ffn")
     rows = [ours]
     for importance in ("magnitude", "taylor"):
         model: Any = load_model(source.folder)

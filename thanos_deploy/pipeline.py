@@ -39,7 +39,7 @@ from thanos_deploy.errors import ResourceError, UsageError
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, Structured, parse
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.sizing import Plan
+from thanos_deploy.sizing import Losses, Plan
 
 # Told the title of a piece of work that starts now, returns where to report its progress.
 Announce = Callable[[str], OnProgress]
@@ -168,6 +168,12 @@ class PruneRequest:
                 f"--outlier-rows {self.options['outlier_rows']:g} with {self.pattern}: rows that "
                 "stay dense read every input, so nothing could be cut out",
                 fix="leave --outlier-rows out, or use --keep-shape for columns of zeros",
+            )
+        if self.preset != "best":
+            raise UsageError(
+                f"--preset {self.preset} with {self.pattern}: the paper sets columns to zero and "
+                "cuts nothing out",
+                fix="use --keep-shape for columns of zeros, or leave --preset out",
             )
         unused = [
             name.replace("_", " ")
@@ -334,12 +340,12 @@ def prune_checkpoint(
     )
 
 
-def plan_widths(
+def survey_blocks(
     source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce = quietly
-) -> Plan:
-    """How wide the blocks of a shrunk model will be, on given calibration tokens."""
+) -> list[Losses]:
+    """What each block would lose at which widths; the same for every fraction to remove."""
     fit = request.fit_options
-    losses = shrinking.survey(
+    return shrinking.survey(
         source,
         ids,
         multiple=request.ffn_multiple,
@@ -347,6 +353,10 @@ def plan_widths(
         damping_mode=fit["damping_mode"],
         on_progress=announce("Find out what each block would lose"),
     )
+
+
+def plan_widths(source: Checkpoint, losses: Sequence[Losses], request: PruneRequest) -> Plan:
+    """How wide the blocks of a shrunk model will be."""
     return sizing.plan(source, losses, request.pattern.sparsity, **request.sizing_options)
 
 
@@ -355,11 +365,11 @@ def shrink_checkpoint(
     ids: Tensor,
     destination: Path,
     request: PruneRequest,
+    plan: Plan,
     announce: Announce = quietly,
-) -> tuple[Plan, list[shrinking.BlockReport]]:
-    """Cut heads and channels out of a checkpoint as requested; see `shrink.shrink`."""
-    plan = plan_widths(source, ids, request, announce)
-    blocks = shrinking.shrink(
+) -> list[shrinking.BlockReport]:
+    """Cut heads and channels out of a checkpoint as planned; see `shrink.shrink`."""
+    return shrinking.shrink(
         source,
         ids,
         destination,
@@ -368,7 +378,6 @@ def shrink_checkpoint(
         dtype=DTYPES.get(request.dtype),
         on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
     )
-    return plan, blocks
 
 
 def prune(
@@ -390,7 +399,9 @@ def prune(
         _require_disk(folder, _bytes_of(source, request.dtype))
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
         if request.shrinks:
-            plan, blocks = shrink_checkpoint(source, ids, folder / "model", request, announce)
+            losses = survey_blocks(source, ids, request, announce)
+            plan = plan_widths(source, losses, request)
+            blocks = shrink_checkpoint(source, ids, folder / "model", request, plan, announce)
             summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
         else:
             progress = announce(f"Prune to {request.pattern} with {request.method}")
@@ -638,7 +649,8 @@ def _plan_pruning(dense: Dense, request: PruneRequest, announce: Announce) -> Js
     if request.shrinks:
         text = _text(request.calib, request.text_field, held_out=False)
         ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
-        plan["widths"] = _plan_summary(plan_widths(source, ids, request, announce))
+        losses = survey_blocks(source, ids, request, announce)
+        plan["widths"] = _plan_summary(plan_widths(source, losses, request))
     else:
         plan["linear_weights_removed"] = int(weights * request.pattern.sparsity)
     return plan
