@@ -95,10 +95,12 @@ class Elimination:
         """Remove attention heads, the cheapest first, priced anew each time.
 
         Either whole groups of query heads that share a key-value head, or the same number of query
-        heads from each group: both leave groups of equal size, as attention kernels want them.
+        heads from each group, one of each in turn: both leave groups of equal size, as attention
+        kernels want them. Heads that are gone already count, and those that go for a smaller number
+        include those that go for a larger one.
 
         Args:
-            there: query heads and key-value heads that there are; each query head is a run of
+            there: query heads and key-value heads that there were; each query head is a run of
                 inputs.
             keep: the same, that stay.
 
@@ -107,25 +109,25 @@ class Elimination:
         """
         (heads, kv_heads), (keep_heads, keep_kv_heads) = there, keep
         group, size = heads // kv_heads, len(self.left) // heads
-        numbers = torch.arange(heads)
-        if keep_kv_heads < kv_heads:  # one pool, from which any group may go
-            runs, pools = numbers.reshape(kv_heads, group), [0] * kv_heads
-            quota = [kv_heads - keep_kv_heads]
+        if keep_kv_heads < kv_heads:  # one pool, from which any group of heads may go
+            length, pool, target = group * size, kv_heads, keep_kv_heads
         else:  # every group is a pool, from which the same number of heads goes
-            runs, pools = numbers.reshape(heads, 1), (numbers // group).tolist()
-            quota = [group - keep_heads // keep_kv_heads] * kv_heads
-        columns = {
-            run: (members[:, None] * size + torch.arange(size)).flatten()
-            for run, members in enumerate(runs)
-        }
-        stay = torch.ones(heads, dtype=torch.bool)
-        while any(quota):
-            prices = {run: self.cost(at) for run, at in columns.items() if quota[pools[run]]}
-            cheapest = min(prices, key=prices.__getitem__)
-            self.remove(columns.pop(cheapest))
-            stay[runs[cheapest]] = False
-            quota[pools[cheapest]] -= 1
-        return stay.nonzero().flatten()
+            length, pool, target = size, group, keep_heads // keep_kv_heads
+        runs = torch.arange(len(self.left)).reshape(-1, length)
+        there_still = self.left[runs[:, 0]]
+        while (most := int(there_still.reshape(-1, pool).sum(dim=1).max())) > target:
+            quota = there_still.reshape(-1, pool).sum(dim=1) - (most - 1)
+            while bool(quota.any()):
+                prices = {
+                    run: self.cost(runs[run])
+                    for run in there_still.nonzero().flatten().tolist()
+                    if quota[run // pool] > 0
+                }
+                cheapest = min(prices, key=prices.__getitem__)
+                self.remove(runs[cheapest])
+                there_still[cheapest] = False
+                quota[cheapest // pool] -= 1
+        return self.left[::size].nonzero().flatten()
 
 
 def _solve(positive: Tensor, right: Tensor) -> Tensor:

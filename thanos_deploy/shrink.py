@@ -125,10 +125,12 @@ def survey(
             factored = factor(layer.problem, damping, damping_mode)
             fitted[name] = Elimination(layer.problem.weight, factored)
         heads = {}
-        for layout in layouts(width):
+        for fewer_keys in (False, True):  # two ways, on each of which the heads go one by one
             trial = deepcopy(fitted[family.heads.consumer])
-            trial.drop_heads((width.heads, width.kv_heads), keep=layout)
-            heads[layout] = trial.loss / segments.numel()
+            for layout in layouts(width):
+                if (layout[1] < width.kv_heads) == fewer_keys:
+                    trial.drop_heads((width.heads, width.kv_heads), keep=layout)
+                    heads[layout] = trial.loss / segments.numel()
         by_count = fitted[family.channels.consumer].channel_losses() / segments.numel()
         channels = {
             left: by_count[width.channels - left].item()

@@ -98,6 +98,18 @@ def test_heads_go_so_that_groups_stay_equal_and_the_rest_is_refitted(
     )
 
 
+def test_heads_that_go_in_two_steps_are_those_that_go_in_one() -> None:
+    problem = random_problem(7, rows=8, cols=36)
+    factored = factor(problem, DAMPING)
+    for steps in ([(8, 4), (4, 4)], [(9, 3), (6, 2), (3, 1)]):
+        one, many = (Elimination(problem.weight, factored) for _ in range(2))
+        there = (12, 4)
+        for keep in steps:
+            last = many.drop_heads(there, keep=keep)
+        assert torch.equal(last, one.drop_heads(there, keep=steps[-1]))
+        assert many.loss == pytest.approx(one.loss, rel=1e-9)
+
+
 def test_losing_one_group_of_heads_is_the_best_choice_there_is() -> None:
     problem = random_problem(4, rows=8, cols=24)
     factored = factor(problem, DAMPING)
