@@ -3,18 +3,20 @@
     inputs   input_ids                int64[batch, sequence]
              attention_mask           int64[batch, past + sequence]
              position_ids             int64[batch, sequence]
-             past_key_values.0.key    float32[batch, heads, past, dim]
+             past_key_values.0.key    float[batch, heads, past, dim]
              past_key_values.0.value  the same; and so on for every block
-    outputs  logits                   float32[batch, sequence, vocabulary]
-             present.0.key            float32[batch, heads, past + sequence, dim]
+    outputs  logits                   float[batch, sequence, vocabulary]
+             present.0.key            float[batch, heads, past + sequence, dim]
              present.0.value          the same; and so on for every block
 
-Prefill is the case past = 0, decode the case sequence = 1. Every weight keeps its name in the
-model, and the pattern is judged on the file that was written.
+Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 or float16, as asked
+for. `heads` and `dim` may differ from block to block; they are taken from the cache that the model
+itself makes, never from its configuration. Every weight keeps its name in the model, and the
+pattern is judged on the file that was written.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,8 +31,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from thanos_deploy import artifact
-from thanos_deploy.checkpoint import Checkpoint, load_model
-from thanos_deploy.errors import GateError
+from thanos_deploy.checkpoint import DTYPES, Checkpoint, load_model
+from thanos_deploy.errors import GateError, ModelError, UsageError
 from thanos_deploy.families import Family
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
@@ -43,8 +45,9 @@ RECORD = "export.json"
 # What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
 OPSET = 20
 
-# Largest difference between ONNX Runtime and PyTorch in float32, relative to the values' range.
-PARITY_LIMIT = 1e-4
+# Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
+# to the values' range.
+PARITY_LIMITS = {"fp32": 1e-4, "fp16": 5e-3}
 
 _STEPS = 4
 
@@ -77,6 +80,8 @@ class ParityCase:
         batch, past, sequence: its shape.
         logits_error, cache_error: largest absolute difference over max - min of PyTorch's values,
             at positions that are not padding.
+        first_differing: the first output, in the order in which the network computes them, that
+            is off by more than the limit; None if none is.
     """
 
     name: str
@@ -85,6 +90,7 @@ class ParityCase:
     sequence: int
     logits_error: float
     cache_error: float
+    first_differing: str | None
 
 
 def export(
@@ -92,6 +98,9 @@ def export(
     destination: Path,
     *,
     pattern: Pattern | None,
+    dtype: str = "fp32",
+    max_sequence: int | None = None,
+    origin: Mapping[str, str] | None = None,
     on_progress: OnProgress = silent,
 ) -> artifact.Json:
     """Write `model.onnx`, `model.onnx.data` and `export.json`.
@@ -99,40 +108,83 @@ def export(
     Args:
         checkpoint: the model to export.
         destination: an existing folder.
-        pattern: what the linear layers are claimed to hold, or None for a dense model.
+        pattern: what the linear layers are claimed to hold, or None for nothing.
+        dtype: one of `PARITY_LIMITS`, of the weights, the cache and the logits.
+        max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
+            None for all that the model takes.
+        origin: what else the graph's metadata says of where it comes from.
         on_progress: told of every finished step.
 
     Returns:
         the content of export.json.
 
     Raises:
+        UsageError: the model does not take sequences of `max_sequence`.
+        ModelError: a weight does not fit the dtype.
         GateError: a weight is missing from the file, does not hold the pattern, or ONNX Runtime's
-            results differ from PyTorch's by more than `PARITY_LIMIT`.
+            results differ from PyTorch's by more than the limit.
     """
+    longest = _longest(checkpoint, max_sequence)
     on_progress(0, _STEPS)
     model = load_model(checkpoint.folder)
+    _cast(model, DTYPES[dtype])
     on_progress(1, _STEPS)
     graph = _trace(model)
-    _simplify(graph)
-    graph.metadata_props["thanos_deploy.pattern"] = "dense" if pattern is None else str(pattern)
+    _simplify(graph, model)
+    claims = {
+        "pattern": "none" if pattern is None else str(pattern),
+        "dtype": dtype,
+        "max_sequence": str(longest),
+        **(origin or {}),
+    }
+    graph.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
     ir.save(graph, destination / MODEL, external_data=DATA)
     del graph
     on_progress(2, _STEPS)
+    _require_names(destination / MODEL, model)
     weights = _read_weights(destination / MODEL, model, checkpoint.family, pattern)
     on_progress(3, _STEPS)
-    cases = list(_compare(destination / MODEL, model))
+    _cast(model, torch.float32)
+    limit = PARITY_LIMITS[dtype]
+    cases = list(_compare(destination / MODEL, model, limit))
     record = {
         "opset": OPSET,
-        "dtype": "float32",
+        "dtype": dtype,
         "pattern": None if pattern is None else str(pattern),
-        "parity_limit": PARITY_LIMIT,
+        "max_sequence": longest,
+        "cache": _cache_record(model, DTYPES[dtype]),
+        "parity_limit": limit,
         "parity": [asdict(case) for case in cases],
         "weights": [asdict(weight) for weight in weights],
     }
-    _require_parity(destination / MODEL, cases)
+    _require_parity(destination / MODEL, cases, limit)
     artifact.write_json(destination / RECORD, record)
     on_progress(4, _STEPS)
     return record
+
+
+def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
+    """The most tokens that the graph is meant for."""
+    if asked is not None and not 1 <= asked <= checkpoint.max_positions:
+        raise UsageError(
+            f"--max-seq {asked}: the model takes 1 to {checkpoint.max_positions} tokens",
+            fix="give a number in that range, or leave --max-seq out",
+        )
+    return asked or checkpoint.max_positions
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round every parameter in place; buffers such as rotary frequencies stay as they are."""
+    for name, parameter in model.named_parameters():
+        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
+        # kernels that look at bit patterns rely on.
+        rounded = parameter.detach().to(dtype).add_(0.0)
+        if not bool(rounded.isfinite().all()):
+            raise ModelError(
+                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
+                fix="export with --dtype fp32",
+            )
+        parameter.data = rounded
 
 
 class _WithFlatCache(nn.Module):
@@ -159,16 +211,38 @@ def _flat(cache: DynamicCache) -> list[Tensor]:
     return [tensor for keys, values, *_ in cache for tensor in (keys, values)]
 
 
+def _empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
+    """A cache of zeros whose heads and dims are those that each block really has."""
+    with torch.inference_mode():
+        # Without the configuration no block's cache is cut to its window: every length is `past`.
+        seen = model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache())
+    return [
+        torch.zeros(batch, tensor.shape[1], past, tensor.shape[3], dtype=tensor.dtype)
+        for tensor in _flat(seen.past_key_values)
+    ]
+
+
+def _cache_record(model: PreTrainedModel, dtype: torch.dtype) -> artifact.Json:
+    """What the kv cache needs: heads and dims by block, and bytes for each token."""
+    tensors = _empty_cache(model, 1, 1)
+    return {
+        "blocks": [
+            {"heads": keys.shape[1], "key_dim": keys.shape[3], "value_dim": values.shape[3]}
+            for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
+        ],
+        "bytes_per_token": sum(tensor.numel() for tensor in tensors) * dtype.itemsize,
+    }
+
+
 def _trace(model: PreTrainedModel) -> ir.Model:
     # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
     batch, past, sequence = 2, 5, 3
-    with torch.inference_mode():
-        seen = _flat(model(input_ids=torch.zeros(batch, past, dtype=torch.long)).past_key_values)
+    seen = _empty_cache(model, batch, past)
     example = (
         torch.zeros(batch, sequence, dtype=torch.long),
         torch.ones(batch, past + sequence, dtype=torch.long),
         torch.arange(past, past + sequence).expand(batch, sequence),
-        [torch.zeros(tensor.shape) for tensor in seen],
+        seen,
     )
     cache = [f"{layer}.{part}" for layer in range(len(seen) // 2) for part in ("key", "value")]
     with warnings.catch_warnings():
@@ -199,7 +273,7 @@ def _trace(model: PreTrainedModel) -> ir.Model:
     return program.model
 
 
-def _simplify(graph: ir.Model) -> None:
+def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
     """Make the exporter's raw graph small, and keep the names of the weights.
 
     before: weight "model.lm.layers.0.fc1.weight" [out, in] -> Transpose -> MatMul; thousands of
@@ -209,10 +283,17 @@ def _simplify(graph: ir.Model) -> None:
     The exporter's own optimiser takes as long as the export itself (mostly rules that match nothing
     here), loses the names, and ends with a graph of the same size and speed.
     """
+    # The exporter calls tied parameters by one of their names, and not by that of the model.
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    own_names = {
+        name: owners[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     weights = graph.graph.initializers
     for value in list(weights.values()):
         assert value.name is not None
-        value.name = value.name.removeprefix("model.")  # the attribute of `_WithFlatCache`
+        name = value.name.removeprefix("model.")  # the attribute of `_WithFlatCache`
+        value.name = own_names.get(name, name)
     for node in list(graph.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         # A tied output head is the embedding transposed: folding it would store it twice.
@@ -237,21 +318,43 @@ def _simplify(graph: ir.Model) -> None:
         simplify(graph)
 
 
+def _require_names(path: Path, model: PreTrainedModel) -> None:
+    """Every parameter lies in the file under its own name, and no other matrix does."""
+    shapes = {
+        name: list(value.const_value.shape)
+        for name, value in _initializers(path).items()
+        if value.const_value is not None
+    }
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if shapes.get(name) not in (list(parameter.shape), list(parameter.shape)[::-1])
+    ]
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    foreign = [name for name, shape in shapes.items() if len(shape) > 1 and name not in known]
+    if lost or foreign:
+        raise GateError(
+            f"{path}: without their names or shapes: {', '.join(lost) or 'none'}; matrices that "
+            f"the model does not name: {', '.join(foreign) or 'none'}",
+            fix="report this model type; its graph hides the layers",
+        )
+
+
+def _initializers(path: Path) -> Mapping[str, ir.Value]:
+    return ir.load(path).graph.initializers
+
+
 def _read_weights(
     path: Path, model: PreTrainedModel, family: Family, pattern: Pattern | None
 ) -> list[WeightRecord]:
     """Find every pruned layer's weight in the written file, and judge it there."""
-    initializers = ir.load(path).graph.initializers
+    initializers = _initializers(path)
     records = []
     for index in range(model.config.num_hidden_layers):
         for linear in family.linears:
             name = f"{family.blocks}.{index}.{linear}"
-            value = initializers.get(f"{name}.weight")
-            if value is None or value.const_value is None:
-                raise GateError(
-                    f"{path}: no weight named {name}.weight",
-                    fix="report this model type; its graph hides the layer",
-                )
+            value = initializers[f"{name}.weight"]
+            assert value.const_value is not None
             consumer = next(iter(value.uses())).node
             axis = _input_axis(consumer)
             array = value.const_value.numpy()
@@ -291,17 +394,15 @@ def _input_axis(consumer: ir.Node) -> int:
             )
 
 
-def _compare(path: Path, model: PreTrainedModel) -> Iterator[ParityCase]:
+def _compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[ParityCase]:
     """Run ONNX Runtime beside PyTorch through prefill, chunked prefill, decode and left padding."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()[3:]]
+    outputs = [value.name for value in session.get_outputs()]
+    stored = np.float16 if session.get_outputs()[0].type == "tensor(float16)" else np.float32
     text = _sample(model, rows=3, length=12)
-    empty = [
-        torch.zeros(1, *tensor.shape[1:])[:, :, :0]
-        for tensor in _flat(model(input_ids=torch.zeros(1, 2, dtype=torch.long)).past_key_values)
-    ]
     wrapped = _WithFlatCache(model).eval()
 
     def case(
@@ -312,7 +413,9 @@ def _compare(path: Path, model: PreTrainedModel) -> Iterator[ParityCase]:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -sequence:]
         with torch.inference_mode():
             expected = wrapped(ids, mask, positions, past)
-        feeds = dict(zip(names, (tensor.numpy() for tensor in past), strict=True))
+        feeds = {
+            name: entry.numpy().astype(stored) for name, entry in zip(names, past, strict=True)
+        }
         actual = session.run(
             None,
             {
@@ -323,16 +426,30 @@ def _compare(path: Path, model: PreTrainedModel) -> Iterator[ParityCase]:
             },
         )
         real = mask.bool()
-        errors = [
-            _relative(expected[0][real[:, -sequence:]], actual[0][real[:, -sequence:].numpy()])
-        ]
-        for want, got in zip(expected[1:], actual[1:], strict=True):
+        errors = {
+            "logits": _relative(
+                expected[0][real[:, -sequence:]], actual[0][real[:, -sequence:].numpy()]
+            )
+        }
+        for output, want, got in zip(outputs[1:], expected[1:], actual[1:], strict=True):
             # [batch, heads, total, dim]: bring the token axis beside the batch axis.
-            errors.append(_relative(want.transpose(1, 2)[real], got.swapaxes(1, 2)[real.numpy()]))
-        compared = ParityCase(name, batch, past[0].shape[2], sequence, errors[0], max(errors[1:]))
+            errors[output] = _relative(want.transpose(1, 2)[real], got.swapaxes(1, 2)[real.numpy()])
+        # Written so that NaN is beyond the limit.
+        beyond = [output for output in (*outputs[1:], "logits") if not errors[output] <= limit]
+        compared = ParityCase(
+            name,
+            batch,
+            past[0].shape[2],
+            sequence,
+            logits_error=errors["logits"],
+            cache_error=float(np.max([errors[output] for output in outputs[1:]])),
+            first_differing=beyond[0] if beyond else None,
+        )
         return compared, [tensor.clone() for tensor in expected[1:]]
 
-    compared, cache = case("prefill", 7, empty, torch.ones(1, 7, dtype=torch.long))
+    compared, cache = case(
+        "prefill", 7, _empty_cache(model, 1, 0), torch.ones(1, 7, dtype=torch.long)
+    )
     yield compared
     compared, cache = case("chunked prefill", 4, cache, torch.ones(1, 11, dtype=torch.long))
     yield compared
@@ -340,8 +457,7 @@ def _compare(path: Path, model: PreTrainedModel) -> Iterator[ParityCase]:
     padded = torch.ones(3, 6, dtype=torch.long)
     padded[1, :2] = 0
     padded[2, :5] = 0
-    batch_of_empty = [tensor.expand(3, -1, -1, -1) for tensor in empty]
-    compared, cache = case("left-padded batch", 6, batch_of_empty, padded)
+    compared, cache = case("left-padded batch", 6, _empty_cache(model, 3, 0), padded)
     yield compared
     yield case("decode of that batch", 1, cache, nn.functional.pad(padded, (0, 1), value=1))[0]
 
@@ -361,19 +477,19 @@ def _sample(model: PreTrainedModel, *, rows: int, length: int) -> Tensor:
     return ids
 
 
-def _relative(want: Tensor, got: NDArray[np.float32]) -> float:
+def _relative(want: Tensor, got: NDArray[np.floating]) -> float:
     expected = want.numpy()
     spread = float(expected.max() - expected.min())
     return float(np.abs(expected - got).max()) / (spread or 1.0)
 
 
-def _require_parity(path: Path, cases: list[ParityCase]) -> None:
+def _require_parity(path: Path, cases: list[ParityCase], limit: float) -> None:
     for case in cases:
-        for what, error in (("logits", case.logits_error), ("kv cache", case.cache_error)):
-            if not error <= PARITY_LIMIT:  # written so that NaN fails
-                raise GateError(
-                    f"{path}: {case.name} (batch {case.batch}, past {case.past}, sequence "
-                    f"{case.sequence}): {what} differ from PyTorch by {error:.2g} of their range; "
-                    f"the limit is {PARITY_LIMIT:g}",
-                    fix="report the model and the versions of torch and onnxruntime",
-                )
+        if case.first_differing is not None:
+            raise GateError(
+                f"{path}: {case.name} (batch {case.batch}, past {case.past}, sequence "
+                f"{case.sequence}): {case.first_differing} is the first output that differs from "
+                f"PyTorch's by more than {limit:g} of its range (logits by "
+                f"{case.logits_error:.2g}, the kv cache by up to {case.cache_error:.2g})",
+                fix="report the model and the versions of torch and onnxruntime",
+            )

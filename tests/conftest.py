@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import exporters.onnx
 from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.prune import prune
 
 MakeModel = Callable[..., Path]
+Exported = Callable[[str], Path]
 
 # What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
 _SIZES: dict[str, dict[str, object]] = {
@@ -78,6 +83,22 @@ def tiny_llama(make_model: MakeModel) -> Path:
     return make_model("llama")
 
 
+@pytest.fixture
+def per_layer_llama(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny LLaMA with a smaller second block, which exporting `tiny_llama` then finds."""
+    model = stock_model(tiny_llama, dtype=torch.float32)
+    smaller = deepcopy(model.config)
+    smaller.num_attention_heads, smaller.num_key_value_heads, smaller.head_dim = 2, 1, 8
+    smaller.intermediate_size = 20
+    torch.manual_seed(1)
+    block = type(model.model.layers[1])(smaller, 1)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.model.layers[1] = block.eval()
+    monkeypatch.setattr(exporters.onnx, "load_model", lambda folder: deepcopy(model))
+    return model
+
+
 @pytest.fixture(scope="session")
 def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny LLaMA's ONNX export, where a bundle has it. Not to be changed."""
@@ -85,6 +106,34 @@ def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "onnx").mkdir()
     exporters.onnx.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Makes a folder with `model`, a small one of a type pruned to 2:4, and its export `onnx`."""
+
+    @cache
+    def make(model_type: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{model_type}-two-four")
+        (folder / "model").mkdir()
+        (folder / "onnx").mkdir()
+        prune(
+            Checkpoint.open(make_model(model_type)),
+            torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0)),
+            folder / "model",
+            pattern=SemiStructured(2, 4),
+            method="thanos",
+            options={"block_columns": 16},
+        )
+        exporters.onnx.export(
+            Checkpoint.open(folder / "model"),
+            folder / "onnx",
+            pattern=SemiStructured(2, 4),
+            origin={"method": "thanos"},
+        )
+        return folder
+
+    return make
 
 
 def stock_model(folder: Path, **options: object) -> Any:

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -275,7 +275,8 @@ def prune_export(
     with _session(options) as session:
         from thanos_deploy import pipeline
 
-        run = pipeline.plan if dry_run else pipeline.prune_export
+        # A plan is the same for every target.
+        run = pipeline.plan if dry_run else partial(pipeline.prune_export, target=target)
         result = run(
             model,
             out,
@@ -325,15 +326,42 @@ def prune(model: str, out: Path, revision: str | None, dry_run: bool, **options:
 @cli.command()
 @_bundle
 @_target
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16"]),
+    help="What the graph holds its numbers in.  [default: what it was made with, or fp32]",
+)
+@click.option(
+    "--max-seq",
+    type=int,
+    help="The most tokens, prompt and answer together, that are promised to work.  "
+    "[default: all that the model takes]",
+)
 @_common
-def export(out: Path, target: str, **options: Any) -> None:
-    """Export the pruned model of the bundle OUT."""
+def export(out: Path, target: str, dtype: str | None, max_seq: int | None, **options: Any) -> None:
+    r"""Export the pruned model of the bundle OUT.
+
+    \b
+    onnx   one graph for prefill and decode, compared with PyTorch: OUT/onnx
+    genai  that graph as a folder that ORT-GenAI loads: OUT/genai
+    """
     with _session(options) as session:
         from thanos_deploy import artifact, pipeline
 
+        given = dtype is not None or max_seq is not None
         with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
-            record = pipeline.export(bundle, overwrite=options["overwrite"], announce=session)
-    _print(options, record.result, console.show_parity)
+            record = pipeline.export(
+                bundle,
+                target=target,
+                request=pipeline.ExportRequest(dtype or "fp32", max_seq) if given else None,
+                overwrite=options["overwrite"],
+                announce=session,
+            )
+    _print(
+        options,
+        record.result,
+        console.show_parity if target == "onnx" else console.show_values,
+    )
 
 
 @cli.command("eval")

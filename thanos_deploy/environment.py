@@ -19,6 +19,7 @@ _LIBRARIES = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime-gpu",
+    "onnxruntime-genai-cuda",
     "gguf",
 )
 

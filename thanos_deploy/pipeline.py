@@ -4,6 +4,7 @@
     prune    model/, layers.json
     eval     eval/perplexity.json
     onnx     onnx/                                            (of the dense model: in the cache)
+    genai    genai/                                           (only if asked for)
     bench    bench/latency.json, bench/sample.json
     report   report/report.json, README.md
 
@@ -23,6 +24,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
+import exporters.genai
 import exporters.onnx
 from runtime import paired
 from runtime.engine import open_engine, stop_ids
@@ -229,6 +231,19 @@ class PruneRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What the graph holds its numbers in ("fp32" or "fp16") and the most tokens it is meant for.
+
+    Attributes:
+        dtype: of the weights, the kv cache and the logits.
+        max_sequence: prompt and answer together; None for all that the model takes.
+    """
+
+    dtype: str = "fp32"
+    max_sequence: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EvalRequest:
     """Which text to measure perplexity on: "builtin" or a path, and how much of it."""
 
@@ -311,11 +326,21 @@ class Dense:
                 bundle, dense, request, text, {}, announce, title="dense model", overwrite=True
             )
 
-    def export(self, announce: Announce) -> StageRecord:
+    def export(self, request: ExportRequest, announce: Announce) -> StageRecord:
         """ONNX of the dense model."""
         dense = self.checkpoint(announce)
         with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
-            return _export(bundle, dense, None, {}, announce, title="dense model", overwrite=True)
+            return _export(
+                bundle,
+                dense,
+                None,
+                {},
+                request,
+                {"method": "none", "model_sha256": self.source.sha256},
+                announce,
+                title="dense model",
+                overwrite=True,
+            )
 
 
 def prune_checkpoint(
@@ -453,18 +478,68 @@ def evaluate(
     )
 
 
-def export(bundle: Bundle, *, overwrite: bool = False, announce: Announce = quietly) -> StageRecord:
-    """Export the pruned model to ONNX, unless that is done."""
+def export(
+    bundle: Bundle,
+    *,
+    target: str = "onnx",
+    request: ExportRequest | None = None,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> StageRecord:
+    """Export the pruned model to a target, unless that is done.
+
+    Args:
+        bundle: with the stage prune finished.
+        target: a name from `exporters.names()`.
+        request: None for what the graph that is already there was made with, else the defaults.
+        overwrite: redo what was made with other options.
+        announce: told of every piece of work.
+    """
     pruned = bundle.require("prune", "`thanos-deploy prune`")
-    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
-    claimed = parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
-    return _export(
+    graph = _export(
         bundle,
         Checkpoint.open(bundle.path / "model"),
-        claimed,
+        # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
+        parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None,
         {"model": _model_hash(bundle)},
+        request or _exported_with(bundle),
+        {"method": pruned.options["method"], "model_sha256": _model_hash(bundle)},
         announce,
         title="pruned model",
+        overwrite=overwrite,
+    )
+    return graph if target == "onnx" else _export_genai(bundle, overwrite, announce)
+
+
+def _exported_with(bundle: Bundle) -> ExportRequest:
+    """What the graph of a bundle was made with; the defaults if there is none."""
+    return (
+        ExportRequest(**bundle.stages["onnx"].options)
+        if "onnx" in bundle.stages
+        else ExportRequest()
+    )
+
+
+def _export_genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
+    def produce(folder: Path) -> Json:
+        graph = bundle.stages["onnx"].files.values()
+        _require_disk(folder, sum(file.bytes for file in graph))
+        (folder / "genai").mkdir()
+        return exporters.genai.export(
+            bundle.path / "onnx",
+            bundle.path / "model",
+            folder / "genai",
+            on_progress=announce("Write the folder for ORT-GenAI and try it out"),
+        )
+
+    return bundle.run(
+        "genai",
+        produce,
+        options={},
+        inputs={
+            "model": _model_hash(bundle),
+            "onnx": {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()},
+        },
         overwrite=overwrite,
     )
 
@@ -480,7 +555,7 @@ def bench(
     """Time the pruned model beside the dense one on ONNX Runtime, unless that is done."""
     bundle.require("onnx", "`thanos-deploy export --target onnx`")
     bundle.check("bench", asdict(request), overwrite=overwrite)
-    reference = dense.export(announce)
+    reference = dense.export(_exported_with(bundle), announce)
     subjects = {"dense": dense.folder, "pruned": bundle.path}
 
     def produce(folder: Path) -> Json:
@@ -565,6 +640,7 @@ def prune_export(
     request: PruneRequest,
     evaluation: EvalRequest,
     benchmark: BenchRequest,
+    target: str = "onnx",
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
@@ -575,11 +651,13 @@ def prune_export(
         DeployError: of any kind; everything that can be refused beforehand is.
     """
     dense = Dense(model, revision=revision)
+    if target == "genai":
+        exporters.genai.library()
     with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
         _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
         evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
-        export(bundle, overwrite=overwrite, announce=announce)
+        export(bundle, target=target, overwrite=overwrite, announce=announce)
         bench(bundle, dense, benchmark, overwrite=overwrite, announce=announce)
         return write_report(bundle, dense)
 
@@ -736,6 +814,8 @@ def _export(
     model: Checkpoint,
     pattern: Pattern | None,
     inputs: Json,
+    request: ExportRequest,
+    origin: Mapping[str, str],
     announce: Announce,
     *,
     title: str,
@@ -748,15 +828,20 @@ def _export(
             model,
             folder / "onnx",
             pattern=pattern,
+            dtype=request.dtype,
+            max_sequence=request.max_sequence,
+            origin=origin,
             on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
         )
         return {
+            "max_sequence": record["max_sequence"],
+            "cache_bytes_per_token": record["cache"]["bytes_per_token"],
             "parity_limit": record["parity_limit"],
             "parity": record["parity"],
             "weights": len(record["weights"]),
         }
 
-    return bundle.run("onnx", produce, options={}, inputs=inputs, overwrite=overwrite)
+    return bundle.run("onnx", produce, options=asdict(request), inputs=inputs, overwrite=overwrite)
 
 
 def _text(name: str, text_field: str, *, held_out: bool) -> Text:

@@ -1,6 +1,7 @@
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,45 +11,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exporters.onnx
-from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.errors import GateError
+from thanos_deploy.errors import GateError, ModelError, UsageError
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune import linear_shapes, prune
-
-
-def prune_to_two_four(folder: Path, out: Path) -> Path:
-    out.mkdir()
-    segments = torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))
-    prune(
-        Checkpoint.open(folder),
-        segments,
-        out,
-        pattern=SemiStructured(2, 4),
-        method="thanos",
-        options={"block_columns": 16},
-    )
-    return out
+from thanos_deploy.prune import linear_shapes
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_exports_with_parity_names_and_the_pattern(
-    make_model: MakeModel, tmp_path: Path, model_type: str
+    exported_two_four: Exported, model_type: str
 ) -> None:
-    pruned = prune_to_two_four(make_model(model_type), tmp_path / "model")
-    checkpoint = Checkpoint.open(pruned)
-    (tmp_path / "onnx").mkdir()
-    record = exporters.onnx.export(checkpoint, tmp_path / "onnx", pattern=SemiStructured(2, 4))
-    assert json.loads((tmp_path / "onnx" / "export.json").read_text()) == json.loads(
-        json.dumps(record)
-    )
+    folder = exported_two_four(model_type)
+    pruned, checkpoint = folder / "model", Checkpoint.open(folder / "model")
+    record = json.loads((folder / "onnx" / "export.json").read_text())
     cases = {case["name"]: case for case in record["parity"]}
     shapes = {(c["batch"], c["past"] > 0, c["sequence"] > 1) for c in cases.values()}
     assert {(1, False, True), (1, True, True), (1, True, False), (3, False, True)} <= shapes
     assert all(c["logits_error"] < 1e-5 and c["cache_error"] < 1e-5 for c in cases.values())
 
-    graph = onnx.load(tmp_path / "onnx" / "model.onnx")
-    onnx.checker.check_model(str(tmp_path / "onnx" / "model.onnx"))
+    graph = onnx.load(folder / "onnx" / "model.onnx")
+    onnx.checker.check_model(str(folder / "onnx" / "model.onnx"))
     in_file = {
         tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer
     }
@@ -63,15 +46,20 @@ def test_every_family_exports_with_parity_names_and_the_pattern(
         assert ((array != 0).reshape(-1, 4).sum(axis=1) == 2).all()
         assert weight["pattern_holds"]
         assert weight["sparsity"] == 0.5
-    assert {p.key: p.value for p in graph.metadata_props} == {"thanos_deploy.pattern": "2:4"}
-    assert b"/site-packages/" not in (tmp_path / "onnx" / "model.onnx").read_bytes()
+    assert {p.key: p.value for p in graph.metadata_props} == {
+        "thanos_deploy.pattern": "2:4",
+        "thanos_deploy.dtype": "fp32",
+        "thanos_deploy.max_sequence": "128",
+        "thanos_deploy.method": "thanos",
+    }
+    assert b"/site-packages/" not in (folder / "onnx" / "model.onnx").read_bytes()
 
 
 def test_one_graph_runs_batches_lengths_and_pasts_that_it_was_not_exported_with(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, exported_llama: Path
 ) -> None:
-    exporters.onnx.export(Checkpoint.open(tiny_llama), tmp_path, pattern=None)
-    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    path = exported_llama / "onnx" / "model.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     model = stock_model(tiny_llama, dtype=torch.float32)
     assert [value.name for value in session.get_inputs()][:3] == [
         "input_ids",
@@ -111,9 +99,9 @@ def test_a_dense_model_is_not_exported_as_two_four(tiny_llama: Path, tmp_path: P
 
 
 def test_one_broken_group_is_enough_to_refuse_the_pattern(
-    make_model: MakeModel, tmp_path: Path
+    exported_two_four: Exported, tmp_path: Path
 ) -> None:
-    pruned = prune_to_two_four(make_model("llama"), tmp_path / "model")
+    pruned = Path(shutil.copytree(exported_two_four("llama") / "model", tmp_path / "model"))
     tensors = load_file(pruned / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     tensors[name][5, 4:8] = 1.0
@@ -126,23 +114,105 @@ def test_one_broken_group_is_enough_to_refuse_the_pattern(
     assert caught.value.exit_code == 6
 
 
-@pytest.mark.parametrize("error", [2e-4, float("nan")])
-def test_a_difference_beyond_the_limit_is_a_missed_gate(error: float) -> None:
-    fine = exporters.onnx.ParityCase("prefill", 1, 0, 7, 1e-6, 1e-6)
-    exporters.onnx._require_parity(Path("model.onnx"), [fine])
-    for broken, what in (
-        (replace(fine, logits_error=error), "logits"),
-        (replace(fine, cache_error=error), "kv cache"),
-    ):
-        with pytest.raises(GateError, match=f"prefill .*{what} differ"):
-            exporters.onnx._require_parity(Path("model.onnx"), [fine, broken])
-
-
 def test_parity_is_measured_against_the_model_and_not_against_itself(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, exported_llama: Path
 ) -> None:
-    exporters.onnx.export(Checkpoint.open(tiny_llama), tmp_path, pattern=None)
+    path = exported_llama / "onnx" / "model.onnx"
     other = stock_model(tiny_llama, dtype=torch.float32)
+    limit = exporters.onnx.PARITY_LIMITS["fp32"]
+    fine = list(exporters.onnx._compare(path, other, limit))
+    assert all(case.first_differing is None for case in fine)
     other.model.layers[1].mlp.down_proj.weight.data[0] += 0.1
-    cases = list(exporters.onnx._compare(tmp_path / "model.onnx", other))
-    assert min(case.logits_error for case in cases) > exporters.onnx.PARITY_LIMIT
+    cases = list(exporters.onnx._compare(path, other, limit))
+    assert min(case.logits_error for case in cases) > limit
+    assert {case.first_differing for case in cases} == {"logits"}
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_the_first_tensor_that_differs_is_named(
+    tiny_llama: Path, exported_llama: Path, tmp_path: Path, value: float
+) -> None:
+    graph = onnx.load(exported_llama / "onnx" / "model.onnx")
+    for tensor in graph.graph.initializer:
+        # The first output that this weight reaches is the key of the block after it.
+        if tensor.name == "model.layers.0.mlp.up_proj.weight":
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            array[0, 0] += value
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(graph, tmp_path / "model.onnx")
+    model, limit = stock_model(tiny_llama, dtype=torch.float32), 1e-4
+    cases = list(exporters.onnx._compare(tmp_path / "model.onnx", model, limit))
+    with pytest.raises(GateError, match=r"prefill .*present\.1\.key is the first output") as caught:
+        exporters.onnx._require_parity(tmp_path / "model.onnx", cases, limit)
+    assert caught.value.exit_code == 6
+
+
+def test_sizes_that_differ_from_block_to_block_are_taken_from_the_blocks(
+    per_layer_llama: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    record = exporters.onnx.export(Checkpoint.open(tiny_llama), tmp_path, pattern=None)
+    assert record["cache"] == {
+        "blocks": [
+            {"heads": 2, "key_dim": 8, "value_dim": 8},
+            {"heads": 1, "key_dim": 8, "value_dim": 8},
+        ],
+        "bytes_per_token": (2 + 1) * 2 * 8 * 4,
+    }
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [value.shape[1] for value in session.get_inputs()[3:]] == [2, 2, 1, 1]
+    assert max(case["logits_error"] for case in record["parity"]) < 1e-5
+
+
+def test_half_precision_is_compared_with_float32_and_written_without_negative_zeros(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, :4] = torch.tensor([-1e-9, 1e-9, -0.0, 2.0])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    record = exporters.onnx.export(Checkpoint.open(folder), tmp_path, pattern=None, dtype="fp16")
+    assert record["dtype"] == "fp16"
+    assert record["parity_limit"] == 5e-3
+    worst = max(max(case["logits_error"], case["cache_error"]) for case in record["parity"])
+    assert 1e-6 < worst < 5e-3  # not zero: it is half precision that was compared
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    floats = {tensor.name: tensor for tensor in graph.initializer if tensor.name in tensors}
+    assert floats.keys() == tensors.keys()
+    assert {tensor.data_type for tensor in floats.values()} == {onnx.TensorProto.FLOAT16}
+    up = onnx.numpy_helper.to_array(floats["model.layers.0.mlp.up_proj.weight"])
+    assert up[:4, 0].tobytes() == np.array([0, 0, 0, 2], dtype=np.float16).tobytes()
+
+
+def test_a_weight_that_half_precision_cannot_hold_is_refused(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*1e\+06"):
+        exporters.onnx.export(Checkpoint.open(folder), tmp_path, pattern=None, dtype="fp16")
+
+
+def test_a_weight_that_lost_its_name_is_a_missed_gate(
+    tiny_llama: Path, exported_llama: Path, tmp_path: Path
+) -> None:
+    model = stock_model(tiny_llama, dtype=torch.float32)
+    exporters.onnx._require_names(exported_llama / "onnx" / "model.onnx", model)
+    graph = onnx.load(exported_llama / "onnx" / "model.onnx")
+    for tensor in graph.graph.initializer:
+        if tensor.name == "model.layers.0.mlp.up_proj.weight":
+            tensor.name = "val_84"
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(GateError, match=r"mlp\.up_proj\.weight; matrices .* name: val_84"):
+        exporters.onnx._require_names(tmp_path / "model.onnx", model)
+
+
+@pytest.mark.parametrize("max_sequence", [0, 129])
+def test_a_limit_that_the_model_does_not_take_is_refused(
+    tiny_llama: Path, tmp_path: Path, max_sequence: int
+) -> None:
+    with pytest.raises(UsageError, match=f"--max-seq {max_sequence}: the model takes 1 to 128"):
+        exporters.onnx.export(
+            Checkpoint.open(tiny_llama), tmp_path, pattern=None, max_sequence=max_sequence
+        )

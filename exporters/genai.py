@@ -1,0 +1,196 @@
+"""A folder that ORT-GenAI loads: our graph, its `genai_config.json`, the tokenizer.
+
+The graph is the one of `exporters.onnx`, so it takes every family and per-layer sizes, which
+ORT-GenAI's own model builder does not. What ORT-GenAI computes is compared with ONNX Runtime on the
+same graph before the folder counts.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from exporters.onnx import DATA, MODEL, RECORD
+from thanos_deploy import artifact
+from thanos_deploy.errors import GateError, InputError, PlatformError
+from thanos_deploy.progress import OnProgress, silent
+
+CONFIG = "genai_config.json"
+
+# The same kernels on the same graph: only the order of steps differs (a prefill and decode steps
+# instead of one prefill).
+AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3}
+
+_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt")
+_PROMPT, _TOKENS = 8, 24
+
+
+def export(
+    onnx: Path, model: Path, destination: Path, *, on_progress: OnProgress = silent
+) -> artifact.Json:
+    """Write `genai_config.json` beside the graph and the tokenizer, and try the folder out.
+
+    Args:
+        onnx: the folder that `exporters.onnx.export` wrote.
+        model: the model folder, for the tokenizer and the ids that end a text.
+        destination: an existing folder.
+        on_progress: told of every finished step.
+
+    Returns:
+        how far ORT-GenAI and ONNX Runtime are apart, relative to the range of the logits.
+
+    Raises:
+        PlatformError: onnxruntime-genai-cuda is not installed.
+        InputError: the export or the model's configuration is not readable.
+        GateError: ORT-GenAI does not load the folder, or computes something else.
+    """
+    genai = library()
+    on_progress(0, 2)
+    record = _read(onnx / RECORD)
+    for name in (MODEL, DATA):
+        # Not a link: onnx refuses data with several links, and a folder that is shipped is whole.
+        shutil.copyfile(onnx / name, destination / name)
+    for pattern in _COMPANIONS:
+        for path in model.glob(pattern):
+            shutil.copyfile(path, destination / path.name)
+    session = _session(destination / MODEL)
+    artifact.write_json(destination / CONFIG, _config(model, record, session))
+    on_progress(1, 2)
+    error = _disagreement(genai, destination, session)
+    limit = AGREEMENT_LIMITS[record["dtype"]]
+    if not error <= limit:  # written so that NaN fails
+        raise GateError(
+            f"{destination / CONFIG}: ORT-GenAI's logits differ from ONNX Runtime's on the same "
+            f"graph by {error:.2g} of their range; the limit is {limit:g}",
+            fix="report the model and the versions of onnxruntime and onnxruntime-genai-cuda",
+        )
+    on_progress(2, 2)
+    return {"dtype": record["dtype"], "logits_error": error, "limit": limit, "tokens": _TOKENS}
+
+
+def library() -> Any:
+    """The module `onnxruntime_genai`.
+
+    Raises:
+        PlatformError: it is not installed.
+    """
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise PlatformError(
+            f"the target genai needs the package onnxruntime-genai-cuda ({error})",
+            fix="pip install 'thanos-deploy[genai]'; never onnxruntime-genai, which brings a "
+            "second onnxruntime",
+        ) from error
+    return onnxruntime_genai
+
+
+def _config(model: Path, record: artifact.Json, session: Any) -> artifact.Json:
+    settings: artifact.Json = {}
+    for name in ("config.json", "generation_config.json"):  # the later one wins
+        path = model / name
+        if path.exists():
+            found = _read(path)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
+                if found.get(key) is not None:
+                    settings[key] = found[key]
+    ends = settings.get("eos_token_id", 0)
+    # What the first block has; ORT-GenAI reads the other blocks' sizes from the graph.
+    first = record["cache"]["blocks"][0]
+    return {
+        "model": {
+            # Any decoder with one key and one value per block; "gpt2" would mean a joint cache.
+            "type": "llama",
+            "vocab_size": session.get_outputs()[0].shape[2],
+            "context_length": record["max_sequence"],
+            "eos_token_id": ends,
+            "pad_token_id": settings.get(
+                "pad_token_id", ends[0] if isinstance(ends, list) else ends
+            ),
+            **({"bos_token_id": settings["bos_token_id"]} if "bos_token_id" in settings else {}),
+            "decoder": {
+                "filename": MODEL,
+                "session_options": {"log_id": "thanos-deploy", "provider_options": []},
+                "head_size": first["key_dim"],
+                "num_key_value_heads": first["heads"],
+                "num_hidden_layers": len(record["cache"]["blocks"]),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": record["max_sequence"],
+            "do_sample": False,
+            # The graph appends to the cache that it is given and returns a longer one.
+            "past_present_share_buffer": False,
+        },
+    }
+
+
+def _disagreement(genai: Any, folder: Path, session: Any) -> float:
+    """Largest difference of the logits over a prefill and the decode steps after it."""
+    vocabulary = session.get_outputs()[0].shape[2]
+    ids = np.random.default_rng(0).integers(vocabulary, size=(1, _TOKENS))
+    expected = _logits(session, ids)
+    try:
+        model = genai.Model(str(folder))
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=_TOKENS)
+        generator = genai.Generator(model, parameters)
+        actual = []
+        for start, end in [(0, _PROMPT), *((n, n + 1) for n in range(_PROMPT, _TOKENS - 1))]:
+            generator.append_tokens(ids[:, start:end].astype(np.int32))
+            actual.append(np.asarray(generator.get_logits(), dtype=np.float32)[0, -1])
+        genai.Tokenizer(model)
+    except Exception as error:  # ORT-GenAI raises RuntimeError and Exception itself
+        raise GateError(
+            f"{folder / CONFIG}: ORT-GenAI does not run it ({error})",
+            fix="report the model and the version of onnxruntime-genai-cuda",
+        ) from error
+    wanted = expected[_PROMPT - 1 : _TOKENS - 1]
+    return float(np.abs(wanted - np.stack(actual)).max() / (np.ptp(wanted) or 1.0))
+
+
+def _logits(session: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """float32[tokens, vocabulary] of one prefill."""
+    tokens = ids.shape[1]
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(tokens)[None],
+    }
+    for value in session.get_inputs()[3:]:
+        kind = np.float16 if value.type == "tensor(float16)" else np.float32
+        feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype=kind)
+    logits: NDArray[np.float32] = session.run(["logits"], feeds)[0][0].astype(np.float32)
+    return logits
+
+
+def _session(path: Path) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _read(path: Path) -> artifact.Json:
+    try:
+        content: artifact.Json = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not readable ({error})", fix="export again with --target onnx --overwrite"
+        ) from error
+    return content
