@@ -10,14 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import engines
-from thanos_deploy.errors import InputError
+from thanos_deploy.artifact import Bundle
+from thanos_deploy.errors import InputError, UsageError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
 class Engine(Protocol):
-    """A causal language model that is ready to run."""
+    """A causal language model that is ready to run.
+
+    Attributes:
+        max_sequence: the most tokens of a sequence, prompt and answer together.
+    """
+
+    max_sequence: int
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """Forget everything, read a batch of prompts, and return what follows them.
@@ -29,6 +36,10 @@ class Engine(Protocol):
 
         Returns:
             float32[batch, vocabulary], the logits after the last token.
+
+        Raises:
+            UsageError: no sequence, no token, an id outside the vocabulary, or more tokens than
+                the engine takes.
         """
 
     def decode(self, ids: Ids) -> Logits:
@@ -39,6 +50,9 @@ class Engine(Protocol):
 
         Returns:
             float32[batch, vocabulary].
+
+        Raises:
+            UsageError: the sequences are as long as the engine takes.
         """
 
 
@@ -47,14 +61,34 @@ def backends() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(engines.__path__))
 
 
-def open_engine(bundle: Path, *, backend: str = "onnxruntime") -> Engine:
+def open_engine(
+    bundle: Path, *, backend: str = "onnxruntime", provider: str = "cpu", verify: bool = True
+) -> Engine:
     """Load the exported model of a bundle.
+
+    Args:
+        bundle: its folder.
+        backend: one of `backends()`.
+        provider: what the backend is to run on; it never falls back to another one.
+        verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
         InputError: the bundle has no exported model, or it cannot be loaded.
-        PlatformError: the backend is not usable on this machine.
+        IntegrityError: a file is missing, truncated or changed.
+        PlatformError: the backend or the provider is not usable on this machine.
+        UsageError: there is no such backend or provider.
     """
-    engine: Engine = import_module(f"runtime.engines.{backend}").open_engine(bundle)
+    if backend not in backends():
+        raise UsageError(
+            f"backend {backend!r} is not known", fix=f"give one of {', '.join(backends())}"
+        )
+    opened = Bundle.open(bundle)
+    opened.require("onnx", f"`thanos-deploy export {bundle} --target onnx`")
+    if verify:
+        opened.verify("onnx")
+    engine: Engine = import_module(f"runtime.engines.{backend}").open_engine(
+        bundle, provider=provider
+    )
     return engine
 
 

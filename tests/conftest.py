@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import exporters.onnx
+from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune import prune
@@ -101,11 +103,18 @@ def per_layer_llama(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="session")
 def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny LLaMA's ONNX export, where a bundle has it. Not to be changed."""
-    folder = tmp_path_factory.mktemp("bundle")
-    (folder / "onnx").mkdir()
-    exporters.onnx.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
-    return folder
+    """A bundle with the tiny LLaMA and its ONNX export. Not to be changed."""
+    out = tmp_path_factory.mktemp("bundle")
+
+    def produce(folder: Path) -> Json:
+        shutil.copytree(tiny_llama, folder / "model")
+        (folder / "onnx").mkdir()
+        exporters.onnx.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
+        return {}
+
+    with claim(out, {"sha256": "", "name": "tiny"}) as bundle:
+        bundle.run("onnx", produce, options={}, inputs={})
+    return out
 
 
 @pytest.fixture(scope="session")

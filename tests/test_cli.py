@@ -1,6 +1,7 @@
 """The command as a user meets it: outcomes, exit codes, what is left on disk."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -486,3 +487,75 @@ def test_a_second_process_on_the_same_folder_is_refused(tiny_llama: Path, tmp_pa
     first.communicate()
     assert second.returncode == 5
     assert b"another process is writing there" in errors
+
+
+def test_generate_streams_what_the_exported_model_says(
+    finished: tuple[Path, Path, str], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = finished
+    model, tokenizer = (
+        stock_model(out / "model", dtype=torch.float32),
+        load_tokenizer(out / "model"),
+    )
+    ids = tokenizer("Once", return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    expected = str(tokenizer.decode(answer, skip_special_tokens=True))
+    assert invoke("generate", out, "Once", "--new-tokens", "20")[:2] == (0, expected + "\n")
+    code, printed, _ = invoke("generate", out, "Once", "--new-tokens", "20", "--json")
+    assert json.loads(printed) == {"prompt": "Once", "answer": expected}
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once")))
+    assert invoke("generate", out, "-", "--new-tokens", "20")[1] == expected + "\n"
+
+
+def test_what_generate_cannot_continue_is_refused(
+    finished: tuple[Path, Path, str], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = finished
+    for arguments, code, message in (
+        ((out, ""), 2, "empty prompt"),
+        ((out, "a" * 200), 2, "200 tokens: the export is made for at most 128"),
+        ((out, "a", "--top-p", "0"), 2, "top_p 0.0: out of range"),
+        ((out, "a", "--new-tokens", "0"), 2, "0 is not in the range"),
+        ((out, "a\udcff"), 3, "invalid UTF-8"),
+        ((out / "nowhere", "a"), 3, "not a bundle"),
+    ):
+        status, printed, errors = invoke("generate", *arguments)
+        assert (status, printed.strip()) == (code, ""), arguments
+        assert message in errors
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    status, _, errors = invoke("generate", out, "-")
+    assert status == 3
+    assert "invalid UTF-8 at byte 2" in errors
+
+
+def test_generate_refuses_a_changed_model_unless_told_not_to_look(
+    finished: tuple[Path, Path, str], invoke: Invoke, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    path = out / "onnx" / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    status, _, errors = invoke("generate", out, "a")
+    assert status == 7
+    assert "model.onnx.data" in errors
+    assert invoke("generate", out, "a", "--no-verify", "--new-tokens", "3")[0] == 0
+
+
+def test_export_for_genai_adds_a_folder_and_keeps_the_graph(
+    finished: tuple[Path, Path, str], invoke: Invoke, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    before = files(out / "onnx")
+    code, printed, errors = invoke("export", out, "--target", "genai", "--json", "-q")
+    assert code == 0, errors
+    assert json.loads(printed)["logits_error"] < 1e-5
+    assert files(out / "onnx") == before
+    assert (out / "genai" / "genai_config.json").is_file()
+    Bundle.open(out).verify("genai")
+    code, _, errors = invoke("export", out, "--dtype", "fp16", "-q")
+    assert code == 2
+    assert "dtype was 'fp32' and is now 'fp16'" in errors
+    code, _, errors = invoke("export", out, "--max-seq", "4000", "--overwrite", "-q")
+    assert code == 2
+    assert "--max-seq 4000: the model takes 1 to 128" in errors

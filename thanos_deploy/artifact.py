@@ -207,20 +207,38 @@ class Bundle:
         """
         for stage in stages or tuple(self.stages):
             for name, recorded in self.stages[stage].files.items():
-                path = self.path / name
-                actual = FileRecord(path.stat().st_size, sha256(path)) if path.is_file() else None
-                if actual != recorded:
-                    seen = (
-                        "is missing"
-                        if actual is None
-                        else f"has {actual.bytes} bytes, SHA-256 {actual.sha256}"
-                    )
-                    raise IntegrityError(
-                        f"{path}: {seen}; stage {stage!r} wrote {recorded.bytes} bytes, SHA-256 "
-                        f"{recorded.sha256}",
-                        fix="restore the file, or repeat the command that made the bundle with "
-                        "--overwrite to make that stage again",
-                    )
+                self._compare(stage, name, recorded)
+
+    def verify_file(self, name: str) -> None:
+        """Hash one file of whichever stage wrote it, and compare.
+
+        Raises:
+            InputError: no stage wrote such a file.
+            IntegrityError: it is missing or differs.
+        """
+        for stage, record in self.stages.items():
+            if name in record.files:
+                return self._compare(stage, name, record.files[name])
+        raise InputError(
+            f"{self.path / name}: no stage of the bundle wrote it",
+            fix="make the bundle again from a model that has it",
+        )
+
+    def _compare(self, stage: str, name: str, recorded: FileRecord) -> None:
+        path = self.path / name
+        actual = FileRecord(path.stat().st_size, sha256(path)) if path.is_file() else None
+        if actual != recorded:
+            seen = (
+                "is missing"
+                if actual is None
+                else f"has {actual.bytes} bytes, SHA-256 {actual.sha256}"
+            )
+            raise IntegrityError(
+                f"{path}: {seen}; stage {stage!r} wrote {recorded.bytes} bytes, SHA-256 "
+                f"{recorded.sha256}",
+                fix="restore the file, or repeat the command that made the bundle with "
+                "--overwrite to make that stage again",
+            )
 
     def _replace(self, stage: str, partial: Path, record: StageRecord) -> None:
         # While entries are being moved the stage must not count as done.

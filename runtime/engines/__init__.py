@@ -1,1 +1,1 @@
-"""One backend per file; each module has `open_engine(bundle)` and imports its library inside."""
+"""One backend per file, which has `open_engine(bundle, provider=...)` and imports its library."""

@@ -1,3 +1,6 @@
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,14 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
+import exporters.onnx
 from runtime.engine import backends, open_engine, stop_ids
 from runtime.engines import onnxruntime as backend
 from runtime.generate import generate
 from tests.conftest import VOCABULARY, stock_model
-from thanos_deploy.errors import InputError, PlatformError
+from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,8 @@ def test_greedy_text_is_that_of_transformers(exported_llama: Path, model: Any) -
 class Counter:
     """An engine without a model: the next token is the last one plus one."""
 
+    max_sequence = 7
+
     def prefill(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         return self.decode(ids[:, -1])
 
@@ -71,6 +80,10 @@ def test_generation_ends_at_the_limit_or_before_a_stop_token() -> None:
     assert list(generate(Counter(), [1, 5], new_tokens=4)) == [6, 7, 8, 9]
     assert list(generate(Counter(), [5], new_tokens=4, stop={8})) == [6, 7]
     assert list(generate(Counter(), [5], new_tokens=0)) == []
+
+
+def test_generation_ends_where_the_engine_takes_no_more() -> None:
+    assert list(generate(Counter(), [1, 2, 3, 4, 5], new_tokens=9)) == [6, 7, 8]
 
 
 @pytest.mark.parametrize(
@@ -103,30 +116,154 @@ def test_an_unreadable_configuration_is_bad_input(tmp_path: Path) -> None:
         stop_ids(tmp_path)
 
 
-def test_a_missing_model_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
+def test_a_folder_that_is_no_bundle_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a bundle"):
         open_engine(tmp_path)
-    assert "thanos-deploy export" in caught.value.fix
+
+
+@pytest.fixture
+def bundle(exported_llama: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+
+
+def forbid_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "export.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_file_is_refused_before_onnxruntime_sees_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    path = bundle / "onnx" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
+    if damage == "remove":
+        path.unlink()
+    forbid_onnxruntime(monkeypatch)
+    with pytest.raises(IntegrityError, match=name) as caught:
+        open_engine(bundle)
+    assert caught.value.exit_code == 7
 
 
 @pytest.mark.parametrize("keep", [0, 100, 20_000])
-def test_a_truncated_model_is_bad_input(exported_llama: Path, tmp_path: Path, keep: int) -> None:
-    (tmp_path / "onnx").mkdir()
-    for name in ("model.onnx", "model.onnx.data"):
-        (tmp_path / "onnx" / name).write_bytes((exported_llama / "onnx" / name).read_bytes())
-    path = tmp_path / "onnx" / "model.onnx"
+def test_without_the_check_a_truncated_model_is_bad_input(bundle: Path, keep: int) -> None:
+    path = bundle / "onnx" / "model.onnx"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="ONNX Runtime cannot load it"):
-        open_engine(tmp_path)
+        open_engine(bundle, verify=False)
 
 
-def test_another_provider_than_asked_for_is_an_error(
-    exported_llama: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "export.json"])
+def test_without_the_check_a_missing_file_is_bad_input(bundle: Path, name: str) -> None:
+    (bundle / "onnx" / name).unlink()
+    with pytest.raises(InputError, match=f"{name}: missing"):
+        open_engine(bundle, verify=False)
+
+
+@pytest.mark.parametrize("content", ["[", "{}", '{"max_sequence": "8"}', "[1]"])
+def test_an_unreadable_record_is_bad_input(bundle: Path, content: str) -> None:
+    (bundle / "onnx" / "export.json").write_text(content)
+    with pytest.raises(InputError, match=r"export\.json"):
+        open_engine(bundle, verify=False)
+
+
+def test_a_graph_with_other_inputs_is_bad_input(bundle: Path) -> None:
+    path = bundle / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    for node in graph.graph.node:
+        node.input[:] = ["tokens" if name == "input_ids" else name for name in node.input]
+    graph.graph.input[0].name = "tokens"
+    path.write_bytes(graph.SerializeToString())
+    with pytest.raises(InputError, match="inputs tokens, attention_mask"):
+        open_engine(bundle, verify=False)
+
+
+def test_a_bundle_of_a_newer_format_is_bad_input(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(InputError, match="bundle format 2"):
+        open_engine(bundle)
+
+
+def test_a_bundle_without_an_export_names_the_command(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "stages": {}}))
+    with pytest.raises(InputError) as caught:
+        open_engine(bundle)
+    assert "thanos-deploy export" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("ids", "seen"),
+    [
+        (np.zeros((0, 3), np.int64), r"\[0, 3\]"),
+        (np.zeros((1, 0), np.int64), r"\[1, 0\]"),
+        (np.zeros(3, np.int64), r"\[3\]"),
+        (np.array([[5, VOCABULARY]]), f"5 to {VOCABULARY}"),
+        (np.array([[-1, 5]]), "-1 to 5"),
+        (np.zeros((1, 129), np.int64), "129 tokens: the export is made for at most 128"),
+    ],
+)
+def test_ids_that_cannot_be_read_are_refused(
+    exported_llama: Path, ids: np.ndarray, seen: str
 ) -> None:
-    """ONNX Runtime without a GPU takes this request and answers with the CPU, silently."""
-    monkeypatch.setattr(backend, "PROVIDER", "CUDAExecutionProvider")
-    with pytest.raises(PlatformError, match=r"asked ONNX Runtime for CUDA.* and got CPU"):
-        backend.open_engine(exported_llama)
+    with pytest.raises(UsageError, match=seen):
+        open_engine(exported_llama).prefill(ids)
+
+
+def test_decoding_stops_at_the_longest_sequence(exported_llama: Path) -> None:
+    engine = open_engine(exported_llama)
+    engine.prefill(np.zeros((1, 127), np.int64))
+    engine.decode(np.array([1]))
+    with pytest.raises(UsageError, match="129 tokens"):
+        engine.decode(np.array([1]))
+
+
+def test_an_unknown_backend_or_provider_is_a_usage_error(exported_llama: Path) -> None:
+    with pytest.raises(UsageError, match="'tpu'"):
+        open_engine(exported_llama, backend="tpu")
+    with pytest.raises(UsageError, match="'tpu'"):
+        open_engine(exported_llama, provider="tpu")
+
+
+def test_half_precision_agrees_with_torch(
+    tiny_llama: Path, exported_llama: Path, model: Any, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(exported_llama, tmp_path / "half"))
+    exporters.onnx.export(Checkpoint.open(tiny_llama), out / "onnx", pattern=None, dtype="fp16")
+    engine = open_engine(out, verify=False)
+    ids = torch.randint(VOCABULARY, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+    spread = expected.max() - expected.min()
+    for actual, position in (
+        (engine.prefill(ids[:, :8].numpy()), 7),
+        (engine.decode(ids[:, 8].numpy()), 8),
+    ):
+        assert actual.dtype == np.float32
+        assert np.abs(actual - expected[:, position]).max() < 5e-3 * spread
+
+
+def test_a_gpu_that_is_not_there_is_an_error_and_no_fallback(exported_llama: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from runtime.engine import open_engine\n"
+            "from thanos_deploy.errors import PlatformError\n"
+            "try: open_engine(Path(sys.argv[1]), provider='cuda')\n"
+            "except PlatformError as error: print(error.message)",
+            exported_llama,
+        ],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "asked ONNX Runtime for CUDAExecutionProvider and got CPU" in done.stdout
 
 
 def test_a_missing_backend_names_what_to_install(
@@ -144,25 +281,56 @@ def test_backends_are_found_by_their_files() -> None:
 
 def test_importing_the_runtime_loads_no_torch_no_transformers_and_no_onnx() -> None:
     code = (
-        "import sys, runtime.engine, runtime.generate, runtime.latency, runtime.paired\n"
+        "import sys, runtime.engine, runtime.generate, runtime.text, runtime.latency\n"
+        "import runtime.paired\n"
         "print(*({'torch', 'transformers', 'onnx', 'onnxruntime'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
+def test_generating_text_loads_no_torch_no_transformers_and_no_onnx(exported_llama: Path) -> None:
+    code = (
+        "import sys\n"
+        "from thanos_deploy import cli\n"
+        f"sys.argv = ['thanos-deploy', 'generate', {str(exported_llama)!r}, 'Hello']\n"
+        "cli._run()\n"
+        "print(*({'torch', 'transformers', 'onnx'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
+    assert done.stdout.strip()
+
+
 def test_the_cache_is_handed_on_without_a_copy_through_python(exported_llama: Path) -> None:
     engine = open_engine(exported_llama)
     assert isinstance(engine, backend.OnnxRuntimeEngine)
-    seen: list[dict[str, object]] = []
-    run = engine._session.run_with_ort_values
+    steps: list[Any] = []
+    run = engine._session.run_with_iobinding
 
-    def spy(outputs: list[str], feeds: dict[str, object]) -> object:
-        seen.append(feeds)
-        return run(outputs, feeds)
+    def spy(binding: Any) -> None:
+        run(binding)
+        steps.append(binding)
 
-    engine._session = SimpleNamespace(run_with_ort_values=spy)
+    session = engine._session
+    engine._session = SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=spy)
     engine.prefill(np.array([[1, 2]]))
-    before = list(engine._cache)
+    held = [value.data_ptr() for value in engine._cache]
+    assert held == [value.data_ptr() for value in steps[0].get_outputs()[1:]]
+    bound = {}
+    io_binding = session.io_binding
+
+    def watch() -> Any:
+        binding = io_binding()
+        bind = binding.bind_ortvalue_input
+
+        def record(name: str, value: Any) -> None:
+            bound[name] = value.data_ptr()
+            bind(name, value)
+
+        binding.bind_ortvalue_input = record
+        return binding
+
+    engine._session.io_binding = watch
     engine.decode(np.array([3]))
-    assert [seen[1][name] for name in engine._past] == before
+    assert [bound[entry.name] for entry in engine._past] == held

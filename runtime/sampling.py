@@ -1,0 +1,128 @@
+"""Choose the next token from its logits. Knows ids only.
+
+The steps and their order are those of transformers' `generate`: repetition penalty, temperature,
+top-k, top-p, min-p, then a draw.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thanos_deploy.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose; the default is greedy.
+
+    Attributes:
+        temperature: the logits are divided by it; 0 takes the likeliest token.
+        top_k: only that many of the likeliest tokens are drawn from; 0 for all.
+        top_p: only the likeliest tokens that make up this probability.
+        min_p: only tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: logits of tokens that were seen are divided by it if positive, and
+            multiplied by it if negative; 1 for none.
+        seed: of the draws; row i of a batch uses seed + i.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds, range_ in (
+            ("temperature", 0 <= self.temperature < np.inf, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not holds:  # NaN is in no range
+                raise UsageError(
+                    f"{name} {getattr(self, name)}: out of range", fix=f"give a value {range_}"
+                )
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Chooses the tokens of one sequence, and remembers which were seen."""
+
+    def __init__(self, sampling: Sampling, prompt: Iterable[int], row: int = 0) -> None:
+        """Start after a prompt.
+
+        Args:
+            sampling: how to choose.
+            prompt: its ids; they count as seen.
+            row: of the batch.
+        """
+        self._sampling = sampling
+        self._seen = set(prompt)
+        self._random = np.random.default_rng(sampling.seed + row)
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token.
+
+        Args:
+            logits: float32[vocabulary].
+        """
+        scores = penalise(logits, self._seen, self._sampling.repetition_penalty)
+        if self._sampling.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            cumulative = probabilities(scores, self._sampling).cumsum()
+            # The last sum may be a little below 1, and a token of probability 0 is never drawn.
+            drawn = self._random.random() * cumulative[-1]
+            token = int(np.searchsorted(cumulative, drawn, side="right"))
+        self._seen.add(token)
+        return token
+
+
+def penalise(
+    logits: NDArray[np.float32], seen: Iterable[int], penalty: float
+) -> NDArray[np.float64]:
+    """float64[vocabulary], with the logits of seen tokens moved down."""
+    scores = logits.astype(np.float64)
+    if penalty != 1:
+        ids = list(seen)
+        scores[ids] = np.where(scores[ids] > 0, scores[ids] / penalty, scores[ids] * penalty)
+    return scores
+
+
+def probabilities(scores: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64]:
+    """float64[vocabulary] that sums to 1: what to draw from.
+
+    Args:
+        scores: float64[vocabulary].
+        sampling: with a temperature above 0.
+    """
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        scores = np.where(
+            scores < np.partition(scores, -sampling.top_k)[-sampling.top_k], -np.inf, scores
+        )
+    if sampling.top_p < 1:
+        order = np.argsort(-scores, kind="stable")
+        before = np.cumsum(_softmax(scores)[order])
+        before = np.concatenate([[0.0], before[:-1]])  # what the likelier tokens make up
+        scores[order[before >= sampling.top_p]] = -np.inf
+    if sampling.min_p > 0:
+        odds = _softmax(scores)
+        scores[odds < sampling.min_p * odds.max()] = -np.inf
+    return _softmax(scores)
+
+
+def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    odds = np.exp(scores - scores.max())
+    result: NDArray[np.float64] = odds / odds.sum()
+    return result
