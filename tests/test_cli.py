@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import stock_model
-from thanos_deploy import artifact, cli, pipeline
+from thanos_deploy import artifact, cli, pipeline, report
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.checkpoint import load_tokenizer
 
@@ -501,7 +501,7 @@ def test_generate_streams_what_the_exported_model_says(
     answer = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
     expected = str(tokenizer.decode(answer, skip_special_tokens=True))
     assert invoke("generate", out, "Once", "--new-tokens", "20")[:2] == (0, expected + "\n")
-    code, printed, _ = invoke("generate", out, "Once", "--new-tokens", "20", "--json")
+    _, printed, _ = invoke("generate", out, "Once", "--new-tokens", "20", "--json")
     assert json.loads(printed) == {"prompt": "Once", "answer": expected}
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once")))
     assert invoke("generate", out, "-", "--new-tokens", "20")[1] == expected + "\n"
@@ -559,3 +559,40 @@ def test_export_for_genai_adds_a_folder_and_keeps_the_graph(
     code, _, errors = invoke("export", out, "--max-seq", "4000", "--overwrite", "-q")
     assert code == 2
     assert "--max-seq 4000: the model takes 1 to 128" in errors
+
+
+def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
+    finished: tuple[Path, Path, str], invoke: Invoke, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    code, printed, errors = invoke("export", out, "--target", "packed", "--json", "-q")
+    assert code == 0, errors
+    sizes = json.loads(printed)
+    assert sizes["packed"] == 14
+    folder = out / "packed"
+    assert sizes["bytes_after"] == (folder / "model.packed.safetensors").stat().st_size
+    assert sizes["bytes_after"] < sizes["bytes_before"]
+    dense = pipeline.Dense(str(folder))
+    before, after = (
+        load_file(path / "model.safetensors") for path in (out / "model", dense.checkpoint().folder)
+    )
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    # The report, made anew, has the sizes.
+    first = json.loads(finished[2])
+    opened = Bundle.open(out)
+    (cache,) = finished[1].iterdir()
+
+    again = report.build(opened, Bundle.open(cache))
+    assert again["bytes"]["packed"]["pruned"] == sizes["bytes_after"]
+    assert "packed" not in first["bytes"]
+
+
+def test_only_n_of_m_can_be_packed(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    code, _, errors = invoke(
+        *("prune-export", tiny_llama, "-o", tmp_path / "out", "--pattern", "unstructured:0.5"),
+        *("--target", "packed", "-q"),
+    )
+    assert code == 2
+    assert "needs n:m in every layer; this is unstructured:0.5" in errors
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,8 @@ def write(report: Json) -> str:
                 f"{name} weights, MB",
                 *(f"{size[name][who] / 1e6:.1f}" for who in ("dense", "pruned")),
             )
-            for name in ("model", "onnx")
+            for name in ("model", "packed", "onnx")
+            if name in size
         ),
         *(
             (

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from thanos_deploy import artifact
+from thanos_deploy import artifact, packing
 from thanos_deploy import widths as block_widths
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
@@ -75,6 +75,11 @@ class Source:
     revision: str
     sha256: str
     path: Path
+
+    @property
+    def is_ordinary(self) -> bool:
+        """A Hugging Face folder as transformers loads it, neither GGUF nor packed."""
+        return self.kind != "gguf" and not packing.is_packed(self.path)
 
     def to_json(self) -> artifact.Json:
         """The part that belongs in a manifest: all but the local path."""
@@ -199,6 +204,30 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
         ) from error
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
+
+
+def convert_packed(folder: Path, destination: Path) -> None:
+    """Write a packed folder as an ordinary Hugging Face folder; see `packing`.
+
+    Raises:
+        IntegrityError: a file is not the one that was packed.
+        ModelError: a file is missing or corrupt.
+    """
+    destination.mkdir()
+    packing.unpack_folder(folder, destination)
+    copy_companions(folder, destination, None)
+    (destination / packing.RECORD).unlink(missing_ok=True)
+    path = destination / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        for key in ("quantization_config", "compression_config"):
+            config.pop(key, None)  # it describes what has just been undone
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: not a readable model configuration ({error})",
+            fix="restore config.json from the model's origin",
+        ) from error
+    artifact.write_json(path, config)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -251,9 +251,9 @@ _target = click.option(
 def cli() -> None:
     """Take a language model, give back a deployable sparse one, with proof.
 
-    MODEL is a hub id, a local Hugging Face folder, or a .gguf file. OUT is a bundle: the folder
-    that `prune` or `prune-export` made. Repeating a command continues where it was interrupted
-    and does no work twice.
+    MODEL is a hub id, a local Hugging Face folder, a packed folder, or a .gguf file. OUT is a
+    bundle: the folder that `prune` or `prune-export` made. Repeating a command continues where it
+    was interrupted and does no work twice.
 
     Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad input, 4 the machine lacks something, 5 no memory or
     disk, 6 a gate failed, 7 a file was changed, 130 interrupted.
@@ -350,6 +350,7 @@ def export(out: Path, target: str, dtype: str | None, max_seq: int | None, **opt
     \b
     onnx   one graph for prefill and decode, compared with PyTorch: OUT/onnx
     genai  that graph as a folder that ORT-GenAI loads: OUT/genai
+    packed the checkpoint with n:m weights stored without their zeros: OUT/packed
     """
     with _session(options) as session:
         from thanos_deploy import artifact, pipeline

@@ -107,7 +107,13 @@ def show_report(report: Json) -> None:
         table.add_row(title, f"{dense:.{digits}f}", f"{pruned:.{digits}f}", f"{pruned / dense:.3f}")
 
     row("perplexity", quality["dense"], quality["pruned"], 2)
-    for name, title in (("model", "checkpoint, MB"), ("onnx", "ONNX, MB")):
+    for name, title in (
+        ("model", "checkpoint, MB"),
+        ("packed", "packed checkpoint, MB"),
+        ("onnx", "ONNX, MB"),
+    ):
+        if name not in size:
+            continue
         row(title, size[name]["dense"] / 1e6, size[name]["pruned"] / 1e6)
     for what, tokens in (("prefill", latency["prompt"]), ("decode", 1)):
         for figure in ("median", "p90", "p99"):

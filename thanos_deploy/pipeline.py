@@ -1,10 +1,11 @@
 """The stages of a bundle, from a dense model to a report; each is done once and kept.
 
-    import   a GGUF file becomes a Hugging Face folder        (in the cache)
+    import   a GGUF file or a packed folder is unpacked       (in the cache)
     prune    model/, layers.json
     eval     eval/perplexity.json
     onnx     onnx/                                            (of the dense model: in the cache)
     genai    genai/                                           (only if asked for)
+    packed   packed/                                          (only if asked for)
     bench    bench/latency.json, bench/sample.json
     report   report/report.json, README.md
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import exporters.genai
 import exporters.onnx
+import exporters.packed
 from runtime import paired
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
@@ -36,7 +38,7 @@ from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
-from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, locate
+from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import ResourceError, UsageError
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, Structured, parse
@@ -298,9 +300,9 @@ class Dense:
         self._checkpoint: Checkpoint | None = None
 
     def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
-        """The model as a Hugging Face folder; a GGUF file is converted once."""
+        """The model as a Hugging Face folder; a GGUF file or a packed folder is converted once."""
         if self._checkpoint is None:
-            if self.source.kind == "gguf":
+            if not self.source.is_ordinary:
                 self._convert(announce)
                 self._checkpoint = Checkpoint.open(self.folder / "model")
             else:
@@ -311,7 +313,8 @@ class Dense:
         def produce(folder: Path) -> Json:
             progress = announce(f"Convert {self.source.name}")
             progress(0, 1)
-            convert_gguf(self.source.path, folder / "model")
+            convert = convert_gguf if self.source.kind == "gguf" else convert_packed
+            convert(self.source.path, folder / "model")
             progress(1, 1)
             return {}
 
@@ -496,11 +499,15 @@ def export(
         announce: told of every piece of work.
     """
     pruned = bundle.require("prune", "`thanos-deploy prune`")
+    model = Checkpoint.open(bundle.path / "model")
+    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
+    claimed = parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
+    if target == "packed":
+        return _export_packed(bundle, model, claimed, overwrite, announce)
     graph = _export(
         bundle,
-        Checkpoint.open(bundle.path / "model"),
-        # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
-        parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None,
+        model,
+        claimed,
         {"model": _model_hash(bundle)},
         request or _exported_with(bundle),
         {"method": pruned.options["method"], "model_sha256": _model_hash(bundle)},
@@ -517,6 +524,34 @@ def _exported_with(bundle: Bundle) -> ExportRequest:
         ExportRequest(**bundle.stages["onnx"].options)
         if "onnx" in bundle.stages
         else ExportRequest()
+    )
+
+
+def _export_packed(
+    bundle: Bundle,
+    model: Checkpoint,
+    pattern: Pattern | None,
+    overwrite: bool,
+    announce: Announce,
+) -> StageRecord:
+    exporters.packed.refuse(pattern)
+
+    def produce(folder: Path) -> Json:
+        _require_disk(folder, 2 * _bytes_of(model, "auto"))
+        (folder / "packed").mkdir()
+        return exporters.packed.export(
+            model,
+            folder / "packed",
+            pattern=pattern,
+            on_progress=announce("Pack the checkpoint and unpack it again to compare"),
+        )
+
+    return bundle.run(
+        "packed",
+        produce,
+        options={},
+        inputs={"model": _model_hash(bundle)},
+        overwrite=overwrite,
     )
 
 
@@ -653,11 +688,14 @@ def prune_export(
     dense = Dense(model, revision=revision)
     if target == "genai":
         exporters.genai.library()
+    if target == "packed":
+        exporters.packed.refuse(request.pattern)
     with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
         _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
         evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
-        export(bundle, target=target, overwrite=overwrite, announce=announce)
+        for wanted in dict.fromkeys(("onnx", target)):  # the graph is measured in any case
+            export(bundle, target=wanted, overwrite=overwrite, announce=announce)
         bench(bundle, dense, benchmark, overwrite=overwrite, announce=announce)
         return write_report(bundle, dense)
 
@@ -691,7 +729,7 @@ def plan(
         "disk_bytes_needed": _bytes_of(source, request.dtype) + 4 * parameters,
         "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
         "cache": str(dense.folder),
-        "cache_bytes_needed": (8 if dense.source.kind == "gguf" else 4) * parameters,
+        "cache_bytes_needed": (4 if dense.source.is_ordinary else 8) * parameters,
     }
 
 

@@ -73,6 +73,7 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
                 "dense": _bytes(dense.stages["onnx"], ".onnx", ".data"),
                 "pruned": _bytes(onnx, ".onnx", ".data"),
             },
+            **_packed_bytes(bundle),
         },
         "latency": {
             "backend": "ONNX Runtime, CPUExecutionProvider",
@@ -228,6 +229,19 @@ def _summary(seconds: list[float]) -> dict[str, Any]:
         "p99": summary.p99,
         "count": summary.count,
         "unit": "seconds",
+    }
+
+
+def _packed_bytes(bundle: Bundle) -> dict[str, dict[str, int]]:
+    """The packed checkpoint beside the dense one, if it was made."""
+    if "packed" not in bundle.stages:
+        return {}
+    packed = bundle.stages["packed"]
+    return {
+        "packed": {
+            "dense": bundle.stages["prune"].result["dense_bytes"],
+            "pruned": _bytes(packed, ".safetensors"),
+        }
     }
 
 
