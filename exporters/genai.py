@@ -23,7 +23,7 @@ CONFIG = "genai_config.json"
 
 # The same kernels on the same graph: only the order of steps differs (a prefill and decode steps
 # instead of one prefill).
-AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3}
+AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4}
 
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt")
 _PROMPT, _TOKENS = 8, 24

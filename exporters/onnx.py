@@ -16,7 +16,7 @@ pattern is judged on the file that was written.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,10 +30,12 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from exporters import _int8
 from thanos_deploy import artifact
-from thanos_deploy.checkpoint import DTYPES, Checkpoint, load_model
+from thanos_deploy.checkpoint import Checkpoint, load_model
 from thanos_deploy.errors import GateError, ModelError, UsageError
 from thanos_deploy.families import Family
+from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.verdict import judge
@@ -47,7 +49,10 @@ OPSET = 20
 
 # Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
 # to the values' range.
-PARITY_LIMITS = {"fp32": 1e-4, "fp16": 5e-3}
+PARITY_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4}
+
+# Of the kv cache, the logits, and all weights that are not quantised.
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32}
 
 _STEPS = 4
 
@@ -109,7 +114,8 @@ def export(
         checkpoint: the model to export.
         destination: an existing folder.
         pattern: what the linear layers are claimed to hold, or None for nothing.
-        dtype: one of `PARITY_LIMITS`, of the weights, the cache and the logits.
+        dtype: one of `PARITY_LIMITS`, of the weights; the cache and the logits are float16 for
+            fp16, else float32. int8 is for the linear layers of the blocks; see `_int8`.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         origin: what else the graph's metadata says of where it comes from.
@@ -127,7 +133,7 @@ def export(
     longest = _longest(checkpoint, max_sequence)
     on_progress(0, _STEPS)
     model = load_model(checkpoint.folder)
-    _cast(model, DTYPES[dtype])
+    _cast(model, _FLOATS[dtype])
     on_progress(1, _STEPS)
     graph = _trace(model)
     _simplify(graph, model)
@@ -142,17 +148,22 @@ def export(
     del graph
     on_progress(2, _STEPS)
     _require_names(destination / MODEL, model)
+    _cast(model, torch.float32)
+    rounding = _quantise(destination / MODEL, model, checkpoint.family) if dtype == "int8" else {}
     weights = _read_weights(destination / MODEL, model, checkpoint.family, pattern)
     on_progress(3, _STEPS)
-    _cast(model, torch.float32)
     limit = PARITY_LIMITS[dtype]
     cases = list(_compare(destination / MODEL, model, limit))
+    if dtype == "int8":
+        _int8.use_integer_kernels(destination / MODEL)
+        rounding["activations"] = _worst_logits(destination / MODEL, model)
     record = {
         "opset": OPSET,
         "dtype": dtype,
         "pattern": None if pattern is None else str(pattern),
         "max_sequence": longest,
-        "cache": _cache_record(model, DTYPES[dtype]),
+        "cache": _cache_record(model, _FLOATS[dtype]),
+        "rounding": rounding,
         "parity_limit": limit,
         "parity": [asdict(case) for case in cases],
         "weights": [asdict(weight) for weight in weights],
@@ -161,6 +172,38 @@ def export(
     artifact.write_json(destination / RECORD, record)
     on_progress(4, _STEPS)
     return record
+
+
+def _quantise(path: Path, model: PreTrainedModel, family: Family) -> dict[str, float]:
+    """Round the blocks' linear layers to int8, in the file and in the model.
+
+    Returns:
+        "weights": how far that moves the logits, relative to their range.
+    """
+    names = list(_linears(model, family))
+    _int8.quantise(path, {f"{name}.weight" for name in names})
+    moved = _worst_logits(path, model)
+    initializers = {
+        name: value.const_value.numpy()
+        for name, value in _initializers(path).items()
+        if value.const_value is not None
+    }
+    for name in names:
+        weight = matrix(model.get_submodule(name))
+        rounded = _int8.read(initializers, f"{name}.weight", weight.shape[1])
+        weight.data.copy_(torch.from_numpy(rounded))
+    return {"weights": moved}
+
+
+def _worst_logits(path: Path, model: PreTrainedModel) -> float:
+    return max(case.logits_error for case in _compare(path, model, float("inf")))
+
+
+def _linears(model: PreTrainedModel, family: Family) -> Iterator[str]:
+    """Full names of the linear layers of all blocks."""
+    for index in range(model.config.num_hidden_layers):
+        for linear in family.linears:
+            yield f"{family.blocks}.{index}.{linear}"
 
 
 def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -278,7 +321,9 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
 
     before: weight "model.lm.layers.0.fc1.weight" [out, in] -> Transpose -> MatMul; thousands of
             constants, casts and repeated shape computations
+            weight "model.lm.layers.0.fc2.weight" [out, in] -> Gemm
     after:  weight "lm.layers.0.fc1.weight" [in, out] -> MatMul
+            weight "lm.layers.0.fc2.weight" [in, out] -> MatMul -> Add
 
     The exporter's own optimiser takes as long as the export itself (mostly rules that match nothing
     here), loses the names, and ends with a graph of the same size and speed.
@@ -295,18 +340,16 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         name = value.name.removeprefix("model.")  # the attribute of `_WithFlatCache`
         value.name = own_names.get(name, name)
     for node in list(graph.graph):
+        if node.op_type == "Gemm":
+            _split_gemm(graph.graph, node)
+    for node in list(graph.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         # A tied output head is the embedding transposed: folding it would store it twice.
         if weight is None or weight.name not in weights or len(weight.uses()) != 1:
             continue
-        assert weight.name is not None
-        assert weight.const_value is not None
-        axes = node.attributes["perm"].as_ints()
-        folded = ir.Tensor(weight.const_value.numpy().transpose(axes), name=weight.name)
+        _transpose(weight, node.attributes["perm"].as_ints())
         ir.convenience.replace_all_uses_with(node.outputs[0], weight)
         graph.graph.remove(node, safe=True)
-        weight.const_value = folded
-        weight.shape = folded.shape
     fold_constants(graph)
     for simplify in (
         common_passes.RemoveUnusedNodesPass(),
@@ -316,6 +359,32 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         common_passes.ClearMetadataAndDocStringPass(),
     ):
         simplify(graph)
+
+
+def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
+    """One form for all linear layers: Gemm(x, W, b) becomes Add(MatMul(x, W), b)."""
+    x, weight, bias = gemm.inputs
+    assert weight is not None
+    alpha, beta, flipped = (gemm.attributes.get(key) for key in ("alpha", "beta", "transA"))
+    scaled = any(factor is not None and factor.as_float() != 1 for factor in (alpha, beta))
+    if scaled or (flipped is not None and flipped.as_int()) or len(weight.uses()) != 1:
+        return  # no linear layer
+    turned = gemm.attributes.get("transB")
+    if turned is not None and turned.as_int():
+        _transpose(weight, (1, 0))
+    product = ir.node("MatMul", [x, weight], name=gemm.name)
+    total = ir.node("Add", [product.outputs[0], bias])
+    total.outputs[0].shape, total.outputs[0].type = gemm.outputs[0].shape, gemm.outputs[0].type
+    graph.insert_before(gemm, [product, total])
+    ir.convenience.replace_all_uses_with(gemm.outputs[0], total.outputs[0])
+    graph.remove(gemm, safe=True)
+
+
+def _transpose(weight: ir.Value, axes: Sequence[int]) -> None:
+    assert weight.const_value is not None
+    folded = ir.Tensor(weight.const_value.numpy().transpose(axes), name=weight.name)
+    weight.const_value = folded
+    weight.shape = folded.shape
 
 
 def _require_names(path: Path, model: PreTrainedModel) -> None:
@@ -350,48 +419,46 @@ def _read_weights(
     """Find every pruned layer's weight in the written file, and judge it there."""
     initializers = _initializers(path)
     records = []
-    for index in range(model.config.num_hidden_layers):
-        for linear in family.linears:
-            name = f"{family.blocks}.{index}.{linear}"
-            value = initializers[f"{name}.weight"]
-            assert value.const_value is not None
-            consumer = next(iter(value.uses())).node
-            axis = _input_axis(consumer)
-            array = value.const_value.numpy()
-            nonzero = array != 0 if axis == 1 else (array != 0).T
-            verdict = None if pattern is None else judge(nonzero, pattern)
-            if verdict is not None and not verdict.holds:
-                raise GateError(
-                    f"{path}: {name}.weight does not hold {pattern} along axis {axis}",
-                    fix="check the checkpoint: a pruned layer changed after pruning",
-                )
-            records.append(
-                WeightRecord(
-                    name=name,
-                    shape=array.shape,
-                    input_axis=axis,
-                    sparsity=float(1.0 - np.count_nonzero(nonzero) / nonzero.size),
-                    pattern_holds=None if verdict is None else verdict.holds,
-                )
+    for name in _linears(model, family):
+        inputs = matrix(model.get_submodule(name)).shape[1]
+        shape, axis, nonzero = _nonzero(initializers, f"{name}.weight", inputs)
+        verdict = None if pattern is None else judge(nonzero, pattern)
+        if verdict is not None and not verdict.holds:
+            raise GateError(
+                f"{path}: {name}.weight does not hold {pattern} along axis {axis}",
+                fix="check the checkpoint: a pruned layer changed after pruning",
             )
+        records.append(
+            WeightRecord(
+                name=name,
+                shape=shape,
+                input_axis=axis,
+                sparsity=float(1.0 - np.count_nonzero(nonzero) / nonzero.size),
+                pattern_holds=None if verdict is None else verdict.holds,
+            )
+        )
     return records
 
 
-def _input_axis(consumer: ir.Node) -> int:
-    """The axis of a weight that its consumer sums over: MatMul [in, out], Gemm either way."""
-    match consumer.op_type:
-        case "MatMul":
-            return 0
-        case "Gemm":
-            transposed = consumer.attributes.get("transB")
-            return 1 if transposed is not None and transposed.as_int() else 0
-        case "Transpose":
-            return 1
-        case other:
+def _nonzero(
+    initializers: Mapping[str, ir.Value], weight: str, inputs: int
+) -> tuple[tuple[int, ...], int, NDArray[np.bool_]]:
+    """A weight's shape in the file, the axis that is summed over, and bool[out, in]: not zero."""
+    if weight in initializers:
+        value = initializers[weight]
+        assert value.const_value is not None
+        consumers = {use.node.op_type for use in value.uses()}
+        if consumers != {"MatMul"}:
             raise GateError(
-                f"a linear layer's weight feeds {other}, which is not understood",
+                f"{weight} feeds {', '.join(sorted(consumers))}, not one MatMul",
                 fix="report this model type; its graph hides the layer",
             )
+        array = value.const_value.numpy()
+        return array.shape, 0, (array != 0).T
+    quantised = initializers[f"{weight}_Q8"].const_value
+    assert quantised is not None
+    array = quantised.numpy()
+    return array.shape, 1, array.reshape(len(array), -1)[:, :inputs] != _int8.ZERO
 
 
 def _compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[ParityCase]:

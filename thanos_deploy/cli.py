@@ -334,8 +334,9 @@ def prune(model: str, out: Path, revision: str | None, dry_run: bool, **options:
 @_target
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "fp16"]),
-    help="What the graph holds its numbers in.  [default: what it was made with, or fp32]",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="What the graph holds its weights in; int8: those of the blocks, for ONNX Runtime only.  "
+    "[default: what it was made with, or fp32]",
 )
 @click.option(
     "--max-seq",

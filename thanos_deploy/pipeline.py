@@ -234,10 +234,10 @@ class PruneRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What the graph holds its numbers in ("fp32" or "fp16") and the most tokens it is meant for.
+    """What the graph holds its weights in, and the most tokens that it is meant for.
 
     Attributes:
-        dtype: of the weights, the kv cache and the logits.
+        dtype: "fp32", "fp16" or "int8"; see `exporters.onnx.export`.
         max_sequence: prompt and answer together; None for all that the model takes.
     """
 
@@ -874,6 +874,7 @@ def _export(
         return {
             "max_sequence": record["max_sequence"],
             "cache_bytes_per_token": record["cache"]["bytes_per_token"],
+            "rounding": record["rounding"],
             "parity_limit": record["parity_limit"],
             "parity": record["parity"],
             "weights": len(record["weights"]),

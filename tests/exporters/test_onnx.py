@@ -1,5 +1,8 @@
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +209,59 @@ def test_a_weight_that_lost_its_name_is_a_missed_gate(
     onnx.save(graph, tmp_path / "model.onnx")
     with pytest.raises(GateError, match=r"mlp\.up_proj\.weight; matrices .* name: val_84"):
         exporters.onnx._require_names(tmp_path / "model.onnx", model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2"])
+def test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for(
+    exported_two_four: Exported, tmp_path: Path, model_type: str
+) -> None:
+    folder = exported_two_four(model_type)
+    checkpoint = Checkpoint.open(folder / "model")
+    record = exporters.onnx.export(checkpoint, tmp_path, pattern=SemiStructured(2, 4), dtype="int8")
+    # With float32 activations, against PyTorch with the rounded weights.
+    assert max(max(c["logits_error"], c["cache_error"]) for c in record["parity"]) < 1e-5
+    assert 0 < record["rounding"]["weights"] < 0.1
+    assert 0 < record["rounding"]["activations"] < 0.2
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    in_model = load_file(folder / "model" / "model.safetensors")
+    assert [weight["name"] for weight in record["weights"]] == list(linear_shapes(checkpoint))
+    for weight in record["weights"]:
+        dense = in_model[f"{weight['name']}.weight"].numpy()
+        dense = dense.T if checkpoint.family.transposed else dense
+        outputs, inputs = dense.shape
+        levels = tensors[f"{weight['name']}.weight_Q8"].reshape(outputs, -1)[:, :inputs]
+        scales = tensors[f"{weight['name']}.weight_scales"].repeat(32, axis=1)[:, :inputs]
+        assert ((levels == 128) >= (dense == 0)).all()
+        rounded = (levels.astype(np.float32) - 128) * scales
+        # Half a step, or a whole one for the largest of a block, which has no level of its own.
+        assert (np.abs(rounded - dense) <= 1.01 * np.abs(scales)).all()
+        assert weight["pattern_holds"]
+        assert weight["sparsity"] >= 0.5
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(nodes) == len(record["weights"])
+    assert all(
+        {"accuracy_level": 4}.items() <= {a.name: a.i for a in n.attribute}.items() for n in nodes
+    )
+    quantised = (tmp_path / "model.onnx.data").stat().st_size
+    assert quantised < (folder / "onnx" / "model.onnx.data").stat().st_size
+
+
+def test_polygraphy_finds_the_same_layers_two_four(
+    exported_two_four: Exported, exported_llama: Path
+) -> None:
+    def found(path: Path) -> set[str]:
+        command = Path(sys.executable).parent / "polygraphy"
+        done = subprocess.run(
+            [command, "inspect", "sparsity", path], capture_output=True, text=True, check=True
+        )
+        return set(re.findall(r"Found sparse tensor: (\S+)", done.stdout))
+
+    folder = exported_two_four("llama") / "onnx"
+    record = json.loads((folder / "export.json").read_text())
+    names = {f"{weight['name']}.weight" for weight in record["weights"]}
+    assert found(folder / "model.onnx") == names
+    assert found(exported_llama / "onnx" / "model.onnx") == set()
 
 
 @pytest.mark.parametrize("max_sequence", [0, 129])
