@@ -334,6 +334,7 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         name: owners[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
+    names = set(owners.values())
     weights = graph.graph.initializers
     for value in list(weights.values()):
         assert value.name is not None
@@ -350,7 +351,15 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         _transpose(weight, node.attributes["perm"].as_ints())
         ir.convenience.replace_all_uses_with(node.outputs[0], weight)
         graph.graph.remove(node, safe=True)
-    fold_constants(graph)
+    fold_constants(
+        graph,
+        # Gemma adds 1 to the weights of its norms; folded, they would be no weights of the model.
+        should_fold=lambda node: (
+            False
+            if any(value is not None and value.name in names for value in node.inputs)
+            else None
+        ),
+    )
     for simplify in (
         common_passes.RemoveUnusedNodesPass(),
         common_passes.CommonSubexpressionEliminationPass(),

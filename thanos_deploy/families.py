@@ -88,7 +88,10 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 FAMILIES = (
     Family(
-        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        model_types=(
+            *("llama", "mistral", "qwen2", "qwen3"),
+            *("gemma", "gemma2", "gemma3_text"),
+        ),
         blocks="model.layers",
         inputs=(
             _QKV,

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exporters.onnx
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import GateError, ModelError, UsageError
@@ -92,6 +93,25 @@ def test_one_graph_runs_batches_lengths_and_pasts_that_it_was_not_exported_with(
                 logits, expected[:, done : done + length], atol=1e-5, rtol=1e-4
             )
             done += length
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_text_beyond_an_attention_window_is_read_as_in_torch(
+    exported_two_four: Exported, model_type: str
+) -> None:
+    folder = exported_two_four(model_type)
+    model = stock_model(folder / "model", dtype=torch.float32)
+    assert model.config.sliding_window == 16
+    path = folder / "onnx" / "model.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    engine = OnnxRuntimeEngine(session, ort, device="cpu", max_sequence=128)
+    ids = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+    np.testing.assert_allclose(engine.prefill(ids[:, :40].numpy()), expected[:, 39], atol=1e-4)
+    for position in range(40, 60):
+        logits = engine.decode(ids[:, position].numpy())
+        np.testing.assert_allclose(logits, expected[:, position], atol=1e-4)
 
 
 def test_a_dense_model_is_not_exported_as_two_four(tiny_llama: Path, tmp_path: Path) -> None:
