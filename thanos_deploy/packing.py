@@ -11,7 +11,7 @@ with n of every m kept is two tensors:
 2:4 in float16 takes 9/16 of the dense size, in int8 5/8. Kept entries may be zero, where a group
 has more than m - n zeros. All other tensors are stored as they are. A weight that is stored
 [inputs, outputs] (GPT-2) is packed transposed, so that groups always run along the rows.
-`packed.json` names the packed weights, their pattern, and the SHA-256 of every file.
+`packed.json` names the packed weights, their pattern, and the SHA-256 of every file and of itself.
 
 The files are not called `model.safetensors`, because loaders that do not know the layout would take
 the missing weights for new ones and fill them with random numbers.
@@ -238,7 +238,7 @@ def pack_folder(
             for path in sorted(destination.glob(f"*{_SUFFIX}"))
         },
     }
-    artifact.write_json(destination / RECORD, record)
+    artifact.write_json(destination / RECORD, {**record, "sha256": artifact.sha256_of(record)})
     return Sizes(tuple(patterns), sum(path.stat().st_size for path in shards), after)
 
 
@@ -476,6 +476,12 @@ def _read_record(folder: Path) -> artifact.Json:
             raise ModelError(
                 f"{path}: packed format {record['format']!r}; this version reads format {FORMAT}",
                 fix="use a newer version of thanos-deploy",
+            )
+        written = record.pop("sha256")
+        if artifact.sha256_of(record) != written:
+            raise IntegrityError(
+                f"{path}: its content is not the one whose SHA-256 it states, {written}",
+                fix="fetch the checkpoint again",
             )
         for pattern in record["weights"].values():
             parse(pattern)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import Exported
+from thanos_deploy.artifact import sha256_of
 from thanos_deploy.checkpoint import Checkpoint, convert_packed, locate
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.packing import (
@@ -207,7 +208,12 @@ def test_an_unusable_record_is_bad_input(
     packed.mkdir()
     pack_folder(model, packed, PATTERNS)
     record = json.loads((packed / "packed.json").read_text())
-    (packed / "packed.json").write_text(json.dumps({**record, **change}))
+    (packed / "packed.json").write_text(json.dumps({**record, "transposed": True}))
+    with pytest.raises(IntegrityError, match=r"packed\.json"):
+        unpack_folder(packed, tmp_path)
+    del record["sha256"]
+    record |= change
+    (packed / "packed.json").write_text(json.dumps({**record, "sha256": sha256_of(record)}))
     with pytest.raises(ModelError, match=message):
         unpack_folder(packed, tmp_path)
 
