@@ -6,7 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import exporters.onnx
+from thanos_deploy import sizing
 from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune import prune
+from thanos_deploy.shrink import shrink, survey
 
 MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]
@@ -93,22 +94,6 @@ def tiny_llama(make_model: MakeModel) -> Path:
     return make_model("llama")
 
 
-@pytest.fixture
-def per_layer_llama(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tiny LLaMA with a smaller second block, which exporting `tiny_llama` then finds."""
-    model = stock_model(tiny_llama, dtype=torch.float32)
-    smaller = deepcopy(model.config)
-    smaller.num_attention_heads, smaller.num_key_value_heads, smaller.head_dim = 2, 1, 8
-    smaller.intermediate_size = 20
-    torch.manual_seed(1)
-    block = type(model.model.layers[1])(smaller, 1)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.model.layers[1] = block.eval()
-    monkeypatch.setattr(exporters.onnx, "load_model", lambda folder: deepcopy(model))
-    return model
-
-
 @pytest.fixture(scope="session")
 def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the tiny LLaMA and its ONNX export. Not to be changed."""
@@ -148,6 +133,31 @@ def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFa
             pattern=SemiStructured(2, 4),
             origin={"method": "thanos"},
         )
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported_shrunk(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Makes a folder with `model`, a small one whose blocks differ in width, and `onnx`."""
+
+    @cache
+    def make(model_type: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{model_type}-shrunk")
+        (folder / "model").mkdir()
+        (folder / "onnx").mkdir()
+        checkpoint = Checkpoint.open(make_model(model_type))
+        segments = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))
+        plan = sizing.plan(
+            checkpoint,
+            survey(checkpoint, segments),
+            0.15,
+            part="both" if model_type == "llama" else "heads",
+            allocation="loss",
+        )
+        shrink(checkpoint, segments, folder / "model", plan=plan)
+        exporters.onnx.export(Checkpoint.open(folder / "model"), folder / "onnx", pattern=None)
         return folder
 
     return make

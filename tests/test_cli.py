@@ -585,6 +585,7 @@ def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
 
     again = report.build(opened, Bundle.open(cache))
     assert again["bytes"]["packed"]["pruned"] == sizes["bytes_after"]
+    assert again["verdict"][-1].startswith("Packed, without its zeros, the checkpoint takes 0.")
     assert "packed" not in first["bytes"]
 
 

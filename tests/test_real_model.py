@@ -11,12 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import exporters.packed
 from benchmarks.smollm2 import gguf_path
-from runtime.engine import open_engine
+from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from tests.conftest import stock_model
+from tests.exporters.test_genai import greedy_by_genai
 from tests.test_cli import COMMAND
 from thanos_deploy.artifact import Bundle
+from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.prune import linear_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str,
     out, cache = tmp_path_factory.mktemp("real") / "out", tmp_path_factory.mktemp("cache")
     done = subprocess.run(
         [
-            *(COMMAND, "prune-export", gguf_path(), "--pattern", "2:4", "--target", "onnx"),
+            *(COMMAND, "prune-export", gguf_path(), "--pattern", "2:4", "--target", "genai"),
             *("-o", out, "--nsamples", "8", "--seqlen", "256", "--eval-segments", "4"),
             *("--eval-seqlen", "512", "--rounds", "3", "--new-tokens", "8", "--json"),
         ],
@@ -88,10 +93,32 @@ def test_greedy_text_of_the_exported_model_is_that_of_torch(
     model = stock_model(folder / "model")
     prompt = AutoTokenizer.from_pretrained(folder / "model")("Once upon a time")["input_ids"]
     expected = model.generate(
-        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
+        torch.tensor([prompt]), max_new_tokens=256, do_sample=False, eos_token_id=None
     )
-    ids = list(generate(open_engine(folder), prompt, new_tokens=64))
+    ids = list(generate(open_engine(folder), prompt, new_tokens=256))
     assert prompt + ids == expected[0].tolist()
+
+
+def test_greedy_text_of_ort_genai_is_ours(run: tuple[Path, Path, dict[str, object]]) -> None:
+    out, _, _ = run
+    prompt = AutoTokenizer.from_pretrained(out / "model")("Once upon a time")["input_ids"]
+    ids = list(generate(open_engine(out), prompt, new_tokens=64, stop=stop_ids(out / "model")))
+    end = [*stop_ids(out / "model")] if len(ids) < 64 else []
+    assert greedy_by_genai(out / "genai", prompt, 64) == ids + end
+
+
+def test_packed_the_real_model_is_smaller_and_the_same(
+    run: tuple[Path, Path, dict[str, object]], tmp_path: Path
+) -> None:
+    out, _, _ = run
+    checkpoint = Checkpoint.open(out / "model")
+    # Every tensor is unpacked again and compared before this returns.
+    sizes = exporters.packed.export(checkpoint, tmp_path, pattern=SemiStructured(2, 4))
+    assert sizes["packed"] == 210
+    linear = sum(4 * rows * cols for rows, cols in linear_shapes(checkpoint).values())
+    # Half of the values and one bit for each: 17/32 of float32; the rest is as it was.
+    expected = sizes["bytes_before"] - linear * 15 / 32
+    assert abs(sizes["bytes_after"] - expected) < 1e-3 * expected
 
 
 def test_logits_of_a_long_text_agree(run: tuple[Path, Path, dict[str, object]]) -> None:

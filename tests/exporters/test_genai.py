@@ -10,7 +10,7 @@ import torch
 import exporters.genai
 import exporters.onnx
 from tests.conftest import MODEL_TYPES, Exported, stock_model
-from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
+from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.errors import GateError, InputError, PlatformError
 
 genai = exporters.genai.library()
@@ -66,14 +66,13 @@ def test_every_family_generates_the_tokens_of_torch(
     assert greedy_by_genai(exported, PROMPT, 24) == expected
 
 
-def test_a_model_with_sizes_of_its_own_in_each_block_generates_the_tokens_of_torch(
-    tiny_llama: Path, per_layer_llama: Any, tmp_path: Path
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_model_with_widths_of_its_own_in_each_block_generates_the_tokens_of_torch(
+    exported_shrunk: Exported, tmp_path: Path, model_type: str
 ) -> None:
-    expected = greedy_by_torch(per_layer_llama, PROMPT, 24, end=256)
-    for name in ("onnx", "genai"):
-        (tmp_path / name).mkdir()
-    exporters.onnx.export(Checkpoint.open(tiny_llama), tmp_path / "onnx", pattern=None)
-    exported = export(tmp_path / "onnx", tiny_llama, tmp_path / "genai")
+    folder = exported_shrunk(model_type)
+    expected = greedy_by_torch(load_model(folder / "model"), PROMPT, 24, end=256)
+    exported = export(folder / "onnx", folder / "model", tmp_path)
     assert greedy_by_genai(exported, PROMPT, 24) == expected
 
 

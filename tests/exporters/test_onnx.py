@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -170,20 +169,21 @@ def test_the_first_tensor_that_differs_is_named(
     assert caught.value.exit_code == 6
 
 
-def test_sizes_that_differ_from_block_to_block_are_taken_from_the_blocks(
-    per_layer_llama: Any, tiny_llama: Path, tmp_path: Path
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "gpt_neox"])
+def test_widths_that_differ_from_block_to_block_are_taken_from_the_blocks(
+    exported_shrunk: Exported, model_type: str
 ) -> None:
-    record = exporters.onnx.export(Checkpoint.open(tiny_llama), tmp_path, pattern=None)
-    assert record["cache"] == {
-        "blocks": [
-            {"heads": 2, "key_dim": 8, "value_dim": 8},
-            {"heads": 1, "key_dim": 8, "value_dim": 8},
-        ],
-        "bytes_per_token": (2 + 1) * 2 * 8 * 4,
-    }
-    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [value.shape[1] for value in session.get_inputs()[3:]] == [2, 2, 1, 1]
-    assert max(case["logits_error"] for case in record["parity"]) < 1e-5
+    folder = exported_shrunk(model_type)
+    checkpoint = Checkpoint.open(folder / "model")
+    heads = [width.kv_heads for width in checkpoint.widths]
+    assert len(set(checkpoint.widths)) == 2
+    record = json.loads((folder / "onnx" / "export.json").read_text())
+    assert [block["heads"] for block in record["cache"]["blocks"]] == heads
+    assert record["cache"]["bytes_per_token"] == sum(heads) * 2 * checkpoint.head_size * 4
+    path = folder / "onnx" / "model.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [value.shape[1] for value in session.get_inputs()[3::2]] == heads
+    assert max(max(c["logits_error"], c["cache_error"]) for c in record["parity"]) < 1e-5
 
 
 def test_half_precision_is_compared_with_float32_and_written_without_negative_zeros(
