@@ -273,11 +273,11 @@ def cli() -> None:
 def prune_export(
     model: str, out: Path, target: str, revision: str | None, dry_run: bool, **options: Any
 ) -> None:
-    r"""Prune MODEL, export it, run it, measure it, and say what came out.
+    """Prune MODEL, export it, run it, measure it, and say what came out.
 
     \b
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
-    """
+    """  # noqa: D301 - click wants the control character
     with _session(options) as session:
         from thanos_deploy import pipeline
 
@@ -342,26 +342,30 @@ def prune(model: str, out: Path, revision: str | None, dry_run: bool, **options:
     "--max-seq",
     type=int,
     help="The most tokens, prompt and answer together, that are promised to work.  "
-    "[default: all that the model takes]",
+    "[default: what it was made with, or all that the model takes]",
 )
 @_common
 def export(out: Path, target: str, dtype: str | None, max_seq: int | None, **options: Any) -> None:
-    r"""Export the pruned model of the bundle OUT.
+    """Export the pruned model of the bundle OUT.
 
     \b
-    onnx   one graph for prefill and decode, compared with PyTorch: OUT/onnx
-    genai  that graph as a folder that ORT-GenAI loads: OUT/genai
-    packed the checkpoint with n:m weights stored without their zeros: OUT/packed
-    """
+    onnx    one graph for prefill and decode, compared with PyTorch: OUT/onnx
+    genai   that graph as a folder that ORT-GenAI loads: OUT/genai
+    packed  the checkpoint with n:m weights stored without their zeros: OUT/packed
+    """  # noqa: D301 - click wants the control character
     with _session(options) as session:
         from thanos_deploy import artifact, pipeline
 
-        given = dtype is not None or max_seq is not None
         with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
+            before = pipeline.exported_with(bundle)
+            request = pipeline.ExportRequest(
+                dtype=dtype or before.dtype,
+                max_sequence=before.max_sequence if max_seq is None else max_seq,
+            )
             record = pipeline.export(
                 bundle,
                 target=target,
-                request=pipeline.ExportRequest(dtype or "fp32", max_seq) if given else None,
+                request=request,
                 overwrite=options["overwrite"],
                 announce=session,
             )
@@ -470,14 +474,14 @@ def generate_text(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    r"""Continue PROMPT with the exported model of the bundle OUT, and stream the answer.
+    """Continue PROMPT with the exported model of the bundle OUT, and stream the answer.
 
     PROMPT is passed to the model as it is, without a chat template; - reads it from standard
     input, in UTF-8. Needs numpy, tokenizers and onnxruntime only.
 
     \b
     thanos-deploy generate out/smol "The capital of France is" --new-tokens 20
-    """
+    """  # noqa: D301 - click wants the control character
     from runtime.engine import open_engine
     from runtime.sampling import Sampling
     from runtime.text import open_tokenizer, stream

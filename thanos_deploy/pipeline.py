@@ -509,7 +509,7 @@ def export(
         model,
         claimed,
         {"model": _model_hash(bundle)},
-        request or _exported_with(bundle),
+        request or exported_with(bundle),
         {"method": pruned.options["method"], "model_sha256": _model_hash(bundle)},
         announce,
         title="pruned model",
@@ -518,7 +518,7 @@ def export(
     return graph if target == "onnx" else _export_genai(bundle, overwrite, announce)
 
 
-def _exported_with(bundle: Bundle) -> ExportRequest:
+def exported_with(bundle: Bundle) -> ExportRequest:
     """What the graph of a bundle was made with; the defaults if there is none."""
     return (
         ExportRequest(**bundle.stages["onnx"].options)
@@ -590,7 +590,7 @@ def bench(
     """Time the pruned model beside the dense one on ONNX Runtime, unless that is done."""
     bundle.require("onnx", "`thanos-deploy export --target onnx`")
     bundle.check("bench", asdict(request), overwrite=overwrite)
-    reference = dense.export(_exported_with(bundle), announce)
+    reference = dense.export(exported_with(bundle), announce)
     subjects = {"dense": dense.folder, "pruned": bundle.path}
 
     def produce(folder: Path) -> Json:
