@@ -21,7 +21,9 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import exporters.onnx
 from benchmarks.smollm2 import gguf_path
 from runtime import paired
 from runtime.latency import Workload, summarise
-from thanos_deploy import console, environment
+from thanos_deploy import artifact, console, environment
 from thanos_deploy.calibrate import read_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
@@ -79,7 +81,8 @@ def main() -> None:
         if not models["dense"].exists():
             shutil.copytree(source.folder, models["dense"] / "model")
         rows = [judge("dense", models["dense"] / "model", held_out)]
-        losses = survey_blocks(source, calibration, PruneRequest(Structured(0.0)))
+        # Only if a model has to be cut, and once for all.
+        losses = cache(lambda: survey_blocks(source, calibration, PruneRequest(Structured(0.0))))
         for fraction in arguments.fractions:
             name = f"structured:{fraction:g}"
             models[name] = place / name
@@ -87,8 +90,8 @@ def main() -> None:
             rows.append(cut(source, calibration, losses, folder, fraction, held_out))
         if arguments.against:
             rows += against_torch_pruning(source, calibration, losses, held_out, arguments.against)
-        for bundle in models.values():
-            export(bundle)
+        for folder in models.values():
+            export(folder)
         latency = {}
         if arguments.rounds:
             workload = Workload(batch=1, prompt=128, new_tokens=arguments.new_tokens)
@@ -132,7 +135,7 @@ def block_parameters(model: Any) -> int:
 def cut(
     source: Checkpoint,
     calibration: Tensor,
-    losses: list[Losses],
+    losses: Callable[[], list[Losses]],
     folder: Path,
     fraction: float,
     held_out: Tensor,
@@ -145,7 +148,7 @@ def cut(
     folder.mkdir(parents=True)
     started = time.perf_counter()
     request = PruneRequest(Structured(fraction), **options)
-    plan = plan_widths(source, losses, request)
+    plan = plan_widths(source, losses(), request)
     shrink_checkpoint(source, calibration, folder, request, plan)
     seconds = round(time.perf_counter() - started, 1)
     width = plan.widths[0]
@@ -156,7 +159,7 @@ def cut(
 def against_torch_pruning(
     source: Checkpoint,
     calibration: Tensor,
-    losses: list[Losses],
+    losses: Callable[[], list[Losses]],
     held_out: Tensor,
     fraction: float,
 ) -> list[dict[str, Any]]:
@@ -212,9 +215,9 @@ def prune_with_torch_pruning(
 def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> dict[str, Any]:
     """Latency and memory of every model, and of the blocks alone; prints a table."""
     subjects = {}
-    for name, bundle in models.items():
-        subjects[name] = bundle
-        subjects[f"{name}, first block"] = bundle / "first-block"
+    for name, folder in models.items():
+        subjects[name] = folder / "whole"
+        subjects[f"{name}, first block"] = folder / "first"
     measured = paired.compare(subjects, workload, rounds=rounds, warmup=2)
 
     def median(name: str, what: str) -> float:
@@ -227,7 +230,9 @@ def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> d
     for name in models:
         row: dict[str, Any] = {
             "peak_memory_bytes": measured[name].peak_memory_bytes,
-            "onnx_bytes": sum(f.stat().st_size for f in (models[name] / "onnx").iterdir()),
+            "onnx_bytes": sum(
+                f.stat().st_size for f in (models[name] / "whole" / "onnx").iterdir()
+            ),
             "parameter_ratio_of_blocks": parameters[name] / parameters["dense"],
         }
         for what in ("prefill", "decode"):
@@ -257,18 +262,24 @@ def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> d
     return table
 
 
-def export(bundle: Path) -> None:
-    """ONNX of a model and of its first block alone, where an engine looks for it."""
-    first = bundle / "first-block"
-    if (first / "onnx").exists():
-        return
-    model: Any = load_model(bundle / "model")
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
-    model.save_pretrained(first / "model")
-    for folder in (bundle, first):
-        (folder / "onnx").mkdir(parents=True)
-        exporters.onnx.export(Checkpoint.open(folder / "model"), folder / "onnx", pattern=None)
+def export(folder: Path) -> None:
+    """ONNX of a model and of its first block alone, each as a bundle that an engine opens."""
+    first = folder / "first-model"
+    if not first.exists():
+        model: Any = load_model(folder / "model")
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        model.save_pretrained(first)
+    for name, source in (("whole", folder / "model"), ("first", first)):
+
+        def produce(out: Path, source: Path = source) -> artifact.Json:
+            (out / "onnx").mkdir()
+            exporters.onnx.export(Checkpoint.open(source), out / "onnx", pattern=None)
+            return {}
+
+        weights = artifact.sha256(source / "model.safetensors")
+        with artifact.claim(folder / name, {"name": folder.name, "sha256": weights}) as bundle:
+            bundle.run("onnx", produce, options={}, inputs={}, overwrite=True)
 
 
 if __name__ == "__main__":
