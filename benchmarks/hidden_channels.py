@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment
-from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs, collect, read_text
-from thanos_deploy.calibrate import segments as cut_segments
+from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs, collect
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.hessian import factor
@@ -45,24 +45,15 @@ BATCH = 4
 def main() -> None:
     """Cut, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--eval-text", type=Path, required=True)
-    parser.add_argument("--eval-segments", type=int, default=8)
-    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    texts.add_options(parser)
     parser.add_argument("--hidden", type=int, nargs="+", default=[504, 432])
     arguments = parser.parse_args()
     console.quiet_libraries()
 
     checkpoint = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(checkpoint.folder)
-    ids = cut_segments(read_text(arguments.calib), tokenizer, count=32, length=512, seed=None)
-    held_out = cut_segments(
-        read_text(arguments.eval_text),
-        tokenizer,
-        count=arguments.eval_segments,
-        length=arguments.eval_seqlen,
-        seed=None,
-    )
+    ids = texts.calibration(arguments, tokenizer)
+    held_out = texts.evaluation(arguments, tokenizer)
     dense = load_model(checkpoint.folder)
     rows = [row("dense", dense, held_out)]
     prices = channel_prices(checkpoint, dense, ids)

@@ -16,13 +16,20 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment
-from thanos_deploy.calibrate import read_text, segments
 from thanos_deploy.checkpoint import load_model, load_tokenizer
 from thanos_deploy.pattern import parse
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import Dense, PruneRequest, prune_checkpoint
+from thanos_deploy.pipeline import (
+    Dense,
+    PruneRequest,
+    plan_widths,
+    prune_checkpoint,
+    shrink_checkpoint,
+    survey_blocks,
+)
 
 
 def main() -> None:
@@ -30,36 +37,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="+", metavar="SETTING", type=json.loads)
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--eval-text", type=Path, required=True)
-    parser.add_argument("--eval-segments", type=int, default=8)
-    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    texts.add_options(parser)
     arguments = parser.parse_args()
     console.quiet_libraries()
 
     source = Dense(arguments.model or str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(source.folder)
-    evaluation = segments(
-        read_text(arguments.eval_text),
-        tokenizer,
-        count=arguments.eval_segments,
-        length=arguments.eval_seqlen,
-        seed=None,
-    )
+    evaluation = texts.evaluation(arguments, tokenizer)
     print(json.dumps({"environment": environment.describe()}), flush=True)
     print(json.dumps({"dense": judge(source.folder, evaluation)}), flush=True)
     for setting in arguments.settings:
         request = PruneRequest(**{**setting, "pattern": parse(setting["pattern"])})
-        calibration = segments(
-            read_text(arguments.calib),
-            tokenizer,
-            count=request.nsamples,
-            length=request.seqlen,
-            seed=None,
+        calibration = texts.calibration(
+            arguments, tokenizer, count=request.nsamples, length=request.seqlen
         )
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            prune_checkpoint(source, calibration, Path(folder), request)
+            if request.shrinks:
+                losses = survey_blocks(source, calibration, request)
+                plan = plan_widths(source, losses, request)
+                shrink_checkpoint(source, calibration, Path(folder), request, plan)
+            else:
+                prune_checkpoint(source, calibration, Path(folder), request)
             seconds = time.perf_counter() - started
             value = judge(Path(folder), evaluation)
         print(

@@ -30,11 +30,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import exporters.onnx
+from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from runtime import paired
 from runtime.latency import Workload, summarise
 from thanos_deploy import artifact, console, environment
-from thanos_deploy.calibrate import read_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
@@ -53,10 +53,7 @@ LATENCY_SLACK = 1.1  # times the ratio of parameters
 def main() -> None:
     """Cut, judge, export, time and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--eval-text", type=Path, required=True)
-    parser.add_argument("--eval-segments", type=int, default=8)
-    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    texts.add_options(parser)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--against", type=float, default=0.2, help="0 leaves Torch-Pruning out")
     parser.add_argument("--models", type=Path, metavar="DIR")
@@ -67,14 +64,8 @@ def main() -> None:
 
     source = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(source.folder)
-    calibration = segments(read_text(arguments.calib), tokenizer, count=32, length=512, seed=None)
-    held_out = segments(
-        read_text(arguments.eval_text),
-        tokenizer,
-        count=arguments.eval_segments,
-        length=arguments.eval_seqlen,
-        seed=None,
-    )
+    calibration = texts.calibration(arguments, tokenizer)
+    held_out = texts.evaluation(arguments, tokenizer)
     with ExitStack() as stack:
         place = arguments.models or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = {"dense": place / "dense"}
