@@ -34,7 +34,6 @@ from exporters import _int8
 from thanos_deploy import artifact
 from thanos_deploy.checkpoint import Checkpoint, load_model
 from thanos_deploy.errors import GateError, ModelError, UsageError
-from thanos_deploy.families import Family
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
@@ -149,8 +148,8 @@ def export(
     on_progress(2, _STEPS)
     _require_names(destination / MODEL, model)
     _cast(model, torch.float32)
-    rounding = _quantise(destination / MODEL, model, checkpoint.family) if dtype == "int8" else {}
-    weights = _read_weights(destination / MODEL, model, checkpoint.family, pattern)
+    rounding = _quantise(destination / MODEL, model, checkpoint.linears) if dtype == "int8" else {}
+    weights = _read_weights(destination / MODEL, model, checkpoint.linears, pattern)
     on_progress(3, _STEPS)
     limit = PARITY_LIMITS[dtype]
     cases = list(_compare(destination / MODEL, model, limit))
@@ -174,13 +173,12 @@ def export(
     return record
 
 
-def _quantise(path: Path, model: PreTrainedModel, family: Family) -> dict[str, float]:
+def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
     """Round the blocks' linear layers to int8, in the file and in the model.
 
     Returns:
         "weights": how far that moves the logits, relative to their range.
     """
-    names = list(_linears(model, family))
     _int8.quantise(path, {f"{name}.weight" for name in names})
     moved = _worst_logits(path, model)
     initializers = {
@@ -197,13 +195,6 @@ def _quantise(path: Path, model: PreTrainedModel, family: Family) -> dict[str, f
 
 def _worst_logits(path: Path, model: PreTrainedModel) -> float:
     return max(case.logits_error for case in _compare(path, model, float("inf")))
-
-
-def _linears(model: PreTrainedModel, family: Family) -> Iterator[str]:
-    """Full names of the linear layers of all blocks."""
-    for index in range(model.config.num_hidden_layers):
-        for linear in family.linears:
-            yield f"{family.blocks}.{index}.{linear}"
 
 
 def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -423,12 +414,12 @@ def _initializers(path: Path) -> Mapping[str, ir.Value]:
 
 
 def _read_weights(
-    path: Path, model: PreTrainedModel, family: Family, pattern: Pattern | None
+    path: Path, model: PreTrainedModel, names: Sequence[str], pattern: Pattern | None
 ) -> list[WeightRecord]:
     """Find every pruned layer's weight in the written file, and judge it there."""
     initializers = _initializers(path)
     records = []
-    for name in _linears(model, family):
+    for name in names:
         inputs = matrix(model.get_submodule(name)).shape[1]
         shape, axis, nonzero = _nonzero(initializers, f"{name}.weight", inputs)
         verdict = None if pattern is None else judge(nonzero, pattern)

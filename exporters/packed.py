@@ -45,7 +45,7 @@ def export(
     sizes = pack_folder(
         checkpoint.folder,
         destination,
-        dict.fromkeys(_linear_weights(checkpoint), pattern),
+        {checkpoint.stored_name(f"{name}.weight"): pattern for name in checkpoint.linears},
         transposed=checkpoint.family.transposed,
     )
     on_progress(1, 2)
@@ -66,16 +66,6 @@ def refuse(pattern: Pattern | None) -> None:
             f"{pattern or 'not held everywhere'}",
             fix="prune to a pattern such as 2:4, without --outlier-rows",
         )
-
-
-def _linear_weights(checkpoint: Checkpoint) -> list[str]:
-    family = checkpoint.family
-    prefix = family.blocks.partition(".")[0]
-    return [
-        checkpoint.stored_name(f"{family.blocks}.{index}.{linear}.weight", prefix)
-        for index in range(checkpoint.config.num_hidden_layers)
-        for linear in family.linears
-    ]
 
 
 def _require_same(original: Weights, packed: Path) -> None:

@@ -315,13 +315,22 @@ class Checkpoint:
         model.eval()
         return model
 
-    def stored_name(self, parameter: str, prefix: str) -> str:
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of the linear layers of all blocks, in the order of the forward pass."""
+        return tuple(
+            f"{self.family.blocks}.{index}.{linear}"
+            for index in range(self.config.num_hidden_layers)
+            for linear in self.family.linears
+        )
+
+    def stored_name(self, parameter: str) -> str:
         """How the weights call a parameter; some checkpoints leave out the base model's prefix.
 
         Raises:
             ModelError: the weights do not have it.
         """
-        for name in (parameter, parameter.removeprefix(f"{prefix}.")):
+        for name in (parameter, parameter.removeprefix(f"{self.family.base}.")):
             if name in self.weights.shapes:
                 return name
         raise ModelError(

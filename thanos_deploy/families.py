@@ -79,6 +79,11 @@ class Family:
     transposed: bool = False
 
     @property
+    def base(self) -> str:
+        """Name of the base model, seen from the causal model; some checkpoints leave it out."""
+        return self.blocks.partition(".")[0]
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """Names of all linear layers of one block, seen from the block."""
         return tuple(name for group in self.inputs for name in group)

@@ -5,10 +5,35 @@ import math
 import torch
 from torch import Tensor
 
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+
 
 def removed_count(fraction: float, entries: int) -> int:
     """floor(fraction * entries), safe from binary fractions that fall just short of an integer."""
     return min(entries, math.floor(fraction * entries + 1e-6))
+
+
+def smallest(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
+    """Mark the smallest scores as a pattern has it; of a structured one, the smallest column means.
+
+    Args:
+        scores: [rows, cols], finite.
+        pattern: what to remove.
+        per_row: an unstructured fraction goes from every row alike, not from the whole matrix.
+
+    Returns:
+        bool[rows, cols], True = removed.
+    """
+    match pattern:
+        case Unstructured(sparsity) if per_row:
+            return smallest_in_rows(scores, removed_count(sparsity, scores.shape[1]))
+        case Unstructured(sparsity):
+            return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))
+        case SemiStructured(kept, group):
+            return smallest_in_groups(scores, kept, group)
+        case Structured(sparsity):
+            count = removed_count(sparsity, scores.shape[1])
+            return smallest_columns(scores.mean(dim=0), count).expand_as(scores)
 
 
 def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:

@@ -197,11 +197,8 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     Raises:
         ModelError: the weights lack one.
     """
-    prefix = checkpoint.family.blocks.partition(".")[0]
     shapes = {}
-    for index in range(checkpoint.config.num_hidden_layers):
-        for linear in checkpoint.family.linears:
-            name = f"{checkpoint.family.blocks}.{index}.{linear}"
-            rows, cols = checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight", prefix)]
-            shapes[name] = (cols, rows) if checkpoint.family.transposed else (rows, cols)
+    for name in checkpoint.linears:
+        rows, cols = checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight")]
+        shapes[name] = (cols, rows) if checkpoint.family.transposed else (rows, cols)
     return shapes

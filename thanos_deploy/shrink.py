@@ -75,11 +75,11 @@ def check(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: its blocks have different widths already",
             fix="shrink the model that it was made from, once, by the whole fraction",
         )
-    width, base = checkpoint.widths[0], family.blocks.partition(".")[0]
+    width = checkpoint.widths[0]
     for name, rows in zip(
         family.heads.producers, widths.producer_rows(family, width, size), strict=True
     ):
-        weight = checkpoint.stored_name(f"{family.blocks}.0.{name}.weight", base)
+        weight = checkpoint.stored_name(f"{family.blocks}.0.{name}.weight")
         found = checkpoint.weights.shapes[weight][1 if family.transposed else 0]
         if found != rows:
             raise ModelError(
@@ -171,11 +171,11 @@ def shrink(
         HessianError: the calibration statistics cannot be used.
     """
     check(checkpoint)
-    family, base = checkpoint.family, checkpoint.family.blocks.partition(".")[0]
+    family = checkpoint.family
     copy_companions(checkpoint.folder, destination, dtype)
     _describe(checkpoint, destination, plan)
     shapes = {
-        checkpoint.stored_name(name, base): tuple(parameter.shape)
+        checkpoint.stored_name(name): tuple(parameter.shape)
         for name, parameter in checkpoint.skeleton(plan.widths).named_parameters()
         if name.startswith(f"{family.blocks}.")
     }

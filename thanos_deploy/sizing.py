@@ -120,16 +120,16 @@ def cost(checkpoint: Checkpoint, index: int) -> Cost:
         ModelError: the weights do not have the layout that the family describes.
     """
     family, width = checkpoint.family, checkpoint.widths[index]
-    prefix, base = f"{family.blocks}.{index}.", family.blocks.partition(".")[0]
+    prefix = f"{family.blocks}.{index}."
     sizes = {
         name: math.prod(shape)
         for name, shape in checkpoint.weights.shapes.items()
-        if name.startswith((prefix, prefix.removeprefix(f"{base}.")))
+        if name.startswith((prefix, prefix.removeprefix(f"{family.base}.")))
     }
 
     def parameters(layer: str, of: int, *, bias: bool = True) -> int:
         """Parameters of a layer for each of `of` equal parts."""
-        weight = checkpoint.stored_name(f"{prefix}{layer}.weight", base)
+        weight = checkpoint.stored_name(f"{prefix}{layer}.weight")
         total = sizes[weight] + (
             sizes.get(f"{weight.removesuffix('weight')}bias", 0) if bias else 0
         )

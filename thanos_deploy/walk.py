@@ -91,8 +91,8 @@ def visits(
     model = checkpoint.skeleton()
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    files = _Files(checkpoint, copy, model.base_model_prefix)
-    files.load(model.base_model, f"{model.base_model_prefix}.", skip=family.blocks)
+    files = _Files(checkpoint, copy)
+    files.load(model.base_model, f"{family.base}.", skip=family.blocks)
     batch = max(1, TOKENS_PER_BATCH // segments.shape[1])
     batches = block_inputs(model, family, torch.split(segments, batch))
     dense_batches = [replace(data) for data in batches] if with_dense else []
@@ -141,15 +141,14 @@ def stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 class _Files:
     """Moves parameters between a model without storage, its checkpoint, and the copy."""
 
-    def __init__(self, checkpoint: Checkpoint, copy: WeightsCopy | None, prefix: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, copy: WeightsCopy | None) -> None:
         self._checkpoint = checkpoint
         self._copy = copy
-        self._prefix = prefix
 
     def load(self, module: nn.Module, prefix: str, *, skip: str | None = None) -> None:
         """Give a module its weights, in float32; `skip` names a submodule, by its full name."""
         sources = {
-            name: self._stored_name(prefix + name)
+            name: self._checkpoint.stored_name(prefix + name)
             for name, _ in module.named_parameters()
             if skip is None or not f"{prefix}{name}".startswith(f"{skip}.")
         }
@@ -171,7 +170,8 @@ class _Files:
             self._checkpoint.weights.dtypes.__getitem__ if self._copy is None else self._copy.dtype
         )
         return {
-            name: dtype(self._stored_name(prefix + name)) for name, _ in module.named_parameters()
+            name: dtype(self._checkpoint.stored_name(prefix + name))
+            for name, _ in module.named_parameters()
         }
 
     def store(self, module: nn.Module, prefix: str) -> None:
@@ -179,7 +179,7 @@ class _Files:
         if self._copy is None:
             return
         for name, parameter in module.named_parameters():
-            target = self._stored_name(prefix + name)
+            target = self._checkpoint.stored_name(prefix + name)
             self._copy.write(target, stored(parameter, self._copy.dtype(target), target))
 
     def copy_rest(self) -> None:
@@ -191,6 +191,3 @@ class _Files:
             if tensor.dtype != self._copy.dtype(name):
                 tensor = stored(tensor, self._copy.dtype(name), name)
             self._copy.write(name, tensor)
-
-    def _stored_name(self, parameter: str) -> str:
-        return self._checkpoint.stored_name(parameter, self._prefix)

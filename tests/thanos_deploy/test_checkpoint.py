@@ -154,7 +154,7 @@ def test_a_missing_tensor_is_named(model: Path) -> None:
     save_file(tensors, model / "model.safetensors")
     checkpoint = Checkpoint.open(model)
     with pytest.raises(ModelError, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
-        checkpoint.stored_name("model.layers.1.mlp.up_proj.weight", "model")
+        checkpoint.stored_name("model.layers.1.mlp.up_proj.weight")
 
 
 def test_quantised_tensors_are_refused(model: Path) -> None:
@@ -182,7 +182,7 @@ def test_weights_without_the_base_models_prefix_are_found(make_model: MakeModel)
     save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(folder)
     name = "decoder.layers.0.fc1.weight"
-    assert checkpoint.stored_name(f"model.{name}", "model") == name
+    assert checkpoint.stored_name(f"model.{name}") == name
     stock_model(folder)  # such folders exist and load
 
 

@@ -3,18 +3,12 @@
 Cost: one sort. The baseline that every other method has to beat.
 """
 
-from torch import Tensor
 
 from thanos_deploy.hessian import require_finite
 from thanos_deploy.layer import LayerProblem, LayerResult, without_update
-from thanos_deploy.mask import (
-    removed_count,
-    smallest_columns,
-    smallest_in_groups,
-    smallest_in_matrix,
-)
+from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Preset, check_group
-from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.pattern import Pattern
 
 PRESETS = {"paper": Preset()}
 
@@ -31,7 +25,7 @@ def prune(problem: LayerProblem, pattern: Pattern) -> LayerResult:
     """
     check(problem.name, problem.weight.shape[1], pattern)
     require_finite(problem)
-    mask = _mask(problem.weight.abs(), pattern)
+    mask = smallest(problem.weight.abs(), pattern, per_row=False)
     return without_update(problem, mask)
 
 
@@ -42,14 +36,3 @@ def check(name: str, cols: int, pattern: Pattern) -> None:
         ModelError: the number of inputs is not a multiple of the pattern's group.
     """
     check_group(name, cols, pattern)
-
-
-def _mask(scores: Tensor, pattern: Pattern) -> Tensor:
-    match pattern:
-        case Unstructured(sparsity):
-            return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))
-        case SemiStructured(kept, group):
-            return smallest_in_groups(scores, kept, group)
-        case Structured(sparsity):
-            count = removed_count(sparsity, scores.shape[1])
-            return smallest_columns(scores.mean(dim=0), count).expand_as(scores)

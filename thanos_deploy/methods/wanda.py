@@ -5,18 +5,12 @@ Models", arXiv 2306.11695. Score |W_ij| ||X_j||_2; its square is twice the optim
 saliency. Cost: one sort a row.
 """
 
-from torch import Tensor
 
 from thanos_deploy.hessian import require_finite
 from thanos_deploy.layer import LayerProblem, LayerResult, without_update
-from thanos_deploy.mask import (
-    removed_count,
-    smallest_columns,
-    smallest_in_groups,
-    smallest_in_rows,
-)
+from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Preset, check_group
-from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.pattern import Pattern
 
 PRESETS = {"paper": Preset()}
 
@@ -34,7 +28,7 @@ def prune(problem: LayerProblem, pattern: Pattern) -> LayerResult:
     check(problem.name, problem.weight.shape[1], pattern)
     require_finite(problem)
     scores = problem.weight.abs() * problem.hessian.diagonal().clamp(min=0).sqrt()
-    mask = _mask(scores, pattern)
+    mask = smallest(scores, pattern, per_row=True)
     return without_update(problem, mask)
 
 
@@ -45,15 +39,3 @@ def check(name: str, cols: int, pattern: Pattern) -> None:
         ModelError: the number of inputs is not a multiple of the pattern's group.
     """
     check_group(name, cols, pattern)
-
-
-def _mask(scores: Tensor, pattern: Pattern) -> Tensor:
-    cols = scores.shape[1]
-    match pattern:
-        case Unstructured(sparsity):
-            return smallest_in_rows(scores, removed_count(sparsity, cols))
-        case SemiStructured(kept, group):
-            return smallest_in_groups(scores, kept, group)
-        case Structured(sparsity):
-            count = removed_count(sparsity, cols)
-            return smallest_columns(scores.mean(dim=0), count).expand_as(scores)
