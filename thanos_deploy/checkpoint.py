@@ -7,9 +7,9 @@ comes with a model is run.
 
 import hashlib
 import json
+import math
 import os
 import shutil
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -37,19 +37,15 @@ from thanos_deploy import artifact, packing
 from thanos_deploy import widths as block_widths
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
+from thanos_deploy.tensorfile import DTYPES as TENSOR_DTYPES
+from thanos_deploy.tensorfile import INDEX, NAMES, head
 from thanos_deploy.widths import Widths
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+# What a weight may be stored in.
+_FLOATS = {name: dtype for name, dtype in TENSOR_DTYPES.items() if dtype.is_floating_point}
 
 # Entries that are checked at once: checking needs as much memory again.
 _ENTRIES_AT_ONCE = 1 << 22
@@ -361,14 +357,14 @@ class Weights:
             with self._open(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
                     view = file.get_slice(name)
-                    if view.get_dtype() not in _SAFETENSORS_DTYPES:
+                    if view.get_dtype() not in _FLOATS:
                         raise ModelError(
                             f"{folder / shard}: {name} is stored as {view.get_dtype()}, a "
                             "quantised or integer type",
                             fix="use the float checkpoint that this one was made from",
                         )
                     self.shapes[name] = tuple(view.get_shape())
-                    self.dtypes[name] = _SAFETENSORS_DTYPES[view.get_dtype()]
+                    self.dtypes[name] = _FLOATS[view.get_dtype()]
                     self.files[name] = shard
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -400,7 +396,7 @@ class Weights:
         return tensors
 
     def _shards(self) -> list[str]:
-        index = self.folder / _INDEX
+        index = self.folder / INDEX
         if index.exists():
             try:
                 shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -413,7 +409,7 @@ class Weights:
         else:
             pickled = sorted(path.name for path in self.folder.glob("*.bin"))
             raise ModelError(
-                f"{self.folder}: no {_SINGLE} and no {_INDEX}"
+                f"{self.folder}: no {_SINGLE} and no {INDEX}"
                 + (
                     f", only {', '.join(pickled)}, which may run code when loaded"
                     if pickled
@@ -429,7 +425,7 @@ class Weights:
             return safe_open(path, framework="pt")
         except FileNotFoundError as error:
             raise ModelError(
-                f"{path}: missing, though {_INDEX} names it", fix="fetch the checkpoint again"
+                f"{path}: missing, though {INDEX} names it", fix="fetch the checkpoint again"
             ) from error
         except (SafetensorError, OSError) as error:
             raise ModelError(
@@ -444,9 +440,6 @@ class WeightsCopy:
     The files have the names, the tensors and the order of the original ones; only the dtype may
     differ. All sizes are known beforehand, so each header is written first and every tensor goes
     straight to its final place.
-
-    Source: the safetensors format: 8 bytes little-endian header length, a JSON header padded
-    with spaces to 8 bytes, then the tensors without gaps.
     """
 
     def __init__(
@@ -470,33 +463,21 @@ class WeightsCopy:
         self._descriptors: list[int] = []
         self.bytes = 0
         for shard in dict.fromkeys(original.files.values()):
-            header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-            offset, spans = 0, {}
-            for name, file in original.files.items():
-                if file != shard:
-                    continue
-                kind = dtype or original.dtypes[name]
-                size = kind.itemsize
-                for extent in shapes[name]:
-                    size *= extent
-                header[name] = {
-                    "dtype": _SAFETENSORS_NAMES[kind],
-                    "shape": shapes[name],
-                    "data_offsets": [offset, offset + size],
-                }
-                spans[name] = (offset, kind, shapes[name])
-                offset += size
-            encoded = json.dumps(header, separators=(",", ":")).encode()
-            encoded += b" " * (-len(encoded) % 8)
+            kinds = {
+                name: dtype or original.dtypes[name]
+                for name, file in original.files.items()
+                if file == shard
+            }
+            data, begins = head((name, NAMES[kind], shapes[name]) for name, kind in kinds.items())
             descriptor = os.open(destination / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._descriptors.append(descriptor)
-            _write_at(descriptor, struct.pack("<Q", len(encoded)) + encoded, 0)
-            for name, (start, kind, shape) in spans.items():
-                self._places[name] = (descriptor, 8 + len(encoded) + start, kind, shape)
-            self.bytes += offset
-        if (original.folder / _INDEX).exists():
+            _write_at(descriptor, data, 0)
+            for name, kind in kinds.items():
+                self._places[name] = (descriptor, begins[name], kind, shapes[name])
+                self.bytes += math.prod(shapes[name]) * kind.itemsize
+        if (original.folder / INDEX).exists():
             index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
-            artifact.write_json(destination / _INDEX, index)
+            artifact.write_json(destination / INDEX, index)
 
     @property
     def missing(self) -> list[str]:

@@ -22,7 +22,6 @@ dropped the format, which has the same two tensors (`compressed`, `bitmask`) and
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,25 +36,12 @@ from thanos_deploy import artifact
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.pattern import SemiStructured, parse
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.tensorfile import DTYPES, INDEX, NAMES, head
 
 FORMAT = 1
 RECORD = "packed.json"
 
 _SUFFIX = ".packed.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Entries that are looked at at once: choosing what is kept needs some 20 bytes for each.
@@ -277,7 +263,7 @@ def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = 
     if len(shards) > 1:
         total = sum((destination / name).stat().st_size for name in set(weight_map.values()))
         artifact.write_json(
-            destination / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            destination / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
 
 
@@ -288,10 +274,6 @@ class _Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 class _File:
@@ -424,32 +406,19 @@ def _missing(what: str) -> ModelError:
 
 
 def _write(path: Path, entries: list[_Entry], tensors: Iterator[Tensor]) -> None:
-    """Write a safetensors file tensor by tensor.
-
-    Source: the safetensors format: 8 bytes little-endian header length, a JSON header padded
-    with spaces to 8 bytes, then the tensors without gaps.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    """Write a safetensors file tensor by tensor."""
     for entry in entries:
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ModelError(
                 f"{path}: {entry.name} is stored as {entry.dtype}, which is not understood",
                 fix="use the float checkpoint that this one was made from",
             )
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": entry.shape,
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    data, _ = head((entry.name, entry.dtype, entry.shape) for entry in entries)
     with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(encoded)) + encoded)
+        out.write(data)
         for entry, tensor in zip(entries, tensors, strict=True):
             assert tuple(tensor.shape) == entry.shape, entry.name
-            assert _NAMES[tensor.dtype] == entry.dtype, entry.name
+            assert NAMES[tensor.dtype] == entry.dtype, entry.name
             out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

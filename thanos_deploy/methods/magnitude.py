@@ -3,7 +3,6 @@
 Cost: one sort. The baseline that every other method has to beat.
 """
 
-
 from thanos_deploy.hessian import require_finite
 from thanos_deploy.layer import LayerProblem, LayerResult, without_update
 from thanos_deploy.mask import smallest
