@@ -32,11 +32,11 @@ from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
 from thanos_deploy.pipeline import (
     Dense,
-    PruneRequest,
     plan_widths,
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.requests import PruneRequest
 
 DAMPING = 0.01
 BATCH = 4

@@ -19,7 +19,8 @@ from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment, pattern, walk
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
-from thanos_deploy.pipeline import Dense, PruneRequest, prune_checkpoint
+from thanos_deploy.pipeline import Dense, prune_checkpoint
+from thanos_deploy.requests import PruneRequest
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from thanos_deploy.pattern import parse
 from thanos_deploy.perplexity import perplexity
 from thanos_deploy.pipeline import (
     Dense,
-    PruneRequest,
     plan_widths,
     prune_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.requests import PruneRequest
 
 
 def main() -> None:

@@ -40,11 +40,11 @@ from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
 from thanos_deploy.pipeline import (
     Dense,
-    PruneRequest,
     plan_widths,
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses
 
 LATENCY_SLACK = 1.1  # times the ratio of parameters

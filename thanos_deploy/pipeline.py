@@ -19,9 +19,8 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypedDict
 
 from torch import Tensor
 
@@ -31,8 +30,7 @@ import exporters.packed
 from runtime import paired
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from runtime.latency import Workload
-from thanos_deploy import artifact, card, checkpoint, environment, methods, report, sizing
+from thanos_deploy import artifact, card, checkpoint, environment, report, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
@@ -40,9 +38,9 @@ from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import ResourceError, UsageError
-from thanos_deploy.methods import Option
-from thanos_deploy.pattern import Pattern, Structured, parse
+from thanos_deploy.pattern import Pattern, parse
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
 from thanos_deploy.sizing import Losses, Plan
 
 # Told the title of a piece of work that starts now, returns where to report its progress.
@@ -51,230 +49,9 @@ Announce = Callable[[str], OnProgress]
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
 
-class SizingOptions(TypedDict):
-    """Keyword arguments of `sizing.plan`."""
-
-    part: str
-    multiple: int | None
-    allocation: str
-
-
-class FitOptions(TypedDict):
-    """Keyword arguments of `shrink.shrink`."""
-
-    damping: float
-    damping_mode: str
-    dense_target: float
-
-
-class WalkOptions(TypedDict):
-    """Keyword arguments of `prune.prune` that a preset can set."""
-
-    true_sequential: bool
-    dense_target: float
-
-
 def quietly(title: str) -> OnProgress:
     """Announce nothing."""
     return silent
-
-
-@dataclass(frozen=True, slots=True)
-class PruneRequest:
-    """What to prune to, how, and on which text.
-
-    Attributes:
-        pattern: the sparsity pattern.
-        method: name of the method.
-        preset: "best" or "paper", the setting of the method; see `methods.Preset`.
-        options: what the method is told otherwise.
-        true_sequential, dense_target: see `prune.prune`; None for the preset's.
-        calib: "builtin" or the path of a text.
-        text_field: the field of a JSON Lines row that holds the text.
-        nsamples, seqlen: calibration segments and tokens of each.
-        seed: picks the segments.
-        dtype: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
-        keep_shape: for a structured pattern: set columns to zero instead of cutting heads and
-            channels out.
-        shrink: what to cut out: "heads", "ffn" or "both"; None for both.
-        ffn_multiple, allocation: see `sizing.plan`; None for its defaults.
-    """
-
-    pattern: Pattern
-    method: str = "thanos"
-    preset: str = "best"
-    options: Mapping[str, Option] = field(default_factory=dict)
-    true_sequential: bool | None = None
-    dense_target: float | None = None
-    calib: str = BUILTIN
-    text_field: str = "text"
-    nsamples: int = 32
-    seqlen: int = 512
-    seed: int = 0
-    dtype: str = "auto"
-    keep_shape: bool = False
-    shrink: str | None = None
-    ffn_multiple: int | None = None
-    allocation: str | None = None
-
-    @property
-    def shrinks(self) -> bool:
-        """Heads and channels are cut out."""
-        return isinstance(self.pattern, Structured) and not self.keep_shape
-
-    @property
-    def sizing_options(self) -> SizingOptions:
-        """How to choose the widths of a shrunk model."""
-        return {
-            "part": self.shrink or "both",
-            "multiple": self.ffn_multiple,
-            "allocation": self.allocation or "uniform",
-        }
-
-    @property
-    def fit_options(self) -> FitOptions:
-        """How to refit a shrunk model: given, else what measured best; see benchmarks/LOG.md."""
-        return {
-            "damping": float(self.options.get("damping", 0.01)),
-            "damping_mode": str(self.options.get("damping_mode", "mean")),
-            "dense_target": self.dense_target or 0.0,
-        }
-
-    def check(self) -> None:
-        """Refuse options that have no meaning together.
-
-        Raises:
-            UsageError: they have none.
-        """
-        if not self.shrinks:
-            for name, value in (
-                ("--shrink", self.shrink),
-                ("--ffn-multiple", self.ffn_multiple),
-                ("--allocation", self.allocation),
-                ("--keep-shape", self.keep_shape and not isinstance(self.pattern, Structured)),
-            ):
-                if value:
-                    raise UsageError(
-                        f"{name} with pattern {self.pattern}"
-                        + (" and --keep-shape" if self.keep_shape else ""),
-                        fix="leave it out; it is for structured patterns that cut heads and "
-                        "channels out",
-                    )
-            return
-        if self.method != "thanos":
-            raise UsageError(
-                f"--method {self.method} with {self.pattern}: heads and channels are chosen and "
-                "what reads them is refitted by thanos only",
-                fix="use --method thanos, or --keep-shape for columns of zeros by this method",
-            )
-        if self.options.get("outlier_rows"):
-            raise UsageError(
-                f"--outlier-rows {self.options['outlier_rows']:g} with {self.pattern}: rows that "
-                "stay dense read every input, so nothing could be cut out",
-                fix="leave --outlier-rows out, or use --keep-shape for columns of zeros",
-            )
-        if self.preset != "best":
-            raise UsageError(
-                f"--preset {self.preset} with {self.pattern}: the paper sets columns to zero and "
-                "cuts nothing out",
-                fix="use --keep-shape for columns of zeros, or leave --preset out",
-            )
-        unused = [
-            name.replace("_", " ")
-            for name in self.options
-            if name not in ("damping", "damping_mode", "outlier_rows")
-        ]
-        if unused or self.true_sequential is not None:
-            raise UsageError(
-                f"{self.pattern} with {', '.join(unused) or 'true sequential'}: it has no meaning "
-                "where heads and channels are cut out",
-                fix="leave it out, or use --keep-shape for columns of zeros",
-            )
-
-    @property
-    def resolved_options(self) -> dict[str, Option]:
-        """All of the method's options: given, else the preset's, else the method's defaults.
-
-        Raises:
-            UsageError: the method has no such option.
-        """
-        chosen = methods.preset(self.method, self.preset)
-        return methods.resolve(self.method, {**chosen.options, **self.options})
-
-    @property
-    def walk_options(self) -> WalkOptions:
-        """How to walk through the model: given, else the preset's."""
-        chosen = methods.preset(self.method, self.preset)
-        return {
-            "true_sequential": chosen.true_sequential
-            if self.true_sequential is None
-            else self.true_sequential,
-            "dense_target": chosen.dense_target if self.dense_target is None else self.dense_target,
-        }
-
-    def to_json(self) -> Json:
-        """For the manifest: the text by its name, not its path."""
-        how = (
-            {"cut": True, **self.sizing_options, **self.fit_options}
-            if self.shrinks
-            else {**self.resolved_options, **self.walk_options}
-        )
-        return {
-            "pattern": str(self.pattern),
-            "method": self.method,
-            **how,
-            "calib": Path(self.calib).name,
-            "text_field": self.text_field,
-            "nsamples": self.nsamples,
-            "seqlen": self.seqlen,
-            "seed": self.seed,
-            "dtype": self.dtype,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
-    """What the graph holds its weights in, and the most tokens that it is meant for.
-
-    Attributes:
-        dtype: "fp32", "fp16" or "int8"; see `exporters.onnx.export`.
-        max_sequence: prompt and answer together; None for all that the model takes.
-    """
-
-    dtype: str = "fp32"
-    max_sequence: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EvalRequest:
-    """Which text to measure perplexity on: "builtin" or a path, and how much of it."""
-
-    text: str = BUILTIN
-    text_field: str = "text"
-    segments: int = 12
-    seqlen: int = 1024
-
-    def to_json(self) -> Json:
-        """For the manifest: the text by its name, not its path."""
-        return {**asdict(self), "text": Path(self.text).name}
-
-
-@dataclass(frozen=True, slots=True)
-class BenchRequest:
-    """What to time, and the prompt of the sample text."""
-
-    batch: int = 1
-    prompt: int = 128
-    new_tokens: int = 16
-    rounds: int = 20
-    warmup: int = 2
-    sample_prompt: str = "The capital of France is"
-    sample_tokens: int = 48
-
-    @property
-    def workload(self) -> Workload:
-        """What one round does."""
-        return Workload(self.batch, self.prompt, self.new_tokens)
 
 
 def cache_folder() -> Path:

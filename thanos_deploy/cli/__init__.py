@@ -1,0 +1,102 @@
+"""The command `thanos-deploy`: each subcommand parses, calls one function of `pipeline`, prints.
+
+A subcommand is one file here with a `command`; a new file is a new subcommand. A file whose name
+begins with an underscore is part of others.
+
+Results go to standard output, progress and errors to standard error. What is heavy is imported by
+the subcommand that needs it, so that `--help` answers at once.
+"""
+
+import errno
+import signal
+import sys
+import traceback
+from importlib import import_module
+from pkgutil import iter_modules
+
+import click
+
+from thanos_deploy import __version__, console
+from thanos_deploy.errors import DeployError, PlatformError, ResourceError
+
+INTERRUPTED = 130
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Take a language model, give back a deployable sparse one, with proof.
+
+    MODEL is a hub id, a local Hugging Face folder, a packed folder, or a .gguf file. OUT is a
+    bundle: the folder that `prune` or `prune-export` made. Repeating a command continues where it
+    was interrupted and does no work twice.
+
+    Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad input, 4 the machine lacks something, 5 no memory or
+    disk, 6 a gate failed, 7 a file was changed, 130 interrupted.
+    """
+
+
+for _module in iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        cli.add_command(import_module(f"{__name__}.{_module.name}").command)
+
+
+def main() -> None:
+    """Run the command and turn every outcome into its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except DeployError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        console.show_error("interrupted; repeat the command to continue where it stopped")
+        return INTERRUPTED
+    except Exception as error:
+        if known := _as_deploy_error(error):
+            return _fail(known)
+        traceback.print_exc()
+        console.show_error("this is a bug in thanos-deploy; please report the lines above")
+        return 1
+    return 0
+
+
+def _fail(error: DeployError) -> int:
+    console.show_error(str(error))
+    return error.exit_code
+
+
+def _as_deploy_error(error: Exception) -> DeployError | None:
+    """What an exception of the system or of PyTorch means, if it is not a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"{error.filename or 'a file'}: no space left on the device",
+            fix="free some space and repeat the command; what is finished is kept",
+        )
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return PlatformError(
+            f"{error.filename}: {error.strerror}",
+            fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
+        )
+    # PyTorch's CPU allocator raises a plain RuntimeError.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return ResourceError(
+            f"out of memory ({error})",
+            fix="use fewer or shorter segments (--seqlen, --eval-seqlen), or a larger machine",
+        )
+    return None
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,301 @@
+"""What subcommands share: options, the requests made from them, and the frame that they run in."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import exporters
+from thanos_deploy import console, methods, pattern
+from thanos_deploy.errors import PatternError
+
+if TYPE_CHECKING:
+    from thanos_deploy.artifact import Json
+    from thanos_deploy.pipeline import Announce
+    from thanos_deploy.requests import BenchRequest, EvalRequest, PruneRequest
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PatternType(click.ParamType[pattern.Pattern]):
+    """A sparsity pattern on the command line."""
+
+    name = "pattern"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> pattern.Pattern:
+        """Read the spelling; a bad one is a usage error."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]  # click may hand over a converted value
+        try:
+            return pattern.parse(value)
+        except PatternError as error:
+            self.fail(f"{error.message}; {error.fix}", param, ctx)
+
+
+def several(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which `--help` shows them."""
+    return lambda command: reduce(lambda inner, wrap: wrap(inner), reversed(decorators), command)
+
+
+# Options that belong to a method; each is passed on only when it was given.
+_METHOD_OPTIONS = (
+    "block_columns",
+    "damping",
+    "damping_mode",
+    "score",
+    "refit_steps",
+    "outlier_rows",
+)
+
+model_argument = click.argument("model")
+bundle_argument = click.argument("out", type=click.Path(path_type=Path))
+out_option = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle."
+)
+common_options = several(
+    click.option(
+        "--overwrite/--resume",
+        default=False,
+        help="Redo the stages that were made with other options, or keep what is finished "
+        "and refuse other options.  [default: resume]",
+    ),
+    click.option("--offline", is_flag=True, help="Use no network: models from the local cache."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    click.option("-v", "--verbose", is_flag=True, help="Log every block."),
+)
+dense_option = click.option(
+    "--dense", metavar="MODEL", required=True, help="The dense model that OUT was made from."
+)
+revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Check everything and say what would be done."
+)
+text_field_option = click.option(
+    "--text-field", default="text", show_default=True, help="Field of a .jsonl row with the text."
+)
+pruning_options = several(
+    click.option(
+        "--pattern",
+        type=PatternType(),
+        required=True,
+        help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
+        "unstructured:FRACTION removes that fraction; structured:FRACTION cuts attention heads and "
+        "feed-forward channels out, at least that fraction of the blocks' parameters, and leaves "
+        "an ordinary smaller model.",
+    ),
+    click.option(
+        "--shrink",
+        type=click.Choice(["heads", "ffn", "both"]),
+        help="structured: what to cut out.  [default: both]",
+    ),
+    click.option(
+        "--ffn-multiple",
+        type=int,
+        help="structured: of which the number of feed-forward channels has to be.  [default: 64, "
+        "or the largest power of two below that divides the model's own]",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(["uniform", "loss"]),
+        help="structured: the same widths in every block, as a stock config.json has it; or by "
+        "loss, each block its own, for ONNX only.  [default: uniform]",
+    ),
+    click.option(
+        "--keep-shape",
+        is_flag=True,
+        help="structured: set that fraction of each layer's input columns to zero instead, and "
+        "leave all shapes as they are.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(methods.names()),
+        default="thanos",
+        show_default=True,
+        help="Pruning method.",
+    ),
+    click.option(
+        "--preset",
+        type=click.Choice(["best", "paper"]),
+        default="best",
+        show_default=True,
+        help="Defaults of the options below: what measured best on held-out text, or the setting "
+        "of the method's own paper.",
+    ),
+    click.option(
+        "--true-sequential/--block-statistics",
+        default=None,
+        help="Collect each layer's statistics after the layers before it in the block are pruned, "
+        "or all of a block's at once.  [default: the preset's]",
+    ),
+    click.option(
+        "--dense-target",
+        type=click.FloatRange(0.0, 1.0),
+        help="How far each layer aims at its output in the dense model (1) rather than at its own "
+        "output on the pruned model's activations (0).  [default: the preset's]",
+    ),
+    click.option(
+        "--calib",
+        default="builtin",
+        show_default=True,
+        help="Calibration text: a .txt or .jsonl file; or builtin, the Python language reference.",
+    ),
+    text_field_option,
+    click.option("--nsamples", default=32, show_default=True, help="Segments of calibration text."),
+    click.option("--seqlen", default=512, show_default=True, help="Tokens of each segment."),
+    click.option("--seed", default=0, show_default=True, help="Picks the segments."),
+    click.option(
+        "--block-size",
+        "block_columns",
+        type=int,
+        help="thanos, sparsegpt: columns that are solved at once.",
+    ),
+    click.option(
+        "--damp",
+        "damping",
+        type=float,
+        help="thanos, sparsegpt: damping of the Hessian, as a fraction.",
+    ),
+    click.option(
+        "--damp-mode",
+        "damping_mode",
+        help="thanos, sparsegpt: fraction of what: the mean or median of the Hessian's diagonal, "
+        "or per-channel.",
+    ),
+    click.option(
+        "--score",
+        help="thanos: what chooses the weights to remove: wanda or obs.",
+    ),
+    click.option(
+        "--refit-steps",
+        type=int,
+        help="thanos: steps of a last fit of all kept weights of a layer.",
+    ),
+    click.option(
+        "--outlier-rows",
+        type=float,
+        help="thanos: fraction of each layer's rows that stay dense; such a model does not "
+        "hold the pattern everywhere.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+        default="auto",
+        show_default=True,
+        help="What to store the checkpoint in; auto keeps the model's own.",
+    ),
+)
+evaluation_options = several(
+    click.option(
+        "--eval-text",
+        default="builtin",
+        show_default=True,
+        help="Text for perplexity: a file, or the part of the built-in text that calibration "
+        "never sees.",
+    ),
+    click.option(
+        "--eval-segments", default=12, show_default=True, help="Segments of evaluation text."
+    ),
+    click.option("--eval-seqlen", default=1024, show_default=True, help="Tokens of each."),
+)
+benchmark_options = several(
+    click.option("--batch", default=1, show_default=True, help="Sequences at once."),
+    click.option("--prompt", default=128, show_default=True, help="Tokens of each timed prompt."),
+    click.option(
+        "--new-tokens", default=16, show_default=True, help="Tokens decoded after each prompt."
+    ),
+    click.option("--rounds", default=20, show_default=True, help="Timed rounds of each model."),
+    click.option(
+        "--sample-prompt",
+        default="The capital of France is",
+        show_default=True,
+        help="Prompt of the sample text.",
+    ),
+)
+target_option = click.option(
+    "--target",
+    type=click.Choice(exporters.names()),
+    default="onnx",
+    show_default=True,
+    help="What to export to.",
+)
+
+
+def prune_request(options: dict[str, Any]) -> "PruneRequest":
+    """What `pruning_options` ask for."""
+    from thanos_deploy.requests import PruneRequest
+
+    return PruneRequest(
+        pattern=options["pattern"],
+        method=options["method"],
+        options={name: options[name] for name in _METHOD_OPTIONS if options[name] is not None},
+        preset=options["preset"],
+        true_sequential=options["true_sequential"],
+        dense_target=options["dense_target"],
+        calib=options["calib"],
+        text_field=options["text_field"],
+        nsamples=options["nsamples"],
+        seqlen=options["seqlen"],
+        seed=options["seed"],
+        dtype=options["dtype"],
+        keep_shape=options["keep_shape"],
+        shrink=options["shrink"],
+        ffn_multiple=options["ffn_multiple"],
+        allocation=options["allocation"],
+    )
+
+
+def eval_request(options: dict[str, Any]) -> "EvalRequest":
+    """What `evaluation_options` ask for."""
+    from thanos_deploy.requests import EvalRequest
+
+    return EvalRequest(
+        text=options["eval_text"],
+        text_field=options["text_field"],
+        segments=options["eval_segments"],
+        seqlen=options["eval_seqlen"],
+    )
+
+
+def bench_request(options: dict[str, Any]) -> "BenchRequest":
+    """What `benchmark_options` ask for."""
+    from thanos_deploy.requests import BenchRequest
+
+    return BenchRequest(
+        batch=options["batch"],
+        prompt=options["prompt"],
+        new_tokens=options["new_tokens"],
+        rounds=options["rounds"],
+        sample_prompt=options["sample_prompt"],
+    )
+
+
+@contextmanager
+def session(options: dict[str, Any]) -> "Iterator[Announce]":
+    """What every command that works needs: quiet libraries, logging, progress."""
+    if options["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("thanos_deploy").setLevel(
+        logging.INFO if options["verbose"] else logging.WARNING
+    )
+    console.quiet_libraries()
+    with console.announcer(quiet=options["quiet"]) as announce:
+        yield announce
+
+
+def emit(options: dict[str, Any], value: "Json", show: "Callable[[Json], None]") -> None:
+    """Print a result, for people or as JSON."""
+    if options["as_json"]:
+        click.echo(json.dumps(value, indent=2, allow_nan=False))
+    else:
+        show(value)

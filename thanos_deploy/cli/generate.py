@@ -1,0 +1,96 @@
+"""`thanos-deploy generate`: text from the exported model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thanos_deploy.cli._options import (
+    bundle_argument,
+)
+from thanos_deploy.errors import InputError
+
+
+@click.command("generate")
+@bundle_argument
+@click.argument("prompt")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="The most tokens to generate.",
+)
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time; above 0 tokens are drawn.",
+)
+@click.option("--top-k", default=0, show_default=True, help="Draw from that many; 0 for all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Draw from this much probability.")
+@click.option(
+    "--min-p",
+    default=0.0,
+    show_default=True,
+    help="Draw from tokens at least this fraction as likely as the likeliest.",
+)
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: repeat less.")
+@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option("--stop", multiple=True, help="A text that ends the answer; may be given often.")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What to run on; an error where it is not there.",
+)
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Check the files' hashes first."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+def command(
+    out: Path,
+    prompt: str,
+    new_tokens: int,
+    stop: tuple[str, ...],
+    provider: str,
+    verify: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue PROMPT with the exported model of the bundle OUT, and stream the answer.
+
+    PROMPT is passed to the model as it is, without a chat template; - reads it from standard
+    input, in UTF-8. Needs numpy, tokenizers and onnxruntime only.
+
+    \b
+    thanos-deploy generate out/smol "The capital of France is" --new-tokens 20
+    """  # noqa: D301 - click wants the control character
+    from runtime.engine import open_engine
+    from runtime.sampling import Sampling
+    from runtime.text import open_tokenizer, stream
+
+    settings = Sampling(**sampling)
+    text = _read_prompt() if prompt == "-" else prompt
+    tokenizer = open_tokenizer(out, verify=verify)
+    engine = open_engine(out, provider=provider, verify=verify)
+    answer = []
+    for piece in stream(
+        engine, tokenizer, text, new_tokens=new_tokens, sampling=settings, stop=stop
+    ):
+        answer.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    click.echo(json.dumps({"prompt": text, "answer": "".join(answer)}) if as_json else "")
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input has invalid UTF-8 at byte {error.start}", fix="give the text in UTF-8"
+        ) from error

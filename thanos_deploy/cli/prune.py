@@ -1,0 +1,52 @@
+"""`thanos-deploy prune`: a checkpoint in, a sparse or smaller one out."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thanos_deploy import console
+from thanos_deploy.cli._options import (
+    common_options,
+    dry_run_option,
+    emit,
+    model_argument,
+    out_option,
+    prune_request,
+    pruning_options,
+    revision_option,
+    session,
+)
+
+
+@click.command("prune")
+@model_argument
+@out_option
+@pruning_options
+@revision_option
+@dry_run_option
+@common_options
+def command(model: str, out: Path, revision: str | None, dry_run: bool, **options: Any) -> None:
+    """Prune MODEL into OUT/model, an ordinary checkpoint.
+
+    With a structured pattern, --dry-run measures what each block would lose and prints the heads
+    and channels that would stay.
+    """
+    with session(options) as announce:
+        from thanos_deploy import artifact, pipeline
+
+        if dry_run:
+            request = prune_request(options)
+            plan = pipeline.plan_prune(model, request, revision=revision, announce=announce)
+            emit(options, plan, console.show_plan)
+            return
+        dense = pipeline.Dense(model, revision=revision)
+        with artifact.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
+            record = pipeline.prune(
+                bundle,
+                dense,
+                prune_request(options),
+                overwrite=options["overwrite"],
+                announce=announce,
+            )
+    emit(options, record.result, console.show_plan)

@@ -1,0 +1,61 @@
+"""`thanos-deploy prune-export`: every stage, from a dense model to its report."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thanos_deploy import console
+from thanos_deploy.cli._options import (
+    bench_request,
+    benchmark_options,
+    common_options,
+    dry_run_option,
+    emit,
+    eval_request,
+    evaluation_options,
+    model_argument,
+    out_option,
+    prune_request,
+    pruning_options,
+    revision_option,
+    session,
+    target_option,
+)
+
+
+@click.command("prune-export")
+@model_argument
+@out_option
+@pruning_options
+@target_option
+@evaluation_options
+@benchmark_options
+@revision_option
+@dry_run_option
+@common_options
+def command(
+    model: str, out: Path, target: str, revision: str | None, dry_run: bool, **options: Any
+) -> None:
+    """Prune MODEL, export it, run it, measure it, and say what came out.
+
+    \b
+    thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
+    """  # noqa: D301 - click wants the control character
+    with session(options) as announce:
+        from thanos_deploy import pipeline
+
+        # A plan is the same for every target.
+        run = pipeline.plan if dry_run else partial(pipeline.prune_export, target=target)
+        result = run(
+            model,
+            out,
+            request=prune_request(options),
+            evaluation=eval_request(options),
+            benchmark=bench_request(options),
+            revision=revision,
+            overwrite=options["overwrite"],
+            announce=announce,
+        )
+    emit(options, result, console.show_plan if dry_run else console.show_report)
