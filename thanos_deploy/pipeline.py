@@ -7,7 +7,7 @@
     genai    genai/                                           (only if asked for)
     packed   packed/                                          (only if asked for)
     bench    bench/latency.json, bench/sample.json
-    report   report/report.json, README.md
+    report   report/{index.html,report.md,report.json}, README.md
 
 The dense model that pruned ones are compared with is itself a bundle, in a cache folder named
 after its hash, so several runs on one model convert, export and evaluate it once.
@@ -30,7 +30,7 @@ import exporters.packed
 from runtime import paired
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, card, checkpoint, environment, report, sizing
+from thanos_deploy import artifact, checkpoint, environment, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
@@ -38,8 +38,10 @@ from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import ResourceError, UsageError
+from thanos_deploy.parts import part_bytes
 from thanos_deploy.pattern import Pattern, parse
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.report.write import write_report
 from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
 from thanos_deploy.sizing import Losses, Plan
 
@@ -221,6 +223,10 @@ def prune(
             },
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "dense_bytes": _bytes_of(source, "auto"),
+            "parts": {
+                "dense": part_bytes(source),
+                "pruned": part_bytes(Checkpoint.open(folder / "model")),
+            },
         }
 
     return bundle.run(
@@ -409,27 +415,6 @@ def bench(
     )
 
 
-def write_report(bundle: Bundle, dense: Dense) -> Json:
-    """Put what the finished stages say into report.json and the model card; return the report."""
-
-    def produce(folder: Path) -> Json:
-        (folder / "report").mkdir()
-        content = report.build(bundle, Bundle.open(dense.folder))
-        artifact.write_json(folder / "report" / "report.json", content)
-        (folder / "README.md").write_text(card.write(content), encoding="utf-8")
-        return content
-
-    return bundle.run(
-        "report",
-        produce,
-        options={},
-        inputs={
-            name: record.finished for name, record in bundle.stages.items() if name != "report"
-        },
-        overwrite=True,
-    ).result
-
-
 @contextmanager
 def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
     """A bundle for further stages, and the dense model that it was made from.
@@ -474,7 +459,7 @@ def prune_export(
         for wanted in dict.fromkeys(("onnx", target)):  # the graph is measured in any case
             export(bundle, target=wanted, overwrite=overwrite, announce=announce)
         bench(bundle, dense, benchmark, overwrite=overwrite, announce=announce)
-        return write_report(bundle, dense)
+        return write_report(bundle)
 
 
 def plan(

@@ -26,6 +26,7 @@ def command(out: Path, dense: str, **options: Any) -> None:
     """Time the bundle OUT beside the dense model, and bring its report up to date."""
     with session(options) as announce:
         from thanos_deploy import pipeline
+        from thanos_deploy.report.write import write_report
 
         with pipeline.reopen(out, dense) as (bundle, source):
             bundle.require("eval", f"`thanos-deploy eval {out} --dense {dense}`")
@@ -36,5 +37,5 @@ def command(out: Path, dense: str, **options: Any) -> None:
                 overwrite=options["overwrite"],
                 announce=announce,
             )
-            report = pipeline.write_report(bundle, source)
+            report = write_report(bundle)
     emit(options, report, console.show_report)

@@ -1,0 +1,116 @@
+"""What a report is made from: a bundle, and its records that are too long for the manifest."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thanos_deploy.artifact import Bundle, Json, StageRecord
+from thanos_deploy.errors import InputError
+
+BENCH_FORMAT = "thanos-deploy/bench/1"
+BUILD_FORMAT = "thanos-deploy/build/1"
+
+_LAYERS = "layers.json"
+_SAMPLE = "bench/sample.json"
+
+# What a stage reads; one that was made before is about another model.
+_READS = {"eval": "prune", "onnx": "prune", "packed": "prune", "genai": "onnx", "bench": "onnx"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """A bundle and its records.
+
+    Attributes:
+        bundle: the bundle.
+        stages: its stages that are about the model as it is now.
+        stale: names of the stages that were made from an earlier one.
+        blocks: layers.json, one entry a block.
+        runs: content of bench/<run>.json, raw samples included, by the file's name, in the order in
+            which they were measured; those that were interrupted are last.
+        unrecorded: names of the runs that the manifest does not have.
+        sample: the texts that the models wrote, if any.
+        engines: content of engines/*/build.json, by the file's name.
+    """
+
+    bundle: Bundle
+    stages: dict[str, StageRecord]
+    stale: tuple[str, ...]
+    blocks: list[Json]
+    runs: dict[str, Json] = field(default_factory=dict)
+    unrecorded: tuple[str, ...] = ()
+    sample: Json | None = None
+    engines: dict[str, Json] = field(default_factory=dict)
+
+
+def read(bundle: Bundle) -> Sources:
+    """Collect what a bundle has to say; what it has not finished is left out.
+
+    Raises:
+        InputError: nothing was pruned yet, or a record is not readable.
+        IntegrityError: a record was changed since it was written.
+    """
+    bundle.require("prune", f"`thanos-deploy prune MODEL -o {bundle.path} --pattern 2:4`")
+    stale = tuple(name for name in bundle.stages if _is_stale(bundle, name))
+    stages = {
+        name: record
+        for name, record in bundle.stages.items()
+        if name not in stale and name != "report"
+    }
+    measured = "bench" not in stale
+    runs = {
+        name: content
+        for name in _names(bundle, "bench/*.json")
+        if measured and name != _SAMPLE
+        if (content := _read(bundle, name)).get("format") == BENCH_FORMAT
+    }
+    order = list(stages["bench"].result.get("runs", ())) if "bench" in stages else []
+    position = {run: index for index, run in enumerate(order)}
+    runs = dict(sorted(runs.items(), key=lambda item: position.get(Path(item[0]).stem, len(order))))
+    return Sources(
+        bundle=bundle,
+        stages=stages,
+        stale=stale,
+        blocks=_read(bundle, _LAYERS),
+        runs=runs,
+        unrecorded=tuple(name for name in runs if not _recorded(bundle, name)),
+        sample=_read(bundle, _SAMPLE) if measured and (bundle.path / _SAMPLE).is_file() else None,
+        engines={
+            name: content
+            for name in _names(bundle, "engines/*/build.json")
+            if (content := _read(bundle, name)).get("format") == BUILD_FORMAT
+        },
+    )
+
+
+def _is_stale(bundle: Bundle, stage: str) -> bool:
+    made_from = _READS.get(stage)
+    if made_from is None or made_from not in bundle.stages:
+        return False
+    # Both in UTC and of one format, so that text compares like time.
+    older = bundle.stages[stage].finished < bundle.stages[made_from].finished
+    return older or _is_stale(bundle, made_from)
+
+
+def _names(bundle: Bundle, glob: str) -> list[str]:
+    return sorted(path.relative_to(bundle.path).as_posix() for path in bundle.path.glob(glob))
+
+
+def _recorded(bundle: Bundle, name: str) -> bool:
+    return any(name in record.files for record in bundle.stages.values())
+
+
+def _read(bundle: Bundle, name: str) -> Any:
+    """The content of a record, compared with its hash where the manifest has one."""
+    if _recorded(bundle, name):
+        bundle.verify_file(name)
+    path = bundle.path / name
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not readable ({error})",
+            fix="restore the file from a copy of the bundle, or repeat the command that wrote it "
+            "with --overwrite",
+        ) from error
