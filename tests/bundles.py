@@ -11,7 +11,7 @@ from thanos_deploy.artifact import Bundle, Json
 
 SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
 ALL = ("prune", "eval", "onnx", "bench")
-SAMPLE = {"prompt": "The capital of France is", "dense": " Paris.", "pruned": " the \"L\"\nin"}
+SAMPLE = {"prompt": "The capital of France is", "dense": " Paris.", "pruned": ' the "L"\nin'}
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 BLOCKS = 3
 
@@ -146,7 +146,9 @@ def run(
                 "results": {
                     who: {
                         "metrics": {
-                            metric: _metric(draw, metric, middle * (factor if who != baseline else 1))
+                            metric: _metric(
+                                draw, metric, middle * (factor if who != baseline else 1)
+                            )
                             for metric, middle in metrics[kind].items()
                         },
                         **(

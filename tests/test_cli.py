@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import stock_model
+from tests.conftest import Invoke, stock_model
 from thanos_deploy import artifact, cli, pipeline, report
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.checkpoint import load_tokenizer
@@ -31,21 +30,6 @@ SMALL = (
     *("--eval-segments", "2", "--eval-seqlen", "64"),
     *("--prompt", "8", "--new-tokens", "4", "--rounds", "2"),
 )
-
-Invoke = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["thanos-deploy", *map(str, arguments)])
-        code = cli._run()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MakeModel, stock_model
-from tests.test_cli import SMALL, Invoke, invoke
+from tests.conftest import Invoke, MakeModel, stock_model
+from tests.test_cli import SMALL
 from thanos_deploy.artifact import Bundle
-
-__all__ = ["invoke"]  # a fixture
 
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
 REST = SMALL[8:]

@@ -1,6 +1,5 @@
 """`thanos-deploy report`: one page about a bundle, or about several side by side."""
 
-import logging
 from pathlib import Path
 
 import click
@@ -48,7 +47,6 @@ def command(
             f"{len(bundles)} bundles and no -o: none of them is the place for a comparison",
             fix="give the page's name, such as -o compare.html",
         )
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from thanos_deploy import artifact
     from thanos_deploy.report.write import compare, write_report
 

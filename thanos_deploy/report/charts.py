@@ -7,6 +7,7 @@ stands beside a table.
 
 import hashlib
 import io
+import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from matplotlib.patches import Rectangle
 from thanos_deploy.artifact import Json
 from thanos_deploy.report.figures import metric_title
 from thanos_deploy.report.runs import DENSE, PRUNED
+
+# It speaks of its caches, which are nothing to a reader of reports.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 # Stand-in -> what the page calls the colour.
 _INK, _MUTED, _LINE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -55,6 +59,7 @@ _STYLE = mpl.RcParams(
     }
 )
 _WIDTH = 7.2  # inches of 72 units
+_LONGEST = 32  # characters of a name
 
 # The dense model is dashed and grey, so that colour is not all that tells the two apart.
 _LINES: dict[str, tuple[str, Any]] = {DENSE: (_MUTED, (0, (3, 2))), PRUNED: (_ACCENT, "solid")}
@@ -118,7 +123,7 @@ def distributions(run: Json) -> Markup:
                 color=colour,
                 linestyle=style,
                 linewidth=1.4,
-                label=name,
+                label=_brief(name),
             )
         axes.set_title(f"{metric_title(scenario, metric).replace(', ', chr(10))}, ms")
         axes.set_yticks([0.0, 0.5, 0.9, 1.0], ["0", "50 %", "90 %", ""])
@@ -214,8 +219,8 @@ def pareto(plots: Sequence[Json]) -> Markup:
                 markerfacecolor="none" if beaten else colour,
                 elinewidth=1.0,
             )
-            axes.annotate(
-                point["label"],
+            name = axes.annotate(
+                _brief(point["label"]),
                 (point["cost"] * scale, point["perplexity"]),
                 xytext=(-5 if right else 5, -11 if beaten else 5),
                 horizontalalignment="right" if right else "left",
@@ -223,6 +228,7 @@ def pareto(plots: Sequence[Json]) -> Markup:
                 color=colour,
                 fontsize=8.0,
             )
+            name.set_in_layout(False)
         front = sorted(
             (point["cost"] * scale, point["perplexity"])
             for point in plot["points"]
@@ -241,6 +247,11 @@ def pareto(plots: Sequence[Json]) -> Markup:
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _brief(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def _svg(figure: Figure, title: str) -> Markup:
