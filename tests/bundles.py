@@ -3,11 +3,12 @@
 import json
 import random
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from thanos_deploy import artifact, environment
-from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.artifact import Bundle, FileRecord, Json
 
 SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
 ALL = ("prune", "eval", "onnx", "bench")
@@ -30,26 +31,35 @@ def write_bundle(
     tokenizer: str = "{}",
     bytes_: int = 4000,
     runs: tuple[Json, ...] | None = None,
+    graphs: Mapping[str, Mapping[str, FileRecord]] | None = None,
 ) -> Path:
     """A bundle with the named stages, as the commands would have recorded them."""
+    runs = (run(),) if runs is None else runs
+    hashes = {
+        label: {name: file.sha256 for name, file in files.items()}
+        for label, files in (graphs or {}).items()
+    }
     made: Json = {
         "prune": lambda folder: _prune(folder, tokenizer, bytes_, pattern),
         "eval": lambda folder: _eval(folder, perplexity, text),
         "onnx": lambda folder: _onnx(folder, bytes_),
         "packed": lambda folder: _file(folder / "packed" / "model.packed.safetensors", 2500),
-        "bench": lambda folder: _bench(folder, (run(),) if runs is None else runs),
+        "bench": lambda folder: _bench(folder, runs),
     }
     options: Json = {
         "prune": {"pattern": pattern, "method": method, "calib": "builtin", "seed": 0},
         "eval": {"text": "builtin", "text_field": "text", "segments": 2, "seqlen": 64},
         "onnx": {"dtype": dtype, "max_sequence": None},
         "packed": {},
-        "bench": {"latency": {"rounds": 12}},
+        "bench": {document["run"]: document["request"] for document in runs},
+    }
+    inputs: Json = {
+        "eval": {"dense": {"value": dense}},
+        "bench": {document["run"]: hashes for document in runs},
     }
     with artifact.claim(path, source or SOURCE) as bundle:
         for stage in stages:
-            inputs = {"dense": {"value": dense}} if stage == "eval" else {}
-            bundle.run(stage, made[stage], options=options[stage], inputs=inputs)
+            bundle.run(stage, made[stage], options=options[stage], inputs=inputs.get(stage, {}))
     return path
 
 
@@ -100,8 +110,10 @@ def run(
     reasons: tuple[str, ...] = (),
     baseline: str = "dense",
     kinds: tuple[str, ...] = ("prefill", "decode"),
+    others: Mapping[str, float] | None = None,
 ) -> Json:
     """A benchmark's document: the pruned model takes `factor` of the dense one's time."""
+    factors = {baseline: 1.0, "pruned": factor, **(others or {})}
     draw = random.Random(0)
     metrics = {
         "prefill": {"prefill": 0.2},
@@ -109,7 +121,6 @@ def run(
         "generate": {"ttft": 0.2, "inter_token": 0.03, "total": 0.7, "tokens_per_second": 23.0},
         "open-loop": {"ttft": 0.3, "request": 0.8},
     }
-    subjects = (baseline, "pruned")
     return {
         "format": "thanos-deploy/bench/1",
         "run": name,
@@ -118,7 +129,7 @@ def run(
         "backend": "onnxruntime",
         "provider": "CPUExecutionProvider",
         "baseline": baseline,
-        "request": {"rounds": 12},
+        "request": {"run": name, "kinds": list(kinds), "subjects": list(factors)},
         "environment": {**environment.describe(), "threads": 2, "governor": None},
         "machine": {"memory_bandwidth_bytes_per_second": 2e10},
         "gpu": None,
@@ -133,7 +144,7 @@ def run(
                 "cache_bytes_per_token": 46080,
                 "gpu_peak_bytes": None,
             }
-            for who in subjects
+            for who in factors
         },
         "scenarios": [
             {
@@ -146,18 +157,16 @@ def run(
                 "results": {
                     who: {
                         "metrics": {
-                            metric: _metric(
-                                draw, metric, middle * (factor if who != baseline else 1)
-                            )
+                            metric: _metric(draw, metric, middle * factors[who])
                             for metric, middle in metrics[kind].items()
                         },
                         **(
                             {
                                 "ratio": {
                                     metric: {
-                                        "estimate": factor,
-                                        "low": factor - half,
-                                        "high": factor + half,
+                                        "estimate": factors[who],
+                                        "low": factors[who] - half,
+                                        "high": factors[who] + half,
                                         "level": 0.95,
                                     }
                                     for metric in metrics[kind]
@@ -169,7 +178,7 @@ def run(
                         "ceiling": {"bytes": 1, "flops": 1, "seconds": 0.1, "bound": "memory"},
                         "of_ceiling": 0.5,
                     }
-                    for who in subjects
+                    for who in factors
                 },
             }
             for kind in kinds

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 
 from thanos_deploy.artifact import Json, StageRecord
 from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.report.runs import DENSE, PRUNED
 from thanos_deploy.report.sources import Sources
+
+_TOOL = "thanos-deploy"
 
 # Options whose name on the command line is not their name in the manifest.
 _PRUNE = {
@@ -21,6 +24,20 @@ _EVAL = {
     "seqlen": "--eval-seqlen",
 }
 _EXPORT = {"max_sequence": "--max-seq"}
+_BENCH = {
+    "run": "--run",
+    "batches": "--batch",
+    "prompts": "--prompt",
+    "pasts": "--past",
+    "new_tokens": "--new-tokens",
+    "rounds": "--rounds",
+    "requests": "--requests",
+    "rate": "--rate",
+    "driver": "--driver",
+    "provider": "--provider",
+    "threads": "--threads",
+    "sample_prompt": "--sample-prompt",
+}
 
 
 def of(sources: Sources) -> list[str]:
@@ -43,11 +60,14 @@ def of(sources: Sources) -> list[str]:
             case "genai" | "packed":
                 words = ["export", "OUT", "--target", stage]
             case "bench":
-                made += [_bench(source["name"], options) for options in record.options.values()]
+                made += [
+                    shlex.join([_TOOL, "bench", "OUT", *_bench(source["name"], options)])
+                    for options in record.options.values()
+                ]
                 continue
             case _:  # an engine of its target's name
                 words = ["export", "OUT", "--target", stage]
-        made.append(shlex.join(["thanos-deploy", *words]))
+        made.append(shlex.join([_TOOL, *words]))
     return made
 
 
@@ -64,8 +84,18 @@ def _pruning(record: StageRecord) -> Iterator[str]:
     yield from _flags(options, _PRUNE)
 
 
-def _bench(model: str, options: Json) -> str:
-    return shlex.join(["thanos-deploy", "bench", "OUT", "--dense", model, *_flags(options, {})])
+def _bench(model: str, options: Json) -> Iterator[str]:
+    others = [label for label in options["subjects"] if label != PRUNED]
+    if others == [f"{PRUNED}-again"]:
+        yield "--aa"
+    else:
+        for label in others:  # a bundle is called like its folder
+            yield from ("--against", label)
+    if DENSE in others:
+        yield from ("--dense", model)
+    for kind in options["kinds"]:
+        yield from ("--scenario", kind)
+    yield from _flags({name: options[name] for name in _BENCH if name in options}, _BENCH)
 
 
 def _flags(options: Json, names: dict[str, str]) -> Iterator[str]:

@@ -35,8 +35,8 @@ for (const button of document.querySelectorAll("th > button")) {
   });
 }
 
-// What is folded is printed all the same; a link to a folded model unfolds it.
-addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
+// A folded model is printed all the same; a link to it unfolds it.
+addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details.model")) details.open = true; });
 const unfold = () => { const details = document.getElementById(location.hash.slice(1))?.parentElement.querySelector("details.model"); if (details) details.open = true; };
 addEventListener("hashchange", unfold);
 unfold();

@@ -1,12 +1,14 @@
 """What a report is made from: a bundle, and its records that are too long for the manifest."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.errors import InputError
+from thanos_deploy.report.runs import PRUNED
 
 BENCH_FORMAT = "thanos-deploy/bench/1"
 BUILD_FORMAT = "thanos-deploy/build/1"
@@ -82,6 +84,54 @@ def read(bundle: Bundle) -> Sources:
             if (content := _read(bundle, name)).get("format") == BUILD_FORMAT
         },
     )
+
+
+def share(bundles: Sequence[Sources]) -> list[Sources]:
+    """Let each bundle have the runs of the others in which its own graph was timed too.
+
+    `bench A --against B` leaves one run, in A; seen from B it is a run of B beside A.
+    """
+    return [replace(one, runs={**_runs_of_others(one, bundles), **one.runs}) for one in bundles]
+
+
+def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Json]:
+    graph = _graph(one)
+    found = {}
+    for other in bundles:
+        if other is one or graph is None or "bench" not in other.stages:
+            continue
+        owner = other.bundle.path.resolve().name
+        for run, subjects in other.stages["bench"].inputs.items():
+            name = f"bench/{run}.json"
+            for label, files in subjects.items():
+                if files == graph and label != PRUNED and name in other.runs:
+                    names = {PRUNED: owner, label: PRUNED}
+                    found[f"{owner}/{name}"] = _renamed(other.runs[name], names, owner)
+    return found
+
+
+def _graph(sources: Sources) -> dict[str, str] | None:
+    """The hashes of the exported files."""
+    onnx = sources.stages.get("onnx")
+    return None if onnx is None else {name: file.sha256 for name, file in onnx.files.items()}
+
+
+def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
+    """A run in which some subjects are called otherwise."""
+
+    def of(label: str) -> str:
+        return names.get(label, label)
+
+    return {
+        **run,
+        "run": f"{run['run']} of {owner}",
+        "baseline": of(run["baseline"]),
+        "subjects": {of(label): facts for label, facts in run["subjects"].items()},
+        "scenarios": [
+            {**one, "results": {of(label): result for label, result in one["results"].items()}}
+            for one in run["scenarios"]
+        ],
+    }
 
 
 def _is_stale(bundle: Bundle, stage: str) -> bool:

@@ -60,7 +60,7 @@ def compare(
         IntegrityError: a record was changed since it was written.
     """
     _refuse(destination, overwrite)
-    read = [sources.read(Bundle.open(path)) for path in bundles]
+    read = sources.share([sources.read(Bundle.open(path)) for path in bundles])
     content = build.build(read, allow_different_models=allow_different_models)
     destination.parent.mkdir(parents=True, exist_ok=True)
     _write(content, read, destination, destination.with_suffix(".md"))

@@ -12,6 +12,7 @@ from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, IntegrityError, UsageError
 from thanos_deploy.report import build, markdown, page, sources
 from thanos_deploy.report.figures import figures
+from thanos_deploy.report.sources import Sources
 
 SCHEMA = json.loads(
     resources.files("thanos_deploy.report").joinpath("report.schema.json").read_text()
@@ -21,13 +22,17 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 def report_on(*paths: Path, **options: Any) -> Json:
     """The report, checked against its schema."""
-    report = build.build([sources.read(Bundle.open(path)) for path in paths], **options)
+    report = build.build(read(*paths), **options)
     VALIDATOR.validate(json.loads(json.dumps(report, allow_nan=False)))
     return report
 
 
+def read(*paths: Path) -> list[Sources]:
+    return sources.share([sources.read(Bundle.open(path)) for path in paths])
+
+
 def page_of(report: Json, *paths: Path) -> str:
-    return page.render(report, [sources.read(Bundle.open(path)) for path in paths])
+    return page.render(report, read(*paths))
 
 
 def test_the_schema_is_one_and_names_the_format() -> None:
@@ -182,6 +187,21 @@ def test_several_models_are_compared(tmp_path: Path) -> None:
     assert plots["decode-1x128 time"]["left_out"] == ["unstructured:0.5"]
     assert "unbeaten throughout: structured:0.2" in report["headline"]
     assert "not comparable: unstructured:0.5" in report["headline"]
+
+
+def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> None:
+    """`bench a --against dense --against b` leaves its run in a."""
+    b = write_bundle(tmp_path / "b", pattern="4:8", stages=("prune", "eval", "onnx"), bytes_=3900)
+    graph = Bundle.open(b).stages["onnx"].files
+    document = run("full", others={"b": 0.7})
+    a = write_bundle(tmp_path / "a", runs=(document,), graphs={"b": graph})
+    report = report_on(a, b)
+    of_a, of_b = report["models"]
+    assert (of_a["quoted_run"], of_b["quoted_run"]) == ("full", "full of a")
+    ratios = [next(f for f in figures(m) if f.name == "decode-1x128").ratio for m in (of_a, of_b)]
+    assert ratios == [0.9, 0.7]
+    assert {p["label"] for p in report["pareto"][0]["points"]} == {"dense", "2:4", "4:8"}
+    assert "Run <q>full of a</q>" in page_of(report, a, b)
 
 
 def test_times_of_runs_that_do_not_count_are_marked_in_a_comparison(tmp_path: Path) -> None:

@@ -283,11 +283,11 @@ def test_text_stands_out_from_its_background(dark: bool, browser: Browser, one: 
         assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ink, paper)
 
 
-def test_print_has_all_that_is_folded_on_screen(browser: Browser, many: Path) -> None:
+def test_models_that_are_folded_on_screen_are_printed(browser: Browser, many: Path) -> None:
     show(browser, many, dark=True)
     browser.print_page()
     folded = browser.execute_script(
-        "return document.querySelectorAll('details:not([open])').length"
+        "return document.querySelectorAll('details.model:not([open])').length"
     )
     assert folded == 0
 
