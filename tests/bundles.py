@@ -42,7 +42,7 @@ def write_bundle(
     made: Json = {
         "prune": lambda folder: _prune(folder, tokenizer, bytes_, pattern),
         "eval": lambda folder: _eval(folder, perplexity, text),
-        "onnx": lambda folder: _onnx(folder, bytes_),
+        "onnx": lambda folder: _onnx(folder, bytes_, cut=pattern.startswith("structured")),
         "packed": lambda folder: _file(folder / "packed" / "model.packed.safetensors", 2500),
         "bench": lambda folder: _bench(folder, runs),
     }
@@ -137,6 +137,7 @@ def run(
             who: {
                 "model": "tiny",
                 "sha256": SOURCE["sha256"],
+                "dtype": "fp32",
                 "file_bytes": 5000,
                 "load_peak_bytes": 724_000_000,
                 "steady_bytes": 690_000_000,
@@ -278,8 +279,14 @@ def _eval(folder: Path, perplexity: float, text: str) -> Json:
     return {"text": text, "value": perplexity, "segments": 2, "length": 64}
 
 
-def _onnx(folder: Path, bytes_: int) -> Json:
+def _onnx(folder: Path, bytes_: int, *, cut: bool) -> Json:
     _file(folder / "onnx" / "model.onnx.data", bytes_)
+    weights = [
+        {"name": f"model.layers.{block}.{name}", "pattern_holds": None if cut else True}
+        for block in range(BLOCKS)
+        for name in LINEARS
+    ]
+    artifact.write_json(folder / "onnx" / "export.json", {"weights": weights})
     case = {"name": "prefill", "logits_error": 1e-6, "cache_error": 2e-6}
     return {"parity_limit": 1e-4, "parity": [case], "weights": 12, "rounding": {}}
 

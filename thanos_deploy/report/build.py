@@ -72,7 +72,7 @@ def _model(sources: Sources, label: str) -> Json:
         "widths": _widths(prune),
         "bytes": _bytes(sources),
         "parts": prune.result.get("parts"),
-        "export": _export(stages.get("onnx")),
+        "export": _export(stages.get("onnx"), sources.weights),
         "bench": [
             {**_without_samples(run), **_doubt(sources, name)} for name, run in sources.runs.items()
         ],
@@ -243,13 +243,16 @@ def _size(record: StageRecord, *endings: str) -> int:
     return sum(file.bytes for name, file in record.files.items() if name.endswith(endings))
 
 
-def _export(onnx: StageRecord | None) -> Json | None:
+def _export(onnx: StageRecord | None, weights: Sequence[Json]) -> Json | None:
     if onnx is None:
         return None
     cases = onnx.result["parity"]
+    judged = [weight["pattern_holds"] for weight in weights if weight["pattern_holds"] is not None]
     return {
         "dtype": onnx.options.get("dtype", "fp32"),
         "rounding": onnx.result.get("rounding", {}),
+        "weights": len(weights),
+        "weights_on_pattern": sum(judged) if judged else None,
         "parity": {
             "limit": onnx.result["parity_limit"],
             "cases": len(cases),

@@ -64,6 +64,11 @@ def _model(model: Json) -> Iterator[str]:
         yield f"### Run {_text(run['run'])}: {run['status']}"
         yield _scenarios(run)
     yield "### Sparse kernels"
+    if (export := model["export"]) and export["weights_on_pattern"] is not None:
+        yield (
+            f"In the exported graph, read back from the file, {model['pattern']} holds in "
+            f"{export['weights_on_pattern']} of {export['weights']} weights."
+        )
     yield "\n".join(map(_kernels, model["kernels"])) or (
         f"No engine was built. Speed on sparse tensor cores: {NO_GPU}."
     )

@@ -85,8 +85,8 @@ def _pictures(run: Json) -> list[tuple[Markup, str]]:
         PRUNED in scenario["results"] for scenario in run["scenarios"]
     ):
         caption = (
-            "Time as a fraction of the dense model's, with the 95 % interval. Filled: the interval "
-            "leaves 1 out, so there is a difference."
+            "Time as a fraction of the dense model's, with its confidence interval. Filled: the "
+            "interval leaves 1 out, so there is a difference."
         )
         pictures.append((charts.ratios(run), caption))
     if run["scenarios"]:

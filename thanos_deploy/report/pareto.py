@@ -96,13 +96,13 @@ def _text(model: Json) -> tuple[str, int, int]:
 
 
 def _times(models: Sequence[Json]) -> Iterator[_Costs]:
-    """Time of prefill and of decode, in the scenario that most models share, of one dtype."""
+    """Time of prefill and of decode, in the scenario that most models share, beside one graph."""
     found: dict[tuple[str, str, str], dict[str, _Cost]] = {}
     for model in models:
         run = quoted(model)
         for scenario, metric, ratio in measured(run):
             if run and metric == scenario["kind"]:
-                key = (metric, scenario["name"], model["export"]["dtype"])
+                key = (metric, scenario["name"], run["subjects"][DENSE]["dtype"])
                 interval = (ratio["estimate"], ratio["low"], ratio["high"])
                 found.setdefault(key, {})[model["label"]] = (*interval, run["status"] == "VALID")
     for kind in ("prefill", "decode"):

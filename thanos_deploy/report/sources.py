@@ -15,6 +15,7 @@ BUILD_FORMAT = "thanos-deploy/build/1"
 
 _LAYERS = "layers.json"
 _SAMPLE = "bench/sample.json"
+_EXPORT = "onnx/export.json"
 
 # What a stage reads; one that was made before is about another model.
 _READS = {"eval": "prune", "onnx": "prune", "packed": "prune", "genai": "onnx", "bench": "onnx"}
@@ -29,6 +30,7 @@ class Sources:
         stages: its stages that are about the model as it is now.
         stale: names of the stages that were made from an earlier one.
         blocks: layers.json, one entry a block.
+        weights: those of the exported graph, from export.json.
         runs: content of bench/<run>.json, raw samples included, by the file's name, in the order in
             which they were measured; those that were interrupted are last.
         unrecorded: names of the runs that the manifest does not have.
@@ -40,6 +42,7 @@ class Sources:
     stages: dict[str, StageRecord]
     stale: tuple[str, ...]
     blocks: list[Json]
+    weights: list[Json] = field(default_factory=list)
     runs: dict[str, Json] = field(default_factory=dict)
     unrecorded: tuple[str, ...] = ()
     sample: Json | None = None
@@ -75,6 +78,7 @@ def read(bundle: Bundle) -> Sources:
         stages=stages,
         stale=stale,
         blocks=_read(bundle, _LAYERS),
+        weights=_read(bundle, _EXPORT)["weights"] if "onnx" in stages else [],
         runs=runs,
         unrecorded=tuple(name for name in runs if not _recorded(bundle, name)),
         sample=_read(bundle, _SAMPLE) if measured and (bundle.path / _SAMPLE).is_file() else None,

@@ -1,7 +1,9 @@
 """The files of a report: in the bundle that it is about, or where several bundles are compared."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from thanos_deploy import artifact
 from thanos_deploy.artifact import Bundle, Json
@@ -24,9 +26,9 @@ def write_report(bundle: Bundle) -> Json:
         (folder / "report").mkdir()
         _write(content, [read], folder / "report" / "index.html", folder / "report" / "report.md")
         (folder / "README.md").write_text(card.write(content), encoding="utf-8")
-        return content
+        return {"headline": content["headline"], "notices": content["notices"]}
 
-    return bundle.run(
+    bundle.run(
         "report",
         produce,
         options={"format": build.FORMAT},
@@ -36,7 +38,9 @@ def write_report(bundle: Bundle) -> Json:
             **{name: artifact.sha256(bundle.path / name) for name in read.unrecorded},
         },
         overwrite=True,
-    ).result
+    )
+    report: Json = json.loads((bundle.path / "report" / "report.json").read_bytes())
+    return report
 
 
 def compare(
@@ -63,7 +67,11 @@ def compare(
     read = sources.share([sources.read(Bundle.open(path)) for path in bundles])
     content = build.build(read, allow_different_models=allow_different_models)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _write(content, read, destination, destination.with_suffix(".md"))
+    with TemporaryDirectory(dir=destination.parent, prefix=".partial-") as partial:
+        html = Path(partial) / destination.name
+        _write(content, read, html, html.with_suffix(".md"))
+        for path in sorted(html.parent.iterdir()):
+            path.replace(destination.with_name(path.name))
     return content
 
 
