@@ -7,9 +7,10 @@ and for ORT-GenAI; the dense and the best pruned one also with int8 weights. All
 in one benchmark, in turns, each in a process of its own; then on ORT-GenAI, in turns in one
 process. The perplexity of an int8 model is that of the graph, as ONNX Runtime computes it.
 
-Writes the report of all models to RESULTS/comparison.{html,md,json} and the figures of both
-runtimes to RESULTS/comparison-runtimes.json, and prints these as a table. OUT keeps the bundles
-(8 GB): repeating the command continues, and takes what is there.
+Writes the report of all models to RESULTS/comparison.{html,md,json}, its picture of perplexity
+against time and size to RESULTS/comparison.svg, and the figures of both runtimes to
+RESULTS/comparison-runtimes.json, and prints these as a table. OUT keeps the bundles (8 GB):
+repeating the command continues, and takes what is there.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from thanos_deploy.calibrate import BUILTIN, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.pattern import parse
 from thanos_deploy.pipeline import DENSE, PRUNED, Announce, Dense
+from thanos_deploy.report import charts
 from thanos_deploy.report.write import compare
 from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
 
@@ -91,6 +94,7 @@ def main() -> None:
         arguments.results / "comparison.html",
         overwrite=True,
     )
+    (arguments.results / "comparison.svg").write_text(picture(report), encoding="utf-8")
     named = {
         first.path.name if label == PRUNED else label: bundle for label, bundle in subjects.items()
     }
@@ -262,6 +266,22 @@ def row(name: str, label: str, run: Json, perplexity: float, genai: Json) -> Jso
         "peak_memory_bytes": facts["peak_bytes"],
         "onnx_bytes": facts["file_bytes"],
     }
+
+
+def picture(report: Json) -> str:
+    """Perplexity against time and size as a file of its own, in the colours of the page."""
+    style = resources.files("thanos_deploy.report").joinpath("page.css").read_text()
+    colours = style[: style.index("\n* {")]
+    return (
+        str(charts.pareto(report["pareto"]))
+        .replace(
+            "<svg ",
+            '<svg xmlns="http://www.w3.org/2000/svg" style="background: var(--paper); '
+            'font-family: sans-serif" ',
+            1,
+        )
+        .replace("<title>", f"<style>{colours}</style><title>", 1)
+    )
 
 
 def markdown(rows: list[Json], run: Json) -> str:

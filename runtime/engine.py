@@ -62,7 +62,12 @@ def backends() -> list[str]:
 
 
 def open_engine(
-    bundle: Path, *, backend: str = "onnxruntime", provider: str = "cpu", verify: bool = True
+    bundle: Path,
+    *,
+    backend: str = "onnxruntime",
+    provider: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
 ) -> Engine:
     """Load the exported model of a bundle.
 
@@ -70,6 +75,7 @@ def open_engine(
         bundle: its folder.
         backend: one of `backends()`.
         provider: what the backend is to run on; it never falls back to another one.
+        threads: how many compute on a CPU; None for the backend's own choice.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
@@ -87,7 +93,7 @@ def open_engine(
     if verify:
         opened.verify("onnx")
     engine: Engine = import_module(f"runtime.engines.{backend}").open_engine(
-        bundle, provider=provider
+        bundle, provider=provider, threads=threads
     )
     return engine
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.latency import KINDS
 from thanos_deploy import artifact, environment
 from thanos_deploy.artifact import Bundle, FileRecord, Json
+from thanos_deploy.requests import BenchRequest
 
 SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
 ALL = ("prune", "eval", "onnx", "bench")
@@ -129,7 +131,10 @@ def run(
         "backend": "onnxruntime",
         "provider": "CPUExecutionProvider",
         "baseline": baseline,
-        "request": {"run": name, "kinds": list(kinds), "subjects": list(factors)},
+        "request": {
+            **BenchRequest(run=name, kinds=kinds).to_json(),
+            "subjects": list(factors),
+        },
         "environment": {**environment.describe(), "threads": 2, "governor": None},
         "machine": {"memory_bandwidth_bytes_per_second": 2e10},
         "gpu": None,
@@ -151,6 +156,7 @@ def run(
             {
                 "name": f"{kind}-1x128",
                 "kind": kind,
+                "headline": KINDS[kind].headline,
                 "batch": 1,
                 "prompt": 128,
                 "past": 0,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Invoke, stock_model
-from thanos_deploy import artifact, cli, pipeline, report
+from thanos_deploy import artifact, cli, pipeline
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.checkpoint import load_tokenizer
 
@@ -68,6 +68,7 @@ def test_one_command_makes_the_whole_bundle(finished: tuple[Path, Path, str]) ->
         *("manifest.json", "README.md", "layers.json", "model/model.safetensors"),
         *("model/config.json", "model/tokenizer.json", "onnx/model.onnx", "onnx/export.json"),
         *("eval/perplexity.json", "bench/latency.json", "report/report.json"),
+        *("report/index.html", "report/report.md"),
     ):
         assert (out / name).is_file(), name
     bundle = Bundle.open(out)
@@ -80,30 +81,36 @@ def test_one_command_makes_the_whole_bundle(finished: tuple[Path, Path, str]) ->
 
 def test_the_report_says_what_was_measured(finished: tuple[Path, Path, str]) -> None:
     out, _, printed = finished
-    report = json.loads(printed)
+    (report,) = json.loads(printed)["models"]
+    (run,) = report["bench"]
     raw = json.loads((out / "bench" / "latency.json").read_text())
+    assert [scenario["name"] for scenario in raw["scenarios"]] == ["prefill-1x8", "decode-1x8"]
     for label in ("dense", "pruned"):
-        samples = raw["subjects"][label]["samples"]
-        assert len(samples["prefill_seconds"]) == 2
-        assert len(samples["decode_seconds"]) == 8
-        for what in ("prefill", "decode"):
-            summary = report["latency"][label][what]
+        for scenario, count in zip(raw["scenarios"], (2, 8), strict=True):
+            what = scenario["kind"]
+            samples = scenario["results"][label]["metrics"][what]["samples"]
+            assert len(samples) == count
+            (shown,) = (one for one in run["scenarios"] if one["name"] == scenario["name"])
+            summary = shown["results"][label]["metrics"][what]
             for figure, percent in (("median", 50), ("p90", 90), ("p99", 99)):
-                expected = np.percentile(samples[f"{what}_seconds"], percent)
+                expected = np.percentile(samples, percent)
                 assert summary[figure] == pytest.approx(float(expected))
-        assert report["peak_memory_bytes"][label] == raw["subjects"][label]["peak_memory_bytes"]
+    assert run["subjects"] == raw["subjects"]
+    notices = json.loads(printed)["notices"]
+    assert bool(raw["reasons"]) == any("INVALID" in notice for notice in notices)
     weights = (out / "model" / "model.safetensors").stat().st_size
     assert report["bytes"]["model"]["pruned"] == weights
     assert report["linear_layers"]["sparsity"] == 0.5
     assert report["linear_layers"]["pattern_holds"] is True
-    assert report["latency"]["gpu"] == "not measured (no GPU)"
+    missing = {entry["what"]: entry["why"] for entry in report["not_measured"]}
+    assert missing["latency and memory on a GPU"] == "not measured (no GPU)"
     assert any("2:4 brings no speed on a CPU" in sentence for sentence in report["verdict"])
     assert any("compute capability 8.0" in sentence for sentence in report["verdict"])
 
 
 def test_the_model_card_quotes_the_report(finished: tuple[Path, Path, str]) -> None:
     out, _, printed = finished
-    card, report = (out / "README.md").read_text(), json.loads(printed)
+    card, (report,) = (out / "README.md").read_text(), json.loads(printed)["models"]
     for who in ("dense", "pruned"):
         assert f"{report['quality'][who]:.2f}" in card
     for sentence in report["verdict"]:
@@ -114,7 +121,7 @@ def test_the_pruned_perplexity_is_that_of_the_files(
     finished: tuple[Path, Path, str], tiny_llama: Path
 ) -> None:
     out, _, printed = finished
-    quality = json.loads(printed)["quality"]
+    quality = json.loads(printed)["models"][0]["quality"]
     for label, folder in (("dense", tiny_llama), ("pruned", out / "model")):
         model = stock_model(folder, dtype=torch.float32)
         text = pipeline._text("builtin", "text", held_out=True)
@@ -179,10 +186,11 @@ def test_the_stages_one_by_one_make_the_same_bundle(
     assert invoke("prune", tiny_llama, *SMALL[:8], "-o", out)[0] == 0
     code, _, errors = invoke("bench", out, "--dense", tiny_llama)
     assert code == 3
-    assert "stage 'eval' is not finished" in errors
+    assert "stage 'onnx' is not finished" in errors
     assert invoke("export", out, "--target", "onnx")[0] == 0
     assert invoke("eval", out, "--dense", tiny_llama, *SMALL[8:12])[0] == 0
-    assert invoke("bench", out, "--dense", tiny_llama, *SMALL[12:])[0] == 0
+    timing = ("--scenario", "prefill", "--scenario", "decode", *SMALL[12:])
+    assert invoke("bench", out, "--dense", tiny_llama, *timing)[0] == 0
     for name in ("model/model.safetensors", "onnx/model.onnx", "onnx/model.onnx.data"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert tuple(sorted(Bundle.open(out).stages)) == tuple(sorted(pipeline.STAGES))
@@ -563,11 +571,10 @@ def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
     # The report, made anew, has the sizes.
-    first = json.loads(finished[2])
-    opened = Bundle.open(out)
-    (cache,) = finished[1].iterdir()
-
-    again = report.build(opened, Bundle.open(cache))
+    (first,) = json.loads(finished[2])["models"]
+    code, printed, errors = invoke("report", out, "--json")
+    assert code == 0, errors
+    (again,) = json.loads(printed)["models"]
     assert again["bytes"]["packed"]["pruned"] == sizes["bytes_after"]
     assert again["verdict"][-1].startswith("Packed, without its zeros, the checkpoint takes 0.")
     assert "packed" not in first["bytes"]

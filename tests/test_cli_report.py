@@ -40,6 +40,18 @@ def test_an_interrupted_run_makes_the_report_anew(invoke: Invoke, tmp_path: Path
     assert "INTERRUPTED" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("stages", [("prune",), ("prune", "bench"), ("prune", "eval", "onnx")])
+def test_what_is_missing_is_no_obstacle(
+    stages: tuple[str, ...], invoke: Invoke, tmp_path: Path
+) -> None:
+    runs = (bundles.run("aa", baseline="pruned-again"),)
+    out = write_bundle(tmp_path / "out", stages=stages, runs=runs)
+    code, printed, errors = invoke("report", out)
+    assert code == 0, errors
+    assert "Not measured: " in printed
+    assert "latency was not measured" in report_of(out)["headline"]
+
+
 def test_several_bundles_get_one_page_and_are_left_alone(invoke: Invoke, tmp_path: Path) -> None:
     paths = [
         write_bundle(tmp_path / "a"),

@@ -95,12 +95,15 @@ class OnnxRuntimeEngine:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
 
 
-def open_engine(bundle: Path, *, provider: str = "cpu") -> OnnxRuntimeEngine:
+def open_engine(
+    bundle: Path, *, provider: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeEngine:
     """Load `onnx/model.onnx` of a bundle.
 
     Args:
         bundle: its folder.
         provider: a key of `PROVIDERS`.
+        threads: how many work on one operator; None for one on each physical core.
 
     Raises:
         PlatformError: onnxruntime is not installed, or it gave another provider than asked for.
@@ -127,6 +130,8 @@ def open_engine(bundle: Path, *, provider: str = "cpu") -> OnnxRuntimeEngine:
             )
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
+    if threads is not None:
+        options.intra_op_num_threads = threads
     try:
         session = ort.InferenceSession(path, options, providers=[PROVIDERS[provider]])
     # ONNX Runtime's exceptions have no common base but Exception, and their module is private.

@@ -90,7 +90,7 @@ def _model(sources: Sources, label: str) -> Json:
         "quoted_run": None if run is None else run["run"],
         "headline": words.headline(model, run),
         "verdict": words.verdict(model, run),
-        "not_measured": words.not_measured(model, run),
+        "not_measured": words.not_measured(model),
     }
 
 

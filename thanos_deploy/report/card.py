@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from thanos_deploy.artifact import Json
+from thanos_deploy.gpu import NOT_MEASURED
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, PRUNED, quoted
-from thanos_deploy.report.words import NO_GPU
 
 
 def write(report: Json) -> str:
@@ -64,7 +64,7 @@ def _how(model: Json) -> Iterator[str]:
         f"{run['provider']}, {environment['cores']} cores of {environment['processor']}."
     )
     if run["provider"] == "CPUExecutionProvider":
-        yield f"GPU: {NO_GPU}."
+        yield f"GPU: {NOT_MEASURED}."
 
 
 def _graph(model: Json) -> str:
@@ -79,18 +79,21 @@ its results differ from PyTorch's by at most {parity["worst"]:.1e} of their rang
 
 
 def _sample(model: Json) -> str:
-    sample = model["sample"]
-    if sample is None:
+    sample = model["sample"] or {}
+    texts = {who: "> " + text.strip().replace("\n", "\n> ") for who, text in sample.items()}
+    if PRUNED not in texts:
         return ""
-    dense, pruned = ("> " + sample[who].strip().replace("\n", "\n> ") for who in (DENSE, PRUNED))
-    return f"""From the prompt "{sample["prompt"]}" it continues (greedily, the exported model):
+    said = f"""From the prompt "{sample["prompt"]}" it continues (greedily, the exported model):
 
-{pruned}
-
+{texts[PRUNED]}
+"""
+    if DENSE in texts:
+        said += f"""
 where the dense model continues:
 
-{dense}
+{texts[DENSE]}
 """
+    return said
 
 
 def _what(model: Json) -> str:

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 
 from thanos_deploy.artifact import Json
 from thanos_deploy.report.figures import metric_title
-from thanos_deploy.report.runs import DENSE, PRUNED
+from thanos_deploy.report.runs import DENSE, PRUNED, measured
 
 # It speaks of its caches, which are nothing to a reader of reports.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -54,6 +54,8 @@ _STYLE = mpl.RcParams(
         "xtick.color": _LINE,
         "ytick.color": _LINE,
         "xtick.labelcolor": _MUTED,
+        "xtick.labelsize": 8.0,
+        "ytick.labelsize": 8.0,
         "ytick.labelcolor": _MUTED,
         "legend.frameon": False,
     }
@@ -71,8 +73,7 @@ def ratios(run: Json) -> Markup:
     """The ratio to the dense model with its interval, scenario by scenario."""
     rows = [
         (metric_title(scenario, metric), ratio)
-        for scenario in run["scenarios"]
-        for metric, ratio in scenario["results"].get(PRUNED, {}).get("ratio", {}).items()
+        for scenario, metric, ratio in measured(run)
         if metric != "tokens_per_second"  # the only one where more is better
     ]
     figure, axes = _figure(0.28 * len(rows) + 0.7)

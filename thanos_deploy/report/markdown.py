@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from thanos_deploy.artifact import Json
+from thanos_deploy.gpu import NOT_MEASURED
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, quoted
-from thanos_deploy.report.words import NO_GPU
 
 
 def render(report: Json) -> str:
@@ -70,7 +70,7 @@ def _model(model: Json) -> Iterator[str]:
             f"{export['weights_on_pattern']} of {export['weights']} weights."
         )
     yield "\n".join(map(_kernels, model["kernels"])) or (
-        f"No engine was built. Speed on sparse tensor cores: {NO_GPU}."
+        f"No engine was built. Speed on sparse tensor cores: {NOT_MEASURED}."
     )
     if parts := model["parts"]:
         yield "### Where the bytes are"

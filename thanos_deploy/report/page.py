@@ -9,11 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from thanos_deploy.artifact import Json
+from thanos_deploy.gpu import NOT_MEASURED
 from thanos_deploy.report import charts
 from thanos_deploy.report.figures import Figure, figures, metric_title, shown, shown_ratio
-from thanos_deploy.report.runs import DENSE, PRUNED, quoted, quoted_times
+from thanos_deploy.report.runs import DENSE, measured, quoted, quoted_times
 from thanos_deploy.report.sources import Sources
-from thanos_deploy.report.words import NO_GPU
 
 # What stands side by side, beside the times.
 _COMPARED = ("perplexity", "checkpoint", "packed checkpoint", "ONNX", "peak memory")
@@ -49,7 +49,7 @@ def render(report: Json, bundles: Sequence[Sources]) -> str:
         columns=_columns(report),
         rows=_rows(report),
         pareto=charts.pareto(report["pareto"]) if report["pareto"] else None,
-        no_gpu=NO_GPU,
+        no_gpu=NOT_MEASURED,
         style=Markup(_file("page.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
@@ -58,14 +58,16 @@ def render(report: Json, bundles: Sequence[Sources]) -> str:
 
 def _view(model: Json, sources: Sources, identifier: str) -> Json:
     """A model with its pictures."""
-    runs = {run["run"]: run for run in sources.runs.values()}
     environment = model["environment"]
     return {
         **model,
         "id": identifier,
         "figures": list(figures(model)),
         "tiles": _tiles(model),
-        "runs": [(run, _pictures(runs[run["run"]])) for run in model["bench"]],
+        "runs": [
+            (run, _pictures(with_samples))
+            for run, with_samples in zip(model["bench"], sources.runs.values(), strict=True)
+        ],
         "map": charts.layer_maps(model["layer_map"]),
         "sizes": charts.sizes(model["parts"]) if model["parts"] else None,
         "machine": {
@@ -81,9 +83,7 @@ def _view(model: Json, sources: Sources, identifier: str) -> Json:
 
 def _pictures(run: Json) -> list[tuple[Markup, str]]:
     pictures = []
-    if run["baseline"] == DENSE and any(
-        PRUNED in scenario["results"] for scenario in run["scenarios"]
-    ):
+    if run["baseline"] == DENSE and any(measured(run)):
         caption = (
             "Time as a fraction of the dense model's, with its confidence interval. Filled: the "
             "interval leaves 1 out, so there is a difference."

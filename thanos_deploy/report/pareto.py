@@ -101,8 +101,8 @@ def _times(models: Sequence[Json]) -> Iterator[_Costs]:
     for model in models:
         run = quoted(model)
         for scenario, metric, ratio in measured(run):
-            if run and metric == scenario["kind"]:
-                key = (metric, scenario["name"], run["subjects"][DENSE]["dtype"])
+            if run and metric == scenario["headline"]:
+                key = (scenario["kind"], scenario["name"], run["subjects"][DENSE]["dtype"])
                 interval = (ratio["estimate"], ratio["low"], ratio["high"])
                 found.setdefault(key, {})[model["label"]] = (*interval, run["status"] == "VALID")
     for kind in ("prefill", "decode"):

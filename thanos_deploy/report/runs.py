@@ -34,6 +34,6 @@ def quoted_times(run: Json | None) -> list[tuple[str, Json]]:
     """Name and ratio of the first prefill and of the first decode scenario."""
     found: dict[str, tuple[str, Json]] = {}
     for scenario, metric, ratio in measured(run):
-        if metric == scenario["kind"]:
-            found.setdefault(metric, (scenario["name"], ratio))
+        if metric == scenario["headline"]:
+            found.setdefault(scenario["kind"], (scenario["name"], ratio))
     return [found[kind] for kind in ("prefill", "decode") if kind in found]

@@ -121,7 +121,7 @@ def _graph(sources: Sources) -> dict[str, str] | None:
 
 
 def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
-    """A run in which some subjects are called otherwise."""
+    """A run of another bundle, its owner, in which some subjects are called otherwise."""
 
     def of(label: str) -> str:
         return names.get(label, label)
@@ -129,6 +129,7 @@ def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
     return {
         **run,
         "run": f"{run['run']} of {owner}",
+        "owner": owner,
         "baseline": of(run["baseline"]),
         "subjects": {of(label): facts for label, facts in run["subjects"].items()},
         "scenarios": [

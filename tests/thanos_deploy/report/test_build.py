@@ -97,6 +97,19 @@ def test_an_interrupted_run_is_found_though_the_manifest_does_not_have_it(tmp_pa
     assert "INTERRUPTED" in report["notices"][0]
 
 
+def test_a_finished_and_an_interrupted_run_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out", runs=(run("full"),))
+    again = run("full", status="INTERRUPTED", kinds=("decode",))
+    del again["scenarios"][0]["results"]["pruned"]["ratio"]  # one round has no interval
+    (out / "bench" / "full.interrupted.json").write_text(json.dumps(again))
+    report = report_on(out)
+    model = report["models"][0]
+    assert [run["status"] for run in model["bench"]] == ["VALID", "INTERRUPTED"]
+    assert len(model["bench"][1]["scenarios"]) == 1
+    assert report["headline"].count("x to") == 2
+    assert "INTERRUPTED" in page_of(report, out)
+
+
 def test_an_interrupted_run_may_be_empty(tmp_path: Path) -> None:
     document = {**run(status="INTERRUPTED"), "scenarios": []}
     out = write_bundle(tmp_path / "out", runs=(document,))
@@ -195,7 +208,7 @@ def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> N
     """`bench a --against dense --against b` leaves its run in a."""
     b = write_bundle(tmp_path / "b", pattern="4:8", stages=("prune", "eval", "onnx"), bytes_=3900)
     graph = Bundle.open(b).stages["onnx"].files
-    document = run("full", others={"b": 0.7})
+    document = run("full", others={"b": 0.7}, status="INVALID")
     a = write_bundle(tmp_path / "a", runs=(document,), graphs={"b": graph})
     report = report_on(a, b)
     of_a, of_b = report["models"]
@@ -204,6 +217,7 @@ def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> N
     assert ratios == [0.9, 0.7]
     assert {p["label"] for p in report["pareto"][0]["points"]} == {"dense", "2:4", "4:8"}
     assert "Run <q>full of a</q>" in page_of(report, a, b)
+    assert len(report["notices"]) == 1
 
 
 def test_times_of_runs_that_do_not_count_are_marked_in_a_comparison(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from thanos_deploy.artifact import Bundle
 from thanos_deploy.cli import _options
 from thanos_deploy.pattern import parse
 from thanos_deploy.report import commands, sources
-from thanos_deploy.requests import EvalRequest, ExportRequest, PruneRequest
+from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
 
 
 def parsed(line: str) -> dict[str, Any]:
@@ -63,6 +63,37 @@ def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
     assert _options.eval_request(parsed(lines["eval"])).to_json() == evaluation
     options = parsed(lines["export"])
     assert (options["target"], options["dtype"], options["max_seq"]) == ("onnx", "fp16", 64)
+
+
+@pytest.mark.parametrize(
+    ("request_", "subjects"),
+    [
+        (BenchRequest(), ["dense", "pruned"]),
+        (
+            BenchRequest(
+                run="mine",
+                kinds=("prefill", "open-loop"),
+                batches=(1, 8),
+                prompts=(32, 128),
+                pasts=(64,),
+                requests=3,
+                rate=0.5,
+                threads=1,
+            ),
+            ["b", "pruned", "dense"],
+        ),
+        (BenchRequest(run="aa", kinds=("decode",)), ["pruned", "pruned-again"]),
+    ],
+)
+def test_the_benchmark_command_asks_for_what_was_asked_for(
+    request_: BenchRequest, subjects: list[str], tmp_path: Path
+) -> None:
+    recorded = {request_.run: {**request_.to_json(), "subjects": subjects}}
+    options = parsed(printed(tmp_path, bench=recorded)["bench"])
+    assert _options.bench_request(options) == request_
+    assert options["aa"] == ("pruned-again" in subjects)
+    against = () if options["aa"] else tuple(label for label in subjects if label != "pruned")
+    assert options["against"] == against
 
 
 def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:
