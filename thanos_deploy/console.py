@@ -131,7 +131,10 @@ def show_report(report: Json) -> None:
     (model,) = report["models"]
     for sentence in model["verdict"]:
         console.print(f"• {sentence}", highlight=False, markup=False)
-    missing = "; ".join(f"{entry['what']}: {entry['why']}" for entry in model["not_measured"])
+    missing = "; ".join(
+        entry["what"] if entry["why"] == "not measured" else f"{entry['what']}: {entry['why']}"
+        for entry in model["not_measured"]
+    )
     console.print(f"Not measured: {missing}.", style="dim", highlight=False, markup=False)
     sample = model["sample"] or {}
     for who, text in sample.items():

@@ -62,17 +62,11 @@ def read(bundle: Bundle) -> Sources:
         name: record
         for name, record in bundle.stages.items()
         if name not in stale and name != "report"
+        if name != "bench" or "runs" in record.result  # runs had no names once
     }
-    measured = "bench" not in stale
-    runs = {
-        name: content
-        for name in _names(bundle, "bench/*.json")
-        if measured and name != _SAMPLE
-        if (content := _read(bundle, name)).get("format") == BENCH_FORMAT
-    }
-    order = list(stages["bench"].result.get("runs", ())) if "bench" in stages else []
-    position = {run: index for index, run in enumerate(order)}
-    runs = dict(sorted(runs.items(), key=lambda item: position.get(Path(item[0]).stem, len(order))))
+    # Without a stage there may be a run that was interrupted.
+    measured = "bench" in stages or "bench" not in bundle.stages
+    runs = _runs(bundle, stages.get("bench")) if measured else {}
     return Sources(
         bundle=bundle,
         stages=stages,
@@ -88,6 +82,17 @@ def read(bundle: Bundle) -> Sources:
             if (content := _read(bundle, name)).get("format") == BUILD_FORMAT
         },
     )
+
+
+def _runs(bundle: Bundle, bench: StageRecord | None) -> dict[str, Json]:
+    """The runs in the folder, those of the stage first and in its order."""
+    found = {
+        name: content
+        for name in _names(bundle, "bench/*.json")
+        if name != _SAMPLE and (content := _read(bundle, name)).get("format") == BENCH_FORMAT
+    }
+    finished = [f"bench/{run}.json" for run in (bench.result["runs"] if bench else ())]
+    return {name: found[name] for name in dict.fromkeys((*finished, *found)) if name in found}
 
 
 def share(bundles: Sequence[Sources]) -> list[Sources]:

@@ -146,6 +146,16 @@ def test_every_kind_of_scenario_is_shown(tmp_path: Path) -> None:
     assert not any("latency of" in e["what"] for e in report["models"][0]["not_measured"])
 
 
+def test_a_benchmark_from_before_runs_had_names_is_not_measured(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["stages"]["bench"] |= {"options": {"rounds": 20}, "result": {"subjects": {}}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (model,) = report_on(out)["models"]
+    assert (model["bench"], model["sample"]) == ([], None)
+    assert "latency and memory" in [entry["what"] for entry in model["not_measured"]]
+
+
 def test_stages_of_an_earlier_model_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
