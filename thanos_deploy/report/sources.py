@@ -78,6 +78,7 @@ def read(bundle: Bundle) -> Sources:
         engines={
             name: content
             for name in _names(bundle, "engines/*/build.json")
+            if not any(name in bundle.stages[stage].files for stage in stale)
             if (content := _read(bundle, name)).get("format") == BUILD_FORMAT
         },
     )
@@ -144,11 +145,13 @@ def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
 
 
 def _is_stale(bundle: Bundle, stage: str) -> bool:
-    made_from = _READS.get(stage)
+    record = bundle.stages[stage]
+    engine = any(name.startswith("engines/") for name in record.files)
+    made_from = "onnx" if engine else _READS.get(stage)
     if made_from is None or made_from not in bundle.stages:
         return False
     # Both in UTC and of one format, so that text compares like time.
-    older = bundle.stages[stage].finished < bundle.stages[made_from].finished
+    older = record.finished < bundle.stages[made_from].finished
     return older or _is_stale(bundle, made_from)
 
 

@@ -156,17 +156,17 @@ def test_a_benchmark_from_before_runs_had_names_is_not_measured(tmp_path: Path) 
     assert "latency and memory" in [entry["what"] for entry in model["not_measured"]]
 
 
-def test_stages_of_an_earlier_model_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stages_of_an_earlier_model_are_left_out(tmp_path: Path) -> None:
     out = write_bundle(tmp_path / "out")
+    add_build(out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["stages"]["prune"]["finished"] = "2999-01-01T00:00:00+00:00"
     (out / "manifest.json").write_text(json.dumps(manifest))
     report = report_on(out)
     (model,) = report["models"]
-    assert set(model["stale"]) == {"eval", "onnx", "bench"}
-    assert (model["quality"], model["export"], model["bench"]) == (None, None, [])
+    assert set(model["stale"]) == {"eval", "onnx", "bench", "tensorrt-rtx"}
+    assert (model["quality"], model["export"]) == (None, None)
+    assert (model["bench"], model["kernels"], model["sample"]) == ([], [], None)
     assert any("made from an earlier model" in text for text in report["notices"])
 
 
