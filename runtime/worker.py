@@ -17,6 +17,10 @@ from runtime.latency import from_json
 from thanos_deploy.environment import peak_memory_bytes, resident_memory_bytes
 from thanos_deploy.errors import DeployError
 
+# Of looking whether the backend's threads are at rest.
+_NAP_SECONDS = 0.005
+_MOST_NAPS = 100
+
 
 def main(bundle: str, backend: str, provider: str, threads: str) -> None:
     """Load, then obey until standard input ends."""
@@ -26,13 +30,23 @@ def main(bundle: str, backend: str, provider: str, threads: str) -> None:
         _say({"load_seconds": time.perf_counter() - started})
         for line in sys.stdin:
             request = json.loads(line)
-            _say(
-                {"samples": from_json(request["scenario"]).take(engine, request["turn"])}
-                if request
-                else {}
-            )
+            if not request:
+                _say({})
+                continue
+            samples = from_json(request["scenario"]).take(engine, request["turn"])
+            _come_to_rest()
+            _say({"samples": samples})
     except DeployError as error:
         _say({"error": error.message, "fix": error.fix, "exit_code": error.exit_code})
+
+
+def _come_to_rest() -> None:
+    """Wait for the backend's threads to stop spinning, which would slow down whoever is next."""
+    for _ in range(_MOST_NAPS):
+        before = time.process_time()
+        time.sleep(_NAP_SECONDS)
+        if time.process_time() - before < _NAP_SECONDS / 10:
+            return
 
 
 def _say(value: dict[str, object]) -> None:

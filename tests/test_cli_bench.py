@@ -4,18 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime import paired
-from tests.conftest import Invoke, MakeModel
-from tests.test_cli import COMMAND, SMALL
-from thanos_deploy import artifact, benchmark, cli, gates, pipeline, stillness
+from tests.conftest import Invoke
+from tests.test_cli import SMALL
+from thanos_deploy import artifact, benchmark, ceilings, cli, gates, pipeline, stillness
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.requests import EvalRequest, PruneRequest
@@ -25,7 +23,7 @@ PREFILL = (*QUICK, "--scenario", "prefill")
 
 
 def make_bundle(model: Path, out: Path) -> Path:
-    """A bundle that is ready to be measured."""
+    """A bundle that is ready to be measured, and its dense model in the cache."""
     dense = pipeline.Dense(str(model))
     request = PruneRequest(
         SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
@@ -45,6 +43,12 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THANOS_DEPLOY_CACHE", str(cache))
         return make_bundle(tiny_llama, tmp_path_factory.mktemp("bench") / "out"), cache
+
+
+@pytest.fixture(autouse=True)
+def _small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of this machine takes a second to measure and is not what these tests are about."""
+    monkeypatch.setattr(ceilings, "_MATRIX", 64)
 
 
 @pytest.fixture
@@ -306,58 +310,57 @@ def test_bundles_are_compared_with_the_first_that_is_named(
         assert "would be the same, or be called" in errors
 
 
-def test_another_base_model_is_refused_unless_asked_for(
-    out: Path, make_model: MakeModel, tmp_path: Path, invoke: Invoke
-) -> None:
-    wider = make_bundle(make_model("llama", intermediate_size=64), tmp_path / "wider")
-    code, _, errors = invoke("bench", out, *PREFILL, "--against", wider)
-    assert code == 2
-    assert "whose base model is not that of" in errors
-    different = ("--against", wider, "--allow-different-models")
-    assert invoke("bench", out, *PREFILL, *different)[0] == 0
-    assert run_of(out, "full")["baseline"] == "wider"
-
-
-def test_another_tokenizer_is_refused(out: Path, tmp_path: Path, invoke: Invoke) -> None:
-    other = Path(shutil.copytree(out, tmp_path / "other"))
+def other_bundle(out: Path, *keys: str) -> Path:
+    """A copy whose manifest has another hash in some place."""
+    other = Path(shutil.copytree(out, out.parent / "other"))
     manifest = json.loads((other / "manifest.json").read_text())
-    manifest["stages"]["prune"]["files"]["model/tokenizer.json"]["sha256"] = "0" * 64
+    place = manifest
+    for key in keys:
+        place = place[key]
+    place["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
-    code, _, errors = invoke("bench", out, *PREFILL, "--against", other)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("what", "keys"),
+    [
+        ("base model", ("source",)),
+        ("tokenizer", ("stages", "prune", "files", "model/tokenizer.json")),
+    ],
+)
+def test_bundles_of_other_models_are_refused_unless_asked_for(
+    out: Path, invoke: Invoke, what: str, keys: tuple[str, ...]
+) -> None:
+    different = ("--against", other_bundle(out, *keys))
+    code, _, errors = invoke("bench", out, *PREFILL, *different)
     assert code == 2
-    assert "whose tokenizer is not that of" in errors
+    assert f"whose {what} is not that of" in errors
+    assert not (out / "bench").exists()
+    assert invoke("bench", out, *PREFILL, *different, "--allow-different-models")[0] == 0
+    assert run_of(out, "full")["baseline"] == "other"
 
 
 def test_an_interrupted_run_keeps_its_samples_and_the_next_one_starts_over(
-    out: Path, invoke: Invoke
+    out: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command: list[str | Path] = [COMMAND, "bench", out]
-    command += ["--prompt", "8", "--scenario", "prefill", "--json"]
-    process = subprocess.Popen(
-        [*command, "--rounds", "100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        # A shell's background job inherits an ignored Ctrl-C, and so would the command.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    seen = b""
-    while b": 1/100000" not in seen:  # then one round is complete
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
-    time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    printed, errors = process.communicate()
-    assert process.returncode == cli.INTERRUPTED, errors
-    assert printed == b""
-    assert b"Traceback" not in errors
+    take_turns = paired.Engines.take_turns
+
+    def interrupted(self: paired.Engines, scenarios: Any, number: int) -> paired.Round:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+        return take_turns(self, scenarios, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paired.Engines, "take_turns", interrupted)
+        code, printed, errors = invoke("bench", out, *PREFILL, "--rounds", "5")
+    assert (code, printed) == (cli.INTERRUPTED, "")
+    assert "repeat the command" in errors
     kept = run_of(out, "full.interrupted")
     assert kept["status"] == "INTERRUPTED"
-    assert kept["rounds"] >= 1
+    assert kept["reasons"][0] == "interrupted after 3 of 5 rounds"
     samples = kept["scenarios"][0]["results"]["pruned"]["metrics"]["prefill"]["samples"]
-    assert len(samples) == kept["rounds"]
+    assert len(samples) == kept["rounds"] == 3
     assert "bench" not in Bundle.open(out).stages
     assert invoke("bench", out, *PREFILL)[0] == 0
     assert sorted(path.name for path in (out / "bench").iterdir()) == ["full.json", "sample.json"]

@@ -19,7 +19,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -446,19 +446,13 @@ def bench(
     """
     request.check(min(one.stages["onnx"].result["max_sequence"] for one in subjects.values()))
     check_bench(bundle, request, list(subjects), overwrite=overwrite)
-    inputs = {
+    others = _other_runs(bundle, request.run)
+    graphs = {
         label: {name: file.sha256 for name, file in subject.stages["onnx"].files.items()}
         for label, subject in subjects.items()
     }
-    done = _finished_bench(bundle)
-    # An export that was made anew makes the other runs obsolete.
-    earlier = {
-        name: run
-        for name, run in (done.result["runs"] if done else {}).items()
-        if done and name != request.run and done.inputs[name][PRUNED] == inputs[PRUNED]
-    }
     options = {
-        **{name: done.options[name] for name in earlier if done},
+        **{name: run.options for name, run in others.items()},
         request.run: _bench_options(request, list(subjects)),
     }
 
@@ -468,7 +462,7 @@ def bench(
         run = benchmark.measure(
             subjects,
             request,
-            same=_same(subjects),
+            same=len({subject.path for subject in subjects.values()}) == 1,
             on_progress=announce("Measure latency and memory in turns"),
         )
         if run["status"] == "INTERRUPTED":
@@ -476,30 +470,25 @@ def bench(
             artifact.write_json(bundle.path / "bench" / f"{request.run}.interrupted.json", run)
             raise KeyboardInterrupt
         artifact.write_json(out / f"{request.run}.json", run)
-        for name in earlier:
+        for name in others:
             bundle.verify_file(f"bench/{name}.json")
             shutil.copy(bundle.path / "bench" / f"{name}.json", out)
-        samples = {
-            **(done.result["sample"] if done and earlier else {}),
-            "prompt": request.sample_prompt,
-            **{
-                label: _sample(subject.path, _tokenizer_folder(subject, bundle), request)
-                for label, subject in subjects.items()
-            },
-        }
-        artifact.write_json(out / "sample.json", samples)
+        sample = _samples(bundle, subjects, request)
+        artifact.write_json(out / "sample.json", sample)
+        runs = {name: other.result for name, other in others.items()}
         return {
-            "runs": {**earlier, request.run: benchmark.without_samples(run)},
-            "sample": samples,
+            "runs": {**runs, request.run: benchmark.without_samples(run)},
+            "sample": sample,
         }
 
+    before = bundle.stages.get("bench")
     record = bundle.run(
         "bench",
         produce,
         options=options,
-        inputs={**{name: done.inputs[name] for name in earlier if done}, request.run: inputs},
+        inputs={**{name: run.inputs for name, run in others.items()}, request.run: graphs},
         # A run more or less is no contradiction.
-        overwrite=overwrite or options.keys() != (done.options.keys() if done else ()),
+        overwrite=overwrite or (before is not None and before.options.keys() != options.keys()),
     )
     run: Json = record.result["runs"][request.run]
     return run
@@ -513,13 +502,12 @@ def check_bench(
     Raises:
         UsageError: they differ and may not be overwritten.
     """
-    done = _finished_bench(bundle)
-    before = done.options.get(request.run) if done else None
+    before = _finished_runs(bundle).get(request.run)
     now = _bench_options(request, subjects)
-    if before is not None and before != now and not overwrite:
+    if before is not None and before.options != now and not overwrite:
         raise UsageError(
             f"{bundle.path}: run {request.run!r} was made with other options: "
-            f"{artifact.differences(before, now)}",
+            f"{artifact.differences(before.options, now)}",
             fix="give it another name with --run, or --overwrite to redo it",
         )
 
@@ -768,20 +756,56 @@ def _bench_options(request: BenchRequest, subjects: Sequence[str]) -> Json:
     return {**request.to_json(), "subjects": list(subjects)}
 
 
-def _tokenizer_folder(subject: Bundle, bundle: Bundle) -> Path:
-    """The subject's own model, or that of the bundle where the subject is its dense model."""
-    return (subject if "prune" in subject.stages else bundle).path / "model"
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A finished run of the stage bench."""
+
+    options: Json
+    inputs: Json
+    result: Json
 
 
-def _finished_bench(bundle: Bundle) -> StageRecord | None:
-    """The stage bench, unless it is from before runs had names."""
+def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
+    """The runs of the stage bench, in the order in which they were measured.
+
+    There is none in a stage that is from before runs had names.
+    """
     done = bundle.stages.get("bench")
-    return done if done and "runs" in done.result else None
+    if done is None:
+        return {}
+    return {
+        name: _Run(done.options[name], done.inputs[name], result)
+        for name, result in done.result.get("runs", {}).items()
+    }
 
 
-def _same(subjects: Mapping[str, Bundle]) -> bool:
-    """All are one bundle."""
-    return len({subject.path for subject in subjects.values()}) == 1
+def _other_runs(bundle: Bundle, name: str) -> dict[str, _Run]:
+    """The runs of other names that are of the graph that the bundle has now."""
+    graph = {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()}
+    return {
+        other: run
+        for other, run in _finished_runs(bundle).items()
+        if other != name and run.inputs[PRUNED] == graph
+    }
+
+
+def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchRequest) -> Json:
+    """What the subjects make of the sample prompt, beside what others made of it before."""
+    done = bundle.stages.get("bench")
+    before = done.result["sample"] if done else {}
+    return {
+        **(before if before.get("prompt") == request.sample_prompt else {}),
+        "prompt": request.sample_prompt,
+        **{
+            label: _sample(
+                subject.path,
+                # The cache has the dense model's files only where it converted them.
+                (subject if "prune" in subject.stages else bundle).path / "model",
+                request,
+            )
+            for label, subject in subjects.items()
+        },
+    }
 
 
 def _require_same_model(bundle: Bundle, other: Bundle) -> None:

@@ -15,14 +15,18 @@ from thanos_deploy.checkpoint import Checkpoint
 WORK = Work(weight_bytes=1000, cache_bytes_per_token=10, flops_per_token=600, flops_per_pair=2)
 
 
-def exported(checkpoint: Path, out: Path, **options: str) -> Work:
+def exported(checkpoint: Path, out: Path, *, dtype: str = "fp32") -> Work:
     out.mkdir()
-    exporters.onnx.export(Checkpoint.open(checkpoint), out, pattern=None, **options)  # type: ignore[arg-type]
+    exporters.onnx.export(Checkpoint.open(checkpoint), out, pattern=None, dtype=dtype)
+    return counted(out)
+
+
+def counted(out: Path) -> Work:
     cache = json.loads((out / "export.json").read_text())["cache"]["bytes_per_token"]
     return ceilings.count(out / "model.onnx", cache_bytes_per_token=cache)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
 def test_operations_are_those_that_pytorch_counts(
     make_model: MakeModel, tmp_path: Path, model_type: str
 ) -> None:
@@ -38,9 +42,9 @@ def test_operations_are_those_that_pytorch_counts(
 
 
 def test_bytes_are_those_of_the_weights_that_a_step_reads(
-    tiny_llama: Path, make_model: MakeModel, tmp_path: Path
+    tiny_llama: Path, exported_llama: Path, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    tied = exported(tiny_llama, tmp_path / "tied")
+    tied = counted(exported_llama / "onnx")
     model = stock_model(tiny_llama, dtype=torch.float32)
     parameters = sum(4 * parameter.numel() for parameter in model.parameters())
     # Besides the weights the graph holds some constants.
@@ -53,9 +57,9 @@ def test_bytes_are_those_of_the_weights_that_a_step_reads(
 
 
 def test_quantised_weights_are_fewer_bytes_and_as_many_operations(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, exported_llama: Path, tmp_path: Path
 ) -> None:
-    whole = exported(tiny_llama, tmp_path / "fp32")
+    whole = counted(exported_llama / "onnx")
     small = exported(tiny_llama, tmp_path / "int8", dtype="int8")
     assert small.flops_per_token == whole.flops_per_token
     assert small.flops_per_pair == whole.flops_per_pair
