@@ -107,7 +107,7 @@ def main() -> None:
         if name.endswith(INT8):
             perplexity[name] = once(
                 arguments.out / f"{name}-perplexity.json",
-                {"graph": hashes(bundle), "ids": ids.tolist()},
+                {"graph": bundle.graph_sha256, "ids": ids.tolist()},
                 partial(graph_perplexity, bundle.path, ids),
             )
     timing = {
@@ -117,7 +117,7 @@ def main() -> None:
     }
     genai = once(
         arguments.out / "genai.json",
-        {"graphs": {name: hashes(bundle) for name, bundle in named.items()}, **timing},
+        {"graphs": {name: bundle.graph_sha256 for name, bundle in named.items()}, **timing},
         lambda: time_genai(
             {
                 name: genai_folder(bundle, arguments.out / f"{name}-genai", dense)
@@ -325,11 +325,6 @@ def once(path: Path, inputs: Json, compute: Callable[[], Any]) -> Any:
     value = compute()
     artifact.write_json(path, {"inputs": key, "value": value})
     return value
-
-
-def hashes(bundle: Bundle) -> Json:
-    """Of the exported graph."""
-    return {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()}
 
 
 if __name__ == "__main__":

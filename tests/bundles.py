@@ -9,7 +9,8 @@ from typing import Any
 
 from runtime.latency import KINDS
 from thanos_deploy import artifact, environment
-from thanos_deploy.artifact import Bundle, FileRecord, Json
+from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.report.runs import PRUNED
 from thanos_deploy.requests import BenchRequest
 
 SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
@@ -33,14 +34,10 @@ def write_bundle(
     tokenizer: str = "{}",
     bytes_: int = 4000,
     runs: tuple[Json, ...] | None = None,
-    graphs: Mapping[str, Mapping[str, FileRecord]] | None = None,
+    graphs: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """A bundle with the named stages, as the commands would have recorded them."""
     runs = (run(),) if runs is None else runs
-    hashes = {
-        label: {name: file.sha256 for name, file in files.items()}
-        for label, files in (graphs or {}).items()
-    }
     made: Json = {
         "prune": lambda folder: _prune(folder, tokenizer, bytes_, pattern),
         "eval": lambda folder: _eval(folder, perplexity, text),
@@ -55,13 +52,15 @@ def write_bundle(
         "packed": {},
         "bench": {document["run"]: document["request"] for document in runs},
     }
-    inputs: Json = {
-        "eval": {"dense": {"value": dense}},
-        "bench": {document["run"]: hashes for document in runs},
-    }
     with artifact.claim(path, source or SOURCE) as bundle:
         for stage in stages:
-            bundle.run(stage, made[stage], options=options[stage], inputs=inputs.get(stage, {}))
+            inputs: Json = {"model": bundle.model_sha256} if "prune" in bundle.stages else {}
+            if stage == "eval":
+                inputs["dense"] = {"value": dense}
+            if stage == "bench":
+                own = bundle.graph_sha256 if "onnx" in stages else {}
+                inputs = {document["run"]: {PRUNED: own, **(graphs or {})} for document in runs}
+            bundle.run(stage, made[stage], options=options[stage], inputs=inputs)
     return path
 
 
@@ -100,7 +99,7 @@ def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
         return content["summary"]  # type: ignore[return-value]
 
     with artifact.claim(path, Bundle.open(path).source) as bundle:
-        bundle.run(target, produce, options={}, inputs={})
+        bundle.run(target, produce, options={}, inputs={"onnx": bundle.graph_sha256})
 
 
 def run(

@@ -265,7 +265,7 @@ def evaluate(
         Checkpoint.open(bundle.path / "model"),
         request,
         text,
-        {"model": _model_hash(bundle), "dense": reference.result},
+        {"model": bundle.model_sha256, "dense": reference.result},
         announce,
         title="pruned model",
         overwrite=overwrite,
@@ -299,9 +299,9 @@ def export(
         bundle,
         model,
         claimed,
-        {"model": _model_hash(bundle)},
+        {"model": bundle.model_sha256},
         request or exported_with(bundle),
-        {"method": pruned.options["method"], "model_sha256": _model_hash(bundle)},
+        {"method": pruned.options["method"], "model_sha256": bundle.model_sha256},
         announce,
         title="pruned model",
         overwrite=overwrite,
@@ -341,7 +341,7 @@ def _export_packed(
         "packed",
         produce,
         options={},
-        inputs={"model": _model_hash(bundle)},
+        inputs={"model": bundle.model_sha256},
         overwrite=overwrite,
     )
 
@@ -363,8 +363,8 @@ def _export_genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageR
         produce,
         options={},
         inputs={
-            "model": _model_hash(bundle),
-            "onnx": {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()},
+            "model": bundle.model_sha256,
+            "onnx": bundle.graph_sha256,
         },
         overwrite=overwrite,
     )
@@ -928,14 +928,6 @@ def _plan_summary(plan: Plan) -> Json:
         "predicted_loss": sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
         "blocks": [asdict(block) for block in plan.blocks],
     }
-
-
-def _model_hash(bundle: Bundle) -> str:
-    """One hash for the pruned model: over the hashes of its files."""
-    files = bundle.stages["prune"].files
-    return artifact.sha256_of(
-        {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
-    )
 
 
 def _bytes_of(source: Checkpoint, dtype: str) -> int:

@@ -16,9 +16,6 @@ _LAYERS = "layers.json"
 _SAMPLE = "bench/sample.json"
 _EXPORT = "onnx/export.json"
 
-# What a stage reads; one that was made before is about another model.
-_READS = {"eval": "prune", "onnx": "prune", "packed": "prune", "genai": "onnx", "bench": "onnx"}
-
 
 @dataclass(frozen=True, slots=True)
 class Sources:
@@ -56,13 +53,14 @@ def read(bundle: Bundle) -> Sources:
         IntegrityError: a record was changed since it was written.
     """
     bundle.require("prune", f"`thanos-deploy prune MODEL -o {bundle.path} --pattern 2:4`")
-    stale = tuple(name for name in bundle.stages if _is_stale(bundle, name))
-    stages = {
+    known = {
         name: record
         for name, record in bundle.stages.items()
-        if name not in stale and name != "report"
+        if name != "report"
         if name != "bench" or "runs" in record.result  # runs had no names once
     }
+    stale = tuple(name for name in known if _is_stale(bundle, name))
+    stages = {name: record for name, record in known.items() if name not in stale}
     # Without a stage there may be a run that was interrupted.
     measured = "bench" in stages or "bench" not in bundle.stages
     runs = _runs(bundle, stages.get("bench")) if measured else {}
@@ -104,25 +102,18 @@ def share(bundles: Sequence[Sources]) -> list[Sources]:
 
 
 def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Json]:
-    graph = _graph(one)
     found = {}
     for other in bundles:
-        if other is one or graph is None or "bench" not in other.stages:
+        if other is one or "onnx" not in one.stages or "bench" not in other.stages:
             continue
         owner = other.bundle.path.resolve().name
         for run, subjects in other.stages["bench"].inputs.items():
             name = f"bench/{run}.json"
             for label, files in subjects.items():
-                if files == graph and label != PRUNED and name in other.runs:
+                if files == one.bundle.graph_sha256 and label != PRUNED and name in other.runs:
                     names = {PRUNED: owner, label: PRUNED}
                     found[f"{owner}/{name}"] = _renamed(other.runs[name], names, owner)
     return found
-
-
-def _graph(sources: Sources) -> dict[str, str] | None:
-    """The hashes of the exported files."""
-    onnx = sources.stages.get("onnx")
-    return None if onnx is None else {name: file.sha256 for name, file in onnx.files.items()}
 
 
 def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
@@ -145,14 +136,19 @@ def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
 
 
 def _is_stale(bundle: Bundle, stage: str) -> bool:
-    record = bundle.stages[stage]
-    engine = any(name.startswith("engines/") for name in record.files)
-    made_from = "onnx" if engine else _READS.get(stage)
-    if made_from is None or made_from not in bundle.stages:
+    """A stage was made from another model or another graph than the bundle has now."""
+    inputs = bundle.stages[stage].inputs
+    if stage in ("prune", "report"):  # the first one reads the dense model, the last one all
         return False
-    # Both in UTC and of one format, so that text compares like time.
-    older = record.finished < bundle.stages[made_from].finished
-    return older or _is_stale(bundle, made_from)
+    if "model" in inputs and inputs["model"] != bundle.model_sha256:
+        return True
+    graphs = [run[PRUNED] for run in inputs.values()] if stage == "bench" else []
+    graphs += [inputs["onnx"]] if "onnx" in inputs else []
+    return bool(graphs) and (
+        "onnx" not in bundle.stages
+        or _is_stale(bundle, "onnx")
+        or any(graph != bundle.graph_sha256 for graph in graphs)
+    )
 
 
 def _names(bundle: Bundle, glob: str) -> list[str]:

@@ -160,7 +160,7 @@ def test_stages_of_an_earlier_model_are_left_out(tmp_path: Path) -> None:
     out = write_bundle(tmp_path / "out")
     add_build(out)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["stages"]["prune"]["finished"] = "2999-01-01T00:00:00+00:00"
+    manifest["stages"]["prune"]["files"]["model/model.safetensors"]["sha256"] = "d3" * 32
     (out / "manifest.json").write_text(json.dumps(manifest))
     report = report_on(out)
     (model,) = report["models"]
@@ -168,6 +168,17 @@ def test_stages_of_an_earlier_model_are_left_out(tmp_path: Path) -> None:
     assert (model["quality"], model["export"]) == (None, None)
     assert (model["bench"], model["kernels"], model["sample"]) == ([], [], None)
     assert any("made from an earlier model" in text for text in report["notices"])
+
+
+def test_what_was_made_of_an_earlier_graph_is_left_out(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out")
+    add_build(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["stages"]["onnx"]["files"]["onnx/model.onnx.data"]["sha256"] = "d3" * 32
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (model,) = report_on(out)["models"]
+    assert set(model["stale"]) == {"bench", "tensorrt-rtx"}
+    assert model["quality"]["pruned"] == 16.8
 
 
 def test_what_an_engine_chose_is_the_proof(tmp_path: Path) -> None:
@@ -217,7 +228,7 @@ def test_several_models_are_compared(tmp_path: Path) -> None:
 def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> None:
     """`bench a --against dense --against b` leaves its run in a."""
     b = write_bundle(tmp_path / "b", pattern="4:8", stages=("prune", "eval", "onnx"), bytes_=3900)
-    graph = Bundle.open(b).stages["onnx"].files
+    graph = Bundle.open(b).graph_sha256
     document = run("full", others={"b": 0.7}, status="INVALID")
     a = write_bundle(tmp_path / "a", runs=(document,), graphs={"b": graph})
     report = report_on(a, b)
