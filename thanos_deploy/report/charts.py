@@ -100,7 +100,7 @@ def ratios(run: Json) -> Markup:
 
 @mpl.rc_context(_STYLE)
 def distributions(run: Json) -> Markup:
-    """Empirical distribution of the raw samples: the share that took at most so long."""
+    """Share of the raw samples that took at most so long, of the baseline and the pruned model."""
     panels = [
         (scenario, metric)
         for scenario in run["scenarios"]
@@ -111,12 +111,13 @@ def distributions(run: Json) -> Markup:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(_WIDTH, 1.75 * rows + 0.35), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    others = iter(_OTHERS * len(run["subjects"]))
-    lines = {name: _LINES.get(name) or (_INK, next(others)) for name in run["subjects"]}
+    pair = [name for name in run["subjects"] if name in (run["baseline"], PRUNED)]
+    subjects = pair if len(pair) > 1 else list(run["subjects"])
+    others = iter(_OTHERS * len(subjects))
+    lines = {name: _LINES.get(name) or (_INK, next(others)) for name in subjects}
     for axes, (scenario, metric) in zip(grid, panels, strict=False):
-        for name, result in scenario["results"].items():
-            samples = sorted(result["metrics"][metric]["samples"])
-            colour, style = lines[name]
+        for name, (colour, style) in lines.items():
+            samples = sorted(scenario["results"][name]["metrics"][metric]["samples"])
             axes.step(
                 [1e3 * seconds for seconds in (samples[0], *samples)],
                 [index / len(samples) for index in range(len(samples) + 1)],

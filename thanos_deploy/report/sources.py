@@ -1,7 +1,7 @@
 """What a report is made from: a bundle, and its records that are too long for the manifest."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,31 +107,30 @@ def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Json]
         if other is one or "onnx" not in one.stages or "bench" not in other.stages:
             continue
         owner = other.bundle.path.resolve().name
-        for run, subjects in other.stages["bench"].inputs.items():
-            name = f"bench/{run}.json"
-            for label, files in subjects.items():
-                if files == one.bundle.graph_sha256 and label != PRUNED and name in other.runs:
-                    names = {PRUNED: owner, label: PRUNED}
-                    found[f"{owner}/{name}"] = _renamed(other.runs[name], names, owner)
+        for run, graphs in other.stages["bench"].inputs.items():
+            content = other.runs[f"bench/{run}.json"]
+            for label, graph in graphs.items():
+                itself = label in (PRUNED, content["baseline"])
+                if graph == one.bundle.graph_sha256 and not itself:
+                    found[f"{owner}/{run}"] = _seen_from(content, label, owner)
     return found
 
 
-def _renamed(run: Json, names: Mapping[str, str], owner: str) -> Json:
-    """A run of another bundle, its owner, in which some subjects are called otherwise."""
+def _seen_from(run: Json, label: str, owner: str) -> Json:
+    """A run of another bundle, its owner, as one of the subject `label` beside the baseline."""
+    baseline = owner if run["baseline"] == PRUNED else run["baseline"]
+    names = {run["baseline"]: baseline, label: PRUNED}
 
-    def of(label: str) -> str:
-        return names.get(label, label)
+    def own(values: Json) -> Json:
+        return {new: values[old] for old, new in names.items()}
 
     return {
         **run,
         "run": f"{run['run']} of {owner}",
         "owner": owner,
-        "baseline": of(run["baseline"]),
-        "subjects": {of(label): facts for label, facts in run["subjects"].items()},
-        "scenarios": [
-            {**one, "results": {of(label): result for label, result in one["results"].items()}}
-            for one in run["scenarios"]
-        ],
+        "baseline": baseline,
+        "subjects": own(run["subjects"]),
+        "scenarios": [{**one, "results": own(one["results"])} for one in run["scenarios"]],
     }
 
 
