@@ -153,8 +153,8 @@ def show_bench(run: Json) -> None:
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
-    table.add_column("model", overflow="fold")
-    for name in ("median", "p90", f"/ {run['baseline']}", "of ceiling"):
+    table.add_column("model", overflow="fold", min_width=6)
+    for name in ("median", "p90", f"/ {run['baseline']}", "ceiling"):
         table.add_column(name, justify="right", no_wrap=True)
     for scenario in run["scenarios"]:
         metrics = list(next(iter(scenario["results"].values()))["metrics"])
@@ -196,7 +196,7 @@ def _add_memory(table: Table, run: Json, figure: str) -> None:
     sizes = {label: facts[name] for label, facts in run["subjects"].items()}
     if None in sizes.values():  # of a GPU that is not there, or a system that does not say
         return
-    title = "kv cache per token, kB" if per_token else f"{figure}, MB"
+    title = "kv cache, kB/token" if per_token else f"{figure}, MB"
     for number, (label, size) in enumerate(sizes.items()):
         baseline = sizes[run["baseline"]]
         table.add_row(
