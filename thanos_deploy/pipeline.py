@@ -447,10 +447,7 @@ def bench(
     request.check(min(one.stages["onnx"].result["max_sequence"] for one in subjects.values()))
     check_bench(bundle, request, list(subjects), overwrite=overwrite)
     others = _other_runs(bundle, request.run)
-    graphs = {
-        label: {name: file.sha256 for name, file in subject.stages["onnx"].files.items()}
-        for label, subject in subjects.items()
-    }
+    graphs = {label: subject.graph_sha256 for label, subject in subjects.items()}
     options = {
         **{name: run.options for name, run in others.items()},
         request.run: _bench_options(request, list(subjects)),
@@ -781,11 +778,10 @@ def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
 
 def _other_runs(bundle: Bundle, name: str) -> dict[str, _Run]:
     """The runs of other names that are of the graph that the bundle has now."""
-    graph = {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()}
     return {
         other: run
         for other, run in _finished_runs(bundle).items()
-        if other != name and run.inputs[PRUNED] == graph
+        if other != name and run.inputs[PRUNED] == bundle.graph_sha256
     }
 
 
