@@ -4,14 +4,21 @@ import json
 import random
 import statistics
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
-from typing import Any
+
+import jsonschema
 
 from runtime.latency import KINDS
 from thanos_deploy import artifact, environment
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.report.runs import PRUNED
 from thanos_deploy.requests import BenchRequest
+
+SCHEMA = json.loads(
+    resources.files("thanos_deploy.report").joinpath("report.schema.json").read_text()
+)
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
 ALL = ("prune", "eval", "onnx", "bench")
@@ -311,6 +318,12 @@ def _file(path: Path, size: int) -> Json:
     return {}
 
 
-def report_of(path: Path) -> Any:
+def report_of(path: Path) -> Json:
     """report.json of a bundle."""
-    return json.loads((path / "report" / "report.json").read_text())
+    return checked(json.loads((path / "report" / "report.json").read_text()))
+
+
+def checked(report: Json) -> Json:
+    """A report that is of the published form."""
+    VALIDATOR.validate(report)
+    return report

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bundles import checked
 from tests.conftest import Invoke, stock_model
 from thanos_deploy import artifact, cli, pipeline
 from thanos_deploy.artifact import Bundle
@@ -81,7 +82,7 @@ def test_one_command_makes_the_whole_bundle(finished: tuple[Path, Path, str]) ->
 
 def test_the_report_says_what_was_measured(finished: tuple[Path, Path, str]) -> None:
     out, _, printed = finished
-    (report,) = json.loads(printed)["models"]
+    (report,) = checked(json.loads(printed))["models"]
     (run,) = report["bench"]
     raw = json.loads((out / "bench" / "latency.json").read_text())
     assert [scenario["name"] for scenario in raw["scenarios"]] == ["prefill-1x8", "decode-1x8"]

@@ -13,7 +13,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 from tests import bundles
-from tests.bundles import add_build, run, write_bundle
+from tests.bundles import add_build, checked, run, write_bundle
 from thanos_deploy.artifact import Json
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.write import compare
@@ -116,8 +116,7 @@ def table(browser: Browser, selector: str) -> list[list[str]]:
 
 
 def report_beside(page: Path) -> Json:
-    content: Json = json.loads(page.with_suffix(".json").read_text())
-    return content
+    return checked(json.loads(page.with_suffix(".json").read_text()))
 
 
 @pytest.mark.parametrize("name", ["one", "many", "hostile"])

@@ -1,5 +1,4 @@
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +6,18 @@ import jsonschema
 import pytest
 
 from tests import bundles
-from tests.bundles import add_build, run, write_bundle
+from tests.bundles import SCHEMA, add_build, checked, run, write_bundle
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, IntegrityError, UsageError
 from thanos_deploy.report import build, markdown, page, sources
 from thanos_deploy.report.figures import figures
 from thanos_deploy.report.sources import Sources
 
-SCHEMA = json.loads(
-    resources.files("thanos_deploy.report").joinpath("report.schema.json").read_text()
-)
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-
 
 def report_on(*paths: Path, **options: Any) -> Json:
     """The report, checked against its schema."""
     report = build.build(read(*paths), **options)
-    VALIDATOR.validate(json.loads(json.dumps(report, allow_nan=False)))
-    return report
+    return checked(json.loads(json.dumps(report, allow_nan=False)))
 
 
 def read(*paths: Path) -> list[Sources]:
