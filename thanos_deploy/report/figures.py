@@ -37,6 +37,7 @@ class Figure:
         dense, pruned: the values; None if the dense model's was not measured.
         ratio: pruned / dense.
         low, high: confidence interval of the ratio, where there is one.
+        status: of the run that a time is from; only what is VALID counts.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Figure:
     ratio: float | None
     low: float | None = None
     high: float | None = None
+    status: str = "VALID"
 
     @property
     def title(self) -> str:
@@ -72,6 +74,7 @@ def figures(model: Json) -> Iterator[Figure]:
             ratio["estimate"],
             ratio["low"],
             ratio["high"],
+            run["status"] if run else "VALID",
         )
     subjects = run["subjects"] if run else {}
     for name, title in _MEMORY.items() if subjects else ():
@@ -96,11 +99,12 @@ def shown(value: float | None, unit: str) -> str:
 
 
 def shown_ratio(figure: Figure) -> str:
-    """A ratio with its interval where there is one."""
+    """A ratio with its interval where there is one, and with what speaks against it."""
     if figure.ratio is None:
         return ""
     span = "" if figure.low is None else f" ({figure.low:.3f} to {figure.high:.3f})"
-    return f"{figure.ratio:.3f}{span}"
+    doubt = "" if figure.status == "VALID" else f", {figure.status}"
+    return f"{figure.ratio:.3f}{span}{doubt}"
 
 
 def _figure(name: str, unit: str, dense: float | None, pruned: float) -> Figure:

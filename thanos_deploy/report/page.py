@@ -109,6 +109,7 @@ def _tiles(model: Json) -> list[Json]:
             "name": by_name[name].title if by_name[name].unit != "s" else f"{name}, time",
             "times": f"{by_name[name].ratio:.2f}x",
             "note": _note(by_name[name]),
+            "status": by_name[name].status,
         }
         for name in wanted
         if name in by_name and by_name[name].ratio is not None
@@ -116,9 +117,10 @@ def _tiles(model: Json) -> list[Json]:
 
 
 def _note(figure: Figure) -> str:
-    if figure.low is not None:
-        return f"{figure.low:.2f} to {figure.high:.2f}"
-    return f"{shown(figure.dense, figure.unit)} to {shown(figure.pruned, figure.unit)}"
+    if figure.low is None:
+        return f"{shown(figure.dense, figure.unit)} to {shown(figure.pruned, figure.unit)}"
+    span = f"{figure.low:.2f} to {figure.high:.2f}"
+    return span if figure.status == "VALID" else f"{span}, {figure.status}"
 
 
 def _columns(report: Json) -> list[str]:
@@ -150,9 +152,7 @@ def _rows(report: Json) -> list[Json]:
     ]
     for number, model in enumerate(report["models"], start=1):
         own = {figure.name: figure for figure in figures(model)}
-        run = quoted(model)
-        status = run["status"] if run else "VALID"
-        cells = [_cell(own.get(name), status) for name in compared]
+        cells = [_cell(own.get(name)) for name in compared]
         rows.append({"label": model["label"], "id": f"model-{number}", "cells": cells})
     return [{**row, "mark": "dominated" if row["label"] in beaten else None} for row in rows]
 
@@ -163,7 +163,7 @@ def _dense_cell(figure: Figure) -> Json:
     return {"value": figure.dense, "text": shown(figure.dense, figure.unit), "note": None}
 
 
-def _cell(figure: Figure | None, status: str) -> Json:
+def _cell(figure: Figure | None) -> Json:
     """A value with its ratio; of a time the ratio alone, as milliseconds differ between runs."""
     if figure is None:
         return {"value": None, "text": "not measured", "note": None}
@@ -171,7 +171,7 @@ def _cell(figure: Figure | None, status: str) -> Json:
         note = None if figure.ratio is None else f"{figure.ratio:.3f}x"
         return {"value": figure.pruned, "text": shown(figure.pruned, figure.unit), "note": note}
     span = f"{figure.low:.3f} to {figure.high:.3f}"
-    note = span if status == "VALID" else f"{span}, {status}"
+    note = span if figure.status == "VALID" else f"{span}, {figure.status}"
     return {"value": figure.ratio, "text": f"{figure.ratio:.3f}", "note": note}
 
 

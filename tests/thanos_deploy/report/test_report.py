@@ -76,7 +76,9 @@ def test_a_run_that_does_not_count_is_shown_loudly(status: str, tmp_path: Path) 
     assert any(text.startswith(f"{status}: ") for text in report["notices"])
     assert "the machine moved" in report["notices"][0]
     assert status in report["headline"]
-    assert f'data-status="{status}"' in page_of(report, tmp_path / "out")
+    text = page_of(report, tmp_path / "out")
+    assert f'<div class="tile" data-status="{status}">' in text
+    assert f"0.900 (0.880 to 0.920), {status}" in text
     assert f"{status}: the timing run" in markdown.render(report)
 
 
