@@ -19,6 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -49,6 +50,7 @@ def main() -> None:
     """Make, measure, report, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="[default: SmolLM2-135M-Instruct]")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--calib", default=BUILTIN)
     parser.add_argument("--nsamples", type=int, default=32)
@@ -68,7 +70,7 @@ def main() -> None:
         run="comparison", prompts=tuple(arguments.prompt), rounds=arguments.rounds
     )
     with console.announcer(quiet=False) as announce:
-        dense = Dense(str(gguf_path()))
+        dense = Dense(arguments.model or str(gguf_path()))
         bundles = {}
         for pattern in arguments.patterns:
             request = PruneRequest(
@@ -80,8 +82,8 @@ def main() -> None:
             folder = arguments.out / pattern.replace(":", "-")
             bundles[folder.name] = make(folder, dense, request, evaluation, announce)
         best = min(bundles, key=lambda name: bundles[name].stages["eval"].result["value"])
-        bundles[best + INT8] = rounded(bundles[best], announce)
-        dense_int8 = rounded_dense(arguments.out / (DENSE + INT8), announce)
+        bundles[best + INT8] = rounded_pruned(bundles[best], announce)
+        dense_int8 = rounded_dense(dense, arguments.out / (DENSE + INT8), announce)
         first, *others = bundles.values()
         with artifact.claim(first.path, first.source) as claimed:
             subjects = pipeline.compared(
@@ -153,7 +155,7 @@ def make(
     return bundle
 
 
-def rounded(bundle: Bundle, announce: Announce) -> Bundle:
+def rounded_pruned(bundle: Bundle, announce: Announce) -> Bundle:
     """A copy of a bundle with int8 weights in its graph."""
     folder = bundle.path.with_name(bundle.path.name + INT8)
     if not folder.exists():
@@ -165,18 +167,21 @@ def rounded(bundle: Bundle, announce: Announce) -> Bundle:
             manifest["stages"].pop(stage, None)
         artifact.write_json(unfinished / artifact.MANIFEST, manifest)
         unfinished.rename(folder)
-    with artifact.claim(folder, bundle.source) as copy:
+    with artifact.claim(folder, bundle.source) as rounded:
         request = ExportRequest("int8")
         for target in ("onnx", "genai"):
-            pipeline.export(copy, target=target, request=request, overwrite=True, announce=announce)
-    return copy
+            pipeline.export(
+                rounded, target=target, request=request, overwrite=True, announce=announce
+            )
+    return rounded
 
 
-def rounded_dense(folder: Path, announce: Announce) -> Bundle:
+def rounded_dense(dense: Dense, folder: Path, announce: Announce) -> Bundle:
     """The dense model with int8 weights in its graph, beside the one in the cache."""
-    dense = Dense(str(gguf_path()))
-    dense.folder = folder
-    dense.export(ExportRequest("int8"), announce)
+    dense.checkpoint(announce)
+    beside = copy(dense)
+    beside.folder = folder
+    beside.export(ExportRequest("int8"), announce)
     return Bundle.open(folder)
 
 
