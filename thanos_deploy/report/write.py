@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from thanos_deploy import artifact
+from thanos_deploy import __version__, artifact
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import UsageError
 from thanos_deploy.report import build, card, markdown, page, sources
@@ -31,7 +31,7 @@ def write_report(bundle: Bundle) -> Json:
     bundle.run(
         "report",
         produce,
-        options={"format": build.FORMAT},
+        options={"format": build.FORMAT, "made_with": __version__},
         inputs={
             **{name: record.finished for name, record in bundle.stages.items() if name != "report"},
             # An interrupted benchmark is no stage.
