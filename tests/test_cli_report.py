@@ -84,6 +84,7 @@ def test_several_bundles_get_one_page_and_are_left_alone(invoke: Invoke, tmp_pat
         (("nothing",), 3, "not a bundle"),
         (("changed", "-o", "page.html"), 7, "layers.json"),
         (("changed",), 7, "layers.json"),
+        (("lost", "a", "-o", "page.html"), 7, "latency.json: is missing"),
         (("manifest",), 3, "not a readable manifest"),
     ],
 )
@@ -101,6 +102,7 @@ def test_what_cannot_be_reported_is_refused_with_a_reason(
     write_bundle(Path("other"), source={**bundles.SOURCE, "sha256": "c2" * 32})
     write_bundle(Path("dense"), stages=("onnx",))
     (write_bundle(Path("changed")) / "layers.json").write_text("[]")
+    (write_bundle(Path("lost")) / "bench" / "latency.json").unlink()
     (write_bundle(Path("manifest")) / "manifest.json").write_text("{")
     got, printed, errors = invoke("report", *arguments)
     assert (got, printed) == (code, ""), errors

@@ -83,14 +83,14 @@ def read(bundle: Bundle) -> Sources:
 
 
 def _runs(bundle: Bundle, bench: StageRecord | None) -> dict[str, Json]:
-    """The runs in the folder, those of the stage first and in its order."""
-    found = {
+    """Those of the stage, in its order, and what else is in the folder."""
+    finished = [f"bench/{run}.json" for run in (bench.result["runs"] if bench else ())]
+    names = dict.fromkeys((*finished, *_names(bundle, "bench/*.json")))
+    return {
         name: content
-        for name in _names(bundle, "bench/*.json")
+        for name in names
         if name != _SAMPLE and (content := _read(bundle, name)).get("format") == BENCH_FORMAT
     }
-    finished = [f"bench/{run}.json" for run in (bench.result["runs"] if bench else ())]
-    return {name: found[name] for name in dict.fromkeys((*finished, *found)) if name in found}
 
 
 def share(bundles: Sequence[Sources]) -> list[Sources]:
