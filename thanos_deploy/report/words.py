@@ -9,6 +9,9 @@ from thanos_deploy.report.runs import quoted_times
 
 _CPU = "CPUExecutionProvider"
 
+# How often a model is on the front: on every plot, on some, on none; or on no plot at all.
+_STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
+
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
     "eval": ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
@@ -56,14 +59,16 @@ def comparison(models: Sequence[Json], plots: Sequence[Json]) -> str:
     points = [point for plot in plots for point in plot["points"]]
     if not points:
         return f"{len(models)} models, of which nothing was measured that can be compared."
-    said: dict[str, list[str]] = {}
+    said: dict[str, list[str]] = {standing: [] for standing in _STANDINGS}
     for model in models:
         on_front = [not p["dominated_by"] for p in points if p["label"] == model["label"]]
-        said.setdefault(_standing(on_front), []).append(model["label"])
+        said[_standing(on_front)].append(model["label"])
     counted = all(point["valid"] for point in points)
     doubt = "" if counted else " (some times are from runs that do not count)"
     costs = ", ".join(plot["cost"] for plot in plots)
-    clauses = "; ".join(f"{standing}: {', '.join(labels)}" for standing, labels in said.items())
+    clauses = "; ".join(
+        f"{standing}: {', '.join(labels)}" for standing, labels in said.items() if labels
+    )
     return f"By perplexity against {costs}{doubt}, {clauses}."
 
 
@@ -219,8 +224,9 @@ def _outcome(ratio: Json) -> str:
 
 def _standing(on_front: Sequence[bool]) -> str:
     """A model on some plots, each with its front."""
+    throughout, in_part, never, incomparable = _STANDINGS
     if not on_front:
-        return "not comparable"
+        return incomparable
     if all(on_front):
-        return "unbeaten throughout"
-    return "beaten in part" if any(on_front) else "beaten throughout"
+        return throughout
+    return in_part if any(on_front) else never
