@@ -246,7 +246,8 @@ benchmark_options = several(
         "pasts",
         type=CountsType(),
         multiple=True,
-        help="Tokens before the timed steps of decode: 128,1024.  [default: 128; of bench: 128,512; those of --prompt if that is given]",
+        help="Tokens before the timed steps of decode: 128,1024.  [default: those of --prompt if "
+        "given, else 128; of bench: 128,512]",
     ),
     click.option(
         "--new-tokens",
