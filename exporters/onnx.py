@@ -37,7 +37,7 @@ from thanos_deploy.errors import GateError, ModelError, UsageError
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.verdict import judge
+from thanos_deploy.verdict import Verdict, judge
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -171,6 +171,26 @@ def export(
     artifact.write_json(destination / RECORD, record)
     on_progress(4, _STEPS)
     return record
+
+
+def judge_file(
+    path: Path, shapes: Mapping[str, tuple[int, int]], pattern: Pattern
+) -> dict[str, Verdict]:
+    """Judge the linear layers of an exported file.
+
+    Args:
+        path: the ONNX file.
+        shapes: by name of a layer, its outputs and inputs.
+        pattern: what they are claimed to hold.
+
+    Returns:
+        by name.
+    """
+    initializers = _initializers(path)
+    return {
+        name: judge(_nonzero(initializers, f"{name}.weight", inputs)[2], pattern)
+        for name, (_, inputs) in shapes.items()
+    }
 
 
 def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
@@ -359,6 +379,11 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         common_passes.ClearMetadataAndDocStringPass(),
     ):
         simplify(graph)
+    for node in graph.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is not None and weight.name in names:
+            # Whoever builds an engine speaks of nodes; let them be called as the model calls them.
+            node.name = weight.name.removesuffix(".weight")
 
 
 def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:

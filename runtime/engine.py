@@ -57,7 +57,11 @@ class Engine(Protocol):
 
 
 def backends() -> list[str]:
-    """Names of the backends, sorted."""
+    """Names of the backends, sorted.
+
+    Each is a module with `open_engine(bundle, provider=...)`, and `stage(bundle)`: the stage whose
+    files it reads.
+    """
     return sorted(module.name for module in pkgutil.iter_modules(engines.__path__))
 
 
@@ -82,13 +86,12 @@ def open_engine(
         raise UsageError(
             f"backend {backend!r} is not known", fix=f"give one of {', '.join(backends())}"
         )
+    module = import_module(f"runtime.engines.{backend}")
     opened = Bundle.open(bundle)
-    opened.require("onnx", f"`thanos-deploy export {bundle} --target onnx`")
+    stage = module.stage(opened)
     if verify:
-        opened.verify("onnx")
-    engine: Engine = import_module(f"runtime.engines.{backend}").open_engine(
-        bundle, provider=provider
-    )
+        opened.verify(stage)
+    engine: Engine = module.open_engine(bundle, provider=provider)
     return engine
 
 

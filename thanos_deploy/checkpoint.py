@@ -244,6 +244,18 @@ class Checkpoint:
     weights: "Weights"
     widths: tuple[Widths, ...]
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in all of its tensors."""
+        return sum(math.prod(shape) for shape in self.weights.shapes.values())
+
+    def bytes_in(self, dtype: str) -> int:
+        """Size of its tensors when stored in a dtype, a key of `DTYPES`; else in each one's own."""
+        return sum(
+            math.prod(shape) * DTYPES.get(dtype, self.weights.dtypes[name]).itemsize
+            for name, shape in self.weights.shapes.items()
+        )
+
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Read the configuration and the tensors' headers, and no weight.

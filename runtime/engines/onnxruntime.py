@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtime.engine import Ids, Logits
+from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -93,6 +94,16 @@ class OnnxRuntimeEngine:
 
     def _place(self, array: Any) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
+
+
+def stage(bundle: Bundle) -> str:
+    """The stage with the graph.
+
+    Raises:
+        InputError: it is not finished.
+    """
+    bundle.require("onnx", f"`thanos-deploy export {bundle.path} --target onnx`")
+    return "onnx"
 
 
 def open_engine(bundle: Path, *, provider: str = "cpu") -> OnnxRuntimeEngine:

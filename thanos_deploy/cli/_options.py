@@ -18,8 +18,8 @@ from thanos_deploy.errors import PatternError
 
 if TYPE_CHECKING:
     from thanos_deploy.artifact import Json
-    from thanos_deploy.pipeline import Announce
-    from thanos_deploy.requests import BenchRequest, EvalRequest, PruneRequest
+    from thanos_deploy.progress import Announce
+    from thanos_deploy.requests import BenchRequest, EngineRequest, EvalRequest, PruneRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +39,26 @@ class PatternType(click.ParamType[pattern.Pattern]):
             return pattern.parse(value)
         except PatternError as error:
             self.fail(f"{error.message}; {error.fix}", param, ctx)
+
+
+class SizesType(click.ParamType[tuple[int, ...]]):
+    """Positive sizes, separated by commas."""
+
+    name = "sizes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Read the numbers; anything else is a usage error."""
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            sizes = tuple(int(size) for size in value.split(","))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            self.fail(f"{value!r}: give positive numbers separated by commas, such as 1,8")
+        return sizes
 
 
 def several(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -221,6 +241,29 @@ benchmark_options = several(
         help="Prompt of the sample text.",
     ),
 )
+engine_options = several(
+    click.option(
+        "--sm",
+        type=SizesType(),
+        help="tensorrt-rtx: compute capabilities to build for.  [default: 80,86,89,120]",
+    ),
+    click.option(
+        "--sparse-form",
+        type=click.Choice(["matmul", "conv1x1", "auto"]),
+        default="matmul",
+        show_default=True,
+        help="Engines: how linear layers are written; auto builds both on the GPU and keeps the "
+        "faster.",
+    ),
+    click.option(
+        "--engine-compat",
+        type=click.Choice(["none", "version", "same-sm", "ampere+"]),
+        default="none",
+        show_default=True,
+        help="Engines: where else one may run, beside the GPU and the version that it is built "
+        "for; costs speed.",
+    ),
+)
 target_option = click.option(
     "--target",
     type=click.Choice(exporters.names()),
@@ -263,6 +306,31 @@ def eval_request(options: dict[str, Any]) -> "EvalRequest":
         text_field=options["text_field"],
         segments=options["eval_segments"],
         seqlen=options["eval_seqlen"],
+    )
+
+
+def engine_request(
+    options: dict[str, Any],
+    *,
+    dtype: str | None,
+    max_sequence: int | None,
+    batch: tuple[int, ...] | None,
+    prompt: tuple[int, ...] | None,
+) -> "EngineRequest":
+    """What `engine_options` ask for, with what each command calls otherwise; None for defaults."""
+    from thanos_deploy.requests import EngineRequest
+
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "max_sequence": max_sequence,
+        "batch": batch,
+        "prompt": prompt,
+    }
+    return EngineRequest(
+        form=options["sparse_form"],
+        compatibility=options["engine_compat"],
+        architectures=tuple(f"sm{number}" for number in options["sm"] or ()),
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 

@@ -1,0 +1,102 @@
+"""The NVIDIA GPUs of this machine, as the driver tells. Standard library only.
+
+Installed libraries say nothing about a GPU: ONNX Runtime lists its CUDA provider, and ORT-GenAI
+says that CUDA is available, on machines that have neither. So the driver itself is asked.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+from thanos_deploy.errors import PlatformError
+
+_DRIVER = "libcuda.so.1"
+_NAME_BYTES = 256
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+# The first GPUs with sparse tensor cores: NVIDIA, "Accelerating Sparse Deep Neural Networks",
+# arXiv 2104.08378.
+SPARSE_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU that can be used.
+
+    Attributes:
+        name: as the driver calls it.
+        capability: compute capability, major and minor.
+        memory_bytes: all of its memory.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+    @property
+    def arch(self) -> str:
+        """The compute capability as compilers spell it, such as "sm90"."""
+        return "sm{}{}".format(*self.capability)
+
+    @property
+    def has_sparse_tensor_cores(self) -> bool:
+        """2:4 can be faster here."""
+        return self.capability >= SPARSE_CAPABILITY
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What the driver says.
+
+    Attributes:
+        cuda: the newest CUDA that it takes, such as "13.0"; None without a driver.
+        gpus: the GPUs that are visible to this process (CUDA_VISIBLE_DEVICES counts).
+        problem: why there is none; empty if there is one.
+    """
+
+    cuda: str | None
+    gpus: tuple[Gpu, ...]
+    problem: str
+
+
+@cache
+def probe() -> Driver:
+    """Ask the driver, once."""
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return Driver(None, (), f"no NVIDIA driver: {_DRIVER} is not there")
+    number = ctypes.c_int()
+    if code := cuda.cuInit(0):
+        return Driver(None, (), f"the NVIDIA driver does not start (cuInit returned {code})")
+    cuda.cuDriverGetVersion(ctypes.byref(number))
+    version = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    cuda.cuDeviceGetCount(ctypes.byref(number))
+    gpus = tuple(_gpu(cuda, index) for index in range(number.value))
+    return Driver(version, gpus, "" if gpus else "the driver shows no GPU to this process")
+
+
+def require() -> Gpu:
+    """The first GPU.
+
+    Raises:
+        PlatformError: there is none.
+    """
+    found = probe()
+    if not found.gpus:
+        raise PlatformError(
+            f"no GPU ({found.problem})",
+            fix="run this on a machine with an NVIDIA GPU and its driver",
+        )
+    return found.gpus[0]
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(_NAME_BYTES)
+    major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, _NAME_BYTES, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    return Gpu(name.value.decode(), (major.value, minor.value), memory.value)
