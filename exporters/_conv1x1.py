@@ -20,7 +20,8 @@ def rewrite(source: Path, destination: Path, *, weights: Collection[str], data: 
     after:  Transpose -> [batch, in, sequence] -> Unsqueeze -> [batch, in, sequence, 1]
             -> Conv with W^T [out, in, 1, 1] -> [batch, out, sequence, 1] -> Squeeze -> Transpose
 
-    GPT-2 has its tokens in one row, x [tokens, in]; there no axes have to be swapped.
+    GPT-2 has its tokens in one row, x [tokens, in]; there no axes have to be swapped. A quantised
+    W8 goes through the same DequantizeLinear as before, along its other axis.
 
     Args:
         source: the graph to read.
@@ -31,10 +32,8 @@ def rewrite(source: Path, destination: Path, *, weights: Collection[str], data: 
     model = ir.load(source)
     graph = model.graph
     for node in list(graph):
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        if weight is None or weight.name not in weights:
-            continue
-        _replace(graph, node, weight)
+        if node.op_type == "MatMul":
+            _replace(graph, node, weights)
     for simplify in (
         # q, k and v read the same input; it is turned once.
         common_passes.CommonSubexpressionEliminationPass(),
@@ -44,21 +43,31 @@ def rewrite(source: Path, destination: Path, *, weights: Collection[str], data: 
     ir.save(model, destination, external_data=data)
 
 
-def _replace(graph: ir.Graph, product: ir.Node, weight: ir.Value) -> None:
+def _replace(graph: ir.Graph, product: ir.Node, weights: Collection[str]) -> None:
+    source, operand = product.inputs
+    assert source is not None
+    assert operand is not None
+    back = operand.producer()
+    if back is not None and back.op_type != "DequantizeLinear":
+        return
+    weight = operand if back is None else back.inputs[0]
+    if weight is None or weight.name not in weights:
+        return
     assert weight.const_value is not None
-    assert product.inputs[0] is not None
-    assert product.inputs[0].shape is not None
+    assert source.shape is not None
     kernel = np.ascontiguousarray(weight.const_value.numpy().T)[:, :, None, None]
     weight.const_value = ir.Tensor(kernel, name=weight.name)
-    weight.shape = weight.const_value.shape
-    convolution = ir.node("Conv", [None, weight], name=product.name)
-    if product.inputs[0].shape.rank() == 2:
+    weight.shape = operand.shape = weight.const_value.shape
+    if back is not None:
+        back.attributes["axis"] = ir.AttrInt64("axis", 0)
+    convolution = ir.node("Conv", [None, operand], name=product.name)
+    if source.shape.rank() == 2:
         axes = _axes(graph, 2, 3)
-        before = [ir.node("Unsqueeze", [product.inputs[0], axes])]
+        before = [ir.node("Unsqueeze", [source, axes])]
         after = [ir.node("Squeeze", [convolution.outputs[0], axes])]
     else:
         axes = _axes(graph, 3)
-        turned = ir.node("Transpose", [product.inputs[0]], attributes={"perm": [0, 2, 1]})
+        turned = ir.node("Transpose", [source], attributes={"perm": [0, 2, 1]})
         before = [turned, ir.node("Unsqueeze", [turned.outputs[0], axes])]
         narrow = ir.node("Squeeze", [convolution.outputs[0], axes])
         back = ir.node("Transpose", [narrow.outputs[0]], attributes={"perm": [0, 2, 1]})

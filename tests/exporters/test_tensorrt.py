@@ -83,6 +83,22 @@ def test_an_engine_is_built_and_every_linear_layer_found_in_it(
     assert str(tmp_path) not in (tmp_path / "build.log").read_text()
 
 
+def test_an_int8_engine_is_built_from_quantised_weights(
+    exported_two_four: Exported, tmp_path: Path
+) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "engine").mkdir()
+    model = Checkpoint.open(exported_two_four("llama") / "model")
+    exporters.onnx.export(model, tmp_path / "onnx", pattern=SemiStructured(2, 4), dtype="int8-qdq")
+    build = tensorrt_rtx.export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm89",))
+    assert build["dtype"] == "int8-qdq"
+    assert build["summary"]["pattern_holds"] == 14
+    log = (tmp_path / "engine" / "build.log").read_text()
+    listed = [line for line in log.splitlines() if "_proj" in line and "LayerType: gemm" in line]
+    assert listed
+    assert all("Datatype: Int8" in line for line in listed)
+
+
 def test_a_dense_graph_is_built_without_a_look_at_sparse_weights(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
