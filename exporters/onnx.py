@@ -63,8 +63,6 @@ _FLOATS = {
 # What the ranges of activations are taken from, for int8-qdq: segments and tokens of each.
 _SEGMENTS, _TOKENS = 8, 256
 
-_QUANTISATIONS = {"int8": _int8, "int8-qdq": _qdq}
-
 _STEPS = 4
 
 
@@ -161,13 +159,13 @@ def export(
     on_progress(2, _STEPS)
     _require_names(destination / MODEL, model)
     _cast(model, torch.float32)
-    ranges = _observe(model, checkpoint) if dtype == "int8-qdq" else {}
-    quantisation = _QUANTISATIONS.get(dtype)
-    rounding = (
-        _quantise(destination / MODEL, model, checkpoint.linears, quantisation)
-        if quantisation
-        else {}
-    )
+    rounding: dict[str, float] = {}
+    ranges: dict[str, _qdq.Ranges] = {}
+    if dtype == "int8":
+        rounding = _quantise(destination / MODEL, model, checkpoint.linears, _int8)
+    if dtype == "int8-qdq":
+        ranges = _observe(model, checkpoint)
+        rounding = _quantise(destination / MODEL, model, list(ranges), _qdq)
     weights = _read_weights(destination / MODEL, model, checkpoint.linears, pattern)
     on_progress(3, _STEPS)
     limit = PARITY_LIMITS[dtype]
@@ -175,7 +173,7 @@ def export(
     if dtype == "int8":
         _int8.use_integer_kernels(destination / MODEL)
     if dtype == "int8-qdq":
-        results = ranges.keys() if pattern == SemiStructured(2, 4) else ()
+        results = pattern == SemiStructured(2, 4)
         _qdq.quantise_activations(destination / MODEL, ranges, results=results)
     if rounding:
         rounding["activations"] = _worst_logits(destination / MODEL, model)
@@ -186,6 +184,7 @@ def export(
         "max_sequence": longest,
         "cache": _cache_record(model, _FLOATS[dtype]),
         "rounding": rounding,
+        "quantised": list(ranges) if dtype == "int8-qdq" else None,
         "parity_limit": limit,
         "parity": [asdict(case) for case in cases],
         "weights": [asdict(weight) for weight in weights],
@@ -217,6 +216,7 @@ def judge_file(
 
 
 def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, _qdq.Ranges]:
+    """The linear layers whose input can be rounded to int8, and what was seen around them."""
     ids = segments(
         builtin_text(),
         load_tokenizer(checkpoint.folder),
@@ -224,7 +224,8 @@ def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, _qdq.R
         length=min(_TOKENS, checkpoint.max_positions),
         seed=0,
     )
-    return _qdq.observe(model, checkpoint.linears, ids)
+    seen = _qdq.observe(model, checkpoint.linears, ids)
+    return {name: ranges for name, ranges in seen.items() if ranges.input.fits}
 
 
 def _quantise(

@@ -40,6 +40,14 @@ def describe() -> dict[str, object]:
     }
 
 
+def cache_folder() -> Path:
+    """For what can be made again: $THANOS_DEPLOY_CACHE, else a part of the user's cache folder."""
+    if own := os.environ.get("THANOS_DEPLOY_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "thanos-deploy"
+
+
 def peak_memory_bytes() -> int:
     """The most resident memory that this process has held so far.
 

@@ -14,7 +14,6 @@ The dense model that pruned ones are compared with is itself a bundle, in a cach
 after its hash, so several runs on one model convert, export and evaluate it once.
 """
 
-import os
 import shutil
 import statistics
 from collections.abc import Iterator, Sequence
@@ -51,14 +50,6 @@ from thanos_deploy.sizing import Losses, Plan
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
 
-def cache_folder() -> Path:
-    """Where dense models are kept: $THANOS_DEPLOY_CACHE, else the user's cache folder."""
-    if own := os.environ.get("THANOS_DEPLOY_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "thanos-deploy"
-
-
 class Dense:
     """The model that a bundle is made from, and its own bundle in the cache.
 
@@ -70,7 +61,7 @@ class Dense:
     def __init__(self, model: str, *, revision: str | None = None) -> None:
         """Find a model; see `checkpoint.locate` for what it may be and what is raised."""
         self.source = locate(model, revision=revision)
-        self.folder = cache_folder() / self.source.sha256[:16]
+        self.folder = environment.cache_folder() / self.source.sha256[:16]
         self._checkpoint: Checkpoint | None = None
 
     def checkpoint(self, announce: Announce = quietly) -> Checkpoint:

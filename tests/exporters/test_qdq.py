@@ -88,8 +88,21 @@ def test_ranges_are_the_largest_magnitudes_of_all_segments(tiny_llama: Path) -> 
         model(input_ids=ids)
     handle.remove()
     ((read, made),) = calls
-    assert seen.input == pytest.approx(float(read.abs().max()), rel=1e-5)
-    assert seen.output == pytest.approx(float(made.abs().max()), rel=1e-5)
+    for found, values in ((seen.input, read), (seen.output, made)):
+        array = values.double().numpy()
+        largest = np.abs(array).max()
+        assert found.largest == pytest.approx(largest, rel=1e-5)
+        rounded = np.rint(array / (largest / 127)) * (largest / 127)
+        error = ((rounded - array) ** 2).sum(axis=-1) / (array**2).sum(axis=-1)
+        assert found.error == pytest.approx(error.mean(), rel=0.05)
+
+
+def test_one_huge_activation_makes_a_tensor_unfit() -> None:
+    values = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    assert _qdq.lost(values, float(values.abs().max())) < _qdq.WORST_ERROR
+    values[0, 0] = 1000.0
+    assert _qdq.lost(values, 1000.0) > 0.9
+    assert _qdq.lost(torch.zeros(2, 3), 0.0) == 0.0
 
 
 def test_convolutions_of_quantised_weights_compute_the_same(
