@@ -32,8 +32,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from exporters import _int8
 from thanos_deploy import artifact
-from thanos_deploy.checkpoint import Checkpoint, load_model
-from thanos_deploy.errors import GateError, ModelError, UsageError
+from thanos_deploy.checkpoint import Checkpoint, cast, load_model
+from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
@@ -132,7 +132,7 @@ def export(
     longest = _longest(checkpoint, max_sequence)
     on_progress(0, _STEPS)
     model = load_model(checkpoint.folder)
-    _cast(model, _FLOATS[dtype])
+    cast(model, _FLOATS[dtype])
     on_progress(1, _STEPS)
     graph = _trace(model)
     _simplify(graph, model)
@@ -147,7 +147,7 @@ def export(
     del graph
     on_progress(2, _STEPS)
     _require_names(destination / MODEL, model)
-    _cast(model, torch.float32)
+    cast(model, torch.float32)
     rounding = _quantise(destination / MODEL, model, checkpoint.linears) if dtype == "int8" else {}
     weights = _read_weights(destination / MODEL, model, checkpoint.linears, pattern)
     on_progress(3, _STEPS)
@@ -205,20 +205,6 @@ def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
             fix="give a number in that range, or leave --max-seq out",
         )
     return asked or checkpoint.max_positions
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round every parameter in place; buffers such as rotary frequencies stay as they are."""
-    for name, parameter in model.named_parameters():
-        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
-        # kernels that look at bit patterns rely on.
-        rounded = parameter.detach().to(dtype).add_(0.0)
-        if not bool(rounded.isfinite().all()):
-            raise ModelError(
-                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
-                fix="export with --dtype fp32",
-            )
-        parameter.data = rounded
 
 
 class _WithFlatCache(nn.Module):

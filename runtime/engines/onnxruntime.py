@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
+FOLDER = "onnx"
+COMMAND = "thanos-deploy export {bundle} --target onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
@@ -45,16 +47,7 @@ class OnnxRuntimeEngine:
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
-        if ids.ndim != 2 or 0 in ids.shape:
-            raise UsageError(
-                f"ids of shape {list(ids.shape)}: nothing to read",
-                fix="give [batch, tokens] with at least one sequence and one token",
-            )
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise UsageError(
-                f"ids from {ids.min()} to {ids.max()}: the vocabulary has {self._vocabulary}",
-                fix="use the tokenizer of the same bundle",
-            )
+        require_readable(ids, self._vocabulary)
         self._require_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
         self._cache = [

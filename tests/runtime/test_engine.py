@@ -276,7 +276,7 @@ def test_a_missing_backend_names_what_to_install(
 
 
 def test_backends_are_found_by_their_files() -> None:
-    assert backends() == ["onnxruntime"]
+    assert backends() == ["onnxruntime", "torch"]
 
 
 def test_importing_the_runtime_loads_no_torch_no_transformers_and_no_onnx() -> None:
