@@ -87,7 +87,7 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
     if shutil.which("nvcc"):
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "sparse_mma.cubin"
-            compile_cuda(cubin, architecture)
+            compile_cuda(cubin, sparse_mma.target(divmod(architecture, 10)))
             yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0)
 
 
@@ -118,9 +118,9 @@ def compile_triton(
         )
 
 
-def compile_cuda(cubin: Path, architecture: int) -> None:
-    """Compile sparse_mma.cu with nvcc."""
-    options = ["-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-Werror", "all-warnings"]
+def compile_cuda(cubin: Path, architecture: str) -> None:
+    """Compile sparse_mma.cu with nvcc, for an architecture such as sm_80."""
+    options = ["-cubin", f"-arch={architecture}", "-std=c++17", "-Werror", "all-warnings"]
     subprocess.run(["nvcc", *options, "-o", str(cubin), str(sparse_mma.SOURCE)], check=True)
 
 

@@ -99,11 +99,17 @@ def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Te
     return y
 
 
+def target(capability: tuple[int, int]) -> str:
+    """What to compile for on a GPU of a compute capability; only sm_90a has wgmma."""
+    major, minor = capability
+    return f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}"
+
+
 def compile(architecture: str, nvrtc: ctypes.CDLL) -> bytes:
     """The kernel as a cubin.
 
     Args:
-        architecture: such as "sm_80".
+        architecture: a `target`.
         nvrtc: the library.
 
     Raises:
@@ -138,11 +144,10 @@ _Launch = Callable[[tuple[int, int], list[Tensor | None], list[int]], None]
 @cache
 def _load(device: int, dtype: torch.dtype) -> _Launch:
     """Compile for a device, which is the current one, and return what launches the kernel."""
-    major, minor = torch.cuda.get_device_capability(device)
     assert torch.version.cuda is not None
     nvrtc = _library(f"libnvrtc.so.{torch.version.cuda.partition('.')[0]}")
     cuda = _library("libcuda.so.1")
-    cubin = compile(f"sm_{major}{minor}", nvrtc)
+    cubin = compile(target(torch.cuda.get_device_capability(device)), nvrtc)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(cuda, cuda.cuModuleLoadData(ctypes.byref(module), cubin))
     name = _NAMES[dtype].encode()

@@ -1,8 +1,8 @@
 // Runs sparse_mma.cu on the CPU: one block after the other, every thread of a block a real one.
 //
 // Copies in the background arrive as late as they may, so a missing wait shows; a missing barrier or
-// an access out of bounds shows to the sanitizers. What mma.sp and ldmatrix do is written down here
-// from the PTX ISA, independently of the kernel.
+// an access out of bounds shows to the sanitizers. What mma.sp, wgmma
+// (with -DWARPGROUP) and ldmatrix do is written down here from the PTX ISA, apart from the kernel.
 //
 // Usage: simulated_gpu float16|bfloat16 ROWS COLUMNS TOKENS OUTPUTS 0|1 < values, metadata, x, bias > y
 
@@ -90,33 +90,71 @@ static unsigned short narrow(float value) {
 
 static unsigned short half_of(unsigned word, int which) { return word >> 16 * which; }
 
-// mma.sp.m16n8k32: a is stored as 16 x 16, of four columns two; b is 32 x 8; sums are 16 x 8.
+// One entry of a sparse product: a is stored as 16 x 16, of four columns two; b(k) is its column.
+template <bool bfloat, int selector, typename Column>
+static float entry(int row, Column b) {
+    float sum = 0;
+    for (int group = 0; group < 8; ++group) {
+        const unsigned word = warp->metadata[row % 8 * 4 + selector * 2 + group / 4];
+        const unsigned two = word >> (row / 8 * 16 + group % 4 * 4) & 15;
+        if ((two & 3) >= two >> 2) std::abort();  // ordered_metadata promises an order
+        for (int which = 0; which < 2; ++which) {
+            const int stored = group * 2 + which;
+            const unsigned of_a = warp->a[row % 8 * 4 + stored % 8 / 2][stored / 8 * 2 + row / 8];
+            sum += widen<bfloat>(half_of(of_a, stored % 2)) *
+                   widen<bfloat>(b(group * 4 + (two >> which * 2 & 3)));
+        }
+    }
+    return sum;
+}
+
+static int own_row(int r) { return own_lane() / 4 + r / 2 * 8; }
+static int own_column(int r) { return own_lane() % 4 * 2 + r % 2; }
+
+#ifdef WARPGROUP
+
+using Matrix = const unsigned short*;
+
+static Matrix describe(const unsigned short* first) { return first; }
+static void publish_copies() {}
+static void begin_products() {}
+static void finish_products() {}
+
+// wgmma.mma_async.sp.m64n64k32, the 16 rows of one warp; b is in shared memory, 64 rows of 128 bytes
+// with bits 4-6 of each address changed by bits 7-9.
+template <bool bfloat>
+static void multiply(float (&sums)[8][4], const unsigned (&a)[4], Matrix b, unsigned metadata) {
+    std::memcpy(warp->a[own_lane()], a, 16);
+    warp->metadata[own_lane()] = metadata;
+    warp->meet.arrive_and_wait();
+    for (int j = 0; j < 8; ++j)
+        for (int r = 0; r < 4; ++r)
+            sums[j][r] += entry<bfloat, 0>(own_row(r), [&](int k) {
+                const auto address = std::bit_cast<std::size_t>(b) + j * 1024 +
+                                     own_column(r) * 128 + k * sizeof(short);
+                return *std::bit_cast<Matrix>(address ^ (address >> 7 & 7) << 4);
+            });
+    warp->meet.arrive_and_wait();
+}
+
+#else
+
+// mma.sp.m16n8k32: b is 32 x 8, in registers.
 template <bool bfloat, int selector>
 static void multiply(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[4],
                      unsigned metadata) {
-    const int lane = own_lane();
-    std::memcpy(warp->a[lane], a, 16);
-    std::memcpy(warp->b[lane], b, 16);
-    warp->metadata[lane] = metadata;
+    std::memcpy(warp->a[own_lane()], a, 16);
+    std::memcpy(warp->b[own_lane()], b, 16);
+    warp->metadata[own_lane()] = metadata;
     warp->meet.arrive_and_wait();
-    for (int r = 0; r < 4; ++r) {
-        const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-        for (int group = 0; group < 8; ++group) {
-            const unsigned word = warp->metadata[row % 8 * 4 + selector * 2 + group / 4];
-            const unsigned two = word >> (row / 8 * 16 + group % 4 * 4) & 15;
-            if ((two & 3) >= two >> 2) std::abort();  // ordered_metadata promises an order
-            for (int which = 0; which < 2; ++which) {
-                const int stored = group * 2 + which, k = group * 4 + (two >> which * 2 & 3);
-                const unsigned of_a =
-                    warp->a[row % 8 * 4 + stored % 8 / 2][stored / 8 * 2 + row / 8];
-                const unsigned of_b = warp->b[column * 4 + k % 8 / 2][k / 8];
-                sums[r] += widen<bfloat>(half_of(of_a, stored % 2)) *
-                           widen<bfloat>(half_of(of_b, k % 2));
-            }
-        }
-    }
+    for (int r = 0; r < 4; ++r)
+        sums[r] += entry<bfloat, selector>(own_row(r), [&](int k) {
+            return half_of(warp->b[own_column(r) * 4 + k % 8 / 2][k / 8], k % 2);
+        });
     warp->meet.arrive_and_wait();
 }
+
+#endif
 
 #include "sparse_mma.cu"
 

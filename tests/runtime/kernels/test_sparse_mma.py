@@ -1,6 +1,7 @@
 import ctypes
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,22 @@ def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
         )
 
 
-@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (sanitizer, variant)
+        for sanitizer in ("address,undefined", "thread")
+        for variant in ("MMA", "WARPGROUP")
+    ],
+    ids="-".join,
+)
 def simulated_gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernel compiled for the CPU, with a sanitizer; see simulated_gpu.cpp."""
+    """The kernel compiled for the CPU, with a sanitizer and one of its two ways to multiply."""
+    sanitizer, variant = request.param
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     program = tmp_path_factory.mktemp("simulated") / "gpu"
-    options = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={request.param}"]
+    options = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", f"-D{variant}"]
     options += ["-I", str(sparse_mma.SOURCE.parent), "-o", str(program)]
     subprocess.run(["g++", *options, str(HERE / "simulated_gpu.cpp")], check=True)
     return program
@@ -100,24 +110,30 @@ def test_the_kernel_on_a_simulated_gpu_gives_the_product_without_race_or_stray_a
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("capability", "instruction"),
+    [((8, 0), "HMMA.SP.16832.F32"), ((9, 0), "HGMMA.SP.64x64x32.F32")],
+)
 def test_nvcc_makes_sparse_tensor_core_instructions_of_it(
-    architecture: int, tmp_path: Path
+    capability: tuple[int, int], instruction: str, tmp_path: Path
 ) -> None:
     from benchmarks.kernel_resources import compile_cuda, inspect
 
-    compile_cuda(tmp_path / "cubin", architecture)
-    found = inspect("sparse_mma", architecture, (tmp_path / "cubin").read_bytes(), 0)
-    assert found.tensor_instructions == ("HMMA.SP.16832.F32", "HMMA.SP.16832.F32.BF16")
+    compile_cuda(tmp_path / "cubin", sparse_mma.target(capability))
+    found = inspect("sparse_mma", 0, (tmp_path / "cubin").read_bytes(), 0)
+    assert found.tensor_instructions == (instruction, f"{instruction}.BF16")
     assert found.stack_bytes == 0
 
 
 def test_nvrtc_compiles_it_without_a_toolkit() -> None:
-    try:
-        nvrtc = ctypes.CDLL("libnvrtc.so")
-    except OSError:
-        pytest.skip("libnvrtc is not installed")
-    assert sparse_mma.compile("sm_80", nvrtc)[:4] == b"\x7fELF"
+    nvrtc = None
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        with suppress(OSError):
+            nvrtc = nvrtc or ctypes.CDLL(name)
+    if nvrtc is None:
+        pytest.skip("libnvrtc is not on the library path")
+    for capability in ((8, 0), (8, 9), (9, 0)):
+        assert sparse_mma.compile(sparse_mma.target(capability), nvrtc)[:4] == b"\x7fELF"
     with pytest.raises(PlatformError, match="does not compile for sm_75"):
         sparse_mma.compile("sm_75", nvrtc)
 
