@@ -99,10 +99,15 @@ class TorchEngine:
 
 
 def open_engine(bundle: Path, *, provider: str = "cpu", variant: str = "eager") -> TorchEngine:
-    """Load the checkpoint of a bundle.
+    """Load the checkpoint of a bundle; see `open_model`."""
+    return open_model(bundle / FOLDER, provider=provider, variant=variant)
+
+
+def open_model(folder: Path, *, provider: str = "cpu", variant: str = "eager") -> TorchEngine:
+    """Load a model folder, such as a dense model to compare with.
 
     Args:
-        bundle: its folder.
+        folder: a Hugging Face folder.
         provider: one of `PROVIDERS`.
         variant: one of `VARIANTS`.
 
@@ -120,7 +125,7 @@ def open_engine(bundle: Path, *, provider: str = "cpu", variant: str = "eager") 
     from runtime.kernels import linears
     from thanos_deploy.checkpoint import Checkpoint, cast, load_model
 
-    checkpoint = Checkpoint.open(bundle / FOLDER)
+    checkpoint = Checkpoint.open(folder)
     model = load_model(checkpoint.folder)
     if provider == "cuda":
         is_bfloat16 = checkpoint.config.dtype == torch.bfloat16

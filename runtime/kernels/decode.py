@@ -112,6 +112,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     """
     tokens, inputs = x.shape
     assert (inputs, x.dtype) == (weight.columns, weight.dtype)
+    assert bias is None or bias.is_contiguous()
     y = x.new_empty(tokens, weight.rows)
     block_m = min(triton.next_power_of_2(tokens), MOST_TOKENS)
     kernel[

@@ -21,8 +21,9 @@
 //
 // Sources: PTX ISA, "Matrix multiply-accumulate operation using mma.sp instruction": fragments and
 // metadata of .m16n8k32 for .f16 and .bf16; "Asynchronous Warpgroup Level Matrix Instructions":
-// fragments, metadata and matrix descriptors of wgmma.mma_async.sp. The order of the metadata:
-// torch/sparse/_semi_structured_conversions.py. There are no includes, so NVRTC needs no toolkit.
+// fragments and matrix descriptors of wgmma. CUTLASS, mma_traits_sm90_gmma_sparse.hpp, ELayout_64x32:
+// its metadata. torch/sparse/_semi_structured_conversions.py: the order in which they are stored.
+// There are no includes, so NVRTC needs no toolkit.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
