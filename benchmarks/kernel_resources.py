@@ -12,7 +12,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,13 +108,15 @@ def compile_triton(
             if name not in constants and name != "tokens"
         },
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # a change that is to come
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-        )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
 
 
 def compile_cuda(cubin: Path, architecture: str) -> None:

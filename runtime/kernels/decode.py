@@ -129,5 +129,6 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         weight.words.shape[1],
         HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
+        enable_fp_fusion=True,  # Triton is about to change the default
     )
     return y

@@ -69,6 +69,22 @@ def test_a_weight_that_is_not_read_in_whole_blocks_touches_nothing_else(
     require_close(y, x[:3], weight, bias[:5])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [1, 16, 256, 2048])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_products_on_a_gpu_are_those_of_torch(tokens: int, dtype: torch.dtype) -> None:
+    weight = two_four(4096, 2048, dtype).cuda()
+    x = inputs(tokens, 4096, 2048, dtype, bias=False)[0].cuda()
+    expected = torch.matmul(x.float(), weight.float().T)
+    packed = PackedWeight.of(weight)
+    for kernel in KERNELS:
+        y = kernel.linear(x, packed).float()
+        # float32 here may be multiplied as tf32, which has float16's precision.
+        limit = 4 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (y - expected).abs().max() <= limit, kernel
+
+
 def test_packed_weights_are_the_documented_layout_with_padding() -> None:
     weight = two_four(3, 20, torch.bfloat16)
     packed = PackedWeight.of(weight)
