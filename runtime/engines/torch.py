@@ -95,7 +95,7 @@ class TorchEngine:
         return logits
 
     def _place(self, array: Ids) -> Any:
-        return self._torch.from_numpy(array).to(self._device)
+        return self._torch.tensor(array, device=self._device)
 
 
 def open_engine(bundle: Path, *, provider: str = "cpu", variant: str = "eager") -> TorchEngine:
