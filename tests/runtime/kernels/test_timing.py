@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from runtime.kernels.linears import MAKERS
-from runtime.kernels.timing import measure, random_two_four
+from benchmarks.semi_structured import show
+from runtime.kernels.linears import MAKERS, Multiply
+from runtime.kernels.timing import GemmTime, _of_kernel, measure, random_two_four
+from runtime.latency import summarise
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.packing import pack
 from thanos_deploy.pattern import SemiStructured
@@ -38,6 +41,38 @@ def test_the_weights_that_are_timed_are_two_four_and_half_full() -> None:
     weight = random_two_four(32, 64, torch.float16)
     pack(weight, SemiStructured(2, 4))
     assert int((weight != 0).sum()) == weight.numel() // 2
+
+
+def test_a_kernel_that_refuses_a_weight_has_a_reason_for_every_number_of_tokens() -> None:
+    weight = random_two_four(96, 68, torch.float16)
+    records = list(_of_kernel("cutlass", MAKERS["cutlass"], weight, (1, 16), 5, 1))
+    assert [each.tokens for each in records] == [1, 16]
+    for each in records:
+        assert each.seconds is None
+        assert "cutlass takes no 2:4 weight of torch.float16 [96, 68]" in str(each.reason)
+
+
+@pytest.mark.parametrize("wrong", [1.05, float("nan")])
+def test_a_kernel_whose_product_is_wrong_is_not_timed(wrong: float) -> None:
+    weight = random_two_four(32, 64, torch.float16)
+
+    def make(weight: Tensor, name: str) -> Multiply:
+        return lambda x, bias: nn.functional.linear(x, weight, bias) * wrong
+
+    (record,) = _of_kernel("wrong", make, weight, (16,), 5, 1)
+    assert record.seconds is None
+    assert record.reason == "the product is not that of the dense one"
+
+
+def test_the_table_gives_speeds_relative_to_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    def timed(kernel: str, seconds: float) -> GemmTime:
+        return GemmTime(kernel, 64, 32, 1, summarise((seconds,)), 0.0, None)
+
+    show([timed("dense", 2e-5), timed("triton", 1e-5), GemmTime("x", 64, 32, 1, None, None, "no")])
+    dense, ours, refused = capsys.readouterr().out.splitlines()
+    assert dense.endswith("20.0 us   1.00x")
+    assert ours.endswith("10.0 us   2.00x")
+    assert refused.endswith("not measured: no")
 
 
 @pytest.mark.gpu
