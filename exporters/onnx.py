@@ -34,8 +34,8 @@ from transformers import DynamicCache, PreTrainedModel
 from exporters import _int8, _qdq
 from thanos_deploy import artifact
 from thanos_deploy.calibrate import builtin_text, segments
-from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
-from thanos_deploy.errors import GateError, ModelError, UsageError
+from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
+from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
@@ -143,7 +143,7 @@ def export(
     longest = _longest(checkpoint, max_sequence)
     on_progress(0, _STEPS)
     model = load_model(checkpoint.folder)
-    _cast(model, _FLOATS[dtype])
+    cast(model, _FLOATS[dtype])
     on_progress(1, _STEPS)
     graph = _trace(model)
     _simplify(graph, model)
@@ -158,7 +158,7 @@ def export(
     del graph
     on_progress(2, _STEPS)
     _require_names(destination / MODEL, model)
-    _cast(model, torch.float32)
+    cast(model, torch.float32)
     rounding: dict[str, float] = {}
     ranges: dict[str, _qdq.Ranges] = {}
     if dtype == "int8":
@@ -262,20 +262,6 @@ def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
             fix="give a number in that range, or leave --max-seq out",
         )
     return asked or checkpoint.max_positions
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round every parameter in place; buffers such as rotary frequencies stay as they are."""
-    for name, parameter in model.named_parameters():
-        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
-        # kernels that look at bit patterns rely on.
-        rounded = parameter.detach().to(dtype).add_(0.0)
-        if not bool(rounded.isfinite().all()):
-            raise ModelError(
-                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
-                fix="export with --dtype fp32",
-            )
-        parameter.data = rounded
 
 
 class _WithFlatCache(nn.Module):

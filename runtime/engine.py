@@ -57,42 +57,72 @@ class Engine(Protocol):
 
 
 def backends() -> list[str]:
-    """Names of the backends, sorted.
-
-    Each is a module with `open_engine(bundle, provider=...)`, and `stage(bundle)`: the stage whose
-    files it reads.
-    """
+    """Names of the backends, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(engines.__path__))
 
 
 def open_engine(
     bundle: Path, *, backend: str = "onnxruntime", provider: str = "cpu", verify: bool = True
 ) -> Engine:
-    """Load the exported model of a bundle.
+    """Load the model of a bundle.
 
     Args:
         bundle: its folder.
-        backend: one of `backends()`.
+        backend: one of `backends()`; where it has several ways to run, one of its `VARIANTS` after
+            a colon, as in "torch:compiled".
         provider: what the backend is to run on; it never falls back to another one.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
-        InputError: the bundle has no exported model, or it cannot be loaded.
+        InputError: the bundle lacks what the backend reads, or it cannot be loaded.
         IntegrityError: a file is missing, truncated or changed.
         PlatformError: the backend or the provider is not usable on this machine.
-        UsageError: there is no such backend or provider.
+        UsageError: there is no such backend, variant or provider.
     """
-    if backend not in backends():
+    name, _, variant = backend.partition(":")
+    if name not in backends():
         raise UsageError(
-            f"backend {backend!r} is not known", fix=f"give one of {', '.join(backends())}"
+            f"backend {name!r} is not known", fix=f"give one of {', '.join(backends())}"
         )
-    module = import_module(f"runtime.engines.{backend}")
+    module = import_module(f"runtime.engines.{name}")
+    variants = getattr(module, "VARIANTS", ())
+    if variant and variant not in variants:
+        raise UsageError(
+            f"backend {name} has no variant {variant!r}",
+            fix=f"give one of {', '.join([name, *(f'{name}:{known}' for known in variants)])}",
+        )
     opened = Bundle.open(bundle)
-    stage = module.stage(opened)
+    folder = module.folder(opened)
+    stages = opened.stages_of(folder)
+    if not stages:
+        raise InputError(
+            f"{bundle}: no finished stage made {folder}/",
+            fix=f"run `{module.COMMAND.format(bundle=bundle)}` first",
+        )
     if verify:
-        opened.verify(stage)
-    engine: Engine = module.open_engine(bundle, provider=provider)
+        opened.verify(*stages)
+    engine: Engine = module.open_engine(
+        bundle, provider=provider, **({"variant": variant} if variant else {})
+    )
     return engine
+
+
+def require_readable(ids: Ids, vocabulary: int) -> None:
+    """Refuse a prompt that no engine can read.
+
+    Raises:
+        UsageError: no sequence, no token, or an id outside the vocabulary.
+    """
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise UsageError(
+            f"ids of shape {list(ids.shape)}: nothing to read",
+            fix="give [batch, tokens] with at least one sequence and one token",
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise UsageError(
+            f"ids from {ids.min()} to {ids.max()}: the vocabulary has {vocabulary}",
+            fix="use the tokenizer of the same bundle",
+        )
 
 
 def stop_ids(model: Path) -> frozenset[int]:

@@ -127,6 +127,14 @@ class Bundle:
             )
         return self.stages[stage]
 
+    def stages_of(self, folder: str) -> list[str]:
+        """The finished stages that wrote into a folder of the bundle."""
+        return [
+            stage
+            for stage, record in self.stages.items()
+            if any(name.startswith(f"{folder}/") for name in record.files)
+        ]
+
     def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
         """Refuse options that differ from those a finished stage was made with.
 

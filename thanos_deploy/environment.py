@@ -12,6 +12,7 @@ from thanos_deploy import __version__
 _LIBRARIES = (
     "torch",
     "transformers",
+    "triton",
     "tokenizers",
     "safetensors",
     "numpy",

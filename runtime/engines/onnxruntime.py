@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy import environment, gpu
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
+COMMAND = "thanos-deploy export {bundle} --target onnx"
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -59,16 +60,7 @@ class OnnxRuntimeEngine:
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
-        if ids.ndim != 2 or 0 in ids.shape:
-            raise UsageError(
-                f"ids of shape {list(ids.shape)}: nothing to read",
-                fix="give [batch, tokens] with at least one sequence and one token",
-            )
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise UsageError(
-                f"ids from {ids.min()} to {ids.max()}: the vocabulary has {self._vocabulary}",
-                fix="use the tokenizer of the same bundle",
-            )
+        require_readable(ids, self._vocabulary)
         self._require_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
         self._cache = [
@@ -109,13 +101,8 @@ class OnnxRuntimeEngine:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
 
 
-def stage(bundle: Bundle) -> str:
-    """The stage with the graph.
-
-    Raises:
-        InputError: it is not finished.
-    """
-    bundle.require("onnx", f"`thanos-deploy export {bundle.path} --target onnx`")
+def folder(bundle: Bundle) -> str:
+    """The part of a bundle with the graph."""
     return "onnx"
 
 

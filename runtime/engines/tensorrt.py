@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy import gpu
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.gpu import Gpu
 
-ENGINES = "engines"
+COMMAND = "thanos-deploy export {bundle} --target tensorrt"
 
+_ENGINES = "engines"
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters._profiles`
@@ -174,16 +175,7 @@ class TensorRTEngine:
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
-        if ids.ndim != 2 or 0 in ids.shape:
-            raise UsageError(
-                f"ids of shape {list(ids.shape)}: nothing to read",
-                fix="give [batch, tokens] with at least one sequence and one token",
-            )
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise UsageError(
-                f"ids from {ids.min()} to {ids.max()}: the vocabulary has {self._vocabulary}",
-                fix="use the tokenizer of the same bundle",
-            )
+        require_readable(ids, self._vocabulary)
         self._limits.check(*ids.shape)
         self._limits.check_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
@@ -242,8 +234,8 @@ class TensorRTEngine:
             self.close()
 
 
-def stage(bundle: Bundle) -> str:
-    """The stage with an engine for the GPU of this machine.
+def folder(bundle: Bundle) -> str:
+    """The part of a bundle with an engine for the GPU of this machine.
 
     Raises:
         PlatformError: there is no GPU.
@@ -258,7 +250,7 @@ def stage(bundle: Bundle) -> str:
     # Rather an engine whose kernels were timed on this kind of GPU than one built ahead of time.
     for name in sorted(built, key=lambda name: built[name]["target"] != "tensorrt"):
         if runs_on(built[name], device):
-            return name
+            return f"{_ENGINES}/{name}"
     raise InputError(
         f"{bundle.path}: no engine for {device.name} ({device.arch}); there are "
         f"{', '.join(sorted(built)) or 'none'}",
@@ -287,7 +279,7 @@ def open_engine(bundle: Path, *, provider: str = "cuda") -> TensorRTEngine:
     """
     if provider != "cuda":
         raise UsageError(f"provider {provider!r}: TensorRT runs on cuda", fix="give cuda")
-    return open_folder(bundle / ENGINES / stage(Bundle.open(bundle)))
+    return open_folder(bundle / folder(Bundle.open(bundle)))
 
 
 def open_folder(folder: Path) -> TensorRTEngine:

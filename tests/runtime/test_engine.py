@@ -270,7 +270,7 @@ def test_a_missing_backend_names_what_to_install(
 
 
 def test_backends_are_found_by_their_files() -> None:
-    assert backends() == ["onnxruntime", "tensorrt"]
+    assert backends() == ["onnxruntime", "tensorrt", "torch"]
 
 
 def test_importing_the_runtime_loads_no_torch_no_transformers_and_no_onnx() -> None:
