@@ -61,7 +61,7 @@ def shape(text: str) -> tuple[int, int]:
 def show(found: list[GemmTime]) -> None:
     """Print a line for each record."""
     dense = {
-        (each.outputs, each.inputs, each.tokens): each.seconds.median
+        (each.outputs, each.inputs, each.tokens): each.median
         for each in found
         if each.kernel == "dense" and each.seconds
     }
@@ -71,8 +71,8 @@ def show(found: list[GemmTime]) -> None:
         if each.seconds is None:
             print(f"{where}  not measured: {each.reason}")
         else:
-            speed = dense[size] / each.seconds.median
-            print(f"{where}  {each.seconds.median * 1e6:9.1f} us  {speed:5.2f}x")
+            speed = dense[size] / each.median
+            print(f"{where}  {each.median * 1e6:9.1f} us  {speed:5.2f}x")
 
 
 if __name__ == "__main__":

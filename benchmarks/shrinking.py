@@ -18,12 +18,14 @@ so that timing can be repeated on a quiet machine.
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ import exporters.onnx
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from runtime import paired
-from runtime.latency import Workload, summarise
+from runtime.latency import Decode, Prefill, Scenario
 from thanos_deploy import artifact, console, environment
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
@@ -85,8 +87,8 @@ def main() -> None:
             export(folder)
         latency = {}
         if arguments.rounds:
-            workload = Workload(batch=1, prompt=128, new_tokens=arguments.new_tokens)
-            latency = time_in_turns(models, workload, arguments.rounds)
+            scenarios: list[Scenario] = [Prefill(1, 128), Decode(1, 128, arguments.new_tokens)]
+            latency = time_in_turns(models, scenarios, arguments.rounds)
     print(json.dumps({"rows": rows, "latency": latency, "environment": environment.describe()}))
 
 
@@ -203,16 +205,25 @@ def prune_with_torch_pruning(
     assert all(gate.out_features == channels for gate in gates)
 
 
-def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> dict[str, Any]:
+def time_in_turns(
+    models: dict[str, Path], scenarios: list[Scenario], rounds: int
+) -> dict[str, Any]:
     """Latency and memory of every model, and of the blocks alone; prints a table."""
     subjects = {}
     for name, folder in models.items():
         subjects[name] = folder / "whole"
         subjects[f"{name}, first block"] = folder / "first"
-    measured = paired.compare(subjects, workload, rounds=rounds, warmup=2)
+    with paired.opened(subjects) as engines:
+        for scenario in scenarios:
+            engines.warm_up(scenario, at_most=3)
+        taken = [engines.take_turns(scenarios, number) for number in range(rounds)]
+        memory = engines.memory()
 
     def median(name: str, what: str) -> float:
-        return summarise(getattr(measured[name].samples, f"{what}_seconds")).median
+        (scenario,) = (one for one in scenarios if one.kind == what)
+        return statistics.median(
+            chain(*(one[scenario.name][name][scenario.headline] for one in taken))
+        )
 
     parameters = {
         name: block_parameters(load_model(path / "model")) for name, path in models.items()
@@ -220,7 +231,7 @@ def time_in_turns(models: dict[str, Path], workload: Workload, rounds: int) -> d
     table = {}
     for name in models:
         row: dict[str, Any] = {
-            "peak_memory_bytes": measured[name].peak_memory_bytes,
+            "peak_memory_bytes": memory[name].peak_bytes,
             "onnx_bytes": sum(
                 f.stat().st_size for f in (models[name] / "whole" / "onnx").iterdir()
             ),

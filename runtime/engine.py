@@ -62,7 +62,12 @@ def backends() -> list[str]:
 
 
 def open_engine(
-    bundle: Path, *, backend: str = "onnxruntime", provider: str = "cpu", verify: bool = True
+    bundle: Path,
+    *,
+    backend: str = "onnxruntime",
+    provider: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
 ) -> Engine:
     """Load the model of a bundle.
 
@@ -71,6 +76,7 @@ def open_engine(
         backend: one of `backends()`; where it has several ways to run, one of its `VARIANTS` after
             a colon, as in "torch:compiled".
         provider: what the backend is to run on; it never falls back to another one.
+        threads: how many compute on a CPU; None for the backend's own choice.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
@@ -102,7 +108,10 @@ def open_engine(
     if verify:
         opened.verify(*stages)
     engine: Engine = module.open_engine(
-        bundle, provider=provider, **({"variant": variant} if variant else {})
+        bundle,
+        provider=provider,
+        threads=threads,
+        **({"variant": variant} if variant else {}),
     )
     return engine
 

@@ -1,8 +1,8 @@
 """One engine in a process of its own, measured on demand.
 
-`python -m runtime.worker BUNDLE BACKEND` speaks lines of JSON. When the engine is loaded it says
-how long that took; then, for every workload on standard input, it returns the samples, and for an
-empty object its memory alone.
+`python -m runtime.worker BUNDLE BACKEND PROVIDER THREADS` speaks lines of JSON. When the engine is
+loaded it says how long that took; then, for every turn of a scenario on standard input, it returns
+the samples, and for an empty object its memory alone.
 """
 
 import json
@@ -10,31 +10,52 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from runtime.engine import open_engine
-from runtime.latency import Workload, measure
-from thanos_deploy.environment import peak_memory_bytes
+from runtime.latency import from_json
+from thanos_deploy.environment import peak_memory_bytes, resident_memory_bytes
 from thanos_deploy.errors import DeployError
 
+# Of looking whether the backend's threads are at rest.
+_NAP_SECONDS = 0.005
+_MOST_NAPS = 100
 
-def main(bundle: str, backend: str) -> None:
+
+def main(bundle: str, backend: str, provider: str, threads: str) -> None:
     """Load, then obey until standard input ends."""
     started = time.perf_counter()
     try:
-        engine = open_engine(Path(bundle), backend=backend)
+        engine = open_engine(Path(bundle), backend=backend, provider=provider, threads=int(threads))
+        _say({"load_seconds": time.perf_counter() - started})
+        for line in sys.stdin:
+            request = json.loads(line)
+            if not request:
+                _say({})
+                continue
+            samples = from_json(request["scenario"]).take(engine, request["turn"])
+            _come_to_rest()
+            _say({"samples": samples})
     except DeployError as error:
         _say({"error": error.message, "fix": error.fix, "exit_code": error.exit_code})
-        return
-    _say({"load_seconds": time.perf_counter() - started})
-    for line in sys.stdin:
-        request = json.loads(line)
-        _say(asdict(measure(engine, Workload(**request))) if request else {})
+
+
+def _come_to_rest() -> None:
+    """Wait for the backend's threads to stop spinning, which would slow down whoever is next."""
+    for _ in range(_MOST_NAPS):
+        before = time.process_time()
+        time.sleep(_NAP_SECONDS)
+        if time.process_time() - before < _NAP_SECONDS / 10:
+            return
 
 
 def _say(value: dict[str, object]) -> None:
-    print(json.dumps({**value, "peak_memory_bytes": peak_memory_bytes()}), flush=True)
+    state = {
+        "peak_memory_bytes": peak_memory_bytes(),
+        "resident_memory_bytes": resident_memory_bytes(),
+        "cpu_seconds": time.process_time(),
+    }
+    print(json.dumps({**value, **state}), flush=True)
 
 
 if __name__ == "__main__":

@@ -98,16 +98,19 @@ def test_the_report_says_what_was_measured(finished: tuple[Path, Path, str]) -> 
     out, _, printed = finished
     report = json.loads(printed)
     raw = json.loads((out / "bench" / "latency.json").read_text())
+    assert [scenario["name"] for scenario in raw["scenarios"]] == ["prefill-1x8", "decode-1x8"]
     for label in ("dense", "pruned"):
-        samples = raw["subjects"][label]["samples"]
-        assert len(samples["prefill_seconds"]) == 2
-        assert len(samples["decode_seconds"]) == 8
-        for what in ("prefill", "decode"):
+        for scenario, count in zip(raw["scenarios"], (2, 8), strict=True):
+            what = scenario["kind"]
+            samples = scenario["results"][label]["metrics"][what]["samples"]
+            assert len(samples) == count
             summary = report["latency"][label][what]
             for figure, percent in (("median", 50), ("p90", 90), ("p99", 99)):
-                expected = np.percentile(samples[f"{what}_seconds"], percent)
+                expected = np.percentile(samples, percent)
                 assert summary[figure] == pytest.approx(float(expected))
-        assert report["peak_memory_bytes"][label] == raw["subjects"][label]["peak_memory_bytes"]
+        assert report["peak_memory_bytes"][label] == raw["subjects"][label]["peak_bytes"]
+    reasons = [f"The timing is INVALID: {reason}." for reason in raw["reasons"]]
+    assert [sentence for sentence in report["verdict"] if "INVALID" in sentence] == reasons
     weights = (out / "model" / "model.safetensors").stat().st_size
     assert report["bytes"]["model"]["pruned"] == weights
     assert report["linear_layers"]["sparsity"] == 0.5
@@ -195,10 +198,11 @@ def test_the_stages_one_by_one_make_the_same_bundle(
     assert invoke("prune", tiny_llama, *SMALL[:8], "-o", out)[0] == 0
     code, _, errors = invoke("bench", out, "--dense", tiny_llama)
     assert code == 3
-    assert "stage 'eval' is not finished" in errors
+    assert "stage 'onnx' is not finished" in errors
     assert invoke("export", out, "--target", "onnx")[0] == 0
     assert invoke("eval", out, "--dense", tiny_llama, *SMALL[8:12])[0] == 0
-    assert invoke("bench", out, "--dense", tiny_llama, *SMALL[12:])[0] == 0
+    timing = ("--scenario", "prefill", "--scenario", "decode", *SMALL[12:])
+    assert invoke("bench", out, "--dense", tiny_llama, *timing)[0] == 0
     for name in ("model/model.safetensors", "onnx/model.onnx", "onnx/model.onnx.data"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert tuple(sorted(Bundle.open(out).stages)) == tuple(sorted(pipeline.STAGES))

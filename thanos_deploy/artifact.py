@@ -144,13 +144,9 @@ class Bundle:
         done = self.stages.get(stage)
         if done is None or done.options == options or overwrite:
             return
-        changed = ", ".join(
-            f"{key} was {done.options.get(key)!r} and is now {options.get(key)!r}"
-            for key in sorted(done.options.keys() | options.keys())
-            if done.options.get(key) != options.get(key)
-        )
         raise UsageError(
-            f"{self.path}: stage {stage!r} was made with other options: {changed}",
+            f"{self.path}: stage {stage!r} was made with other options: "
+            f"{differences(done.options, options)}",
             fix="give another output folder with -o, or --overwrite to redo that stage",
         )
 
@@ -329,6 +325,15 @@ def claim(
                 )
             bundle = Bundle(path, source)
         yield bundle
+
+
+def differences(before: Json, now: Json) -> str:
+    """What changed between two sets of options, in words."""
+    return ", ".join(
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from thanos_deploy.artifact import Json
+from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.progress import OnProgress, silent
 
 # Without a terminal, a line at most so often.
@@ -147,6 +149,103 @@ def show_report(report: Json) -> None:
         console.print(f"• {sentence}", highlight=False, markup=False)
     for who in ("dense", "pruned"):
         console.print(f"\n[{who}] {sample['prompt']}{sample[who]}", highlight=False, markup=False)
+
+
+def show_bench(run: Json) -> None:
+    """Print a run of bench as one table, what it was measured on, its status and its gates."""
+    from thanos_deploy.gates import Outcome  # brings numpy, which --help can do without
+
+    console = Console()
+    table = Table(
+        title=f"run {run['run']}: {run['rounds']} rounds in turns, {run['provider']}",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("model", overflow="fold", min_width=6)
+    for name in ("median", "p90", f"/ {run['baseline']}", "ceiling"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for scenario in run["scenarios"]:
+        metrics = list(next(iter(scenario["results"].values()))["metrics"])
+        if len(metrics) > 1:
+            table.add_row(scenario["name"])
+        for metric in metrics:
+            _add_metric(table, scenario, metric, indent="  " if len(metrics) > 1 else "")
+        table.add_section()
+    for figure in ("file", "load peak", "steady", "peak", "gpu peak", "cache"):
+        _add_memory(table, run, figure)
+    console.print(table)
+    for line in _circumstances(run):
+        console.print(line, style="dim", highlight=False, markup=False)
+    console.print(run["status"], style="bold green" if run["status"] == "VALID" else "bold red")
+    for line in (*run["reasons"], *(str(Outcome(**gate)) for gate in run["gates"])):
+        console.print(f"• {line}", highlight=False, markup=False)
+
+
+def _add_metric(table: Table, scenario: Json, metric: str, *, indent: str) -> None:
+    """A row for every model."""
+    for number, (label, result) in enumerate(scenario["results"].items()):
+        measured, ratio = result["metrics"][metric], result.get("ratio", {}).get(metric)
+        in_seconds = measured["unit"] == "s"
+        title = f"{indent or scenario['name']}{metric if indent else ''}".replace("_", " ")
+        headline = metric == scenario["headline"] and result["of_ceiling"]
+        table.add_row(
+            f"{title}, ms" * (number == 0) if in_seconds else title * (number == 0),
+            label,
+            *(f"{measured[name] * (1e3 if in_seconds else 1):.1f}" for name in ("median", "p90")),
+            ratio and f"{ratio['estimate']:.3f} ({ratio['low']:.3f}, {ratio['high']:.3f})",
+            f"{result['of_ceiling']:.0%}" if headline else None,
+        )
+
+
+def _add_memory(table: Table, run: Json, figure: str) -> None:
+    """A row for every model."""
+    per_token = figure == "cache"
+    name = "cache_bytes_per_token" if per_token else f"{figure.replace(' ', '_')}_bytes"
+    sizes = {label: facts[name] for label, facts in run["subjects"].items()}
+    if None in sizes.values():  # of a GPU that is not there, or a system that does not say
+        return
+    title = "kv cache, kB/token" if per_token else f"{figure}, MB"
+    for number, (label, size) in enumerate(sizes.items()):
+        baseline = sizes[run["baseline"]]
+        table.add_row(
+            title * (number == 0),
+            label,
+            f"{size / (1e3 if per_token else 1e6):.1f}",
+            None,
+            f"{size / baseline:.3f}" if number else None,
+        )
+
+
+def _circumstances(run: Json) -> Iterator[str]:
+    """What a run was measured on, and what its ceilings are made from."""
+    environment, machine = run["environment"], run["machine"]
+    yield (
+        f"{environment['threads']} threads on {environment['cores']} cores of "
+        f"{environment['processor']}; GPU: "
+        + (NOT_MEASURED if run["gpu"] is None else str(run["gpu"]["name"]))
+    )
+    if bandwidth := machine["memory_bandwidth_bytes_per_second"]:
+        peaks = ", ".join(
+            f"{flops / 1e9:.0f} GFLOP/s in {name}"
+            for name, flops in machine["gemm_flops_per_second"].items()
+        )
+        yield f"ceiling: memory read at {bandwidth / 1e9:.1f} GB/s, matrix product {peaks}"
+    for scenario in run["scenarios"]:
+        if not scenario["warmup"]["stable"]:
+            yield (
+                f"{scenario['name']}: not stable yet after {scenario['warmup']['rounds']} rounds "
+                "of warm-up"
+            )
+        if "offered_per_second" in scenario:
+            achieved = ", ".join(
+                f"{label} {result['achieved_per_second']:.2f}"
+                for label, result in scenario["results"].items()
+            )
+            yield (
+                f"{scenario['name']}: offered {scenario['offered_per_second']:.2f} requests a "
+                f"second by {scenario['driver']}, answered {achieved}"
+            )
 
 
 def show_parity(result: Json) -> None:

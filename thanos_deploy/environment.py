@@ -21,6 +21,8 @@ _LIBRARIES = (
     "onnx-ir",
     "onnxruntime-gpu",
     "onnxruntime-genai-cuda",
+    "scipy",
+    "mlcommons-loadgen",
     "gguf",
 )
 
@@ -34,9 +36,7 @@ def describe() -> dict[str, object]:
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 
@@ -49,21 +49,40 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "thanos-deploy"
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def peak_memory_bytes() -> int:
     """The most resident memory that this process has held so far.
 
     Linux's own high-water mark of the process image is preferred to getrusage: there the figure of
     a freshly started process begins at its parent's.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int | None:
+    """The resident memory of this process now; None where the system does not say."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None
+    )
 
 
 def _version(distribution: str) -> str | None:

@@ -11,6 +11,7 @@ and finished there.
 """
 
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ import exporters.packed
 import exporters.tensorrt
 import exporters.tensorrt_rtx
 from runtime.engines import tensorrt as tensorrt_runtime
-from runtime.latency import Workload, measure, summarise
+from runtime.latency import Generate
 from thanos_deploy import artifact, gpu
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.checkpoint import Checkpoint
@@ -297,16 +298,13 @@ def _fastest(
         records[form] = build(folder, form)
         engine = tensorrt_runtime.open_folder(folder)
         prefill = records[form]["profiles"][0]
-        workload = Workload(
-            prefill["batch"]["usual"],
-            prefill["sequence"]["usual"],
-            min(_TRIAL_TOKENS, engine.max_sequence - prefill["sequence"]["usual"]),
+        usual = prefill["sequence"]["usual"]
+        work = Generate(
+            prefill["batch"]["usual"], usual, min(_TRIAL_TOKENS, engine.max_sequence - usual)
         )
-        measure(engine, workload)  # warm-up
-        samples = [measure(engine, workload) for _ in range(_TRIAL_ROUNDS)]
-        seconds[form] = summarise(
-            tuple(sum((*sample.prefill_seconds, *sample.decode_seconds)) for sample in samples)
-        ).median
+        # The first turn warms up.
+        turns = [work.take(engine, turn)["total"][0] for turn in range(1 + _TRIAL_ROUNDS)]
+        seconds[form] = statistics.median(turns[1:])
     fastest = min(seconds, key=seconds.__getitem__)
     for path in (destination / fastest).iterdir():
         path.replace(destination / path.name)

@@ -7,7 +7,7 @@
     genai    genai/                                           (only if asked for)
     packed   packed/                                          (only if asked for)
     tensorrt-ARCH, tensorrt-rtx-ARCH    engines/              (only if asked for)
-    bench    bench/latency.json, bench/sample.json
+    bench    bench/RUN.json for every run, bench/sample.json
     report   report/report.json, README.md
 
 The dense model that pruned ones are compared with is itself a bundle, in a cache folder named
@@ -16,26 +16,25 @@ after its hash, so several runs on one model convert, export and evaluate it onc
 
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 import exporters.genai
 import exporters.packed
-from runtime import paired
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, card, checkpoint, environment, report, sizing
+from thanos_deploy import artifact, benchmark, card, checkpoint, environment, report, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
-from thanos_deploy.errors import PlatformError, UsageError
+from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.export import ENGINES, export, exported_with, graph, model_hash
 from thanos_deploy.progress import Announce, OnProgress, quietly, silent
 from thanos_deploy.requests import (
@@ -49,6 +48,15 @@ from thanos_deploy.sizing import Losses, Plan
 
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
+# What a bundle and the model that it was made from are called where they are compared.
+PRUNED = "pruned"
+DENSE = "dense"
+
+
+def dense_folder(sha256: str) -> Path:
+    """Where the bundle of the dense model with that hash is."""
+    return environment.cache_folder() / sha256[:16]
+
 
 class Dense:
     """The model that a bundle is made from, and its own bundle in the cache.
@@ -61,7 +69,7 @@ class Dense:
     def __init__(self, model: str, *, revision: str | None = None) -> None:
         """Find a model; see `checkpoint.locate` for what it may be and what is raised."""
         self.source = locate(model, revision=revision)
-        self.folder = environment.cache_folder() / self.source.sha256[:16]
+        self.folder = dense_folder(self.source.sha256)
         self._checkpoint: Checkpoint | None = None
 
     def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
@@ -246,65 +254,174 @@ def evaluate(
     )
 
 
+def compared(
+    bundle: Bundle,
+    against: Sequence[str],
+    dense: Dense | None,
+    *,
+    different_models: bool = False,
+    announce: Announce = quietly,
+) -> dict[str, Bundle]:
+    """A bundle, called pruned, and what it is compared with; the first of these is the baseline.
+
+    Args:
+        bundle: with the stage onnx finished.
+        against: "dense" for the model that the bundle was made from, else folders of bundles.
+        dense: that model; None for what the cache has of it.
+        different_models: allow bundles of another base model or with another tokenizer.
+        announce: told of every piece of work.
+
+    Returns:
+        bundles by label, the baseline first; a further bundle is called like its folder.
+
+    Raises:
+        InputError: a bundle is not there, or its graph, or the dense model's.
+        UsageError: a bundle is compared with itself, two have one name, or their models differ.
+    """
+    others: dict[str, Bundle] = {}
+    for name in against:
+        other = bundle if name == DENSE else Bundle.open(Path(name))
+        label = name if name == DENSE else other.path.resolve().name
+        itself = name != DENSE and (label == DENSE or other.path.samefile(bundle.path))
+        if itself or label in (PRUNED, *others):
+            raise UsageError(
+                f"--against {name}: two of the models would be the same, or be called {label!r}",
+                fix="name each bundle once, in a folder of its own name; --aa compares a bundle "
+                "with itself",
+            )
+        other.require("onnx", f"`thanos-deploy export {other.path} --target onnx`")
+        if not different_models:
+            _require_same_model(bundle, other)
+        others[label] = other
+    if DENSE in others:  # the last to be looked at, because its export takes minutes
+        others[DENSE] = _dense_export(bundle, dense, announce)
+    baseline, *further = others
+    return {
+        baseline: others[baseline],
+        PRUNED: bundle,
+        **{label: others[label] for label in further},
+    }
+
+
 def bench(
     bundle: Bundle,
-    dense: Dense,
+    subjects: Mapping[str, Bundle],
     request: BenchRequest,
     *,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> StageRecord:
-    """Time the pruned model beside the dense one on ONNX Runtime, unless that is done."""
-    bundle.require("onnx", "`thanos-deploy export --target onnx`")
-    bundle.check("bench", asdict(request), overwrite=overwrite)
-    reference = dense.export(exported_with(bundle), announce)
-    subjects = {"dense": dense.folder, "pruned": bundle.path}
+) -> Json:
+    """Measure exported models in turns and keep the run in a bundle, unless that is done.
+
+    Args:
+        bundle: keeps the run, beside its runs of other names.
+        subjects: `compared`, or the bundle alone under several names.
+        request: what to measure.
+        overwrite: redo a run of that name that was made with other options.
+        announce: told of every piece of work.
+
+    Returns:
+        the run without its raw samples; see `benchmark.measure`.
+
+    Raises:
+        UsageError: the models do not take the request, or a run of that name was made with other
+            options, and not `overwrite`.
+        KeyboardInterrupt: the rounds that were complete are in `bench/RUN.interrupted.json`.
+    """
+    request.check(min(one.stages["onnx"].result["max_sequence"] for one in subjects.values()))
+    check_bench(bundle, request, list(subjects), overwrite=overwrite)
+    others = _other_runs(bundle, request.run)
+    graphs = {
+        label: {name: file.sha256 for name, file in subject.stages["onnx"].files.items()}
+        for label, subject in subjects.items()
+    }
+    options = {
+        **{name: run.options for name, run in others.items()},
+        request.run: _bench_options(request, list(subjects)),
+    }
 
     def produce(folder: Path) -> Json:
         out = folder / "bench"
         out.mkdir()
-        measured = paired.compare(
+        run = benchmark.measure(
             subjects,
-            request.workload,
-            rounds=request.rounds,
-            warmup=request.warmup,
-            on_progress=announce("Measure latency and memory, dense and pruned in turns"),
+            request,
+            same=len({subject.path for subject in subjects.values()}) == 1,
+            on_progress=announce("Measure latency and memory in turns"),
         )
-        samples = {label: asdict(measurement) for label, measurement in measured.items()}
-        artifact.write_json(
-            out / "latency.json",
-            {
-                "backend": "onnxruntime",
-                "provider": "CPUExecutionProvider",
-                "request": asdict(request),
-                "subjects": samples,
-                "environment": environment.describe(),
-            },
-        )
-        texts = {
-            label: _sample(path, bundle.path / "model", request) for label, path in subjects.items()
+        if run["status"] == "INTERRUPTED":
+            (bundle.path / "bench").mkdir(exist_ok=True)
+            artifact.write_json(bundle.path / "bench" / f"{request.run}.interrupted.json", run)
+            raise KeyboardInterrupt
+        artifact.write_json(out / f"{request.run}.json", run)
+        for name in others:
+            bundle.verify_file(f"bench/{name}.json")
+            shutil.copy(bundle.path / "bench" / f"{name}.json", out)
+        sample = _samples(bundle, subjects, request)
+        artifact.write_json(out / "sample.json", sample)
+        runs = {name: other.result for name, other in others.items()}
+        return {
+            "runs": {**runs, request.run: benchmark.without_samples(run)},
+            "sample": sample,
         }
-        artifact.write_json(out / "sample.json", {"prompt": request.sample_prompt, **texts})
-        return {"subjects": samples, "sample": texts}
 
-    return bundle.run(
+    before = bundle.stages.get("bench")
+    record = bundle.run(
         "bench",
         produce,
-        options=asdict(request),
-        inputs={
-            label: {name: file.sha256 for name, file in record.files.items()}
-            for label, record in (("dense", reference), ("pruned", bundle.stages["onnx"]))
-        },
-        overwrite=overwrite,
+        options=options,
+        inputs={**{name: run.inputs for name, run in others.items()}, request.run: graphs},
+        # A run more or less is no contradiction.
+        overwrite=overwrite or (before is not None and before.options.keys() != options.keys()),
     )
+    run: Json = record.result["runs"][request.run]
+    return run
 
 
-def write_report(bundle: Bundle, dense: Dense) -> Json:
-    """Put what the finished stages say into report.json and the model card; return the report."""
+def check_bench(
+    bundle: Bundle, request: BenchRequest, subjects: Sequence[str], *, overwrite: bool
+) -> None:
+    """Refuse options that differ from those of a finished run of the same name.
+
+    Raises:
+        UsageError: they differ and may not be overwritten.
+    """
+    before = _finished_runs(bundle).get(request.run)
+    now = _bench_options(request, subjects)
+    if before is not None and before.options != now and not overwrite:
+        raise UsageError(
+            f"{bundle.path}: run {request.run!r} was made with other options: "
+            f"{artifact.differences(before.options, now)}",
+            fix="give it another name with --run, or --overwrite to redo it",
+        )
+
+
+def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, float]:
+    """Perplexity by label, as far as it is known on the text that the bundle was judged on."""
+    own = bundle.stages.get("eval")
+    if own is None:
+        return {}
+    found = {
+        label: subject.stages["eval"].result["value"]
+        for label, subject in subjects.items()
+        if "eval" in subject.stages
+        and subject.stages["eval"].options == own.options
+        and subject.stages["eval"].inputs["text"] == own.inputs["text"]
+    }
+    return found
+
+
+def write_report(bundle: Bundle, dense: Path) -> Json:
+    """Put what the finished stages say into report.json and the model card; return the report.
+
+    Args:
+        bundle: with the stages prune, eval, onnx and bench finished.
+        dense: folder of the dense model's bundle.
+    """
 
     def produce(folder: Path) -> Json:
         (folder / "report").mkdir()
-        content = report.build(bundle, Bundle.open(dense.folder))
+        content = report.build(bundle, Bundle.open(dense))
         artifact.write_json(folder / "report" / "report.json", content)
         (folder / "README.md").write_text(card.write(content), encoding="utf-8")
         return content
@@ -318,6 +435,15 @@ def write_report(bundle: Bundle, dense: Dense) -> Json:
         },
         overwrite=True,
     ).result
+
+
+def update_report(bundle: Bundle) -> None:
+    """Bring the report up to date, where all that it tells of is there."""
+    dense = dense_folder(bundle.source["sha256"])
+    if {"prune", "eval", "onnx", "bench"} <= bundle.stages.keys() and (
+        report.quoted(bundle.stages["bench"]) and (dense / artifact.MANIFEST).exists()
+    ):
+        write_report(bundle, dense)
 
 
 @contextmanager
@@ -341,7 +467,7 @@ def prune_export(
     *,
     request: PruneRequest,
     evaluation: EvalRequest,
-    benchmark: BenchRequest,
+    benchmarking: BenchRequest,
     target: str = "onnx",
     engine: EngineRequest | None = None,
     revision: str | None = None,
@@ -359,7 +485,7 @@ def prune_export(
     if target == "packed":
         exporters.packed.refuse(request.pattern)
     with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
-        _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
+        _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
         evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
         lacking: PlatformError | None = None
@@ -370,8 +496,9 @@ def prune_export(
                 if wanted not in ENGINES:
                     raise
                 lacking = error  # the rest does not need the engine, and is not to be lost
-        bench(bundle, dense, benchmark, overwrite=overwrite, announce=announce)
-        finished = write_report(bundle, dense)
+        subjects = compared(bundle, [DENSE], dense, announce=announce)
+        bench(bundle, subjects, benchmarking, overwrite=overwrite, announce=announce)
+        finished = write_report(bundle, dense.folder)
         if lacking is not None:
             raise lacking
         return finished
@@ -383,7 +510,7 @@ def plan(
     *,
     request: PruneRequest,
     evaluation: EvalRequest,
-    benchmark: BenchRequest,
+    benchmarking: BenchRequest,
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
@@ -395,13 +522,13 @@ def plan(
         if (out / artifact.MANIFEST).exists()
         else Bundle(out, dense.source.to_json())
     )
-    _refuse_beforehand(bundle, dense, request, evaluation, benchmark, overwrite, announce)
+    _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
     source = dense.checkpoint(announce)
     parameters = source.parameters
     return {
         **_plan_pruning(dense, request, announce),
         "eval": evaluation.to_json(),
-        "bench": asdict(benchmark),
+        "bench": benchmarking.to_json(),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
         "disk_bytes_needed": source.bytes_in(request.dtype) + 4 * parameters,
         "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
@@ -454,7 +581,7 @@ def _refuse_beforehand(
     dense: Dense,
     request: PruneRequest,
     evaluation: EvalRequest,
-    benchmark: BenchRequest,
+    benchmarking: BenchRequest,
     overwrite: bool,
     announce: Announce,
 ) -> None:
@@ -462,18 +589,12 @@ def _refuse_beforehand(
     for stage, options in (
         ("prune", request.to_json()),
         ("eval", evaluation.to_json()),
-        ("bench", asdict(benchmark)),
     ):
         bundle.check(stage, options, overwrite=overwrite)
+    check_bench(bundle, benchmarking, [DENSE, PRUNED], overwrite=overwrite)
     source = dense.checkpoint(announce)
     _refuse_pruning(source, request)
-    tokens = benchmark.prompt + benchmark.new_tokens
-    if tokens > source.max_positions:
-        raise UsageError(
-            f"a prompt of {benchmark.prompt} and {benchmark.new_tokens} new tokens; the model "
-            f"takes {source.max_positions}",
-            fix="use a shorter --prompt or fewer --new-tokens",
-        )
+    benchmarking.check(source.max_positions)
     calibration = _text(request.calib, request.text_field, held_out=False)
     _segments(source, calibration, request.nsamples, request.seqlen, seed=request.seed)
     text = _text(evaluation.text, evaluation.text_field, held_out=True)
@@ -524,6 +645,98 @@ def _evaluate(
     )
 
 
+def _bench_options(request: BenchRequest, subjects: Sequence[str]) -> Json:
+    return {**request.to_json(), "subjects": list(subjects)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A finished run of the stage bench."""
+
+    options: Json
+    inputs: Json
+    result: Json
+
+
+def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
+    """The runs of the stage bench, in the order in which they were measured.
+
+    There is none in a stage that is from before runs had names.
+    """
+    done = bundle.stages.get("bench")
+    if done is None:
+        return {}
+    return {
+        name: _Run(done.options[name], done.inputs[name], result)
+        for name, result in done.result.get("runs", {}).items()
+    }
+
+
+def _other_runs(bundle: Bundle, name: str) -> dict[str, _Run]:
+    """The runs of other names that are of the graph that the bundle has now."""
+    graph = {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()}
+    return {
+        other: run
+        for other, run in _finished_runs(bundle).items()
+        if other != name and run.inputs[PRUNED] == graph
+    }
+
+
+def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchRequest) -> Json:
+    """What the subjects make of the sample prompt, beside what others made of it before."""
+    done = bundle.stages.get("bench")
+    before = done.result["sample"] if done else {}
+    return {
+        **(before if before.get("prompt") == request.sample_prompt else {}),
+        "prompt": request.sample_prompt,
+        **{
+            label: _sample(
+                subject.path,
+                # The cache has the dense model's files only where it converted them.
+                (subject if "prune" in subject.stages else bundle).path / "model",
+                request,
+            )
+            for label, subject in subjects.items()
+        },
+    }
+
+
+def _require_same_model(bundle: Bundle, other: Bundle) -> None:
+    def tokenizer(of: Bundle) -> str | None:
+        files = of.stages["prune"].files if "prune" in of.stages else {}
+        return files["model/tokenizer.json"].sha256 if "model/tokenizer.json" in files else None
+
+    for what, own, theirs in (
+        ("base model", bundle.source["sha256"], other.source["sha256"]),
+        ("tokenizer", tokenizer(bundle), tokenizer(other)),
+    ):
+        if own != theirs:
+            raise UsageError(
+                f"{other.path}: made from {other.source['name']}, whose {what} is not that of "
+                f"{bundle.path}, made from {bundle.source['name']}",
+                fix="compare bundles of one model, or give --allow-different-models",
+            )
+
+
+def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bundle:
+    """The dense model's bundle, exported like a pruned one."""
+    wanted = exported_with(bundle)
+    if dense is not None:
+        dense.export(wanted, announce)
+        return Bundle.open(dense.folder)
+    folder = dense_folder(bundle.source["sha256"])
+    if (folder / artifact.MANIFEST).exists():
+        found = Bundle.open(folder)
+        if "onnx" in found.stages and found.stages["onnx"].options == asdict(wanted):
+            return found
+    raise InputError(
+        f"{folder}: no export of {bundle.source['name']} there, the dense model of {bundle.path}, "
+        f"in {wanted.dtype}",
+        fix="name the model with --dense MODEL to export it now, or give another baseline with "
+        "--against",
+    )
+
+
 def _text(name: str, text_field: str, *, held_out: bool) -> Text:
     if name == BUILTIN:
         return builtin_text(held_out=held_out)
@@ -557,7 +770,7 @@ def _sample(bundle: Path, model: Path, request: BenchRequest) -> str:
     tokenizer = checkpoint.load_tokenizer(model)
     prompt = tokenizer(request.sample_prompt, add_special_tokens=False)["input_ids"]
     ids = generate(
-        # `paired` has just compared the hashes.
+        # The hashes have just been compared.
         open_engine(bundle, verify=False),
         prompt,
         new_tokens=request.sample_tokens,

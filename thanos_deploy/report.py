@@ -1,44 +1,64 @@
 """What a run showed, dense beside pruned, as one JSON-ready value and a verdict in words."""
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from runtime.latency import Speedup, speedup, summarise
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, parse
 
-FORMAT = 1
+FORMAT = 2
 
 _NO_GPU = "not measured (no GPU)"
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """How many times as fast the pruned model is as the dense one, and where 95 % of that lies."""
+
+    estimate: float
+    low: float
+    high: float
+    rounds: int
+
+
+def quoted(bench: StageRecord) -> Json | None:
+    """The latest run that times prefill and decode of the pruned and the dense model, if any."""
+    fitting = [
+        run
+        for run in bench.result.get("runs", {}).values()
+        if run["baseline"] == "dense"
+        and "pruned" in run["subjects"]
+        and {"prefill", "decode"} <= {scenario["kind"] for scenario in run["scenarios"]}
+    ]
+    return fitting[-1] if fitting else None
 
 
 def build(bundle: Bundle, dense: Bundle) -> Json:
     """Collect what the finished stages of a bundle and of its dense model say.
 
     Args:
-        bundle: with the stages prune, eval, onnx and bench finished.
+        bundle: with the stages prune, eval, onnx and bench finished, and a run that `quoted`
+            finds.
         dense: the bundle of the dense model, with eval and onnx finished.
     """
     prune, evaluation = bundle.stages["prune"], bundle.stages["eval"]
     onnx, bench = bundle.stages["onnx"], bundle.stages["bench"]
     pattern = parse(prune.options["pattern"])
+    run = quoted(bench)
+    assert run is not None
+    scenarios = {
+        kind: next(one for one in run["scenarios"] if one["kind"] == kind)
+        for kind in ("prefill", "decode")
+    }
     latency = {
         label: {
-            "prefill": _summary(measured["samples"]["prefill_seconds"]),
-            "decode": _summary(measured["samples"]["decode_seconds"]),
-            "load_seconds": measured["load_seconds"],
+            **{what: one["results"][label]["metrics"][what] for what, one in scenarios.items()},
+            "load_seconds": run["subjects"][label]["load_seconds"],
         }
-        for label, measured in bench.result["subjects"].items()
+        for label in ("dense", "pruned")
     }
     faster = {
-        what: speedup(
-            *(
-                bench.result["subjects"][label]["samples"][f"{what}_seconds"]
-                for label in ("dense", "pruned")
-            ),
-            rounds=bench.options["rounds"],
-        )
-        for what in ("prefill", "decode")
+        what: _speedup(one["results"]["pruned"]["ratio"][what], run["rounds"])
+        for what, one in scenarios.items()
     }
     perplexity = {
         "dense": dense.stages["eval"].result["value"],
@@ -57,6 +77,7 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
                 if widths
                 else verdict(pattern, faster, perplexity, holds=prune.result["pattern_holds"])
             ),
+            *(f"The timing is INVALID: {reason}." for reason in run["reasons"]),
             *(
                 f"Packed, without its zeros, the checkpoint takes "
                 f"{size['pruned'] / size['dense']:.3f} of the dense one's bytes."
@@ -84,17 +105,18 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
             **packed,
         },
         "latency": {
-            "backend": "ONNX Runtime, CPUExecutionProvider",
-            "batch": bench.options["batch"],
-            "prompt": bench.options["prompt"],
-            "new_tokens": bench.options["new_tokens"],
+            "backend": f"ONNX Runtime, {run['provider']}",
+            "status": run["status"],
+            "batch": scenarios["prefill"]["batch"],
+            "prompt": scenarios["prefill"]["prompt"],
+            "past": scenarios["decode"]["past"],
+            "new_tokens": scenarios["decode"]["new_tokens"],
             **latency,
             "speedup": {what: asdict(value) for what, value in faster.items()},
             "gpu": _NO_GPU,
         },
         "peak_memory_bytes": {
-            label: measured["peak_memory_bytes"]
-            for label, measured in bench.result["subjects"].items()
+            label: run["subjects"][label]["peak_bytes"] for label in ("dense", "pruned")
         },
         "parity": {
             "limit": onnx.result["parity_limit"],
@@ -103,14 +125,14 @@ def build(bundle: Bundle, dense: Bundle) -> Json:
                 max(case["logits_error"], case["cache_error"]) for case in onnx.result["parity"]
             ),
         },
-        "sample": {"prompt": bench.options["sample_prompt"], **bench.result["sample"]},
+        "sample": bench.result["sample"],
         "seconds": {
             name: record.seconds for name, record in bundle.stages.items() if name != "report"
         },
         "options": {
             name: record.options for name, record in bundle.stages.items() if record.options
         },
-        "environment": bench.environment,
+        "environment": run["environment"],
     }
 
 
@@ -224,20 +246,14 @@ def _widths(prune: StageRecord) -> Json | None:
 
 def _times(speedup: Speedup) -> str:
     return (
-        f"{speedup.median:.2f}x ({speedup.lowest:.2f}x to {speedup.highest:.2f}x in "
+        f"{speedup.estimate:.2f}x ({speedup.low:.2f}x to {speedup.high:.2f}x in "
         f"{speedup.rounds} rounds)"
     )
 
 
-def _summary(seconds: list[float]) -> dict[str, Any]:
-    summary = summarise(tuple(seconds))
-    return {
-        "median": summary.median,
-        "p90": summary.p90,
-        "p99": summary.p99,
-        "count": summary.count,
-        "unit": "seconds",
-    }
+def _speedup(ratio: Json, rounds: int) -> Speedup:
+    """The inverse of a ratio of times."""
+    return Speedup(1 / ratio["estimate"], 1 / ratio["high"], 1 / ratio["low"], rounds)
 
 
 def _packed_bytes(bundle: Bundle) -> dict[str, dict[str, int]]:

@@ -1,17 +1,21 @@
 """What a user asks for, stage by stage: values that the command line makes and `pipeline` obeys."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TypedDict
 
-from runtime.latency import Workload
+from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 from thanos_deploy import methods
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, Structured
+
+_RUN = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class SizingOptions(TypedDict):
@@ -248,17 +252,83 @@ class EvalRequest:
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """What to time, and the prompt of the sample text."""
+    """What to time, against what, how often; the defaults are those of `prune-export`.
 
-    batch: int = 1
-    prompt: int = 128
+    Attributes:
+        run: name of the run, and of its file.
+        kinds: of scenarios, keys of `runtime.latency.KINDS`.
+        batches: sequences at once; open-loop has one.
+        prompts: tokens of a prompt; open-loop takes the first.
+        pasts: tokens before the first timed step of decode; None for those of the prompts.
+        new_tokens: steps of decode, tokens of an answer.
+        rounds: that count.
+        warmup: the most that do not.
+        requests: of open-loop in one round.
+        rate: requests a second; None for half of what the baseline can take.
+        driver: of open-loop; see `runtime.load`.
+        provider: what to run on.
+        threads: that compute on a CPU; None for one on each processor.
+        sample_prompt, sample_tokens: of the sample text.
+    """
+
+    run: str = "latency"
+    kinds: tuple[str, ...] = ("prefill", "decode")
+    batches: tuple[int, ...] = (1,)
+    prompts: tuple[int, ...] = (128,)
+    pasts: tuple[int, ...] | None = None
     new_tokens: int = 16
     rounds: int = 20
-    warmup: int = 2
+    warmup: int = 5
+    requests: int = 4
+    rate: float | None = None
+    driver: str = "poisson"
+    provider: str = "cpu"
+    threads: int | None = None
     sample_prompt: str = "The capital of France is"
     sample_tokens: int = 48
 
     @property
-    def workload(self) -> Workload:
-        """What one round does."""
-        return Workload(self.batch, self.prompt, self.new_tokens)
+    def scenarios(self) -> list[Scenario]:
+        """Every combination of the grids, by kind."""
+        of_kind: dict[str, list[Scenario]] = {
+            "prefill": [Prefill(*size) for size in product(self.batches, self.prompts)],
+            "decode": [
+                Decode(*size, self.new_tokens)
+                for size in product(self.batches, self.pasts or self.prompts)
+            ],
+            "generate": [
+                Generate(*size, self.new_tokens) for size in product(self.batches, self.prompts)
+            ],
+            "open-loop": [
+                OpenLoop(self.prompts[0], self.new_tokens, self.requests, self.rate, self.driver)
+            ],
+        }
+        return [scenario for kind in self.kinds for scenario in of_kind[kind]]
+
+    def check(self, max_tokens: int) -> None:
+        """Refuse what the models do not take, and names that are none.
+
+        Args:
+            max_tokens: the most tokens that every model takes.
+
+        Raises:
+            UsageError: there is such a thing.
+        """
+        if not _RUN.fullmatch(self.run) or self.run == "sample":
+            raise UsageError(
+                f"--run {self.run!r}: not a name for a file of a bundle",
+                fix="use letters, digits, - and _, and not the name sample",
+            )
+        longest = max(self.scenarios, key=lambda scenario: scenario.tokens)
+        if longest.tokens > max_tokens:
+            raise UsageError(
+                f"scenario {longest.name}: {longest.tokens} tokens; the model takes {max_tokens}",
+                fix="use a smaller --prompt or --past, or fewer --new-tokens",
+            )
+
+    def to_json(self) -> Json:
+        """For the manifest."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }

@@ -106,12 +106,15 @@ def folder(bundle: Bundle) -> str:
     return "onnx"
 
 
-def open_engine(bundle: Path, *, provider: str = "cpu") -> OnnxRuntimeEngine:
+def open_engine(
+    bundle: Path, *, provider: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeEngine:
     """Load `onnx/model.onnx` of a bundle.
 
     Args:
         bundle: its folder.
         provider: a key of `PROVIDERS`.
+        threads: how many work on one operator; None for one on each physical core.
 
     Raises:
         PlatformError: onnxruntime is not installed, or it gave another provider than asked for.
@@ -138,6 +141,8 @@ def open_engine(bundle: Path, *, provider: str = "cpu") -> OnnxRuntimeEngine:
             )
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
+    if threads is not None:
+        options.intra_op_num_threads = threads
     if provider != "cpu":
         gpu.require()
     wanted: list[Any] = [PROVIDERS[provider]]

@@ -265,12 +265,15 @@ def runs_on(build: Mapping[str, Any], device: Gpu) -> bool:
     return device.arch in build["arch"]
 
 
-def open_engine(bundle: Path, *, provider: str = "cuda") -> TensorRTEngine:
+def open_engine(
+    bundle: Path, *, provider: str = "cuda", threads: int | None = None
+) -> TensorRTEngine:
     """Load the engine of a bundle that fits the GPU of this machine.
 
     Args:
         bundle: its folder.
         provider: "cuda".
+        threads: of no consequence: everything runs on the GPU.
 
     Raises:
         PlatformError: there is no GPU, or a package is missing or of another version.

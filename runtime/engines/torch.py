@@ -101,18 +101,23 @@ def folder(bundle: Bundle) -> str:
     return "model"
 
 
-def open_engine(bundle: Path, *, provider: str = "cpu", variant: str = "eager") -> TorchEngine:
+def open_engine(
+    bundle: Path, *, provider: str = "cpu", variant: str = "eager", threads: int | None = None
+) -> TorchEngine:
     """Load the checkpoint of a bundle; see `open_model`."""
-    return open_model(bundle / "model", provider=provider, variant=variant)
+    return open_model(bundle / "model", provider=provider, variant=variant, threads=threads)
 
 
-def open_model(folder: Path, *, provider: str = "cpu", variant: str = "eager") -> TorchEngine:
+def open_model(
+    folder: Path, *, provider: str = "cpu", variant: str = "eager", threads: int | None = None
+) -> TorchEngine:
     """Load a model folder, such as a dense model to compare with.
 
     Args:
         folder: a Hugging Face folder.
         provider: one of `PROVIDERS`.
         variant: one of `VARIANTS`.
+        threads: how many work on one operator, in this whole process; None for PyTorch's choice.
 
     Raises:
         PlatformError: a package or the GPU that the variant needs is not there.
@@ -125,6 +130,8 @@ def open_model(folder: Path, *, provider: str = "cpu", variant: str = "eager") -
             f"provider {provider!r} is not known", fix=f"give one of {', '.join(PROVIDERS)}"
         )
     torch = _require_torch(provider, variant)
+    if threads is not None:
+        torch.set_num_threads(threads)
     from runtime.kernels import linears
     from thanos_deploy.checkpoint import Checkpoint, cast, load_model
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import nan
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from runtime.kernels import linears
-from runtime.latency import Summary, summarise
 from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import OnProgress, silent
@@ -37,7 +38,7 @@ class GemmTime:
         kernel: "dense", or a key of `linears.MAKERS`.
         outputs, inputs: of W.
         tokens: rows of x.
-        seconds: of the product alone, the L2 cache being cold; None where there is none.
+        seconds: raw, of the product alone, the L2 cache being cold; None where there is none.
         error: largest difference from the dense product, relative to its largest entry.
         reason: why it was not measured.
     """
@@ -46,9 +47,14 @@ class GemmTime:
     outputs: int
     inputs: int
     tokens: int
-    seconds: Summary | None
+    seconds: tuple[float, ...] | None
     error: float | None
     reason: str | None
+
+    @property
+    def median(self) -> float:
+        """Seconds; NaN where there are none."""
+        return median(self.seconds) if self.seconds else nan
 
 
 def measure(
@@ -132,7 +138,7 @@ def _of_kernel(
                 yield record(rows, None, error, "the product is not that of the dense one")
                 continue
             seconds = _time(partial(multiply, x, None), samples, warmup)
-            yield record(rows, summarise(seconds), error, None)
+            yield record(rows, seconds, error, None)
         except _REFUSALS as refusal:
             yield record(rows, None, None, _reason(refusal))
 

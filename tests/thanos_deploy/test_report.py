@@ -1,8 +1,7 @@
 import pytest
 
-from runtime.latency import Speedup
 from thanos_deploy.pattern import parse
-from thanos_deploy.report import verdict
+from thanos_deploy.report import Speedup, verdict
 
 FASTER = {
     "prefill": Speedup(1.01, 0.98, 1.04, 20),

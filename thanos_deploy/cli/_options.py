@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,24 +43,21 @@ class PatternType(click.ParamType[pattern.Pattern]):
             self.fail(f"{error.message}; {error.fix}", param, ctx)
 
 
-class SizesType(click.ParamType[tuple[int, ...]]):
-    """Positive sizes, separated by commas."""
+class CountsType(click.ParamType[tuple[int, ...]]):
+    """Numbers from 1 on, with commas between them."""
 
-    name = "sizes"
+    name = "N[,N...]"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         """Read the numbers; anything else is a usage error."""
         if not isinstance(value, str):
-            return tuple(value)
-        try:
-            sizes = tuple(int(size) for size in value.split(","))
-        except ValueError:
-            sizes = ()
-        if not sizes or min(sizes) < 1:
-            self.fail(f"{value!r}: give positive numbers separated by commas, such as 1,8")
-        return sizes
+            return value  # type: ignore[no-any-return]  # click may hand over a converted value
+        numbers = value.split(",")
+        if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+            self.fail(f"{value!r} is not a list of numbers from 1 on, like 1,8", param, ctx)
+        return tuple(map(int, numbers))
 
 
 def several(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -228,23 +227,46 @@ evaluation_options = several(
     click.option("--eval-seqlen", default=1024, show_default=True, help="Tokens of each."),
 )
 benchmark_options = several(
-    click.option("--batch", default=1, show_default=True, help="Sequences at once."),
-    click.option("--prompt", default=128, show_default=True, help="Tokens of each timed prompt."),
     click.option(
-        "--new-tokens", default=16, show_default=True, help="Tokens decoded after each prompt."
+        "--batch",
+        "batches",
+        type=CountsType(),
+        multiple=True,
+        help="Sequences at once: 1,8.  [default: 1]",
     ),
-    click.option("--rounds", default=20, show_default=True, help="Timed rounds of each model."),
+    click.option(
+        "--prompt",
+        "prompts",
+        type=CountsType(),
+        multiple=True,
+        help="Tokens of each timed prompt: 32,128.  [default: 128; of bench: 128,512]",
+    ),
+    click.option(
+        "--past",
+        "pasts",
+        type=CountsType(),
+        multiple=True,
+        help="Tokens before the timed steps of decode: 128,1024.  [default: those of --prompt]",
+    ),
+    click.option(
+        "--new-tokens",
+        type=click.IntRange(min=2),
+        help="Steps of decode, tokens of an answer.  [default: 16]",
+    ),
+    click.option(
+        "--rounds",
+        type=click.IntRange(min=2),
+        help="Timed rounds of each model.  [default: 20; of bench: 10]",
+    ),
     click.option(
         "--sample-prompt",
-        default="The capital of France is",
-        show_default=True,
-        help="Prompt of the sample text.",
+        help="Prompt of the sample text.  [default: The capital of France is]",
     ),
 )
 engine_options = several(
     click.option(
         "--sm",
-        type=SizesType(),
+        type=CountsType(),
         help="tensorrt-rtx: compute capabilities to build for.  [default: 80,86,89,120]",
     ),
     click.option(
@@ -334,17 +356,23 @@ def engine_request(
     )
 
 
-def bench_request(options: dict[str, Any]) -> "BenchRequest":
-    """What `benchmark_options` ask for."""
+def bench_request(options: dict[str, Any], **defaults: Any) -> "BenchRequest":
+    """What `benchmark_options` ask for, and options of `bench` that are called like its fields.
+
+    Args:
+        options: of the command; what was not given is None or empty.
+        defaults: where they differ from the request's own.
+    """
     from thanos_deploy.requests import BenchRequest
 
-    return BenchRequest(
-        batch=options["batch"],
-        prompt=options["prompt"],
-        new_tokens=options["new_tokens"],
-        rounds=options["rounds"],
-        sample_prompt=options["sample_prompt"],
-    )
+    grids = ("batches", "prompts", "pasts")
+    given = {
+        field.name: options[field.name]
+        for field in fields(BenchRequest)
+        if options.get(field.name) not in (None, ())
+    }
+    flat = {name: tuple(chain(*given[name])) for name in grids if name in given}
+    return BenchRequest(**{**defaults, **given, **flat})
 
 
 @contextmanager

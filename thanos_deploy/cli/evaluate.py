@@ -41,5 +41,5 @@ def command(out: Path, dense: str, **options: Any) -> None:
                 announce=announce,
             )
             if "report" in bundle.stages:
-                pipeline.write_report(bundle, source)
+                pipeline.write_report(bundle, source.folder)
     emit(options, {"dense": pruned.inputs["dense"], "pruned": pruned.result}, console.show_values)

@@ -7,7 +7,7 @@ import click
 
 from thanos_deploy import console
 from thanos_deploy.cli._options import (
-    SizesType,
+    CountsType,
     bundle_argument,
     common_options,
     emit,
@@ -37,12 +37,12 @@ from thanos_deploy.errors import UsageError
 )
 @click.option(
     "--batch",
-    type=SizesType(),
+    type=CountsType(),
     help="Engines: sequences at once, the usual number and the largest.  [default: 1,8]",
 )
 @click.option(
     "--seq",
-    type=SizesType(),
+    type=CountsType(),
     help="Engines: tokens of a prompt, the usual number and the largest.  [default: 128,1024, or "
     "as far as the model goes]",
 )

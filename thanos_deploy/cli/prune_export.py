@@ -73,7 +73,7 @@ def command(
             out,
             request=prune_request(options),
             evaluation=eval_request(options),
-            benchmark=bench_request(options),
+            benchmarking=bench_request(options),
             revision=revision,
             overwrite=options["overwrite"],
             announce=announce,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from benchmarks.semi_structured import show
 from runtime.kernels.linears import MAKERS, Multiply
 from runtime.kernels.timing import GemmTime, _of_kernel, measure, random_two_four
-from runtime.latency import summarise
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.packing import pack
 from thanos_deploy.pattern import SemiStructured
@@ -66,7 +65,7 @@ def test_a_kernel_whose_product_is_wrong_is_not_timed(wrong: float) -> None:
 
 def test_the_table_gives_speeds_relative_to_dense(capsys: pytest.CaptureFixture[str]) -> None:
     def timed(kernel: str, seconds: float) -> GemmTime:
-        return GemmTime(kernel, 64, 32, 1, summarise((seconds,)), 0.0, None)
+        return GemmTime(kernel, 64, 32, 1, (seconds,), 0.0, None)
 
     show([timed("dense", 2e-5), timed("triton", 1e-5), GemmTime("x", 64, 32, 1, None, None, "no")])
     dense, ours, refused = capsys.readouterr().out.splitlines()
@@ -88,4 +87,4 @@ def test_on_a_gpu_every_kernel_has_a_time_or_a_reason(tmp_path: Path) -> None:
         assert (each["seconds"] is None) == (each["reason"] is not None)
         # 68 columns are too odd for torch's libraries, and for nothing of ours.
         if each["inputs"] == 1024 or each["kernel"] in ("dense", "triton", "mma-sp"):
-            assert each["seconds"]["median"] > 0, each
+            assert min(each["seconds"]) > 0, each

@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import exporters.onnx
+from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
+from tests.conftest import MakeModel, stock_model
+from thanos_deploy import ceilings
+from thanos_deploy.ceilings import Machine, Work
+from thanos_deploy.checkpoint import Checkpoint
+
+WORK = Work(weight_bytes=1000, cache_bytes_per_token=10, flops_per_token=600, flops_per_pair=2)
+
+
+def exported(checkpoint: Path, out: Path, *, dtype: str = "fp32") -> Work:
+    out.mkdir()
+    exporters.onnx.export(Checkpoint.open(checkpoint), out, pattern=None, dtype=dtype)
+    return counted(out)
+
+
+def counted(out: Path) -> Work:
+    cache = json.loads((out / "export.json").read_text())["cache"]["bytes_per_token"]
+    return ceilings.count(out / "model.onnx", cache_bytes_per_token=cache)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
+def test_operations_are_those_that_pytorch_counts(
+    make_model: MakeModel, tmp_path: Path, model_type: str
+) -> None:
+    folder = make_model(model_type)
+    work = exported(folder, tmp_path / "onnx")
+    model = stock_model(folder, dtype=torch.float32, attn_implementation="eager")
+    for batch, tokens in ((1, 8), (2, 5)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(batch, tokens, dtype=torch.int64), use_cache=False)
+        _, flops = work.step(batch=batch, tokens=tokens, past=0)
+        # PyTorch also counts the angles of rotary embeddings: head_dim for each token.
+        assert flops == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+def test_bytes_are_those_of_the_weights_that_a_step_reads(
+    tiny_llama: Path, exported_llama: Path, make_model: MakeModel, tmp_path: Path
+) -> None:
+    tied = counted(exported_llama / "onnx")
+    model = stock_model(tiny_llama, dtype=torch.float32)
+    parameters = sum(4 * parameter.numel() for parameter in model.parameters())
+    # Besides the weights the graph holds some constants.
+    assert parameters <= tied.weight_bytes < 1.02 * parameters
+    kv_heads, head_dim, blocks = 2, 8, 2
+    assert tied.cache_bytes_per_token == 4 * 2 * kv_heads * head_dim * blocks
+    # An embedding of its own is looked up, not read.
+    untied = exported(make_model("llama", tie_word_embeddings=False), tmp_path / "untied")
+    assert untied.weight_bytes == tied.weight_bytes
+
+
+def test_quantised_weights_are_fewer_bytes_and_as_many_operations(
+    tiny_llama: Path, exported_llama: Path, tmp_path: Path
+) -> None:
+    whole = counted(exported_llama / "onnx")
+    small = exported(tiny_llama, tmp_path / "int8", dtype="int8")
+    assert small.flops_per_token == whole.flops_per_token
+    assert small.flops_per_pair == whole.flops_per_pair
+    assert small.weight_bytes < 0.7 * whole.weight_bytes
+
+
+def test_a_step_grows_with_batch_tokens_and_past() -> None:
+    assert WORK.step(batch=1, tokens=1, past=0) == (1000 + 10, 600 + 2)
+    assert WORK.step(batch=3, tokens=2, past=5) == (1000 + 3 * 7 * 10, 3 * 2 * (600 + 7 * 2))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "steps"),
+    [
+        (Prefill(2, 7), [(7, 0)]),
+        (Decode(2, 9, 4), [(1, 11)]),
+        (Generate(2, 7, 3), [(7, 0), (1, 7), (1, 8)]),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_a_ceiling_is_the_slower_of_moving_and_multiplying(
+    scenario: Scenario, steps: list[tuple[int, int]]
+) -> None:
+    works = [WORK.step(batch=2, tokens=tokens, past=past) for tokens, past in steps]
+    for machine, bound in ((Machine(1.0, {"fp32": 1e9}), 0), (Machine(1e9, {"fp32": 1.0}), 1)):
+        found = ceilings.ceiling(WORK, scenario, machine, "fp32")
+        assert found is not None
+        assert (found.bytes, found.flops) == tuple(map(sum, zip(*works, strict=True)))
+        assert found.seconds == pytest.approx(sum(work[bound] for work in works))
+        assert found.bound == ("memory", "compute")[bound]
+
+
+def test_waiting_has_no_ceiling() -> None:
+    machine = Machine(1.0, {"fp32": 1.0})
+    assert ceilings.ceiling(WORK, OpenLoop(7, 3, 2), machine, "fp32") is None
+
+
+def test_the_machine_is_measured_and_left_as_it_was() -> None:
+    before = torch.get_num_threads()
+    machine = ceilings.measure(1 << 20, provider="cpu", threads=1)
+    assert machine is not None
+    assert machine.memory_bandwidth_bytes_per_second > 1e8
+    assert machine.gemm_flops_per_second.keys() == {"fp32"}
+    assert machine.gemm_flops_per_second["fp32"] > 1e8
+    assert torch.get_num_threads() == before
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_not_measured() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert ceilings.measure(1 << 20, provider="cuda", threads=1) is None
