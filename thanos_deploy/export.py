@@ -57,19 +57,12 @@ def export(
         overwrite: redo what was made with other options.
         announce: told of every piece of work.
     """
-    pruned = bundle.require("prune", "`thanos-deploy prune`")
-    model = Checkpoint.open(bundle.path / "model")
-    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
-    claimed = parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
+    bundle.require("prune", "`thanos-deploy prune`")
     if target == "packed":
-        return _packed(bundle, model, claimed, overwrite, announce)
+        return _packed(bundle, overwrite, announce)
     if target in ENGINES:
-        return _engine(
-            bundle, model, claimed, target, engine or EngineRequest(), overwrite, announce
-        )
-    made = _pruned_graph(
-        bundle, model, claimed, request or exported_with(bundle), "onnx", overwrite, announce
-    )
+        return _engine(bundle, target, engine or EngineRequest(), overwrite, announce)
+    made = _pruned_graph(bundle, request or exported_with(bundle), "onnx", overwrite, announce)
     return made if target == "onnx" else _genai(bundle, overwrite, announce)
 
 
@@ -141,10 +134,31 @@ def graph(
     return bundle.run(stage, produce, options=asdict(request), inputs=inputs, overwrite=overwrite)
 
 
+def engine_graph(
+    bundle: Bundle,
+    request: EngineRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> str:
+    """The stage with the graph that an engine is made from, which is exported now if need be."""
+    longest = request.max_sequence or exported_with(bundle).max_sequence
+    wanted = ExportRequest(request.dtype, longest)
+    # The graph of the bundle serves as it is, if it is of the right kind.
+    stage = "onnx" if exported_with(bundle) == wanted else f"onnx-{request.dtype}"
+    _pruned_graph(bundle, wanted, stage, overwrite, announce)
+    return stage
+
+
+def _claimed(bundle: Bundle) -> Pattern | None:
+    """What the linear layers of the pruned model are claimed to hold."""
+    pruned = bundle.stages["prune"]
+    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
+    return parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
+
+
 def _pruned_graph(
     bundle: Bundle,
-    model: Checkpoint,
-    pattern: Pattern | None,
     request: ExportRequest,
     stage: str,
     overwrite: bool,
@@ -152,8 +166,8 @@ def _pruned_graph(
 ) -> StageRecord:
     return graph(
         bundle,
-        model,
-        pattern,
+        Checkpoint.open(bundle.path / "model"),
+        _claimed(bundle),
         {"model": model_hash(bundle)},
         request,
         {"method": bundle.stages["prune"].options["method"], "model_sha256": model_hash(bundle)},
@@ -164,14 +178,10 @@ def _pruned_graph(
     )
 
 
-def _packed(
-    bundle: Bundle,
-    model: Checkpoint,
-    pattern: Pattern | None,
-    overwrite: bool,
-    announce: Announce,
-) -> StageRecord:
+def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
+    pattern = _claimed(bundle)
     exporters.packed.refuse(pattern)
+    model = Checkpoint.open(bundle.path / "model")
 
     def produce(folder: Path) -> Json:
         artifact.require_disk(folder, 2 * model.bytes_in("auto"))
@@ -212,18 +222,12 @@ def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
 
 def _engine(
     bundle: Bundle,
-    model: Checkpoint,
-    pattern: Pattern | None,
     target: str,
     request: EngineRequest,
     overwrite: bool,
     announce: Announce,
 ) -> StageRecord:
-    longest = request.max_sequence or exported_with(bundle).max_sequence
-    wanted = ExportRequest(request.dtype, longest)
-    # The graph of the bundle serves as it is, if it is of the right kind.
-    source = "onnx" if exported_with(bundle) == wanted else f"onnx-{request.dtype}"
-    _pruned_graph(bundle, model, pattern, wanted, source, overwrite, announce)
+    source = engine_graph(bundle, request, overwrite=overwrite, announce=announce)
     architectures = _architectures(bundle, target, request)
     name = f"{target}-{'+'.join(architectures)}"
     earlier = bundle.path / exporters.tensorrt.ENGINES / name / exporters.tensorrt.TIMING_CACHE
