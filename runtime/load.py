@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,21 @@ def poisson(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
     return served
 
 
+def loadgen_library() -> Any:
+    """The module of MLPerf LoadGen.
+
+    Raises:
+        PlatformError: it is not installed.
+    """
+    try:
+        import mlperf_loadgen
+    except ImportError as error:
+        raise PlatformError(
+            "MLPerf LoadGen is not installed", fix="pip install 'thanos-deploy[loadgen]'"
+        ) from error
+    return mlperf_loadgen
+
+
 def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> list[Request]:
     """Drive the load with MLPerf LoadGen's server scenario; arrivals and times are LoadGen's own.
 
@@ -72,12 +88,7 @@ def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
     Raises:
         PlatformError: LoadGen is not installed.
     """
-    try:
-        import mlperf_loadgen as lg
-    except ImportError as error:
-        raise PlatformError(
-            "MLPerf LoadGen is not installed", fix="pip install 'thanos-deploy[loadgen]'"
-        ) from error
+    lg = loadgen_library()
     settings = lg.TestSettings()
     settings.scenario = lg.TestScenario.Server
     settings.mode = lg.TestMode.PerformanceOnly
@@ -88,7 +99,7 @@ def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
     settings.use_token_latencies = True
     waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
-    def issue(samples: list[lg.QuerySample]) -> None:
+    def issue(samples: list[Any]) -> None:
         for sample in samples:
             waiting.put(sample.id)
 

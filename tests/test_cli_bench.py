@@ -270,6 +270,16 @@ def test_bad_input_is_refused_before_anything_is_measured(
     assert not (out / "bench").exists()
 
 
+def test_a_driver_that_is_not_installed_is_refused_before_anything_is_measured(
+    out: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
+    code, _, errors = invoke("bench", out, *QUICK, "--driver", "loadgen")
+    assert code == 4
+    assert "pip install 'thanos-deploy[loadgen]'" in errors
+    assert not (out / "bench").exists()
+
+
 def test_a_missing_baseline_is_refused_with_what_would_help(
     out: Path,
     tiny_llama: Path,

@@ -73,6 +73,7 @@ def measure(
         for label, facts in subjects.items()
     }
     baseline = next(iter(bundles))
+    readings = [stillness.read(time.process_time())]
     machine = ceilings.measure(
         works[baseline].weight_bytes, provider=request.provider, threads=threads
     )
@@ -82,7 +83,7 @@ def measure(
     memory: dict[str, Memory] | None = None
     with paired.opened(paths, provider=request.provider, threads=threads) as engines:
         scenarios, warm = _warm_up(engines, request, baseline)
-        readings = [_reading(engines)]
+        readings.append(_reading(engines))
         on_device = [device.read()] if device else []
         try:
             for number in range(request.rounds):

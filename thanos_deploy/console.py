@@ -221,7 +221,7 @@ def _circumstances(run: Json) -> Iterator[str]:
     """What a run was measured on, and what its ceilings are made from."""
     environment, machine = run["environment"], run["machine"]
     yield (
-        f"{environment['threads']} threads on {environment['cores']} cores of "
+        f"threads: {environment['threads']} on {environment['cores']} cores of "
         f"{environment['processor']}; GPU: "
         + (NOT_MEASURED if run["gpu"] is None else str(run["gpu"]["name"]))
     )

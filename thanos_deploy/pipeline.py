@@ -25,6 +25,7 @@ from torch import Tensor
 
 import exporters.genai
 import exporters.packed
+from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from thanos_deploy import artifact, benchmark, card, checkpoint, environment, report, sizing
@@ -326,9 +327,12 @@ def bench(
     Raises:
         UsageError: the models do not take the request, or a run of that name was made with other
             options, and not `overwrite`.
+        PlatformError: the driver of the load is not installed.
         KeyboardInterrupt: the rounds that were complete are in `bench/RUN.interrupted.json`.
     """
     request.check(min(one.stages["onnx"].result["max_sequence"] for one in subjects.values()))
+    if request.driver == "loadgen":
+        load.loadgen_library()
     check_bench(bundle, request, list(subjects), overwrite=overwrite)
     others = _other_runs(bundle, request.run)
     graphs = {

@@ -239,14 +239,15 @@ benchmark_options = several(
         "prompts",
         type=CountsType(),
         multiple=True,
-        help="Tokens of each timed prompt: 32,128.  [default: 128; of bench: 128,512]",
+        help="Tokens of each timed prompt: 32,128.  [default: 128; of bench: 32,128]",
     ),
     click.option(
         "--past",
         "pasts",
         type=CountsType(),
         multiple=True,
-        help="Tokens before the timed steps of decode: 128,1024.  [default: those of --prompt]",
+        help="Tokens before the timed steps of decode: 128,1024.  [default: those of --prompt if "
+        "given, else 128; of bench: 128,512]",
     ),
     click.option(
         "--new-tokens",
@@ -371,7 +372,9 @@ def bench_request(options: dict[str, Any], **defaults: Any) -> "BenchRequest":
         for field in fields(BenchRequest)
         if options.get(field.name) not in (None, ())
     }
-    flat = {name: tuple(chain(*given[name])) for name in grids if name in given}
+    flat: dict[str, Any] = {name: tuple(chain(*given[name])) for name in grids if name in given}
+    if "prompts" in flat:
+        flat = {"pasts": None, **flat}
     return BenchRequest(**{**defaults, **given, **flat})
 
 
