@@ -38,7 +38,6 @@ def main() -> None:
     except DeployError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    show(found)
     if arguments.out:
         artifact.write_json(
             arguments.out,
@@ -50,6 +49,7 @@ def main() -> None:
                 "records": [asdict(each) for each in found],
             },
         )
+    show(found)
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def group(words, bits, slot: tl.constexpr):
 @triton.autotune(
     configs=[
         triton.Config({"BLOCK_N": rows, "BLOCK_U": units}, num_warps=warps)
-        for rows, units, warps in [(4, 64, 4), (8, 64, 4), (16, 64, 4), (4, 128, 4), (8, 128, 8)]
+        for rows, units, warps in [(4, 64, 4), (16, 64, 4), (8, 128, 8)]
     ],
     key=["outputs", "inputs", "BLOCK_M"],
     prune_configs_by={"early_config_prune": tunable},

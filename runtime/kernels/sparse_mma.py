@@ -87,7 +87,9 @@ def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Te
     assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
     rows, columns = weight.values.shape[0], 2 * weight.values.shape[1]
     y = x.new_empty(tokens, weight.rows)
-    x = torch.nn.functional.pad(x, (0, columns - inputs)).contiguous()
+    if inputs < columns:
+        x = torch.nn.functional.pad(x, (0, columns - inputs))
+    x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
     with torch.cuda.device(x.device):

@@ -28,16 +28,17 @@ PROMPTS = np.array([[0, 0, 7, 8, 9], [1, 2, 3, 4, 5]])
 MASK = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
-@pytest.mark.parametrize("variant", ["eager", "compiled"])
+# Every kind of step takes PyTorch a quarter of a minute to compile.
+@pytest.mark.parametrize(("variant", "decoded"), [("eager", 4), ("compiled", 1)])
 def test_logits_are_those_of_onnxruntime_also_with_padding_on_the_left(
-    variant: str, exported_llama: Path
+    variant: str, decoded: int, exported_llama: Path
 ) -> None:
     reference = open_engine(exported_llama)
     engine = open_engine(exported_llama, backend=f"torch:{variant}")
     expected, actual = reference.prefill(PROMPTS, MASK), engine.prefill(PROMPTS, MASK)
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, expected, atol=2e-5)
-    for _ in range(3):
+    for _ in range(decoded):
         token = expected.argmax(axis=1)
         expected, actual = reference.decode(token), engine.decode(token)
         np.testing.assert_allclose(actual, expected, atol=2e-5)
@@ -183,11 +184,11 @@ def test_the_shapes_that_are_refused_are_those_that_torch_refuses() -> None:
             assert multiples == (rules[dtype].sparse_min_rows, rules[dtype].sparse_min_cols)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
-    exported_two_four: Exported, model_type: str
+    exported_two_four: Exported,
 ) -> None:
-    checkpoint = Checkpoint.open(exported_two_four(model_type) / "model")
+    # GPT-2 has biases and stores its weights transposed.
+    checkpoint = Checkpoint.open(exported_two_four("gpt2") / "model")
     engines = []
     for maker in (None, "triton"):
         model = load_model(checkpoint.folder)
