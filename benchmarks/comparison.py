@@ -36,8 +36,10 @@ from thanos_deploy import artifact, console, environment, pipeline
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.calibrate import BUILTIN, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.export import export
 from thanos_deploy.pattern import parse
-from thanos_deploy.pipeline import DENSE, PRUNED, Announce, Dense
+from thanos_deploy.pipeline import DENSE, PRUNED, Dense
+from thanos_deploy.progress import Announce
 from thanos_deploy.report import charts
 from thanos_deploy.report.write import compare
 from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
@@ -150,8 +152,8 @@ def make(
     with artifact.claim(folder, dense.source.to_json()) as bundle:
         pipeline.prune(bundle, dense, request, announce=announce)
         pipeline.evaluate(bundle, dense, evaluation, announce=announce)
-        pipeline.export(bundle, target="onnx", announce=announce)
-        pipeline.export(bundle, target="genai", announce=announce)
+        export(bundle, target="onnx", announce=announce)
+        export(bundle, target="genai", announce=announce)
     return bundle
 
 
@@ -170,9 +172,7 @@ def rounded_pruned(bundle: Bundle, announce: Announce) -> Bundle:
     with artifact.claim(folder, bundle.source) as rounded:
         request = ExportRequest("int8")
         for target in ("onnx", "genai"):
-            pipeline.export(
-                rounded, target=target, request=request, overwrite=True, announce=announce
-            )
+            export(rounded, target=target, request=request, overwrite=True, announce=announce)
     return rounded
 
 

@@ -10,5 +10,7 @@ import pkgutil
 def names() -> list[str]:
     """Names of the targets, sorted."""
     return sorted(
-        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+        module.name.replace("_", "-")
+        for module in pkgutil.iter_modules(__path__)
+        if not module.name.startswith("_")
     )

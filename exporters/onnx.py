@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
@@ -30,14 +31,15 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from exporters import _int8
+from exporters import _int8, _qdq
 from thanos_deploy import artifact
-from thanos_deploy.checkpoint import Checkpoint, load_model
-from thanos_deploy.errors import GateError, ModelError, UsageError
+from thanos_deploy.calibrate import builtin_text, segments
+from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
+from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.linear import matrix
-from thanos_deploy.pattern import Pattern
+from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.verdict import judge
+from thanos_deploy.verdict import Verdict, judge
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -48,10 +50,18 @@ OPSET = 20
 
 # Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
 # to the values' range.
-PARITY_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4}
+PARITY_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int8-qdq": 5e-3}
 
 # Of the kv cache, the logits, and all weights that are not quantised.
-_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32}
+_FLOATS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+    "int8-qdq": torch.float16,
+}
+
+# What the ranges of activations are taken from, for int8-qdq: segments and tokens of each.
+_SEGMENTS, _TOKENS = 8, 256
 
 _STEPS = 4
 
@@ -114,7 +124,8 @@ def export(
         destination: an existing folder.
         pattern: what the linear layers are claimed to hold, or None for nothing.
         dtype: one of `PARITY_LIMITS`, of the weights; the cache and the logits are float16 for
-            fp16, else float32. int8 is for the linear layers of the blocks; see `_int8`.
+            fp16 and int8-qdq, else float32. int8 (for ONNX Runtime, see `_int8`) and int8-qdq (for
+            engines, see `_qdq`) are for the linear layers of the blocks.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         origin: what else the graph's metadata says of where it comes from.
@@ -132,7 +143,7 @@ def export(
     longest = _longest(checkpoint, max_sequence)
     on_progress(0, _STEPS)
     model = load_model(checkpoint.folder)
-    _cast(model, _FLOATS[dtype])
+    cast(model, _FLOATS[dtype])
     on_progress(1, _STEPS)
     graph = _trace(model)
     _simplify(graph, model)
@@ -147,14 +158,24 @@ def export(
     del graph
     on_progress(2, _STEPS)
     _require_names(destination / MODEL, model)
-    _cast(model, torch.float32)
-    rounding = _quantise(destination / MODEL, model, checkpoint.linears) if dtype == "int8" else {}
+    cast(model, torch.float32)
+    rounding: dict[str, float] = {}
+    ranges: dict[str, _qdq.Ranges] = {}
+    if dtype == "int8":
+        rounding = _quantise(destination / MODEL, model, checkpoint.linears, _int8)
+    if dtype == "int8-qdq":
+        ranges = _observe(model, checkpoint)
+        rounding = _quantise(destination / MODEL, model, list(ranges), _qdq)
     weights = _read_weights(destination / MODEL, model, checkpoint.linears, pattern)
     on_progress(3, _STEPS)
     limit = PARITY_LIMITS[dtype]
     cases = list(_compare(destination / MODEL, model, limit))
     if dtype == "int8":
         _int8.use_integer_kernels(destination / MODEL)
+    if dtype == "int8-qdq":
+        results = pattern == SemiStructured(2, 4)
+        _qdq.quantise_activations(destination / MODEL, ranges, results=results)
+    if rounding:
         rounding["activations"] = _worst_logits(destination / MODEL, model)
     record = {
         "opset": OPSET,
@@ -163,6 +184,7 @@ def export(
         "max_sequence": longest,
         "cache": _cache_record(model, _FLOATS[dtype]),
         "rounding": rounding,
+        "quantised": list(ranges) if dtype == "int8-qdq" else None,
         "parity_limit": limit,
         "parity": [asdict(case) for case in cases],
         "weights": [asdict(weight) for weight in weights],
@@ -173,13 +195,48 @@ def export(
     return record
 
 
-def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
+def judge_file(
+    path: Path, shapes: Mapping[str, tuple[int, int]], pattern: Pattern
+) -> dict[str, Verdict]:
+    """Judge the linear layers of an exported file.
+
+    Args:
+        path: the ONNX file.
+        shapes: by name of a layer, its outputs and inputs.
+        pattern: what they are claimed to hold.
+
+    Returns:
+        by name.
+    """
+    initializers = _initializers(path)
+    return {
+        name: judge(_nonzero(initializers, f"{name}.weight", inputs)[2], pattern)
+        for name, (_, inputs) in shapes.items()
+    }
+
+
+def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, _qdq.Ranges]:
+    """The linear layers whose input can be rounded to int8, and what was seen around them."""
+    ids = segments(
+        builtin_text(),
+        load_tokenizer(checkpoint.folder),
+        count=_SEGMENTS,
+        length=min(_TOKENS, checkpoint.max_positions),
+        seed=0,
+    )
+    seen = _qdq.observe(model, checkpoint.linears, ids)
+    return {name: ranges for name, ranges in seen.items() if ranges.input.fits}
+
+
+def _quantise(
+    path: Path, model: PreTrainedModel, names: Sequence[str], quantisation: ModuleType
+) -> dict[str, float]:
     """Round the blocks' linear layers to int8, in the file and in the model.
 
     Returns:
         "weights": how far that moves the logits, relative to their range.
     """
-    _int8.quantise(path, {f"{name}.weight" for name in names})
+    quantisation.quantise(path, {f"{name}.weight" for name in names})
     moved = _worst_logits(path, model)
     initializers = {
         name: value.const_value.numpy()
@@ -188,7 +245,7 @@ def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[
     }
     for name in names:
         weight = matrix(model.get_submodule(name))
-        rounded = _int8.read(initializers, f"{name}.weight", weight.shape[1])
+        rounded = quantisation.read(initializers, f"{name}.weight", weight.shape[1])
         weight.data.copy_(torch.from_numpy(rounded))
     return {"weights": moved}
 
@@ -205,20 +262,6 @@ def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
             fix="give a number in that range, or leave --max-seq out",
         )
     return asked or checkpoint.max_positions
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round every parameter in place; buffers such as rotary frequencies stay as they are."""
-    for name, parameter in model.named_parameters():
-        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
-        # kernels that look at bit patterns rely on.
-        rounded = parameter.detach().to(dtype).add_(0.0)
-        if not bool(rounded.isfinite().all()):
-            raise ModelError(
-                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
-                fix="export with --dtype fp32",
-            )
-        parameter.data = rounded
 
 
 class _WithFlatCache(nn.Module):
@@ -359,6 +402,11 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         common_passes.ClearMetadataAndDocStringPass(),
     ):
         simplify(graph)
+    for node in graph.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is not None and weight.name in names:
+            # Whoever builds an engine speaks of nodes; let them be called as the model calls them.
+            node.name = weight.name.removesuffix(".weight")
 
 
 def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
@@ -448,7 +496,7 @@ def _nonzero(
         value = initializers[weight]
         assert value.const_value is not None
         consumers = {use.node.op_type for use in value.uses()}
-        if consumers != {"MatMul"}:
+        if consumers not in ({"MatMul"}, {"DequantizeLinear"}):
             raise GateError(
                 f"{weight} feeds {', '.join(sorted(consumers))}, not one MatMul",
                 fix="report this model type; its graph hides the layer",
@@ -465,6 +513,9 @@ def _compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[Parit
     """Run ONNX Runtime beside PyTorch through prefill, chunked prefill, decode and left padding."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # ONNX Runtime turns int8 weights behind a DequantizeLinear into its own MatMulNBits, and would
+    # round the activations to int8 on its own account.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()[3:]]
     outputs = [value.name for value in session.get_outputs()]

@@ -1,1 +1,1 @@
-"""Run exported models: numpy and one backend, without torch, transformers or onnx."""
+"""Run models: numpy and one backend; none but the backend torch needs torch or transformers."""

@@ -69,33 +69,69 @@ def open_engine(
     threads: int | None = None,
     verify: bool = True,
 ) -> Engine:
-    """Load the exported model of a bundle.
+    """Load the model of a bundle.
 
     Args:
         bundle: its folder.
-        backend: one of `backends()`.
+        backend: one of `backends()`; where it has several ways to run, one of its `VARIANTS` after
+            a colon, as in "torch:compiled".
         provider: what the backend is to run on; it never falls back to another one.
         threads: how many compute on a CPU; None for the backend's own choice.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
-        InputError: the bundle has no exported model, or it cannot be loaded.
+        InputError: the bundle lacks what the backend reads, or it cannot be loaded.
         IntegrityError: a file is missing, truncated or changed.
         PlatformError: the backend or the provider is not usable on this machine.
-        UsageError: there is no such backend or provider.
+        UsageError: there is no such backend, variant or provider.
     """
-    if backend not in backends():
+    name, _, variant = backend.partition(":")
+    if name not in backends():
         raise UsageError(
-            f"backend {backend!r} is not known", fix=f"give one of {', '.join(backends())}"
+            f"backend {name!r} is not known", fix=f"give one of {', '.join(backends())}"
+        )
+    module = import_module(f"runtime.engines.{name}")
+    variants = getattr(module, "VARIANTS", ())
+    if variant and variant not in variants:
+        raise UsageError(
+            f"backend {name} has no variant {variant!r}",
+            fix=f"give one of {', '.join([name, *(f'{name}:{known}' for known in variants)])}",
         )
     opened = Bundle.open(bundle)
-    opened.require("onnx", f"`thanos-deploy export {bundle} --target onnx`")
+    folder = module.folder(opened)
+    stages = opened.stages_of(folder)
+    if not stages:
+        raise InputError(
+            f"{bundle}: no finished stage made {folder}/",
+            fix=f"run `{module.COMMAND.format(bundle=bundle)}` first",
+        )
     if verify:
-        opened.verify("onnx")
-    engine: Engine = import_module(f"runtime.engines.{backend}").open_engine(
-        bundle, provider=provider, threads=threads
+        opened.verify(*stages)
+    engine: Engine = module.open_engine(
+        bundle,
+        provider=provider,
+        threads=threads,
+        **({"variant": variant} if variant else {}),
     )
     return engine
+
+
+def require_readable(ids: Ids, vocabulary: int) -> None:
+    """Refuse a prompt that no engine can read.
+
+    Raises:
+        UsageError: no sequence, no token, or an id outside the vocabulary.
+    """
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise UsageError(
+            f"ids of shape {list(ids.shape)}: nothing to read",
+            fix="give [batch, tokens] with at least one sequence and one token",
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise UsageError(
+            f"ids from {ids.min()} to {ids.max()}: the vocabulary has {vocabulary}",
+            fix="use the tokenizer of the same bundle",
+        )
 
 
 def stop_ids(model: Path) -> frozenset[int]:

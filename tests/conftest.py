@@ -16,6 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
+
 import exporters.onnx
 from thanos_deploy import cli, sizing
 from thanos_deploy.artifact import Json, claim

@@ -15,7 +15,9 @@ from tests.conftest import Invoke
 from tests.test_cli import SMALL
 from thanos_deploy import artifact, benchmark, ceilings, cli, gates, pipeline, stillness
 from thanos_deploy.artifact import Bundle
+from thanos_deploy.export import export, exported_with
 from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.progress import quietly
 from thanos_deploy.requests import EvalRequest, PruneRequest
 
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")
@@ -30,9 +32,9 @@ def make_bundle(model: Path, out: Path) -> Path:
     )
     with artifact.claim(out, dense.source.to_json()) as bundle:
         pipeline.prune(bundle, dense, request)
-        pipeline.export(bundle)
+        export(bundle)
         pipeline.evaluate(bundle, dense, EvalRequest(segments=2, seqlen=64))
-        dense.export(pipeline.exported_with(bundle), pipeline.quietly)
+        dense.export(exported_with(bundle), quietly)
     return out
 
 

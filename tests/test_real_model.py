@@ -1,5 +1,6 @@
 """The whole road on a real language model: SmolLM2-135M-Instruct, from the GGUF file in a wheel."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -215,3 +216,40 @@ def test_greedy_text_of_the_exported_shrunk_model_is_that_of_torch_and_of_ort_ge
     by_genai = greedy_by_genai(out / "genai", prompt, 32)
     assert by_genai == ids[: len(by_genai)]
     assert len(by_genai) == 32 or by_genai[-1] in stop_ids(out / "model")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
+@pytest.mark.parametrize("which", ["2:4", "shrunk"])
+def test_an_engine_of_the_real_model_holds_every_linear_layer(
+    run: tuple[Path, Path, dict[str, object]], shrunk: tuple[Path, dict[str, Any]], which: str
+) -> None:
+    out = run[0] if which == "2:4" else shrunk[0]
+    subprocess.run(
+        [COMMAND, "export", out, "--target", "tensorrt-rtx", "--sm", "86", "--max-seq", "2048"],
+        check=True,
+        capture_output=True,
+    )
+    folder = out / "engines" / "tensorrt-rtx-sm86"
+    build = json.loads((folder / "build.json").read_text())
+    assert build["dtype"] == "fp16"
+    assert build["sparse_weights"] == (which == "2:4")
+    assert build["summary"]["pattern_holds"] == (210 if which == "2:4" else 0)
+    hosts = {layer["name"]: layer["engine_layer"] for layer in build["layers"]}
+    assert len(hosts) == 210
+    assert all(hosts.values())
+    # The listing of the log itself: products of each profile, with the sizes of this model.
+    config = json.loads((out / "model" / "config.json").read_text())
+    channels, hidden = config["intermediate_size"], config["hidden_size"]
+    listed = [
+        line
+        for line in (folder / "build.log").read_text().splitlines()
+        if "model.layers.0.mlp.down_proj" in line and "LayerType: " in line
+    ]
+    assert any(f"Dimensions: [{channels},{hidden}]" in line for line in listed)
+    assert all("Half" in line for line in listed)
+    verified = subprocess.run([COMMAND, "verify", out, "--json"], capture_output=True, check=True)
+    checks = json.loads(verified.stdout)["checks"]
+    assert not any(check["outcome"] == "FAIL" for check in checks)

@@ -140,6 +140,14 @@ class Bundle:
         """The hashes of the files of the exported graph."""
         return {name: file.sha256 for name, file in self.stages["onnx"].files.items()}
 
+    def stages_of(self, folder: str) -> list[str]:
+        """The finished stages that wrote into a folder of the bundle."""
+        return [
+            stage
+            for stage, record in self.stages.items()
+            if any(name.startswith(f"{folder}/") for name in record.files)
+        ]
+
     def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
         """Refuse options that differ from those a finished stage was made with.
 
@@ -169,8 +177,8 @@ class Bundle:
         Args:
             stage: its name.
             produce: writes the stage's files into the folder that it is given and returns the
-                stage's result. Every top-level entry of that folder replaces the entry of the
-                same name in the bundle.
+                stage's result. Every entry of that folder replaces the entry of the same name in
+                the bundle; in a folder that other stages wrote to as well, its entries do.
             options: what the stage is made with.
             inputs: hashes of what it reads.
             overwrite: redo a stage that was made with other options or whose files changed.
@@ -254,12 +262,22 @@ class Bundle:
         if self.stages.pop(stage, None) is not None:
             self._save()
         for entry in sorted(partial.iterdir()):
-            destination = self.path / entry.name
-            if destination.is_dir():
-                shutil.rmtree(destination)
-            entry.replace(destination)
+            self._move(entry, Path(entry.name))
         self.stages[stage] = record
         self._save()
+
+    def _move(self, entry: Path, name: Path) -> None:
+        destination = self.path / name
+        shared = f"{name.as_posix()}/"
+        if any(file.startswith(shared) for record in self.stages.values() for file in record.files):
+            # Other stages keep their files in a folder of this name: theirs stay.
+            for part in sorted(entry.iterdir()):
+                self._move(part, name / part.name)
+            return
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        destination.parent.mkdir(exist_ok=True)
+        entry.replace(destination)
 
     def _save(self) -> None:
         manifest = {
@@ -345,6 +363,21 @@ def sha256_of(value: Mapping[str, object]) -> str:
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, refusing NaN, which is no JSON."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what would fill the disk.
+
+    Raises:
+        ResourceError: fewer than `needed` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {needed / 1e9:.1f} GB needed on disk, {free / 1e9:.1f} GB free",
+            fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; what is "
+            "finished is kept, and repeating the command continues",
+        )
 
 
 def _record_files(folder: Path) -> dict[str, FileRecord]:

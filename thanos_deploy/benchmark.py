@@ -13,10 +13,10 @@ from runtime import paired
 from runtime.engines.onnxruntime import PROVIDERS
 from runtime.latency import OpenLoop, Scenario
 from runtime.paired import Engines, Memory, Round, WarmUp
-from thanos_deploy import ceilings, environment, gpu, statistics, stillness
+from thanos_deploy import ceilings, environment, nvml, statistics, stillness
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.ceilings import Machine, Work
-from thanos_deploy.gpu import Gpu
+from thanos_deploy.nvml import Gpu
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.requests import BenchRequest
 from thanos_deploy.stillness import Stillness
@@ -116,7 +116,7 @@ def measure(
     ]
     reasons = [
         *still.reasons,
-        *gpu.reasons(on_device),
+        *nvml.reasons(on_device),
         *_drifts(compared, baseline, len(rounds)),
         *(_differences(compared) if same else []),
     ]
@@ -311,7 +311,7 @@ def _machine(machine: Machine | None, still: Stillness) -> Json:
     return {**measured, **asdict(still)}
 
 
-def _device(device: Gpu, readings: Sequence[gpu.Reading]) -> Json:
+def _device(device: Gpu, readings: Sequence[nvml.Reading]) -> Json:
     clocks = [reading.clock_hz for reading in readings]
     power = [reading.power_watts for reading in readings if reading.power_watts is not None]
     return {

@@ -244,6 +244,18 @@ class Checkpoint:
     weights: "Weights"
     widths: tuple[Widths, ...]
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in all of its tensors."""
+        return sum(math.prod(shape) for shape in self.weights.shapes.values())
+
+    def bytes_in(self, dtype: str) -> int:
+        """Size of its tensors when stored in a dtype, a key of `DTYPES`; else in each one's own."""
+        return sum(
+            math.prod(shape) * DTYPES.get(dtype, self.weights.dtypes[name]).itemsize
+            for name, shape in self.weights.shapes.items()
+        )
+
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Read the configuration and the tensors' headers, and no weight.
@@ -559,6 +571,24 @@ def load_model(folder: Path) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter in place; buffers such as rotary frequencies stay as they are.
+
+    Raises:
+        ModelError: a value does not fit the dtype.
+    """
+    for name, parameter in model.named_parameters():
+        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
+        # kernels that look at bit patterns rely on.
+        rounded = parameter.detach().to(dtype).add_(0.0)
+        if not bool(rounded.isfinite().all()):
+            raise ModelError(
+                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
+                fix="use float32",
+            )
+        parameter.data = rounded
 
 
 def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich import box
@@ -20,12 +20,14 @@ from rich.progress import (
 from rich.table import Table
 
 from thanos_deploy.artifact import Json
-from thanos_deploy.gpu import NOT_MEASURED
+from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 
 # Without a terminal, a line at most so often.
 _SECONDS_BETWEEN_LINES = 10.0
+
+_STYLES = {"PASS": "green", "FAIL": "bold red", "SKIP": "dim"}
 
 _errors = Console(stderr=True)
 
@@ -49,7 +51,7 @@ class Announcer:
         self._quiet = quiet
 
     def __call__(self, title: str) -> OnProgress:
-        """Start a piece of work; see `pipeline.Announce`."""
+        """Start a piece of work; see `progress.Announce`."""
         if self._quiet:
             return silent
         return self._lines(title) if self._bars is None else self._bar(self._bars, title)
@@ -251,6 +253,65 @@ def show_parity(result: Json) -> None:
             *(f"{case[name]:.1e}" for name in ("logits_error", "cache_error")),
         )
     Console().print(table)
+
+
+def show_checks(checks: Sequence[Json]) -> None:
+    """Print a check list, and below it what to do about what failed or was skipped."""
+    table = Table(show_edge=False)
+    for name in ("", "check", "seen"):
+        table.add_column(name, overflow="fold")
+    for check in checks:
+        table.add_row(
+            check["outcome"], check["name"], check["detail"], style=_STYLES[check["outcome"]]
+        )
+    console = Console()
+    console.print(table, markup=False)
+    for check in checks:
+        if check["fix"]:
+            console.print(f"{check['name']}: {check['fix']}", highlight=False, markup=False)
+
+
+def show_layers(engines: Mapping[str, Sequence[Json]]) -> None:
+    """Print what became of every linear layer in every engine."""
+    for name, layers in engines.items():
+        table = Table(title=name)
+        for column in ("layer", "shape", "2:4", "verdict", "why", "in the engine"):
+            table.add_column(column, overflow="fold")
+        for layer in layers:
+            table.add_row(
+                layer["name"],
+                " x ".join(map(str, layer["shape"])),
+                "yes" if layer["pattern_holds"] else "no",
+                layer["verdict"],
+                layer["reason"],
+                layer["engine_layer"],
+            )
+        Console().print(table, markup=False)
+
+
+def show_engine(build: Json) -> None:
+    """Print how an engine was built, and how many layers run sparse."""
+    summary = build["summary"]
+    rows = {
+        "engine": f"{build['target']} {build['library']} for {', '.join(build['arch'])}",
+        "types": build["dtype"],
+        "linear layers as": build["sparse_form"],
+        "sparse weights": "looked at" if build["sparse_weights"] else "not looked at",
+        "layers with 2:4": f"{summary['pattern_holds']} of {summary['layers']}",
+        "eligible for sparse kernels": str(summary["eligible"]),
+        "sparse kernels picked": str(summary["picked"]),
+        "size": f"{build['engine_bytes'] / 1e6:.1f} MB",
+        "built in": f"{build['seconds']:.0f} s",
+        "peak memory of the builder": f"{build['peak_memory_bytes'] / 1e9:.2f} GB",
+    }
+    if build["trial_seconds"]:
+        rows["trials"] = ", ".join(
+            f"{form} {seconds * 1e3:.2f} ms" for form, seconds in build["trial_seconds"].items()
+        )
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table, markup=False)
 
 
 def show_values(values: Json) -> None:

@@ -12,6 +12,7 @@ from thanos_deploy import __version__
 _LIBRARIES = (
     "torch",
     "transformers",
+    "triton",
     "tokenizers",
     "safetensors",
     "numpy",
@@ -38,6 +39,14 @@ def describe() -> dict[str, object]:
         "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def cache_folder() -> Path:
+    """For what can be made again: $THANOS_DEPLOY_CACHE, else a part of the user's cache folder."""
+    if own := os.environ.get("THANOS_DEPLOY_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "thanos-deploy"
 
 
 def cores() -> int:

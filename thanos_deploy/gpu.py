@@ -1,90 +1,102 @@
-"""What NVIDIA's management library says of a GPU while it works; nothing where there is none."""
+"""The NVIDIA GPUs of this machine, as the driver tells. Standard library only.
 
-from collections.abc import Sequence
+Installed libraries say nothing about a GPU: ONNX Runtime lists its CUDA provider, and ORT-GenAI
+says that CUDA is available, on machines that have neither. So the driver itself is asked.
+"""
+
+import ctypes
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cache
 
-NOT_MEASURED = "not measured (no GPU)"
+from thanos_deploy.errors import PlatformError
 
-# Reasons to lower the clock that are no trouble: nothing to do, and a clock that was asked for.
-_HARMLESS = ("GpuIdle", "ApplicationsClocksSetting", "UserDefinedClocks", "None", "All")
+_DRIVER = "libcuda.so.1"
+_NAME_BYTES = 256
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+# The first GPUs with sparse tensor cores: NVIDIA, "Accelerating Sparse Deep Neural Networks",
+# arXiv 2104.08378.
+SPARSE_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A GPU at one moment.
-
-    Attributes:
-        clock_hz: of its multiprocessors.
-        power_watts: that it draws; None where it does not say.
-        throttle_reasons: why its clock is lower than it could be.
-        memory_bytes: that processes hold on it, by process number.
-    """
-
-    clock_hz: float
-    power_watts: float | None
-    throttle_reasons: tuple[str, ...]
-    memory_bytes: dict[int, int]
-
-
 class Gpu:
-    """The first GPU of the machine.
+    """One GPU that can be used.
 
     Attributes:
-        name: its model.
+        name: as the driver calls it.
+        capability: compute capability, major and minor.
+        memory_bytes: all of its memory.
     """
 
-    def __init__(self, nvml: Any) -> None:
-        """Made by `probe`.
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
 
-        Args:
-            nvml: the module `pynvml`, initialised.
-        """
-        self._nvml = nvml
-        self._device = nvml.nvmlDeviceGetHandleByIndex(0)
-        self.name: str = nvml.nvmlDeviceGetName(self._device)
+    @property
+    def arch(self) -> str:
+        """The compute capability as compilers spell it, such as "sm90"."""
+        return "sm{}{}".format(*self.capability)
 
-    @classmethod
-    def probe(cls) -> Self | None:
-        """The GPU; None without one, or without the package nvidia-ml-py."""
-        try:
-            import pynvml
-        except ImportError:
-            return None
-        try:
-            pynvml.nvmlInit()
-            return cls(pynvml)
-        except pynvml.NVMLError:
-            return None
+    @property
+    def has_sparse_tensor_cores(self) -> bool:
+        """2:4 can be faster here."""
+        return self.capability >= SPARSE_CAPABILITY
 
-    def read(self) -> Reading:
-        """Its state now."""
-        nvml, device = self._nvml, self._device
-        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(device)
-        names = {
-            name.removeprefix("nvmlClocksEventReason"): getattr(nvml, name)
-            for name in dir(nvml)
-            if name.startswith("nvmlClocksEventReason")
-        }
-        try:
-            power = nvml.nvmlDeviceGetPowerUsage(device) / 1e3
-        except nvml.NVMLError:
-            power = None
-        return Reading(
-            clock_hz=1e6 * nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM),
-            power_watts=power,
-            throttle_reasons=tuple(
-                name for name, bit in names.items() if name not in _HARMLESS and reasons & bit
-            ),
-            memory_bytes={
-                process.pid: process.usedGpuMemory
-                for process in nvml.nvmlDeviceGetComputeRunningProcesses(device)
-                if process.usedGpuMemory is not None
-            },
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What the driver says.
+
+    Attributes:
+        cuda: the newest CUDA that it takes, such as "13.0"; None without a driver.
+        gpus: the GPUs that are visible to this process (CUDA_VISIBLE_DEVICES counts).
+        problem: why there is none; empty if there is one.
+    """
+
+    cuda: str | None
+    gpus: tuple[Gpu, ...]
+    problem: str
+
+
+@cache
+def probe() -> Driver:
+    """Ask the driver, once."""
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return Driver(None, (), f"no NVIDIA driver: {_DRIVER} is not there")
+    number = ctypes.c_int()
+    if code := cuda.cuInit(0):
+        return Driver(None, (), f"the NVIDIA driver does not start (cuInit returned {code})")
+    cuda.cuDriverGetVersion(ctypes.byref(number))
+    version = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    cuda.cuDeviceGetCount(ctypes.byref(number))
+    gpus = tuple(_gpu(cuda, index) for index in range(number.value))
+    return Driver(version, gpus, "" if gpus else "the driver shows no GPU to this process")
+
+
+def require() -> Gpu:
+    """The first GPU.
+
+    Raises:
+        PlatformError: there is none.
+    """
+    found = probe()
+    if not found.gpus:
+        raise PlatformError(
+            f"no GPU ({found.problem})",
+            fix="run this on a machine with an NVIDIA GPU and its driver",
         )
+    return found.gpus[0]
 
 
-def reasons(readings: Sequence[Reading]) -> list[str]:
-    """Why what was timed on a GPU is not to be trusted; empty if nothing speaks against it."""
-    throttled = sorted({name for reading in readings for name in reading.throttle_reasons})
-    return [f"the GPU lowered its clock: {', '.join(throttled)}"] if throttled else []
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(_NAME_BYTES)
+    major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, _NAME_BYTES, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    return Gpu(name.value.decode(), (major.value, minor.value), memory.value)

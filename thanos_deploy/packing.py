@@ -47,11 +47,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Entries that are looked at at once: choosing what is kept needs some 20 bytes for each.
 _ENTRIES_AT_ONCE = 1 << 22
 
-# What torch's CUTLASS kernels take: dtype -> multiples of rows and of columns.
-_CUTLASS_MULTIPLES = {
-    torch.float16: (32, 64),
-    torch.bfloat16: (32, 64),
-    torch.int8: (16, 128),
+# What the libraries behind torch's semi-structured tensors take: dtype -> multiples of rows and of
+# columns. For CUTLASS torch also lists float32, with half of every two kept, which is not 2:4.
+SEMI_STRUCTURED_MULTIPLES = {
+    "cutlass": {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (16, 128)},
+    "cusparselt": {torch.float16: (16, 16), torch.bfloat16: (16, 16), torch.int8: (32, 32)},
 }
 
 
@@ -76,14 +76,17 @@ def pack(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> tuple
             f"{name}: {cols} columns are no multiple of {group}, so it does not hold {pattern}",
             fix="pack a model that was pruned to the pattern",
         )
-    values, masks = [], []
-    for part in weight.split(max(1, _ENTRIES_AT_ONCE // cols)):
+    values: list[Tensor] = []
+    masks = []
+    for part in weight.split(rows_at_once := max(1, _ENTRIES_AT_ONCE // cols)):
         present = (part.contiguous().view(_BITS[part.element_size()]) != 0).reshape(-1, group)
-        over = int((present.sum(dim=1) > kept).sum())
+        over = (present.sum(dim=1) > kept).nonzero().flatten().tolist()
         if over:
+            row, first = divmod(over[0] * group, cols)
+            row += len(values) * rows_at_once
             raise ModelError(
-                f"{name}: {over} groups of {group} have more than {kept} entries that are not 0, "
-                f"so it does not hold {pattern}",
+                f"{name}: {len(over)} groups of {group} have more than {kept} entries that are not "
+                f"0, the first in row {row} from column {first} on, so it does not hold {pattern}",
                 fix="pack a model that was pruned to the pattern",
             )
         # Those that are present first, then zeros to fill up, each in the order of the columns.
@@ -125,6 +128,36 @@ def unpack(values: Tensor, mask: Tensor, cols: int, name: str = "weight") -> Ten
     return weight
 
 
+def require_semi_structured(weight: Tensor, library: str, name: str = "weight") -> None:
+    """Refuse what torch's semi-structured tensors cannot hold.
+
+    torch checks the shape with a message that names no layer, and takes a weight that is not 2:4
+    without a word and loses what does not fit.
+
+    Args:
+        weight: [rows, cols].
+        library: a key of `SEMI_STRUCTURED_MULTIPLES`.
+        name: for the message.
+
+    Raises:
+        ModelError: the library does not take its dtype or shape, or it is not 2:4.
+    """
+    taken = SEMI_STRUCTURED_MULTIPLES[library]
+    multiples = taken.get(weight.dtype)
+    if multiples is None or any(
+        size == 0 or size % multiple for size, multiple in zip(weight.shape, multiples, strict=True)
+    ):
+        raise ModelError(
+            f"{name}: {library} takes no 2:4 weight of {weight.dtype} {list(weight.shape)}",
+            fix="it takes "
+            + "; ".join(
+                f"{dtype} with multiples of {rows} x {cols}"
+                for dtype, (rows, cols) in taken.items()
+            ),
+        )
+    pack(weight, SemiStructured(2, 4), name)
+
+
 def to_cutlass(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """A 2:4 weight as torch's semi-structured tensors hold it for CUTLASS.
 
@@ -142,19 +175,7 @@ def to_cutlass(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
         sparse_semi_structured_from_dense_cutlass,
     )
 
-    multiples = _CUTLASS_MULTIPLES.get(weight.dtype)
-    if multiples is None or any(
-        size % multiple for size, multiple in zip(weight.shape, multiples, strict=True)
-    ):
-        raise ModelError(
-            f"{name}: CUTLASS takes no 2:4 weight of {weight.dtype} {list(weight.shape)}",
-            fix="it takes "
-            + "; ".join(
-                f"{dtype} with multiples of {rows} x {cols}"
-                for dtype, (rows, cols) in _CUTLASS_MULTIPLES.items()
-            ),
-        )
-    pack(weight, SemiStructured(2, 4), name)  # torch's converter drops what does not fit, silently
+    require_semi_structured(weight, "cutlass", name)
     values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
     return values, metadata
 

@@ -6,6 +6,7 @@
     onnx     onnx/                                            (of the dense model: in the cache)
     genai    genai/                                           (only if asked for)
     packed   packed/                                          (only if asked for)
+    tensorrt-ARCH, tensorrt-rtx-ARCH    engines/              (only if asked for)
     bench    bench/RUN.json for every run, bench/sample.json
     report   report/{index.html,report.md,report.json}, README.md
 
@@ -13,11 +14,9 @@ The dense model that pruned ones are compared with is itself a bundle, in a cach
 after its hash, so several runs on one model convert, export and evaluate it once.
 """
 
-import math
-import os
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from pathlib import Path
 from torch import Tensor
 
 import exporters.genai
-import exporters.onnx
 import exporters.packed
 from runtime import load
 from runtime.engine import open_engine, stop_ids
@@ -37,16 +35,19 @@ from thanos_deploy import shrink as shrinking
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
-from thanos_deploy.errors import InputError, ResourceError, UsageError
+from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.export import ENGINES, export, exported_with, graph
 from thanos_deploy.parts import part_bytes
-from thanos_deploy.pattern import Pattern, parse
-from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.progress import Announce, OnProgress, quietly, silent
 from thanos_deploy.report.write import write_report
-from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
+from thanos_deploy.requests import (
+    BenchRequest,
+    EngineRequest,
+    EvalRequest,
+    ExportRequest,
+    PruneRequest,
+)
 from thanos_deploy.sizing import Losses, Plan
-
-# Told the title of a piece of work that starts now, returns where to report its progress.
-Announce = Callable[[str], OnProgress]
 
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
@@ -55,22 +56,9 @@ PRUNED = "pruned"
 DENSE = "dense"
 
 
-def quietly(title: str) -> OnProgress:
-    """Announce nothing."""
-    return silent
-
-
-def cache_folder() -> Path:
-    """Where dense models are kept: $THANOS_DEPLOY_CACHE, else the user's cache folder."""
-    if own := os.environ.get("THANOS_DEPLOY_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "thanos-deploy"
-
-
 def dense_folder(sha256: str) -> Path:
     """Where the bundle of the dense model with that hash is."""
-    return cache_folder() / sha256[:16]
+    return environment.cache_folder() / sha256[:16]
 
 
 class Dense:
@@ -121,7 +109,7 @@ class Dense:
         """ONNX of the dense model."""
         dense = self.checkpoint(announce)
         with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
-            return _export(
+            return graph(
                 bundle,
                 dense,
                 None,
@@ -212,7 +200,7 @@ def prune(
 
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
-        _require_disk(folder, _bytes_of(source, request.dtype))
+        artifact.require_disk(folder, source.bytes_in(request.dtype))
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
         if request.shrinks:
             losses = survey_blocks(source, ids, request, announce)
@@ -231,7 +219,7 @@ def prune(
                 for activity in ("collect", "solve", "forward")
             },
             "peak_memory_bytes": environment.peak_memory_bytes(),
-            "dense_bytes": _bytes_of(source, "auto"),
+            "dense_bytes": source.bytes_in("auto"),
             "parts": {
                 "dense": part_bytes(source),
                 "pruned": part_bytes(Checkpoint.open(folder / "model")),
@@ -269,104 +257,6 @@ def evaluate(
         {"model": bundle.model_sha256, "dense": reference.result},
         announce,
         title="pruned model",
-        overwrite=overwrite,
-    )
-
-
-def export(
-    bundle: Bundle,
-    *,
-    target: str = "onnx",
-    request: ExportRequest | None = None,
-    overwrite: bool = False,
-    announce: Announce = quietly,
-) -> StageRecord:
-    """Export the pruned model to a target, unless that is done.
-
-    Args:
-        bundle: with the stage prune finished.
-        target: a name from `exporters.names()`.
-        request: None for what the graph that is already there was made with, else the defaults.
-        overwrite: redo what was made with other options.
-        announce: told of every piece of work.
-    """
-    pruned = bundle.require("prune", "`thanos-deploy prune`")
-    model = Checkpoint.open(bundle.path / "model")
-    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
-    claimed = parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
-    if target == "packed":
-        return _export_packed(bundle, model, claimed, overwrite, announce)
-    graph = _export(
-        bundle,
-        model,
-        claimed,
-        {"model": bundle.model_sha256},
-        request or exported_with(bundle),
-        {"method": pruned.options["method"], "model_sha256": bundle.model_sha256},
-        announce,
-        title="pruned model",
-        overwrite=overwrite,
-    )
-    return graph if target == "onnx" else _export_genai(bundle, overwrite, announce)
-
-
-def exported_with(bundle: Bundle) -> ExportRequest:
-    """What the graph of a bundle was made with; the defaults if there is none."""
-    return (
-        ExportRequest(**bundle.stages["onnx"].options)
-        if "onnx" in bundle.stages
-        else ExportRequest()
-    )
-
-
-def _export_packed(
-    bundle: Bundle,
-    model: Checkpoint,
-    pattern: Pattern | None,
-    overwrite: bool,
-    announce: Announce,
-) -> StageRecord:
-    exporters.packed.refuse(pattern)
-
-    def produce(folder: Path) -> Json:
-        _require_disk(folder, 2 * _bytes_of(model, "auto"))
-        (folder / "packed").mkdir()
-        return exporters.packed.export(
-            model,
-            folder / "packed",
-            pattern=pattern,
-            on_progress=announce("Pack the checkpoint and unpack it again to compare"),
-        )
-
-    return bundle.run(
-        "packed",
-        produce,
-        options={},
-        inputs={"model": bundle.model_sha256},
-        overwrite=overwrite,
-    )
-
-
-def _export_genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
-    def produce(folder: Path) -> Json:
-        graph = bundle.stages["onnx"].files.values()
-        _require_disk(folder, sum(file.bytes for file in graph))
-        (folder / "genai").mkdir()
-        return exporters.genai.export(
-            bundle.path / "onnx",
-            bundle.path / "model",
-            folder / "genai",
-            on_progress=announce("Write the folder for ORT-GenAI and try it out"),
-        )
-
-    return bundle.run(
-        "genai",
-        produce,
-        options={},
-        inputs={
-            "model": bundle.model_sha256,
-            "onnx": bundle.graph_sha256,
-        },
         overwrite=overwrite,
     )
 
@@ -551,6 +441,7 @@ def prune_export(
     evaluation: EvalRequest,
     benchmarking: BenchRequest,
     target: str = "onnx",
+    engine: EngineRequest | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
@@ -569,11 +460,20 @@ def prune_export(
         _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
         evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
+        lacking: PlatformError | None = None
         for wanted in dict.fromkeys(("onnx", target)):  # the graph is measured in any case
-            export(bundle, target=wanted, overwrite=overwrite, announce=announce)
+            try:
+                export(bundle, target=wanted, engine=engine, overwrite=overwrite, announce=announce)
+            except PlatformError as error:
+                if wanted not in ENGINES:
+                    raise
+                lacking = error  # the rest does not need the engine, and is not to be lost
         subjects = compared(bundle, [DENSE], dense, announce=announce)
         bench(bundle, subjects, benchmarking, overwrite=overwrite, announce=announce)
-        return write_report(bundle)
+        finished = write_report(bundle)
+        if lacking is not None:
+            raise lacking
+        return finished
 
 
 def plan(
@@ -596,13 +496,13 @@ def plan(
     )
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
     source = dense.checkpoint(announce)
-    parameters = _parameters(source)
+    parameters = source.parameters
     return {
         **_plan_pruning(dense, request, announce),
         "eval": evaluation.to_json(),
         "bench": benchmarking.to_json(),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
-        "disk_bytes_needed": _bytes_of(source, request.dtype) + 4 * parameters,
+        "disk_bytes_needed": source.bytes_in(request.dtype) + 4 * parameters,
         "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
         "cache": str(dense.folder),
         "cache_bytes_needed": (4 if dense.source.is_ordinary else 8) * parameters,
@@ -633,7 +533,7 @@ def _plan_pruning(dense: Dense, request: PruneRequest, announce: Announce) -> Js
     plan = {
         "model": dense.source.to_json(),
         "model_type": source.config.model_type,
-        "parameters": _parameters(source),
+        "parameters": source.parameters,
         "linear_layers": len(shapes),
         "linear_weights": weights,
         "prune": request.to_json(),
@@ -715,42 +615,6 @@ def _evaluate(
         inputs={**inputs, "text": text.sha256},
         overwrite=overwrite,
     )
-
-
-def _export(
-    bundle: Bundle,
-    model: Checkpoint,
-    pattern: Pattern | None,
-    inputs: Json,
-    request: ExportRequest,
-    origin: Mapping[str, str],
-    announce: Announce,
-    *,
-    title: str,
-    overwrite: bool,
-) -> StageRecord:
-    def produce(folder: Path) -> Json:
-        _require_disk(folder, 4 * _parameters(model))
-        (folder / "onnx").mkdir()
-        record = exporters.onnx.export(
-            model,
-            folder / "onnx",
-            pattern=pattern,
-            dtype=request.dtype,
-            max_sequence=request.max_sequence,
-            origin=origin,
-            on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
-        )
-        return {
-            "max_sequence": record["max_sequence"],
-            "cache_bytes_per_token": record["cache"]["bytes_per_token"],
-            "rounding": record["rounding"],
-            "parity_limit": record["parity_limit"],
-            "parity": record["parity"],
-            "weights": len(record["weights"]),
-        }
-
-    return bundle.run("onnx", produce, options=asdict(request), inputs=inputs, overwrite=overwrite)
 
 
 def _bench_options(request: BenchRequest, subjects: Sequence[str]) -> Json:
@@ -928,29 +792,6 @@ def _plan_summary(plan: Plan) -> Json:
         "predicted_loss": sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
         "blocks": [asdict(block) for block in plan.blocks],
     }
-
-
-def _bytes_of(source: Checkpoint, dtype: str) -> int:
-    """Size of the model's weights when stored in a dtype."""
-    weights = source.weights
-    return sum(
-        math.prod(shape) * DTYPES.get(dtype, weights.dtypes[name]).itemsize
-        for name, shape in weights.shapes.items()
-    )
-
-
-def _parameters(source: Checkpoint) -> int:
-    return sum(math.prod(shape) for shape in source.weights.shapes.values())
-
-
-def _require_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(
-            f"{folder}: {needed / 1e9:.1f} GB needed on disk, {free / 1e9:.1f} GB free",
-            fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; what is "
-            "finished is kept, and repeating the command continues",
-        )
 
 
 def _existing(path: Path) -> Path:

@@ -8,3 +8,12 @@ OnProgress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+# Told the title of a piece of work that starts now, returns where to report its progress.
+Announce = Callable[[str], OnProgress]
+
+
+def quietly(title: str) -> OnProgress:
+    """Announce nothing."""
+    return silent

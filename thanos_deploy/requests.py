@@ -208,6 +208,35 @@ class ExportRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What a TensorRT engine is built for.
+
+    Attributes:
+        dtype: of the graph that it is built from: "fp16", "fp32" or "int8-qdq".
+        max_sequence: the most tokens, prompt and answer together; None for what the graph of the
+            bundle is meant for.
+        batch, prompt: the usual number of sequences and of prompt tokens, and the largest; see
+            `exporters.tensorrt.export` for None.
+        form: "matmul", "conv1x1" (see `exporters._conv1x1`), or "auto": whichever is faster.
+        compatibility: one of `exporters.tensorrt.COMPATIBILITY`.
+        architectures: the GPUs to build for; empty for the one of this machine (tensorrt) or all
+            that the library knows (tensorrt-rtx).
+    """
+
+    dtype: str = "fp16"
+    max_sequence: int | None = None
+    batch: tuple[int, ...] = (1, 8)
+    prompt: tuple[int, ...] | None = None
+    form: str = "matmul"
+    compatibility: str = "none"
+    architectures: tuple[str, ...] = ()
+
+    def to_json(self) -> Json:
+        """For the manifest."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
 class EvalRequest:
     """Which text to measure perplexity on: "builtin" or a path, and how much of it."""
 

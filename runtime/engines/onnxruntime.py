@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or on an NVIDIA GPU."""
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU, there with its own kernels or with TensorRT's."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, require_readable
+from thanos_deploy import environment, gpu
+from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+COMMAND = "thanos-deploy export {bundle} --target onnx"
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+_PROVIDER_FIX = (
+    "`thanos-deploy doctor` says what is missing: the driver, the CUDA libraries, or the TensorRT "
+    "that onnxruntime-gpu is linked against"
+)
+
+# Of the one profile that the TensorRT provider builds for prefill and decode together.
+_USUAL_PROMPT, _MOST_PROMPT, _MOST_SEQUENCES = 128, 1024, 8
 
 _TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 
@@ -30,7 +45,7 @@ class OnnxRuntimeEngine:
         Args:
             session: an `onnxruntime.InferenceSession`.
             ort: the module `onnxruntime`.
-            device: a key of `PROVIDERS`, where the cache is.
+            device: "cpu" or "cuda", where the cache is.
             max_sequence: the most tokens, prompt and answer together.
         """
         self._session = session
@@ -45,16 +60,7 @@ class OnnxRuntimeEngine:
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
-        if ids.ndim != 2 or 0 in ids.shape:
-            raise UsageError(
-                f"ids of shape {list(ids.shape)}: nothing to read",
-                fix="give [batch, tokens] with at least one sequence and one token",
-            )
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise UsageError(
-                f"ids from {ids.min()} to {ids.max()}: the vocabulary has {self._vocabulary}",
-                fix="use the tokenizer of the same bundle",
-            )
+        require_readable(ids, self._vocabulary)
         self._require_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
         self._cache = [
@@ -95,6 +101,11 @@ class OnnxRuntimeEngine:
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
 
 
+def folder(bundle: Bundle) -> str:
+    """The part of a bundle with the graph."""
+    return "onnx"
+
+
 def open_engine(
     bundle: Path, *, provider: str = "cpu", threads: int | None = None
 ) -> OnnxRuntimeEngine:
@@ -132,26 +143,100 @@ def open_engine(
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:
         options.intra_op_num_threads = threads
+    if provider != "cpu":
+        gpu.require()
+    wanted: list[Any] = [PROVIDERS[provider]]
+    if provider == "tensorrt":
+        # What TensorRT does not take runs on CUDA.
+        wanted = [(wanted[0], tensorrt_options(Bundle.open(bundle))), PROVIDERS["cuda"]]
     try:
-        session = ort.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+        session = ort.InferenceSession(path, options, providers=wanted, enable_fallback=0)
     # ONNX Runtime's exceptions have no common base but Exception, and their module is private.
     except Exception as error:
+        if "install TensorRT libraries" in str(error):
+            raise PlatformError(
+                f"{path}: asked ONNX Runtime for {PROVIDERS[provider]} and got none: the libraries "
+                "of TensorRT are not there",
+                fix=_PROVIDER_FIX,
+            ) from error
         raise InputError(
             f"{path}: ONNX Runtime cannot load it ({error})",
             fix="export the model again; the file may be damaged",
         ) from error
-    # ONNX Runtime falls back to another provider without an exception.
+    # Where a provider's libraries are missing, ONNX Runtime takes another one without an exception.
     provided = session.get_providers()[0]
     if provided != PROVIDERS[provider]:
         raise PlatformError(
             f"{path}: asked ONNX Runtime for {PROVIDERS[provider]} and got {provided}",
-            fix="check the driver and the CUDA libraries for cuda; onnxruntime-gpu must be the "
-            "only onnxruntime package",
+            fix=_PROVIDER_FIX,
         )
     _require_known_graph(path, session)
     return OnnxRuntimeEngine(
-        session, ort, device=provider, max_sequence=_max_sequence(folder / "export.json")
+        session,
+        ort,
+        device="cpu" if provider == "cpu" else "cuda",
+        max_sequence=_max_sequence(folder / "export.json"),
     )
+
+
+def tensorrt_options(bundle: Bundle) -> dict[str, str]:
+    """How ONNX Runtime's TensorRT provider is to build and keep the engines of a bundle's graph.
+
+    Sparse kernels are allowed exactly where the written graph is known to hold 2:4. The engine and
+    the timings are kept in the user's cache, by the hash of the graph, so that a second start loads
+    what the first one built.
+
+    Args:
+        bundle: with the stage onnx finished.
+    """
+    record = json.loads((bundle.path / "onnx" / "export.json").read_bytes())
+    name = bundle.stages["onnx"].files["onnx/model.onnx"].sha256[:16]
+    cache = str(environment.cache_folder() / "onnxruntime-tensorrt" / name)
+    sparse = record["pattern"] == "2:4" and all(
+        weight["pattern_holds"] for weight in record["weights"]
+    )
+    least, usual, most = (
+        _shapes(record["cache"]["blocks"], batch, sequence, past)
+        for batch, sequence, past in (
+            (1, 1, 0),
+            (1, min(_USUAL_PROMPT, record["max_sequence"]), 0),
+            (
+                _MOST_SEQUENCES,
+                min(_MOST_PROMPT, record["max_sequence"]),
+                record["max_sequence"] - 1,
+            ),
+        )
+    )
+    return {
+        "trt_sparsity_enable": str(int(sparse)),
+        "trt_fp16_enable": str(int(record["dtype"] == "fp16")),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+        "trt_detailed_build_log": "1",
+        "trt_profile_min_shapes": least,
+        "trt_profile_opt_shapes": usual,
+        "trt_profile_max_shapes": most,
+    }
+
+
+def _shapes(blocks: list[Json], batch: int, sequence: int, past: int) -> str:
+    """The shapes of all inputs, as the provider reads them: `name:1x2,name:3x4`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_ids": (batch, sequence),
+        "attention_mask": (batch, past + sequence),
+        "position_ids": (batch, sequence),
+    }
+    for index, block in enumerate(blocks):
+        for part in ("key", "value"):
+            shapes[f"past_key_values.{index}.{part}"] = (
+                batch,
+                block["heads"],
+                past,
+                block[f"{part}_dim"],
+            )
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _require_known_graph(path: Path, session: Any) -> None:

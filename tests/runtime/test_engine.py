@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,9 @@ import exporters.onnx
 from runtime.engine import backends, open_engine, stop_ids
 from runtime.engines import onnxruntime as backend
 from runtime.generate import generate
-from tests.conftest import VOCABULARY, stock_model
+from tests.conftest import VOCABULARY, Exported, stock_model
+from thanos_deploy import gpu
+from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 
@@ -247,23 +248,16 @@ def test_half_precision_agrees_with_torch(
         assert np.abs(actual - expected[:, position]).max() < 5e-3 * spread
 
 
-def test_a_gpu_that_is_not_there_is_an_error_and_no_fallback(exported_llama: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from pathlib import Path; from runtime.engine import open_engine\n"
-            "from thanos_deploy.errors import PlatformError\n"
-            "try: open_engine(Path(sys.argv[1]), provider='cuda')\n"
-            "except PlatformError as error: print(error.message)",
-            exported_llama,
-        ],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "asked ONNX Runtime for CUDAExecutionProvider and got CPU" in done.stdout
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_onnx_runtime_silently_replaces_is_an_error(
+    exported_llama: Path, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.probe().gpus:
+        pytest.skip("there is a GPU: the provider may well be there")
+    # As on a machine with a GPU whose libraries do not fit.
+    monkeypatch.setattr(gpu, "require", lambda: None)
+    with pytest.raises(PlatformError, match=r"asked ONNX Runtime for \w+ and got (CPU|none)"):
+        open_engine(exported_llama, provider=provider)
 
 
 def test_a_missing_backend_names_what_to_install(
@@ -276,7 +270,7 @@ def test_a_missing_backend_names_what_to_install(
 
 
 def test_backends_are_found_by_their_files() -> None:
-    assert backends() == ["onnxruntime"]
+    assert backends() == ["onnxruntime", "tensorrt", "torch"]
 
 
 def test_importing_the_runtime_loads_no_torch_no_transformers_and_no_onnx() -> None:
@@ -334,3 +328,38 @@ def test_the_cache_is_handed_on_without_a_copy_through_python(exported_llama: Pa
     engine._session.io_binding = watch
     engine.decode(np.array([3]))
     assert [bound[entry.name] for entry in engine._past] == held
+
+
+def test_tensorrt_is_asked_for_sparse_kernels_exactly_where_the_graph_holds_two_four(
+    exported_two_four: Exported, exported_llama: Path, tmp_path: Path
+) -> None:
+    def options_of(graph: Path) -> dict[str, str]:
+        def produce(folder: Path) -> Json:
+            shutil.copytree(graph, folder / "onnx")
+            return {}
+
+        with claim(tmp_path / graph.parent.name, {"sha256": "", "name": "tiny"}) as bundle:
+            bundle.run("onnx", produce, options={}, inputs={})
+            return backend.tensorrt_options(bundle)
+
+    sparse = options_of(exported_two_four("llama") / "onnx")
+    dense = options_of(exported_llama / "onnx")
+    assert (sparse["trt_sparsity_enable"], dense["trt_sparsity_enable"]) == ("1", "0")
+    # A cache of another graph is never taken for this one's.
+    assert sparse["trt_engine_cache_path"] != dense["trt_engine_cache_path"]
+    assert "past_key_values.1.value:1x2x0x8" in sparse["trt_profile_min_shapes"].split(",")
+    assert "input_ids:1x128" in sparse["trt_profile_opt_shapes"].split(",")
+    assert "past_key_values.0.key:8x2x127x8" in sparse["trt_profile_max_shapes"].split(",")
+    names = {shape.partition(":")[0] for shape in sparse["trt_profile_max_shapes"].split(",")}
+    session = onnxruntime.InferenceSession(
+        exported_two_four("llama") / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    assert names == {entry.name for entry in session.get_inputs()}
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_provider_without_a_gpu_is_refused(exported_llama: Path, provider: str) -> None:
+    if gpu.probe().gpus:
+        pytest.skip("there is a GPU")
+    with pytest.raises(PlatformError, match="no GPU"):
+        open_engine(exported_llama, provider=provider)

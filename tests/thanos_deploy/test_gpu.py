@@ -1,77 +1,52 @@
-"""What is read of a GPU. There is none here, so the library is a stand-in with its names."""
-
+import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from thanos_deploy import gpu
+from thanos_deploy.errors import PlatformError
 from thanos_deploy.gpu import Gpu
 
 
-class NVMLError(Exception):
-    pass
+def test_compute_capability_is_spelled_as_compilers_do() -> None:
+    hopper = Gpu("H100", (9, 0), 80 * 10**9)
+    assert hopper.arch == "sm90"
+    assert hopper.has_sparse_tensor_cores
+    assert not Gpu("T4", (7, 5), 16 * 10**9).has_sparse_tensor_cores
 
 
-def library(*, reasons: int = 0, devices: int = 1) -> ModuleType:
-    """Such of pynvml as is used."""
-    module = ModuleType("pynvml")
-
-    def init() -> None:
-        if not devices:
-            raise NVMLError
-
-    def no_power(device: object) -> int:
-        raise NVMLError
-
-    for name, value in {
-        "NVMLError": NVMLError,
-        "NVML_CLOCK_SM": 1,
-        "nvmlClocksEventReasonGpuIdle": 1,
-        "nvmlClocksEventReasonSwThermalSlowdown": 32,
-        "nvmlClocksEventReasonAll": 255,
-        "nvmlInit": init,
-        "nvmlDeviceGetHandleByIndex": lambda number: number,
-        "nvmlDeviceGetName": lambda device: "a GPU",
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda device: reasons,
-        "nvmlDeviceGetClockInfo": lambda device, kind: 1500,
-        "nvmlDeviceGetPowerUsage": no_power,
-        "nvmlDeviceGetComputeRunningProcesses": lambda device: [
-            SimpleNamespace(pid=7, usedGpuMemory=100),
-            SimpleNamespace(pid=8, usedGpuMemory=None),
-        ],
-    }.items():
-        setattr(module, name, value)
-    return module
+def test_a_machine_without_a_gpu_says_what_is_missing() -> None:
+    found = gpu.probe()
+    if found.gpus:
+        pytest.skip("there is a GPU")
+    assert found.problem
+    with pytest.raises(PlatformError, match="no GPU"):
+        gpu.require()
 
 
-@pytest.mark.parametrize("module", [None, library(devices=0)], ids=["no package", "no driver"])
-def test_without_a_gpu_there_is_none(
-    module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert Gpu.probe() is None
+@pytest.mark.gpu
+def test_the_driver_tells_of_every_gpu() -> None:
+    if not gpu.probe().gpus:
+        pytest.skip("no GPU")
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert [f"{g.name}, {g.capability[0]}.{g.capability[1]}" for g in gpu.probe().gpus] == listed
 
 
-def test_a_gpu_that_slows_down_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", library(reasons=1 | 32))
-    device = Gpu.probe()
-    assert device is not None
-    assert device.name == "a GPU"
-    reading = device.read()
-    assert reading.clock_hz == 1.5e9
-    assert reading.power_watts is None
-    assert reading.memory_bytes == {7: 100}
-    assert gpu.reasons([reading]) == ["the GPU lowered its clock: SwThermalSlowdown"]
-
-
-def test_an_idle_gpu_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", library(reasons=1))
-    device = Gpu.probe()
-    assert device is not None
-    assert gpu.reasons([device.read()]) == []
-
-
-def test_the_real_library_has_the_names_that_are_used() -> None:
-    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    assert all(hasattr(pynvml, name) for name in vars(library()) if "nvml" in name.lower())
+@pytest.mark.gpu
+def test_a_hidden_gpu_is_not_there() -> None:
+    if not gpu.probe().gpus:
+        pytest.skip("no GPU")
+    script = "from thanos_deploy import gpu; print(len(gpu.probe().gpus))"
+    seen = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert seen.stdout.strip() == "0"

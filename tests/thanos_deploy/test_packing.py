@@ -116,7 +116,7 @@ def test_the_layout_of_cutlass_goes_there_and_back(dtype: torch.dtype) -> None:
     "weight", [torch.zeros(32, 64), torch.zeros(31, 64).half(), torch.zeros(32, 32).half()]
 )
 def test_cutlass_is_not_given_what_it_does_not_take(weight: Tensor) -> None:
-    with pytest.raises(ModelError, match="CUTLASS takes no 2:4 weight of"):
+    with pytest.raises(ModelError, match="cutlass takes no 2:4 weight of"):
         to_cutlass(weight)
 
 

@@ -20,8 +20,8 @@ from thanos_deploy.errors import PatternError
 
 if TYPE_CHECKING:
     from thanos_deploy.artifact import Json
-    from thanos_deploy.pipeline import Announce
-    from thanos_deploy.requests import BenchRequest, EvalRequest, PruneRequest
+    from thanos_deploy.progress import Announce
+    from thanos_deploy.requests import BenchRequest, EngineRequest, EvalRequest, PruneRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -264,6 +264,29 @@ benchmark_options = several(
         help="Prompt of the sample text.  [default: The capital of France is]",
     ),
 )
+engine_options = several(
+    click.option(
+        "--sm",
+        type=CountsType(),
+        help="tensorrt-rtx: compute capabilities to build for.  [default: 80,86,89,120]",
+    ),
+    click.option(
+        "--sparse-form",
+        type=click.Choice(["matmul", "conv1x1", "auto"]),
+        default="matmul",
+        show_default=True,
+        help="Engines: how linear layers are written; auto builds both on the GPU and keeps the "
+        "faster.",
+    ),
+    click.option(
+        "--engine-compat",
+        type=click.Choice(["none", "version", "same-sm", "ampere+"]),
+        default="none",
+        show_default=True,
+        help="Engines: where else one may run, beside the GPU and the version that it is built "
+        "for; costs speed.",
+    ),
+)
 target_option = click.option(
     "--target",
     type=click.Choice(exporters.names()),
@@ -306,6 +329,31 @@ def eval_request(options: dict[str, Any]) -> "EvalRequest":
         text_field=options["text_field"],
         segments=options["eval_segments"],
         seqlen=options["eval_seqlen"],
+    )
+
+
+def engine_request(
+    options: dict[str, Any],
+    *,
+    dtype: str | None,
+    max_sequence: int | None,
+    batch: tuple[int, ...] | None,
+    prompt: tuple[int, ...] | None,
+) -> "EngineRequest":
+    """What `engine_options` ask for, with what each command calls otherwise; None for defaults."""
+    from thanos_deploy.requests import EngineRequest
+
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "max_sequence": max_sequence,
+        "batch": batch,
+        "prompt": prompt,
+    }
+    return EngineRequest(
+        form=options["sparse_form"],
+        compatibility=options["engine_compat"],
+        architectures=tuple(f"sm{number}" for number in options["sm"] or ()),
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 

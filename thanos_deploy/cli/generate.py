@@ -42,10 +42,11 @@ from thanos_deploy.errors import InputError
 @click.option("--stop", multiple=True, help="A text that ends the answer; may be given often.")
 @click.option(
     "--provider",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
-    help="What to run on; an error where it is not there.",
+    help="What ONNX Runtime runs on, tensorrt being its TensorRT provider; an error where it is "
+    "not there.",
 )
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Check the files' hashes first."

@@ -13,6 +13,8 @@ from thanos_deploy.cli._options import (
     common_options,
     dry_run_option,
     emit,
+    engine_options,
+    engine_request,
     eval_request,
     evaluation_options,
     model_argument,
@@ -30,13 +32,26 @@ from thanos_deploy.cli._options import (
 @out_option
 @pruning_options
 @target_option
+@engine_options
+@click.option(
+    "--max-seq",
+    type=int,
+    help="Engines: the most tokens, prompt and answer together.  [default: all that the model "
+    "takes]",
+)
 @evaluation_options
 @benchmark_options
 @revision_option
 @dry_run_option
 @common_options
 def command(
-    model: str, out: Path, target: str, revision: str | None, dry_run: bool, **options: Any
+    model: str,
+    out: Path,
+    target: str,
+    max_seq: int | None,
+    revision: str | None,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Prune MODEL, export it, run it, measure it, and say what came out.
 
@@ -47,7 +62,12 @@ def command(
         from thanos_deploy import pipeline
 
         # A plan is the same for every target.
-        run = pipeline.plan if dry_run else partial(pipeline.prune_export, target=target)
+        engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
+        run = (
+            pipeline.plan
+            if dry_run
+            else partial(pipeline.prune_export, target=target, engine=engine)
+        )
         result = run(
             model,
             out,

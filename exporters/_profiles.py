@@ -1,0 +1,101 @@
+"""Which shapes an engine takes, and which it is tuned for.
+
+TensorRT wants the smallest, the usual and the largest shape of every input. A language model runs
+in two ways, and each gets a profile of its own: a prefill reads a whole prompt with nothing cached,
+a decode step reads one token with everything before it cached. One profile for both would reserve
+memory for a longest prompt on top of a full cache, which never happens, and would be tuned for
+neither.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from thanos_deploy.errors import UsageError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A size that varies: its least, usual and largest value."""
+
+    least: int
+    usual: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One way to run the graph of `exporters.onnx`.
+
+    Attributes:
+        name: "prefill" or "decode".
+        batch: sequences at once.
+        sequence: tokens that are read.
+        past: tokens that are cached.
+        longest: the most tokens of a sequence, cached and read together.
+    """
+
+    name: str
+    batch: Span
+    sequence: Span
+    past: Span
+    longest: int
+
+    def shapes(self, dims: Sequence[int | str]) -> tuple[Shape, Shape, Shape]:
+        """The smallest, usual and largest shape of an input.
+
+        Args:
+            dims: its dimensions in the graph: a number, or one of the names "batch", "sequence",
+                "past" and "total".
+        """
+        return (
+            self._shape(dims, self.batch.least, self.sequence.least, self.past.least),
+            self._shape(dims, self.batch.usual, self.sequence.usual, self.past.usual),
+            self._shape(dims, self.batch.most, self.sequence.most, self.past.most),
+        )
+
+    def _shape(self, dims: Sequence[int | str], batch: int, sequence: int, past: int) -> Shape:
+        sizes: Mapping[str, int] = {
+            "batch": batch,
+            "sequence": sequence,
+            "past": past,
+            "total": min(sequence + past, self.longest),
+        }
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
+
+
+def profiles(batch: Sequence[int], prompt: Sequence[int], longest: int) -> tuple[Profile, Profile]:
+    """The profiles for prefill and decode.
+
+    Args:
+        batch: sequences at once: the usual number first, the largest is the most.
+        prompt: tokens of a prompt, likewise.
+        longest: the most tokens of a sequence, prompt and answer together.
+
+    Raises:
+        UsageError: a number is not positive, or a prompt is longer than `longest`.
+    """
+    for option, values in (("--batch", batch), ("--seq", prompt)):
+        if not values or min(values) < 1:
+            raise UsageError(
+                f"{option} {','.join(map(str, values))}: sizes have to be positive",
+                fix="give the usual size and the largest, such as 1,8",
+            )
+    if max(prompt) > longest or longest < 2:
+        raise UsageError(
+            f"--seq {','.join(map(str, prompt))} and at most {longest} tokens, prompt and answer "
+            "together",
+            fix="give a larger --max-seq (two at least) or a shorter --seq",
+        )
+    sequences = Span(1, batch[0], max(batch))
+    return (
+        Profile("prefill", sequences, Span(1, prompt[0], max(prompt)), Span(0, 0, 0), longest),
+        Profile(
+            "decode",
+            sequences,
+            Span(1, 1, 1),
+            Span(1, min(prompt[0], longest - 1), longest - 1),
+            longest,
+        ),
+    )

@@ -1,0 +1,10 @@
+"""A TensorRT-RTX engine, built ahead of time on any machine; see `exporters.tensorrt`."""
+
+from functools import partial
+
+from exporters import tensorrt
+
+# What the library builds for; it has no H100 (sm90) and no B200 (sm100).
+ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
+
+export = partial(tensorrt.export, target="tensorrt-rtx")

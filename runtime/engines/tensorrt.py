@@ -1,0 +1,341 @@
+"""TensorRT and TensorRT-RTX engines, on an NVIDIA GPU.
+
+Needs numpy, the package that built the engine (`tensorrt` or `tensorrt-rtx`) and `cuda-bindings`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.engine import Ids, Logits, require_readable
+from thanos_deploy import gpu
+from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.gpu import Gpu
+
+COMMAND = "thanos-deploy export {bundle} --target tensorrt"
+
+_ENGINES = "engines"
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters._profiles`
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine takes.
+
+    Attributes:
+        batch: the most sequences at once.
+        prompt: the most tokens of a prompt.
+        sequence: the most tokens of a sequence, prompt and answer together.
+    """
+
+    batch: int
+    prompt: int
+    sequence: int
+
+    @classmethod
+    def of(cls, build: Json) -> "Limits":
+        """Read them from build.json."""
+        prefill = build["profiles"][_PREFILL]
+        return cls(prefill["batch"]["most"], prefill["sequence"]["most"], build["max_sequence"])
+
+    def check(self, batch: int, prompt: int) -> None:
+        """Refuse what the engine does not take.
+
+        Raises:
+            UsageError: too many sequences or tokens.
+        """
+        if batch > self.batch or prompt > self.prompt:
+            raise UsageError(
+                f"{batch} prompts of {prompt} tokens: the engine takes {self.batch} of "
+                f"{self.prompt}",
+                fix="build it with a larger --batch and --seq, or use smaller ones",
+            )
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse sequences that are too long.
+
+        Raises:
+            UsageError: they are.
+        """
+        if tokens > self.sequence:
+            raise UsageError(
+                f"{tokens} tokens: the engine is made for at most {self.sequence}",
+                fix="use a shorter prompt or fewer new tokens, or build with a larger --max-seq",
+            )
+
+
+class _Device:
+    """Memory and a stream on the GPU; buffers by name, each as large as it ever had to be."""
+
+    def __init__(self, cudart: Any) -> None:
+        self._cudart = cudart
+        self.stream = self.call(cudart.cudaStreamCreate())
+        self._buffers: dict[str, tuple[int, int]] = {}
+
+    def call(self, result: tuple[Any, ...]) -> Any:
+        """The value of a call of the CUDA runtime, which returns an error code before it."""
+        code, *values = result
+        if code != self._cudart.cudaError_t.cudaSuccess:
+            raise PlatformError(
+                f"CUDA: {code.name}",
+                fix="free memory on the GPU, or build with a smaller --batch and --max-seq"
+                if "Memory" in code.name
+                else "check the driver with nvidia-smi, and report this if it is well",
+            )
+        return values[0] if values else None
+
+    def buffer(self, name: str, needed: int) -> int:
+        """The address of a buffer of at least that many bytes (and never of none)."""
+        address, size = self._buffers.get(name, (0, 0))
+        if size < max(needed, 1):
+            if address:
+                self.call(self._cudart.cudaFree(address))
+            size = max(needed, 1)
+            address = int(self.call(self._cudart.cudaMalloc(size)))
+            self._buffers[name] = (address, size)
+        return address
+
+    def upload(self, name: str, array: NDArray[np.generic]) -> int:
+        """Copy an array into the buffer of that name."""
+        address = self.buffer(name, array.nbytes)
+        kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call(
+            self._cudart.cudaMemcpyAsync(
+                address, array.ctypes.data, array.nbytes, kind, self.stream
+            )
+        )
+        return address
+
+    def download(self, address: int, array: NDArray[np.generic]) -> None:
+        """Fill an array from an address."""
+        kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call(
+            self._cudart.cudaMemcpyAsync(
+                array.ctypes.data, address, array.nbytes, kind, self.stream
+            )
+        )
+
+    def wait(self) -> None:
+        """Until everything on the stream is done."""
+        self.call(self._cudart.cudaStreamSynchronize(self.stream))
+
+    def close(self) -> None:
+        """Give everything back."""
+        for address, _ in self._buffers.values():
+            self._cudart.cudaFree(address)
+        self._buffers.clear()
+        self._cudart.cudaStreamDestroy(self.stream)
+
+
+class TensorRTEngine:
+    """An engine, and the kv cache of the sequences that it is working on.
+
+    The cache stays on the GPU in two halves: a step reads one and writes the other, one token
+    longer, and they swap.
+
+    Attributes:
+        max_sequence: the most tokens, prompt and answer together.
+    """
+
+    def __init__(self, trt: Any, cudart: Any, engine: Any, limits: Limits) -> None:
+        """Wrap a loaded engine of a graph as `exporters.onnx` describes it.
+
+        Args:
+            trt: the module `tensorrt` or `tensorrt_rtx`.
+            cudart: the module `cuda.bindings.runtime`.
+            engine: a `trt.ICudaEngine`.
+            limits: what it takes.
+        """
+        self._limits = limits
+        self.max_sequence = limits.sequence
+        self._engine = engine
+        self._context = engine.create_execution_context()
+        self._profile = -1
+        self._device = _Device(cudart)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self._past = [name for name in inputs if name not in _TOKEN_INPUTS]
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
+        # [batch, heads, past, dim]: heads and dim may differ from block to block.
+        self._sizes = {name: tuple(engine.get_tensor_shape(name)) for name in self._past}
+        self._vocabulary = engine.get_tensor_shape("logits")[2]
+        half = engine.get_tensor_dtype("logits") == trt.DataType.HALF
+        self._float = np.dtype(np.float16 if half else np.float32)
+        self._mask = np.ones((0, 0), dtype=np.int64)
+        self._turn = 0
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
+        """See `Engine.prefill`."""
+        require_readable(ids, self._vocabulary)
+        self._limits.check(*ids.shape)
+        self._limits.check_room(ids.shape[1])
+        self._mask = np.ones_like(ids) if mask is None else mask
+        self._use(_PREFILL)
+        return self._step(ids, past=0)
+
+    def decode(self, ids: Ids) -> Logits:
+        """See `Engine.decode`."""
+        self._limits.check_room(self._mask.shape[1] + 1)
+        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        self._use(_DECODE)
+        return self._step(ids[:, None], past=self._mask.shape[1] - 1)
+
+    def close(self) -> None:
+        """Give the GPU's memory back."""
+        self._device.close()
+
+    def _use(self, profile: int) -> None:
+        if profile != self._profile:
+            self._context.set_optimization_profile_async(profile, self._device.stream)
+            self._profile = profile
+
+    def _step(self, ids: Ids, *, past: int) -> Logits:
+        context, device = self._context, self._device
+        batch, sequence = ids.shape
+        positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
+        for name, array in zip(_TOKEN_INPUTS, (ids, self._mask, positions), strict=True):
+            array = np.ascontiguousarray(array, dtype=np.int64)
+            context.set_input_shape(name, array.shape)
+            context.set_tensor_address(name, device.upload(name, array))
+        for source, result in zip(self._past, self._present, strict=True):
+            _, heads, _, dim = self._sizes[source]
+            # Both halves at their full size, so that growing them never moves what is cached.
+            room = batch * heads * self.max_sequence * dim * self._float.itemsize
+            context.set_input_shape(source, (batch, heads, past, dim))
+            context.set_tensor_address(source, device.buffer(f"{source}.{self._turn}", room))
+            context.set_tensor_address(result, device.buffer(f"{source}.{1 - self._turn}", room))
+        row = self._vocabulary * self._float.itemsize
+        logits = device.buffer("logits", batch * sequence * row)
+        context.set_tensor_address("logits", logits)
+        if not context.execute_async_v3(device.stream):
+            raise PlatformError(
+                f"TensorRT refused a step of {batch} x {sequence} tokens after {past}",
+                fix="report this with the bundle's build.json",
+            )
+        last = np.empty((batch, self._vocabulary), dtype=self._float)
+        for index in range(batch):
+            end = logits + (index * sequence + sequence - 1) * row
+            device.download(end, last[index])
+        device.wait()
+        self._turn = 1 - self._turn
+        return last.astype(np.float32, copy=False)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_device"):
+            self.close()
+
+
+def folder(bundle: Bundle) -> str:
+    """The part of a bundle with an engine for the GPU of this machine.
+
+    Raises:
+        PlatformError: there is no GPU.
+        InputError: the bundle has no engine for it.
+    """
+    device = gpu.require()
+    built = {
+        name: record.result
+        for name, record in bundle.stages.items()
+        if record.result.get("target") in _PACKAGES
+    }
+    # Rather an engine whose kernels were timed on this kind of GPU than one built ahead of time.
+    for name in sorted(built, key=lambda name: built[name]["target"] != "tensorrt"):
+        if runs_on(built[name], device):
+            return f"{_ENGINES}/{name}"
+    raise InputError(
+        f"{bundle.path}: no engine for {device.name} ({device.arch}); there are "
+        f"{', '.join(sorted(built)) or 'none'}",
+        fix=f"run `thanos-deploy export {bundle.path} --target tensorrt` on this machine",
+    )
+
+
+def runs_on(build: Mapping[str, Any], device: Gpu) -> bool:
+    """A GPU is of a kind that an engine was built for, by its compute capability."""
+    if build.get("compatibility") == "ampere+":
+        return device.capability >= (8, 0)
+    return device.arch in build["arch"]
+
+
+def open_engine(
+    bundle: Path, *, provider: str = "cuda", threads: int | None = None
+) -> TensorRTEngine:
+    """Load the engine of a bundle that fits the GPU of this machine.
+
+    Args:
+        bundle: its folder.
+        provider: "cuda".
+        threads: of no consequence: everything runs on the GPU.
+
+    Raises:
+        PlatformError: there is no GPU, or a package is missing or of another version.
+        InputError: the bundle has no engine for this GPU, or it cannot be loaded.
+        UsageError: there is no such provider.
+    """
+    if provider != "cuda":
+        raise UsageError(f"provider {provider!r}: TensorRT runs on cuda", fix="give cuda")
+    return open_folder(bundle / folder(Bundle.open(bundle)))
+
+
+def open_folder(folder: Path) -> TensorRTEngine:
+    """Load the engine in a folder that `exporters.tensorrt` wrote.
+
+    Whether it fits the GPU and the library is decided from build.json: loading an engine that does
+    not can bring the process down (triton-inference-server/server issue 4956).
+
+    Raises:
+        PlatformError: there is no GPU, or a package is missing or of another version.
+        InputError: the engine is for other GPUs, or cannot be loaded.
+    """
+    path = folder / "build.json"
+    try:
+        build = json.loads(path.read_bytes())
+        package, version = _PACKAGES[build["target"]], build["library"]
+        limits, fits = Limits.of(build), runs_on(build, gpu.require())
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
+            fix="build the engine again with --overwrite",
+        ) from error
+    if not fits:
+        raise InputError(
+            f"{folder}: built for {', '.join(build['arch'])}, this is {gpu.require().arch}",
+            fix="build the engine again on this machine",
+        )
+    trt, cudart = _modules(package)
+    if trt.__version__ != version and build.get("compatibility") != "version":
+        raise PlatformError(
+            f"{folder}: built with {package} {version}, {trt.__version__} is installed",
+            fix=f"pip install {package.replace('_', '-')}=={version}, or build the engine again",
+        )
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine((folder / "model.engine").read_bytes())
+    if engine is None:
+        raise InputError(
+            f"{folder}: {package} cannot load the engine",
+            fix="build the engine again on this machine",
+        )
+    return TensorRTEngine(trt, cudart, engine, limits)
+
+
+def _modules(package: str) -> tuple[Any, Any]:
+    found = []
+    for name, wheel in (
+        (package, package.replace("_", "-")),
+        ("cuda.bindings.runtime", "cuda-bindings"),
+    ):
+        try:
+            found.append(import_module(name))
+        except (ImportError, OSError) as error:
+            raise PlatformError(
+                f"the package {wheel} is not usable ({error})", fix=f"pip install {wheel}"
+            ) from error
+    return found[0], found[1]

@@ -1,0 +1,128 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.kernels import decode, prefill
+from runtime.kernels.packed import DTYPES, PackedWeight
+from tests.runtime.kernels.oracle import inputs, require_close, two_four
+from thanos_deploy.errors import InputError
+from thanos_deploy.packing import unpack
+
+KERNELS = (decode, prefill)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_1_to_17_tokens_are_those_of_float64(
+    kernel: ModuleType, dtype: torch.dtype, bias: bool, device: torch.device
+) -> None:
+    # Rows are odd, columns are a multiple of neither a word, nor a block, nor the padding.
+    weight = two_four(5, 148, dtype)
+    packed = PackedWeight.of(weight.to(device))
+    for tokens in range(1, 18):
+        x, b = inputs(tokens, 5, 148, dtype, bias=bias)
+        y = kernel.linear(x.to(device), packed, None if b is None else b.to(device))
+        assert y.dtype == dtype
+        require_close(y, x, weight, b)
+
+
+@given(
+    kernel=st.sampled_from(KERNELS),
+    tokens=st.integers(1, 40),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_products_of_any_shape_are_those_of_float64(
+    kernel: ModuleType, tokens: int, rows: int, groups: int, dtype: torch.dtype, seed: int
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weight = two_four(rows, groups * 4, dtype, seed)
+    x, bias = inputs(tokens, rows, groups * 4, dtype, bias=seed % 2 == 0)
+    packed = PackedWeight.of(weight.to(device))
+    y = kernel.linear(x.to(device), packed, None if bias is None else bias.to(device))
+    require_close(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_weight_that_is_not_read_in_whole_blocks_touches_nothing_else(
+    kernel: ModuleType, device: torch.device
+) -> None:
+    weight = two_four(5, 24, torch.float16)
+    # The tokens after the three that are meant are NaN, and so is what follows the bias.
+    x = torch.full((8, 24), float("nan"), dtype=torch.float16)
+    x[:3] = inputs(3, 5, 24, torch.float16, bias=False)[0]
+    bias = torch.full((64,), float("nan"), dtype=torch.float16)
+    bias[:5] = torch.arange(5)
+    y = kernel.linear(x.to(device)[:3], PackedWeight.of(weight.to(device)), bias.to(device)[:5])
+    require_close(y, x[:3], weight, bias[:5])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [1, 16, 256, 2048])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_products_on_a_gpu_are_those_of_torch(tokens: int, dtype: torch.dtype) -> None:
+    weight = two_four(4096, 2048, dtype).cuda()
+    x = inputs(tokens, 4096, 2048, dtype, bias=False)[0].cuda()
+    expected = torch.matmul(x.float(), weight.float().T)
+    packed = PackedWeight.of(weight)
+    for kernel in KERNELS:
+        y = kernel.linear(x, packed).float()
+        # float32 here may be multiplied as tf32, which has float16's precision.
+        limit = 4 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (y - expected).abs().max() <= limit, kernel
+
+
+def test_packed_weights_are_the_documented_layout_with_padding() -> None:
+    weight = two_four(3, 20, torch.bfloat16)
+    packed = PackedWeight.of(weight)
+    assert packed.words.shape == packed.mask.shape == (3, 16)
+    values = packed.words.view(torch.bfloat16)[:, :10]
+    assert unpack(values, packed.mask[:, :3], 20).equal(weight)
+    assert not packed.words[:, 3:].any()
+    assert not packed.mask[:, 3:].any()
+    assert (packed.rows, packed.columns) == (3, 20)
+
+
+def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"up_proj: the 2:4 kernels take no torch\.float32"):
+        PackedWeight.of(torch.zeros(4, 4), "up_proj")
+    dense = two_four(7, 32, torch.float16)
+    dense[5, 8:12] = 1
+    with pytest.raises(InputError, match=r"up_proj: 1 groups .* in row 5 from column 8 on"):
+        PackedWeight.of(dense, "up_proj")
+
+
+def test_every_configuration_compiles_for_sm_80_and_sm_90_and_spills_nothing(
+    tmp_path: Path,
+) -> None:
+    command = "benchmarks.kernel_resources --architectures 80 90"
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        env={**os.environ, **environment, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    triton_kernels = [each for each in found if each["kernel"] != "sparse_mma"]
+    assert len(triton_kernels) == 2 * sum(len(kernel.kernel.configs) for kernel in KERNELS)
+    for each in triton_kernels:
+        assert each["registers"] > 0, each
+        assert each["stack_bytes"] == 0, each
+        # GPUs of compute capability 8.6 and 8.9 have the least: 99 KiB of shared memory a block.
+        assert each["shared_bytes"] <= 99 * 1024, each
+        assert bool(each["tensor_instructions"]) == each["kernel"].startswith("prefill"), each

@@ -1,0 +1,322 @@
+"""The export stages of a bundle, one for each target.
+
+    onnx           onnx/, the graph that everything else is made from
+    onnx-DTYPE     onnx-DTYPE/, the same for engines, where onnx/ is of another dtype
+    genai          genai/
+    packed         packed/
+    tensorrt-ARCH, tensorrt-rtx-ARCH      engines/tensorrt-ARCH/, ...
+
+An engine stage needs nothing but the bundle: the folder can be copied to the machine with the GPU
+and finished there.
+"""
+
+import shutil
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import exporters.genai
+import exporters.onnx
+import exporters.packed
+import exporters.tensorrt
+import exporters.tensorrt_rtx
+from runtime.engines import tensorrt as tensorrt_runtime
+from runtime.latency import Generate
+from thanos_deploy import artifact, gpu
+from thanos_deploy.artifact import Bundle, Json, StageRecord
+from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.errors import PlatformError, UsageError
+from thanos_deploy.pattern import Pattern, parse
+from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.requests import EngineRequest, ExportRequest
+
+ENGINES = ("tensorrt", "tensorrt-rtx")
+
+# To choose between two forms of an engine: a prompt and this many tokens, so often.
+_TRIAL_TOKENS, _TRIAL_ROUNDS = 32, 20
+
+
+def export(
+    bundle: Bundle,
+    *,
+    target: str = "onnx",
+    request: ExportRequest | None = None,
+    engine: EngineRequest | None = None,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> StageRecord:
+    """Export the pruned model to a target, unless that is done.
+
+    Args:
+        bundle: with the stage prune finished.
+        target: a name from `exporters.names()`.
+        request: the graph; None for what the graph that is already there was made with, else the
+            defaults. Not for a target of `ENGINES`.
+        engine: for a target of `ENGINES`; None for the defaults.
+        overwrite: redo what was made with other options.
+        announce: told of every piece of work.
+    """
+    bundle.require("prune", "`thanos-deploy prune`")
+    if target == "packed":
+        return _packed(bundle, overwrite, announce)
+    if target in ENGINES:
+        return _engine(bundle, target, engine or EngineRequest(), overwrite, announce)
+    made = _pruned_graph(bundle, request or exported_with(bundle), "onnx", overwrite, announce)
+    return made if target == "onnx" else _genai(bundle, overwrite, announce)
+
+
+def exported_with(bundle: Bundle) -> ExportRequest:
+    """What the graph of a bundle was made with; the defaults if there is none."""
+    return (
+        ExportRequest(**bundle.stages["onnx"].options)
+        if "onnx" in bundle.stages
+        else ExportRequest()
+    )
+
+
+def graph(
+    bundle: Bundle,
+    model: Checkpoint,
+    pattern: Pattern | None,
+    inputs: Json,
+    request: ExportRequest,
+    origin: Mapping[str, str],
+    announce: Announce,
+    *,
+    title: str,
+    stage: str = "onnx",
+    overwrite: bool,
+) -> StageRecord:
+    """The ONNX graph of a model, dense or pruned, in a folder that is called like its stage.
+
+    Args:
+        bundle: where it goes.
+        model: what is exported.
+        pattern: what its linear layers are claimed to hold, or None.
+        inputs: hashes of what the stage reads.
+        request: how it is exported.
+        origin: what the graph's metadata says of where it comes from.
+        announce: told of the work.
+        title: what the model is called in progress lines.
+        stage: "onnx", or "onnx-" and the dtype.
+        overwrite: redo what was made with other options.
+    """
+
+    def produce(folder: Path) -> Json:
+        artifact.require_disk(folder, 4 * model.parameters)
+        record = exporters.onnx.export(
+            model,
+            _subfolder(folder, stage),
+            pattern=pattern,
+            dtype=request.dtype,
+            max_sequence=request.max_sequence,
+            origin=origin,
+            on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
+        )
+        return {
+            "max_sequence": record["max_sequence"],
+            "cache_bytes_per_token": record["cache"]["bytes_per_token"],
+            "rounding": record["rounding"],
+            "parity_limit": record["parity_limit"],
+            "parity": record["parity"],
+            "weights": len(record["weights"]),
+        }
+
+    return bundle.run(stage, produce, options=asdict(request), inputs=inputs, overwrite=overwrite)
+
+
+def engine_graph(
+    bundle: Bundle,
+    request: EngineRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> str:
+    """The stage with the graph that an engine is made from, which is exported now if need be."""
+    longest = request.max_sequence or exported_with(bundle).max_sequence
+    wanted = ExportRequest(request.dtype, longest)
+    # The graph of the bundle serves as it is, if it is of the right kind.
+    stage = "onnx" if exported_with(bundle) == wanted else f"onnx-{request.dtype}"
+    _pruned_graph(bundle, wanted, stage, overwrite, announce)
+    return stage
+
+
+def _claimed(bundle: Bundle) -> Pattern | None:
+    """What the linear layers of the pruned model are claimed to hold."""
+    pruned = bundle.stages["prune"]
+    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
+    return parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
+
+
+def _pruned_graph(
+    bundle: Bundle,
+    request: ExportRequest,
+    stage: str,
+    overwrite: bool,
+    announce: Announce,
+) -> StageRecord:
+    return graph(
+        bundle,
+        Checkpoint.open(bundle.path / "model"),
+        _claimed(bundle),
+        {"model": bundle.model_sha256},
+        request,
+        {"method": bundle.stages["prune"].options["method"], "model_sha256": bundle.model_sha256},
+        announce,
+        title="pruned model" if stage == "onnx" else f"pruned model in {request.dtype}",
+        stage=stage,
+        overwrite=overwrite,
+    )
+
+
+def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
+    pattern = _claimed(bundle)
+    exporters.packed.refuse(pattern)
+    model = Checkpoint.open(bundle.path / "model")
+
+    def produce(folder: Path) -> Json:
+        artifact.require_disk(folder, 2 * model.bytes_in("auto"))
+        return exporters.packed.export(
+            model,
+            _subfolder(folder, "packed"),
+            pattern=pattern,
+            on_progress=announce("Pack the checkpoint and unpack it again to compare"),
+        )
+
+    return bundle.run(
+        "packed",
+        produce,
+        options={},
+        inputs={"model": bundle.model_sha256},
+        overwrite=overwrite,
+    )
+
+
+def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
+    def produce(folder: Path) -> Json:
+        artifact.require_disk(folder, _bytes(bundle, "onnx"))
+        return exporters.genai.export(
+            bundle.path / "onnx",
+            bundle.path / "model",
+            _subfolder(folder, "genai"),
+            on_progress=announce("Write the folder for ORT-GenAI and try it out"),
+        )
+
+    return bundle.run(
+        "genai",
+        produce,
+        options={},
+        inputs={"model": bundle.model_sha256, "onnx": _hashes(bundle, "onnx")},
+        overwrite=overwrite,
+    )
+
+
+def _engine(
+    bundle: Bundle,
+    target: str,
+    request: EngineRequest,
+    overwrite: bool,
+    announce: Announce,
+) -> StageRecord:
+    source = engine_graph(bundle, request, overwrite=overwrite, announce=announce)
+    architectures = _architectures(bundle, target, request)
+    name = f"{target}-{'+'.join(architectures)}"
+    earlier = bundle.path / exporters.tensorrt.ENGINES / name / exporters.tensorrt.TIMING_CACHE
+
+    def build(folder: Path, form: str) -> Json:
+        return exporters.tensorrt.export(
+            bundle.path / source,
+            folder,
+            target=target,
+            architectures=architectures,
+            batch=request.batch,
+            prompt=request.prompt,
+            form=form,
+            compatibility=request.compatibility,
+            timing_cache=earlier if earlier.exists() else None,
+            on_progress=announce(f"Build an engine for {target}, linear layers as {form}"),
+        )
+
+    def produce(folder: Path) -> Json:
+        # The engine, its timing cache and log, and the graph again if it is rewritten.
+        artifact.require_disk(folder, 3 * _bytes(bundle, source))
+        destination = _subfolder(folder, f"{exporters.tensorrt.ENGINES}/{name}")
+        trials: dict[str, float] = {}
+        if request.form != "auto":
+            record = build(destination, request.form)
+        else:
+            gpu.require()
+            record, trials = _fastest(build, destination)
+        return {
+            **{key: value for key, value in record.items() if key not in ("layers", "profiles")},
+            "trial_seconds": trials,
+        }
+
+    return bundle.run(
+        name,
+        produce,
+        options=request.to_json(),
+        inputs={"model": bundle.model_sha256, source: _hashes(bundle, source)},
+        overwrite=overwrite,
+    )
+
+
+def _architectures(bundle: Bundle, target: str, request: EngineRequest) -> tuple[str, ...]:
+    if target == "tensorrt-rtx":
+        return request.architectures or exporters.tensorrt_rtx.ARCHITECTURES
+    try:
+        arch = gpu.require().arch
+    except PlatformError as error:
+        raise PlatformError(
+            f"{error.message}: TensorRT builds an engine on the GPU that is to run it. Everything "
+            f"before that is finished and kept in {bundle.path}",
+            fix="copy that folder to a machine with the GPU (it needs nothing else of this one) "
+            f"and run `thanos-deploy export {bundle.path.name} --target tensorrt` there; or build "
+            "with --target tensorrt-rtx here",
+        ) from error
+    if request.architectures not in ((), (arch,)):
+        raise UsageError(
+            f"--sm {','.join(request.architectures)}: TensorRT builds for the GPU of this machine, "
+            f"{arch}",
+            fix="leave --sm out, or use --target tensorrt-rtx",
+        )
+    return (arch,)
+
+
+def _fastest(
+    build: Callable[[Path, str], Json], destination: Path
+) -> tuple[Json, dict[str, float]]:
+    """Build an engine of each form and keep the one that is faster from prompt to last token."""
+    records, seconds = {}, {}
+    for form in exporters.tensorrt.FORMS:
+        folder = _subfolder(destination, form)
+        records[form] = build(folder, form)
+        engine = tensorrt_runtime.open_folder(folder)
+        prefill = records[form]["profiles"][0]
+        usual = prefill["sequence"]["usual"]
+        work = Generate(
+            prefill["batch"]["usual"], usual, min(_TRIAL_TOKENS, engine.max_sequence - usual)
+        )
+        # The first turn warms up.
+        turns = [work.take(engine, turn)["total"][0] for turn in range(1 + _TRIAL_ROUNDS)]
+        seconds[form] = statistics.median(turns[1:])
+    fastest = min(seconds, key=seconds.__getitem__)
+    for path in (destination / fastest).iterdir():
+        path.replace(destination / path.name)
+    for form in exporters.tensorrt.FORMS:
+        shutil.rmtree(destination / form)
+    return records[fastest], seconds
+
+
+def _subfolder(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(parents=True)
+    return folder / name
+
+
+def _bytes(bundle: Bundle, stage: str) -> int:
+    return sum(file.bytes for file in bundle.stages[stage].files.values())
+
+
+def _hashes(bundle: Bundle, stage: str) -> Json:
+    return {name: file.sha256 for name, file in bundle.stages[stage].files.items()}
