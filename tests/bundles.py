@@ -106,7 +106,7 @@ def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
         return content["summary"]  # type: ignore[return-value]
 
     with artifact.claim(path, Bundle.open(path).source) as bundle:
-        bundle.run(target, produce, options={}, inputs={"onnx": bundle.graph_sha256})
+        bundle.run(f"{target}-sm80", produce, options={}, inputs={"onnx": bundle.graph_sha256})
 
 
 def run(

@@ -24,6 +24,12 @@ _EVAL = {
     "seqlen": "--eval-seqlen",
 }
 _EXPORT = {"max_sequence": "--max-seq"}
+_ENGINE = {
+    "max_sequence": "--max-seq",
+    "prompt": "--seq",
+    "form": "--sparse-form",
+    "compatibility": "--engine-compat",
+}
 _BENCH = {
     "run": "--run",
     "batches": "--batch",
@@ -65,10 +71,28 @@ def of(sources: Sources) -> list[str]:
                     for options in record.options.values()
                 ]
                 continue
-            case _:  # an engine of its target's name
-                words = ["export", "OUT", "--target", stage]
+            case _:
+                target = _target(sources, record)
+                if target is None:  # the graph of an engine, made with it
+                    continue
+                words = ["export", "OUT", "--target", target, *_engine(record.options)]
         made.append(shlex.join([_TOOL, *words]))
     return made
+
+
+def _target(sources: Sources, record: StageRecord) -> str | None:
+    """What an engine was built for, from its own record."""
+    return next(
+        (build["target"] for name, build in sources.engines.items() if name in record.files), None
+    )
+
+
+def _engine(options: Json) -> Iterator[str]:
+    options = dict(options)
+    architectures = options.pop("architectures", None) or []
+    if architectures:
+        options["sm"] = [name.removeprefix("sm") for name in architectures]
+    yield from _flags(options, _ENGINE)
 
 
 def _pruning(record: StageRecord) -> Iterator[str]:

@@ -117,7 +117,8 @@ def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
     if all(run["provider"] == _CPU for run in runs):
         yield "latency and memory on a GPU", NOT_MEASURED, None
     if not model["kernels"]:
-        yield "which layers run on sparse kernels", "no engine was built", None
+        command = "thanos-deploy export OUT --target tensorrt-rtx"
+        yield "which layers run on sparse kernels", "no engine was built", command
     kinds = {scenario["kind"] for run in runs for scenario in run["scenarios"]}
     for kind, what in (("generate", "whole answers"), ("open-loop", "requests that arrive freely")):
         if runs and kind not in kinds:

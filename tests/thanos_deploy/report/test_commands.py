@@ -8,13 +8,19 @@ from typing import Any
 import click
 import pytest
 
-from tests.bundles import write_bundle
+from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.cli import _options
 from thanos_deploy.pattern import parse
 from thanos_deploy.report import commands, sources
-from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
+from thanos_deploy.requests import (
+    BenchRequest,
+    EngineRequest,
+    EvalRequest,
+    ExportRequest,
+    PruneRequest,
+)
 
 
 def parsed(line: str) -> dict[str, Any]:
@@ -94,6 +100,32 @@ def test_the_benchmark_command_asks_for_what_was_asked_for(
     assert options["aa"] == ("pruned-again" in subjects)
     against = () if options["aa"] else tuple(label for label in subjects if label != "pruned")
     assert options["against"] == against
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EngineRequest(),
+        EngineRequest("fp32", 64, (1, 4), (16, 32), "conv1x1", architectures=("sm80", "sm89")),
+    ],
+)
+def test_the_engine_command_asks_for_what_was_asked_for(
+    request_: EngineRequest, tmp_path: Path
+) -> None:
+    out = write_bundle(tmp_path / "out")
+    add_build(out)
+    read = sources.read(Bundle.open(out))
+    read.stages["tensorrt-rtx-sm80"].options.update(request_.to_json())
+    options = parsed(commands.of(read)[-1])
+    assert options["target"] == "tensorrt-rtx"
+    again = _options.engine_request(
+        options,
+        dtype=options["dtype"],
+        max_sequence=options["max_seq"],
+        batch=options["batch"],
+        prompt=options["seq"],
+    )
+    assert again == request_
 
 
 def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_stages_of_an_earlier_model_are_left_out(tmp_path: Path) -> None:
     (out / "manifest.json").write_text(json.dumps(manifest))
     report = report_on(out)
     (model,) = report["models"]
-    assert set(model["stale"]) == {"eval", "onnx", "bench", "tensorrt-rtx"}
+    assert set(model["stale"]) == {"eval", "onnx", "bench", "tensorrt-rtx-sm80"}
     assert (model["quality"], model["export"]) == (None, None)
     assert (model["bench"], model["kernels"], model["sample"]) == ([], [], None)
     assert any("made from an earlier model" in text for text in report["notices"])
@@ -172,7 +172,7 @@ def test_what_was_made_of_an_earlier_graph_is_left_out(tmp_path: Path) -> None:
     manifest["stages"]["onnx"]["files"]["onnx/model.onnx.data"]["sha256"] = "d3" * 32
     (out / "manifest.json").write_text(json.dumps(manifest))
     (model,) = report_on(out)["models"]
-    assert set(model["stale"]) == {"bench", "tensorrt-rtx"}
+    assert set(model["stale"]) == {"bench", "tensorrt-rtx-sm80"}
     assert model["quality"]["pruned"] == 16.8
 
 
