@@ -22,12 +22,13 @@ def test_every_package_is_shipped_and_nothing_else() -> None:
 def test_files_that_are_no_code_are_shipped() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     shipped = {
-        (package, name)
-        for package, names in project["tool"]["setuptools"]["package-data"].items()
-        for name in names
+        path
+        for package, patterns in project["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
     }
     on_disk = {
-        (".".join(path.parent.relative_to(ROOT).parts), path.name)
+        path
         for top in ("thanos_deploy", "exporters", "runtime")
         for path in (ROOT / top).rglob("*.*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
