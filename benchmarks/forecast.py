@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.forecast import (
+from thanos_deploy.forecast import Variant, architecture, forecast
+from thanos_deploy.gpus import find
+from thanos_deploy.roofline import (
     FITTED,
     Architecture,
     Efficiency,
@@ -28,13 +30,9 @@ from thanos_deploy.forecast import (
     Layer,
     Setting,
     Step,
-    Variant,
-    architecture,
-    forecast,
     layer,
     product,
 )
-from thanos_deploy.gpus import find
 
 # The sizes of models that people publish figures of; GPT-J has the layout of a GPT-NeoX block.
 LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}

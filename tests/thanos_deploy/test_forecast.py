@@ -13,25 +13,27 @@ from thanos_deploy import linear
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.forecast import (
+    Request,
+    Variant,
+    architecture,
+    forecast,
+    is_two_of_four,
+    plan,
+    variant,
+)
+from thanos_deploy.gpus import GPUS, SPARSE_FACTOR, Gpu, find
+from thanos_deploy.pattern import parse
+from thanos_deploy.roofline import (
     FITTED,
     Architecture,
     Block,
     Efficiency,
     Gemm,
     Measurement,
-    Request,
     Setting,
     Step,
-    Variant,
-    architecture,
-    forecast,
-    is_two_of_four,
-    plan,
     read_measurements,
-    variant,
 )
-from thanos_deploy.gpus import GPUS, SPARSE_FACTOR, Gpu, find
-from thanos_deploy.pattern import parse
 from thanos_deploy.widths import Widths
 
 # One block with numbers that can be followed by hand, on a GPU that reaches what it promises.

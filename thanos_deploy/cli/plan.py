@@ -91,7 +91,8 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from thanos_deploy import pipeline
-        from thanos_deploy.forecast import Request, Setting, plan, read_measurements
+        from thanos_deploy.forecast import Request, plan
+        from thanos_deploy.roofline import Setting, read_measurements
 
         product, dtype = gpus.find(gpu), options["dtype"]
         path = options["measured"]
