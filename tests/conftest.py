@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
 import exporters.onnx
-from thanos_deploy import sizing
+from thanos_deploy import cli, sizing
 from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
@@ -28,6 +29,7 @@ from thanos_deploy.shrink import shrink, survey
 
 MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]
+Invoke = Callable[..., tuple[int, str, str]]
 
 # What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
 _SIZES: dict[str, dict[str, object]] = {
@@ -54,6 +56,19 @@ VOCABULARY = 257
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THANOS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Runs the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["thanos-deploy", *map(str, arguments)])
+        code = cli._run()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import stock_model
-from thanos_deploy import artifact, cli, pipeline, report
+from tests.bundles import checked
+from tests.conftest import Invoke, stock_model
+from thanos_deploy import artifact, cli, pipeline
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.checkpoint import load_tokenizer
 
@@ -31,21 +31,6 @@ SMALL = (
     *("--eval-segments", "2", "--eval-seqlen", "64"),
     *("--prompt", "8", "--new-tokens", "4", "--rounds", "2"),
 )
-
-Invoke = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["thanos-deploy", *map(str, arguments)])
-        code = cli._run()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -84,6 +69,7 @@ def test_one_command_makes_the_whole_bundle(finished: tuple[Path, Path, str]) ->
         *("manifest.json", "README.md", "layers.json", "model/model.safetensors"),
         *("model/config.json", "model/tokenizer.json", "onnx/model.onnx", "onnx/export.json"),
         *("eval/perplexity.json", "bench/latency.json", "report/report.json"),
+        *("report/index.html", "report/report.md"),
     ):
         assert (out / name).is_file(), name
     bundle = Bundle.open(out)
@@ -96,7 +82,8 @@ def test_one_command_makes_the_whole_bundle(finished: tuple[Path, Path, str]) ->
 
 def test_the_report_says_what_was_measured(finished: tuple[Path, Path, str]) -> None:
     out, _, printed = finished
-    report = json.loads(printed)
+    (report,) = checked(json.loads(printed))["models"]
+    (run,) = report["bench"]
     raw = json.loads((out / "bench" / "latency.json").read_text())
     assert [scenario["name"] for scenario in raw["scenarios"]] == ["prefill-1x8", "decode-1x8"]
     for label in ("dense", "pruned"):
@@ -104,25 +91,27 @@ def test_the_report_says_what_was_measured(finished: tuple[Path, Path, str]) -> 
             what = scenario["kind"]
             samples = scenario["results"][label]["metrics"][what]["samples"]
             assert len(samples) == count
-            summary = report["latency"][label][what]
+            (shown,) = (one for one in run["scenarios"] if one["name"] == scenario["name"])
+            summary = shown["results"][label]["metrics"][what]
             for figure, percent in (("median", 50), ("p90", 90), ("p99", 99)):
                 expected = np.percentile(samples, percent)
                 assert summary[figure] == pytest.approx(float(expected))
-        assert report["peak_memory_bytes"][label] == raw["subjects"][label]["peak_bytes"]
-    reasons = [f"The timing is INVALID: {reason}." for reason in raw["reasons"]]
-    assert [sentence for sentence in report["verdict"] if "INVALID" in sentence] == reasons
+    assert run["subjects"] == raw["subjects"]
+    notices = json.loads(printed)["notices"]
+    assert bool(raw["reasons"]) == any("INVALID" in notice for notice in notices)
     weights = (out / "model" / "model.safetensors").stat().st_size
     assert report["bytes"]["model"]["pruned"] == weights
     assert report["linear_layers"]["sparsity"] == 0.5
     assert report["linear_layers"]["pattern_holds"] is True
-    assert report["latency"]["gpu"] == "not measured (no GPU)"
+    missing = {entry["what"]: entry["why"] for entry in report["not_measured"]}
+    assert missing["latency and memory on a GPU"] == "not measured (no GPU)"
     assert any("2:4 brings no speed on a CPU" in sentence for sentence in report["verdict"])
     assert any("compute capability 8.0" in sentence for sentence in report["verdict"])
 
 
 def test_the_model_card_quotes_the_report(finished: tuple[Path, Path, str]) -> None:
     out, _, printed = finished
-    card, report = (out / "README.md").read_text(), json.loads(printed)
+    card, (report,) = (out / "README.md").read_text(), json.loads(printed)["models"]
     for who in ("dense", "pruned"):
         assert f"{report['quality'][who]:.2f}" in card
     for sentence in report["verdict"]:
@@ -133,7 +122,7 @@ def test_the_pruned_perplexity_is_that_of_the_files(
     finished: tuple[Path, Path, str], tiny_llama: Path
 ) -> None:
     out, _, printed = finished
-    quality = json.loads(printed)["quality"]
+    quality = json.loads(printed)["models"][0]["quality"]
     for label, folder in (("dense", tiny_llama), ("pruned", out / "model")):
         model = stock_model(folder, dtype=torch.float32)
         text = pipeline._text("builtin", "text", held_out=True)
@@ -180,7 +169,7 @@ def test_the_table_has_every_figure(
     code, output, _ = invoke("prune-export", tiny_llama, *SMALL, "-o", out)
     assert code == 0
     for figure in (
-        *("perplexity", "checkpoint, MB", "ONNX, MB", "prefill 1x8 median", "decode 1x1 p99"),
+        *("perplexity", "checkpoint, MB", "ONNX, MB", "prefill-1x8, ms", "decode-1x8, ms"),
         *("peak memory", "ONNX against PyTorch", "not measured (no GPU)", "brings no speed"),
     ):
         assert figure in output, figure
@@ -583,11 +572,10 @@ def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
     # The report, made anew, has the sizes.
-    first = json.loads(finished[2])
-    opened = Bundle.open(out)
-    (cache,) = finished[1].iterdir()
-
-    again = report.build(opened, Bundle.open(cache))
+    (first,) = json.loads(finished[2])["models"]
+    code, printed, errors = invoke("report", out, "--json")
+    assert code == 0, errors
+    (again,) = json.loads(printed)["models"]
     assert again["bytes"]["packed"]["pruned"] == sizes["bytes_after"]
     assert again["verdict"][-1].startswith("Packed, without its zeros, the checkpoint takes 0.")
     assert "packed" not in first["bytes"]

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 
 from runtime import paired
-from tests.test_cli import SMALL, Invoke, invoke
+from tests.conftest import Invoke
+from tests.test_cli import SMALL
 from thanos_deploy import artifact, benchmark, ceilings, cli, gates, pipeline, stillness
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.export import export, exported_with
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
 from thanos_deploy.requests import EvalRequest, PruneRequest
-
-__all__ = ["invoke"]  # a fixture
 
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")
 PREFILL = (*QUICK, "--scenario", "prefill")

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import COMMAND, SMALL, Invoke, invoke
+from tests.conftest import Invoke
+from tests.test_cli import COMMAND, SMALL
 from thanos_deploy import artifact, gpu
 from thanos_deploy.artifact import Bundle
-
-__all__ = ["invoke"]  # a fixture
 
 ENGINE = "tensorrt-rtx-sm80"
 

@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.forecast import MODELS
-from tests.test_cli import Invoke, invoke
-
-__all__ = ["invoke"]  # a fixture
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MakeModel, stock_model
-from tests.test_cli import SMALL, Invoke, invoke
+from tests.bundles import checked
+from tests.conftest import Invoke, MakeModel, stock_model
+from tests.test_cli import SMALL
 from thanos_deploy.artifact import Bundle
-
-__all__ = ["invoke"]  # a fixture
 
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
 REST = SMALL[8:]
@@ -24,7 +23,7 @@ def test_structured_gives_a_smaller_model_and_a_report_that_says_so(
     arguments = ("prune-export", tiny_llama, "--pattern", "structured:0.2", *CALIBRATION, *REST)
     code, output, errors = invoke(*arguments, "-o", out, "--json")
     assert code == 0, errors
-    report = json.loads(output)
+    (report,) = checked(json.loads(output))["models"]
     dense, small = (stock_model(folder) for folder in (tiny_llama, out / "model"))
     counts = [sum(p.numel() for p in model.model.layers.parameters()) for model in (dense, small)]
     widths = report["widths"]
@@ -57,7 +56,7 @@ def test_widths_by_loss_are_for_onnx_and_the_card_says_so(
         *("prune-export", model, *pattern, *CALIBRATION, *REST, "-o", out, "--json")
     )
     assert code == 0, errors
-    report = json.loads(output)
+    (report,) = checked(json.loads(output))["models"]
     assert report["widths"]["stock_config"] is False
     assert any("widths.json declares them" in sentence for sentence in report["verdict"])
     assert "from thanos_deploy.checkpoint import load_model" in (out / "README.md").read_text()

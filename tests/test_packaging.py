@@ -19,6 +19,22 @@ def test_every_package_is_shipped_and_nothing_else() -> None:
     assert set(project["tool"]["setuptools"]["packages"]) == on_disk
 
 
+def test_files_that_are_no_code_are_shipped() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = {
+        (package, name)
+        for package, names in project["tool"]["setuptools"]["package-data"].items()
+        for name in names
+    }
+    on_disk = {
+        (".".join(path.parent.relative_to(ROOT).parts), path.name)
+        for top in ("thanos_deploy", "exporters", "runtime")
+        for path in (ROOT / top).rglob("*.*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert shipped == on_disk
+
+
 def test_the_installed_version_is_the_one_in_the_code() -> None:
     assert metadata.version("thanos-deploy") == thanos_deploy.__version__
 

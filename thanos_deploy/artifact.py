@@ -135,6 +135,19 @@ class Bundle:
             if any(name.startswith(f"{folder}/") for name in record.files)
         ]
 
+    @property
+    def model_sha256(self) -> str:
+        """One hash for the pruned model: over the hashes of its files."""
+        files = self.stages["prune"].files
+        return sha256_of(
+            {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
+        )
+
+    @property
+    def graph_sha256(self) -> dict[str, str]:
+        """The hashes of the files of the exported graph."""
+        return {name: file.sha256 for name, file in self.stages["onnx"].files.items()}
+
     def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
         """Refuse options that differ from those a finished stage was made with.
 

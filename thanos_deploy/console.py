@@ -22,6 +22,7 @@ from rich.table import Table
 from thanos_deploy.artifact import Json
 from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.report.figures import figures, shown, shown_ratio
 
 # Without a terminal, a line at most so often.
 _SECONDS_BETWEEN_LINES = 10.0
@@ -98,57 +99,49 @@ def announcer(*, quiet: bool) -> Iterator[Announcer]:
 
 
 def show_report(report: Json) -> None:
-    """Print a report as a table, its verdict and the sample texts."""
+    """Print a report's figures; of one model its verdict and texts too, of several the headline."""
     console = Console()
-    quality, size, latency = report["quality"], report["bytes"], report["latency"]
-    memory, sample = report["peak_memory_bytes"], report["sample"]
-    table = Table(title=f"{report['source']['name']}, {report['pattern']} with {report['method']}")
-    table.add_column("")
-    for name in ("dense", "pruned", "pruned / dense"):
-        table.add_column(name, justify="right")
-
-    def row(title: str, dense: float, pruned: float, digits: int = 1) -> None:
-        table.add_row(title, f"{dense:.{digits}f}", f"{pruned:.{digits}f}", f"{pruned / dense:.3f}")
-
-    row("perplexity", quality["dense"], quality["pruned"], 2)
-    for name, title in (
-        ("model", "checkpoint, MB"),
-        ("packed", "packed checkpoint, MB"),
-        ("onnx", "ONNX, MB"),
-    ):
-        if name not in size:
-            continue
-        row(title, size[name]["dense"] / 1e6, size[name]["pruned"] / 1e6)
-    for what, tokens in (("prefill", latency["prompt"]), ("decode", 1)):
-        for figure in ("median", "p90", "p99"):
-            row(
-                f"{what} {latency['batch']}x{tokens} {figure}, ms",
-                latency["dense"][what][figure] * 1e3,
-                latency["pruned"][what][figure] * 1e3,
+    for model in report["models"]:
+        table = Table(title=f"{model['source']['name']}, {model['label']} with {model['method']}")
+        table.add_column("")
+        for name in ("dense", "pruned", "pruned / dense"):
+            table.add_column(name, justify="right")
+        for figure in figures(model):
+            table.add_row(
+                figure.title,
+                shown(figure.dense, figure.unit),
+                shown(figure.pruned, figure.unit),
+                shown_ratio(figure),
             )
-    row("peak memory, MB", memory["dense"] / 1e6, memory["pruned"] / 1e6)
-    if widths := report["widths"]:
-        row(
-            "parameters of the blocks, M",
-            *(widths[f"block_parameters_{when}"] / 1e6 for when in ("before", "after")),
-        )
-    else:
-        zeros = report["linear_layers"]["sparsity"]
-        table.add_row("zeros in linear layers", "", f"{zeros:.2%}", "")
-    table.add_row("ONNX against PyTorch", "", f"{report['parity']['worst']:.1e}", "")
-    console.print(table)
-    environment = report["environment"]
-    console.print(
-        f"Latency and memory: {latency['backend']}, {environment['cores']} cores of "
-        f"{environment['processor']}; in turns, each model in a process of its own. "
-        f"Perplexity: {quality['text']}. GPU: {latency['gpu']}.",
-        style="dim",
-        highlight=False,
-    )
-    for sentence in report["verdict"]:
+        if widths := model["widths"]:
+            before, after = (widths[f"block_parameters_{when}"] for when in ("before", "after"))
+            table.add_row(
+                "parameters of the blocks, M",
+                *(f"{number / 1e6:.1f}" for number in (before, after)),
+                f"{after / before:.3f}",
+            )
+        else:
+            table.add_row("zeros in linear layers", "", f"{model['linear_layers']['sparsity']:.2%}")
+        if export := model["export"]:
+            table.add_row("ONNX against PyTorch", "", f"{export['parity']['worst']:.1e}")
+        console.print(table)
+    for notice in report["notices"]:
+        console.print(notice, style="bold red", highlight=False, markup=False)
+    if len(report["models"]) > 1:
+        console.print(report["headline"], highlight=False, markup=False)
+        return
+    (model,) = report["models"]
+    for sentence in model["verdict"]:
         console.print(f"• {sentence}", highlight=False, markup=False)
-    for who in ("dense", "pruned"):
-        console.print(f"\n[{who}] {sample['prompt']}{sample[who]}", highlight=False, markup=False)
+    missing = "; ".join(
+        entry["what"] if entry["why"] == "not measured" else f"{entry['what']}: {entry['why']}"
+        for entry in model["not_measured"]
+    )
+    console.print(f"Not measured: {missing}.", style="dim", highlight=False, markup=False)
+    sample = model["sample"] or {}
+    for who, text in sample.items():
+        if who != "prompt":
+            console.print(f"\n[{who}] {sample['prompt']}{text}", highlight=False, markup=False)
 
 
 def show_bench(run: Json) -> None:

@@ -75,14 +75,6 @@ def exported_with(bundle: Bundle) -> ExportRequest:
     )
 
 
-def model_hash(bundle: Bundle) -> str:
-    """One hash for the pruned model: over the hashes of its files."""
-    files = bundle.stages["prune"].files
-    return artifact.sha256_of(
-        {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
-    )
-
-
 def graph(
     bundle: Bundle,
     model: Checkpoint,
@@ -168,9 +160,9 @@ def _pruned_graph(
         bundle,
         Checkpoint.open(bundle.path / "model"),
         _claimed(bundle),
-        {"model": model_hash(bundle)},
+        {"model": bundle.model_sha256},
         request,
-        {"method": bundle.stages["prune"].options["method"], "model_sha256": model_hash(bundle)},
+        {"method": bundle.stages["prune"].options["method"], "model_sha256": bundle.model_sha256},
         announce,
         title="pruned model" if stage == "onnx" else f"pruned model in {request.dtype}",
         stage=stage,
@@ -196,7 +188,7 @@ def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         "packed",
         produce,
         options={},
-        inputs={"model": model_hash(bundle)},
+        inputs={"model": bundle.model_sha256},
         overwrite=overwrite,
     )
 
@@ -215,7 +207,7 @@ def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         "genai",
         produce,
         options={},
-        inputs={"model": model_hash(bundle), "onnx": _hashes(bundle, "onnx")},
+        inputs={"model": bundle.model_sha256, "onnx": _hashes(bundle, "onnx")},
         overwrite=overwrite,
     )
 
@@ -265,7 +257,7 @@ def _engine(
         name,
         produce,
         options=request.to_json(),
-        inputs={"model": model_hash(bundle), source: _hashes(bundle, source)},
+        inputs={"model": bundle.model_sha256, source: _hashes(bundle, source)},
         overwrite=overwrite,
     )
 

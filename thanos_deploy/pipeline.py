@@ -8,7 +8,7 @@
     packed   packed/                                          (only if asked for)
     tensorrt-ARCH, tensorrt-rtx-ARCH    engines/              (only if asked for)
     bench    bench/RUN.json for every run, bench/sample.json
-    report   report/report.json, README.md
+    report   report/{index.html,report.md,report.json}, README.md
 
 The dense model that pruned ones are compared with is itself a bundle, in a cache folder named
 after its hash, so several runs on one model convert, export and evaluate it once.
@@ -28,7 +28,7 @@ import exporters.packed
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, benchmark, card, checkpoint, environment, report, sizing
+from thanos_deploy import artifact, benchmark, checkpoint, environment, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
@@ -36,8 +36,10 @@ from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import InputError, PlatformError, UsageError
-from thanos_deploy.export import ENGINES, export, exported_with, graph, model_hash
+from thanos_deploy.export import ENGINES, export, exported_with, graph
+from thanos_deploy.parts import part_bytes
 from thanos_deploy.progress import Announce, OnProgress, quietly, silent
+from thanos_deploy.report.write import write_report
 from thanos_deploy.requests import (
     BenchRequest,
     EngineRequest,
@@ -218,6 +220,10 @@ def prune(
             },
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "dense_bytes": source.bytes_in("auto"),
+            "parts": {
+                "dense": part_bytes(source),
+                "pruned": part_bytes(Checkpoint.open(folder / "model")),
+            },
         }
 
     return bundle.run(
@@ -248,7 +254,7 @@ def evaluate(
         Checkpoint.open(bundle.path / "model"),
         request,
         text,
-        {"model": model_hash(bundle), "dense": reference.result},
+        {"model": bundle.model_sha256, "dense": reference.result},
         announce,
         title="pruned model",
         overwrite=overwrite,
@@ -335,10 +341,7 @@ def bench(
         load.loadgen_library()
     check_bench(bundle, request, list(subjects), overwrite=overwrite)
     others = _other_runs(bundle, request.run)
-    graphs = {
-        label: {name: file.sha256 for name, file in subject.stages["onnx"].files.items()}
-        for label, subject in subjects.items()
-    }
+    graphs = {label: subject.graph_sha256 for label, subject in subjects.items()}
     options = {
         **{name: run.options for name, run in others.items()},
         request.run: _bench_options(request, list(subjects)),
@@ -415,41 +418,6 @@ def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, fl
     return found
 
 
-def write_report(bundle: Bundle, dense: Path) -> Json:
-    """Put what the finished stages say into report.json and the model card; return the report.
-
-    Args:
-        bundle: with the stages prune, eval, onnx and bench finished.
-        dense: folder of the dense model's bundle.
-    """
-
-    def produce(folder: Path) -> Json:
-        (folder / "report").mkdir()
-        content = report.build(bundle, Bundle.open(dense))
-        artifact.write_json(folder / "report" / "report.json", content)
-        (folder / "README.md").write_text(card.write(content), encoding="utf-8")
-        return content
-
-    return bundle.run(
-        "report",
-        produce,
-        options={},
-        inputs={
-            name: record.finished for name, record in bundle.stages.items() if name != "report"
-        },
-        overwrite=True,
-    ).result
-
-
-def update_report(bundle: Bundle) -> None:
-    """Bring the report up to date, where all that it tells of is there."""
-    dense = dense_folder(bundle.source["sha256"])
-    if {"prune", "eval", "onnx", "bench"} <= bundle.stages.keys() and (
-        report.quoted(bundle.stages["bench"]) and (dense / artifact.MANIFEST).exists()
-    ):
-        write_report(bundle, dense)
-
-
 @contextmanager
 def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
     """A bundle for further stages, and the dense model that it was made from.
@@ -502,7 +470,7 @@ def prune_export(
                 lacking = error  # the rest does not need the engine, and is not to be lost
         subjects = compared(bundle, [DENSE], dense, announce=announce)
         bench(bundle, subjects, benchmarking, overwrite=overwrite, announce=announce)
-        finished = write_report(bundle, dense.folder)
+        finished = write_report(bundle)
         if lacking is not None:
             raise lacking
         return finished
@@ -686,11 +654,10 @@ def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
 
 def _other_runs(bundle: Bundle, name: str) -> dict[str, _Run]:
     """The runs of other names that are of the graph that the bundle has now."""
-    graph = {name: file.sha256 for name, file in bundle.stages["onnx"].files.items()}
     return {
         other: run
         for other, run in _finished_runs(bundle).items()
-        if other != name and run.inputs[PRUNED] == graph
+        if other != name and run.inputs[PRUNED] == bundle.graph_sha256
     }
 
 

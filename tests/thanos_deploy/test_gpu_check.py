@@ -10,14 +10,11 @@ from safetensors.torch import load_file
 from runtime.engine import open_engine
 from runtime.engines import torch as torch_runtime
 from runtime.latency import Decode, Prefill
-from tests.conftest import stock_model
-from tests.test_cli import Invoke, invoke
+from tests.conftest import Invoke, stock_model
 from thanos_deploy import gpu, gpu_check
 from thanos_deploy.check import Check
 from thanos_deploy.errors import GateError, PlatformError
 from thanos_deploy.gpu_check import Findings, Sizes
-
-__all__ = ["invoke"]  # a fixture
 
 SMALL = Sizes(
     hidden=64,

@@ -143,6 +143,7 @@ def command(
     with session(options) as announce, ExitStack() as stack:
         from thanos_deploy import artifact, pipeline
         from thanos_deploy import gates as limits
+        from thanos_deploy.report.write import write_report
 
         wanted = [limits.parse(text) for text in gates]
         request = bench_request(options, **_DEFAULTS, run="aa" if aa else "full")
@@ -170,7 +171,8 @@ def command(
         run = pipeline.bench(
             bundle, subjects, request, overwrite=options["overwrite"], announce=announce
         )
-        pipeline.update_report(bundle)
+        if "prune" in bundle.stages:
+            write_report(bundle)
         outcomes = limits.judge(
             wanted,
             run,

@@ -31,6 +31,7 @@ def command(out: Path, dense: str, **options: Any) -> None:
     """
     with session(options) as announce:
         from thanos_deploy import pipeline
+        from thanos_deploy.report.write import write_report
 
         with pipeline.reopen(out, dense) as (bundle, source):
             pruned = pipeline.evaluate(
@@ -41,5 +42,5 @@ def command(out: Path, dense: str, **options: Any) -> None:
                 announce=announce,
             )
             if "report" in bundle.stages:
-                pipeline.write_report(bundle, source.folder)
+                write_report(bundle)
     emit(options, {"dense": pruned.inputs["dense"], "pruned": pruned.result}, console.show_values)

@@ -1,79 +1,103 @@
 """The model card: what the pruned model is, how good, how large, and how to load it."""
 
+from collections.abc import Iterator
+
 from thanos_deploy.artifact import Json
+from thanos_deploy.gpu import NOT_MEASURED
+from thanos_deploy.report.figures import figures, shown, shown_ratio
+from thanos_deploy.report.runs import DENSE, PRUNED, quoted
 
 
 def write(report: Json) -> str:
     """README.md of a bundle, from its report."""
-    quality, layers, size = report["quality"], report["linear_layers"], report["bytes"]
-    latency, memory, sample = report["latency"], report["peak_memory_bytes"], report["sample"]
-    rows = [
-        ("perplexity", f"{quality['dense']:.2f}", f"{quality['pruned']:.2f}"),
-        *(
-            (
-                f"{name} weights, MB",
-                *(f"{size[name][who] / 1e6:.1f}" for who in ("dense", "pruned")),
-            )
-            for name in ("model", "packed", "onnx")
-            if name in size
-        ),
-        *(
-            (
-                f"{what}, median ms",
-                *(f"{latency[who][what]['median'] * 1e3:.1f}" for who in ("dense", "pruned")),
-            )
-            for what in ("prefill", "decode")
-        ),
-        ("peak memory, MB", *(f"{memory[who] / 1e6:.0f}" for who in ("dense", "pruned"))),
-    ]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    verdict = "\n".join(f"- {sentence}" for sentence in report["verdict"])
-    source = report["source"]
-    environment = report["environment"]
-    return f"""# {source["name"]}, pruned to {report["pattern"]} with {report["method"]}
+    (model,) = report["models"]
+    table = "\n".join(
+        f"| {figure.title} | {shown(figure.dense, figure.unit)} | "
+        f"{shown(figure.pruned, figure.unit)} | {shown_ratio(figure)} |"
+        for figure in figures(model)
+    )
+    verdict = "\n".join(f"- {sentence}" for sentence in (*report["notices"], *model["verdict"]))
+    source, layers = model["source"], model["linear_layers"]
+    return f"""# {source["name"]}, pruned to {model["pattern"]} with {model["method"]}
 
-Made by thanos-deploy {environment["thanos-deploy"]} from {source["name"]} (SHA-256 `{source["sha256"]}`
+Made by thanos-deploy {report["made_with"]} from {source["name"]} (SHA-256 `{source["sha256"]}`
 over its weights, configuration and tokenizer). The base model's licence and its limits apply.
 
-| | dense | pruned |
-|---|---|---|
+| | dense | pruned | pruned / dense |
+|---|---|---|---|
 {table}
 
-Perplexity: {quality["segments"]} segments of {quality["length"]} tokens of {quality["text"]}. Latency and
-memory: {latency["backend"]}, batch {latency["batch"]}, prompt {latency["prompt"]}, {environment["cores"]}
-cores of {environment["processor"]}. GPU: {latency["gpu"]}.
+{" ".join(_how(model))} `report/index.html` has the whole of it.
 
 {verdict}
 
 ## What was pruned
 
-{_what(report)} On the calibration text a layer misses {layers["median_relative_error"]:.2%} of the
+{_what(model)} On the calibration text a layer misses {layers["median_relative_error"]:.2%} of the
 energy of the output that it aims at in the median and {layers["worst_relative_error"]:.2%} at worst
 ({layers["worst_layer"]}).
 
 ## How to load it
 
-{_loading(report)}
-
-`onnx/model.onnx` is one graph for prefill and decode with the kv cache as inputs and outputs;
-its results differ from PyTorch's by at most {report["parity"]["worst"]:.1e} of their range
-({report["parity"]["cases"]} cases, limit {report["parity"]["limit"]:g}).
-
+{_loading(model)}
+{_graph(model)}
 ## Limits
 
 Pruned in one shot, without any training afterwards; judge it on your own task before you use it.
-From the prompt "{sample["prompt"]}" it continues (greedily, the exported model):
+{_sample(model)}"""
 
-> {sample["pruned"].strip().replace(chr(10), chr(10) + "> ")}
 
-where the dense model continues:
+def _how(model: Json) -> Iterator[str]:
+    """How the figures came about."""
+    if quality := model["quality"]:
+        yield (
+            f"Perplexity: {quality['segments']} segments of {quality['length']} tokens of "
+            f"{quality['text']}."
+        )
+    run = quoted(model)
+    if run is None:
+        yield "Latency and memory: not measured."
+        return
+    environment = run["environment"]
+    yield (
+        f"Latency (median, and ratio with its interval) and memory: {run['backend']}, "
+        f"{run['provider']}, {environment['cores']} cores of {environment['processor']}."
+    )
+    if run["provider"] == "CPUExecutionProvider":
+        yield f"GPU: {NOT_MEASURED}."
 
-> {sample["dense"].strip().replace(chr(10), chr(10) + "> ")}
+
+def _graph(model: Json) -> str:
+    if model["export"] is None:
+        return ""
+    parity = model["export"]["parity"]
+    return f"""
+`onnx/model.onnx` is one graph for prefill and decode with the kv cache as inputs and outputs;
+its results differ from PyTorch's by at most {parity["worst"]:.1e} of their range
+({parity["cases"]} cases, limit {parity["limit"]:g}).
 """
 
 
-def _what(report: Json) -> str:
-    layers, widths = report["linear_layers"], report["widths"]
+def _sample(model: Json) -> str:
+    sample = model["sample"] or {}
+    texts = {who: "> " + text.strip().replace("\n", "\n> ") for who, text in sample.items()}
+    if PRUNED not in texts:
+        return ""
+    said = f"""From the prompt "{sample["prompt"]}" it continues (greedily, the exported model):
+
+{texts[PRUNED]}
+"""
+    if DENSE in texts:
+        said += f"""
+where the dense model continues:
+
+{texts[DENSE]}
+"""
+    return said
+
+
+def _what(model: Json) -> str:
+    layers, widths = model["linear_layers"], model["widths"]
     if widths is None:
         holds = (
             "holds in every layer"
@@ -105,8 +129,8 @@ def _range(numbers: list[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _loading(report: Json) -> str:
-    widths = report["widths"]
+def _loading(model: Json) -> str:
+    widths = model["widths"]
     if widths is not None and not widths["stock_config"]:
         return """No stock `config.json` can describe these widths, so `AutoModelForCausalLM` refuses the folder:
 `config.json` is the dense model's and `model/widths.json` declares the widths. Use the ONNX graph, or

@@ -1,0 +1,336 @@
+"""A worked comparison: what each pattern costs and brings on a CPU, in quality, time and bytes.
+
+Usage: python -m benchmarks.comparison OUT [--calib FILE] [--eval-text FILE]
+
+Prunes SmolLM2-135M to every pattern and exports the results and the dense model for ONNX Runtime
+and for ORT-GenAI; the dense and the best pruned one also with int8 weights. All run on ONNX Runtime
+in one benchmark, in turns, each in a process of its own; then on ORT-GenAI, in turns in one
+process. The perplexity of an int8 model is that of the graph, as ONNX Runtime computes it.
+
+Writes the report of all models to RESULTS/comparison.{html,md,json}, its picture of perplexity
+against time and size to RESULTS/comparison.svg, and the figures of both runtimes to
+RESULTS/comparison-runtimes.json, and prints these as a table. OUT keeps the bundles (8 GB):
+repeating the command continues, and takes what is there.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import onnxruntime_genai
+from torch import Tensor
+
+import exporters.genai
+from benchmarks.smollm2 import gguf_path
+from thanos_deploy import artifact, console, environment, pipeline
+from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.calibrate import BUILTIN, builtin_text, read_text, segments
+from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.export import export
+from thanos_deploy.pattern import parse
+from thanos_deploy.pipeline import DENSE, PRUNED, Dense
+from thanos_deploy.progress import Announce
+from thanos_deploy.report import charts
+from thanos_deploy.report.write import compare
+from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
+
+PATTERNS = ("2:4", "unstructured:0.5", "structured:0.1", "structured:0.2", "structured:0.3")
+INT8 = "-int8"
+
+
+def main() -> None:
+    """Make, measure, report, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="[default: SmolLM2-135M-Instruct]")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--calib", default=BUILTIN)
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval-text", default=BUILTIN)
+    parser.add_argument("--eval-segments", type=int, default=12)
+    parser.add_argument("--eval-seqlen", type=int, default=1024)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    console.quiet_libraries()
+    evaluation = EvalRequest(
+        arguments.eval_text, segments=arguments.eval_segments, seqlen=arguments.eval_seqlen
+    )
+    benchmarking = BenchRequest(
+        run="comparison", prompts=tuple(arguments.prompt), rounds=arguments.rounds
+    )
+    with console.announcer(quiet=False) as announce:
+        dense = Dense(arguments.model or str(gguf_path()))
+        bundles = {}
+        for pattern in arguments.patterns:
+            request = PruneRequest(
+                parse(pattern),
+                calib=arguments.calib,
+                nsamples=arguments.nsamples,
+                seqlen=arguments.seqlen,
+            )
+            folder = arguments.out / pattern.replace(":", "-")
+            bundles[folder.name] = make(folder, dense, request, evaluation, announce)
+        best = min(bundles, key=lambda name: bundles[name].stages["eval"].result["value"])
+        bundles[best + INT8] = rounded_pruned(bundles[best], announce)
+        dense_int8 = rounded_dense(dense, arguments.out / (DENSE + INT8), announce)
+        first, *others = bundles.values()
+        with artifact.claim(first.path, first.source) as claimed:
+            subjects = pipeline.compared(
+                claimed, [DENSE, *(str(other.path) for other in others)], dense, announce=announce
+            )
+            subjects[DENSE + INT8] = dense_int8
+            run = pipeline.bench(claimed, subjects, benchmarking, announce=announce)
+    report = compare(
+        [bundle.path for bundle in bundles.values()],
+        arguments.results / "comparison.html",
+        overwrite=True,
+    )
+    (arguments.results / "comparison.svg").write_text(picture(report), encoding="utf-8")
+    named = {
+        first.path.name if label == PRUNED else label: bundle for label, bundle in subjects.items()
+    }
+    ids = held_out(dense, evaluation)
+    perplexity = {
+        DENSE: first.stages["eval"].inputs["dense"]["value"],
+        **{name: bundle.stages["eval"].result["value"] for name, bundle in bundles.items()},
+    }
+    for name, bundle in named.items():
+        if name.endswith(INT8):
+            perplexity[name] = once(
+                arguments.out / f"{name}-perplexity.json",
+                {"graph": bundle.graph_sha256, "ids": ids.tolist()},
+                partial(graph_perplexity, bundle.path, ids),
+            )
+    timing = {
+        "prompt": arguments.prompt[0],
+        "new_tokens": benchmarking.new_tokens,
+        "rounds": arguments.rounds,
+    }
+    genai = once(
+        arguments.out / "genai.json",
+        {"graphs": {name: bundle.graph_sha256 for name, bundle in named.items()}, **timing},
+        lambda: time_genai(
+            {
+                name: genai_folder(bundle, arguments.out / f"{name}-genai", dense)
+                for name, bundle in named.items()
+            },
+            **timing,
+        ),
+    )
+    rows = [
+        row(name, label, run, perplexity[name], genai[name])
+        for name, label in zip(named, subjects, strict=True)
+    ]
+    result = {
+        "status": run["status"],
+        "reasons": run["reasons"],
+        "quality": report["models"][0]["quality"],
+        "rows": rows,
+        "environment": environment.describe(),
+    }
+    artifact.write_json(arguments.results / "comparison-runtimes.json", result)
+    print(markdown(rows, run))
+
+
+def make(
+    folder: Path, dense: Dense, request: PruneRequest, evaluation: EvalRequest, announce: Announce
+) -> Bundle:
+    """A bundle of a pruned model with its graph for both runtimes."""
+    with artifact.claim(folder, dense.source.to_json()) as bundle:
+        pipeline.prune(bundle, dense, request, announce=announce)
+        pipeline.evaluate(bundle, dense, evaluation, announce=announce)
+        export(bundle, target="onnx", announce=announce)
+        export(bundle, target="genai", announce=announce)
+    return bundle
+
+
+def rounded_pruned(bundle: Bundle, announce: Announce) -> Bundle:
+    """A copy of a bundle with int8 weights in its graph."""
+    folder = bundle.path.with_name(bundle.path.name + INT8)
+    if not folder.exists():
+        unfinished = folder.with_name(f".{folder.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(bundle.path, unfinished, ignore=shutil.ignore_patterns("bench", "report"))
+        manifest = json.loads((unfinished / artifact.MANIFEST).read_bytes())
+        for stage in ("bench", "report"):
+            manifest["stages"].pop(stage, None)
+        artifact.write_json(unfinished / artifact.MANIFEST, manifest)
+        unfinished.rename(folder)
+    with artifact.claim(folder, bundle.source) as rounded:
+        request = ExportRequest("int8")
+        for target in ("onnx", "genai"):
+            export(rounded, target=target, request=request, overwrite=True, announce=announce)
+    return rounded
+
+
+def rounded_dense(dense: Dense, folder: Path, announce: Announce) -> Bundle:
+    """The dense model with int8 weights in its graph, beside the one in the cache."""
+    dense.checkpoint(announce)
+    beside = copy(dense)
+    beside.folder = folder
+    beside.export(ExportRequest("int8"), announce)
+    return Bundle.open(folder)
+
+
+def genai_folder(bundle: Bundle, otherwise: Path, dense: Dense) -> Path:
+    """Where ORT-GenAI finds the graph of a bundle; made for the dense models, which have none."""
+    if "genai" in bundle.stages:
+        return bundle.path / "genai"
+    shutil.rmtree(otherwise, ignore_errors=True)
+    otherwise.mkdir()
+    exporters.genai.export(bundle.path / "onnx", dense.checkpoint().folder, otherwise)
+    return otherwise
+
+
+def held_out(dense: Dense, request: EvalRequest) -> Tensor:
+    """int64[segments, tokens], what `pipeline.evaluate` judges on."""
+    text = builtin_text(held_out=True) if request.text == BUILTIN else read_text(Path(request.text))
+    tokenizer = load_tokenizer(dense.checkpoint().folder)
+    return segments(text, tokenizer, count=request.segments, length=request.seqlen, seed=None)
+
+
+def graph_perplexity(bundle: Path, ids: Tensor) -> float:
+    """Perplexity of an exported graph on ONNX Runtime; see `thanos_deploy.perplexity`."""
+    session = ort.InferenceSession(
+        bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    total = 0.0
+    for segment in ids.numpy():
+        tokens = segment[None]
+        feeds = {
+            "input_ids": tokens,
+            "attention_mask": np.ones_like(tokens),
+            "position_ids": np.arange(tokens.shape[1])[None],
+        }
+        for value in session.get_inputs()[3:]:
+            shape = (1, value.shape[1], 0, value.shape[3])
+            feeds[value.name] = np.zeros(shape, dtype=np.float32)
+        logits = session.run(["logits"], feeds)[0][0, :-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        likely = np.take_along_axis(logits, segment[1:, None], axis=1)[:, 0]
+        total += float((np.log(np.exp(logits).sum(axis=1)) - likely).sum())
+    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+def time_genai(folders: Mapping[str, Path], *, prompt: int, new_tokens: int, rounds: int) -> Json:
+    """Median seconds of a prefill and of a decoded token with ORT-GenAI, in turns."""
+    models = {name: onnxruntime_genai.Model(str(folder)) for name, folder in folders.items()}
+    ids = np.zeros((1, prompt), dtype=np.int32)  # which tokens they are takes no time
+    taken: dict[str, dict[str, list[float]]] = {
+        name: {"prefill": [], "decode": []} for name in models
+    }
+    for number in range(rounds + 1):  # the first one warms up
+        for name in list(models) if number % 2 else reversed(models):
+            parameters = onnxruntime_genai.GeneratorParams(models[name])
+            longest = prompt + new_tokens
+            parameters.set_search_options(max_length=longest, min_length=longest)
+            generator = onnxruntime_genai.Generator(models[name], parameters)
+            started = time.perf_counter()
+            generator.append_tokens(ids)
+            generator.generate_next_token()
+            first = time.perf_counter()
+            for _ in range(new_tokens - 1):
+                generator.generate_next_token()
+            if number:
+                taken[name]["prefill"].append(first - started)
+                taken[name]["decode"].append((time.perf_counter() - first) / (new_tokens - 1))
+    return {
+        name: {what: float(np.median(seconds)) for what, seconds in samples.items()}
+        for name, samples in taken.items()
+    }
+
+
+def row(name: str, label: str, run: Json, perplexity: float, genai: Json) -> Json:
+    """The figures of one model."""
+    facts = run["subjects"][label]
+    times = {}
+    for scenario in run["scenarios"]:
+        result = scenario["results"][label]
+        times[scenario["name"]] = {
+            "median_seconds": result["metrics"][scenario["headline"]]["median"],
+            "ratio": result.get("ratio", {}).get(scenario["headline"]),
+        }
+    return {
+        "model": name,
+        "perplexity": perplexity,
+        "onnxruntime": times,
+        "genai_median_seconds": genai,
+        "peak_memory_bytes": facts["peak_bytes"],
+        "onnx_bytes": facts["file_bytes"],
+    }
+
+
+def picture(report: Json) -> str:
+    """Perplexity against time and size as a file of its own, in the colours of the page."""
+    style = resources.files("thanos_deploy.report").joinpath("page.css").read_text()
+    colours = style[: style.index("\n* {")]
+    return (
+        str(charts.pareto(report["pareto"]))
+        .replace(
+            "<svg ",
+            '<svg xmlns="http://www.w3.org/2000/svg" style="background: var(--paper); '
+            'font-family: sans-serif" ',
+            1,
+        )
+        .replace("<title>", f"<style>{colours}</style><title>", 1)
+    )
+
+
+def markdown(rows: list[Json], run: Json) -> str:
+    """The table of README."""
+    scenarios = [scenario["name"] for scenario in run["scenarios"]]
+    heads = (
+        *("model", "perplexity", *(f"{name}, ms" for name in scenarios)),
+        *("ORT-GenAI prefill, ms", "ORT-GenAI decode, ms", "peak memory, MB", "ONNX, MB"),
+    )
+    lines = [heads, ("---",) * len(heads)]
+    for one in rows:
+        times = []
+        for name in scenarios:
+            measured = one["onnxruntime"][name]
+            ratio = measured["ratio"]
+            times.append(f"{measured['median_seconds'] * 1e3:.1f}")
+            if ratio is not None:
+                span = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+                times[-1] += f", {ratio['estimate']:.2f} ({span})"
+        genai = one["genai_median_seconds"]
+        lines.append(
+            (
+                one["model"],
+                f"{one['perplexity']:.2f}",
+                *times,
+                *(f"{genai[what] * 1e3:.1f}" for what in ("prefill", "decode")),
+                *(f"{one[size] / 1e6:.0f}" for size in ("peak_memory_bytes", "onnx_bytes")),
+            )
+        )
+    status = "" if run["status"] == "VALID" else f"\n\n{run['status']}: {'; '.join(run['reasons'])}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + status
+
+
+def once(path: Path, inputs: Json, compute: Callable[[], Any]) -> Any:
+    """A result that is kept in a file, computed unless it is there and of the same inputs."""
+    key = artifact.sha256_of(inputs)
+    if path.exists():
+        kept = json.loads(path.read_bytes())
+        if kept["inputs"] == key:
+            return kept["value"]
+    value = compute()
+    artifact.write_json(path, {"inputs": key, "value": value})
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The commands that a report prints, read by the command line itself."""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from tests.bundles import write_bundle
+from thanos_deploy import cli, methods
+from thanos_deploy.artifact import Bundle
+from thanos_deploy.cli import _options
+from thanos_deploy.pattern import parse
+from thanos_deploy.report import commands, sources
+from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """The options as the subcommand would get them."""
+    program, name, *words = shlex.split(line)
+    assert program == "thanos-deploy"
+    command = cli.cli.commands[name]
+    return command.make_context(name, words, resilient_parsing=False).params
+
+
+def printed(tmp_path: Path, **options: Any) -> dict[str, str]:
+    """The lines for a bundle whose stages have these options, by the name of the subcommand."""
+    read = sources.read(Bundle.open(write_bundle(tmp_path / "out")))
+    for stage, asked in options.items():
+        read.stages[stage].options.clear()
+        read.stages[stage].options.update(asked)
+    return {line.split()[1]: line for line in commands.of(read)}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *(PruneRequest(parse("2:4"), method=name) for name in methods.names()),
+        PruneRequest(parse("2:4"), preset="paper", seed=3, dtype="fp16"),
+        PruneRequest(parse("4:8"), options={"block_columns": 64, "outlier_rows": 0.1}),
+        PruneRequest(parse("unstructured:0.5"), true_sequential=False, dense_target=0.5),
+        PruneRequest(parse("structured:0.2"), allocation="loss", ffn_multiple=32, shrink="ffn"),
+        PruneRequest(parse("structured:0.2")),
+        PruneRequest(parse("structured:0.2"), keep_shape=True),
+    ],
+    ids=lambda request: f"{request.pattern} {request.method} {request.preset}",
+)
+def test_the_pruning_command_asks_for_what_was_asked_for(
+    request_: PruneRequest, tmp_path: Path
+) -> None:
+    recorded = request_.to_json()
+    again = _options.prune_request(parsed(printed(tmp_path, prune=recorded)["prune"]))
+    again.check()
+    assert again.to_json() == recorded
+
+
+def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
+    evaluation = EvalRequest("held out.txt", segments=5, seqlen=77).to_json()
+    export = asdict(ExportRequest("fp16", 64))
+    lines = printed(tmp_path, eval=evaluation, onnx=export)
+    assert _options.eval_request(parsed(lines["eval"])).to_json() == evaluation
+    options = parsed(lines["export"])
+    assert (options["target"], options["dtype"], options["max_seq"]) == ("onnx", "fp16", 64)
+
+
+@pytest.mark.parametrize(
+    ("request_", "subjects"),
+    [
+        (BenchRequest(), ["dense", "pruned"]),
+        (
+            BenchRequest(
+                run="mine",
+                kinds=("prefill", "open-loop"),
+                batches=(1, 8),
+                prompts=(32, 128),
+                pasts=(64,),
+                requests=3,
+                rate=0.5,
+                threads=1,
+            ),
+            ["b", "pruned", "dense"],
+        ),
+        (BenchRequest(run="aa", kinds=("decode",)), ["pruned", "pruned-again"]),
+    ],
+)
+def test_the_benchmark_command_asks_for_what_was_asked_for(
+    request_: BenchRequest, subjects: list[str], tmp_path: Path
+) -> None:
+    recorded = {request_.run: {**request_.to_json(), "subjects": subjects}}
+    options = parsed(printed(tmp_path, bench=recorded)["bench"])
+    assert _options.bench_request(options) == request_
+    assert options["aa"] == ("pruned-again" in subjects)
+    against = () if options["aa"] else tuple(label for label in subjects if label != "pruned")
+    assert options["against"] == against
+
+
+def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:
+    source = {"kind": "folder", "name": "x; rm -rf ~ $(id)", "revision": "", "sha256": "b1" * 32}
+    out = write_bundle(tmp_path / "out", source=source)
+    (line, *_) = commands.of(sources.read(Bundle.open(out)))
+    assert shlex.split(line)[2] == source["name"]
+
+
+def test_every_option_that_is_printed_exists(tmp_path: Path) -> None:
+    for line in printed(tmp_path).values():
+        name = line.split()[1]
+        known = {
+            opt
+            for parameter in cli.cli.commands[name].params
+            if isinstance(parameter, click.Option)
+            for opt in (*parameter.opts, *parameter.secondary_opts)
+        }
+        assert {word for word in shlex.split(line) if word.startswith("-")} <= known

@@ -1,0 +1,64 @@
+"""`thanos-deploy report`: one page about a bundle, or about several side by side."""
+
+from pathlib import Path
+
+import click
+
+from thanos_deploy import console
+from thanos_deploy.cli._options import emit
+from thanos_deploy.errors import UsageError
+
+
+@click.command("report")
+@click.argument(
+    "bundles", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The page, FILE.html; FILE.md and FILE.json are written beside it.  [default: "
+    "OUT/report/index.html, for one OUT]",
+)
+@click.option(
+    "--allow-different-models",
+    is_flag=True,
+    help="Put bundles of different base models or tokenizers side by side.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+def command(
+    bundles: tuple[Path, ...],
+    output: Path | None,
+    allow_different_models: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Say on one page what the bundles OUT show: quality, speed, memory, size, and what is missing.
+
+    The page is one file that loads nothing: it can be mailed, printed, and opened from disk.
+
+    \b
+    thanos-deploy report out/smol
+    thanos-deploy report out/two-four out/half out/shrunk -o compare.html
+    """  # noqa: D301 - click wants the control character
+    if output is None and len(bundles) > 1:
+        raise UsageError(
+            f"{len(bundles)} bundles and no -o: none of them is the place for a comparison",
+            fix="give the page's name, such as -o compare.html",
+        )
+    from thanos_deploy import artifact
+    from thanos_deploy.report.write import compare, write_report
+
+    if output is not None:
+        report = compare(
+            bundles,
+            output,
+            allow_different_models=allow_different_models,
+            overwrite=overwrite,
+        )
+    else:
+        (out,) = bundles
+        with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
+            report = write_report(bundle)
+    emit({"as_json": as_json}, report, console.show_report)

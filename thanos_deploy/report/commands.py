@@ -1,0 +1,107 @@
+"""The command lines that make a bundle again, from the options that its stages were made with."""
+
+import shlex
+from collections.abc import Iterator
+
+from thanos_deploy.artifact import Json, StageRecord
+from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.report.runs import DENSE, PRUNED
+from thanos_deploy.report.sources import Sources
+
+_TOOL = "thanos-deploy"
+
+# Options whose name on the command line is not their name in the manifest.
+_PRUNE = {
+    "block_columns": "--block-size",
+    "damping": "--damp",
+    "damping_mode": "--damp-mode",
+    "part": "--shrink",
+    "multiple": "--ffn-multiple",
+}
+_EVAL = {
+    "text": "--eval-text",
+    "segments": "--eval-segments",
+    "seqlen": "--eval-seqlen",
+}
+_EXPORT = {"max_sequence": "--max-seq"}
+_BENCH = {
+    "run": "--run",
+    "batches": "--batch",
+    "prompts": "--prompt",
+    "pasts": "--past",
+    "new_tokens": "--new-tokens",
+    "rounds": "--rounds",
+    "requests": "--requests",
+    "rate": "--rate",
+    "driver": "--driver",
+    "provider": "--provider",
+    "threads": "--threads",
+    "sample_prompt": "--sample-prompt",
+}
+
+
+def of(sources: Sources) -> list[str]:
+    """One command line a stage, in the order in which they finished.
+
+    OUT is the bundle. Models and texts are called as they were then; the manifest has no paths, but
+    the hashes that tell whether a file is the same.
+    """
+    source = sources.bundle.source
+    made = []
+    for stage, record in sources.stages.items():
+        match stage:
+            case "prune":
+                revision = ["--revision", source["revision"]] if source["revision"] else []
+                words = ["prune", source["name"], "-o", "OUT", *revision, *_pruning(record)]
+            case "eval":
+                words = ["eval", "OUT", "--dense", source["name"], *_flags(record.options, _EVAL)]
+            case "onnx":
+                words = ["export", "OUT", "--target", "onnx", *_flags(record.options, _EXPORT)]
+            case "genai" | "packed":
+                words = ["export", "OUT", "--target", stage]
+            case "bench":
+                made += [
+                    shlex.join([_TOOL, "bench", "OUT", *_bench(source["name"], options)])
+                    for options in record.options.values()
+                ]
+                continue
+            case _:  # an engine of its target's name
+                words = ["export", "OUT", "--target", stage]
+        made.append(shlex.join([_TOOL, *words]))
+    return made
+
+
+def _pruning(record: StageRecord) -> Iterator[str]:
+    options = dict(record.options)
+    cut = options.pop("cut", False)
+    if isinstance(parse(options["pattern"]), Structured) and not cut:
+        yield "--keep-shape"
+    match options.pop("true_sequential", None):
+        case True:
+            yield "--true-sequential"
+        case False:
+            yield "--block-statistics"
+    yield from _flags(options, _PRUNE)
+
+
+def _bench(model: str, options: Json) -> Iterator[str]:
+    others = [label for label in options["subjects"] if label != PRUNED]
+    if others == [f"{PRUNED}-again"]:
+        yield "--aa"
+    else:
+        for label in others:  # a bundle is called like its folder
+            yield from ("--against", label)
+    if DENSE in others:
+        yield from ("--dense", model)
+    for kind in options["kinds"]:
+        yield from ("--scenario", kind)
+    yield from _flags({name: options[name] for name in _BENCH if name in options}, _BENCH)
+
+
+def _flags(options: Json, names: dict[str, str]) -> Iterator[str]:
+    """Options as words of a command line; None stands for what was left out."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        yield names.get(name, f"--{name.replace('_', '-')}")
+        yield ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,111 @@
+"""The figures of a report as rows, for whoever prints a table of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from thanos_deploy.artifact import Json
+from thanos_deploy.report.runs import DENSE, PRUNED, measured, quoted
+
+# Unit in the report -> factor, unit for people, digits.
+_SCALES = {"s": (1e3, "ms", 1), "B": (1e-6, "MB", 1), "1/s": (1.0, "tokens/s", 1), "": (1.0, "", 2)}
+
+_METRICS = {
+    "ttft": "first token",
+    "inter_token": "between tokens",
+    "total": "whole answer",
+    "tokens_per_second": "tokens per second",
+    "request": "request",
+}
+
+_MEMORY = {
+    "load_peak_bytes": "memory while loading",
+    "steady_bytes": "memory when loaded",
+    "peak_bytes": "peak memory",
+    "gpu_peak_bytes": "GPU memory",
+}
+
+_FILES = {"model": "checkpoint", "packed": "packed checkpoint", "onnx": "ONNX"}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Something measured of the dense and of the pruned model.
+
+    Attributes:
+        name: what.
+        unit: "s", "B", "1/s", or "" for a plain number.
+        dense, pruned: the values; None if the dense model's was not measured.
+        ratio: pruned / dense.
+        low, high: confidence interval of the ratio, where there is one.
+        status: of the run that a time is from; only what is VALID counts.
+    """
+
+    name: str
+    unit: str
+    dense: float | None
+    pruned: float
+    ratio: float | None
+    low: float | None = None
+    high: float | None = None
+    status: str = "VALID"
+
+    @property
+    def title(self) -> str:
+        """The name with the unit for people."""
+        unit = _SCALES[self.unit][1]
+        return f"{self.name}, {unit}" if unit and self.unit != "1/s" else self.name
+
+
+def figures(model: Json) -> Iterator[Figure]:
+    """Quality, sizes, times and memory of a model of a report, in this order."""
+    if quality := model["quality"]:
+        yield _figure("perplexity", "", quality["dense"], quality["pruned"])
+    for name, title in _FILES.items():
+        if size := model["bytes"].get(name):
+            yield _figure(title, "B", size["dense"], size["pruned"])
+    run = quoted(model)
+    for scenario, metric, ratio in measured(run):
+        dense, pruned = (scenario["results"][who]["metrics"][metric] for who in (DENSE, PRUNED))
+        yield Figure(
+            metric_title(scenario, metric),
+            pruned["unit"],
+            dense["median"],
+            pruned["median"],
+            ratio["estimate"],
+            ratio["low"],
+            ratio["high"],
+            run["status"] if run else "VALID",
+        )
+    subjects = run["subjects"] if run else {}
+    for name, title in _MEMORY.items() if subjects else ():
+        dense, pruned = (subjects[who].get(name) for who in (DENSE, PRUNED))
+        if pruned is not None:
+            yield _figure(title, "B", dense, pruned)
+
+
+def metric_title(scenario: Json, metric: str) -> str:
+    """A scenario and what was timed in it."""
+    if metric == scenario["kind"]:
+        return str(scenario["name"])
+    return f"{scenario['name']}, {_METRICS.get(metric, metric.replace('_', ' '))}"
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A value as people read it, without its unit."""
+    if value is None:
+        return "not measured"
+    factor, _, digits = _SCALES[unit]
+    return f"{value * factor:,.{digits}f}"
+
+
+def shown_ratio(figure: Figure) -> str:
+    """A ratio with its interval where there is one, and with what speaks against it."""
+    if figure.ratio is None:
+        return ""
+    span = "" if figure.low is None else f" ({figure.low:.3f} to {figure.high:.3f})"
+    doubt = "" if figure.status == "VALID" else f", {figure.status}"
+    return f"{figure.ratio:.3f}{span}{doubt}"
+
+
+def _figure(name: str, unit: str, dense: float | None, pruned: float) -> Figure:
+    return Figure(name, unit, dense, pruned, pruned / dense if dense else None)

@@ -1,0 +1,144 @@
+"""The report as Markdown: the page's sentences and tables, without its pictures."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from thanos_deploy.artifact import Json
+from thanos_deploy.gpu import NOT_MEASURED
+from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
+from thanos_deploy.report.runs import DENSE, quoted
+
+
+def render(report: Json) -> str:
+    """Markdown of a report."""
+    models = report["models"]
+    blocks = [
+        f"# {_text(report['title'])}",
+        _text(report["headline"]),
+        *(f"> **{_text(notice)}**" for notice in report["notices"]),
+    ]
+    if len(models) > 1:
+        blocks += ["## Side by side", *_comparison(report)]
+    for model in models:
+        if len(models) > 1:
+            blocks.append(f"## {_text(model['label'])}")
+        blocks += _model(model)
+    blocks.append(f"Made by thanos-deploy {report['made_with']}.")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _comparison(report: Json) -> Iterator[str]:
+    for plot in report["pareto"]:
+        yield f"Perplexity against {plot['cost']}"
+        yield _table(
+            ("model", "perplexity", plot["unit"] if plot["unit"] != "B" else "MB", "dominated by"),
+            (
+                (
+                    point["label"],
+                    f"{point['perplexity']:.2f}",
+                    shown(point["cost"], "B")
+                    if plot["unit"] == "B"
+                    else f"{point['cost']:.3f}" + ("" if point["valid"] else " (not VALID)"),
+                    ", ".join(point["dominated_by"]) or "none",
+                )
+                for point in plot["points"]
+            ),
+        )
+
+
+def _model(model: Json) -> Iterator[str]:
+    yield _table(
+        ("", "dense", "pruned", "pruned / dense"),
+        (
+            (
+                figure.title,
+                shown(figure.dense, figure.unit),
+                shown(figure.pruned, figure.unit),
+                shown_ratio(figure),
+            )
+            for figure in figures(model)
+        ),
+    )
+    yield "\n".join(f"- {_text(sentence)}" for sentence in model["verdict"])
+    for run in model["bench"]:
+        yield f"### Run {_text(run['run'])}: {run['status']}"
+        yield _scenarios(run)
+    yield "### Sparse kernels"
+    if (export := model["export"]) and export["weights_on_pattern"] is not None:
+        yield (
+            f"In the exported graph, read back from the file, {model['pattern']} holds in "
+            f"{export['weights_on_pattern']} of {export['weights']} weights."
+        )
+    yield "\n".join(map(_kernels, model["kernels"])) or (
+        f"No engine was built. Speed on sparse tensor cores: {NOT_MEASURED}."
+    )
+    if parts := model["parts"]:
+        yield "### Where the bytes are"
+        yield _table(
+            ("part", "dense, MB", "pruned, MB"),
+            (
+                (part, shown(dense, "B"), shown(parts["pruned"][part], "B"))
+                for part, dense in parts[DENSE].items()
+            ),
+        )
+    if sample := model["sample"]:
+        yield f"### What they write after: {_text(sample['prompt'])}"
+        for who, text in sample.items():
+            if who != "prompt":
+                quote = "\n".join(f"> {_text(line)}" for line in text.strip().splitlines())
+                yield f"{_text(who)}:\n\n{quote}"
+    yield "### What was not measured"
+    yield "\n".join(
+        f"- {entry['what']}: {entry['why']}"
+        + (f"; `{entry['command']}`" if entry["command"] else "")
+        for entry in model["not_measured"]
+    )
+    yield "### How to do it again"
+    yield "\n".join(f"    {command}" for command in model["commands"])
+    run = quoted(model)
+    environment = run["environment"] if run else model["environment"]
+    yield (
+        f"Model: {_text(model['source']['name'])}, SHA-256 {model['source']['sha256']}. Machine: "
+        f"{_text(environment['processor'])}, {environment['cores']} cores."
+    )
+
+
+def _kernels(build: Json) -> str:
+    summary = build["summary"]
+    return (
+        f"- {_text(build['target'])}: {summary['picked']} of {summary['layers']} layers were given "
+        f"a sparse kernel, {summary['eligible']} were eligible."
+    )
+
+
+def _scenarios(run: Json) -> str:
+    return _table(
+        ("scenario", "model", "median", "p90", "p99", f"ratio to {run['baseline']}"),
+        (
+            (
+                metric_title(scenario, name) + (", 1/s" if metric["unit"] == "1/s" else ", ms"),
+                subject,
+                *(shown(metric[figure], metric["unit"]) for figure in ("median", "p90", "p99")),
+                f"{ratio['estimate']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+                if (ratio := (result.get("ratio") or {}).get(name))
+                else "",
+            )
+            for scenario in run["scenarios"]
+            for subject, result in scenario["results"].items()
+            for name, metric in result["metrics"].items()
+        ),
+    )
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    return "\n".join(
+        f"| {' | '.join(map(_text, line))} |" if number != 1 else f"|{'|'.join(line)}|"
+        for number, line in enumerate([*lines, *rows])
+    )
+
+
+def _text(text: str) -> str:
+    """Text that Markdown takes literally, on one line."""
+    escaped = re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", text)
+    return " ".join(escaped.split())

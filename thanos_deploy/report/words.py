@@ -1,0 +1,232 @@
+"""What the figures of a report mean, in sentences."""
+
+from collections.abc import Iterator, Sequence
+
+from thanos_deploy.artifact import Json
+from thanos_deploy.gpu import NOT_MEASURED
+from thanos_deploy.pattern import SemiStructured, Structured, parse
+from thanos_deploy.report.runs import quoted_times
+
+_CPU = "CPUExecutionProvider"
+
+# How often a model is on the front: on every plot, on some, on none; or on no plot at all.
+_STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
+
+# Stage -> what it measures, and the command that does it.
+_STAGES = {
+    "eval": ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
+    "onnx": ("the ONNX graph and its agreement with PyTorch", "thanos-deploy export OUT"),
+    "bench": ("latency and memory", "thanos-deploy bench OUT"),
+    "packed": ("the packed size", "thanos-deploy export OUT --target packed"),
+    "genai": ("ORT-GenAI", "thanos-deploy export OUT --target genai"),
+}
+
+
+def title(models: Sequence[Json]) -> str:
+    """What a report is about."""
+    names = ", ".join(dict.fromkeys(model["source"]["name"] for model in models))
+    if len(models) > 1:
+        return f"{names}: {len(models)} models side by side"
+    return f"{names}, {models[0]['pattern']} with {models[0]['method']}"
+
+
+def headline(model: Json, run: Json | None) -> str:
+    """What came out, in one sentence."""
+    clauses = []
+    if quality := model["quality"]:
+        clauses.append(
+            f"perplexity went from {quality['dense']:.2f} to {quality['pruned']:.2f} "
+            f"({quality['ratio']:.2f}x)"
+        )
+    else:
+        clauses.append("the perplexity was not measured")
+    size = model["bytes"].get("onnx") or model["bytes"]["model"]
+    if size["dense"]:
+        clauses.append(f"the files take {size['pruned'] / size['dense']:.2f}x the bytes")
+    times = [f"{name} {_outcome(ratio)}" for name, ratio in quoted_times(run)]
+    if run is None or not times:
+        clauses.append("latency was not measured")
+    else:
+        where = "on this CPU" if run["provider"] == _CPU else run["provider"]
+        clauses.append(f"{where}, {' and '.join(times)}")
+        if run["status"] != "VALID":
+            clauses.append(f"but that run is {run['status']}")
+    return f"{model['pattern']} with {model['method']}: {'; '.join(clauses)}."
+
+
+def comparison(models: Sequence[Json], plots: Sequence[Json]) -> str:
+    """What came out of several models, in one sentence."""
+    points = [point for plot in plots for point in plot["points"]]
+    if not points:
+        return f"{len(models)} models, of which nothing was measured that can be compared."
+    said: dict[str, list[str]] = {standing: [] for standing in _STANDINGS}
+    for model in models:
+        on_front = [not p["dominated_by"] for p in points if p["label"] == model["label"]]
+        said[_standing(on_front)].append(model["label"])
+    counted = all(point["valid"] for point in points)
+    doubt = "" if counted else " (some times are from runs that do not count)"
+    costs = ", ".join(plot["cost"] for plot in plots)
+    clauses = "; ".join(
+        f"{standing}: {', '.join(labels)}" for standing, labels in said.items() if labels
+    )
+    return f"By perplexity against {costs}{doubt}, {clauses}."
+
+
+def notices(model: Json) -> Iterator[str]:
+    """What must not be overlooked."""
+    for run in model["bench"]:
+        if run["status"] != "VALID" and "owner" not in run:  # whose own notice it is
+            reasons = "; ".join(run["reasons"]) or "no reason was recorded"
+            yield (
+                f"{run['status']}: the timing run {run['run']!r} of {model['label']} does not "
+                f"count ({reasons})."
+            )
+    for stage in model["stale"]:
+        yield (
+            f"Stage {stage!r} of {model['label']} was made from an earlier model and is left out; "
+            "repeat it with --overwrite."
+        )
+
+
+def not_measured(model: Json) -> list[Json]:
+    """What a reader may look for in vain: what, why, and the command that changes it."""
+    return [{"what": what, "why": why, "command": command} for what, why, command in _gaps(model)]
+
+
+def verdict(model: Json, run: Json | None) -> list[str]:
+    """What the figures of one model mean, one sentence each."""
+    return [
+        *_of_quality(model["quality"]),
+        *(_of_cuts(model["widths"]) if model["widths"] else ()),
+        *_of_times(run),
+        *(() if model["widths"] else _of_zeros(model)),
+        *_of_packing(model["bytes"].get("packed")),
+    ]
+
+
+def interval(ratio: Json) -> str:
+    """A ratio with its confidence interval."""
+    return f"{ratio['estimate']:.2f}x ({ratio['low']:.2f}x to {ratio['high']:.2f}x)"
+
+
+def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
+    for stage, (what, command) in _STAGES.items():
+        if stage not in model["seconds"] and _applies(stage, model):
+            yield what, "not measured", command
+    runs = [run for run in model["bench"] if run["status"] != "INTERRUPTED"]
+    if all(run["provider"] == _CPU for run in runs):
+        yield "latency and memory on a GPU", NOT_MEASURED, None
+    if not model["kernels"]:
+        yield "which layers run on sparse kernels", "no engine was built", None
+    kinds = {scenario["kind"] for run in runs for scenario in run["scenarios"]}
+    for kind, what in (("generate", "whole answers"), ("open-loop", "requests that arrive freely")):
+        if runs and kind not in kinds:
+            yield f"latency of {what}", "not measured", _STAGES["bench"][1]
+    if model["quality"] and model["export"] and model["export"]["dtype"] != "fp32":
+        what = f"perplexity of the {model['export']['dtype']} graph itself"
+        yield what, "the perplexity is the checkpoint's, in PyTorch", None
+    tasks = "quality on tasks: knowledge, reasoning, instructions"
+    yield tasks, "perplexity only; judge the model on your own task", None
+
+
+def _applies(stage: str, model: Json) -> bool:
+    """Packing is for n:m that holds everywhere."""
+    if stage != "packed":
+        return True
+    semi = isinstance(parse(model["pattern"]), SemiStructured)
+    return semi and bool(model["linear_layers"].get("pattern_holds"))
+
+
+def _of_quality(quality: Json | None) -> Iterator[str]:
+    if quality:
+        yield f"Perplexity went from {quality['dense']:.2f} to {quality['pruned']:.2f}."
+
+
+def _of_times(run: Json | None) -> Iterator[str]:
+    times = [f"{name} took {interval(ratio)}" for name, ratio in quoted_times(run)]
+    if run is None or not times:
+        return
+    yield (
+        f"Measured with {run['backend']}, {run['provider']}, on "
+        f"{run['environment']['processor']}: {'; '.join(times)} the dense model's time."
+    )
+    if run["status"] != "VALID":
+        yield (
+            f"That run is {run['status']} ({'; '.join(run['reasons'])}): repeat it before its "
+            "times are used."
+        )
+
+
+def _of_cuts(widths: Json) -> Iterator[str]:
+    """What cutting heads and channels out means."""
+    yield (
+        f"{widths['removed']:.1%} of the blocks' parameters are gone for good: the files, the "
+        "memory and the work of every block are smaller by that, on any machine and any backend; "
+        "embeddings and the output head are as they were."
+    )
+    if widths["stock_config"]:
+        yield "The result is an ordinary smaller checkpoint: stock loaders take it as it is."
+    else:
+        yield (
+            "No stock config.json describes these widths, so model/ is for thanos-deploy only "
+            "(widths.json declares them); the ONNX graph runs anywhere."
+        )
+
+
+def _of_zeros(model: Json) -> Iterator[str]:
+    """What zeros in matrices of the dense model's shapes mean."""
+    pattern = parse(model["pattern"])
+    if isinstance(pattern, Structured):
+        yield (
+            "The removed columns are zero, but the matrices keep their shapes (--keep-shape), so "
+            "nothing is faster or smaller: that needs heads and channels to be cut out."
+        )
+        return
+    yield (
+        f"{pattern} brings no speed on a CPU: ONNX Runtime has no sparse CPU kernels, so it reads "
+        "and multiplies the zeros like any other number; a difference from 1.00x has other causes."
+    )
+    yield "The files are no smaller either, because the zeros are stored like any other number."
+    match pattern:
+        case SemiStructured() if not model["linear_layers"]["pattern_holds"]:
+            yield (
+                "The pattern does not hold in every row (outlier rows were left dense), so sparse "
+                "tensor cores do not take these layers as they are."
+            )
+        case SemiStructured(2, 4):
+            yield (
+                "What would be faster: sparse tensor cores (NVIDIA, compute capability 8.0 or "
+                "later) through TensorRT with sparse weights allowed, for prefill and large "
+                "batches; on any machine, structured pruning, which makes the matrices smaller. "
+                f"On a GPU: {NOT_MEASURED}."
+            )
+        case _:
+            yield (
+                f"No sparse tensor core takes {pattern} (they take 2:4 only), so a GPU does not "
+                "change this; structured pruning, which makes the matrices smaller, would."
+            )
+
+
+def _of_packing(packed: Json | None) -> Iterator[str]:
+    if packed:
+        yield (
+            "Packed, without its zeros, the checkpoint takes "
+            f"{packed['pruned'] / packed['dense']:.3f} of the dense one's bytes."
+        )
+
+
+def _outcome(ratio: Json) -> str:
+    """What an interval shows."""
+    if ratio["high"] < 1.0 or ratio["low"] > 1.0:
+        return f"takes {interval(ratio)} the time"
+    return f"shows no difference ({ratio['low']:.2f}x to {ratio['high']:.2f}x the time)"
+
+
+def _standing(on_front: Sequence[bool]) -> str:
+    """A model on some plots, each with its front."""
+    throughout, in_part, never, incomparable = _STANDINGS
+    if not on_front:
+        return incomparable
+    if all(on_front):
+        return throughout
+    return in_part if any(on_front) else never

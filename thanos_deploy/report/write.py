@@ -1,0 +1,98 @@
+"""The files of a report: in the bundle that it is about, or where several bundles are compared."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from thanos_deploy import __version__, artifact
+from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.errors import UsageError
+from thanos_deploy.report import build, card, markdown, page, sources
+from thanos_deploy.report.sources import Sources
+
+
+def write_report(bundle: Bundle) -> Json:
+    """Put what the finished stages say into the report and the model card; return the report.
+
+    Raises:
+        InputError: nothing was pruned yet, or a record is not readable.
+        IntegrityError: a record was changed since it was written.
+    """
+    read = sources.read(bundle)
+
+    def produce(folder: Path) -> Json:
+        content = build.build([read])
+        (folder / "report").mkdir()
+        _write(content, [read], folder / "report" / "index.html", folder / "report" / "report.md")
+        (folder / "README.md").write_text(card.write(content), encoding="utf-8")
+        return {"headline": content["headline"], "notices": content["notices"]}
+
+    bundle.run(
+        "report",
+        produce,
+        options={"format": build.FORMAT, "made_with": __version__},
+        inputs={
+            **{name: record.finished for name, record in bundle.stages.items() if name != "report"},
+            # An interrupted benchmark is no stage.
+            **{name: artifact.sha256(bundle.path / name) for name in read.unrecorded},
+        },
+        overwrite=True,
+    )
+    report: Json = json.loads((bundle.path / "report" / "report.json").read_bytes())
+    return report
+
+
+def compare(
+    bundles: Sequence[Path],
+    destination: Path,
+    *,
+    allow_different_models: bool = False,
+    overwrite: bool = False,
+) -> Json:
+    """Write one report of some bundles, as HTML and, beside it, as Markdown and JSON.
+
+    Args:
+        bundles: their folders; nothing is written there.
+        destination: the HTML file.
+        allow_different_models: see `build.build`.
+        overwrite: replace files that are there.
+
+    Raises:
+        UsageError: the bundles are of different models, or the files cannot be put there.
+        InputError: a bundle has nothing pruned yet, or cannot be read.
+        IntegrityError: a record was changed since it was written.
+    """
+    _refuse(destination, overwrite)
+    read = sources.share([sources.read(Bundle.open(path)) for path in bundles])
+    content = build.build(read, allow_different_models=allow_different_models)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=destination.parent, prefix=".partial-") as partial:
+        html = Path(partial) / destination.name
+        _write(content, read, html, html.with_suffix(".md"))
+        for path in sorted(html.parent.iterdir()):
+            path.replace(destination.with_name(path.name))
+    return content
+
+
+def _refuse(destination: Path, overwrite: bool) -> None:
+    if destination.suffix != ".html":
+        raise UsageError(
+            f"-o {destination}: the report is a page", fix="give a file name that ends in .html"
+        )
+    parent = destination.parent
+    if parent.exists() and not parent.is_dir():
+        raise UsageError(f"{parent} is a file", fix="give a page in a folder with -o")
+    for suffix in (".html", ".md", ".json"):
+        path = destination.with_suffix(suffix)
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise UsageError(
+                f"{path} is there already", fix="give another file with -o, or --overwrite"
+            )
+
+
+def _write(report: Json, read: Sequence[Sources], html: Path, text: Path) -> None:
+    """The page, and Markdown and JSON of one name."""
+    html.write_text(page.render(report, read), encoding="utf-8")
+    text.write_text(markdown.render(report), encoding="utf-8")
+    artifact.write_json(text.with_suffix(".json"), report)
