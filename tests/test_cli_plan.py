@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.forecast import MODELS
+from tests.conftest import Invoke
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from thanos_deploy.artifact import Json
-from thanos_deploy.gpu import NOT_MEASURED
+from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, quoted
 

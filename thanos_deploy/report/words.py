@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from thanos_deploy.artifact import Json
-from thanos_deploy.gpu import NOT_MEASURED
+from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.pattern import SemiStructured, Structured, parse
 from thanos_deploy.report.runs import quoted_times
 
