@@ -18,6 +18,7 @@ kernels that wait for memory gain nothing, because engines then keep the dense o
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,30 +332,40 @@ def _nearest(kernel: Kernel, setting: Setting) -> Measurement | None:
 
 
 def read_measurements(path: Path, gpu: Gpu, dtype: str) -> tuple[Measurement, ...]:
-    """Measured products of a GPU and a dtype, from the file of benchmarks/semi_structured.py.
+    """Measured products of a GPU and a dtype.
+
+    Args:
+        path: the file of benchmarks/semi_structured.py, or of `gpu-check`.
+        gpu: what has to have been measured on.
+        dtype: "fp16", "bf16", ..., likewise.
 
     Raises:
         InputError: the file cannot be understood, or has none of them.
     """
     try:
+        document = json.loads(path.read_bytes())
+        document = document.get("steps", {}).get("gemm", document)
+        fits = document["dtype"] == dtype and _is(gpu, document["gpu"])
+        times: dict[tuple[int, int, int], dict[str, float]] = {}
+        for record in document["records"] if fits else ():
+            if record["seconds"]:
+                sizes = (int(record["tokens"]), int(record["outputs"]), int(record["inputs"]))
+                median = statistics.median(map(float, record["seconds"]))
+                times.setdefault(sizes, {})[record["kernel"]] = median
         found = tuple(
             Measurement(
-                m=int(record["m"]),
-                n=int(record["n"]),
-                k=int(record["k"]),
-                dense=float(record["dense_us"]) / 1e6,
-                sparse=min(map(float, record["sparse_us"].values()), default=math.inf) / 1e6,
+                *sizes, dense=kernels.pop("dense"), sparse=min(kernels.values(), default=math.inf)
             )
-            for record in json.loads(path.read_bytes())
-            if record["dtype"] == dtype and _is(gpu, record["gpu"])
+            for sizes, kernels in times.items()
+            if "dense" in kernels
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a readable table of measured products ({error!r})",
-            fix="make it with `python -m benchmarks.semi_structured`",
+            fix="make it with `thanos-deploy gpu-check`, or `python -m benchmarks.semi_structured`",
         ) from error
-    sizes = (size for known in found for size in (known.m, known.n, known.k, known.dense))
-    if not found or min(sizes) <= 0:
+    positive = (size for known in found for size in (known.m, known.n, known.k, known.dense))
+    if not found or min(positive) <= 0:
         raise InputError(
             f"{path}: no product with positive sizes and times of {gpu.name} in {dtype}",
             fix="measure on that GPU and dtype, or leave --measured out",

@@ -222,24 +222,28 @@ def test_the_constants_are_what_the_published_figures_give() -> None:
         assert getattr(FITTED, name) == pytest.approx(getattr(found, name), rel=0.01), name
 
 
-RECORD = {"gpu": "NVIDIA L4", "dtype": "fp16", "m": 6, "n": 128, "k": 64, "dense_us": 7e6}
+def record(kernel: str, seconds: float | None, **sizes: object) -> dict[str, Any]:
+    times = None if seconds is None else [seconds, 10 * seconds, seconds / 10]
+    shape = {"tokens": 6, "outputs": 128, "inputs": 64} | sizes
+    return {"kernel": kernel, "seconds": times, **shape}
 
 
-def measured(tmp_path: Path, *records: dict[str, Any]) -> tuple[Measurement, ...]:
+def measured(
+    tmp_path: Path, *records: dict[str, Any], gpu: str = "NVIDIA L4", dtype: str = "fp16"
+) -> tuple[Measurement, ...]:
     path = tmp_path / "products.json"
-    path.write_text(json.dumps(records))
+    path.write_text(json.dumps({"gpu": gpu, "dtype": dtype, "records": records}))
     return read_measurements(path, find("L4"), "fp16")
 
 
 def test_a_measured_product_replaces_the_roofline_of_similar_ones(tmp_path: Path) -> None:
-    slow = RECORD | {"n": 256, "dense_us": 1e6, "sparse_us": {}}
     known = measured(
         tmp_path,
-        slow,
-        RECORD | {"sparse_us": {"cutlass": 5e6, "cusparselt": 4e6}},
-        RECORD | {"gpu": "NVIDIA H100 PCIe", "dense_us": 1, "sparse_us": {}},
-        RECORD | {"gpu": "GeForce 2", "dense_us": 1, "sparse_us": {}},
-        RECORD | {"dtype": "bf16", "dense_us": 1, "sparse_us": {}},
+        record("dense", 1.0, outputs=256),
+        record("cutlass", None, outputs=256),
+        record("dense", 7.0),
+        record("cutlass", 5.0),
+        record("cusparselt", 4.0),
     )
     assert len(known) == 2
     setting = replace(ideal(1e3, 1e9), measured=known)
@@ -259,17 +263,39 @@ def test_a_measured_product_replaces_the_roofline_of_similar_ones(tmp_path: Path
 
 
 def test_a_sparse_kernel_that_was_slower_is_not_used(tmp_path: Path) -> None:
-    known = measured(tmp_path, RECORD | {"sparse_us": {"cutlass": 9e6}})
+    known = measured(tmp_path, record("dense", 7.0), record("cutlass", 9.0))
     setting = replace(ideal(1e3, 1e9), measured=known)
     sparse = forecast(Variant("", TINY, sparse=True), Step(2, 3, 4), setting)[0]
     assert sparse.likely == pytest.approx(3 * 7.0)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{}", "[1]", "[]", '[{"gpu": "L4"}]', json.dumps([RECORD]), "\x00"]
-    + [json.dumps([RECORD | {"sparse_us": {}, "m": size}]) for size in (0, -1, "a")],
-)
+def test_products_of_another_gpu_or_dtype_are_not_taken(tmp_path: Path) -> None:
+    for other in ({"gpu": "NVIDIA H100 PCIe"}, {"gpu": "GeForce 2"}, {"dtype": "bf16"}):
+        with pytest.raises(InputError, match="no product"):
+            measured(tmp_path, record("dense", 1.0), **other)
+
+
+def test_the_file_of_gpu_check_is_taken_too(tmp_path: Path) -> None:
+    path = tmp_path / "check.json"
+    gemm = {"gpu": "NVIDIA L4", "dtype": "fp16", "records": [record("dense", 7.0)]}
+    path.write_text(json.dumps({"checks": [], "steps": {"gemm": gemm}}))
+    (known,) = read_measurements(path, find("L4"), "fp16")
+    assert (known.m, known.n, known.k, known.dense) == (6, 128, 64, 7.0)
+
+
+BAD = [
+    {"gpu": "NVIDIA L4", "dtype": "fp16"},
+    {"gpu": "NVIDIA L4", "dtype": "fp16", "records": [{}]},
+    {"gpu": "NVIDIA L4", "dtype": "fp16", "records": []},
+    *(
+        {"gpu": "NVIDIA L4", "dtype": "fp16", "records": [record("dense", 1.0, tokens=size)]}
+        for size in (0, -1, "a")
+    ),
+    {"gpu": "NVIDIA L4", "dtype": "fp16", "records": [record("cutlass", 1.0)]},
+]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "[]", "\x00", *map(json.dumps, BAD)])
 def test_a_table_that_cannot_be_used_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "products.json"
     path.write_text(content)
