@@ -1,7 +1,7 @@
 """Products with 2:4 weights on a GPU: dense, torch's semi-structured tensors, and our kernels.
 
 Usage: python -m benchmarks.semi_structured [--shapes 4096x4096 ...] [--tokens 1 16 256 2048]
-           [--dtype float16] [--samples 50] [-o FILE.json]
+           [--dtype fp16] [--samples 50] [-o FILE.json]
 
 Prints median microseconds and the speed relative to dense, and writes the records with what they
 were measured on. Exits 4 where there is no GPU.
@@ -16,6 +16,7 @@ import torch
 
 from runtime.kernels.timing import SHAPES, TOKENS, GemmTime, measure
 from thanos_deploy import artifact, environment
+from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, help="OUTPUTSxINPUTS")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
@@ -32,7 +33,7 @@ def main() -> None:
         found = measure(
             arguments.shapes,
             arguments.tokens,
-            dtype=getattr(torch, arguments.dtype),
+            dtype=DTYPES[arguments.dtype],
             samples=arguments.samples,
         )
     except DeployError as error:

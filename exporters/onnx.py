@@ -31,7 +31,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from exporters import _int8, _qdq
+from exporters import _int8, _qdq, _rewrites
 from thanos_deploy import artifact
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
@@ -322,6 +322,10 @@ def _trace(model: PreTrainedModel) -> ir.Model:
         seen,
     )
     cache = [f"{layer}.{part}" for layer in range(len(seen) // 2) for part in ("key", "value")]
+    usual = model.config._attn_implementation
+    # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
+    # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
+    model.set_attn_implementation("eager")
     with warnings.catch_warnings():
         # The exporter warns about its own internals; the result is compared with the model below.
         warnings.simplefilter("ignore")
@@ -346,6 +350,7 @@ def _trace(model: PreTrainedModel) -> ir.Model:
             ],
             output_names=["logits", *(f"present.{name}" for name in cache)],
         )
+    model.set_attn_implementation(usual)
     assert program is not None
     return program.model
 
@@ -358,6 +363,7 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
             weight "model.lm.layers.0.fc2.weight" [out, in] -> Gemm
     after:  weight "lm.layers.0.fc1.weight" [in, out] -> MatMul
             weight "lm.layers.0.fc2.weight" [in, out] -> MatMul -> Add
+            and what `_rewrites` describes
 
     The exporter's own optimiser takes as long as the export itself (mostly rules that match nothing
     here), loses the names, and ends with a graph of the same size and speed.
@@ -394,6 +400,8 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
             else None
         ),
     )
+    common_passes.RemoveUnusedNodesPass()(graph)
+    _rewrites.apply(graph)
     for simplify in (
         common_passes.RemoveUnusedNodesPass(),
         common_passes.CommonSubexpressionEliminationPass(),

@@ -127,6 +127,14 @@ class Bundle:
             )
         return self.stages[stage]
 
+    def stages_of(self, folder: str) -> list[str]:
+        """The finished stages that wrote into a folder of the bundle."""
+        return [
+            stage
+            for stage, record in self.stages.items()
+            if any(name.startswith(f"{folder}/") for name in record.files)
+        ]
+
     @property
     def model_sha256(self) -> str:
         """One hash for the pruned model: over the hashes of its files."""
@@ -139,14 +147,6 @@ class Bundle:
     def graph_sha256(self) -> dict[str, str]:
         """The hashes of the files of the exported graph."""
         return {name: file.sha256 for name, file in self.stages["onnx"].files.items()}
-
-    def stages_of(self, folder: str) -> list[str]:
-        """The finished stages that wrote into a folder of the bundle."""
-        return [
-            stage
-            for stage, record in self.stages.items()
-            if any(name.startswith(f"{folder}/") for name in record.files)
-        ]
 
     def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
         """Refuse options that differ from those a finished stage was made with.

@@ -5,6 +5,7 @@ that pruning never needs the whole model in memory. No pickle is read or written
 comes with a model is run.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -94,15 +95,39 @@ def locate(model: str, *, revision: str | None = None) -> Source:
         ModelError: there is no such model, or it has no safetensors weights.
         PlatformError: the hub cannot be reached and the model is not in its local cache.
     """
-    path = Path(model).expanduser()
+    path = _local(model)
+    if path is None:
+        folder = _download(model, revision, ["*.safetensors", *_COMPANIONS])
+        return Source("hub", model, folder.name, _hash_folder(folder), folder)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(
-                f"{path}: a file that is not .gguf", fix="give a model folder, a hub id or a .gguf"
-            )
         return Source("gguf", path.name, "", artifact.sha256(path), path)
-    if path.is_dir():
-        return Source("folder", path.resolve().name, "", _hash_folder(path), path)
+    return Source("folder", path.resolve().name, "", _hash_folder(path), path)
+
+
+def locate_configuration(model: str, *, revision: str | None = None) -> Path | None:
+    """The folder with a model's config.json; of a hub model nothing else is downloaded.
+
+    Returns:
+        None for a `.gguf` file, which has its own kind of configuration.
+
+    Raises:
+        ModelError, PlatformError: see `locate`.
+    """
+    path = _local(model)
+    if path is None:
+        return _download(model, revision, ["config.json", block_widths.FILE])
+    return None if path.is_file() else path
+
+
+def _local(model: str) -> Path | None:
+    """The file or folder that a user names; None if it can only be a hub id."""
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(
+            f"{path}: a file that is not .gguf", fix="give a model folder, a hub id or a .gguf"
+        )
+    if path.exists():
+        return path
     if (
         path.is_absolute()
         or path.suffix == ".gguf"
@@ -110,10 +135,10 @@ def locate(model: str, *, revision: str | None = None) -> Source:
         or model.count("/") > 1
     ):
         raise ModelError(f"{model}: no such file or folder", fix="check the path")
-    return _download(model, revision)
+    return None
 
 
-def _download(repository: str, revision: str | None) -> Source:
+def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -124,11 +149,7 @@ def _download(repository: str, revision: str | None) -> Source:
     )
 
     try:
-        folder = Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=["*.safetensors", *_COMPANIONS]
-            )
-        )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"{repository}: neither a local path nor a model on the hub"
@@ -141,7 +162,6 @@ def _download(repository: str, revision: str | None) -> Source:
             f"be reached ({type(error).__name__})",
             fix="check the path or the network, or give a local folder or .gguf file",
         ) from error
-    return Source("hub", repository, folder.name, _hash_folder(folder), folder)
 
 
 def _hash_folder(folder: Path) -> str:
@@ -263,38 +283,27 @@ class Checkpoint:
         Raises:
             ModelError: a file is missing or unreadable, or the model type has no family.
         """
-        path = folder / "config.json"
+        config, family, widths = _configuration(folder)
+        return cls(folder, config, family, Weights(folder), widths)
+
+    @classmethod
+    def outline(cls, folder: Path) -> "Checkpoint":
+        """Read the configuration alone, from which every shape follows; no tensor can be read.
+
+        Raises:
+            ModelError: see `open`; or the configuration describes no model.
+        """
+        config, family, widths = _configuration(folder)
+        bare = cls(folder, config, family, Outline({}), widths)
         try:
-            family = family_of(str(json.loads(path.read_bytes()).get("model_type")))
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except DeployError:
-            raise
-        except FileNotFoundError as error:
+            parameters = bare.skeleton().named_parameters()
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise ModelError(
-                f"{path}: missing, so {folder} is not a model folder",
-                fix="give a Hugging Face model folder, a hub id or a .gguf file",
-            ) from error
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            StrictDataclassError,
-        ) as error:
-            raise ModelError(
-                f"{path}: not a readable model configuration ({error})",
+                f"{folder / 'config.json'}: no model can be made of it ({error})",
                 fix="restore config.json from the model's origin",
             ) from error
-        count = config.num_hidden_layers
-        declared = block_widths.declared(folder)
-        if declared is not None and len(declared) != count:
-            raise ModelError(
-                f"{folder / block_widths.FILE}: {len(declared)} blocks, config.json says {count}",
-                fix="use the files of one and the same checkpoint",
-            )
-        uniform = (block_widths.of_config(config, family),) * count
-        return cls(folder, config, family, Weights(folder), declared or uniform)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+        return dataclasses.replace(bare, weights=Outline(shapes))
 
     @property
     def max_positions(self) -> int:
@@ -345,6 +354,43 @@ class Checkpoint:
             f"{self.folder}: the weights have no tensor {parameter}",
             fix="the checkpoint is incomplete or not of the type that its config.json names",
         )
+
+
+def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths, ...]]:
+    """A folder's configuration, its family, and the widths of every block."""
+    path = folder / "config.json"
+    try:
+        family = family_of(str(json.loads(path.read_bytes()).get("model_type")))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except DeployError:
+        raise
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: missing, so {folder} is not a model folder",
+            fix="give a Hugging Face model folder, a hub id or a .gguf file",
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        StrictDataclassError,
+    ) as error:
+        raise ModelError(
+            f"{path}: not a readable model configuration ({error})",
+            fix="restore config.json from the model's origin",
+        ) from error
+    count = config.num_hidden_layers
+    declared = block_widths.declared(folder)
+    if declared is not None and len(declared) != count:
+        raise ModelError(
+            f"{folder / block_widths.FILE}: {len(declared)} blocks, config.json says {count}",
+            fix="use the files of one and the same checkpoint",
+        )
+    uniform = (block_widths.of_config(config, family),) * count
+    return config, family, declared or uniform
 
 
 class Weights:
@@ -444,6 +490,15 @@ class Weights:
                 f"{path}: not a readable safetensors file ({error})",
                 fix="the file is truncated or corrupt; fetch it again and compare its hash",
             ) from error
+
+
+class Outline(Weights):
+    """The names and shapes of a model's tensors, and no tensors."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.dtypes = {}
+        self.files = {}
 
 
 class WeightsCopy:

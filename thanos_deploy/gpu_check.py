@@ -275,7 +275,12 @@ def gemm_step(bundle: Bundle, folder: Path, announce: Announce) -> Findings:
     """Single products."""
     findings = Findings()
     times = timing.measure(on_progress=announce("Time products with 2:4 weights"))
-    findings.figures["records"] = [asdict(record) for record in times]
+    # The form that `plan --measured` reads.
+    findings.figures |= {
+        "gpu": gpu.require().name,
+        "dtype": "fp16",
+        "records": [asdict(record) for record in times],
+    }
     dense = {
         (each.outputs, each.inputs, each.tokens): each.median
         for each in times

@@ -509,6 +509,14 @@ def plan(
     }
 
 
+def outline(model: str, *, revision: str | None, announce: Announce) -> Checkpoint:
+    """The sizes of a model, from its configuration alone; only a GGUF file is converted first."""
+    folder = checkpoint.locate_configuration(model, revision=revision)
+    if folder is None:
+        return Dense(model).checkpoint(announce)
+    return Checkpoint.outline(folder)
+
+
 def plan_prune(
     model: str,
     request: PruneRequest,

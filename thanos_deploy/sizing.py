@@ -215,6 +215,21 @@ def candidates(
     return found
 
 
+def even(checkpoint: Checkpoint, fraction: float) -> Widths:
+    """The candidate that cuts heads and channels most alike: a guess, with nothing measured yet.
+
+    Raises:
+        UsageError: see `candidates`.
+    """
+    stock = _stock_only(checkpoint, "both", "uniform")
+    found = candidates(checkpoint, fraction, part="both", multiple=None, stock=stock)
+    before = checkpoint.widths[0]
+    return min(
+        found,
+        key=lambda after: abs(after.heads / before.heads - after.channels / before.channels),
+    )
+
+
 def check(
     checkpoint: Checkpoint, fraction: float, *, part: str, multiple: int | None, allocation: str
 ) -> None:

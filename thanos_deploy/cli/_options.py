@@ -80,6 +80,12 @@ bundle_argument = click.argument("out", type=click.Path(path_type=Path))
 out_option = click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle."
 )
+session_options = several(
+    click.option("--offline", is_flag=True, help="Use no network: models from the local cache."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    click.option("-v", "--verbose", is_flag=True, help="Log every block."),
+)
 common_options = several(
     click.option(
         "--overwrite/--resume",
@@ -87,10 +93,7 @@ common_options = several(
         help="Redo the stages that were made with other options, or keep what is finished "
         "and refuse other options.  [default: resume]",
     ),
-    click.option("--offline", is_flag=True, help="Use no network: models from the local cache."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress."),
-    click.option("-v", "--verbose", is_flag=True, help="Log every block."),
+    session_options,
 )
 dense_option = click.option(
     "--dense", metavar="MODEL", required=True, help="The dense model that OUT was made from."

@@ -1,0 +1,105 @@
+"""How many nodes exported graphs have, and what they cost on one thread.
+
+Usage: python -m benchmarks.graph [--rounds N] NAME=FOLDER...
+
+FOLDER holds model.onnx. For each: the nodes of the file, those that ONNX Runtime runs after its own
+fusions, and the least processor time of a prefill of 128 tokens and of a decode at past 128, models
+in turns. The least processor time of one thread is what a busy machine disturbs least; it is no
+latency, for which see `benchmarks.shrinking`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from thanos_deploy import environment
+
+PROMPT = 128
+# Passes of a round: decodes are short.
+REPEATS = {"prefill": 1, "decode": 8}
+
+
+def main() -> None:
+    """Count, time and print; one line of JSON at the end."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("graphs", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    paths = {
+        name: Path(folder) / "model.onnx"
+        for name, _, folder in (graph.partition("=") for graph in arguments.graphs)
+    }
+    nodes = {name: [count(path), count_running(path)] for name, path in paths.items()}
+    sessions = {name: open_session(path) for name, path in paths.items()}
+    least = {name: dict.fromkeys(REPEATS, float("inf")) for name in paths}
+    for _ in range(arguments.rounds):
+        for name, session in sessions.items():
+            for kind, repeats in REPEATS.items():
+                seconds = processor_time(session, kind, repeats)
+                least[name][kind] = min(least[name][kind], seconds)
+    for name in paths:
+        written, running = nodes[name]
+        print(
+            f"{name:24s} {written:5d} nodes, {running:5d} running, "
+            + ", ".join(f"{kind} {least[name][kind] * 1e3:.2f} ms" for kind in REPEATS)
+        )
+    print(json.dumps({"nodes": nodes, "seconds": least, "environment": environment.describe()}))
+
+
+def count(path: Path) -> int:
+    """Nodes in a file, without constants."""
+    graph = onnx.load(path, load_external_data=False).graph
+    kinds = Counter(str(node.op_type) for node in graph.node)
+    return kinds.total() - kinds["Constant"]
+
+
+def count_running(path: Path) -> int:
+    """Nodes that are left when ONNX Runtime has fused what it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "optimised.data"
+        )
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return count(Path(folder) / "optimised.onnx")
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """A session on one thread."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def processor_time(session: ort.InferenceSession, kind: str, repeats: int) -> float:
+    """Mean processor seconds of a pass, after one that is not counted."""
+    sequence, past = (PROMPT, 0) if kind == "prefill" else (1, PROMPT)
+    generator = np.random.default_rng(0)
+    feeds: dict[str, NDArray[np.generic]] = {
+        "input_ids": np.ones((1, sequence), np.int64),
+        "attention_mask": np.ones((1, past + sequence), np.int64),
+        "position_ids": np.arange(past, past + sequence)[None],
+    }
+    for entry in session.get_inputs()[3:]:
+        shape = (1, entry.shape[1], past, entry.shape[3])
+        feeds[entry.name] = generator.standard_normal(shape, np.float32)
+    session.run(None, feeds)
+    started = time.process_time()
+    for _ in range(repeats):
+        session.run(None, feeds)
+    return (time.process_time() - started) / repeats
+
+
+if __name__ == "__main__":
+    main()

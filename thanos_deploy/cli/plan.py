@@ -1,0 +1,105 @@
+"""`thanos-deploy plan`: how fast a model would be on a GPU, dense and pruned, before renting it."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thanos_deploy import console, datasheets
+from thanos_deploy.cli._options import (
+    PatternType,
+    emit,
+    model_argument,
+    revision_option,
+    session,
+    session_options,
+)
+from thanos_deploy.pattern import parse
+
+
+class Integers(click.ParamType[tuple[int, ...]]):
+    """Positive whole numbers with commas between them."""
+
+    name = "integers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Read them; anything else is a usage error."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(number) for number in value.split(","))
+        except ValueError:
+            numbers = (0,)
+        if min(numbers) < 1:
+            self.fail(f"{value!r} is not a list of positive whole numbers such as 1,8", param, ctx)
+        return numbers
+
+
+@click.command("plan")
+@model_argument
+@click.option(
+    "--gpu",
+    required=True,
+    metavar="NAME",
+    help=f"{', '.join(gpu.name for gpu in datasheets.GPUS)}.",
+)
+@click.option(
+    "--pattern",
+    "patterns",
+    type=PatternType(),
+    multiple=True,
+    default=(parse("2:4"), parse("structured:0.25")),
+    show_default="2:4 and structured:0.25",
+    help="What to compare with the dense model; may be given often.",
+)
+@click.option("--batch", type=Integers(), default="1,8", show_default=True, help="Sequences.")
+@click.option(
+    "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each."
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens generated after it.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
+    default="fp16",
+    show_default=True,
+    help="Of the blocks' linear layers.",
+)
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="Measured matrix products of that GPU, from benchmarks/semi_structured.py; they replace "
+    "the roofline where one of similar size is there.",
+)
+@click.option("--layers", is_flag=True, help="Show every layer.")
+@revision_option
+@session_options
+def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> None:
+    """Forecast MODEL on a GPU that need not be here, from published figures.
+
+    Only the model's configuration is read, so its weights need not be here either.
+
+    \b
+    thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25
+    """  # noqa: D301 - click wants the control character
+    with session(options) as announce:
+        from thanos_deploy import pipeline
+        from thanos_deploy.forecast import Request, plan
+        from thanos_deploy.roofline import Setting, read_measurements
+
+        product, dtype = datasheets.find(gpu), options["dtype"]
+        path = options["measured"]
+        measured = read_measurements(path, product, dtype) if path is not None else ()
+        setting = Setting(product, dtype, measured)
+        request = Request(options["batch"], options["prompt"], options["new_tokens"])
+        checkpoint = pipeline.outline(model, revision=options["revision"], announce=announce)
+        result = plan(checkpoint, patterns, setting, request)
+    result = {"model": model, **result}
+    emit(options, result, lambda value: console.show_forecast(value, layers=options["layers"]))
