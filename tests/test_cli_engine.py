@@ -179,6 +179,7 @@ def test_without_a_gpu_everything_else_is_finished_and_the_next_command_named(
     code, _, err = invoke(*arguments)
     assert code == 4
     assert "thanos-deploy export out --target tensorrt" in err
+    assert err.startswith("Note: target tensorrt: not usable")  # before any work
     done = Bundle.open(out)
     assert {"prune", "eval", "onnx", "onnx-fp16", "bench", "report"} <= set(done.stages)
     done.verify()

@@ -415,6 +415,11 @@ def _layer_table(title: str, found: Json) -> Table:
     return table
 
 
+def show_note(message: str) -> None:
+    """Print what is worth knowing before the work begins."""
+    print(f"Note: {message}", file=sys.stderr)
+
+
 def show_error(message: str) -> None:
     """Print an error."""
     print(f"Error: {message}", file=sys.stderr)

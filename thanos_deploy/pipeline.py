@@ -28,7 +28,7 @@ import exporters.packed
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, benchmark, checkpoint, environment, sizing
+from thanos_deploy import artifact, benchmark, checkpoint, environment, preflight, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
@@ -456,6 +456,8 @@ def prune_export(
         exporters.genai.library()
     if target == "packed":
         exporters.packed.refuse(request.pattern)
+    if target == "tensorrt-rtx":
+        preflight.require(target)
     with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
         _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)

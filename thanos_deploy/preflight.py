@@ -8,6 +8,7 @@ from pathlib import Path
 from exporters import _builder
 from thanos_deploy import gpu
 from thanos_deploy.check import Check
+from thanos_deploy.errors import PlatformError
 
 # ONNX Runtime's TensorRT provider is linked against one major version of TensorRT; so is its wheel.
 _TENSORRT_OF_ONNXRUNTIME = {"1.31": "10"}
@@ -16,6 +17,9 @@ _TENSORRT_OF_ONNXRUNTIME = {"1.31": "10"}
 # (TensorRT-RTX 1.7, two profiles); see benchmarks/LOG.md.
 _MEMORY_PER_GRAPH_BYTE = 6.0
 _DISK_PER_GRAPH_BYTE = 1.3
+
+# The extra of each target's library.
+_INSTALL = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
@@ -30,14 +34,30 @@ def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> lis
     """
     found = [
         _onnxruntime(),
-        _library("tensorrt", "pip install 'thanos-deploy[tensorrt]', on a machine that reaches it"),
-        _library("tensorrt-rtx", "pip install 'thanos-deploy[rtx]'"),
+        *(_library(target) for target in _INSTALL),
         _onnxruntime_tensorrt(),
         *_gpus(),
     ]
     if graph_bytes is not None and folder is not None:
         found += [_memory(graph_bytes), _disk(graph_bytes, folder)]
     return found
+
+
+def of_target(target: str) -> list[Check]:
+    """What an engine of a target needs of this machine: its library, and for TensorRT the GPU."""
+    library = _library(target)
+    return [library] if target == "tensorrt-rtx" else [library, *_gpus()]
+
+
+def require(target: str) -> None:
+    """Refuse what cannot be built here.
+
+    Raises:
+        PlatformError: something that the target needs is not there.
+    """
+    for check in of_target(target):
+        if check.outcome != "PASS":
+            raise PlatformError(f"{check.name}: {check.detail}", fix=check.fix)
 
 
 def _onnxruntime() -> Check:
@@ -53,10 +73,11 @@ def _onnxruntime() -> Check:
     )
 
 
-def _library(target: str, fix: str) -> Check:
+def _library(target: str) -> Check:
     try:
         module = _builder.load(target)
     except (ImportError, OSError) as error:
+        fix = f"pip install 'thanos-deploy[{_INSTALL[target]}]'"
         return Check(f"target {target}", "SKIP", f"not usable ({error})", fix=fix)
     return Check(f"target {target}", "PASS", f"version {module.__version__}")
 

@@ -59,8 +59,16 @@ def command(
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy import pipeline
+        from thanos_deploy import pipeline, preflight
 
+        if target == "tensorrt" and not dry_run:
+            for check in preflight.of_target(target):
+                if check.outcome != "PASS":
+                    # Said before minutes of work; the engine is the last of it.
+                    console.show_note(
+                        f"{check.name}: {check.detail}; every stage before the engine is finished "
+                        "all the same"
+                    )
         # A plan is the same for every target.
         engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
         run = (
