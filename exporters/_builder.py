@@ -59,7 +59,7 @@ class _BuildError(Exception):
     """Something that the caller turns into an error for the user.
 
     Args:
-        kind: "machine" (it lacks something), "graph" (it cannot be built) or "usage".
+        kind: "machine" (it lacks something), "memory", "graph" (it cannot be built) or "usage".
         message: what failed.
     """
 
@@ -125,7 +125,8 @@ def _build(order: Order) -> dict[str, Any]:
         config.set_timing_cache(cache, False)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise _BuildError("graph", _last_error(order.log))
+            reason = _last_error(order.log)
+            raise _BuildError(_kind(reason), reason)
         Path(order.engine).write_bytes(plan)
         stored.write_bytes(config.get_timing_cache().serialize())
         inspected = _inspect(trt, logger, plan)
@@ -233,6 +234,13 @@ def _last_error(log: str) -> str:
         if line.startswith("[E]")
     ]
     return errors[-1] if errors else "the library gave no reason"
+
+
+def _kind(reason: str) -> str:
+    """What the library's own words are about."""
+    if "Unable to load library" in reason:  # the lean runtime, for engines of any version
+        return "machine"
+    return "memory" if "OutOfMemory" in reason or "out of memory" in reason else "graph"
 
 
 def dump(order: Order, path: Path) -> None:

@@ -44,6 +44,7 @@ FORMAT = "thanos-deploy/build/1"
 FORMS = ("matmul", "conv1x1")
 COMPATIBILITY = _builder.COMPATIBILITY
 
+_SMALLER = "use a machine with more memory, or a smaller --batch, --seq and --max-seq"
 _ORDER = "order.json"
 _PROMPT = (128, 1024)
 
@@ -286,6 +287,8 @@ def _error(order: Order, code: int, last: str, complaint: str) -> DeployError:
         match failure["kind"]:
             case "machine":
                 return PlatformError(message, fix="`thanos-deploy doctor` says what is missing")
+            case "memory":
+                return ResourceError(message, fix=_SMALLER)
             case "usage":
                 return UsageError(message, fix="choose among those, or another --target")
             case _:
@@ -296,7 +299,7 @@ def _error(order: Order, code: int, last: str, complaint: str) -> DeployError:
     if code == -signal.SIGKILL:
         return ResourceError(
             f"{package}: the builder was killed, most likely for want of memory",
-            fix="use a machine with more memory, or a smaller --batch, --seq and --max-seq",
+            fix=_SMALLER,
         )
     return PlatformError(
         f"{package}: the builder stopped with code {code} ({complaint.strip()[-500:]})",

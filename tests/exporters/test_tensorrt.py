@@ -21,7 +21,7 @@ from exporters import _builder, tensorrt, tensorrt_rtx
 from tests.conftest import Exported
 from thanos_deploy import gpu
 from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.errors import InputError, PlatformError, ResourceError, UsageError
 from thanos_deploy.pattern import SemiStructured
 
 pytestmark = [
@@ -118,6 +118,34 @@ def test_a_gpu_that_the_library_does_not_know_is_refused_with_those_it_does(
 ) -> None:
     with pytest.raises(UsageError, match=r"sm90: the library builds for .*sm80.*sm86"):
         tensorrt_rtx.export(half_graph("llama"), tmp_path, architectures=("sm90",))
+
+
+@pytest.mark.parametrize("wider", ["same-sm", "ampere+"])
+def test_an_engine_is_built_for_more_gpus(half_graph: Graphs, wider: str, tmp_path: Path) -> None:
+    build = tensorrt_rtx.export(
+        half_graph("llama"), tmp_path, architectures=("sm80",), compatibility=wider
+    )
+    assert build["compatibility"] == wider
+
+
+def test_engines_of_any_version_need_the_lean_runtime(half_graph: Graphs, tmp_path: Path) -> None:
+    with pytest.raises(PlatformError, match="libnvinfer_lean"):
+        tensorrt_rtx.export(
+            half_graph("llama"), tmp_path, architectures=("sm80",), compatibility="version"
+        )
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "error"),
+    [
+        ('{"kind": "memory", "message": "OutOfMemory"}', 1, ResourceError),
+        ("", -9, ResourceError),
+        ("", -11, PlatformError),
+    ],
+)
+def test_a_builder_that_dies_says_of_what(last: str, code: int, error: type[Exception]) -> None:
+    order = _builder.Order("tensorrt-rtx", "g", "e", "l", "t", False, "none", ("sm80",), ())
+    assert type(tensorrt._error(order, code, last, "Segmentation fault")) is error
 
 
 def test_a_graph_that_the_library_does_not_take_is_refused_with_its_reason(
