@@ -20,6 +20,10 @@ GROUP, KEPT = 4, 2
 # mma.sp. TensorRT has no sparse kernels for other multiples.
 INPUT_MULTIPLE, OUTPUT_MULTIPLE = 16, 8
 
+# Sparse kernels start to win at about this size, say TensorRT's maintainers (NVIDIA/TensorRT issue
+# 3849); a reason to expect a dense kernel, not to refuse a sparse one.
+SMALL = 256
+
 Choice = Literal["picked", "eligible", "not eligible", "not reported"]
 
 
@@ -169,13 +173,16 @@ def _judge(
         return "not reported", "kernels are chosen when the engine is loaded on its GPU"
     everyone = lines.eligible_count and not lines.eligible  # counted, and no one named
     if entry.name in lines.eligible or everyone:
-        return "eligible", _slower(timing)
+        return "eligible", _slower(entry, timing)
     return "not reported", "TensorRT's log does not mention it, neither as eligible nor as sparse"
 
 
-def _slower(timing: Timing | None) -> str:
+def _slower(entry: Weight, timing: Timing | None) -> str:
     if timing is None or timing.dense is None or timing.sparse is None:
-        return "TensorRT tried sparse kernels and kept a dense one"
+        reason = "TensorRT tried sparse kernels and kept a dense one"
+        if min(entry.inputs, entry.outputs) < SMALL:
+            reason += f", as is usual below {SMALL} inputs or outputs"
+        return reason
     more = (timing.sparse - timing.dense) * 1e6
     return (
         f"the fastest dense kernel took {timing.dense * 1e6:.1f} us, the fastest sparse one "

@@ -155,11 +155,11 @@ def test_an_engine_of_another_graph_is_found(bundle: Path, invoke: Invoke) -> No
     ("options", "complaint"),
     [
         (("--target", "tensorrt-rtx", "--sm", "90"), "sm90: the library builds for sm120"),
-        (("--target", "tensorrt-rtx", "--sm", "ampere"), "positive numbers"),
+        (("--target", "tensorrt-rtx", "--sm", "ampere"), "numbers from 1 on"),
         (("--target", "tensorrt-rtx", "--dtype", "int8"), "int8 is for onnx and genai"),
         (("--target", "onnx", "--dtype", "int8-qdq"), "int8-qdq for tensorrt"),
         (("--target", "tensorrt-rtx", "--seq", "16,4096"), "a larger --max-seq"),
-        (("--target", "tensorrt-rtx", "--batch", "0"), "positive numbers"),
+        (("--target", "tensorrt-rtx", "--batch", "0"), "numbers from 1 on"),
     ],
 )
 def test_engines_that_cannot_be_meant(

@@ -86,9 +86,10 @@ def test_eligible_says_how_much_faster_the_dense_kernel_was() -> None:
     assert proof.reason == (
         "the fastest dense kernel took 20.0 us, the fastest sparse one 3.5 us more"
     )
-    assert verdict(two_four(8, 16), lines).reason == (
-        "TensorRT tried sparse kernels and kept a dense one"
-    )
+    kept = "TensorRT tried sparse kernels and kept a dense one"
+    assert verdict(two_four(256, 512), lines).reason == kept
+    small = verdict(two_four(8, 512), lines).reason
+    assert small == f"{kept}, as is usual below 256 inputs or outputs"
 
 
 def test_a_log_that_only_counts_makes_eligible_whoever_holds_the_pattern() -> None:
