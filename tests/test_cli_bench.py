@@ -363,9 +363,14 @@ def test_an_interrupted_run_keeps_its_samples_and_the_next_one_starts_over(
             os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
         return take_turns(self, scenarios, number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(paired.Engines, "take_turns", interrupted)
-        code, printed, errors = invoke("bench", out, *PREFILL, "--rounds", "5")
+    # A shell that starts the tests in the background lets them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(paired.Engines, "take_turns", interrupted)
+            code, printed, errors = invoke("bench", out, *PREFILL, "--rounds", "5")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (code, printed) == (cli.INTERRUPTED, "")
     assert "repeat the command" in errors
     kept = run_of(out, "full.interrupted")
