@@ -139,6 +139,7 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in graph.value_info
     }
+    reader = {name: node for node in graph.node for name in node.input}
     read: set[str] = set()
     flops_per_token = flops_per_pair = 0
     for node in graph.node:
@@ -151,9 +152,12 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
             case "MatMul" | "Gemm" if node.input[1] in source:
                 flops_per_token += 2 * math.prod(weights[source[node.input[1]]].dims)
             # Attention is two products of equal work, scores and mix; the shape of what is mixed,
-            # [batch, heads, sequence, dim], is always in the file.
+            # [batch, heads, sequence, dim], is always in the file. Queries that share a value are
+            # stacked for the product, and that is their shape when they are apart again.
             case "MatMul":
-                match shapes.get(node.output[0]):
+                after = reader[node.output[0]]
+                mixed = after.output[0] if after.op_type == "Reshape" else node.output[0]
+                match shapes.get(mixed):
                     case [_, int(heads), _, int(dim)]:
                         flops_per_pair += 2 * 2 * heads * dim
     return Work(
