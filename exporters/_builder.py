@@ -136,7 +136,6 @@ def _build(order: Order) -> dict[str, Any]:
         "library": trt.__version__,
         "network_layers": network.num_layers,
         "peak_memory_bytes": environment.peak_memory_bytes(),
-        "inspected": inspected is not None,
     }
 
 

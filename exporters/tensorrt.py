@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from exporters import _builder, _buildlog, _conv1x1, _proof
 from exporters._builder import Order
-from exporters._profiles import Profile, Shape, profiles
+from exporters._profiles import profiles
 from exporters.onnx import DATA, MODEL, RECORD
 from thanos_deploy import artifact
 from thanos_deploy.errors import DeployError, InputError, PlatformError, ResourceError, UsageError
@@ -99,6 +99,7 @@ def export(
         _conv1x1.rewrite(onnx / MODEL, graph, weights=names, data=DATA)
     if timing_cache is not None:
         (destination / TIMING_CACHE).write_bytes(timing_cache.read_bytes())
+    inputs = _inputs(graph)
     order = Order(
         target=target,
         graph=os.path.relpath(graph, destination),
@@ -108,7 +109,7 @@ def export(
         sparse=use_sparse,
         compatibility=compatibility,
         architectures=tuple(architectures) if target == "tensorrt-rtx" else (),
-        profiles=tuple(_input_shapes(graph, way) for way in ways),
+        profiles=tuple({name: way.shapes(dims) for name, dims in inputs.items()} for way in ways),
     )
     started = time.perf_counter()
     built = _carry_out(order, destination, on_progress)
@@ -127,7 +128,6 @@ def export(
         "peak_memory_bytes": built["peak_memory_bytes"],
         "engine_bytes": (destination / ENGINE).stat().st_size,
         "network_layers": built["network_layers"],
-        "engine_layers": len(engine_layers(destination)),
         **proof_of(destination, weights, sparse=use_sparse, target=target),
     }
     artifact.write_json(destination / BUILD, record)
@@ -165,19 +165,27 @@ def proof_of(
         target: "tensorrt" or "tensorrt-rtx".
 
     Returns:
-        "layers" and "summary" of build.json.
+        "engine_layers", "layers" and "summary" of build.json.
     """
-    log = _log(folder)
+    log = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    inspected = folder / _builder.INSPECTION
+    # As inspected on a GPU, else as listed in the builder's log.
+    found = (
+        _buildlog.inspected_layers(inspected.read_text(encoding="utf-8"))
+        if inspected.exists()
+        else _buildlog.listed_layers(log)
+    )
     layers = _proof.prove(
         weights,
         _buildlog.sparsity_lines(log),
         _buildlog.timings(log),
-        engine_layers(folder),
+        found,
         sparse_allowed=sparse,
         kernels_known=target == "tensorrt",
     )
     verdicts = [layer.verdict for layer in layers]
     return {
+        "engine_layers": len(found),
         "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in layers],
         "summary": {
             "layers": len(layers),
@@ -187,14 +195,6 @@ def proof_of(
             "picked": verdicts.count("picked"),
         },
     }
-
-
-def engine_layers(folder: Path) -> list[_buildlog.EngineLayer]:
-    """The layers of a built engine: as inspected on a GPU, else as listed in the builder's log."""
-    inspected = folder / _builder.INSPECTION
-    if inspected.exists():
-        return _buildlog.inspected_layers(inspected.read_text(encoding="utf-8"))
-    return _buildlog.listed_layers(_log(folder))
 
 
 def read_weights(graph: Path, names: Sequence[str]) -> list[_proof.Weight]:
@@ -228,18 +228,14 @@ def _matrix(initializers: Mapping[str, ir.Value], graph: Path, name: str) -> NDA
     return array[:, :, 0, 0] if array.ndim == 4 else array.T
 
 
-def _input_shapes(graph: Path, way: Profile) -> dict[str, tuple[Shape, ...]]:
-    shapes: dict[str, tuple[Shape, ...]] = {}
+def _inputs(graph: Path) -> dict[str, list[int | str]]:
+    """Every input's dimensions: numbers, and names where they vary."""
+    dims: dict[str, list[int | str]] = {}
     for value in ir.load(graph).graph.inputs:
         assert value.name is not None
         assert value.shape is not None
-        dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-        shapes[value.name] = way.shapes(dims)
-    return shapes
-
-
-def _log(folder: Path) -> list[str]:
-    return (folder / LOG).read_text(encoding="utf-8").splitlines()
+        dims[value.name] = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return dims
 
 
 def _carry_out(order: Order, folder: Path, on_progress: OnProgress) -> artifact.Json:

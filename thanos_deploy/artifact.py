@@ -143,10 +143,14 @@ class Bundle:
             {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
         )
 
+    def hashes(self, stage: str) -> dict[str, str]:
+        """The hashes of the files of a finished stage, by name."""
+        return {name: file.sha256 for name, file in self.stages[stage].files.items()}
+
     @property
     def graph_sha256(self) -> dict[str, str]:
         """The hashes of the files of the exported graph."""
-        return {name: file.sha256 for name, file in self.stages["onnx"].files.items()}
+        return self.hashes("onnx")
 
     def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
         """Refuse options that differ from those a finished stage was made with.

@@ -207,7 +207,7 @@ def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         "genai",
         produce,
         options={},
-        inputs={"model": bundle.model_sha256, "onnx": _hashes(bundle, "onnx")},
+        inputs={"model": bundle.model_sha256, "onnx": bundle.graph_sha256},
         overwrite=overwrite,
     )
 
@@ -257,7 +257,7 @@ def _engine(
         name,
         produce,
         options=request.to_json(),
-        inputs={"model": bundle.model_sha256, source: _hashes(bundle, source)},
+        inputs={"model": bundle.model_sha256, source: bundle.hashes(source)},
         overwrite=overwrite,
     )
 
@@ -315,7 +315,3 @@ def _subfolder(folder: Path, name: str) -> Path:
 
 def _bytes(bundle: Bundle, stage: str) -> int:
     return sum(file.bytes for file in bundle.stages[stage].files.values())
-
-
-def _hashes(bundle: Bundle, stage: str) -> Json:
-    return {name: file.sha256 for name, file in bundle.stages[stage].files.items()}

@@ -139,9 +139,7 @@ def _graph_of(bundle: Bundle, stage: str) -> Check:
     name = f"{stage}: graph"
     inputs = bundle.stages[stage].inputs
     source = next(key for key in inputs if key != "model")
-    record = bundle.stages.get(source)
-    now = {} if record is None else {file: entry.sha256 for file, entry in record.files.items()}
-    if now == inputs[source]:
+    if source in bundle.stages and bundle.hashes(source) == inputs[source]:
         return Check(name, "PASS", f"built from {source}/ as it is now")
     return Check(
         name, "FAIL", f"built from another {source}/ than the one that is there", fix=_REBUILD

@@ -23,6 +23,19 @@ _COLUMNS_MULTIPLE = 128
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+def require_dtype(weight: Tensor, name: str) -> None:
+    """Refuse a weight that no 2:4 kernel takes.
+
+    Raises:
+        InputError: it is not one of `DTYPES`.
+    """
+    if weight.dtype not in DTYPES:
+        raise InputError(
+            f"{name}: the 2:4 kernels take no {weight.dtype}",
+            fix=f"use one of {', '.join(map(str, DTYPES))}",
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
     """A 2:4 matrix.
@@ -56,11 +69,7 @@ class PackedWeight:
             InputError: another dtype.
             ModelError: the weight is not 2:4.
         """
-        if weight.dtype not in DTYPES:
-            raise InputError(
-                f"{name}: the 2:4 kernels take no {weight.dtype}",
-                fix=f"use one of {', '.join(map(str, DTYPES))}",
-            )
+        require_dtype(weight, name)
         columns = weight.shape[1]
         values, mask = pack(weight.detach().cpu(), SemiStructured(2, 4), name)
         padded = -(-columns // _COLUMNS_MULTIPLE) * _COLUMNS_MULTIPLE

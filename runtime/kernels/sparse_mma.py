@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.kernels.packed import DTYPES
-from thanos_deploy.errors import InputError, PlatformError
+from runtime.kernels.packed import DTYPES, require_dtype
+from thanos_deploy.errors import PlatformError
 from thanos_deploy.packing import to_cutlass
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -56,11 +56,7 @@ class SparseMmaWeight:
             InputError: another dtype.
             ModelError: the weight is not 2:4.
         """
-        if weight.dtype not in DTYPES:
-            raise InputError(
-                f"{name}: the 2:4 kernels take no {weight.dtype}",
-                fix=f"use one of {', '.join(map(str, DTYPES))}",
-            )
+        require_dtype(weight, name)
         rows, columns = weight.shape
         padding = (0, -columns % _BLOCK_COLUMNS, 0, -rows % _BLOCK_ROWS)
         padded = torch.nn.functional.pad(weight.detach().cpu(), padding)
