@@ -1,8 +1,9 @@
-"""When ORT-GenAI's own batching engine lets requests join: `python -m benchmarks.genai_engine OUT`.
+"""When ORT-GenAI's own batching engine lets requests join.
 
-OUT is a bundle with the target genai. Six requests for texts of different lengths, the last one sent
-when the others have three tokens; prints in which of the engine's runs each got its tokens. Then the
-same folder with an `engine` section that asks for dynamic batching.
+`python -m benchmarks.genai_engine OUT`: OUT is a bundle with the target genai. Six requests for
+texts of different lengths, the last one sent when the others have three tokens; prints in which of
+the engine's runs each got its tokens. Then the same folder with an `engine` section in its
+configuration that asks for dynamic batching.
 """
 
 import argparse
