@@ -47,8 +47,8 @@ def alone(graph: Graph, text: Sequence[int]) -> NDArray[np.float32]:
     """float32[vocabulary], what follows a text that is read on its own, all at once."""
     ids = np.array([text])
     cache = [graph.place(entry) for entry in graph.empty_cache(1)]
-    logits, _ = graph.run(ids, np.ones_like(ids), cache)
-    return logits[0]
+    logits: NDArray[np.float32] = graph.run(ids, np.ones_like(ids), cache)[0]
+    return logits.squeeze(0)
 
 
 tokens = st.integers(0, VOCABULARY - 1)
@@ -82,7 +82,7 @@ def test_a_row_computes_what_it_computes_alone_whoever_comes_and_goes(
     def agree(texts: list[list[int]], logits: np.ndarray) -> None:
         for text, row in zip(texts, logits, strict=True):
             expected = alone(model, text)
-            np.testing.assert_allclose(row, expected, atol=1e-5 * np.ptp(expected))
+            np.testing.assert_allclose(row, expected, atol=1e-5 * float(np.ptp(expected)))
 
     for event, value in events:
         if event == "join" and not newcomers:
