@@ -264,12 +264,22 @@ def _token(chosen: int, logits: NDArray[np.float32], alternatives: int | None) -
     scores = logits.astype(np.float64)
     scores -= scores.max()
     logprobs = scores - np.log(np.exp(scores).sum())
-    likeliest = np.argsort(-logprobs, kind="stable")[:alternatives]
     return Token(
         chosen,
         float(logprobs[chosen]),
-        tuple((int(token), float(logprobs[token])) for token in likeliest),
+        tuple((token, float(logprobs[token])) for token in _likeliest(logprobs, alternatives)),
     )
+
+
+def _likeliest(logprobs: NDArray[np.float64], count: int) -> list[int]:
+    """That many ids, the likeliest first; of equals, the smaller first."""
+    if count == 0:
+        return []
+    least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf
+    candidates = np.flatnonzero(logprobs >= least)  # sorting all of them would take milliseconds
+    order = np.argsort(-logprobs[candidates], kind="stable")
+    ids: list[int] = candidates[order[:count]].tolist()
+    return ids
 
 
 class Batcher:

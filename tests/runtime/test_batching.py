@@ -419,3 +419,16 @@ def test_short_prompts_are_read_together_as_far_as_the_limit_allows(start: Start
         answer.end()
     joins = [call for call in engine.calls if call.startswith("join")]
     assert joins == ["join 1", "join 2 3", "join 1", "join 9", "join 1", "join 4"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 999, 1000, 5000])
+def test_of_equally_likely_alternatives_the_smaller_ids_come_first(
+    start: Start, count: int
+) -> None:
+    batcher, answer = start(Counting()), Answer()
+    batcher.submit(Request((7,), 1, alternatives=count), answer)
+    answer.end()
+    (token,) = answer.tokens
+    others = [number for number in range(1000) if number != 8]
+    assert [number for number, _ in token.alternatives] == [8, *others][:count]
+    assert token.alternatives[0] == (8, token.logprob)
