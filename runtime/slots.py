@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, require_readable
 from runtime.engines.onnxruntime import Graph
+
+# Tokens of each sequence that are read at once where nobody says how many.
+_PIECE = 128
 
 # Of the past that a buffer is made for, beyond what is needed now.
 _HEADROOM = 1.25
@@ -199,3 +202,25 @@ class OnnxRuntimeSlots:
         """See `SlotEngine.clear`."""
         self._rows.clear()
         self._newcomers.clear()
+
+    def logits(self, ids: Ids, mask: Ids | None = None) -> Logits:
+        """What follows other sequences, which leave no trace; on any thread, at any time.
+
+        Args:
+            ids, mask: as in `Engine.prefill`.
+
+        Returns:
+            float32[batch, vocabulary].
+
+        Raises:
+            UsageError: as `Engine.prefill`.
+        """
+        require_readable(ids, self.vocabulary)
+        self._graph.require_room(ids.shape[1])
+        mask = np.ones_like(ids) if mask is None else mask
+        cache = [self._graph.place(entry) for entry in self._graph.empty_cache(len(ids))]
+        # In pieces, because a run gives the logits of all its positions.
+        for start in range(0, ids.shape[1], _PIECE):
+            end = start + _PIECE
+            last, cache = self._graph.run(ids[:, start:end], mask[:, :end], cache)
+        return last

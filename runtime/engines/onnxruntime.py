@@ -97,6 +97,18 @@ class Graph:
         last: Logits = np.from_dlpack(logits)[:, -1].astype(np.float32)
         return last, longer
 
+    def require_room(self, tokens: int) -> None:
+        """Refuse sequences that are longer than the export is made for.
+
+        Raises:
+            UsageError: they are.
+        """
+        if tokens > self.max_sequence:
+            raise UsageError(
+                f"{tokens} tokens: the export is made for at most {self.max_sequence}",
+                fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
+            )
+
     def place(self, array: Any) -> Any:
         """An array on the session's device."""
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
@@ -118,23 +130,16 @@ class OnnxRuntimeEngine:
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
         require_readable(ids, self._graph.vocabulary)
-        self._require_room(ids.shape[1])
+        self._graph.require_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
         self._cache = [self._graph.place(entry) for entry in self._graph.empty_cache(len(ids))]
         return self._step(ids)
 
     def decode(self, ids: Ids) -> Logits:
         """See `Engine.decode`."""
-        self._require_room(self._mask.shape[1] + 1)
+        self._graph.require_room(self._mask.shape[1] + 1)
         self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
         return self._step(ids[:, None])
-
-    def _require_room(self, tokens: int) -> None:
-        if tokens > self.max_sequence:
-            raise UsageError(
-                f"{tokens} tokens: the export is made for at most {self.max_sequence}",
-                fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
-            )
 
     def _step(self, ids: Ids) -> Logits:
         logits, self._cache = self._graph.run(ids, self._mask, self._cache)
