@@ -6,24 +6,23 @@ refused with a status. Later errors are an event with the error object; [DONE] f
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from runtime.server import schemas
 from runtime.server.answers import Answers, Piece
+from runtime.server.clients import unless_gone
 from runtime.server.errors import ErrorBody, RefusedError
 from runtime.server.logs import record_of
 from runtime.server.service import Prompt, Served, Service
 from runtime.text import Tokenizer
-
-T = TypeVar("T")
 
 _CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 _IMPOSSIBLE = -9999.0
@@ -42,7 +41,7 @@ async def models(service: Served) -> schemas.Models:
     return schemas.Models(data=[_model(service)])
 
 
-@router.get("/models/{model}")
+@router.get("/models/{model:path}")
 async def model(model: str, service: Served) -> schemas.Model:
     """That model."""
     service.require(model)
@@ -125,39 +124,16 @@ async def _respond(
         stack.callback(lambda: record.fields.update(_usage(answers)))
         if body.stream:
             pieces = answers.pieces()
-            first = await _unless_gone(request, anext(pieces))
+            first = await unless_gone(request, anext(pieces))
             events = _events(
                 request.scope, form, head, answers, first, pieces, usage=body.include_usage
             )
             return _EventStream(events, stack.pop_all())
-        whole = await _unless_gone(request, answers.whole())
+        whole = await unless_gone(request, answers.whole())
         if service.log_prompts:
             record.fields["answers"] = [piece.text for piece in whole]
         document = form.document(head, whole, _usage(answers))
         return Response(document.model_dump_json(), media_type="application/json")
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work; given up when there is nobody to have it.
-
-    Raises:
-        ClientDisconnect: the client went away first.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class _EventStream(StreamingResponse):

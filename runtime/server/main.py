@@ -51,13 +51,13 @@ def open_service(
     tokenizer = open_tokenizer(bundle, verify=verify)
     template = open_chat_template(bundle, verify=verify)
     engine = open_slots(bundle, slots=slots, provider=provider, threads=threads, verify=verify)
-    batcher = Batcher(engine, queue=queue)
+    batcher, forward = Batcher(engine, queue=queue), Forward(engine, queue=queue)
     try:
         yield Service(
             name=name or bundle.resolve().name,
             engine=engine,
             batcher=batcher,
-            forward=Forward(engine, queue=queue),
+            forward=forward,
             tokenizer=tokenizer,
             template=template,
             limits=limits,
@@ -65,6 +65,7 @@ def open_service(
             log_prompts=log_prompts,
         )
     finally:
+        forward.close()
         batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
 
 

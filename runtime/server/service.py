@@ -2,8 +2,10 @@
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -52,9 +54,8 @@ class Forward:
             queue: the most that wait.
         """
         self._engine = engine
-        self._queue = queue
-        self._waiting = 0
-        self._turn = asyncio.Lock()
+        self._room = threading.Semaphore(queue + 1)
+        self._worker = ThreadPoolExecutor(1, "forward")
 
     async def logits(self, ids: Ids, mask: Ids | None) -> Logits:
         """float32[batch, vocabulary], what follows the last tokens; see `Engine.prefill`.
@@ -63,19 +64,16 @@ class Forward:
             Busy: too many wait already.
             UsageError: the engine cannot read them.
         """
-        if self._waiting >= self._queue:
-            raise Busy(
-                f"{self._waiting} requests are waiting for a forward pass", fix="try again later"
-            )
-        self._waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            return await asyncio.to_thread(self._engine.logits, ids, mask)
-        finally:
-            self._turn.release()
+        if not self._room.acquire(blocking=False):
+            raise Busy("too many requests wait for a forward pass", fix="try again later")
+        # Whoever gives up leaves the line, but not the worker: what runs has room until its end.
+        future = self._worker.submit(self._engine.logits, ids, mask)
+        future.add_done_callback(lambda _: self._room.release())
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Finish what runs."""
+        self._worker.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)

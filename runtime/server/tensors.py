@@ -11,6 +11,7 @@ Source: https://github.com/kserve/open-inference-protocol, rest/predict-v2, and 
 Server's documentation of the extension.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.engine import Ids, Logits
+from runtime.server.clients import unless_gone
 from runtime.server.errors import RefusedError, TensorError, misread
 from runtime.server.service import Served
 from thanos_deploy import __version__
@@ -184,14 +186,34 @@ async def ready() -> Ready:
     return Ready(ready=True)
 
 
-@router.get("/models/{name}/ready")
+@router.get("/models/{name:path}/ready")
 async def model_ready(name: str, service: Served) -> ModelReady:
     """Likewise, of a model."""
     service.require(name)
     return ModelReady(name=name, ready=True)
 
 
-@router.get("/models/{name}")
+@router.post("/models/{name:path}/infer", response_model=InferResponse, openapi_extra=_BODY)
+async def infer(name: str, request: Request, service: Served) -> Response:
+    """The logits after the last token of every sequence."""
+    service.require(name)
+    asked, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
+    ids, mask = _ids_and_mask(tensors)
+    if len(ids) > service.engine.slots:
+        raise RefusedError(
+            400,
+            f"a batch of {len(ids)} sequences; this server takes at most {service.engine.slots}",
+            code="batch_too_large",
+        )
+    try:
+        async with asyncio.timeout(service.limits.deadline_seconds):
+            logits = await unless_gone(request, service.forward.logits(ids, mask))
+    except TimeoutError as error:
+        raise RefusedError(503, "the logits were not there in time", code="deadline") from error
+    return _written(asked, service.name, logits)
+
+
+@router.get("/models/{name:path}")
 async def metadata(name: str, service: Served) -> ModelMetadata:
     """What the model takes and gives."""
     service.require(name)
@@ -207,22 +229,6 @@ async def metadata(name: str, service: Served) -> ModelMetadata:
             TensorMetadata(name="logits", datatype="FP32", shape=[-1, service.engine.vocabulary])
         ],
     )
-
-
-@router.post("/models/{name}/infer", response_model=InferResponse, openapi_extra=_BODY)
-async def infer(name: str, request: Request, service: Served) -> Response:
-    """The logits after the last token of every sequence."""
-    service.require(name)
-    asked, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
-    ids, mask = _ids_and_mask(tensors)
-    if len(ids) > service.engine.slots:
-        raise RefusedError(
-            400,
-            f"a batch of {len(ids)} sequences; this server takes at most {service.engine.slots}",
-            code="batch_too_large",
-        )
-    logits = await service.forward.logits(ids, mask)
-    return _written(asked, service.name, logits)
 
 
 def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, Ids]]:

@@ -101,7 +101,7 @@ def serving(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "open_slots", lambda *some, **more: Gate(open_slots(*some, **more)))
         with main.open_service(
-            bundle, slots=slots, queue=limits.answers, limits=limits, name="tiny", **options
+            bundle, slots=slots, queue=limits.answers, limits=limits, **{"name": "tiny", **options}
         ) as service:
             ready: SimpleQueue[str] = SimpleQueue()
             server = main.Server(

@@ -1,8 +1,10 @@
 """The Open Inference Protocol, spoken by Triton's own client."""
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from runtime.engine import Engine, open_engine
-from tests.runtime.server.conftest import Running, Serve
+from tests.runtime.server.conftest import LIMITS, Running, Serve, serving
 
 Array = NDArray[np.int64]
 
@@ -89,6 +91,36 @@ def test_logits_come_beside_texts_that_are_being_written(serve: Serve, engine: E
         np.testing.assert_array_equal(logits, engine.prefill(IDS))
         running.gate.open.set()
         assert text.result().choices[0].finish_reason in ("stop", "length")
+
+
+def test_forward_passes_wait_in_line_and_not_for_ever(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = threading.Event()
+    limits = replace(LIMITS, answers=2, deadline_seconds=1)
+    with serve(limits=limits) as running, ThreadPoolExecutor(9) as pool, running.http() as http:
+        logits = running.gate.logits
+        monkeypatch.setattr(
+            running.gate, "logits", lambda *given: compute.wait() and logits(*given), raising=False
+        )
+
+        def ask(_: int) -> tuple[int, str]:
+            answer = http.post("/v2/models/tiny/infer", content=body())
+            return answer.status_code, answer.headers.get("retry-after", "")
+
+        # One that runs, two that wait until it is too late, and six that find no room.
+        assert list(pool.map(ask, range(9))) == [(503, "1")] * 9
+        compute.set()
+        assert http.post("/v2/models/tiny/infer", content=body()).status_code == 200
+
+
+def test_the_name_of_a_model_may_have_a_slash(bundle: Path) -> None:
+    with serving(bundle, name="org/tiny") as running, running.http() as http:
+        assert http.get("/v1/models/org/tiny").json()["id"] == "org/tiny"
+        for path in ("org%2Ftiny", "org/tiny"):
+            assert http.get(f"/v2/models/{path}").json()["name"] == "org/tiny"
+            assert http.get(f"/v2/models/{path}/ready").json()["ready"]
+            assert http.post(f"/v2/models/{path}/infer", content=body()).status_code == 200
 
 
 @pytest.mark.parametrize(
