@@ -45,7 +45,7 @@ class Request:
             sequences.
         sampling: how to choose.
         stop: ids that end the text; they are not delivered.
-        deadline: of `time.monotonic()`, after which the request is given up; None for none.
+        deadline: of `time.monotonic()`; from the next step after it the request is given up.
         alternatives: how many of the likeliest tokens are reported beside each; None to compute no
             log probabilities.
 
@@ -122,7 +122,7 @@ class State:
         waiting: requests that wait for a slot.
         active: requests that have one.
         slots: the most requests that can.
-        steps: of the batch, since the start.
+        steps: of all rows, a token each, since the start.
         tokens: delivered since the start.
         prompt_tokens: read since the start.
     """
@@ -319,7 +319,7 @@ class Batcher:
             Busy: no slot is free and enough requests wait for one, or the batcher is closing.
             UsageError: the engine cannot read the prompt.
         """
-        require_readable(np.array([request.prompt], dtype=np.int64), self._engine.vocabulary)
+        require_readable(np.array([request.prompt]), self._engine.vocabulary)
         # The last token is not read any more.
         most = self._engine.max_sequence - len(request.prompt) + 1
         if most < 1:

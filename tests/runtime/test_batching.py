@@ -201,7 +201,7 @@ def test_a_request_that_finds_a_free_slot_needs_no_queue(start: Start) -> None:
     assert [answer.ids() for answer in answers] == [[8, 9], [8, 9]]
 
 
-@pytest.mark.parametrize("prompt", [(), (1, -1), (1, 1000), (1,) * 1001])
+@pytest.mark.parametrize("prompt", [(), (1, -1), (1, 1000), (2**70,), (1,) * 1001])
 def test_a_prompt_that_no_engine_reads_is_refused(start: Start, prompt: tuple[int, ...]) -> None:
     with pytest.raises(UsageError):
         start(Counting()).submit(Request(prompt, 1), Answer())
