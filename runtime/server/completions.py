@@ -6,6 +6,7 @@ refused with a status. Later errors are an event with the error object; [DONE] f
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, Protocol
@@ -20,13 +21,12 @@ from runtime.server import schemas
 from runtime.server.answers import Answers, Piece
 from runtime.server.clients import unless_gone
 from runtime.server.errors import ErrorBody, RefusedError
-from runtime.server.logs import record_of
+from runtime.server.logs import Record, record_of
 from runtime.server.service import Prompt, Served, Service
 from runtime.text import Tokenizer
 
 _CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 _IMPOSSIBLE = -9999.0
-
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
@@ -126,7 +126,7 @@ async def _respond(
             pieces = answers.pieces()
             first = await unless_gone(request, anext(pieces))
             events = _events(
-                request.scope, form, head, answers, first, pieces, usage=body.include_usage
+                service, record, form, head, answers, first, pieces, usage=body.include_usage
             )
             return _EventStream(events, stack.pop_all())
         whole = await unless_gone(request, answers.whole())
@@ -151,7 +151,8 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(
-    scope: Scope,
+    service: Service,
+    record: Record,
     form: "_Form",
     head: dict[str, Any],
     answers: Answers,
@@ -160,12 +161,12 @@ async def _events(
     *,
     usage: bool,
 ) -> AsyncGenerator[str, None]:
-    lengths: dict[int, int] = {}
+    texts: defaultdict[int, str] = defaultdict(str)
 
     def event(piece: Piece) -> str:
-        start = lengths.get(piece.index, 0)
-        lengths[piece.index] = start + len(piece.text)
-        return _event(form.chunk(head, piece, start))
+        chunk = form.chunk(head, piece, len(texts[piece.index]))
+        texts[piece.index] += piece.text
+        return _event(chunk)
 
     try:
         yield event(first)
@@ -174,8 +175,11 @@ async def _events(
         if usage:
             yield _event(form.last_chunk(head, _usage(answers)))
     except RefusedError as refused:
-        refused.note(scope)
+        refused.note(record)
         yield _event(refused.body)
+    finally:
+        if service.log_prompts:
+            record.fields["answers"] = [texts[index] for index in sorted(texts)]
     yield "data: [DONE]\n\n"
 
 

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from runtime.batching import Busy
-from runtime.server.logs import record_of
+from runtime.server.logs import Record, record_of
 from thanos_deploy.errors import DeployError, InputError, UsageError
 
 # What nginx calls a request whose client did not wait; nobody reads it but the log.
@@ -87,13 +87,13 @@ class RefusedError(Exception):
         """OpenAI's error object."""
         return ErrorBody(error=self.detail)
 
-    def note(self, scope: Scope) -> None:
+    def note(self, record: Record) -> None:
         """Leave the code for the log; the message may quote what was asked."""
-        record_of(scope).fields["error"] = self.detail.code
+        record.fields["error"] = self.detail.code
 
     def response(self, scope: Scope) -> Response:
         """What the client gets; the log gets the code."""
-        self.note(scope)
+        self.note(record_of(scope))
         tensors = scope["path"].startswith("/v2")
         content = {"error": self.detail.message} if tensors else self.body.model_dump()
         return Response(

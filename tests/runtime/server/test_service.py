@@ -204,6 +204,7 @@ def test_the_log_has_texts_only_where_it_may(
     with caplog.at_level(logging.INFO), serve(log_prompts=log_prompts) as running:
         client = running.openai()
         text = client.completions.create(**{**ASKED, "prompt": secret}).choices[0].text
+        list(client.completions.create(**{**ASKED, "prompt": secret}, stream=True))
         with running.http() as http:
             http.post(
                 "/v1/completions",
@@ -217,15 +218,15 @@ def test_the_log_has_texts_only_where_it_may(
         if record.name.startswith(("runtime", "uvicorn"))  # the clients log, too
     ]
     requests = [entry for entry in entries if entry["message"] == "request"]
-    assert [entry["status"] for entry in requests] == [200, 400, 404]
+    assert [entry["status"] for entry in requests] == [200, 200, 400, 404]
     assert requests[0]["completion_tokens"] <= 20
     assert requests[0]["seconds"] > 0
-    assert requests[1]["request_id"] == "bad"
-    assert requests[1]["error"] == "unknown_parameter"
-    assert requests[2]["route"] == "unknown"
+    assert requests[2]["request_id"] == "bad"
+    assert requests[2]["error"] == "unknown_parameter"
+    assert requests[3]["route"] == "unknown"
     assert (secret in json.dumps(entries)) == log_prompts
     if log_prompts:
-        assert requests[0]["answers"] == [text]
+        assert requests[0]["answers"] == requests[1]["answers"] == [text]
 
 
 def test_a_log_entry_is_one_line_of_json() -> None:
