@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -53,7 +54,7 @@ class Gate:
         return getattr(self._engine, name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Running:
     """A server that answers."""
 
@@ -66,12 +67,13 @@ class Running:
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", int(self.url.rsplit(":", 1)[1])
 
+    @cache  # noqa: B019 - making a client takes longer than most requests
     def openai(self, **options: Any) -> OpenAI:
         given = {"api_key": "none", "max_retries": 0, **options}
         return self.clients.enter_context(OpenAI(base_url=f"{self.url}/v1", **given))
 
     def http(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=60, **options)
+        return httpx2.Client(base_url=self.url, timeout=60, verify=False, **options)
 
     def wait_until(self, **state: int) -> None:
         """Wait until the batcher is in such a state."""
