@@ -4,6 +4,7 @@ import json
 import pkgutil
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -97,16 +98,7 @@ def open_engine(
             f"backend {name} has no variant {variant!r}",
             fix=f"give one of {', '.join([name, *(f'{name}:{known}' for known in variants)])}",
         )
-    opened = Bundle.open(bundle)
-    folder = module.folder(opened)
-    stages = opened.stages_of(folder)
-    if not stages:
-        raise InputError(
-            f"{bundle}: no finished stage made {folder}/",
-            fix=f"run `{module.COMMAND.format(bundle=bundle)}` first",
-        )
-    if verify:
-        opened.verify(*stages)
+    require_stage(bundle, module, verify=verify)
     engine: Engine = module.open_engine(
         bundle,
         provider=provider,
@@ -114,6 +106,30 @@ def open_engine(
         **({"variant": variant} if variant else {}),
     )
     return engine
+
+
+def require_stage(bundle: Path, backend: ModuleType, *, verify: bool) -> None:
+    """Refuse a bundle without what a backend reads.
+
+    Args:
+        bundle: its folder.
+        backend: its module, one of `runtime.engines`.
+        verify: compare the files with the hashes in the manifest, too.
+
+    Raises:
+        InputError: no finished stage made it.
+        IntegrityError: a file is missing, truncated or changed.
+    """
+    opened = Bundle.open(bundle)
+    folder = backend.folder(opened)
+    stages = opened.stages_of(folder)
+    if not stages:
+        raise InputError(
+            f"{bundle}: no finished stage made {folder}/",
+            fix=f"run `{backend.COMMAND.format(bundle=bundle)}` first",
+        )
+    if verify:
+        opened.verify(*stages)
 
 
 def require_readable(ids: Ids, vocabulary: int) -> None:

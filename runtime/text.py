@@ -3,7 +3,7 @@
 Reads `model/tokenizer.json` with the package tokenizers, which needs no torch and no transformers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from thanos_deploy.errors import InputError, PlatformError, UsageError
 
 _TOKENIZER = "model/tokenizer.json"
 
-# Ids of the prompt that the first piece is decoded with.
+# Ids before the first one that it is decoded with.
 _CONTEXT = 8
 
 
@@ -32,8 +32,13 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.stop = stop
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, with what the model wants before it.
+    def encode(self, text: str, *, framed: bool = True) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: what to encode.
+            framed: with what the model wants before and after a text; a chat template writes that
+                itself.
 
         Raises:
             InputError: the text is not valid Unicode.
@@ -45,13 +50,22 @@ class Tokenizer:
                 f"the text has invalid UTF-8 at character {error.start}",
                 fix="give the text in UTF-8",
             ) from error
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=framed).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def text_of(self, token: int) -> str | None:
+        """What one id is in the middle of a text; None if that is half a character."""
+        # Beside itself, because some tokenizers drop the space before the first word.
+        once, twice = (
+            self._tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2)
+        )
+        text: str = twice[len(once) :]
+        return None if "\ufffd" in text else text
 
 
 def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
@@ -125,51 +139,101 @@ def stream(
         )
     given = tokenizer.encode(prompt)
     ids = generate(engine, given, new_tokens=new_tokens, stop=tokenizer.stop, sampling=sampling)
-    yield from until(pieces(tokenizer, ids, given[-_CONTEXT:]), stop)
+    yield from until(pieces(tokenizer, ids, given), stop)
 
 
-def pieces(tokenizer: Tokenizer, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of a stream of ids, in pieces without half characters.
-
-    Args:
-        tokenizer: decodes them.
-        ids: the stream.
-        before: ids just before them. Some tokenizers drop the space before the first word that
-            they decode, so nothing is decoded without the piece before it.
-    """
-    before = list(before)
-    fresh: list[int] = []
+def pieces(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of a stream of ids, in pieces without half characters; see `Decoder`."""
+    decoder = Decoder(tokenizer, before)
     for token in ids:
-        fresh.append(token)
-        known = tokenizer.decode(before)
-        text = tokenizer.decode(before + fresh)
-        if len(text) > len(known) and not text.endswith("\ufffd"):
-            yield text[len(known) :]
-            before, fresh = fresh, []
-    if fresh:
-        yield tokenizer.decode(before + fresh)[len(tokenizer.decode(before)) :]
+        if piece := decoder.push(token):
+            yield piece
+    if rest := decoder.finish():
+        yield rest
 
 
-def until(texts: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on as far as the first stop string, and none of that."""
-    held = ""
+def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pass text on as far as the first stop string, and none of that; see `StopStrings`."""
+    strings = StopStrings(stop)
     for text in texts:
-        held += text
-        found = [place for end in stop if (place := held.find(end)) >= 0]
-        if found:
-            held = held[: min(found)]
-            break
-        keep = max(
+        if piece := strings.push(text):
+            yield piece
+        if strings.found:
+            return
+    if rest := strings.finish():
+        yield rest
+
+
+class Decoder:
+    """Makes text of ids that come one by one, and holds half characters back."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """Start.
+
+        Args:
+            tokenizer: decodes the ids.
+            before: ids just before them, such as the prompt's. Some tokenizers drop the space
+                before the first word that they decode, so nothing is decoded without the piece
+                before it.
+        """
+        self._tokenizer = tokenizer
+        self._before = list(before[-_CONTEXT:])
+        self._fresh: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that is certain with one more id; it may be empty."""
+        self._fresh.append(token)
+        text = self._text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._before, self._fresh = self._fresh, []
+        return text
+
+    def finish(self) -> str:
+        """The text of what was held back, at the end of the ids."""
+        return self._text()
+
+    def _text(self) -> str:
+        known = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode(self._before + self._fresh)[len(known) :]
+
+
+class StopStrings:
+    """Passes text on as far as the first stop string, and holds back what may begin one.
+
+    Attributes:
+        found: there was one, so nothing that comes later counts.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        """Look for any of these strings, none of them empty."""
+        self._stop = stop
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What can be passed on with some more text; it may be empty."""
+        self._held += text
+        places = [place for end in self._stop if (place := self._held.find(end)) >= 0]
+        self.found = bool(places)
+        return self._release(min(places) if places else len(self._held) - self._doubtful())
+
+    def finish(self) -> str:
+        """What was held back, at the end of a text without a stop string."""
+        return "" if self.found else self._release(len(self._held))
+
+    def _doubtful(self) -> int:
+        """How many characters at the end may begin a stop string."""
+        return max(
             (
                 length
-                for end in stop
-                for length in range(1, min(len(end), len(held) + 1))
-                if held.endswith(end[:length])
+                for end in self._stop
+                for length in range(1, min(len(end), len(self._held) + 1))
+                if self._held.endswith(end[:length])
             ),
             default=0,
         )
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+
+    def _release(self, length: int) -> str:
+        passed, self._held = self._held[:length], self._held[length:]
+        return passed

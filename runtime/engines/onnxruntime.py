@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy import environment, gpu
@@ -29,18 +30,20 @@ _USUAL_PROMPT, _MOST_PROMPT, _MOST_SEQUENCES = 128, 1024, 8
 _TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 
 
-class OnnxRuntimeEngine:
-    """A session and the kv cache of the sequences that it is working on.
+class Graph:
+    """A session of the graph that `exporters.onnx` describes: tokens and a kv cache in and out.
 
-    The cache stays on the session's device: it is bound as an output of one step and as an input
-    of the next, and only the logits become numpy arrays.
+    A cache is a list of `OrtValue`s, one for each input `past_key_values.*`, and stays on the
+    session's device: the outputs of one run are the inputs of the next. Only the logits become
+    numpy arrays.
 
     Attributes:
         max_sequence: the most tokens, prompt and answer together.
+        vocabulary: how many ids there are.
     """
 
     def __init__(self, session: Any, ort: Any, *, device: str, max_sequence: int) -> None:
-        """Wrap a session of a graph as `exporters.onnx` describes it.
+        """Wrap a session.
 
         Args:
             session: an `onnxruntime.InferenceSession`.
@@ -54,51 +57,93 @@ class OnnxRuntimeEngine:
         self.max_sequence = max_sequence
         self._outputs = [value.name for value in session.get_outputs()]
         self._past = session.get_inputs()[len(_TOKEN_INPUTS) :]
-        self._vocabulary = session.get_outputs()[0].shape[2]
-        self._cache: list[Any] = []
-        self._mask = np.ones((0, 0), dtype=np.int64)
+        self.vocabulary: int = session.get_outputs()[0].shape[2]
 
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
-        """See `Engine.prefill`."""
-        require_readable(ids, self._vocabulary)
-        self._require_room(ids.shape[1])
-        self._mask = np.ones_like(ids) if mask is None else mask
-        self._cache = [
-            self._place(np.zeros((len(ids), entry.shape[1], 0, entry.shape[3]), _dtype(entry)))
+    def empty_cache(self, batch: int) -> list[NDArray[Any]]:
+        """The cache of sequences of which nothing has been read, each [batch, heads, 0, dim]."""
+        return [
+            np.zeros((batch, entry.shape[1], 0, entry.shape[3]), _dtype(entry))
             for entry in self._past
         ]
-        return self._step(ids)
 
-    def decode(self, ids: Ids) -> Logits:
-        """See `Engine.decode`."""
-        self._require_room(self._mask.shape[1] + 1)
-        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
-        return self._step(ids[:, None])
+    def run(
+        self, ids: Ids, mask: Ids, cache: list[Any], *, into: list[Any] | None = None
+    ) -> tuple[Logits, list[Any]]:
+        """Append tokens to every sequence.
 
-    def _require_room(self, tokens: int) -> None:
+        Args:
+            ids: int64[batch, tokens].
+            mask: int64[batch, past + tokens], 0 for padding, which must be on the left.
+            cache: of the past.
+            into: where to write the longer cache; None for memory of the session's own.
+
+        Returns:
+            float32[batch, vocabulary], the logits after the last token, and the longer cache.
+        """
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+        binding = self._session.io_binding()
+        for name, array in zip(_TOKEN_INPUTS, (ids, mask, positions), strict=True):
+            binding.bind_ortvalue_input(name, self.place(np.ascontiguousarray(array)))
+        for entry, value in zip(self._past, cache, strict=True):
+            binding.bind_ortvalue_input(entry.name, value)
+        binding.bind_output(self._outputs[0], "cpu")
+        for index, name in enumerate(self._outputs[1:]):
+            if into is None:
+                binding.bind_output(name, self._device)
+            else:
+                binding.bind_ortvalue_output(name, into[index])
+        self._session.run_with_iobinding(binding)
+        logits, *longer = binding.get_outputs()
+        last: Logits = np.from_dlpack(logits)[:, -1].astype(np.float32)
+        return last, longer
+
+    def require_room(self, tokens: int) -> None:
+        """Refuse sequences that are longer than the export is made for.
+
+        Raises:
+            UsageError: they are.
+        """
         if tokens > self.max_sequence:
             raise UsageError(
                 f"{tokens} tokens: the export is made for at most {self.max_sequence}",
                 fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
             )
 
-    def _step(self, ids: Ids) -> Logits:
-        positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-        binding = self._session.io_binding()
-        for name, array in zip(_TOKEN_INPUTS, (ids, self._mask, positions), strict=True):
-            binding.bind_ortvalue_input(name, self._place(np.ascontiguousarray(array)))
-        for entry, value in zip(self._past, self._cache, strict=True):
-            binding.bind_ortvalue_input(entry.name, value)
-        binding.bind_output(self._outputs[0], "cpu")
-        for name in self._outputs[1:]:
-            binding.bind_output(name, self._device)
-        self._session.run_with_iobinding(binding)
-        logits, *self._cache = binding.get_outputs()
-        last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
-        return last
-
-    def _place(self, array: Any) -> Any:
+    def place(self, array: Any) -> Any:
+        """An array on the session's device."""
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
+
+
+class OnnxRuntimeEngine:
+    """A graph and the kv cache of the sequences that it is working on.
+
+    Attributes:
+        max_sequence: the most tokens, prompt and answer together.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.max_sequence = graph.max_sequence
+        self._graph = graph
+        self._cache: list[Any] = []
+        self._mask = np.ones((0, 0), dtype=np.int64)
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
+        """See `Engine.prefill`."""
+        require_readable(ids, self._graph.vocabulary)
+        self._graph.require_room(ids.shape[1])
+        self._mask = np.ones_like(ids) if mask is None else mask
+        self._cache = [self._graph.place(entry) for entry in self._graph.empty_cache(len(ids))]
+        return self._step(ids)
+
+    def decode(self, ids: Ids) -> Logits:
+        """See `Engine.decode`."""
+        self._graph.require_room(self._mask.shape[1] + 1)
+        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        return self._step(ids[:, None])
+
+    def _step(self, ids: Ids) -> Logits:
+        logits, self._cache = self._graph.run(ids, self._mask, self._cache)
+        return logits
 
 
 def folder(bundle: Bundle) -> str:
@@ -109,6 +154,11 @@ def folder(bundle: Bundle) -> str:
 def open_engine(
     bundle: Path, *, provider: str = "cpu", threads: int | None = None
 ) -> OnnxRuntimeEngine:
+    """Load `onnx/model.onnx` of a bundle; see `open_graph`."""
+    return OnnxRuntimeEngine(open_graph(bundle, provider=provider, threads=threads))
+
+
+def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = None) -> Graph:
     """Load `onnx/model.onnx` of a bundle.
 
     Args:
@@ -171,7 +221,7 @@ def open_engine(
             fix=_PROVIDER_FIX,
         )
     _require_known_graph(path, session)
-    return OnnxRuntimeEngine(
+    return Graph(
         session,
         ort,
         device="cpu" if provider == "cpu" else "cuda",

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exporters.onnx
-from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import GateError, ModelError, UsageError
@@ -103,7 +103,7 @@ def test_text_beyond_an_attention_window_is_read_as_in_torch(
     assert model.config.sliding_window == 16
     path = folder / "onnx" / "model.onnx"
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    engine = OnnxRuntimeEngine(session, ort, device="cpu", max_sequence=128)
+    engine = OnnxRuntimeEngine(Graph(session, ort, device="cpu", max_sequence=128))
     ids = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits.numpy()

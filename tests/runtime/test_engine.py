@@ -300,14 +300,15 @@ def test_the_cache_is_handed_on_without_a_copy_through_python(exported_llama: Pa
     engine = open_engine(exported_llama)
     assert isinstance(engine, backend.OnnxRuntimeEngine)
     steps: list[Any] = []
-    run = engine._session.run_with_iobinding
+    graph = engine._graph
+    run = graph._session.run_with_iobinding
 
     def spy(binding: Any) -> None:
         run(binding)
         steps.append(binding)
 
-    session = engine._session
-    engine._session = SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=spy)
+    session = graph._session
+    graph._session = SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=spy)
     engine.prefill(np.array([[1, 2]]))
     held = [value.data_ptr() for value in engine._cache]
     assert held == [value.data_ptr() for value in steps[0].get_outputs()[1:]]
@@ -325,9 +326,9 @@ def test_the_cache_is_handed_on_without_a_copy_through_python(exported_llama: Pa
         binding.bind_ortvalue_input = record
         return binding
 
-    engine._session.io_binding = watch
+    graph._session.io_binding = watch
     engine.decode(np.array([3]))
-    assert [bound[entry.name] for entry in engine._past] == held
+    assert [bound[entry.name] for entry in graph._past] == held
 
 
 def test_tensorrt_is_asked_for_sparse_kernels_exactly_where_the_graph_holds_two_four(

@@ -1,0 +1,507 @@
+"""Continuous batching: the sequences of several requests take their steps together.
+
+A request waits for a slot, its prompt is read, and it becomes a row of the batch until its text
+ends. Rows come and go between two steps, so nobody waits for the end of somebody else's text. What
+a row computes does not depend on the others but for the rounding of floats, and a request draws
+from a random stream of its own: the same request with the same seed gets the same tokens.
+
+ORT-GenAI has a batching engine of its own, which does not do this with our graph: on a CPU it takes
+at most four requests together, lets no other one join before the last of them has ended, and
+reports no log probabilities; its dynamic batching wants a graph of paged attention, which exists on
+CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
+"""
+
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.engine import Ids, Logits, require_readable, require_stage
+from runtime.engines import onnxruntime
+from runtime.sampling import GREEDY, Sampler, Sampling
+from runtime.slots import OnnxRuntimeSlots
+from thanos_deploy.errors import PlatformError, ResourceError, UsageError
+
+# Read between two steps; for so long the texts wait that are being written.
+PROMPT_TOKENS = 128
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One text to continue.
+
+    Attributes:
+        prompt: its ids, at least one.
+        new_tokens: the most tokens to generate, at least 1; fewer where the engine takes no longer
+            sequences.
+        sampling: how to choose.
+        stop: ids that end the text; they are not delivered.
+        deadline: of `time.monotonic()`; from the next step after it the request is given up.
+        alternatives: how many of the likeliest tokens are reported beside each; None to compute no
+            log probabilities.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    sampling: Sampling = GREEDY
+    stop: frozenset[int] = frozenset()
+    deadline: float | None = None
+    alternatives: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("new_tokens", self.new_tokens, 1),
+            ("alternatives", self.alternatives or 0, 0),
+        ):
+            if value < least:
+                raise UsageError(f"{name} {value}: out of range", fix=f"give at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One more token of a text.
+
+    Attributes:
+        id: the token.
+        logprob: the natural logarithm of its probability in the model's distribution, before
+            temperature, penalties and cut-offs; None if it was not asked for.
+        alternatives: the likeliest tokens, most likely first, and their logprobs.
+    """
+
+    id: int
+    logprob: float | None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Finish(enum.Enum):
+    """Why a text ended."""
+
+    STOP = "a token that ends the text"
+    LENGTH = "as long as asked for, or as the engine takes"
+    CANCELLED = "cancelled"
+    DEADLINE = "its deadline passed"
+    FAILED = "the engine failed"
+    CLOSED = "the batcher closed"
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a request.
+
+    Attributes:
+        reason: why.
+        error: what the engine said, with FAILED only.
+    """
+
+    reason: Finish
+    error: str | None = None
+
+
+# Called on the batcher's thread, so it must not block. The last call of a request, and only that
+# one, brings an End. A request whose callback raises is cancelled.
+Deliver = Callable[[Token | End], None]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a batcher is doing.
+
+    Attributes:
+        waiting: requests that wait for a slot.
+        active: requests that have one.
+        slots: the most requests that can.
+        steps: of all rows, a token each, since the start.
+        tokens: delivered since the start.
+        prompt_tokens: read since the start.
+    """
+
+    waiting: int
+    active: int
+    slots: int
+    steps: int
+    tokens: int
+    prompt_tokens: int
+
+
+class SlotEngine(Protocol):
+    """A model that continues the rows of a batch, which join and leave between steps.
+
+    Attributes:
+        max_sequence: the most tokens of a row, prompt and answer together.
+        vocabulary: how many ids there are.
+        slots: the most rows.
+    """
+
+    max_sequence: int
+    vocabulary: int
+    slots: int
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Take newcomers, at most as many as slots are free; there must be none already."""
+
+    def read(self, tokens: int) -> Logits | None:
+        """Read on in the prompts of the newcomers; once all is read, they are the last rows.
+
+        Args:
+            tokens: about how many, of all prompts together.
+
+        Returns:
+            float32[newcomers, vocabulary], what follows the prompts; None if some is left to read.
+        """
+
+    def decode(self, ids: Ids) -> Logits:
+        """Append one token to every row and return what follows it.
+
+        Args:
+            ids: int64[rows].
+
+        Returns:
+            float32[rows, vocabulary].
+        """
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+
+    def abandon(self, newcomer: int) -> None:
+        """Forget a newcomer; the last one takes its place."""
+
+    def clear(self) -> None:
+        """Forget everything, in whatever state an exception has left it; raises nothing."""
+
+
+class Busy(ResourceError):  # noqa: N818  # what it is, like queue.Full
+    """As many requests wait as may, or the batcher is closing."""
+
+
+class Ticket:
+    """A request that was taken."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Give the request up before its next step; without effect when it has ended."""
+        self.cancelled = True
+
+
+class _Sequence:
+    """A request on its way."""
+
+    def __init__(self, request: Request, deliver: Deliver, most: int) -> None:
+        """Begin.
+
+        Args:
+            request: what is asked for.
+            deliver: who is told.
+            most: the tokens that fit in the engine after the prompt.
+        """
+        self.request = request
+        self.ticket = Ticket()
+        self.last = 0
+        self.end: End | None = None
+        self._deliver = deliver
+        self._left = min(request.new_tokens, most)
+        self._sampler = Sampler(request.sampling, request.prompt)
+
+    def extend(self, logits: NDArray[np.float32]) -> bool:
+        """Choose a token and deliver it; False if the text ends before it.
+
+        Args:
+            logits: float32[vocabulary].
+        """
+        if not np.isfinite(logits.max()):  # which is NaN if one of them is
+            self.end = End(Finish.FAILED, "the model's logits are not finite")
+            return False
+        self.last = self._sampler.choose(logits)
+        if self.last in self.request.stop:
+            self.end = End(Finish.STOP)
+            return False
+        self._left -= 1
+        if not self._left:
+            self.end = End(Finish.LENGTH)
+        self._tell(_token(self.last, logits, self.request.alternatives))
+        return True
+
+    def give_up(self, now: float, *, closed: bool) -> None:
+        """End if nobody waits for more, unless it has ended."""
+        if self.end:
+            return
+        if self.ticket.cancelled:
+            self.end = End(Finish.CANCELLED)
+        elif self.request.deadline is not None and now >= self.request.deadline:
+            self.end = End(Finish.DEADLINE)
+        elif closed:
+            self.end = End(Finish.CLOSED)
+
+    def finish(self) -> None:
+        """Deliver the end."""
+        assert self.end
+        self._tell(self.end)
+
+    def _tell(self, news: Token | End) -> None:
+        try:
+            self._deliver(news)
+        except Exception:
+            _log.exception("a callback raised; its request is cancelled")
+            self.ticket.cancel()
+
+
+def _token(chosen: int, logits: NDArray[np.float32], alternatives: int | None) -> Token:
+    if alternatives is None:
+        return Token(chosen, None)
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    logprobs = scores - np.log(np.exp(scores).sum())
+    return Token(
+        chosen,
+        float(logprobs[chosen]),
+        tuple((token, float(logprobs[token])) for token in _likeliest(logprobs, alternatives)),
+    )
+
+
+def _likeliest(logprobs: NDArray[np.float64], count: int) -> list[int]:
+    """That many ids, the likeliest first; of equals, the smaller first."""
+    if count == 0:
+        return []
+    least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf
+    candidates = np.flatnonzero(logprobs >= least)  # sorting all of them would take milliseconds
+    order = np.argsort(-logprobs[candidates], kind="stable")
+    ids: list[int] = candidates[order[:count]].tolist()
+    return ids
+
+
+class Batcher:
+    """Steps the sequences of several requests together, on one thread of its own."""
+
+    def __init__(
+        self, engine: SlotEngine, *, queue: int, prompt_tokens_per_step: int = PROMPT_TOKENS
+    ) -> None:
+        """Start.
+
+        Args:
+            engine: used by this batcher only.
+            queue: the most requests that wait for a slot.
+            prompt_tokens_per_step: about how many tokens of prompts are read between two steps.
+        """
+        self._engine = engine
+        self._queue = queue
+        self._prompt_tokens_per_step = prompt_tokens_per_step
+        self._lock = threading.Condition()
+        self._waiting: list[_Sequence] = []
+        self._newcomers: list[_Sequence] = []  # their prompts are being read
+        self._rows: list[_Sequence] = []
+        self._closing = False
+        self._abandoned = False
+        self._steps = self._tokens = self._prompt_tokens = 0
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, deliver: Deliver) -> Ticket:
+        """Take a request.
+
+        Args:
+            request: what to continue.
+            deliver: called with every token, and then with the end.
+
+        Raises:
+            Busy: no slot is free and enough requests wait for one, or the batcher is closing.
+            UsageError: the engine cannot read the prompt.
+        """
+        require_readable(np.array([request.prompt]), self._engine.vocabulary)
+        # The last token is not read any more.
+        most = self._engine.max_sequence - len(request.prompt) + 1
+        if most < 1:
+            raise UsageError(
+                f"a prompt of {len(request.prompt)} tokens: the model takes at most "
+                f"{self._engine.max_sequence}",
+                fix="use a shorter prompt, or export with a larger --max-seq",
+            )
+        sequence = _Sequence(request, deliver, most)
+        with self._lock:
+            if self._closing:
+                raise Busy("the batcher is closing", fix="send the request to another server")
+            if len(self._waiting) >= self._queue + self._free():
+                raise Busy(
+                    f"all slots are taken, and {self._queue} requests wait for one",
+                    fix="try again later, or allow a longer queue",
+                )
+            self._waiting.append(sequence)
+            self._lock.notify()
+        return sequence.ticket
+
+    def state(self) -> State:
+        """What is going on right now."""
+        with self._lock:
+            return State(
+                waiting=len(self._waiting),
+                active=self._engine.slots - self._free(),
+                slots=self._engine.slots,
+                steps=self._steps,
+                tokens=self._tokens,
+                prompt_tokens=self._prompt_tokens,
+            )
+
+    def close(self, *, timeout: float | None = None) -> bool:
+        """Take no more requests, finish those that were taken, and end the thread.
+
+        Not to be called from a callback.
+
+        Args:
+            timeout: seconds after which the rest ends with CLOSED; None for no limit.
+
+        Returns:
+            everything was finished in time.
+        """
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        self._thread.join(timeout)
+        finished = not self._thread.is_alive()
+        self._abandoned = True
+        self._thread.join()
+        return finished
+
+    def _free(self) -> int:
+        return self._engine.slots - len(self._newcomers) - len(self._rows)
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                self._give_up()
+                self._release()
+                self._admit()
+                self._read()
+                self._release()  # a text may end with its first token
+                self._decode()
+            except Exception as error:
+                _log.exception("the engine failed; the requests in it end")
+                self._fail(f"{type(error).__name__}: {error}")
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; False if there never will be."""
+
+        def busy() -> bool:
+            return bool(self._waiting or self._newcomers or self._rows)
+
+        with self._lock:
+            self._lock.wait_for(lambda: busy() or self._closing)
+            return busy()
+
+    def _give_up(self) -> None:
+        """End what was cancelled or is too late, wherever it is."""
+        now = time.monotonic()
+        with self._lock:
+            for sequence in (*self._waiting, *self._newcomers, *self._rows):
+                sequence.give_up(now, closed=self._abandoned)
+            ended = [sequence for sequence in self._waiting if sequence.end]
+            self._waiting = [sequence for sequence in self._waiting if not sequence.end]
+        for sequence in ended:
+            sequence.finish()
+
+    def _release(self) -> None:
+        """Free the slots of those that have ended."""
+        for sequences, forget in (
+            (self._rows, self._engine.leave),
+            (self._newcomers, self._engine.abandon),
+        ):
+            for place in reversed(range(len(sequences))):
+                sequence = sequences[place]
+                if sequence.end:
+                    forget(place)
+                    sequences[place] = sequences[-1]
+                    sequences.pop()
+                    sequence.finish()
+
+    def _admit(self) -> None:
+        """Let those in who are read together next, in the order in which they came."""
+        if self._newcomers:
+            return
+        with self._lock:
+            count = longest = 0
+            for sequence in self._waiting[: self._free()]:
+                longest = max(longest, len(sequence.request.prompt))
+                if count and (count + 1) * longest > self._prompt_tokens_per_step:
+                    break
+                count += 1
+            self._newcomers, self._waiting = self._waiting[:count], self._waiting[count:]
+        if self._newcomers:
+            self._engine.join([sequence.request.prompt for sequence in self._newcomers])
+
+    def _decode(self) -> None:
+        if self._rows:
+            ids = np.array([sequence.last for sequence in self._rows], dtype=np.int64)
+            self._extend(self._rows, self._engine.decode(ids))
+            self._steps += 1
+
+    def _read(self) -> None:
+        if not self._newcomers:
+            return
+        logits = self._engine.read(self._prompt_tokens_per_step)
+        if logits is None:
+            return
+        arrived = self._newcomers
+        with self._lock:
+            self._rows, self._newcomers = self._rows + arrived, []
+        self._prompt_tokens += sum(len(sequence.request.prompt) for sequence in arrived)
+        self._extend(arrived, logits)
+
+    def _extend(self, sequences: Sequence[_Sequence], logits: Logits) -> None:
+        for sequence, row in zip(sequences, logits, strict=True):
+            self._tokens += sequence.extend(row)
+
+    def _fail(self, error: str) -> None:
+        """End everything that is in the engine."""
+        self._engine.clear()
+        with self._lock:
+            failed = [*self._newcomers, *self._rows]
+            self._newcomers, self._rows = [], []
+        for sequence in failed:
+            sequence.end = sequence.end or End(Finish.FAILED, error)
+            sequence.finish()
+
+
+def open_slots(
+    bundle: Path,
+    *,
+    slots: int,
+    provider: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
+) -> OnnxRuntimeSlots:
+    """Load the graph of a bundle for several sequences.
+
+    Args:
+        bundle: its folder.
+        slots: the most sequences at a time.
+        provider: "cpu"; no other can have slots yet.
+        threads: how many compute on a CPU; None for ONNX Runtime's own choice.
+        verify: compare the files with the hashes in the manifest first.
+
+    Raises:
+        InputError: the bundle has no graph, or it cannot be loaded.
+        IntegrityError: a file is missing, truncated or changed.
+        PlatformError: ONNX Runtime or the provider is not usable on this machine.
+        UsageError: there is no such provider, or no slot.
+    """
+    if slots < 1:
+        raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
+    if provider in onnxruntime.PROVIDERS and provider != "cpu":
+        raise PlatformError(
+            f"provider {provider}: slots keep the kv cache in the memory of the host",
+            fix="serve with --provider cpu, or one sequence at a time with `generate`",
+        )
+    require_stage(bundle, onnxruntime, verify=verify)
+    graph = onnxruntime.open_graph(bundle, provider=provider, threads=threads)
+    return OnnxRuntimeSlots(graph, slots=slots)

@@ -1,0 +1,16 @@
+"""A model behind HTTP: OpenAI's routes for text, the Open Inference Protocol's for tensors.
+
+main         opens a bundle, listens, and ends without losing anything
+app          puts the application together
+guards       what a request passes before the routes see it: its record, keys, size
+completions  the routes for text, whole or as server-sent events
+schemas      what comes in and goes out there, field for field
+chat         from messages to a prompt
+tensors      the routes for raw tensors
+operations   the routes for whoever runs the server: health and metrics
+service      what is served, and what a request has to keep to
+answers      from the batcher's thread to the event loop, from tokens to text
+errors       every error, in the terms of the protocol that was spoken
+metrics      what is counted
+logs         lines of JSON
+"""

@@ -1,0 +1,202 @@
+"""From the batcher's thread to the event loop: the tokens of a request's answers become text."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from runtime.batching import Batcher, End, Finish, Request, Ticket, Token
+from runtime.server.errors import RefusedError
+from runtime.server.metrics import Metrics
+from runtime.server.schemas import FinishReason
+from runtime.text import Decoder, StopStrings, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More of one answer.
+
+    Attributes:
+        index: of the answer.
+        text: what is new; it may be empty in the last piece.
+        tokens: those that came since the last piece.
+        finish: why the answer ends with this piece; None if it does not.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish: FinishReason | None
+
+
+class Answers:
+    """The answers to one HTTP request: piece by piece, in the order in which they are made.
+
+    Leaving the context gives up what is not finished, and frees its slots.
+
+    Attributes:
+        prompt_tokens: of all prompts, each once.
+        completion_tokens: of all answers so far.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        *,
+        prompt_tokens: int,
+        stop: Sequence[str],
+        metrics: Metrics,
+    ) -> None:
+        """Hand the requests to the batcher, all of them or none.
+
+        Args:
+            batcher: what makes the answers.
+            tokenizer: makes text of them.
+            requests: one for each answer.
+            prompt_tokens: of all prompts, each once.
+            stop: texts that end an answer.
+            metrics: is told when tokens come.
+
+        Raises:
+            Busy: there is no room for all of them.
+            UsageError: a prompt cannot be read.
+        """
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self._news: asyncio.Queue[tuple[int, Token | End]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        self._last: list[float | None] = [None] * len(requests)
+        self._writers = [
+            _Writer(index, tokenizer, request.prompt, stop)
+            for index, request in enumerate(requests)
+        ]
+        loop = asyncio.get_running_loop()
+        try:
+            for index, request in enumerate(requests):
+
+                def deliver(news: Token | End, index: int = index) -> None:
+                    with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
+                        loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+
+                self._tickets.append(batcher.submit(request, deliver))
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """End what is not finished."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.give_up()
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """All answers, until the last one is finished.
+
+        Raises:
+            RefusedError: one cannot be finished: too late, or the engine or the server stopped.
+        """
+        unfinished = set(range(len(self._writers)))
+        while unfinished:
+            index, news = await self._news.get()
+            if index not in unfinished:  # it ended with a stop string
+                continue
+            if isinstance(news, Token):
+                self._count(index)
+            piece = self._writers[index].write(news)
+            if piece.finish:
+                unfinished.discard(index)
+                self._tickets[index].cancel()
+                self._metrics.answered(time.monotonic() - self._started)
+            if piece.text or piece.finish:
+                yield piece
+
+    async def whole(self) -> list[Piece]:
+        """Every answer as one piece.
+
+        Raises:
+            RefusedError: as `pieces`.
+        """
+        parts: list[list[Piece]] = [[] for _ in self._writers]
+        async for piece in self.pieces():
+            parts[piece.index].append(piece)
+        return [
+            Piece(
+                index,
+                "".join(piece.text for piece in answer),
+                tuple(token for piece in answer for token in piece.tokens),
+                answer[-1].finish,
+            )
+            for index, answer in enumerate(parts)
+        ]
+
+    def _count(self, index: int) -> None:
+        self.completion_tokens += 1
+        now, last = time.monotonic(), self._last[index]
+        if last is None:
+            self._metrics.first_token.observe(now - self._started)
+        else:
+            self._metrics.between_tokens.observe(now - last)
+        self._last[index] = now
+
+
+class _Writer:
+    """Writes one answer."""
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        self._index = index
+        self._decoder = Decoder(tokenizer, prompt)
+        self._stop = StopStrings(stop)
+        self._tokens: list[Token] = []
+
+    def write(self, news: Token | End) -> Piece:
+        """What is certain now; without text while something has to be held back.
+
+        Raises:
+            RefusedError: the answer cannot be finished.
+        """
+        finish: FinishReason | None = None
+        if isinstance(news, Token):
+            self._tokens.append(news)
+            text = self._stop.push(self._decoder.push(news.id))
+        else:
+            finish = _reason(news)
+            text = self._stop.push(self._decoder.finish()) + self._stop.finish()
+        if self._stop.found:
+            finish = "stop"
+        if not text and not finish:
+            return Piece(self._index, "", (), None)
+        tokens, self._tokens = tuple(self._tokens), []
+        return Piece(self._index, text, tokens, finish)
+
+
+def _reason(end: End) -> FinishReason:
+    match end.reason:
+        case Finish.STOP:
+            return "stop"
+        case Finish.LENGTH:
+            return "length"
+        case Finish.DEADLINE:
+            raise RefusedError(503, "the answer was not finished in time", code="deadline")
+        case Finish.CLOSED:
+            raise RefusedError(503, "the server is shutting down", code="closing")
+        case _:
+            raise RefusedError(500, "the engine failed", code="engine_failed")

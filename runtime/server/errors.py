@@ -1,0 +1,175 @@
+"""Every error, in the terms of the protocol that was spoken.
+
+OpenAI's routes answer `{"error": {"message", "type", "param", "code"}}`, the Open Inference
+Protocol's `{"error": "message"}`. Which of our own errors is whose fault:
+
+    UsageError, InputError   400  the request
+    Busy                     503  nobody's: there is more to do than can be done
+    anything else            500  a bug, or the engine broke down
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from runtime.batching import Busy
+from runtime.server.logs import Record, record_of
+from thanos_deploy.errors import DeployError, InputError, UsageError
+
+# What nginx calls a request whose client did not wait; nobody reads it but the log.
+CLIENT_GONE = 499
+
+_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed"}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's terms."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+class TensorError(BaseModel):
+    """The Open Inference Protocol's error object."""
+
+    error: str
+
+
+class RefusedError(Exception):
+    """A request that is not answered, and why."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Say why.
+
+        Args:
+            status: of the response.
+            message: for people.
+            code: for programs.
+            param: the part of the request that is at fault.
+            headers: of the response.
+        """
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(
+            message=message,
+            type="invalid_request_error" if status < 500 else "server_error",
+            param=param,
+            code=code,
+        )
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> ErrorBody:
+        """OpenAI's error object."""
+        return ErrorBody(error=self.detail)
+
+    def note(self, record: Record) -> None:
+        """Leave the code for the log; the message may quote what was asked."""
+        record.fields["error"] = self.detail.code
+
+    def response(self, scope: Scope) -> Response:
+        """What the client gets; the log gets the code."""
+        self.note(record_of(scope))
+        tensors = scope["path"].startswith("/v2")
+        content = {"error": self.detail.message} if tensors else self.body.model_dump()
+        return Response(
+            # ASCII: a message may quote half a surrogate pair, which has no UTF-8.
+            json.dumps(content),
+            status_code=self.status,
+            headers=self.headers,
+            media_type="application/json",
+        )
+
+
+def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
+    """Let every error of the routes end as one of these.
+
+    Args:
+        app: with the routes.
+        retry_after: seconds after which a request that found no room is worth another try.
+    """
+
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        response = error.response(request.scope)
+        if error.status == 503:
+            response.headers["Retry-After"] = str(retry_after())
+        return response
+
+    @app.exception_handler(DeployError)
+    async def ours(request: Request, error: DeployError) -> Response:
+        message = f"{error.message}; {error.fix}"
+        match error:
+            case Busy():
+                return await refused(request, RefusedError(503, message, code="overloaded"))
+            case UsageError() | InputError():
+                return await refused(request, RefusedError(400, message, code="invalid"))
+            case _:
+                raise error
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return misread(error.errors()[0]).response(request.scope)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return RefusedError(
+            error.status_code,
+            error.detail,
+            code=_CODES.get(error.status_code),
+            headers=error.headers,
+        ).response(request.scope)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return RefusedError(500, "this is a bug in the server", code="internal").response(
+            request.scope
+        )
+
+
+def misread(problem: Mapping[str, Any]) -> RefusedError:
+    """What pydantic found, as an error of the request."""
+    place = [str(part) for part in problem["loc"] if part != "body"]
+    if problem["type"] == "json_invalid":
+        return RefusedError(400, "the body is not valid JSON", code="invalid_json")
+    if problem["type"] == "extra_forbidden":
+        return RefusedError(
+            400,
+            f"Unrecognized request argument supplied: {'.'.join(place)}",
+            code="unknown_parameter",
+            param=place[0],
+        )
+    return RefusedError(
+        400,
+        f"{'.'.join(place) or 'body'}: {problem['msg']}",
+        code=problem["type"],
+        param=place[0] if place else None,
+    )

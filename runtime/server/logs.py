@@ -1,0 +1,73 @@
+"""Lines of JSON on standard error, one for each request, without what was asked and answered.
+
+A request's record is begun by whoever sees the request first and is in its scope from then on, so
+that everybody can add what they know.
+"""
+
+import json
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+REQUEST_ID = "X-Request-ID"
+
+_WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of a request.
+
+    Attributes:
+        request_id: the client's own if it gave a well-formed one.
+        started: on the clock `time.monotonic`, when it came.
+        fields: for its line in the log.
+    """
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, scope: Scope) -> "Record":
+        """Begin the record of a request, and leave it in its scope."""
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        record = cls(given if _WELL_FORMED.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["record"] = record
+        return record
+
+
+def record_of(scope: Scope) -> Record:
+    """The record of a request."""
+    record: Record = scope["state"]["record"]
+    return record
+
+
+class JsonLines(logging.Formatter):
+    """One line of JSON for each entry, with the `fields` that came in its `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure() -> None:
+    """Send everything that is logged in this process to standard error, as lines of JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)

@@ -1,0 +1,150 @@
+"""Open a bundle, listen, and end without losing anything.
+
+Nothing is bound before the bundle has been verified and loaded. SIGTERM, or Ctrl-C, stops
+listening, finishes what is in flight, and returns; a second Ctrl-C ends at once.
+"""
+
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from runtime.batching import Batcher, open_slots
+from runtime.server.app import application
+from runtime.server.chat import open_chat_template
+from runtime.server.metrics import Metrics
+from runtime.server.service import Forward, Limits, Service
+from runtime.text import open_tokenizer
+from thanos_deploy.errors import PlatformError
+
+
+@contextmanager
+def open_service(
+    bundle: Path,
+    *,
+    slots: int,
+    queue: int,
+    limits: Limits,
+    name: str | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
+    log_prompts: bool = False,
+) -> Iterator[Service]:
+    """Load a bundle; what is in flight at the end is finished.
+
+    Args:
+        bundle: its folder.
+        slots: texts that are written at the same time.
+        queue: requests that wait for a slot.
+        limits: of a request.
+        name: of the model, as clients call it; None for that of the folder.
+        provider, threads, verify: as in `runtime.batching.open_slots`.
+        log_prompts: texts may be written to the log.
+
+    Raises:
+        DeployError: the bundle cannot be loaded; see `open_slots` and `open_tokenizer`.
+    """
+    tokenizer = open_tokenizer(bundle, verify=verify)
+    template = open_chat_template(bundle, verify=verify)
+    engine = open_slots(bundle, slots=slots, provider=provider, threads=threads, verify=verify)
+    batcher, forward = Batcher(engine, queue=queue), Forward(engine, queue=queue)
+    try:
+        yield Service(
+            name=name or bundle.resolve().name,
+            engine=engine,
+            batcher=batcher,
+            forward=forward,
+            tokenizer=tokenizer,
+            template=template,
+            limits=limits,
+            metrics=Metrics(batcher),
+            log_prompts=log_prompts,
+        )
+    finally:
+        forward.close()
+        batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Args:
+        host: a name or a number.
+        port: 0 for any that is free.
+
+    Raises:
+        PlatformError: the address is not there, or taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise PlatformError(
+            f"cannot listen on {host} port {port}: {error}",
+            fix="give another --host or --port, or end the program that listens there; --port 0 "
+            "takes any that is free",
+        ) from error
+
+
+def url(listener: socket.socket) -> str:
+    """Where a socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, on a socket that is bound already."""
+
+    def __init__(
+        self,
+        service: Service,
+        listener: socket.socket,
+        *,
+        keys: Sequence[str] = (),
+        on_ready: Callable[[str], object],
+    ) -> None:
+        """Prepare; `run` answers requests until a signal comes, and finishes those in flight.
+
+        Args:
+            service: what is served.
+            listener: where.
+            keys: one of which every request has to give; empty to let everybody in.
+            on_ready: called with the URL when requests are taken.
+        """
+        super().__init__(
+            uvicorn.Config(
+                application(service, keys=keys),
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                # Until then every answer is finished or given up; a second is for sending that.
+                timeout_graceful_shutdown=math.ceil(service.limits.deadline_seconds) + 1,
+            )
+        )
+        self._listener = listener
+        self._on_ready = on_ready
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server.run`.
+
+        Raises:
+            KeyboardInterrupt: it was not to wait for what is in flight.
+        """
+        try:
+            super().run(sockets or [self._listener])
+        except KeyboardInterrupt:  # the signal again, now that everything is finished
+            if self.force_exit:
+                raise
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server.startup`."""
+        await super().startup(sockets)
+        self._on_ready(url(self._listener))

@@ -1,0 +1,318 @@
+"""The Open Inference Protocol, version 2, for raw tensors: ids in, logits out.
+
+    input_ids       INT64 [batch, tokens]
+    attention_mask  INT64 [batch, tokens], optional; 0 for padding, which must be on the left
+    logits          FP32  [batch, vocabulary], after the last token
+
+Tensors come and go as JSON, or as bytes behind it (Triton's binary tensor data extension). The
+forward pass is the model's own, beside the batch that writes texts; one is computed at a time.
+
+Source: https://github.com/kserve/open-inference-protocol, rest/predict-v2, and Triton Inference
+Server's documentation of the extension.
+"""
+
+import asyncio
+import json
+import math
+import re
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runtime.engine import Ids, Logits
+from runtime.server.clients import unless_gone
+from runtime.server.errors import RefusedError, TensorError, misread
+from runtime.server.service import Served
+from thanos_deploy import __version__
+
+# A bundle has one.
+_VERSION = "1"
+
+_JSON_LENGTH = "Inference-Header-Content-Length"
+
+Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+
+class _Loose(BaseModel):
+    """Fields that the protocol or an extension of it has beside those here are not an error."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class InputParameters(_Loose):
+    """How an input comes."""
+
+    binary_data_size: Annotated[int, Field(ge=0)] | None = None
+
+
+class Input(_Loose):
+    """A tensor, with its data here or behind the JSON."""
+
+    name: Literal["input_ids", "attention_mask"]
+    datatype: Literal["INT64"]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+    data: list[Number] | list[list[Number]] | None = None
+    parameters: InputParameters = InputParameters()
+
+
+class OutputParameters(_Loose):
+    """How an output is to come."""
+
+    binary_data: bool | None = None
+
+
+class Output(_Loose):
+    """An output that is asked for."""
+
+    name: Literal["logits"]
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferParameters(_Loose):
+    """How all outputs are to come."""
+
+    binary_data_output: bool = False
+
+
+class InferRequest(_Loose):
+    """The JSON of a request."""
+
+    id: str | None = None
+    inputs: Annotated[list[Input], Field(min_length=1, max_length=2)]
+    outputs: Annotated[list[Output], Field(max_length=1)] = []
+    parameters: InferParameters = InferParameters()
+
+    @property
+    def binary_output(self) -> bool:
+        """The logits are to come as bytes."""
+        asked = self.outputs[0].parameters.binary_data if self.outputs else None
+        return self.parameters.binary_data_output if asked is None else asked
+
+
+class TensorMetadata(BaseModel):
+    """A tensor of a model; -1 for an axis of any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(BaseModel):
+    """What this server is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(BaseModel):
+    """What /v2/health/live says."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """What /v2/health/ready says."""
+
+    ready: bool
+
+
+class ModelReady(Ready):
+    """What /v2/models/NAME/ready says."""
+
+    name: str
+
+
+class OutputTensor(TensorMetadata):
+    """A tensor of a response."""
+
+    data: list[float] | None = None
+    parameters: dict[str, int] | None = None
+
+
+class InferResponse(BaseModel):
+    """The JSON of a response."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": TensorError},
+    503: {"model": TensorError, "description": "Too much to do; see Retry-After"},
+}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": InferRequest.model_json_schema()}},
+    }
+}
+router = APIRouter(prefix="/v2", responses=_ERRORS, tags=["Open Inference Protocol"])
+
+
+@router.get("")
+async def server() -> ServerMetadata:
+    """What this server is."""
+    return ServerMetadata(
+        name="thanos-deploy", version=__version__, extensions=["binary_tensor_data"]
+    )
+
+
+@router.get("/health/live")
+async def live() -> Live:
+    """The server answers."""
+    return Live(live=True)
+
+
+@router.get("/health/ready")
+async def ready() -> Ready:
+    """The model is loaded and requests are taken."""
+    return Ready(ready=True)
+
+
+@router.get("/models/{name:path}/ready")
+async def model_ready(name: str, service: Served) -> ModelReady:
+    """Likewise, of a model."""
+    service.require(name)
+    return ModelReady(name=name, ready=True)
+
+
+@router.post("/models/{name:path}/infer", response_model=InferResponse, openapi_extra=_BODY)
+async def infer(name: str, request: Request, service: Served) -> Response:
+    """The logits after the last token of every sequence."""
+    service.require(name)
+    asked, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
+    ids, mask = _ids_and_mask(tensors)
+    if len(ids) > service.engine.slots:
+        raise RefusedError(
+            400,
+            f"a batch of {len(ids)} sequences; this server takes at most {service.engine.slots}",
+            code="batch_too_large",
+        )
+    try:
+        async with asyncio.timeout(service.limits.deadline_seconds):
+            logits = await unless_gone(request, service.forward.logits(ids, mask))
+    except TimeoutError as error:
+        raise RefusedError(503, "the logits were not there in time", code="deadline") from error
+    return _written(asked, service.name, logits)
+
+
+@router.get("/models/{name:path}")
+async def metadata(name: str, service: Served) -> ModelMetadata:
+    """What the model takes and gives."""
+    service.require(name)
+    return ModelMetadata(
+        name=service.name,
+        versions=[_VERSION],
+        platform="onnxruntime_onnx",
+        inputs=[
+            TensorMetadata(name=name, datatype="INT64", shape=[-1, -1])
+            for name in ("input_ids", "attention_mask")
+        ],
+        outputs=[
+            TensorMetadata(name="logits", datatype="FP32", shape=[-1, service.engine.vocabulary])
+        ],
+    )
+
+
+def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, Ids]]:
+    """The parts of the body of a request: its JSON, and the tensors by name.
+
+    Args:
+        body: JSON, and bytes behind it.
+        json_length: how many bytes the JSON has; None for all.
+
+    Raises:
+        RefusedError: it is not as the protocol says.
+    """
+    if json_length is not None and not re.fullmatch("[0-9]{1,9}", json_length):
+        raise RefusedError(400, f"{_JSON_LENGTH}: not a number of bytes")
+    end = len(body) if json_length is None else int(json_length)
+    if end > len(body):
+        raise RefusedError(400, f"{_JSON_LENGTH} is {end}; the body has {len(body)} bytes")
+    try:
+        asked = InferRequest.model_validate_json(body[:end])
+    except ValidationError as error:
+        raise misread(error.errors(include_url=False)[0]) from error
+    binary = memoryview(body)[end:]
+    tensors: dict[str, Ids] = {}
+    for tensor in asked.inputs:
+        size = tensor.parameters.binary_data_size
+        if (size is None) == (tensor.data is None):
+            raise RefusedError(400, f"{tensor.name}: give either data or binary_data_size")
+        tensors[tensor.name] = _from_json(tensor) if size is None else _from_bytes(tensor, binary)
+        binary = binary[size or 0 :]
+    if len(binary) or len(tensors) < len(asked.inputs):
+        raise RefusedError(400, "the body has bytes that belong to no input, or an input twice")
+    return asked, tensors
+
+
+def _from_json(tensor: Input) -> Ids:
+    try:
+        return np.array(tensor.data, dtype=np.int64).reshape(tensor.shape)
+    except ValueError as error:  # rows of different lengths, or too few
+        raise RefusedError(
+            400, f"{tensor.name}: the data is not of shape {tensor.shape}"
+        ) from error
+
+
+def _from_bytes(tensor: Input, binary: memoryview) -> Ids:
+    needed = math.prod(tensor.shape) * np.dtype(np.int64).itemsize
+    if tensor.parameters.binary_data_size != needed or len(binary) < needed:
+        raise RefusedError(
+            400, f"{tensor.name}: shape {tensor.shape} takes {needed} bytes, which are not there"
+        )
+    return np.frombuffer(binary[:needed], dtype="<i8").reshape(tensor.shape)
+
+
+def _ids_and_mask(tensors: dict[str, Ids]) -> tuple[Ids, Ids | None]:
+    if "input_ids" not in tensors:
+        raise RefusedError(400, "input_ids are missing")
+    ids, mask = tensors["input_ids"], tensors.get("attention_mask")
+    # 0 for padding on the left, then 1, of which the last token has one.
+    if mask is not None and not (
+        mask.shape == ids.shape
+        and np.isin(mask, (0, 1)).all()
+        and (np.diff(mask, axis=1) >= 0).all()
+        and mask[:, -1].all()
+    ):
+        raise RefusedError(
+            400, "attention_mask: give the shape of input_ids, 0 for padding on the left, then 1"
+        )
+    return ids, mask
+
+
+def _written(asked: InferRequest, model: str, logits: Logits) -> Response:
+    output: dict[str, Any] = {"name": "logits", "datatype": "FP32", "shape": list(logits.shape)}
+    binary = logits.astype("<f4", copy=False).tobytes() if asked.binary_output else b""
+    if asked.binary_output:
+        output["parameters"] = {"binary_data_size": len(binary)}
+    else:
+        output["data"] = logits.ravel().tolist()
+    head = {"model_name": model, "model_version": _VERSION, "outputs": [output]}
+    if asked.id is not None:
+        head["id"] = asked.id
+    content = json.dumps(head).encode()
+    if not asked.binary_output:
+        return Response(content, media_type="application/json")
+    return Response(
+        content + binary,
+        headers={_JSON_LENGTH: str(len(content))},
+        media_type="application/octet-stream",
+    )

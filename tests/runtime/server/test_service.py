@@ -1,0 +1,309 @@
+"""A server as whoever runs it wants it: limits, keys, logs, metrics, and no slot lost."""
+
+import json
+import logging
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types import Completion
+from prometheus_client.parser import text_string_to_metric_families
+
+from runtime.server.guards import read_keys
+from runtime.server.logs import JsonLines
+from tests.runtime.server.conftest import LIMITS, Running, Serve
+from thanos_deploy.errors import UsageError
+
+ASKED: dict[str, Any] = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 20}
+IGNORING: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
+
+
+def complete(running: Running, **more: Any) -> Completion:
+    answer: Completion = running.openai().completions.create(**ASKED, **more)
+    return answer
+
+
+def post(running: Running, body: object, path: str = "/v1/completions") -> socket.socket:
+    """A connection on which a request was sent, and nothing read yet."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(running.address, timeout=30)
+    connection.sendall(
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n".encode()
+        + content
+    )
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_slots(serve: Serve, stream: bool) -> None:
+    with serve(slots=2) as running:
+        running.gate.open.clear()
+        asked = {**ASKED, "n": 3, "stream": stream, "ignore_eos": True}
+        connection = post(running, asked)
+        running.wait_until(active=2, waiting=1)
+        if stream:  # until the first event nothing is sent
+            running.gate.open.set()
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+            running.gate.open.clear()
+        connection.close()
+        running.gate.open.set()
+        running.wait_until(active=0, waiting=0)
+        tokens = running.service.batcher.state().tokens
+        assert tokens < 3 * 20
+        assert running.openai().completions.create(**ASKED).choices[0].text
+
+
+def test_whoever_finds_no_room_is_told_when_to_come_back(serve: Serve) -> None:
+    with (
+        serve(slots=1, limits=replace(LIMITS, answers=2)) as running,
+        ThreadPoolExecutor(9) as pool,
+    ):
+        running.gate.open.clear()
+        waiting = [pool.submit(complete, running)]
+        running.wait_until(active=1, waiting=0)
+        waiting += [pool.submit(complete, running) for _ in range(2)]
+        running.wait_until(active=1, waiting=2)
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError) as caught:
+                running.openai().completions.create(**ASKED, stream=stream)
+            assert caught.value.status_code == 503
+            assert caught.value.code == "overloaded"
+            assert int(caught.value.response.headers["retry-after"]) >= 1
+        running.gate.open.set()
+        assert len({answer.result().choices[0].text for answer in waiting}) == 1
+        # A client that does as it is told gets its answer.
+        patient = running.openai(max_retries=5)
+        answers = list(pool.map(lambda _: patient.completions.create(**ASKED), range(9)))
+        assert len({answer.choices[0].text for answer in answers}) == 1
+
+
+def test_answers_to_one_request_come_all_or_none(serve: Serve) -> None:
+    with (
+        serve(slots=1, limits=replace(LIMITS, answers=3)) as running,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        running.gate.open.clear()
+        first = pool.submit(complete, running, n=2)
+        running.wait_until(active=1, waiting=1)
+        with pytest.raises(openai.InternalServerError):
+            running.openai().completions.create(**ASKED, n=3)
+        running.gate.open.set()
+        assert len(first.result().choices) == 2
+
+
+def test_an_answer_that_is_late_is_given_up(serve: Serve) -> None:
+    with serve(slots=1, limits=replace(LIMITS, deadline_seconds=0.5)) as running:
+        running.gate.open.clear()
+        opener = threading.Timer(1.0, running.gate.open.set)
+        opener.start()
+        with pytest.raises(openai.InternalServerError) as caught:
+            running.openai().completions.create(**ASKED)
+        assert (caught.value.status_code, caught.value.code) == (503, "deadline")
+        assert "retry-after" in caught.value.response.headers
+        opener.join()
+
+        running.gate.seconds = 0.1
+        events = running.openai().completions.create(**ASKED, **IGNORING, stream=True)
+        texts: list[str] = []
+        with pytest.raises(openai.APIError) as late:
+            texts.extend(event.choices[0].text for event in events)
+        assert late.value.code == "deadline"
+        assert texts
+
+
+def test_a_text_is_no_longer_than_the_server_allows(serve: Serve) -> None:
+    with serve(limits=replace(LIMITS, new_tokens=7)) as running:
+        with pytest.raises(openai.BadRequestError) as caught:
+            running.openai().completions.create(**{**ASKED, "max_tokens": 8})
+        assert caught.value.code == "too_many_tokens"
+        answer = running.openai().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "a"}], **IGNORING
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 7
+        # OpenAI's default of 16 is above what is allowed, and nobody asked for it.
+        answer2 = running.openai().completions.create(model="tiny", prompt="a", **IGNORING)
+        assert answer2.usage is not None
+        assert answer2.usage.completion_tokens == 7
+
+
+def test_a_body_may_not_be_too_large_too_slow_or_compressed(serve: Serve) -> None:
+    limits = replace(LIMITS, body_bytes=1000, deadline_seconds=1)
+    with serve(limits=limits) as running, running.http() as http:
+        large = http.post("/v1/completions", json={**ASKED, "prompt": "a" * 1000})
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
+        chunked = http.post("/v2/models/tiny/infer", content=(b"x" * 100 for _ in range(11)))
+        assert chunked.status_code == 413
+        assert "1000 bytes" in chunked.json()["error"]
+        zipped = http.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
+        assert zipped.status_code == 415
+        with socket.create_connection(running.address, timeout=30) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            assert slow.recv(12) == b"HTTP/1.1 408"
+
+
+def test_without_a_key_nobody_gets_in(serve: Serve) -> None:
+    with serve(keys=("first", "second")) as running:
+        for key in ("first", "second"):
+            assert running.openai(api_key=key).completions.create(**ASKED).choices
+        for key in ("third", "firs", "first1", "FIRST"):
+            with pytest.raises(openai.AuthenticationError) as caught:
+                running.openai(api_key=key).completions.create(**ASKED)
+            assert caught.value.code == "invalid_api_key"
+        with running.http() as http:
+            for path in ("/health", "/v2/health/live", "/v2/health/ready"):
+                assert http.get(path).status_code == 200
+            for path in ("/metrics", "/openapi.json", "/v1/models", "/v2", "/v2/models/tiny", "/x"):
+                assert http.get(path).status_code == 401
+            for header in ("first", "Basic first", "Bearer", "Bearer first second", "Bearer \xe9"):
+                answer = http.get(
+                    "/v1/models", headers=[(b"Authorization", header.encode("latin-1"))]
+                )
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_keys_are_read_from_lines(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\n\n  two \n")
+    assert read_keys(path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"a b\n", "schlüssel".encode(), b"\xff"])
+def test_a_file_without_usable_keys_is_a_usage_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="key"):
+        read_keys(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_keys(tmp_path / "nowhere")
+
+
+def test_a_request_has_an_id(server: Running) -> None:
+    with server.http() as http:
+        answer = http.post("/v1/completions", json=ASKED, headers={"X-Request-ID": "mine-1"})
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert answer.json()["id"] == "cmpl-mine-1"
+        for bad in ("a b", "x" * 200, '"'):
+            made = http.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]
+            assert made.isalnum()
+        assert http.get("/nowhere").headers["x-request-id"]
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_the_log_has_texts_only_where_it_may(
+    serve: Serve, caplog: pytest.LogCaptureFixture, log_prompts: bool
+) -> None:
+    secret = "xyzzy"
+    with caplog.at_level(logging.INFO), serve(log_prompts=log_prompts) as running:
+        client = running.openai()
+        text = client.completions.create(**{**ASKED, "prompt": secret}).choices[0].text
+        list(client.completions.create(**{**ASKED, "prompt": secret}, stream=True))
+        with running.http() as http:
+            http.post(
+                "/v1/completions",
+                json={**ASKED, "prompt": secret, secret: 1},
+                headers={"X-Request-ID": "bad"},
+            )
+            http.get(f"/{secret}?{secret}")
+    entries = [
+        json.loads(JsonLines().format(record))
+        for record in caplog.records
+        if record.name.startswith(("runtime", "uvicorn"))  # the clients log, too
+    ]
+    requests = [entry for entry in entries if entry["message"] == "request"]
+    assert [entry["status"] for entry in requests] == [200, 200, 400, 404]
+    assert requests[0]["completion_tokens"] <= 20
+    assert requests[0]["seconds"] > 0
+    assert requests[2]["request_id"] == "bad"
+    assert requests[2]["error"] == "unknown_parameter"
+    assert requests[3]["route"] == "unknown"
+    assert (secret in json.dumps(entries)) == log_prompts
+    if log_prompts:
+        assert requests[0]["answers"] == requests[1]["answers"] == [text]
+
+
+def test_a_log_entry_is_one_line_of_json() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "it %s", ("failed",), None)
+        record.exc_info = (ValueError, error, error.__traceback__)
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert (entry["level"], entry["message"]) == ("error", "it failed")
+    assert "two\nlines" in entry["exception"]
+
+
+def test_the_metrics_add_up(serve: Serve) -> None:
+    with serve() as running:
+        answers = [running.openai().completions.create(**ASKED, **IGNORING, n=2) for _ in range(3)]
+        with pytest.raises(openai.NotFoundError):
+            running.openai().completions.create(**{**ASKED, "model": "x"})
+        with running.http() as http:
+            answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, sample.labels.get("status")): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    usage = [answer.usage for answer in answers]
+    assert samples["thanos_requests_total", "200"] == 3
+    assert samples["thanos_requests_total", "404"] == 1
+    assert samples["thanos_tokens_total", None] == sum(
+        one.completion_tokens for one in usage if one
+    )
+    assert samples["thanos_prompt_tokens_total", None] == 3 * 2 * len("Once")
+    assert samples["thanos_time_to_first_token_seconds_count", None] == 6
+    assert samples["thanos_time_between_tokens_seconds_count", None] == 6 * 19
+    assert samples["thanos_answer_seconds_count", None] == 6
+    assert samples["thanos_active_slots", None] == samples["thanos_queue", None] == 0
+    assert samples["thanos_slots", None] == 4
+
+
+def test_an_engine_that_fails_fails_its_requests_only(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve() as running:
+        with monkeypatch.context() as patch:
+            patch.setattr(running.gate, "decode", lambda ids: 1 / 0)
+            with pytest.raises(openai.InternalServerError) as caught:
+                running.openai().completions.create(**ASKED)
+            assert (caught.value.status_code, caught.value.code) == (500, "engine_failed")
+            assert "division" not in str(caught.value)
+        assert running.openai().completions.create(**ASKED).choices[0].text
+
+
+def test_a_reader_that_stalls_holds_no_slot(serve: Serve) -> None:
+    with serve() as running:
+        asked = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "a"}],
+            "stream": True,
+            "ignore_eos": True,
+            "n": 16,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        with socket.socket() as stalled:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(running.address)
+            content = json.dumps(asked).encode()
+            stalled.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"Content-Type: application/json\r\n"
+                + f"Content-Length: {len(content)}\r\n\r\n".encode()
+                + content
+            )
+            assert stalled.recv(15) == b"HTTP/1.1 200 OK"
+            running.wait_until(active=0, waiting=0)
+            assert running.service.batcher.state().tokens == 16 * (129 - len("u:a|a:"))
+            assert running.openai().completions.create(**ASKED).choices[0].text
