@@ -7,8 +7,8 @@
 
 Triton loads the folder of a model alone and may copy it elsewhere first. So each is whole, and the
 repository can be moved: `text` has the part of the bundle that it reads and the code that it runs.
-Only the weights of `text` and `onnx` are one file with two names, where the file system can do that;
-onnx refuses to read such a file, ONNX Runtime does not.
+Only the weights of `text` and `onnx` are one file with two names, where the file system can do
+that; onnx refuses to read such a file, ONNX Runtime does not.
 """
 
 import ast
@@ -224,18 +224,18 @@ def _tensors(types: Any, graph: Path) -> dict[str, list[Any]]:
     """Inputs and outputs as the graph has them; there is no dimension that Triton may batch."""
     content = ir.load(graph).graph
     return {
-        side: [
-            kind(
-                name=value.name,
-                data_type=_TENSOR_TYPES[value.dtype],
-                dims=[dim if isinstance(dim, int) else -1 for dim in value.shape],
-            )
-            for value in values
-        ]
-        for side, kind, values in (
-            ("input", types.ModelInput, content.inputs),
-            ("output", types.ModelOutput, content.outputs),
-        )
+        "input": [types.ModelInput(**_tensor(value)) for value in content.inputs],
+        "output": [types.ModelOutput(**_tensor(value)) for value in content.outputs],
+    }
+
+
+def _tensor(value: ir.Value) -> artifact.Json:
+    assert value.dtype is not None
+    assert value.shape is not None
+    return {
+        "name": value.name,
+        "data_type": _TENSOR_TYPES[value.dtype],
+        "dims": [dim if isinstance(dim, int) else -1 for dim in value.shape],
     }
 
 

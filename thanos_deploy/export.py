@@ -244,7 +244,7 @@ def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
             tensorrt_options=onnx_runtime.tensorrt_build_options(
                 json.loads((bundle.path / "onnx" / exporters.onnx.RECORD).read_bytes())
             ),
-            text_options={option.name: option.type for option in fields(Sampling)},
+            text_options={option.name: type(option.default) for option in fields(Sampling)},
             text_model=Path(runtime.__path__[0]) / "triton_model.py",
             on_progress=announce("Write the model repository for Triton"),
         )

@@ -37,9 +37,7 @@ def expected(two_four_bundle: Path) -> Expected:
     def answer(prompt: str, new_tokens: int, *, stop: tuple[str, ...] = (), **options: Any) -> str:
         sampling = Sampling(**options)
         return "".join(
-            stream(
-                engine, tokenizer, prompt, new_tokens=new_tokens, stop=stop, sampling=sampling
-            )
+            stream(engine, tokenizer, prompt, new_tokens=new_tokens, stop=stop, sampling=sampling)
         )
 
     return answer
@@ -58,7 +56,13 @@ def inputs(library: Any, **values: Any) -> list[Any]:
     return made
 
 
-def streamed(server: Server, *, timeout: int | None = None, **values: Any) -> tuple[list[str], str]:
+def streamed(
+    server: Server,
+    *,
+    timeout: int | None = None,
+    after_first: Callable[[], None] = lambda: None,
+    **values: Any,
+) -> tuple[list[str], str]:
     """The pieces and the finish reason of one text, over gRPC."""
     news: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
     with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
@@ -74,6 +78,8 @@ def streamed(server: Server, *, timeout: int | None = None, **values: Any) -> tu
             result, error = news.get(timeout=60)
             if error is not None:
                 raise error
+            if len(pieces) == 1:
+                after_first()
             if result.get_response().outputs:
                 pieces.append(result.as_numpy("text")[0].decode())
                 reason = result.as_numpy("finish_reason")[0].decode()
@@ -264,3 +270,14 @@ def test_a_model_whose_backend_is_not_there_is_said_to_be_unavailable(
     assert states["onnx"] == "UNAVAILABLE"
     assert states["text"] == "READY"
     assert "".join(streamed(server, prompt="Hello", new_tokens=9)[0]) == expected("Hello", 9)
+
+
+def test_a_text_that_is_being_made_is_finished_when_its_model_is_unloaded(
+    server: Server, http: Any, expected: Expected
+) -> None:
+    def unload() -> None:
+        http.unload_model("text")
+
+    pieces, reason = streamed(server, after_first=unload, prompt="Hello", new_tokens=100)
+    assert "".join(pieces) == expected("Hello", 100)
+    assert reason == "length"
