@@ -73,7 +73,8 @@ def streamed(
             timeout=timeout,
             enable_empty_final_response=True,
         )
-        pieces, reason = [], ""
+        pieces: list[str] = []
+        reason = ""
         while True:
             result, error = news.get(timeout=60)
             if error is not None:
