@@ -27,7 +27,7 @@ test-fast: $(STAMP)
 
 # A real Triton serves an exported repository.
 test-triton: $(STAMP) $(TRITON_STAMP)
-	$(BIN)/python -m pytest -m triton
+	$(BIN)/python -m pytest tests/triton
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

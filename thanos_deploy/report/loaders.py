@@ -149,7 +149,7 @@ def tensor_parallel(sizes: Sizes) -> tuple[int, ...]:
 
 
 def _splits(sizes: Sizes) -> str:
-    return f"on {_listed(tensor_parallel(sizes))} GPUs (`--tensor-parallel-size`)"
+    return f"`--tensor-parallel-size`: {_listed(tensor_parallel(sizes))}"
 
 
 def _shards(sizes: Sizes) -> str:
@@ -158,7 +158,7 @@ def _shards(sizes: Sizes) -> str:
         for gpus in range(1, _MOST_GPUS + 1)
         if sizes.heads % gpus == 0 and sizes.kv_heads % gpus == 0
     ]
-    return f"on {_listed(shards)} GPUs (`--num-shard`)"
+    return f"`--num-shard`: {_listed(shards)}"
 
 
 def _quantised(sizes: Sizes) -> str:
