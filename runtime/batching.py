@@ -4,6 +4,11 @@ A request waits for a slot, its prompt is read, and it becomes a row of the batc
 ends. Rows come and go between two steps, so nobody waits for the end of somebody else's text. What
 a row computes does not depend on the others but for the rounding of floats, and a request draws
 from a random stream of its own: the same request with the same seed gets the same tokens.
+
+ORT-GenAI has a batching engine of its own, which does not do this with our graph: on a CPU it takes
+at most four requests together, lets no other one join before the last of them has ended, and
+reports no log probabilities; its dynamic batching wants a graph of paged attention, which exists on
+CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
 """
 
 import enum
@@ -22,12 +27,12 @@ from runtime.engine import Ids, Logits, require_readable, require_stage
 from runtime.engines import onnxruntime
 from runtime.sampling import GREEDY, Sampler, Sampling
 from runtime.slots import OnnxRuntimeSlots
-from thanos_deploy.errors import ResourceError, UsageError
+from thanos_deploy.errors import PlatformError, ResourceError, UsageError
+
+# Read between two steps; for so long the texts wait that are being written.
+PROMPT_TOKENS = 128
 
 _log = logging.getLogger(__name__)
-
-# Read of prompts between two steps: so long do the texts wait that are being written.
-_PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +149,10 @@ class SlotEngine(Protocol):
     slots: int
 
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Take newcomers, which come after all rows; none of the prompts is read yet.
-
-        Only when there are no newcomers, and for as many prompts as slots are free.
-        """
+        """Take newcomers, at most as many as slots are free; there must be none already."""
 
     def read(self, tokens: int) -> Logits | None:
-        """Read on in the prompts of the newcomers, which become rows when it is all read.
+        """Read on in the prompts of the newcomers; once all is read, they are the last rows.
 
         Args:
             tokens: about how many, of all prompts together.
@@ -169,12 +171,11 @@ class SlotEngine(Protocol):
             float32[rows, vocabulary].
         """
 
-    def leave(self, rows: Sequence[int]) -> None:
-        """Forget some rows or newcomers; those after them move up.
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
 
-        Args:
-            rows: sorted numbers; newcomers are counted on after the rows.
-        """
+    def abandon(self, newcomer: int) -> None:
+        """Forget a newcomer; the last one takes its place."""
 
     def clear(self) -> None:
         """Forget everything, in whatever state an exception has left it; raises nothing."""
@@ -214,26 +215,42 @@ class _Sequence:
         self._left = min(request.new_tokens, most)
         self._sampler = Sampler(request.sampling, request.prompt)
 
-    def extend(self, logits: NDArray[np.float32]) -> None:
-        """Choose a token and deliver it, or end with it.
+    def extend(self, logits: NDArray[np.float32]) -> bool:
+        """Choose a token and deliver it; False if the text ends before it.
 
         Args:
             logits: float32[vocabulary].
         """
-        if not np.isfinite(logits.max()):  # NaN if one of them is
+        if not np.isfinite(logits.max()):  # which is NaN if one of them is
             self.end = End(Finish.FAILED, "the model's logits are not finite")
-            return
+            return False
         self.last = self._sampler.choose(logits)
         if self.last in self.request.stop:
             self.end = End(Finish.STOP)
-            return
+            return False
         self._left -= 1
         if not self._left:
             self.end = End(Finish.LENGTH)
-        self.tell(_token(self.last, logits, self.request.alternatives))
+        self._tell(_token(self.last, logits, self.request.alternatives))
+        return True
 
-    def tell(self, news: Token | End) -> None:
-        """Deliver something."""
+    def give_up(self, now: float, *, closed: bool) -> None:
+        """End if nobody waits for more, unless it has ended."""
+        if self.end:
+            return
+        if self.ticket.cancelled:
+            self.end = End(Finish.CANCELLED)
+        elif self.request.deadline is not None and now >= self.request.deadline:
+            self.end = End(Finish.DEADLINE)
+        elif closed:
+            self.end = End(Finish.CLOSED)
+
+    def finish(self) -> None:
+        """Deliver the end."""
+        assert self.end
+        self._tell(self.end)
+
+    def _tell(self, news: Token | End) -> None:
         try:
             self._deliver(news)
         except Exception:
@@ -247,49 +264,59 @@ def _token(chosen: int, logits: NDArray[np.float32], alternatives: int | None) -
     scores = logits.astype(np.float64)
     scores -= scores.max()
     logprobs = scores - np.log(np.exp(scores).sum())
-    likeliest = np.argsort(-logprobs, kind="stable")[:alternatives]
     return Token(
         chosen,
         float(logprobs[chosen]),
-        tuple((int(token), float(logprobs[token])) for token in likeliest),
+        tuple((token, float(logprobs[token])) for token in _likeliest(logprobs, alternatives)),
     )
+
+
+def _likeliest(logprobs: NDArray[np.float64], count: int) -> list[int]:
+    """That many ids, the likeliest first; of equals, the smaller first."""
+    if count == 0:
+        return []
+    least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf
+    candidates = np.flatnonzero(logprobs >= least)  # sorting all of them would take milliseconds
+    order = np.argsort(-logprobs[candidates], kind="stable")
+    ids: list[int] = candidates[order[:count]].tolist()
+    return ids
 
 
 class Batcher:
     """Steps the sequences of several requests together, on one thread of its own."""
 
     def __init__(
-        self, engine: SlotEngine, *, queue: int, prompt_tokens: int = _PROMPT_TOKENS
+        self, engine: SlotEngine, *, queue: int, prompt_tokens_per_step: int = PROMPT_TOKENS
     ) -> None:
         """Start.
 
         Args:
             engine: used by this batcher only.
             queue: the most requests that wait for a slot.
-            prompt_tokens: about how many tokens of prompts are read between two steps.
+            prompt_tokens_per_step: about how many tokens of prompts are read between two steps.
         """
         self._engine = engine
         self._queue = queue
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens_per_step = prompt_tokens_per_step
         self._lock = threading.Condition()
         self._waiting: list[_Sequence] = []
         self._newcomers: list[_Sequence] = []  # their prompts are being read
         self._rows: list[_Sequence] = []
         self._closing = False
         self._abandoned = False
-        self._steps = self._tokens = self._prompt_tokens_read = 0
+        self._steps = self._tokens = self._prompt_tokens = 0
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """Let a request wait for a slot.
+        """Take a request.
 
         Args:
             request: what to continue.
             deliver: called with every token, and then with the end.
 
         Raises:
-            Busy: too many wait already, or the batcher is closing.
+            Busy: no slot is free and enough requests wait for one, or the batcher is closing.
             UsageError: the engine cannot read the prompt.
         """
         require_readable(np.array([request.prompt], dtype=np.int64), self._engine.vocabulary)
@@ -305,9 +332,9 @@ class Batcher:
         with self._lock:
             if self._closing:
                 raise Busy("the batcher is closing", fix="send the request to another server")
-            if len(self._waiting) >= self._queue:
+            if len(self._waiting) >= self._queue + self._free():
                 raise Busy(
-                    f"{len(self._waiting)} requests are waiting for a slot already",
+                    f"all slots are taken, and {self._queue} requests wait for one",
                     fix="try again later, or allow a longer queue",
                 )
             self._waiting.append(sequence)
@@ -319,11 +346,11 @@ class Batcher:
         with self._lock:
             return State(
                 waiting=len(self._waiting),
-                active=len(self._rows) + len(self._newcomers),
+                active=self._engine.slots - self._free(),
                 slots=self._engine.slots,
                 steps=self._steps,
                 tokens=self._tokens,
-                prompt_tokens=self._prompt_tokens_read,
+                prompt_tokens=self._prompt_tokens,
             )
 
     def close(self, *, timeout: float | None = None) -> bool:
@@ -346,105 +373,103 @@ class Batcher:
         self._thread.join()
         return finished
 
+    def _free(self) -> int:
+        return self._engine.slots - len(self._newcomers) - len(self._rows)
+
     def _work(self) -> None:
         while self._wait():
             try:
-                self._turn_over()
-                self._decode()
+                self._give_up()
+                self._release()
+                self._admit()
                 self._read()
+                self._release()  # a text may end with its first token
+                self._decode()
             except Exception as error:
                 _log.exception("the engine failed; the requests in it end")
-                self._engine.clear()
-                self._retire(End(Finish.FAILED, f"{type(error).__name__}: {error}"))
+                self._fail(f"{type(error).__name__}: {error}")
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False if there never will be."""
+
+        def busy() -> bool:
+            return bool(self._waiting or self._newcomers or self._rows)
+
         with self._lock:
-            self._lock.wait_for(lambda: self._busy() or self._closing)
-            return self._busy()
+            self._lock.wait_for(lambda: busy() or self._closing)
+            return busy()
 
-    def _busy(self) -> bool:
-        return bool(self._waiting or self._newcomers or self._rows)
-
-    def _turn_over(self) -> None:
-        """Free the slots of all that have ended, and let newcomers have them."""
+    def _give_up(self) -> None:
+        """End what was cancelled or is too late, wherever it is."""
         now = time.monotonic()
         with self._lock:
-            waiting = list(self._waiting)
-        inside = [*self._rows, *self._newcomers]
-        for sequence in (*inside, *waiting):
-            sequence.end = sequence.end or self._given_up(sequence, now)
-        leaving = [row for row, sequence in enumerate(inside) if sequence.end]
-        if leaving:
-            self._engine.leave(leaving)
-        self._retire()
-        if not self._newcomers:
-            with self._lock:
-                self._newcomers = self._next()
-            if self._newcomers:
-                self._engine.join([sequence.request.prompt for sequence in self._newcomers])
-
-    def _given_up(self, sequence: _Sequence, now: float) -> End | None:
-        deadline = sequence.request.deadline
-        if sequence.ticket.cancelled:
-            return End(Finish.CANCELLED)
-        if deadline is not None and now >= deadline:
-            return End(Finish.DEADLINE)
-        return End(Finish.CLOSED) if self._abandoned else None
-
-    def _retire(self, inside: End | None = None) -> None:
-        """Let go of all sequences that have ended, and tell them.
-
-        Args:
-            inside: how those in the engine end that have not ended yet; None if they go on.
-        """
-        if inside:
-            for sequence in (*self._rows, *self._newcomers):
-                sequence.end = sequence.end or inside
-        ended = []
-        with self._lock:
-            for sequences in (self._rows, self._newcomers, self._waiting):
-                ended += [sequence for sequence in sequences if sequence.end]
-                sequences[:] = [sequence for sequence in sequences if not sequence.end]
+            for sequence in (*self._waiting, *self._newcomers, *self._rows):
+                sequence.give_up(now, closed=self._abandoned)
+            ended = [sequence for sequence in self._waiting if sequence.end]
+            self._waiting = [sequence for sequence in self._waiting if not sequence.end]
         for sequence in ended:
-            assert sequence.end is not None
-            sequence.tell(sequence.end)
+            sequence.finish()
 
-    def _next(self) -> list[_Sequence]:
-        """Take from the queue, in order, who gets a free slot and is read together."""
-        free = self._engine.slots - len(self._rows)
-        longest = 0
-        for count, sequence in enumerate(self._waiting[:free]):
-            longest = max(longest, len(sequence.request.prompt))
-            if count and (count + 1) * longest > self._prompt_tokens:
-                free = count
-                break
-        chosen, self._waiting = self._waiting[:free], self._waiting[free:]
-        return chosen
+    def _release(self) -> None:
+        """Free the slots of those that have ended."""
+        for sequences, forget in (
+            (self._rows, self._engine.leave),
+            (self._newcomers, self._engine.abandon),
+        ):
+            for place in reversed(range(len(sequences))):
+                sequence = sequences[place]
+                if sequence.end:
+                    forget(place)
+                    sequences[place] = sequences[-1]
+                    sequences.pop()
+                    sequence.finish()
+
+    def _admit(self) -> None:
+        """Let those in who are read together next, in the order in which they came."""
+        if self._newcomers:
+            return
+        with self._lock:
+            count = longest = 0
+            for sequence in self._waiting[: self._free()]:
+                longest = max(longest, len(sequence.request.prompt))
+                if count and (count + 1) * longest > self._prompt_tokens_per_step:
+                    break
+                count += 1
+            self._newcomers, self._waiting = self._waiting[:count], self._waiting[count:]
+        if self._newcomers:
+            self._engine.join([sequence.request.prompt for sequence in self._newcomers])
 
     def _decode(self) -> None:
-        if not self._rows:
-            return
-        ids = np.array([sequence.last for sequence in self._rows], dtype=np.int64)
-        self._extend(self._rows, self._engine.decode(ids))
-        self._steps += 1
+        if self._rows:
+            ids = np.array([sequence.last for sequence in self._rows], dtype=np.int64)
+            self._extend(self._rows, self._engine.decode(ids))
+            self._steps += 1
 
     def _read(self) -> None:
         if not self._newcomers:
             return
-        logits = self._engine.read(self._prompt_tokens)
+        logits = self._engine.read(self._prompt_tokens_per_step)
         if logits is None:
             return
+        arrived = self._newcomers
         with self._lock:
-            arrived, self._newcomers = self._newcomers, []
-            self._rows += arrived
-        self._prompt_tokens_read += sum(len(sequence.request.prompt) for sequence in arrived)
+            self._rows, self._newcomers = self._rows + arrived, []
+        self._prompt_tokens += sum(len(sequence.request.prompt) for sequence in arrived)
         self._extend(arrived, logits)
 
     def _extend(self, sequences: Sequence[_Sequence], logits: Logits) -> None:
         for sequence, row in zip(sequences, logits, strict=True):
-            sequence.extend(row)
-            self._tokens += sequence.end is None or sequence.end.reason is Finish.LENGTH
+            self._tokens += sequence.extend(row)
+
+    def _fail(self, error: str) -> None:
+        """End everything that is in the engine."""
+        self._engine.clear()
+        with self._lock:
+            failed = [*self._newcomers, *self._rows]
+            self._newcomers, self._rows = [], []
+        for sequence in failed:
+            sequence.end = sequence.end or End(Finish.FAILED, error)
+            sequence.finish()
 
 
 def open_slots(
@@ -460,7 +485,7 @@ def open_slots(
     Args:
         bundle: its folder.
         slots: the most sequences at a time.
-        provider: "cpu" or "cuda".
+        provider: "cpu"; no other can have slots yet.
         threads: how many compute on a CPU; None for ONNX Runtime's own choice.
         verify: compare the files with the hashes in the manifest first.
 
@@ -472,7 +497,11 @@ def open_slots(
     """
     if slots < 1:
         raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
+    if provider in onnxruntime.PROVIDERS and provider != "cpu":
+        raise PlatformError(
+            f"provider {provider}: slots keep the kv cache in the memory of the host",
+            fix="serve with --provider cpu, or one sequence at a time with `generate`",
+        )
     require_stage(bundle, onnxruntime, verify=verify)
-    return OnnxRuntimeSlots(
-        onnxruntime.open_graph(bundle, provider=provider, threads=threads), slots=slots
-    )
+    graph = onnxruntime.open_graph(bundle, provider=provider, threads=threads)
+    return OnnxRuntimeSlots(graph, slots=slots)

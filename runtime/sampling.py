@@ -112,10 +112,16 @@ def probabilities(scores: NDArray[np.float64], sampling: Sampling) -> NDArray[np
             scores < np.partition(scores, -sampling.top_k)[-sampling.top_k], -np.inf, scores
         )
     if sampling.top_p < 1:
-        order = np.argsort(-scores, kind="stable")
-        before = np.cumsum(_softmax(scores)[order])
+        odds = _softmax(scores)
+        # Tokens below this make up less than 1 - top_p, all together: they need not be sorted.
+        candidates = np.flatnonzero(odds >= (1 - sampling.top_p) / len(odds))
+        order = candidates[np.argsort(-scores[candidates], kind="stable")]
+        before = np.cumsum(odds[order])
         before = np.concatenate([[0.0], before[:-1]])  # what the likelier tokens make up
-        scores[order[before >= sampling.top_p]] = -np.inf
+        kept = order[before < sampling.top_p]
+        cut = np.full_like(scores, -np.inf)
+        cut[kept] = scores[kept]
+        scores = cut
     if sampling.min_p > 0:
         odds = _softmax(scores)
         scores[odds < sampling.min_p * odds.max()] = -np.inf

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy import environment, gpu
@@ -58,20 +59,23 @@ class Graph:
         self._past = session.get_inputs()[len(_TOKEN_INPUTS) :]
         self.vocabulary: int = session.get_outputs()[0].shape[2]
 
-    def empty_cache(self, batch: int) -> list[Any]:
-        """The cache of sequences of which nothing has been read."""
+    def empty_cache(self, batch: int) -> list[NDArray[Any]]:
+        """The cache of sequences of which nothing has been read, each [batch, heads, 0, dim]."""
         return [
-            self.place(np.zeros((batch, entry.shape[1], 0, entry.shape[3]), _dtype(entry)))
+            np.zeros((batch, entry.shape[1], 0, entry.shape[3]), _dtype(entry))
             for entry in self._past
         ]
 
-    def run(self, ids: Ids, mask: Ids, cache: list[Any]) -> tuple[Logits, list[Any]]:
+    def run(
+        self, ids: Ids, mask: Ids, cache: list[Any], *, into: list[Any] | None = None
+    ) -> tuple[Logits, list[Any]]:
         """Append tokens to every sequence.
 
         Args:
             ids: int64[batch, tokens].
             mask: int64[batch, past + tokens], 0 for padding, which must be on the left.
             cache: of the past.
+            into: where to write the longer cache; None for memory of the session's own.
 
         Returns:
             float32[batch, vocabulary], the logits after the last token, and the longer cache.
@@ -83,11 +87,14 @@ class Graph:
         for entry, value in zip(self._past, cache, strict=True):
             binding.bind_ortvalue_input(entry.name, value)
         binding.bind_output(self._outputs[0], "cpu")
-        for name in self._outputs[1:]:
-            binding.bind_output(name, self._device)
+        for index, name in enumerate(self._outputs[1:]):
+            if into is None:
+                binding.bind_output(name, self._device)
+            else:
+                binding.bind_ortvalue_output(name, into[index])
         self._session.run_with_iobinding(binding)
         logits, *longer = binding.get_outputs()
-        last: Logits = logits.numpy()[:, -1].astype(np.float32, copy=False)
+        last: Logits = np.from_dlpack(logits)[:, -1].astype(np.float32)
         return last, longer
 
     def place(self, array: Any) -> Any:
@@ -113,7 +120,7 @@ class OnnxRuntimeEngine:
         require_readable(ids, self._graph.vocabulary)
         self._require_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
-        self._cache = self._graph.empty_cache(len(ids))
+        self._cache = [self._graph.place(entry) for entry in self._graph.empty_cache(len(ids))]
         return self._step(ids)
 
     def decode(self, ids: Ids) -> Logits:

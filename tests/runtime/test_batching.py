@@ -1,44 +1,434 @@
+import logging
 import threading
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from runtime.batching import Batcher, Deliver, End, Finish, Request, Token, open_slots
-from runtime.engine import open_engine
-from runtime.generate import generate
+from runtime import batching
+from runtime.batching import Batcher, Busy, End, Finish, Request, Ticket, Token
+from thanos_deploy.errors import UsageError
+
+PATIENCE = 60.0  # for what must happen; nothing here waits for as long
+
+
+class Counting:
+    """Slots without a model: a row goes on with its last token plus one, and ends at no token.
+
+    Decoding waits for a permit. `calls` is what was asked for; a call whose name is in `broken`
+    raises.
+    """
+
+    max_sequence = 1000
+    vocabulary = 1000
+
+    def __init__(self, slots: int = 2, *, permits: int = 1_000_000) -> None:
+        self.slots = slots
+        self.calls: list[str] = []
+        self.broken: set[str] = set()
+        self.decoding = threading.Event()
+        self._permits = threading.Semaphore(permits)
+        self._rows: list[int] = []
+        self._newcomers: list[list[int]] = []
+        self._read = 0
+
+    def permit(self, steps: int = 1_000_000) -> None:
+        self._permits.release(steps)
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._call(f"join {' '.join(str(len(prompt)) for prompt in prompts)}")
+        assert not self._newcomers
+        assert len(self._rows) + len(prompts) <= self.slots
+        self._newcomers = [list(prompt) for prompt in prompts]
+        self._read = 0
+
+    def read(self, tokens: int) -> np.ndarray | None:
+        self._call("read")
+        self._read += max(1, tokens // len(self._newcomers))
+        if self._read < max(map(len, self._newcomers)):
+            return None
+        arrived = [prompt[-1] for prompt in self._newcomers]
+        self._newcomers = []
+        self._rows += arrived
+        return self._logits(arrived)
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        self.decoding.set()
+        assert self._permits.acquire(timeout=PATIENCE)
+        self._call(f"decode {len(ids)}")
+        assert len(ids) == len(self._rows)
+        self._rows = ids.tolist()
+        return self._logits(self._rows)
+
+    def leave(self, row: int) -> None:
+        self._call("leave")
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+    def abandon(self, newcomer: int) -> None:
+        self._call("abandon")
+        self._newcomers[newcomer] = self._newcomers[-1]
+        self._newcomers.pop()
+
+    def clear(self) -> None:
+        self._rows, self._newcomers = [], []
+
+    def _call(self, call: str) -> None:
+        self.calls.append(call)
+        if call.split()[0] in self.broken:
+            raise RuntimeError(f"{call} broke")
+
+    def _logits(self, last: Sequence[int]) -> np.ndarray:
+        logits: np.ndarray = np.eye(self.vocabulary, dtype=np.float32)[np.array(last) + 1]
+        return logits
 
 
 class Answer:
-    """Keeps what is delivered of one request."""
+    """Keeps what is delivered of one request, and checks that the end comes last."""
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
-        self.end: End | None = None
-        self.ended = threading.Event()
+        self._end: End | None = None
+        self._first = threading.Event()
+        self._ended = threading.Event()
 
     def __call__(self, news: Token | End) -> None:
-        assert self.end is None
+        assert self._end is None
         if isinstance(news, Token):
             self.tokens.append(news)
+            self._first.set()
         else:
-            self.end = news
-            self.ended.set()
+            self._end = news
+            self._ended.set()
+
+    def begun(self) -> None:
+        assert self._first.wait(PATIENCE)
+
+    def end(self) -> End:
+        assert self._ended.wait(PATIENCE)
+        assert self._end is not None
+        return self._end
 
     def ids(self) -> list[int]:
-        assert self.ended.wait(60)
+        self.end()
         return [token.id for token in self.tokens]
 
 
-PROMPTS = [(72, 101, 108, 108, 111), (7,), tuple(range(1, 13)), (3, 4), (200, 100), (9,) * 30]
+Start = Callable[..., Batcher]
 
 
-def test_requests_that_share_steps_get_the_tokens_they_get_alone(exported_llama: Path) -> None:
-    engine = open_engine(exported_llama)
-    batcher = Batcher(open_slots(exported_llama, slots=3), queue=8, prompt_tokens=7)
-    answers = [Answer() for _ in PROMPTS]
-    for count, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
-        batcher.submit(Request(prompt, 10 + 5 * count, stop=frozenset({256})), answer)
-    for count, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
-        alone = list(generate(engine, prompt, new_tokens=10 + 5 * count, stop={256}))
-        assert answer.ids() == alone
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Makes batchers that are closed after the test."""
+    batchers = []
+
+    def make(engine: Counting, *, queue: int = 8, **options: int) -> Batcher:
+        batchers.append(Batcher(engine, queue=queue, **options))
+        return batchers[-1]
+
+    yield make
+    for batcher in batchers:
+        batcher.close(timeout=0)
+
+
+def occupied(start: Start, engine: Counting, **options: int) -> tuple[Batcher, Answer]:
+    """A batcher with one long text, which waits for permission to go on."""
+    batcher, answer = start(engine, **options), Answer()
+    batcher.submit(Request((500,), 100), answer)
+    assert engine.decoding.wait(PATIENCE)
+    return batcher, answer
+
+
+def test_a_text_ends_at_its_length_before_a_stop_token_or_where_the_engine_takes_no_more(
+    start: Start,
+) -> None:
+    engine = Counting()
+    engine.max_sequence = 7
+    batcher = start(engine)
+    cases = [
+        (Request((1, 5), 3), [6, 7, 8], Finish.LENGTH),
+        (Request((5,), 4, stop=frozenset({8})), [6, 7], Finish.STOP),
+        (Request((5,), 4, stop=frozenset({6})), [], Finish.STOP),
+        (Request((1, 2, 3, 4, 5), 9), [6, 7, 8], Finish.LENGTH),
+        (Request((1, 2, 3, 4, 5, 6, 7), 9), [8], Finish.LENGTH),
+    ]
+    answers = [Answer() for _ in cases]
+    for (request, _, _), answer in zip(cases, answers, strict=True):
+        batcher.submit(request, answer)
+    for (_, ids, reason), answer in zip(cases, answers, strict=True):
+        assert answer.ids() == ids
+        assert answer.end() == End(reason)
+    state = batcher.state()
+    assert (state.waiting, state.active, state.slots) == (0, 0, 2)
+    assert state.tokens == sum(len(ids) for _, ids, _ in cases)
+    assert state.prompt_tokens == sum(len(request.prompt) for request, _, _ in cases)
+
+
+def test_requests_join_between_the_steps_of_others(start: Start) -> None:
+    engine = Counting(permits=0)
+    batcher, first = occupied(start, engine)
+    second = Answer()
+    batcher.submit(Request((7,), 3), second)
+    engine.permit()
+    assert second.ids() == [8, 9, 10]
+    assert first.ids() == list(range(501, 601))
+    assert engine.calls[:6] == ["join 1", "read", "decode 1", "join 1", "read", "decode 2"]
+
+
+def test_more_requests_than_may_wait_are_refused_and_say_what_to_do(start: Start) -> None:
+    engine = Counting(1, permits=0)
+    batcher, first = occupied(start, engine, queue=1)
+    waiting, late = Answer(), Answer()
+    batcher.submit(Request((7,), 2), waiting)
+    assert batcher.state().waiting == 1
+    with pytest.raises(Busy, match="all slots are taken, and 1 requests wait") as caught:
+        batcher.submit(Request((8,), 2), late)
+    assert (caught.value.exit_code, bool(caught.value.fix)) == (5, True)
+    engine.permit()
+    first.end()
+    assert waiting.ids() == [8, 9]
+    batcher.submit(Request((8,), 2), late)
+    assert late.ids() == [9, 10]
+
+
+def test_a_request_that_finds_a_free_slot_needs_no_queue(start: Start) -> None:
+    batcher = start(Counting(), queue=0)
+    answers = [Answer(), Answer()]
+    for answer in answers:
+        batcher.submit(Request((7,), 2), answer)
+    assert [answer.ids() for answer in answers] == [[8, 9], [8, 9]]
+
+
+@pytest.mark.parametrize("prompt", [(), (1, -1), (1, 1000), (1,) * 1001])
+def test_a_prompt_that_no_engine_reads_is_refused(start: Start, prompt: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError):
+        start(Counting()).submit(Request(prompt, 1), Answer())
+
+
+@pytest.mark.parametrize("values", [{"new_tokens": 0}, {"new_tokens": 1, "alternatives": -1}])
+def test_a_request_out_of_range_is_refused(values: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        Request((1,), **values)  # type: ignore[arg-type]
+
+
+def test_cancelling_frees_the_slot_at_the_next_step(start: Start) -> None:
+    engine = Counting(1, permits=0)
+    batcher, waiting = start(engine), Answer()
+    first = Answer()
+    ticket = batcher.submit(Request((500,), 400), first)
+    batcher.submit(Request((7,), 2), waiting)
+    first.begun()
+    ticket.cancel()
+    engine.permit()
+    assert first.end() == End(Finish.CANCELLED)
+    assert len(first.tokens) <= 2  # one of the prompt, one of the step that was being taken
+    assert waiting.ids() == [8, 9]
+    ticket.cancel()
     assert batcher.close()
+
+
+def test_a_cancelled_request_leaves_the_queue_without_a_slot(start: Start) -> None:
+    engine = Counting(1, permits=0)
+    batcher, first = occupied(start, engine)
+    waiting = Answer()
+    batcher.submit(Request((7,), 2), waiting).cancel()
+    engine.permit(1)
+    assert waiting.end() == End(Finish.CANCELLED)
+    assert waiting.tokens == []
+    assert batcher.state().active == 1
+    engine.permit()
+    first.end()
+
+
+def test_a_prompt_that_is_being_read_can_be_cancelled(start: Start) -> None:
+    engine = Counting(3, permits=0)
+    batcher, first = occupied(start, engine, prompt_tokens_per_step=4)
+    long, other = Answer(), Answer()
+    ticket = batcher.submit(Request((7,) * 400, 2), long)
+    batcher.submit(Request((7,), 2), other)
+    engine.permit(2)
+    engine.decoding.clear()
+    assert engine.decoding.wait(PATIENCE)
+    ticket.cancel()
+    engine.permit()
+    assert long.end() == End(Finish.CANCELLED)
+    assert other.ids() == [8, 9]
+    assert "abandon" in engine.calls
+    first.end()
+
+
+def test_a_request_is_given_up_at_its_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 10.0
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now))
+    engine = Counting(1, permits=0)
+    batcher, early, first, waiting = start(engine), Answer(), Answer(), Answer()
+    batcher.submit(Request((1,), 5, deadline=10.0), early)
+    assert early.end() == End(Finish.DEADLINE)
+    batcher.submit(Request((500,), 400, deadline=20.0), first)
+    assert engine.decoding.wait(PATIENCE)
+    batcher.submit(Request((7,), 2, deadline=19.0), waiting)
+    now = 20.0
+    engine.permit()
+    assert first.end() == End(Finish.DEADLINE)
+    assert waiting.end() == End(Finish.DEADLINE)
+    assert (early.tokens, waiting.tokens, len(first.tokens)) == ([], [], 2)
+
+
+@pytest.mark.parametrize("call", ["join", "read", "decode", "leave"])
+def test_when_the_engine_fails_its_requests_end_and_the_next_one_works(
+    start: Start, call: str
+) -> None:
+    engine = Counting()
+    engine.broken = {call}
+    batcher, answers = start(engine), [Answer(), Answer()]
+    for answer in answers:
+        batcher.submit(Request((7,), 3), answer)
+    ends = [answer.end() for answer in answers]
+    assert any(
+        end.reason is Finish.FAILED and f"RuntimeError: {call}" in str(end.error) for end in ends
+    ) or (call == "leave" and all(end.reason is Finish.LENGTH for end in ends))
+    engine.broken = set()
+    after = Answer()
+    batcher.submit(Request((7,), 3), after)
+    assert after.ids() == [8, 9, 10]
+    assert batcher.state().active == 0
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only(start: Start) -> None:
+    class Overflowing(Counting):
+        def _logits(self, last: Sequence[int]) -> np.ndarray:
+            logits = super()._logits(last)
+            logits[np.array(last) == 9] = np.nan
+            return logits
+
+    batcher, bad, good = start(Overflowing()), Answer(), Answer()
+    batcher.submit(Request((7,), 5), bad)
+    batcher.submit(Request((70,), 5), good)
+    assert bad.ids() == [8, 9]
+    assert bad.end().reason is Finish.FAILED
+    assert good.ids() == [71, 72, 73, 74, 75]
+
+
+@pytest.mark.parametrize("at", [Token, End])
+def test_a_callback_that_raises_ends_its_own_request_only(
+    start: Start, at: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Token | End] = []
+
+    def raising(news: Token | End) -> None:
+        seen.append(news)
+        if isinstance(news, at):
+            raise ValueError("the reader is gone")
+
+    batcher, other, after = start(Counting()), Answer(), Answer()
+    with caplog.at_level(logging.ERROR):
+        batcher.submit(Request((7,), 5), raising)
+        batcher.submit(Request((70,), 5), other)
+        assert other.ids() == [71, 72, 73, 74, 75]
+        batcher.submit(Request((7,), 2), after)
+        assert after.ids() == [8, 9]
+        assert batcher.close()
+    assert seen[-1] == End(Finish.CANCELLED if at is Token else Finish.LENGTH)
+    assert sum(isinstance(news, End) for news in seen) == 1
+    assert "a callback raised" in caplog.text
+
+
+def test_a_callback_may_cancel_and_submit(start: Start) -> None:
+    batcher, second = start(Counting()), Answer()
+    tickets: list[Ticket] = []
+    ready = threading.Event()
+    ends = []
+
+    def deliver(news: Token | End) -> None:
+        assert ready.wait(PATIENCE)
+        tickets[0].cancel()
+        if isinstance(news, End):
+            ends.append(news)
+            batcher.submit(Request((7,), 2), second)
+
+    tickets.append(batcher.submit(Request((7,), 500), deliver))
+    ready.set()
+    assert second.ids() == [8, 9]
+    assert ends == [End(Finish.CANCELLED)]
+
+
+def test_closing_finishes_what_was_taken_and_takes_nothing_new(start: Start) -> None:
+    engine = Counting(1, permits=0)
+    batcher, first = occupied(start, engine)
+    waiting = Answer()
+    batcher.submit(Request((7,), 2), waiting)
+    closing = threading.Thread(target=lambda: results.append(batcher.close()))
+    results: list[bool] = []
+    closing.start()
+    while not refuses(batcher):
+        time.sleep(0.001)
+    engine.permit()
+    closing.join(PATIENCE)
+    assert results == [True]
+    assert (len(first.ids()), waiting.ids()) == (100, [8, 9])
+    assert batcher.close()  # once more
+
+
+def refuses(batcher: Batcher) -> bool:
+    try:
+        batcher.submit(Request((1,), 1), lambda news: None)
+    except Busy as error:
+        return "closing" in error.message
+    return False
+
+
+def test_what_is_not_finished_in_time_ends_when_the_batcher_closes(start: Start) -> None:
+    engine = Counting(1)
+    engine.max_sequence = engine.vocabulary = 10**6
+    engine._logits = lambda last: np.ones((len(last), 2), np.float32)  # type: ignore[method-assign]
+    batcher, endless, waiting = start(engine), Answer(), Answer()
+    batcher.submit(Request((1,), 10**6), endless)
+    batcher.submit(Request((1,), 1), waiting)
+    endless.begun()
+    assert not batcher.close(timeout=0.01)
+    assert endless.end() == waiting.end() == End(Finish.CLOSED)
+    assert batcher.state().active == 0
+
+
+def test_long_prompts_are_read_in_pieces_between_the_steps_of_others(start: Start) -> None:
+    engine = Counting(2, permits=0)
+    batcher, first = occupied(start, engine, prompt_tokens_per_step=4)
+    second = Answer()
+    batcher.submit(Request((7,) * 10, 2), second)
+    engine.permit()
+    assert second.ids() == [8, 9]
+    first.end()
+    begin = engine.calls.index("join 10")
+    assert engine.calls[begin : begin + 7] == [
+        *("join 10", "read", "decode 1", "read", "decode 1", "read", "decode 2")
+    ]
+
+
+def test_short_prompts_are_read_together_as_far_as_the_limit_allows(start: Start) -> None:
+    engine = Counting(8, permits=0)
+    batcher, first = occupied(start, engine, prompt_tokens_per_step=6)
+    answers = [Answer() for _ in range(6)]
+    for answer, length in zip(answers, (2, 3, 1, 9, 1, 4), strict=True):
+        batcher.submit(Request((7,) * length, 1), answer)
+    engine.permit()
+    for answer in (first, *answers):
+        answer.end()
+    joins = [call for call in engine.calls if call.startswith("join")]
+    assert joins == ["join 1", "join 2 3", "join 1", "join 9", "join 1", "join 4"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 999, 1000, 5000])
+def test_of_equally_likely_alternatives_the_smaller_ids_come_first(
+    start: Start, count: int
+) -> None:
+    batcher, answer = start(Counting()), Answer()
+    batcher.submit(Request((7,), 1, alternatives=count), answer)
+    answer.end()
+    (token,) = answer.tokens
+    others = [number for number in range(1000) if number != 8]
+    assert [number for number, _ in token.alternatives] == [8, *others][:count]
+    assert token.alternatives[0] == (8, token.logprob)

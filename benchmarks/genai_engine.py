@@ -1,0 +1,82 @@
+"""When ORT-GenAI's own batching engine lets requests join.
+
+`python -m benchmarks.genai_engine OUT`: OUT is a bundle with the target genai. Six requests for
+texts of different lengths, the last one sent when the others have three tokens; prints in which of
+the engine's runs each got its tokens. Then the same folder with an `engine` section in its
+configuration that asks for dynamic batching.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as genai
+
+LENGTHS = [8, 24, 12, 16, 8]
+LATE = 8
+
+
+def static(folder: Path) -> None:
+    """The engine as it runs the folder of `export --target genai`."""
+    engine = genai.Engine(genai.Model(str(folder)))
+    capabilities = engine.get_capabilities()
+    print(f"configured batch: {capabilities.configured_max_batch_size}")
+    runs: list[list[int]] = []
+    requests = []
+
+    def send(new_tokens: int) -> None:
+        request = engine.create_request()
+        options = genai.TurnOptions(request)
+        options.set_do_sample(False)
+        options.set_min_generated_tokens(new_tokens)
+        options.set_max_generated_tokens(new_tokens)
+        request.begin_turn(np.arange(1000, 1032, dtype=np.int32), options)
+        requests.append(request)
+        runs.append([])
+
+    for length in LENGTHS:
+        send(length)
+    buffer = engine.create_event_buffer(64)
+    number = 0
+    while engine.has_pending_requests():
+        number += 1
+        engine.run(buffer)
+        for event in buffer:
+            if event.flags.value & genai.EngineEventFlags.TOKEN.value:
+                runs[requests.index(event.request)].append(number)
+        if number == 3:
+            send(LATE)
+    for which, seen in enumerate(runs):
+        print(f"request {which}: {len(seen)} tokens, in the runs {seen[0]} to {seen[-1]}")
+
+
+def dynamic(folder: Path) -> None:
+    """The same with dynamic batching."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        copy = Path(place) / "genai"
+        shutil.copytree(folder, copy)
+        path = copy / "genai_config.json"
+        config = json.loads(path.read_text())
+        config["engine"] = {"dynamic_batching": {"num_blocks": 64, "max_batch_size": 8}}
+        path.write_text(json.dumps(config))
+        try:
+            genai.Engine(genai.Model(str(copy)))
+            print("dynamic batching: loaded")
+        except Exception as error:
+            print(f"dynamic batching: {error}")
+
+
+def main() -> None:
+    """Run both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    folder = parser.parse_args().out / "genai"
+    static(folder)
+    dynamic(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from runtime.batching import Batcher, Request, open_slots
+from runtime.engine import open_engine
+from runtime.engines.onnxruntime import Graph
+from runtime.generate import generate
+from runtime.sampling import Sampling
+from runtime.slots import OnnxRuntimeSlots
+from tests.conftest import VOCABULARY, Exported
+from tests.runtime.test_batching import Answer
+from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
+
+SLOTS = 4
+
+Open = Callable[[str], Graph]
+
+
+@pytest.fixture(scope="module")
+def graph(exported_two_four: Exported, exported_shrunk: Exported) -> Open:
+    """Opens the graph of a small model of a type; of one whose blocks differ, "shrunk llama"."""
+
+    @cache
+    def make(name: str) -> Graph:
+        shrunk, _, model_type = name.rpartition(" ")
+        folder = (exported_shrunk if shrunk else exported_two_four)(model_type)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(
+            folder / "onnx" / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        return Graph(session, ort, device="cpu", max_sequence=128)
+
+    return make
+
+
+def alone(graph: Graph, text: Sequence[int]) -> NDArray[np.float32]:
+    """float32[vocabulary], what follows a text that is read on its own, all at once."""
+    ids = np.array([text])
+    cache = [graph.place(entry) for entry in graph.empty_cache(1)]
+    logits: NDArray[np.float32] = graph.run(ids, np.ones_like(ids), cache)[0]
+    return logits.squeeze(0)
+
+
+tokens = st.integers(0, VOCABULARY - 1)
+prompts = st.lists(st.lists(tokens, min_size=1, max_size=24), min_size=1, max_size=SLOTS)
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("join"), prompts),
+        st.tuples(st.just("read"), st.integers(1, 60)),
+        st.tuples(st.just("decode"), tokens),
+        st.tuples(st.just("decode"), tokens),
+        st.tuples(st.just("leave"), st.integers(0, SLOTS - 1)),
+        st.tuples(st.just("abandon"), st.integers(0, SLOTS - 1)),
+    ),
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2", "shrunk llama"])
+@given(events=events)
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_row_computes_what_it_computes_alone_whoever_comes_and_goes(
+    graph: Open, name: str, events: list[tuple[str, object]]
+) -> None:
+    model = graph(name)
+    slots = OnnxRuntimeSlots(model, slots=SLOTS)
+    rows: list[list[int]] = []
+    newcomers: list[list[int]] = []
+
+    def agree(texts: list[list[int]], logits: np.ndarray) -> None:
+        for text, row in zip(texts, logits, strict=True):
+            expected = alone(model, text)
+            np.testing.assert_allclose(row, expected, atol=1e-5 * float(np.ptp(expected)))
+
+    for event, value in events:
+        if event == "join" and not newcomers:
+            assert isinstance(value, list)
+            newcomers = [list(prompt) for prompt in value[: SLOTS - len(rows)]]
+            if newcomers:
+                slots.join(newcomers)
+        elif event == "read" and newcomers:
+            assert isinstance(value, int)
+            logits = slots.read(value)
+            if logits is not None:
+                agree(newcomers, logits)
+                rows, newcomers = rows + newcomers, []
+        elif event == "decode" and rows:
+            assert isinstance(value, int)
+            ids = (np.arange(len(rows)) + value) % VOCABULARY
+            rows = [[*text, int(token)] for text, token in zip(rows, ids, strict=True)]
+            agree(rows, slots.decode(ids))
+        elif event in ("leave", "abandon"):
+            assert isinstance(value, int)
+            texts = rows if event == "leave" else newcomers
+            if value < len(texts):
+                (slots.leave if event == "leave" else slots.abandon)(value)
+                texts[value] = texts[-1]
+                texts.pop()
+
+
+def test_the_cache_stays_as_long_as_the_longest_text_needs(graph: Open) -> None:
+    slots = OnnxRuntimeSlots(graph("llama"), slots=2)
+    slots.join([[1, 2, 3]])
+    slots.read(100)
+    longest = 0
+    for step in range(300):  # there is always one row, and none is longer than 14 tokens
+        slots.decode(np.full(len(slots._rows.lengths), 5))
+        if step % 10 == 0:
+            slots.join([[7, 8, 9]])
+            slots.read(100)
+            if len(slots._rows.lengths) == 2:
+                slots.leave(0)
+        longest = max(longest, slots._rows._past)
+    assert longest <= 2 * 14 + 1
+    slots.leave(0)
+    assert slots._rows._past == 0
+    assert all(buffer.size == 0 for buffer in slots._rows._present)
+
+
+PROMPTS = [(72, 101, 108, 108, 111), (7,), tuple(range(1, 13)), (3, 4), (200, 100), (9,) * 30]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_requests_that_share_steps_get_the_tokens_that_they_get_alone(
+    exported_llama: Path, temperature: float
+) -> None:
+    engine = open_engine(exported_llama)
+    batcher = Batcher(open_slots(exported_llama, slots=3), queue=8, prompt_tokens_per_step=7)
+    requests = [
+        Request(
+            prompt,
+            10 + 5 * count,
+            stop=frozenset({256}),
+            sampling=Sampling(temperature=temperature, top_p=0.9, seed=count),
+        )
+        for count, prompt in enumerate(PROMPTS)
+    ]
+    answers = [Answer() for _ in requests]
+    for request, answer in zip(requests, answers, strict=True):
+        batcher.submit(request, answer)
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.ids() == list(
+            generate(
+                engine,
+                request.prompt,
+                new_tokens=request.new_tokens,
+                stop=request.stop,
+                sampling=request.sampling,
+            )
+        )
+    assert batcher.close()
+
+
+def test_log_probabilities_are_those_of_the_model_before_temperature_and_cut_offs(
+    exported_llama: Path,
+) -> None:
+    batcher, answer = Batcher(open_slots(exported_llama, slots=1), queue=1), Answer()
+    sampling = Sampling(temperature=2.0, top_k=5, repetition_penalty=1.5, seed=3)
+    batcher.submit(Request((72, 101), 6, sampling=sampling, alternatives=4), answer)
+    engine = open_engine(exported_llama)
+    logits = engine.prefill(np.array([[72, 101]]))[0].astype(np.float64)
+    answer.end()
+    assert batcher.close()
+    for token in answer.tokens:
+        odds = np.exp(logits) / np.exp(logits).sum()
+        assert token.logprob == pytest.approx(np.log(odds[token.id]), abs=1e-5)
+        assert [other for other, _ in token.alternatives] == np.argsort(-odds)[:4].tolist()
+        assert [logprob for _, logprob in token.alternatives] == pytest.approx(
+            np.log(np.sort(odds)[::-1][:4]), abs=1e-5
+        )
+        logits = engine.decode(np.array([token.id]))[0].astype(np.float64)
+
+
+@pytest.mark.parametrize(("alternatives", "given"), [(None, False), (0, True)])
+def test_log_probabilities_are_given_where_they_are_asked_for(
+    exported_llama: Path, alternatives: int | None, given: bool
+) -> None:
+    batcher, answer = Batcher(open_slots(exported_llama, slots=1), queue=1), Answer()
+    batcher.submit(Request((72, 101), 2, alternatives=alternatives), answer)
+    answer.end()
+    assert batcher.close()
+    assert [(token.logprob is not None, token.alternatives) for token in answer.tokens] == [
+        (given, ())
+    ] * 2
+
+
+def test_slots_that_cannot_be_opened_say_why(exported_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="0 slots"):
+        open_slots(exported_llama, slots=0)
+    with pytest.raises(UsageError, match="'tpu'"):
+        open_slots(exported_llama, slots=1, provider="tpu")
+    with pytest.raises(PlatformError, match="memory of the host"):
+        open_slots(exported_llama, slots=1, provider="cuda")
+    with pytest.raises(InputError, match="not a bundle"):
+        open_slots(tmp_path, slots=1)
+
+
+def test_a_changed_graph_gets_no_slots(exported_llama: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+    (bundle / "onnx" / "model.onnx").write_bytes(b"changed")
+    with pytest.raises(IntegrityError, match=r"model\.onnx"):
+        open_slots(bundle, slots=1)
