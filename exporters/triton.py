@@ -27,7 +27,7 @@ from exporters import _kserve
 from exporters.onnx import DATA, MODEL, RECORD
 from exporters.tensorrt import ENGINE, read_build
 from thanos_deploy import artifact
-from thanos_deploy.errors import PlatformError
+from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
 CONFIG = "config.pbtxt"
@@ -38,10 +38,11 @@ _VERSION = "1"
 # Texts that `text` makes at once, and texts that may wait; its config.pbtxt can be changed.
 _SLOTS, _QUEUE = 8, 64
 _PACKAGES = ("runtime", "thanos_deploy")  # whose modules go with its model
+_TOKENIZER = "model/tokenizer.json"
 _READ_BY_TEXT = (
     artifact.MANIFEST,
     *(f"onnx/{name}" for name in (MODEL, DATA, RECORD)),
-    *(f"model/{name}.json" for name in ("tokenizer", "config", "generation_config")),
+    *(_TOKENIZER, "model/config.json", "model/generation_config.json"),
 )
 
 _TENSOR_TYPES = {
@@ -93,8 +94,14 @@ def export(
 
     Raises:
         PlatformError: tritonclient is not installed.
+        InputError: the model has no tokenizer.json.
     """
     types = library()
+    if not (bundle / _TOKENIZER).is_file():
+        raise InputError(
+            f"{bundle / _TOKENIZER}: missing",
+            fix="save the model's tokenizer as tokenizer.json before pruning it",
+        )
     configs = {
         TEXT: _text(types, text_options),
         GRAPH: _graph(types, bundle / "onnx" / MODEL, tensorrt_options),

@@ -13,12 +13,14 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import exporters.onnx
+import runtime
 from exporters import _kserve, triton
 from exporters._profiles import profiles
-from tests.conftest import Exported, Invoke
+from runtime.engines.onnxruntime import tensorrt_build_options
+from tests.conftest import Invoke
 from thanos_deploy.artifact import Bundle, Json, claim, write_json
 from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.errors import PlatformError
+from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.export import export
 
 TYPES = {
@@ -117,28 +119,32 @@ def test_tensorrt_may_use_sparse_kernels_where_two_four_is_proven(out: Path) -> 
     assert str(out) not in (out / "triton" / "onnx" / "config.pbtxt").read_text()
 
 
-def test_a_graph_in_half_precision_with_one_dense_layer(
-    exported_two_four: Exported, out: Path
-) -> None:
+def test_a_dense_graph_in_half_precision(tiny_llama: Path, out: Path) -> None:
     shutil.rmtree(out / "onnx")
     (out / "onnx").mkdir()
-    model = Checkpoint.open(exported_two_four("llama") / "model")
-    exporters.onnx.export(model, out / "onnx", pattern=None, dtype="fp16")
-    options = {"trt_sparsity_enable": "0", "trt_fp16_enable": "1"}
+    model = Checkpoint.open(tiny_llama)
+    record = exporters.onnx.export(model, out / "onnx", pattern=None, dtype="fp16")
+    (out / "triton").mkdir()
     triton.export(
         out,
-        out,
+        out / "triton",
         name="half",
         engines={},
-        tensorrt_options=options,
+        tensorrt_options=tensorrt_build_options(record),
         text_options={},
-        text_model=Path("runtime/triton_model.py").resolve(),
+        text_model=Path(runtime.__path__[0]) / "triton_model.py",
     )
-    text = (out / "onnx" / "config.pbtxt").read_text()
-    seen = text_format.Parse(text, model_config_pb2.ModelConfig())
     graph = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph
-    assert tensors(seen.input) == tensors_of_graph(graph.input)
-    assert ("logits", "TYPE_FP16") in [value[:2] for value in tensors(seen.output)]
+    assert tensors(config(out, "onnx").output) == tensors_of_graph(graph.output)
+    assert ("logits", "TYPE_FP16") in [found[:2] for found in tensors(config(out, "onnx").output)]
+    assert accelerator(out)["precision_mode"] == "FP16"
+    assert accelerator(out)["trt_sparsity_enable"] == "0"
+
+
+def test_a_model_without_a_tokenizer_is_bad_input(out: Path) -> None:
+    (out / "model" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.json: missing"):
+        exported(out)
 
 
 def test_an_engine_has_all_its_profiles_and_the_inputs_of_its_graph(out: Path) -> None:

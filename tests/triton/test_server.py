@@ -261,6 +261,14 @@ def test_a_broken_model_is_not_loaded_and_the_others_go_on(
     assert "".join(streamed(server, prompt="Hello", new_tokens=9)[0]) == expected("Hello", 9)
 
 
+def test_a_missing_package_is_named(server: Server, http: Any) -> None:
+    script = (server.repository / "text" / "1" / "model.py").read_bytes()
+    hidden = b"import sys\nsys.modules['tokenizers'] = None\n" + script
+    name = damaged(server, "no-tokenizers", "model.py", hidden)
+    with pytest.raises(InferenceServerException, match="package tokenizers is not installed"):
+        http.load_model(name)
+
+
 def test_a_model_whose_backend_is_not_there_is_said_to_be_unavailable(
     server: Server, http: Any, expected: Expected
 ) -> None:
