@@ -34,7 +34,6 @@ CONFIG = "config.pbtxt"
 TEXT, GRAPH = "text", "onnx"  # models, beside the engines
 KSERVE = "kserve.yaml"
 
-_VERSION = "1"
 # Texts that `text` makes at once, and texts that may wait; its config.pbtxt can be changed.
 _SLOTS, _QUEUE = 8, 64
 _PACKAGES = ("runtime", "thanos_deploy")  # whose modules go with its model
@@ -87,7 +86,7 @@ def export(
         tensorrt_options: of ONNX Runtime's TensorRT provider, for the graph.
         text_options: what a request for text may set beside the prompt, and of which type it is.
         text_model: the Python model; the modules that it imports from its own packages go with it.
-        on_progress: told of every finished model.
+        on_progress: told of the beginning and the end.
 
     Returns:
         the backend of every model.
@@ -107,23 +106,18 @@ def export(
         GRAPH: _graph(types, bundle / "onnx" / MODEL, tensorrt_options),
         **{model: _engine(types, engine) for model, engine in engines.items()},
     }
-    for done, (model, config) in enumerate(configs.items()):
-        on_progress(done, len(configs))
-        folder = destination / model / _VERSION
-        folder.mkdir(parents=True)
-        _write(config, destination / model / CONFIG)
-        if model == TEXT:
-            for path in _code(text_model):
-                _copy(path, folder / path.relative_to(text_model.parent.parent))
-            shutil.copyfile(text_model, folder / "model.py")
-            for read in _READ_BY_TEXT:
-                if (bundle / read).exists():
-                    _copy(bundle / read, folder / "bundle" / read)
-        elif model == GRAPH:
-            shutil.copyfile(bundle / "onnx" / MODEL, folder / MODEL)
-            _link(destination / TEXT / _VERSION / "bundle" / "onnx" / DATA, folder / DATA)
-        else:
-            shutil.copyfile(engines[model].folder / ENGINE, folder / "model.plan")
+    on_progress(0, len(configs))
+    folders = {model: _begin(destination / model, config) for model, config in configs.items()}
+    for path in _code(text_model):
+        _copy(path, folders[TEXT] / path.relative_to(text_model.parent.parent))
+    shutil.copyfile(text_model, folders[TEXT] / "model.py")
+    for read in _READ_BY_TEXT:
+        if (bundle / read).exists():
+            _copy(bundle / read, folders[TEXT] / "bundle" / read)
+    shutil.copyfile(bundle / "onnx" / MODEL, folders[GRAPH] / MODEL)
+    _link(folders[TEXT] / "bundle" / "onnx" / DATA, folders[GRAPH] / DATA)
+    for model, engine in engines.items():
+        shutil.copyfile(engine.folder / ENGINE, folders[model] / "model.plan")
     record = json.loads((bundle / "onnx" / RECORD).read_bytes())
     cache = _SLOTS * record["max_sequence"] * record["cache"]["bytes_per_token"]
     _kserve.write(
@@ -246,10 +240,15 @@ def _tensor(value: ir.Value) -> artifact.Json:
     }
 
 
-def _write(config: Any, path: Path) -> None:
+def _begin(model: Path, config: Any) -> Path:
+    """Write a model's configuration and return the folder of its one version."""
     from google.protobuf import text_format
 
-    path.write_text(text_format.MessageToString(config), encoding="utf-8")
+    version = model / "1"
+    version.mkdir(parents=True)
+    text = text_format.MessageToString(config)
+    (model / CONFIG).write_text(text, encoding="utf-8")
+    return version
 
 
 def _code(module: Path) -> set[Path]:
