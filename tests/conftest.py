@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune import prune
+from thanos_deploy.requests import ExportRequest
 from thanos_deploy.shrink import shrink, survey
 
 MakeModel = Callable[..., Path]
@@ -154,6 +156,27 @@ def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFa
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def two_four_bundle(exported_two_four: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the tiny LLaMA at 2:4 and its ONNX export. Not to be changed."""
+    folder = exported_two_four("llama")
+    out = tmp_path_factory.mktemp("two-four") / "out"
+
+    def copy(part: str) -> Callable[[Path], Json]:
+        def produce(destination: Path) -> Json:
+            shutil.copytree(folder / part, destination / part)
+            return {"pattern_holds": True}
+
+        return produce
+
+    with claim(out, {"sha256": "", "name": "Tiny LLaMA"}) as bundle:
+        options = {"pattern": "2:4", "method": "thanos"}
+        bundle.run("prune", copy("model"), options=options, inputs={})
+        inputs = {"model": bundle.model_sha256}
+        bundle.run("onnx", copy("onnx"), options=asdict(ExportRequest()), inputs=inputs)
+    return out
 
 
 @pytest.fixture(scope="session")

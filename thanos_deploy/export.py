@@ -4,16 +4,18 @@
     onnx-DTYPE     onnx-DTYPE/, the same for engines, where onnx/ is of another dtype
     genai          genai/
     packed         packed/
+    triton         triton/
     tensorrt-ARCH, tensorrt-rtx-ARCH      engines/tensorrt-ARCH/, ...
 
 An engine stage needs nothing but the bundle: the folder can be copied to the machine with the GPU
 and finished there.
 """
 
+import json
 import shutil
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import exporters.genai
@@ -21,8 +23,12 @@ import exporters.onnx
 import exporters.packed
 import exporters.tensorrt
 import exporters.tensorrt_rtx
+import exporters.triton
+import runtime
+from runtime.engines import onnxruntime as onnx_runtime
 from runtime.engines import tensorrt as tensorrt_runtime
 from runtime.latency import Generate
+from runtime.sampling import Sampling
 from thanos_deploy import artifact, gpu
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.checkpoint import Checkpoint
@@ -63,7 +69,11 @@ def export(
     if target in ENGINES:
         return _engine(bundle, target, engine or EngineRequest(), overwrite, announce)
     made = _pruned_graph(bundle, request or exported_with(bundle), "onnx", overwrite, announce)
-    return made if target == "onnx" else _genai(bundle, overwrite, announce)
+    if target == "genai":
+        return _genai(bundle, overwrite, announce)
+    if target == "triton":
+        return _triton(bundle, overwrite, announce)
+    return made
 
 
 def exported_with(bundle: Bundle) -> ExportRequest:
@@ -210,6 +220,64 @@ def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         inputs={"model": bundle.model_sha256, "onnx": bundle.graph_sha256},
         overwrite=overwrite,
     )
+
+
+def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
+    left_out = dict(_unfit_for_triton(bundle))
+    engines = {
+        stage: exporters.triton.Engine(
+            bundle.path / exporters.tensorrt.ENGINES / stage, bundle.path / _source(record)
+        )
+        for stage, record in bundle.stages.items()
+        if record.result.get("target") in ENGINES and stage not in left_out
+    }
+
+    def produce(folder: Path) -> Json:
+        read = ("onnx", *engines)
+        # Twice the graph, where a file cannot have two names.
+        artifact.require_disk(folder, 2 * sum(_bytes(bundle, stage) for stage in read))
+        models = exporters.triton.export(
+            bundle.path,
+            _subfolder(folder, "triton"),
+            name=f"{bundle.source['name']}-{bundle.stages['prune'].options['pattern']}",
+            engines=engines,
+            tensorrt_options=onnx_runtime.tensorrt_build_options(
+                json.loads((bundle.path / "onnx" / exporters.onnx.RECORD).read_bytes())
+            ),
+            text_options={option.name: type(option.default) for option in fields(Sampling)},
+            text_model=Path(runtime.__path__[0]) / "triton_model.py",
+            on_progress=announce("Write the model repository for Triton"),
+        )
+        return {"models": models, "left_out": left_out}
+
+    return bundle.run(
+        "triton",
+        produce,
+        options={},
+        inputs={
+            "model": bundle.model_sha256,
+            "onnx": bundle.graph_sha256,
+            **{stage: bundle.hashes(stage) for stage in engines},
+        },
+        overwrite=overwrite,
+    )
+
+
+def _unfit_for_triton(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    """The engines that do not go into a repository, and why."""
+    for stage, record in bundle.stages.items():
+        target = record.result.get("target")
+        if target == "tensorrt-rtx":
+            yield stage, "Triton has no backend for TensorRT-RTX"
+        elif target == "tensorrt":
+            source = _source(record)
+            if source not in bundle.stages or bundle.hashes(source) != record.inputs[source]:
+                yield stage, f"built from another {source}/ than the one that is there"
+
+
+def _source(engine: StageRecord) -> str:
+    """The stage with the graph that an engine was built from."""
+    return next(name for name in engine.inputs if name != "model")
 
 
 def _engine(

@@ -6,6 +6,7 @@
     onnx     onnx/                                            (of the dense model: in the cache)
     genai    genai/                                           (only if asked for)
     packed   packed/                                          (only if asked for)
+    triton   triton/                                          (only if asked for)
     tensorrt-ARCH, tensorrt-rtx-ARCH    engines/              (only if asked for)
     bench    bench/RUN.json for every run, bench/sample.json
     report   report/{index.html,report.md,report.json}, README.md
@@ -25,6 +26,7 @@ from torch import Tensor
 
 import exporters.genai
 import exporters.packed
+import exporters.triton
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
@@ -454,6 +456,8 @@ def prune_export(
     dense = Dense(model, revision=revision)
     if target == "genai":
         exporters.genai.library()
+    if target == "triton":
+        exporters.triton.library()
     if target == "packed":
         exporters.packed.refuse(request.pattern)
     if target == "tensorrt-rtx":

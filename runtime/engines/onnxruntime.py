@@ -232,9 +232,8 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
 def tensorrt_options(bundle: Bundle) -> dict[str, str]:
     """How ONNX Runtime's TensorRT provider is to build and keep the engines of a bundle's graph.
 
-    Sparse kernels are allowed exactly where the written graph is known to hold 2:4. The engine and
-    the timings are kept in the user's cache, by the hash of the graph, so that a second start loads
-    what the first one built.
+    The engine and the timings are kept in the user's cache, by the hash of the graph, so that a
+    second start loads what the first one built.
 
     Args:
         bundle: with the stage onnx finished.
@@ -242,6 +241,24 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
     record = json.loads((bundle.path / "onnx" / "export.json").read_bytes())
     name = bundle.stages["onnx"].files["onnx/model.onnx"].sha256[:16]
     cache = str(environment.cache_folder() / "onnxruntime-tensorrt" / name)
+    return {
+        **tensorrt_build_options(record),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+        "trt_detailed_build_log": "1",
+    }
+
+
+def tensorrt_build_options(record: Json) -> dict[str, str]:
+    """What the engines of a graph are to be like, on any machine.
+
+    Sparse kernels are allowed exactly where the written graph is known to hold 2:4.
+
+    Args:
+        record: the graph's export.json.
+    """
     sparse = record["pattern"] == "2:4" and all(
         weight["pattern_holds"] for weight in record["weights"]
     )
@@ -260,11 +277,6 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
     return {
         "trt_sparsity_enable": str(int(sparse)),
         "trt_fp16_enable": str(int(record["dtype"] == "fp16")),
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": cache,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": cache,
-        "trt_detailed_build_log": "1",
         "trt_profile_min_shapes": least,
         "trt_profile_opt_shapes": usual,
         "trt_profile_max_shapes": most,

@@ -217,7 +217,7 @@ def test_a_build_that_is_interrupted_leaves_no_builder_behind(
 
 
 def test_targets_are_found_by_their_files() -> None:
-    assert exporters.names() == ["genai", "onnx", "packed", "tensorrt", "tensorrt-rtx"]
+    assert exporters.names() == ["genai", "onnx", "packed", "tensorrt", "tensorrt-rtx", "triton"]
     known = importlib.import_module("tensorrt_rtx").ComputeCapability
     assert all(hasattr(known, arch.upper()) for arch in tensorrt_rtx.ARCHITECTURES)
     assert set(_builder.LIBRARIES) <= set(exporters.names())

@@ -63,6 +63,7 @@ def command(
     onnx          one graph for prefill and decode, compared with PyTorch: OUT/onnx
     genai         that graph as a folder that ORT-GenAI loads: OUT/genai
     packed        the checkpoint with n:m weights stored without their zeros: OUT/packed
+    triton        the graph, the engines and a text model for Triton, and KServe: OUT/triton
     tensorrt      an engine for the GPU of this machine: OUT/engines/tensorrt-...
     tensorrt-rtx  an engine for the GPUs of --sm, built on any machine: OUT/engines/tensorrt-rtx-...
 

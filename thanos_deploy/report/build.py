@@ -1,12 +1,13 @@
 """The report of one bundle or of several side by side, as one JSON-ready value."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from thanos_deploy import __version__
 from thanos_deploy.artifact import Json, StageRecord
 from thanos_deploy.errors import UsageError
 from thanos_deploy.pattern import parse
-from thanos_deploy.report import commands, pareto, words
+from thanos_deploy.report import commands, loaders, pareto, words
 from thanos_deploy.report.runs import DENSE, quoted
 from thanos_deploy.report.sources import Sources
 
@@ -70,6 +71,7 @@ def _model(sources: Sources, label: str) -> Json:
         },
         "layer_map": _layer_map(sources.blocks),
         "widths": _widths(prune),
+        "loaders": _loaders(sources),
         "bytes": _bytes(sources),
         "parts": prune.result.get("parts"),
         "export": _export(stages.get("onnx"), sources.weights),
@@ -210,6 +212,14 @@ def _widths(prune: StageRecord) -> Json | None:
     }
     figures = ("removed", "stock_config", "block_parameters_before", "block_parameters_after")
     return {**{name: widths[name] for name in figures}, **cuts}
+
+
+def _loaders(sources: Sources) -> list[Json]:
+    """What other loaders make of the checkpoint; none if its configuration is not all of it."""
+    widths = sources.stages["prune"].result.get("widths")
+    if sources.config is None or (widths is not None and not widths["stock_config"]):
+        return []
+    return [asdict(verdict) for verdict in loaders.judge(sources.config)]
 
 
 def _bytes(sources: Sources) -> Json:

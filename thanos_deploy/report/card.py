@@ -148,12 +148,36 @@ model = AutoModelForCausalLM.from_pretrained("model")
 tokenizer = AutoTokenizer.from_pretrained("model")
 ```"""
     if widths is None:
-        return stock
+        return stock + _others(model)
     return f"""{stock}
 
 `model/` is an ordinary checkpoint of its architecture with a smaller `config.json`: no code comes with
-it and no flag is needed. Its numbers of heads and channels are those that the architecture's own
-configuration states (`num_attention_heads`, `num_key_value_heads`, an explicit `head_dim`,
-`intermediate_size` or what the family calls it), the same in every block. Loaders that read these
-entries, such as vLLM and llama.cpp's converter, have what they need; that is an argument from the
-configuration, they were not run here."""
+it and no flag is needed.{_others(model)}"""
+
+
+def _others(model: Json) -> str:
+    """What other loaders make of the checkpoint."""
+    if not model["loaders"]:
+        return ""
+    rows = "\n".join(
+        f"| {entry['loader']}: `{entry['command']}` | {_compatible(entry)} | "
+        f"{'; '.join(entry['reasons']) or entry['notes']} |"
+        for entry in model["loaders"]
+    )
+    return f"""
+
+Other loaders, judged by `config.json` and the constraints in their source; none of them was run:
+
+| loader | | |
+|---|---|---|
+{rows}"""
+
+
+def _compatible(entry: Json) -> str:
+    match entry["compatible"]:
+        case None:
+            return "not judged"
+        case True:
+            return "config-compatible"
+        case _:
+            return "does not take it"

@@ -63,7 +63,7 @@ def of(sources: Sources) -> list[str]:
                 words = ["eval", "OUT", "--dense", source["name"], *_flags(record.options, _EVAL)]
             case "onnx":
                 words = ["export", "OUT", "--target", "onnx", *_flags(record.options, _EXPORT)]
-            case "genai" | "packed":
+            case "genai" | "packed" | "triton":
                 words = ["export", "OUT", "--target", stage]
             case "bench":
                 made += [

@@ -15,6 +15,7 @@ BUILD_FORMAT = "thanos-deploy/build/1"
 _LAYERS = "layers.json"
 _SAMPLE = "bench/sample.json"
 _EXPORT = "onnx/export.json"
+_CONFIG = "model/config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Sources:
         stages: its stages that are about the model as it is now.
         stale: names of the stages that were made from an earlier one.
         blocks: layers.json, one entry a block.
+        config: of the pruned model; None if it is not in the bundle.
         weights: those of the exported graph, from export.json.
         runs: content of bench/<run>.json, raw samples included, by the file's name, in the order in
             which they were measured; those that were interrupted are last.
@@ -38,6 +40,7 @@ class Sources:
     stages: dict[str, StageRecord]
     stale: tuple[str, ...]
     blocks: list[Json]
+    config: Json | None = None
     weights: list[Json] = field(default_factory=list)
     runs: dict[str, Json] = field(default_factory=dict)
     unrecorded: tuple[str, ...] = ()
@@ -69,6 +72,7 @@ def read(bundle: Bundle) -> Sources:
         stages=stages,
         stale=stale,
         blocks=_read(bundle, _LAYERS),
+        config=_read(bundle, _CONFIG) if (bundle.path / _CONFIG).is_file() else None,
         weights=_read(bundle, _EXPORT)["weights"] if "onnx" in stages else [],
         runs=runs,
         unrecorded=tuple(name for name in runs if not _recorded(bundle, name)),
