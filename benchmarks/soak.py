@@ -59,6 +59,10 @@ OVERLOAD = 10
 LONGEST_PROMPT, LONGEST_ANSWER = 400, 24  # characters, tokens
 SAMPLES = 120
 
+# All that are asked. The package tokenizers keeps the last 10 000 words that it has seen, and where a
+# tokenizer does not split texts every prompt is one: with ever new prompts that looks like a leak.
+PROMPTS = 500
+
 # After the last request; every answer in flight is short.
 SECONDS_TO_SETTLE = 60.0
 
@@ -95,7 +99,7 @@ class Visitor:
     """A client that does something at random."""
 
     url: str
-    text: str
+    prompts: tuple[str, ...]
     chance: random.Random
 
     def generation(self) -> Json:
@@ -108,9 +112,8 @@ class Visitor:
         }
 
     def prompt(self) -> str:
-        """Some of the text."""
-        begin = self.chance.randrange(len(self.text) - LONGEST_PROMPT)
-        return self.text[begin : begin + self.chance.randint(1, LONGEST_PROMPT)]
+        """One of them."""
+        return self.chance.choice(self.prompts)
 
     def completion(self) -> Iterator[str]:
         """Two answers, whole, with log probabilities."""
@@ -258,16 +261,16 @@ def main() -> None:
 def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
     """Send everything at once for some time, and judge what is left."""
     tally, over = Tally(), threading.Event()
-    text = builtin_text(held_out=True).content
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
         port = free_port()
         command = serve(bundle, port=port, name=MODEL, slots=SLOTS, queue=QUEUE)
         server = stack.enter_context(running(command, port=port, log=log))
+        texts = prompts(server, random.Random(seed))
         pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
         stack.callback(over.set)
         for number in range(CLIENTS):
-            visitor = Visitor(server.url, text, random.Random(f"{seed} {number}"))
+            visitor = Visitor(server.url, texts, random.Random(f"{seed} {number}"))
             pool.submit(visit, visitor, tally, over)
         samples = list(watch(server, tally, seconds))
         over.set()
@@ -291,6 +294,15 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "samples": [asdict(sample) for sample in samples],
         "environment": environment.describe(),
     }
+
+
+def prompts(server: Server, chance: random.Random) -> tuple[str, ...]:
+    """Pieces of the built-in text that take no more than half of what the model reads."""
+    _, _, models = request(server.url, "GET", "/v1/models")
+    longest = min(LONGEST_PROMPT, json.loads(models)["data"][0]["max_model_len"] // 2)
+    text = builtin_text(held_out=True).content
+    begins = [chance.randrange(len(text) - longest) for _ in range(PROMPTS)]
+    return tuple(text[begin : begin + chance.randint(1, longest)] for begin in begins)
 
 
 def visit(visitor: Visitor, tally: Tally, over: threading.Event) -> None:
