@@ -59,8 +59,8 @@ OVERLOAD = 10
 LONGEST_PROMPT, LONGEST_ANSWER = 400, 24  # characters, tokens
 SAMPLES = 120
 
-# All that are asked. The package tokenizers keeps the last 10 000 words that it has seen, and where a
-# tokenizer does not split texts every prompt is one: with ever new prompts that looks like a leak.
+# All that are asked. The package tokenizers remembers 10 000 words, and where a tokenizer does not
+# split texts into words a prompt is one: with ever new prompts, filling that looks like a leak.
 PROMPTS = 500
 
 # After the last request; every answer in flight is short.
