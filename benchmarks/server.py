@@ -108,7 +108,7 @@ def running(command: Sequence[object], *, port: int, log: Path) -> Iterator[Serv
             process.wait()
 
 
-def serve(bundle: Path, *, port: int, name: str, slots: int, queue: int = 64) -> list[object]:
+def serve(bundle: Path, *, port: int, name: str, slots: int, queue: int) -> list[object]:
     """The command that serves a bundle with this Python."""
     run = "from thanos_deploy.cli import main; main()"
     return [

@@ -121,9 +121,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--per-client", type=int, default=2, help="requests of a client")
-    parser.add_argument("--least", type=int, default=8, help="requests of a closed loop")
+    parser.add_argument("--least", type=int, default=6, help="requests of a closed loop")
     parser.add_argument("--rates", type=float, nargs="*", default=[0.75, 1.5])
-    parser.add_argument("--offered", type=int, default=24, help="requests of an open loop")
+    parser.add_argument("--offered", type=int, default=16, help="requests of an open loop")
     parser.add_argument(
         "--environment",
         type=Path,
@@ -214,6 +214,7 @@ def commands(
     bundle: Path, load: Load, *, slots: int
 ) -> dict[str, tuple[Sequence[object], int, str, Json]]:
     """Of each server: its command, its port, the name of the model, how to write greedily."""
+    queue = max(*load.clients, load.offered)
     own: Json = {"temperature": 0, "ignore_eos": True}
     theirs: Json = {
         "generation_config": json.dumps({"do_sample": False, "eos_token_id": -1, "pad_token_id": 0})
@@ -225,6 +226,9 @@ def commands(
         *("--cb-max-batch-tokens", 4 * load.prompt),
     ]
 
+    def served(port: int, slots: int) -> list[object]:
+        return serve(bundle, port=port, name=OURS, slots=slots, queue=queue)
+
     def transformers(port: int, *options: object) -> list[object]:
         command = Path(sys.executable).with_name("transformers")
         there = ("--host", "127.0.0.1", "--port", port, "--device", "cpu")
@@ -232,8 +236,8 @@ def commands(
 
     ports = [free_port() for _ in range(4)]
     return {
-        OURS: (serve(bundle, port=ports[0], name=OURS, slots=slots), ports[0], OURS, own),
-        ALONE: (serve(bundle, port=ports[1], name=OURS, slots=1), ports[1], OURS, own),
+        OURS: (served(ports[0], slots), ports[0], OURS, own),
+        ALONE: (served(ports[1], 1), ports[1], OURS, own),
         THEIRS: (transformers(ports[2]), ports[2], model, theirs),
         THEIR_BATCHING: (transformers(ports[3], *batching), ports[3], model, theirs),
     }
