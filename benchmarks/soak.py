@@ -9,11 +9,13 @@ no requests; and bursts of ten times as many requests as the server has room for
 
 - a status was 5xx other than 503, a 503 had no Retry-After, or a connection broke;
 - a slot or a place in the queue is taken after everybody is gone;
-- memory grows by more than 1 KiB a request after a third of the run: the slope of a least-squares
-  line through the samples of resident memory over the number of requests so far. A request that is
-  not forgotten costs more: in CPython its body, its headers and its task alone take several KiB,
-  and a slot's keys and values more with every token. A server with ten requests a second would take
-  less than 1 GB more in a day at this limit.
+- memory grows by more than 1 KiB a request and by more than 2 % after a third of the run: the slope
+  of a least-squares line through the samples of resident memory over the number of requests so far.
+  A request that is not forgotten costs more: in CPython its body, its headers and its task alone
+  take several KiB, and a slot's keys and values more with every token. At this limit ten requests a
+  second would take less than 1 GB in a day. The 2 % are for the allocators, which take several MB
+  at once when a batch is larger than any before. Where answers are slow they hide much, so a small
+  model makes the better probe.
 
 Prints the counts and writes them with the samples to benchmarks/results/soak.json.
 """
@@ -51,7 +53,8 @@ from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import builtin_text
 
 MODEL = "soak"
-MOST_GROWTH = 1024
+MOST_GROWTH = 1024  # bytes a request
+MOST_GROWTH_IN_ALL = 0.02
 WARM_UP = 1 / 3
 CLIENTS = 12
 SLOTS, QUEUE = 4, 16
@@ -290,7 +293,6 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "outcomes": tally.by_kind(),
         "left": left,
         "growth_bytes_per_request": growth(samples),
-        "growth_limit": MOST_GROWTH,
         "samples": [asdict(sample) for sample in samples],
         "environment": environment.describe(),
     }
@@ -348,18 +350,28 @@ def judge(outcomes: Counter[str], left: dict[str, float], samples: Sequence[Samp
     }
     reasons = [f"{how}: {count} requests" for how, count in sorted(wrong.items())]
     reasons += [f"{name}: {count:g} in the end" for name, count in left.items() if count]
-    if (grown := growth(samples)) > MOST_GROWTH:
-        reasons.append(f"memory grew by {grown:.0f} bytes a request (limit {MOST_GROWTH})")
+    grown, steady = growth(samples), after_warm_up(samples)
+    in_all = grown * (steady[-1].requests - steady[0].requests) / steady[0].resident_bytes
+    if grown > MOST_GROWTH and in_all > MOST_GROWTH_IN_ALL:
+        reasons.append(
+            f"memory grew by {grown:.0f} bytes a request (limit {MOST_GROWTH}), in all by "
+            f"{in_all:.1%} (limit {MOST_GROWTH_IN_ALL:.0%})"
+        )
     return reasons
 
 
 def growth(samples: Sequence[Sample]) -> float:
     """Bytes of memory for each further request, after the warm-up."""
-    steady = samples[int(len(samples) * WARM_UP) :]
+    steady = after_warm_up(samples)
     requests = np.array([sample.requests for sample in steady], dtype=np.float64)
     resident = [sample.resident_bytes for sample in steady]
     slope, _ = np.polyfit(requests - requests.mean(), resident, 1)
     return float(slope)
+
+
+def after_warm_up(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """What counts."""
+    return samples[int(len(samples) * WARM_UP) :]
 
 
 def outcome(status: int, headers: http.client.HTTPMessage) -> str:
@@ -378,7 +390,7 @@ def shown(result: Json) -> str:
         ),
         f"memory after the warm-up {first['resident_bytes'] / 1e6:.1f} MB, in the end "
         f"{last['resident_bytes'] / 1e6:.1f} MB: {result['growth_bytes_per_request']:+.0f} bytes a "
-        f"request (limit {result['growth_limit']})",
+        f"request",
         "; ".join([result["status"], *result["reasons"]]),
     ]
     return "\n".join(lines)

@@ -26,9 +26,19 @@ def test_nothing_is_found_where_memory_rests_after_the_warm_up() -> None:
 
 
 def test_a_leak_is_found_and_measured() -> None:
-    leaking = samples(per_request=5000)
-    assert soak.growth(leaking) == pytest.approx(5000)
-    assert soak.judge(FINE, QUIET, leaking) == ["memory grew by 5000 bytes a request (limit 1024)"]
+    leaking = samples(per_request=50_000)
+    assert soak.growth(leaking) == pytest.approx(50_000)
+    (found,) = soak.judge(FINE, QUIET, leaking)
+    assert found == ("memory grew by 50000 bytes a request (limit 1024), in all by 6.0% (limit 2%)")
+
+
+def test_what_an_allocator_takes_at_once_is_no_leak() -> None:
+    stepping = [
+        Sample(number, 10 * number, 500_000_000 + 5_000_000 * (number > 60))
+        for number in range(100)
+    ]
+    assert soak.growth(stepping) > soak.MOST_GROWTH
+    assert soak.judge(FINE, QUIET, stepping) == []
 
 
 @pytest.mark.parametrize("how", ["500", "502", soak.BROKEN, soak.IN_STREAM, soak.NO_RETRY_AFTER])
