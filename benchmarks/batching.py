@@ -4,7 +4,8 @@
 send requests, each its next one when the last is answered; the requests are the same in every row
 of the table. "One at a time" is `runtime.generate` in a loop. Prints times to the first token and
 between the tokens of a text (median and 95th percentile), how many texts are those of the first
-row, and where the time of the batcher's thread went.
+row, and where the time of the batcher's thread went. Processor time holds on a busy machine too,
+with `--threads 1`: threads that wait for each other spin.
 """
 
 import argparse
@@ -13,13 +14,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.batching import PROMPT_TOKENS, Batcher, Request, Token, open_slots
-from runtime.engine import open_engine
+from runtime.engine import Engine, open_engine
 from runtime.generate import generate
 
 
@@ -70,9 +72,8 @@ def draw_requests(count: int, vocabulary: int) -> list[Request]:
     ]
 
 
-def one_at_a_time(out: Path, requests: Sequence[Request]) -> list[Text]:
+def one_at_a_time(engine: Engine, requests: Sequence[Request]) -> list[Text]:
     """Answer with an engine of one sequence."""
-    engine = open_engine(out, verify=False)
     texts = []
     for request in requests:
         texts.append(Text())
@@ -113,16 +114,33 @@ def together(batcher: Batcher, requests: Sequence[Request], clients: int) -> lis
     return [texts[number] for number in range(len(requests))]
 
 
-def row(name: str, texts: Sequence[Text], seconds: float, reference: Sequence[Text]) -> str:
-    """One line of the table."""
+def row(
+    name: str, answer: Callable[[], Sequence[Text]], reference: Sequence[Text] | None = None
+) -> tuple[Sequence[Text], float]:
+    """Print one line of the table.
+
+    Args:
+        name: what the line begins with.
+        answer: answers all requests.
+        reference: the texts to compare with; None for its own.
+
+    Returns:
+        the texts and the seconds that they took.
+    """
+    started, worked = time.perf_counter(), time.process_time()
+    texts = answer()
+    seconds, processor = time.perf_counter() - started, time.process_time() - worked
+    tokens = sum(len(text.ids) for text in texts)
     first = np.array([text.times[0] for text in texts]) * 1e3
     gaps = np.concatenate([np.diff(text.times) for text in texts]) * 1e3
-    same = sum(text.ids == other.ids for text, other in zip(texts, reference, strict=True))
-    return (
-        f"| {name} | {sum(len(text.ids) for text in texts) / seconds:.1f} "
+    same = sum(text.ids == other.ids for text, other in zip(texts, reference or texts, strict=True))
+    print(
+        f"| {name} | {tokens / seconds:.1f} | {processor / tokens * 1e3:.1f} "
         f"| {np.median(first):.0f}, {np.percentile(first, 95):.0f} "
-        f"| {np.median(gaps):.0f}, {np.percentile(gaps, 95):.0f} | {same} of {len(texts)} |"
+        f"| {np.median(gaps):.0f}, {np.percentile(gaps, 95):.0f} | {same} of {len(texts)} |",
+        flush=True,
     )
+    return texts, seconds
 
 
 def main() -> None:
@@ -131,27 +149,31 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--prompt-tokens-per-step", type=int, default=PROMPT_TOKENS)
     arguments = parser.parse_args()
-    vocabulary = open_slots(arguments.out, slots=1, verify=False).vocabulary
+    out, threads = arguments.out, arguments.threads
+    vocabulary = open_slots(out, slots=1, verify=False).vocabulary
     requests = draw_requests(arguments.requests, vocabulary)
-    print("| | tokens/s | first token, ms | between tokens, ms | same texts |")
-    print("|---|---|---|---|---|")
-    one_at_a_time(arguments.out, requests[:2])  # warms up
-    started = time.perf_counter()
-    reference = one_at_a_time(arguments.out, requests)
-    print(row("one at a time", reference, time.perf_counter() - started, reference), flush=True)
+    engine = open_engine(out, threads=threads, verify=False)
+    one_at_a_time(engine, requests[:1])  # warms up
+    print(
+        "| | tokens/s | processor, ms per token | first token, ms | between tokens, ms "
+        "| same texts |\n|---|---|---|---|---|---|"
+    )
+    reference, _ = row("one at a time", lambda: one_at_a_time(engine, requests))
     spent = []
     for slots in arguments.slots:
-        clocked = Clocked(open_slots(arguments.out, slots=slots, verify=False))
+        clocked = Clocked(open_slots(out, slots=slots, threads=threads, verify=False))
         batcher = Batcher(clocked, queue=0, prompt_tokens_per_step=arguments.prompt_tokens_per_step)
-        together(batcher, requests[:slots], slots)
+        together(batcher, requests[:1], 1)
         clocked.seconds.clear()
-        started = time.perf_counter()
-        texts = together(batcher, requests, slots)
-        seconds = time.perf_counter() - started
+        _, seconds = row(
+            f"{slots} slots",
+            partial(together, batcher, requests, slots),
+            reference,
+        )
         batcher.close()
-        print(row(f"{slots} slots", texts, seconds, reference), flush=True)
         parts = {**clocked.seconds, "the rest": seconds - sum(clocked.seconds.values())}
         spent.append(
             f"{slots} slots: "

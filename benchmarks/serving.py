@@ -277,13 +277,12 @@ def closed_loop(
     if done.returncode:
         raise RuntimeError(f"AIPerf failed:\n{done.stdout[-3000:]}")
     summary = json.loads((folder / "profile_export_aiperf.json").read_bytes())
-    records = [
-        json.loads(line)["metrics"]
-        for line in (folder / "profile_export.jsonl").read_text().splitlines()
-        if json.loads(line)["metadata"]["benchmark_phase"] == "profiling"
-    ]
+    lines = map(json.loads, (folder / "profile_export.jsonl").read_text().splitlines())
+    asked = [line for line in lines if line["metadata"]["benchmark_phase"] == "profiling"]
+    records = [line["metrics"] for line in asked if not line.get("error")]
     return {
         "requests": len(records),
+        "errors": [line["error"] for line in asked if line.get("error")],
         "requests_per_second": summary["request_throughput"]["avg"],
         "tokens_per_second": summary["output_token_throughput"]["avg"],
         "tokens": [int(record["output_sequence_length"]["value"]) for record in records],
