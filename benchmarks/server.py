@@ -88,7 +88,11 @@ def running(command: Sequence[object], *, port: int, log: Path) -> Iterator[Serv
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT
+            [str(part) for part in command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Out of reach of what a shell or a terminal sends its jobs, which may be frozen.
+            start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process)
     try:
