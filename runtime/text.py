@@ -91,7 +91,7 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
     if verify:
         opened.verify_file(_TOKENIZER)
         for name in ("model/config.json", "model/generation_config.json"):
-            if any(name in record.files for record in opened.stages.values()):
+            if opened.recorded(name):
                 opened.verify_file(name)
     try:
         return Tokenizer(
@@ -133,13 +133,22 @@ def stream(
         UsageError: the prompt or a stop string is empty.
         InputError: the prompt is not valid Unicode.
     """
-    if not prompt or not all(stop):
-        raise UsageError(
-            "an empty prompt or stop string", fix="give at least one character of text"
-        )
+    require_text(prompt, *stop)
     given = tokenizer.encode(prompt)
     ids = generate(engine, given, new_tokens=new_tokens, stop=tokenizer.stop, sampling=sampling)
     yield from until(pieces(tokenizer, ids, given), stop)
+
+
+def require_text(*texts: str) -> None:
+    """Refuse a prompt or a stop string without a character.
+
+    Raises:
+        UsageError: one is empty.
+    """
+    if not all(texts):
+        raise UsageError(
+            "an empty prompt or stop string", fix="give at least one character of text"
+        )
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:

@@ -21,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 
 from runtime.batching import Batcher, End, Finish, Request, Token, open_slots
 from runtime.sampling import Sampling
-from runtime.text import Tokenizer, open_tokenizer, pieces, until
+from runtime.text import Tokenizer, open_tokenizer, pieces, require_text, until
 from thanos_deploy.errors import DeployError, InputError, ResourceError, UsageError
 
 
@@ -173,8 +173,5 @@ def _text(content: bytes) -> str:
         raise InputError(
             f"invalid UTF-8 at byte {error.start}", fix="give the text in UTF-8"
         ) from error
-    if not text:
-        raise UsageError(
-            "an empty prompt or stop string", fix="give at least one character of text"
-        )
+    require_text(text)
     return text

@@ -152,6 +152,19 @@ class Bundle:
         """The hashes of the files of the exported graph."""
         return self.hashes("onnx")
 
+    def source_of(self, engine: str) -> str:
+        """The stage with the graph that an engine was built from; it may be gone."""
+        return next(name for name in self.stages[engine].inputs if name != "model")
+
+    def source_is_current(self, engine: str) -> bool:
+        """The graph that an engine was built from is the one that is there."""
+        source = self.source_of(engine)
+        return source in self.stages and self.hashes(source) == self.stages[engine].inputs[source]
+
+    def recorded(self, name: str) -> bool:
+        """A finished stage wrote this file, so its hash is known."""
+        return any(name in record.files for record in self.stages.values())
+
     def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
         """Refuse options that differ from those a finished stage was made with.
 

@@ -226,7 +226,7 @@ def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
     left_out = dict(_unfit_for_triton(bundle))
     engines = {
         stage: exporters.triton.Engine(
-            bundle.path / exporters.tensorrt.ENGINES / stage, bundle.path / _source(record)
+            bundle.path / exporters.tensorrt.ENGINES / stage, bundle.path / bundle.source_of(stage)
         )
         for stage, record in bundle.stages.items()
         if record.result.get("target") in ENGINES and stage not in left_out
@@ -269,15 +269,9 @@ def _unfit_for_triton(bundle: Bundle) -> Iterator[tuple[str, str]]:
         target = record.result.get("target")
         if target == "tensorrt-rtx":
             yield stage, "Triton has no backend for TensorRT-RTX"
-        elif target == "tensorrt":
-            source = _source(record)
-            if source not in bundle.stages or bundle.hashes(source) != record.inputs[source]:
-                yield stage, f"built from another {source}/ than the one that is there"
-
-
-def _source(engine: StageRecord) -> str:
-    """The stage with the graph that an engine was built from."""
-    return next(name for name in engine.inputs if name != "model")
+        elif target == "tensorrt" and not bundle.source_is_current(stage):
+            source = bundle.source_of(stage)
+            yield stage, f"built from another {source}/ than the one that is there"
 
 
 def _engine(

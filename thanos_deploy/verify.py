@@ -136,10 +136,8 @@ def _parity(bundle: Bundle, stage: str) -> Check:
 
 
 def _graph_of(bundle: Bundle, stage: str) -> Check:
-    name = f"{stage}: graph"
-    inputs = bundle.stages[stage].inputs
-    source = next(key for key in inputs if key != "model")
-    if source in bundle.stages and bundle.hashes(source) == inputs[source]:
+    name, source = f"{stage}: graph", bundle.source_of(stage)
+    if bundle.source_is_current(stage):
         return Check(name, "PASS", f"built from {source}/ as it is now")
     return Check(
         name, "FAIL", f"built from another {source}/ than the one that is there", fix=_REBUILD
@@ -149,7 +147,7 @@ def _graph_of(bundle: Bundle, stage: str) -> Check:
 def _engine(bundle: Bundle, stage: str, folder: Path) -> Check:
     name = f"{stage}: sparse kernels"
     build = tensorrt.read_build(folder)
-    source = next(key for key in bundle.stages[stage].inputs if key != "model")
+    source = bundle.source_of(stage)
     graph = folder if (folder / onnx.MODEL).exists() else bundle.path / source
     weights = tensorrt.read_weights(graph / onnx.MODEL, [row["name"] for row in build["layers"]])
     again = tensorrt.proof_of(

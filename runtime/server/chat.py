@@ -84,7 +84,7 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
     """
     opened = Bundle.open(bundle)
     for name in (_TEMPLATE, _CONFIGURATION):
-        if verify and any(name in record.files for record in opened.stages.values()):
+        if verify and opened.recorded(name):
             opened.verify_file(name)
     template, configuration = bundle / _TEMPLATE, bundle / _CONFIGURATION
     try:

@@ -75,7 +75,7 @@ def read(bundle: Bundle) -> Sources:
         config=_read(bundle, _CONFIG) if (bundle.path / _CONFIG).is_file() else None,
         weights=_read(bundle, _EXPORT)["weights"] if "onnx" in stages else [],
         runs=runs,
-        unrecorded=tuple(name for name in runs if not _recorded(bundle, name)),
+        unrecorded=tuple(name for name in runs if not bundle.recorded(name)),
         sample=_read(bundle, _SAMPLE) if measured and (bundle.path / _SAMPLE).is_file() else None,
         engines={
             name: content
@@ -158,13 +158,9 @@ def _names(bundle: Bundle, glob: str) -> list[str]:
     return sorted(path.relative_to(bundle.path).as_posix() for path in bundle.path.glob(glob))
 
 
-def _recorded(bundle: Bundle, name: str) -> bool:
-    return any(name in record.files for record in bundle.stages.values())
-
-
 def _read(bundle: Bundle, name: str) -> Any:
     """The content of a record, compared with its hash where the manifest has one."""
-    if _recorded(bundle, name):
+    if bundle.recorded(name):
         bundle.verify_file(name)
     path = bundle.path / name
     try:
