@@ -11,6 +11,10 @@ Beside the fraction that `--against` names stands Torch-Pruning (PyPI, `pip inst
 torch-pruning`) cutting the same number of feed-forward channels out of the same model, by the
 magnitude of the weights and by a first-order Taylor expansion on the same calibration text.
 
+`--recover` trains what is left at that fraction, on so many segments of `--recover-text`, as
+`thanos-deploy prune --recover` does, and prints what each number of them buys in how many minutes;
+with the largest number Torch-Pruning's Taylor model is trained too.
+
 `--models DIR` keeps the models and their ONNX files there and takes those that are there already,
 so that timing can be repeated on a quiet machine.
 """
@@ -24,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -37,6 +42,7 @@ from benchmarks.smollm2 import gguf_path
 from runtime import paired
 from runtime.latency import Decode, Prefill, Scenario
 from thanos_deploy import artifact, console, environment
+from thanos_deploy.calibrate import every_segment, read_text
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
@@ -46,6 +52,7 @@ from thanos_deploy.pipeline import (
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.recover import recover
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses
 
@@ -58,6 +65,8 @@ def main() -> None:
     texts.add_options(parser)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--against", type=float, default=0.2, help="0 leaves Torch-Pruning out")
+    parser.add_argument("--recover", type=int, nargs="+", default=[], metavar="SEGMENTS")
+    parser.add_argument("--recover-text", type=Path, help="default: --calib")
     parser.add_argument("--models", type=Path, metavar="DIR")
     parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -82,7 +91,13 @@ def main() -> None:
             folder = models[name] / "model"
             rows.append(cut(source, calibration, losses, folder, fraction, held_out))
         if arguments.against:
-            rows += against_torch_pruning(source, calibration, losses, held_out, arguments.against)
+            lessons = every_segment(
+                read_text(arguments.recover_text or arguments.calib), tokenizer, length=512
+            )
+            trainer = Trainer(source, lessons, arguments.recover, held_out)
+            rows += against_torch_pruning(
+                *(source, calibration, losses, held_out, arguments.against), trainer
+            )
         for folder in models.values():
             export(folder)
         latency = {}
@@ -155,22 +170,64 @@ def against_torch_pruning(
     losses: Callable[[], list[Losses]],
     held_out: Tensor,
     fraction: float,
+    trainer: "Trainer",
 ) -> list[dict[str, Any]]:
-    """The same feed-forward channels fewer, by us and by Torch-Pruning."""
+    """The same feed-forward channels fewer, by us and by Torch-Pruning, trained and not."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
+        folder = Path(scratch) / "ours"
         ours = cut(source, calibration, losses, folder, fraction, held_out, shrink="ffn")
-    rows = [ours]
-    for importance in ("magnitude", "taylor"):
-        model: Any = load_model(source.folder)
-        started = time.perf_counter()
-        prune_with_torch_pruning(model, calibration, ours["widths"][2], importance)
-        seconds = time.perf_counter() - started
-        rows.append(
-            report(f"Torch-Pruning, {importance}", model, held_out, seconds=round(seconds, 1))
-        )
-        assert rows[-1]["parameters"] == ours["parameters"]
+        rows = [ours, *trainer.rows(ours, folder)]
+        for importance in ("magnitude", "taylor"):
+            model: Any = load_model(source.folder)
+            started = time.perf_counter()
+            prune_with_torch_pruning(model, calibration, ours["widths"][2], importance)
+            seconds = time.perf_counter() - started
+            row = report(f"Torch-Pruning, {importance}", model, held_out, seconds=round(seconds, 1))
+            assert row["parameters"] == ours["parameters"]
+            rows.append(row)
+            if importance == "taylor":
+                folder = Path(scratch) / importance
+                model.config.intermediate_size = ours["widths"][2]
+                model.save_pretrained(folder)
+                rows += trainer.rows(row, folder, only_most=True)
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """Trains cut models and judges them.
+
+    Attributes:
+        dense: the teacher.
+        lessons: int64[available, length].
+        counts: of segments to train on, each from the cut model anew.
+        held_out: what to judge on.
+    """
+
+    dense: Checkpoint
+    lessons: Tensor
+    counts: list[int]
+    held_out: Tensor
+
+    def rows(
+        self, untrained: dict[str, Any], folder: Path, *, only_most: bool = False
+    ) -> list[dict[str, Any]]:
+        """The model in a folder trained on each number of segments, or only on the largest."""
+        counts = sorted(self.counts)
+        return [self._row(untrained, folder, count) for count in counts[-1 if only_most else 0 :]]
+
+    def _row(self, untrained: dict[str, Any], folder: Path, count: int) -> dict[str, Any]:
+        trained = folder.with_name(f"{folder.name}-{count}")
+        trained.mkdir()
+        done = recover(Checkpoint.open(folder), self.dense, self.lessons, trained, count=count)
+        row = judge(f"{untrained['model']}, {count} segments", trained, self.held_out)
+        saved = untrained["perplexity"] - row["perplexity"]
+        print(
+            f"    {done.tokens} tokens in {done.seconds / 60:.1f} minutes ({done.dtype}): "
+            f"{saved:.2f} of perplexity, {saved / done.seconds * 60:.2f} a minute",
+            flush=True,
+        )
+        return {**row, **asdict(done)}
 
 
 def prune_with_torch_pruning(

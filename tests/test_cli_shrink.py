@@ -83,6 +83,40 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
     assert "predicted loss" in table
 
 
+def test_recovery_is_recorded_repeatable_and_told(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("prune-export", tiny_llama, "--pattern", "structured:0.2", *CALIBRATION, *REST)
+    code, output, errors = invoke(*arguments, "--recover", 60, "-o", out, "--json")
+    assert code == 0, errors
+    (report,) = checked(json.loads(output))["models"]
+    assert any("--recover 60" in command for command in report["commands"])
+    assert "trained on 60 segments of the calibration text" in (out / "README.md").read_text()
+    bundle = Bundle.open(out)
+    bundle.verify()
+    recovery = bundle.stages["prune"].result["recovery"]
+    assert recovery["divergence"][-1] < recovery["divergence"][0]
+    code, _, errors = invoke(*arguments, "-o", out)
+    assert code == 2
+    assert "recover" in errors
+
+
+def test_a_recovered_two_four_model_still_is_two_four(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    out = tmp_path / "out"
+    pattern = ("--pattern", "2:4", "--recover", 4)
+    code, _, errors = invoke("prune", tiny_llama, *pattern, *CALIBRATION, "-o", out)
+    assert code == 0, errors
+    weights = load_file(out / "model" / "model.safetensors")
+    for name, weight in weights.items():
+        if "_proj" in name:
+            assert int((weight.reshape(-1, 4) != 0).sum(dim=1).max()) <= 2, name
+    code, output, errors = invoke("verify", out)
+    assert code == 0, errors + output
+
+
 def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:

@@ -117,20 +117,34 @@ def segments(
     Raises:
         CalibrationError: the text is too short.
     """
-    # verbose=False: that the text as a whole is longer than the model's context is intended.
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(ids) // length
-    if available < count:
+    ids = _tokens(text, tokenizer)
+    every = _cut(ids, length)
+    if len(every) < count:
         raise CalibrationError(
             f"{text.origin}: {len(ids)} tokens found, {count * length} needed for {count} segments "
             f"of {length}",
             fix="give a longer text, or fewer or shorter segments",
         )
-    every = torch.tensor(ids[: available * length]).reshape(available, length)
     if seed is None:
         return every[:count]
-    picked = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    picked = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
     return every[picked.sort().values]
+
+
+def every_segment(text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Tensor:
+    """All the segments that `segments` picks from; int64[available, length]."""
+    return _cut(_tokens(text, tokenizer), length)
+
+
+def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    # verbose=False: that the text as a whole is longer than the model's context is intended.
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _cut(ids: Tensor, length: int) -> Tensor:
+    available = len(ids) // length
+    return ids[: available * length].reshape(available, length)
 
 
 @dataclass(frozen=True, slots=True)

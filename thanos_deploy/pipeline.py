@@ -33,9 +33,10 @@ from runtime.generate import generate
 from thanos_deploy import artifact, benchmark, checkpoint, environment, preflight, sizing
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
+from thanos_deploy import recover as recovering
 from thanos_deploy import shrink as shrinking
 from thanos_deploy.artifact import Bundle, Json, StageRecord
-from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
+from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, every_segment, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.export import ENGINES, export, exported_with, graph
@@ -186,6 +187,30 @@ def shrink_checkpoint(
     )
 
 
+def recover_checkpoint(
+    source: Checkpoint,
+    text: Text,
+    folder: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> recovering.Recovery:
+    """Train the pruned model in a folder, in place of itself, on any part of a text."""
+    tokenizer = checkpoint.load_tokenizer(source.folder)
+    trained = folder.with_name(f"{folder.name}-trained")
+    trained.mkdir()
+    recovery = recovering.recover(
+        *(Checkpoint.open(folder), source),
+        every_segment(text, tokenizer, length=request.seqlen),
+        trained,
+        count=request.recover,
+        seed=request.seed,
+        on_progress=announce(f"Train what is left on {request.recover} segments"),
+    )
+    shutil.rmtree(folder)
+    trained.rename(folder)
+    return recovery
+
+
 def prune(
     bundle: Bundle,
     dense: Dense,
@@ -214,6 +239,10 @@ def prune(
             blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
             summary = _summary_of(blocks)
         artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
+        if request.recover:
+            summary["recovery"] = asdict(
+                recover_checkpoint(source, text, folder / "model", request, announce)
+            )
         return {
             **summary,
             **{

@@ -60,6 +60,8 @@ class PruneRequest:
             channels out.
         shrink: what to cut out: "heads", "ffn" or "both"; None for both.
         ffn_multiple, allocation: see `sizing.plan`; None for its defaults.
+        recover: on how many segments of the calibration text to train what is left; see
+            `recover.recover`.
     """
 
     pattern: Pattern
@@ -78,6 +80,7 @@ class PruneRequest:
     shrink: str | None = None
     ffn_multiple: int | None = None
     allocation: str | None = None
+    recover: int = 0
 
     @property
     def shrinks(self) -> bool:
@@ -191,6 +194,7 @@ class PruneRequest:
             "seqlen": self.seqlen,
             "seed": self.seed,
             "dtype": self.dtype,
+            **({"recover": self.recover} if self.recover else {}),
         }
 
 

@@ -133,6 +133,16 @@ pruning_options = several(
         "loss, each block its own, for ONNX only.  [default: uniform]",
     ),
     click.option(
+        "--recover",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="SEGMENTS",
+        help="Afterwards train what is left, with the dense model as its teacher, on so many "
+        "segments of --seqlen tokens from anywhere in the calibration text (which come again where "
+        "it has fewer; new text helps more). Zeros stay zero. Some hundreds are worth it. Takes "
+        "minutes, and memory for five times the model in float32.  [default: 0]",
+    ),
+    click.option(
         "--keep-shape",
         is_flag=True,
         help="structured: set that fraction of each layer's input columns to zero instead, and "
@@ -320,6 +330,7 @@ def prune_request(options: dict[str, Any]) -> "PruneRequest":
         shrink=options["shrink"],
         ffn_multiple=options["ffn_multiple"],
         allocation=options["allocation"],
+        recover=options["recover"],
     )
 
 

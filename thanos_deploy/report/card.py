@@ -97,6 +97,19 @@ where the dense model continues:
 
 
 def _what(model: Json) -> str:
+    segments = model["options"]["prune"].get("recover")
+    trained = (
+        f"""
+
+Then the weights of the linear layers were trained on {segments} segments of the calibration text, with the
+dense model as the teacher; zeros stayed zero. The errors in `layers.json` are those before."""
+        if segments
+        else ""
+    )
+    return _pruned(model) + trained
+
+
+def _pruned(model: Json) -> str:
     layers, widths = model["linear_layers"], model["widths"]
     if widths is None:
         holds = (

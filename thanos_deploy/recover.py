@@ -1,0 +1,214 @@
+"""Train what is left of a pruned model for a few minutes, with the dense model as its teacher.
+
+At every position of the calibration text, the pruned model learns the dense model's distribution of
+the next token (knowledge distillation: Hinton, Vinyals and Dean, arXiv 1503.02531); the token that
+really comes next plays no part. Only the weights of the blocks' linear layers learn. One that is
+zero stays zero, so every pattern survives.
+
+This is the one activity that needs whole models in memory, both of them, in float32, and for what
+learns three times as much again: gradients and the two moments of Adam. Products are taken in
+bfloat16 where the processor has instructions for matrices of it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions, load_model
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.walk import stored
+
+logger = logging.getLogger(__name__)
+
+Head = Callable[[Tensor], Tensor]
+
+# What measured best on held-out text; see benchmarks/LOG.md.
+LEARNING_RATE = 5e-4
+_TOKENS_A_STEP = 2048
+_WARM_UP = 0.1  # of the steps
+
+# Logits of so many tokens at once: a vocabulary of floats each.
+_TOKENS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What the training did.
+
+    Attributes:
+        divergence: mean Kullback-Leibler divergence from the dense model in nats per token, taken
+            while it learned, over each tenth of the steps in turn.
+        tokens: that it learned from, repetitions counted.
+        dtype: of the products: "bf16" or "fp32".
+        seconds: of all of it.
+    """
+
+    divergence: tuple[float, ...]
+    tokens: int
+    dtype: str
+    seconds: float
+
+
+def recover(
+    pruned: Checkpoint,
+    dense: Checkpoint,
+    segments: Tensor,
+    destination: Path,
+    *,
+    count: int,
+    seed: int = 0,
+    on_progress: OnProgress = silent,
+) -> Recovery:
+    """Train a pruned model towards the dense one, and write it in the dtypes that it has.
+
+    Args:
+        pruned: the model that learns.
+        dense: the model that it was made from.
+        segments: int64[available, length], calibration tokens.
+        destination: an empty folder.
+        count: of segments to learn from; where it is more than there are, they come again.
+        seed: of their order.
+        on_progress: told of every finished step.
+
+    Raises:
+        ModelError: a model does not load, or a value does not fit its dtype.
+    """
+    started = time.perf_counter()
+    model, teacher = load_model(pruned.folder), load_model(dense.folder)
+    learning = {
+        name: model.get_parameter(name) for name in (f"{one}.weight" for one in pruned.linears)
+    }
+    steps = _order(len(segments), count, seed).split(max(1, _TOKENS_A_STEP // segments.shape[1]))
+    dtype = _native_dtype()
+    divergence = _train(
+        model, learning, teacher, [segments[step] for step in steps], dtype, told=on_progress
+    )
+    copy_companions(pruned.folder, destination, None)
+    with WeightsCopy(pruned.weights, destination, None) as copy:
+        _write(learning, pruned, copy)
+    return Recovery(
+        divergence=tuple(mean(part) for part in _tenths(divergence)),
+        tokens=count * segments.shape[1],
+        dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _native_dtype() -> torch.dtype:
+    """What products are fast in here without being coarser than training can take."""
+    native = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def _order(available: int, count: int, seed: int) -> Tensor:
+    """int64[count], numbers of segments: all of them in one random order, then in another, ..."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(available, generator=generator) for _ in range(-(-count // available))]
+    return torch.cat(rounds)[:count]
+
+
+def _train(
+    model: PreTrainedModel,
+    learning: Mapping[str, nn.Parameter],
+    teacher: PreTrainedModel,
+    batches: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    told: OnProgress,
+) -> list[float]:
+    """Train in place; returns the mean divergence of each step, in nats per token."""
+    model.requires_grad_(False)
+    for parameter in learning.values():
+        parameter.requires_grad_(True)
+        kept = parameter.detach() != 0
+        if not bool(kept.all()):
+            # With a gradient of zero Adam's moments are zero too, and nothing moves.
+            parameter.register_hook(kept.mul)
+    optimiser = torch.optim.AdamW(
+        learning.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        *(optimiser, LEARNING_RATE),
+        total_steps=len(batches),
+        pct_start=_WARM_UP,
+        cycle_momentum=False,
+    )
+    heads = _head(model), _head(teacher)
+    divergence = []
+    told(0, len(batches))
+    for step, ids in enumerate(batches):
+        optimiser.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                wanted = _states(teacher, ids)
+            divergence.append(_pull(_states(model, ids), wanted, heads))
+        torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
+        optimiser.step()
+        schedule.step()
+        logger.debug("step %d: %.4f nats per token from the dense model", step, divergence[-1])
+        told(step + 1, len(batches))
+    return divergence
+
+
+def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head]) -> float:
+    """Add the gradient of the mean divergence to the parameters; return that divergence.
+
+    The gradient of KL(q || p) by the logits that p is the softmax of is p - q, so the vocabulary
+    appears in no graph but that of the head, a few tokens at a time.
+
+    Args:
+        learned: [tokens, hidden], what the head of the model that learns reads, with its graph.
+        wanted: [tokens, hidden], the same of its teacher.
+        heads: of both.
+    """
+    states, total = learned.detach().requires_grad_(), 0.0
+    for own, other in zip(
+        states.split(_TOKENS_AT_ONCE), wanted.split(_TOKENS_AT_ONCE), strict=True
+    ):
+        logits = heads[0](own)
+        with torch.no_grad():
+            log_p = logits.float().log_softmax(dim=-1)
+            log_q = heads[1](other).float().log_softmax(dim=-1)
+            q = log_q.exp()
+            total += (q * (log_q - log_p)).sum().item()
+            gradient = (log_p.exp_() - q) / len(states)
+        logits.backward(gradient.to(logits.dtype))
+    learned.backward(states.grad)
+    return total / len(states)
+
+
+def _tenths(values: Sequence[float]) -> list[Sequence[float]]:
+    """The values in ten parts of nearly equal length, or one each where they are fewer."""
+    parts = min(10, len(values))
+    bounds = [len(values) * number // parts for number in range(parts + 1)]
+    return [values[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[tokens, hidden], what the output head reads; `ids` is int64[segments, length]."""
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states.flatten(0, 1)
+
+
+def _head(model: PreTrainedModel) -> Head:
+    """From states[tokens, hidden] to logits[tokens, vocabulary]."""
+    linear = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # of Gemma
+    return lambda states: linear(states) if cap is None else cap * (linear(states) / cap).tanh()
+
+
+def _write(learning: Mapping[str, nn.Parameter], pruned: Checkpoint, copy: WeightsCopy) -> None:
+    learned = {pruned.stored_name(name): parameter for name, parameter in learning.items()}
+    for name in copy.missing:
+        if name in learned:
+            copy.write(name, stored(learned[name].detach(), copy.dtype(name), name))
+        else:
+            copy.write(name, pruned.weights.read([name])[name])
