@@ -13,7 +13,7 @@ magnitude of the weights and by a first-order Taylor expansion on the same calib
 
 `--recover` trains what is left at that fraction, on so many segments of `--recover-text`, as
 `thanos-deploy prune --recover` does, and prints what each number of them buys in how many minutes;
-with the largest number Torch-Pruning's Taylor model is trained too.
+on the smallest number Torch-Pruning's Taylor model is trained too.
 
 `--models DIR` keeps the models and their ONNX files there and takes those that are there already,
 so that timing can be repeated on a quiet machine.
@@ -189,7 +189,7 @@ def against_torch_pruning(
                 folder = Path(scratch) / importance
                 model.config.intermediate_size = ours["widths"][2]
                 model.save_pretrained(folder)
-                rows += trainer.rows(row, folder, only_most=True)
+                rows += trainer.rows(row, folder, only_least=True)
     return rows
 
 
@@ -210,11 +210,11 @@ class Trainer:
     held_out: Tensor
 
     def rows(
-        self, untrained: dict[str, Any], folder: Path, *, only_most: bool = False
+        self, untrained: dict[str, Any], folder: Path, *, only_least: bool = False
     ) -> list[dict[str, Any]]:
-        """The model in a folder trained on each number of segments, or only on the largest."""
-        counts = sorted(self.counts)
-        return [self._row(untrained, folder, count) for count in counts[-1 if only_most else 0 :]]
+        """The model in a folder trained on each number of segments, or only on the smallest."""
+        counts = sorted(self.counts)[: 1 if only_least else None]
+        return [self._row(untrained, folder, count) for count in counts]
 
     def _row(self, untrained: dict[str, Any], folder: Path, count: int) -> dict[str, Any]:
         trained = folder.with_name(f"{folder.name}-{count}")

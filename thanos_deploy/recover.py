@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Head = Callable[[Tensor], Tensor]
 
 # What measured best on held-out text; see benchmarks/LOG.md.
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 4e-4
 _TOKENS_A_STEP = 2048
 _WARM_UP = 0.1  # of the steps
 
