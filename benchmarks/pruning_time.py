@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=["best", "paper"], default="best")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
     arguments = parser.parse_args()
     console.quiet_libraries()
 
@@ -39,6 +40,7 @@ def main() -> None:
         preset=arguments.preset,
         nsamples=arguments.nsamples,
         seqlen=arguments.seqlen,
+        calib_forward=arguments.calib_forward,
     )
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
     ids = segments(

@@ -78,6 +78,7 @@ def prune(
     options: Mapping[str, Option],
     true_sequential: bool = False,
     dense_target: float = 0.0,
+    calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -96,6 +97,7 @@ def prune(
             in the block are pruned, instead of all from the dense block.
         dense_target: how far each layer aims at the output that it has in the dense model rather
             than at its own output on the pruned model's inputs; see `hessian.retarget`.
+        calib_forward: float32 or bfloat16; see `calibrate.Walk.dtype`.
         dtype: what to store, or None to keep each tensor's own.
         on_progress: told of every finished block.
 
@@ -109,13 +111,24 @@ def prune(
     reports = []
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
         on_progress(0, checkpoint.config.num_hidden_layers)
-        for visit in visits(checkpoint, segments, copy=copy, with_dense=dense_target > 0.0):
+        for visit in visits(
+            checkpoint,
+            segments,
+            copy=copy,
+            with_dense=dense_target > 0.0,
+            forward=calib_forward,
+        ):
             layers: list[LayerReport] = []
             for groups in (
                 [[group] for group in family.inputs] if true_sequential else [family.inputs]
             ):
                 with visit.clock.measure("collect"):
-                    statistics = collect(visit.walk, [group[0] for group in groups], visit.dense)
+                    statistics = collect(
+                        visit.walk,
+                        [group[0] for group in groups],
+                        visit.dense,
+                        pause=true_sequential,
+                    )
                 with visit.clock.measure("solve"):
                     layers += (
                         _prune_layer(
