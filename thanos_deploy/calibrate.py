@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.families import Family
 from thanos_deploy.passes import Pass, recorded
+from thanos_deploy.precision import products_in
 
 BUILTIN = "builtin"
 
@@ -133,13 +133,6 @@ def segments(
         return every[:count]
     picked = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     return every[picked.sort().values]
-
-
-def multiplies_bfloat16() -> bool:
-    """This processor multiplies bfloat16 numbers itself, several times as fast as float32."""
-    capabilities = torch.cpu.get_capabilities()
-    # As x86 and Arm call it.
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +313,8 @@ def collect(
         targets = (
             {} if dense is None else _inputs_of(dense, names, dense.batches[number], pause=pause)
         )
-        with _products_in(walk.dtype):
+        # What a layer reads in a bfloat16 pass is rounded to it anyhow: its sums lose nothing.
+        with products_in(walk.dtype):
             for name, x in inputs.items():
                 if name not in sums:
                     sums[name] = Statistics.empty(
@@ -384,19 +378,3 @@ def _pass(walk: Walk, batch: BlockInputs) -> Pass:
 def _forward_in(dtype: torch.dtype) -> torch.autocast:
     """Matrix products of forward passes in this dtype."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
-
-
-@contextmanager
-def _products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Products of float32 matrices with factors rounded to this dtype, and float32 sums.
-
-    What a layer reads in a bfloat16 pass is rounded to it anyhow, so its statistics lose nothing.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
-    before = matmul.fp32_precision
-    if dtype is torch.bfloat16:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -6,8 +6,8 @@ block's weights are in memory at a time.
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -130,19 +130,16 @@ def prune(
                         pause=true_sequential,
                     )
                 with visit.clock.measure("solve"):
-                    layers += (
-                        _prune_layer(
+                    for group in groups:
+                        layers += _prune_group(
                             visit,
-                            name,
+                            group,
                             statistics[group[0]],
                             pattern=pattern,
                             solver=solver,
                             options=options,
                             dense_target=dense_target,
                         )
-                        for group in groups
-                        for name in group
-                    )
             reports.append(BlockReport(tuple(layers), visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",
@@ -154,40 +151,43 @@ def prune(
     return reports
 
 
-def _prune_layer(
+def _prune_group(
     visit: Visit,
-    linear: str,
+    group: Sequence[str],
     statistics: Statistics,
     *,
     pattern: Pattern,
     solver: Method,
     options: Mapping[str, Option],
     dense_target: float,
-) -> LayerReport:
-    """Prune one layer in place.
+) -> Iterator[LayerReport]:
+    """Prune, in place, layers that read the same input.
 
     What the following layers and blocks see is what is written, rounding included.
     """
-    started = time.perf_counter()
-    name, weight = visit.prefix + linear, matrix(visit.block.get_submodule(linear))
-    problem = LayerProblem(weight, statistics.hessian, name)
+    weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
+    together = LayerProblem(torch.cat(weights), statistics.hessian, visit.prefix + group[0])
     if statistics.cross is not None:
-        wanted = retarget(problem, statistics.cross, dense_target)
-        problem = LayerProblem(wanted, statistics.hessian, name)
-    result = solver.prune(problem, pattern, **options)
-    seconds = time.perf_counter() - started
-    weight.copy_(visit.stored(f"{linear}.weight", result.weight))
-    verdict = judge((weight != 0).numpy(), pattern)
-    return LayerReport(
-        name=name,
-        rows=weight.shape[0],
-        cols=weight.shape[1],
-        sparsity=verdict.sparsity,
-        pattern_holds=verdict.holds,
-        relative_error=result.relative_error,
-        damping=result.damping,
-        seconds=seconds,
-    )
+        wanted = retarget(together, statistics.cross, dense_target)
+        together = replace(together, weight=wanted)
+    parts = together.weight.split([len(weight) for weight in weights])
+    for linear, weight, part in zip(group, weights, parts, strict=True):
+        started = time.perf_counter()
+        problem = replace(together, weight=part, name=visit.prefix + linear)
+        result = solver.prune(problem, pattern, **options)
+        seconds = time.perf_counter() - started
+        weight.copy_(visit.stored(f"{linear}.weight", result.weight))
+        verdict = judge((weight != 0).numpy(), pattern)
+        yield LayerReport(
+            name=problem.name,
+            rows=weight.shape[0],
+            cols=weight.shape[1],
+            sparsity=verdict.sparsity,
+            pattern_holds=verdict.holds,
+            relative_error=result.relative_error,
+            damping=result.damping,
+            seconds=seconds,
+        )
 
 
 def check(

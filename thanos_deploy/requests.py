@@ -10,10 +10,11 @@ from typing import TypedDict
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 from thanos_deploy import methods
 from thanos_deploy.artifact import Json
-from thanos_deploy.calibrate import BUILTIN, multiplies_bfloat16
+from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.precision import multiplies_bfloat16
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -15,13 +15,13 @@ from thanos_deploy.calibrate import (
     builtin_text,
     collect,
     collect_relative,
-    multiplies_bfloat16,
     read_text,
     segments,
 )
 from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.families import family_of
+from thanos_deploy.precision import multiplies_bfloat16
 
 
 def test_the_two_parts_of_the_builtin_text_have_no_paragraph_in_common() -> None:
@@ -177,11 +177,12 @@ def test_passes_that_wait_compute_every_layer_once_and_the_same(
         advance(waiting)
     assert set(calls.values()) == {len(waiting.batches)}
     for one, other in zip(separate, continued, strict=True):
-        for name, statistics in one.items():
-            assert torch.equal(statistics.hessian, other[name].hessian)
+        assert one.keys() == other.keys()
+        for statistics, same_statistics in zip(one.values(), other.values(), strict=True):
+            assert torch.equal(statistics.hessian, same_statistics.hessian)
             assert statistics.cross is not None
-            assert other[name].cross is not None
-            assert torch.equal(statistics.cross, other[name].cross)
+            assert same_statistics.cross is not None
+            assert torch.equal(statistics.cross, same_statistics.cross)
     for batch, same in zip(again.batches, waiting.batches, strict=True):
         assert torch.equal(batch.hidden, same.hidden)
 
@@ -193,7 +194,7 @@ def test_bfloat16_statistics_are_those_of_what_the_layers_multiply(make_model: M
     block.get_submodule(name).register_forward_pre_hook(
         lambda _, arguments: seen.append(arguments[0].flatten(0, 1).bfloat16().double())
     )
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     with torch.no_grad():
         inputs = block_inputs(model, family_of("llama"), torch.randint(257, (4, 9)).split(2))
         statistics = collect(Walk(0, block, inputs, torch.bfloat16), [name])[name]
@@ -201,7 +202,7 @@ def test_bfloat16_statistics_are_those_of_what_the_layers_multiply(make_model: M
     torch.testing.assert_close(statistics.hessian.double(), x.T @ x, rtol=1e-2, atol=1e-6)
     if multiplies_bfloat16():  # so that the factors were rounded, and nothing else
         torch.testing.assert_close(statistics.hessian.double(), x.T @ x, rtol=1e-5, atol=1e-7)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
     assert not torch.is_autocast_enabled("cpu")
 
 
