@@ -100,8 +100,9 @@ def require_finite(problem: LayerProblem) -> None:
         HessianError: it has; the message says where and how many.
     """
     for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
+        finite = tensor.isfinite()
+        if not bool(finite.all()):
+            bad = int(torch.count_nonzero(~finite))
             raise HessianError(
                 f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "
                 "infinite",

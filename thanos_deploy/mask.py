@@ -95,7 +95,7 @@ def kth_smallest(scores: Tensor, count: int, *, near: Tensor | None = None) -> T
     if near is not None:
         low, high = near * (1 - _NEAR), near * (1 + _NEAR)
         below = int(torch.count_nonzero(scores < low))
-        between = scores[(scores >= low) & (scores <= high)]
+        between = scores.masked_select((scores >= low) & (scores <= high))
         if below < count <= below + len(between):
             return between.kthvalue(count - below).values
     return scores.flatten().kthvalue(count).values

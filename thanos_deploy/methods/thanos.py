@@ -274,19 +274,18 @@ def solve_masked(
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
     rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
     solved = rr * _SOLVED[w.dtype] ** 2
-    for _ in range(2 * w.shape[1] if steps is None else steps):
-        if bool((rr <= solved).all()):
-            break
-        with products_in(dtype):
-            torch.mm(direction, S, out=image)
-        image.mul_(keep)
-        curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
-        step = _ratio(rr, curvature)
-        d.addcmul_(step, direction)
-        residual.addcmul_(step, image, value=-1.0)
-        rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
-        direction.mul_(_ratio(rr_next, rr)).add_(residual)
-        rr = rr_next
+    with products_in(dtype):
+        for _ in range(2 * w.shape[1] if steps is None else steps):
+            if bool((rr <= solved).all()):
+                break
+            torch.mm(direction, S, out=image).mul_(keep)
+            curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
+            step = _ratio(rr, curvature)
+            d.addcmul_(step, direction)
+            residual.addcmul_(step, image, value=-1.0)
+            rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
+            direction.mul_(_ratio(rr_next, rr)).add_(residual)
+            rr = rr_next
     return d.mul_(unit).mul_(keep).add_(fixed)
 
 
