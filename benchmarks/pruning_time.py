@@ -1,10 +1,12 @@
 """Where pruning spends its time, block by block, and how much memory it takes.
 
-Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4] [--preset best]
+Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstructured:0.5 ...]
+           [--preset best] [--calib-forward auto]
 
 Prints one line a block: the forward pass that collects statistics, the solver, the forward pass
-through the pruned block; then the sums, beside the bare cost of two forward passes, and the
-peak resident memory of the process. The last line is JSON.
+through the rest of the pruned block; then the sums, and last, for all patterns, the same beside the
+bare cost of two float32 forward passes: as time, and as processor time, which other work on the
+machine changes less. Peak resident memory is that of the process so far. JSON lines follow.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import torch
 
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment, pattern, walk
+from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pipeline import Dense, prune_checkpoint
@@ -27,33 +30,60 @@ def main() -> None:
     """Prune once and print where the time went."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--pattern", type=pattern.parse, default="2:4")
+    parser.add_argument(
+        "--pattern",
+        type=pattern.parse,
+        nargs="+",
+        default=[pattern.parse("2:4"), pattern.parse("unstructured:0.5")],
+    )
     parser.add_argument("--preset", choices=["best", "paper"], default="best")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
     arguments = parser.parse_args()
     console.quiet_libraries()
 
-    request = PruneRequest(
-        pattern=arguments.pattern,
-        preset=arguments.preset,
-        nsamples=arguments.nsamples,
-        seqlen=arguments.seqlen,
-    )
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
     ids = segments(
         builtin_text(),
         load_tokenizer(checkpoint.folder),
-        count=request.nsamples,
-        length=request.seqlen,
-        seed=request.seed,
+        count=arguments.nsamples,
+        length=arguments.seqlen,
+        seed=0,
     )
+    records = []
+    for chosen in arguments.pattern:
+        request = PruneRequest(
+            pattern=chosen,
+            preset=arguments.preset,
+            nsamples=arguments.nsamples,
+            seqlen=arguments.seqlen,
+            calib_forward=arguments.calib_forward,
+        )
+        records.append({**request.to_json(), **measure(checkpoint, ids, request)})
+    bare = two_forward_passes(checkpoint, ids)
+    print(f"two bare forward passes through the blocks: {bare[0]:.1f} s, {bare[1]:.1f} s processor")
+    for record in records:
+        record["two_forward_passes_seconds"], record["two_forward_passes_processor_seconds"] = bare
+        whole, processor = record["whole_seconds"], record["processor_seconds"]
+        print(
+            f"{record['pattern']}: solver {record['solve_seconds']:.1f} s, "
+            f"whole call {whole:.1f} s ({whole / bare[0]:.2f}x), "
+            f"processor {processor:.1f} s ({processor / bare[1]:.2f}x), "
+            f"peak {record['peak_memory_bytes'] / 1e6:.0f} MB"
+        )
+    for record in records:
+        print(json.dumps({**record, "environment": environment.describe()}))
+
+
+def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) -> Json:
+    """Prune once and print where the time went."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         blocks = prune_checkpoint(checkpoint, ids, Path(folder), request)
         total = time.perf_counter() - started
-    peak = environment.peak_memory_bytes()
-    print("block  collect s  solve s  forward s")
+        processor = time.process_time() - processor
+    print(f"{request.pattern}\nblock  collect s  solve s  forward s")
     for index, block in enumerate(blocks):
         print(
             f"{index:5d}  {block.seconds['collect']:9.2f}  {block.seconds['solve']:7.2f}"
@@ -62,36 +92,27 @@ def main() -> None:
     collect, solve, forward = (
         sum(block.seconds[part] for block in blocks) for part in ("collect", "solve", "forward")
     )
-    bare = two_forward_passes(checkpoint, ids)
     print(f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}   whole call {total:.1f} s")
-    print(f"two bare forward passes through the blocks: {bare:.1f} s ({total / bare:.2f}x)")
-    print(f"peak resident memory: {peak / 1e6:.0f} MB")
-    print(
-        json.dumps(
-            {
-                **request.to_json(),
-                "tokens": ids.numel(),
-                "collect_seconds": collect,
-                "solve_seconds": solve,
-                "forward_seconds": forward,
-                "whole_seconds": total,
-                "two_forward_passes_seconds": bare,
-                "peak_memory_bytes": peak,
-                "environment": environment.describe(),
-            }
-        )
-    )
+    return {
+        "tokens": ids.numel(),
+        "collect_seconds": collect,
+        "solve_seconds": solve,
+        "forward_seconds": forward,
+        "whole_seconds": total,
+        "processor_seconds": processor,
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+    }
 
 
-def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> float:
-    """Seconds of running the calibration tokens through the dense model's blocks, twice."""
+def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds, and processor seconds, of the calibration tokens' way through the dense model."""
     model = load_model(checkpoint.folder)
     batch = max(1, walk.TOKENS_PER_BATCH // ids.shape[1])
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         for part in (*ids.split(batch), *ids.split(batch)):
             model.base_model(input_ids=part, use_cache=False)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - processor
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.families import Family
+from thanos_deploy.passes import Pass, recorded
+from thanos_deploy.precision import products_in
 
 BUILTIN = "builtin"
 
@@ -164,10 +166,12 @@ class BlockInputs:
             goes on.
         arguments: the other arguments of every block; families with several kinds of blocks pass
             each kind its own.
+        paused: its forward pass through that block, if one waits at a layer.
     """
 
     hidden: Tensor
     arguments: list[Arguments]
+    paused: Pass | None = None
 
     def forward(self, index: int, block: nn.Module) -> Tensor:
         """What the block makes of this batch."""
@@ -292,34 +296,45 @@ class Walk:
         index: number of the next block.
         block: that block, with weights.
         batches: what enters it.
+        dtype: float32; or bfloat16, in which matrix products then take what they multiply. They
+            add in float32.
     """
 
     index: int
     block: nn.Module
     batches: list[BlockInputs]
+    dtype: torch.dtype = torch.float32
 
 
-def collect(walk: Walk, names: list[str], dense: Walk | None = None) -> dict[str, Statistics]:
+def collect(
+    walk: Walk, names: list[str], dense: Walk | None = None, *, pause: bool = False
+) -> dict[str, Statistics]:
     """Run the data into a block, as far as the last of some linear layers.
 
     Args:
         walk: the model that is being pruned.
         names: linear layers of the block, in the order in which the forward pass reaches them.
         dense: the same data in the dense model, at the same block, for `Statistics.cross`.
+        pause: let the forward passes wait there, and the next `collect` or `advance` go on from
+            there; so no layer before the last of these may change any more.
 
     Returns:
         layer name -> statistics.
     """
     sums: dict[str, Statistics] = {}
     for number, batch in enumerate(walk.batches):
-        inputs = _inputs_of(walk, names, batch)
-        targets = {} if dense is None else _inputs_of(dense, names, dense.batches[number])
-        for name, x in inputs.items():
-            if name not in sums:
-                sums[name] = Statistics.empty(
-                    x.shape[1], targets[name].shape[1] if name in targets else None
-                )
-            sums[name].add(x, targets.get(name))
+        inputs = _inputs_of(walk, names, batch, pause=pause)
+        targets = (
+            {} if dense is None else _inputs_of(dense, names, dense.batches[number], pause=pause)
+        )
+        # What a layer reads in a bfloat16 pass is rounded to it anyhow: its sums lose nothing.
+        with products_in(walk.dtype):
+            for name, x in inputs.items():
+                if name not in sums:
+                    sums[name] = Statistics.empty(
+                        x.shape[1], targets[name].shape[1] if name in targets else None
+                    )
+                sums[name].add(x, targets.get(name))
     return sums
 
 
@@ -340,7 +355,7 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
     sums: dict[str, Statistics] = {}
     for batch in walk.batches:
         inputs: dict[str, Tensor] = {}
-        with _recorded(walk, names, inputs):
+        with recorded(walk.block, names, inputs), _forward_in(walk.dtype):
             hidden = batch.forward(walk.index, walk.block)
         weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
         for name, x in inputs.items():
@@ -351,42 +366,29 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
 
 
 def advance(walk: Walk) -> None:
-    """Run the data through the block."""
+    """Run the data through the block, or through the rest of it where passes wait."""
     for batch in walk.batches:
-        batch.hidden = batch.forward(walk.index, walk.block)
+        with _forward_in(walk.dtype):
+            batch.hidden = _pass(walk, batch).finish()
+        batch.paused = None
 
 
-class _Reached(Exception):  # noqa: N818 - it stops a forward pass and is no error
-    """The last layer whose input is wanted has been reached; the rest of the block need not run."""
-
-
-def _inputs_of(walk: Walk, names: list[str], batch: BlockInputs) -> dict[str, Tensor]:
-    """float32[tokens, cols] for each name; the forward pass ends with the last of them."""
-    inputs: dict[str, Tensor] = {}
-    with suppress(_Reached), _recorded(walk, names, inputs, stop=True):
-        batch.forward(walk.index, walk.block)
+def _inputs_of(
+    walk: Walk, names: list[str], batch: BlockInputs, *, pause: bool
+) -> dict[str, Tensor]:
+    """float32[tokens, cols] for each name."""
+    forward = _pass(walk, batch)
+    with _forward_in(walk.dtype):
+        inputs = forward.until(walk.block, names)
+    batch.paused = forward if pause else None
     return inputs
 
 
-@contextmanager
-def _recorded(
-    walk: Walk, names: list[str], inputs: dict[str, Tensor], *, stop: bool = False
-) -> Iterator[None]:
-    """Keep what the named layers read while the block runs, float32[tokens, cols] each."""
+def _pass(walk: Walk, batch: BlockInputs) -> Pass:
+    """The pass that waits, or a new one."""
+    return batch.paused or Pass(partial(batch.forward, walk.index, walk.block))
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-            if stop and name == names[-1]:
-                raise _Reached
 
-        return hook
-
-    handles = [
-        walk.block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _forward_in(dtype: torch.dtype) -> torch.autocast:
+    """Matrix products of forward passes in this dtype."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from thanos_deploy.hessian import Factor
+from thanos_deploy.layer import Factor
 from thanos_deploy.mask import smallest_columns
 
 

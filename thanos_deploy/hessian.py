@@ -5,14 +5,13 @@ H[i:, i:] is U[i:, i:] U[i:, i:]^T and its inverse V[i:, i:]^T V[i:, i:]: whatev
 a trailing inverse is a sub-block of V, and nothing is inverted twice.
 """
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from thanos_deploy.errors import HessianError, UsageError
-from thanos_deploy.layer import LayerProblem
+from thanos_deploy.layer import Factor, LayerProblem
 
 DampingMode = Literal["mean", "median", "per-channel"]
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
@@ -22,27 +21,6 @@ _RETRIES = 4
 
 # Holds a layer near its own weight when it aims at the dense model's output.
 RETARGET_DAMPING = 0.01
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Factor:
-    """The factored Hessian, in the dtype of the layer's weight.
-
-    Attributes:
-        damped: [cols, cols], H with its damping.
-        U: [cols, cols], upper triangular, U U^T = H.
-        V: [cols, cols], U^-1.
-        damping: the fraction of damping that it took.
-    """
-
-    damped: Tensor
-    U: Tensor
-    V: Tensor
-    damping: float
-
-    def trailing_inverse_diagonal(self, column: int) -> Tensor:
-        """Diagonal of the inverse of H[column:, column:]; [cols - column]."""
-        return self.V[column:, column:].square().sum(dim=0)
 
 
 def check_damping(name: str, damping: float, mode: str) -> None:
@@ -63,7 +41,7 @@ def check_damping(name: str, damping: float, mode: str) -> None:
 
 
 def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
-    """Damp and factor a layer's Hessian, in float64.
+    """Damp and factor a layer's Hessian, in float64; once for all layers that share `factors`.
 
     Inputs that calibration never saw have a zero row and column in H; damping gives them a
     diagonal of their own, so they stay uncoupled from the rest.
@@ -78,7 +56,13 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
         HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
     """
     require_finite(problem)
-    H = problem.hessian.double()
+    if (damping, mode) not in problem.factors:
+        problem.factors[damping, mode] = _factor(problem, damping, mode)
+    return problem.factors[damping, mode]
+
+
+def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
+    H = problem.hessian.to(torch.float64, copy=True)
     diagonal = H.diagonal()
     alive = diagonal[diagonal > 0]
     if not len(alive):  # nothing to scale the damping by
@@ -89,17 +73,19 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
         scale = alive.median().expand_as(diagonal)
     else:
         scale = torch.where(diagonal > 0, diagonal, alive.mean())
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    dtype, diagonal = problem.weight.dtype, diagonal.clone()
     for attempt in range(_RETRIES + 1):
         used = damping * 10**attempt
-        damped = H + torch.diag(used * scale)
+        H.diagonal().copy_(diagonal + used * scale)
         # Reversing rows and columns turns the usual lower factor into the upper one.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
         if int(info) == 0:
-            U = lower.flip(0, 1)
-            V = torch.linalg.solve_triangular(U, identity, upper=True)
-            dtype = problem.weight.dtype
-            return Factor(damped.to(dtype), U.to(dtype), V.to(dtype), used)
+            damped = H.to(dtype)
+            del H  # before the largest of the temporaries
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            U, V = (part.to(dtype).flip(0, 1) for part in (lower, inverse))
+            return Factor(damped, U, V, used)
     raise HessianError(
         f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
         f"damping {used:g}",
@@ -114,8 +100,9 @@ def require_finite(problem: LayerProblem) -> None:
         HessianError: it has; the message says where and how many.
     """
     for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
+        finite = tensor.isfinite()
+        if not bool(finite.all()):
+            bad = int(torch.count_nonzero(~finite))
             raise HessianError(
                 f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "
                 "infinite",
@@ -142,15 +129,15 @@ def retarget(
     Returns:
         [rows, cols].
     """
-    H = problem.hessian.double()
-    scale = H.diagonal().mean().item() or 1.0
-    lower, info = torch.linalg.cholesky_ex(H + damping * scale * torch.eye(len(H)).to(H))
+    H = problem.hessian.to(torch.float64, copy=True)
+    H.diagonal().add_(damping * (H.diagonal().mean().item() or 1.0))
+    lower, info = torch.linalg.cholesky_ex(H)
     if int(info):
         raise HessianError(
             f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite with damping "
             f"{damping:g}",
             fix="use more calibration samples (--nsamples) or --dense-target 0",
         )
-    missing = problem.weight.double() @ (cross.double() - H)
-    correction = torch.cholesky_solve(missing.T, lower).T
-    return problem.weight + fraction * correction.to(problem.weight.dtype)
+    missing = problem.weight @ (cross - problem.hessian)
+    correction = torch.cholesky_solve(missing.T, lower.to(missing.dtype)).T
+    return problem.weight + fraction * correction

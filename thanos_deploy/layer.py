@@ -1,9 +1,35 @@
 """One linear layer as a pruning problem, and its solution."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """The factored Hessian, in the dtype of the layer's weight.
+
+    Attributes:
+        damped: [cols, cols], H with its damping.
+        U: [cols, cols], upper triangular, U U^T = H.
+        V: [cols, cols], U^-1.
+        damping: the fraction of damping that it took.
+    """
+
+    damped: Tensor
+    U: Tensor
+    V: Tensor
+    damping: float
+
+    def trailing_inverse_diagonals(self, step: int) -> Tensor:
+        """Diagonals of the inverses of H[k step:, k step:] for every k.
+
+        Returns:
+            [ceil(cols / step), cols]; of row k, the entries from column k step on count.
+        """
+        sums = [rows.square().sum(dim=0) for rows in self.V.split(step)]
+        return torch.stack(sums).flip(0).cumsum(dim=0).flip(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,11 +43,14 @@ class LayerProblem:
             this one statistic serves every method. The paper's H is twice this one, which changes
             no result.
         name: the layer's name, for messages.
+        factors: factorisations of this Hessian by damping and mode, as they are made; layers that
+            read the same input share it. See `hessian.factor`.
     """
 
     weight: Tensor
     hessian: Tensor
     name: str
+    factors: dict[tuple[float, str], Factor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +83,14 @@ def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:
     return LayerResult(weight, mask, error, damping=0.0)
 
 
-def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
+def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """||W_i X||^2 of every row; [rows]."""
+    return (weight @ hessian).mul_(weight).sum(dim=1)
+
+
+def relative_error(
+    before: Tensor, after: Tensor, hessian: Tensor, *, energy: Tensor | None = None
+) -> float:
     """||(after - before) X||_F^2 / ||before X||_F^2, from the undamped X X^T.
 
     A layer whose output is zero on all calibration tokens cannot lose anything: its error is 0.
@@ -63,7 +99,7 @@ def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
         before: float32[rows, cols].
         after: float32[rows, cols].
         hessian: float32[cols, cols], any positive scale.
+        energy: `output_energy` of `before`, where it is known.
     """
-    energy = ((before @ hessian) * before).sum().item()
-    change = after - before
-    return ((change @ hessian) * change).sum().item() / energy if energy > 0.0 else 0.0
+    whole = (output_energy(before, hessian) if energy is None else energy).sum().item()
+    return output_energy(after - before, hessian).sum().item() / whole if whole > 0.0 else 0.0

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 
+# How far a guess of a threshold may be off to be of use, as a fraction.
+_NEAR = 0.1
+
 
 def removed_count(fraction: float, entries: int) -> int:
     """floor(fraction * entries), safe from binary fractions that fall just short of an integer."""
@@ -76,13 +79,47 @@ def smallest_in_matrix(scores: Tensor, count: int) -> Tensor:
     Returns:
         bool[rows, cols] with exactly `count` True.
     """
+    return up_to(scores, kth_smallest(scores, count), count, columns=scores.shape[1])
+
+
+def kth_smallest(scores: Tensor, count: int, *, near: Tensor | None = None) -> Tensor:
+    """The largest of the `count` smallest scores; what none is below if there are none.
+
+    Args:
+        scores: [rows, cols], finite.
+        count: from 0 to the number of scores.
+        near: a guess. It changes the time that this takes and not the result.
+    """
     if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.flatten().kthvalue(count).values
-    below = scores < threshold
-    ties = (scores == threshold).T  # transposed, so that counting runs down the columns
+        return scores.new_tensor(-math.inf)
+    if near is not None:
+        low, high = near * (1 - _NEAR), near * (1 + _NEAR)
+        below = int(torch.count_nonzero(scores < low))
+        between = scores.masked_select((scores >= low) & (scores <= high))
+        if below < count <= below + len(between):
+            return between.kthvalue(count - below).values
+    return scores.flatten().kthvalue(count).values
+
+
+def up_to(scores: Tensor, threshold: Tensor, count: int, *, columns: int) -> Tensor:
+    """Mark the `count` smallest scores of a matrix, and look at its first columns.
+
+    Equal scores go in column order, then in row order.
+
+    Args:
+        scores: [rows, cols].
+        threshold: the largest of those that go; see `kth_smallest`.
+        count: how many go from the whole matrix.
+        columns: how many columns to return.
+
+    Returns:
+        bool[rows, columns].
+    """
+    first = scores[:, :columns]
+    ties = (first == threshold).T  # transposed, so that counting runs down the columns
     rank = ties.flatten().cumsum(dim=0).reshape(ties.shape)
-    return below | (ties & (rank <= count - int(below.sum()))).T
+    left = count - int(torch.count_nonzero(scores < threshold))
+    return (first < threshold) | (ties & (rank <= left)).T
 
 
 def smallest_columns(scores: Tensor, count: int) -> Tensor:

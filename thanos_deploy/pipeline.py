@@ -142,6 +142,7 @@ def prune_checkpoint(
         method=request.method,
         options=request.resolved_options,
         **request.walk_options,
+        calib_forward=DTYPES[request.resolved_forward],
         dtype=DTYPES.get(request.dtype),
         on_progress=on_progress,
     )

@@ -6,8 +6,8 @@ block's weights are in memory at a time.
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,6 +78,7 @@ def prune(
     options: Mapping[str, Option],
     true_sequential: bool = False,
     dense_target: float = 0.0,
+    calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -96,6 +97,7 @@ def prune(
             in the block are pruned, instead of all from the dense block.
         dense_target: how far each layer aims at the output that it has in the dense model rather
             than at its own output on the pruned model's inputs; see `hessian.retarget`.
+        calib_forward: float32 or bfloat16; see `calibrate.Walk.dtype`.
         dtype: what to store, or None to keep each tensor's own.
         on_progress: told of every finished block.
 
@@ -109,27 +111,35 @@ def prune(
     reports = []
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
         on_progress(0, checkpoint.config.num_hidden_layers)
-        for visit in visits(checkpoint, segments, copy=copy, with_dense=dense_target > 0.0):
+        for visit in visits(
+            checkpoint,
+            segments,
+            copy=copy,
+            with_dense=dense_target > 0.0,
+            forward=calib_forward,
+        ):
             layers: list[LayerReport] = []
             for groups in (
                 [[group] for group in family.inputs] if true_sequential else [family.inputs]
             ):
                 with visit.clock.measure("collect"):
-                    statistics = collect(visit.walk, [group[0] for group in groups], visit.dense)
+                    statistics = collect(
+                        visit.walk,
+                        [group[0] for group in groups],
+                        visit.dense,
+                        pause=true_sequential,
+                    )
                 with visit.clock.measure("solve"):
-                    layers += (
-                        _prune_layer(
+                    for group in groups:
+                        layers += _prune_group(
                             visit,
-                            name,
+                            group,
                             statistics[group[0]],
                             pattern=pattern,
                             solver=solver,
                             options=options,
                             dense_target=dense_target,
                         )
-                        for group in groups
-                        for name in group
-                    )
             reports.append(BlockReport(tuple(layers), visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",
@@ -141,40 +151,43 @@ def prune(
     return reports
 
 
-def _prune_layer(
+def _prune_group(
     visit: Visit,
-    linear: str,
+    group: Sequence[str],
     statistics: Statistics,
     *,
     pattern: Pattern,
     solver: Method,
     options: Mapping[str, Option],
     dense_target: float,
-) -> LayerReport:
-    """Prune one layer in place.
+) -> Iterator[LayerReport]:
+    """Prune, in place, layers that read the same input.
 
     What the following layers and blocks see is what is written, rounding included.
     """
-    started = time.perf_counter()
-    name, weight = visit.prefix + linear, matrix(visit.block.get_submodule(linear))
-    problem = LayerProblem(weight, statistics.hessian, name)
+    weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
+    together = LayerProblem(torch.cat(weights), statistics.hessian, visit.prefix + group[0])
     if statistics.cross is not None:
-        wanted = retarget(problem, statistics.cross, dense_target)
-        problem = LayerProblem(wanted, statistics.hessian, name)
-    result = solver.prune(problem, pattern, **options)
-    seconds = time.perf_counter() - started
-    weight.copy_(visit.stored(f"{linear}.weight", result.weight))
-    verdict = judge((weight != 0).numpy(), pattern)
-    return LayerReport(
-        name=name,
-        rows=weight.shape[0],
-        cols=weight.shape[1],
-        sparsity=verdict.sparsity,
-        pattern_holds=verdict.holds,
-        relative_error=result.relative_error,
-        damping=result.damping,
-        seconds=seconds,
-    )
+        wanted = retarget(together, statistics.cross, dense_target)
+        together = replace(together, weight=wanted)
+    parts = together.weight.split([len(weight) for weight in weights])
+    for linear, weight, part in zip(group, weights, parts, strict=True):
+        started = time.perf_counter()
+        problem = replace(together, weight=part, name=visit.prefix + linear)
+        result = solver.prune(problem, pattern, **options)
+        seconds = time.perf_counter() - started
+        weight.copy_(visit.stored(f"{linear}.weight", result.weight))
+        verdict = judge((weight != 0).numpy(), pattern)
+        yield LayerReport(
+            name=problem.name,
+            rows=weight.shape[0],
+            cols=weight.shape[1],
+            sparsity=verdict.sparsity,
+            pattern_holds=verdict.holds,
+            relative_error=result.relative_error,
+            damping=result.damping,
+            seconds=seconds,
+        )
 
 
 def check(

@@ -14,6 +14,7 @@ from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.precision import multiplies_bfloat16
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -55,6 +56,8 @@ class PruneRequest:
         text_field: the field of a JSON Lines row that holds the text.
         nsamples, seqlen: calibration segments and tokens of each.
         seed: picks the segments.
+        calib_forward: what matrix products of the calibration multiply, "fp32" or "bf16"; "auto" is
+            bf16 where the processor does it natively. They add in float32.
         dtype: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         keep_shape: for a structured pattern: set columns to zero instead of cutting heads and
             channels out.
@@ -75,6 +78,7 @@ class PruneRequest:
     nsamples: int = 32
     seqlen: int = 512
     seed: int = 0
+    calib_forward: str = "auto"
     dtype: str = "auto"
     keep_shape: bool = False
     shrink: str | None = None
@@ -149,9 +153,13 @@ class PruneRequest:
             for name in self.options
             if name not in ("damping", "damping_mode", "outlier_rows")
         ]
-        if unused or self.true_sequential is not None:
+        if self.true_sequential is not None:
+            unused.append("true sequential")
+        if self.calib_forward != "auto":
+            unused.append("calib forward")
+        if unused:
             raise UsageError(
-                f"{self.pattern} with {', '.join(unused) or 'true sequential'}: it has no meaning "
+                f"{self.pattern} with {', '.join(unused)}: it has no meaning "
                 "where heads and channels are cut out",
                 fix="leave it out, or use --keep-shape for columns of zeros",
             )
@@ -177,12 +185,23 @@ class PruneRequest:
             "dense_target": chosen.dense_target if self.dense_target is None else self.dense_target,
         }
 
+    @property
+    def resolved_forward(self) -> str:
+        """The calibration's "fp32" or "bf16" on this machine."""
+        if self.calib_forward != "auto":
+            return self.calib_forward
+        return "bf16" if multiplies_bfloat16() else "fp32"
+
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
         how = (
             {"cut": True, **self.sizing_options, **self.fit_options}
             if self.shrinks
-            else {**self.resolved_options, **self.walk_options}
+            else {
+                **self.resolved_options,
+                **self.walk_options,
+                "calib_forward": self.resolved_forward,
+            }
         )
         return {
             "pattern": str(self.pattern),

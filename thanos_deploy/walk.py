@@ -74,6 +74,7 @@ def visits(
     *,
     copy: WeightsCopy | None = None,
     with_dense: bool = False,
+    forward: torch.dtype = torch.float32,
 ) -> Iterator[Visit]:
     """Visit every block in order; what is done to it counts for the blocks after it.
 
@@ -83,6 +84,7 @@ def visits(
         copy: where to write every block once it has been visited, and at the end all that lies
             outside the blocks, unchanged; None to write nothing.
         with_dense: run the data through the unchanged blocks as well.
+        forward: see `calibrate.Walk.dtype`.
 
     Raises:
         ModelError: weights are missing, have NaN, or are not those that config.json describes.
@@ -104,8 +106,8 @@ def visits(
             index=index,
             prefix=prefix,
             block=block,
-            walk=Walk(index, block, batches),
-            dense=Walk(index, deepcopy(block), dense_batches) if with_dense else None,
+            walk=Walk(index, block, batches, forward),
+            dense=Walk(index, deepcopy(block), dense_batches, forward) if with_dense else None,
             dtypes=files.dtypes(block, prefix),
             clock=Clock(),
         )

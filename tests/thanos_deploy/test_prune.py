@@ -27,6 +27,7 @@ def run(
     dtype: torch.dtype | None = None,
     true_sequential: bool = True,
     dense_target: float = 0.0,
+    calib_forward: torch.dtype = torch.float32,
     **options: float,
 ) -> list[BlockReport]:
     out.mkdir()
@@ -39,6 +40,7 @@ def run(
         options={"block_columns": 16, **options},
         true_sequential=true_sequential,
         dense_target=dense_target,
+        calib_forward=calib_forward,
         dtype=dtype,
     )
 
@@ -139,9 +141,25 @@ def test_aiming_at_the_dense_model_brings_the_hidden_states_nearer_to_it(
     assert errors[1] < errors[0]
 
 
-def test_two_runs_write_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
-    run(tiny_llama, tmp_path / "one")
-    run(tiny_llama, tmp_path / "two")
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_bfloat16_calibration_loses_as_much_as_a_float32_one(
+    make_model: MakeModel, tmp_path: Path, model_type: str
+) -> None:
+    folder, errors = make_model(model_type), []
+    for calib_forward in (torch.float32, torch.bfloat16):
+        reports = run(folder, tmp_path / str(calib_forward), calib_forward=calib_forward)
+        layers = [layer for block in reports for layer in block.layers]
+        assert all(layer.pattern_holds for layer in layers)
+        errors.append(sum(layer.relative_error for layer in layers))
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+@pytest.mark.parametrize("calib_forward", [torch.float32, torch.bfloat16])
+def test_two_runs_write_the_same_bytes(
+    tiny_llama: Path, tmp_path: Path, calib_forward: torch.dtype
+) -> None:
+    for out in ("one", "two"):
+        run(tiny_llama, tmp_path / out, dense_target=0.4, calib_forward=calib_forward)
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
     assert one == two
 

@@ -186,6 +186,14 @@ pruning_options = several(
     click.option("--seqlen", default=512, show_default=True, help="Tokens of each segment."),
     click.option("--seed", default=0, show_default=True, help="Picks the segments."),
     click.option(
+        "--calib-forward",
+        type=click.Choice(["auto", "fp32", "bf16"]),
+        default="auto",
+        show_default=True,
+        help="What matrix products of the calibration multiply; auto is bf16 where the processor "
+        "does it natively.",
+    ),
+    click.option(
         "--block-size",
         "block_columns",
         type=int,
@@ -325,6 +333,7 @@ def prune_request(options: dict[str, Any]) -> "PruneRequest":
         nsamples=options["nsamples"],
         seqlen=options["seqlen"],
         seed=options["seed"],
+        calib_forward=options["calib_forward"],
         dtype=options["dtype"],
         keep_shape=options["keep_shape"],
         shrink=options["shrink"],

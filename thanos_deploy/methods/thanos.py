@@ -36,16 +36,18 @@ from torch import Tensor
 
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import HessianError, UsageError
-from thanos_deploy.hessian import Factor, check_damping, factor
-from thanos_deploy.layer import LayerProblem, LayerResult, relative_error
+from thanos_deploy.hessian import check_damping, factor
+from thanos_deploy.layer import Factor, LayerProblem, LayerResult, output_energy, relative_error
 from thanos_deploy.mask import (
+    kth_smallest,
     removed_count,
     smallest_columns,
     smallest_in_groups,
-    smallest_in_matrix,
+    up_to,
 )
 from thanos_deploy.methods import Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.precision import products_in
 
 Score = Literal["wanda", "obs"]
 SCORES: tuple[str, ...] = get_args(Score)
@@ -61,8 +63,8 @@ PRESETS = {
 }
 
 # Relative residual, in the preconditioned norm, at which a row counts as solved. The loss is
-# quadratic in it: the float32 value costs about 1e-12 of the loss, less than rounding does.
-_SOLVED = {torch.float32: 1e-6, torch.float64: 1e-12}
+# quadratic in it: the float32 value costs about 1e-8 of the loss, less than rounding does.
+_SOLVED = {torch.float32: 1e-4, torch.float64: 1e-12}
 
 
 def prune(
@@ -114,7 +116,7 @@ def prune(
     factored = factor(problem, damping, damping_mode)
     norms = hessian.diagonal().sqrt() if score == "wanda" else None
 
-    energy = ((weight @ hessian) * weight).sum(dim=1)
+    energy = output_energy(weight, hessian)
     outliers = removed_count(outlier_rows, len(weight))
     active = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     active[torch.sort(energy, descending=True, stable=True).indices[:outliers]] = False
@@ -127,8 +129,9 @@ def prune(
     else:
         pruned, removed = _prune_blocks(W, norms, factored, pattern, block_columns)
     if refit_steps:
-        change = solve_masked(W, removed, factored.damped, start=pruned - W, steps=refit_steps)
-        pruned = torch.where(removed, 0.0, W + change)
+        pruned = W + solve_masked(
+            W, removed, factored.damped, start=pruned - W, steps=refit_steps, dtype=torch.bfloat16
+        )
 
     new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
     new_weight[active], mask[active] = pruned, removed
@@ -141,7 +144,7 @@ def prune(
     return LayerResult(
         weight=new_weight,
         mask=mask,
-        relative_error=relative_error(weight, new_weight, hessian),
+        relative_error=relative_error(weight, new_weight, hessian, energy=energy),
         damping=factored.damping,
     )
 
@@ -200,22 +203,28 @@ def _prune_blocks(
     rows, cols = W.shape
     M = torch.zeros_like(W, dtype=torch.bool)
     budget = removed_count(pattern.sparsity, rows * cols)
+    diagonals = H.trailing_inverse_diagonals(B) if norms is None else None
+    threshold = None
     for start in range(0, cols, B):
         stop = min(start + B, cols)
-        if norms is None:
-            scores = W[:, start:].square() / H.trailing_inverse_diagonal(start)
+        # A pattern of groups looks no further than the block.
+        seen = slice(start, stop if isinstance(pattern, SemiStructured) else cols)
+        if diagonals is not None:
+            scores = W[:, seen].square().div_(diagonals[start // B, seen])
         else:
-            scores = W[:, start:].abs() * norms[start:]
+            assert norms is not None
+            scores = W[:, seen].abs().mul_(norms[seen])
         match pattern:
             case SemiStructured(kept, group):
-                mask = smallest_in_groups(scores[:, : stop - start], kept, group)
+                mask = smallest_in_groups(scores, kept, group)
             case Unstructured():
-                mask = smallest_in_matrix(scores, budget)[:, : stop - start]
+                threshold = kth_smallest(scores, budget, near=threshold)
+                mask = up_to(scores, threshold, budget, columns=stop - start)
                 budget -= int(mask.sum())
         U_block = H.U[start:stop, start:stop]
         change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T)
-        W[:, stop:] += (change @ U_block) @ H.V[start:stop, stop:]
-        W[:, start:stop] = torch.where(mask, 0.0, W[:, start:stop] + change)
+        W[:, stop:].addmm_(change @ U_block, H.V[start:stop, stop:])
+        W[:, start:stop] += change  # +0.0 where it takes a weight away
         M[:, start:stop] = mask
     return W, M
 
@@ -230,7 +239,13 @@ def _prune_columns(W: Tensor, norms: Tensor | None, H: Factor, count: int) -> tu
 
 
 def solve_masked(
-    w: Tensor, mask: Tensor, S: Tensor, *, start: Tensor | None = None, steps: int | None = None
+    w: Tensor,
+    mask: Tensor,
+    S: Tensor,
+    *,
+    start: Tensor | None = None,
+    steps: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """For every row, the d with d = -w on the mask that minimises d S d^T.
 
@@ -243,32 +258,37 @@ def solve_masked(
         S: [B, B], symmetric positive definite.
         start: [rows, B], where to start on the kept entries; zero if None.
         steps: the most steps; if None, 2 B (exact arithmetic needs at most B).
+        dtype: bfloat16 lets the steps multiply float32 numbers rounded to it where that is faster;
+            the residual drifts then, so it is for a few steps.
 
     Returns:
-        [rows, B].
+        [rows, B], exactly -w on the mask.
     """
+    # In units in which the diagonal of S is 1, there is nothing left to precondition.
+    unit = S.diagonal().rsqrt()
+    S = S * unit * unit[:, None]
     keep = (~mask).to(w.dtype)
-    preconditioner = keep / S.diagonal()
-    d = torch.where(mask, -w, 0.0 if start is None else start)
-    residual = -(d @ S) * keep
-    z = residual * preconditioner
-    direction = z
-    rz = (residual * z).sum(dim=1, keepdim=True)
-    solved = rz * _SOLVED[w.dtype] ** 2
-    for _ in range(2 * w.shape[1] if steps is None else steps):
-        if bool((rz <= solved).all()):
-            break
-        image = (direction @ S) * keep
-        step = _ratio(rz, (direction * image).sum(dim=1, keepdim=True))
-        d = d + step * direction
-        residual = residual - step * image
-        z = residual * preconditioner
-        rz_next = (residual * z).sum(dim=1, keepdim=True)
-        direction = z + _ratio(rz_next, rz) * direction
-        rz = rz_next
-    return d
+    fixed = w * (keep - 1.0)
+    d = (fixed if start is None else fixed + start * keep).div(unit)
+    residual = torch.mm(d, S).mul_(keep).neg_()
+    direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
+    rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
+    solved = rr * _SOLVED[w.dtype] ** 2
+    with products_in(dtype):
+        for _ in range(2 * w.shape[1] if steps is None else steps):
+            if bool((rr <= solved).all()):
+                break
+            torch.mm(direction, S, out=image).mul_(keep)
+            curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
+            step = _ratio(rr, curvature)
+            d.addcmul_(step, direction)
+            residual.addcmul_(step, image, value=-1.0)
+            rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
+            direction.mul_(_ratio(rr_next, rr)).add_(residual)
+            rr = rr_next
+    return d.mul_(unit).mul_(keep).add_(fixed)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and 0 where a row is finished and both have vanished."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
+    return numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)

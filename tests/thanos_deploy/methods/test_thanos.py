@@ -278,6 +278,26 @@ def test_refit_steps_only_lower_the_loss_and_keep_the_mask(
     assert all(torch.equal(result.mask, results[0].mask) for result in results)
 
 
+def test_a_float32_refit_is_as_good_as_a_float64_one() -> None:
+    """To the rounding of its factors to bfloat16, where the processor has that."""
+    problem = random_problem(18, rows=64, cols=128, tokens=512)
+    options: dict[str, Any] = {"block_columns": 32, "refit_steps": 12}
+    exact = thanos.prune(problem, TWO_FOUR, **options)
+    single = LayerProblem(problem.weight.float(), problem.hessian.float(), "single")
+    result = thanos.prune(single, TWO_FOUR, **options)
+    assert loss(problem, result.weight.double()) < 1.002 * loss(problem, exact.weight)
+
+
+def test_layers_that_share_factors_are_pruned_as_if_alone() -> None:
+    problem = random_problem(19, rows=8, cols=32)
+    factors: dict[Any, Any] = {}
+    for part in problem.weight.split(4):
+        alone = thanos.prune(LayerProblem(part, problem.hessian, "alone"), TWO_FOUR)
+        shared = thanos.prune(LayerProblem(part, problem.hessian, "shared", factors), TWO_FOUR)
+        assert torch.equal(alone.weight, shared.weight)
+    assert len(factors) == 1
+
+
 def test_the_obs_score_of_a_weight_is_the_loss_of_removing_it_alone() -> None:
     problem = random_problem(17)
     one = thanos.prune(problem, Unstructured(1 / 96), score="obs")
