@@ -15,6 +15,7 @@ The dense model that pruned ones are compared with is itself a bundle, in a cach
 after its hash, so several runs on one model convert, export and evaluate it once.
 """
 
+import math
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,16 @@ import exporters.triton
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, benchmark, checkpoint, environment, preflight, sizing
+from thanos_deploy import (
+    artifact,
+    assignment,
+    benchmark,
+    checkpoint,
+    environment,
+    owl,
+    preflight,
+    sizing,
+)
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import shrink as shrinking
@@ -40,7 +50,8 @@ from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_p
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.export import ENGINES, export, exported_with, graph
 from thanos_deploy.parts import part_bytes
-from thanos_deploy.progress import Announce, OnProgress, quietly, silent
+from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.report.write import write_report
 from thanos_deploy.requests import (
     BenchRequest,
@@ -114,7 +125,7 @@ class Dense:
             return graph(
                 bundle,
                 dense,
-                None,
+                {},
                 {},
                 request,
                 {"method": "none", "model_sha256": self.source.sha256},
@@ -129,21 +140,64 @@ def prune_checkpoint(
     ids: Tensor,
     destination: Path,
     request: PruneRequest,
-    *,
-    on_progress: OnProgress = silent,
+    announce: Announce = quietly,
 ) -> list[pruning.BlockReport]:
     """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`."""
     return pruning.prune(
         source,
         ids,
         destination,
-        pattern=request.pattern,
+        pattern=_allocated(source, ids, request, announce),
         method=request.method,
         options=request.resolved_options,
         **request.walk_options,
         dtype=DTYPES.get(request.dtype),
-        on_progress=on_progress,
+        on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
     )
+
+
+def assigned(source: Checkpoint, request: PruneRequest) -> dict[str, Pattern]:
+    """What is asked of every linear layer that is to be pruned, by its full name."""
+    return assignment.assign(
+        source.linears,
+        request.pattern,
+        include=request.include,
+        ignore=request.ignore,
+        file=_sparsity_file(request),
+    )
+
+
+def _sparsity_file(request: PruneRequest) -> assignment.SparsityFile | None:
+    if request.sparsity_file is None:
+        return None
+    return assignment.read_file(Path(request.sparsity_file).expanduser())
+
+
+def _allocated(
+    source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce
+) -> Mapping[str, Pattern]:
+    """The pattern of every layer, after a walk through the dense model if that decides it."""
+    patterns = assigned(source, request)
+    if request.allocation != "owl":
+        return patterns
+    options = request.owl_options
+    ratios = owl.survey(
+        source,
+        ids,
+        patterns,
+        threshold=options["threshold"],
+        on_progress=announce("Count the outliers of each block"),
+    )
+    family, shapes = source.family, pruning.linear_shapes(source)
+    blocks = [
+        {
+            name: math.prod(shapes[name])
+            for linear in family.linears
+            if (name := f"{family.blocks}.{index}.{linear}") in patterns
+        }
+        for index in range(len(ratios))
+    ]
+    return owl.allocate(ratios, blocks, request.pattern.sparsity, spread=options["spread"])
 
 
 def survey_blocks(
@@ -197,6 +251,7 @@ def prune(
     """Prune the model into the bundle, unless that is done."""
     source = dense.checkpoint(announce)
     _refuse_pruning(source, request)
+    own = _sparsity_file(request)
     text = _text(request.calib, request.text_field, held_out=False)
     ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
 
@@ -210,10 +265,9 @@ def prune(
             blocks = shrink_checkpoint(source, ids, folder / "model", request, plan, announce)
             summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
         else:
-            progress = announce(f"Prune to {request.pattern} with {request.method}")
-            blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
-            summary = _summary_of(blocks)
-        artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
+            blocks = prune_checkpoint(source, ids, folder / "model", request, announce)
+            summary = _summary_of(blocks, request)
+        artifact.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
         return {
             **summary,
             **{
@@ -232,7 +286,11 @@ def prune(
         "prune",
         produce,
         options=request.to_json(),
-        inputs={"model": dense.source.sha256, "text": text.sha256},
+        inputs={
+            "model": dense.source.sha256,
+            "text": text.sha256,
+            **({} if own is None else {"sparsity_file": own.sha256}),
+        },
         overwrite=overwrite,
     )
 
@@ -459,7 +517,7 @@ def prune_export(
     if target == "triton":
         exporters.triton.library()
     if target == "packed":
-        exporters.packed.refuse(request.pattern)
+        exporters.packed.refuse([request.pattern])
     if target == "tensorrt-rtx":
         preflight.require(target)
     with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
@@ -595,8 +653,18 @@ def _refuse_pruning(source: Checkpoint, request: PruneRequest) -> None:
         shrinking.check(source)
         sizing.check(source, request.pattern.sparsity, **request.sizing_options)
     else:
+        patterns = assigned(source, request)
+        columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
+        if columns and not request.keep_shape:
+            raise UsageError(
+                f"{request.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
+                "pattern of one layer: heads and channels go from every layer that makes or reads "
+                "them",
+                fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION "
+                "with --keep-shape, for columns of zeros",
+            )
         pruning.check(
-            source, pattern=request.pattern, method=request.method, options=request.resolved_options
+            source, pattern=patterns, method=request.method, options=request.resolved_options
         )
 
 
@@ -764,20 +832,35 @@ def _sample(bundle: Path, model: Path, request: BenchRequest) -> str:
     return str(tokenizer.decode(list(ids)))
 
 
-def _summary_of(blocks: list[pruning.BlockReport]) -> Json:
+def _summary_of(blocks: list[pruning.BlockReport], request: PruneRequest) -> Json:
     layers = [layer for block in blocks for layer in block.layers]
-    worst = max(layers, key=lambda layer: layer.relative_error)
+    patterns = assignment.recorded([asdict(block) for block in blocks], request.pattern)
+    pruned = [layer for layer in layers if layer.name in patterns]
+    worst = max(pruned, key=lambda layer: layer.relative_error)
     weights = sum(layer.rows * layer.cols for layer in layers)
+    damping = float(request.resolved_options.get("damping", 0.0))
     return {
         "layers": len(layers),
         "weights": weights,
         "sparsity": sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
-        "pattern_holds": all(layer.pattern_holds for layer in layers),
-        "layers_off_pattern": [layer.name for layer in layers if not layer.pattern_holds],
-        "median_relative_error": statistics.median(layer.relative_error for layer in layers),
+        "patterns": assignment.counts(patterns.get(layer.name) for layer in layers),
+        "layers_left_dense": [layer.name for layer in layers if layer.name not in patterns],
+        "pattern_holds": all(layer.pattern_holds for layer in pruned),
+        "layers_off_pattern": [layer.name for layer in pruned if not layer.pattern_holds],
+        "retries": [
+            {
+                "layer": layer.name,
+                "solver": layer.solver,
+                "damping": layer.damping,
+                "failures": list(layer.failures),
+            }
+            for layer in pruned
+            if layer.failures or layer.damping > damping
+        ],
+        "median_relative_error": statistics.median(layer.relative_error for layer in pruned),
         "worst_relative_error": worst.relative_error,
         "worst_layer": worst.name,
-        "largest_damping": max(layer.damping for layer in layers),
+        "largest_damping": max(layer.damping for layer in pruned),
     }
 
 

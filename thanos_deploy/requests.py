@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
-from thanos_deploy import methods
+from thanos_deploy import methods, owl
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
-from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.pattern import Pattern, Structured, Unstructured
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -32,6 +32,13 @@ class FitOptions(TypedDict):
     damping: float
     damping_mode: str
     dense_target: float
+
+
+class OwlOptions(TypedDict):
+    """Keyword arguments of `owl.check`."""
+
+    threshold: float
+    spread: float
 
 
 class WalkOptions(TypedDict):
@@ -59,7 +66,13 @@ class PruneRequest:
         keep_shape: for a structured pattern: set columns to zero instead of cutting heads and
             channels out.
         shrink: what to cut out: "heads", "ffn" or "both"; None for both.
-        ffn_multiple, allocation: see `sizing.plan`; None for its defaults.
+        ffn_multiple: see `sizing.plan`; None for its default.
+        allocation: how much each layer or block loses: "uniform", all alike; "loss" for widths,
+            see `sizing.plan`; "owl" for unstructured patterns, see `owl`. None for uniform.
+        owl_threshold, owl_spread: see `owl`; None for the paper's.
+        include, ignore: layers to prune, None of them for all, and layers to leave dense; see
+            `assignment.assign`.
+        sparsity_file: path of a file of layers with patterns of their own, or None.
     """
 
     pattern: Pattern
@@ -78,6 +91,11 @@ class PruneRequest:
     shrink: str | None = None
     ffn_multiple: int | None = None
     allocation: str | None = None
+    owl_threshold: float | None = None
+    owl_spread: float | None = None
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    sparsity_file: str | None = None
 
     @property
     def shrinks(self) -> bool:
@@ -91,6 +109,14 @@ class PruneRequest:
             "part": self.shrink or "both",
             "multiple": self.ffn_multiple,
             "allocation": self.allocation or "uniform",
+        }
+
+    @property
+    def owl_options(self) -> OwlOptions:
+        """How OWL spreads the sparsity: given, else the paper's."""
+        return {
+            "threshold": owl.THRESHOLD if self.owl_threshold is None else self.owl_threshold,
+            "spread": owl.SPREAD if self.owl_spread is None else self.owl_spread,
         }
 
     @property
@@ -108,21 +134,31 @@ class PruneRequest:
         Raises:
             UsageError: they have none.
         """
+        self._check_allocation()
         if not self.shrinks:
             for name, value in (
                 ("--shrink", self.shrink),
                 ("--ffn-multiple", self.ffn_multiple),
-                ("--allocation", self.allocation),
                 ("--keep-shape", self.keep_shape and not isinstance(self.pattern, Structured)),
             ):
                 if value:
                     raise UsageError(
-                        f"{name} with pattern {self.pattern}"
-                        + (" and --keep-shape" if self.keep_shape else ""),
+                        f"{name} with pattern {self._kind}",
                         fix="leave it out; it is for structured patterns that cut heads and "
                         "channels out",
                     )
             return
+        for name, layers in (
+            ("--include", self.include),
+            ("--ignore", self.ignore),
+            ("--sparsity-file", self.sparsity_file),
+        ):
+            if layers:
+                raise UsageError(
+                    f"{name} with {self.pattern}: a head or channel that is cut out goes from "
+                    "every layer that makes or reads it",
+                    fix="leave it out, or use --keep-shape for columns of zeros",
+                )
         if self.method != "thanos":
             raise UsageError(
                 f"--method {self.method} with {self.pattern}: heads and channels are chosen and "
@@ -153,6 +189,39 @@ class PruneRequest:
                 fix="leave it out, or use --keep-shape for columns of zeros",
             )
 
+    def _check_allocation(self) -> None:
+        """Refuse an allocation that the pattern does not have."""
+        match self.allocation:
+            case "loss" if not self.shrinks:
+                raise UsageError(
+                    f"--allocation loss with pattern {self._kind}",
+                    fix="leave it out; it is for structured patterns that cut heads and channels "
+                    "out",
+                )
+            case "owl" if not isinstance(self.pattern, Unstructured):
+                raise UsageError(
+                    f"--allocation owl with pattern {self._kind}: it gives every block a fraction "
+                    "of its own, which widths and the few steps of n:m do not have",
+                    fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
+                )
+            case "owl" if self.sparsity_file:
+                raise UsageError(
+                    "--allocation owl with --sparsity-file: both say how much a layer loses",
+                    fix="leave one of them out",
+                )
+            case "owl":
+                owl.check(self.pattern.sparsity, **self.owl_options)
+            case _ if (self.owl_threshold, self.owl_spread) != (None, None):
+                raise UsageError(
+                    "--owl-threshold or --owl-spread without --allocation owl",
+                    fix="give --allocation owl as well, or leave them out",
+                )
+
+    @property
+    def _kind(self) -> str:
+        """The pattern, and whether it leaves the shapes."""
+        return f"{self.pattern}{' and --keep-shape' if self.keep_shape else ''}"
+
     @property
     def resolved_options(self) -> dict[str, Option]:
         """All of the method's options: given, else the preset's, else the method's defaults.
@@ -176,15 +245,24 @@ class PruneRequest:
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
-        how = (
+        how: Json = (
             {"cut": True, **self.sizing_options, **self.fit_options}
             if self.shrinks
             else {**self.resolved_options, **self.walk_options}
         )
+        chosen = {
+            "include": list(self.include),
+            "ignore": list(self.ignore),
+            "sparsity_file": Path(self.sparsity_file).name if self.sparsity_file else None,
+        }
+        if self.allocation == "owl":
+            how |= {"allocation": "owl"}
+            how |= {f"owl_{name}": value for name, value in self.owl_options.items()}
         return {
             "pattern": str(self.pattern),
             "method": self.method,
             **how,
+            **{name: value for name, value in chosen.items() if value},
             "calib": Path(self.calib).name,
             "text_field": self.text_field,
             "nsamples": self.nsamples,

@@ -7,10 +7,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.errors import HessianError, ModelError, UsageError
+from thanos_deploy.errors import ModelError, UsageError
 from thanos_deploy.families import family_of
 from thanos_deploy.hessian import retarget
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.mask import smallest
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
 from thanos_deploy.prune import BlockReport, prune
@@ -204,7 +205,7 @@ def test_an_option_that_does_not_fit_is_a_usage_error(tiny_llama: Path, tmp_path
         run(tiny_llama, tmp_path / "pruned", block_columns=6)
 
 
-def test_activations_that_overflow_are_an_error_that_names_the_layer(
+def test_activations_that_overflow_leave_a_mask_by_magnitude_and_it_is_said(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     folder = make_model("llama")
@@ -212,8 +213,18 @@ def test_activations_that_overflow_are_an_error_that_names_the_layer(
     for linear in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
         linear.weight.data *= 1e12  # so their product overflows when it is squared
     model.save_pretrained(folder)
-    with pytest.raises(HessianError, match=r"model.layers.1.mlp.down_proj: .* NaN or infinite"):
-        run(folder, tmp_path / "pruned")
+    reports = run(folder, tmp_path / "pruned")
+    layers = {layer.name: layer for block in reports for layer in block.layers}
+    hit = layers.pop("model.layers.1.mlp.down_proj")
+    assert (hit.solver, hit.damping) == ("magnitude mask", 0.0)
+    assert "NaN or infinite" in hit.failures[0]
+    assert {(layer.solver, layer.failures) for layer in layers.values()} == {("thanos", ())}
+    before, after = (
+        load_file(path / "model.safetensors")[f"{hit.name}.weight"]
+        for path in (folder, tmp_path / "pruned")
+    )
+    removed = smallest(before.abs(), TWO_FOUR, per_row=False)
+    assert torch.equal(after, torch.where(removed, 0.0, before))
 
 
 def test_weights_too_large_for_the_dtype_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
