@@ -185,9 +185,11 @@ def counts(patterns: Iterable[Pattern | None]) -> dict[str, int]:
     of_layers = list(patterns)
     fractions = {its.sparsity for its in of_layers if isinstance(its, Unstructured)}
     span = f"unstructured:{min(fractions):.4f} to {max(fractions):.4f}" if fractions else ""
-    return Counter(
-        span if isinstance(its, Unstructured) and len(fractions) > 1 else str(its or DENSE)
-        for its in of_layers
+    return dict(
+        Counter(
+            span if isinstance(its, Unstructured) and len(fractions) > 1 else str(its or DENSE)
+            for its in of_layers
+        )
     )
 
 

@@ -16,6 +16,7 @@ most by it, so that exactly floor(S n) of all n weights are removed.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def check(sparsity: float, *, threshold: float, spread: float) -> None:
             "than nothing or more than everything",
             fix=f"use a spread from 0 to {room:g}",
         )
-    if threshold <= 0.0:
+    if not threshold > 0.0:
         raise UsageError(
             f"--owl-threshold {threshold:g}: every score is that large", fix="use one above 0"
         )
@@ -122,11 +123,16 @@ def allocate(
     """
     entries = {name: count for block in blocks for name, count in block.items()}
     total = sum(entries.values())
-    mean = sum(d * sum(block.values()) for d, block in zip(ratios, blocks, strict=True)) / total
-    furthest = max(abs(mean - d) for d, block in zip(ratios, blocks, strict=True) if block)
+    # In exact arithmetic, so that no rounding is taken for a difference between blocks.
+    outliers = [Fraction(ratio) for ratio in ratios]
+    sizes = [sum(block.values()) for block in blocks]
+    weighted = (d * size for d, size in zip(outliers, sizes, strict=True))
+    mean = sum(weighted, Fraction(0)) / total
+    furthest = max(abs(mean - d) for d, size in zip(outliers, sizes, strict=True) if size)
+    scale = Fraction(spread) / furthest if furthest else Fraction(0)
     wanted = {
-        name: count * (sparsity + (spread * ((mean - d) / furthest) if furthest else 0.0))
-        for d, block in zip(ratios, blocks, strict=True)
+        name: count * (Fraction(sparsity) + scale * (mean - d))
+        for d, block in zip(outliers, blocks, strict=True)
         for name, count in block.items()
     }
     removed = {name: math.floor(number) for name, number in wanted.items()}
