@@ -333,6 +333,12 @@ def show_plan(plan: Json) -> None:
     """Print what is or would be pruned; for a shrunk model with the widths of its blocks."""
     values = dict(plan)
     widths, retries = values.pop("widths", None), values.pop("retries", ())
+    if estimate := values.pop("estimate", None):
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate["seconds"].items())
+        values["estimated seconds"] = f"{estimate['total_seconds']:.0f} ({parts})"
+        values["not estimated"] = estimate["not_estimated"]
+        values["estimated memory, MB"] = f"{estimate['memory_bytes'] / 1e6:.0f}"
+        values["estimated from"] = estimate["basis"]
     if widths is not None:
         table = Table(title="What stays of each block")
         for name in ("block", "heads", "kv heads", "channels", "parameters", "predicted loss"):

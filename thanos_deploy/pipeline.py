@@ -48,6 +48,7 @@ from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.estimate import estimate
 from thanos_deploy.export import ENGINES, export, exported_with, graph
 from thanos_deploy.parts import part_bytes
 from thanos_deploy.pattern import Pattern, Structured
@@ -559,15 +560,12 @@ def plan(
         else Bundle(out, dense.source.to_json())
     )
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
-    source = dense.checkpoint(announce)
-    parameters = source.parameters
+    parameters = dense.checkpoint(announce).parameters
     return {
-        **_plan_pruning(dense, request, announce),
+        **_plan_pruning(dense, request, out, announce, evaluation),
         "eval": evaluation.to_json(),
         "bench": benchmarking.to_json(),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
-        "disk_bytes_needed": source.bytes_in(request.dtype) + 4 * parameters,
-        "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
         "cache": str(dense.folder),
         "cache_bytes_needed": (4 if dense.source.is_ordinary else 8) * parameters,
     }
@@ -583,41 +581,72 @@ def outline(model: str, *, revision: str | None, announce: Announce) -> Checkpoi
 
 def plan_prune(
     model: str,
+    out: Path,
     request: PruneRequest,
     *,
     revision: str | None = None,
     announce: Announce = quietly,
 ) -> Json:
-    """What `prune` would do, and whether it would be refused; writes nothing.
+    """What `prune` would do, and whether it would be refused; writes nothing to `out`.
 
     For a model that is to be shrunk this includes the widths of every block and the loss that is
     predicted for them, from a walk through the dense model.
     """
     dense = Dense(model, revision=revision)
     _refuse_pruning(dense.checkpoint(announce), request)
-    return _plan_pruning(dense, request, announce)
+    return _plan_pruning(dense, request, out, announce)
 
 
-def _plan_pruning(dense: Dense, request: PruneRequest, announce: Announce) -> Json:
+def _plan_pruning(
+    dense: Dense,
+    request: PruneRequest,
+    out: Path,
+    announce: Announce,
+    evaluation: EvalRequest | None = None,
+) -> Json:
+    """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
     source = dense.checkpoint(announce)
-    shapes = pruning.linear_shapes(source).values()
-    weights = sum(rows * cols for rows, cols in shapes)
+    entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
+    text = _text(request.calib, request.text_field, held_out=False)
+    ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    exported = 0 if evaluation is None else 4 * source.parameters
     plan = {
         "model": dense.source.to_json(),
         "model_type": source.config.model_type,
         "parameters": source.parameters,
-        "linear_layers": len(shapes),
-        "linear_weights": weights,
+        "linear_layers": len(entries),
+        "linear_weights": sum(entries.values()),
         "prune": request.to_json(),
+        "disk_bytes_needed": source.bytes_in(request.dtype) + exported,
+        "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
     }
     if request.shrinks:
-        text = _text(request.calib, request.text_field, held_out=False)
-        ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
         losses = survey_blocks(source, ids, request, announce)
-        plan["widths"] = _plan_summary(plan_widths(source, losses, request))
-    else:
-        plan["linear_weights_removed"] = int(weights * request.pattern.sparsity)
-    return plan
+        return {**plan, "widths": _plan_summary(plan_widths(source, losses, request))}
+    patterns = assigned(source, request)
+    found = estimate(source, ids, request, patterns)
+    seconds = dict(found.seconds)
+    if evaluation is not None:
+        # The dense and the pruned model; the output head is as much work as its share of weights.
+        blocks = source.config.num_hidden_layers
+        head = source.config.vocab_size * source.config.hidden_size * blocks / sum(entries.values())
+        tokens = 2 * evaluation.segments * evaluation.seqlen
+        seconds["eval"] = tokens * found.token_seconds * (blocks + head)
+    return {
+        **plan,
+        "patterns": assignment.counts(patterns.get(name) for name in entries),
+        "layers_left_dense": [name for name in entries if name not in patterns],
+        "linear_weights_removed": sum(
+            int(entries[name] * its.sparsity) for name, its in patterns.items()
+        ),
+        "estimate": {
+            "seconds": seconds,
+            "total_seconds": sum(seconds.values()),
+            "memory_bytes": found.memory_bytes,
+            "basis": found.basis,
+            "not_estimated": [] if evaluation is None else ["onnx", "bench"],
+        },
+    }
 
 
 def _refuse_beforehand(

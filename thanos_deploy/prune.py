@@ -6,7 +6,7 @@ block's weights are in memory at a time.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.errors import HessianError
+from thanos_deploy.families import Family
 from thanos_deploy.hessian import retarget
 from thanos_deploy.layer import LayerProblem, LayerResult, without_update
 from thanos_deploy.linear import matrix
@@ -119,15 +120,7 @@ def prune(
         on_progress(0, checkpoint.config.num_hidden_layers)
         for visit in visits(checkpoint, segments, copy=copy, with_dense=dense_target > 0.0):
             layers: dict[str, LayerReport] = {}
-            inputs = [
-                names
-                for group in family.inputs
-                if (names := [name for name in group if visit.prefix + name in patterns])
-            ]
-            passes = [[group] for group in inputs] if true_sequential else [inputs]
-            for groups in filter(None, passes):  # a block may stay dense as a whole
-                with visit.clock.measure("collect"):
-                    statistics = collect(visit.walk, [group[0] for group in groups], visit.dense)
+            for groups, statistics in gather(visit, family, patterns, true_sequential):
                 with visit.clock.measure("solve"):
                     layers |= {
                         name: _prune_layer(
@@ -155,6 +148,32 @@ def prune(
             )
             on_progress(visit.index + 1, checkpoint.config.num_hidden_layers)
     return reports
+
+
+def gather(
+    visit: Visit, family: Family, layers: Collection[str], true_sequential: bool
+) -> Iterator[tuple[list[list[str]], dict[str, Statistics]]]:
+    """The groups of a block's layers that are pruned at a time, and their inputs' statistics.
+
+    A group is what reads one input, seen from the block; its first layer's name is the statistics'.
+    They are collected when their turn comes.
+
+    Args:
+        visit: the block.
+        family: of the model.
+        layers: full names of the layers that are to be pruned.
+        true_sequential: a group at a time, instead of all.
+    """
+    groups = [
+        names
+        for group in family.inputs
+        if (names := [name for name in group if visit.prefix + name in layers])
+    ]
+    for together in [[group] for group in groups] if true_sequential else [groups]:
+        if together:
+            with visit.clock.measure("collect"):
+                statistics = collect(visit.walk, [group[0] for group in together], visit.dense)
+            yield together, statistics
 
 
 def _prune_layer(

@@ -100,7 +100,9 @@ dense_option = click.option(
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Check everything and say what would be done."
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and say what would be done, and what time, memory and disk it takes.",
 )
 text_field_option = click.option(
     "--text-field", default="text", show_default=True, help="Field of a .jsonl row with the text."
