@@ -132,13 +132,15 @@ def quantise(path: Path, weights: Collection[str]) -> None:
     _save(model, path)
 
 
-def quantise_activations(path: Path, ranges: Mapping[str, Ranges], *, results: bool) -> None:
+def quantise_activations(
+    path: Path, ranges: Mapping[str, Ranges], *, results: Collection[str]
+) -> None:
     """Quantise what goes into linear layers of a written graph, in place.
 
     Args:
         path: the graph.
         ranges: by name of a layer, as `observe` returned them.
-        results: what comes out of them is quantised too, where it fits.
+        results: names of the layers of which what comes out is quantised too, where it fits.
     """
     model = ir.load(path)
     rounded: dict[ir.Value, ir.Value] = {}  # q, k and v read the same
@@ -152,7 +154,7 @@ def quantise_activations(path: Path, ranges: Mapping[str, Ranges], *, results: b
             model.graph.insert_before(node, pair)
             rounded[source] = pair[-1].outputs[0]
         node.replace_input_with(0, rounded[source])
-        if results and seen.output.fits:
+        if node.name in results and seen.output.fits:
             result = node.outputs[0]
             pair = _pair(model.graph, f"{node.name}.output", result, seen.output.largest)
             model.graph.insert_after(node, pair)

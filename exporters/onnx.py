@@ -33,6 +33,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from exporters import _int8, _qdq, _rewrites
 from thanos_deploy import artifact
+from thanos_deploy.assignment import describe, every
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
 from thanos_deploy.errors import GateError, UsageError
@@ -75,13 +76,15 @@ class WeightRecord:
         shape: as it lies in the file.
         input_axis: the axis that is summed over, along which n:m groups run.
         sparsity: fraction of zeros.
-        pattern_holds: the pattern holds everywhere; None for a dense model.
+        pattern: what it is claimed to hold; None for a dense one.
+        pattern_holds: the pattern holds everywhere; None likewise.
     """
 
     name: str
     shape: tuple[int, ...]
     input_axis: int
     sparsity: float
+    pattern: str | None
     pattern_holds: bool | None
 
 
@@ -111,7 +114,7 @@ def export(
     checkpoint: Checkpoint,
     destination: Path,
     *,
-    pattern: Pattern | None,
+    pattern: Pattern | Mapping[str, Pattern] | None,
     dtype: str = "fp32",
     max_sequence: int | None = None,
     origin: Mapping[str, str] | None = None,
@@ -122,7 +125,8 @@ def export(
     Args:
         checkpoint: the model to export.
         destination: an existing folder.
-        pattern: what the linear layers are claimed to hold, or None for nothing.
+        pattern: what all linear layers are claimed to hold, or each by its full name, or None for
+            nothing.
         dtype: one of `PARITY_LIMITS`, of the weights; the cache and the logits are float16 for
             fp16 and int8-qdq, else float32. int8 (for ONNX Runtime, see `_int8`) and int8-qdq (for
             engines, see `_qdq`) are for the linear layers of the blocks.
@@ -141,6 +145,8 @@ def export(
             results differ from PyTorch's by more than the limit.
     """
     longest = _longest(checkpoint, max_sequence)
+    patterns = every(checkpoint.linears, pattern)
+    claimed = describe(patterns, len(checkpoint.linears))
     on_progress(0, _STEPS)
     model = load_model(checkpoint.folder)
     cast(model, _FLOATS[dtype])
@@ -148,7 +154,7 @@ def export(
     graph = _trace(model)
     _simplify(graph, model)
     claims = {
-        "pattern": "none" if pattern is None else str(pattern),
+        "pattern": claimed or "none",
         "dtype": dtype,
         "max_sequence": str(longest),
         **(origin or {}),
@@ -166,21 +172,21 @@ def export(
     if dtype == "int8-qdq":
         ranges = _observe(model, checkpoint)
         rounding = _quantise(destination / MODEL, model, list(ranges), _qdq)
-    weights = _read_weights(destination / MODEL, model, checkpoint.linears, pattern)
+    weights = _read_weights(destination / MODEL, model, checkpoint.linears, patterns)
     on_progress(3, _STEPS)
     limit = PARITY_LIMITS[dtype]
     cases = list(_compare(destination / MODEL, model, limit))
     if dtype == "int8":
         _int8.use_integer_kernels(destination / MODEL)
     if dtype == "int8-qdq":
-        results = pattern == SemiStructured(2, 4)
-        _qdq.quantise_activations(destination / MODEL, ranges, results=results)
+        sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
+        _qdq.quantise_activations(destination / MODEL, ranges, results=sparse)
     if rounding:
         rounding["activations"] = _worst_logits(destination / MODEL, model)
     record = {
         "opset": OPSET,
         "dtype": dtype,
-        "pattern": None if pattern is None else str(pattern),
+        "pattern": claimed,
         "max_sequence": longest,
         "cache": _cache_record(model, _FLOATS[dtype]),
         "rounding": rounding,
@@ -196,22 +202,22 @@ def export(
 
 
 def judge_file(
-    path: Path, shapes: Mapping[str, tuple[int, int]], pattern: Pattern
+    path: Path, shapes: Mapping[str, tuple[int, int]], patterns: Mapping[str, Pattern]
 ) -> dict[str, Verdict]:
-    """Judge the linear layers of an exported file.
+    """Judge linear layers of an exported file.
 
     Args:
         path: the ONNX file.
         shapes: by name of a layer, its outputs and inputs.
-        pattern: what they are claimed to hold.
+        patterns: by name of a layer, what it is claimed to hold.
 
     Returns:
-        by name.
+        by name, of the layers that have a pattern.
     """
     initializers = _initializers(path)
     return {
-        name: judge(_nonzero(initializers, f"{name}.weight", inputs)[2], pattern)
-        for name, (_, inputs) in shapes.items()
+        name: judge(_nonzero(initializers, f"{name}.weight", shapes[name][1])[2], pattern)
+        for name, pattern in patterns.items()
     }
 
 
@@ -470,7 +476,7 @@ def _initializers(path: Path) -> Mapping[str, ir.Value]:
 
 
 def _read_weights(
-    path: Path, model: PreTrainedModel, names: Sequence[str], pattern: Pattern | None
+    path: Path, model: PreTrainedModel, names: Sequence[str], patterns: Mapping[str, Pattern]
 ) -> list[WeightRecord]:
     """Find every pruned layer's weight in the written file, and judge it there."""
     initializers = _initializers(path)
@@ -478,6 +484,7 @@ def _read_weights(
     for name in names:
         inputs = matrix(model.get_submodule(name)).shape[1]
         shape, axis, nonzero = _nonzero(initializers, f"{name}.weight", inputs)
+        pattern = patterns.get(name)
         verdict = None if pattern is None else judge(nonzero, pattern)
         if verdict is not None and not verdict.holds:
             raise GateError(
@@ -489,6 +496,7 @@ def _read_weights(
                 name=name,
                 shape=shape,
                 input_axis=axis,
+                pattern=None if pattern is None else str(pattern),
                 sparsity=float(1.0 - np.count_nonzero(nonzero) / nonzero.size),
                 pattern_holds=None if verdict is None else verdict.holds,
             )

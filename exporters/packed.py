@@ -3,14 +3,16 @@
 The layout is described in `thanos_deploy.packing`. MODEL on the command line may be such a folder.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from thanos_deploy import artifact
+from thanos_deploy.assignment import counts, describe, every
 from thanos_deploy.checkpoint import Checkpoint, Weights, copy_companions
 from thanos_deploy.errors import GateError, UsageError
-from thanos_deploy.packing import Sizes, pack_folder, unpack_folder
+from thanos_deploy.packing import pack_folder, unpack_folder
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
 
@@ -19,7 +21,7 @@ def export(
     checkpoint: Checkpoint,
     destination: Path,
     *,
-    pattern: Pattern | None,
+    pattern: Pattern | Mapping[str, Pattern] | None,
     on_progress: OnProgress = silent,
 ) -> artifact.Json:
     """Write the packed folder, and unpack it again to see that nothing changed.
@@ -27,43 +29,56 @@ def export(
     Args:
         checkpoint: the model.
         destination: an existing folder.
-        pattern: what every linear layer holds.
+        pattern: what all linear layers hold, or each by its full name, or None for nothing.
         on_progress: told of every finished step.
 
     Returns:
         how many weights were packed, and the bytes before and after.
 
     Raises:
-        UsageError: the pattern is no n:m, or does not hold everywhere.
+        UsageError: no layer holds n:m.
         ModelError: a weight does not hold the pattern.
         GateError: what is unpacked differs from the checkpoint.
     """
-    refuse(pattern)
-    assert isinstance(pattern, SemiStructured)
+    patterns = every(checkpoint.linears, pattern)
+    refuse(patterns.values())
     on_progress(0, 2)
     copy_companions(checkpoint.folder, destination, None)
     sizes = pack_folder(
         checkpoint.folder,
         destination,
-        {checkpoint.stored_name(f"{name}.weight"): pattern for name in checkpoint.linears},
+        {
+            checkpoint.stored_name(f"{name}.weight"): its
+            for name, its in patterns.items()
+            if isinstance(its, SemiStructured)
+        },
         transposed=checkpoint.family.transposed,
     )
     on_progress(1, 2)
     _require_same(checkpoint.weights, destination)
     on_progress(2, 2)
-    return _result(sizes, pattern)
+    return {
+        **asdict(sizes),
+        "packed": len(sizes.packed),
+        "pattern": describe(patterns, len(checkpoint.linears)),
+        "ratio": round(sizes.bytes_after / sizes.bytes_before, 4),
+    }
 
 
-def refuse(pattern: Pattern | None) -> None:
-    """Refuse a pattern that cannot be packed.
+def refuse(patterns: Iterable[Pattern]) -> None:
+    """Refuse a model of which nothing can be packed.
+
+    Args:
+        patterns: what its linear layers hold.
 
     Raises:
-        UsageError: it is no n:m, or None: not held everywhere.
+        UsageError: none is n:m.
     """
-    if not isinstance(pattern, SemiStructured):
+    found = list(patterns)
+    if not any(isinstance(pattern, SemiStructured) for pattern in found):
+        held = ", ".join(counts(found)) or "not held everywhere"
         raise UsageError(
-            "the target packed needs n:m in every layer; this is "
-            f"{pattern or 'not held everywhere'}",
+            f"the target packed needs n:m; this is {held}",
             fix="prune to a pattern such as 2:4, without --outlier-rows",
         )
 
@@ -82,12 +97,3 @@ def _require_same(original: Weights, packed: Path) -> None:
                     f"{packed}: {name} is not the same after packing and unpacking",
                     fix="report the model; this is a bug in thanos_deploy/packing.py",
                 )
-
-
-def _result(sizes: Sizes, pattern: Pattern) -> artifact.Json:
-    return {
-        **asdict(sizes),
-        "packed": len(sizes.packed),
-        "pattern": str(pattern),
-        "ratio": round(sizes.bytes_after / sizes.bytes_before, 4),
-    }

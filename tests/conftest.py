@@ -22,7 +22,8 @@ if not torch.cuda.is_available():
 
 import exporters.onnx
 from thanos_deploy import cli, sizing
-from thanos_deploy.artifact import Json, claim
+from thanos_deploy.artifact import Json, claim, write_json
+from thanos_deploy.assignment import LAYERS
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune import prune
@@ -139,7 +140,7 @@ def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFa
         folder = tmp_path_factory.mktemp(f"{model_type}-two-four")
         (folder / "model").mkdir()
         (folder / "onnx").mkdir()
-        prune(
+        blocks = prune(
             Checkpoint.open(make_model(model_type)),
             torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0)),
             folder / "model",
@@ -147,6 +148,7 @@ def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFa
             method="thanos",
             options={"block_columns": 16},
         )
+        write_json(folder / LAYERS, [asdict(block) for block in blocks])
         exporters.onnx.export(
             Checkpoint.open(folder / "model"),
             folder / "onnx",
@@ -167,6 +169,8 @@ def two_four_bundle(exported_two_four: Exported, tmp_path_factory: pytest.TempPa
     def copy(part: str) -> Callable[[Path], Json]:
         def produce(destination: Path) -> Json:
             shutil.copytree(folder / part, destination / part)
+            if part == "model":
+                shutil.copy(folder / LAYERS, destination)
             return {"pattern_holds": True}
 
         return produce

@@ -153,7 +153,7 @@ def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
         (("2:4", "--keep-shape"), "--keep-shape with pattern 2:4", "structured patterns"),
         (
             ("structured:0.2", "--keep-shape", "--allocation", "loss"),
-            "--allocation with pattern structured:0.2 and --keep-shape",
+            "--allocation loss with pattern structured:0.2 and --keep-shape",
             "leave it out",
         ),
     ],

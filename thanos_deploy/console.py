@@ -23,6 +23,7 @@ from thanos_deploy.artifact import Json
 from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.report.figures import figures, shown, shown_ratio
+from thanos_deploy.report.words import retried
 
 # Without a terminal, a line at most so often.
 _SECONDS_BETWEEN_LINES = 10.0
@@ -320,6 +321,8 @@ def show_values(values: Json) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry != "")
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
         table.add_row(
             name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
         )
@@ -329,7 +332,13 @@ def show_values(values: Json) -> None:
 def show_plan(plan: Json) -> None:
     """Print what is or would be pruned; for a shrunk model with the widths of its blocks."""
     values = dict(plan)
-    widths = values.pop("widths", None)
+    widths, retries = values.pop("widths", None), values.pop("retries", ())
+    if estimate := values.pop("estimate", None):
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate["seconds"].items())
+        values["estimated seconds"] = f"{estimate['total_seconds']:.0f} ({parts})"
+        values["not estimated"] = estimate["not_estimated"]
+        values["estimated memory, MB"] = f"{estimate['memory_bytes'] / 1e6:.0f}"
+        values["estimated from"] = estimate["basis"]
     if widths is not None:
         table = Table(title="What stays of each block")
         for name in ("block", "heads", "kv heads", "channels", "parameters", "predicted loss"):
@@ -346,6 +355,8 @@ def show_plan(plan: Json) -> None:
         values["removed of the blocks"] = f"{widths['removed']:.2%}"
         values["loads with stock loaders"] = "yes" if widths["stock_config"] else "no, ONNX only"
     show_values(values)
+    for retry in retries:
+        Console().print(f"{retried(retry)}.", style="bold red", highlight=False, markup=False)
 
 
 def show_forecast(forecast: Json, *, layers: bool) -> None:

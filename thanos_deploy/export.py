@@ -29,11 +29,11 @@ from runtime.engines import onnxruntime as onnx_runtime
 from runtime.engines import tensorrt as tensorrt_runtime
 from runtime.latency import Generate
 from runtime.sampling import Sampling
-from thanos_deploy import artifact, gpu
+from thanos_deploy import artifact, assignment, gpu
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import PlatformError, UsageError
-from thanos_deploy.pattern import Pattern, parse
+from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.requests import EngineRequest, ExportRequest
 
@@ -88,7 +88,7 @@ def exported_with(bundle: Bundle) -> ExportRequest:
 def graph(
     bundle: Bundle,
     model: Checkpoint,
-    pattern: Pattern | None,
+    patterns: Mapping[str, Pattern],
     inputs: Json,
     request: ExportRequest,
     origin: Mapping[str, str],
@@ -103,7 +103,7 @@ def graph(
     Args:
         bundle: where it goes.
         model: what is exported.
-        pattern: what its linear layers are claimed to hold, or None.
+        patterns: what its linear layers are claimed to hold, by full name.
         inputs: hashes of what the stage reads.
         request: how it is exported.
         origin: what the graph's metadata says of where it comes from.
@@ -118,7 +118,7 @@ def graph(
         record = exporters.onnx.export(
             model,
             _subfolder(folder, stage),
-            pattern=pattern,
+            pattern=patterns,
             dtype=request.dtype,
             max_sequence=request.max_sequence,
             origin=origin,
@@ -152,11 +152,11 @@ def engine_graph(
     return stage
 
 
-def _claimed(bundle: Bundle) -> Pattern | None:
-    """What the linear layers of the pruned model are claimed to hold."""
-    pruned = bundle.stages["prune"]
-    # Rows that were left dense on purpose keep no pattern, and what was cut out leaves none.
-    return parse(pruned.options["pattern"]) if pruned.result.get("pattern_holds") else None
+def _claimed(bundle: Bundle) -> dict[str, Pattern]:
+    """What linear layers of the pruned model are claimed to hold."""
+    # Where rows were left dense on purpose no pattern holds.
+    off = bundle.stages["prune"].result.get("layers_off_pattern", [])
+    return {name: its for name, its in assignment.of_bundle(bundle).items() if name not in off}
 
 
 def _pruned_graph(
@@ -181,8 +181,8 @@ def _pruned_graph(
 
 
 def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
-    pattern = _claimed(bundle)
-    exporters.packed.refuse(pattern)
+    patterns = _claimed(bundle)
+    exporters.packed.refuse(patterns.values())
     model = Checkpoint.open(bundle.path / "model")
 
     def produce(folder: Path) -> Json:
@@ -190,7 +190,7 @@ def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         return exporters.packed.export(
             model,
             _subfolder(folder, "packed"),
-            pattern=pattern,
+            pattern=patterns,
             on_progress=announce("Pack the checkpoint and unpack it again to compare"),
         )
 

@@ -15,6 +15,7 @@ The dense model that pruned ones are compared with is itself a bundle, in a cach
 after its hash, so several runs on one model convert, export and evaluate it once.
 """
 
+import math
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,16 @@ import exporters.triton
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, benchmark, checkpoint, environment, preflight, sizing
+from thanos_deploy import (
+    artifact,
+    assignment,
+    benchmark,
+    checkpoint,
+    environment,
+    owl,
+    preflight,
+    sizing,
+)
 from thanos_deploy import perplexity as quality
 from thanos_deploy import prune as pruning
 from thanos_deploy import recover as recovering
@@ -39,9 +49,11 @@ from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, every_segment, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.estimate import estimate
 from thanos_deploy.export import ENGINES, export, exported_with, graph
 from thanos_deploy.parts import part_bytes
-from thanos_deploy.progress import Announce, OnProgress, quietly, silent
+from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.report.write import write_report
 from thanos_deploy.requests import (
     BenchRequest,
@@ -115,7 +127,7 @@ class Dense:
             return graph(
                 bundle,
                 dense,
-                None,
+                {},
                 {},
                 request,
                 {"method": "none", "model_sha256": self.source.sha256},
@@ -130,22 +142,65 @@ def prune_checkpoint(
     ids: Tensor,
     destination: Path,
     request: PruneRequest,
-    *,
-    on_progress: OnProgress = silent,
+    announce: Announce = quietly,
 ) -> list[pruning.BlockReport]:
     """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`."""
     return pruning.prune(
         source,
         ids,
         destination,
-        pattern=request.pattern,
+        pattern=_allocated(source, ids, request, announce),
         method=request.method,
         options=request.resolved_options,
         **request.walk_options,
         calib_forward=DTYPES[request.resolved_forward],
         dtype=DTYPES.get(request.dtype),
-        on_progress=on_progress,
+        on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
     )
+
+
+def assigned(source: Checkpoint, request: PruneRequest) -> dict[str, Pattern]:
+    """What is asked of every linear layer that is to be pruned, by its full name."""
+    return assignment.assign(
+        source.linears,
+        request.pattern,
+        include=request.include,
+        ignore=request.ignore,
+        file=_sparsity_file(request),
+    )
+
+
+def _sparsity_file(request: PruneRequest) -> assignment.SparsityFile | None:
+    if request.sparsity_file is None:
+        return None
+    return assignment.read_file(Path(request.sparsity_file).expanduser())
+
+
+def _allocated(
+    source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce
+) -> Mapping[str, Pattern]:
+    """The pattern of every layer, after a walk through the dense model if that decides it."""
+    patterns = assigned(source, request)
+    if request.allocation != "owl":
+        return patterns
+    options = request.owl_options
+    ratios = owl.survey(
+        source,
+        ids,
+        patterns,
+        threshold=options["threshold"],
+        on_progress=announce("Count the outliers of each block"),
+    )
+    family, shapes = source.family, pruning.linear_shapes(source)
+    blocks = [
+        {
+            name: math.prod(shapes[name])
+            for linear in family.linears
+            if (name := f"{family.blocks}.{index}.{linear}") in patterns
+        }
+        for index in range(len(ratios))
+    ]
+    return owl.allocate(ratios, blocks, request.pattern.sparsity, spread=options["spread"])
 
 
 def survey_blocks(
@@ -223,6 +278,7 @@ def prune(
     """Prune the model into the bundle, unless that is done."""
     source = dense.checkpoint(announce)
     _refuse_pruning(source, request)
+    own = _sparsity_file(request)
     text = _text(request.calib, request.text_field, held_out=False)
     ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
 
@@ -236,10 +292,9 @@ def prune(
             blocks = shrink_checkpoint(source, ids, folder / "model", request, plan, announce)
             summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
         else:
-            progress = announce(f"Prune to {request.pattern} with {request.method}")
-            blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
-            summary = _summary_of(blocks)
-        artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
+            blocks = prune_checkpoint(source, ids, folder / "model", request, announce)
+            summary = _summary_of(blocks, request)
+        artifact.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
         if request.recover:
             summary["recovery"] = asdict(
                 recover_checkpoint(source, text, folder / "model", request, announce)
@@ -262,7 +317,11 @@ def prune(
         "prune",
         produce,
         options=request.to_json(),
-        inputs={"model": dense.source.sha256, "text": text.sha256},
+        inputs={
+            "model": dense.source.sha256,
+            "text": text.sha256,
+            **({} if own is None else {"sparsity_file": own.sha256}),
+        },
         overwrite=overwrite,
     )
 
@@ -489,7 +548,7 @@ def prune_export(
     if target == "triton":
         exporters.triton.library()
     if target == "packed":
-        exporters.packed.refuse(request.pattern)
+        exporters.packed.refuse([request.pattern])
     if target == "tensorrt-rtx":
         preflight.require(target)
     with artifact.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
@@ -531,15 +590,12 @@ def plan(
         else Bundle(out, dense.source.to_json())
     )
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
-    source = dense.checkpoint(announce)
-    parameters = source.parameters
+    parameters = dense.checkpoint(announce).parameters
     return {
-        **_plan_pruning(dense, request, announce),
+        **_plan_pruning(dense, request, out, announce, evaluation),
         "eval": evaluation.to_json(),
         "bench": benchmarking.to_json(),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
-        "disk_bytes_needed": source.bytes_in(request.dtype) + 4 * parameters,
-        "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
         "cache": str(dense.folder),
         "cache_bytes_needed": (4 if dense.source.is_ordinary else 8) * parameters,
     }
@@ -555,41 +611,72 @@ def outline(model: str, *, revision: str | None, announce: Announce) -> Checkpoi
 
 def plan_prune(
     model: str,
+    out: Path,
     request: PruneRequest,
     *,
     revision: str | None = None,
     announce: Announce = quietly,
 ) -> Json:
-    """What `prune` would do, and whether it would be refused; writes nothing.
+    """What `prune` would do, and whether it would be refused; writes nothing to `out`.
 
     For a model that is to be shrunk this includes the widths of every block and the loss that is
     predicted for them, from a walk through the dense model.
     """
     dense = Dense(model, revision=revision)
     _refuse_pruning(dense.checkpoint(announce), request)
-    return _plan_pruning(dense, request, announce)
+    return _plan_pruning(dense, request, out, announce)
 
 
-def _plan_pruning(dense: Dense, request: PruneRequest, announce: Announce) -> Json:
+def _plan_pruning(
+    dense: Dense,
+    request: PruneRequest,
+    out: Path,
+    announce: Announce,
+    evaluation: EvalRequest | None = None,
+) -> Json:
+    """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
     source = dense.checkpoint(announce)
-    shapes = pruning.linear_shapes(source).values()
-    weights = sum(rows * cols for rows, cols in shapes)
+    entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
+    text = _text(request.calib, request.text_field, held_out=False)
+    ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    exported = 0 if evaluation is None else 4 * source.parameters
     plan = {
         "model": dense.source.to_json(),
         "model_type": source.config.model_type,
         "parameters": source.parameters,
-        "linear_layers": len(shapes),
-        "linear_weights": weights,
+        "linear_layers": len(entries),
+        "linear_weights": sum(entries.values()),
         "prune": request.to_json(),
+        "disk_bytes_needed": source.bytes_in(request.dtype) + exported,
+        "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
     }
     if request.shrinks:
-        text = _text(request.calib, request.text_field, held_out=False)
-        ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
         losses = survey_blocks(source, ids, request, announce)
-        plan["widths"] = _plan_summary(plan_widths(source, losses, request))
-    else:
-        plan["linear_weights_removed"] = int(weights * request.pattern.sparsity)
-    return plan
+        return {**plan, "widths": _plan_summary(plan_widths(source, losses, request))}
+    patterns = assigned(source, request)
+    found = estimate(source, ids, request, patterns)
+    seconds = dict(found.seconds)
+    if evaluation is not None:
+        # The dense and the pruned model; the output head is as much work as its share of weights.
+        blocks = source.config.num_hidden_layers
+        head = source.config.vocab_size * source.config.hidden_size * blocks / sum(entries.values())
+        tokens = 2 * evaluation.segments * evaluation.seqlen
+        seconds["eval"] = tokens * found.token_seconds * (blocks + head)
+    return {
+        **plan,
+        "patterns": assignment.counts(patterns.get(name) for name in entries),
+        "layers_left_dense": [name for name in entries if name not in patterns],
+        "linear_weights_removed": sum(
+            int(entries[name] * its.sparsity) for name, its in patterns.items()
+        ),
+        "estimate": {
+            "seconds": seconds,
+            "total_seconds": sum(seconds.values()),
+            "memory_bytes": found.memory_bytes,
+            "basis": found.basis,
+            "not_estimated": [] if evaluation is None else ["onnx", "bench"],
+        },
+    }
 
 
 def _refuse_beforehand(
@@ -625,8 +712,18 @@ def _refuse_pruning(source: Checkpoint, request: PruneRequest) -> None:
         shrinking.check(source)
         sizing.check(source, request.pattern.sparsity, **request.sizing_options)
     else:
+        patterns = assigned(source, request)
+        columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
+        if columns and not request.keep_shape:
+            raise UsageError(
+                f"{request.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
+                "pattern of one layer: heads and channels go from every layer that makes or reads "
+                "them",
+                fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION "
+                "with --keep-shape, for columns of zeros",
+            )
         pruning.check(
-            source, pattern=request.pattern, method=request.method, options=request.resolved_options
+            source, pattern=patterns, method=request.method, options=request.resolved_options
         )
 
 
@@ -794,20 +891,35 @@ def _sample(bundle: Path, model: Path, request: BenchRequest) -> str:
     return str(tokenizer.decode(list(ids)))
 
 
-def _summary_of(blocks: list[pruning.BlockReport]) -> Json:
+def _summary_of(blocks: list[pruning.BlockReport], request: PruneRequest) -> Json:
     layers = [layer for block in blocks for layer in block.layers]
-    worst = max(layers, key=lambda layer: layer.relative_error)
+    patterns = assignment.recorded([asdict(block) for block in blocks], request.pattern)
+    pruned = [layer for layer in layers if layer.name in patterns]
+    worst = max(pruned, key=lambda layer: layer.relative_error)
     weights = sum(layer.rows * layer.cols for layer in layers)
+    damping = float(request.resolved_options.get("damping", 0.0))
     return {
         "layers": len(layers),
         "weights": weights,
         "sparsity": sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
-        "pattern_holds": all(layer.pattern_holds for layer in layers),
-        "layers_off_pattern": [layer.name for layer in layers if not layer.pattern_holds],
-        "median_relative_error": statistics.median(layer.relative_error for layer in layers),
+        "patterns": assignment.counts(patterns.get(layer.name) for layer in layers),
+        "layers_left_dense": [layer.name for layer in layers if layer.name not in patterns],
+        "pattern_holds": all(layer.pattern_holds for layer in pruned),
+        "layers_off_pattern": [layer.name for layer in pruned if not layer.pattern_holds],
+        "retries": [
+            {
+                "layer": layer.name,
+                "solver": layer.solver,
+                "damping": layer.damping,
+                "failures": list(layer.failures),
+            }
+            for layer in pruned
+            if layer.failures or layer.damping > damping
+        ],
+        "median_relative_error": statistics.median(layer.relative_error for layer in pruned),
         "worst_relative_error": worst.relative_error,
         "worst_layer": worst.name,
-        "largest_damping": max(layer.damping for layer in layers),
+        "largest_damping": max(layer.damping for layer in pruned),
     }
 
 

@@ -6,7 +6,7 @@ block's weights are in memory at a time.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from thanos_deploy import methods
+from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
+from thanos_deploy.errors import HessianError
+from thanos_deploy.families import Family
 from thanos_deploy.hessian import retarget
-from thanos_deploy.layer import LayerProblem
+from thanos_deploy.layer import LayerProblem, LayerResult, without_update
 from thanos_deploy.linear import matrix
-from thanos_deploy.methods import Method, Option
+from thanos_deploy.mask import smallest
+from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.verdict import judge
@@ -30,26 +34,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One pruned linear layer, as it was written.
+    """One linear layer, as it was written.
 
     Attributes:
         name: full name in the model.
         rows, cols: outputs and inputs.
+        pattern: what it was pruned to, or "dense".
         sparsity: fraction of zeros.
         pattern_holds: the written weight keeps the pattern everywhere.
         relative_error: fraction of the energy of the output that the layer aims at, on the
             calibration data, that the pruned weight misses.
         damping: what the method used.
+        solver: where the weight comes from; see `Solution`, and "none" for a dense layer.
+        failures: see `Solution`.
         seconds: time that the method took.
     """
 
     name: str
     rows: int
     cols: int
+    pattern: str
     sparsity: float
     pattern_holds: bool
     relative_error: float
     damping: float
+    solver: str
+    failures: tuple[str, ...]
     seconds: float
 
 
@@ -58,7 +68,7 @@ class BlockReport:
     """One block: its layers and where the time went.
 
     Attributes:
-        layers: reports of its linear layers.
+        layers: reports of its linear layers, in the order of the forward pass.
         seconds: time by activity: "collect", forward passes through the block as far as the
             layers, with statistics; "solve", the pruning method, all layers; "forward", the data on
             its way through the pruned block to the next one.
@@ -73,7 +83,7 @@ def prune(
     segments: Tensor,
     destination: Path,
     *,
-    pattern: Pattern,
+    pattern: Pattern | Mapping[str, Pattern],
     method: str,
     options: Mapping[str, Option],
     true_sequential: bool = False,
@@ -82,15 +92,15 @@ def prune(
     dtype: torch.dtype | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
-    """Prune every linear layer of every block and write an ordinary model folder.
+    """Prune the linear layers of every block and write an ordinary model folder.
 
-    Embeddings, norms, biases and the output head are copied.
+    Embeddings, norms, biases and the output head are copied, and so are layers without a pattern.
 
     Args:
         checkpoint: the dense model.
         segments: int64[count, length], calibration tokens.
         destination: an empty folder for the pruned model.
-        pattern: what to prune to.
+        pattern: what to prune every layer to; or what each layer, by its full name.
         method: name of a method.
         options: the method's options.
         true_sequential: collect the statistics of each group of layers after the groups before it
@@ -103,10 +113,9 @@ def prune(
 
     Raises:
         ModelError: weights are missing, have NaN, or do not fit the pattern.
-        HessianError: the calibration statistics cannot be used.
     """
     check(checkpoint, pattern=pattern, method=method, options=options)
-    family, solver = checkpoint.family, methods.load(method)
+    family, patterns = checkpoint.family, every(checkpoint.linears, pattern)
     copy_companions(checkpoint.folder, destination, dtype)
     reports = []
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
@@ -118,37 +127,63 @@ def prune(
             with_dense=dense_target > 0.0,
             forward=calib_forward,
         ):
-            layers: list[LayerReport] = []
-            for groups in (
-                [[group] for group in family.inputs] if true_sequential else [family.inputs]
-            ):
-                with visit.clock.measure("collect"):
-                    statistics = collect(
-                        visit.walk,
-                        [group[0] for group in groups],
-                        visit.dense,
-                        pause=true_sequential,
-                    )
+            layers: dict[str, LayerReport] = {}
+            for groups, statistics in gather(visit, family, patterns, true_sequential):
                 with visit.clock.measure("solve"):
                     for group in groups:
-                        layers += _prune_group(
+                        layers |= _prune_group(
                             visit,
                             group,
                             statistics[group[0]],
-                            pattern=pattern,
-                            solver=solver,
+                            patterns=patterns,
+                            method=method,
                             options=options,
                             dense_target=dense_target,
                         )
-            reports.append(BlockReport(tuple(layers), visit.clock.seconds))
+            report = tuple(
+                layers[name] if name in layers else _leave_dense(visit, name)
+                for name in family.linears
+            )
+            reports.append(BlockReport(report, visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",
                 visit.index,
-                max(layer.relative_error for layer in layers),
+                max(layer.relative_error for layer in report),
                 sum(visit.clock.seconds.values()),
             )
             on_progress(visit.index + 1, checkpoint.config.num_hidden_layers)
     return reports
+
+
+def gather(
+    visit: Visit, family: Family, layers: Collection[str], true_sequential: bool
+) -> Iterator[tuple[list[list[str]], dict[str, Statistics]]]:
+    """The groups of a block's layers that are pruned at a time, and their inputs' statistics.
+
+    A group is what reads one input, seen from the block; its first layer's name is the statistics'.
+    They are collected when their turn comes.
+
+    Args:
+        visit: the block.
+        family: of the model.
+        layers: full names of the layers that are to be pruned.
+        true_sequential: a group at a time, instead of all.
+    """
+    groups = [
+        names
+        for group in family.inputs
+        if (names := [name for name in group if visit.prefix + name in layers])
+    ]
+    for together in [[group] for group in groups] if true_sequential else [groups]:
+        if together:
+            with visit.clock.measure("collect"):
+                statistics = collect(
+                    visit.walk,
+                    [group[0] for group in together],
+                    visit.dense,
+                    pause=true_sequential,
+                )
+            yield together, statistics
 
 
 def _prune_group(
@@ -156,42 +191,168 @@ def _prune_group(
     group: Sequence[str],
     statistics: Statistics,
     *,
-    pattern: Pattern,
-    solver: Method,
+    patterns: Mapping[str, Pattern],
+    method: str,
     options: Mapping[str, Option],
     dense_target: float,
-) -> Iterator[LayerReport]:
-    """Prune, in place, layers that read the same input.
+) -> dict[str, LayerReport]:
+    """Prune, in place, layers that read the same input; their reports by name, seen from the block.
 
     What the following layers and blocks see is what is written, rounding included.
     """
     weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
     together = LayerProblem(torch.cat(weights), statistics.hessian, visit.prefix + group[0])
-    if statistics.cross is not None:
-        wanted = retarget(together, statistics.cross, dense_target)
-        together = replace(together, weight=wanted)
-    parts = together.weight.split([len(weight) for weight in weights])
-    for linear, weight, part in zip(group, weights, parts, strict=True):
+    aimed, failures = aim(together, statistics.cross, dense_target)
+    reports, first = {}, 0
+    for linear, weight in zip(group, weights, strict=True):
         started = time.perf_counter()
-        problem = replace(together, weight=part, name=visit.prefix + linear)
-        result = solver.prune(problem, pattern, **options)
+        name, rows = visit.prefix + linear, slice(first, first + len(weight))
+        first = rows.stop
+        solution = solve(
+            replace(together, weight=together.weight[rows], name=name),
+            patterns[name],
+            method=method,
+            options=options,
+            aimed=None if aimed is None else aimed[rows],
+            failures=failures,
+        )
         seconds = time.perf_counter() - started
-        weight.copy_(visit.stored(f"{linear}.weight", result.weight))
-        verdict = judge((weight != 0).numpy(), pattern)
-        yield LayerReport(
-            name=problem.name,
+        weight.copy_(visit.stored(f"{linear}.weight", solution.result.weight))
+        verdict = judge((weight != 0).numpy(), patterns[name])
+        reports[linear] = LayerReport(
+            name=name,
             rows=weight.shape[0],
             cols=weight.shape[1],
+            pattern=str(patterns[name]),
             sparsity=verdict.sparsity,
             pattern_holds=verdict.holds,
-            relative_error=result.relative_error,
-            damping=result.damping,
+            relative_error=solution.result.relative_error,
+            damping=solution.result.damping,
+            solver=solution.solver,
+            failures=solution.failures,
             seconds=seconds,
         )
+    return reports
+
+
+def _leave_dense(visit: Visit, linear: str) -> LayerReport:
+    """Have one layer written as it was, to the last bit."""
+    visit.untouched.add(f"{linear}.weight")
+    weight = matrix(visit.block.get_submodule(linear))
+    weight.copy_(visit.stored(f"{linear}.weight", weight))  # in another dtype it is rounded
+    return LayerReport(
+        name=visit.prefix + linear,
+        rows=weight.shape[0],
+        cols=weight.shape[1],
+        pattern=DENSE,
+        sparsity=1.0 - int(weight.count_nonzero()) / weight.numel(),
+        pattern_holds=True,
+        relative_error=0.0,
+        damping=0.0,
+        solver="none",
+        failures=(),
+        seconds=0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A pruned layer, and what it took.
+
+    Attributes:
+        result: the layer.
+        solver: the method, or "wanda mask" or "magnitude mask" where only a mask could be had.
+        failures: why what was tried before gave nothing, one sentence each.
+    """
+
+    result: LayerResult
+    solver: str
+    failures: tuple[str, ...]
+
+
+def aim(
+    problem: LayerProblem, cross: Tensor | None, fraction: float
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The weight whose output is nearer to the dense model's, or why there is none.
+
+    Args:
+        problem: the layer.
+        cross: see `calibrate.Statistics`; None where the dense model was not asked for.
+        fraction: see `hessian.retarget`.
+
+    Raises:
+        HessianError: a weight is not finite.
+    """
+    if cross is None:
+        return None, ()
+    try:
+        return retarget(problem, cross, fraction), ()
+    except HessianError as error:
+        if not bool(problem.weight.isfinite().all()):
+            raise
+        return None, (error.message,)
+
+
+def solve(
+    problem: LayerProblem,
+    pattern: Pattern,
+    *,
+    method: str,
+    options: Mapping[str, Option],
+    aimed: Tensor | None = None,
+    failures: tuple[str, ...] = (),
+) -> Solution:
+    """Prune one layer by the first of these that its statistics allow.
+
+    1. The method, from the weight whose output is nearer to the dense model's, if there is one;
+       Thanos and SparseGPT damp a Hessian that cannot be factored ten times harder, up to four
+       times.
+    2. The method, from the layer's own weight.
+    3. No update, only a mask of the whole layer: by Wanda's score, or by magnitude where not even
+       the diagonal of the Hessian is finite.
+
+    Args:
+        problem: the layer.
+        pattern: what to prune to.
+        method, options: see `prune`.
+        aimed, failures: see `aim`.
+
+    Raises:
+        HessianError: a weight is not finite.
+        ModelError, UsageError: the layer does not fit the pattern, or the options do not.
+    """
+    prune_layer = methods.load(method).prune
+    for weight in (problem.weight,) if aimed is None else (aimed, problem.weight):
+        try:
+            result = prune_layer(replace(problem, weight=weight), pattern, **options)
+            return Solution(result, method, failures)
+        except HessianError as error:
+            if not bool(problem.weight.isfinite().all()):
+                raise
+            failures = (*failures, error.message)
+    return _mask_only(problem, pattern, failures)
+
+
+def _mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]) -> Solution:
+    """The third rung of `solve`; its error is of what is finite of the Hessian."""
+    # In float64, in which no product of float32 numbers overflows.
+    weight, hessian = problem.weight.double(), problem.hessian.double()
+    squares = hessian.diagonal().clamp(min=0.0)
+    by_wanda = bool(squares.isfinite().all())
+    if not by_wanda:
+        squares = torch.ones_like(squares)
+    mask = smallest(weight.abs() * squares.sqrt(), pattern, per_row=False)
+    known = hessian if bool(hessian.isfinite().all()) else squares.diag()
+    result = without_update(LayerProblem(weight, known, problem.name), mask)
+    return Solution(result, "wanda mask" if by_wanda else "magnitude mask", failures)
 
 
 def check(
-    checkpoint: Checkpoint, *, pattern: Pattern, method: str, options: Mapping[str, Option]
+    checkpoint: Checkpoint,
+    *,
+    pattern: Pattern | Mapping[str, Pattern],
+    method: str,
+    options: Mapping[str, Option],
 ) -> None:
     """Refuse, before anything is computed, layers that the method cannot prune.
 
@@ -199,9 +360,9 @@ def check(
         ModelError: a layer is missing or does not fit the pattern.
         UsageError: the options do not fit the method or the pattern.
     """
-    refuse = methods.load(method).check
-    for name, (_, cols) in linear_shapes(checkpoint).items():
-        refuse(name, cols, pattern, **options)
+    refuse, shapes = methods.load(method).check, linear_shapes(checkpoint)
+    for name, its in every(shapes, pattern).items():
+        refuse(name, shapes[name][1], its, **options)
 
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions, load_model
+from thanos_deploy.precision import multiplies_bfloat16
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.walk import stored
 
@@ -87,7 +88,7 @@ def recover(
         name: model.get_parameter(name) for name in (f"{one}.weight" for one in pruned.linears)
     }
     steps = _order(len(segments), count, seed).split(max(1, _TOKENS_A_STEP // segments.shape[1]))
-    dtype = _native_dtype()
+    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
     divergence = _train(
         model, learning, teacher, [segments[step] for step in steps], dtype, told=on_progress
     )
@@ -100,12 +101,6 @@ def recover(
         dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
         seconds=time.perf_counter() - started,
     )
-
-
-def _native_dtype() -> torch.dtype:
-    """What products are fast in here without being coarser than training can take."""
-    native = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def _order(available: int, count: int, seed: int) -> Tensor:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
-from thanos_deploy import methods
+from thanos_deploy import methods, owl
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
-from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.pattern import Pattern, Structured, Unstructured
 from thanos_deploy.precision import multiplies_bfloat16
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
@@ -33,6 +33,13 @@ class FitOptions(TypedDict):
     damping: float
     damping_mode: str
     dense_target: float
+
+
+class OwlOptions(TypedDict):
+    """Keyword arguments of `owl.check`."""
+
+    threshold: float
+    spread: float
 
 
 class WalkOptions(TypedDict):
@@ -62,7 +69,13 @@ class PruneRequest:
         keep_shape: for a structured pattern: set columns to zero instead of cutting heads and
             channels out.
         shrink: what to cut out: "heads", "ffn" or "both"; None for both.
-        ffn_multiple, allocation: see `sizing.plan`; None for its defaults.
+        ffn_multiple: see `sizing.plan`; None for its default.
+        allocation: how much each layer or block loses: "uniform", all alike; "loss" for widths,
+            see `sizing.plan`; "owl" for unstructured patterns, see `owl`. None for uniform.
+        owl_threshold, owl_spread: see `owl`; None for the paper's.
+        include, ignore: layers to prune, None of them for all, and layers to leave dense; see
+            `assignment.assign`.
+        sparsity_file: path of a file of layers with patterns of their own, or None.
         recover: on how many segments of the calibration text to train what is left; see
             `recover.recover`.
     """
@@ -84,6 +97,11 @@ class PruneRequest:
     shrink: str | None = None
     ffn_multiple: int | None = None
     allocation: str | None = None
+    owl_threshold: float | None = None
+    owl_spread: float | None = None
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    sparsity_file: str | None = None
     recover: int = 0
 
     @property
@@ -101,6 +119,14 @@ class PruneRequest:
         }
 
     @property
+    def owl_options(self) -> OwlOptions:
+        """How OWL spreads the sparsity: given, else the paper's."""
+        return {
+            "threshold": owl.THRESHOLD if self.owl_threshold is None else self.owl_threshold,
+            "spread": owl.SPREAD if self.owl_spread is None else self.owl_spread,
+        }
+
+    @property
     def fit_options(self) -> FitOptions:
         """How to refit a shrunk model: given, else what measured best; see benchmarks/LOG.md."""
         return {
@@ -115,21 +141,31 @@ class PruneRequest:
         Raises:
             UsageError: they have none.
         """
+        self._check_allocation()
         if not self.shrinks:
             for name, value in (
                 ("--shrink", self.shrink),
                 ("--ffn-multiple", self.ffn_multiple),
-                ("--allocation", self.allocation),
                 ("--keep-shape", self.keep_shape and not isinstance(self.pattern, Structured)),
             ):
                 if value:
                     raise UsageError(
-                        f"{name} with pattern {self.pattern}"
-                        + (" and --keep-shape" if self.keep_shape else ""),
+                        f"{name} with pattern {self._kind}",
                         fix="leave it out; it is for structured patterns that cut heads and "
                         "channels out",
                     )
             return
+        for name, layers in (
+            ("--include", self.include),
+            ("--ignore", self.ignore),
+            ("--sparsity-file", self.sparsity_file),
+        ):
+            if layers:
+                raise UsageError(
+                    f"{name} with {self.pattern}: a head or channel that is cut out goes from "
+                    "every layer that makes or reads it",
+                    fix="leave it out, or use --keep-shape for columns of zeros",
+                )
         if self.method != "thanos":
             raise UsageError(
                 f"--method {self.method} with {self.pattern}: heads and channels are chosen and "
@@ -164,6 +200,39 @@ class PruneRequest:
                 fix="leave it out, or use --keep-shape for columns of zeros",
             )
 
+    def _check_allocation(self) -> None:
+        """Refuse an allocation that the pattern does not have."""
+        match self.allocation:
+            case "loss" if not self.shrinks:
+                raise UsageError(
+                    f"--allocation loss with pattern {self._kind}",
+                    fix="leave it out; it is for structured patterns that cut heads and channels "
+                    "out",
+                )
+            case "owl" if not isinstance(self.pattern, Unstructured):
+                raise UsageError(
+                    f"--allocation owl with pattern {self._kind}: it gives every block a fraction "
+                    "of its own, which widths and the few steps of n:m do not have",
+                    fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
+                )
+            case "owl" if self.sparsity_file:
+                raise UsageError(
+                    "--allocation owl with --sparsity-file: both say how much a layer loses",
+                    fix="leave one of them out",
+                )
+            case "owl":
+                owl.check(self.pattern.sparsity, **self.owl_options)
+            case _ if (self.owl_threshold, self.owl_spread) != (None, None):
+                raise UsageError(
+                    "--owl-threshold or --owl-spread without --allocation owl",
+                    fix="give --allocation owl as well, or leave them out",
+                )
+
+    @property
+    def _kind(self) -> str:
+        """The pattern, and whether it leaves the shapes."""
+        return f"{self.pattern}{' and --keep-shape' if self.keep_shape else ''}"
+
     @property
     def resolved_options(self) -> dict[str, Option]:
         """All of the method's options: given, else the preset's, else the method's defaults.
@@ -194,7 +263,7 @@ class PruneRequest:
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
-        how = (
+        how: Json = (
             {"cut": True, **self.sizing_options, **self.fit_options}
             if self.shrinks
             else {
@@ -203,10 +272,19 @@ class PruneRequest:
                 "calib_forward": self.resolved_forward,
             }
         )
+        chosen = {
+            "include": list(self.include),
+            "ignore": list(self.ignore),
+            "sparsity_file": Path(self.sparsity_file).name if self.sparsity_file else None,
+        }
+        if self.allocation == "owl":
+            how |= {"allocation": "owl"}
+            how |= {f"owl_{name}": value for name, value in self.owl_options.items()}
         return {
             "pattern": str(self.pattern),
             "method": self.method,
             **how,
+            **{name: value for name, value in chosen.items() if value},
             "calib": Path(self.calib).name,
             "text_field": self.text_field,
             "nsamples": self.nsamples,

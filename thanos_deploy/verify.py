@@ -8,16 +8,17 @@ the builder said
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from exporters import onnx, tensorrt
 from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.assignment import describe, of_bundle
 from thanos_deploy.check import Check
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import DeployError, IntegrityError
-from thanos_deploy.pattern import Pattern, parse
+from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.prune import linear_shapes
 from thanos_deploy.verdict import Verdict, judge
@@ -89,32 +90,37 @@ def _contents(bundle: Bundle, stage: str) -> Iterator[Check]:
 
 def _pattern(bundle: Bundle, stage: str, path: Path) -> Check:
     name = f"{stage}: pattern"
-    pattern = parse(bundle.stages["prune"].options["pattern"])
     if bundle.stages["prune"].options.get("cut"):
         return Check(name, "SKIP", "heads and channels were cut out; there is nothing to hold")
     checkpoint = Checkpoint.open(bundle.path / "model")
-    shapes = linear_shapes(checkpoint)
+    shapes, patterns = linear_shapes(checkpoint), of_bundle(bundle)
     try:
         verdicts = (
-            onnx.judge_file(path, shapes, pattern)
+            onnx.judge_file(path, shapes, patterns)
             if path.suffix == ".onnx"
-            else _judge_checkpoint(checkpoint, pattern)
+            else _judge_checkpoint(checkpoint, patterns)
         )
     except DeployError as error:
         return Check(name, "FAIL", error.message, fix=error.fix)
     off = [layer for layer, verdict in verdicts.items() if not verdict.holds]
     known = set(bundle.stages["prune"].result.get("layers_off_pattern", []))
-    held = f"{len(verdicts) - len(off)} of {len(verdicts)} layers hold {pattern}"
+    held = (
+        f"{len(verdicts) - len(off)} of {len(shapes)} layers hold "
+        f"{describe(patterns, len(patterns))}"
+    )
     if set(off) <= known:
+        others = len(off) or len(verdicts) < len(shapes)
         return Check(
-            name, "PASS", held + (", the others were left dense on purpose" if off else "")
+            name, "PASS", held + (", the others were left dense on purpose" if others else "")
         )
     return Check(name, "FAIL", f"{held}; not {', '.join(off)}", fix="export again, or prune again")
 
 
-def _judge_checkpoint(checkpoint: Checkpoint, pattern: Pattern) -> dict[str, Verdict]:
+def _judge_checkpoint(
+    checkpoint: Checkpoint, patterns: Mapping[str, Pattern]
+) -> dict[str, Verdict]:
     verdicts = {}
-    for name in checkpoint.linears:
+    for name, pattern in patterns.items():
         stored = checkpoint.stored_name(f"{name}.weight")
         (weight,) = checkpoint.weights.read([stored]).values()
         nonzero = (weight.T if checkpoint.family.transposed else weight) != 0

@@ -4,7 +4,7 @@ Each block sees the data as the blocks before it, changed or not, pass it on.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -48,6 +48,8 @@ class Visit:
             asked for.
         dtypes: name of each of its parameters -> the dtype in which it will be written.
         clock: where its time went; the walk adds "forward" when it goes on to the next block.
+        untouched: names of parameters that are to be written as they are in the checkpoint, to the
+            last bit.
     """
 
     index: int
@@ -57,6 +59,7 @@ class Visit:
     dense: Walk | None
     dtypes: dict[str, torch.dtype]
     clock: Clock
+    untouched: set[str] = field(default_factory=set)
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter's new value as it will be written; see `stored`.
@@ -117,7 +120,7 @@ def visits(
                 for path in (visit.walk, visit.dense):
                     if path is not None:
                         advance(path)
-        files.store(block, prefix)
+        files.store(block, prefix, skip=visit.untouched)
         block.to("meta")
     files.copy_rest()
 
@@ -176,11 +179,13 @@ class _Files:
             for name, _ in module.named_parameters()
         }
 
-    def store(self, module: nn.Module, prefix: str) -> None:
-        """Write all parameters of a module."""
+    def store(self, module: nn.Module, prefix: str, *, skip: Collection[str]) -> None:
+        """Write the parameters of a module; those to `skip` are left to `copy_rest`."""
         if self._copy is None:
             return
         for name, parameter in module.named_parameters():
+            if name in skip:
+                continue
             target = self._checkpoint.stored_name(prefix + name)
             self._copy.write(target, stored(parameter, self._copy.dtype(target), target))
 

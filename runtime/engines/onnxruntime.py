@@ -254,13 +254,15 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
 def tensorrt_build_options(record: Json) -> dict[str, str]:
     """What the engines of a graph are to be like, on any machine.
 
-    Sparse kernels are allowed exactly where the written graph is known to hold 2:4.
+    Sparse kernels are allowed where a weight of the written graph is known to hold 2:4.
 
     Args:
         record: the graph's export.json.
     """
-    sparse = record["pattern"] == "2:4" and all(
-        weight["pattern_holds"] for weight in record["weights"]
+    sparse = any(
+        # Older graphs have one pattern for all weights.
+        weight.get("pattern", record["pattern"]) == "2:4" and weight["pattern_holds"]
+        for weight in record["weights"]
     )
     least, usual, most = (
         _shapes(record["cache"]["blocks"], batch, sequence, past)

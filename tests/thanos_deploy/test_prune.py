@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -6,14 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.golden import random_problem
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import HessianError, ModelError, UsageError
 from thanos_deploy.families import family_of
 from thanos_deploy.hessian import retarget
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.mask import smallest
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune import BlockReport, prune
+from thanos_deploy.prune import BlockReport, Solution, aim, prune, solve
 
 TWO_FOUR = SemiStructured(2, 4)
 SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))
@@ -22,7 +25,7 @@ SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manua
 def run(
     folder: Path,
     out: Path,
-    pattern: Pattern = TWO_FOUR,
+    pattern: Pattern | Mapping[str, Pattern] = TWO_FOUR,
     *,
     dtype: torch.dtype | None = None,
     true_sequential: bool = True,
@@ -222,7 +225,7 @@ def test_an_option_that_does_not_fit_is_a_usage_error(tiny_llama: Path, tmp_path
         run(tiny_llama, tmp_path / "pruned", block_columns=6)
 
 
-def test_activations_that_overflow_are_an_error_that_names_the_layer(
+def test_activations_that_overflow_leave_a_mask_by_magnitude_and_it_is_said(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     folder = make_model("llama")
@@ -230,8 +233,124 @@ def test_activations_that_overflow_are_an_error_that_names_the_layer(
     for linear in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
         linear.weight.data *= 1e12  # so their product overflows when it is squared
     model.save_pretrained(folder)
-    with pytest.raises(HessianError, match=r"model.layers.1.mlp.down_proj: .* NaN or infinite"):
-        run(folder, tmp_path / "pruned")
+    reports = run(folder, tmp_path / "pruned")
+    layers = {layer.name: layer for block in reports for layer in block.layers}
+    hit = layers.pop("model.layers.1.mlp.down_proj")
+    assert (hit.solver, hit.damping) == ("magnitude mask", 0.0)
+    assert "NaN or infinite" in hit.failures[0]
+    assert {(layer.solver, layer.failures) for layer in layers.values()} == {("thanos", ())}
+    before, after = (
+        load_file(path / "model.safetensors")[f"{hit.name}.weight"]
+        for path in (folder, tmp_path / "pruned")
+    )
+    removed = smallest(before.abs(), TWO_FOUR, per_row=False)
+    assert torch.equal(after, torch.where(removed, 0.0, before))
+
+
+def solved(problem: LayerProblem, cross: torch.Tensor | None = None) -> Solution:
+    aimed, failures = aim(problem, cross, 0.5)
+    return solve(
+        *(problem, TWO_FOUR),
+        method="thanos",
+        options={"block_columns": 8, "damping": 0.01},
+        aimed=aimed,
+        failures=failures,
+    )
+
+
+def test_a_layer_that_can_be_solved_needs_no_second_try() -> None:
+    problem = random_problem(0)
+    solution = solved(problem, problem.hessian)
+    assert (solution.solver, solution.failures) == ("thanos", ())
+    assert solution.result.damping == 0.01
+
+
+def test_an_indefinite_hessian_is_damped_harder_first() -> None:
+    problem = random_problem(0)
+    problem.hessian.diagonal().sub_(0.05 * problem.hessian.diagonal().mean())
+    solution = solved(problem)
+    assert (solution.solver, solution.failures) == ("thanos", ())
+    assert solution.result.damping == pytest.approx(0.1)
+
+
+def test_a_layer_that_cannot_aim_at_the_dense_model_aims_at_its_own_output() -> None:
+    problem = random_problem(0)
+    solution = solved(problem, torch.full_like(problem.hessian, float("nan")))
+    assert solution.solver == "thanos"
+    assert "of the weight are NaN or infinite" in solution.failures[0]
+    assert torch.equal(solution.result.weight, solved(problem).result.weight)
+
+
+@pytest.mark.parametrize("entry", [(0, 5), (3, 3)], ids=["beside the diagonal", "on it"])
+def test_a_hessian_that_is_not_finite_leaves_a_mask(entry: tuple[int, int]) -> None:
+    problem = random_problem(0)
+    scores = problem.weight.abs()
+    if entry[0] != entry[1]:
+        scores = scores * problem.hessian.diagonal().sqrt()
+    problem.hessian[entry] = problem.hessian[entry[::-1]] = float("inf")
+    solution = solved(problem, problem.hessian)
+    assert solution.solver == ("wanda mask" if entry[0] != entry[1] else "magnitude mask")
+    assert len(solution.failures) == 2
+    removed = smallest(scores, TWO_FOUR, per_row=False)
+    assert torch.equal(solution.result.mask, removed)
+    assert torch.equal(solution.result.weight, torch.where(removed, 0.0, problem.weight))
+    assert 0.0 < solution.result.relative_error < 1.0
+
+
+def test_a_hopeless_hessian_leaves_the_mask_of_wanda() -> None:
+    problem = random_problem(0)
+    problem.hessian.diagonal().sub_(1e6 * problem.hessian.diagonal().mean())
+    solution = solved(problem)
+    assert solution.solver == "wanda mask"
+    assert "not positive definite, even with damping 100" in solution.failures[0]
+
+
+def test_a_weight_that_is_not_finite_is_an_error() -> None:
+    problem = random_problem(0)
+    problem.weight[1, 1] = float("nan")
+    with pytest.raises(HessianError, match="1 of 96 entries of the weight"):
+        solved(problem)
+
+
+def test_each_layer_keeps_its_own_pattern_and_the_others_every_bit(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama", intermediate_size=50)  # 2:4 does not divide it
+    model = stock_model(folder)
+    block = model.model.layers[1]
+    block.mlp.down_proj.weight.data[0, :3] = torch.tensor([-0.0, 0.0, -0.0])
+    model.save_pretrained(folder)
+    first = "model.layers.0."
+    own: dict[str, Pattern] = {
+        f"{first}self_attn.k_proj": TWO_FOUR,
+        f"{first}self_attn.v_proj": Unstructured(0.3),
+        "model.layers.1.mlp.up_proj": SemiStructured(1, 4),
+    }
+    for true_sequential in (True, False):
+        out = tmp_path / str(true_sequential)
+        reports = run(folder, out, own, true_sequential=true_sequential)
+        dense, pruned = (load_file(path / "model.safetensors") for path in (folder, out))
+        for layer in (layer for report in reports for layer in report.layers):
+            before, after = (tensors[f"{layer.name}.weight"] for tensors in (dense, pruned))
+            zeros = (after == 0).float().mean().item()
+            assert layer.sparsity == pytest.approx(zeros)
+            assert layer.pattern_holds
+            assert layer.pattern == str(own.get(layer.name, "dense"))
+            if layer.name in own:
+                assert layer.solver == "thanos"
+                assert zeros == pytest.approx(own[layer.name].sparsity, abs=0.01)
+            else:
+                assert layer.solver == "none"
+                assert torch.equal(before.view(torch.int32), after.view(torch.int32)), layer.name
+        names = [layer.name for layer in reports[0].layers]
+        assert names == [f"{first}{name}" for name in family_of("llama").linears]
+
+
+def test_a_block_may_stay_dense_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:
+    own = {"model.layers.1.mlp.up_proj": TWO_FOUR}
+    reports = run(tiny_llama, tmp_path / "pruned", own)
+    assert {layer.solver for layer in reports[0].layers} == {"none"}
+    assert [layer.sparsity for layer in reports[1].layers if layer.solver == "thanos"] == [0.5]
 
 
 def test_weights_too_large_for_the_dtype_are_refused(make_model: MakeModel, tmp_path: Path) -> None:

@@ -100,7 +100,9 @@ dense_option = click.option(
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Check everything and say what would be done."
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and say what would be done, and what time, memory and disk it takes.",
 )
 text_field_option = click.option(
     "--text-field", default="text", show_default=True, help="Field of a .jsonl row with the text."
@@ -128,9 +130,39 @@ pruning_options = several(
     ),
     click.option(
         "--allocation",
-        type=click.Choice(["uniform", "loss"]),
-        help="structured: the same widths in every block, as a stock config.json has it; or by "
-        "loss, each block its own, for ONNX only.  [default: uniform]",
+        type=click.Choice(["uniform", "loss", "owl"]),
+        help="uniform: every layer or block loses alike. structured: or by loss, each block its "
+        "own widths, which no stock config.json has, for ONNX only. unstructured: or owl, blocks "
+        "with more outliers keep more (arXiv 2310.05175).  [default: uniform]",
+    ),
+    click.option(
+        "--owl-threshold",
+        type=float,
+        help="owl: an outlier is a Wanda score of so many times the block's mean.  [default: 5]",
+    ),
+    click.option(
+        "--owl-spread",
+        type=float,
+        help="owl: how far a block's sparsity may be from the pattern's.  [default: 0.08]",
+    ),
+    click.option(
+        "--include",
+        metavar="LAYER",
+        multiple=True,
+        help="Prune only these layers: a full name, or re: and an expression that matches the "
+        "whole of it. Embeddings and the output head (lm_head) are never visited.",
+    ),
+    click.option(
+        "--ignore",
+        metavar="LAYER",
+        multiple=True,
+        help="Leave these layers dense, to the last bit; named as for --include.",
+    ),
+    click.option(
+        "--sparsity-file",
+        type=click.Path(),
+        help='JSON object of layers with patterns of their own: {"re:.*down_proj": "dense", '
+        '"model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
     ),
     click.option(
         "--recover",
@@ -340,6 +372,11 @@ def prune_request(options: dict[str, Any]) -> "PruneRequest":
         ffn_multiple=options["ffn_multiple"],
         allocation=options["allocation"],
         recover=options["recover"],
+        owl_threshold=options["owl_threshold"],
+        owl_spread=options["owl_spread"],
+        include=options["include"],
+        ignore=options["ignore"],
+        sparsity_file=options["sparsity_file"],
     )
 
 

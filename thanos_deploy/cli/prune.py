@@ -29,15 +29,16 @@ from thanos_deploy.cli._options import (
 def command(model: str, out: Path, revision: str | None, dry_run: bool, **options: Any) -> None:
     """Prune MODEL into OUT/model, an ordinary checkpoint.
 
-    With a structured pattern, --dry-run measures what each block would lose and prints the heads
-    and channels that would stay.
+    --dry-run works for a moment and prints an estimate of the time, memory and disk that pruning
+    takes. With a structured pattern it measures what each block would lose and prints the heads and
+    channels that would stay.
     """
     with session(options) as announce:
         from thanos_deploy import artifact, pipeline
 
         if dry_run:
             request = prune_request(options)
-            plan = pipeline.plan_prune(model, request, revision=revision, announce=announce)
+            plan = pipeline.plan_prune(model, out, request, revision=revision, announce=announce)
             emit(options, plan, console.show_plan)
             return
         dense = pipeline.Dense(model, revision=revision)

@@ -113,13 +113,15 @@ def _pruned(model: Json) -> str:
     layers, widths = model["linear_layers"], model["widths"]
     if widths is None:
         holds = (
-            "holds in every layer"
+            f"holds in every layer{' that was pruned' if layers.get('layers_left_dense') else ''}"
             if layers["pattern_holds"]
             else f"does not hold in {len(layers['layers_off_pattern'])} layers"
         )
+        dense = layers.get("layers_left_dense", [])
+        left = f" Left dense, bit by bit as they were: {', '.join(dense)}." if dense else ""
         return f"""{layers["layers"]} linear layers with {layers["weights"]:,} weights, {layers["sparsity"]:.2%} of them zero. The
 pattern {holds}, read back from the files. `layers.json` has every
-layer. Embeddings, norms, biases and the output head are unchanged."""
+layer.{left} Embeddings, norms, biases and the output head are unchanged."""
     rows = "\n".join(
         f"| {title} | {_range(widths[part]['before'])} | {_range(widths[part]['after'])} |"
         for part, title in (

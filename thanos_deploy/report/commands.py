@@ -105,6 +105,9 @@ def _pruning(record: StageRecord) -> Iterator[str]:
             yield "--true-sequential"
         case False:
             yield "--block-statistics"
+    for option in ("include", "ignore"):
+        for layers in options.pop(option, ()):
+            yield from (f"--{option}", layers)
     yield from _flags(options, _PRUNE)
 
 

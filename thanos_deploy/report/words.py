@@ -81,6 +81,8 @@ def notices(model: Json) -> Iterator[str]:
                 f"{run['status']}: the timing run {run['run']!r} of {model['label']} does not "
                 f"count ({reasons})."
             )
+    for retry in model["linear_layers"].get("retries", ()):
+        yield f"{retried(retry)} ({model['label']})."
     for stage in model["stale"]:
         yield (
             f"Stage {stage!r} of {model['label']} was made from an earlier model and is left out; "
@@ -102,6 +104,16 @@ def verdict(model: Json, run: Json | None) -> list[str]:
         *(() if model["widths"] else _of_zeros(model)),
         *_of_packing(model["bytes"].get("packed")),
     ]
+
+
+def retried(retry: Json) -> str:
+    """What became of a layer whose statistics did not allow what was asked for."""
+    layer, solver, failures = retry["layer"], retry["solver"], "; ".join(retry["failures"])
+    if retry["damping"]:
+        how = f"{layer} was solved with damping {retry['damping']:g}"
+    else:
+        how = f"{layer} was not solved: {solver}, without an update of the weights that stay"
+    return f"{how} ({failures})" if failures else how
 
 
 def interval(ratio: Json) -> str:
@@ -177,6 +189,10 @@ def _of_cuts(widths: Json) -> Iterator[str]:
 def _of_zeros(model: Json) -> Iterator[str]:
     """What zeros in matrices of the dense model's shapes mean."""
     pattern = parse(model["pattern"])
+    found = model["linear_layers"].get("patterns", {})
+    if len(found) > 1:
+        said = ", ".join(f"{its} in {count}" for its, count in found.items())
+        yield f"The linear layers differ: {said}."
     if isinstance(pattern, Structured):
         yield (
             "The removed columns are zero, but the matrices keep their shapes (--keep-shape), so "

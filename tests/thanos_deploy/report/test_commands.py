@@ -50,6 +50,10 @@ def printed(tmp_path: Path, **options: Any) -> dict[str, str]:
         PruneRequest(parse("structured:0.2"), allocation="loss", ffn_multiple=32, shrink="ffn"),
         PruneRequest(parse("structured:0.2")),
         PruneRequest(parse("structured:0.2"), keep_shape=True),
+        PruneRequest(parse("unstructured:0.6"), allocation="owl", owl_spread=0.1, ignore=("a",)),
+        PruneRequest(
+            parse("2:4"), include=("re:.{1,3}", "b, c"), ignore=("re:x",), sparsity_file="own.json"
+        ),
     ],
     ids=lambda request: f"{request.pattern} {request.method} {request.preset}",
 )

@@ -1,0 +1,233 @@
+"""What pruning a model will take on this machine, before it is pruned: seconds and memory.
+
+Seconds: two blocks are walked with few tokens, as pruning walks them, which gives what collecting
+statistics and going on to the next block take of a token; and leading parts of their layers, of
+several sizes, are pruned with these statistics. What a layer of [rows, cols] takes is fitted to the
+latter by
+
+    a cols^3 + b rows cols^2 + c rows cols + d cols
+
+for factoring, for updating, for choosing and block solves, and for what each column costs.
+
+Memory: counted from the shapes, on top of what the process holds already: one block, what enters it
+at every token, the statistics of its layers and what factoring the widest of them needs.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from torch import Tensor
+
+from thanos_deploy import environment
+from thanos_deploy.calibrate import Statistics
+from thanos_deploy.checkpoint import DTYPES, Checkpoint
+from thanos_deploy.layer import LayerProblem
+from thanos_deploy.linear import matrix
+from thanos_deploy.pattern import Pattern, SemiStructured
+from thanos_deploy.prune import aim, gather, linear_shapes, solve
+from thanos_deploy.requests import PruneRequest
+from thanos_deploy.walk import TOKENS_PER_BATCH, visits
+
+# Multiplications of a trial pass through a block: a fraction of a second on any machine.
+_TRIAL_PRODUCTS = 5e9
+
+# The parts that are pruned have at most so many rows and columns. The first is nearly all
+# factoring, whose share grows fastest with the width.
+_TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
+
+# The first time is a warm-up.
+_REPEATS = 2
+
+# Matrices [cols, cols] of float64 that are alive while a Hessian is factored.
+_FACTORING = 6
+
+_FLOAT, _DOUBLE = 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What pruning will take.
+
+    Attributes:
+        seconds: by activity: "collect", "solve" and "forward" as in `prune.BlockReport`; "survey",
+            the walk of OWL before.
+        memory_bytes: the most that the process will hold.
+        token_seconds: one token on its way through one dense block, statistics included.
+        basis: what this is derived from.
+    """
+
+    seconds: Mapping[str, float]
+    memory_bytes: int
+    token_seconds: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """What a walk with few tokens took, and what it saw of the last block's layers."""
+
+    seconds: Mapping[str, float]
+    layers: Mapping[str, tuple[Tensor, Statistics]]
+
+
+@torch.no_grad()
+def estimate(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    request: PruneRequest,
+    patterns: Mapping[str, Pattern],
+) -> Estimate:
+    """Measure for a moment, and derive the rest.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        request: how it is to be pruned; nothing is cut out of it.
+        patterns: of the layers that are to be pruned, by full name.
+    """
+    resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
+    family, blocks = checkpoint.family, checkpoint.config.num_hidden_layers
+    # What is pruned of any block stands for all.
+    linears = [n for n in family.linears if any(full.endswith(f".{n}") for full in patterns)]
+    visited = {full.removesuffix(f".{n}") for full in patterns for n in linears} - patterns.keys()
+    few = _few(checkpoint, segments)
+    share = segments.numel() / few.numel()
+    walk = request.walk_options
+    ways = 1 + (walk["dense_target"] > 0.0)
+    trial = _walk(
+        *(checkpoint, few, linears),
+        true_sequential=walk["true_sequential"],
+        with_dense=ways > 1,
+        forward=DTYPES[request.resolved_forward],
+    )
+    seconds = {
+        "collect": len(visited) * share * trial.seconds["collect"],
+        "solve": _solving(checkpoint, trial, request, patterns),
+        "forward": (blocks - 1) * share * trial.seconds.get("forward", 0.0),
+    }
+    if request.allocation == "owl":
+        survey = _walk(
+            *(checkpoint, few, family.linears),
+            true_sequential=False,
+            with_dense=False,
+            forward=torch.float32,
+        )
+        seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
+    spent = time.perf_counter() - started
+    return Estimate(
+        seconds=seconds,
+        memory_bytes=resident
+        + _memory(checkpoint, segments, linears, walk["true_sequential"], ways),
+        token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
+        basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
+        f"{spent:.1f} s on this machine",
+    )
+
+
+def _few(checkpoint: Checkpoint, segments: Tensor) -> Tensor:
+    """int64[count, length]: so few calibration tokens that a block is passed at once."""
+    weights = math.prod(max(linear_shapes(checkpoint).values(), key=math.prod))
+    linears = len(checkpoint.family.linears)
+    tokens = min(TOKENS_PER_BATCH, max(1, int(_TRIAL_PRODUCTS / (weights * linears))))
+    length = min(segments.shape[1], tokens)
+    return segments[: tokens // length, :length]
+
+
+def _walk(
+    checkpoint: Checkpoint,
+    few: Tensor,
+    linears: Collection[str],
+    *,
+    true_sequential: bool,
+    with_dense: bool,
+    forward: torch.dtype,
+) -> _Trial:
+    """Walk two blocks, of which the quicker counts, and prune nothing."""
+    clocks: list[Mapping[str, float]] = []
+    layers: dict[str, tuple[Tensor, Statistics]] = {}
+    for visit in islice(visits(checkpoint, few, with_dense=with_dense, forward=forward), _REPEATS):
+        wanted = {visit.prefix + name for name in linears}
+        for groups, statistics in gather(visit, checkpoint.family, wanted, true_sequential):
+            layers |= {
+                name: (matrix(visit.block.get_submodule(name)), statistics[group[0]])
+                for group in groups
+                for name in group
+            }
+        clocks.append(visit.clock.seconds)
+    activities = {activity for clock in clocks for activity in clock}
+    return _Trial(
+        {name: min(clock[name] for clock in clocks if name in clock) for name in activities}, layers
+    )
+
+
+def _solving(
+    checkpoint: Checkpoint, trial: _Trial, request: PruneRequest, patterns: Mapping[str, Pattern]
+) -> float:
+    """Seconds that the solver takes for all layers."""
+    ((pattern, _),) = Counter(patterns.values()).most_common(1)
+    step = pattern.group if isinstance(pattern, SemiStructured) else 1
+    terms, times = [], []
+    for most_rows, most_cols in _TRIAL_SIZES:
+        weight, statistics = max(
+            trial.layers.values(),
+            key=lambda layer: min(len(layer[0]), most_rows) * min(layer[0].shape[1], most_cols),
+        )
+        rows, cols = min(len(weight), most_rows), min(weight.shape[1], most_cols) // step * step
+        cross = statistics.cross
+        target = None if cross is None else cross[:cols, :cols]
+        seconds = math.inf
+        for _ in range(_REPEATS):
+            started = time.perf_counter()
+            # A new one each time, because a problem keeps its factors.
+            part = LayerProblem(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial")
+            aimed, _ = aim(part, target, request.walk_options["dense_target"])
+            solve(
+                *(part, pattern),
+                method=request.method,
+                options=request.resolved_options,
+                aimed=aimed,
+            )
+            seconds = min(seconds, time.perf_counter() - started)
+        terms.append(_terms(rows, cols))
+        times.append(seconds)
+    # Relative errors count, so that the small parts do as well.
+    factors, _ = nnls(np.array(terms) / np.array(times)[:, None], np.ones(len(times)))
+    shapes = linear_shapes(checkpoint)
+    return float(sum(_terms(*shapes[name]) @ factors for name in patterns))
+
+
+def _terms(rows: int, cols: int) -> NDArray[np.float64]:
+    return np.array([cols**3, rows * cols**2, rows * cols, cols], dtype=np.float64)
+
+
+def _memory(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    linears: Collection[str],
+    true_sequential: bool,
+    ways: int,
+) -> int:
+    """Bytes that the walk holds at once, on `ways` ways: the pruned model's and the dense one's."""
+    config, family, shapes = checkpoint.config, checkpoint.family, linear_shapes(checkpoint)
+    first = f"{family.blocks}.0."
+    weights = sum(math.prod(shapes[first + name]) for name in family.linears)
+    widths = [
+        shapes[first + group[0]][1] for group in family.inputs if not set(group).isdisjoint(linears)
+    ]
+    statistics = max(n * n for n in widths) if true_sequential else sum(n * n for n in widths)
+    batch = max(TOKENS_PER_BATCH, segments.shape[1])
+    # What layers read is kept until every way has passed, what they make for a moment.
+    passing = batch * (ways * sum(widths) + sum(shapes[first + name][0] for name in family.linears))
+    factoring = _FACTORING * max(widths) ** 2 * _DOUBLE
+    block = _FLOAT * ways * (weights + statistics) + max(_FLOAT * passing, factoring)
+    hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    states = _FLOAT * ways * segments.numel() * hidden
+    return states + max(block, _FLOAT * vocabulary * hidden)
