@@ -38,9 +38,15 @@ def test_layers_with_patterns_of_their_own_are_judged_by_these_everywhere(
 ) -> None:
     out = tmp_path / "out"
     wanted = ("--ignore", "re:.*v_proj", "--ignore", DOWN, "--sparsity-file", own)
-    arguments = ("prune-export", tiny_llama, *SMALL, *wanted, "--target", "packed", "-o", out)
-    code, printed, errors = invoke(*arguments, "--json")
-    assert code == 0, errors
+    arguments = ("prune", tiny_llama, *SMALL[:8], *wanted, "-o", out)
+    for command in (
+        arguments,
+        ("export", out, "--target", "packed"),
+        ("export", out, "--target", "onnx"),
+        ("report", out, "--json"),
+    ):
+        code, printed, errors = invoke(*command)
+        assert code == 0, errors
     dense = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj", DOWN]
     (report,) = checked(json.loads(printed))["models"]
     found = report["linear_layers"]
@@ -67,14 +73,11 @@ def test_layers_with_patterns_of_their_own_are_judged_by_these_everywhere(
     assert code == 0, errors
     assert "11 of 14 layers hold" in table
     # What the file says counts, not only its name.
-    assert invoke(*arguments)[0] == 0
-    own_copy = tmp_path / own.name
-    own_copy.write_text(json.dumps({"re:.*k_proj": "dense"}))
-    finished = Bundle.open(out).stages["prune"].finished
-    code, _, errors = invoke("prune", tiny_llama, *SMALL[:8], *wanted[:-1], own_copy, "-o", out)
+    changed = tmp_path / own.name
+    changed.write_text(json.dumps({"re:.*k_proj": "dense"}))
+    code, _, errors = invoke(*arguments[:-3], changed, "-o", out)
     assert code == 0, errors
     assert layers_of(out)["model.layers.0.self_attn.k_proj"]["pattern"] == "dense"
-    assert Bundle.open(out).stages["prune"].finished >= finished
 
 
 @pytest.mark.parametrize("method", ["thanos", "magnitude"])
@@ -237,7 +240,8 @@ def test_a_layer_that_cannot_be_solved_is_shown_wherever_results_are(
     assert code == 0, errors
     assert any(said in notice for notice in checked(json.loads(printed))["notices"])
     for name in ("README.md", "report/report.md", "report/index.html"):
-        assert said in (out / name).read_text(), name
+        # Markdown writes an underscore as \_.
+        assert said in (out / name).read_text().replace("\\", ""), name
 
 
 def test_a_dry_run_estimates_time_memory_and_disk(
