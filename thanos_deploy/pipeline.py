@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import exporters.genai
@@ -40,6 +41,7 @@ from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, every_segment, 
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.export import ENGINES, export, exported_with, graph
+from thanos_deploy.journal import Journal
 from thanos_deploy.parts import part_bytes
 from thanos_deploy.progress import Announce, OnProgress, quietly, silent
 from thanos_deploy.report.write import write_report
@@ -131,6 +133,7 @@ def prune_checkpoint(
     destination: Path,
     request: PruneRequest,
     *,
+    journal: Journal[pruning.BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[pruning.BlockReport]:
     """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`."""
@@ -143,12 +146,18 @@ def prune_checkpoint(
         options=request.resolved_options,
         **request.walk_options,
         dtype=DTYPES.get(request.dtype),
+        journal=journal,
         on_progress=on_progress,
     )
 
 
 def survey_blocks(
-    source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce = quietly
+    source: Checkpoint,
+    ids: Tensor,
+    request: PruneRequest,
+    announce: Announce = quietly,
+    *,
+    journal: Journal[Losses] | None = None,
 ) -> list[Losses]:
     """What each block would lose at which widths; the same for every fraction to remove."""
     fit = request.fit_options
@@ -158,6 +167,7 @@ def survey_blocks(
         multiple=request.ffn_multiple,
         damping=fit["damping"],
         damping_mode=fit["damping_mode"],
+        journal=journal,
         on_progress=announce("Find out what each block would lose"),
     )
 
@@ -174,6 +184,8 @@ def shrink_checkpoint(
     request: PruneRequest,
     plan: Plan,
     announce: Announce = quietly,
+    *,
+    journal: Journal[shrinking.BlockReport] | None = None,
 ) -> list[shrinking.BlockReport]:
     """Cut heads and channels out of a checkpoint as planned; see `shrink.shrink`."""
     return shrinking.shrink(
@@ -183,6 +195,7 @@ def shrink_checkpoint(
         plan=plan,
         **request.fit_options,
         dtype=DTYPES.get(request.dtype),
+        journal=journal,
         on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
     )
 
@@ -225,18 +238,29 @@ def prune(
     text = _text(request.calib, request.text_field, held_out=False)
     ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
 
+    inputs = {"model": dense.source.sha256, "text": text.sha256}
+    owner = {**request.to_json(), **inputs, **_versions()}
+
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
         artifact.require_disk(folder, source.bytes_in(request.dtype))
+        kept = bundle.journal("prune")
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
         if request.shrinks:
-            losses = survey_blocks(source, ids, request, announce)
+            surveyed = Journal(kept / "survey", owner, Losses)
+            losses = survey_blocks(source, ids, request, announce, journal=surveyed)
             plan = plan_widths(source, losses, request)
-            blocks = shrink_checkpoint(source, ids, folder / "model", request, plan, announce)
+            cut = Journal(kept / "blocks", owner, shrinking.BlockReport)
+            blocks = shrink_checkpoint(
+                *(source, ids, folder / "model", request, plan, announce), journal=cut
+            )
             summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
         else:
             progress = announce(f"Prune to {request.pattern} with {request.method}")
-            blocks = prune_checkpoint(source, ids, folder / "model", request, on_progress=progress)
+            pruned = Journal(kept / "blocks", owner, pruning.BlockReport)
+            blocks = prune_checkpoint(
+                *(source, ids, folder / "model", request), journal=pruned, on_progress=progress
+            )
             summary = _summary_of(blocks)
         artifact.write_json(folder / "layers.json", [asdict(block) for block in blocks])
         if request.recover:
@@ -247,7 +271,7 @@ def prune(
             **summary,
             **{
                 f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
-                for activity in ("collect", "solve", "forward")
+                for activity in ("collect", "solve", "forward", "journal")
             },
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "dense_bytes": source.bytes_in("auto"),
@@ -261,9 +285,20 @@ def prune(
         "prune",
         produce,
         options=request.to_json(),
-        inputs={"model": dense.source.sha256, "text": text.sha256},
+        inputs=inputs,
         overwrite=overwrite,
     )
+
+
+def _versions() -> Json:
+    """What else the last bit of a result depends on: the code and the number of threads."""
+    made_with = environment.describe()
+    return {
+        "thanos-deploy": made_with["thanos-deploy"],
+        "libraries": made_with["libraries"],
+        "processor": made_with["processor"],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def evaluate(

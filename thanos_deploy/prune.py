@@ -7,16 +7,18 @@ block's weights are in memory at a time.
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thanos_deploy import methods
+from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.hessian import retarget
+from thanos_deploy.journal import Journal
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.linear import matrix
 from thanos_deploy.methods import Method, Option
@@ -61,11 +63,21 @@ class BlockReport:
         layers: reports of its linear layers.
         seconds: time by activity: "collect", forward passes through the block as far as the
             layers, with statistics; "solve", the pruning method, all layers; "forward", the data on
-            its way through the pruned block to the next one.
+            its way through the pruned block to the next one; "journal", keeping it on disk.
     """
 
     layers: tuple[LayerReport, ...]
     seconds: Mapping[str, float]
+
+    def to_json(self) -> Json:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "BlockReport":
+        """What `to_json` made the value of."""
+        layers = tuple(LayerReport(**layer) for layer in value["layers"])
+        return cls(layers, value["seconds"])
 
 
 def prune(
@@ -79,6 +91,7 @@ def prune(
     true_sequential: bool = False,
     dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
+    journal: Journal[BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
     """Prune every linear layer of every block and write an ordinary model folder.
@@ -97,6 +110,7 @@ def prune(
         dense_target: how far each layer aims at the output that it has in the dense model rather
             than at its own output on the pruned model's inputs; see `hessian.retarget`.
         dtype: what to store, or None to keep each tensor's own.
+        journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
 
     Raises:
@@ -106,10 +120,15 @@ def prune(
     check(checkpoint, pattern=pattern, method=method, options=options)
     family, solver = checkpoint.family, methods.load(method)
     copy_companions(checkpoint.folder, destination, dtype)
-    reports = []
+    reports = [] if journal is None else journal.reports
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
-        on_progress(0, checkpoint.config.num_hidden_layers)
-        for visit in visits(checkpoint, segments, copy=copy, with_dense=dense_target > 0.0):
+        on_progress(len(reports), checkpoint.config.num_hidden_layers)
+        for visit in visits(
+            *(checkpoint, segments),
+            copy=copy,
+            with_dense=dense_target > 0.0,
+            journal=journal,
+        ):
             layers: list[LayerReport] = []
             for groups in (
                 [[group] for group in family.inputs] if true_sequential else [family.inputs]
