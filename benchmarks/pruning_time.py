@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4] [--preset best]
 
 Prints one line a block: the forward pass that collects statistics, the solver, the forward pass
-through the pruned block; then the sums, beside the bare cost of two forward passes, and the
-peak resident memory of the process. The last line is JSON.
+through the pruned block, the journal; then the sums, beside the bare cost of two forward passes,
+and the peak resident memory of the process. The last line is JSON.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment, pattern, walk
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
+from thanos_deploy.journal import Journal
 from thanos_deploy.pipeline import Dense, prune_checkpoint
+from thanos_deploy.prune import BlockReport
 from thanos_deploy.requests import PruneRequest
 
 
@@ -50,20 +52,27 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        blocks = prune_checkpoint(checkpoint, ids, Path(folder), request)
+        out = Path(folder) / "model"
+        out.mkdir()
+        journal = Journal(Path(folder) / "journal", {}, BlockReport)
+        blocks = prune_checkpoint(checkpoint, ids, out, request, journal=journal)
         total = time.perf_counter() - started
     peak = environment.peak_memory_bytes()
-    print("block  collect s  solve s  forward s")
+    print("block  collect s  solve s  forward s  journal s")
     for index, block in enumerate(blocks):
         print(
             f"{index:5d}  {block.seconds['collect']:9.2f}  {block.seconds['solve']:7.2f}"
-            f"  {block.seconds['forward']:9.2f}"
+            f"  {block.seconds['forward']:9.2f}  {block.seconds['journal']:9.2f}"
         )
-    collect, solve, forward = (
-        sum(block.seconds[part] for block in blocks) for part in ("collect", "solve", "forward")
+    collect, solve, forward, journaling = (
+        sum(block.seconds[part] for block in blocks)
+        for part in ("collect", "solve", "forward", "journal")
     )
     bare = two_forward_passes(checkpoint, ids)
-    print(f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}   whole call {total:.1f} s")
+    print(
+        f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}  {journaling:9.2f}"
+        f"   whole call {total:.1f} s"
+    )
     print(f"two bare forward passes through the blocks: {bare:.1f} s ({total / bare:.2f}x)")
     print(f"peak resident memory: {peak / 1e6:.0f} MB")
     print(
@@ -74,6 +83,7 @@ def main() -> None:
                 "collect_seconds": collect,
                 "solve_seconds": solve,
                 "forward_seconds": forward,
+                "journal_seconds": journaling,
                 "whole_seconds": total,
                 "two_forward_passes_seconds": bare,
                 "peak_memory_bytes": peak,

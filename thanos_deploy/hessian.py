@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.triangular import cholesky_, invert_
 
 DampingMode = Literal["mean", "median", "per-channel"]
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
@@ -78,8 +79,8 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
         HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
     """
     require_finite(problem)
-    H = problem.hessian.double()
-    diagonal = H.diagonal()
+    H, dtype = problem.hessian, problem.weight.dtype
+    diagonal = H.diagonal().double()
     alive = diagonal[diagonal > 0]
     if not len(alive):  # nothing to scale the damping by
         scale = torch.ones_like(diagonal)
@@ -89,17 +90,20 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
         scale = alive.median().expand_as(diagonal)
     else:
         scale = torch.where(diagonal > 0, diagonal, alive.mean())
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
     for attempt in range(_RETRIES + 1):
         used = damping * 10**attempt
-        damped = H + torch.diag(used * scale)
+        damped = diagonal + used * scale
         # Reversing rows and columns turns the usual lower factor into the upper one.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            U = lower.flip(0, 1)
-            V = torch.linalg.solve_triangular(U, identity, upper=True)
-            dtype = problem.weight.dtype
-            return Factor(damped.to(dtype), U.to(dtype), V.to(dtype), used)
+        reverse = H.flip(0, 1).double()
+        reverse.diagonal().copy_(damped.flip(0))
+        lower = cholesky_(reverse)
+        if lower is not None:
+            U = lower.to(dtype).flip(0, 1)
+            invert_(lower)
+            V = lower.to(dtype).flip(0, 1)
+            damped_H = H.to(dtype, copy=True)
+            damped_H.diagonal().copy_(damped)
+            return Factor(damped_H, U, V, used)
     raise HessianError(
         f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
         f"damping {used:g}",

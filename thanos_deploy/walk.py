@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thanos_deploy import environment
 from thanos_deploy.activations import Activations, StoredInputs
 from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy
@@ -99,6 +100,7 @@ def visits(
         ModelError: weights are missing, have NaN, or are not those that config.json describes; or
             hidden states do not fit the dtype of the weights.
     """
+    environment.return_freed_memory()
     family = checkpoint.family
     model = checkpoint.skeleton()
     blocks = model.get_submodule(family.blocks)
