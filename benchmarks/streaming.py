@@ -4,11 +4,13 @@ Usage: python -m benchmarks.streaming FOLDER [--blocks 22] [--preset paper] [--n
 
 Makes a checkpoint with TinyLlama-1.1B's configuration and random weights, float16, in shards, in
 FOLDER/model (2.2 GB, unless it is there), prunes it to 2:4 into FOLDER/out in a fresh process as
-`thanos-deploy prune` does, journal and all, and prints the peak resident memory of that process.
-The last line is JSON. Weights do not matter to memory; neither do calibration tokens beyond the
-2048 that go through a block at once, so by default there are no more, and Thanos has the paper's
-setting in blocks of 128 columns, which is cheaper than the preset "best" and holds no block of the
-dense model beside that which is pruned.
+`thanos-deploy prune` does, journal and all, and prints the peak resident memory of that process; an
+older FOLDER/out is removed. The last line is JSON.
+
+Weights do not matter to memory; neither do calibration tokens beyond the 2048 that go through a
+block at once, so by default there are no more, and Thanos has the paper's setting in blocks of 128
+columns, which is cheaper than the preset "best" and holds no block of the dense model beside that
+which is pruned.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from thanos_deploy import artifact, console, environment
 from thanos_deploy.checkpoint import Checkpoint
@@ -54,6 +56,7 @@ def main() -> None:
     model = arguments.folder / "model"
     if not (model / INDEX).exists():
         make_checkpoint(model, arguments.blocks)
+    shutil.rmtree(arguments.folder / "out", ignore_errors=True)
     request = PruneRequest(
         SemiStructured(2, 4),
         preset=arguments.preset,
@@ -88,8 +91,8 @@ def measure(
     before = environment.resident_memory_bytes()
     started = time.perf_counter()
     dense = Dense(str(model))
-    with artifact.claim(out, dense.source.to_json(), overwrite=True) as bundle:
-        record = prune(bundle, dense, request, overwrite=True, announce=announce)
+    with artifact.claim(out, dense.source.to_json()) as bundle:
+        record = prune(bundle, dense, request, announce=announce)
     results.put(
         {
             "resident_before_bytes": before,
@@ -110,10 +113,13 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
     """Write random weights shard by shard, and a tokenizer with one token a byte."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = LlamaConfig(
-        **SIZES, num_hidden_layers=blocks, tie_word_embeddings=False, dtype="float16"
+    config = AutoConfig.for_model(
+        "llama",
+        **SIZES,
+        num_hidden_layers=blocks,
+        architectures=["LlamaForCausalLM"],
+        dtype="float16",
     )
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
