@@ -4,9 +4,10 @@ Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstruct
            [--preset best] [--calib-forward auto]
 
 Prints one line a block: the forward pass that collects statistics, the solver, the forward pass
-through the rest of the pruned block; then the sums, and last, for all patterns, the same beside the
-bare cost of two float32 forward passes: as time, and as processor time, which other work on the
-machine changes less. Peak resident memory is that of the process so far. JSON lines follow.
+through the rest of the pruned block, the journal; then the sums, and last, for all patterns, the
+same beside the bare cost of two float32 forward passes: as time, and as processor time, which other
+work on the machine changes less. Peak resident memory is that of the process so far. JSON lines
+follow.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from thanos_deploy import console, environment, pattern, walk
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
+from thanos_deploy.journal import Journal
 from thanos_deploy.pipeline import Dense, prune_checkpoint
+from thanos_deploy.prune import BlockReport
 from thanos_deploy.requests import PruneRequest
 
 
@@ -80,24 +83,32 @@ def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) ->
     """Prune once and print where the time went."""
     with tempfile.TemporaryDirectory() as folder:
         started, processor = time.perf_counter(), time.process_time()
-        blocks = prune_checkpoint(checkpoint, ids, Path(folder), request)
+        out = Path(folder) / "model"
+        out.mkdir()
+        journal = Journal(Path(folder) / "journal", {}, BlockReport)
+        blocks = prune_checkpoint(checkpoint, ids, out, request, journal=journal)
         total = time.perf_counter() - started
         processor = time.process_time() - processor
-    print(f"{request.pattern}\nblock  collect s  solve s  forward s")
+    print(f"{request.pattern}\nblock  collect s  solve s  forward s  journal s")
     for index, block in enumerate(blocks):
         print(
             f"{index:5d}  {block.seconds['collect']:9.2f}  {block.seconds['solve']:7.2f}"
-            f"  {block.seconds['forward']:9.2f}"
+            f"  {block.seconds['forward']:9.2f}  {block.seconds['journal']:9.2f}"
         )
-    collect, solve, forward = (
-        sum(block.seconds[part] for block in blocks) for part in ("collect", "solve", "forward")
+    collect, solve, forward, journaling = (
+        sum(block.seconds[part] for block in blocks)
+        for part in ("collect", "solve", "forward", "journal")
     )
-    print(f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}   whole call {total:.1f} s")
+    print(
+        f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}  {journaling:9.2f}"
+        f"   whole call {total:.1f} s"
+    )
     return {
         "tokens": ids.numel(),
         "collect_seconds": collect,
         "solve_seconds": solve,
         "forward_seconds": forward,
+        "journal_seconds": journaling,
         "whole_seconds": total,
         "processor_seconds": processor,
         "peak_memory_bytes": environment.peak_memory_bytes(),

@@ -3,7 +3,8 @@
 A bundle is built stage by stage. A stage writes into a hidden folder beside its destination; when
 it is complete its files are flushed, hashed and renamed into place, and only then does
 `manifest.json` say that the stage is done. Whatever moment a run is killed at, the manifest names
-complete stages only, and repeating the command continues from there.
+complete stages only, and repeating the command continues from there. A long stage may keep a
+journal in another hidden folder, which outlives a run that is killed.
 
 Nothing in a manifest is an absolute path, so a bundle can be moved.
 """
@@ -28,6 +29,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _PARTIAL = ".partial-"
+_JOURNAL = ".journal-"
 
 Json = dict[str, Any]
 
@@ -209,6 +211,7 @@ class Bundle:
         if done is not None and done.options == options and done.inputs == inputs:
             try:
                 self.verify(stage)
+                shutil.rmtree(self.journal(stage), ignore_errors=True)
                 return done
             except IntegrityError:
                 if not overwrite:
@@ -229,9 +232,14 @@ class Bundle:
                 environment=environment.describe(),
             )
             self._replace(stage, partial, record)
+            shutil.rmtree(self.journal(stage), ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return record
+
+    def journal(self, stage: str) -> Path:
+        """Where a stage keeps what lets it go on in its middle; removed once it is finished."""
+        return self.path / f"{_JOURNAL}{stage}"
 
     def verify(self, *stages: str) -> None:
         """Hash the files of the named stages, or of all, and compare.
@@ -260,7 +268,7 @@ class Bundle:
 
     def _compare(self, stage: str, name: str, recorded: FileRecord) -> None:
         path = self.path / name
-        actual = FileRecord(path.stat().st_size, sha256(path)) if path.is_file() else None
+        actual = record(path) if path.is_file() else None
         if actual != recorded:
             seen = (
                 "is missing"
@@ -302,11 +310,7 @@ class Bundle:
             "source": self.source,
             "stages": {name: asdict(record) for name, record in self.stages.items()},
         }
-        partial = self.path / f"{_PARTIAL}{MANIFEST}"
-        write_json(partial, manifest)
-        _sync(partial)
-        partial.replace(self.path / MANIFEST)
-        _sync(self.path)
+        replace_json(self.path / MANIFEST, manifest)
 
 
 @contextmanager
@@ -328,7 +332,8 @@ def claim(
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file", fix="give a folder with -o")
     foreign = path.is_dir() and not (path / MANIFEST).exists()
-    if foreign and any(not entry.name.startswith((_PARTIAL, _LOCK)) for entry in path.iterdir()):
+    own = (_PARTIAL, _JOURNAL, _LOCK)
+    if foreign and any(not entry.name.startswith(own) for entry in path.iterdir()):
         raise UsageError(
             f"{path} is not empty and not a bundle: it has no {MANIFEST}",
             fix="give a new or empty folder with -o; nothing was changed there",
@@ -382,6 +387,20 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, value: object) -> None:
+    """Write a value as JSON so that the file has the old or the new one, whatever happens."""
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    write_json(partial, value)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(path.stat().st_size, sha256(path))
+
+
 def require_disk(folder: Path, needed: int) -> None:
     """Refuse to begin what would fill the disk.
 
@@ -402,9 +421,7 @@ def _record_files(folder: Path) -> dict[str, FileRecord]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             _sync(path)
-            records[path.relative_to(folder).as_posix()] = FileRecord(
-                path.stat().st_size, sha256(path)
-            )
+            records[path.relative_to(folder).as_posix()] = record(path)
         else:
             _sync(path)
     return records

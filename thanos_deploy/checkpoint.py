@@ -9,9 +9,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -39,7 +38,7 @@ from thanos_deploy import widths as block_widths
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
 from thanos_deploy.tensorfile import DTYPES as TENSOR_DTYPES
-from thanos_deploy.tensorfile import INDEX, NAMES, head
+from thanos_deploy.tensorfile import INDEX, TensorFile
 from thanos_deploy.widths import Widths
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,7 +47,7 @@ _SINGLE = "model.safetensors"
 # What a weight may be stored in.
 _FLOATS = {name: dtype for name, dtype in TENSOR_DTYPES.items() if dtype.is_floating_point}
 
-# Entries that are checked at once: checking needs as much memory again.
+# Entries of a piece.
 _ENTRIES_AT_ONCE = 1 << 22
 
 # What belongs to a model besides its weights: configuration, tokenizer, chat template.
@@ -425,33 +424,38 @@ class Weights:
                     self.dtypes[name] = _FLOATS[view.get_dtype()]
                     self.files[name] = shard
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, in the dtype in which they are stored.
+    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors by name, in a dtype or, if None, in that in which each is stored.
 
         Raises:
             ModelError: a tensor has NaN or infinite entries.
         """
         tensors = {}
-        wanted = sorted(names, key=lambda name: self.files[name])
-        for shard in dict.fromkeys(self.files[name] for name in wanted):
-            with self._open(shard) as file:
-                for name in wanted:
-                    if self.files[name] != shard:
-                        continue
-                    # A copy, because the file's pages count as resident while they are mapped.
-                    tensor = file.get_tensor(name).clone()
-                    bad = sum(
-                        int((~part.isfinite()).sum())
-                        for part in tensor.flatten().split(_ENTRIES_AT_ONCE)
-                    )
-                    if bad:
-                        raise ModelError(
-                            f"{self.folder / shard}: {bad} of {tensor.numel()} entries of {name} "
-                            "are NaN or infinite",
-                            fix="the checkpoint is damaged; fetch it again or use another one",
-                        )
-                    tensors[name] = tensor
+        for name in names:
+            tensors[name] = torch.empty(self.shapes[name], dtype=dtype or self.dtypes[name])
+            flat = tensors[name].view(-1)
+            for start, piece in self.pieces(name):
+                flat[start : start + len(piece)] = piece
         return tensors
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """A tensor in pieces that take little memory: number of the first entry, entries.
+
+        Raises:
+            ModelError: the tensor has NaN or infinite entries.
+        """
+        entries, bad = math.prod(self.shapes[name]), 0
+        path = self.folder / self.files[name]
+        with TensorFile.open(path) as file:
+            for start in range(0, entries, _ENTRIES_AT_ONCE):
+                piece = file.read(name, start, min(start + _ENTRIES_AT_ONCE, entries))
+                bad += int((~piece.isfinite()).sum())
+                yield start, piece
+        if bad:
+            raise ModelError(
+                f"{path}: {bad} of {entries} entries of {name} are NaN or infinite",
+                fix="the checkpoint is damaged; fetch it again or use another one",
+            )
 
     def _shards(self) -> list[str]:
         index = self.folder / INDEX
@@ -505,8 +509,7 @@ class WeightsCopy:
     """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
 
     The files have the names, the tensors and the order of the original ones; only the dtype may
-    differ. All sizes are known beforehand, so each header is written first and every tensor goes
-    straight to its final place.
+    differ.
     """
 
     def __init__(
@@ -526,22 +529,17 @@ class WeightsCopy:
         """
         shapes = {**original.shapes, **(shapes or {})}
         self._missing = dict.fromkeys(original.shapes)
-        self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
-        self._descriptors: list[int] = []
+        self._files: dict[str, TensorFile] = {}
         self.bytes = 0
         for shard in dict.fromkeys(original.files.values()):
             kinds = {
-                name: dtype or original.dtypes[name]
+                name: (dtype or original.dtypes[name], shapes[name])
                 for name, file in original.files.items()
                 if file == shard
             }
-            data, begins = head((name, NAMES[kind], shapes[name]) for name, kind in kinds.items())
-            descriptor = os.open(destination / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            self._descriptors.append(descriptor)
-            _write_at(descriptor, data, 0)
-            for name, kind in kinds.items():
-                self._places[name] = (descriptor, begins[name], kind, shapes[name])
-                self.bytes += math.prod(shapes[name]) * kind.itemsize
+            file = TensorFile.create(destination / shard, kinds)
+            self._files.update(dict.fromkeys(kinds, file))
+            self.bytes += file.size
         if (original.folder / INDEX).exists():
             index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
             artifact.write_json(destination / INDEX, index)
@@ -553,17 +551,19 @@ class WeightsCopy:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is written."""
-        return self._places[name][2]
+        return self._files[name].kinds[name][0]
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""
-        descriptor, offset, dtype, shape = self._places[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), (
-            f"{name}: {tensor.dtype} {tuple(tensor.shape)} instead of {dtype} {shape}"
-        )
+        kind, expected = (tensor.dtype, tuple(tensor.shape)), self._files[name].kinds[name]
+        assert kind == expected, f"{name}: {kind} instead of {expected}"
+        self.write_pieces(name, [(0, tensor)])
+
+    def write_pieces(self, name: str, pieces: Iterable[tuple[int, Tensor]]) -> None:
+        """Write one tensor in pieces; see `Weights.pieces`."""
         del self._missing[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_at(descriptor, data.data, offset)
+        for start, piece in pieces:
+            self._files[name].write(name, piece, start)
 
     def __enter__(self) -> "WeightsCopy":
         return self
@@ -574,16 +574,9 @@ class WeightsCopy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        for file in set(self._files.values()):
+            file.close()
         assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"
-
-
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None) -> None:

@@ -1,7 +1,9 @@
 """What a result was made on: libraries, processor, memory. Standard library only."""
 
+import ctypes
 import os
 import platform
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,10 @@ _LIBRARIES = (
     "mlcommons-loadgen",
     "gguf",
 )
+
+# Of glibc's malloc.h. Mapping costs page faults, so what fits in a cache is left to the heap.
+_M_MMAP_THRESHOLD = -3
+_MAPPED_BYTES = 4 << 20
 
 
 @cache
@@ -73,6 +79,17 @@ def peak_memory_bytes() -> int:
 def resident_memory_bytes() -> int | None:
     """The resident memory of this process now; None where the system does not say."""
     return _status_bytes("VmRSS")
+
+
+def return_freed_memory() -> None:
+    """Let glibc give the memory of every freed tensor back to the system; elsewhere do nothing.
+
+    It maps large allocations one by one, but raises the size from which it does to that of the
+    largest freed so far, up to 32 MB; what is smaller leaves holes in its heap that stay resident.
+    A size that is set stays.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def _status_bytes(field: str) -> int | None:

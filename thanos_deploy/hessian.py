@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.layer import Factor, LayerProblem
+from thanos_deploy.triangular import cholesky_, invert_
 
 DampingMode = Literal["mean", "median", "per-channel"]
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
@@ -62,8 +63,8 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
 
 
 def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
-    H = problem.hessian.to(torch.float64, copy=True)
-    diagonal = H.diagonal()
+    H, dtype = problem.hessian, problem.weight.dtype
+    diagonal = H.diagonal().double()
     alive = diagonal[diagonal > 0]
     if not len(alive):  # nothing to scale the damping by
         scale = torch.ones_like(diagonal)
@@ -73,19 +74,20 @@ def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
         scale = alive.median().expand_as(diagonal)
     else:
         scale = torch.where(diagonal > 0, diagonal, alive.mean())
-    dtype, diagonal = problem.weight.dtype, diagonal.clone()
     for attempt in range(_RETRIES + 1):
         used = damping * 10**attempt
-        H.diagonal().copy_(diagonal + used * scale)
+        damped = diagonal + used * scale
         # Reversing rows and columns turns the usual lower factor into the upper one.
-        lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-        if int(info) == 0:
-            damped = H.to(dtype)
-            del H  # before the largest of the temporaries
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            U, V = (part.to(dtype).flip(0, 1) for part in (lower, inverse))
-            return Factor(damped, U, V, used)
+        reverse = H.flip(0, 1).double()
+        reverse.diagonal().copy_(damped.flip(0))
+        lower = cholesky_(reverse)
+        if lower is not None:
+            U = lower.to(dtype).flip(0, 1)
+            invert_(lower)
+            V = lower.to(dtype).flip(0, 1)
+            damped_H = H.to(dtype, copy=True)
+            damped_H.diagonal().copy_(damped)
+            return Factor(damped_H, U, V, used)
     raise HessianError(
         f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
         f"damping {used:g}",

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import exporters.genai
@@ -51,6 +52,7 @@ from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_p
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.estimate import estimate
 from thanos_deploy.export import ENGINES, export, exported_with, graph
+from thanos_deploy.journal import Journal
 from thanos_deploy.parts import part_bytes
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
@@ -143,6 +145,8 @@ def prune_checkpoint(
     destination: Path,
     request: PruneRequest,
     announce: Announce = quietly,
+    *,
+    journal: Journal[pruning.BlockReport] | None = None,
 ) -> list[pruning.BlockReport]:
     """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`."""
     return pruning.prune(
@@ -155,6 +159,7 @@ def prune_checkpoint(
         **request.walk_options,
         calib_forward=DTYPES[request.resolved_forward],
         dtype=DTYPES.get(request.dtype),
+        journal=journal,
         on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
     )
 
@@ -204,7 +209,12 @@ def _allocated(
 
 
 def survey_blocks(
-    source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce = quietly
+    source: Checkpoint,
+    ids: Tensor,
+    request: PruneRequest,
+    announce: Announce = quietly,
+    *,
+    journal: Journal[Losses] | None = None,
 ) -> list[Losses]:
     """What each block would lose at which widths; the same for every fraction to remove."""
     fit = request.fit_options
@@ -214,6 +224,7 @@ def survey_blocks(
         multiple=request.ffn_multiple,
         damping=fit["damping"],
         damping_mode=fit["damping_mode"],
+        journal=journal,
         on_progress=announce("Find out what each block would lose"),
     )
 
@@ -230,6 +241,8 @@ def shrink_checkpoint(
     request: PruneRequest,
     plan: Plan,
     announce: Announce = quietly,
+    *,
+    journal: Journal[shrinking.BlockReport] | None = None,
 ) -> list[shrinking.BlockReport]:
     """Cut heads and channels out of a checkpoint as planned; see `shrink.shrink`."""
     return shrinking.shrink(
@@ -239,6 +252,7 @@ def shrink_checkpoint(
         plan=plan,
         **request.fit_options,
         dtype=DTYPES.get(request.dtype),
+        journal=journal,
         on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
     )
 
@@ -282,17 +296,32 @@ def prune(
     text = _text(request.calib, request.text_field, held_out=False)
     ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
 
+    inputs = {
+        "model": dense.source.sha256,
+        "text": text.sha256,
+        **({} if own is None else {"sparsity_file": own.sha256}),
+    }
+    owner = {**request.to_json(), **inputs, **_versions()}
+
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
         artifact.require_disk(folder, source.bytes_in(request.dtype))
+        kept = bundle.journal("prune")
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
         if request.shrinks:
-            losses = survey_blocks(source, ids, request, announce)
+            surveyed = Journal(kept / "survey", owner, Losses)
+            losses = survey_blocks(source, ids, request, announce, journal=surveyed)
             plan = plan_widths(source, losses, request)
-            blocks = shrink_checkpoint(source, ids, folder / "model", request, plan, announce)
+            cut = Journal(kept / "blocks", owner, shrinking.BlockReport)
+            blocks = shrink_checkpoint(
+                *(source, ids, folder / "model", request, plan, announce), journal=cut
+            )
             summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
         else:
-            blocks = prune_checkpoint(source, ids, folder / "model", request, announce)
+            pruned = Journal(kept / "blocks", owner, pruning.BlockReport)
+            blocks = prune_checkpoint(
+                *(source, ids, folder / "model", request, announce), journal=pruned
+            )
             summary = _summary_of(blocks, request)
         artifact.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
         if request.recover:
@@ -303,7 +332,7 @@ def prune(
             **summary,
             **{
                 f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
-                for activity in ("collect", "solve", "forward")
+                for activity in ("collect", "solve", "forward", "journal")
             },
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "dense_bytes": source.bytes_in("auto"),
@@ -317,13 +346,20 @@ def prune(
         "prune",
         produce,
         options=request.to_json(),
-        inputs={
-            "model": dense.source.sha256,
-            "text": text.sha256,
-            **({} if own is None else {"sparsity_file": own.sha256}),
-        },
+        inputs=inputs,
         overwrite=overwrite,
     )
+
+
+def _versions() -> Json:
+    """What else the last bit of a result depends on: the code and the number of threads."""
+    made_with = environment.describe()
+    return {
+        "thanos-deploy": made_with["thanos-deploy"],
+        "libraries": made_with["libraries"],
+        "processor": made_with["processor"],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def evaluate(

@@ -7,19 +7,21 @@ block's weights are in memory at a time.
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thanos_deploy import methods
+from thanos_deploy.artifact import Json
 from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.errors import HessianError
 from thanos_deploy.families import Family
 from thanos_deploy.hessian import retarget
+from thanos_deploy.journal import Journal
 from thanos_deploy.layer import LayerProblem, LayerResult, without_update
 from thanos_deploy.linear import matrix
 from thanos_deploy.mask import smallest
@@ -71,11 +73,24 @@ class BlockReport:
         layers: reports of its linear layers, in the order of the forward pass.
         seconds: time by activity: "collect", forward passes through the block as far as the
             layers, with statistics; "solve", the pruning method, all layers; "forward", the data on
-            its way through the pruned block to the next one.
+            its way through the pruned block to the next one; "journal", keeping it on disk.
     """
 
     layers: tuple[LayerReport, ...]
     seconds: Mapping[str, float]
+
+    def to_json(self) -> Json:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "BlockReport":
+        """What `to_json` made the value of."""
+        layers = tuple(
+            LayerReport(**{**layer, "failures": tuple(layer["failures"])})
+            for layer in value["layers"]
+        )
+        return cls(layers, value["seconds"])
 
 
 def prune(
@@ -90,6 +105,7 @@ def prune(
     dense_target: float = 0.0,
     calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
+    journal: Journal[BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
     """Prune the linear layers of every block and write an ordinary model folder.
@@ -109,6 +125,7 @@ def prune(
             than at its own output on the pruned model's inputs; see `hessian.retarget`.
         calib_forward: float32 or bfloat16; see `calibrate.Walk.dtype`.
         dtype: what to store, or None to keep each tensor's own.
+        journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
 
     Raises:
@@ -117,15 +134,15 @@ def prune(
     check(checkpoint, pattern=pattern, method=method, options=options)
     family, patterns = checkpoint.family, every(checkpoint.linears, pattern)
     copy_companions(checkpoint.folder, destination, dtype)
-    reports = []
+    reports = [] if journal is None else journal.reports
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
-        on_progress(0, checkpoint.config.num_hidden_layers)
+        on_progress(len(reports), checkpoint.config.num_hidden_layers)
         for visit in visits(
-            checkpoint,
-            segments,
+            *(checkpoint, segments),
             copy=copy,
             with_dense=dense_target > 0.0,
             forward=calib_forward,
+            journal=journal,
         ):
             layers: dict[str, LayerReport] = {}
             for groups, statistics in gather(visit, family, patterns, true_sequential):

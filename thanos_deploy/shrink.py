@@ -15,19 +15,21 @@ import json
 import logging
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thanos_deploy import artifact, widths
+from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import Statistics, collect, collect_relative
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import ModelError
 from thanos_deploy.families import Family, Heads
 from thanos_deploy.hessian import factor, retarget
+from thanos_deploy.journal import Journal
 from thanos_deploy.layer import LayerProblem, relative_error
 from thanos_deploy.linear import keep_outputs, matrix, replace
 from thanos_deploy.progress import OnProgress, silent
@@ -49,7 +51,8 @@ class BlockReport:
         heads_error, channels_error: fraction of the energy of the output that the layer aims at,
             on the calibration data, that the refitted layer misses.
         damping: the most that was used.
-        seconds: time by activity: "collect", "solve", "forward"; see `prune.BlockReport`.
+        seconds: time by activity: "collect", "solve", "forward", "journal"; see
+            `prune.BlockReport`.
     """
 
     before: Widths
@@ -60,6 +63,23 @@ class BlockReport:
     channels_error: float
     damping: float
     seconds: Mapping[str, float]
+
+    def to_json(self) -> Json:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "BlockReport":
+        """What `to_json` made the value of."""
+        return cls(
+            **{
+                **value,
+                "before": Widths(**value["before"]),
+                "after": Widths(**value["after"]),
+                "heads": tuple(value["heads"]),
+                "channels": tuple(value["channels"]),
+            }
+        )
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -98,6 +118,7 @@ def survey(
     multiple: int | None = None,
     damping: float = 0.01,
     damping_mode: str = "mean",
+    journal: Journal[Losses] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Losses]:
     """What every block of the dense model would lose at which widths.
@@ -107,15 +128,16 @@ def survey(
         segments: int64[count, length], calibration tokens.
         multiple: see `candidates`.
         damping, damping_mode: see `thanos_deploy.hessian.factor`.
+        journal: see `prune.prune`.
         on_progress: told of every finished block.
 
     Raises:
         HessianError: the calibration statistics cannot be used.
     """
     family, count = checkpoint.family, len(checkpoint.widths)
-    losses = []
-    on_progress(0, count)
-    for visit in visits(checkpoint, segments):
+    losses = [] if journal is None else journal.reports
+    on_progress(len(losses), count)
+    for visit in visits(checkpoint, segments, journal=journal):
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
         statistics = collect_relative(visit.walk, consumers)
@@ -151,6 +173,7 @@ def shrink(
     damping_mode: str = "mean",
     dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
+    journal: Journal[BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
     """Cut a model down to a plan and write it: an ordinary model folder where the plan is stock.
@@ -164,6 +187,7 @@ def shrink(
         dense_target: how far every linear layer, cut or not, aims at the output that it has in the
             dense model; see `hessian.retarget`.
         dtype: what to store, or None to keep each tensor's own.
+        journal: see `prune.prune`.
         on_progress: told of every finished block.
 
     Raises:
@@ -179,10 +203,15 @@ def shrink(
         for name, parameter in checkpoint.skeleton(plan.widths).named_parameters()
         if name.startswith(f"{family.blocks}.")
     }
-    reports = []
+    reports = [] if journal is None else journal.reports
     with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype, shapes) as copy:
-        on_progress(0, len(plan.blocks))
-        for visit in visits(checkpoint, segments, copy=copy, with_dense=dense_target > 0.0):
+        on_progress(len(reports), len(plan.blocks))
+        for visit in visits(
+            *(checkpoint, segments),
+            copy=copy,
+            with_dense=dense_target > 0.0,
+            journal=journal,
+        ):
             before, after = checkpoint.widths[visit.index], plan.widths[visit.index]
             cut = _Cutter(
                 *(visit, family, before, after),

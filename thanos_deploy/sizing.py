@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from thanos_deploy import widths
+from thanos_deploy.artifact import Json
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import UsageError
 from thanos_deploy.widths import Widths
@@ -70,6 +71,16 @@ class Losses:
         """The loss at a width, both parts together."""
         attention = self.heads[width.heads, width.kv_heads]
         return HEADS_WEIGHT * attention + self.channels[width.channels]
+
+    def to_json(self) -> Json:
+        """For the journal; JSON has no numbers for keys."""
+        return {"heads": list(self.heads.items()), "channels": list(self.channels.items())}
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Losses":
+        """What `to_json` made the value of."""
+        heads = {(heads, kv_heads): loss for (heads, kv_heads), loss in value["heads"]}
+        return cls(heads, dict(value["channels"]))
 
 
 @dataclass(frozen=True, slots=True)

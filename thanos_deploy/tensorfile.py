@@ -1,15 +1,23 @@
-"""The safetensors format, for files whose tensors are written one by one.
+"""The safetensors format, for files whose tensors are written and read one by one.
+
+Tensors are read into memory of their own: the pages of a mapped file count as the process's for as
+long as they are mapped.
 
 Source: the format's description: 8 bytes little-endian header length, a JSON header padded with
 spaces to 8 bytes, then the tensors without gaps.
 """
 
+import errno
 import json
 import math
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
 
 import torch
+from torch import Tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -24,6 +32,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Dtype and shape of a tensor.
+Kind = tuple[torch.dtype, tuple[int, ...]]
 
 # Of a checkpoint in several files: which tensor is in which.
 INDEX = "model.safetensors.index.json"
@@ -48,3 +59,101 @@ def head(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, di
     encoded += b" " * (-len(encoded) % 8)
     data = struct.pack("<Q", len(encoded)) + encoded
     return data, {name: len(data) + begin for name, begin in begins.items()}
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written and read whole or in pieces, in any order.
+
+    All sizes are known when it is created, so each tensor goes straight to its final place.
+
+    Attributes:
+        path: the file.
+        kinds: name -> dtype and shape of each tensor.
+    """
+
+    def __init__(
+        self, path: Path, kinds: dict[str, Kind], begins: dict[str, int], descriptor: int
+    ) -> None:
+        self.path, self.kinds = path, kinds
+        self._begins, self._descriptor = begins, descriptor
+
+    @classmethod
+    def create(cls, path: Path, kinds: Mapping[str, Kind]) -> "TensorFile":
+        """Begin a file; one that is there is overwritten."""
+        data, begins = head((name, NAMES[kind], shape) for name, (kind, shape) in kinds.items())
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        created = cls(path, dict(kinds), begins, descriptor)
+        created._write_at(data, 0)
+        return created
+
+    @classmethod
+    def open(cls, path: Path) -> "TensorFile":
+        """Open a file, known to be valid, for reading."""
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        kinds = {
+            name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
+        }
+        begins = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        return cls(path, kinds, begins, os.open(path, os.O_RDONLY))
+
+    @property
+    def size(self) -> int:
+        """Size of all tensors."""
+        return sum(math.prod(shape) * kind.itemsize for kind, shape in self.kinds.values())
+
+    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Write a tensor, or a piece of it from its entry number `start` on; in its dtype."""
+        dtype, shape = self.kinds[name]
+        assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
+        assert start + tensor.numel() <= math.prod(shape), f"{name}: more than {shape}"
+        self._write_at(
+            _bytes_of(tensor.detach().cpu()), self._begins[name] + start * dtype.itemsize
+        )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Entries `start` to `stop` of a tensor; [entries]."""
+        dtype, shape = self.kinds[name]
+        tensor = torch.empty((math.prod(shape) if stop is None else stop) - start, dtype=dtype)
+        view, offset = _bytes_of(tensor), self._begins[name] + start * dtype.itemsize
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if not count:
+                raise OSError(errno.EIO, "ends before its last tensor", str(self.path))
+            view, offset = view[count:], offset + count
+        return tensor
+
+    def sync(self) -> None:
+        """Wait until the disk has everything."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write_at(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                count = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[count:], offset + count
+        except OSError as error:  # which does not know its file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data

@@ -4,17 +4,24 @@ Each block sees the data as the blocks before it, changed or not, pass it on.
 """
 
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from thanos_deploy.calibrate import Walk, advance, block_inputs
+from thanos_deploy import environment
+from thanos_deploy.activations import Activations, StoredInputs
+from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy
 from thanos_deploy.errors import ModelError
+from thanos_deploy.journal import Journal
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048
@@ -47,7 +54,8 @@ class Visit:
         dense: the same data in the dense model, at its own copy of the block; None if that was not
             asked for.
         dtypes: name of each of its parameters -> the dtype in which it will be written.
-        clock: where its time went; the walk adds "forward" when it goes on to the next block.
+        clock: where its time went; the walk adds "forward" and "journal" when it goes on to the
+            next block.
         untouched: names of parameters that are to be written as they are in the checkpoint, to the
             last bit.
     """
@@ -78,8 +86,11 @@ def visits(
     copy: WeightsCopy | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
+    journal: Journal[Any] | None = None,
 ) -> Iterator[Visit]:
     """Visit every block in order; what is done to it counts for the blocks after it.
+
+    With a journal, only the blocks that have no report there yet; each visit must end with one.
 
     Args:
         checkpoint: the model.
@@ -88,41 +99,92 @@ def visits(
             outside the blocks, unchanged; None to write nothing.
         with_dense: run the data through the unchanged blocks as well.
         forward: see `calibrate.Walk.dtype`.
+        journal: where to keep every block once it has been visited.
 
     Raises:
-        ModelError: weights are missing, have NaN, or are not those that config.json describes.
+        ModelError: weights are missing, have NaN, or are not those that config.json describes; or
+            hidden states do not fit the dtype of the weights.
     """
+    environment.return_freed_memory()
     family = checkpoint.family
     model = checkpoint.skeleton()
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     files = _Files(checkpoint, copy)
     files.load(model.base_model, f"{family.base}.", skip=family.blocks)
-    batch = max(1, TOKENS_PER_BATCH // segments.shape[1])
-    batches = block_inputs(model, family, torch.split(segments, batch))
-    dense_batches = [replace(data) for data in batches] if with_dense else []
-    model.get_input_embeddings().to("meta")
-    for index, block in enumerate(blocks):
-        prefix = f"{family.blocks}.{index}."
-        files.load(block, prefix)
-        visit = Visit(
-            index=index,
-            prefix=prefix,
-            block=block,
-            walk=Walk(index, block, batches, forward),
-            dense=Walk(index, deepcopy(block), dense_batches, forward) if with_dense else None,
-            dtypes=files.dtypes(block, prefix),
-            clock=Clock(),
-        )
-        yield visit
-        with visit.clock.measure("forward"):
-            if index + 1 < len(blocks):
-                for path in (visit.walk, visit.dense):
-                    if path is not None:
-                        advance(path)
-        files.store(block, prefix, skip=visit.untouched)
-        block.to("meta")
+    first = 0
+    if journal is not None:
+        first = len(journal.reports)
+        for index in range(first):
+            files.write(journal.parameters(index))
+    with ExitStack() as stack:
+        folder = journal.folder if journal else Path(stack.enter_context(TemporaryDirectory()))
+        activations, walks = _enter(checkpoint, model, segments, folder, first, with_dense)
+        stack.callback(activations.close)
+        model.get_input_embeddings().to("meta")
+        for index in range(first, len(blocks)):
+            block, prefix = blocks[index], f"{family.blocks}.{index}."
+            files.load(block, prefix)
+            visit = Visit(
+                index=index,
+                prefix=prefix,
+                block=block,
+                walk=Walk(index, block, walks["pruned"], forward),
+                dense=Walk(index, deepcopy(block), walks["dense"], forward) if with_dense else None,
+                dtypes=files.dtypes(block, prefix),
+                clock=Clock(),
+            )
+            yield visit
+            leaving = None
+            with visit.clock.measure("forward"):
+                if index + 1 < len(blocks):
+                    for path in (visit.walk, visit.dense):
+                        if path is not None:
+                            advance(path)
+                    leaving = activations.advance()
+            finished = files.finished(block, prefix, skip=visit.untouched)
+            files.write(finished.items())
+            if journal is not None:
+                with visit.clock.measure("journal"):
+                    kept = journal.keep(finished, leaving)
+                journal.add(kept)
+            block.to("meta")
     files.copy_rest()
+
+
+def _enter(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    segments: Tensor,
+    folder: Path,
+    index: int,
+    with_dense: bool,
+) -> tuple[Activations, dict[str, list[BlockInputs]]]:
+    """The calibration data before a block, and its batches on their ways through the models.
+
+    What enters a block that is not the first one is in the folder.
+    """
+    parts = torch.split(segments, max(1, TOKENS_PER_BATCH // segments.shape[1]))
+    weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
+    dtype = min(weights, torch.float32, key=lambda dtype: dtype.itemsize)
+    ways = ("pruned", "dense") if with_dense else ("pruned",)
+    kinds = {
+        f"{way}.{number}": (dtype, (*part.shape, checkpoint.config.hidden_size))
+        for way in ways
+        for number, part in enumerate(parts)
+    }
+    activations = Activations(folder, index if index else -1, kinds)
+    walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
+    for number, part in enumerate(parts):
+        (data,) = block_inputs(model, checkpoint.family, [part])
+        for way in ways:
+            batch = StoredInputs(activations, f"{way}.{number}", data.arguments)
+            if index == 0:
+                batch.hidden = data.hidden
+            walks[way].append(batch)
+    if index == 0:
+        activations.advance()
+    return activations, walks
 
 
 def stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -157,44 +219,65 @@ class _Files:
             for name, _ in module.named_parameters()
             if skip is None or not f"{prefix}{name}".startswith(f"{skip}.")
         }
-        tensors = self._checkpoint.weights.read(sources.values())
+        weights = self._checkpoint.weights
         for name, source in sources.items():
             shape = tuple(module.get_parameter(name).shape)
-            if tensors[source].shape != shape:
+            if weights.shapes[source] != shape:
                 raise ModelError(
-                    f"{self._checkpoint.folder}: {source} has shape "
-                    f"{tuple(tensors[source].shape)}, config.json says {shape}",
+                    f"{self._checkpoint.folder}: {source} has shape {weights.shapes[source]}, "
+                    f"config.json says {shape}",
                     fix="use the config.json and the weights of the same checkpoint",
                 )
-        state = {name: tensors[source].float() for name, source in sources.items()}
+        tensors = weights.read(sources.values(), torch.float32)
+        state = {name: tensors[source] for name, source in sources.items()}
         module.load_state_dict(state, strict=False, assign=True)
 
     def dtypes(self, module: nn.Module, prefix: str) -> dict[str, torch.dtype]:
         """The dtype in which each parameter of a module will be written."""
-        dtype = (
-            self._checkpoint.weights.dtypes.__getitem__ if self._copy is None else self._copy.dtype
-        )
         return {
-            name: dtype(self._checkpoint.stored_name(prefix + name))
+            name: self._dtype(self._checkpoint.stored_name(prefix + name))
             for name, _ in module.named_parameters()
         }
 
-    def store(self, module: nn.Module, prefix: str, *, skip: Collection[str]) -> None:
-        """Write the parameters of a module; those to `skip` are left to `copy_rest`."""
+    def finished(
+        self, module: nn.Module, prefix: str, *, skip: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The parameters of a module as they are to be written; none without a copy.
+
+        Those to skip are left to `copy_rest`.
+        """
         if self._copy is None:
-            return
-        for name, parameter in module.named_parameters():
-            if name in skip:
-                continue
-            target = self._checkpoint.stored_name(prefix + name)
-            self._copy.write(target, stored(parameter, self._copy.dtype(target), target))
+            return {}
+        return {
+            target: stored(parameter, self._dtype(target), target)
+            for name, parameter in module.named_parameters()
+            if name not in skip
+            for target in [self._checkpoint.stored_name(prefix + name)]
+        }
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors by the names that they have in the checkpoint."""
+        if self._copy is not None:
+            for name, tensor in tensors:
+                self._copy.write(name, tensor)
 
     def copy_rest(self) -> None:
         """Write what has not been written yet as it is in the checkpoint."""
         if self._copy is None:
             return
         for name in self._copy.missing:
-            tensor = self._checkpoint.weights.read([name])[name]
-            if tensor.dtype != self._copy.dtype(name):
-                tensor = stored(tensor, self._copy.dtype(name), name)
-            self._copy.write(name, tensor)
+            dtype = self._dtype(name)
+            same = dtype == self._checkpoint.weights.dtypes[name]
+            self._copy.write_pieces(
+                name,
+                (
+                    (start, piece if same else stored(piece, dtype, name))
+                    for start, piece in self._checkpoint.weights.pieces(name)
+                ),
+            )
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor will be written."""
+        return (
+            self._checkpoint.weights.dtypes[name] if self._copy is None else self._copy.dtype(name)
+        )

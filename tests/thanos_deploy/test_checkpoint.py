@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MakeModel, stock_model
+from thanos_deploy import checkpoint
 from thanos_deploy.checkpoint import (
     Checkpoint,
     Weights,
@@ -47,6 +48,22 @@ def test_a_copy_written_in_any_order_is_what_the_library_reads(
     reread = load_file(folder / "out" / "model.safetensors")
     assert reread.keys() == original.keys()
     assert all(torch.equal(reread[name], original[name]) for name in original)
+
+
+def test_tensors_are_read_and_copied_in_pieces(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_ENTRIES_AT_ONCE", 1000)
+    weights = Weights(make_model("llama", dtype=torch.bfloat16))
+    original = load_file(weights.folder / "model.safetensors")
+    assert {name: one.dtype for name, one in weights.read(original).items()} == weights.dtypes
+    for name, tensor in weights.read(original, torch.float32).items():
+        assert torch.equal(tensor, original[name].float())
+    with WeightsCopy(weights, tmp_path, None) as copy:
+        for name in copy.missing:
+            copy.write_pieces(name, weights.pieces(name))
+    copied = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(copied[name], original[name]) for name in original)
 
 
 def test_a_local_folder_is_known_by_its_content(model: Path) -> None:

@@ -8,6 +8,7 @@ the subcommand that needs it, so that `--help` answers at once.
 """
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -21,6 +22,7 @@ from thanos_deploy.errors import DeployError, PlatformError, ResourceError
 
 INTERRUPTED = 130
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -79,9 +81,9 @@ def _fail(error: DeployError) -> int:
 
 def _as_deploy_error(error: Exception) -> DeployError | None:
     """What an exception of the system or of PyTorch means, if it is not a bug."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _FULL:
         return ResourceError(
-            f"{error.filename or 'a file'}: no space left on the device",
+            f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}",
             fix="free some space and repeat the command; what is finished is kept",
         )
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:

@@ -1,0 +1,100 @@
+"""The calibration data between two blocks, on disk.
+
+What enters a block is one safetensors file, and what leaves it the next. Memory holds one batch at
+a time, however much calibration data there is; what fits is in the system's page cache, from
+which reading it costs a copy. The journal of a walk keeps the files as they are.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from thanos_deploy.calibrate import Arguments, BlockInputs
+from thanos_deploy.errors import ModelError
+from thanos_deploy.tensorfile import Kind, TensorFile
+
+
+class Activations:
+    """What enters the next block: one tensor for each batch of each model.
+
+    They are kept in the dtype of the model's weights. All blocks, a walk's own and those of its
+    rerun, see what was read back, rounding included.
+    """
+
+    def __init__(self, folder: Path, index: int, kinds: Mapping[str, Kind]) -> None:
+        """Begin at a block.
+
+        Args:
+            folder: for the files; what enters the block is there.
+            index: number of the block; -1 for what lies before the first one, which nothing enters.
+            kinds: dtype and shape of each tensor.
+        """
+        self._folder, self._index, self._kinds = folder, index, kinds
+        self._entering: TensorFile | None = None
+        self._leaving: TensorFile | None = None
+
+    def read(self, name: str) -> Tensor:
+        """What enters the block, in float32."""
+        if self._entering is None:
+            self._entering = TensorFile.open(self._path(self._index))
+        _, shape = self._kinds[name]
+        return self._entering.read(name).reshape(shape).float()
+
+    def write(self, name: str, hidden: Tensor) -> None:
+        """Set what leaves the block.
+
+        Raises:
+            ModelError: a value does not fit the dtype.
+        """
+        dtype, _ = self._kinds[name]
+        rounded = hidden.to(dtype)
+        if rounded is not hidden and not bool(rounded.isfinite().all()):
+            raise ModelError(
+                f"hidden states up to {hidden.abs().max().item():g} enter block {self._index + 1}, "
+                f"more than the checkpoint's {dtype} holds",
+                fix="the model overflows wherever it runs in that dtype; convert the checkpoint to "
+                "bfloat16 or float32",
+            )
+        if self._leaving is None:
+            self._path(self._index - 1).unlink(missing_ok=True)
+            self._leaving = TensorFile.create(self._path(self._index + 1), self._kinds)
+        self._leaving.write(name, rounded)
+
+    def advance(self) -> TensorFile:
+        """Go on to the next block, which what left this one enters; return its file."""
+        assert self._leaving is not None
+        if self._entering is not None:
+            self._entering.close()
+        self._entering, self._leaving = self._leaving, None
+        self._index += 1
+        return self._entering
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._entering, self._leaving):
+            if file is not None:
+                file.close()
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"inputs-{index:04d}.safetensors"
+
+
+class StoredInputs(BlockInputs):
+    """One batch of one model whose hidden states are in `Activations`.
+
+    What is assigned to `hidden` is what enters the next block.
+    """
+
+    def __init__(self, activations: Activations, name: str, arguments: list[Arguments]) -> None:
+        self._activations, self._name = activations, name
+        self.arguments, self.paused = arguments, None
+
+    @property
+    def hidden(self) -> Tensor:
+        """float32[batch, tokens, width], what enters the block."""
+        return self._activations.read(self._name)
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        self._activations.write(self._name, value)

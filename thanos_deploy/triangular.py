@@ -1,0 +1,43 @@
+"""Cholesky factors and their inverses in the memory of the matrix itself.
+
+The Hessian of a wide layer in float64 is larger than everything else that pruning a block needs, so
+none of it is copied.
+"""
+
+import torch
+from torch import Tensor
+
+# Below this width there is nothing to save.
+_SMALL = 512
+
+
+def cholesky_(matrix: Tensor) -> Tensor | None:
+    """Turn a symmetric matrix into its lower Cholesky factor.
+
+    Args:
+        matrix: [n, n], contiguous; its memory is the factor's.
+
+    Returns:
+        the factor; None if the matrix is not positive definite.
+    """
+    # LAPACK works on columns, and the columns of a symmetric matrix are its rows.
+    lower = matrix.mT
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return None if int(info) else lower
+
+
+def invert_(lower: Tensor) -> None:
+    """Turn a lower triangular matrix, [n, n], into its inverse, which is one too.
+
+    By halves: [[A, 0], [B, C]] has the inverse [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+    """
+    half = len(lower) // 2
+    if len(lower) <= _SMALL:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    A, B, C = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    invert_(A)
+    invert_(C)
+    B.copy_(C @ (B @ A)).neg_()
