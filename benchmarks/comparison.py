@@ -15,7 +15,6 @@ repeating the command continues, and takes what is there.
 
 import argparse
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import onnxruntime_genai
 from torch import Tensor
 
@@ -36,8 +34,10 @@ from thanos_deploy import artifact, console, environment, pipeline
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.calibrate import BUILTIN, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.evaluation import graph_reader
 from thanos_deploy.export import export
 from thanos_deploy.pattern import parse
+from thanos_deploy.perplexity import perplexity_of
 from thanos_deploy.pipeline import DENSE, PRUNED, Dense
 from thanos_deploy.progress import Announce
 from thanos_deploy.report import charts
@@ -203,26 +203,8 @@ def held_out(dense: Dense, request: EvalRequest) -> Tensor:
 
 
 def graph_perplexity(bundle: Path, ids: Tensor) -> float:
-    """Perplexity of an exported graph on ONNX Runtime; see `thanos_deploy.perplexity`."""
-    session = ort.InferenceSession(
-        bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-    total = 0.0
-    for segment in ids.numpy():
-        tokens = segment[None]
-        feeds = {
-            "input_ids": tokens,
-            "attention_mask": np.ones_like(tokens),
-            "position_ids": np.arange(tokens.shape[1])[None],
-        }
-        for value in session.get_inputs()[3:]:
-            shape = (1, value.shape[1], 0, value.shape[3])
-            feeds[value.name] = np.zeros(shape, dtype=np.float32)
-        logits = session.run(["logits"], feeds)[0][0, :-1].astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        likely = np.take_along_axis(logits, segment[1:, None], axis=1)[:, 0]
-        total += float((np.log(np.exp(logits).sum(axis=1)) - likely).sum())
-    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+    """Perplexity of an exported graph on ONNX Runtime."""
+    return perplexity_of(graph_reader(bundle), ids).value
 
 
 def time_genai(folders: Mapping[str, Path], *, prompt: int, new_tokens: int, rounds: int) -> Json:

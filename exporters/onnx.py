@@ -424,8 +424,8 @@ def _simplify(graph: ir.Model, model: PreTrainedModel) -> None:
 
 
 def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
-    """One form for all linear layers: Gemm(x, W, b) becomes Add(MatMul(x, W), b)."""
-    x, weight, bias = gemm.inputs
+    """One form for all linear layers: Gemm(x, W, b) becomes Add(MatMul(x, W), b); b is optional."""
+    x, weight, *bias = gemm.inputs
     assert weight is not None
     alpha, beta, flipped = (gemm.attributes.get(key) for key in ("alpha", "beta", "transA"))
     scaled = any(factor is not None and factor.as_float() != 1 for factor in (alpha, beta))
@@ -434,11 +434,12 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
     turned = gemm.attributes.get("transB")
     if turned is not None and turned.as_int():
         _transpose(weight, (1, 0))
-    product = ir.node("MatMul", [x, weight], name=gemm.name)
-    total = ir.node("Add", [product.outputs[0], bias])
-    total.outputs[0].shape, total.outputs[0].type = gemm.outputs[0].shape, gemm.outputs[0].type
-    graph.insert_before(gemm, [product, total])
-    ir.convenience.replace_all_uses_with(gemm.outputs[0], total.outputs[0])
+    nodes = [ir.node("MatMul", [x, weight], name=gemm.name)]
+    nodes += (ir.node("Add", [nodes[0].outputs[0], value]) for value in bias)
+    total = nodes[-1].outputs[0]
+    total.shape, total.type = gemm.outputs[0].shape, gemm.outputs[0].type
+    graph.insert_before(gemm, nodes)
+    ir.convenience.replace_all_uses_with(gemm.outputs[0], total)
     graph.remove(gemm, safe=True)
 
 

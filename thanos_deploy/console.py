@@ -329,6 +329,26 @@ def show_values(values: Json) -> None:
     Console().print(table)
 
 
+def show_scores(values: Json) -> None:
+    """Print the scores of one model in tasks, or of the dense and the pruned one side by side."""
+    columns = {"": values} if "scores" in values else values
+    table = Table()
+    for name in ("task", "metric", "examples"):
+        table.add_column(name, justify="left" if name != "examples" else "right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in zip(*(column["scores"] for column in columns.values()), strict=True):
+        table.add_row(
+            *(row[0]["task"], row[0]["metric"], f"{row[0]['samples']:,}"),
+            *(
+                f"{score['value']:.4f}"
+                + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+                for score in row
+            ),
+        )
+    Console().print(table)
+
+
 def show_plan(plan: Json) -> None:
     """Print what is or would be pruned; for a shrunk model with the widths of its blocks."""
     values = dict(plan)

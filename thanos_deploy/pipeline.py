@@ -3,6 +3,7 @@
     import   a GGUF file or a packed folder is unpacked       (in the cache)
     prune    model/, layers.json
     eval     eval/perplexity.json
+    eval-onnx, eval-tasks, eval-tasks-onnx    eval/            (only if asked for)
     onnx     onnx/                                            (of the dense model: in the cache)
     genai    genai/                                           (only if asked for)
     packed   packed/                                          (only if asked for)
@@ -38,6 +39,8 @@ from thanos_deploy import (
     benchmark,
     checkpoint,
     environment,
+    evaluation,
+    harness,
     owl,
     preflight,
     sizing,
@@ -63,6 +66,7 @@ from thanos_deploy.requests import (
     EvalRequest,
     ExportRequest,
     PruneRequest,
+    TaskRequest,
 )
 from thanos_deploy.sizing import Losses, Plan
 
@@ -114,12 +118,16 @@ class Dense:
         with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
             bundle.run("import", produce, options={}, inputs={}, overwrite=True)
 
-    def evaluate(self, request: EvalRequest, text: Text, announce: Announce) -> StageRecord:
-        """Perplexity of the dense model."""
+    def evaluate(
+        self, request: EvalRequest | TaskRequest, runtime: str, announce: Announce
+    ) -> StageRecord:
+        """Quality of the dense model; for "onnx" of its graph, which must be there."""
         dense = self.checkpoint(announce)
         with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
             return _evaluate(
-                bundle, dense, request, text, {}, announce, title="dense model", overwrite=True
+                *(bundle, dense, request, runtime, {}, announce),
+                title="dense model",
+                overwrite=True,
             )
 
     def export(self, request: ExportRequest, announce: Announce) -> StageRecord:
@@ -365,27 +373,63 @@ def _versions() -> Json:
 def evaluate(
     bundle: Bundle,
     dense: Dense,
-    request: EvalRequest,
+    request: EvalRequest | TaskRequest,
     *,
+    runtime: str = "torch",
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> StageRecord:
-    """Measure the perplexity of the dense and the pruned model, unless that is done."""
+    """Measure the quality of the dense and the pruned model, unless that is done.
+
+    Args:
+        bundle: with the stage prune finished; for "onnx" with the stage onnx too.
+        dense: the model that it was made from.
+        request: perplexity on a text, or tasks.
+        runtime: one of `evaluation.RUNTIMES`. For "onnx" the dense model is exported like the
+            bundle's own graph.
+        overwrite: redo what was made with other options.
+        announce: told of every piece of work.
+    """
     pruned = bundle.require("prune", "`thanos-deploy prune`")
-    bundle.check("eval", request.to_json(), overwrite=overwrite)
-    text = _text(request.text, request.text_field, held_out=True)
-    _require_other_text(text, pruned.inputs["text"])
-    reference = dense.evaluate(request, text, announce)
+    if runtime == "onnx":
+        bundle.require("onnx", f"`thanos-deploy export {bundle.path} --target onnx`")
+    bundle.check(evaluation.stage(request, runtime), request.to_json(), overwrite=overwrite)
+    _require_judge(request, pruned.inputs["text"])
+    if runtime == "onnx":
+        dense.export(exported_with(bundle), announce)
+    reference = dense.evaluate(request, runtime, announce)
     return _evaluate(
-        bundle,
-        Checkpoint.open(bundle.path / "model"),
-        request,
-        text,
+        *(bundle, Checkpoint.open(bundle.path / "model"), request, runtime),
         {"model": bundle.model_sha256, "dense": reference.result},
         announce,
         title="pruned model",
         overwrite=overwrite,
     )
+
+
+def evaluate_alone(
+    model: str,
+    request: EvalRequest | TaskRequest,
+    *,
+    runtime: str = "torch",
+    announce: Announce = quietly,
+) -> Json:
+    """Measure the quality of one model, or of a bundle's pruned one, beside nothing else.
+
+    Of a bundle nothing is kept: what it keeps is beside the dense model; see `evaluate`.
+    """
+    folder = Path(model)
+    if (folder / artifact.MANIFEST).exists():
+        bundle = Bundle.open(folder)
+        pruned = bundle.require("prune", "`thanos-deploy prune`")
+        _require_judge(request, pruned.inputs["text"])
+        checked = Checkpoint.open(folder / "model")
+        return _measure(bundle, checked, request, runtime, announce, title="pruned model")
+    _require_judge(request, None)
+    alone = Dense(model)
+    if runtime == "onnx":
+        alone.export(ExportRequest(), announce)
+    return alone.evaluate(request, runtime, announce).result
 
 
 def compared(
@@ -763,11 +807,20 @@ def _refuse_pruning(source: Checkpoint, request: PruneRequest) -> None:
         )
 
 
+def _require_judge(request: EvalRequest | TaskRequest, calibration_sha256: str | None) -> None:
+    """Refuse what quality cannot be judged by, before anything takes time."""
+    if isinstance(request, TaskRequest):
+        harness.require(request)
+    else:
+        text = _text(request.text, request.text_field, held_out=True)
+        _require_other_text(text, calibration_sha256)
+
+
 def _evaluate(
     bundle: Bundle,
     model: Checkpoint,
-    request: EvalRequest,
-    text: Text,
+    request: EvalRequest | TaskRequest,
+    runtime: str,
     inputs: Json,
     announce: Announce,
     *,
@@ -775,23 +828,50 @@ def _evaluate(
     overwrite: bool,
 ) -> StageRecord:
     def produce(folder: Path) -> Json:
-        ids = _segments(model, text, request.segments, request.seqlen, seed=None)
-        progress = announce(f"Perplexity of the {title}")
-        measured = quality.perplexity(
-            checkpoint.load_model(model.folder), ids, on_progress=progress
-        )
-        result = {"text": text.origin, **asdict(measured)}
+        result = _measure(bundle, model, request, runtime, announce, title=title)
         (folder / "eval").mkdir()
-        artifact.write_json(folder / "eval" / "perplexity.json", {**result, **inputs})
+        artifact.write_json(folder / evaluation.file(request, runtime), {**result, **inputs})
         return result
 
+    judge = (
+        request.files
+        if isinstance(request, TaskRequest)
+        else _text(request.text, request.text_field, held_out=True).sha256
+    )
     return bundle.run(
-        "eval",
+        evaluation.stage(request, runtime),
         produce,
         options=request.to_json(),
-        inputs={**inputs, "text": text.sha256},
+        inputs={
+            **inputs,
+            "text" if isinstance(request, EvalRequest) else "tasks": judge,
+            **({"onnx": bundle.graph_sha256} if runtime == "onnx" else {}),
+        },
         overwrite=overwrite,
     )
+
+
+def _measure(
+    bundle: Bundle,
+    model: Checkpoint,
+    request: EvalRequest | TaskRequest,
+    runtime: str,
+    announce: Announce,
+    *,
+    title: str,
+) -> Json:
+    """Perplexity or scores of a checkpoint, or of the graph in its bundle."""
+    if isinstance(request, TaskRequest):
+        # The library shows bars of its own.
+        scores = harness.score(bundle.path, model, request, runtime)
+        return {"scores": [asdict(score) for score in scores]}
+    text = _text(request.text, request.text_field, held_out=True)
+    ids = _segments(model, text, request.segments, request.seqlen, seed=None)
+    where = "" if runtime == "torch" else "'s ONNX graph"
+    progress = announce(f"Perplexity of the {title}{where}")
+    read = evaluation.open_reader(bundle.path, model, runtime)
+    measured = quality.perplexity_of(read, ids, on_progress=progress)
+    return {"text": text.origin, **asdict(measured)}
 
 
 def _bench_options(request: BenchRequest, subjects: Sequence[str]) -> Json:
@@ -891,7 +971,7 @@ def _text(name: str, text_field: str, *, held_out: bool) -> Text:
     return read_text(Path(name).expanduser(), text_field=text_field)
 
 
-def _require_other_text(text: Text, calibration_sha256: str) -> None:
+def _require_other_text(text: Text, calibration_sha256: str | None) -> None:
     if text.sha256 == calibration_sha256:
         raise UsageError(
             f"{text.origin}: the model is pruned on this very text, so its perplexity there "

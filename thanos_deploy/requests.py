@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 from thanos_deploy import methods, owl
-from thanos_deploy.artifact import Json
+from thanos_deploy.artifact import Json, sha256
 from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
@@ -349,6 +349,37 @@ class EvalRequest:
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
         return {**asdict(self), "text": Path(self.text).name}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """Which tasks of lm-evaluation-harness to run, zero-shot.
+
+    Attributes:
+        tasks: their names.
+        folder: with task files that the library does not have; None for none.
+        limit: the most examples of each task; None for all.
+    """
+
+    tasks: tuple[str, ...]
+    folder: str | None = None
+    limit: int | None = None
+
+    @property
+    def files(self) -> Json:
+        """Hashes of the files in the folder, by name."""
+        if self.folder is None:
+            return {}
+        return {
+            path.relative_to(self.folder).as_posix(): sha256(path)
+            for path in sorted(Path(self.folder).rglob("*"))
+            if path.is_file()
+        }
+
+    def to_json(self) -> Json:
+        """For the manifest: the folder by its name, not its path."""
+        folder = None if self.folder is None else Path(self.folder).name
+        return {"tasks": list(self.tasks), "folder": folder, "limit": self.limit}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """ONNX Runtime, on the CPU or on an NVIDIA GPU, there with its own kernels or with TensorRT's."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ _PROVIDER_FIX = (
 
 # Of the one profile that the TensorRT provider builds for prefill and decode together.
 _USUAL_PROMPT, _MOST_PROMPT, _MOST_SEQUENCES = 128, 1024, 8
+
+# Tokens of a text that are read at once: a row of logits is vocabulary-sized.
+_TOKENS_AT_ONCE = 256
 
 _TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 
@@ -80,6 +84,35 @@ class Graph:
         Returns:
             float32[batch, vocabulary], the logits after the last token, and the longer cache.
         """
+        logits, longer = self._append(ids, mask, cache, into)
+        return logits[:, -1].astype(np.float32), longer
+
+    def read(self, ids: Ids) -> Iterator[Logits]:
+        """Read one text from its beginning, a part at a time, as chunked prefill does.
+
+        Args:
+            ids: int64[tokens].
+
+        Yields:
+            float32[part, vocabulary], the logits after every token, in order.
+
+        Raises:
+            UsageError: no token, an id outside the vocabulary, or more tokens than the export is
+                made for.
+        """
+        require_readable(ids[None], self.vocabulary)
+        self.require_room(len(ids))
+        cache = [self.place(entry) for entry in self.empty_cache(1)]
+        for start in range(0, len(ids), _TOKENS_AT_ONCE):
+            part = ids[None, start : start + _TOKENS_AT_ONCE]
+            mask = np.ones((1, start + part.shape[1]), dtype=np.int64)
+            logits, cache = self._append(part, mask, cache, None)
+            yield logits[0].astype(np.float32)
+
+    def _append(
+        self, ids: Ids, mask: Ids, cache: list[Any], into: list[Any] | None
+    ) -> tuple[NDArray[Any], list[Any]]:
+        """`run`, with the logits after every token, float[batch, tokens, vocabulary]."""
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         binding = self._session.io_binding()
         for name, array in zip(_TOKEN_INPUTS, (ids, mask, positions), strict=True):
@@ -94,8 +127,7 @@ class Graph:
                 binding.bind_ortvalue_output(name, into[index])
         self._session.run_with_iobinding(binding)
         logits, *longer = binding.get_outputs()
-        last: Logits = np.from_dlpack(logits)[:, -1].astype(np.float32)
-        return last, longer
+        return np.from_dlpack(logits), longer
 
     def require_room(self, tokens: int) -> None:
         """Refuse sequences that are longer than the export is made for.

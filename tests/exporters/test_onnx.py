@@ -94,6 +94,18 @@ def test_one_graph_runs_batches_lengths_and_pasts_that_it_was_not_exported_with(
             done += length
 
 
+def test_opt_with_norms_behind_projections_around_and_no_biases_has_parity(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """The layout of OPT-350M; without a bias, products come as a Gemm of two inputs."""
+    folder = make_model(
+        "opt", do_layer_norm_before=False, word_embed_proj_dim=16, enable_bias=False
+    )
+    record = exporters.onnx.export(Checkpoint.open(folder), tmp_path, pattern=None)
+    assert max(case["logits_error"] for case in record["parity"]) < 1e-5
+    assert {weight["input_axis"] for weight in record["weights"]} == {0}
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_text_beyond_an_attention_window_is_read_as_in_torch(
     exported_two_four: Exported, model_type: str

@@ -108,6 +108,21 @@ def test_statistics_are_the_sum_of_outer_products(make_model: MakeModel) -> None
     assert statistics["mlp.down_proj"].cross is None
 
 
+def test_layers_that_read_the_same_input_share_its_statistics(make_model: MakeModel) -> None:
+    """One Hessian for each group is the one that each of its layers would have collected."""
+    for model_type in ("llama", "opt"):
+        family = family_of(model_type)
+        model = stock_model(make_model(model_type), dtype=torch.float32)
+        with torch.no_grad():
+            batches = torch.randint(257, (4, 9)).split(2)
+            block = model.get_submodule(family.blocks)[0]
+            walk = Walk(0, block, block_inputs(model, family, batches))
+            for first, *others in family.inputs:
+                shared = collect(walk, [first])[first].hessian
+                for name in others:
+                    assert torch.equal(collect(walk, [name])[name].hessian, shared)
+
+
 def test_cross_statistics_pair_the_tokens_of_both_models(make_model: MakeModel) -> None:
     model = stock_model(make_model("llama"), dtype=torch.float32)
     family, block = family_of("llama"), model.model.layers[0]

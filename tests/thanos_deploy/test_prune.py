@@ -52,31 +52,6 @@ def is_two_four(weight: torch.Tensor) -> bool:
     return bool(((weight != 0).reshape(-1, 4).sum(dim=1) == 2).all())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_family_prunes_reloads_with_the_stock_loader_and_generates(
-    make_model: MakeModel, tmp_path: Path, model_type: str
-) -> None:
-    folder = make_model(model_type)
-    run(folder, tmp_path / "pruned")
-    dense, pruned = (
-        load_file(folder / "model.safetensors"),
-        load_file(tmp_path / "pruned" / "model.safetensors"),
-    )
-    family = family_of(model_type)
-    linears = {
-        f"{family.blocks}.{index}.{name}.weight" for index in range(2) for name in family.linears
-    }
-    assert linears <= dense.keys()
-    for name, weight in pruned.items():
-        if name in linears:
-            assert is_two_four(weight.T if family.transposed else weight), name
-        else:
-            assert torch.equal(weight, dense[name]), name
-    model = stock_model(tmp_path / "pruned")
-    text = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)
-    assert text.shape[1] > 3
-
-
 def inputs_of(model: Any, block: Any, name: str) -> torch.Tensor:
     """float32[tokens, cols] that a layer sees when the whole model runs."""
     seen: list[torch.Tensor] = []

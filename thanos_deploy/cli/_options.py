@@ -266,19 +266,29 @@ pruning_options = several(
         help="What to store the checkpoint in; auto keeps the model's own.",
     ),
 )
-evaluation_options = several(
-    click.option(
-        "--eval-text",
-        default="builtin",
-        show_default=True,
-        help="Text for perplexity: a file, or the part of the built-in text that calibration "
-        "never sees.",
-    ),
-    click.option(
-        "--eval-segments", default=12, show_default=True, help="Segments of evaluation text."
-    ),
-    click.option("--eval-seqlen", default=1024, show_default=True, help="Tokens of each."),
-)
+
+
+def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
+    """The text of an evaluation and how much of it; with short names too where nothing has them."""
+
+    def names(name: str) -> list[str]:
+        return [f"--eval-{name}", *([f"--{name}"] if short else []), f"eval_{name}"]
+
+    return several(
+        click.option(
+            *names("text"),
+            default="builtin",
+            show_default=True,
+            help="Text for perplexity: a file, or the part of the built-in text that calibration "
+            "never sees.",
+        ),
+        click.option(
+            *names("segments"), default=12, show_default=True, help="Segments of evaluation text."
+        ),
+        click.option(*names("seqlen"), default=1024, show_default=True, help="Tokens of each."),
+    )
+
+
 benchmark_options = several(
     click.option(
         "--batch",

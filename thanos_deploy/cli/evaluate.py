@@ -1,5 +1,7 @@
-"""`thanos-deploy eval`: perplexity, dense and pruned."""
+"""`thanos-deploy eval`: perplexity and tasks, dense and pruned, in PyTorch and as exported."""
 
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -7,40 +9,93 @@ import click
 
 from thanos_deploy import console
 from thanos_deploy.cli._options import (
-    bundle_argument,
     common_options,
-    dense_option,
     emit,
     eval_request,
     evaluation_options,
     session,
+    several,
     text_field_option,
+)
+
+_evaluated_options = several(
+    click.argument("model"),
+    click.option(
+        "--dense",
+        metavar="MODEL",
+        help="The dense model that the bundle was made from: measured too, and both kept in the "
+        "bundle.",
+    ),
+    click.option(
+        "--runtime",
+        type=click.Choice(["torch", "onnx"]),
+        default="torch",
+        show_default=True,
+        help="What runs the model: PyTorch, or ONNX Runtime the exported graph, in the dtype that "
+        "it was exported in.",
+    ),
+    text_field_option,
+    evaluation_options(short=True),
+    click.option(
+        "--tasks",
+        metavar="NAME[,NAME...]",
+        help="Tasks of lm-evaluation-harness instead of perplexity, zero-shot; most fetch their "
+        "data from a hub.",
+    ),
+    click.option(
+        "--task-folder",
+        metavar="DIR",
+        help="Folder with task files that the harness does not have. They can name Python code "
+        "that is run.",
+    ),
+    click.option(
+        "--limit", type=click.IntRange(min=1), help="Examples of each task.  [default: all]"
+    ),
 )
 
 
 @click.command("eval")
-@bundle_argument
-@dense_option
-@text_field_option
-@evaluation_options
+@_evaluated_options
 @common_options
-def command(out: Path, dense: str, **options: Any) -> None:
-    """Measure the perplexity of the bundle OUT and of the dense model.
+def command(
+    model: str,
+    dense: str | None,
+    runtime: str,
+    tasks: str | None,
+    task_folder: str | None,
+    limit: int | None,
+    **options: Any,
+) -> None:
+    """Measure the quality of MODEL, which may be a bundle.
 
-    A bundle holds one evaluation; --overwrite replaces it by one on another text.
+    A bundle holds one evaluation of each kind (perplexity or tasks, of the checkpoint or of the
+    graph), beside the dense model's; --overwrite replaces it by one on another text or other tasks.
     """
-    with session(options) as announce:
+    if tasks is None and (task_folder or limit):
+        raise click.UsageError("--task-folder and --limit are for --tasks")
+    # The harness offers no switch for its progress bars.
+    hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()
+    with session(options) as announce, hushed:
         from thanos_deploy import pipeline
         from thanos_deploy.report.write import write_report
+        from thanos_deploy.requests import EvalRequest, TaskRequest
 
-        with pipeline.reopen(out, dense) as (bundle, source):
-            pruned = pipeline.evaluate(
-                bundle,
-                source,
-                eval_request(options),
-                overwrite=options["overwrite"],
-                announce=announce,
-            )
-            if "report" in bundle.stages:
-                write_report(bundle)
-    emit(options, {"dense": pruned.inputs["dense"], "pruned": pruned.result}, console.show_values)
+        request: EvalRequest | TaskRequest = (
+            eval_request(options)
+            if tasks is None
+            else TaskRequest(tuple(tasks.split(",")), task_folder, limit)
+        )
+        if dense is None:
+            result = pipeline.evaluate_alone(model, request, runtime=runtime, announce=announce)
+        else:
+            with pipeline.reopen(Path(model), dense) as (bundle, source):
+                pruned = pipeline.evaluate(
+                    *(bundle, source, request),
+                    runtime=runtime,
+                    overwrite=options["overwrite"],
+                    announce=announce,
+                )
+                if "report" in bundle.stages:
+                    write_report(bundle)
+            result = {"dense": pruned.inputs["dense"], "pruned": pruned.result}
+    emit(options, result, console.show_values if tasks is None else console.show_scores)

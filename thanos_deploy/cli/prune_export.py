@@ -39,7 +39,7 @@ from thanos_deploy.cli._options import (
     help="Engines: the most tokens, prompt and answer together.  [default: all that the model "
     "takes]",
 )
-@evaluation_options
+@evaluation_options()
 @benchmark_options
 @revision_option
 @dry_run_option

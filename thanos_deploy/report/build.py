@@ -69,6 +69,11 @@ def _model(sources: Sources, label: str) -> Json:
         "pattern": str(pattern),
         "method": prune.options["method"],
         "quality": _quality(stages.get("eval")),
+        "graph_quality": _quality(stages.get("eval-onnx")),
+        "tasks": [
+            *_tasks(stages.get("eval-tasks"), "torch"),
+            *_tasks(stages.get("eval-tasks-onnx"), "onnx"),
+        ],
         "linear_layers": {
             name: prune.result[name] for name in _LINEAR_LAYERS if name in prune.result
         },
@@ -176,6 +181,22 @@ def _quality(evaluation: StageRecord | None) -> Json | None:
         "pruned": pruned,
         "ratio": pruned / dense,
     }
+
+
+def _tasks(evaluation: StageRecord | None, runtime: str) -> Iterator[Json]:
+    """The scores of the dense and the pruned model in each task."""
+    if evaluation is None:
+        return
+    scores = evaluation.inputs["dense"]["scores"], evaluation.result["scores"]
+    for dense, pruned in zip(*scores, strict=True):
+        yield {
+            **{name: pruned[name] for name in ("task", "metric", "samples")},
+            "runtime": runtime,
+            "dense": dense["value"],
+            "pruned": pruned["value"],
+            "dense_stderr": dense["stderr"],
+            "pruned_stderr": pruned["stderr"],
+        }
 
 
 def _layer_map(blocks: Sequence[Json]) -> Json:

@@ -54,6 +54,10 @@ def _how(model: Json) -> Iterator[str]:
             f"Perplexity: {quality['segments']} segments of {quality['length']} tokens of "
             f"{quality['text']}."
         )
+    if tasks := model["tasks"]:
+        yield (
+            f"Tasks: lm-evaluation-harness, zero-shot, with {', '.join(_examples(tasks))} examples."
+        )
     run = quoted(model)
     if run is None:
         yield "Latency and memory: not measured."
@@ -65,6 +69,11 @@ def _how(model: Json) -> Iterator[str]:
     )
     if run["provider"] == "CPUExecutionProvider":
         yield f"GPU: {NOT_MEASURED}."
+
+
+def _examples(tasks: list[Json]) -> list[str]:
+    """How many examples of each task, every task once."""
+    return list({score["task"]: f"{score['samples']} {score['task']}" for score in tasks}.values())
 
 
 def _graph(model: Json) -> str:

@@ -22,6 +22,7 @@ _EVAL = {
     "text": "--eval-text",
     "segments": "--eval-segments",
     "seqlen": "--eval-seqlen",
+    "folder": "--task-folder",
 }
 _EXPORT = {"max_sequence": "--max-seq"}
 _ENGINE = {
@@ -59,8 +60,10 @@ def of(sources: Sources) -> list[str]:
             case "prune":
                 revision = ["--revision", source["revision"]] if source["revision"] else []
                 words = ["prune", source["name"], "-o", "OUT", *revision, *_pruning(record)]
-            case "eval":
-                words = ["eval", "OUT", "--dense", source["name"], *_flags(record.options, _EVAL)]
+            case "eval" | "eval-onnx" | "eval-tasks" | "eval-tasks-onnx":
+                runtime = ["--runtime", "onnx"] if stage.endswith("-onnx") else []
+                flags = _flags(record.options, _EVAL)
+                words = ["eval", "OUT", "--dense", source["name"], *runtime, *flags]
             case "onnx":
                 words = ["export", "OUT", "--target", "onnx", *_flags(record.options, _EXPORT)]
             case "genai" | "packed" | "triton":

@@ -7,7 +7,13 @@ from thanos_deploy.artifact import Json
 from thanos_deploy.report.runs import DENSE, PRUNED, measured, quoted
 
 # Unit in the report -> factor, unit for people, digits.
-_SCALES = {"s": (1e3, "ms", 1), "B": (1e-6, "MB", 1), "1/s": (1.0, "tokens/s", 1), "": (1.0, "", 2)}
+_SCALES = {
+    "s": (1e3, "ms", 1),
+    "B": (1e-6, "MB", 1),
+    "1/s": (1.0, "tokens/s", 1),
+    "score": (1.0, "", 3),
+    "": (1.0, "", 2),
+}
 
 _METRICS = {
     "ttft": "first token",
@@ -33,7 +39,7 @@ class Figure:
 
     Attributes:
         name: what.
-        unit: "s", "B", "1/s", or "" for a plain number.
+        unit: "s", "B", "1/s", "score" in a task, or "" for a plain number.
         dense, pruned: the values; None if the dense model's was not measured.
         ratio: pruned / dense.
         low, high: confidence interval of the ratio, where there is one.
@@ -60,6 +66,12 @@ def figures(model: Json) -> Iterator[Figure]:
     """Quality, sizes, times and memory of a model of a report, in this order."""
     if quality := model["quality"]:
         yield _figure("perplexity", "", quality["dense"], quality["pruned"])
+    if graph := model["graph_quality"]:
+        yield _figure("perplexity of the ONNX graph", "", graph["dense"], graph["pruned"])
+    for score in model["tasks"]:
+        where = ", ONNX graph" if score["runtime"] == "onnx" else ""
+        name = f"{score['task']}, {score['metric']}{where}"
+        yield _figure(name, "score", score["dense"], score["pruned"])
     for name, title in _FILES.items():
         if size := model["bytes"].get(name):
             yield _figure(title, "B", size["dense"], size["pruned"])

@@ -12,6 +12,9 @@ _CPU = "CPUExecutionProvider"
 # How often a model is on the front: on every plot, on some, on none; or on no plot at all.
 _STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
 
+# What two perplexities have to share to be comparable.
+_TEXT = ("text", "segments", "length")
+
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
     "eval": ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
@@ -99,6 +102,7 @@ def verdict(model: Json, run: Json | None) -> list[str]:
     """What the figures of one model mean, one sentence each."""
     return [
         *_of_quality(model["quality"]),
+        *_of_graph(model["quality"], model["graph_quality"], model["export"]),
         *(_of_cuts(model["widths"]) if model["widths"] else ()),
         *_of_times(run),
         *(() if model["widths"] else _of_zeros(model)),
@@ -135,11 +139,14 @@ def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
     for kind, what in (("generate", "whole answers"), ("open-loop", "requests that arrive freely")):
         if runs and kind not in kinds:
             yield f"latency of {what}", "not measured", _STAGES["bench"][1]
-    if model["quality"] and model["export"] and model["export"]["dtype"] != "fp32":
+    command = _STAGES["eval"][1]
+    if model["quality"] and model["export"] and not model["graph_quality"]:
         what = f"perplexity of the {model['export']['dtype']} graph itself"
-        yield what, "the perplexity is the checkpoint's, in PyTorch", None
-    tasks = "quality on tasks: knowledge, reasoning, instructions"
-    yield tasks, "perplexity only; judge the model on your own task", None
+        yield what, "the perplexity is the checkpoint's, in PyTorch", f"{command} --runtime onnx"
+    if not model["tasks"]:
+        tasks = "quality on tasks: knowledge, reasoning, instructions"
+        why = "perplexity only; judge the model on your own task"
+        yield tasks, why, f"{command} --tasks NAME,..."
 
 
 def _applies(stage: str, model: Json) -> bool:
@@ -153,6 +160,15 @@ def _applies(stage: str, model: Json) -> bool:
 def _of_quality(quality: Json | None) -> Iterator[str]:
     if quality:
         yield f"Perplexity went from {quality['dense']:.2f} to {quality['pruned']:.2f}."
+
+
+def _of_graph(quality: Json | None, graph: Json | None, export: Json | None) -> Iterator[str]:
+    """Whether the graph has the quality that its checkpoint has."""
+    if quality and graph and export and all(quality[name] == graph[name] for name in _TEXT):
+        yield (
+            f"The exported {export['dtype']} graph itself, run by ONNX Runtime on the same text, "
+            f"has {graph['pruned']:.2f} ({graph['pruned'] / quality['pruned'] - 1.0:+.2%})."
+        )
 
 
 def _of_times(run: Json | None) -> Iterator[str]:

@@ -8,6 +8,8 @@ from thanos_deploy.report import words
 MODEL = {
     "method": "thanos",
     "quality": {"dense": 10.0, "pruned": 20.0, "ratio": 2.0},
+    "graph_quality": None,
+    "export": None,
     "linear_layers": {"pattern_holds": True},
     "widths": None,
     "bytes": {"model": {"dense": 100, "pruned": 100}},
