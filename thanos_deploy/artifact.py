@@ -401,6 +401,11 @@ def record(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256(path))
 
 
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def require_disk(folder: Path, needed: int) -> None:
     """Refuse to begin what would fill the disk.
 

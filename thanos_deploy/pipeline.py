@@ -69,6 +69,7 @@ from thanos_deploy.requests import (
     TaskRequest,
 )
 from thanos_deploy.sizing import Losses, Plan
+from thanos_deploy.walk import activation_bytes
 
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
@@ -313,8 +314,11 @@ def prune(
 
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
-        artifact.require_disk(folder, source.bytes_in(request.dtype))
         kept = bundle.journal("prune")
+        how = request.fit_options if request.shrinks else request.walk_options
+        activations = activation_bytes(source, ids.numel(), with_dense=how["dense_target"] > 0.0)
+        needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journal
+        artifact.require_disk(folder, needed - artifact.size(kept))
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
         if request.shrinks:
             surveyed = Journal(kept / "survey", owner, Losses)

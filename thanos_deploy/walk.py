@@ -165,8 +165,7 @@ def _enter(
     What enters a block that is not the first one is in the folder.
     """
     parts = torch.split(segments, max(1, TOKENS_PER_BATCH // segments.shape[1]))
-    weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
-    dtype = min(weights, torch.float32, key=lambda dtype: dtype.itemsize)
+    dtype = _activation_dtype(checkpoint)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
     kinds = {
         f"{way}.{number}": (dtype, (*part.shape, checkpoint.config.hidden_size))
@@ -185,6 +184,18 @@ def _enter(
     if index == 0:
         activations.advance()
     return activations, walks
+
+
+def activation_bytes(checkpoint: Checkpoint, tokens: int, *, with_dense: bool) -> int:
+    """Disk that the activations of a walk take: what enters a block, and what leaves it."""
+    width, ways = checkpoint.config.hidden_size, 1 + with_dense
+    return 2 * ways * tokens * int(width) * _activation_dtype(checkpoint).itemsize
+
+
+def _activation_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """That of the weights; float32 at most, in which blocks are run."""
+    weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
+    return min(weights, torch.float32, key=lambda dtype: dtype.itemsize)
 
 
 def stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

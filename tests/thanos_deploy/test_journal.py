@@ -17,6 +17,8 @@ import torch
 
 from tests.conftest import Invoke, MakeModel
 from thanos_deploy import artifact, pipeline
+from thanos_deploy import prune as walk
+from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.journal import Journal
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
@@ -272,6 +274,25 @@ def test_a_stage_that_was_finished_before_its_journal_was_removed_is_kept(
     kept.rename(stopped / ".journal-prune")
     assert prune_until(model, stopped, go_on) == []
     assert not (stopped / ".journal-prune").exists()
+
+
+def test_a_journal_of_all_blocks_leaves_nothing_to_do(model: Path, tmp_path: Path) -> None:
+    segments = torch.arange(240).reshape(4, 60)
+    written = []
+    for name in ("one", "two"):
+        steps: list[int] = []
+        (tmp_path / name).mkdir()
+        walk.prune(
+            *(Checkpoint.open(model), segments, tmp_path / name),
+            pattern=parse("2:4"),
+            method="wanda",
+            options={},
+            journal=Journal(tmp_path / "journal", {}, BlockReport),
+            on_progress=lambda done, _, steps=steps: steps.append(done),  # type: ignore[misc]
+        )
+        written.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert steps == [BLOCKS]
+    assert written[0] == written[1]
 
 
 def test_an_empty_journal_says_nothing(tmp_path: Path, caplog: Any) -> None:

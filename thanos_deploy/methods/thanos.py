@@ -47,7 +47,6 @@ from thanos_deploy.mask import (
 )
 from thanos_deploy.methods import Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.precision import products_in
 
 Score = Literal["wanda", "obs"]
 SCORES: tuple[str, ...] = get_args(Score)
@@ -56,7 +55,7 @@ PRESETS = {
     "paper": Preset({"block_columns": 512}),
     # Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see benchmarks/LOG.md.
     "best": Preset(
-        {"block_columns": 32, "damping": 0.03, "score": "obs", "refit_steps": 12},
+        {"block_columns": 32, "damping": 0.03, "score": "obs", "refit_steps": 8},
         true_sequential=True,
         dense_target=0.4,
     ),
@@ -129,9 +128,8 @@ def prune(
     else:
         pruned, removed = _prune_blocks(W, norms, factored, pattern, block_columns)
     if refit_steps:
-        pruned = W + solve_masked(
-            W, removed, factored.damped, start=pruned - W, steps=refit_steps, dtype=torch.bfloat16
-        )
+        start = pruned - W
+        pruned = W + solve_masked(W, removed, factored.damped, start=start, steps=refit_steps)
 
     new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
     new_weight[active], mask[active] = pruned, removed
@@ -245,7 +243,6 @@ def solve_masked(
     *,
     start: Tensor | None = None,
     steps: int | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """For every row, the d with d = -w on the mask that minimises d S d^T.
 
@@ -258,8 +255,6 @@ def solve_masked(
         S: [B, B], symmetric positive definite.
         start: [rows, B], where to start on the kept entries; zero if None.
         steps: the most steps; if None, 2 B (exact arithmetic needs at most B).
-        dtype: bfloat16 lets the steps multiply float32 numbers rounded to it where that is faster;
-            the residual drifts then, so it is for a few steps.
 
     Returns:
         [rows, B], exactly -w on the mask.
@@ -274,21 +269,20 @@ def solve_masked(
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
     rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
     solved = rr * _SOLVED[w.dtype] ** 2
-    with products_in(dtype):
-        for _ in range(2 * w.shape[1] if steps is None else steps):
-            if bool((rr <= solved).all()):
-                break
-            torch.mm(direction, S, out=image).mul_(keep)
-            curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
-            step = _ratio(rr, curvature)
-            d.addcmul_(step, direction)
-            residual.addcmul_(step, image, value=-1.0)
-            rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
-            direction.mul_(_ratio(rr_next, rr)).add_(residual)
-            rr = rr_next
+    for _ in range(2 * w.shape[1] if steps is None else steps):
+        if bool((rr <= solved).all()):
+            break
+        torch.mm(direction, S, out=image).mul_(keep)
+        curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
+        step = _ratio(rr, curvature)
+        d.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1.0)
+        rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
+        direction.mul_(_ratio(rr_next, rr)).add_(residual)
+        rr = rr_next
     return d.mul_(unit).mul_(keep).add_(fixed)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and 0 where a row is finished and both have vanished."""
-    return numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

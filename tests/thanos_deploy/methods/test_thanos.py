@@ -279,13 +279,12 @@ def test_refit_steps_only_lower_the_loss_and_keep_the_mask(
 
 
 def test_a_float32_refit_is_as_good_as_a_float64_one() -> None:
-    """To the rounding of its factors to bfloat16, where the processor has that."""
     problem = random_problem(18, rows=64, cols=128, tokens=512)
     options: dict[str, Any] = {"block_columns": 32, "refit_steps": 12}
     exact = thanos.prune(problem, TWO_FOUR, **options)
     single = LayerProblem(problem.weight.float(), problem.hessian.float(), "single")
     result = thanos.prune(single, TWO_FOUR, **options)
-    assert loss(problem, result.weight.double()) < 1.002 * loss(problem, exact.weight)
+    assert loss(problem, result.weight.double()) < 1.0001 * loss(problem, exact.weight)
 
 
 def test_layers_that_share_factors_are_pruned_as_if_alone() -> None:
