@@ -9,8 +9,8 @@ latter by
 
 for factoring, for updating, for choosing and block solves, and for what each column costs.
 
-Memory: counted from the shapes, on top of what the process holds already: one block, what enters it
-at every token, the statistics of its layers and what factoring the widest of them needs.
+Memory: counted from the shapes, on top of what the process holds already: one block, the statistics
+of its layers, what factoring the widest of them needs, and the passes that wait inside the block.
 """
 
 import math
@@ -34,7 +34,7 @@ from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.prune import aim, gather, linear_shapes, solve
 from thanos_deploy.requests import PruneRequest
-from thanos_deploy.walk import TOKENS_PER_BATCH, visits
+from thanos_deploy.walk import TOKENS_PER_BATCH, WAITING_BYTES, visits, waiting_bytes
 
 # Multiplications of a trial pass through a block: a fraction of a second on any machine.
 _TRIAL_PRODUCTS = 5e9
@@ -47,7 +47,7 @@ _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
 _REPEATS = 2
 
 # Matrices [cols, cols] of float64 that are alive while a Hessian is factored.
-_FACTORING = 6
+_FACTORING = 3
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -228,6 +228,8 @@ def _memory(
     passing = batch * (ways * sum(widths) + sum(shapes[first + name][0] for name in family.linears))
     factoring = _FACTORING * max(widths) ** 2 * _DOUBLE
     block = _FLOAT * ways * (weights + statistics) + max(_FLOAT * passing, factoring)
-    hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
-    states = _FLOAT * ways * segments.numel() * hidden
-    return states + max(block, _FLOAT * vocabulary * hidden)
+    waiting = waiting_bytes(checkpoint, segments, ways)
+    if not true_sequential or waiting > WAITING_BYTES:
+        waiting = 0
+    embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)
+    return max(waiting + block, embedding)

@@ -198,7 +198,7 @@ def gather(
                     visit.walk,
                     [group[0] for group in together],
                     visit.dense,
-                    pause=true_sequential,
+                    pause=true_sequential and visit.can_wait,
                 )
             yield together, statistics
 

@@ -26,6 +26,10 @@ from thanos_deploy.journal import Journal
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048
 
+# What forward passes may hold that wait inside a block until a layer is pruned. Where it would be
+# more, each starts over from the block's input, which takes longer and holds one batch at a time.
+WAITING_BYTES = 400 << 20
+
 
 @dataclass(slots=True)
 class Clock:
@@ -54,6 +58,7 @@ class Visit:
         dense: the same data in the dense model, at its own copy of the block; None if that was not
             asked for.
         dtypes: name of each of its parameters -> the dtype in which it will be written.
+        can_wait: forward passes may wait inside the block; see `WAITING_BYTES`.
         clock: where its time went; the walk adds "forward" and "journal" when it goes on to the
             next block.
         untouched: names of parameters that are to be written as they are in the checkpoint, to the
@@ -66,6 +71,7 @@ class Visit:
     walk: Walk
     dense: Walk | None
     dtypes: dict[str, torch.dtype]
+    can_wait: bool
     clock: Clock
     untouched: set[str] = field(default_factory=set)
 
@@ -132,6 +138,7 @@ def visits(
                 walk=Walk(index, block, walks["pruned"], forward),
                 dense=Walk(index, deepcopy(block), walks["dense"], forward) if with_dense else None,
                 dtypes=files.dtypes(block, prefix),
+                can_wait=waiting_bytes(checkpoint, segments, len(walks)) <= WAITING_BYTES,
                 clock=Clock(),
             )
             yield visit
@@ -196,6 +203,21 @@ def _activation_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """That of the weights; float32 at most, in which blocks are run."""
     weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
     return min(weights, torch.float32, key=lambda dtype: dtype.itemsize)
+
+
+def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int) -> int:
+    """What passes hold that wait in a block: the stream, the norm of it, and a layer's input.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], what passes.
+        ways: 2 if it passes the dense model as well, else 1.
+    """
+    widest = max(
+        max(checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight")])
+        for name in checkpoint.linears
+    )
+    return 4 * ways * segments.numel() * (widest + 2 * int(checkpoint.config.hidden_size))
 
 
 def stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

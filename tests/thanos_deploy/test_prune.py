@@ -335,3 +335,17 @@ def test_weights_too_large_for_the_dtype_are_refused(make_model: MakeModel, tmp_
     model.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"model.norm.weight: values up to 1e\+06 do not fit"):
         run(folder, tmp_path / "pruned", dtype=torch.float16)
+
+
+def test_passes_that_may_not_wait_start_over_and_find_the_same(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("llama")
+    waiting = run(folder, tmp_path / "waiting", dense_target=0.4)
+    monkeypatch.setattr("thanos_deploy.walk.WAITING_BYTES", 0)
+    again = run(folder, tmp_path / "again", dense_target=0.4)
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("waiting", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [layer.relative_error for block in waiting for layer in block.layers] == [
+        layer.relative_error for block in again for layer in block.layers
+    ]
