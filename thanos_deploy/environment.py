@@ -28,10 +28,6 @@ _LIBRARIES = (
     "gguf",
 )
 
-# Of glibc's malloc.h. Mapping costs page faults, so what fits in a cache is left to the heap.
-_M_MMAP_THRESHOLD = -3
-_MAPPED_BYTES = 4 << 20
-
 
 @cache
 def describe() -> dict[str, object]:
@@ -82,14 +78,12 @@ def resident_memory_bytes() -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc give the memory of every freed tensor back to the system; elsewhere do nothing.
+    """Let glibc give freed memory back to the system; elsewhere do nothing.
 
-    It maps large allocations one by one, but raises the size from which it does to that of the
-    largest freed so far, up to 32 MB; what is smaller leaves holes in its heap that stay resident.
-    A size that is set stays.
+    Freed tensors of up to 32 MB leave holes in its heap that stay resident until somebody asks.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -36,8 +36,9 @@ LEARNING_RATE = 4e-4
 _TOKENS_A_STEP = 2048
 _WARM_UP = 0.1  # of the steps
 
-# Logits of so many tokens at once: a vocabulary of floats each.
-_TOKENS_AT_ONCE = 256
+# Logits of so many tokens at once: a vocabulary of floats each. Beyond 32 MB glibc fetches every
+# tensor from the system anew.
+_TOKENS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, slots=True)

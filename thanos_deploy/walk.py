@@ -111,7 +111,6 @@ def visits(
         ModelError: weights are missing, have NaN, or are not those that config.json describes; or
             hidden states do not fit the dtype of the weights.
     """
-    environment.return_freed_memory()
     family = checkpoint.family
     model = checkpoint.skeleton()
     blocks = model.get_submodule(family.blocks)
@@ -156,6 +155,7 @@ def visits(
                     kept = journal.keep(finished, leaving)
                 journal.add(kept)
             block.to("meta")
+            environment.return_freed_memory()
     files.copy_rest()
 
 
