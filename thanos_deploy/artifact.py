@@ -233,6 +233,9 @@ class Bundle:
             )
             self._replace(stage, partial, record)
             shutil.rmtree(self.journal(stage), ignore_errors=True)
+        except (InputError, UsageError):  # the same run would end there again
+            shutil.rmtree(self.journal(stage), ignore_errors=True)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return record
