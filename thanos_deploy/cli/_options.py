@@ -172,7 +172,8 @@ pruning_options = several(
         help="Afterwards train what is left, with the dense model as its teacher, on so many "
         "segments of --seqlen tokens from anywhere in the calibration text (which come again where "
         "it has fewer; new text helps more). Zeros stay zero. Some hundreds are worth it. Takes "
-        "minutes, and memory for five times the model in float32.  [default: 0]",
+        "minutes, and memory for five models in float32 and what 2048 tokens leave in "
+        "them.  [default: 0]",
     ),
     click.option(
         "--keep-shape",
