@@ -30,7 +30,9 @@ BLOCKS = 5
 
 # Children are forked from a process that has imported everything and computed nothing.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload(
+    ["exporters.onnx", "thanos_deploy.pipeline", "transformers.models.llama.modeling_llama"]
+)
 
 
 @pytest.fixture(scope="module")
