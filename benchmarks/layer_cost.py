@@ -1,4 +1,4 @@
-"""Time and memory of pruning one square layer, by method and width, with the exponent of growth.
+"""Processor time and memory of pruning one square layer, by method and width; how they grow.
 
 Usage: python -m benchmarks.layer_cost [--widths 512 1024 2048 4096] [--pattern 2:4]
            [-o benchmarks/results/layer_cost]
@@ -40,8 +40,8 @@ def main() -> None:
                 record = pool.apply(measure, (name, width, str(arguments.pattern)))
             records.append(record)
             print(
-                f"{name:10s} {width:5d}  {record['seconds']:8.2f} s  processor "
-                f"{record['processor_seconds']:8.2f} s  + {record['memory_bytes'] / 1e6:6.0f} MB",
+                f"{name:10s} {width:5d}  {record['processor_seconds']:8.2f} s of processor "
+                f"time  + {record['memory_bytes'] / 1e6:6.0f} MB",
                 flush=True,
             )
     slopes = {name: slope([r for r in records if r["method"] == name]) for name in methods.names()}
@@ -75,13 +75,12 @@ def measure(name: str, width: int, spelled: str) -> Json:
         problem.hessian.addmm_(x.T, x)
     options = methods.preset(name, "best").options
     before = environment.resident_memory_bytes() or 0
-    started, processor = time.perf_counter(), time.process_time()
+    started = time.process_time()
     result = methods.load(name).prune(problem, pattern.parse(spelled), **options)
     return {
         "method": name,
         "width": width,
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": time.process_time() - processor,
+        "processor_seconds": time.process_time() - started,
         "memory_bytes": max(0, environment.peak_memory_bytes() - before),
         "relative_error": result.relative_error,
     }
