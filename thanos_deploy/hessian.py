@@ -17,11 +17,11 @@ from thanos_deploy.triangular import cholesky_, invert_
 DampingMode = Literal["mean", "median", "per-channel"]
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
 
+# The papers'.
+DAMPING = 0.01
+
 # A Hessian that is not numerically positive definite is damped ten times harder, so often at most.
 _RETRIES = 4
-
-# Holds a layer near its own weight when it aims at the dense model's output.
-RETARGET_DAMPING = 0.01
 
 
 def check_damping(name: str, damping: float, mode: str) -> None:
@@ -85,9 +85,7 @@ def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
             U = lower.to(dtype).flip(0, 1)
             invert_(lower)
             V = lower.to(dtype).flip(0, 1)
-            damped_H = H.to(dtype, copy=True)
-            damped_H.diagonal().copy_(damped)
-            return Factor(damped_H, U, V, used)
+            return Factor(damped.to(dtype), U, V, used)
     raise HessianError(
         f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
         f"damping {used:g}",
@@ -113,7 +111,12 @@ def require_finite(problem: LayerProblem) -> None:
 
 
 def retarget(
-    problem: LayerProblem, cross: Tensor, fraction: float, damping: float = RETARGET_DAMPING
+    problem: LayerProblem,
+    cross: Tensor,
+    fraction: float,
+    *,
+    damping: float = DAMPING,
+    damping_mode: str = "mean",
 ) -> Tensor:
     """The weight whose output, on the pruned model's inputs, is nearest to the dense model's.
 
@@ -126,20 +129,14 @@ def retarget(
         problem: the layer, with H = sum x x^T.
         cross: [cols, cols], G in the scale of H.
         fraction: f; 0 is the pruned model's own output, 1 the dense model's.
-        damping: D, as a fraction of H's mean diagonal; it holds the weight near W.
+        damping, damping_mode: D, which holds the weight near W; see `factor`.
 
     Returns:
         [rows, cols].
+
+    Raises:
+        HessianError: see `factor`.
     """
-    H = problem.hessian.to(torch.float64, copy=True)
-    H.diagonal().add_(damping * (H.diagonal().mean().item() or 1.0))
-    lower, info = torch.linalg.cholesky_ex(H)
-    if int(info):
-        raise HessianError(
-            f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite with damping "
-            f"{damping:g}",
-            fix="use more calibration samples (--nsamples) or --dense-target 0",
-        )
+    V = factor(problem, damping, damping_mode).V
     missing = problem.weight @ (cross - problem.hessian)
-    correction = torch.cholesky_solve(missing.T, lower.to(missing.dtype)).T
-    return problem.weight + fraction * correction
+    return problem.weight + fraction * (missing @ V.T @ V)

@@ -11,13 +11,13 @@ class Factor:
     """The factored Hessian, in the dtype of the layer's weight.
 
     Attributes:
-        damped: [cols, cols], H with its damping.
-        U: [cols, cols], upper triangular, U U^T = H.
+        diagonal: [cols], that of H with its damping.
+        U: [cols, cols], upper triangular, U U^T = H with its damping.
         V: [cols, cols], U^-1.
         damping: the fraction of damping that it took.
     """
 
-    damped: Tensor
+    diagonal: Tensor
     U: Tensor
     V: Tensor
     damping: float
@@ -45,12 +45,15 @@ class LayerProblem:
         name: the layer's name, for messages.
         factors: factorisations of this Hessian by damping and mode, as they are made; layers that
             read the same input share it. See `hessian.factor`.
+        products: what a solver's steps may round the factors of their products to where that is
+            faster: bfloat16 where the statistics are of bfloat16 numbers, float32 for not at all.
     """
 
     weight: Tensor
     hessian: Tensor
     name: str
     factors: dict[tuple[float, str], Factor] = field(default_factory=dict)
+    products: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,14 +1,13 @@
 """Which weights go, given a score for each: exact counts, and one rule for ties."""
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-
-# How far a guess of a threshold may be off to be of use, as a fraction.
-_NEAR = 0.1
 
 
 def removed_count(fraction: float, entries: int) -> int:
@@ -79,47 +78,53 @@ def smallest_in_matrix(scores: Tensor, count: int) -> Tensor:
     Returns:
         bool[rows, cols] with exactly `count` True.
     """
-    return up_to(scores, kth_smallest(scores, count), count, columns=scores.shape[1])
+    return threshold(scores, count).mark(scores)
 
 
-def kth_smallest(scores: Tensor, count: int, *, near: Tensor | None = None) -> Tensor:
-    """The largest of the `count` smallest scores; what none is below if there are none.
+@dataclass(frozen=True, slots=True, eq=False)
+class Threshold:
+    """Which scores of a matrix go: those below a value, and some of those that are equal to it.
+
+    Attributes:
+        value: a scalar.
+        ties: how many of the equal ones go, in column order, then in row order.
+    """
+
+    value: Tensor
+    ties: int
+
+    def mark(self, scores: Tensor) -> Tensor:
+        """Mark what goes from the whole matrix, or from its first columns.
+
+        Args:
+            scores: [rows, cols].
+
+        Returns:
+            bool[rows, cols], True = removed.
+        """
+        equal = (scores == self.value).T  # transposed, so that counting runs down the columns
+        rank = equal.flatten().cumsum(dim=0).reshape(equal.shape)
+        return (scores < self.value) | (equal & (rank <= self.ties)).T
+
+
+def threshold(scores: Tensor, count: int) -> Threshold:
+    """What parts the `count` smallest scores of a matrix from the others.
 
     Args:
         scores: [rows, cols], finite.
         count: from 0 to the number of scores.
-        near: a guess. It changes the time that this takes and not the result.
     """
     if count == 0:
-        return scores.new_tensor(-math.inf)
-    if near is not None:
-        low, high = near * (1 - _NEAR), near * (1 + _NEAR)
-        below = int(torch.count_nonzero(scores < low))
-        between = scores.masked_select((scores >= low) & (scores <= high))
-        if below < count <= below + len(between):
-            return between.kthvalue(count - below).values
-    return scores.flatten().kthvalue(count).values
-
-
-def up_to(scores: Tensor, threshold: Tensor, count: int, *, columns: int) -> Tensor:
-    """Mark the `count` smallest scores of a matrix, and look at its first columns.
-
-    Equal scores go in column order, then in row order.
-
-    Args:
-        scores: [rows, cols].
-        threshold: the largest of those that go; see `kth_smallest`.
-        count: how many go from the whole matrix.
-        columns: how many columns to return.
-
-    Returns:
-        bool[rows, columns].
-    """
-    first = scores[:, :columns]
-    ties = (first == threshold).T  # transposed, so that counting runs down the columns
-    rank = ties.flatten().cumsum(dim=0).reshape(ties.shape)
-    left = count - int(torch.count_nonzero(scores < threshold))
-    return (first < threshold) | (ties & (rank <= left)).T
+        return Threshold(scores.new_tensor(-math.inf), 0)
+    if scores.is_cuda:
+        value = scores.flatten().kthvalue(count).values
+        below = int(torch.count_nonzero(scores < value))
+    else:  # NumPy's selection takes a tenth of the time of torch's
+        parted = scores.numpy().flatten()
+        parted.partition(count - 1)
+        value = scores.new_tensor(parted[count - 1])
+        below = int(np.count_nonzero(parted[:count] < parted[count - 1]))
+    return Threshold(value, count - below)
 
 
 def smallest_columns(scores: Tensor, count: int) -> Tensor:

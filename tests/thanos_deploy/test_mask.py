@@ -32,24 +32,21 @@ def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
     rows=st.integers(1, 9),
     cols=st.integers(1, 12),
     fraction=st.floats(0.0, 1.0),
-    near=st.floats(-1.0, 5.0),
     levels=st.integers(1, 50),
     seed=st.integers(0, 2**31),
 )
-def test_a_guess_changes_no_threshold(
-    rows: int, cols: int, fraction: float, near: float, levels: int, seed: int
+def test_the_first_columns_are_marked_as_they_are_in_the_whole_matrix(
+    rows: int, cols: int, fraction: float, levels: int, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (rows, cols), generator=g).float() / 10
     count = masks.removed_count(fraction, rows * cols)
-    threshold = masks.kth_smallest(scores, count)
-    assert torch.equal(masks.kth_smallest(scores, count, near=torch.tensor(near)), threshold)
+    threshold = masks.threshold(scores, count)
     if count:
-        assert threshold == scores.flatten().sort().values[count - 1]
+        assert threshold.value == scores.flatten().sort().values[count - 1]
     whole = masks.smallest_in_matrix(scores, count)
     for columns in range(cols + 1):
-        some = masks.up_to(scores, threshold, count, columns=columns)
-        assert torch.equal(some, whole[:, :columns])
+        assert torch.equal(threshold.mark(scores[:, :columns]), whole[:, :columns])
 
 
 def test_counts_above_two_to_the_24_are_exact() -> None:

@@ -39,31 +39,40 @@ from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.hessian import check_damping, factor
 from thanos_deploy.layer import Factor, LayerProblem, LayerResult, output_energy, relative_error
 from thanos_deploy.mask import (
-    kth_smallest,
     removed_count,
     smallest_columns,
     smallest_in_groups,
-    up_to,
+    threshold,
 )
-from thanos_deploy.methods import Preset, check_blocks, check_group
+from thanos_deploy.methods import Option, Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.precision import products_in
 
 Score = Literal["wanda", "obs"]
 SCORES: tuple[str, ...] = get_args(Score)
 
+# Chosen on held-out C4 documents with SmolLM2-135M; see benchmarks/LOG.md.
+_BEST: dict[str, Option] = {
+    "block_columns": 32,
+    "damping": 0.01,
+    "score": "obs",
+    "refit_steps": 8,
+}
 PRESETS = {
     "paper": Preset({"block_columns": 512}),
-    # Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see benchmarks/LOG.md.
-    "best": Preset(
-        {"block_columns": 32, "damping": 0.03, "score": "obs", "refit_steps": 8},
-        true_sequential=True,
-        dense_target=0.4,
-    ),
+    "fast": Preset(_BEST, true_sequential=True),
+    "best": Preset(_BEST, true_sequential=True, dense_target=0.4, tune_steps=16),
 }
 
 # Relative residual, in the preconditioned norm, at which a row counts as solved. The loss is
 # quadratic in it: the float32 value costs about 1e-8 of the loss, less than rounding does.
 _SOLVED = {torch.float32: 1e-4, torch.float64: 1e-12}
+
+# The same for blocks whose weights are all fitted once more.
+_REFITTED = {torch.float32: 0.1, torch.float64: 1e-12}
+
+# In so many rounds columns leave: more remove hardly better ones.
+_ROUNDS = 8
 
 
 def prune(
@@ -126,10 +135,17 @@ def prune(
         columns = min(weight.shape[1], math.ceil(entries / len(W)))
         pruned, removed = _prune_columns(W, norms, factored, columns)
     else:
-        pruned, removed = _prune_blocks(W, norms, factored, pattern, block_columns)
-    if refit_steps:
-        start = pruned - W
-        pruned = W + solve_masked(W, removed, factored.damped, start=start, steps=refit_steps)
+        tolerance = (_REFITTED if refit_steps else _SOLVED)[W.dtype]
+        pruned, removed = _prune_blocks(W, norms, factored, pattern, block_columns, tolerance)
+        if refit_steps:
+            start = pruned - W
+            pruned = W + solve_masked(
+                *(W, removed, hessian),
+                diagonal=factored.diagonal,
+                start=start,
+                steps=refit_steps,
+                products=problem.products,
+            )
 
     new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
     new_weight[active], mask[active] = pruned, removed
@@ -195,6 +211,7 @@ def _prune_blocks(
     H: Factor,
     pattern: Unstructured | SemiStructured,
     B: int,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """The block loop. Returns the new weights and the mask, both [rows, cols]."""
     W = W.clone()
@@ -202,7 +219,6 @@ def _prune_blocks(
     M = torch.zeros_like(W, dtype=torch.bool)
     budget = removed_count(pattern.sparsity, rows * cols)
     diagonals = H.trailing_inverse_diagonals(B) if norms is None else None
-    threshold = None
     for start in range(0, cols, B):
         stop = min(start + B, cols)
         # A pattern of groups looks no further than the block.
@@ -216,11 +232,10 @@ def _prune_blocks(
             case SemiStructured(kept, group):
                 mask = smallest_in_groups(scores, kept, group)
             case Unstructured():
-                threshold = kth_smallest(scores, budget, near=threshold)
-                mask = up_to(scores, threshold, budget, columns=stop - start)
+                mask = threshold(scores, budget).mark(scores[:, : stop - start])
                 budget -= int(mask.sum())
         U_block = H.U[start:stop, start:stop]
-        change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T)
+        change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T, tolerance=tolerance)
         W[:, stop:].addmm_(change @ U_block, H.V[start:stop, stop:])
         W[:, start:stop] += change  # +0.0 where it takes a weight away
         M[:, start:stop] = mask
@@ -230,10 +245,19 @@ def _prune_blocks(
 def _prune_columns(W: Tensor, norms: Tensor | None, H: Factor, count: int) -> tuple[Tensor, Tensor]:
     """Remove whole columns at once and refit the rest. Returns the new weights and the mask."""
     elimination = Elimination(W, H)
-    scores = elimination.costs() if norms is None else W.square().sum(dim=0) * norms.square()
-    removed = smallest_columns(scores, count)
-    elimination.remove(removed.nonzero().flatten())
+    if norms is None:  # priced anew after every part, in view of the columns that are gone
+        for part in _even_parts(count, _ROUNDS):
+            elimination.remove(smallest_columns(elimination.costs(), part).nonzero().flatten())
+    else:
+        scores = W.square().sum(dim=0) * norms.square()
+        elimination.remove(smallest_columns(scores, count).nonzero().flatten())
+    removed = ~elimination.left
     return elimination.weight.to(W.dtype), removed.expand_as(W).clone()
+
+
+def _even_parts(count: int, parts: int) -> list[int]:
+    """A number as a sum of so many, or fewer, that differ by one at most."""
+    return [part for k in range(parts) if (part := count * (k + 1) // parts - count * k // parts)]
 
 
 def solve_masked(
@@ -241,48 +265,54 @@ def solve_masked(
     mask: Tensor,
     S: Tensor,
     *,
+    diagonal: Tensor | None = None,
     start: Tensor | None = None,
     steps: int | None = None,
+    tolerance: float | None = None,
+    products: torch.dtype = torch.float32,
 ) -> Tensor:
     """For every row, the d with d = -w on the mask that minimises d S d^T.
 
     Conjugate gradients with the diagonal of S as preconditioner, all rows at once. The objective
-    falls with every step, so stopping early never leaves a row worse than it was at the start.
+    falls with every step, so stopping early never leaves a row worse than it was at the start. A
+    row that is solved stays as it is, whatever the others need.
 
     Args:
         w: [rows, B], the weights.
         mask: bool[rows, B], True = removed.
         S: [B, B], symmetric positive definite.
+        diagonal: [B], that of S where S itself has another one.
         start: [rows, B], where to start on the kept entries; zero if None.
         steps: the most steps; if None, 2 B (exact arithmetic needs at most B).
+        tolerance: relative residual, in the preconditioned norm, at which a row is done; if None,
+            that of the dtype.
+        products: bfloat16 lets the steps round what they multiply where that is faster. It is the
+            change from `start` that is rounded, which another step makes up for in less time.
 
     Returns:
         [rows, B], exactly -w on the mask.
     """
     # In units in which the diagonal of S is 1, there is nothing left to precondition.
-    unit = S.diagonal().rsqrt()
-    S = S * unit * unit[:, None]
+    unit = (S.diagonal() if diagonal is None else diagonal).rsqrt()
+    S = (S * unit).mul_(unit[:, None])
+    S.diagonal().fill_(1.0)
     keep = (~mask).to(w.dtype)
     fixed = w * (keep - 1.0)
     d = (fixed if start is None else fixed + start * keep).div(unit)
     residual = torch.mm(d, S).mul_(keep).neg_()
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
     rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
-    solved = rr * _SOLVED[w.dtype] ** 2
-    for _ in range(2 * w.shape[1] if steps is None else steps):
-        if bool((rr <= solved).all()):
-            break
-        torch.mm(direction, S, out=image).mul_(keep)
-        curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
-        step = _ratio(rr, curvature)
-        d.addcmul_(step, direction)
-        residual.addcmul_(step, image, value=-1.0)
-        rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
-        direction.mul_(_ratio(rr_next, rr)).add_(residual)
-        rr = rr_next
+    solved = rr * (_SOLVED[w.dtype] if tolerance is None else tolerance) ** 2
+    with products_in(products):
+        for _ in range(2 * w.shape[1] if steps is None else steps):
+            if bool((rr <= solved).all()):
+                break
+            torch.mm(direction, S, out=image).mul_(keep)
+            curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
+            step = torch.where(rr > solved, rr / curvature, 0.0)
+            d.addcmul_(step, direction)
+            residual.addcmul_(step, image, value=-1.0)
+            rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
+            direction.mul_(torch.where(rr > solved, rr_next / rr, 0.0)).add_(residual)
+            rr = rr_next
     return d.mul_(unit).mul_(keep).add_(fixed)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, and 0 where a row is finished and both have vanished."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)

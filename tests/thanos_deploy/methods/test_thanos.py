@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.golden import damped, golden_problem, loss, random_problem
+from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import DeployError, HessianError, ModelError, UsageError
 from thanos_deploy.hessian import factor
 from thanos_deploy.layer import LayerProblem
-from thanos_deploy.mask import smallest_in_groups
+from thanos_deploy.mask import smallest_columns, smallest_in_groups
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import SemiStructured, Structured, Unstructured
 
@@ -285,6 +286,56 @@ def test_a_float32_refit_is_as_good_as_a_float64_one() -> None:
     single = LayerProblem(problem.weight.float(), problem.hessian.float(), "single")
     result = thanos.prune(single, TWO_FOUR, **options)
     assert loss(problem, result.weight.double()) < 1.0001 * loss(problem, exact.weight)
+
+
+def test_a_refit_with_rounded_products_is_nearly_as_good_and_keeps_what_is_exact() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 96, generator=g) @ torch.randn(96, 400, generator=g)
+    weight = torch.randn(48, 96, generator=g)
+    results = {
+        products: thanos.prune(
+            LayerProblem(weight, x @ x.T, "layer", products=products),
+            TWO_FOUR,
+            score="obs",
+            block_columns=16,
+            refit_steps=20,
+        )
+        for products in (torch.float32, torch.bfloat16)
+    }
+    exact, rounded = results.values()
+    assert torch.equal(exact.mask, rounded.mask)
+    assert bool((rounded.weight[rounded.mask] == 0).all())
+    assert rounded.relative_error == pytest.approx(exact.relative_error, rel=0.01)
+    # Where blocks have solved everything there is nothing left to round.
+    problem = LayerProblem(weight, x @ x.T, "layer", products=torch.bfloat16)
+    columns, refitted = (
+        thanos.prune(problem, Structured(0.3), score="obs", refit_steps=steps) for steps in (0, 8)
+    )
+    assert torch.equal(columns.weight, refitted.weight)
+
+
+def test_a_solved_row_stays_as_it_is_whatever_the_others_need() -> None:
+    problem = random_problem(3, rows=8, cols=32)
+    weight = problem.weight.float()
+    mask = smallest_in_groups(weight.abs(), 2, 4)
+    S = damped(problem.hessian).float()
+    together = thanos.solve_masked(weight, mask, S, tolerance=0.1)
+    for row in range(len(weight)):
+        alone = thanos.solve_masked(weight[[row]], mask[[row]], S, tolerance=0.1)
+        torch.testing.assert_close(together[[row]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_that_go_in_rounds_cost_less_than_all_at_once() -> None:
+    at_once, in_rounds = 0.0, 0.0
+    for seed in range(20):
+        problem = random_problem(seed, cols=32)
+        result = thanos.prune(problem, Structured(0.3), score="obs")
+        in_rounds += loss(problem, result.weight)
+        elimination = Elimination(problem.weight, factor(problem, 0.01))
+        count = int(result.mask[0].sum())
+        elimination.remove(smallest_columns(elimination.costs(), count).nonzero().flatten())
+        at_once += elimination.loss / 2
+    assert in_rounds < 0.9 * at_once
 
 
 def test_layers_that_share_factors_are_pruned_as_if_alone() -> None:
