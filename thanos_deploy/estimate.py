@@ -1,22 +1,27 @@
 """What pruning a model will take on this machine, before it is pruned: seconds and memory.
 
-Seconds: two blocks are walked with few tokens, as pruning walks them, which gives what collecting
-statistics and going on to the next block take of a token; and leading parts of their layers, of
-several sizes, are pruned with these statistics. What a layer of [rows, cols] takes is fitted to the
-latter by
+Of cutting: the survey, which has been walked by then, took what it will take again; two blocks are
+cut with as many tokens as pass at once, which makes solving no quicker; and this process has held
+by then what cutting holds.
+
+Of everything else, the seconds: two blocks are walked with few tokens, as pruning walks them, which
+gives what collecting statistics and going on to the next block take of a token; and leading parts
+of their layers, of several sizes, are pruned with these statistics. What a layer of [rows, cols]
+takes is fitted to the latter by
 
     a cols^3 + b rows cols^2 + c rows cols + d cols
 
 for factoring, for updating, for choosing and block solves, and for what each column costs.
 
-Memory: counted from the shapes, on top of what the process holds already: one block, the statistics
-of its layers, what factoring the widest of them needs, and the passes that wait inside the block.
+And the memory: counted from the shapes, on top of what the process holds already: one block, the
+statistics of its layers, what factoring the widest of them needs, and the passes that wait inside
+the block.
 """
 
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -26,7 +31,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
 
-from thanos_deploy import environment
+from thanos_deploy import environment, shrink
 from thanos_deploy.calibrate import Statistics
 from thanos_deploy.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.layer import LayerProblem
@@ -34,7 +39,9 @@ from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.prune import aim, gather, linear_shapes, solve
 from thanos_deploy.requests import PruneRequest
-from thanos_deploy.walk import TOKENS_PER_BATCH, WAITING_BYTES, visits, waiting_bytes
+from thanos_deploy.sizing import Losses, Plan
+from thanos_deploy.tune import TOKENS_PER_STEP, tune
+from thanos_deploy.walk import TOKENS_PER_BATCH, WAITING_BYTES, Visit, visits, waiting_bytes
 
 # Multiplications of a trial pass through a block: a fraction of a second on any machine.
 _TRIAL_PRODUCTS = 5e9
@@ -57,8 +64,8 @@ class Estimate:
     """What pruning will take.
 
     Attributes:
-        seconds: by activity: "collect", "solve" and "forward" as in `prune.BlockReport`; "survey",
-            the walk of OWL before.
+        seconds: by activity: "collect", "solve", "tune" and "forward" as in `prune.BlockReport`;
+            "survey", the walk before, of OWL or of cutting.
         memory_bytes: the most that the process will hold.
         token_seconds: one token on its way through one dense block, statistics included.
         basis: what this is derived from.
@@ -90,7 +97,7 @@ def estimate(
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        request: how it is to be pruned; nothing is cut out of it.
+        request: how it is to be pruned; for what is to be cut see `estimate_cutting`.
         patterns: of the layers that are to be pruned, by full name.
     """
     resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
@@ -101,23 +108,26 @@ def estimate(
     few = _few(checkpoint, segments)
     share = segments.numel() / few.numel()
     walk = request.walk_options
-    ways = 1 + (walk["dense_target"] > 0.0)
+    ways = 1 + request.walks_dense
     trial = _walk(
         *(checkpoint, few, linears),
         true_sequential=walk["true_sequential"],
-        with_dense=ways > 1,
+        dense_target=walk["dense_target"],
+        tune_steps=walk["tune_steps"],
         forward=DTYPES[request.resolved_forward],
     )
     seconds = {
         "collect": len(visited) * share * trial.seconds["collect"],
         "solve": _solving(checkpoint, trial, request, patterns),
+        "tune": _tuning(trial, few, segments, walk["tune_steps"]) * len(visited),
         "forward": (blocks - 1) * share * trial.seconds.get("forward", 0.0),
     }
     if request.allocation == "owl":
         survey = _walk(
             *(checkpoint, few, family.linears),
             true_sequential=False,
-            with_dense=False,
+            dense_target=0.0,
+            tune_steps=0,
             forward=torch.float32,
         )
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
@@ -125,10 +135,54 @@ def estimate(
     return Estimate(
         seconds=seconds,
         memory_bytes=resident
-        + _memory(checkpoint, segments, linears, walk["true_sequential"], ways),
+        + _memory(
+            *(checkpoint, segments, linears, walk["true_sequential"]),
+            *(ways, DTYPES[request.resolved_forward]),
+        ),
         token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
         basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
         f"{spent:.1f} s on this machine",
+    )
+
+
+@torch.no_grad()
+def estimate_cutting(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    request: PruneRequest,
+    losses: Sequence[Losses],
+    plan: Plan,
+) -> Estimate:
+    """Cut for a moment, and derive the rest.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        request: how it is to be cut.
+        losses: of each block, from a survey with these tokens by this process.
+        plan: the widths of each block.
+    """
+    started, fit, blocks = time.perf_counter(), request.fit_options, len(losses)
+    few = segments[: max(1, TOKENS_PER_BATCH // segments.shape[1])]
+    share = segments.numel() / few.numel()
+    # What becomes of one block stands for all.
+    after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
+    trial = _quicker(
+        visits(checkpoint, few, with_dense=fit["dense_target"] > 0.0),
+        lambda visit: shrink.cut(visit, checkpoint, after, **fit),
+    )
+    spent = time.perf_counter() - started
+    return Estimate(
+        seconds={
+            "survey": sum(sum(loss.seconds.values()) for loss in losses),
+            "collect": blocks * share * trial.get("collect", 0.0),
+            "solve": blocks * trial.get("solve", 0.0),
+            "forward": (blocks - 1) * share * trial.get("forward", 0.0),
+        },
+        memory_bytes=environment.peak_memory_bytes(),
+        token_seconds=sum(loss.seconds["collect"] for loss in losses) / blocks / segments.numel(),
+        basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "
+        f"cut, in {spent:.1f} s on this machine",
     )
 
 
@@ -147,25 +201,51 @@ def _walk(
     linears: Collection[str],
     *,
     true_sequential: bool,
-    with_dense: bool,
+    dense_target: float,
+    tune_steps: int,
     forward: torch.dtype,
 ) -> _Trial:
-    """Walk two blocks, of which the quicker counts, and prune nothing."""
-    clocks: list[Mapping[str, float]] = []
+    """Walk two blocks and prune nothing."""
     layers: dict[str, tuple[Tensor, Statistics]] = {}
-    for visit in islice(visits(checkpoint, few, with_dense=with_dense, forward=forward), _REPEATS):
+
+    def work(visit: Visit) -> None:
         wanted = {visit.prefix + name for name in linears}
-        for groups, statistics in gather(visit, checkpoint.family, wanted, true_sequential):
-            layers |= {
-                name: (matrix(visit.block.get_submodule(name)), statistics[group[0]])
+        for groups, statistics in gather(
+            *(visit, checkpoint.family, wanted),
+            true_sequential=true_sequential,
+            with_dense=dense_target > 0.0,
+        ):
+            layers.update(
+                (name, (matrix(visit.block.get_submodule(name)), statistics[group[0]]))
                 for group in groups
                 for name in group
-            }
+            )
+        if tune_steps:
+            with visit.clock.measure("tune"):
+                tune(visit, linears, 1)
+
+    with_dense = dense_target > 0.0 or tune_steps > 0
+    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward)
+    return _Trial(_quicker(walk, work), layers)
+
+
+def _quicker(walk: Iterator[Visit], work: Callable[[Visit], object]) -> dict[str, float]:
+    """Seconds by activity that working on two blocks takes, of which the quicker counts."""
+    clocks = []
+    for visit in islice(walk, _REPEATS):
+        work(visit)
         clocks.append(visit.clock.seconds)
     activities = {activity for clock in clocks for activity in clock}
-    return _Trial(
-        {name: min(clock[name] for clock in clocks if name in clock) for name in activities}, layers
+    return {name: min(clock[name] for clock in clocks if name in clock) for name in activities}
+
+
+def _tuning(trial: _Trial, few: Tensor, segments: Tensor, steps: int) -> float:
+    """Seconds that tuning takes for a block."""
+    tried, taken = (
+        min(data.numel(), max(1, TOKENS_PER_STEP // data.shape[1]) * data.shape[1])
+        for data in (few, segments)
     )
+    return steps * trial.seconds.get("tune", 0.0) * taken / tried
 
 
 def _solving(
@@ -187,8 +267,13 @@ def _solving(
         for _ in range(_REPEATS):
             started = time.perf_counter()
             # A new one each time, because a problem keeps its factors.
-            part = LayerProblem(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial")
-            aimed, _ = aim(part, target, request.walk_options["dense_target"])
+            part = LayerProblem(
+                *(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial"),
+                products=DTYPES[request.resolved_forward],
+            )
+            aimed, _ = aim(
+                *(part, target, request.walk_options["dense_target"], request.resolved_options)
+            )
             solve(
                 *(part, pattern),
                 method=request.method,
@@ -214,6 +299,7 @@ def _memory(
     linears: Collection[str],
     true_sequential: bool,
     ways: int,
+    forward: torch.dtype,
 ) -> int:
     """Bytes that the walk holds at once, on `ways` ways: the pruned model's and the dense one's."""
     config, family, shapes = checkpoint.config, checkpoint.family, linear_shapes(checkpoint)
@@ -227,8 +313,10 @@ def _memory(
     # What layers read is kept until every way has passed, what they make for a moment.
     passing = batch * (ways * sum(widths) + sum(shapes[first + name][0] for name in family.linears))
     factoring = _FACTORING * max(widths) ** 2 * _DOUBLE
-    block = _FLOAT * ways * (weights + statistics) + max(_FLOAT * passing, factoring)
-    waiting = waiting_bytes(checkpoint, segments, ways)
+    copies = ways if forward is not torch.float32 else ways - 1
+    block = _FLOAT * (weights + ways * statistics) + forward.itemsize * copies * weights
+    block += max(forward.itemsize * passing, factoring)
+    waiting = waiting_bytes(checkpoint, segments, ways, forward)
     if not true_sequential or waiting > WAITING_BYTES:
         waiting = 0
     embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)

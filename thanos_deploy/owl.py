@@ -16,14 +16,17 @@ most by it, so that exactly floor(S n) of all n weights are removed.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import collect
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.journal import Journal
 from thanos_deploy.linear import matrix
 from thanos_deploy.mask import removed_count
 from thanos_deploy.pattern import Unstructured
@@ -33,6 +36,28 @@ from thanos_deploy.walk import visits
 # The paper's M and lambda.
 THRESHOLD = 5.0
 SPREAD = 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """What the survey counted in one block.
+
+    Attributes:
+        ratio: D_l.
+        seconds: time that it took, by activity; see `prune.BlockReport`.
+    """
+
+    ratio: float
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> Json:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Outliers":
+        """What `to_json` made the value of."""
+        return cls(**value)
 
 
 def check(sparsity: float, *, threshold: float, spread: float) -> None:
@@ -62,25 +87,28 @@ def survey(
     layers: Collection[str],
     *,
     threshold: float = THRESHOLD,
+    journal: Journal[Outliers] | None = None,
     on_progress: OnProgress = silent,
-) -> list[float]:
-    """D_l of every block, in one walk through the dense model.
+) -> list[Outliers]:
+    """The outliers of every block, in one walk through the dense model.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
         layers: full names of the linear layers that count; a block without any has 0.
         threshold: M.
+        journal: see `prune.prune`.
         on_progress: told of every finished block.
 
     Raises:
         HessianError: activations are not finite.
     """
     family, count = checkpoint.family, checkpoint.config.num_hidden_layers
-    ratios = []
-    on_progress(0, count)
-    for visit in visits(checkpoint, segments):
-        statistics = collect(visit.walk, [group[0] for group in family.inputs])
+    outliers = [] if journal is None else journal.reports
+    on_progress(len(outliers), count)
+    for visit in visits(checkpoint, segments, journal=journal):
+        with visit.clock.measure("collect"):
+            statistics = collect(visit.walk, [group[0] for group in family.inputs])
         scores = [
             (matrix(visit.block.get_submodule(name)).abs() * norms).flatten()
             for group in family.inputs
@@ -88,12 +116,13 @@ def survey(
             for name in group
             if visit.prefix + name in layers
         ]
-        ratios.append(_outliers(torch.cat(scores), visit.prefix, threshold) if scores else 0.0)
+        ratio = _ratio(torch.cat(scores), visit.prefix, threshold) if scores else 0.0
+        outliers.append(Outliers(ratio, visit.clock.seconds))
         on_progress(visit.index + 1, count)
-    return ratios
+    return outliers
 
 
-def _outliers(scores: Tensor, block: str, threshold: float) -> float:
+def _ratio(scores: Tensor, block: str, threshold: float) -> float:
     mean = scores.mean(dtype=torch.float64).item()
     if not math.isfinite(mean):
         raise HessianError(

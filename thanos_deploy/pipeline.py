@@ -53,9 +53,10 @@ from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, every_segment, read_text, segments
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, convert_gguf, convert_packed, locate
 from thanos_deploy.errors import InputError, PlatformError, UsageError
-from thanos_deploy.estimate import estimate
+from thanos_deploy.estimate import Estimate, estimate, estimate_cutting
 from thanos_deploy.export import ENGINES, export, exported_with, graph
 from thanos_deploy.journal import Journal
+from thanos_deploy.owl import Outliers
 from thanos_deploy.parts import part_bytes
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
@@ -155,14 +156,18 @@ def prune_checkpoint(
     request: PruneRequest,
     announce: Announce = quietly,
     *,
+    survey: Journal[Outliers] | None = None,
     journal: Journal[pruning.BlockReport] | None = None,
 ) -> list[pruning.BlockReport]:
-    """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`."""
+    """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`.
+
+    Where a walk before decides what each block loses, `survey` is the journal of that.
+    """
     return pruning.prune(
         source,
         ids,
         destination,
-        pattern=_allocated(source, ids, request, announce),
+        pattern=_allocated(source, ids, request, announce, survey),
         method=request.method,
         options=request.resolved_options,
         **request.walk_options,
@@ -191,18 +196,23 @@ def _sparsity_file(request: PruneRequest) -> assignment.SparsityFile | None:
 
 
 def _allocated(
-    source: Checkpoint, ids: Tensor, request: PruneRequest, announce: Announce
+    source: Checkpoint,
+    ids: Tensor,
+    request: PruneRequest,
+    announce: Announce,
+    journal: Journal[Outliers] | None,
 ) -> Mapping[str, Pattern]:
     """The pattern of every layer, after a walk through the dense model if that decides it."""
     patterns = assigned(source, request)
     if request.allocation != "owl":
         return patterns
     options = request.owl_options
-    ratios = owl.survey(
+    outliers = owl.survey(
         source,
         ids,
         patterns,
         threshold=options["threshold"],
+        journal=journal,
         on_progress=announce("Count the outliers of each block"),
     )
     family, shapes = source.family, pruning.linear_shapes(source)
@@ -212,8 +222,9 @@ def _allocated(
             for linear in family.linears
             if (name := f"{family.blocks}.{index}.{linear}") in patterns
         }
-        for index in range(len(ratios))
+        for index in range(len(outliers))
     ]
+    ratios = [block.ratio for block in outliers]
     return owl.allocate(ratios, blocks, request.pattern.sparsity, spread=options["spread"])
 
 
@@ -315,11 +326,16 @@ def prune(
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
         kept = bundle.journal("prune")
-        how = request.fit_options if request.shrinks else request.walk_options
-        activations = activation_bytes(source, ids.numel(), with_dense=how["dense_target"] > 0.0)
-        needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journal
+        activations = activation_bytes(
+            *(source, ids.numel(), DTYPES[request.resolved_forward]),
+            with_dense=request.walks_dense,
+        )
+        if request.surveys:
+            activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
+        needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
         artifact.require_disk(folder, needed - artifact.size(kept))
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
+        surveyed: Journal[Losses] | Journal[Outliers] | None
         if request.shrinks:
             surveyed = Journal(kept / "survey", owner, Losses)
             losses = survey_blocks(source, ids, request, announce, journal=surveyed)
@@ -330,9 +346,10 @@ def prune(
             )
             summary = {**_summary_of_cuts(blocks), "widths": _plan_summary(plan)}
         else:
+            surveyed = Journal(kept / "survey", owner, Outliers) if request.surveys else None
             pruned = Journal(kept / "blocks", owner, pruning.BlockReport)
             blocks = prune_checkpoint(
-                *(source, ids, folder / "model", request, announce), journal=pruned
+                *(source, ids, folder / "model", request, announce), survey=surveyed, journal=pruned
             )
             summary = _summary_of(blocks, request)
         artifact.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
@@ -342,9 +359,14 @@ def prune(
             )
         return {
             **summary,
+            **(
+                {"survey_seconds": sum(sum(one.seconds.values()) for one in surveyed.reports)}
+                if surveyed
+                else {}
+            ),
             **{
                 f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
-                for activity in ("collect", "solve", "forward", "journal")
+                for activity in ("collect", "solve", "tune", "forward", "journal")
             },
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "dense_bytes": source.bytes_in("auto"),
@@ -724,7 +746,23 @@ def _plan_pruning(
     text = _text(request.calib, request.text_field, held_out=False)
     ids = _segments(source, text, request.nsamples, request.seqlen, seed=request.seed)
     exported = 0 if evaluation is None else 4 * source.parameters
-    plan = {
+    what: Json
+    if request.shrinks:
+        losses = survey_blocks(source, ids, request, announce)
+        widths = plan_widths(source, losses, request)
+        found = estimate_cutting(source, ids, request, losses, widths)
+        what = {"widths": _plan_summary(widths)}
+    else:
+        patterns = assigned(source, request)
+        found = estimate(source, ids, request, patterns)
+        what = {
+            "patterns": assignment.counts(patterns.get(name) for name in entries),
+            "layers_left_dense": [name for name in entries if name not in patterns],
+            "linear_weights_removed": sum(
+                int(entries[name] * its.sparsity) for name, its in patterns.items()
+            ),
+        }
+    return {
         "model": dense.source.to_json(),
         "model_type": source.config.model_type,
         "parameters": source.parameters,
@@ -733,33 +771,31 @@ def _plan_pruning(
         "prune": request.to_json(),
         "disk_bytes_needed": source.bytes_in(request.dtype) + exported,
         "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
+        **what,
+        "estimate": _estimated(source, found, request, evaluation),
     }
-    if request.shrinks:
-        losses = survey_blocks(source, ids, request, announce)
-        return {**plan, "widths": _plan_summary(plan_widths(source, losses, request))}
-    patterns = assigned(source, request)
-    found = estimate(source, ids, request, patterns)
+
+
+def _estimated(
+    source: Checkpoint, found: Estimate, request: PruneRequest, evaluation: EvalRequest | None
+) -> Json:
     seconds = dict(found.seconds)
     if evaluation is not None:
         # The dense and the pruned model; the output head is as much work as its share of weights.
         blocks = source.config.num_hidden_layers
-        head = source.config.vocab_size * source.config.hidden_size * blocks / sum(entries.values())
+        weights = sum(math.prod(shape) for shape in pruning.linear_shapes(source).values())
+        head = source.config.vocab_size * source.config.hidden_size * blocks / weights
         tokens = 2 * evaluation.segments * evaluation.seqlen
         seconds["eval"] = tokens * found.token_seconds * (blocks + head)
     return {
-        **plan,
-        "patterns": assignment.counts(patterns.get(name) for name in entries),
-        "layers_left_dense": [name for name in entries if name not in patterns],
-        "linear_weights_removed": sum(
-            int(entries[name] * its.sparsity) for name, its in patterns.items()
-        ),
-        "estimate": {
-            "seconds": seconds,
-            "total_seconds": sum(seconds.values()),
-            "memory_bytes": found.memory_bytes,
-            "basis": found.basis,
-            "not_estimated": [] if evaluation is None else ["onnx", "bench"],
-        },
+        "seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+        "memory_bytes": found.memory_bytes,
+        "basis": found.basis,
+        "not_estimated": [
+            *(["recover"] if request.recover else []),
+            *([] if evaluation is None else ["onnx", "bench"]),
+        ],
     }
 
 

@@ -140,25 +140,27 @@ def survey(
     for visit in visits(checkpoint, segments, journal=journal):
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
-        statistics = collect_relative(visit.walk, consumers)
-        fitted = {}
-        for name in consumers:
-            layer = _Layer(visit, name, statistics[name])
-            factored = factor(layer.problem, damping, damping_mode)
-            fitted[name] = Elimination(layer.problem.weight, factored)
-        heads = {}
-        for fewer_keys in (False, True):  # two ways, on each of which the heads go one by one
-            trial = deepcopy(fitted[family.heads.consumer])
-            for layout in layouts(width):
-                if (layout[1] < width.kv_heads) == fewer_keys:
-                    trial.drop_heads((width.heads, width.kv_heads), keep=layout)
-                    heads[layout] = trial.loss / segments.numel()
-        by_count = fitted[family.channels.consumer].channel_losses() / segments.numel()
+        with visit.clock.measure("collect"):
+            statistics = collect_relative(visit.walk, consumers)
+        with visit.clock.measure("solve"):
+            fitted = {}
+            for name in consumers:
+                layer = _Layer(visit, name, statistics[name])
+                factored = factor(layer.problem, damping, damping_mode)
+                fitted[name] = Elimination(layer.problem.weight, factored)
+            heads = {}
+            for fewer_keys in (False, True):  # two ways, on each of which the heads go one by one
+                trial = deepcopy(fitted[family.heads.consumer])
+                for layout in layouts(width):
+                    if (layout[1] < width.kv_heads) == fewer_keys:
+                        trial.drop_heads((width.heads, width.kv_heads), keep=layout)
+                        heads[layout] = trial.loss / segments.numel()
+            by_count = fitted[family.channels.consumer].channel_losses() / segments.numel()
         channels = {
             left: by_count[width.channels - left].item()
             for left in (width.channels, *channel_steps(width.channels, multiple))
         }
-        losses.append(Losses(heads, channels))
+        losses.append(Losses(heads, channels, visit.clock.seconds))
         on_progress(visit.index + 1, count)
     return losses
 
@@ -212,32 +214,50 @@ def shrink(
             with_dense=dense_target > 0.0,
             journal=journal,
         ):
-            before, after = checkpoint.widths[visit.index], plan.widths[visit.index]
-            cut = _Cutter(
-                *(visit, family, before, after),
+            report = cut(
+                *(visit, checkpoint, plan.widths[visit.index]),
                 damping=damping,
                 damping_mode=damping_mode,
                 dense_target=dense_target,
             )
-            cut.run(checkpoint.head_size)
-            report = BlockReport(
-                before=before,
-                after=after,
-                heads=tuple(cut.heads.tolist()),
-                channels=tuple(cut.channels.tolist()),
-                heads_error=cut.heads_error,
-                channels_error=cut.channels_error,
-                damping=cut.damping,
-                seconds=visit.clock.seconds,
-            )
             reports.append(report)
             logger.info(
                 "block %d: %d heads, %d channels; errors %.4f and %.4f",
-                *(visit.index, after.heads, after.channels),
+                *(visit.index, report.after.heads, report.after.channels),
                 *(report.heads_error, report.channels_error),
             )
             on_progress(visit.index + 1, len(plan.blocks))
     return reports
+
+
+def cut(
+    visit: Visit,
+    checkpoint: Checkpoint,
+    after: Widths,
+    *,
+    damping: float,
+    damping_mode: str,
+    dense_target: float,
+) -> BlockReport:
+    """Cut one block down to a width, in place; see `shrink`."""
+    before = checkpoint.widths[visit.index]
+    cutter = _Cutter(
+        *(visit, checkpoint.family, before, after),
+        damping=damping,
+        damping_mode=damping_mode,
+        dense_target=dense_target,
+    )
+    cutter.run(checkpoint.head_size)
+    return BlockReport(
+        before=before,
+        after=after,
+        heads=tuple(cutter.heads.tolist()),
+        channels=tuple(cutter.channels.tolist()),
+        heads_error=cutter.heads_error,
+        channels_error=cutter.channels_error,
+        damping=cutter.damping,
+        seconds=visit.clock.seconds,
+    )
 
 
 class _Layer:

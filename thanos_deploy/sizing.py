@@ -62,10 +62,12 @@ class Losses:
     Attributes:
         heads: (query heads, key-value heads) that stay -> change.
         channels: feed-forward channels that stay -> change.
+        seconds: time that it took to find out, by activity; see `prune.BlockReport`.
     """
 
     heads: Mapping[tuple[int, int], float]
     channels: Mapping[int, float]
+    seconds: Mapping[str, float]
 
     def of(self, width: Widths) -> float:
         """The loss at a width, both parts together."""
@@ -74,13 +76,17 @@ class Losses:
 
     def to_json(self) -> Json:
         """For the journal; JSON has no numbers for keys."""
-        return {"heads": list(self.heads.items()), "channels": list(self.channels.items())}
+        return {
+            "heads": list(self.heads.items()),
+            "channels": list(self.channels.items()),
+            "seconds": self.seconds,
+        }
 
     @classmethod
     def from_json(cls, value: Json) -> "Losses":
         """What `to_json` made the value of."""
         heads = {(heads, kv_heads): loss for (heads, kv_heads), loss in value["heads"]}
-        return cls(heads, dict(value["channels"]))
+        return cls(heads, dict(value["channels"]), value["seconds"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,11 +50,11 @@ def test_the_more_outliers_the_less_goes_and_the_mean_is_kept() -> None:
 def test_outliers_are_counted_in_the_dense_model(make_model: MakeModel) -> None:
     folder = make_model("llama")
     checkpoint = Checkpoint.open(folder)
-    counted = [name for name in checkpoint.linears if "k_proj" not in name]
-    ratios = owl.survey(checkpoint, SEGMENTS, counted, threshold=3.0)
+    layers = [name for name in checkpoint.linears if "k_proj" not in name]
+    counted = owl.survey(checkpoint, SEGMENTS, layers, threshold=3.0)
     model = stock_model(folder, dtype=torch.float32)
     with torch.no_grad():
-        for block, ratio in zip(model.model.layers, ratios, strict=True):
+        for block, outliers in zip(model.model.layers, counted, strict=True):
             scores = torch.cat(
                 [
                     (
@@ -66,8 +66,8 @@ def test_outliers_are_counted_in_the_dense_model(make_model: MakeModel) -> None:
                 ]
             )
             expected = (scores > 3.0 * scores.mean()).float().mean().item()
-            assert 0.0 < ratio < 0.1
-            assert ratio == pytest.approx(expected, abs=2.0 / len(scores))
+            assert 0.0 < outliers.ratio < 0.1
+            assert outliers.ratio == pytest.approx(expected, abs=2.0 / len(scores))
 
 
 def test_activations_that_are_not_finite_cannot_be_counted(

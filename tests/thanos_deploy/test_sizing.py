@@ -77,6 +77,7 @@ def flat_losses(checkpoint: Checkpoint, per_head: float, per_channel: float) -> 
                 left: factor * per_channel * (full.channels - left) ** 2
                 for left in (full.channels, *channel_steps(full.channels, 8))
             },
+            {},
         )
         for factor in (1.0, 4.0)
     ]

@@ -30,8 +30,8 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
     """Prune MODEL into OUT/model, an ordinary checkpoint.
 
     --dry-run works for a moment and prints an estimate of the time, memory and disk that pruning
-    takes. With a structured pattern it measures what each block would lose and prints the heads and
-    channels that would stay.
+    takes. With a structured pattern it first measures what each block would lose and prints the
+    heads and channels that would stay.
     """
     with session(options) as announce:
         from thanos_deploy import artifact, pipeline
