@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstructured:0.5 ...]
            [--preset best] [--calib-forward auto]
 
-Prints one line a block: the forward pass that collects statistics, the solver, the forward pass
-through the rest of the pruned block, the journal; then the sums, and last, for all patterns, the
+Prints one line a block: the forward pass that collects statistics, the solver, tuning, the forward
+pass through the pruned block, the journal; then the sums, and last, for all patterns, the
 same beside the bare cost of two float32 forward passes: as time, and as processor time, which other
 work on the machine changes less. Peak resident memory is that of the process so far. JSON lines
 follow.
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import console, environment, pattern, walk
+from thanos_deploy import console, environment, methods, pattern, walk
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
@@ -27,6 +27,8 @@ from thanos_deploy.journal import Journal
 from thanos_deploy.pipeline import Dense, prune_checkpoint
 from thanos_deploy.prune import BlockReport
 from thanos_deploy.requests import PruneRequest
+
+ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
         nargs="+",
         default=[pattern.parse("2:4"), pattern.parse("unstructured:0.5")],
     )
-    parser.add_argument("--preset", choices=["best", "paper"], default="best")
+    parser.add_argument("--preset", choices=methods.PRESET_NAMES, default="best")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
@@ -89,26 +91,18 @@ def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) ->
         blocks = prune_checkpoint(checkpoint, ids, out, request, journal=journal)
         total = time.perf_counter() - started
         processor = time.process_time() - processor
-    print(f"{request.pattern}\nblock  collect s  solve s  forward s  journal s")
+    print(f"{request.pattern}\nblock  {'  '.join(f'{part:>7s}' for part in ACTIVITIES)}")
     for index, block in enumerate(blocks):
-        print(
-            f"{index:5d}  {block.seconds['collect']:9.2f}  {block.seconds['solve']:7.2f}"
-            f"  {block.seconds['forward']:9.2f}  {block.seconds['journal']:9.2f}"
-        )
-    collect, solve, forward, journaling = (
-        sum(block.seconds[part] for block in blocks)
-        for part in ("collect", "solve", "forward", "journal")
-    )
+        times = (block.seconds.get(part, 0.0) for part in ACTIVITIES)
+        print(f"{index:5d}  {'  '.join(f'{seconds:7.2f}' for seconds in times)}")
+    sums = {part: sum(block.seconds.get(part, 0.0) for block in blocks) for part in ACTIVITIES}
     print(
-        f"  sum  {collect:9.2f}  {solve:7.2f}  {forward:9.2f}  {journaling:9.2f}"
+        f"  sum  {'  '.join(f'{seconds:7.2f}' for seconds in sums.values())}"
         f"   whole call {total:.1f} s"
     )
     return {
         "tokens": ids.numel(),
-        "collect_seconds": collect,
-        "solve_seconds": solve,
-        "forward_seconds": forward,
-        "journal_seconds": journaling,
+        **{f"{part}_seconds": seconds for part, seconds in sums.items()},
         "whole_seconds": total,
         "processor_seconds": processor,
         "peak_memory_bytes": environment.peak_memory_bytes(),

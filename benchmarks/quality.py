@@ -122,8 +122,9 @@ def begin(path: Path, conditions: Json) -> Json:
 def grid(arguments: argparse.Namespace) -> Iterator[PruneRequest]:
     """Every method, pattern and preset; a preset that is the paper's setting comes once."""
     for method in arguments.methods:
-        paper, best = (methods.preset(method, which) for which in ("paper", "best"))
-        for preset in ("paper",) if paper == best else ("paper", "best"):
+        paper = methods.preset(method, "paper")
+        others = [name for name in methods.PRESET_NAMES if methods.preset(method, name) != paper]
+        for preset in ("paper", *others):
             for pattern in map(parse, arguments.patterns):
                 yield PruneRequest(
                     pattern=pattern,

@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from thanos_deploy import artifact, console, environment
+from thanos_deploy import artifact, console, environment, methods
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.pipeline import Dense, prune
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--preset", choices=["best", "paper"], default="paper")
+    parser.add_argument("--preset", choices=methods.PRESET_NAMES, default="paper")
     parser.add_argument("--nsamples", type=int, default=4, help="segments of 512 tokens")
     arguments = parser.parse_args()
     model = arguments.folder / "model"

@@ -266,6 +266,7 @@ def test_a_damaged_model_exits_3_with_the_place_named_and_nothing_half_written(
         (["--block-size", "6"], 2, "blocks of 6 columns"),
         (["--damp", "0"], 2, "damping 0 "),
         (["--dense-target", "1.5"], 2, "1.5 is not in the range"),
+        (["--tune-steps", "-1"], 2, "-1 is not in the range"),
         (["--method", "guess"], 2, "'guess'"),
         (["--target", "telepathy"], 2, "'telepathy'"),
         (["--seqlen", "4096"], 2, "segments of 4096 tokens"),

@@ -71,16 +71,42 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
     code, output, _ = invoke(*arguments, "-o", out, "--dry-run", "--json")
     assert code == 0
     assert not out.exists()
-    planned = json.loads(output)["widths"]
+    plan = json.loads(output)
+    planned, estimate = plan["widths"], plan["estimate"]
     assert all(block["predicted_loss"] > 0 for block in planned["blocks"])
     assert planned["block_parameters_after"] < planned["block_parameters_before"]
     code, output, _ = invoke(*arguments, "-o", out, "--json")
     assert code == 0
-    assert json.loads(output)["widths"] == planned
+    made = json.loads(output)
+    assert made["widths"] == planned
+    assert set(estimate["seconds"]) == {"survey", "collect", "solve", "forward"}
+    for activity, seconds in estimate["seconds"].items():
+        assert seconds > 0.0
+        assert made[f"{activity}_seconds"] > 0.0
+    assert estimate["total_seconds"] == pytest.approx(sum(estimate["seconds"].values()))
+    assert 1e8 < estimate["memory_bytes"] < 1e10
     code, table, _ = invoke(*arguments, "-o", tmp_path / "other", "--dry-run")
     assert code == 0
-    assert "kv heads" in table
-    assert "predicted loss" in table
+    for said in ("kv heads", "predicted loss", "estimated seconds", "survey ", "estimated memory"):
+        assert said in table
+    code, output, errors = invoke(
+        *(
+            "prune-export",
+            *arguments[1:],
+            "--dense-target",
+            0.5,
+            "--recover",
+            4,
+            *REST,
+            "-o",
+            tmp_path / "other",
+        ),
+        *("--dry-run", "--json"),
+    )
+    assert code == 0, errors
+    estimate = json.loads(output)["estimate"]
+    assert estimate["seconds"]["eval"] > 0.0
+    assert estimate["not_estimated"] == ["recover", "onnx", "bench"]
 
 
 def test_recovery_is_recorded_repeatable_and_told(
@@ -147,6 +173,8 @@ def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
         (("structured:0.5", "--shrink", "heads"), "no heads would be left", "--shrink both"),
         (("structured:0.2", "--block-size", "64"), "with block columns", "leave it out"),
         (("structured:0.2", "--true-sequential"), "with true sequential", "leave it out"),
+        (("structured:0.2", "--preset", "fast"), "with preset fast", "leave it out"),
+        (("structured:0.2", "--tune-steps", "4"), "with tune steps", "leave it out"),
         (("structured:0.2", "--calib-forward", "bf16"), "with calib forward", "leave it out"),
         (("structured:0.2", "--preset", "paper"), "the paper sets columns to zero", "--keep-shape"),
         (("structured:0.2", "--ffn-multiple", "49"), "multiples of 49", "at most that"),

@@ -8,6 +8,7 @@ which reading it costs a copy. The journal of a walk keeps the files as they are
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from thanos_deploy.calibrate import Arguments, BlockInputs
@@ -18,28 +19,37 @@ from thanos_deploy.tensorfile import Kind, TensorFile
 class Activations:
     """What enters the next block: one tensor for each batch of each model.
 
-    They are kept in the dtype of the model's weights. All blocks, a walk's own and those of its
-    rerun, see what was read back, rounding included.
+    They are kept in the dtype in which blocks run, or in that of the model's weights if it is
+    smaller. All blocks, a walk's own and those of its rerun, see what was read back, rounding
+    included.
     """
 
-    def __init__(self, folder: Path, index: int, kinds: Mapping[str, Kind]) -> None:
+    def __init__(
+        self, folder: Path, index: int, kinds: Mapping[str, Kind], forward: torch.dtype
+    ) -> None:
         """Begin at a block.
 
         Args:
             folder: for the files; what enters the block is there.
             index: number of the block; -1 for what lies before the first one, which nothing enters.
             kinds: dtype and shape of each tensor.
+            forward: the dtype in which blocks run.
         """
         self._folder, self._index, self._kinds = folder, index, kinds
+        self._forward = forward
         self._entering: TensorFile | None = None
         self._leaving: TensorFile | None = None
 
     def read(self, name: str) -> Tensor:
-        """What enters the block, in float32."""
+        """What enters the block, in the dtype in which blocks run."""
         if self._entering is None:
             self._entering = TensorFile.open(self._path(self._index))
-        _, shape = self._kinds[name]
-        return self._entering.read(name).reshape(shape).float()
+        return self._restored(self._entering, name)
+
+    def read_leaving(self, name: str) -> Tensor:
+        """What has left the block, as `read` will have it."""
+        assert self._leaving is not None
+        return self._restored(self._leaving, name)
 
     def write(self, name: str, hidden: Tensor) -> None:
         """Set what leaves the block.
@@ -57,7 +67,6 @@ class Activations:
                 "bfloat16 or float32",
             )
         if self._leaving is None:
-            self._path(self._index - 1).unlink(missing_ok=True)
             self._leaving = TensorFile.create(self._path(self._index + 1), self._kinds)
         self._leaving.write(name, rounded)
 
@@ -66,6 +75,8 @@ class Activations:
         assert self._leaving is not None
         if self._entering is not None:
             self._entering.close()
+        # Kept as long as the block might have had to be done again.
+        self._path(self._index - 1).unlink(missing_ok=True)
         self._entering, self._leaving = self._leaving, None
         self._index += 1
         return self._entering
@@ -75,6 +86,10 @@ class Activations:
         for file in (self._entering, self._leaving):
             if file is not None:
                 file.close()
+
+    def _restored(self, file: TensorFile, name: str) -> Tensor:
+        _, shape = self._kinds[name]
+        return file.read(name).reshape(shape).to(self._forward)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"inputs-{index:04d}.safetensors"
@@ -92,9 +107,14 @@ class StoredInputs(BlockInputs):
 
     @property
     def hidden(self) -> Tensor:
-        """float32[batch, tokens, width], what enters the block."""
+        """[batch, tokens, width], what enters the block."""
         return self._activations.read(self._name)
 
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
         self._activations.write(self._name, value)
+
+    @property
+    def left(self) -> Tensor:
+        """[batch, tokens, width], what has left the block."""
+        return self._activations.read_leaving(self._name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thanos_deploy.errors import CalibrationError
@@ -156,14 +157,22 @@ class Arguments:
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
+    def of(self, rows: slice, batch: int) -> "Arguments":
+        """Those for some of a batch's sequences: what has one entry for each of them is cut."""
+
+        def cut(value: Any) -> Any:
+            each = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
+            return value[rows] if each else value
+
+        return Arguments(*tree_map(cut, (self.positional, self.named)))
+
 
 @dataclass(slots=True)
 class BlockInputs:
     """One batch of calibration data on its way through the blocks.
 
     Attributes:
-        hidden: float32[batch, tokens, width], what enters the next block; replaced as the walk
-            goes on.
+        hidden: [batch, tokens, width], what enters the next block; replaced as the walk goes on.
         arguments: the other arguments of every block; families with several kinds of blocks pass
             each kind its own.
         paused: its forward pass through that block, if one waits at a layer.
@@ -173,12 +182,18 @@ class BlockInputs:
     arguments: list[Arguments]
     paused: Pass | None = None
 
-    def forward(self, index: int, block: nn.Module) -> Tensor:
-        """What the block makes of this batch."""
-        arguments = self.arguments[index]
-        output = block(self.hidden, *arguments.positional, **arguments.named)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+    @property
+    def left(self) -> Tensor:
+        """What has left the block that the batch was run through last."""
+        return self.hidden
+
+    def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
+        """What the block makes of this batch, or of some of its sequences."""
+        hidden = self.hidden
+        arguments = self.arguments[index].of(rows, len(hidden))
+        output = block(hidden[rows], *arguments.positional, **arguments.named)
+        left: Tensor = output[0] if isinstance(output, tuple) else output
+        return left
 
 
 class _Recorder(nn.Module):
@@ -262,7 +277,12 @@ class Statistics:
         )
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
-        """Count some tokens; float32[tokens, cols] each."""
+        """Count some tokens; float32 or bfloat16 [tokens, cols] each."""
+        # Products of bfloat16 numbers lose nothing where they are multiplied as such.
+        with products_in(x.dtype):
+            self._add(x.float(), None if y is None else y.float())
+
+    def _add(self, x: Tensor, y: Tensor | None) -> None:
         self.mass += len(x)
         self.hessian.addmm_(x.T, x)
         self.total += x.sum(dim=0)
@@ -288,22 +308,21 @@ class Statistics:
         return replace(self, hessian=hessian, cross=cross)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Walk:
     """Calibration data on its way through the blocks of one model.
 
     Attributes:
         index: number of the next block.
         block: that block, with weights.
-        batches: what enters it.
-        dtype: float32; or bfloat16, in which matrix products then take what they multiply. They
-            add in float32.
+        batches: what enters it, in the dtype of the weights.
+        done: all of them have left it.
     """
 
     index: int
     block: nn.Module
     batches: list[BlockInputs]
-    dtype: torch.dtype = torch.float32
+    done: bool = False
 
 
 def collect(
@@ -327,14 +346,12 @@ def collect(
         targets = (
             {} if dense is None else _inputs_of(dense, names, dense.batches[number], pause=pause)
         )
-        # What a layer reads in a bfloat16 pass is rounded to it anyhow: its sums lose nothing.
-        with products_in(walk.dtype):
-            for name, x in inputs.items():
-                if name not in sums:
-                    sums[name] = Statistics.empty(
-                        x.shape[1], targets[name].shape[1] if name in targets else None
-                    )
-                sums[name].add(x, targets.get(name))
+        for name, x in inputs.items():
+            if name not in sums:
+                sums[name] = Statistics.empty(
+                    x.shape[1], targets[name].shape[1] if name in targets else None
+                )
+            sums[name].add(x, targets.get(name))
     return sums
 
 
@@ -355,31 +372,32 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
     sums: dict[str, Statistics] = {}
     for batch in walk.batches:
         inputs: dict[str, Tensor] = {}
-        with recorded(walk.block, names, inputs), _forward_in(walk.dtype):
+        with recorded(walk.block, names, inputs):
             hidden = batch.forward(walk.index, walk.block)
         weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
         for name, x in inputs.items():
             if name not in sums:
                 sums[name] = Statistics.empty(x.shape[1])
-            sums[name].add_weighted(x, weight.clamp(min=1e-30).reciprocal())
+            sums[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
     return sums
 
 
 def advance(walk: Walk) -> None:
-    """Run the data through the block, or through the rest of it where passes wait."""
+    """Run the data through the block, or through the rest of it where passes wait, once."""
+    if walk.done:
+        return
     for batch in walk.batches:
-        with _forward_in(walk.dtype):
-            batch.hidden = _pass(walk, batch).finish()
+        batch.hidden = _pass(walk, batch).finish()
         batch.paused = None
+    walk.done = True
 
 
 def _inputs_of(
     walk: Walk, names: list[str], batch: BlockInputs, *, pause: bool
 ) -> dict[str, Tensor]:
-    """float32[tokens, cols] for each name."""
+    """[tokens, cols] for each name, in the dtype of the pass."""
     forward = _pass(walk, batch)
-    with _forward_in(walk.dtype):
-        inputs = forward.until(walk.block, names)
+    inputs = forward.until(walk.block, names)
     batch.paused = forward if pause else None
     return inputs
 
@@ -387,8 +405,3 @@ def _inputs_of(
 def _pass(walk: Walk, batch: BlockInputs) -> Pass:
     """The pass that waits, or a new one."""
     return batch.paused or Pass(partial(batch.forward, walk.index, walk.block))
-
-
-def _forward_in(dtype: torch.dtype) -> torch.autocast:
-    """Matrix products of forward passes in this dtype."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)

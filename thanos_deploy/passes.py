@@ -28,7 +28,7 @@ class Pass:
             names: layers of it, in the order in which the pass reaches them.
 
         Returns:
-            layer name -> float32[tokens, cols], what it reads.
+            layer name -> [tokens, cols], what it reads.
         """
         inputs: dict[str, Tensor] = {}
         with recorded(block, names, inputs, stop=True):
@@ -45,7 +45,7 @@ class Pass:
 def recorded(
     block: nn.Module, names: Sequence[str], inputs: dict[str, Tensor], *, stop: bool = False
 ) -> Iterator[None]:
-    """Keep what the named layers read while the block runs, float32[tokens, cols] each.
+    """Keep what the named layers read while the block runs, [tokens, cols] each.
 
     Args:
         block: where the layers are.
@@ -56,7 +56,7 @@ def recorded(
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
             if stop and name == names[-1]:
                 getcurrent().parent.switch()
 

@@ -20,7 +20,7 @@ from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
 from thanos_deploy.errors import HessianError
 from thanos_deploy.families import Family
-from thanos_deploy.hessian import retarget
+from thanos_deploy.hessian import DAMPING, retarget
 from thanos_deploy.journal import Journal
 from thanos_deploy.layer import LayerProblem, LayerResult, without_update
 from thanos_deploy.linear import matrix
@@ -28,6 +28,7 @@ from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
 from thanos_deploy.walk import Visit, visits
 
@@ -45,7 +46,7 @@ class LayerReport:
         sparsity: fraction of zeros.
         pattern_holds: the written weight keeps the pattern everywhere.
         relative_error: fraction of the energy of the output that the layer aims at, on the
-            calibration data, that the pruned weight misses.
+            calibration data, that the pruned weight misses; before it is tuned.
         damping: what the method used.
         solver: where the weight comes from; see `Solution`, and "none" for a dense layer.
         failures: see `Solution`.
@@ -72,8 +73,9 @@ class BlockReport:
     Attributes:
         layers: reports of its linear layers, in the order of the forward pass.
         seconds: time by activity: "collect", forward passes through the block as far as the
-            layers, with statistics; "solve", the pruning method, all layers; "forward", the data on
-            its way through the pruned block to the next one; "journal", keeping it on disk.
+            layers, with statistics; "solve", the pruning method, all layers; "tune", steps of all
+            of them together; "forward", the data on its way through the pruned block to the next
+            one; "journal", keeping it on disk.
     """
 
     layers: tuple[LayerReport, ...]
@@ -103,6 +105,7 @@ def prune(
     options: Mapping[str, Option],
     true_sequential: bool = False,
     dense_target: float = 0.0,
+    tune_steps: int = 0,
     calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
     journal: Journal[BlockReport] | None = None,
@@ -123,7 +126,8 @@ def prune(
             in the block are pruned, instead of all from the dense block.
         dense_target: how far each layer aims at the output that it has in the dense model rather
             than at its own output on the pruned model's inputs; see `hessian.retarget`.
-        calib_forward: float32 or bfloat16; see `calibrate.Walk.dtype`.
+        tune_steps: steps of all pruned layers of a block together; see `tune.tune`.
+        calib_forward: the dtype in which blocks run, float32 or bfloat16.
         dtype: what to store, or None to keep each tensor's own.
         journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
@@ -140,12 +144,16 @@ def prune(
         for visit in visits(
             *(checkpoint, segments),
             copy=copy,
-            with_dense=dense_target > 0.0,
+            with_dense=dense_target > 0.0 or tune_steps > 0,
             forward=calib_forward,
             journal=journal,
         ):
             layers: dict[str, LayerReport] = {}
-            for groups, statistics in gather(visit, family, patterns, true_sequential):
+            for groups, statistics in gather(
+                *(visit, family, patterns),
+                true_sequential=true_sequential,
+                with_dense=dense_target > 0.0,
+            ):
                 with visit.clock.measure("solve"):
                     for group in groups:
                         layers |= _prune_group(
@@ -156,7 +164,15 @@ def prune(
                             method=method,
                             options=options,
                             dense_target=dense_target,
+                            products=calib_forward,
                         )
+            if tune_steps and layers:
+                with visit.clock.measure("tune"):
+                    tune(visit, layers, tune_steps)
+                    layers = {
+                        name: _judged_again(visit, name, report, patterns[report.name])
+                        for name, report in layers.items()
+                    }
             report = tuple(
                 layers[name] if name in layers else _leave_dense(visit, name)
                 for name in family.linears
@@ -173,7 +189,12 @@ def prune(
 
 
 def gather(
-    visit: Visit, family: Family, layers: Collection[str], true_sequential: bool
+    visit: Visit,
+    family: Family,
+    layers: Collection[str],
+    *,
+    true_sequential: bool,
+    with_dense: bool,
 ) -> Iterator[tuple[list[list[str]], dict[str, Statistics]]]:
     """The groups of a block's layers that are pruned at a time, and their inputs' statistics.
 
@@ -185,6 +206,7 @@ def gather(
         family: of the model.
         layers: full names of the layers that are to be pruned.
         true_sequential: a group at a time, instead of all.
+        with_dense: with `Statistics.cross`.
     """
     groups = [
         names
@@ -197,7 +219,7 @@ def gather(
                 statistics = collect(
                     visit.walk,
                     [group[0] for group in together],
-                    visit.dense,
+                    visit.dense if with_dense else None,
                     pause=true_sequential and visit.can_wait,
                 )
             yield together, statistics
@@ -212,18 +234,21 @@ def _prune_group(
     method: str,
     options: Mapping[str, Option],
     dense_target: float,
+    products: torch.dtype,
 ) -> dict[str, LayerReport]:
     """Prune, in place, layers that read the same input; their reports by name, seen from the block.
 
     What the following layers and blocks see is what is written, rounding included.
     """
     weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
-    together = LayerProblem(torch.cat(weights), statistics.hessian, visit.prefix + group[0])
-    aimed, failures = aim(together, statistics.cross, dense_target)
+    together = LayerProblem(
+        *(torch.cat(weights), statistics.hessian, visit.prefix + group[0]), products=products
+    )
+    aimed, failures = aim(together, statistics.cross, dense_target, options)
     reports, first = {}, 0
-    for linear, weight in zip(group, weights, strict=True):
+    for linear, dense in zip(group, weights, strict=True):
         started = time.perf_counter()
-        name, rows = visit.prefix + linear, slice(first, first + len(weight))
+        name, rows = visit.prefix + linear, slice(first, first + len(dense))
         first = rows.stop
         solution = solve(
             replace(together, weight=together.weight[rows], name=name),
@@ -234,7 +259,7 @@ def _prune_group(
             failures=failures,
         )
         seconds = time.perf_counter() - started
-        weight.copy_(visit.stored(f"{linear}.weight", solution.result.weight))
+        weight = visit.write(linear, solution.result.weight)
         verdict = judge((weight != 0).numpy(), patterns[name])
         reports[linear] = LayerReport(
             name=name,
@@ -252,11 +277,17 @@ def _prune_group(
     return reports
 
 
+def _judged_again(visit: Visit, linear: str, report: LayerReport, pattern: Pattern) -> LayerReport:
+    """The report of a layer whose weight has changed since."""
+    verdict = judge((matrix(visit.block.get_submodule(linear)) != 0).numpy(), pattern)
+    return replace(report, sparsity=verdict.sparsity, pattern_holds=verdict.holds)
+
+
 def _leave_dense(visit: Visit, linear: str) -> LayerReport:
     """Have one layer written as it was, to the last bit."""
     visit.untouched.add(f"{linear}.weight")
-    weight = matrix(visit.block.get_submodule(linear))
-    weight.copy_(visit.stored(f"{linear}.weight", weight))  # in another dtype it is rounded
+    # In another dtype it is rounded.
+    weight = visit.write(linear, matrix(visit.block.get_submodule(linear)))
     return LayerReport(
         name=visit.prefix + linear,
         rows=weight.shape[0],
@@ -288,7 +319,10 @@ class Solution:
 
 
 def aim(
-    problem: LayerProblem, cross: Tensor | None, fraction: float
+    problem: LayerProblem,
+    cross: Tensor | None,
+    fraction: float,
+    options: Mapping[str, Option],
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """The weight whose output is nearer to the dense model's, or why there is none.
 
@@ -296,6 +330,7 @@ def aim(
         problem: the layer.
         cross: see `calibrate.Statistics`; None where the dense model was not asked for.
         fraction: see `hessian.retarget`.
+        options: of the method; its damping counts here as well.
 
     Raises:
         HessianError: a weight is not finite.
@@ -303,11 +338,16 @@ def aim(
     if cross is None:
         return None, ()
     try:
-        return retarget(problem, cross, fraction), ()
+        wanted = retarget(
+            *(problem, cross, fraction),
+            damping=float(options.get("damping", DAMPING)),
+            damping_mode=str(options.get("damping_mode", "mean")),
+        )
     except HessianError as error:
         if not bool(problem.weight.isfinite().all()):
             raise
         return None, (error.message,)
+    return wanted, ()
 
 
 def solve(

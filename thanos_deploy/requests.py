@@ -47,6 +47,7 @@ class WalkOptions(TypedDict):
 
     true_sequential: bool
     dense_target: float
+    tune_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +57,15 @@ class PruneRequest:
     Attributes:
         pattern: the sparsity pattern.
         method: name of the method.
-        preset: "best" or "paper", the setting of the method; see `methods.Preset`.
+        preset: one of `methods.PRESET_NAMES`, the setting of the method; see `methods.Method`.
         options: what the method is told otherwise.
-        true_sequential, dense_target: see `prune.prune`; None for the preset's.
+        true_sequential, dense_target, tune_steps: see `prune.prune`; None for the preset's.
         calib: "builtin" or the path of a text.
         text_field: the field of a JSON Lines row that holds the text.
         nsamples, seqlen: calibration segments and tokens of each.
         seed: picks the segments.
-        calib_forward: what matrix products of the calibration multiply, "fp32" or "bf16"; "auto" is
-            bf16 where the processor does it natively. They add in float32.
+        calib_forward: what blocks run in on calibration data, "fp32" or "bf16"; "auto" is
+            bf16 where the processor does it natively.
         dtype: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         keep_shape: for a structured pattern: set columns to zero instead of cutting heads and
             channels out.
@@ -86,6 +87,7 @@ class PruneRequest:
     options: Mapping[str, Option] = field(default_factory=dict)
     true_sequential: bool | None = None
     dense_target: float | None = None
+    tune_steps: int | None = None
     calib: str = BUILTIN
     text_field: str = "text"
     nsamples: int = 32
@@ -108,6 +110,11 @@ class PruneRequest:
     def shrinks(self) -> bool:
         """Heads and channels are cut out."""
         return isinstance(self.pattern, Structured) and not self.keep_shape
+
+    @property
+    def surveys(self) -> bool:
+        """A walk through the dense model decides what each block loses."""
+        return self.shrinks or self.allocation == "owl"
 
     @property
     def sizing_options(self) -> SizingOptions:
@@ -178,9 +185,9 @@ class PruneRequest:
                 "stay dense read every input, so nothing could be cut out",
                 fix="leave --outlier-rows out, or use --keep-shape for columns of zeros",
             )
-        if self.preset != "best":
+        if self.preset == "paper":
             raise UsageError(
-                f"--preset {self.preset} with {self.pattern}: the paper sets columns to zero and "
+                f"--preset paper with {self.pattern}: the paper sets columns to zero and "
                 "cuts nothing out",
                 fix="use --keep-shape for columns of zeros, or leave --preset out",
             )
@@ -191,6 +198,10 @@ class PruneRequest:
         ]
         if self.true_sequential is not None:
             unused.append("true sequential")
+        if self.preset != "best":
+            unused.append(f"preset {self.preset}")
+        if self.tune_steps is not None:
+            unused.append("tune steps")
         if self.calib_forward != "auto":
             unused.append("calib forward")
         if unused:
@@ -252,11 +263,22 @@ class PruneRequest:
             if self.true_sequential is None
             else self.true_sequential,
             "dense_target": chosen.dense_target if self.dense_target is None else self.dense_target,
+            "tune_steps": chosen.tune_steps if self.tune_steps is None else self.tune_steps,
         }
 
     @property
+    def walks_dense(self) -> bool:
+        """The calibration data passes the dense model as well."""
+        if self.shrinks:
+            return self.fit_options["dense_target"] > 0.0
+        walk = self.walk_options
+        return walk["dense_target"] > 0.0 or walk["tune_steps"] > 0
+
+    @property
     def resolved_forward(self) -> str:
-        """The calibration's "fp32" or "bf16" on this machine."""
+        """The calibration's "fp32" or "bf16" on this machine; cutting needs "fp32"."""
+        if self.shrinks:
+            return "fp32"
         if self.calib_forward != "auto":
             return self.calib_forward
         return "bf16" if multiplies_bfloat16() else "fp32"

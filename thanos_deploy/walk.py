@@ -22,6 +22,7 @@ from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy
 from thanos_deploy.errors import ModelError
 from thanos_deploy.journal import Journal
+from thanos_deploy.linear import matrix
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048
@@ -54,7 +55,8 @@ class Visit:
         index: its number.
         prefix: what its parameters' full names begin with.
         block: its weights, in float32.
-        walk: the calibration data that enters it.
+        walk: the calibration data that enters it, at a copy of the block if that runs in another
+            dtype.
         dense: the same data in the dense model, at its own copy of the block; None if that was not
             asked for.
         dtypes: name of each of its parameters -> the dtype in which it will be written.
@@ -74,6 +76,21 @@ class Visit:
     can_wait: bool
     clock: Clock
     untouched: set[str] = field(default_factory=set)
+
+    def write(self, linear: str, weight: Tensor) -> Tensor:
+        """Give a linear layer another matrix of the same shape, here and in the block that runs.
+
+        Returns:
+            float32[outputs, inputs], as it will be stored; a view of the layer's own.
+
+        Raises:
+            ModelError: a value does not fit the dtype.
+        """
+        own = matrix(self.block.get_submodule(linear))
+        own.copy_(self.stored(f"{linear}.weight", weight))
+        if self.walk.block is not self.block:
+            matrix(self.walk.block.get_submodule(linear)).copy_(own)
+        return own
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter's new value as it will be written; see `stored`.
@@ -104,7 +121,7 @@ def visits(
         copy: where to write every block once it has been visited, and at the end all that lies
             outside the blocks, unchanged; None to write nothing.
         with_dense: run the data through the unchanged blocks as well.
-        forward: see `calibrate.Walk.dtype`.
+        forward: the dtype in which blocks run, float32 or bfloat16.
         journal: where to keep every block once it has been visited.
 
     Raises:
@@ -116,7 +133,7 @@ def visits(
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     files = _Files(checkpoint, copy)
-    files.load(model.base_model, f"{family.base}.", skip=family.blocks)
+    files.load(model.base_model, f"{family.base}.", skip=family.blocks, dtype=forward)
     first = 0
     if journal is not None:
         first = len(journal.reports)
@@ -124,9 +141,14 @@ def visits(
             files.write(journal.parameters(index))
     with ExitStack() as stack:
         folder = journal.folder if journal else Path(stack.enter_context(TemporaryDirectory()))
-        activations, walks = _enter(checkpoint, model, segments, folder, first, with_dense)
+        activations, walks = _enter(
+            *(checkpoint, model, segments, folder, first),
+            with_dense=with_dense,
+            forward=forward,
+        )
         stack.callback(activations.close)
         model.get_input_embeddings().to("meta")
+        environment.return_freed_memory()
         for index in range(first, len(blocks)):
             block, prefix = blocks[index], f"{family.blocks}.{index}."
             files.load(block, prefix)
@@ -134,10 +156,14 @@ def visits(
                 index=index,
                 prefix=prefix,
                 block=block,
-                walk=Walk(index, block, walks["pruned"], forward),
-                dense=Walk(index, deepcopy(block), walks["dense"], forward) if with_dense else None,
+                walk=Walk(
+                    index,
+                    block if forward is torch.float32 else _copy(block, forward),
+                    walks["pruned"],
+                ),
+                dense=Walk(index, _copy(block, forward), walks["dense"]) if with_dense else None,
                 dtypes=files.dtypes(block, prefix),
-                can_wait=waiting_bytes(checkpoint, segments, len(walks)) <= WAITING_BYTES,
+                can_wait=waiting_bytes(checkpoint, segments, len(walks), forward) <= WAITING_BYTES,
                 clock=Clock(),
             )
             yield visit
@@ -165,21 +191,23 @@ def _enter(
     segments: Tensor,
     folder: Path,
     index: int,
+    *,
     with_dense: bool,
+    forward: torch.dtype,
 ) -> tuple[Activations, dict[str, list[BlockInputs]]]:
     """The calibration data before a block, and its batches on their ways through the models.
 
     What enters a block that is not the first one is in the folder.
     """
     parts = torch.split(segments, max(1, TOKENS_PER_BATCH // segments.shape[1]))
-    dtype = _activation_dtype(checkpoint)
+    dtype = _activation_dtype(checkpoint, forward)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
     kinds = {
         f"{way}.{number}": (dtype, (*part.shape, checkpoint.config.hidden_size))
         for way in ways
         for number, part in enumerate(parts)
     }
-    activations = Activations(folder, index if index else -1, kinds)
+    activations = Activations(folder, index if index else -1, kinds, forward)
     walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
     for number, part in enumerate(parts):
         (data,) = block_inputs(model, checkpoint.family, [part])
@@ -193,19 +221,25 @@ def _enter(
     return activations, walks
 
 
-def activation_bytes(checkpoint: Checkpoint, tokens: int, *, with_dense: bool) -> int:
-    """Disk that the activations of a walk take: what enters a block, and what leaves it."""
+def _copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return deepcopy(block).to(dtype)
+
+
+def activation_bytes(
+    checkpoint: Checkpoint, tokens: int, forward: torch.dtype, *, with_dense: bool
+) -> int:
+    """Disk that a walk's activations take: what entered, enters and leaves a block."""
     width, ways = checkpoint.config.hidden_size, 1 + with_dense
-    return 2 * ways * tokens * int(width) * _activation_dtype(checkpoint).itemsize
+    return 3 * ways * tokens * int(width) * _activation_dtype(checkpoint, forward).itemsize
 
 
-def _activation_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """That of the weights; float32 at most, in which blocks are run."""
+def _activation_dtype(checkpoint: Checkpoint, forward: torch.dtype) -> torch.dtype:
+    """That in which blocks run, or that of the weights if it is smaller."""
     weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
-    return min(weights, torch.float32, key=lambda dtype: dtype.itemsize)
+    return min(forward, weights, key=lambda dtype: dtype.itemsize)
 
 
-def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int) -> int:
+def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int, forward: torch.dtype) -> int:
     """What passes hold that wait in a block: stream, norm, queries to values, and a layer's input.
 
     An estimate: it says 705 MB of SmolLM2-135M with 16,384 tokens on two ways, where 733 MB were
@@ -215,12 +249,18 @@ def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int) -> int:
         checkpoint: the model.
         segments: int64[count, length], what passes.
         ways: 2 if it passes the dense model as well, else 1.
+        forward: the dtype in which blocks run.
     """
     widest = max(
         max(checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight")])
         for name in checkpoint.linears
     )
-    return 8 * ways * segments.numel() * (widest + 2 * int(checkpoint.config.hidden_size))
+    return (
+        forward.itemsize
+        * ways
+        * segments.numel()
+        * (widest + 2 * int(checkpoint.config.hidden_size))
+    )
 
 
 def stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -248,8 +288,15 @@ class _Files:
         self._checkpoint = checkpoint
         self._copy = copy
 
-    def load(self, module: nn.Module, prefix: str, *, skip: str | None = None) -> None:
-        """Give a module its weights, in float32; `skip` names a submodule, by its full name."""
+    def load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        *,
+        skip: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Give a module its weights; `skip` names a submodule, by its full name."""
         sources = {
             name: self._checkpoint.stored_name(prefix + name)
             for name, _ in module.named_parameters()
@@ -264,7 +311,7 @@ class _Files:
                     f"config.json says {shape}",
                     fix="use the config.json and the weights of the same checkpoint",
                 )
-        tensors = weights.read(sources.values(), torch.float32)
+        tensors = weights.read(sources.values(), dtype)
         state = {name: tensors[source] for name, source in sources.items()}
         module.load_state_dict(state, strict=False, assign=True)
 

@@ -223,7 +223,7 @@ def test_activations_that_overflow_leave_a_mask_by_magnitude_and_it_is_said(
 
 
 def solved(problem: LayerProblem, cross: torch.Tensor | None = None) -> Solution:
-    aimed, failures = aim(problem, cross, 0.5)
+    aimed, failures = aim(problem, cross, 0.5, {})
     return solve(
         *(problem, TWO_FOUR),
         method="thanos",

@@ -190,11 +190,11 @@ pruning_options = several(
     ),
     click.option(
         "--preset",
-        type=click.Choice(["best", "paper"]),
+        type=click.Choice(methods.PRESET_NAMES),
         default="best",
         show_default=True,
-        help="Defaults of the options below: what measured best on held-out text, or the setting "
-        "of the method's own paper.",
+        help="Defaults of the options below: what measured best on held-out text, the best of what "
+        "passes no dense model beside the pruned one, or the setting of the method's own paper.",
     ),
     click.option(
         "--true-sequential/--block-statistics",
@@ -207,6 +207,12 @@ pruning_options = several(
         type=click.FloatRange(0.0, 1.0),
         help="How far each layer aims at its output in the dense model (1) rather than at its own "
         "output on the pruned model's activations (0).  [default: the preset's]",
+    ),
+    click.option(
+        "--tune-steps",
+        type=click.IntRange(0),
+        help="Steps of all kept weights of a pruned block together, towards what leaves the dense "
+        "block; 0 for none.  [default: the preset's]",
     ),
     click.option(
         "--calib",
@@ -223,8 +229,8 @@ pruning_options = several(
         type=click.Choice(["auto", "fp32", "bf16"]),
         default="auto",
         show_default=True,
-        help="What matrix products of the calibration multiply; auto is bf16 where the processor "
-        "does it natively.",
+        help="What blocks run in on calibration data; auto is bf16 where the processor multiplies "
+        "that natively.",
     ),
     click.option(
         "--block-size",
@@ -371,6 +377,7 @@ def prune_request(options: dict[str, Any]) -> "PruneRequest":
         preset=options["preset"],
         true_sequential=options["true_sequential"],
         dense_target=options["dense_target"],
+        tune_steps=options["tune_steps"],
         calib=options["calib"],
         text_field=options["text_field"],
         nsamples=options["nsamples"],

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # listing the methods must not pay for importing torch
     from thanos_deploy.layer import LayerProblem, LayerResult
 
 
+PRESET_NAMES = ("best", "fast", "paper")
+
 # The value of what a method can be told beside the pattern.
 Option = float | str
 
@@ -29,12 +31,14 @@ class Preset:
 
     Attributes:
         options: of the method, where they differ from its own defaults.
-        true_sequential, dense_target: of the walk through the model; see `thanos_deploy.prune`.
+        true_sequential, dense_target, tune_steps: of the walk through the model; see
+            `thanos_deploy.prune`.
     """
 
     options: Mapping[str, Option] = field(default_factory=dict)
     true_sequential: bool = False
     dense_target: float = 0.0
+    tune_steps: int = 0
 
 
 class Method(Protocol):
@@ -43,8 +47,9 @@ class Method(Protocol):
     The options of a method are the keyword arguments of its two functions, with their defaults.
 
     Attributes:
-        PRESETS: "paper", the setting of the method's own paper; and "best", what measured best
-            on held-out text, where that is another one.
+        PRESETS: "paper", the setting of the method's own paper; and where those are others, "best",
+            what measured best on held-out text, and "fast", what measured best of what needs no
+            pass of the dense model.
     """
 
     PRESETS: Mapping[str, Preset]
@@ -67,7 +72,7 @@ def load(name: str) -> Method:
 
 
 def preset(name: str, which: str) -> Preset:
-    """A preset of a method; "best" is the paper's setting where no better one is known."""
+    """A preset of a method; the paper's setting where no better one is known."""
     presets = load(name).PRESETS
     return presets.get(which, presets["paper"])
 

@@ -107,17 +107,17 @@ def test_check_takes_the_options_that_prune_takes(name: str) -> None:
 
 @every
 def test_presets_name_options_that_the_method_has(name: str) -> None:
-    for which in ("paper", "best"):
+    for which in methods.PRESET_NAMES:
         preset = methods.preset(name, which)
         options = methods.resolve(name, preset.options)
         methods.load(name).check("layer", 512, SemiStructured(2, 4), **options)
     paper = methods.preset(name, "paper")
-    assert (paper.true_sequential, paper.dense_target) == (False, 0.0)
+    assert (paper.true_sequential, paper.dense_target, paper.tune_steps) == (False, 0.0, 0)
 
 
 def test_methods_without_an_update_aim_at_nothing_else_by_default() -> None:
     for name in ("magnitude", "wanda", "sparsegpt"):
-        assert methods.preset(name, "best") == methods.preset(name, "paper")
+        assert len({repr(methods.preset(name, which)) for which in methods.PRESET_NAMES}) == 1
 
 
 def test_an_option_of_another_method_is_refused() -> None:
