@@ -56,14 +56,20 @@ def out(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return Path(shutil.copytree(made[0], tmp_path / "out"))
 
 
-def test_the_graph_has_the_quality_of_its_checkpoint_and_the_report_shows_both(
-    out: Path, model: Path, invoke: Invoke
-) -> None:
-    found = {}
+def judged(out: Path, model: Path, invoke: Invoke) -> dict[str, Any]:
+    """What `eval` says of the bundle and of the dense model, by runtime."""
+    found: dict[str, Any] = {}
     for runtime in ("torch", "onnx"):
         code, printed, errors = invoke("eval", out, "--dense", model, "--runtime", runtime, *TEXT)
         assert code == 0, errors
         found[runtime] = json.loads(printed)
+    return found
+
+
+def test_the_graph_has_the_quality_of_its_checkpoint_and_the_report_shows_both(
+    out: Path, model: Path, invoke: Invoke
+) -> None:
+    found = judged(out, model, invoke)
     for who in ("dense", "pruned"):
         assert found["onnx"][who]["value"] == pytest.approx(found["torch"][who]["value"], rel=1e-5)
     assert (out / "eval" / "perplexity.json").is_file()
@@ -102,11 +108,7 @@ def test_a_float16_graph_is_as_good_as_its_checkpoint(
     out: Path, model: Path, invoke: Invoke
 ) -> None:
     assert invoke("export", out, "--target", "onnx", "--dtype", "fp16", "--overwrite")[0] == 0
-    found = {}
-    for runtime in ("torch", "onnx"):
-        code, printed, errors = invoke("eval", out, "--dense", model, "--runtime", runtime, *TEXT)
-        assert code == 0, errors
-        found[runtime] = json.loads(printed)
+    found = judged(out, model, invoke)
     for who in ("dense", "pruned"):
         by_torch, by_graph = (found[runtime][who]["value"] for runtime in ("torch", "onnx"))
         assert by_graph != by_torch
