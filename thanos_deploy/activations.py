@@ -40,6 +40,10 @@ class Activations:
         self._entering: TensorFile | None = None
         self._leaving: TensorFile | None = None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor, which is not read for it."""
+        return self._kinds[name][1]
+
     def read(self, name: str) -> Tensor:
         """What enters the block, in the dtype in which blocks run."""
         if self._entering is None:
@@ -113,6 +117,11 @@ class StoredInputs(BlockInputs):
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
         self._activations.write(self._name, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the hidden states."""
+        return self._activations.shape(self._name)
 
     @property
     def left(self) -> Tensor:

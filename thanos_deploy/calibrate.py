@@ -183,6 +183,11 @@ class BlockInputs:
     paused: Pass | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the hidden states."""
+        return tuple(self.hidden.shape)
+
+    @property
     def left(self) -> Tensor:
         """What has left the block that the batch was run through last."""
         return self.hidden
@@ -246,13 +251,25 @@ def block_inputs(
     return inputs
 
 
+# Columns of a Gram matrix that are multiplied at once: few enough to spare most of what lies below
+# the diagonal, enough for the product to run at full speed.
+_COLUMNS = 512
+
+
+def _runs(cols: int) -> list[tuple[int, int]]:
+    """Columns in runs of about as many as are multiplied at once: first, and one after the last."""
+    count = max(1, cols // _COLUMNS)
+    return [(cols * k // count, cols * (k + 1) // count) for k in range(count)]
+
+
 @dataclass(slots=True, eq=False)
 class Statistics:
     """What calibration saw of one layer's input x, and of the same input y in the dense model.
 
     Attributes:
         mass: the number of tokens, or the sum of their weights.
-        hessian: float32[cols, cols], the sum of x x^T over all tokens.
+        hessian: float32[cols, cols], the sum of x x^T over all tokens; complete below its diagonal
+            once `complete` has been called.
         total: float32[cols], the sum of x.
         cross: float32[dense cols, cols], the sum of y x^T; None if the dense model was not asked
             for.
@@ -284,7 +301,7 @@ class Statistics:
 
     def _add(self, x: Tensor, y: Tensor | None) -> None:
         self.mass += len(x)
-        self.hessian.addmm_(x.T, x)
+        self._add_product(x, x)
         self.total += x.sum(dim=0)
         if y is not None:
             assert self.cross is not None
@@ -295,8 +312,20 @@ class Statistics:
     def add_weighted(self, x: Tensor, weight: Tensor) -> None:
         """Count some tokens, float32[tokens, cols], each with its weight, float32[tokens, 1]."""
         self.mass += weight.sum().item()
-        self.hessian.addmm_((weight * x).T, x)
+        self._add_product(weight * x, x)
         self.total += (weight * x).sum(dim=0)
+
+    def _add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add left^T right, which is symmetric, on and above the diagonal."""
+        for start, stop in _runs(right.shape[1]):
+            self.hessian[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:])
+
+    def complete(self) -> None:
+        """Fill in what is below the diagonal of the Hessian, when all tokens have been counted."""
+        for start, stop in _runs(len(self.hessian)):
+            block = self.hessian[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+            self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
 
     def centred(self) -> "Statistics":
         """The same around the means: what is left for a weight to explain beside a free bias."""
@@ -326,7 +355,12 @@ class Walk:
 
 
 def collect(
-    walk: Walk, names: list[str], dense: Walk | None = None, *, pause: bool = False
+    walk: Walk,
+    names: list[str],
+    dense: Walk | None = None,
+    *,
+    pause: bool = False,
+    last: bool = False,
 ) -> dict[str, Statistics]:
     """Run the data into a block, as far as the last of some linear layers.
 
@@ -336,6 +370,8 @@ def collect(
         dense: the same data in the dense model, at the same block, for `Statistics.cross`.
         pause: let the forward passes wait there, and the next `collect` or `advance` go on from
             there; so no layer before the last of these may change any more.
+        last: no more is wanted of this block; so the dense model's data, for which nothing changes,
+            leaves it at once, and what its passes hold is free.
 
     Returns:
         layer name -> statistics.
@@ -343,15 +379,22 @@ def collect(
     sums: dict[str, Statistics] = {}
     for number, batch in enumerate(walk.batches):
         inputs = _inputs_of(walk, names, batch, pause=pause)
-        targets = (
-            {} if dense is None else _inputs_of(dense, names, dense.batches[number], pause=pause)
-        )
+        targets = {}
+        if dense is not None:
+            beside = dense.batches[number]
+            targets = _inputs_of(dense, names, beside, pause=pause or last)
+            if last:
+                _leave(dense, beside)
         for name, x in inputs.items():
             if name not in sums:
                 sums[name] = Statistics.empty(
                     x.shape[1], targets[name].shape[1] if name in targets else None
                 )
             sums[name].add(x, targets.get(name))
+    for statistics in sums.values():
+        statistics.complete()
+    if dense is not None and last:
+        dense.done = True
     return sums
 
 
@@ -379,6 +422,8 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
             if name not in sums:
                 sums[name] = Statistics.empty(x.shape[1])
             sums[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
+    for statistics in sums.values():
+        statistics.complete()
     return sums
 
 
@@ -387,9 +432,14 @@ def advance(walk: Walk) -> None:
     if walk.done:
         return
     for batch in walk.batches:
-        batch.hidden = _pass(walk, batch).finish()
-        batch.paused = None
+        _leave(walk, batch)
     walk.done = True
+
+
+def _leave(walk: Walk, batch: BlockInputs) -> None:
+    """Take a batch through the block, or the rest of it."""
+    batch.hidden = _pass(walk, batch).finish()
+    batch.paused = None
 
 
 def _inputs_of(

@@ -7,10 +7,14 @@ from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 from thanos_deploy import __version__
 
 # The libraries that can change a result.
+# Larger tensors come from the system and go back to it: glibc's DEFAULT_MMAP_THRESHOLD_MAX.
+HEAP_TENSOR_BYTES = 32 << 20
+
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -77,13 +81,41 @@ def resident_memory_bytes() -> int | None:
     return _status_bytes("VmRSS")
 
 
-def return_freed_memory() -> None:
+def return_freed_memory(*, at_least: int = 0) -> None:
     """Let glibc give freed memory back to the system; elsewhere do nothing.
 
-    Freed tensors of up to 32 MB leave holes in its heap that stay resident until somebody asks.
+    Freed tensors of up to `HEAP_TENSOR_BYTES` leave holes in its heap that stay resident until
+    somebody asks. Memory that is given back and needed again soon costs time.
+
+    Args:
+        at_least: bytes; where less has been freed, or nobody can say how much, do nothing.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        if not at_least or _freed_bytes() >= at_least:
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _freed_bytes() -> int:
+    """What glibc has kept of memory that the main thread allocated and that was freed.
+
+    Raises:
+        OSError, AttributeError: the C library is another one, or older.
+    """
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    return int(mallinfo().fordblks)
+
+
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and newer; `fordblks` is what is free, in bytes."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 def _status_bytes(field: str) -> int | None:

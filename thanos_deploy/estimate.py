@@ -14,8 +14,8 @@ takes is fitted to the latter by
 for factoring, for updating, for choosing and block solves, and for what each column costs.
 
 And the memory: counted from the shapes, on top of what the process holds already: one block, the
-statistics of its layers, what factoring the widest of them needs, and the passes that wait inside
-the block.
+statistics of its layers and what solving the widest of them needs, or what tuning all of them does,
+and the passes that wait inside the block.
 """
 
 import math
@@ -53,8 +53,16 @@ _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
 # The first time is a warm-up.
 _REPEATS = 2
 
-# Matrices [cols, cols] of float64 that are alive while a Hessian is factored.
-_FACTORING = 3
+# Matrices [cols, cols] of float64, or as much memory, that are alive while a layer is solved: the
+# factor, and half of one for products while it is made, or for the last fit's copy of the Hessian.
+_SOLVING = 1.5
+
+# Numbers beside each weight of a layer while it is solved: what it was, is and will be, its scores.
+_BESIDE = 4
+
+# Float32 numbers for each weight of a block while it is tuned: its value, gradient and mask, and
+# what Adam keeps.
+_TUNING = 5
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -134,11 +142,7 @@ def estimate(
     spent = time.perf_counter() - started
     return Estimate(
         seconds=seconds,
-        memory_bytes=resident
-        + _memory(
-            *(checkpoint, segments, linears, walk["true_sequential"]),
-            *(ways, DTYPES[request.resolved_forward]),
-        ),
+        memory_bytes=resident + _memory(checkpoint, segments, linears, request),
         token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
         basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
         f"{spent:.1f} s on this machine",
@@ -216,7 +220,7 @@ def _walk(
             with_dense=dense_target > 0.0,
         ):
             layers.update(
-                (name, (matrix(visit.block.get_submodule(name)), statistics[group[0]]))
+                (name, (matrix(visit.block.get_submodule(name)).float(), statistics[group[0]]))
                 for group in groups
                 for name in group
             )
@@ -266,9 +270,8 @@ def _solving(
         seconds = math.inf
         for _ in range(_REPEATS):
             started = time.perf_counter()
-            # A new one each time, because a problem keeps its factors.
             part = LayerProblem(
-                *(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial"),
+                *(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial", {}),
                 products=DTYPES[request.resolved_forward],
             )
             aimed, _ = aim(
@@ -296,12 +299,13 @@ def _terms(rows: int, cols: int) -> NDArray[np.float64]:
 def _memory(
     checkpoint: Checkpoint,
     segments: Tensor,
-    linears: Collection[str],
-    true_sequential: bool,
-    ways: int,
-    forward: torch.dtype,
+    linears: Sequence[str],
+    request: PruneRequest,
 ) -> int:
-    """Bytes that the walk holds at once, on `ways` ways: the pruned model's and the dense one's."""
+    """Bytes that the walk holds at once."""
+    walk, forward = request.walk_options, DTYPES[request.resolved_forward]
+    true_sequential = walk["true_sequential"]
+    ways = 1 + request.walks_dense  # the pruned model's way, and the dense one's
     config, family, shapes = checkpoint.config, checkpoint.family, linear_shapes(checkpoint)
     first = f"{family.blocks}.0."
     weights = sum(math.prod(shapes[first + name]) for name in family.linears)
@@ -312,10 +316,17 @@ def _memory(
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     # What layers read is kept until every way has passed, what they make for a moment.
     passing = batch * (ways * sum(widths) + sum(shapes[first + name][0] for name in family.linears))
-    factoring = _FACTORING * max(widths) ** 2 * _DOUBLE
-    copies = ways if forward is not torch.float32 else ways - 1
-    block = _FLOAT * (weights + ways * statistics) + forward.itemsize * copies * weights
-    block += max(forward.itemsize * passing, factoring)
+    solving = int(_SOLVING * max(widths) ** 2 * _DOUBLE)
+    solving += _BESIDE * _FLOAT * max(math.prod(shapes[first + name]) for name in linears)
+    each = ways * forward.itemsize
+    if forward is not torch.float32:  # the block that runs is a copy
+        stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{first}{linears[0]}.weight")]
+        each += min(stored.itemsize, _FLOAT) if request.dtype == "auto" else _FLOAT
+    block = each * weights
+    block += max(
+        _FLOAT * ways * statistics + max(forward.itemsize * passing, solving),
+        (_TUNING * _FLOAT + forward.itemsize) * weights if walk["tune_steps"] else 0,
+    )
     waiting = waiting_bytes(checkpoint, segments, ways, forward)
     if not true_sequential or waiting > WAITING_BYTES:
         waiting = 0

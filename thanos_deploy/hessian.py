@@ -2,7 +2,8 @@
 
 H = U U^T with U upper triangular, V = U^-1. Then for every column i the trailing Hessian
 H[i:, i:] is U[i:, i:] U[i:, i:]^T and its inverse V[i:, i:]^T V[i:, i:]: whatever a method needs of
-a trailing inverse is a sub-block of V, and nothing is inverted twice.
+a trailing inverse is a sub-block of V, and nothing is inverted twice. Of U only blocks on the
+diagonal are wanted, which are the inverses of V's, so only V is kept.
 """
 
 from typing import Literal, get_args
@@ -12,13 +13,16 @@ from torch import Tensor
 
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.layer import Factor, LayerProblem
-from thanos_deploy.triangular import cholesky_, invert_
+from thanos_deploy.triangular import cholesky_, invert_, narrow_, turn_
 
 DampingMode = Literal["mean", "median", "per-channel"]
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
 
 # The papers'.
 DAMPING = 0.01
+
+# Rows to look at together where a copy of all would take memory for nothing.
+_ROWS = 64
 
 # A Hessian that is not numerically positive definite is damped ten times harder, so often at most.
 _RETRIES = 4
@@ -57,9 +61,10 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
         HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
     """
     require_finite(problem)
-    if (damping, mode) not in problem.factors:
-        problem.factors[damping, mode] = _factor(problem, damping, mode)
-    return problem.factors[damping, mode]
+    kept = {} if problem.factors is None else problem.factors
+    if (damping, mode) not in kept:
+        kept[damping, mode] = _factor(problem, damping, mode)
+    return kept[damping, mode]
 
 
 def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
@@ -78,14 +83,12 @@ def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
         used = damping * 10**attempt
         damped = diagonal + used * scale
         # Reversing rows and columns turns the usual lower factor into the upper one.
-        reverse = H.flip(0, 1).double()
+        reverse = turn_(H.to(torch.float64, copy=True))
         reverse.diagonal().copy_(damped.flip(0))
         lower = cholesky_(reverse)
         if lower is not None:
-            U = lower.to(dtype).flip(0, 1)
             invert_(lower)
-            V = lower.to(dtype).flip(0, 1)
-            return Factor(damped.to(dtype), U, V, used)
+            return Factor(damped.to(dtype), narrow_(turn_(lower.mT), dtype).mT, used)
     raise HessianError(
         f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
         f"damping {used:g}",
@@ -100,9 +103,9 @@ def require_finite(problem: LayerProblem) -> None:
         HessianError: it has; the message says where and how many.
     """
     for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
-        finite = tensor.isfinite()
-        if not bool(finite.all()):
-            bad = int(torch.count_nonzero(~finite))
+        # A part at a time: what torch needs beside it to look takes as much memory as it.
+        bad = sum(int(torch.count_nonzero(~part.isfinite())) for part in torch.split(tensor, _ROWS))
+        if bad:
             raise HessianError(
                 f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "
                 "infinite",

@@ -1,6 +1,6 @@
 """One linear layer as a pruning problem, and its solution."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,15 +12,26 @@ class Factor:
 
     Attributes:
         diagonal: [cols], that of H with its damping.
-        U: [cols, cols], upper triangular, U U^T = H with its damping.
-        V: [cols, cols], U^-1.
+        V: [cols, cols], upper triangular, V^T V = the inverse of H with its damping.
         damping: the fraction of damping that it took.
     """
 
     diagonal: Tensor
-    U: Tensor
     V: Tensor
     damping: float
+
+    def upper(self, columns: slice) -> Tensor:
+        """U = V^-1, for which U U^T is H with its damping: some of its rows, in these columns.
+
+        They are the inverse of what V has there, so the rest of the matrix is never needed.
+
+        Args:
+            columns: which rows and columns, one run of them.
+        """
+        own = self.V[columns, columns].double()
+        identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
+        inverse: Tensor = torch.linalg.solve_triangular(own, identity, upper=True)
+        return inverse.to(self.V.dtype)
 
     def trailing_inverse_diagonals(self, step: int) -> Tensor:
         """Diagonals of the inverses of H[k step:, k step:] for every k.
@@ -43,8 +54,8 @@ class LayerProblem:
             this one statistic serves every method. The paper's H is twice this one, which changes
             no result.
         name: the layer's name, for messages.
-        factors: factorisations of this Hessian by damping and mode, as they are made; layers that
-            read the same input share it. See `hessian.factor`.
+        factors: where factorisations of this Hessian are kept, by damping and mode, for the layers
+            that read the same input; None if nobody else will ask for them.
         products: what a solver's steps may round the factors of their products to where that is
             faster: bfloat16 where the statistics are of bfloat16 numbers, float32 for not at all.
     """
@@ -52,7 +63,7 @@ class LayerProblem:
     weight: Tensor
     hessian: Tensor
     name: str
-    factors: dict[tuple[float, str], Factor] = field(default_factory=dict)
+    factors: dict[tuple[float, str], Factor] | None = None
     products: torch.dtype = torch.float32
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos_deploy import methods
+from thanos_deploy import environment, methods
 from thanos_deploy.artifact import Json
 from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
@@ -22,7 +22,7 @@ from thanos_deploy.errors import HessianError
 from thanos_deploy.families import Family
 from thanos_deploy.hessian import DAMPING, retarget
 from thanos_deploy.journal import Journal
-from thanos_deploy.layer import LayerProblem, LayerResult, without_update
+from thanos_deploy.layer import Factor, LayerProblem, LayerResult, without_update
 from thanos_deploy.linear import matrix
 from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Option
@@ -31,6 +31,9 @@ from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
 from thanos_deploy.walk import Visit, visits
+
+# So much freed memory is worth the time that it takes to get it anew.
+_FREED_BYTES = 128 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +69,19 @@ class LayerReport:
     seconds: float
 
 
+# What a block's time goes to: forward passes as far as the layers, with statistics; the pruning
+# method, all layers; steps of all of them together; the data on its way through the pruned block to
+# the next one; keeping it on disk.
+ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
+
+
 @dataclass(frozen=True, slots=True)
 class BlockReport:
     """One block: its layers and where the time went.
 
     Attributes:
         layers: reports of its linear layers, in the order of the forward pass.
-        seconds: time by activity: "collect", forward passes through the block as far as the
-            layers, with statistics; "solve", the pruning method, all layers; "tune", steps of all
-            of them together; "forward", the data on its way through the pruned block to the next
-            one; "journal", keeping it on disk.
+        seconds: time by activity, of `ACTIVITIES`; none for what was not done.
     """
 
     layers: tuple[LayerReport, ...]
@@ -148,44 +154,73 @@ def prune(
             forward=calib_forward,
             journal=journal,
         ):
-            layers: dict[str, LayerReport] = {}
-            for groups, statistics in gather(
-                *(visit, family, patterns),
+            layers = _prune_block(
+                visit,
+                family,
+                patterns,
+                method=method,
+                options=options,
                 true_sequential=true_sequential,
-                with_dense=dense_target > 0.0,
-            ):
-                with visit.clock.measure("solve"):
-                    for group in groups:
-                        layers |= _prune_group(
-                            visit,
-                            group,
-                            statistics[group[0]],
-                            patterns=patterns,
-                            method=method,
-                            options=options,
-                            dense_target=dense_target,
-                            products=calib_forward,
-                        )
-            if tune_steps and layers:
-                with visit.clock.measure("tune"):
-                    tune(visit, layers, tune_steps)
-                    layers = {
-                        name: _judged_again(visit, name, report, patterns[report.name])
-                        for name, report in layers.items()
-                    }
-            report = tuple(
-                layers[name] if name in layers else _leave_dense(visit, name)
-                for name in family.linears
+                dense_target=dense_target,
+                tune_steps=tune_steps,
+                products=calib_forward,
             )
-            reports.append(BlockReport(report, visit.clock.seconds))
+            reports.append(BlockReport(layers, visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",
                 visit.index,
-                max(layer.relative_error for layer in report),
+                max(layer.relative_error for layer in layers),
                 sum(visit.clock.seconds.values()),
             )
             on_progress(visit.index + 1, checkpoint.config.num_hidden_layers)
     return reports
+
+
+def _prune_block(
+    visit: Visit,
+    family: Family,
+    patterns: Mapping[str, Pattern],
+    *,
+    method: str,
+    options: Mapping[str, Option],
+    true_sequential: bool,
+    dense_target: float,
+    tune_steps: int,
+    products: torch.dtype,
+) -> tuple[LayerReport, ...]:
+    """Prune, in place, the linear layers of a block; their reports in the order of the forward."""
+    layers: dict[str, LayerReport] = {}
+    for groups, statistics in gather(
+        *(visit, family, patterns),
+        true_sequential=true_sequential,
+        with_dense=dense_target > 0.0,
+    ):
+        with visit.clock.measure("solve"):
+            for group in groups:
+                # What glibc takes from the system would be beside what it has kept of freed memory.
+                if 8 * statistics[group[0]].hessian.numel() > environment.HEAP_TENSOR_BYTES:
+                    environment.return_freed_memory()
+                layers |= _prune_group(
+                    visit,
+                    group,
+                    statistics.pop(group[0]),
+                    patterns=patterns,
+                    method=method,
+                    options=options,
+                    dense_target=dense_target,
+                    products=products,
+                )
+            environment.return_freed_memory(at_least=_FREED_BYTES)
+    if tune_steps and layers:
+        with visit.clock.measure("tune"):
+            tune(visit, layers, tune_steps)
+            layers = {
+                name: _judged_again(visit, name, report, patterns[report.name])
+                for name, report in layers.items()
+            }
+    return tuple(
+        layers[name] if name in layers else _leave_dense(visit, name) for name in family.linears
+    )
 
 
 def gather(
@@ -213,7 +248,8 @@ def gather(
         for group in family.inputs
         if (names := [name for name in group if visit.prefix + name in layers])
     ]
-    for together in [[group] for group in groups] if true_sequential else [groups]:
+    turns = [[group] for group in groups] if true_sequential else [groups]
+    for turn, together in enumerate(turns, start=1):
         if together:
             with visit.clock.measure("collect"):
                 statistics = collect(
@@ -221,6 +257,7 @@ def gather(
                     [group[0] for group in together],
                     visit.dense if with_dense else None,
                     pause=true_sequential and visit.can_wait,
+                    last=turn == len(turns),
                 )
             yield together, statistics
 
@@ -241,21 +278,28 @@ def _prune_group(
     What the following layers and blocks see is what is written, rounding included.
     """
     weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
-    together = LayerProblem(
-        *(torch.cat(weights), statistics.hessian, visit.prefix + group[0]), products=products
-    )
-    aimed, failures = aim(together, statistics.cross, dense_target, options)
-    reports, first = {}, 0
-    for linear, dense in zip(group, weights, strict=True):
+    # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again.
+    again = len(group) > 1 or statistics.cross is not None
+    factors: dict[tuple[float, str], Factor] | None = {} if again else None
+    aimed: Sequence[Tensor | None] = [None] * len(group)
+    failures: tuple[str, ...] = ()
+    if statistics.cross is not None:
+        together = LayerProblem(
+            *(torch.cat(weights).float(), statistics.hessian, visit.prefix + group[0], factors)
+        )
+        wanted, failures = aim(together, statistics.cross, dense_target, options)
+        if wanted is not None:
+            aimed = wanted.split([len(weight) for weight in weights])
+    reports = {}
+    for linear, dense, target in zip(group, weights, aimed, strict=True):
         started = time.perf_counter()
-        name, rows = visit.prefix + linear, slice(first, first + len(dense))
-        first = rows.stop
+        name = visit.prefix + linear
         solution = solve(
-            replace(together, weight=together.weight[rows], name=name),
+            LayerProblem(dense.float(), statistics.hessian, name, factors, products),
             patterns[name],
             method=method,
             options=options,
-            aimed=None if aimed is None else aimed[rows],
+            aimed=target,
             failures=failures,
         )
         seconds = time.perf_counter() - started

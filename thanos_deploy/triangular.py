@@ -10,6 +10,32 @@ from torch import Tensor
 # Below this width there is nothing to save.
 _SMALL = 512
 
+# Rows that are turned round at once.
+_ROWS = 64
+
+
+def turn_(matrix: Tensor) -> Tensor:
+    """Put the rows and the columns of a square matrix into the opposite order."""
+    size = len(matrix)
+    half = (size + 1) // 2  # of an odd number the row in the middle changes places with itself
+    for start in range(0, half, _ROWS):
+        stop = min(start + _ROWS, half)
+        top, bottom = matrix[start:stop], matrix[size - stop : size - start]
+        turned = top.flip(0, 1)
+        top.copy_(bottom.flip(0, 1))
+        bottom.copy_(turned)
+    return matrix
+
+
+def narrow_(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous square matrix in a dtype that is not wider, at the beginning of its memory."""
+    size = len(matrix)
+    narrow = matrix.view(dtype).flatten()[: size * size].view(size, size)
+    if dtype != matrix.dtype:
+        for start in range(0, size, _ROWS):  # no row is written before it has been read
+            narrow[start : start + _ROWS] = matrix[start : start + _ROWS].to(dtype)
+    return narrow
+
 
 def cholesky_(matrix: Tensor) -> Tensor | None:
     """Turn a symmetric matrix into its lower Cholesky factor.
@@ -40,4 +66,4 @@ def invert_(lower: Tensor) -> None:
     A, B, C = lower[:half, :half], lower[half:, :half], lower[half:, half:]
     invert_(A)
     invert_(C)
-    B.copy_(C @ (B @ A)).neg_()
+    torch.mm(C, B @ A, out=B).neg_()

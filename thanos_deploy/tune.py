@@ -49,7 +49,8 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
     advance(dense)
     for batch in walk.batches:
         batch.paused = None  # what waits in the block has passed layers that change now
-    weights = [visit.block.get_submodule(name).get_parameter("weight") for name in linears]
+    own = [visit.block.get_submodule(name).get_parameter("weight") for name in linears]
+    weights = [weight.float() for weight in own]  # in which steps add up
     running = [walk.block.get_submodule(name).get_parameter("weight") for name in linears]
     kept = [(weight != 0).to(weight.dtype) for weight in weights]
     optimizer = torch.optim.Adam(
@@ -70,7 +71,7 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
             loss = (error / target.square().sum(dim=-1).clamp(min=1e-30)).mean()
             gradients = torch.autograd.grad(loss, running)
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient.float()  # steps add up in float32, whatever the block runs in
+            weight.grad = gradient.float()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -78,8 +79,9 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
             weight.mul_(keep)
             if run is not weight:
                 run.copy_(weight)
-    for name, run in zip(linears, running, strict=True):
+    for name, stored, weight, run in zip(linears, own, weights, running, strict=True):
         run.requires_grad_(False)
+        stored.copy_(weight)
         visit.write(name, matrix(visit.block.get_submodule(name)))
 
 
@@ -87,7 +89,7 @@ def _parts(batches: Sequence[BlockInputs], steps: int) -> Iterator[tuple[int, sl
     """For every step the number of a batch and some of its sequences, from all over the data."""
     parts = []
     for number, batch in enumerate(batches):
-        count, length, _ = batch.hidden.shape
+        count, length, _ = batch.shape
         together = max(1, TOKENS_PER_STEP // length)
         parts += [(number, slice(at, at + together)) for at in range(0, count, together)]
     stride = max(1, len(parts) // steps)

@@ -54,7 +54,9 @@ class Visit:
     Attributes:
         index: its number.
         prefix: what its parameters' full names begin with.
-        block: its weights, in float32.
+        block: its weights: in float32 where it runs in that; else, as no value of theirs would be
+            another one, in the dtype in which they are stored if that is also the one in which they
+            will be written.
         walk: the calibration data that enters it, at a copy of the block if that runs in another
             dtype.
         dense: the same data in the dense model, at its own copy of the block; None if that was not
@@ -81,7 +83,7 @@ class Visit:
         """Give a linear layer another matrix of the same shape, here and in the block that runs.
 
         Returns:
-            float32[outputs, inputs], as it will be stored; a view of the layer's own.
+            [outputs, inputs], the values that will be stored; a view of the layer's own.
 
         Raises:
             ModelError: a value does not fit the dtype.
@@ -151,7 +153,7 @@ def visits(
         environment.return_freed_memory()
         for index in range(first, len(blocks)):
             block, prefix = blocks[index], f"{family.blocks}.{index}."
-            files.load(block, prefix)
+            files.load(block, prefix, dtype=torch.float32 if forward is torch.float32 else None)
             visit = Visit(
                 index=index,
                 prefix=prefix,
@@ -167,20 +169,7 @@ def visits(
                 clock=Clock(),
             )
             yield visit
-            leaving = None
-            with visit.clock.measure("forward"):
-                if index + 1 < len(blocks):
-                    for path in (visit.walk, visit.dense):
-                        if path is not None:
-                            advance(path)
-                    leaving = activations.advance()
-            finished = files.finished(block, prefix, skip=visit.untouched)
-            files.write(finished.items())
-            if journal is not None:
-                with visit.clock.measure("journal"):
-                    kept = journal.keep(finished, leaving)
-                journal.add(kept)
-            block.to("meta")
+            _leave(visit, files, activations if index + 1 < len(blocks) else None, journal)
             environment.return_freed_memory()
     files.copy_rest()
 
@@ -219,6 +208,37 @@ def _enter(
     if index == 0:
         activations.advance()
     return activations, walks
+
+
+def _leave(
+    visit: Visit,
+    files: "_Files",
+    activations: Activations | None,
+    journal: Journal[Any] | None,
+) -> None:
+    """Take the data through a block that has been visited, write the block, and let go of it.
+
+    Args:
+        visit: the block.
+        files: where it goes.
+        activations: what is to enter the next block; None if there is none.
+        journal: where to keep it as well.
+    """
+    walks = [path for path in (visit.walk, visit.dense) if path is not None]
+    leaving = None
+    with visit.clock.measure("forward"):
+        if activations is not None:
+            for path in walks:
+                advance(path)
+            leaving = activations.advance()
+    finished = files.finished(visit.block, visit.prefix, skip=visit.untouched)
+    files.write(finished.items())
+    if journal is not None:
+        with visit.clock.measure("journal"):
+            kept = journal.keep(finished, leaving)
+        journal.add(kept)
+    for block in (visit.block, *(path.block for path in walks)):  # the visit itself may live on
+        block.to("meta")
 
 
 def _copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -294,9 +314,17 @@ class _Files:
         prefix: str,
         *,
         skip: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None,
     ) -> None:
-        """Give a module its weights; `skip` names a submodule, by its full name."""
+        """Give a module its weights.
+
+        Args:
+            module: the module.
+            prefix: what its parameters' full names begin with.
+            skip: a submodule that gets none, by its full name.
+            dtype: of the weights; None for their own where they will be written in that, and
+                float32 for the others.
+        """
         sources = {
             name: self._checkpoint.stored_name(prefix + name)
             for name, _ in module.named_parameters()
@@ -311,8 +339,10 @@ class _Files:
                     f"config.json says {shape}",
                     fix="use the config.json and the weights of the same checkpoint",
                 )
-        tensors = weights.read(sources.values(), dtype)
-        state = {name: tensors[source] for name, source in sources.items()}
+        state = {
+            name: weights.read([source], dtype or self._own_dtype(source))[source]
+            for name, source in sources.items()
+        }
         module.load_state_dict(state, strict=False, assign=True)
 
     def dtypes(self, module: nn.Module, prefix: str) -> dict[str, torch.dtype]:
@@ -358,6 +388,12 @@ class _Files:
                     for start, piece in self._checkpoint.weights.pieces(name)
                 ),
             )
+
+    def _own_dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype if it is read and written in the same one of 32 bits or less."""
+        dtype = self._dtype(name)
+        same = dtype == self._checkpoint.weights.dtypes[name]
+        return dtype if same and dtype.itemsize <= torch.float32.itemsize else torch.float32
 
     def _dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor will be written."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import MakeModel, stock_model
+from thanos_deploy import calibrate
 from thanos_deploy.calibrate import (
     Statistics,
     Text,
@@ -201,6 +202,33 @@ def test_passes_that_wait_compute_every_layer_once_and_the_same(
         assert torch.equal(batch.hidden, same.hidden)
 
 
+@pytest.mark.parametrize("pause", [True, False])
+def test_with_the_last_statistics_the_dense_data_leaves_the_block(
+    make_model: MakeModel, pause: bool
+) -> None:
+    model, family = stock_model(make_model("llama")), family_of("llama")
+    block = model.get_submodule(family.blocks)[0]
+    batches = torch.randint(257, (4, 9)).split(2)
+    with torch.no_grad():
+        pruned, dense, alone = (
+            Walk(0, block, block_inputs(model, family, batches)) for _ in range(3)
+        )
+        *early, last = [group[0] for group in family.inputs]
+        for name in early:
+            collect(pruned, [name], dense, pause=pause)
+            assert not dense.done
+        collect(pruned, [last], dense, pause=pause, last=True)
+        advance(alone)
+        left = [batch.hidden.clone() for batch in dense.batches]
+        advance(dense)  # has nothing more to do
+    assert dense.done
+    assert not pruned.done
+    for batch, same, other in zip(dense.batches, left, alone.batches, strict=True):
+        assert batch.paused is None
+        assert torch.equal(batch.hidden, same)
+        torch.testing.assert_close(batch.hidden, other.hidden)
+
+
 def test_bfloat16_statistics_lose_nothing(make_model: MakeModel) -> None:
     model = stock_model(make_model("llama"), dtype=torch.bfloat16)
     seen: list[torch.Tensor] = []
@@ -241,12 +269,27 @@ def test_relative_statistics_weigh_a_token_by_what_leaves_the_block(make_model: 
         torch.testing.assert_close(statistics[name].total, total, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("cols", "at_once"), [(7, 3), (8, 2), (5, 8), (1, 1)])
+def test_a_hessian_of_parts_is_the_whole_one_and_symmetric(
+    cols: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_COLUMNS", at_once)
+    x = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols))
+    statistics = Statistics.empty(cols)
+    for part in x.split(15):
+        statistics.add(part, None)
+    statistics.complete()
+    torch.testing.assert_close(statistics.hessian, x.T @ x)
+    assert torch.equal(statistics.hessian, statistics.hessian.T)
+
+
 def test_centred_statistics_are_those_of_inputs_around_their_means() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, 6, generator=generator) + 3.0 for _ in range(2))
     statistics = Statistics.empty(6, 6)
     for part in range(0, 50, 10):
         statistics.add(x[part : part + 10], y[part : part + 10])
+    statistics.complete()
     x0, y0 = x - x.mean(dim=0), y - y.mean(dim=0)
     centred = statistics.centred()
     torch.testing.assert_close(centred.hessian, x0.T @ x0, rtol=1e-4, atol=1e-3)
@@ -255,6 +298,7 @@ def test_centred_statistics_are_those_of_inputs_around_their_means() -> None:
     weighted = Statistics.empty(6)
     weight = torch.rand(50, 1, generator=generator)
     weighted.add_weighted(x, weight)
+    weighted.complete()
     x1 = x - (weight * x).sum(dim=0) / weight.sum()
     torch.testing.assert_close(
         weighted.centred().hessian, (weight * x1).T @ x1, rtol=1e-4, atol=1e-3

@@ -17,8 +17,8 @@ def test_every_trailing_hessian_and_inverse_is_a_sub_block_of_the_factors(
     problem = random_problem(seed)
     H, factored = damped(problem.hessian), factor(problem, 0.01)
     torch.testing.assert_close(factored.diagonal, H.diagonal(), rtol=1e-12, atol=0.0)
-    assert torch.equal(factored.U, factored.U.triu())
-    U, V = factored.U[column:, column:], factored.V[column:, column:]
+    assert torch.equal(factored.V, factored.V.triu())
+    U, V = factored.upper(slice(column, None)), factored.V[column:, column:]
     torch.testing.assert_close(U @ U.T, H[column:, column:], rtol=1e-9, atol=1e-9)
     inverse = torch.linalg.inv(H[column:, column:])
     torch.testing.assert_close(V.T @ V, inverse, rtol=1e-7, atol=1e-9)

@@ -1,10 +1,11 @@
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
 from tests.golden import random_problem
@@ -30,6 +31,7 @@ def run(
     dtype: torch.dtype | None = None,
     true_sequential: bool = True,
     dense_target: float = 0.0,
+    tune_steps: int = 0,
     calib_forward: torch.dtype = torch.float32,
     **options: float,
 ) -> list[BlockReport]:
@@ -43,6 +45,7 @@ def run(
         options={"block_columns": 16, **options},
         true_sequential=true_sequential,
         dense_target=dense_target,
+        tune_steps=tune_steps,
         calib_forward=calib_forward,
         dtype=dtype,
     )
@@ -153,6 +156,26 @@ def test_the_pattern_survives_the_cast_and_no_negative_zero_is_written(
     assert all(layer.pattern_holds for block in reports for layer in block.layers)
     model = stock_model(tmp_path / "pruned")
     assert model.dtype == dtype
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_weights_that_are_held_in_half_precision_come_out_as_if_in_single(
+    make_model: MakeModel, tmp_path: Path, model_type: str
+) -> None:
+    half = make_model(model_type, dtype=torch.float16)
+    single = shutil.copytree(half, tmp_path / "single")
+    weights = {name: one.float() for name, one in load_file(half / "model.safetensors").items()}
+    save_file(weights, single / "model.safetensors", metadata={"format": "pt"})
+    for folder, out in ((half, "from half"), (single, "from single")):
+        run(
+            *(folder, tmp_path / out),
+            dtype=torch.float16,
+            dense_target=0.4,
+            tune_steps=2,
+            calib_forward=torch.bfloat16,
+        )
+    one, two = (load_file(tmp_path / f"from {n}" / "model.safetensors") for n in ("half", "single"))
+    assert all(torch.equal(one[name], two[name]) for name in weights)
 
 
 def test_a_checkpoint_keeps_its_own_dtype_and_its_shards(

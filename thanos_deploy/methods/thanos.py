@@ -71,6 +71,9 @@ _SOLVED = {torch.float32: 1e-4, torch.float64: 1e-12}
 # The same for blocks whose weights are all fitted once more.
 _REFITTED = {torch.float32: 0.1, torch.float64: 1e-12}
 
+# Weights that are solved together, in whole rows: each step needs a few numbers beside each.
+_ENTRIES = 1 << 20
+
 # In so many rounds columns leave: more remove hardly better ones.
 _ROUNDS = 8
 
@@ -122,12 +125,13 @@ def prune(
         outlier_rows=outlier_rows,
     )
     factored = factor(problem, damping, damping_mode)
+    used = factored.damping
     norms = hessian.diagonal().sqrt() if score == "wanda" else None
 
     energy = output_energy(weight, hessian)
     outliers = removed_count(outlier_rows, len(weight))
-    active = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-    active[torch.sort(energy, descending=True, stable=True).indices[:outliers]] = False
+    order = torch.sort(energy, descending=True, stable=True).indices
+    active = order[outliers:].sort().values if outliers else slice(None)
 
     W = weight[active]
     if isinstance(pattern, Structured):
@@ -137,18 +141,22 @@ def prune(
     else:
         tolerance = (_REFITTED if refit_steps else _SOLVED)[W.dtype]
         pruned, removed = _prune_blocks(W, norms, factored, pattern, block_columns, tolerance)
+        diagonal = factored.diagonal
+        del factored  # which may be the last that is known of it
         if refit_steps:
-            start = pruned - W
-            pruned = W + solve_masked(
+            start = pruned.sub_(W)
+            pruned = solve_masked(
                 *(W, removed, hessian),
-                diagonal=factored.diagonal,
+                diagonal=diagonal,
                 start=start,
                 steps=refit_steps,
                 products=problem.products,
-            )
+            ).add_(W)
 
-    new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
-    new_weight[active], mask[active] = pruned, removed
+    new_weight, mask = pruned, removed
+    if outliers:
+        new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
+        new_weight[active], mask[active] = pruned, removed
     if not bool(new_weight.isfinite().all()):
         raise HessianError(
             f"{problem.name}: the solution overflows {weight.dtype}; the weights reach "
@@ -159,7 +167,7 @@ def prune(
         weight=new_weight,
         mask=mask,
         relative_error=relative_error(weight, new_weight, hessian, energy=energy),
-        damping=factored.damping,
+        damping=used,
     )
 
 
@@ -234,7 +242,7 @@ def _prune_blocks(
             case Unstructured():
                 mask = threshold(scores, budget).mark(scores[:, : stop - start])
                 budget -= int(mask.sum())
-        U_block = H.U[start:stop, start:stop]
+        U_block = H.upper(slice(start, stop))
         change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T, tolerance=tolerance)
         W[:, stop:].addmm_(change @ U_block, H.V[start:stop, stop:])
         W[:, start:stop] += change  # +0.0 where it takes a weight away
@@ -296,15 +304,37 @@ def solve_masked(
     unit = (S.diagonal() if diagonal is None else diagonal).rsqrt()
     S = (S * unit).mul_(unit[:, None])
     S.diagonal().fill_(1.0)
-    keep = (~mask).to(w.dtype)
-    fixed = w * (keep - 1.0)
-    d = (fixed if start is None else fixed + start * keep).div(unit)
+    tolerance = _SOLVED[w.dtype] if tolerance is None else tolerance
+    steps = 2 * w.shape[1] if steps is None else steps
+    result = torch.empty_like(w)
+    together = max(1, _ENTRIES // w.shape[1])
+    for rows in (slice(at, at + together) for at in range(0, len(w), together)):
+        keep = (~mask[rows]).to(w.dtype)
+        fixed = w[rows] * (keep - 1.0)
+        d = (fixed if start is None else fixed + start[rows] * keep).div(unit)
+        _conjugate_gradients(d, keep, S, steps, tolerance, products)
+        torch.mul(d, unit, out=result[rows]).mul_(keep).add_(fixed)
+    return result
+
+
+def _conjugate_gradients(
+    d: Tensor, keep: Tensor, S: Tensor, steps: int, tolerance: float, products: torch.dtype
+) -> None:
+    """Minimise d S d^T on the kept entries, in place, from the values that they have.
+
+    Args:
+        d: [rows, cols].
+        keep: [rows, cols], 1 for what may change and 0 for what may not.
+        S: [cols, cols], with ones on its diagonal.
+        steps: the most steps.
+        tolerance, products: see `solve_masked`.
+    """
     residual = torch.mm(d, S).mul_(keep).neg_()
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
     rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
-    solved = rr * (_SOLVED[w.dtype] if tolerance is None else tolerance) ** 2
+    solved = rr * tolerance**2
     with products_in(products):
-        for _ in range(2 * w.shape[1] if steps is None else steps):
+        for _ in range(steps):
             if bool((rr <= solved).all()):
                 break
             torch.mm(direction, S, out=image).mul_(keep)
@@ -315,4 +345,3 @@ def solve_masked(
             rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
             direction.mul_(torch.where(rr > solved, rr_next / rr, 0.0)).add_(residual)
             rr = rr_next
-    return d.mul_(unit).mul_(keep).add_(fixed)

@@ -56,7 +56,7 @@ def test_the_rows_of_a_block_hold_all_that_its_trailing_inverse_is_needed_for(
     problem = random_problem(seed)
     factored, stop = factor(problem, 0.01), start + 4
     A = torch.linalg.inv(damped(problem.hessian)[start:, start:])
-    U, V = factored.U[start:stop, start:stop], factored.V[start:stop, start:]
+    U, V = factored.upper(slice(start, stop)), factored.V[start:stop, start:]
     torch.testing.assert_close(V[:, :4].T @ V, A[:4], rtol=1e-8, atol=1e-10)
     inverse = torch.linalg.inv(A[:4, :4])
     torch.testing.assert_close(U @ U.T, inverse, rtol=1e-8, atol=1e-8)
