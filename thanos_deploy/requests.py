@@ -1,4 +1,4 @@
-"""What a user asks for, stage by stage: values that the command line makes and `pipeline` obeys."""
+"""What a user asks for, stage by stage: values that the command line makes and `stages` obey."""
 
 import re
 from collections.abc import Mapping
@@ -256,14 +256,19 @@ class PruneRequest:
 
     @property
     def walk_options(self) -> WalkOptions:
-        """How to walk through the model: given, else the preset's."""
+        """How to walk through the model: given, else the preset's.
+
+        Columns of zeros are fitted as a whole when they are chosen, and steps that a preset would
+        have taken after that made them worse on held-out text; see benchmarks/LOG.md.
+        """
         chosen = methods.preset(self.method, self.preset)
+        tune_steps = 0 if isinstance(self.pattern, Structured) else chosen.tune_steps
         return {
             "true_sequential": chosen.true_sequential
             if self.true_sequential is None
             else self.true_sequential,
             "dense_target": chosen.dense_target if self.dense_target is None else self.dense_target,
-            "tune_steps": chosen.tune_steps if self.tune_steps is None else self.tune_steps,
+            "tune_steps": tune_steps if self.tune_steps is None else self.tune_steps,
         }
 
     @property

@@ -212,7 +212,7 @@ pruning_options = several(
         "--tune-steps",
         type=click.IntRange(0),
         help="Steps of all kept weights of a pruned block together, towards what leaves the dense "
-        "block; 0 for none.  [default: the preset's]",
+        "block; 0 for none.  [default: the preset's; 0 for columns of zeros]",
     ),
     click.option(
         "--calib",
