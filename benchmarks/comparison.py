@@ -30,19 +30,22 @@ from torch import Tensor
 
 import exporters.genai
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import artifact, console, environment, pipeline
+from thanos_deploy import artifact, console, environment
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.calibrate import BUILTIN, builtin_text, read_text, segments
 from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.evaluation import graph_reader
-from thanos_deploy.export import export
 from thanos_deploy.pattern import parse
 from thanos_deploy.perplexity import perplexity_of
-from thanos_deploy.pipeline import DENSE, PRUNED, Dense
 from thanos_deploy.progress import Announce
 from thanos_deploy.report import charts
 from thanos_deploy.report.write import compare
 from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
+from thanos_deploy.stages.bench import DENSE, PRUNED, bench, compared
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.evaluate import evaluate
+from thanos_deploy.stages.export import export, export_dense
+from thanos_deploy.stages.prune import prune
 
 PATTERNS = ("2:4", "unstructured:0.5", "structured:0.1", "structured:0.2", "structured:0.3")
 INT8 = "-int8"
@@ -88,11 +91,11 @@ def main() -> None:
         dense_int8 = rounded_dense(dense, arguments.out / (DENSE + INT8), announce)
         first, *others = bundles.values()
         with artifact.claim(first.path, first.source) as claimed:
-            subjects = pipeline.compared(
+            subjects = compared(
                 claimed, [DENSE, *(str(other.path) for other in others)], dense, announce=announce
             )
             subjects[DENSE + INT8] = dense_int8
-            run = pipeline.bench(claimed, subjects, benchmarking, announce=announce)
+            run = bench(claimed, subjects, benchmarking, announce=announce)
     report = compare(
         [bundle.path for bundle in bundles.values()],
         arguments.results / "comparison.html",
@@ -150,8 +153,8 @@ def make(
 ) -> Bundle:
     """A bundle of a pruned model with its graph for both runtimes."""
     with artifact.claim(folder, dense.source.to_json()) as bundle:
-        pipeline.prune(bundle, dense, request, announce=announce)
-        pipeline.evaluate(bundle, dense, evaluation, announce=announce)
+        prune(bundle, dense, request, announce=announce)
+        evaluate(bundle, dense, evaluation, announce=announce)
         export(bundle, target="onnx", announce=announce)
         export(bundle, target="genai", announce=announce)
     return bundle
@@ -181,7 +184,7 @@ def rounded_dense(dense: Dense, folder: Path, announce: Announce) -> Bundle:
     dense.checkpoint(announce)
     beside = copy(dense)
     beside.folder = folder
-    beside.export(ExportRequest("int8"), announce)
+    export_dense(beside, ExportRequest("int8"), announce)
     return Bundle.open(folder)
 
 
@@ -196,7 +199,7 @@ def genai_folder(bundle: Bundle, otherwise: Path, dense: Dense) -> Path:
 
 
 def held_out(dense: Dense, request: EvalRequest) -> Tensor:
-    """int64[segments, tokens], what `pipeline.evaluate` judges on."""
+    """int64[segments, tokens], what `evaluate` judges on."""
     text = builtin_text(held_out=True) if request.text == BUILTIN else read_text(Path(request.text))
     tokenizer = load_tokenizer(dense.checkpoint().folder)
     return segments(text, tokenizer, count=request.segments, length=request.seqlen, seed=None)

@@ -30,13 +30,9 @@ from thanos_deploy.hessian import factor
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import (
-    Dense,
-    plan_widths,
-    shrink_checkpoint,
-    survey_blocks,
-)
 from thanos_deploy.requests import PruneRequest
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
 DAMPING = 0.01
 BATCH = 4

@@ -24,11 +24,10 @@ from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.journal import Journal
-from thanos_deploy.pipeline import Dense, prune_checkpoint
-from thanos_deploy.prune import BlockReport
+from thanos_deploy.prune import ACTIVITIES, BlockReport
 from thanos_deploy.requests import PruneRequest
-
-ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune import prune_checkpoint
 
 
 def main() -> None:

@@ -33,14 +33,14 @@ from thanos_deploy.artifact import Json
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import (
-    Dense,
+from thanos_deploy.requests import PruneRequest
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune import (
     plan_widths,
     prune_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
-from thanos_deploy.requests import PruneRequest
 
 PATTERNS = ("unstructured:0.5", "2:4", "structured:0.3")
 

@@ -46,15 +46,11 @@ from thanos_deploy.calibrate import every_segment, read_text
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pipeline import (
-    Dense,
-    plan_widths,
-    shrink_checkpoint,
-    survey_blocks,
-)
 from thanos_deploy.recover import recover
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
 LATENCY_SLACK = 1.1  # times the ratio of parameters
 

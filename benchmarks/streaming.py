@@ -1,16 +1,15 @@
 """How much memory it takes to prune a model that is larger than that memory.
 
-Usage: python -m benchmarks.streaming FOLDER [--blocks 22] [--preset paper] [--nsamples 4]
+Usage: python -m benchmarks.streaming FOLDER [--blocks 22] [--preset fast] [--nsamples 4]
 
 Makes a checkpoint with TinyLlama-1.1B's configuration and random weights, float16, in shards, in
 FOLDER/model (2.2 GB, unless it is there), prunes it to 2:4 into FOLDER/out in a fresh process as
 `thanos-deploy prune` does, journal and all, and prints the peak resident memory of that process; an
 older FOLDER/out is removed. The last line is JSON.
 
-Weights do not matter to memory; neither do calibration tokens beyond the 2048 that go through a
-block at once, so by default there are no more, and Thanos has the paper's setting in blocks of 128
-columns, which is cheaper than the preset "best" and holds no block of the dense model beside that
-which is pruned.
+Weights do not matter to memory. Of calibration tokens there are by default no more than the 2048
+that go through a block at once; more add what waits inside a block, up to `walk.WAITING_BYTES`.
+The preset "best" holds a block of the dense model beside that which is pruned, "fast" does not.
 """
 
 import argparse
@@ -29,8 +28,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from thanos_deploy import artifact, console, environment, methods
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.pipeline import Dense, prune
 from thanos_deploy.requests import PruneRequest
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune import prune
 from thanos_deploy.tensorfile import INDEX, TensorFile
 
 # Source: config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0.
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--preset", choices=methods.PRESET_NAMES, default="paper")
+    parser.add_argument("--preset", choices=methods.PRESET_NAMES, default="fast")
     parser.add_argument("--nsamples", type=int, default=4, help="segments of 512 tokens")
     arguments = parser.parse_args()
     model = arguments.folder / "model"
@@ -60,7 +60,6 @@ def main() -> None:
     request = PruneRequest(
         SemiStructured(2, 4),
         preset=arguments.preset,
-        options={"block_columns": 128} if arguments.preset == "paper" else {},
         nsamples=arguments.nsamples,
     )
     spawn = multiprocessing.get_context("spawn")

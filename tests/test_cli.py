@@ -22,6 +22,9 @@ from tests.conftest import Invoke, stock_model
 from thanos_deploy import artifact, cli, pipeline
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.stages import prune as pruning
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.texts import open_text
 
 COMMAND = Path(sys.executable).parent / "thanos-deploy"
 
@@ -125,7 +128,7 @@ def test_the_pruned_perplexity_is_that_of_the_files(
     quality = json.loads(printed)["models"][0]["quality"]
     for label, folder in (("dense", tiny_llama), ("pruned", out / "model")):
         model = stock_model(folder, dtype=torch.float32)
-        text = pipeline._text("builtin", "text", held_out=True)
+        text = open_text("builtin", "text", held_out=True)
         tokenizer = load_tokenizer(folder)
         ids = torch.tensor(tokenizer(text.content[:200])["input_ids"][:128]).reshape(2, 64)
         with torch.no_grad():
@@ -373,7 +376,7 @@ def test_a_bug_exits_1_and_keeps_its_traceback(
     def broken(*_: object, **__: object) -> Any:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(pipeline, "prune", broken)
+    monkeypatch.setattr(pruning, "prune", broken)
     code, _, errors = invoke("prune", tiny_llama, "--pattern", "2:4", "-o", tmp_path / "out")
     assert code == 1
     assert "ZeroDivisionError: oops" in errors
@@ -566,7 +569,7 @@ def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
     folder = out / "packed"
     assert sizes["bytes_after"] == (folder / "model.packed.safetensors").stat().st_size
     assert sizes["bytes_after"] < sizes["bytes_before"]
-    dense = pipeline.Dense(str(folder))
+    dense = Dense(str(folder))
     before, after = (
         load_file(path / "model.safetensors") for path in (out / "model", dense.checkpoint().folder)
     )

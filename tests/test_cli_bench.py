@@ -13,12 +13,15 @@ import pytest
 from runtime import paired
 from tests.conftest import Invoke
 from tests.test_cli import SMALL
-from thanos_deploy import artifact, benchmark, ceilings, cli, gates, pipeline, stillness
+from thanos_deploy import artifact, benchmark, ceilings, cli, gates, stillness
 from thanos_deploy.artifact import Bundle
-from thanos_deploy.export import export, exported_with
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
 from thanos_deploy.requests import EvalRequest, PruneRequest
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.evaluate import evaluate
+from thanos_deploy.stages.export import export, export_dense, exported_with
+from thanos_deploy.stages.prune import prune
 
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")
 PREFILL = (*QUICK, "--scenario", "prefill")
@@ -26,15 +29,15 @@ PREFILL = (*QUICK, "--scenario", "prefill")
 
 def make_bundle(model: Path, out: Path) -> Path:
     """A bundle that is ready to be measured, and its dense model in the cache."""
-    dense = pipeline.Dense(str(model))
+    dense = Dense(str(model))
     request = PruneRequest(
         SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
     )
     with artifact.claim(out, dense.source.to_json()) as bundle:
-        pipeline.prune(bundle, dense, request)
+        prune(bundle, dense, request)
         export(bundle)
-        pipeline.evaluate(bundle, dense, EvalRequest(segments=2, seqlen=64))
-        dense.export(exported_with(bundle), quietly)
+        evaluate(bundle, dense, EvalRequest(segments=2, seqlen=64))
+        export_dense(dense, exported_with(bundle), quietly)
     return out
 
 

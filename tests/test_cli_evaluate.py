@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from tests.bundles import report_of
 from tests.conftest import Invoke, MakeModel, stock_model
-from thanos_deploy import artifact, pipeline
+from thanos_deploy import artifact
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.checkpoint import load_tokenizer
-from thanos_deploy.export import export
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
 from thanos_deploy.requests import ExportRequest, PruneRequest
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.export import export, export_dense
+from thanos_deploy.stages.prune import prune
 
 TEXT = ("--segments", "2", "--seqlen", "300", "-q", "--json")
 
@@ -37,14 +39,14 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     out = tmp_path_factory.mktemp("eval") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THANOS_DEPLOY_CACHE", str(cache))
-        dense = pipeline.Dense(str(model))
+        dense = Dense(str(model))
         request = PruneRequest(
             SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
         )
         with artifact.claim(out, dense.source.to_json()) as bundle:
-            pipeline.prune(bundle, dense, request)
+            prune(bundle, dense, request)
             export(bundle)
-            dense.export(ExportRequest(), quietly)
+            export_dense(dense, ExportRequest(), quietly)
     return out, cache
 
 

@@ -40,11 +40,11 @@ from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.check import Check
 from thanos_deploy.checkpoint import Checkpoint, cast
 from thanos_deploy.errors import DeployError, PlatformError
-from thanos_deploy.export import engine_graph
 from thanos_deploy.mask import smallest
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.requests import EngineRequest
+from thanos_deploy.stages.export import engine_graph
 
 # Of the range of the logits: products in TF32 or fp16 against products in fp32.
 AGREEMENT = 2e-2

@@ -21,7 +21,7 @@ from tests.conftest import Invoke
 from thanos_deploy.artifact import Bundle, Json, claim, write_json
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import InputError, PlatformError
-from thanos_deploy.export import export
+from thanos_deploy.stages.export import export
 
 TYPES = {
     onnx.TensorProto.INT64: "TYPE_INT64",

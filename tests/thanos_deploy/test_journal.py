@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.conftest import Invoke, MakeModel
-from thanos_deploy import artifact, pipeline
+from thanos_deploy import artifact
 from thanos_deploy import prune as walk
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.journal import Journal
@@ -25,13 +25,15 @@ from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
 from thanos_deploy.prune import BlockReport
 from thanos_deploy.requests import PruneRequest
+from thanos_deploy.stages import prune as stage
+from thanos_deploy.stages.dense import Dense
 
 BLOCKS = 5
 
 # Children are forked from a process that has imported everything and computed nothing.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["exporters.onnx", "thanos_deploy.pipeline", "transformers.models.llama.modeling_llama"]
+    ["thanos_deploy.stages.prune", "transformers.models.llama.modeling_llama"]
 )
 
 
@@ -55,10 +57,10 @@ HOW: dict[str, dict[str, Any]] = {
 def prune(
     model: Path, out: Path, on_progress: OnProgress, pattern: str = "2:4", seed: int = 0
 ) -> None:
-    dense = pipeline.Dense(str(model))
+    dense = Dense(str(model))
     with artifact.claim(out, dense.source.to_json()) as bundle:
         request = PruneRequest(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
-        pipeline.prune(bundle, dense, request, announce=lambda _: on_progress)
+        stage.prune(bundle, dense, request, announce=lambda _: on_progress)
 
 
 def prune_until(
@@ -255,7 +257,7 @@ def test_a_journal_of_other_options_is_discarded_with_a_message(
 def test_a_journal_of_another_version_is_discarded(
     model: Path, stopped: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_versions", lambda: {"libraries": {"torch": "0"}})
+    monkeypatch.setattr(stage, "_versions", lambda: {"libraries": {"torch": "0"}})
     assert prune_until(model, stopped, go_on)[0] == 0
     assert "libraries was" in caplog.text
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from thanos_deploy.artifact import Bundle, claim
-from thanos_deploy.export import export
+from thanos_deploy.stages.export import export
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-triton"
 PACKAGES = ENVIRONMENT / "lib" / "python3.11" / "site-packages"

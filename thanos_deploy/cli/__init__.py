@@ -1,4 +1,4 @@
-"""The command `thanos-deploy`: each subcommand parses, calls one function of `pipeline`, prints.
+"""The command `thanos-deploy`: each subcommand parses, calls one function of `stages`, prints.
 
 A subcommand is one file here with a `command`; a new file is a new subcommand. A file whose name
 begins with an underscore is part of others.

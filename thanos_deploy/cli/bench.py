@@ -141,14 +141,17 @@ def command(
             "--aa with --against or --dense: it compares OUT with itself", fix="leave one out"
         )
     with session(options) as announce, ExitStack() as stack:
-        from thanos_deploy import artifact, pipeline
+        from thanos_deploy import artifact
         from thanos_deploy import gates as limits
         from thanos_deploy.report.write import write_report
+        from thanos_deploy.stages import bench as stage
+        from thanos_deploy.stages.dense import Dense
+        from thanos_deploy.stages.evaluate import perplexities
 
         wanted = [limits.parse(text) for text in gates]
         request = bench_request(options, **_DEFAULTS, run="aa" if aa else "full")
         limits.check(wanted, request.scenarios)
-        source = pipeline.Dense(dense) if dense else None
+        source = Dense(dense) if dense else None
         bundle = artifact.Bundle.open(out)  # claiming would create one
         bundle = stack.enter_context(
             artifact.claim(out, source.source.to_json() if source else bundle.source)
@@ -158,17 +161,17 @@ def command(
         if any(gate.name == limits.PERPLEXITY for gate in wanted):
             bundle.require("eval", f"`thanos-deploy eval {out} --dense MODEL`")
         subjects = (
-            {pipeline.PRUNED: bundle, f"{pipeline.PRUNED}-again": bundle}
+            {stage.PRUNED: bundle, f"{stage.PRUNED}-again": bundle}
             if aa
-            else pipeline.compared(
+            else stage.compared(
                 bundle,
-                against or (pipeline.DENSE,),
+                against or (stage.DENSE,),
                 source,
                 different_models=allow_different_models,
                 announce=announce,
             )
         )
-        run = pipeline.bench(
+        run = stage.bench(
             bundle, subjects, request, overwrite=options["overwrite"], announce=announce
         )
         if "prune" in bundle.stages:
@@ -176,8 +179,8 @@ def command(
         outcomes = limits.judge(
             wanted,
             run,
-            subject=pipeline.PRUNED,
-            perplexity=pipeline.perplexities(bundle, subjects),
+            subject=stage.PRUNED,
+            perplexity=perplexities(bundle, subjects),
         )
     emit(
         options,

@@ -76,9 +76,10 @@ def command(
     # The harness offers no switch for its progress bars.
     hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()
     with session(options) as announce, hushed:
-        from thanos_deploy import pipeline
         from thanos_deploy.report.write import write_report
         from thanos_deploy.requests import EvalRequest, TaskRequest
+        from thanos_deploy.stages import evaluate as stage
+        from thanos_deploy.stages.dense import reopen
 
         request: EvalRequest | TaskRequest = (
             eval_request(options)
@@ -86,10 +87,10 @@ def command(
             else TaskRequest(tuple(tasks.split(",")), task_folder, limit)
         )
         if dense is None:
-            result = pipeline.evaluate_alone(model, request, runtime=runtime, announce=announce)
+            result = stage.evaluate_alone(model, request, runtime=runtime, announce=announce)
         else:
-            with pipeline.reopen(Path(model), dense) as (bundle, source):
-                pruned = pipeline.evaluate(
+            with reopen(Path(model), dense) as (bundle, source):
+                pruned = stage.evaluate(
                     *(bundle, source, request),
                     runtime=runtime,
                     overwrite=options["overwrite"],

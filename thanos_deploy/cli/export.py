@@ -72,8 +72,8 @@ def command(
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from thanos_deploy import artifact
-        from thanos_deploy.export import ENGINES, export, exported_with
         from thanos_deploy.requests import ExportRequest
+        from thanos_deploy.stages.export import ENGINES, export, exported_with
 
         unfit = "int8" if target in ENGINES else "int8-qdq"
         if dtype == unfit:

@@ -90,16 +90,16 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy import pipeline
         from thanos_deploy.forecast import Request, plan
         from thanos_deploy.roofline import Setting, read_measurements
+        from thanos_deploy.stages.plan import outline
 
         product, dtype = datasheets.find(gpu), options["dtype"]
         path = options["measured"]
         measured = read_measurements(path, product, dtype) if path is not None else ()
         setting = Setting(product, dtype, measured)
         request = Request(options["batch"], options["prompt"], options["new_tokens"])
-        checkpoint = pipeline.outline(model, revision=options["revision"], announce=announce)
+        checkpoint = outline(model, revision=options["revision"], announce=announce)
         result = plan(checkpoint, patterns, setting, request)
     result = {"model": model, **result}
     emit(options, result, lambda value: console.show_forecast(value, layers=options["layers"]))

@@ -34,16 +34,19 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
     heads and channels that would stay.
     """
     with session(options) as announce:
-        from thanos_deploy import artifact, pipeline
+        from thanos_deploy import artifact
+        from thanos_deploy.stages.dense import Dense
+        from thanos_deploy.stages.plan import plan_prune
+        from thanos_deploy.stages.prune import prune
 
         if dry_run:
             request = prune_request(options)
-            plan = pipeline.plan_prune(model, out, request, revision=revision, announce=announce)
+            plan = plan_prune(model, out, request, revision=revision, announce=announce)
             emit(options, plan, console.show_plan)
             return
-        dense = pipeline.Dense(model, revision=revision)
+        dense = Dense(model, revision=revision)
         with artifact.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
-            record = pipeline.prune(
+            record = prune(
                 bundle,
                 dense,
                 prune_request(options),

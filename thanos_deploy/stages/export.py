@@ -36,6 +36,7 @@ from thanos_deploy.errors import PlatformError, UsageError
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.requests import EngineRequest, ExportRequest
+from thanos_deploy.stages.dense import Dense
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
 
@@ -134,6 +135,23 @@ def graph(
         }
 
     return bundle.run(stage, produce, options=asdict(request), inputs=inputs, overwrite=overwrite)
+
+
+def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> StageRecord:
+    """ONNX of a dense model, in its own bundle."""
+    checkpoint = dense.checkpoint(announce)
+    with artifact.claim(dense.folder, dense.source.to_json(), wait=True) as bundle:
+        return graph(
+            bundle,
+            checkpoint,
+            {},
+            {},
+            request,
+            {"method": "none", "model_sha256": dense.source.sha256},
+            announce,
+            title="dense model",
+            overwrite=True,
+        )
 
 
 def engine_graph(

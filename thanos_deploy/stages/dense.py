@@ -1,0 +1,71 @@
+"""The dense model that a bundle is made from.
+
+It is itself a bundle, in a cache folder named after its hash, so several runs on one model convert,
+export and evaluate it once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from thanos_deploy import artifact, environment
+from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.checkpoint import Checkpoint, convert_gguf, convert_packed, locate
+from thanos_deploy.progress import Announce, quietly
+
+
+def dense_folder(sha256: str) -> Path:
+    """Where the bundle of the dense model with that hash is."""
+    return environment.cache_folder() / sha256[:16]
+
+
+class Dense:
+    """The model that a bundle is made from, and its own bundle in the cache.
+
+    Attributes:
+        source: where it comes from.
+        folder: its bundle in the cache.
+    """
+
+    def __init__(self, model: str, *, revision: str | None = None) -> None:
+        """Find a model; see `checkpoint.locate` for what it may be and what is raised."""
+        self.source = locate(model, revision=revision)
+        self.folder = dense_folder(self.source.sha256)
+        self._checkpoint: Checkpoint | None = None
+
+    def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
+        """The model as a Hugging Face folder; a GGUF file or a packed folder is converted once."""
+        if self._checkpoint is None:
+            if not self.source.is_ordinary:
+                self._convert(announce)
+                self._checkpoint = Checkpoint.open(self.folder / "model")
+            else:
+                self._checkpoint = Checkpoint.open(self.source.path)
+        return self._checkpoint
+
+    def _convert(self, announce: Announce) -> None:
+        def produce(folder: Path) -> Json:
+            progress = announce(f"Convert {self.source.name}")
+            progress(0, 1)
+            convert = convert_gguf if self.source.kind == "gguf" else convert_packed
+            convert(self.source.path, folder / "model")
+            progress(1, 1)
+            return {}
+
+        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+            bundle.run("import", produce, options={}, inputs={}, overwrite=True)
+
+
+@contextmanager
+def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
+    """A bundle for further stages, and the dense model that it was made from.
+
+    Raises:
+        InputError: there is no bundle.
+        UsageError: it was made from another model.
+        ResourceError: another process is writing there.
+    """
+    Bundle.open(out)  # claiming would create one
+    dense = Dense(model)
+    with artifact.claim(out, dense.source.to_json()) as bundle:
+        yield bundle, dense

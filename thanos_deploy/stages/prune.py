@@ -1,0 +1,358 @@
+"""The stage prune: a sparse or smaller checkpoint, and what became of each layer."""
+
+import math
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos_deploy import artifact, assignment, environment, owl, sizing
+from thanos_deploy import prune as pruning
+from thanos_deploy import recover as recovering
+from thanos_deploy import shrink as shrinking
+from thanos_deploy.artifact import Bundle, Json, StageRecord
+from thanos_deploy.calibrate import Text, every_segment
+from thanos_deploy.checkpoint import DTYPES, Checkpoint, load_tokenizer
+from thanos_deploy.errors import UsageError
+from thanos_deploy.journal import Journal
+from thanos_deploy.owl import Outliers
+from thanos_deploy.parts import part_bytes
+from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.requests import PruneRequest
+from thanos_deploy.sizing import Losses, Plan
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.texts import open_text, segments_for
+from thanos_deploy.walk import activation_bytes
+
+
+def prune_checkpoint(
+    source: Checkpoint,
+    ids: Tensor,
+    destination: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+    *,
+    survey: Journal[Outliers] | None = None,
+    journal: Journal[pruning.BlockReport] | None = None,
+) -> list[pruning.BlockReport]:
+    """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`.
+
+    Where a walk before decides what each block loses, `survey` is the journal of that.
+    """
+    return pruning.prune(
+        source,
+        ids,
+        destination,
+        pattern=_allocated(source, ids, request, announce, survey),
+        method=request.method,
+        options=request.resolved_options,
+        **request.walk_options,
+        calib_forward=DTYPES[request.resolved_forward],
+        dtype=DTYPES.get(request.dtype),
+        journal=journal,
+        on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
+    )
+
+
+def assigned(source: Checkpoint, request: PruneRequest) -> dict[str, Pattern]:
+    """What is asked of every linear layer that is to be pruned, by its full name."""
+    return assignment.assign(
+        source.linears,
+        request.pattern,
+        include=request.include,
+        ignore=request.ignore,
+        file=_sparsity_file(request),
+    )
+
+
+def _sparsity_file(request: PruneRequest) -> assignment.SparsityFile | None:
+    if request.sparsity_file is None:
+        return None
+    return assignment.read_file(Path(request.sparsity_file).expanduser())
+
+
+def _allocated(
+    source: Checkpoint,
+    ids: Tensor,
+    request: PruneRequest,
+    announce: Announce,
+    journal: Journal[Outliers] | None,
+) -> Mapping[str, Pattern]:
+    """The pattern of every layer, after a walk through the dense model if that decides it."""
+    patterns = assigned(source, request)
+    if request.allocation != "owl":
+        return patterns
+    options = request.owl_options
+    outliers = owl.survey(
+        source,
+        ids,
+        patterns,
+        threshold=options["threshold"],
+        journal=journal,
+        on_progress=announce("Count the outliers of each block"),
+    )
+    family, shapes = source.family, pruning.linear_shapes(source)
+    blocks = [
+        {
+            name: math.prod(shapes[name])
+            for linear in family.linears
+            if (name := f"{family.blocks}.{index}.{linear}") in patterns
+        }
+        for index in range(len(outliers))
+    ]
+    ratios = [block.ratio for block in outliers]
+    return owl.allocate(ratios, blocks, request.pattern.sparsity, spread=options["spread"])
+
+
+def survey_blocks(
+    source: Checkpoint,
+    ids: Tensor,
+    request: PruneRequest,
+    announce: Announce = quietly,
+    *,
+    journal: Journal[Losses] | None = None,
+) -> list[Losses]:
+    """What each block would lose at which widths; the same for every fraction to remove."""
+    fit = request.fit_options
+    return shrinking.survey(
+        source,
+        ids,
+        multiple=request.ffn_multiple,
+        damping=fit["damping"],
+        damping_mode=fit["damping_mode"],
+        journal=journal,
+        on_progress=announce("Find out what each block would lose"),
+    )
+
+
+def plan_widths(source: Checkpoint, losses: Sequence[Losses], request: PruneRequest) -> Plan:
+    """How wide the blocks of a shrunk model will be."""
+    return sizing.plan(source, losses, request.pattern.sparsity, **request.sizing_options)
+
+
+def shrink_checkpoint(
+    source: Checkpoint,
+    ids: Tensor,
+    destination: Path,
+    request: PruneRequest,
+    plan: Plan,
+    announce: Announce = quietly,
+    *,
+    journal: Journal[shrinking.BlockReport] | None = None,
+) -> list[shrinking.BlockReport]:
+    """Cut heads and channels out of a checkpoint as planned; see `shrink.shrink`."""
+    return shrinking.shrink(
+        source,
+        ids,
+        destination,
+        plan=plan,
+        **request.fit_options,
+        dtype=DTYPES.get(request.dtype),
+        journal=journal,
+        on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
+    )
+
+
+def recover_checkpoint(
+    source: Checkpoint,
+    text: Text,
+    folder: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> recovering.Recovery:
+    """Train the pruned model in a folder, in place of itself, on any part of a text."""
+    tokenizer = load_tokenizer(source.folder)
+    trained = folder.with_name(f"{folder.name}-trained")
+    trained.mkdir()
+    recovery = recovering.recover(
+        *(Checkpoint.open(folder), source),
+        every_segment(text, tokenizer, length=request.seqlen),
+        trained,
+        count=request.recover,
+        seed=request.seed,
+        on_progress=announce(f"Train what is left on {request.recover} segments"),
+    )
+    shutil.rmtree(folder)
+    trained.rename(folder)
+    return recovery
+
+
+def prune(
+    bundle: Bundle,
+    dense: Dense,
+    request: PruneRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> StageRecord:
+    """Prune the model into the bundle, unless that is done."""
+    source = dense.checkpoint(announce)
+    check(source, request)
+    own = _sparsity_file(request)
+    text = open_text(request.calib, request.text_field, held_out=False)
+    ids = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
+
+    inputs = {
+        "model": dense.source.sha256,
+        "text": text.sha256,
+        **({} if own is None else {"sparsity_file": own.sha256}),
+    }
+    owner = {**request.to_json(), **inputs, **_versions()}
+
+    def produce(folder: Path) -> Json:
+        (folder / "model").mkdir()
+        kept = bundle.journal("prune")
+        activations = activation_bytes(
+            *(source, ids.numel(), DTYPES[request.resolved_forward]),
+            with_dense=request.walks_dense,
+        )
+        if request.surveys:
+            activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
+        needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
+        artifact.require_disk(folder, needed - artifact.size(kept))
+        blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
+        surveyed: Journal[Losses] | Journal[Outliers] | None
+        if request.shrinks:
+            surveyed = Journal(kept / "survey", owner, Losses)
+            losses = survey_blocks(source, ids, request, announce, journal=surveyed)
+            plan = plan_widths(source, losses, request)
+            cut = Journal(kept / "blocks", owner, shrinking.BlockReport)
+            blocks = shrink_checkpoint(
+                *(source, ids, folder / "model", request, plan, announce), journal=cut
+            )
+            summary = {**_summary_of_cuts(blocks), "widths": plan_summary(plan)}
+        else:
+            surveyed = Journal(kept / "survey", owner, Outliers) if request.surveys else None
+            pruned = Journal(kept / "blocks", owner, pruning.BlockReport)
+            blocks = prune_checkpoint(
+                *(source, ids, folder / "model", request, announce), survey=surveyed, journal=pruned
+            )
+            summary = _summary_of(blocks, request)
+        artifact.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
+        if request.recover:
+            summary["recovery"] = asdict(
+                recover_checkpoint(source, text, folder / "model", request, announce)
+            )
+        return {
+            **summary,
+            **(
+                {"survey_seconds": sum(sum(one.seconds.values()) for one in surveyed.reports)}
+                if surveyed
+                else {}
+            ),
+            **{
+                f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
+                for activity in pruning.ACTIVITIES
+            },
+            "peak_memory_bytes": environment.peak_memory_bytes(),
+            "dense_bytes": source.bytes_in("auto"),
+            "parts": {
+                "dense": part_bytes(source),
+                "pruned": part_bytes(Checkpoint.open(folder / "model")),
+            },
+        }
+
+    return bundle.run(
+        "prune",
+        produce,
+        options=request.to_json(),
+        inputs=inputs,
+        overwrite=overwrite,
+    )
+
+
+def check(source: Checkpoint, request: PruneRequest) -> None:
+    """Refuse what `prune` would refuse, as far as configuration and headers show it."""
+    request.check()
+    if request.shrinks:
+        shrinking.check(source)
+        sizing.check(source, request.pattern.sparsity, **request.sizing_options)
+    else:
+        patterns = assigned(source, request)
+        columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
+        if columns and not request.keep_shape:
+            raise UsageError(
+                f"{request.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
+                "pattern of one layer: heads and channels go from every layer that makes or reads "
+                "them",
+                fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION "
+                "with --keep-shape, for columns of zeros",
+            )
+        pruning.check(
+            source, pattern=patterns, method=request.method, options=request.resolved_options
+        )
+
+
+def _versions() -> Json:
+    """What else the last bit of a result depends on: the code and the number of threads."""
+    made_with = environment.describe()
+    return {
+        "thanos-deploy": made_with["thanos-deploy"],
+        "libraries": made_with["libraries"],
+        "processor": made_with["processor"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _summary_of(blocks: list[pruning.BlockReport], request: PruneRequest) -> Json:
+    layers = [layer for block in blocks for layer in block.layers]
+    patterns = assignment.recorded([asdict(block) for block in blocks], request.pattern)
+    pruned = [layer for layer in layers if layer.name in patterns]
+    worst = max(pruned, key=lambda layer: layer.relative_error)
+    weights = sum(layer.rows * layer.cols for layer in layers)
+    damping = float(request.resolved_options.get("damping", 0.0))
+    return {
+        "layers": len(layers),
+        "weights": weights,
+        "sparsity": sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
+        "patterns": assignment.counts(patterns.get(layer.name) for layer in layers),
+        "layers_left_dense": [layer.name for layer in layers if layer.name not in patterns],
+        "pattern_holds": all(layer.pattern_holds for layer in pruned),
+        "layers_off_pattern": [layer.name for layer in pruned if not layer.pattern_holds],
+        "retries": [
+            {
+                "layer": layer.name,
+                "solver": layer.solver,
+                "damping": layer.damping,
+                "failures": list(layer.failures),
+            }
+            for layer in pruned
+            if layer.failures or layer.damping > damping
+        ],
+        "median_relative_error": statistics.median(layer.relative_error for layer in pruned),
+        "worst_relative_error": worst.relative_error,
+        "worst_layer": worst.name,
+        "largest_damping": max(layer.damping for layer in pruned),
+    }
+
+
+def _summary_of_cuts(blocks: list[shrinking.BlockReport]) -> Json:
+    errors = {
+        f"block {index}, {part}": error
+        for index, block in enumerate(blocks)
+        for part, error in (("heads", block.heads_error), ("ffn", block.channels_error))
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "median_relative_error": statistics.median(errors.values()),
+        "worst_relative_error": errors[worst],
+        "worst_layer": worst,
+        "largest_damping": max(block.damping for block in blocks),
+    }
+
+
+def plan_summary(plan: Plan) -> Json:
+    """For people and for the manifest: one row a block, and what they come to."""
+    return {
+        "removed": plan.removed,
+        "stock_config": plan.stock,
+        "block_parameters_before": sum(block.parameters_before for block in plan.blocks),
+        "block_parameters_after": sum(block.parameters_after for block in plan.blocks),
+        "predicted_loss": sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
+        "blocks": [asdict(block) for block in plan.blocks],
+    }

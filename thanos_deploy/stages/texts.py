@@ -1,0 +1,59 @@
+"""The texts that a request names: read, cut, and kept apart."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from thanos_deploy import calibrate
+from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text
+from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
+from thanos_deploy.errors import UsageError
+
+
+def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
+    """The text of that name: a file, or one of the two parts of the built-in text.
+
+    Args:
+        name: "builtin" or a path.
+        text_field: see `calibrate.read_text`.
+        held_out: of the built-in text the part to judge on, not the one to calibrate on.
+
+    Raises:
+        CalibrationError: see `calibrate.read_text`.
+    """
+    if name == BUILTIN:
+        return builtin_text(held_out=held_out)
+    return read_text(Path(name).expanduser(), text_field=text_field)
+
+
+def require_other_text(text: Text, calibration_sha256: str | None) -> None:
+    """Refuse to judge a model on the text that it was calibrated on.
+
+    Raises:
+        UsageError: it is the same one, by its hash.
+    """
+    if text.sha256 == calibration_sha256:
+        raise UsageError(
+            f"{text.origin}: the model is pruned on this very text, so its perplexity there "
+            "says nothing",
+            fix="give another text with --eval-text",
+        )
+
+
+def segments_for(
+    source: Checkpoint, text: Text, count: int, length: int, *, seed: int | None
+) -> Tensor:
+    """Cut a text into segments for a model; see `calibrate.segments`.
+
+    Raises:
+        CalibrationError: the text is too short.
+        UsageError: the model does not take segments of that length.
+    """
+    if not 2 <= length <= source.max_positions or count < 1:
+        raise UsageError(
+            f"{count} segments of {length} tokens; the model takes 2 to {source.max_positions} "
+            "tokens at once",
+            fix="use at least one segment, of a length that the model takes",
+        )
+    tokenizer = load_tokenizer(source.folder)
+    return calibrate.segments(text, tokenizer, count=count, length=length, seed=seed)
