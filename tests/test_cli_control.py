@@ -255,7 +255,7 @@ def test_a_dry_run_estimates_time_memory_and_disk(
     assert code == 0, errors
     plan = json.loads(printed)
     found = plan["estimate"]
-    assert set(found["seconds"]) == {"survey", "collect", "solve", "forward"}
+    assert set(found["seconds"]) == {"survey", "collect", "solve", "tune", "forward"}
     assert all(seconds > 0.0 for seconds in found["seconds"].values())
     assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()))
     assert 1e8 < found["memory_bytes"] < 1e10
