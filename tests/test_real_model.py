@@ -83,8 +83,12 @@ def test_every_linear_layer_is_two_four_in_the_checkpoint_and_in_the_graph(
     weights = json.loads((out / "onnx" / "export.json").read_text())["weights"]
     assert [layer["name"] for layer in layers] == [weight["name"] for weight in weights]
     assert len(layers) == 210
-    assert all(layer["pattern_holds"] and layer["sparsity"] == 0.5 for layer in layers)
-    assert all(weight["pattern_holds"] and weight["sparsity"] == 0.5 for weight in weights)
+    for one, other in zip(layers, weights, strict=True):
+        assert one["pattern_holds"]
+        assert other["pattern_holds"]
+        # Of 53 million sums of a kept weight and its change, one or another is 0 to the last bit.
+        assert 0.5 <= one["sparsity"] < 0.5 + 1e-4
+        assert other["sparsity"] == one["sparsity"]
 
 
 @pytest.mark.parametrize("which", ["dense", "pruned"])
