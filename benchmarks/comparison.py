@@ -32,8 +32,7 @@ import exporters.genai
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import artifact, console, environment
 from thanos_deploy.artifact import Bundle, Json
-from thanos_deploy.calibrate import BUILTIN, builtin_text, read_text, segments
-from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.evaluation import graph_reader
 from thanos_deploy.pattern import parse
 from thanos_deploy.perplexity import perplexity_of
@@ -46,6 +45,7 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
+from thanos_deploy.stages.texts import open_text, segments_for
 
 PATTERNS = ("2:4", "unstructured:0.5", "structured:0.1", "structured:0.2", "structured:0.3")
 INT8 = "-int8"
@@ -200,9 +200,8 @@ def genai_folder(bundle: Bundle, otherwise: Path, dense: Dense) -> Path:
 
 def held_out(dense: Dense, request: EvalRequest) -> Tensor:
     """int64[segments, tokens], what `evaluate` judges on."""
-    text = builtin_text(held_out=True) if request.text == BUILTIN else read_text(Path(request.text))
-    tokenizer = load_tokenizer(dense.checkpoint().folder)
-    return segments(text, tokenizer, count=request.segments, length=request.seqlen, seed=None)
+    text = open_text(request.text, request.text_field, held_out=True)
+    return segments_for(dense.checkpoint(), text, request.segments, request.seqlen, seed=None)
 
 
 def graph_perplexity(bundle: Path, ids: Tensor) -> float:

@@ -32,7 +32,7 @@ from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import ENGINES, export
 from thanos_deploy.stages.plan import plan_pruning
 from thanos_deploy.stages.prune import check, prune
-from thanos_deploy.stages.texts import open_text, require_other_text, segments_for
+from thanos_deploy.stages.texts import calibration, open_text, require_other_text, segments_for
 
 STAGES = ("prune", "eval", "onnx", "bench", "report")
 
@@ -133,8 +133,7 @@ def _refuse_beforehand(
     source = dense.checkpoint(announce)
     check(source, request)
     benchmarking.check(source.max_positions)
-    calibration = open_text(request.calib, request.text_field, held_out=False)
-    segments_for(source, calibration, request.nsamples, request.seqlen, seed=request.seed)
+    seen, _ = calibration(source, request)
     text = open_text(evaluation.text, evaluation.text_field, held_out=True)
     segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
-    require_other_text(text, calibration.sha256)
+    require_other_text(text, seen.sha256)

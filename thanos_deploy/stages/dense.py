@@ -43,6 +43,12 @@ class Dense:
                 self._checkpoint = Checkpoint.open(self.source.path)
         return self._checkpoint
 
+    @contextmanager
+    def claim(self) -> Iterator[Bundle]:
+        """Its bundle in the cache, for this process alone; another one's turn is waited for."""
+        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+            yield bundle
+
     def _convert(self, announce: Announce) -> None:
         def produce(folder: Path) -> Json:
             progress = announce(f"Convert {self.source.name}")
@@ -52,7 +58,7 @@ class Dense:
             progress(1, 1)
             return {}
 
-        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+        with self.claim() as bundle:
             bundle.run("import", produce, options={}, inputs={}, overwrite=True)
 
 

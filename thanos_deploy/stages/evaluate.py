@@ -82,7 +82,7 @@ def _evaluate_dense(
 ) -> StageRecord:
     """Quality of the dense model; for "onnx" of its graph, which must be there."""
     checkpoint = dense.checkpoint(announce)
-    with artifact.claim(dense.folder, dense.source.to_json(), wait=True) as bundle:
+    with dense.claim() as bundle:
         return _evaluate(
             *(bundle, checkpoint, request, runtime, {}, announce),
             title="dense model",

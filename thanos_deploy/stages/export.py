@@ -140,7 +140,7 @@ def graph(
 def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> StageRecord:
     """ONNX of a dense model, in its own bundle."""
     checkpoint = dense.checkpoint(announce)
-    with artifact.claim(dense.folder, dense.source.to_json(), wait=True) as bundle:
+    with dense.claim() as bundle:
         return graph(
             bundle,
             checkpoint,

@@ -13,7 +13,7 @@ from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.requests import EvalRequest, PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
-from thanos_deploy.stages.texts import open_text, segments_for
+from thanos_deploy.stages.texts import calibration
 
 
 def outline(model: str, *, revision: str | None, announce: Announce) -> Checkpoint:
@@ -52,8 +52,7 @@ def plan_pruning(
     """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
     source = dense.checkpoint(announce)
     entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
-    text = open_text(request.calib, request.text_field, held_out=False)
-    ids = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    _, ids = calibration(source, request)
     exported = 0 if evaluation is None else 4 * source.parameters
     what: Json
     if request.shrinks:

@@ -26,7 +26,7 @@ from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses, Plan
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.texts import open_text, segments_for
+from thanos_deploy.stages.texts import calibration
 from thanos_deploy.walk import activation_bytes
 
 
@@ -194,8 +194,7 @@ def prune(
     source = dense.checkpoint(announce)
     check(source, request)
     own = _sparsity_file(request)
-    text = open_text(request.calib, request.text_field, held_out=False)
-    ids = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    text, ids = calibration(source, request)
 
     inputs = {
         "model": dense.source.sha256,

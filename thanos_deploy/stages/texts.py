@@ -8,6 +8,7 @@ from thanos_deploy import calibrate
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text
 from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
 from thanos_deploy.errors import UsageError
+from thanos_deploy.requests import PruneRequest
 
 
 def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
@@ -24,6 +25,20 @@ def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
     if name == BUILTIN:
         return builtin_text(held_out=held_out)
     return read_text(Path(name).expanduser(), text_field=text_field)
+
+
+def calibration(source: Checkpoint, request: PruneRequest) -> tuple[Text, Tensor]:
+    """The text that a model is to be calibrated on, and what is taken of it.
+
+    Returns:
+        the text; int64[count, length].
+
+    Raises:
+        CalibrationError, UsageError: see `open_text` and `segments_for`.
+    """
+    text = open_text(request.calib, request.text_field, held_out=False)
+    ids = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    return text, ids
 
 
 def require_other_text(text: Text, calibration_sha256: str | None) -> None:
