@@ -17,6 +17,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from runtime.kernels import timing
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 
 _REPEATS = 8
@@ -246,43 +247,17 @@ def _random(rows: int, columns: int, *, device: str) -> Tensor:
 
 
 def _fastest(call: Callable[[], Tensor], device: str) -> float:
-    """Seconds of the fastest of several calls, after some that do not count."""
-    return min(_on_gpu(call) if device == "cuda" else _on_cpu(call))
-
-
-def _on_cpu(call: Callable[[], Tensor]) -> list[float]:
-    """Seconds of each call, by the host's clock."""
+    """Seconds of the fastest of several calls, after one that does not count."""
     call()
-    seconds = []
-    for _ in range(_REPEATS):
+    if device == "cuda":
+        return min(timing.replayed([call] * _CALLS, samples=_REPEATS, warmup=1))
+
+    def seconds() -> float:
         started = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+        return time.perf_counter() - started
 
-
-def _on_gpu(call: Callable[[], Tensor]) -> list[float]:
-    """Seconds of a call in each replay of a CUDA graph, by the GPU's own events."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up outside of the graph
-        for _ in range(_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
-            call()
-    graph.replay()
-    seconds = []
-    for _ in range(_REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3 / _CALLS)
-    return seconds
+    return min(seconds() for _ in range(_REPEATS))
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

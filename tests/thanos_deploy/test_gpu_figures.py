@@ -29,7 +29,8 @@ def test_each_pass_is_the_fastest_engine_beside_the_fastest_dense_one() -> None:
     assert (two_four.model, two_four.name, two_four.removed) == ("2:4", "decode-1x512", 0.0)
     assert (two_four.engine, two_four.dense_engine) == ("torch:sparse", "torch:eager")
     assert two_four.speed == pytest.approx(5e-3 / 2.5e-3)
-    assert (cut.model, cut.removed, cut.speed) == ("structured", 0.25, pytest.approx(1.25))
+    assert (cut.model, cut.removed) == ("structured", 0.25)
+    assert cut.speed == pytest.approx(1.25)
 
 
 def test_a_rehearsal_shows_nothing() -> None:
