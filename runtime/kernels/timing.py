@@ -184,7 +184,8 @@ def replayed(
     the other, under the host's clock; that is for rehearsals.
 
     Args:
-        calls: the same work on different data, so that no cache helps; each was called before.
+        calls: the same work on different data, so that no cache helps; what a first call compiles
+            or searches was done before.
         samples: how many to time.
         warmup: how many to run before them.
     """
