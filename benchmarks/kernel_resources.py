@@ -33,7 +33,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # The smallest and the largest block of tokens that each is launched with.
 TOKENS = {
-    decode: (1, decode.MOST_TOKENS),
+    decode: (1,),
     prefill: (prefill.LEAST_TOKENS_AT_ONCE, prefill.MOST_TOKENS_AT_ONCE),
 }
 
@@ -157,32 +157,33 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "sparse_mma.cubin"
             compile_cuda(cubin, sparse_mma.target(divmod(architecture, 10)))
-            yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0, None)
+            yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0)
 
 
 def groups_per_thread(config: triton.Config) -> float:
     """Groups of four columns of a row in a block's iteration, for each thread."""
     sizes = config.kwargs
     words = sizes["BLOCK_U"] if "BLOCK_U" in sizes else 2 * sizes["BLOCK_P"]
-    groups: int = 2 * words * sizes["BLOCK_N"]
-    return groups / (32 * config.num_warps)
+    groups: float = 2 * words * sizes.get("BLOCK_N", decode.ROWS) / (32 * config.num_warps)
+    return groups
 
 
 def compile_triton(
     kernel: Any, config: triton.Config, block_m: int, architecture: int, dtype: str
 ) -> Any:
     """Compile a Triton kernel for sizes that are multiples of 16, as real models have them."""
-    in_words = "groups" in kernel.fn.arg_names
-    constants = {"HAS_BIAS": True, "BLOCK_M": block_m, **config.kwargs}
+    names = kernel.fn.arg_names
+    constants = {"HAS_BIAS": True, **config.kwargs}
+    if "BLOCK_M" in names:
+        constants["BLOCK_M"] = block_m
     pointer = _POINTERS[dtype]
     types = {
-        "x": "*i64" if in_words else pointer,
+        "x": "*i64" if "groups" in names else pointer,
         "words": "*i64",
         "mask": "*u8",
         "bias": pointer,
         "y": pointer,
     }
-    names = kernel.fn.arg_names
     source = ASTSource(
         kernel.fn,
         {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
@@ -211,7 +212,7 @@ def compile_cuda(cubin: Path, architecture: str) -> None:
 
 
 def inspect(
-    kernel: str, architecture: int, cubin: bytes, dynamic_shared: int, groups: float | None
+    kernel: str, architecture: int, cubin: bytes, dynamic_shared: int, groups: float | None = None
 ) -> Resources:
     """Read a cubin; of several kernels in it, the most that any of them takes.
 
@@ -270,7 +271,7 @@ def longest_loop(code: str, groups: float | None) -> Loop:
     return Loop(
         len(longest),
         sum(each.startswith("BAR") for each in longest),
-        dict(loads),
+        dict(sorted(loads.items())),
         None if groups is None else len(longest) / groups,
     )
 

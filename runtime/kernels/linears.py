@@ -148,8 +148,9 @@ def triton(weight: Tensor, name: str) -> Multiply:
     packed = PackedWeight.of(weight, name)
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        kernel = decode if len(x) <= decode.MOST_TOKENS else prefill
-        return kernel.linear(x, packed, bias)
+        if len(x) <= decode.MOST_TOKENS:
+            return decode.linear(x, packed, bias)
+        return prefill.linear(x, packed, bias)
 
     return multiply
 

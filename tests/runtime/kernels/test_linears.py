@@ -74,13 +74,14 @@ def test_on_a_cpu_triton_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_on_the_triton_kernels_gives_the_layer(bias: bool, device: torch.device) -> None:
-    # 1 and 2 tokens take one of the kernels, 3 and 5 the other.
-    model = nn.Sequential(nn.Linear(24, 5, bias=bias, dtype=torch.float16, device=device))
+    # One token takes one of the kernels, more take the other.
+    layer = nn.Linear(24, 5, bias=bias, dtype=torch.float16, device=device)
     weight = two_four(5, 24, torch.float16)
-    model[0].weight = nn.Parameter(weight.to(device))
-    expected_bias = model[0].bias.detach().cpu() if bias else None
+    layer.weight = nn.Parameter(weight.to(device))
+    expected_bias = layer.bias.detach().cpu() if bias else None
+    model = nn.Sequential(layer)
     linears.replace(model, ["0"], "triton")
-    for tokens in (1, 2, 3, 5):
+    for tokens in (1, 2, 5):
         x, _ = inputs(tokens, 5, 24, torch.float16, bias=False)
         y = model(x.to(device).reshape(1, tokens, 24))
         assert y.is_contiguous()
@@ -167,11 +168,21 @@ def test_cusparselt_without_a_search_takes_what_torch_takes(library: Library) ->
     assert library.taken == [Algorithm(0, 1, -1)]
 
 
-def test_torch_s_operator_has_the_arguments_that_are_given() -> None:
+def test_torch_s_operator_takes_what_is_given_and_returns_tokens_by_outputs() -> None:
+    # Tensors without values, on which torch's own rules of shapes and dtypes run.
+    x, bias, compressed = (
+        torch.empty(shape, dtype=torch.float16, device="meta")
+        for shape in [(13, 64), (32,), (32, 36)]
+    )
+    y = cusparselt.linear(x, CusparseltWeight(compressed, 32, 64), bias, search=False)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (13, 32), torch.float16)
+    assert y.is_contiguous()
+
+
+def test_without_a_search_torch_s_defaults_are_taken() -> None:
     schema = torch.ops.aten._cslt_sparse_mm.default._schema
     defaults = {each.name: each.default_value for each in schema.arguments}
     first = Algorithm()
     assert defaults["alg_id"] == first.number
     assert defaults["split_k"] == first.split_k
     assert defaults["split_k_mode"] == first.split_k_mode
-    assert {"bias", "transpose_result"} <= defaults.keys()
