@@ -179,7 +179,7 @@ def two_four_bundle(exported_two_four: Exported, tmp_path_factory: pytest.TempPa
         options = {"pattern": "2:4", "method": "thanos"}
         bundle.run("prune", copy("model"), options=options, inputs={})
         inputs = {"model": bundle.model_sha256}
-        bundle.run("onnx", copy("onnx"), options=asdict(ExportRequest()), inputs=inputs)
+        bundle.run("onnx", copy("onnx"), options=ExportRequest().to_json(), inputs=inputs)
     return out
 
 
