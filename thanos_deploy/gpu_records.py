@@ -38,6 +38,8 @@ class Card:
         torch, torch_cuda, triton, transformers, python: versions; None for what is not there.
         power_limit_watts: None where the card does not say.
         most_clock_hz: the highest clock of the multiprocessors; None likewise.
+        date: of the run, in UTC, such as "2026-11-30".
+        command: that measures the same again.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Card:
     python: str
     power_limit_watts: float | None
     most_clock_hz: float | None
+    date: str
+    command: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from thanos_deploy.gpu_records import (
 
 CARD = Card(
     "H100", "cuda", (9, 0), 80 * 10**9, "580.1", "13.0", "2.11", "13.0", "3.6", "5.17", "3.12.3",
-    700.0, 1.98e9,
+    700.0, 1.98e9, "2026-11-30", "python -m benchmarks.gpu_campaign",
 )  # fmt: skip
 ROWS: tuple[Row, ...] = (
     CARD,
