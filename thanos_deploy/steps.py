@@ -159,6 +159,8 @@ def run(
             fix=f"give --seconds {least.seconds:g} or more",
         )
     ends = time.monotonic() + seconds
+    if possible:
+        _import_once()
     for step in steps:
         lacking = next((missing[need] for need in step.needs if need in missing), None)
         left = ends - time.monotonic()
@@ -241,6 +243,17 @@ def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["thanos_deploy._preloaded"])
     return context
+
+
+def _import_once() -> None:
+    """Wait until the server of processes is ready, so that no step's time has its imports in it."""
+    process = _context().Process(target=_nothing)
+    process.start()
+    process.join()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _child(step: Step, task: Task, journal: Path, log: Path | None, pipe: Connection) -> None:
