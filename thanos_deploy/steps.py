@@ -7,6 +7,7 @@ are forked from one that has imported everything and touched no GPU, so a step b
 
 import ctypes
 import faulthandler
+import math
 import multiprocessing
 import os
 import signal
@@ -199,17 +200,19 @@ def _one(
         process = _context().Process(target=_child, args=arguments, name=step.name)
         process.start()
         sender.close()
-        progress = announce(f"{step.name} (at most {limit:.0f} s)")
+        progress = announce(step.name)
+        progress(0, math.ceil(step.seconds))
         try:
             while process.is_alive() and (spent := time.monotonic() - started) < limit:
-                progress(int(min(spent, step.seconds)), int(step.seconds))
+                if 1 <= spent < step.seconds:
+                    progress(int(spent), math.ceil(step.seconds))
                 process.join(_LOOK)
                 if card is not None:
                     readings.append(card.read())
             stopped = process.is_alive()
         finally:
             _stop(process)
-        progress(int(step.seconds), int(step.seconds))
+        progress(math.ceil(step.seconds), math.ceil(step.seconds))
         ending = _heard(receiver)
     rows = [row for row in _own(journal, step) if not isinstance(row, StepRow)]
     if stopped:

@@ -58,9 +58,7 @@ def tensorrt(task: Task) -> Iterator[Row]:
             )
             # With room for the steps after it, in a model that takes hardly more tokens.
             prompt = min(build["profiles"][0]["sequence"]["usual"], engine.max_sequence - _STEPS)
-            seconds[kind] = time_scenarios(
-                engine, (Prefill(1, prompt), Decode(1, prompt, _STEPS))
-            )
+            seconds[kind] = time_scenarios(engine, (Prefill(1, prompt), Decode(1, prompt, _STEPS)))
         yield _sparse_kernels(form, build)
         yield CheckRow(
             "tensorrt",

@@ -1,8 +1,8 @@
 """What is measured on, and what it can do at best."""
 
 import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -11,11 +11,9 @@ from statistics import median
 import torch
 
 from runtime.kernels import timing
-from thanos_deploy import environment, gpu, nvml, preflight
-from thanos_deploy.gpu_records import Card, CheckRow, Peaks, Row
+from thanos_deploy import environment, gpu, nvml
+from thanos_deploy.gpu_records import Card, Peaks, Row
 from thanos_deploy.steps import Task
-
-PREFLIGHT = "preflight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +29,6 @@ class Sizes:
     copy_bytes: int = 4 << 30
     gemm: int = 8192
     samples: int = 20
-
-
-def preflight_rows(task: Task) -> Iterator[Row]:
-    """What this machine has, from the packages to the driver."""
-    for check in preflight.checks():
-        yield CheckRow(PREFLIGHT, **asdict(check))
 
 
 def rows(sizes: Sizes, command: str, task: Task) -> Iterator[Row]:
@@ -83,22 +75,24 @@ def peaks(sizes: Sizes, device: str) -> Peaks:
     """Measure a copy, and a product of square matrices of random numbers."""
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    copy = timing.replayed(
-        [partial(target.copy_, source)], samples=sizes.samples, warmup=3
-    )
+    copy = _median(partial(target.copy_, source), sizes.samples)
     del source, target
     left, right = (
         torch.randn(sizes.gemm, sizes.gemm, dtype=torch.bfloat16, device=device) for _ in range(2)
     )
-    product = timing.replayed(
-        [partial(torch.mm, left, right)], samples=sizes.samples, warmup=3
-    )
+    product = _median(partial(torch.mm, left, right), sizes.samples)
     return Peaks(
-        copy_bytes_per_second=2 * sizes.copy_bytes / median(copy),
+        copy_bytes_per_second=2 * sizes.copy_bytes / copy,
         gemm_dtype="bf16",
         gemm_size=sizes.gemm,
-        gemm_flops_per_second=2 * sizes.gemm**3 / median(product),
+        gemm_flops_per_second=2 * sizes.gemm**3 / product,
     )
+
+
+def _median(call: Callable[[], object], samples: int) -> float:
+    """Seconds of one call."""
+    call()  # libraries set themselves up at the first one
+    return median(timing.replayed([call], samples=samples, warmup=3))
 
 
 def _version(distribution: str) -> str | None:

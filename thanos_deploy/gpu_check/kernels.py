@@ -1,21 +1,15 @@
 """Products with 2:4 weights: each kernel against float64, and how long it takes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from runtime.kernels import linears, timing
-from thanos_deploy.checkpoint import DTYPES
-from thanos_deploy.errors import DeployError
+from runtime.kernels.timing import GemmTime
 from thanos_deploy.gpu_records import CheckRow, GemmRow, KernelRow, Row
 from thanos_deploy.steps import Task
 
-# Outputs and inputs of the linear layers of Llama 3 70B: q and o, k and v, gate and up, down.
-SHAPES_70B = ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672))
-
-Make = Callable[[Tensor, str], linears.Multiply]
+# What is compared with the dense product, each in a process of its own.
+KERNELS = tuple(linears.MAKERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,122 +23,87 @@ class Grid:
         samples: timed runs of each, where they are timed.
     """
 
-    shapes: tuple[tuple[int, int], ...]
-    tokens: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...] = timing.SHAPES
+    tokens: tuple[int, ...] = timing.TOKENS
+    dtypes: tuple[str, ...] = ("bf16",)
     samples: int = 50
 
 
-# Sizes that meet every edge of the kernels' tiles, and one layer of an 8B model.
+# Sizes that meet every edge of the kernels' tiles, and two layers of an 8B model.
 CORRECTNESS = Grid(
     shapes=((37, 148), (130, 68), (300, 1000), (1024, 4096), (4096, 14336)),
     tokens=(1, 2, 4, 5, 16, 17, 64, 256, 2048),
     dtypes=("fp16", "bf16"),
 )
-GEMM = Grid(shapes=timing.SHAPES, tokens=timing.TOKENS, dtypes=("bf16",))
-
-
-def dense(weight: Tensor, name: str) -> linears.Multiply:
-    """What every kernel is compared with."""
-    return lambda x, bias: nn.functional.linear(x, weight, bias)
-
-
-def maker(kernel: str) -> Make:
-    """What makes a multiplication from a weight: "dense", or a key of `linears.MAKERS`."""
-    return dense if kernel == "dense" else linears.MAKERS[kernel]
 
 
 def correctness(kernel: str, grid: Grid, task: Task) -> Iterator[Row]:
-    """A kernel's products beside those in float64, of fresh random numbers each.
+    """A kernel's products beside those in float64.
 
-    What the kernel says that it does not take is a row with the reason; a product that breaks off
-    is a failure.
+    What the kernel says that it does not take is a row with the reason.
     """
-    seed = 0
-    for dtype_name in grid.dtypes:
-        dtype = DTYPES[dtype_name]
-        for outputs, inputs in grid.shapes:
-            weight = timing.random_two_four(
-                outputs, inputs, dtype, device=task.device, seed=(seed := seed + 1)
-            )
-            for tokens in grid.tokens:
-                generator = torch.Generator(task.device).manual_seed(seed := seed + 1)
-                x, bias = (
-                    torch.randn(*shape, dtype=dtype, device=task.device, generator=generator)
-                    for shape in ((tokens, inputs), (outputs,))
-                )
-                error, reason = None, None
-                try:
-                    error = _error(maker(kernel)(weight, "weight"), x, weight, bias)
-                except DeployError as refusal:
-                    reason = refusal.message
-                except RuntimeError as failure:
-                    yield CheckRow(
-                        f"correctness:{kernel}",
-                        f"{kernel}, {dtype_name}, {outputs} x {inputs}, {tokens} tokens",
-                        "FAIL",
-                        f"{type(failure).__name__}: {failure}".splitlines()[0],
-                        "report the card and the versions",
-                    )
-                    if task.device == "cuda":
-                        torch.cuda.synchronize()  # an error that stays is raised once more
-                    continue
-                yield KernelRow(
-                    kernel,
-                    dtype_name,
-                    outputs,
-                    inputs,
-                    tokens,
-                    error=error,
-                    limit=torch.finfo(dtype).eps,
-                    reason=reason,
-                )
-
-
-def _error(multiply: linears.Multiply, x: Tensor, weight: Tensor, bias: Tensor) -> float:
-    """||out - ref|| / ||ref||; NaN if an element was not written."""
-    # What the product is written to is, as a rule, the memory that was freed last.
-    poison = x.new_full((len(x), len(weight)), torch.nan)
-    del poison
-    out = multiply(x, bias)
-    assert out.shape == (len(x), len(weight))
-    expected = torch.addmm(bias.double(), x.double(), weight.double().T)
-    return float((out.double() - expected).norm() / expected.norm())
+    for found in _measured(kernel, grid, task, samples=0):
+        yield KernelRow(
+            kernel,
+            found.dtype,
+            found.outputs,
+            found.inputs,
+            found.tokens,
+            error=found.error,
+            limit=timing.limit(found.dtype),
+            reason=found.reason if found.error is None else None,
+        )
+        if found.failed and found.error is None:
+            yield _failure(f"correctness:{kernel}", found)
 
 
 def gemm(kernel: str, grid: Grid, task: Task) -> Iterator[Row]:
-    """How long a kernel's products take."""
-    for dtype_name in grid.dtypes:
-        for time in timing.measure(
-            grid.shapes,
-            grid.tokens,
-            kernels=(kernel,),
-            dtype=DTYPES[dtype_name],
-            device=task.device,
-            samples=grid.samples,
-        ):
-            yield GemmRow(
-                time.kernel,
-                dtype_name,
-                time.outputs,
-                time.inputs,
-                time.tokens,
-                time.seconds,
-                time.error,
-                time.reason,
-            )
+    """How long a kernel's products take; "dense" is what every other is compared with."""
+    for found in _measured(kernel, grid, task, samples=grid.samples):
+        yield GemmRow(
+            kernel,
+            found.dtype,
+            found.outputs,
+            found.inputs,
+            found.tokens,
+            found.seconds,
+            found.error,
+            found.reason,
+        )
+        if found.failed:
+            yield _failure(f"gemm:{kernel}", found)
+
+
+def _measured(kernel: str, grid: Grid, task: Task, *, samples: int) -> Iterator[GemmTime]:
+    return timing.measure(
+        grid.shapes,
+        grid.tokens,
+        dtypes=grid.dtypes,
+        kernels=(kernel,),
+        device=task.device,
+        samples=samples,
+    )
+
+
+def _failure(step: str, found: GemmTime) -> CheckRow:
+    return CheckRow(
+        step,
+        f"{found.dtype}, {found.outputs} x {found.inputs}, {found.tokens} tokens",
+        "FAIL",
+        found.reason or "no reason",
+        "report the card and the versions",
+    )
 
 
 def speeds(rows: Sequence[GemmRow]) -> dict[GemmRow, float]:
     """How many times as fast as the dense product each is, where both were timed."""
-    times = {
-        (row.dtype, row.outputs, row.inputs, row.tokens): row.median
+    dense = {_size(row): row.median for row in rows if row.kernel == "dense" and row.seconds}
+    return {
+        row: dense[_size(row)] / row.median
         for row in rows
-        if row.kernel == "dense" and row.seconds
+        if row.kernel != "dense" and row.seconds and _size(row) in dense
     }
-    found = {}
-    for row in rows:
-        size = (row.dtype, row.outputs, row.inputs, row.tokens)
-        if row.kernel != "dense" and row.seconds and size in times:
-            found[row] = times[size] / row.median
-    return found
+
+
+def _size(row: GemmRow) -> tuple[str, int, int, int]:
+    return row.dtype, row.outputs, row.inputs, row.tokens

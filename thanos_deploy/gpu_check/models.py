@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.engine import Engine
 from runtime.engines import torch as torch_runtime
-from runtime.engines.torch import Room
+from runtime.static.room import Room
 from runtime.latency import Decode, Prefill
 from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
@@ -75,9 +75,9 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
             max(scenario.batch for scenario in sizes.scenarios),
             max(scenario.tokens for scenario in sizes.scenarios),
         )
+        engine, refusal = None, None
         try:
             engine = torch_runtime.engine_of(model, linears(model), variant=variant, room=room)
-            refusal = None
         except DeployError as error:
             refusal = error.message
         for scenario in sizes.scenarios:
@@ -86,8 +86,8 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
                 scenario.kind,
                 scenario.batch,
                 tokens,
-                None if refusal else samples(engine, scenario, sizes),
-                None if refusal else _held(task.device),
+                engine and samples(engine, scenario, sizes),
+                engine and _held(task.device),
                 refusal,
             )
         del model, engine

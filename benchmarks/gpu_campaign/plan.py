@@ -1,0 +1,90 @@
+"""The steps in their order, with the sizes of the day and those of the rehearsal."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from benchmarks.gpu_campaign import gpu_tests, onnxruntime, rehearsal, sanitizer
+from runtime.latency import Decode, Prefill
+from thanos_deploy.gpu_check import card, kernels, models, pruning
+from thanos_deploy.gpu_check.kernels import KERNELS, Grid
+from thanos_deploy.steps import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What each step works on."""
+
+    peaks: card.Sizes = field(default_factory=card.Sizes)
+    correctness: Grid = kernels.CORRECTNESS
+    gemm: Grid = field(default_factory=Grid)
+    model: models.Sizes = field(default_factory=models.Sizes)
+    layers: pruning.Sizes = field(default_factory=pruning.Sizes)
+
+
+# Small, and with every kind of edge that the sizes of the day have.
+TOY = Sizes(
+    peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
+    correctness=Grid(shapes=((37, 148), (32, 64)), tokens=(1, 17), dtypes=("fp16", "bf16")),
+    gemm=Grid(shapes=((32, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
+    model=models.Sizes(
+        hidden=64,
+        channels=128,
+        heads=8,
+        kv_heads=4,
+        head_size=8,
+        blocks=2,
+        vocabulary=300,
+        scenarios=(Decode(1, 8, 4), Decode(4, 8, 4), Prefill(1, 16), Prefill(2, 8)),
+        turns=1,
+        warmup=1,
+    ),
+    layers=pruning.Sizes(layers=((16, 64), (64, 32)), compared=64, hessian=(32, 256)),
+)
+
+
+def steps(command: str, *, rehearse: bool) -> list[Step]:
+    """All steps.
+
+    Args:
+        command: that measures the same again.
+        rehearse: on a CPU, with toy sizes; nothing is needed then.
+    """
+    sizes = TOY if rehearse else Sizes()
+    sparse = ("gpu", "sparse")
+    found = [
+        Step("card", 15, partial(card.rows, sizes.peaks, command), ("gpu",)),
+        *(
+            Step(
+                f"correctness:{kernel}",
+                25,
+                partial(kernels.correctness, kernel, sizes.correctness),
+                sparse,
+            )
+            for kernel in KERNELS
+        ),
+        Step("sanitizer", 40, sanitizer.rows, sparse),
+        Step("gpu-tests", 30, gpu_tests.rows, ("gpu",)),
+        *(
+            Step(
+                f"gemm:{kernel}",
+                25,
+                partial(kernels.gemm, kernel, sizes.gemm),
+                ("gpu",) if kernel == "dense" else sparse,
+            )
+            for kernel in ("dense", *KERNELS)
+        ),
+        *(
+            Step(
+                f"model:{name}",
+                35,
+                partial(models.rows, name, sizes.model),
+                sparse if name.endswith("2:4") else ("gpu",),
+            )
+            for name in models.MODELS
+        ),
+        Step("pruning", 60, partial(pruning.rows, sizes.layers), ("gpu",)),
+        Step("onnxruntime", 30, onnxruntime.rows, ("gpu",)),
+    ]
+    if not rehearse:
+        return found
+    return [replace(step, rows=partial(rehearsal.rows, step.rows), needs=()) for step in found]
