@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from tests.runtime.kernels.interpreter import multiplying_bfloat16
+from tests.runtime.kernels import interpreter
 from thanos_deploy.gpu_records import Row
 from thanos_deploy.steps import Task
 
@@ -12,5 +12,5 @@ from thanos_deploy.steps import Task
 def rows(step: Callable[[Task], Iterable[Row]], task: Task) -> Iterator[Row]:
     """The rows of a step, on one core."""
     torch.set_num_threads(1)
-    with multiplying_bfloat16():
+    with interpreter.mended():
         yield from step(task)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.runtime.kernels.interpreter import multiplying_bfloat16
+from tests.runtime.kernels import interpreter
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +15,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _products_of_bfloat16() -> Iterator[None]:
-    with multiplying_bfloat16():
+def _mended_interpreter() -> Iterator[None]:
+    with interpreter.mended():
         yield
