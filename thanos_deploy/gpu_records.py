@@ -21,9 +21,6 @@ from thanos_deploy.errors import InputError
 
 FORMAT = 1
 
-# A card that works at full load is at its limit of power as a rule; that is how users see it, too.
-_FULL_POWER = "SwPowerCap"
-
 Status = Literal["VALID", "INVALID", "REHEARSAL"]
 
 
@@ -297,7 +294,7 @@ class Records:
         for step in self.of(StepRow):
             for process in step.other_processes:
                 found[f"another process used the GPU: {process}"] = None
-            if names := ", ".join(name for name in step.throttle_reasons if name != _FULL_POWER):
+            if names := ", ".join(step.throttle_reasons):
                 found[f"the GPU lowered its clock in step {step.step}: {names}"] = None
         return tuple(found)
 

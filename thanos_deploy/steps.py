@@ -385,8 +385,10 @@ def _others(card: nvml.Gpu | None) -> tuple[str, ...]:
     if card is None:
         return ()
     ends = time.monotonic() + _FORGET
-    while True:
-        held = card.read().memory_bytes
-        if not held or time.monotonic() > ends:
-            return tuple(f"process {pid}, {size / 1e9:.1f} GB" for pid, size in held.items())
+    while (reading := card.read()).processes and time.monotonic() < ends:
         time.sleep(_LOOK)
+    held = reading.memory_bytes
+    return tuple(
+        f"process {pid}" + (f", {held[pid] / 1e9:.1f} GB" if pid in held else "")
+        for pid in reading.processes
+    )

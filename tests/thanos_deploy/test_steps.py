@@ -189,14 +189,14 @@ def test_the_card_is_read_while_a_step_runs_and_strangers_are_named(
             self.clocks = iter([1e9, 2e9, *[1.5e9] * 9999])
 
         def read(self) -> nvml.Reading:
-            return nvml.Reading(next(self.clocks), 700.0, ("SwPowerCap",), {7: 4 * 10**9})
+            return nvml.Reading(next(self.clocks), 700.0, ("Hot",), {7: 4 * 10**9}, (7, 8))
 
     *_, end = run(tmp_path, Step("a", 9, two_rows), card=Card())
     assert isinstance(end, StepRow)
     assert end.clocks_hz is not None
     assert 1e9 <= end.clocks_hz[0] <= end.clocks_hz[1] <= 2e9
-    assert end.throttle_reasons == ("SwPowerCap",)
-    assert end.other_processes == ("process 7, 4.0 GB",)
+    assert end.throttle_reasons == ("Hot",)
+    assert end.other_processes == ("process 7, 4.0 GB", "process 8")
 
 
 def test_steps_are_chosen_by_name_or_family() -> None:

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.engine import Engine
 from runtime.engines import torch as torch_runtime
-from runtime.static.room import Room
 from runtime.latency import Decode, Prefill
 from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
@@ -66,6 +65,8 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
         task: see `Step`.
         variants: of the torch engine; none for that of `MODELS`.
     """
+    from runtime.static.room import Room
+
     for variant in variants or (MODELS[name],):
         # Made anew for each: an engine exchanges the model's layers.
         model = make(name, sizes, task.device)

@@ -1,0 +1,46 @@
+"""Hides what a bare CUDA image lacks, from this process and from all that it starts.
+
+With this folder on PYTHONPATH, Python imports it at its start. A module is there if it is of the
+standard library, of this project, or of the image; any other fails as if it were not installed.
+"""
+
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+_PROJECT = {"benchmarks", "exporters", "runtime", "tests", "thanos_deploy", "sitecustomize"}
+
+# What the image was read to have and this project's GPU steps may use, with what that needs.
+_IMAGE = {
+    *("torch", "torchgen", "functorch", "triton", "transformers", "numpy", "safetensors"),
+    *("tokenizers", "huggingface_hub", "accelerate", "scipy", "click", "rich", "pynvml"),
+    *("pytest", "_pytest", "py", "pytest_timeout", "pluggy", "iniconfig", "hypothesis"),
+    *("sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"),
+    *("typing_extensions", "packaging", "regex", "requests", "urllib3", "certifi", "idna"),
+    *("charset_normalizer", "tqdm", "yaml", "_yaml", "psutil", "pygments", "markdown_it"),
+    *("mdurl", "attr", "attrs", "sortedcontainers", "httpx", "httpcore", "h11", "anyio", "hf_xet"),
+    *("typer", "shellingham", "annotated_doc", "sniffio", "setuptools", "nvidia"),
+}
+
+
+class Image(PathFinder):
+    """Finds what the image has."""
+
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """None for what it lacks."""
+        top = fullname.partition(".")[0]
+        if path is None and top not in sys.stdlib_module_names | _PROJECT | _IMAGE:
+            return None
+        return PathFinder.find_spec(fullname, path, target)  # type: ignore[arg-type]
+
+
+# In place of all finders of installed modules, those of editable installs too.
+sys.meta_path[:] = [
+    finder
+    for finder in sys.meta_path
+    if getattr(finder, "__name__", "") in ("BuiltinImporter", "FrozenImporter")
+]
+sys.meta_path.append(Image)
