@@ -22,6 +22,9 @@ _IMAGE = {
     *("typer", "shellingham", "annotated_doc", "sniffio", "setuptools", "nvidia"),
 }
 
+# What newer versions of the image's packages, which may be installed here, need in its place.
+_NEWER = {"httpx2", "httpcore2", "truststore"}
+
 
 class Image(PathFinder):
     """Finds what the image has."""
@@ -32,7 +35,8 @@ class Image(PathFinder):
     ) -> ModuleSpec | None:
         """None for what it lacks."""
         top = fullname.partition(".")[0]
-        if path is None and top not in sys.stdlib_module_names | _PROJECT | _IMAGE:
+        known = top in sys.stdlib_module_names | _PROJECT | _IMAGE | _NEWER
+        if path is None and not known and not top.startswith("_"):
             return None
         return PathFinder.find_spec(fullname, path, target)  # type: ignore[arg-type]
 
