@@ -5,8 +5,11 @@ standard library, of this project, or of the image; any other fails as if it wer
 """
 
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution
 from types import ModuleType
+from typing import Any
 
 _PROJECT = {"benchmarks", "exporters", "runtime", "tests", "thanos_deploy", "sitecustomize"}
 
@@ -25,6 +28,9 @@ _IMAGE = {
 # What newer versions of the image's packages, which may be installed here, need in its place.
 _NEWER = {"httpx2", "httpcore2", "truststore"}
 
+# Distributions whose names are not those of their modules.
+_NAMED_OTHERWISE = {"pyyaml", "markdown_it_py", "nvidia_ml_py", "pytest_timeout"}
+
 
 class Image(PathFinder):
     """Finds what the image has."""
@@ -35,10 +41,21 @@ class Image(PathFinder):
     ) -> ModuleSpec | None:
         """None for what it lacks."""
         top = fullname.partition(".")[0]
-        known = top in sys.stdlib_module_names | _PROJECT | _IMAGE | _NEWER
-        if path is None and not known and not top.startswith("_"):
+        if path is None and not _has(top) and not top.startswith("_"):
             return None
         return PathFinder.find_spec(fullname, path, target)  # type: ignore[arg-type]
+
+    @classmethod
+    def find_distributions(cls, *context: Any) -> Iterator[Distribution]:
+        """What is installed, to the same effect: versions and plugins are looked up by it."""
+        for found in PathFinder.find_distributions(*context):
+            name = (found.metadata["Name"] or "").lower().replace("-", "_")
+            if _has(name) or name in _NAMED_OTHERWISE:
+                yield found
+
+
+def _has(name: str) -> bool:
+    return name in sys.stdlib_module_names | _PROJECT | _IMAGE | _NEWER
 
 
 # In place of all finders of installed modules, those of editable installs too.

@@ -169,6 +169,7 @@ def lines(records: Records) -> list[Check]:
         for outcome in ("PASS", "FAIL", "SKIP")
     }
     measured = any(row.outcome != "SKIP" for row in records.of(StepRow))
-    outcome = "FAIL" if counts["FAIL"] else "PASS" if measured else "SKIP"
-    found.append(Check("verdict", outcome, ", ".join(f"{n} {name}" for name, n in counts.items())))
-    return found
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    if counts["FAIL"]:
+        return [*found, Check("verdict", "FAIL", told, "see the lines with FAIL")]
+    return [*found, Check("verdict", "PASS" if measured else "SKIP", told)]

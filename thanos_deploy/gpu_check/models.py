@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -82,18 +83,22 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
         except DeployError as error:
             refusal = error.message
         for scenario in sizes.scenarios:
-            tokens = scenario.prompt if isinstance(scenario, Prefill) else scenario.past
-            yield row(
-                scenario.kind,
-                scenario.batch,
-                tokens,
-                engine and samples(engine, scenario, sizes),
-                engine and _held(task.device),
-                refusal,
-            )
+            timed = None if engine is None else samples(engine, scenario, sizes)
+            held = None if engine is None else _held(task.device)
+            yield row(phase(scenario), scenario.batch, before(scenario), timed, held, refusal)
         del model, engine
         if task.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def phase(scenario: Prefill | Decode) -> Literal["prefill", "decode"]:
+    """As `ModelRow` calls it."""
+    return "prefill" if isinstance(scenario, Prefill) else "decode"
+
+
+def before(scenario: Prefill | Decode) -> int:
+    """Tokens of each prompt, or before the timed steps."""
+    return scenario.prompt if isinstance(scenario, Prefill) else scenario.past
 
 
 def samples(engine: Engine, scenario: Prefill | Decode, sizes: Sizes) -> tuple[float, ...]:
@@ -126,9 +131,10 @@ def make(name: str, sizes: Sizes, device: str) -> LlamaForCausalLM:
     torch.set_default_dtype(DTYPES[sizes.dtype])
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config).eval()
+            model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
+    model.eval()
     model.requires_grad_(False)
     if name.endswith("2:4"):
         for linear in linears(model):

@@ -41,9 +41,9 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
                 sizes.dtype,
                 sizes.blocks,
                 parameters,
-                scenario.kind,
+                models.phase(scenario),
                 scenario.batch,
-                scenario.prompt if isinstance(scenario, Prefill) else scenario.past,
+                models.before(scenario),
                 models.samples(engine, scenario, sizes),
                 None,
             )
