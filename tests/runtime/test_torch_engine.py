@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
-from runtime.engines.torch import VARIANTS, TorchEngine
+from runtime.engines.torch import VARIANTS, engine_of
 from runtime.generate import generate
 from runtime.kernels import linears
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
@@ -66,7 +66,7 @@ def test_every_family_decodes_as_its_whole_forward_pass_says(
     ids = torch.randint(VOCABULARY, (2, 9))
     with torch.no_grad():
         expected = model(ids).logits.numpy()
-    engine = TorchEngine(model, torch)
+    engine = engine_of(model, ())
     np.testing.assert_allclose(engine.prefill(ids[:, :8].numpy()), expected[:, 7], atol=1e-4)
     np.testing.assert_allclose(engine.decode(ids[:, 8].numpy()), expected[:, 8], atol=1e-4)
 
@@ -140,7 +140,7 @@ def test_a_gpu_that_is_not_there_is_an_error(exported_llama: Path) -> None:
 
 
 def test_every_variant_is_known_to_the_engine() -> None:
-    assert {"eager", "compiled", *linears.MAKERS} == set(VARIANTS)
+    assert {"eager", "compiled", "sparse", *linears.MAKERS} == set(VARIANTS)
 
 
 def test_without_pytorch_the_message_names_what_to_install(
@@ -195,7 +195,7 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         cast(model, torch.float16)
         if maker:
             linears.replace(model, checkpoint.linears, maker)
-        engines.append(TorchEngine(model, torch))
+        engines.append(engine_of(model, ()))
     # Two tokens at once take the decode kernel, two prompts of five the prefill kernel.
     for step in (
         lambda engine: engine.prefill(PROMPTS, MASK),
