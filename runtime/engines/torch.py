@@ -20,13 +20,12 @@ and a static cache would make it multiply with empty places; so the cache grows 
 `Room` is asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.engine import Ids, Logits, require_readable
 from runtime.static.room import Room
-from thanos_deploy import gpu
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
 
@@ -266,12 +265,30 @@ def engine_of(
     return TorchEngine(steps, vocabulary=model.config.vocab_size, max_sequence=most_tokens)
 
 
-def _exchange(model: Any, names: tuple[str, ...], variant: str, keep: Path | None) -> None:
+def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None) -> None:
     """Give a model the linear layers of a variant."""
-    from runtime.kernels import linears
+    if variant in ("eager", "compiled"):
+        return
+    import torch
 
-    if variant in linears.MAKERS:
+    from runtime.kernels import choice, linears
+
+    if variant != "sparse":
         linears.replace(model, names, variant)
+        return
+    capability = torch.cuda.get_device_capability(model.device)
+    rows = choice.rows_for(
+        choice.shapes_of(model, names),
+        choice.folder(keep, "sm{}{}".format(*capability)) / choice.FILE,
+        choice.Origin.here(),
+        lambda shapes: choice.measure(
+            shapes,
+            choice.replayed,
+            candidates=choice.candidates(capability),
+            device=model.device,
+        ),
+    )
+    choice.replace(model, names, rows)
 
 
 def _require_torch() -> Any:
@@ -300,12 +317,9 @@ def _require_device(torch: Any, provider: str, variant: str) -> None:
             f"variant {variant} runs on an NVIDIA GPU only",
             fix="open it with provider cuda on a machine that has one, or take eager or compiled",
         )
-    capability = torch.cuda.get_device_capability()
-    if capability < gpu.SPARSE_CAPABILITY:
-        raise PlatformError(
-            f"variant {variant}: the GPU has compute capability {capability[0]}.{capability[1]}",
-            fix="use a GPU of compute capability 8.0 or later",
-        )
+    from runtime.kernels import linears
+
+    linears.require_capability(variant, torch.cuda.get_device_capability())
     if variant == "cusparselt" and not torch.backends.cusparselt.is_available():
         raise PlatformError(
             "variant cusparselt: this build of PyTorch has no cuSPARSELt",

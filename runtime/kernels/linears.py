@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thanos_deploy import gpu
+from thanos_deploy.errors import PlatformError
 from thanos_deploy.linear import matrix
 from thanos_deploy.packing import require_semi_structured
 
@@ -23,8 +25,13 @@ class SparseLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
-        return self._multiply(x.reshape(-1, x.shape[-1]), self.bias).reshape(*x.shape[:-1], -1)
+        """[..., inputs] -> [..., outputs], contiguous.
+
+        Some libraries give a transposed view. Heads that are split from one have no channels side
+        by side, and attention would take its slow path.
+        """
+        y = self._multiply(x.reshape(-1, x.shape[-1]), self.bias)
+        return y.contiguous().reshape(*x.shape[:-1], -1)
 
 
 def semi_structured(weight: Tensor, name: str, library: str) -> Multiply:
@@ -88,8 +95,29 @@ MAKERS: dict[str, Callable[[Tensor, str], Multiply]] = {
 }
 
 
+def require_capability(maker: str, capability: tuple[int, int]) -> None:
+    """Refuse a GPU on which a kernel does not run.
+
+    Args:
+        maker: a key of `MAKERS`.
+        capability: compute capability of the GPU.
+
+    Raises:
+        PlatformError: it does not run there.
+    """
+    found = f"variant {maker}: the GPU has compute capability {capability[0]}.{capability[1]}"
+    if capability < gpu.SPARSE_CAPABILITY:
+        raise PlatformError(found, fix="use a GPU of compute capability 8.0 or later")
+    # libtorch: "Supported only on GPUs with compute capability 8.x".
+    if maker == "cutlass" and capability[0] != gpu.SPARSE_CAPABILITY[0]:
+        raise PlatformError(
+            f"{found}; PyTorch's CUTLASS kernels are for 8.x only",
+            fix="use variant cusparselt, triton, mma-sp or sparse",
+        )
+
+
 def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
-    """Exchange linear layers, one at a time, so that one weight at most is there twice.
+    """Exchange linear layers for ones that multiply with one kernel; see `exchange`.
 
     Args:
         model: where they are.
@@ -100,10 +128,26 @@ def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
         InputError: a weight is not 2:4, or of a shape or dtype that is not taken; the message
             names the layer.
     """
+    exchange(model, names, MAKERS[maker])
+
+
+def exchange(
+    model: nn.Module, names: Iterable[str], make: Callable[[Tensor, str], Multiply]
+) -> None:
+    """Exchange linear layers, one at a time, so that one weight at most is there twice.
+
+    Args:
+        model: where they are.
+        names: their full names.
+        make: what multiplies, given a weight and the name of its layer.
+
+    Raises:
+        InputError: a weight is not taken; the message names the layer.
+    """
     for name in names:
         linear = model.get_submodule(name)
         bias = getattr(linear, "bias", None)
-        multiply = MAKERS[maker](matrix(linear).detach(), name)
+        multiply = make(matrix(linear).detach(), name)
         parent, _, child = name.rpartition(".")
         setattr(
             model.get_submodule(parent),
