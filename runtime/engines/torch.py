@@ -5,11 +5,12 @@ Variants, given as `backend="torch:VARIANT"`:
     eager             transformers as it is
     compiled          the same through torch.compile, with dynamic shapes
     cutlass           2:4 weights as torch's semi-structured tensors, multiplied by CUTLASS
-    cusparselt        the same, by cuSPARSELt
+    cusparselt        2:4 weights multiplied by cuSPARSELt, with the algorithm it finds fastest
+    cusparselt-first  the same with its first algorithm, as torch takes it, to compare with
     triton            2:4 weights through this project's Triton kernels
     mma-sp            2:4 weights through this project's kernel in CUDA C++
-    sparse            for every layer and number of tokens whichever of these, or the dense product,
-                      was measured to be the fastest here; see `runtime.kernels.choice`
+    sparse            2:4 weights through whichever of these, or the dense product, was measured to
+                      be the fastest for the layer and the tokens; see `runtime.kernels.choice`
 
 All but the first two change the linear layers of the blocks and need an NVIDIA GPU. On the CPU
 weights are float32; on a GPU bfloat16, if the checkpoint's are, or else float16.
@@ -30,7 +31,16 @@ from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
 
 COMMAND = "thanos-deploy prune MODEL -o {bundle} ..."
-VARIANTS = ("eager", "compiled", "cutlass", "cusparselt", "triton", "mma-sp", "sparse")
+VARIANTS = (
+    "eager",
+    "compiled",
+    "cutlass",
+    "cusparselt",
+    "cusparselt-first",
+    "triton",
+    "mma-sp",
+    "sparse",
+)
 PROVIDERS = ("cpu", "cuda")
 
 # What a GPU makes place for if nobody says how much there will be; it grows when needed.
@@ -282,10 +292,7 @@ def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None)
         choice.folder(keep, "sm{}{}".format(*capability)) / choice.FILE,
         choice.Origin.here(),
         lambda shapes: choice.measure(
-            shapes,
-            choice.replayed,
-            candidates=choice.candidates(capability),
-            device=model.device,
+            shapes, choice.replayed, candidates=choice.makers(), device=model.device
         ),
     )
     choice.replace(model, names, rows)
@@ -319,16 +326,4 @@ def _require_device(torch: Any, provider: str, variant: str) -> None:
         )
     from runtime.kernels import linears
 
-    linears.require_capability(variant, torch.cuda.get_device_capability())
-    if variant == "cusparselt" and not torch.backends.cusparselt.is_available():
-        raise PlatformError(
-            "variant cusparselt: this build of PyTorch has no cuSPARSELt",
-            fix="use a CUDA build of PyTorch with it, or variant cutlass",
-        )
-    if variant == "triton":
-        try:
-            import triton  # noqa: F401 - its absence is told here
-        except ImportError as error:
-            raise PlatformError(
-                "the package triton is not installed", fix="pip install 'thanos-deploy[kernels]'"
-            ) from error
+    linears.require(variant, torch.device(provider))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from math import ceil, exp, inf, log
+from math import exp, inf, log
 from pathlib import Path
 from statistics import fmean, median
 
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from runtime.kernels import linears, timing
 from runtime.kernels.linears import Multiply
+from runtime.kernels.packed import require_dtype
 from thanos_deploy import __version__, artifact, environment
-from thanos_deploy.errors import DeployError, PlatformError
+from thanos_deploy.errors import DeployError
 from thanos_deploy.linear import matrix
 from thanos_deploy.progress import OnProgress, silent
 
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 FORMAT = "thanos-deploy/kernels/1"
 FILE = "kernels.json"
 DENSE = "dense"
+
+# Never faster than the library's search, which includes it.
+_COMPARISON = "cusparselt-first"
 
 # The most tokens of each bucket, and what the bucket beyond is measured at.
 ENDS = (1, 4, 16, 64, 256)
@@ -50,15 +54,8 @@ WORTH = 0.03
 _DENSE_BITS = 16
 _SPARSE_BITS = 9
 
-# Of a product's distance from the one in float32, relative to its norm: units in its last place.
-_LIMIT_UNITS = 4
-
 # Libraries refuse with RuntimeError, ours with DeployError.
 _REFUSALS = (DeployError, RuntimeError, ImportError)
-
-# Products that are timed together are of weights which fill the L2 cache this often, so that none
-# finds its weight there, as in a model.
-_CACHE_FILLS = 2
 
 Maker = Callable[[Tensor, str], Multiply]
 # Calls that do the same on different copies of a weight -> seconds of one.
@@ -71,7 +68,7 @@ class Shape:
 
     Attributes:
         outputs, inputs: of its weight.
-        dtype: of its weight, such as "bfloat16".
+        dtype: of its weight, a key of `timing.DTYPES`.
     """
 
     outputs: int
@@ -79,9 +76,15 @@ class Shape:
     dtype: str
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Shape":
-        """The shape of a weight [outputs, inputs]."""
-        return cls(*weight.shape, str(weight.dtype).removeprefix("torch."))
+    def of(cls, weight: Tensor, name: str = "weight") -> "Shape":
+        """The shape of a weight [outputs, inputs].
+
+        Raises:
+            InputError: no kernel for 2:4 takes its dtype.
+        """
+        require_dtype(weight, name)
+        (dtype,) = (key for key, dtype in timing.DTYPES.items() if dtype == weight.dtype)
+        return cls(*weight.shape, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,19 +153,9 @@ def dense(weight: Tensor, name: str) -> Multiply:
 
 
 def makers() -> dict[str, Maker]:
-    """All kernels, the dense product included."""
-    return {DENSE: dense, **linears.MAKERS}
-
-
-def candidates(capability: tuple[int, int]) -> dict[str, Maker]:
-    """The kernels to choose from on a GPU of a compute capability."""
-    found = makers()
-    for name in linears.MAKERS:
-        try:
-            linears.require_capability(name, capability)
-        except PlatformError:
-            del found[name]
-    return found
+    """The kernels to choose from: the dense product, and all for 2:4 but one to compare with."""
+    others = {name: make for name, make in linears.MAKERS.items() if name != _COMPARISON}
+    return {DENSE: dense, **others}
 
 
 def fastest(timed: Sequence[Timed]) -> tuple[str, ...]:
@@ -218,25 +211,28 @@ def measure(
     on_progress(0, len(shapes))
     for number, shape in enumerate(shapes, 1):
         weight = timing.random_two_four(
-            shape.outputs, shape.inputs, getattr(torch, shape.dtype)
-        ).to(device)
-        timed = tuple(_time(kernel, make, weight, clock) for kernel, make in candidates.items())
+            shape.outputs, shape.inputs, timing.DTYPES[shape.dtype], device=device
+        )
+        timed = tuple(
+            _time(kernel, make, weight, shape.dtype, clock) for kernel, make in candidates.items()
+        )
         rows.append(Row(shape, fastest(timed), timed))
         on_progress(number, len(shapes))
     return tuple(rows)
 
 
-def _time(kernel: str, make: Maker, weight: Tensor, clock: Clock) -> Timed:
+def _time(kernel: str, make: Maker, weight: Tensor, dtype: str, clock: Clock) -> Timed:
     """One kernel on one weight, in every bucket."""
     seconds: list[float | None] = []
     reasons = []
     try:
-        copies = [make(weight.clone(), "weight") for _ in range(_copies(weight))]
+        # As many that the cache of the GPU holds none of them when its turn comes.
+        copies = [make(weight.clone(), "weight") for _ in range(timing.rotation(weight))]
     except _REFUSALS as refusal:
         return Timed(kernel, (None,) * len(TOKENS), _reason(refusal))
     for tokens in TOKENS:
         try:
-            seconds.append(_seconds(copies, weight, tokens, clock))
+            seconds.append(_seconds(copies, weight, tokens, dtype, clock))
         except _REFUSALS as refusal:
             if kernel == DENSE:  # nothing would be left to choose
                 raise
@@ -245,24 +241,18 @@ def _time(kernel: str, make: Maker, weight: Tensor, clock: Clock) -> Timed:
     return Timed(kernel, tuple(seconds), reasons[0] if reasons else None)
 
 
-def _seconds(copies: Sequence[Multiply], weight: Tensor, tokens: int, clock: Clock) -> float:
+def _seconds(
+    copies: Sequence[Multiply], weight: Tensor, tokens: int, dtype: str, clock: Clock
+) -> float:
     generator = torch.Generator(weight.device).manual_seed(tokens)
     x = torch.randn(tokens, weight.shape[1], device=weight.device, generator=generator)
     x = x.to(weight.dtype)
-    expected = x.float() @ weight.float().T
-    error = float((copies[0](x, None).float() - expected).norm() / expected.norm())
-    if not error <= _LIMIT_UNITS * torch.finfo(weight.dtype).eps:  # NaN is not
-        raise RuntimeError(f"the product is wrong by {error:.1e} of its norm")
+    expected = timing.product_in_float64(x, weight)
+    for multiply in copies:  # the first call compiles, tunes and searches
+        error = float((multiply(x, None).double() - expected).norm() / expected.norm())
+        if not error <= timing.limit(dtype):  # NaN is not
+            raise RuntimeError(f"the product is wrong by {error:.1e} of its norm")
     return clock([partial(multiply, x, None) for multiply in copies])
-
-
-def _copies(weight: Tensor) -> int:
-    """How many weights to take turns with, so that the L2 cache holds none of them."""
-    if not weight.is_cuda:
-        return 1
-    cache: int = torch.cuda.get_device_properties(weight.device).L2_cache_size
-    packed = weight.numel() * _SPARSE_BITS // 8
-    return 1 + ceil(_CACHE_FILLS * cache / packed)
 
 
 def _reason(refusal: Exception) -> str:
@@ -377,7 +367,7 @@ def replace(model: nn.Module, names: Sequence[str], rows: Mapping[Shape, Row]) -
     known = makers()
 
     def make(weight: Tensor, name: str) -> Multiply:
-        chosen = rows[Shape.of(weight)].chosen
+        chosen = rows[Shape.of(weight, name)].chosen
         held = {kernel: known[kernel](weight, name) for kernel in dict.fromkeys(chosen)}
         by_bucket = [held[kernel] for kernel in chosen]
         # A branch on a shape: a CUDA graph records the kernel of its own number of tokens.
@@ -387,5 +377,9 @@ def replace(model: nn.Module, names: Sequence[str], rows: Mapping[Shape, Row]) -
 
 
 def shapes_of(model: nn.Module, names: Sequence[str]) -> list[Shape]:
-    """The shape of each of some linear layers."""
-    return [Shape.of(matrix(model.get_submodule(name))) for name in names]
+    """The shape of each of some linear layers.
+
+    Raises:
+        InputError: no kernel for 2:4 takes the dtype of one.
+    """
+    return [Shape.of(matrix(model.get_submodule(name)), name) for name in names]

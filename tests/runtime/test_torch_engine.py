@@ -171,7 +171,7 @@ def test_a_shape_or_dtype_that_the_library_does_not_take_is_refused_by_name(
     library: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     with pytest.raises(InputError, match=f"up_proj: {library} takes no 2:4 weight of {dtype}"):
-        linears.semi_structured(torch.zeros(shape, dtype=dtype), "up_proj", library)
+        linears.MAKERS[library](torch.zeros(shape, dtype=dtype), "up_proj")
 
 
 def test_the_shapes_that_are_refused_are_those_that_torch_refuses() -> None:

@@ -17,10 +17,10 @@ from runtime.kernels import choice, linears
 from runtime.kernels.choice import DENSE, TOKENS, Origin, Row, Shape, Timed
 from runtime.kernels.linears import Multiply
 from thanos_deploy import environment
-from thanos_deploy.errors import InputError, PlatformError
+from thanos_deploy.errors import InputError
 
 HERE = Origin(card="H", torch="2", triton=None, tool="1")
-SHAPE = Shape(outputs=32, inputs=64, dtype="bfloat16")
+SHAPE = Shape(outputs=32, inputs=64, dtype="bf16")
 
 # Seconds in the buckets of 1, 2-4, 5-16, 17-64, 65-256 and more tokens.
 COSTS = {
@@ -46,7 +46,7 @@ def fake(kernel: str) -> choice.Maker:
 
 
 def clock(calls: Sequence[Callable[[], object]]) -> float:
-    (call,) = calls  # on a CPU there is no cache of a GPU to fill
+    call = calls[0]
     assert isinstance(call, partial)
     call()
     return COSTS[call.func.kernel][TOKENS.index(len(call.args[0]))]
@@ -65,21 +65,8 @@ def measured(extra: Mapping[str, choice.Maker] | None = None) -> Row:
 def test_every_bucket_gets_the_faster_of_the_two_kernels_that_are_best_together() -> None:
     row = measured()
     assert row.shape == SHAPE
-    # `few` and `many`: mean log of (6, 6, 9, 20, 15, 60); dense beside `few` would be
-    # (6, 6, 9, 10, 20, 100), which is faster by more than what a copy has to gain.
-    assert row.chosen == ("few", "few", "few", "many", "many", "many") or row.chosen == (
-        "few",
-        "few",
-        "few",
-        DENSE,
-        DENSE,
-        DENSE,
-    )
-    together = {
-        DENSE: fmean(map(log, (6, 6, 9, 10, 20, 100))),
-        "many": fmean(map(log, (6, 6, 9, 20, 15, 60))),
-    }
-    assert row.chosen[3:] == (min(together, key=lambda name: together[name]),) * 3
+    # Beyond 16 tokens dense times of 10, 20 and 100 s are slower, as a product, than 20, 15 and 60.
+    assert row.chosen == ("few", "few", "few", "few", "many", "many")
     assert [one.seconds for one in row.timed] == list(COSTS.values())
 
 
@@ -152,7 +139,8 @@ def test_a_kernel_that_refuses_or_errs_is_not_chosen_and_says_why() -> None:
         "few", (0.1, 0.1, 0.1, None, None, None), "64 tokens: RuntimeError: too many"
     )
     assert bad.seconds == (None,) * 6
-    assert bad.reason is not None and "the product is wrong by" in bad.reason
+    assert bad.reason is not None
+    assert "the product is wrong by" in bad.reason
 
 
 def test_a_dense_product_that_fails_is_an_error() -> None:
@@ -180,7 +168,7 @@ def test_a_measurement_is_read_back_and_only_new_shapes_are_measured(tmp_path: P
         asked.append(list(shapes))
         return tuple(Row(shape, measured().chosen, measured().timed) for shape in shapes)
 
-    other = Shape(8, 16, "float16")
+    other = Shape(8, 16, "fp16")
     rows = choice.rows_for([SHAPE, SHAPE], path, HERE, measure)
     assert choice.rows_for([SHAPE], path, HERE, measure) == rows == {SHAPE: measured()}
     assert set(choice.rows_for([SHAPE, other], path, HERE, measure)) == {SHAPE, other}
@@ -207,7 +195,8 @@ def test_a_file_of_another_gpu_or_version_is_measured_anew_and_that_is_said(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with caplog.at_level(logging.WARNING):
         assert choice.read(path, HERE) == ()
-    assert said in caplog.text and "measured anew" in caplog.text
+    assert said in caplog.text
+    assert "measured anew" in caplog.text
 
 
 @pytest.mark.usefixtures("known")
@@ -258,25 +247,3 @@ def test_a_layer_takes_the_kernel_of_its_tokens_and_holds_no_other() -> None:
         x = torch.randn(shape, dtype=torch.bfloat16)
         torch.testing.assert_close(model["up"](x), reference(x))
     assert used == [("few", "up"), ("few", 1), ("few", 4)]
-
-
-def test_a_hopper_gpu_has_no_cutlass_to_choose_from() -> None:
-    assert choice.candidates((8, 6)).keys() == {DENSE, *linears.MAKERS}
-    assert choice.candidates((9, 0)).keys() == {DENSE, *linears.MAKERS} - {"cutlass"}
-
-
-@pytest.mark.parametrize(
-    ("maker", "capability", "seen"),
-    [
-        ("cutlass", (9, 0), "compute capability 9.0; PyTorch's CUTLASS kernels are for 8.x only"),
-        ("cutlass", (12, 0), "12.0"),
-        ("triton", (7, 5), "compute capability 7.5"),
-    ],
-)
-def test_a_gpu_on_which_a_kernel_does_not_run_is_refused(
-    maker: str, capability: tuple[int, int], seen: str
-) -> None:
-    with pytest.raises(PlatformError, match=seen):
-        linears.require_capability(maker, capability)
-    linears.require_capability("cutlass", (8, 9))
-    linears.require_capability("mma-sp", (9, 0))
