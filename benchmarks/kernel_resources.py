@@ -157,15 +157,15 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "sparse_mma.cubin"
             compile_cuda(cubin, sparse_mma.target(divmod(architecture, 10)))
-            yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0, None)
+            yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0)
 
 
 def groups_per_thread(config: triton.Config) -> float:
     """Groups of four columns of a row in a block's iteration, for each thread."""
     sizes = config.kwargs
     words = sizes["BLOCK_U"] if "BLOCK_U" in sizes else 2 * sizes["BLOCK_P"]
-    groups: int = 2 * words * sizes["BLOCK_N"]
-    return groups / (32 * config.num_warps)
+    groups: float = 2 * words * sizes["BLOCK_N"] / (32 * config.num_warps)
+    return groups
 
 
 def compile_triton(
@@ -211,7 +211,7 @@ def compile_cuda(cubin: Path, architecture: str) -> None:
 
 
 def inspect(
-    kernel: str, architecture: int, cubin: bytes, dynamic_shared: int, groups: float | None
+    kernel: str, architecture: int, cubin: bytes, dynamic_shared: int, groups: float | None = None
 ) -> Resources:
     """Read a cubin; of several kernels in it, the most that any of them takes.
 
@@ -270,7 +270,7 @@ def longest_loop(code: str, groups: float | None) -> Loop:
     return Loop(
         len(longest),
         sum(each.startswith("BAR") for each in longest),
-        dict(loads),
+        dict(sorted(loads.items())),
         None if groups is None else len(longest) / groups,
     )
 

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
-    found = []
+    found: list[GemmTime] = []
     try:
         for row in measure(
             arguments.shapes,
@@ -49,19 +49,26 @@ def main() -> None:
     except DeployError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    if arguments.out:
-        is_gpu = arguments.device == "cuda"
-        artifact.write_json(
-            arguments.out,
-            {
-                "gpu": torch.cuda.get_device_name() if is_gpu else "none, a rehearsal on the CPU",
-                "cuda": torch.version.cuda,
-                "dtype": arguments.dtype,
-                "environment": environment.describe(),
-                "records": [asdict(each) for each in found],
-            },
-        )
+    finally:
+        # Also what was found before a GPU was lost.
+        if arguments.out and found:
+            write(arguments.out, arguments.dtype, arguments.device, found)
     sys.exit(any(each.failed for each in found))
+
+
+def write(path: Path, dtype: str, device: str, found: Sequence[GemmTime]) -> None:
+    """Write the records, and what they were measured on."""
+    is_gpu = device == "cuda"
+    artifact.write_json(
+        path,
+        {
+            "gpu": torch.cuda.get_device_name() if is_gpu else "none, a rehearsal on the CPU",
+            "cuda": torch.version.cuda,
+            "dtype": dtype,
+            "environment": environment.describe(),
+            "records": [asdict(each) for each in found],
+        },
+    )
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -100,7 +100,8 @@ def require_pattern(weight: Tensor, pattern: SemiStructured, name: str = "weight
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:
     """Some rows at a time."""
-    return weight.split(max(1, _ENTRIES_AT_ONCE // max(weight.shape[1], 1)))
+    parts: tuple[Tensor, ...] = weight.split(max(1, _ENTRIES_AT_ONCE // max(weight.shape[1], 1)))
+    return parts
 
 
 def _present(part: Tensor, group: int) -> Tensor:
@@ -114,10 +115,10 @@ def _packed_part(part: Tensor, pattern: SemiStructured) -> tuple[Tensor, Tensor]
     kept, group = pattern.kept, pattern.group
     present = _present(part, group)
     # Those that are present, and zeros to fill up, from the first column on.
-    free = kept - present.sum(dim=1, keepdim=True)
-    keep = present | ((~present).cumsum(dim=1) <= free)
+    free = kept - present.sum(dim=1, keepdim=True, dtype=torch.int32)
+    keep = present | (present.logical_not().cumsum(dim=1, dtype=torch.int32) <= free)
     # Every entry has a place: the kept ones in their order, the others all behind them.
-    place = torch.where(keep, keep.cumsum(dim=1) - 1, kept)
+    place = torch.where(keep, keep.cumsum(dim=1, dtype=torch.int32) - 1, kept).long()
     entries = part.reshape(-1, group)
     values = entries.new_empty(len(entries), kept + 1).scatter_(1, place, entries)[:, :kept]
     return values.reshape(rows, -1), _bits(keep.reshape(rows, cols))

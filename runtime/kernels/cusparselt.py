@@ -7,6 +7,7 @@ result as [tokens, outputs].
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,8 @@ def _searched(dense: Tensor, weight: CusparseltWeight, bias: Tensor | None) -> A
         weight.rows, weight.columns, dense.shape[1], dense.dtype, bias is not None, dense.device
     )
     if product not in _found:
-        number, split_k, split_k_mode, _ = torch._C._cusparselt.mm_search(
+        library: Any = torch._C._cusparselt  # of CUDA builds; torch types none of it
+        number, split_k, split_k_mode, _ = library.mm_search(
             weight.compressed, dense, bias, None, None, True
         )
         _found[product] = Algorithm(number, split_k, split_k_mode)

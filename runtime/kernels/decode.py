@@ -14,14 +14,16 @@ of W (a load of 16 bytes and one of 2 bytes each) and every token (two loads of 
 the columns are split within the block already; 4 rows a block fill 256 blocks from 1024 rows, no
 partial sums pass through memory, and the sum is the same each time. Tiles are [..., pairs of words,
 2]: the last axis is what one load takes, and `tl.split` hands its two halves to the thread that
-loaded them. Nothing moves through shared memory in the loop, so it has no barrier, and the loads of
-an iteration are all on their way before the first is used.
+loaded them. Nothing moves through shared memory in the loop, so it has no barrier, and all loads of
+W in an iteration are on their way before the first is used.
 
 How many tokens the kernel is for follows from its instructions for a group of four columns, of
 which an H100 (3.35 TB/s, 132 processors issuing 128 lanes at 1.755 GHz) has time for 40 while it
 reads the group's 4.5 bytes: 20 for one token and 30 for two, but 48 for four, where the kernel in
 `prefill` takes 26 for up to 16. `python -m benchmarks.kernel_resources` counts them.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -31,6 +33,10 @@ from torch import Tensor
 from runtime.kernels.packed import PackedWeight, aligned
 
 MOST_TOKENS = 2
+
+
+# A tenth of Triton's own times: what the configurations differ in shows within a few runs.
+bench = partial(triton.testing.do_bench, warmup=3, rep=10)
 
 
 def tunable(configs: list[triton.Config]) -> list[triton.Config]:
@@ -65,7 +71,7 @@ def add_group(sums, x, word, bits, slot: tl.constexpr, dtype: tl.constexpr):
     return sums
 
 
-@triton.autotune(configs=tunable(CONFIGS), key=["outputs", "groups", "BLOCK_M"])
+@triton.autotune(configs=tunable(CONFIGS), key=["outputs", "groups", "BLOCK_M"], do_bench=bench)
 @triton.jit
 def kernel(
     x,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.kernels import split_k
-from runtime.kernels.decode import tunable
+from runtime.kernels.decode import bench, tunable
 from runtime.kernels.packed import PackedWeight
 
 MOST_TOKENS_AT_ONCE = 128
@@ -63,7 +63,7 @@ def columns(words, bits, slot: tl.constexpr):
     )
 
 
-@triton.autotune(configs=tunable(CONFIGS), key=["outputs", "inputs", "BLOCK_M"])
+@triton.autotune(configs=tunable(CONFIGS), key=["outputs", "inputs", "BLOCK_M"], do_bench=bench)
 @triton.jit
 def kernel(
     x,

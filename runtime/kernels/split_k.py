@@ -28,7 +28,7 @@ def words_per_split(words: int, tiles: int, blocks: int) -> int:
         blocks: that the GPU should have.
     """
     splits = max(1, blocks // tiles)
-    return triton.cdiv(triton.cdiv(words, splits), _LEAST_WORDS) * _LEAST_WORDS
+    return -(-words // (splits * _LEAST_WORDS)) * _LEAST_WORDS
 
 
 @cache

@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.kernels import cusparselt, linears
 from runtime.kernels.cusparselt import Algorithm, CusparseltWeight
@@ -75,10 +76,11 @@ def test_on_a_cpu_triton_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_on_the_triton_kernels_gives_the_layer(bias: bool, device: torch.device) -> None:
     # 1 and 2 tokens take one of the kernels, 3 and 5 the other.
-    model = nn.Sequential(nn.Linear(24, 5, bias=bias, dtype=torch.float16, device=device))
+    layer = nn.Linear(24, 5, bias=bias, dtype=torch.float16, device=device)
     weight = two_four(5, 24, torch.float16)
-    model[0].weight = nn.Parameter(weight.to(device))
-    expected_bias = model[0].bias.detach().cpu() if bias else None
+    layer.weight = nn.Parameter(weight.to(device))
+    expected_bias = layer.bias.detach().cpu() if bias else None
+    model = nn.Sequential(layer)
     linears.replace(model, ["0"], "triton")
     for tokens in (1, 2, 3, 5):
         x, _ = inputs(tokens, 5, 24, torch.float16, bias=False)
@@ -167,11 +169,22 @@ def test_cusparselt_without_a_search_takes_what_torch_takes(library: Library) ->
     assert library.taken == [Algorithm(0, 1, -1)]
 
 
-def test_torch_s_operator_has_the_arguments_that_are_given() -> None:
+def test_torch_s_operator_takes_what_is_given_and_returns_tokens_by_outputs() -> None:
+    # On a GPU that is not there, with torch's own rules of shapes and dtypes.
+    with FakeTensorMode():
+        x, bias = (
+            torch.empty(shape, dtype=torch.float16, device="cuda") for shape in [(13, 64), (32,)]
+        )
+        compressed = torch.empty(32, 36, dtype=torch.float16, device="cuda")
+        y = cusparselt.linear(x, CusparseltWeight(compressed, 32, 64), bias, search=False)
+    assert (y.device.type, y.shape, y.dtype) == ("cuda", (13, 32), torch.float16)
+    assert y.is_contiguous()
+
+
+def test_without_a_search_torch_s_defaults_are_taken() -> None:
     schema = torch.ops.aten._cslt_sparse_mm.default._schema
     defaults = {each.name: each.default_value for each in schema.arguments}
     first = Algorithm()
     assert defaults["alg_id"] == first.number
     assert defaults["split_k"] == first.split_k
     assert defaults["split_k_mode"] == first.split_k_mode
-    assert {"bias", "transpose_result"} <= defaults.keys()

