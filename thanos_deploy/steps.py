@@ -40,6 +40,9 @@ _LOOK = 0.25
 # What the driver may take to forget a process that has ended, in seconds.
 _FORGET = 5.0
 
+# Fraction of the last moments in which a kernel ran, while nothing of ours was there.
+_MOST_BUSY = 0.05
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -226,7 +229,8 @@ def _one(
             f"its process {_death(process.exitcode)}; {len(rows)} rows are kept",
             "read the end of the log",
         )
-    clocks = [reading.clock_hz for reading in readings]
+    # An idle card rests its clock.
+    clocks = [reading.clock_hz for reading in readings if reading.busy is None or reading.busy]
     return StepRow(
         step=step.name,
         outcome=ending.outcome,
@@ -385,8 +389,14 @@ def _others(card: nvml.Gpu | None) -> tuple[str, ...]:
     if card is None:
         return ()
     ends = time.monotonic() + _FORGET
-    while (reading := card.read()).processes and time.monotonic() < ends:
+    while (reading := card.read()).processes or (reading.busy or 0) > _MOST_BUSY:
+        if time.monotonic() > ends:
+            break
         time.sleep(_LOOK)
+    else:
+        return ()
+    if not reading.processes:  # which a container may not be told of
+        return (f"kernels of others ran {reading.busy:.0%} of the time",)
     held = reading.memory_bytes
     return tuple(
         f"process {pid}" + (f", {held[pid] / 1e9:.1f} GB" if pid in held else "")

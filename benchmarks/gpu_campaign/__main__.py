@@ -14,7 +14,7 @@ from thanos_deploy.progress import Announce
 from thanos_deploy.steps import Task
 
 # Of one call on a machine that is lent by the minute.
-_SECONDS = 400.0
+SECONDS = 400.0
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", type=_names, default=(), metavar="STEP,...")
     parser.add_argument("--skip", type=_names, default=(), metavar="STEP,...")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help="default: %(default)g")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)g")
     parser.add_argument("--bundle", type=Path, help="default: a tiny one is made")
     parser.add_argument("--rehearse", action="store_true")
     return parser

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from thanos_deploy.errors import PlatformError
+from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.gpu_records import Row
 from thanos_deploy.steps import Task
 
@@ -40,10 +40,7 @@ def make(folder: Path) -> Path:
     try:
         import exporters.onnx
     except ImportError as error:
-        raise PlatformError(
-            f"the tiny bundle cannot be made here ({error})",
-            fix="give --bundle, made on a machine that has the packages of thanos-deploy",
-        ) from error
+        raise _unmade(error) from error
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.byte_tokenizer import save_byte_tokenizer
@@ -66,6 +63,16 @@ def make(folder: Path) -> Path:
         exporters.onnx.export(Checkpoint.open(partial / "model"), partial / "onnx", pattern=None)
         return {}
 
-    with artifact.claim(folder / "bundle", {"sha256": "", "name": "tiny"}) as bundle:
-        bundle.run("onnx", produce, options={}, inputs={})
+    try:
+        with artifact.claim(folder / "bundle", {"sha256": "", "name": "tiny"}) as bundle:
+            bundle.run("onnx", produce, options={}, inputs={})
+    except DeployError as error:  # of versions that the exporter is not made for
+        raise _unmade(error.message) from error
     return folder / "bundle"
+
+
+def _unmade(why: object) -> PlatformError:
+    return PlatformError(
+        f"the tiny bundle cannot be made here ({why})",
+        fix="give --bundle, made on a machine that has the packages of thanos-deploy",
+    )

@@ -199,6 +199,21 @@ def test_the_card_is_read_while_a_step_runs_and_strangers_are_named(
     assert end.other_processes == ("process 7, 4.0 GB", "process 8")
 
 
+def test_kernels_of_a_process_that_is_not_listed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_FORGET", 0.3)
+
+    class Card(nvml.Gpu):
+        def __init__(self, *busy: float) -> None:
+            self.busy = iter(busy)
+
+        def read(self) -> nvml.Reading:
+            return nvml.Reading(1e9, None, (), {}, busy=next(self.busy))
+
+    # The first reading still has what the last step did.
+    assert steps._others(Card(0.9, 0.0)) == ()
+    assert steps._others(Card(*[0.4] * 99)) == ("kernels of others ran 40% of the time",)
+
+
 def test_steps_are_chosen_by_name_or_family() -> None:
     every = [Step(name, 1, two_rows) for name in ("a", "gemm:x", "gemm:y")]
 

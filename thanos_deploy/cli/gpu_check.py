@@ -27,7 +27,7 @@ _FILE = "gpu-check.json"
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=None,
-    help="For all steps; one that no longer fits is left out and named.  [default: 600]",
+    help="For all steps; one that no longer fits is left out and named.  [default: 1200]",
 )
 @click.option(
     "-o",

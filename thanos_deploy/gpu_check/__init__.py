@@ -4,7 +4,7 @@
     card               the card, the bandwidth of a copy, the speed of a large product
     correctness:KERNEL products with 2:4 weights against float64
     gemm:KERNEL        how long they take, the dense product among them
-    model:MODEL        whole models of large layers: dense, 2:4, structured, and both
+    model:MODEL        whole models of large layers: dense, 2:4, structured, both, and compiled
     pruning            seconds a layer on the GPU, and that it prunes as the CPU does
     ort-cuda           ONNX Runtime on CUDA computes what it computes on the CPU
     tensorrt           dense and sparse engines of one graph: the verdict on every layer, agreement,
@@ -36,8 +36,8 @@ from thanos_deploy.steps import Missing, Step, Task
 COMMAND = "thanos-deploy gpu-check"
 PREFLIGHT = "preflight"
 
-# For all steps that need no bundle, one after the other.
-SECONDS = 600.0
+# For all steps, one after the other.
+SECONDS = 1200.0
 
 STEPS: tuple[Step, ...] = (
     Step("card", 15, partial(card.rows, card.Sizes(), COMMAND), ("gpu",)),
@@ -62,11 +62,22 @@ STEPS: tuple[Step, ...] = (
     *(
         Step(
             f"model:{name}",
-            30,
-            partial(models.rows, name, models.Sizes()),
+            60 if name.endswith("2:4") else 20,
+            partial(models.rows, name, models.Sizes(), variants=variants),
             ("gpu", "sparse") if name.endswith("2:4") else ("gpu",),
         )
-        for name in models.MODELS
+        for name, variants in (
+            ("dense", ("eager",)),
+            ("2:4", ("sparse", "cusparselt", "triton", "mma-sp")),
+            ("structured", ("eager",)),
+            ("structured, 2:4", ("sparse",)),
+        )
+    ),
+    Step(
+        "model:compiled",
+        120,
+        partial(models.rows, "dense", models.Sizes(), variants=("compiled",)),
+        ("gpu",),
     ),
     Step("pruning", 60, partial(pruning.rows, pruning.Sizes()), ("gpu",)),
     Step("ort-cuda", 20, bundles.onnxruntime_cuda, ("gpu", "bundle", "onnxruntime-cuda")),

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from runtime.engine import Engine
 from runtime.engines import torch as torch_runtime
 from runtime.latency import Decode, Prefill
+from runtime.static.room import Room
 from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
 from thanos_deploy.gpu_records import ModelRow, Row
@@ -66,8 +67,6 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
         task: see `Step`.
         variants: of the torch engine; none for that of `MODELS`.
     """
-    from runtime.static.room import Room
-
     for variant in variants or (MODELS[name],):
         # Made anew for each: an engine exchanges the model's layers.
         model = make(name, sizes, task.device)
@@ -89,6 +88,7 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
         del model, engine
         if task.device == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def phase(scenario: Prefill | Decode) -> Literal["prefill", "decode"]:
@@ -127,13 +127,13 @@ def make(name: str, sizes: Sizes, device: str) -> LlamaForCausalLM:
         dtype=DTYPES[sizes.dtype],
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
+    usual = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[sizes.dtype])
     try:
         with torch.device(device):
             model = LlamaForCausalLM(config)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(usual)
     model.eval()
     model.requires_grad_(False)
     if name.endswith("2:4"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thanos_deploy import methods
+from thanos_deploy import devices, methods
 from thanos_deploy.calibrate import Statistics
 from thanos_deploy.gpu_records import CheckRow, HessianRow, PruningRow, Row
 from thanos_deploy.layer import LayerProblem, LayerResult
@@ -49,7 +49,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
             layer = problem(outputs, inputs, task.device)
             started = time.perf_counter()
             result = solve(layer, preset)
-            _wait(task.device)
+            devices.wait(torch.device(task.device))
             yield PruningRow(
                 _METHOD,
                 preset,
@@ -89,12 +89,12 @@ def accumulate(columns: int, tokens: int, device: str) -> HessianRow:
     x = torch.randn(at_once, columns, dtype=torch.bfloat16, device=device)
     statistics = Statistics.empty(columns, device=torch.device(device))
     statistics.add(x, None)
-    _wait(device)
+    devices.wait(torch.device(device))
     started = time.perf_counter()
     for _ in range(tokens // at_once):
         statistics.add(x, None)
     statistics.complete()
-    _wait(device)
+    devices.wait(torch.device(device))
     return HessianRow(columns, tokens // at_once * at_once, time.perf_counter() - started)
 
 
@@ -114,8 +114,3 @@ def compare(size: int, device: str) -> CheckRow:
         f"{_LOSS_LIMIT:g}",
         "" if agrees else "prune on the CPU, and report the card and the versions",
     )
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
