@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, benchmark
+from thanos_deploy import artifact, benchmark, names
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.errors import InputError, UsageError
@@ -186,7 +186,9 @@ def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
     if done is None:
         return {}
     return {
-        name: _Run(done.options[name], done.inputs[name], result)
+        names.plain(name, bundle.path / artifact.MANIFEST): _Run(
+            done.options[name], done.inputs[name], result
+        )
         for name, result in done.result.get("runs", {}).items()
     }
 
