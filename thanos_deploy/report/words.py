@@ -13,7 +13,7 @@ _CPU = "CPUExecutionProvider"
 _STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
 
 # What two perplexities have to share to be comparable.
-_TEXT = ("text", "segments", "length")
+_TEXT = ("text", "segments", "length", "frame")
 
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
