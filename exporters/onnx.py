@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from exporters import _int8, _qdq, _rewrites
-from thanos_deploy import artifact
+from thanos_deploy import artifact, onnxfile
 from thanos_deploy.assignment import describe, every
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
@@ -214,6 +214,7 @@ def judge_file(
     Returns:
         by name, of the layers that have a pattern.
     """
+    onnxfile.require_own_data(path)
     initializers = _initializers(path)
     return {
         name: judge(_nonzero(initializers, f"{name}.weight", shapes[name][1])[2], pattern)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.engine import Ids, Logits, require_readable
-from thanos_deploy import environment, gpu
+from thanos_deploy import environment, gpu, onnxfile
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
@@ -221,6 +221,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
             raise InputError(
                 f"{needed}: missing", fix=f"run `thanos-deploy export {bundle} --target onnx` first"
             )
+    onnxfile.require_own_data(path)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:
