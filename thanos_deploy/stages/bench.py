@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import load
@@ -274,7 +274,7 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
     folder = dense_folder(bundle.source["sha256"])
     if (folder / artifact.MANIFEST).exists():
         found = Bundle.open(folder)
-        if "onnx" in found.stages and found.stages["onnx"].options == asdict(wanted):
+        if "onnx" in found.stages and found.stages["onnx"].options == wanted.to_json():
             return found
     raise InputError(
         f"{folder}: no export of {bundle.source['name']} there, the dense model of {bundle.path}, "

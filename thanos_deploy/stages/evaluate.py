@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from runtime.engines.onnxruntime import require_all_logits
 from thanos_deploy import artifact, evaluation, harness
 from thanos_deploy import perplexity as quality
 from thanos_deploy.artifact import Bundle, Json, StageRecord
@@ -38,6 +39,7 @@ def evaluate(
     pruned = bundle.require("prune", "`thanos-deploy prune`")
     if runtime == "onnx":
         bundle.require("onnx", f"`thanos-deploy export {bundle.path} --target onnx`")
+        require_all_logits(exported_with(bundle).logits)
     bundle.check(evaluation.stage(request, runtime), request.to_json(), overwrite=overwrite)
     _require_judge(request, pruned.inputs["text"])
     if runtime == "onnx":
