@@ -32,7 +32,7 @@ import torch
 from transformers import PreTrainedModel
 
 from exporters import _int8, _parity, _qdq, _trace, _weights
-from thanos_deploy import artifact
+from thanos_deploy import artifact, onnxfile
 from thanos_deploy.assignment import describe, every
 from thanos_deploy.calibrate import builtin_text, segments
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
@@ -171,6 +171,7 @@ def judge_file(
     Returns:
         by name, of the layers that have a pattern.
     """
+    onnxfile.require_own_data(path)
     initializers = _weights.initializers_of(path)
     return {
         name: judge(_weights.nonzero(initializers, f"{name}.weight", shapes[name][1])[2], pattern)

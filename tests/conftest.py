@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
 import exporters.onnx
+from tests.byte_tokenizer import save_byte_tokenizer
 from tests.store import Store
 from thanos_deploy import cli, sizing
 from thanos_deploy.artifact import Json, claim, write_json
@@ -250,14 +250,3 @@ def stock_model(folder: Path, **options: object) -> Any:
     Typed as Any: transformers' own types say that `generate` cannot be called.
     """
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def save_byte_tokenizer(folder: Path) -> None:
-    """One token a byte, and one that ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)

@@ -294,8 +294,7 @@ class Records:
         for step in self.of(StepRow):
             for process in step.other_processes:
                 found[f"another process used the GPU: {process}"] = None
-            if step.throttle_reasons:
-                names = ", ".join(step.throttle_reasons)
+            if names := ", ".join(step.throttle_reasons):
                 found[f"the GPU lowered its clock in step {step.step}: {names}"] = None
         return tuple(found)
 
@@ -311,7 +310,13 @@ class Journal:
     """Rows as they come: each is on disk when `add` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Append to a file, which need not be there."""
+        """Append to a file, which need not be there.
+
+        A line that another writer was killed in is cut off first.
+        """
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: Row) -> None:

@@ -62,6 +62,21 @@ class Held:
     by: Literal["process", "device"]
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a GPU may do at most, and its driver.
+
+    Attributes:
+        driver: its version.
+        power_watts: that it may draw; None where it does not say.
+        clock_hz: of its multiprocessors.
+    """
+
+    driver: str
+    power_watts: float | None
+    clock_hz: float
+
+
 class Gpu:
     """The GPU that CUDA calls the first; CUDA_VISIBLE_DEVICES may hide and reorder them.
 
@@ -91,6 +106,16 @@ class Gpu:
             return cls(pynvml)
         except pynvml.NVMLError:
             return None
+
+    def limits(self) -> Limits:
+        """What it may do at most."""
+        nvml = self._nvml
+        try:
+            power = nvml.nvmlDeviceGetPowerManagementLimit(self._device) / 1e3
+        except nvml.NVMLError:
+            power = None
+        clock_hz = 1e6 * nvml.nvmlDeviceGetMaxClockInfo(self._device, nvml.NVML_CLOCK_SM)
+        return Limits(str(nvml.nvmlSystemGetDriverVersion()), power, clock_hz)
 
     def read(self) -> Reading:
         """Its state now."""

@@ -15,7 +15,7 @@ from runtime import floats, memory
 from runtime.engine import Ids, Logits, require_readable
 from runtime.floats import Float
 from runtime.memory import Memory, Tensor
-from thanos_deploy import environment, gpu
+from thanos_deploy import environment, gpu, onnxfile
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
@@ -281,6 +281,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
             raise InputError(
                 f"{needed}: missing", fix=f"run `thanos-deploy export {bundle} --target onnx` first"
             )
+    onnxfile.require_own_data(path)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:

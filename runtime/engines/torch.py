@@ -9,16 +9,24 @@ Variants, given as `backend="torch:VARIANT"`:
     cusparselt-first  the same with its first algorithm, as torch takes it, to compare with
     triton            2:4 weights through this project's Triton kernels
     mma-sp            2:4 weights through this project's kernel in CUDA C++
+    sparse            2:4 weights through whichever of these, or the dense product, was measured to
+                      be the fastest for the layer and the tokens; see `runtime.kernels.choice`
 
-The last five change the linear layers of the blocks and need an NVIDIA GPU. On the CPU weights are
-float32; on a GPU bfloat16, if the checkpoint's are, or else float16.
+All but the first two change the linear layers of the blocks and need an NVIDIA GPU. On the CPU
+weights are float32; on a GPU bfloat16, if the checkpoint's are, or else float16.
+
+On a GPU all but `compiled` run on a static kv cache, and their steps are replayed from CUDA graphs;
+see `runtime.static`. On a CPU there is nothing to gain from that, because the host computes itself,
+and a static cache would make it multiply with empty places; so the cache grows there, unless a
+`Room` is asked for.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runtime.engine import Ids, Logits, require_readable
-from thanos_deploy import gpu
+from runtime.static.room import Room
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
 
@@ -31,54 +39,53 @@ VARIANTS = (
     "cusparselt-first",
     "triton",
     "mma-sp",
+    "sparse",
 )
 PROVIDERS = ("cpu", "cuda")
 
+# What a GPU makes place for if nobody says how much there will be; it grows when needed.
+_ROOM = Room(batch=1, tokens=1024)
+
+
+class Steps(Protocol):
+    """A model and the kv cache of the sequences that it is working on.
+
+    Attributes:
+        length: tokens of each sequence, padding included.
+    """
+
+    length: int
+
+    def prefill(self, ids: Ids, mask: Ids | None) -> Any:
+        """See `Engine.prefill`; a tensor float32[batch, vocabulary] on the model's device."""
+
+    def decode(self, ids: Ids) -> Any:
+        """See `Engine.decode`; a tensor float32[batch, vocabulary] on the model's device."""
+
 
 class TorchEngine:
-    """A model and the kv cache of the sequences that it is working on.
+    """An engine on a model of transformers, which is made by `engine_of`.
 
     Attributes:
         max_sequence: the most tokens, prompt and answer together.
     """
 
-    def __init__(self, model: Any, torch: Any, *, compiled: bool = False) -> None:
-        """Wrap a model of transformers, on the device where it is.
-
-        Args:
-            model: the causal model, ready for inference.
-            torch: the module.
-            compiled: run it through torch.compile.
-        """
-        self._model = model
-        if compiled:
-            # A full graph or an error: PyTorch would go on uncompiled where it gives up.
-            self._model = torch.compile(model, dynamic=True, fullgraph=True)
-        self._torch = torch
-        self._device = model.device
-        self._vocabulary = model.config.vocab_size
-        self.max_sequence: int = model.config.max_position_embeddings
-        self._cache: Any = None
-        self._mask: Any = None
+    def __init__(self, steps: Steps, *, vocabulary: int, max_sequence: int) -> None:
+        """Put the checks and the host's side around steps."""
+        self._steps = steps
+        self._vocabulary = vocabulary
+        self.max_sequence = max_sequence
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
-        from transformers import DynamicCache
-
         require_readable(ids, self._vocabulary)
         self._require_room(ids.shape[1])
-        tokens = self._place(ids)
-        self._mask = self._torch.ones_like(tokens) if mask is None else self._place(mask)
-        # Without the configuration no block's cache is cut to its window.
-        self._cache = DynamicCache()
-        return self._step(tokens)
+        return _to_host(self._steps.prefill(ids, mask))
 
     def decode(self, ids: Ids) -> Logits:
         """See `Engine.decode`."""
-        self._require_room(self._mask.shape[1] + 1)
-        tokens = self._place(ids[:, None])
-        self._mask = self._torch.cat([self._mask, self._torch.ones_like(tokens)], dim=1)
-        return self._step(tokens)
+        self._require_room(self._steps.length + 1)
+        return _to_host(self._steps.decode(ids))
 
     def _require_room(self, tokens: int) -> None:
         if tokens > self.max_sequence:
@@ -87,7 +94,42 @@ class TorchEngine:
                 fix="use a shorter prompt or fewer new tokens",
             )
 
-    def _step(self, tokens: Any) -> Logits:
+
+class _GrowingSteps:
+    """Steps on transformers' own cache, which grows by a token a step."""
+
+    def __init__(self, model: Any, *, compiled: bool) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = model.device
+        # A full graph or an error: PyTorch would go on uncompiled where it gives up.
+        self._model = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
+        self._cache: Any = None
+        self._mask: Any = None
+
+    @property
+    def length(self) -> int:
+        """See `Steps`."""
+        return int(self._mask.shape[1])
+
+    def prefill(self, ids: Ids, mask: Ids | None) -> Any:
+        """See `Steps`."""
+        from transformers import DynamicCache
+
+        tokens = self._place(ids)
+        self._mask = self._torch.ones_like(tokens) if mask is None else self._place(mask)
+        # Without the configuration no block's cache is cut to its window.
+        self._cache = DynamicCache()
+        return self._step(tokens)
+
+    def decode(self, ids: Ids) -> Any:
+        """See `Steps`."""
+        tokens = self._place(ids[:, None])
+        self._mask = self._torch.cat([self._mask, self._torch.ones_like(tokens)], dim=1)
+        return self._step(tokens)
+
+    def _step(self, tokens: Any) -> Any:
         positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         with self._torch.inference_mode():
             output = self._model(
@@ -98,11 +140,22 @@ class TorchEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        logits: Logits = output.logits[:, -1].float().cpu().numpy()
-        return logits
+        return output.logits[:, -1].float()
 
     def _place(self, array: Ids) -> Any:
         return self._torch.tensor(array, device=self._device)
+
+
+def _to_host(logits: Any) -> Logits:
+    """A copy, by the GPU itself where there is one."""
+    import torch
+
+    host = torch.empty(logits.shape, dtype=torch.float32, pin_memory=logits.is_cuda)
+    host.copy_(logits, non_blocking=True)
+    if logits.is_cuda:
+        torch.cuda.current_stream(logits.device).synchronize()
+    copied: Logits = host.numpy()
+    return copied
 
 
 def folder(bundle: Bundle) -> str:
@@ -111,14 +164,32 @@ def folder(bundle: Bundle) -> str:
 
 
 def open_engine(
-    bundle: Path, *, provider: str = "cpu", variant: str = "eager", threads: int | None = None
+    bundle: Path,
+    *,
+    provider: str = "cpu",
+    variant: str = "eager",
+    threads: int | None = None,
+    room: Room | None = None,
 ) -> TorchEngine:
     """Load the checkpoint of a bundle; see `open_model`."""
-    return open_model(bundle / "model", provider=provider, variant=variant, threads=threads)
+    return open_model(
+        bundle / "model",
+        provider=provider,
+        variant=variant,
+        threads=threads,
+        room=room,
+        keep=bundle / "engines",
+    )
 
 
 def open_model(
-    folder: Path, *, provider: str = "cpu", variant: str = "eager", threads: int | None = None
+    folder: Path,
+    *,
+    provider: str = "cpu",
+    variant: str = "eager",
+    threads: int | None = None,
+    room: Room | None = None,
+    keep: Path | None = None,
 ) -> TorchEngine:
     """Load a model folder, such as a dense model to compare with.
 
@@ -127,21 +198,25 @@ def open_model(
         provider: one of `PROVIDERS`.
         variant: one of `VARIANTS`.
         threads: how many work on one operator, in this whole process; None for PyTorch's choice.
+        room: see `engine_of`.
+        keep: see `engine_of`.
 
     Raises:
         PlatformError: a package or the GPU that the variant needs is not there.
         InputError: the checkpoint does not load, or a linear layer is not what a variant for 2:4
             takes; the message names it.
+        ResourceError: the GPU has too little memory.
         UsageError: there is no such provider.
     """
     if provider not in PROVIDERS:
         raise UsageError(
             f"provider {provider!r} is not known", fix=f"give one of {', '.join(PROVIDERS)}"
         )
-    torch = _require_torch(provider, variant)
+    torch = _require_torch()
+    _require_device(torch, provider, variant)
     if threads is not None:
         torch.set_num_threads(threads)
-    from runtime.kernels import linears
+    from runtime.static import memory
     from thanos_deploy.checkpoint import Checkpoint, cast, load_model
 
     checkpoint = Checkpoint.open(folder)
@@ -149,14 +224,82 @@ def open_model(
     if provider == "cuda":
         is_bfloat16 = checkpoint.config.dtype == torch.bfloat16
         cast(model, torch.bfloat16 if is_bfloat16 else torch.float16)
-    model.to(torch.device(provider))
-    if variant in linears.MAKERS:
-        linears.replace(model, checkpoint.linears, variant)
-    return TorchEngine(model, torch, compiled=variant == "compiled")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with memory.needed(f"{folder}: the model", size):
+        model.to(torch.device(provider))
+    return engine_of(model, checkpoint.linears, variant=variant, room=room, keep=keep)
 
 
-def _require_torch(provider: str, variant: str) -> Any:
-    """PyTorch, if it and this machine can do what is asked for."""
+def engine_of(
+    model: Any,
+    linears: Iterable[str],
+    *,
+    variant: str = "eager",
+    room: Room | None = None,
+    keep: Path | None = None,
+) -> TorchEngine:
+    """Wrap a causal model of transformers that is in memory, on whatever device.
+
+    Args:
+        model: ready for inference; a variant for 2:4 changes it.
+        linears: full names of the layers that such a variant exchanges.
+        variant: one of `VARIANTS`.
+        room: what to make a static kv cache for, which grows when more is needed; None for some on
+            a GPU and for no static cache elsewhere.
+        keep: the folder below which variant `sparse` keeps what it measured; None for the cache
+            folder of thanos-deploy.
+
+    Raises:
+        PlatformError: the model's device is not what the variant needs.
+        InputError: a layer is not what a variant for 2:4 takes; the message names it.
+        ResourceError: the GPU has too little memory.
+        UsageError: the room is longer than the model's sequences.
+    """
+    torch = _require_torch()
+    provider, most_tokens = model.device.type, model.config.max_position_embeddings
+    _require_device(torch, provider, variant)
+    if room is not None and room.tokens > most_tokens:
+        raise UsageError(
+            f"a room for {room.tokens} tokens: the model takes at most {most_tokens}",
+            fix="ask for no more than that",
+        )
+    _exchange(model, tuple(linears), variant, keep)
+    steps: Steps
+    if variant == "compiled" or (room is None and provider == "cpu"):
+        steps = _GrowingSteps(model, compiled=variant == "compiled")
+    else:
+        from runtime.static.steps import StaticSteps
+
+        usual = Room(_ROOM.batch, min(_ROOM.tokens, most_tokens))
+        steps = StaticSteps(model, room or usual)
+    return TorchEngine(steps, vocabulary=model.config.vocab_size, max_sequence=most_tokens)
+
+
+def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None) -> None:
+    """Give a model the linear layers of a variant."""
+    if variant in ("eager", "compiled"):
+        return
+    import torch
+
+    from runtime.kernels import choice, linears
+
+    if variant != "sparse":
+        linears.replace(model, names, variant)
+        return
+    capability = torch.cuda.get_device_capability(model.device)
+    rows = choice.rows_for(
+        choice.shapes_of(model, names),
+        choice.folder(keep, "sm{}{}".format(*capability)) / choice.FILE,
+        choice.Origin.here(),
+        lambda shapes: choice.measure(
+            shapes, choice.replayed, candidates=choice.makers(), device=model.device
+        ),
+    )
+    choice.replace(model, names, rows)
+
+
+def _require_torch() -> Any:
+    """The module, if it and transformers are installed."""
     try:
         import torch
         import transformers  # noqa: F401 - asked for here, so that the message is the same
@@ -164,34 +307,23 @@ def _require_torch(provider: str, variant: str) -> Any:
         raise PlatformError(
             f"the package {error.name} is not installed", fix="pip install torch transformers"
         ) from error
+    return torch
+
+
+def _require_device(torch: Any, provider: str, variant: str) -> None:
+    """Refuse a variant that this machine cannot run."""
     if provider == "cuda" and not torch.cuda.is_available():
         raise PlatformError(
             "provider cuda: PyTorch finds no NVIDIA GPU",
             fix="check the driver with nvidia-smi, and that PyTorch is a CUDA build",
         )
     if variant in ("eager", "compiled"):
-        return torch
+        return
     if provider != "cuda":
         raise PlatformError(
             f"variant {variant} runs on an NVIDIA GPU only",
             fix="open it with provider cuda on a machine that has one, or take eager or compiled",
         )
-    capability = torch.cuda.get_device_capability()
-    if capability < gpu.SPARSE_CAPABILITY:
-        raise PlatformError(
-            f"variant {variant}: the GPU has compute capability {capability[0]}.{capability[1]}",
-            fix="use a GPU of compute capability 8.0 or later",
-        )
-    if variant == "cusparselt" and not torch.backends.cusparselt.is_available():
-        raise PlatformError(
-            "variant cusparselt: this build of PyTorch has no cuSPARSELt",
-            fix="use a CUDA build of PyTorch with it, or variant cutlass",
-        )
-    if variant == "triton":
-        try:
-            import triton  # noqa: F401 - its absence is told here
-        except ImportError as error:
-            raise PlatformError(
-                "the package triton is not installed", fix="pip install 'thanos-deploy[kernels]'"
-            ) from error
-    return torch
+    from runtime.kernels import linears
+
+    linears.require(variant, torch.device(provider))

@@ -47,7 +47,7 @@ def require(maker: str, device: torch.device) -> None:
     """Refuse a device on which the kernels of a maker do not run.
 
     Args:
-        maker: a key of `MAKERS`.
+        maker: a key of `MAKERS`, or "sparse" for any of them.
         device: where the weights are.
 
     Raises:
@@ -179,7 +179,7 @@ MAKERS: dict[str, Callable[[Tensor, str], Multiply]] = {
 
 
 def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
-    """Exchange linear layers, one at a time, so that one weight at most is there twice.
+    """Exchange linear layers for ones that multiply with one kernel; see `exchange`.
 
     Args:
         model: where they are.
@@ -191,10 +191,23 @@ def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
             names the layer.
         PlatformError: see `require`.
     """
+    exchange(model, names, MAKERS[maker])
+
+
+def exchange(
+    model: nn.Module, names: Iterable[str], make: Callable[[Tensor, str], Multiply]
+) -> None:
+    """Exchange linear layers, one at a time, so that one weight at most is there twice.
+
+    Args:
+        model: where they are.
+        names: their full names.
+        make: what multiplies, given a weight [outputs, inputs] and the name of its layer.
+    """
     for name in names:
         linear = model.get_submodule(name)
         bias = getattr(linear, "bias", None)
-        multiply = MAKERS[maker](matrix(linear).detach(), name)
+        multiply = make(matrix(linear).detach(), name)
         parent, _, child = name.rpartition(".")
         setattr(
             model.get_submodule(parent),

@@ -153,7 +153,9 @@ def test_a_damaged_file_is_refused_before_onnxruntime_sees_it(
 def test_without_the_check_a_truncated_model_is_bad_input(bundle: Path, keep: int) -> None:
     path = bundle / "onnx" / "model.onnx"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match="ONNX Runtime cannot load it"):
+    with pytest.raises(
+        InputError, match=r"model\.onnx: (ONNX Runtime cannot load it|not a readable ONNX)"
+    ):
         open_engine(bundle, verify=False)
 
 

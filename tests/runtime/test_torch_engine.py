@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,25 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
-from runtime.engines.torch import VARIANTS, TorchEngine
+from runtime.engines.torch import VARIANTS, engine_of
 from runtime.generate import generate
-from runtime.kernels import decode, linears
+from runtime.kernels import choice, decode, linears
+from runtime.static.replay import Eager
+from runtime.static.room import Room
+from runtime.static.steps import StaticSteps
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model
-from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
+from thanos_deploy.errors import (
+    InputError,
+    IntegrityError,
+    PlatformError,
+    ResourceError,
+    UsageError,
+)
 from thanos_deploy.packing import SEMI_STRUCTURED_MULTIPLES
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune import prune
@@ -66,7 +77,7 @@ def test_every_family_decodes_as_its_whole_forward_pass_says(
     ids = torch.randint(VOCABULARY, (2, 9))
     with torch.no_grad():
         expected = model(ids).logits.numpy()
-    engine = TorchEngine(model, torch)
+    engine = engine_of(model, ())
     np.testing.assert_allclose(engine.prefill(ids[:, :8].numpy()), expected[:, 7], atol=1e-4)
     np.testing.assert_allclose(engine.decode(ids[:, 8].numpy()), expected[:, 8], atol=1e-4)
 
@@ -140,7 +151,7 @@ def test_a_gpu_that_is_not_there_is_an_error(exported_llama: Path) -> None:
 
 
 def test_every_variant_is_known_to_the_engine() -> None:
-    assert {"eager", "compiled", *linears.MAKERS} == set(VARIANTS)
+    assert {"eager", "compiled", "sparse", *linears.MAKERS} == set(VARIANTS)
 
 
 def test_without_pytorch_the_message_names_what_to_install(
@@ -196,7 +207,7 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         cast(model, torch.float16)
         if maker:
             linears.replace(model, checkpoint.linears, maker)
-        engines.append(TorchEngine(model, torch))
+        engines.append(engine_of(model, ()))
     # Two tokens at once take the decode kernel, two prompts of five the prefill kernel.
     for step in (
         lambda engine: engine.prefill(PROMPTS, MASK),
@@ -207,12 +218,109 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         assert np.abs(actual - expected).max() < 5e-3 * np.ptp(expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-@pytest.mark.parametrize("variant", sorted(linears.MAKERS))
-def test_every_two_four_variant_gives_the_logits_of_eager_on_a_gpu(
-    make_model: MakeModel, tmp_path: Path, variant: str
+def test_attention_gets_channels_side_by_side_from_exchanged_layers(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # PyTorch's fast attention wants a last stride of 1.
+    strides = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def spy(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        strides.extend(tensor.stride(-1) for tensor in (query, key, value))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setitem(
+        linears.MAKERS, "fake", lambda weight, name: lambda x, bias: x @ weight.T.contiguous()
+    )
+    for room in (None, Room(2, 16)):
+        model = load_model(tiny_llama)
+        linears.replace(model, Checkpoint.open(tiny_llama).linears, "fake")
+        engine = engine_of(model, (), room=room)
+        engine.prefill(PROMPTS)
+        engine.decode(np.array([1, 2]))
+    assert set(strides) == {1}
+
+
+def test_the_sparse_variant_measures_once_and_keeps_that_beside_the_bundle(
+    exported_two_four: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocked = []
+
+    def clock(calls: Sequence[Callable[[], object]]) -> float:
+        clocked.append(calls)
+        return 1.0 if len(clocked) % 2 else 2.0
+
+    origin = choice.Origin(card="fake", torch="2", triton=None, tool="1")
+    monkeypatch.setattr(choice.Origin, "here", lambda: origin)
+    monkeypatch.setattr(choice, "makers", lambda: {choice.DENSE: choice.dense, "again": _again})
+    monkeypatch.setattr(choice, "replayed", clock)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    checkpoint = Checkpoint.open(exported_two_four("llama") / "model")
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    logits = []
+    for variant in ("eager", "sparse", "sparse"):
+        model = load_model(checkpoint.folder)
+        cast(model, torch.bfloat16)
+        torch_engine._exchange(model, checkpoint.linears, variant, tmp_path / "engines")
+        logits.append(engine_of(model, (), room=Room(2, 16)).prefill(ids))
+    kept = tmp_path / "engines" / "torch-sm90" / "kernels.json"
+    rows = json.loads(kept.read_text())["rows"]
+    # Two kernels in every bucket, each shape once: q and o, k and v, gate and up, down.
+    assert len(rows) == 4
+    assert len(clocked) == 2 * len(choice.TOKENS) * len(rows)
+    np.testing.assert_array_equal(logits[1], logits[0])
+    np.testing.assert_array_equal(logits[2], logits[0])
+
+
+def _again(weight: torch.Tensor, name: str) -> linears.Multiply:
+    return lambda x, bias: nn.functional.linear(x, weight, bias)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_cutlass_is_refused_beyond_compute_capability_8(tiny_llama: Path) -> None:
+    with pytest.raises(PlatformError, match=r"compute capability 8\.x only, and the GPU has 9\.0"):
+        torch_engine.open_model(tiny_llama, provider="cuda", variant="cutlass")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("variant", ["sparse", "triton"])
+def test_a_gpu_without_sparse_tensor_cores_is_refused(
+    tiny_llama: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
+    with pytest.raises(PlatformError, match=rf"{variant}: the GPU has compute capability 7\.5"):
+        torch_engine.open_model(tiny_llama, provider="cuda", variant=variant)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_model_that_the_gpu_does_not_hold_is_a_resource_error_that_names_its_bytes(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    size = 2 * sum(parameter.numel() for parameter in load_model(tiny_llama).parameters())
+    with pytest.raises(ResourceError, match=f"the model takes at least {size} bytes") as caught:
+        torch_engine.open_model(tiny_llama, provider="cuda")
+    assert "1000 of 2000 are free" in caught.value.message
+
+
+def test_a_room_that_is_longer_than_the_model_reads_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match="a room for 129 tokens: the model takes at most 128"):
+        torch_engine.open_model(tiny_llama, room=Room(1, 129))
+
+
+@pytest.fixture
+def two_four_model(make_model: MakeModel, tmp_path: Path) -> Path:
     # All sizes are multiples of 64, which every library takes.
     source = make_model("llama", hidden_size=256, intermediate_size=512, num_attention_heads=4)
     ids = torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))
@@ -224,8 +332,39 @@ def test_every_two_four_variant_gives_the_logits_of_eager_on_a_gpu(
         method="magnitude",
         options={},
     )
-    expected, actual = (
-        torch_engine.open_model(tmp_path, provider="cuda", variant=each).prefill(PROMPTS, MASK)
-        for each in ("eager", variant)
-    )
+    return tmp_path
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("variant", ["sparse", *sorted(linears.MAKERS)])
+def test_every_two_four_variant_gives_the_logits_of_eager_on_a_gpu(
+    two_four_model: Path, variant: str
+) -> None:
+    def opened(variant: str) -> torch_engine.TorchEngine:
+        return torch_engine.open_model(two_four_model, provider="cuda", variant=variant)
+
+    if variant == "cutlass" and torch.cuda.get_device_capability()[0] != 8:
+        with pytest.raises(PlatformError, match=r"8\.x only"):
+            opened(variant)
+        return
+    expected, actual = (opened(each).prefill(PROMPTS, MASK) for each in ("eager", variant))
     assert np.abs(actual - expected).max() < 5e-3 * np.ptp(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_recorded_steps_give_the_logits_of_steps_that_are_not(two_four_model: Path) -> None:
+    engines = []
+    for recording in (Eager, None):
+        model = load_model(two_four_model).to(torch.device("cuda"))
+        steps = StaticSteps(model, Room(1, 16), recording=recording)
+        engines.append(torch_engine.TorchEngine(steps, vocabulary=VOCABULARY, max_sequence=128))
+    plain, recorded = engines
+    # The third prompt is a recording; the room grows while it is answered.
+    for mask in (MASK, None, None):
+        want, got = plain.prefill(PROMPTS, mask), recorded.prefill(PROMPTS, mask)
+        for _ in range(30):
+            assert np.abs(got - want).max() < 1e-5 * np.ptp(want)
+            token = want.argmax(axis=1)
+            want, got = plain.decode(token), recorded.decode(token)

@@ -89,6 +89,9 @@ def test_rows_are_there_after_a_kill(tmp_path: Path) -> None:
     assert gpu_records.read_journal(path) == (HessianRow(1, 2, 3.0), HessianRow(4, 5, 6.0))
     os.truncate(path, path.stat().st_size - 3)  # the second was being written
     assert gpu_records.read_journal(path) == (HessianRow(1, 2, 3.0),)
+    with Journal(path) as journal:
+        journal.add(HessianRow(7, 8, 9.0))
+    assert gpu_records.read_journal(path) == (HessianRow(1, 2, 3.0), HessianRow(7, 8, 9.0))
 
 
 @given(error=st.one_of(st.none(), st.floats()), limit=st.floats(min_value=0, max_value=1))

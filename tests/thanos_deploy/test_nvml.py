@@ -41,6 +41,9 @@ def library(*, reasons: int = 0, devices: int = 1) -> ModuleType:
         "nvmlDeviceGetCurrentClocksEventReasons": lambda device: reasons,
         "nvmlDeviceGetClockInfo": lambda device, kind: 1500,
         "nvmlDeviceGetPowerUsage": no_power,
+        "nvmlDeviceGetPowerManagementLimit": lambda device: 700_000,
+        "nvmlDeviceGetMaxClockInfo": lambda device, kind: 1980,
+        "nvmlSystemGetDriverVersion": lambda: "580.159.04",
         "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(used=500),
         "nvmlDeviceGetUtilizationRates": lambda device: SimpleNamespace(gpu=34),
         "nvmlDeviceGetComputeRunningProcesses": lambda device: [
@@ -58,6 +61,13 @@ def test_without_a_gpu_there_is_none(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
     assert Gpu.probe() is None
+
+
+def test_what_a_gpu_may_do_at_most_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", library())
+    device = Gpu.probe()
+    assert device is not None
+    assert device.limits() == nvml.Limits("580.159.04", 700.0, 1.98e9)
 
 
 def test_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

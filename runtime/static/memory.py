@@ -1,0 +1,30 @@
+"""What a GPU says when its memory does not suffice, as an error that names what was needed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from thanos_deploy.errors import ResourceError
+
+
+@contextmanager
+def needed(what: str, size: int) -> Iterator[None]:
+    """Turn PyTorch's exception into an error of this project.
+
+    Args:
+        what: is being done, for the message.
+        size: bytes that it takes at least.
+
+    Raises:
+        ResourceError: the GPU has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise ResourceError(
+            f"{what} takes at least {size} bytes of GPU memory; {free} of {total} are free "
+            f"({str(error).splitlines()[0]})",
+            fix="use fewer or shorter sequences, a smaller model, or a GPU with more memory",
+        ) from error

@@ -1,0 +1,213 @@
+"""Prefill and decode steps of a causal model on a static kv cache, recorded and replayed."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.static import attention, memory
+from runtime.static.cache import block_shapes
+from runtime.static.places import Places, needed_bytes
+from runtime.static.replay import Eager, Recording, Replay
+from runtime.static.room import Room
+
+# The first shapes of prompts that repeat are recorded, and no more: recordings hold memory, and
+# making room for another one would record anew, which takes some prefills, again and again.
+_MOST_PROMPTS = 4
+
+# How these kinds of rotary embedding scale depends on the longest position so far, which the host
+# reads in every step.
+_DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+class StaticSteps:
+    """A model and the kv cache of the sequences that it is working on, in places that stay.
+
+    All that a step reads is put into its place before, by one copy from the host, and a step that
+    is run twice leaves the same behind; so it may be run once more to be recorded.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        room: Room,
+        *,
+        recording: Callable[[Any], Recording] | None = None,
+    ) -> None:
+        """Find out what the model's blocks keep, and allocate the cache.
+
+        Args:
+            model: a causal model of transformers, on the device where it is to run.
+            room: what to make the cache for; it grows when more is needed.
+            recording: makes a recording, given a memory pool; None for CUDA graphs on a GPU,
+                unless the model's rotary embedding forbids it, and eager steps elsewhere.
+
+        Raises:
+            ResourceError: the GPU has too little memory.
+        """
+        attention.use(model)
+        self._model = model
+        self._device: torch.device = model.device
+        self._vocabulary: int = model.config.vocab_size
+        self._most_tokens: int = model.config.max_position_embeddings
+        on_gpu = self._device.type == "cuda"
+        self._recording = recording or (Replay if on_gpu and _is_recordable(model) else Eager)
+        self._prompts_seen: set[tuple[int, int]] = set()
+        self._shapes = block_shapes(model)
+        self._batch = 0
+        self.length = 0
+        self._places: Places | None = self._allocate(room)
+
+    @property
+    def room(self) -> Room:
+        """What there is a place for now."""
+        return self._open_places.room
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the cache and what goes with it take."""
+        return needed_bytes(self._shapes, self.room, vocabulary=self._vocabulary)
+
+    def prefill(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Tensor:
+        """Forget everything and read a batch of prompts.
+
+        Args:
+            ids: [batch, tokens].
+            mask: [batch, tokens], 0 for padding on the left; None if there is none.
+
+        Returns:
+            float32[batch, vocabulary] on the device, until the next step.
+
+        Raises:
+            ResourceError: the GPU has too little memory.
+        """
+        batch, tokens = ids.shape
+        self._make_room(Room(batch, min(tokens + 1, self._most_tokens)))
+        self._batch, self.length = batch, tokens
+        places = self._open_places
+        places.prompt[: ids.size] = torch.tensor(ids.reshape(-1))
+        seen = places.mask[:batch, :tokens]
+        seen[:] = True if mask is None else torch.tensor(mask, dtype=torch.bool)
+        places.gaps[:batch] = tokens - seen.sum(dim=1, keepdim=True)
+        step = partial(self._prefill_step, batch, tokens, is_padded=mask is not None)
+        if mask is None and self._repeats(batch, tokens):
+            self._replay(("prefill", batch, tokens), step)
+        else:  # the host looks at padding
+            with self._memory(f"a prompt of {batch} x {tokens} tokens", self.room):
+                step()
+        return places.logits[:batch]
+
+    def decode(self, ids: NDArray[np.int64]) -> Tensor:
+        """Append one token to every sequence.
+
+        Args:
+            ids: [batch].
+
+        Returns:
+            float32[batch, vocabulary] on the device, until the next step.
+
+        Raises:
+            ResourceError: the GPU has too little memory.
+        """
+        batch = self._batch
+        self._grow(Room(batch, self.length + 1))
+        places = self._open_places
+        places.staged[:batch] = torch.tensor(ids)
+        places.staged[-1] = self.length
+        places.inputs.copy_(places.staged, non_blocking=True)
+        self.length += 1
+        reach = self.room.reach(self.length)
+        self._replay(("decode", batch, reach), partial(self._decode_step, batch, reach))
+        return places.logits[:batch]
+
+    def _prefill_step(self, batch: int, tokens: int, *, is_padded: bool) -> None:
+        places = self._open_places
+        mask = places.mask[:batch, :tokens] if is_padded else None
+        if mask is None:
+            positions = torch.arange(tokens, device=self._device).expand(batch, -1)
+        else:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        places.cache.read_prompt()
+        self._forward(places.prompt[: batch * tokens].view(batch, tokens), mask, positions)
+
+    def _decode_step(self, batch: int, reach: int) -> None:
+        places = self._open_places
+        index = places.inputs[-1]
+        places.mask.index_fill_(1, index[None], True)
+        places.cache.append(reach)
+        self._forward(
+            places.inputs[:batch, None], places.mask[:batch, :reach], index - places.gaps[:batch]
+        )
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> None:
+        places = self._open_places
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=places.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            places.logits[: len(ids)].copy_(output.logits[:, -1])
+
+    def _replay(self, key: tuple[str, int, int], step: Callable[[], None]) -> None:
+        places = self._open_places
+        if key not in places.recorded:
+            kind, batch, tokens = key
+            recording = self._recording(places.pool)
+            with self._memory(f"recording a {kind} of {batch} x {tokens} tokens", self.room):
+                recording.capture(step)
+            places.recorded[key] = recording
+        places.recorded[key].replay()
+
+    def _repeats(self, batch: int, tokens: int) -> bool:
+        """Whether prompts of a shape are worth a recording."""
+        shape, recorded = (batch, tokens), self._open_places.recorded
+        if ("prefill", *shape) in recorded:
+            return True
+        is_new = shape not in self._prompts_seen
+        self._prompts_seen.add(shape)
+        return not is_new and sum(kind == "prefill" for kind, *_ in recorded) < _MOST_PROMPTS
+
+    @property
+    def _open_places(self) -> Places:
+        assert self._places is not None  # a prefill that finds too little memory leaves none
+        return self._places
+
+    def _make_room(self, needed: Room) -> None:
+        """Open a larger room if it takes one, and forget the sequences to make place for it."""
+        room = Room(0, 0) if self._places is None else self._places.room
+        if not room.holds(needed):
+            self._places = None
+            self._places = self._allocate(room.grown(needed, most_tokens=self._most_tokens))
+
+    def _grow(self, needed: Room) -> None:
+        """Open a larger room if it takes one, with the sequences in it."""
+        if not self.room.holds(needed):
+            larger = self._allocate(self.room.grown(needed, most_tokens=self._most_tokens))
+            larger.copy_from(self._open_places)
+            self._places = larger
+
+    def _allocate(self, room: Room) -> Places:
+        with self._memory(f"a kv cache for {room.batch} x {room.tokens} tokens", room):
+            return Places(self._shapes, room, vocabulary=self._vocabulary, device=self._device)
+
+    def _memory(self, what: str, room: Room) -> AbstractContextManager[None]:
+        size = needed_bytes(self._shapes, room, vocabulary=self._vocabulary)
+        return memory.needed(what, size)
+
+
+def _is_recordable(model: Any) -> bool:
+    """Whether the host decides nothing within a step."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {
+        part.get("rope_type") for part in rope.values() if isinstance(part, dict)
+    }
+    return kinds.isdisjoint(_DYNAMIC_ROPE)
