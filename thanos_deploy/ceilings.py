@@ -8,7 +8,7 @@ ceiling is one: activations, normalisations, the softmax, and what caches of the
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,8 @@ class Work:
     Attributes:
         weight_bytes: read in every step.
         cache_bytes_per_token: of the kv cache of one sequence.
-        flops_per_token: of all layers with weights.
+        flops_per_token: of all layers with weights that see every token.
+        flops_per_sequence: of the output head, where the graph has it for the last token only.
         flops_per_pair: of attention, for every pair of a token and one that it may look at.
     """
 
@@ -67,6 +68,7 @@ class Work:
     cache_bytes_per_token: int
     flops_per_token: int
     flops_per_pair: int
+    flops_per_sequence: int = 0
 
     def step(self, *, batch: int, tokens: int, past: int) -> tuple[int, int]:
         """Bytes and floating point operations of one step.
@@ -78,6 +80,7 @@ class Work:
         """
         moved = self.weight_bytes + batch * (past + tokens) * self.cache_bytes_per_token
         flops = batch * tokens * (self.flops_per_token + (past + tokens) * self.flops_per_pair)
+        flops += batch * self.flops_per_sequence
         return moved, flops
 
 
@@ -167,16 +170,17 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
     }
     reader = {name: node for node in graph.node for name in node.input}
     read: set[str] = set()
-    flops_per_token = flops_per_pair = 0
+    flops: dict[str, int] = {}  # of the layers with weights, by their output
+    flops_per_pair = 0
     for node in graph.node:
         if node.op_type != "Gather":  # which reads single rows
             read.update(source[name] for name in node.input if name in source)
         match node.op_type:
             case "MatMulNBits":
                 sizes = {attribute.name: attribute.i for attribute in node.attribute}
-                flops_per_token += 2 * sizes["K"] * sizes["N"]
+                flops[node.output[0]] = 2 * sizes["K"] * sizes["N"]
             case "MatMul" | "Gemm" if node.input[1] in source:
-                flops_per_token += 2 * math.prod(weights[source[node.input[1]]].dims)
+                flops[node.output[0]] = 2 * math.prod(weights[source[node.input[1]]].dims)
             # Attention is two products of equal work, scores and mix; the shape of what is mixed,
             # [batch, heads, sequence, dim], is always in the file. Queries that share a value are
             # stacked for the product, and that is their shape when they are apart again.
@@ -186,12 +190,29 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
                 match shapes.get(mixed):
                     case [_, int(heads), _, int(dim)]:
                         flops_per_pair += 2 * 2 * heads * dim
+    flops_per_sequence = flops.pop(_head(graph, flops)) if _is_of_last(graph) else 0
     return Work(
         weight_bytes=sum(_bytes(weights[name]) for name in read),
         cache_bytes_per_token=cache_bytes_per_token,
-        flops_per_token=flops_per_token,
+        flops_per_token=sum(flops.values()),
         flops_per_pair=flops_per_pair,
+        flops_per_sequence=flops_per_sequence,
     )
+
+
+def _is_of_last(graph: onnx.GraphProto) -> bool:
+    """Whether there are logits after the last token only."""
+    (logits,) = (value for value in graph.output if value.name == "logits")
+    return bool(logits.type.tensor_type.shape.dim[1].dim_value == 1)
+
+
+def _head(graph: onnx.GraphProto, products: Collection[str]) -> str:
+    """The output of the product that the logits are made of, which some models then cap."""
+    maker = {name: node for node in graph.node for name in node.output}
+    name = "logits"
+    while name not in products:
+        name = next(one for one in maker[name].input if one in maker)
+    return name
 
 
 def measure(weight_bytes: int, *, provider: str, threads: int) -> Machine | None:
