@@ -19,6 +19,7 @@ from torch import Tensor
 
 from runtime.kernels import timing
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
+from thanos_deploy.precision import products_in
 
 _REPEATS = 8
 
@@ -29,12 +30,12 @@ _MATRIX = {"cpu": 2048, "cuda": 8192}
 # Calls in one CUDA graph, so that starting it is a small part of what is timed.
 _CALLS = 4
 
-# Kind of arithmetic -> dtype of the matrices, and how PyTorch calls their precision. In TF32 tensor
-# cores round float32 to 10 bits of mantissa.
+# Kind of arithmetic -> dtype of the matrices, and that of `precision.products_in`, which on a GPU
+# rounds float32 factors to TF32 where it is bfloat16.
 _KINDS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "fp16": (torch.float16, "highest"),
+    "fp32": (torch.float32, torch.float32),
+    "tf32": (torch.float32, torch.bfloat16),
+    "fp16": (torch.float16, torch.float32),
 }
 
 
@@ -251,15 +252,11 @@ def _gemm(kind: str, device: str) -> float:
 
     Random, because a GPU draws less power and clocks higher on numbers that are all the same.
     """
-    dtype, precision = _KINDS[kind]
+    dtype, rounded_to = _KINDS[kind]
     size = _MATRIX[device]
     left, right = (_random(size, size, device=device).to(dtype) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
+    with products_in(rounded_to):
         return 2 * size**3 / _fastest(lambda: left @ right, device)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _random(rows: int, columns: int, *, device: str) -> Tensor:

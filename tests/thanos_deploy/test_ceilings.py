@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,11 +123,22 @@ def test_the_arithmetic_is_what_onnxruntime_multiplies_in(provider: str) -> None
     assert on_gpu == ["tf32", "fp16", "tf32"]
 
 
-def test_the_precision_of_products_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_has_its_precision_and_leaves_it_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ceilings, "_MATRIX", {"cpu": 32})
-    before = torch.get_float32_matmul_precision()
-    assert ceilings._gemm("tf32", "cpu") > 0
-    assert torch.get_float32_matmul_precision() == before
+    seen = []
+    measure = ceilings._fastest
+
+    def fastest(call: Callable[[], torch.Tensor], device: str) -> float:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return measure(call, device)
+
+    monkeypatch.setattr(ceilings, "_fastest", fastest)
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert all(ceilings._gemm(kind, "cpu") > 0 for kind in ("fp32", "tf32"))
+    assert seen == ["ieee", "tf32"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 @pytest.mark.gpu
