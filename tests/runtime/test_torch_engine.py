@@ -13,7 +13,7 @@ from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
 from runtime.engines.torch import VARIANTS, TorchEngine
 from runtime.generate import generate
-from runtime.kernels import decode, linears
+from runtime.kernels import linears
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
@@ -185,9 +185,8 @@ def test_the_shapes_that_are_refused_are_those_that_torch_refuses() -> None:
 
 
 def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
-    exported_two_four: Exported, monkeypatch: pytest.MonkeyPatch
+    exported_two_four: Exported,
 ) -> None:
-    monkeypatch.setattr(decode, "MOST_TOKENS", 2)  # so that both kernels have something to do
     # GPT-2 has biases and stores its weights transposed.
     checkpoint = Checkpoint.open(exported_two_four("gpt2") / "model")
     engines = []
@@ -197,7 +196,7 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         if maker:
             linears.replace(model, checkpoint.linears, maker)
         engines.append(TorchEngine(model, torch))
-    # Two tokens at once take the decode kernel, two prompts of five the prefill kernel.
+    # Two tokens at once, and two prompts of five.
     for step in (
         lambda engine: engine.prefill(PROMPTS, MASK),
         lambda engine: engine.decode(np.array([10, 6])),
