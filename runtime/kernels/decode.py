@@ -21,7 +21,7 @@ in an iteration are on their way before the first is used.
 That it is for one token only follows from the instructions for a group of four columns, of which an
 H100 (3.35 TB/s, 132 processors issuing 128 lanes at 1.755 GHz) has time for 40 while it reads the
 group's 4.5 bytes: 22 for one token. Selecting for two takes some 30, and for four 48, where the
-kernel in `prefill` takes 25 to 32 for up to 16. `python -m benchmarks.kernel_resources` counts them.
+kernel in `prefill` takes 24 to 32 for up to 16: `python -m benchmarks.kernel_resources` counts.
 """
 
 from functools import partial

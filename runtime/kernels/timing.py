@@ -153,7 +153,12 @@ def measure(
 
 
 def random_two_four(
-    outputs: int, inputs: int, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> Tensor:
     """A matrix that keeps two random entries of every four, the same each time on one device."""
     generator = torch.Generator(device).manual_seed(seed)

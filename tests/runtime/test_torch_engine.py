@@ -196,9 +196,8 @@ def test_the_shapes_that_are_refused_are_those_that_torch_refuses() -> None:
 
 
 def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
-    exported_two_four: Exported, monkeypatch: pytest.MonkeyPatch
+    exported_two_four: Exported,
 ) -> None:
-    monkeypatch.setattr(decode, "MOST_TOKENS", 2)  # so that both kernels have something to do
     # GPT-2 has biases and stores its weights transposed.
     checkpoint = Checkpoint.open(exported_two_four("gpt2") / "model")
     engines = []
