@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime.engines.torch import TorchEngine, engine_of
@@ -154,6 +156,16 @@ def test_logits_that_were_given_out_do_not_change_with_the_next_step(tiny_model:
     np.testing.assert_array_equal(first, kept)
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses operators on several devices: copies, and tensors of one value that may be mixed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves((args, kwargs, found)) if torch.is_tensor(one)]
+        assert len({one.device for one in tensors}) <= 1, func
+        return found
+
+
 def test_a_decode_step_mixes_no_devices_and_asks_for_no_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -182,6 +194,8 @@ def test_a_decode_step_mixes_no_devices_and_asks_for_no_value(
                 )
         steps = StaticSteps(model, Room(2, 32), recording=Eager)
         steps.prefill(np.zeros((2, 5), dtype=np.int64), None)
+        with OneDevice():
+            steps._decode_step(2, 32)
         found = steps.decode(np.zeros(2, dtype=np.int64))
     assert (found.device.type, found.shape, found.dtype) == ("meta", (2, 64), torch.float32)
 
