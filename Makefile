@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# A process for each core, with one thread each; the tests of a file stay in one process.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 # The Triton Inference Server in the wheel of pytriton runs with Debian's CPython 3.11, and its
 # Python backend with numpy 1.
@@ -11,7 +13,14 @@ TRITON_VENV = .venv-triton
 TRITON_STAMP = $(TRITON_VENV)/.installed
 TRITON_BACKENDS = $(TRITON_VENV)/lib/python3.11/site-packages/pytriton/tritonserver
 
-.PHONY: demo test test-fast test-triton check format bench clean
+# The lowest versions that pyproject.toml allows, and the tests that depend on versions most: pruning,
+# agreement of exported graphs, the runtime, and the kernels in Triton's interpreter.
+OLDEST_VENV = .venv-oldest
+OLDEST_STAMP = $(OLDEST_VENV)/.installed
+OLDEST_TESTS = tests/thanos_deploy/test_prune.py tests/exporters/test_onnx.py \
+	tests/runtime/test_engine.py tests/runtime/kernels/test_triton_kernels.py tests/test_cli_plan.py
+
+.PHONY: demo test test-fast test-oldest test-triton check format bench clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -19,11 +28,15 @@ demo: $(STAMP)
 		--pattern 2:4 --target onnx -o out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Without the real model.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+# With the oldest versions that are promised to work.
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST_VENV)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS)
 
 # A real Triton serves an exported repository.
 test-triton: $(STAMP) $(TRITON_STAMP)
@@ -63,5 +76,13 @@ $(TRITON_STAMP): constraints.txt
 	cp $(TRITON_BACKENDS)/python_backend_stubs/3.11/* $(TRITON_BACKENDS)/backends/python/
 	touch $(TRITON_STAMP)
 
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install --quiet --upgrade pip
+	$(OLDEST_VENV)/bin/pip install --quiet --constraint constraints-oldest.txt "torch==2.13.0"
+	$(OLDEST_VENV)/bin/pip install --quiet --constraint constraints-oldest.txt \
+		--editable ".[kernels]" hypothesis pytest pytest-timeout
+	touch $(OLDEST_STAMP)
+
 clean:
-	rm -rf $(VENV) $(TRITON_VENV) out
+	rm -rf $(VENV) $(OLDEST_VENV) $(TRITON_VENV) out

@@ -33,6 +33,8 @@ def test_a_configuration_is_enough(configuration: Path, invoke: Invoke) -> None:
     assert "4:8 will not help (1.00x)" in decode
     prefill = next(one for one in result["verdict"] if one.startswith("Prefill at batch 256 "))
     assert "2:4 will help" in prefill
+    said = [text.partition(":")[0] for text in result["measured"]]
+    assert said == ["2", "structured"]  # what a GPU can be faster by
     alone, many = result["passes"]
     assert alone["fits"]["dense"]
     cache = 255 * 640 * 2 * 32 * 8 * 128 * 2

@@ -1,10 +1,18 @@
 """What is shipped, and what it may not be installed beside."""
 
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import thanos_deploy
+from thanos_deploy import gpu_figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,10 +55,50 @@ def test_there_is_one_onnxruntime() -> None:
 
 
 def test_the_pins_are_within_the_ranges() -> None:
-    from packaging.requirements import Requirement
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.replace("_", "-").split("==") for line in lines if "==" in line)
+    pins = pins_of("constraints.txt")
     for requirement in map(Requirement, project["dependencies"]):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_the_lowest_versions_are_those_that_are_tried() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *project["optional-dependencies"]["kernels"]]
+    floors = {
+        one.name: Version(specifier.version)
+        for one in map(Requirement, required)
+        for specifier in one.specifier
+        if specifier.operator == ">="
+    }
+    pins = pins_of("constraints-oldest.txt")
+    # No older CPU build can be had; the file says what was done about it.
+    assert pins.pop("torch") > floors.pop("torch")
+    assert pins == floors
+
+
+def test_a_wheel_has_what_code_reads_at_run_time(tmp_path: Path) -> None:
+    """Built as an installer builds it: a list of package data that misses a file looks complete."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("thanos_deploy", "exporters", "runtime"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path], cwd=source, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert (
+            archive.read(f"thanos_deploy/{gpu_figures.FILE}")
+            == (ROOT / "thanos_deploy" / gpu_figures.FILE).read_bytes()
+        )
+        assert not [name for name in archive.namelist() if name.startswith(("tests", "benchmarks"))]
+
+
+def pins_of(file: str) -> dict[str, Version]:
+    """Names and versions of a file of constraints."""
+    lines = (ROOT / file).read_text().splitlines()
+    pairs = (line.replace("_", "-").split("==") for line in lines if "==" in line)
+    return {name: Version(version) for name, version in pairs}

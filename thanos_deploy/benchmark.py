@@ -4,6 +4,7 @@ A run is one JSON value. It is VALID, or INVALID with reasons when the machine m
 measured or when an engine differs from itself, or INTERRUPTED with the rounds that were complete.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -67,17 +68,18 @@ def measure(
         )
         for label, bundle in bundles.items()
     }
-    # A CPU computes in float32, whatever the weights are held in; so does a GPU with int8 ones.
     dtypes = {
-        label: "fp16" if (request.provider, facts["dtype"]) == ("cuda", "fp16") else "fp32"
+        label: ceilings.computed_in(facts["dtype"], provider=request.provider)
         for label, facts in subjects.items()
     }
     baseline = next(iter(bundles))
+    device = Gpu.probe() if request.provider == "cuda" else None
+    untouched = device and device.read()
     readings = [stillness.read(time.process_time())]
     machine = ceilings.measure(
         works[baseline].weight_bytes, provider=request.provider, threads=threads
     )
-    device = Gpu.probe() if request.provider == "cuda" else None
+    without_models = device and device.read()
     paths = {label: bundle.path for label, bundle in bundles.items()}
     rounds: list[Round] = []
     memory: dict[str, Memory] | None = None
@@ -116,21 +118,23 @@ def measure(
     ]
     reasons = [
         *still.reasons,
-        *nvml.reasons(on_device),
+        *_gpu_reasons(untouched, on_device, processes),
         *_drifts(compared, baseline, len(rounds)),
         *(_differences(compared) if same else []),
     ]
     if memory is None:
         reasons.insert(0, f"interrupted after {len(rounds)} of {request.rounds} rounds")
     for label, facts in subjects.items():
-        held = [reading.memory_bytes.get(processes[label]) for reading in on_device]
+        held = without_models and nvml.held(without_models, on_device, [processes[label]])
+        # What the whole GPU holds is of all models together.
+        own = held if held and (held.by == "process" or len(processes) == 1) else None
         facts |= asdict(loaded[label])
         facts |= (
             dict.fromkeys(("steady_bytes", "peak_bytes"))
             if memory is None
             else asdict(memory[label])
         )
-        facts["gpu_peak_bytes"] = max((size for size in held if size is not None), default=None)
+        facts["gpu_peak_bytes"] = own and own.bytes
     return {
         "format": FORMAT,
         "run": request.run,
@@ -148,7 +152,9 @@ def measure(
             "cpu_flags": stillness.arithmetic_flags(),
         },
         "machine": _machine(machine, still),
-        "gpu": None if device is None else _device(device, on_device),
+        "gpu": device
+        and without_models
+        and _device(device, on_device, nvml.held(without_models, on_device, processes.values())),
         "subjects": subjects,
         "scenarios": compared,
     }
@@ -311,7 +317,16 @@ def _machine(machine: Machine | None, still: Stillness) -> Json:
     return {**measured, **asdict(still)}
 
 
-def _device(device: Gpu, readings: Sequence[nvml.Reading]) -> Json:
+def _gpu_reasons(
+    untouched: nvml.Reading | None, readings: Sequence[nvml.Reading], processes: Mapping[str, int]
+) -> list[str]:
+    """Why times on a GPU do not count; this process measures the ceilings there, so it is ours."""
+    if untouched is None:
+        return []
+    return nvml.reasons(untouched, readings, {os.getpid(), *processes.values()})
+
+
+def _device(device: Gpu, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> Json:
     clocks = [reading.clock_hz for reading in readings]
     power = [reading.power_watts for reading in readings if reading.power_watts is not None]
     return {
@@ -321,4 +336,5 @@ def _device(device: Gpu, readings: Sequence[nvml.Reading]) -> Json:
         "throttle_reasons": sorted(
             {name for reading in readings for name in reading.throttle_reasons}
         ),
+        "memory_of_all_models": held and asdict(held),
     }

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from thanos_deploy.devices import CPU
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.families import Family
+from thanos_deploy.frame import frame_of
 from thanos_deploy.passes import Pass, recorded
 from thanos_deploy.precision import products_in
 
@@ -105,27 +107,29 @@ def _rows(path: Path, content: str, text_field: str) -> Iterator[str]:
 def segments(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int | None
 ) -> Tensor:
-    """Cut a text into segments of equal length, without overlap and without special tokens.
+    """Cut a text into segments of equal length, without overlap.
+
+    Each begins as the tokenizer begins a text; see `frame`.
 
     Args:
         text: the text, tokenized as a whole.
         tokenizer: the model's.
         count: how many segments to take.
-        length: tokens of each.
+        length: tokens of each, with those that the tokenizer puts in front.
         seed: picks the segments from all over the text; None takes the first ones.
 
     Returns:
         int64[count, length], in the order of the text.
 
     Raises:
-        CalibrationError: the text is too short.
+        CalibrationError: the text is too short, or a segment would be.
     """
-    ids = _tokens(text, tokenizer)
-    every = _cut(ids, length)
+    every = every_segment(text, tokenizer, length=length)
     if len(every) < count:
+        own = length - len(frame_of(tokenizer))
         raise CalibrationError(
-            f"{text.origin}: {len(ids)} tokens found, {count * length} needed for {count} segments "
-            f"of {length}",
+            f"{text.origin}: {len(_tokens(text, tokenizer))} tokens found, {count * own} needed "
+            f"for {count} segments of {length}",
             fix="give a longer text, or fewer or shorter segments",
         )
     if seed is None:
@@ -136,7 +140,13 @@ def segments(
 
 def every_segment(text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Tensor:
     """All the segments that `segments` picks from; int64[available, length]."""
-    return _cut(_tokens(text, tokenizer), length)
+    frame = frame_of(tokenizer)
+    if length <= len(frame):
+        raise CalibrationError(
+            f"segments of {length} tokens: the tokenizer puts {len(frame)} before each",
+            fix="use longer segments",
+        )
+    return frame.before(_cut(_tokens(text, tokenizer), length - len(frame)))
 
 
 def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -157,12 +167,20 @@ class Arguments:
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
-    def of(self, rows: slice, batch: int) -> "Arguments":
-        """Those for some of a batch's sequences: what has one entry for each of them is cut."""
+    def of(self, rows: slice, batch: int, device: torch.device) -> "Arguments":
+        """Those for some of a batch's sequences: what has one entry for each of them is cut.
+
+        Args:
+            rows: which sequences.
+            batch: how many there are.
+            device: where the block is.
+        """
 
         def cut(value: Any) -> Any:
-            each = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
-            return value[rows] if each else value
+            if not isinstance(value, Tensor):
+                return value
+            each = value.ndim > 1 and len(value) == batch
+            return (value[rows] if each else value).to(device)
 
         return Arguments(*tree_map(cut, (self.positional, self.named)))
 
@@ -172,9 +190,10 @@ class BlockInputs:
     """One batch of calibration data on its way through the blocks.
 
     Attributes:
-        hidden: [batch, tokens, width], what enters the next block; replaced as the walk goes on.
+        hidden: [batch, tokens, width], what enters the next block, on the block's device; replaced
+            as the walk goes on.
         arguments: the other arguments of every block; families with several kinds of blocks pass
-            each kind its own.
+            each kind its own. They are taken to the block's device when the batch passes it.
         paused: its forward pass through that block, if one waits at a layer.
     """
 
@@ -195,7 +214,7 @@ class BlockInputs:
     def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
         """What the block makes of this batch, or of some of its sequences."""
         hidden = self.hidden
-        arguments = self.arguments[index].of(rows, len(hidden))
+        arguments = self.arguments[index].of(rows, len(hidden), hidden.device)
         output = block(hidden[rows], *arguments.positional, **arguments.named)
         left: Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -283,14 +302,17 @@ class Statistics:
     dense_total: Tensor | None
 
     @classmethod
-    def empty(cls, cols: int, dense_cols: int | None = None) -> "Statistics":
-        """Of no tokens."""
+    def empty(
+        cls, cols: int, dense_cols: int | None = None, *, device: torch.device = CPU
+    ) -> "Statistics":
+        """Of no tokens, for inputs that are on a device."""
+        zeros = partial(torch.zeros, device=device)
         return cls(
             mass=0.0,
-            hessian=torch.zeros(cols, cols),
-            total=torch.zeros(cols),
-            cross=None if dense_cols is None else torch.zeros(dense_cols, cols),
-            dense_total=None if dense_cols is None else torch.zeros(dense_cols),
+            hessian=zeros(cols, cols),
+            total=zeros(cols),
+            cross=None if dense_cols is None else zeros(dense_cols, cols),
+            dense_total=None if dense_cols is None else zeros(dense_cols),
         )
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
@@ -388,7 +410,9 @@ def collect(
         for name, x in inputs.items():
             if name not in sums:
                 sums[name] = Statistics.empty(
-                    x.shape[1], targets[name].shape[1] if name in targets else None
+                    x.shape[1],
+                    targets[name].shape[1] if name in targets else None,
+                    device=x.device,
                 )
             sums[name].add(x, targets.get(name))
     for statistics in sums.values():
@@ -420,7 +444,7 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
         weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
         for name, x in inputs.items():
             if name not in sums:
-                sums[name] = Statistics.empty(x.shape[1])
+                sums[name] = Statistics.empty(x.shape[1], device=x.device)
             sums[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
     for statistics in sums.values():
         statistics.complete()

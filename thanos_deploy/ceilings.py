@@ -17,14 +17,25 @@ import onnx
 import torch
 from torch import Tensor
 
+from runtime.kernels import timing
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 
 _REPEATS = 8
 
-# Rows and columns of the square matrices that are multiplied for the peak.
-_MATRIX = 2048
+# Rows and columns of the square matrices that are multiplied for the peak: enough to fill the
+# machine, and no longer than a second on it.
+_MATRIX = {"cpu": 2048, "cuda": 8192}
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+# Calls in one CUDA graph, so that starting it is a small part of what is timed.
+_CALLS = 4
+
+# Kind of arithmetic -> dtype of the matrices, and how PyTorch calls their precision. In TF32 tensor
+# cores round float32 to 10 bits of mantissa.
+_KINDS = {
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "fp16": (torch.float16, "highest"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,7 @@ class Machine:
     Attributes:
         memory_bandwidth_bytes_per_second: reading as much memory as the graph has weights, so that
             caches help as much as they help the engine.
-        gemm_flops_per_second: by name of the dtype, of a matrix product.
+        gemm_flops_per_second: by kind of arithmetic ("fp32", "tf32", "fp16"), of a matrix product.
     """
 
     memory_bandwidth_bytes_per_second: float
@@ -87,14 +98,29 @@ class Ceiling:
     bound: str
 
 
-def ceiling(work: Work, scenario: Scenario, machine: Machine, dtype: str) -> Ceiling | None:
+def computed_in(dtype: str, *, provider: str) -> str:
+    """In which kind of arithmetic ONNX Runtime multiplies.
+
+    A CPU computes in float32, whatever the weights are held in. On a GPU what is not fp16 is
+    multiplied in TF32, ONNX Runtime's default there (`use_tf32`).
+
+    Args:
+        dtype: of the graph: "fp32", "fp16" or "int8".
+        provider: "cpu", or one that runs on a GPU.
+    """
+    if provider == "cpu":
+        return "fp32"
+    return "fp16" if dtype == "fp16" else "tf32"
+
+
+def ceiling(work: Work, scenario: Scenario, machine: Machine, arithmetic: str) -> Ceiling | None:
     """The ceiling of what a scenario times; None where waiting is part of it.
 
     Args:
         work: of the graph.
         scenario: decode is taken in the middle of its steps; generate as a whole.
         machine: what this machine can do.
-        dtype: that the graph computes in, a key of the machine's peaks.
+        arithmetic: that the graph computes in, a key of the machine's peaks.
     """
     match scenario:
         case Prefill():
@@ -114,7 +140,7 @@ def ceiling(work: Work, scenario: Scenario, machine: Machine, dtype: str) -> Cei
         moved, flops = moved + step_bytes, flops + step_flops
         times = {
             "memory": step_bytes / machine.memory_bandwidth_bytes_per_second,
-            "compute": step_flops / machine.gemm_flops_per_second[dtype],
+            "compute": step_flops / machine.gemm_flops_per_second[arithmetic],
         }
         bound = max(times, key=times.__getitem__)
         seconds[bound] += times[bound]
@@ -178,43 +204,59 @@ def measure(weight_bytes: int, *, provider: str, threads: int) -> Machine | None
     """
     if provider == "cuda" and not torch.cuda.is_available():
         return None
-    # On a CPU every graph computes in float32.
-    dtypes = ["fp32"] if provider == "cpu" else list(_DTYPES)
+    kinds = ["fp32"] if provider == "cpu" else list(_KINDS)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         return Machine(
-            _bandwidth(weight_bytes, provider),
-            {name: _gemm(_DTYPES[name], provider) for name in dtypes},
+            _bandwidth(weight_bytes, provider), {kind: _gemm(kind, provider) for kind in kinds}
         )
     finally:
         torch.set_num_threads(before)
+        if provider == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _bandwidth(size: int, device: str) -> float:
     """Bytes per second: the best of several products of a matrix of that size with a vector."""
-    columns = _MATRIX
-    matrix = torch.ones(max(1, size // (4 * columns)), columns, device=device)
-    vector = torch.ones(columns, device=device)
-    return 4 * matrix.numel() / _fastest(lambda: matrix @ vector)
+    columns = _MATRIX["cpu"]
+    matrix = _random(max(1, size // (4 * columns)), columns, device=device)
+    vector = _random(columns, 1, device=device)
+    return 4 * matrix.numel() / _fastest(lambda: matrix @ vector, device)
 
 
-def _gemm(dtype: torch.dtype, device: str) -> float:
-    """Floating point operations per second of the best of several products of square matrices."""
-    matrix = torch.ones(_MATRIX, _MATRIX, dtype=dtype, device=device)
-    return 2 * _MATRIX**3 / _fastest(lambda: matrix @ matrix)
+def _gemm(kind: str, device: str) -> float:
+    """Operations per second of the best of several products of random square matrices.
+
+    Random, because a GPU draws less power and clocks higher on numbers that are all the same.
+    """
+    dtype, precision = _KINDS[kind]
+    size = _MATRIX[device]
+    left, right = (_random(size, size, device=device).to(dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return 2 * size**3 / _fastest(lambda: left @ right, device)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def _fastest(call: Callable[[], Tensor]) -> float:
+def _random(rows: int, columns: int, *, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(rows, columns, device=device, generator=generator)
+
+
+def _fastest(call: Callable[[], Tensor], device: str) -> float:
     """Seconds of the fastest of several calls, after one that does not count."""
+    call()
+    if device == "cuda":
+        return min(timing.replayed([call] * _CALLS, samples=_REPEATS, warmup=1))
 
     def seconds() -> float:
         started = time.perf_counter()
-        # The last element is there only when all are.
-        call().flatten()[-1].item()
+        call()
         return time.perf_counter() - started
 
-    seconds()
     return min(seconds() for _ in range(_REPEATS))
 
 

@@ -219,6 +219,16 @@ def _circumstances(run: Json) -> Iterator[str]:
         f"{environment['processor']}; GPU: "
         + (NOT_MEASURED if run["gpu"] is None else str(run["gpu"]["name"]))
     )
+    if run["gpu"] and (held := run["gpu"].get("memory_of_all_models")):
+        counted = {
+            "process": "by process",
+            "device": "as what the whole GPU used beyond what it did before, because the driver "
+            "does not list these processes by their numbers here",
+        }
+        yield (
+            f"GPU memory: {held['bytes'] / 1e9:.2f} GB for all models together, counted "
+            f"{counted[held['by']]}"
+        )
     if bandwidth := machine["memory_bandwidth_bytes_per_second"]:
         peaks = ", ".join(
             f"{flops / 1e9:.0f} GFLOP/s in {name}"
@@ -408,7 +418,7 @@ def show_forecast(forecast: Json, *, layers: bool) -> None:
         for step in forecast["passes"]:
             for phase, found in step["layers"].items():
                 console.print(_layer_table(f"{phase}, batch {step['batch']}, ms", found))
-    for sentence in forecast["verdict"]:
+    for sentence in (*forecast["verdict"], *forecast["measured"]):
         console.print(f"• {sentence}", highlight=False, markup=False)
     origin = f"Roofline of the figures in {forecast['gpu']['source']}"
     if count := forecast["measured_products"]:

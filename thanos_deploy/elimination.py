@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos_deploy.layer import Factor
-from thanos_deploy.mask import smallest_columns
+from thanos_deploy.mask import cheapest
 
 
 class Elimination:
@@ -34,7 +34,7 @@ class Elimination:
             H: the layer's Hessian, factored.
         """
         self.weight = weight.double()
-        self.left = torch.ones(weight.shape[1], dtype=torch.bool)
+        self.left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         self.loss = 0.0
         V = H.V.double()
         self._inverse = V.T @ V
@@ -50,8 +50,11 @@ class Elimination:
         Args:
             columns: int64[count].
         """
+        return float(self._cost(columns))
+
+    def _cost(self, columns: Tensor) -> Tensor:
         W = self.weight[:, columns]
-        return float((_solve(self._inverse[columns][:, columns], W.T) * W.T).sum())
+        return (_solve(self._inverse[columns][:, columns], W.T) * W.T).sum()
 
     def remove(self, columns: Tensor) -> None:
         """Take inputs away and refit the others.
@@ -66,10 +69,10 @@ class Elimination:
         self._inverse = self._inverse - A.T @ shared
         self.left[columns] = False
         # What is zero but for rounding; an identity keeps the rest of the algebra as it is.
-        self.weight[:, ~self.left] = 0.0
-        self._inverse[~self.left] = 0.0
-        self._inverse[:, ~self.left] = 0.0
-        self._inverse.diagonal()[~self.left] = 1.0
+        gone = ~self.left
+        self.weight.masked_fill_(gone, 0.0)
+        self._inverse.masked_fill_(gone[:, None], 0.0).masked_fill_(gone, 0.0)
+        self._inverse.diagonal().masked_fill_(gone, 1.0)
 
     def channel_losses(self) -> Tensor:
         """What losing 0, 1, 2, ... single inputs would cost, the cheapest first.
@@ -88,8 +91,7 @@ class Elimination:
 
     def drop_channels(self, count: int) -> None:
         """Remove single inputs, the cheapest at this moment, until so many are left."""
-        gone = smallest_columns(self.costs(), int(self.left.sum()) - count)
-        self.remove(gone.nonzero().flatten())
+        self.remove(cheapest(self.costs(), int(self.left.sum()) - count))
 
     def drop_heads(self, there: tuple[int, int], *, keep: tuple[int, int]) -> Tensor:
         """Remove attention heads, the cheapest first, priced anew each time.
@@ -113,20 +115,21 @@ class Elimination:
             length, pool, target = group * size, kv_heads, keep_kv_heads
         else:  # every group is a pool, from which the same number of heads goes
             length, pool, target = size, group, keep_heads // keep_kv_heads
-        runs = torch.arange(len(self.left)).reshape(-1, length)
-        there_still = self.left[runs[:, 0]]
+        runs = torch.arange(len(self.left), device=self.left.device).reshape(-1, length)
+        there_still = self.left[runs[:, 0]].cpu()
         while (most := int(there_still.reshape(-1, pool).sum(dim=1).max())) > target:
             quota = there_still.reshape(-1, pool).sum(dim=1) - (most - 1)
             while bool(quota.any()):
-                prices = {
-                    run: self.cost(runs[run])
+                offered = [
+                    run
                     for run in there_still.nonzero().flatten().tolist()
                     if quota[run // pool] > 0
-                }
-                cheapest = min(prices, key=prices.__getitem__)
-                self.remove(runs[cheapest])
-                there_still[cheapest] = False
-                quota[cheapest // pool] -= 1
+                ]
+                prices = torch.stack([self._cost(runs[run]) for run in offered]).tolist()
+                gone = offered[prices.index(min(prices))]
+                self.remove(runs[gone])
+                there_still[gone] = False
+                quota[gone // pool] -= 1
         return self.left[::size].nonzero().flatten()
 
 

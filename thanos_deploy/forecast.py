@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from thanos_deploy import sizing
+from thanos_deploy import gpu_figures, sizing
 from thanos_deploy.artifact import Json
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import UsageError
 from thanos_deploy.linear import matrix
+from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 from thanos_deploy.roofline import Architecture, Block, Gemm, Layer, Setting, Step, kernels, layer
 from thanos_deploy.widths import Widths
@@ -139,6 +140,11 @@ def plan(
         },
         "block_parameters": {one.name: one.architecture.block_parameters for one in variants},
         "passes": passes,
+        "measured": [
+            _measured(pattern, gpu.product)
+            for pattern in patterns
+            if gpu_figures.measured_as(pattern)
+        ],
         "verdict": [
             _sentence(phase, one["batch"], _bound(layers["dense"]), one["seconds"][phase])
             for one in passes
@@ -179,6 +185,12 @@ def _passes(variants: Sequence[Variant], batch: int, setting: Setting, request: 
         "seconds": seconds,
         "layers": layers,
     }
+
+
+def _measured(pattern: Pattern, product: str) -> str:
+    """What was measured of a pattern on the GPU of a plan."""
+    found = " ".join(gpu_figures.sentences(pattern, card=product))
+    return f"{pattern} on {product}: {found or NOT_MEASURED}"
 
 
 def _bound(layers: Sequence[Json]) -> str:

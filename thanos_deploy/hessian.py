@@ -6,6 +6,7 @@ a trailing inverse is a sub-block of V, and nothing is inverted twice. Of U only
 diagonal are wanted, which are the inverses of V's, so only V is kept.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -70,15 +71,18 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
 def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
     H, dtype = problem.hessian, problem.weight.dtype
     diagonal = H.diagonal().double()
-    alive = diagonal[diagonal > 0]
-    if not len(alive):  # nothing to scale the damping by
-        scale = torch.ones_like(diagonal)
-    elif mode == "mean":
+    alive = diagonal > 0
+    if mode == "mean":
         scale = diagonal.mean().expand_as(diagonal)
     elif mode == "median":
-        scale = alive.median().expand_as(diagonal)
+        lower_middle = (alive.sum(dim=0, keepdim=True) - 1).clamp(min=0) // 2
+        rising = diagonal.where(alive, math.inf).sort().values
+        scale = rising[lower_middle].expand_as(diagonal)
     else:
-        scale = torch.where(diagonal > 0, diagonal, alive.mean())
+        mean = diagonal.where(alive, 0.0).sum() / alive.sum()
+        scale = torch.where(alive, diagonal, mean)
+    # Where no input is alive there is nothing to scale the damping by.
+    scale = torch.where(alive.any(), scale, 1.0)
     for attempt in range(_RETRIES + 1):
         used = damping * 10**attempt
         damped = diagonal + used * scale
@@ -104,7 +108,8 @@ def require_finite(problem: LayerProblem) -> None:
     """
     for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
         # A part at a time: what torch needs beside it to look takes as much memory as it.
-        bad = sum(int(torch.count_nonzero(~part.isfinite())) for part in torch.split(tensor, _ROWS))
+        parts = torch.split(tensor, _ROWS)
+        bad = int(sum(torch.count_nonzero(~part.isfinite()) for part in parts))
         if bad:
             raise HessianError(
                 f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "

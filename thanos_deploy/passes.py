@@ -9,15 +9,27 @@ nothing of it. One runs at a time, in one thread: results do not depend on timin
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+
+from thanos_deploy.errors import PlatformError
 
 
 class Pass:
     """One forward pass on its way through a block."""
 
     def __init__(self, forward: Callable[[], Tensor]) -> None:
-        """Prepare a pass; nothing runs yet."""
+        """Prepare a pass; nothing runs yet.
+
+        Raises:
+            PlatformError: the package greenlet is not installed.
+        """
+        try:
+            from greenlet import greenlet  # only here, so that statistics do not need it
+        except ImportError as error:
+            raise PlatformError(
+                "a model is walked with greenlets, and the package greenlet is not installed",
+                fix="pip install greenlet",
+            ) from error
         self._greenlet = greenlet(forward)
 
     def until(self, block: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -58,6 +70,8 @@ def recorded(
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
             if stop and name == names[-1]:
+                from greenlet import getcurrent
+
                 getcurrent().parent.switch()
 
         return hook

@@ -304,7 +304,7 @@ def _prune_group(
         )
         seconds = time.perf_counter() - started
         weight = visit.write(linear, solution.result.weight)
-        verdict = judge((weight != 0).numpy(), patterns[name])
+        verdict = judge(weight != 0, patterns[name])
         reports[linear] = LayerReport(
             name=name,
             rows=weight.shape[0],
@@ -323,7 +323,7 @@ def _prune_group(
 
 def _judged_again(visit: Visit, linear: str, report: LayerReport, pattern: Pattern) -> LayerReport:
     """The report of a layer whose weight has changed since."""
-    verdict = judge((matrix(visit.block.get_submodule(linear)) != 0).numpy(), pattern)
+    verdict = judge(matrix(visit.block.get_submodule(linear)) != 0, pattern)
     return replace(report, sparsity=verdict.sparsity, pattern_holds=verdict.holds)
 
 

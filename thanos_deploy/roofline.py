@@ -16,15 +16,12 @@ kernels that wait for memory gain nothing, because engines then keep the dense o
 (TensorRT-LLM#1802, pytorch#153825).
 """
 
-import json
 import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from thanos_deploy.datasheets import SPARSE_FACTOR, Gpu, find
-from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.datasheets import SPARSE_FACTOR, Gpu
+from thanos_deploy.errors import UsageError
 from thanos_deploy.sizing import FRIENDLY_MULTIPLE
 from thanos_deploy.widths import Widths
 
@@ -329,52 +326,3 @@ def _nearest(kernel: Kernel, setting: Setting) -> Measurement | None:
 
     near = [known for known in setting.measured if max(distances(known)) <= math.log(_NEAR) + 1e-9]
     return min(near, key=lambda known: sum(distances(known)), default=None)
-
-
-def read_measurements(path: Path, gpu: Gpu, dtype: str) -> tuple[Measurement, ...]:
-    """Measured products of a GPU and a dtype.
-
-    Args:
-        path: the file of benchmarks/semi_structured.py, or of `gpu-check`.
-        gpu: what has to have been measured on.
-        dtype: "fp16", "bf16", ..., likewise.
-
-    Raises:
-        InputError: the file cannot be understood, or has none of them.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-        document = document.get("steps", {}).get("gemm", document)
-        fits = document["dtype"] == dtype and _is(gpu, document["gpu"])
-        times: dict[tuple[int, int, int], dict[str, float]] = {}
-        for record in document["records"] if fits else ():
-            if record["seconds"]:
-                sizes = (int(record["tokens"]), int(record["outputs"]), int(record["inputs"]))
-                median = statistics.median(map(float, record["seconds"]))
-                times.setdefault(sizes, {})[record["kernel"]] = median
-        found = tuple(
-            Measurement(
-                *sizes, dense=kernels.pop("dense"), sparse=min(kernels.values(), default=math.inf)
-            )
-            for sizes, kernels in times.items()
-            if "dense" in kernels
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: not a readable table of measured products ({error!r})",
-            fix="make it with `thanos-deploy gpu-check`, or `python -m benchmarks.semi_structured`",
-        ) from error
-    positive = (size for known in found for size in (known.m, known.n, known.k, known.dense))
-    if not found or min(positive) <= 0:
-        raise InputError(
-            f"{path}: no product with positive sizes and times of {gpu.name} in {dtype}",
-            fix="measure on that GPU and dtype, or leave --measured out",
-        )
-    return found
-
-
-def _is(gpu: Gpu, name: str) -> bool:
-    try:
-        return find(name) == gpu
-    except UsageError:
-        return False

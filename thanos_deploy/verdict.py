@@ -6,11 +6,14 @@ to the checkpoint's dtype and after export, and never taken from the pruning mas
 
 import math
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+
+if TYPE_CHECKING:  # a server has no torch, and reads verdicts
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +30,26 @@ class Verdict:
     holds: bool
 
 
-def judge(nonzero: NDArray[np.bool_], pattern: Pattern) -> Verdict:
-    """Judge one weight.
+def judge(nonzero: "NDArray[np.bool_] | Tensor", pattern: Pattern) -> Verdict:
+    """Judge one weight, where it is.
 
     Args:
         nonzero: bool[rows, cols], the entries that are not zero; cols are the inputs.
         pattern: what is claimed.
     """
-    zeros = int(nonzero.size - np.count_nonzero(nonzero))
+    entries: Any = nonzero  # only what arrays of NumPy and of PyTorch have in common is used
+    rows, cols = entries.shape
+    size = rows * cols
+    zeros = size - int(entries.sum())
     match pattern:
         case SemiStructured(kept, group):
-            rows, cols = nonzero.shape
             holds = cols % group == 0 and bool(
-                (nonzero.reshape(rows, cols // group, group).sum(axis=2) <= kept).all()
+                (entries.reshape(rows, cols // group, group).sum(2) <= kept).all()
             )
         case Unstructured(sparsity):
             # Methods that choose row by row round down in each.
-            holds = zeros > sparsity * nonzero.size - len(nonzero) - 1e-6
+            holds = zeros > sparsity * size - rows - 1e-6
         case Structured(sparsity):
-            dead = int((~nonzero.any(axis=0)).sum())
-            holds = dead >= math.floor(sparsity * nonzero.shape[1] + 1e-6)
-    return Verdict(sparsity=zeros / nonzero.size, holds=holds)
+            dead = int((~entries.any(0)).sum())
+            holds = dead >= math.floor(sparsity * cols + 1e-6)
+    return Verdict(sparsity=zeros / size, holds=holds)

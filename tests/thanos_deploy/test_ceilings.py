@@ -107,6 +107,31 @@ def test_the_machine_is_measured_and_left_as_it_was() -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_the_arithmetic_is_what_onnxruntime_multiplies_in(provider: str) -> None:
+    dtypes = ("fp32", "fp16", "int8")
+    assert [ceilings.computed_in(dtype, provider="cpu") for dtype in dtypes] == ["fp32"] * 3
+    on_gpu = [ceilings.computed_in(dtype, provider=provider) for dtype in dtypes]
+    assert on_gpu == ["tf32", "fp16", "tf32"]
+
+
+def test_the_precision_of_products_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_MATRIX", {"cpu": 32})
+    before = torch.get_float32_matmul_precision()
+    assert ceilings._gemm("tf32", "cpu") > 0
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_a_peak_of_each_kind_and_tensor_cores_are_faster() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    machine = ceilings.measure(1 << 28, provider="cuda", threads=1)
+    assert machine is not None
+    peaks = machine.gemm_flops_per_second
+    assert peaks["fp32"] < peaks["tf32"] < peaks["fp16"]
+
+
 def test_a_gpu_that_pytorch_cannot_use_is_not_measured() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

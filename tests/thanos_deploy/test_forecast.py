@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from benchmarks.forecast import fit, sizes
 from tests.conftest import MODEL_TYPES, MakeModel
-from thanos_deploy import linear
+from tests.gpu_rows import CARD, ROWS
+from thanos_deploy import gpu_records, linear
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.datasheets import GPUS, SPARSE_FACTOR, Gpu, find
 from thanos_deploy.errors import InputError, UsageError
@@ -22,6 +23,8 @@ from thanos_deploy.forecast import (
     plan,
     variant,
 )
+from thanos_deploy.gpu_records import Records, StepRow
+from thanos_deploy.measurements import read_measurements
 from thanos_deploy.pattern import parse
 from thanos_deploy.roofline import (
     FITTED,
@@ -32,7 +35,6 @@ from thanos_deploy.roofline import (
     Measurement,
     Setting,
     Step,
-    read_measurements,
 )
 from thanos_deploy.widths import Widths
 
@@ -281,6 +283,28 @@ def test_the_file_of_gpu_check_is_taken_too(tmp_path: Path) -> None:
     path.write_text(json.dumps({"checks": [], "steps": {"gemm": gemm}}))
     (known,) = read_measurements(path, find("L4"), "fp16")
     assert (known.m, known.n, known.k, known.dense) == (6, 128, 64, 7.0)
+
+
+def test_records_of_a_gpu_are_read_where_they_count(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    card = replace(CARD, name="NVIDIA H100 80GB HBM3")
+    gpu_records.write(path, Records((card, *ROWS[1:])))
+    (known,) = read_measurements(path, find("H100"), "bf16")
+    assert known == Measurement(m=1, n=14336, k=4096, dense=4e-5, sparse=2.5e-5)
+    for gpu, dtype in (("H100", "fp16"), ("A100", "bf16")):
+        with pytest.raises(InputError, match="has those of NVIDIA H100 80GB HBM3 in bf16"):
+            read_measurements(path, find(gpu), dtype)
+    busy = StepRow("gemm", "PASS", "", other_processes=("process 7, 4.0 GB",))
+    for rows, why in (
+        ((card, *ROWS, busy), "INVALID"),
+        ((replace(card, device="cpu"),), "REHEARS"),
+    ):
+        gpu_records.write(path, Records(rows))
+        with pytest.raises(InputError, match=why):
+            read_measurements(path, find("H100"), "bf16")
+    path.write_text('{"format": 99, "rows": []}')
+    with pytest.raises(InputError, match="format 99"):
+        read_measurements(path, find("H100"), "bf16")
 
 
 BAD = [

@@ -1,22 +1,27 @@
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from runtime.engine import open_engine
 from runtime.engines import torch as torch_runtime
 from runtime.latency import Decode, Prefill
-from tests.conftest import Invoke, stock_model
-from thanos_deploy import gpu, gpu_check
+from tests.conftest import Invoke
+from thanos_deploy import gpu, gpu_check, gpu_records, preflight
 from thanos_deploy.check import Check
-from thanos_deploy.errors import GateError, PlatformError
-from thanos_deploy.gpu_check import Findings, Sizes
+from thanos_deploy.gpu_check import bundle as bundles
+from thanos_deploy.gpu_check import models
+from thanos_deploy.gpu_records import CheckRow, HessianRow, Row, StepRow
+from thanos_deploy.steps import Step, Task
 
-SMALL = Sizes(
+no_gpu = pytest.mark.skipif(bool(gpu.probe().gpus), reason="there is a GPU")
+
+SMALL = models.Sizes(
     hidden=64,
     channels=128,
     heads=8,
@@ -25,46 +30,158 @@ SMALL = Sizes(
     blocks=2,
     vocabulary=300,
     scenarios=(Prefill(1, 16), Decode(2, 8, 4)),
+    turns=1,
+    warmup=0,
 )
+THERE = [Check("GPU 0", "PASS", "H100"), Check("ONNX Runtime", "PASS", "1.31")]
 
 
-@pytest.mark.skipif(bool(gpu.probe().gpus), reason="there is a GPU")
+def passes(task: Task) -> Iterator[Row]:
+    yield HessianRow(1, 2, 3.0)
+
+
+def fails(task: Task) -> Iterator[Row]:
+    yield HessianRow(1, 2, 3.0)
+    yield CheckRow("b", "the product", "FAIL", "is wrong", "report it")
+
+
+@no_gpu
 def test_without_a_gpu_every_step_is_skipped_with_the_reason(
-    exported_llama: Path, tmp_path: Path, invoke: Invoke
+    tmp_path: Path, invoke: Invoke
 ) -> None:
     file = tmp_path / "found.json"
-    code, out, err = invoke("gpu-check", "--bundle", exported_llama, "-o", file)
+    code, out, err = invoke("gpu-check", "-o", file)
     assert code == 4
-    assert "no GPU" in err
-    result = json.loads(file.read_text())
-    skipped = {check["name"] for check in result["checks"] if check["outcome"] == "SKIP"}
-    assert {*gpu_check.STEPS, "verdict"} - {"environment"} <= skipped
-    assert not any(check["outcome"] == "FAIL" for check in result["checks"])
-    reasons = [check["detail"] for check in result["checks"] if check["name"] == "gemm"]
-    assert reasons[0].startswith("not measured (no GPU)")
-    assert "end-to-end" in out
+    assert "no step could run: card: not measured (GPU: no NVIDIA driver" in err
+    records = gpu_records.read(file)
+    ends = records.of(StepRow)
+    assert [row.step for row in ends] == [step.name for step in gpu_check.STEPS]
+    assert {row.outcome for row in ends} == {"SKIP"}
+    # The preflight comes first, and nothing of it fails here.
+    assert records.rows[0] == CheckRow(
+        "preflight", **{name: getattr(preflight.checks()[0], name) for name in Check.__slots__}
+    )
+    assert "tensorrt-models" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json"]
 
 
-def test_models_of_one_shape_are_dense_sparse_shrunk_and_both(tmp_path: Path) -> None:
-    models = gpu_check.make_models(tmp_path, SMALL)
-    assert list(models) == ["dense", "2:4", "shrunk", "shrunk, 2:4"]
-    for name, path in models.items():
-        tensors = load_file(path / "model.safetensors")
-        linears = {k: v for k, v in tensors.items() if k.endswith("_proj.weight")}
-        assert len(linears) == 14
-        kept = [(weight.reshape(-1, 4) != 0).sum(dim=1) for weight in linears.values()]
-        assert all((k == 2).all() if "2:4" in name else (k == 4).all() for k in kept), name
-        model = stock_model(path, dtype=torch.float32)
-        assert model.config.intermediate_size == (96 if "shrunk" in name else 128)
+@no_gpu
+def test_steps_are_chosen_on_the_command_line(tmp_path: Path, invoke: Invoke) -> None:
+    file = tmp_path / "found.json"
+    chosen = ("--only", "gemm,card", "--skip", "gemm:cutlass")
+    code, out, _ = invoke("gpu-check", *chosen, "-o", file, "--json")
+    assert code == 4
+    names = [row.step for row in gpu_records.read(file).of(StepRow)]
+    assert names[:2] == ["card", "gemm:dense"]
+    assert "gemm:mma-sp" in names
+    assert "gemm:cutlass" not in names
+    assert json.loads(out)["checks"][-1]["name"] == "verdict"
+    code, _, err = invoke("gpu-check", "--only", "spam", "-o", file)
+    assert code == 2
+    assert "there is no step 'spam'" in err
+
+
+def test_a_bundle_without_a_graph_is_refused(tmp_path: Path, invoke: Invoke) -> None:
+    code, _, err = invoke("gpu-check", "--bundle", tmp_path)
+    assert code == 3
+    assert "not a bundle" in err
+
+
+@pytest.mark.parametrize(
+    ("step", "expected", "message"), [(passes, 0, ""), (fails, 6, "the product: is wrong")]
+)
+def test_the_exit_code_tells_what_came_of_it_and_the_rows_are_kept(
+    step: Any,
+    expected: int,
+    message: str,
+    tmp_path: Path,
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preflight, "checks", lambda: THERE)
+    monkeypatch.setattr(gpu_check, "STEPS", (Step("b", 30, step, ("gpu",)),))
+    monkeypatch.setattr(gpu_records.Records, "reasons", ())
+    code, out, err = invoke("gpu-check", "-o", tmp_path / "found.json", "--seconds", "60")
+    assert code == expected, err
+    assert message in err
+    assert message in " ".join(out.split())
+    records = gpu_records.read(tmp_path / "found.json")
+    assert records.of(HessianRow) == (HessianRow(1, 2, 3.0),)
+    assert not (tmp_path / "found.jsonl").exists()
+
+
+def test_too_few_seconds_for_any_step_are_refused(
+    tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "checks", lambda: THERE)
+    monkeypatch.setattr(gpu_check, "STEPS", (Step("b", 30, passes, ("gpu",)),))
+    code, _, err = invoke("gpu-check", "-o", tmp_path / "found.json", "--seconds", "3")
+    assert code == 2
+    assert "3 seconds are too few for any step: b, the shortest, takes 30" in err
+
+
+def test_what_the_preflight_did_not_find_is_missing() -> None:
+    def lacking(*checks: Check) -> dict[str, str]:
+        found = gpu_check.missing([*THERE, *checks], Path("bundle"))
+        return {need: missing.reason for need, missing in found.items()}
+
+    assert lacking() == {}
+    old = Check("PyTorch on CUDA", "FAIL", "the driver takes CUDA 12.4", "install another")
+    assert lacking(old) == {"gpu": "not measured (PyTorch on CUDA: the driver takes CUDA 12.4)"}
+    turing = Check("GPU 0: sparse tensor cores", "FAIL", "compute capability 7.5", "")
+    assert list(lacking(turing)) == ["sparse"]
+    cpu = Check("ONNX Runtime on CUDA", "SKIP", "built for CPUs only", "")
+    assert list(lacking(cpu)) == ["onnxruntime-cuda"]
+    other = Check("ONNX Runtime with TensorRT", "FAIL", "linked against TensorRT 10", "")
+    assert list(lacking(other)) == ["onnxruntime-tensorrt"]
+    # Not known is no reason: the step tries it.
+    unknown = Check("ONNX Runtime with TensorRT", "SKIP", "not known", "")
+    assert lacking(unknown) == {}
+    assert list(gpu_check.missing(THERE, None)) == ["bundle"]
+
+
+def test_every_need_of_a_step_is_one_that_can_be_missing() -> None:
+    nothing = [
+        Check(name, "FAIL", "", "")
+        for name in (
+            *("GPU", "GPU 0: sparse tensor cores", "ONNX Runtime", "target tensorrt"),
+            "ONNX Runtime with TensorRT",
+        )
+    ]
+    assert {need for step in gpu_check.STEPS for need in step.needs} == {
+        *gpu_check.missing(nothing, None)
+    }
+
+
+def test_models_of_one_shape_are_dense_sparse_structured_and_both() -> None:
+    for name in models.MODELS:
+        model = models.make(name, SMALL, "cpu")
+        names = models.linears(model)
+        assert len(names) == 14
+        for linear in names:
+            weight = model.get_parameter(f"{linear}.weight")
+            assert weight.dtype == torch.bfloat16
+            kept = (weight.reshape(-1, 4) != 0).sum(dim=1)
+            assert (kept == (2 if name.endswith("2:4") else 4)).all()
+        structured = name.startswith("structured")
+        assert model.config.intermediate_size == (96 if structured else 128)
         heads = model.model.layers[0].self_attn.q_proj.out_features // 8
-        assert heads == (4 if "shrunk" in name else 8)
+        assert heads == (4 if structured else 8)
+
+
+def test_the_structured_model_of_the_day_has_70_percent_of_a_block() -> None:
+    sizes = models.Sizes()
+    heads = 2 * sizes.hidden * sizes.head_size * (sizes.heads + sizes.kv_heads)
+    channels = 3 * sizes.hidden * sizes.channels
+    left = heads * sizes.kept_heads + channels * sizes.kept_channels
+    assert left / (heads + channels) == pytest.approx(0.70, abs=0.005)
 
 
 def test_engines_that_agree_are_told_from_engines_that_do_not(
     exported_llama: Path, tiny_llama: Path
 ) -> None:
     reference = open_engine(exported_llama)
-    assert gpu_check.disagreement(reference, torch_runtime.open_model(tiny_llama)) < 1e-5
+    assert bundles.disagreement(reference, torch_runtime.open_model(tiny_llama)) < 1e-5
 
     class Off:
         """Right at first, and wrong in the last step."""
@@ -81,46 +198,27 @@ def test_engines_that_agree_are_told_from_engines_that_do_not(
             logits = self.engine.decode(ids)
             return logits + np.nan if self.steps == 16 else logits
 
-    assert not gpu_check.disagreement(reference, Off()) <= gpu_check.AGREEMENT  # type: ignore[arg-type]
+    off: Any = Off()
+    assert not bundles.disagreement(reference, off) <= bundles.AGREEMENT
+    assert bundles.agreement("a", "b", reference, off.__class__()).outcome == "FAIL"
 
 
-def test_a_step_that_goes_wrong_is_a_line_and_the_others_go_on(
-    exported_llama: Path, monkeypatch: pytest.MonkeyPatch
+@no_gpu
+def test_nothing_is_made_for_tensorrt_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from thanos_deploy.artifact import Bundle
-    from thanos_deploy.gpu import Driver, Gpu
+    from thanos_deploy.errors import PlatformError
+    from thanos_deploy.gpu_check import whole_engines
 
-    def refuses(*_: object) -> Findings:
-        raise PlatformError("no such library", fix="install it")
-
-    def fails(*_: object) -> Findings:
-        raise GateError("differs", fix="report it")
-
-    def crashes(*_: object) -> Findings:
-        raise RuntimeError("CUDA error: an illegal memory access")
-
-    def passes(*_: object) -> Findings:
-        return Findings([Check("fine", "PASS", "as it should be")], {"seconds_each": 1.0})
-
-    device = Gpu("H100", (9, 0), 80 * 10**9)
-    monkeypatch.setattr(gpu, "probe", lambda: Driver("13.0", (device,), ""))
-    steps = {"a": refuses, "b": fails, "c": crashes, "d": passes}
-    monkeypatch.setattr(gpu_check, "STEPS", steps)
-    result = gpu_check.run(Bundle.open(exported_llama))
-    seen = [(check["name"], check["outcome"], check["detail"]) for check in result["checks"]]
-    assert seen == [
-        ("a", "SKIP", "no such library"),
-        ("b", "FAIL", "differs"),
-        ("c", "FAIL", "RuntimeError: CUDA error: an illegal memory access"),
-        ("fine", "PASS", "as it should be"),
-        ("verdict", "FAIL", "1 PASS, 2 FAIL, 1 SKIP"),
-    ]
-    assert result["steps"]["d"]["seconds_each"] == 1.0
+    monkeypatch.setattr(models, "make", partial(pytest.fail, "a model was made"))
+    with pytest.raises(PlatformError):
+        next(whole_engines.rows(SMALL, Task("cuda", None, tmp_path)))
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_fails(exported_llama: Path, invoke: Invoke) -> None:
+def test_on_a_gpu_nothing_fails(exported_llama: Path, tmp_path: Path, invoke: Invoke) -> None:
     if not gpu.probe().gpus:
         pytest.skip("no GPU")
-    code, out, err = invoke("gpu-check", "--bundle", exported_llama)
+    file = tmp_path / "found.json"
+    code, out, err = invoke("gpu-check", "--bundle", exported_llama, "-o", file)
     assert code == 0, out + err

@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,3 +68,51 @@ def test_smallest_columns_go_in_column_order_when_equal() -> None:
     assert masks.smallest_columns(torch.tensor([2.0, 1.0, 1.0, 1.0]), 2).tolist() == [
         *(False, True, True, False)
     ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    values=st.lists(
+        st.one_of(
+            st.floats(0.0, 3.0e38, width=32),
+            st.sampled_from([0.0, 1.0, 2.0**-149, 2.0**-126, 1.5]),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    data=st.data(),
+)
+def test_the_kth_smallest_is_that_of_numpy(
+    values: list[float], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    scores = torch.tensor(values, dtype=dtype).abs()  # no -0.0
+    count = data.draw(st.integers(1, len(values)))
+    found = masks.kth_smallest(scores, torch.tensor(count))
+    assert found.dtype == dtype
+    assert found.item() == np.partition(scores.numpy(), count - 1)[count - 1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 12),
+    fraction=st.floats(0.0, 1.0),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 2**31),
+)
+def test_a_gpu_marks_what_a_processor_marks(
+    rows: int, cols: int, fraction: float, levels: int, seed: int
+) -> None:
+    scores = torch.randint(levels, (rows, cols), generator=torch.Generator().manual_seed(seed)) / 10
+    count = masks.removed_count(fraction, rows * cols)
+    value = masks.kth_smallest(scores, count)
+    ties = torch.tensor(count) - torch.count_nonzero(scores < value)
+    found = masks.Threshold(value, ties).mark(scores)
+    assert torch.equal(found, masks.smallest_in_matrix(scores, count))
+
+
+def test_the_cheapest_are_the_smallest_columns() -> None:
+    scores = torch.tensor([2.0, 1.0, 1.0, 0.5, 1.0])
+    assert masks.cheapest(scores, 3).tolist() == [1, 2, 3]
+    assert masks.cheapest(scores, 0).tolist() == []

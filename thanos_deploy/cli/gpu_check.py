@@ -1,5 +1,7 @@
 """`thanos-deploy gpu-check`: does what is said of GPUs hold on this one?"""
 
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import click
 
 from thanos_deploy import console
 from thanos_deploy.cli._options import common_options, emit, session
-from thanos_deploy.errors import GateError
+from thanos_deploy.errors import GateError, PlatformError
 
 _FILE = "gpu-check.json"
 
@@ -17,34 +19,73 @@ _FILE = "gpu-check.json"
     "--bundle",
     "out",
     type=click.Path(path_type=Path),
-    required=True,
-    help="The bundle to check with, pruned to 2:4 and exported to ONNX.",
+    help="A bundle pruned to 2:4 and exported to ONNX, for the steps that need one.",
+)
+@click.option("--only", metavar="STEP,...", default="", help="Do these steps or families only.")
+@click.option("--skip", metavar="STEP,...", default="", help="Leave these out.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="For all steps; one that no longer fits is left out and named.  [default: 1200]",
 )
 @click.option(
     "-o",
     "--out",
     "file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help=f"Where to write the figures.  [default: {_FILE} in the bundle]",
+    help=f"Where to write the figures.  [default: {_FILE} in the bundle, or in this folder]",
 )
 @common_options
-def command(out: Path, file: Path | None, **options: Any) -> None:
-    """Check on this GPU whether engines agree, which layers run sparse, and how fast.
+def command(
+    out: Path | None,
+    only: str,
+    skip: str,
+    seconds: float | None,
+    file: Path | None,
+    **options: Any,
+) -> None:
+    """Check on this GPU whether kernels and engines are right, and how fast.
 
-    Everything in one table, with PASS, FAIL or SKIP and the reason, and as JSON beside it: the
-    environment, ONNX Runtime on CUDA, TensorRT engines dense and sparse, ONNX Runtime's TensorRT
-    provider, single 2:4 products, and whole models with large layers. Takes some minutes.
+    What is there is looked at first. Then come, each in a process of its own: card, correctness,
+    gemm, model and pruning, which need no bundle, and ort-cuda, tensorrt, ort-tensorrt and
+    tensorrt-models. A table has PASS, FAIL or SKIP and the reason for each; the figures are written
+    as JSON row by row, and what was measured is kept whatever happens to a step.
 
-    Exit codes: 4 there is no GPU, 6 something failed.
+    Exit codes: 4 nothing could run, 6 something failed.
     """
-    with session(options) as announce:
-        from thanos_deploy import artifact, gpu, gpu_check
+    with session(options) as announce, ExitStack() as held:
+        from thanos_deploy import artifact, gpu_check, gpu_records, steps
 
-        with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
-            result = gpu_check.run(bundle, announce=announce)
-        artifact.write_json(file or out / _FILE, result)
-    emit(options, result, lambda found: console.show_checks(found["checks"]))
-    failed = [check for check in result["checks"] if check["outcome"] == "FAIL"]
+        todo = steps.choose(gpu_check.STEPS, only=_names(only), skip=_names(skip))
+        if out is not None:
+            bundle = held.enter_context(artifact.claim(out, artifact.Bundle.open(out).source))
+            bundle.require("onnx", f"`thanos-deploy export {out}`")
+        file = file or (out or Path()) / _FILE
+        journal = file.with_suffix(".jsonl")
+        records = gpu_check.run(
+            todo,
+            journal,
+            bundle=out,
+            seconds=seconds or gpu_check.SECONDS,
+            log=file.with_suffix(".log"),
+            announce=announce,
+        )
+        gpu_records.write(file, records)
+        journal.unlink(missing_ok=True)
+        checks = gpu_check.lines(records)
+    emit(
+        options,
+        {"status": records.status, "checks": [asdict(check) for check in checks]},
+        lambda found: console.show_checks(found["checks"]),
+    )
+    failed = [check for check in checks if check.outcome == "FAIL"]
+    if all(row.outcome == "SKIP" for row in records.of(gpu_records.StepRow)):
+        first = records.of(gpu_records.StepRow)[0]
+        raise PlatformError(f"no step could run: {first.step}: {first.detail}", fix=first.fix)
     if failed:
-        raise GateError(f"{failed[0]['name']}: {failed[0]['detail']}", fix=failed[0]["fix"])
-    gpu.require()
+        raise GateError(f"{failed[0].name}: {failed[0].detail}", fix=failed[0].fix)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -75,8 +75,9 @@ class Integers(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),
-    help="Measured matrix products of that GPU, from benchmarks/semi_structured.py; they replace "
-    "the roofline where one of similar size is there.",
+    help="Measured matrix products of that GPU: what `gpu-check` wrote, a file of "
+    "benchmarks/results/gpu, or of benchmarks/semi_structured.py; they replace the roofline where "
+    "one of similar size is there.",
 )
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @revision_option
@@ -91,7 +92,8 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from thanos_deploy.forecast import Request, plan
-        from thanos_deploy.roofline import Setting, read_measurements
+        from thanos_deploy.measurements import read_measurements
+        from thanos_deploy.roofline import Setting
         from thanos_deploy.stages.plan import outline
 
         product, dtype = datasheets.find(gpu), options["dtype"]

@@ -38,12 +38,7 @@ from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.hessian import check_damping, factor
 from thanos_deploy.layer import Factor, LayerProblem, LayerResult, output_energy, relative_error
-from thanos_deploy.mask import (
-    removed_count,
-    smallest_columns,
-    smallest_in_groups,
-    threshold,
-)
+from thanos_deploy.mask import cheapest, removed_count, smallest_in_groups, threshold
 from thanos_deploy.methods import Option, Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 from thanos_deploy.precision import products_in
@@ -71,8 +66,14 @@ _SOLVED = {torch.float32: 1e-4, torch.float64: 1e-12}
 # The same for blocks whose weights are all fitted once more.
 _REFITTED = {torch.float32: 0.1, torch.float64: 1e-12}
 
-# Weights that are solved together, in whole rows: each step needs a few numbers beside each.
-_ENTRIES = 1 << 20
+# Weights that are solved together, in whole rows: each step needs a few numbers beside each. As
+# many as fit into the caches of a processor; a GPU needs more, to be busy.
+_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+# Steps after which the host asks whether all rows are solved. A processor knows at once; a GPU would
+# have to be waited for, which takes as long as some steps on one block. Rows that are solved stay as
+# they are, so this changes no result.
+_ASKING = {"cpu": 1, "cuda": 4}
 
 # In so many rounds columns leave: more remove hardly better ones.
 _ROUNDS = 8
@@ -225,7 +226,8 @@ def _prune_blocks(
     W = W.clone()
     rows, cols = W.shape
     M = torch.zeros_like(W, dtype=torch.bool)
-    budget = removed_count(pattern.sparsity, rows * cols)
+    # On the device of the weights, so that no block waits for the count of the one before.
+    budget = torch.tensor(removed_count(pattern.sparsity, rows * cols), device=W.device)
     diagonals = H.trailing_inverse_diagonals(B) if norms is None else None
     for start in range(0, cols, B):
         stop = min(start + B, cols)
@@ -241,7 +243,7 @@ def _prune_blocks(
                 mask = smallest_in_groups(scores, kept, group)
             case Unstructured():
                 mask = threshold(scores, budget).mark(scores[:, : stop - start])
-                budget -= int(mask.sum())
+                budget = budget - mask.sum()
         U_block = H.upper(slice(start, stop))
         change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T, tolerance=tolerance)
         W[:, stop:].addmm_(change @ U_block, H.V[start:stop, stop:])
@@ -255,10 +257,10 @@ def _prune_columns(W: Tensor, norms: Tensor | None, H: Factor, count: int) -> tu
     elimination = Elimination(W, H)
     if norms is None:  # priced anew after every part, in view of the columns that are gone
         for part in _even_parts(count, _ROUNDS):
-            elimination.remove(smallest_columns(elimination.costs(), part).nonzero().flatten())
+            elimination.remove(cheapest(elimination.costs(), part))
     else:
         scores = W.square().sum(dim=0) * norms.square()
-        elimination.remove(smallest_columns(scores, count).nonzero().flatten())
+        elimination.remove(cheapest(scores, count))
     removed = ~elimination.left
     return elimination.weight.to(W.dtype), removed.expand_as(W).clone()
 
@@ -307,7 +309,7 @@ def solve_masked(
     tolerance = _SOLVED[w.dtype] if tolerance is None else tolerance
     steps = 2 * w.shape[1] if steps is None else steps
     result = torch.empty_like(w)
-    together = max(1, _ENTRIES // w.shape[1])
+    together = max(1, _ENTRIES[w.device.type] // w.shape[1])
     for rows in (slice(at, at + together) for at in range(0, len(w), together)):
         keep = (~mask[rows]).to(w.dtype)
         fixed = w[rows] * (keep - 1.0)
@@ -333,9 +335,10 @@ def _conjugate_gradients(
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
     rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
     solved = rr * tolerance**2
+    every = _ASKING[d.device.type]
     with products_in(products):
-        for _ in range(steps):
-            if bool((rr <= solved).all()):
+        for number in range(1, steps + 1):
+            if number % every == 0 and bool((rr <= solved).all()):
                 break
             torch.mm(direction, S, out=image).mul_(keep)
             curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from thanos_deploy.artifact import Json
 from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.report.figures import figures, shown, shown_ratio
-from thanos_deploy.report.runs import DENSE, PRUNED, quoted
+from thanos_deploy.report.runs import DENSE, PRUNED, processor, quoted, quoted_on_gpu
 
 
 def write(report: Json) -> str:
@@ -52,7 +52,7 @@ def _how(model: Json) -> Iterator[str]:
     if quality := model["quality"]:
         yield (
             f"Perplexity: {quality['segments']} segments of {quality['length']} tokens of "
-            f"{quality['text']}."
+            f"{quality['text']}, with {' '.join(quality['frame']) or 'nothing'} before each."
         )
     if tasks := model["tasks"]:
         yield (
@@ -65,10 +65,10 @@ def _how(model: Json) -> Iterator[str]:
     environment = run["environment"]
     yield (
         f"Latency (median, and ratio with its interval) and memory: {run['backend']}, "
-        f"{run['provider']}, {environment['cores']} cores of {environment['processor']}."
+        f"{run['provider']}, {processor(run)}, {environment['cores']} CPU cores."
     )
-    if run["provider"] == "CPUExecutionProvider":
-        yield f"GPU: {NOT_MEASURED}."
+    if quoted_on_gpu(model) is None:
+        yield f"This model on a GPU: {NOT_MEASURED}."
 
 
 def _examples(tasks: list[Json]) -> list[str]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from thanos_deploy.artifact import Json
-from thanos_deploy.nvml import NOT_MEASURED
+from thanos_deploy.report import words
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, quoted
 
@@ -70,7 +70,7 @@ def _model(model: Json) -> Iterator[str]:
             f"{export['weights_on_pattern']} of {export['weights']} weights."
         )
     yield "\n".join(map(_kernels, model["kernels"])) or (
-        f"No engine was built. Speed on sparse tensor cores: {NOT_MEASURED}."
+        f"No engine was built. {_text(words.on_gpu(model))}"
     )
     if parts := model["parts"]:
         yield "### Where the bytes are"

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from thanos_deploy.artifact import Json
 from thanos_deploy.nvml import NOT_MEASURED
-from thanos_deploy.report import charts
+from thanos_deploy.report import charts, words
 from thanos_deploy.report.figures import Figure, figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, measured, quoted, quoted_times
 from thanos_deploy.report.sources import Sources
@@ -62,6 +62,7 @@ def _view(model: Json, sources: Sources, identifier: str) -> Json:
     return {
         **model,
         "id": identifier,
+        "on_gpu": words.on_gpu(model),
         "figures": list(figures(model)),
         "tiles": _tiles(model),
         "runs": [

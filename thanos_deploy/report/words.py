@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
+from thanos_deploy import gpu_figures
 from thanos_deploy.artifact import Json
 from thanos_deploy.nvml import NOT_MEASURED
 from thanos_deploy.pattern import SemiStructured, Structured, parse
-from thanos_deploy.report.runs import quoted_times
-
-_CPU = "CPUExecutionProvider"
+from thanos_deploy.report.runs import CPU, processor, quoted_on_gpu, quoted_times
 
 # How often a model is on the front: on every plot, on some, on none; or on no plot at all.
 _STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
 
 # What two perplexities have to share to be comparable.
-_TEXT = ("text", "segments", "length")
+_TEXT = ("text", "segments", "length", "frame")
 
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
@@ -50,7 +49,7 @@ def headline(model: Json, run: Json | None) -> str:
     if run is None or not times:
         clauses.append("latency was not measured")
     else:
-        where = "on this CPU" if run["provider"] == _CPU else run["provider"]
+        where = "on this CPU" if run["provider"] == CPU else f"on {processor(run)}"
         clauses.append(f"{where}, {' and '.join(times)}")
         if run["status"] != "VALID":
             clauses.append(f"but that run is {run['status']}")
@@ -105,9 +104,17 @@ def verdict(model: Json, run: Json | None) -> list[str]:
         *_of_graph(model["quality"], model["graph_quality"], model["export"]),
         *(_of_cuts(model["widths"]) if model["widths"] else ()),
         *_of_times(run),
+        *_of_own_gpu(model, quoted=run),
         *(() if model["widths"] else _of_zeros(model)),
+        *_of_gpus(model),
         *_of_packing(model["bytes"].get("packed")),
     ]
+
+
+def on_gpu(model: Json) -> str:
+    """What is known of a model on a GPU: its own run, then what was published of its pattern."""
+    found = [*_of_own_gpu(model), *_of_gpus(model)]
+    return " ".join(found) or f"On a GPU: {NOT_MEASURED}."
 
 
 def retried(retry: Json) -> str:
@@ -130,7 +137,7 @@ def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
         if stage not in model["seconds"] and _applies(stage, model):
             yield what, "not measured", command
     runs = [run for run in model["bench"] if run["status"] != "INTERRUPTED"]
-    if all(run["provider"] == _CPU for run in runs):
+    if all(run["provider"] == CPU for run in runs):
         yield "latency and memory on a GPU", NOT_MEASURED, None
     if not model["kernels"]:
         command = "thanos-deploy export OUT --target tensorrt-rtx"
@@ -177,13 +184,42 @@ def _of_times(run: Json | None) -> Iterator[str]:
         return
     yield (
         f"Measured with {run['backend']}, {run['provider']}, on "
-        f"{run['environment']['processor']}: {'; '.join(times)} the dense model's time."
+        f"{processor(run)}: {'; '.join(times)} the dense model's time."
     )
     if run["status"] != "VALID":
         yield (
             f"That run is {run['status']} ({'; '.join(run['reasons'])}): repeat it before its "
             "times are used."
         )
+
+
+def _of_own_gpu(model: Json, *, quoted: Json | None = None) -> Iterator[str]:
+    """The run of this very model on a GPU, where it is not the one that was quoted already."""
+    run = quoted_on_gpu(model)
+    if run is not None and (quoted is None or run["run"] != quoted["run"]):
+        yield from _of_times(run)
+
+
+def _of_gpus(model: Json) -> Iterator[str]:
+    """What was measured of the pattern on GPUs, first on the one that this model ran on."""
+    pattern, own = parse(model["pattern"]), quoted_on_gpu(model)
+    if not _gpus_matter(model):
+        return
+    here = [*gpu_figures.sentences(pattern, card=processor(own))] if own else []
+    elsewhere = [one for one in gpu_figures.sentences(pattern) if one not in here]
+    yield from here + elsewhere
+    if not (own or elsewhere):
+        yield f"On a GPU: {NOT_MEASURED}."
+
+
+def _gpus_matter(model: Json) -> bool:
+    """A GPU can be faster by what was removed: 2:4 throughout, or parts that were cut out."""
+    match parse(model["pattern"]):
+        case SemiStructured(2, 4):
+            return bool(model["linear_layers"]["pattern_holds"])
+        case Structured():
+            return model["widths"] is not None
+    return False
 
 
 def _of_cuts(widths: Json) -> Iterator[str]:
@@ -230,8 +266,7 @@ def _of_zeros(model: Json) -> Iterator[str]:
             yield (
                 "What would be faster: sparse tensor cores (NVIDIA, compute capability 8.0 or "
                 "later) through TensorRT with sparse weights allowed, for prefill and large "
-                "batches; on any machine, structured pruning, which makes the matrices smaller. "
-                f"On a GPU: {NOT_MEASURED}."
+                "batches; on any machine, structured pruning, which makes the matrices smaller."
             )
         case _:
             yield (

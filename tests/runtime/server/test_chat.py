@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from runtime.server.chat import ChatTemplate, open_chat_template
-from tests.conftest import save_byte_tokenizer
+from tests.byte_tokenizer import save_byte_tokenizer
 from thanos_deploy.errors import InputError, UsageError
 
 # What templates do: special tokens, missing tools, loops with breaks, JSON, whitespace, generation.

@@ -1,8 +1,11 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests import bundles
+from tests.gpu_rows import RECORDS
+from thanos_deploy import gpu_figures
 from thanos_deploy.report import words
 
 MODEL = {
@@ -12,6 +15,7 @@ MODEL = {
     "export": None,
     "linear_layers": {"pattern_holds": True},
     "widths": None,
+    "bench": [],
     "bytes": {"model": {"dense": 100, "pruned": 100}},
 }
 
@@ -69,3 +73,41 @@ def test_what_was_not_measured_is_not_said_to_be_anything() -> None:
     assert not any(
         "Measured" in line or "Perplexity" in line for line in words.verdict(model, None)
     )
+
+
+def on_a_gpu(**changes: Any) -> dict[str, Any]:
+    """A run on a GPU."""
+    run = bundles.run("gpu", factor=0.6, **changes)
+    return {**run, "provider": "CUDAExecutionProvider", "gpu": {"name": "NVIDIA H100 80GB HBM3"}}
+
+
+def test_a_report_speaks_of_its_own_run_on_a_gpu_and_not_of_a_lack() -> None:
+    on_cpu, on_gpu = bundles.run(), on_a_gpu()
+    model = {**MODEL, "pattern": "2:4", "bench": [on_gpu, on_cpu]}
+    for quoted in (on_cpu, on_gpu):
+        text = " ".join(words.verdict(model, quoted))
+        assert text.count("CUDAExecutionProvider, on NVIDIA H100 80GB HBM3: prefill-1x128") == 1
+        assert "not measured (no GPU)" not in text
+    assert "on NVIDIA H100 80GB HBM3, prefill-1x128 takes 0.60x" in words.headline(model, on_gpu)
+    assert words.on_gpu(model).startswith("Measured with onnxruntime, CUDAExecutionProvider")
+    assert "INVALID" in words.on_gpu({**model, "bench": [on_a_gpu(status="INVALID")]})
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_published_figures_are_quoted_for_the_pattern_and_first_for_the_same_card(
+    published: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gpu_figures.figures(RECORDS)
+    assert found is not None
+    same = replace(found, card="NVIDIA H100 80GB HBM3", date="2026-01-01")
+    monkeypatch.setattr(gpu_figures, "published", lambda: (found, same) if published else ())
+    bare = {**MODEL, "pattern": "2:4"}
+    lack = "On a GPU: not measured (no GPU)."
+    said = words.verdict(bare, None)
+    assert (lack in said) == (not published)
+    assert sum("so 2.00x as fast" in sentence for sentence in said) == (2 if published else 0)
+    if published:
+        here = words.on_gpu({**bare, "bench": [on_a_gpu()]})
+        assert here.index("2026-01-01") < here.index("2026-11-30")
+    for pattern in ("4:8", "unstructured:0.5", "structured:0.3"):  # whose zeros are kept
+        assert lack not in words.verdict({**bare, "pattern": pattern}, None)

@@ -1,0 +1,34 @@
+"""Everything that is to be measured on a GPU, in one command and a few minutes.
+
+    python -m benchmarks.gpu_campaign -o DIR [--only STEP,...] [--skip STEP,...] [--seconds N]
+        [--bundle OUT] [--rehearse]
+
+It runs from a source tree with nothing installed, on an image that has PyTorch, Triton,
+transformers, numpy, safetensors, click and rich. Steps, in this order:
+
+    card                the card, the bandwidth of a copy, a product of 8192^3 in bf16
+    correctness:KERNEL  every kernel for 2:4 against float64: 9 numbers of tokens, both dtypes,
+                        sizes that are multiples of nothing
+    sanitizer           compute-sanitizer's memcheck and racecheck on small products
+    gpu-tests           the tests of the kernels that need a GPU
+    gemm:KERNEL         dense, cuSPARSELt with its first algorithm and searched, Triton, mma.sp: the
+                        layers of the 8B and the 70B model, 5 numbers of tokens
+    model:MODEL         an 8B-shaped model made on the GPU: dense, 2:4, structured, and both
+    pruning             Thanos to 2:4, seconds a layer, beside the CPU; a Hessian of 262144 tokens
+    onnxruntime         ONNX Runtime on CUDA with a tiny bundle
+
+Each step has a process of its own and a limit of twice what it usually takes; whatever becomes of
+it, its rows are kept and the next one runs. A step that no longer fits into --seconds is named as
+left out. In DIR are
+
+    rows.jsonl     every row, on disk before the next one is measured
+    records.json   the same as one document, see `thanos_deploy.gpu_records`
+    summary.txt    what is printed at the end
+    log.txt        what the steps printed
+
+--rehearse does every step with toy sizes on a CPU: Triton's interpreter in place of the GPU, calls
+in place of graphs. It shows that nothing breaks off for a silly reason; its times mean nothing, and
+its records say so.
+
+Exit codes: 0 all passed, 2 usage, 4 nothing could run, 6 something failed.
+"""

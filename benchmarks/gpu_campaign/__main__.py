@@ -1,0 +1,99 @@
+"""The command; see the package."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from thanos_deploy import console, gpu_records, nvml, preflight, steps
+from thanos_deploy.errors import DeployError, GateError, PlatformError
+from thanos_deploy.gpu_check import missing
+from thanos_deploy.gpu_records import Records, StepRow
+from thanos_deploy.progress import Announce
+from thanos_deploy.steps import Task
+
+# Of one call on a machine that is lent by the minute.
+SECONDS = 400.0
+
+
+def main() -> None:
+    """Measure, write, print."""
+    arguments = _parser().parse_args()
+    try:
+        with console.announcer(quiet=False) as announce:
+            records = run(arguments, announce)
+        _judge(records)
+    except DeployError as error:
+        console.show_error(str(error))
+        sys.exit(error.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    import benchmarks.gpu_campaign
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_campaign",
+        description=benchmarks.gpu_campaign.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", type=_names, default=(), metavar="STEP,...")
+    parser.add_argument("--skip", type=_names, default=(), metavar="STEP,...")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)g")
+    parser.add_argument("--bundle", type=Path, help="default: a tiny one is made")
+    parser.add_argument("--rehearse", action="store_true")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def run(arguments: argparse.Namespace, announce: Announce) -> Records:
+    """Do the steps, and leave the four files."""
+    if arguments.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+    from benchmarks.gpu_campaign import plan, summary
+
+    command = f"python -m benchmarks.gpu_campaign {shlex.join(sys.argv[1:])}"
+    every = plan.steps(command, rehearse=arguments.rehearse)
+    chosen = steps.choose(every, only=arguments.only, skip=arguments.skip)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    journal = arguments.out / "rows.jsonl"
+    journal.unlink(missing_ok=True)
+    steps.run(
+        chosen,
+        Task("cpu" if arguments.rehearse else "cuda", arguments.bundle),
+        journal,
+        seconds=arguments.seconds,
+        missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
+        log=arguments.out / "log.txt",
+        card=None if arguments.rehearse else nvml.Gpu.probe(),
+        announce=announce,
+    )
+    records = Records(gpu_records.read_journal(journal))
+    gpu_records.write(arguments.out / "records.json", records)
+    text = summary.of(records)
+    (arguments.out / "summary.txt").write_text(text)
+    print(text, flush=True)
+    return records
+
+
+def _judge(records: Records) -> None:
+    """End as the steps came out.
+
+    Raises:
+        PlatformError: none of them could run.
+        GateError: one of them failed.
+    """
+    ends = records.of(StepRow)
+    if all(row.outcome == "SKIP" for row in ends):
+        raise PlatformError(f"nothing could run: {ends[0].detail}", fix=ends[0].fix)
+    for row in ends:
+        if row.outcome == "FAIL":
+            raise GateError(f"{row.step}: {row.detail}", fix=row.fix or "read log.txt")
+
+
+if __name__ == "__main__":
+    main()

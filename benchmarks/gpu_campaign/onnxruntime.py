@@ -1,0 +1,78 @@
+"""ONNX Runtime on CUDA beside the CPU, with a tiny bundle."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from thanos_deploy.errors import DeployError, PlatformError
+from thanos_deploy.gpu_records import Row
+from thanos_deploy.steps import Task
+
+_FIX = "pip install onnxruntime-gpu in place of onnxruntime"
+
+
+def rows(task: Task) -> Iterator[Row]:
+    """What `gpu-check` sees of it.
+
+    Raises:
+        PlatformError: ONNX Runtime is not here, or is built for CPUs only.
+    """
+    _require(task.device)
+    from thanos_deploy.gpu_check import bundle
+
+    path = task.bundle or make(task.folder)
+    yield from bundle.onnxruntime_cuda(replace(task, bundle=path))
+
+
+def _require(device: str) -> None:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise PlatformError(f"ONNX Runtime is not here ({error})", fix=_FIX) from error
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise PlatformError(
+            f"ONNX Runtime {onnxruntime.__version__} here is built for CPUs only", fix=_FIX
+        )
+
+
+def make(folder: Path) -> Path:
+    """A bundle with a random model of two blocks and its graph."""
+    try:
+        import exporters.onnx
+    except ImportError as error:
+        raise _unmade(error) from error
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.byte_tokenizer import save_byte_tokenizer
+    from thanos_deploy import artifact
+    from thanos_deploy.checkpoint import Checkpoint
+
+    def produce(partial: Path) -> artifact.Json:
+        config = LlamaConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+        LlamaForCausalLM(config).save_pretrained(partial / "model")
+        save_byte_tokenizer(partial / "model")
+        (partial / "onnx").mkdir()
+        exporters.onnx.export(Checkpoint.open(partial / "model"), partial / "onnx", pattern=None)
+        return {}
+
+    try:
+        with artifact.claim(folder / "bundle", {"sha256": "", "name": "tiny"}) as bundle:
+            bundle.run("onnx", produce, options={}, inputs={})
+    except DeployError as error:  # of versions that the exporter is not made for
+        raise _unmade(error.message) from error
+    return folder / "bundle"
+
+
+def _unmade(why: object) -> PlatformError:
+    return PlatformError(
+        f"the tiny bundle cannot be made here ({why})",
+        fix="give --bundle, made on a machine that has the packages of thanos-deploy",
+    )

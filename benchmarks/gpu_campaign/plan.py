@@ -1,0 +1,101 @@
+"""The steps in their order, with the sizes of the day and those of the rehearsal."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from benchmarks.gpu_campaign import gpu_tests, onnxruntime, rehearsal, sanitizer
+from runtime.latency import Decode, Prefill
+from thanos_deploy.gpu_check import card, kernels, models, pruning
+from thanos_deploy.gpu_check.kernels import KERNELS, Grid
+from thanos_deploy.steps import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What each step works on."""
+
+    peaks: card.Sizes = field(default_factory=card.Sizes)
+    correctness: Grid = kernels.CORRECTNESS
+    gemm: Grid = field(default_factory=Grid)
+    model: models.Sizes = field(default_factory=models.Sizes)
+    layers: pruning.Sizes = field(default_factory=pruning.Sizes)
+
+
+# What the steps of a kernel usually take, where that is not `_A_KERNEL`: Triton compiles and tunes,
+# cuSPARSELt searches its algorithms, CUDA C++ is compiled.
+_CORRECTNESS = {"triton": 30.0, "mma-sp": 15.0, "cusparselt": 15.0}
+_GEMM = {"triton": 30.0, "mma-sp": 15.0, "cusparselt": 15.0}
+_A_KERNEL = 8.0
+
+# Those of 2:4 measure first which kernel is the fastest for each layer.
+_MODEL = {"dense": 15.0, "2:4": 40.0, "structured": 15.0, "structured, 2:4": 40.0}
+
+# Small, and with every kind of edge that the sizes of the day have.
+TOY = Sizes(
+    peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
+    correctness=Grid(shapes=((37, 148), (32, 64)), tokens=(1, 17), dtypes=("fp16", "bf16")),
+    gemm=Grid(shapes=((32, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
+    model=models.Sizes(
+        hidden=64,
+        channels=128,
+        heads=8,
+        kv_heads=4,
+        head_size=8,
+        blocks=2,
+        vocabulary=300,
+        scenarios=(Decode(1, 8, 4), Decode(4, 8, 4), Prefill(1, 16), Prefill(2, 8)),
+        turns=1,
+        warmup=1,
+    ),
+    layers=pruning.Sizes(layers=((16, 64), (64, 32)), compared=64, hessian=(32, 256)),
+)
+
+
+def steps(command: str, *, rehearse: bool) -> list[Step]:
+    """All steps.
+
+    Args:
+        command: that measures the same again.
+        rehearse: on a CPU, with toy sizes; nothing is needed then.
+    """
+    sizes = TOY if rehearse else Sizes()
+    sparse = ("gpu", "sparse")
+    # The kernels for 2:4 are for a GPU; their models are made and run all the same.
+    variants = ("eager",) if rehearse else ()
+    found = [
+        Step("card", 10, partial(card.rows, sizes.peaks, command), ("gpu",)),
+        *(
+            Step(
+                f"correctness:{kernel}",
+                _CORRECTNESS.get(kernel, _A_KERNEL),
+                partial(kernels.correctness, kernel, sizes.correctness),
+                sparse,
+            )
+            for kernel in KERNELS
+        ),
+        Step("sanitizer", 35, sanitizer.rows, sparse),
+        Step("gpu-tests", 25, gpu_tests.rows, ("gpu",)),
+        *(
+            Step(
+                f"gemm:{kernel}",
+                _GEMM.get(kernel, _A_KERNEL),
+                partial(kernels.gemm, kernel, sizes.gemm),
+                ("gpu",) if kernel == "dense" else sparse,
+            )
+            for kernel in ("dense", *KERNELS)
+        ),
+        *(
+            Step(
+                f"model:{name}",
+                _MODEL[name],
+                partial(models.rows, name, sizes.model, variants=variants),
+                sparse if name.endswith("2:4") else ("gpu",),
+            )
+            for name in models.MODELS
+        ),
+        Step("pruning", 40, partial(pruning.rows, sizes.layers), ("gpu",)),
+        Step("onnxruntime", 10, onnxruntime.rows, ("gpu",)),
+    ]
+    if not rehearse:
+        return found
+    return [replace(step, rows=partial(rehearsal.rows, step.rows), needs=()) for step in found]

@@ -1,0 +1,54 @@
+"""This project's kernels under compute-sanitizer: no access outside its tensors, and no race."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from thanos_deploy.gpu_records import CheckRow, Row
+from thanos_deploy.steps import Task
+
+_NAME = "compute-sanitizer"
+_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+_TOOLS = ("memcheck", "racecheck")
+_KERNELS = ("triton", "mma-sp")
+
+# What the program ends with when it found something; Python's own failures end with others.
+_FOUND = 99
+
+
+def rows(task: Task) -> Iterator[Row]:
+    """A row for each tool."""
+    for tool in _TOOLS:
+        yield check(tool, task.device)
+
+
+def check(tool: str, device: str) -> CheckRow:
+    """Small products under one tool."""
+    program = shutil.which(_NAME, path=os.pathsep.join((os.environ["PATH"], *_PLACES)))
+    if program is None:
+        return CheckRow("sanitizer", tool, "SKIP", f"{_NAME} is not installed")
+    watched = [sys.executable, "-m", f"{__package__}.small_products", device, *_KERNELS]
+    done = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", str(_FOUND), *watched],
+        # Every tensor gets memory of its own, so that a step across its end shows.
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout, flush=True)
+    told = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=====")]
+    if done.returncode == 0:
+        return CheckRow("sanitizer", tool, "PASS", told[-1] if told else "nothing found")
+    if done.returncode == _FOUND:
+        errors = [line for line in told if line and not line.startswith("COMPUTE-SANITIZER")]
+        first = errors[0] if errors else "it does not say what"
+        return CheckRow(
+            "sanitizer", tool, "FAIL", first, "read log.txt; do not use the kernel that it names"
+        )
+    last = (done.stdout.strip().splitlines() or ["nothing printed"])[-1]
+    detail = f"ended with exit code {done.returncode}: {last}"
+    return CheckRow("sanitizer", tool, "FAIL", detail, "read log.txt")

@@ -1,0 +1,145 @@
+"""Bring what GPUs measured to its readers: README.md, and the file that the package installs.
+
+Usage: python -m benchmarks.gpu_figures
+
+Reads benchmarks/results/gpu/*.json and rewrites README.md between its two markers, and
+thanos_deploy/gpu_figures.json. A test fails while they disagree.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from thanos_deploy import gpu_figures, gpu_records
+from thanos_deploy.gpu_figures import Figures
+from thanos_deploy.gpu_records import GemmRow, Peaks, PruningRow, Records
+from thanos_deploy.nvml import NOT_MEASURED
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+README = ROOT / "README.md"
+SUMMARY = ROOT / "thanos_deploy" / gpu_figures.FILE
+
+BEGIN = "<!-- begin: written by `python -m benchmarks.gpu_figures`, not by hand -->\n"
+END = "<!-- end -->\n"
+
+
+def main() -> None:
+    """Rewrite both."""
+    runs = gpu_records.read_all(RESULTS)
+    README.write_text(rewritten(README.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    SUMMARY.write_text(summary(runs), encoding="utf-8")
+
+
+def summary(runs: Sequence[Records]) -> str:
+    """What the package installs."""
+    return gpu_figures.to_json([found for run in runs if (found := gpu_figures.figures(run))])
+
+
+def rewritten(readme: str, runs: Sequence[Records]) -> str:
+    """README.md with the figures of some runs.
+
+    Raises:
+        ValueError: it has not both of the markers, once and in their order.
+    """
+    head, rest = _split(readme, BEGIN)
+    _, tail = _split(rest, END)
+    return f"{head}{BEGIN}{section(runs)}{END}{tail}"
+
+
+def section(runs: Sequence[Records]) -> str:
+    """Every run in Markdown, or that there is none."""
+    parts = ["\n\n".join(_run(run, found)) for run in runs if (found := gpu_figures.figures(run))]
+    return "\n\n".join(parts or [f"On a GPU: {NOT_MEASURED}."]) + "\n"
+
+
+def _run(run: Records, found: Figures) -> Iterator[str]:
+    """What was measured on, and a table for each kind of figure."""
+    card = run.card
+    assert card is not None
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in (
+            ("driver", card.driver),
+            ("PyTorch", card.torch),
+            ("Triton", card.triton),
+            ("transformers", card.transformers),
+        )
+        if version is not None
+    )
+    yield f"**{card.name}**, {card.date}, `{card.command}` ({versions}): {run.status}."
+    if found.reasons:
+        yield "\n".join(f"- {reason}" for reason in found.reasons)
+    for peaks in run.of(Peaks):
+        yield (
+            f"It copied {peaks.copy_bytes_per_second / 1e12:.2f} TB/s and multiplied "
+            f"{peaks.gemm_size}^3 in {peaks.gemm_dtype} at "
+            f"{peaks.gemm_flops_per_second / 1e12:.0f} TFLOP/s."
+        )
+    if found.passes:
+        yield _table(
+            ("model", "pass", "dense, ms", "pruned, ms", "times as fast"),
+            (
+                (
+                    f"{one.model}, {one.dtype}",
+                    one.name,
+                    f"{1e3 * one.dense_seconds:.2f} ({one.dense_engine})",
+                    f"{1e3 * one.seconds:.2f} ({one.engine})",
+                    f"{one.speed:.2f}",
+                )
+                for one in found.passes
+            ),
+        )
+    if products := list(_products(run)):
+        yield _table(
+            ("2:4 weight", "tokens", "dense, us", "fastest 2:4, us", "times as fast"), products
+        )
+    if pruned := [row for row in run.of(PruningRow) if row.seconds is not None]:
+        yield _table(
+            ("layer", "pruned to", "method", "seconds"),
+            (
+                (
+                    f"{row.outputs} x {row.inputs}",
+                    row.pattern,
+                    f"{row.method}, {row.preset}",
+                    f"{row.seconds:.2f}",
+                )
+                for row in pruned
+            ),
+        )
+
+
+def _products(run: Records) -> Iterator[tuple[str, ...]]:
+    """The dense product and the fastest kernel for every weight and number of tokens."""
+    timed: dict[tuple[int, int, str, int], dict[str, GemmRow]] = {}
+    for row in run.of(GemmRow):
+        if row.seconds:
+            where = (row.outputs, row.inputs, row.dtype, row.tokens)
+            timed.setdefault(where, {})[row.kernel] = row
+    for (outputs, inputs, dtype, tokens), kernels in timed.items():
+        dense = kernels.pop("dense", None)
+        if dense is None or not kernels:
+            continue
+        best = min(kernels.values(), key=lambda row: row.median)
+        yield (
+            f"{outputs} x {inputs}, {dtype}",
+            str(tokens),
+            f"{1e6 * dense.median:.1f}",
+            f"{1e6 * best.median:.1f} ({best.kernel})",
+            f"{dense.median / best.median:.2f}",
+        )
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _split(text: str, marker: str) -> tuple[str, str]:
+    if text.count(marker) != 1:
+        raise ValueError(f"README.md has the line {marker!r} {text.count(marker)} times, not once")
+    before, _, after = text.partition(marker)
+    return before, after
+
+
+if __name__ == "__main__":
+    main()

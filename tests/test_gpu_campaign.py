@@ -1,0 +1,156 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_campaign import __main__ as campaign
+from benchmarks.gpu_campaign import plan, summary
+from runtime.kernels.linears import MAKERS
+from tests.gpu_rows import RECORDS
+from thanos_deploy import gpu, gpu_records
+from thanos_deploy.gpu_records import (
+    Card,
+    CheckRow,
+    GemmRow,
+    HessianRow,
+    KernelRow,
+    ModelRow,
+    Peaks,
+    PruningRow,
+    Records,
+    StepRow,
+)
+
+SOURCE = Path(__file__).parents[1]
+BARE_IMAGE = SOURCE / "tests" / "bare_image"
+
+
+def rehearse(
+    out: Path, *arguments: str, python_path: tuple[Path, ...] = (), path: str | None = None
+) -> tuple[subprocess.CompletedProcess[str], Records]:
+    """What the command leaves; a process of its own because it sets what interprets kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_campaign", "-o", out, "--rehearse", *arguments],
+        cwd=SOURCE,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (*python_path, SOURCE))),
+            "PATH": path or os.environ["PATH"],
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, gpu_records.read(out / "records.json")
+
+
+def test_the_bare_image_lacks_what_it_lacks() -> None:
+    script = (
+        "import importlib, importlib.util\n"
+        "import torch, transformers, rich, click, pytest\n"
+        "for name in ('greenlet', 'cuda', 'gguf', 'onnxruntime', 'onnx', 'fastapi'):\n"
+        "    assert importlib.util.find_spec(name) is None, name\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except ModuleNotFoundError:\n"
+        "        continue\n"
+        "    raise AssertionError(name)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(BARE_IMAGE)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> None:
+    # Stands in for the real one, which needs a GPU: runs what it is to watch.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    program = tools / "compute-sanitizer"
+    program.write_text('#!/bin/sh\nshift 4\n"$@" && echo "========= ERROR SUMMARY: 0 errors"\n')
+    program.chmod(0o755)
+    done, records = rehearse(
+        tmp_path / "out",
+        python_path=(BARE_IMAGE,),
+        path=f"{tools}{os.pathsep}{os.environ['PATH']}",
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("rows.jsonl", "records.json", "summary.txt", "log.txt")
+    }
+    assert records.rows == gpu_records.read_journal(tmp_path / "out" / "rows.jsonl")
+    assert records.status == "REHEARSAL"
+
+    ends = {row.step: row for row in records.of(StepRow)}
+    assert list(ends) == [step.name for step in plan.steps("", rehearse=False)]
+    skipped = {name for name, row in ends.items() if row.outcome == "SKIP"}
+    # What cannot be done here says why: libraries and kernels that are for a GPU alone.
+    only_on_a_gpu = {*MAKERS} - {"triton"}
+    assert skipped == {
+        *(f"{step}:{kernel}" for step in ("correctness", "gemm") for kernel in only_on_a_gpu),
+        "onnxruntime",
+    }
+    assert "onnxruntime" in ends["onnxruntime"].detail
+
+    kinds = (Card, Peaks, KernelRow, CheckRow, GemmRow, ModelRow, PruningRow, HessianRow)
+    assert [kind.__name__ for kind in kinds if not records.of(kind)] == []
+    assert {row.outcome for row in records.of(KernelRow) if row.kernel == "triton"} == {"PASS"}
+    assert {row.tokens for row in records.of(GemmRow) if row.seconds} == {1, 16}
+    timed = {row.model for row in records.of(ModelRow) if row.seconds}
+    assert timed == {"dense", "2:4", "structured", "structured, 2:4"}
+    assert {row.preset for row in records.of(PruningRow)} == {"paper", "fast", "best"}
+    checks = {(row.step, row.name): row for row in records.of(CheckRow)}
+    assert list(checks) == [
+        ("sanitizer", "memcheck"),
+        ("sanitizer", "racecheck"),
+        ("gpu-tests", "collected"),
+        ("pruning", "64 x 64 against the CPU"),
+    ]
+    assert checks["sanitizer", "memcheck"].detail == "ERROR SUMMARY: 0 errors"
+    assert "tests collected" in checks["gpu-tests", "collected"].detail
+
+    assert done.stdout == (tmp_path / "out" / "summary.txt").read_text() + "\n"
+    assert "TIMES REHEARSAL" in done.stdout
+    assert "card: 10/10" in done.stderr
+
+
+def test_with_onnxruntime_the_tiny_bundle_is_made_and_compared(tmp_path: Path) -> None:
+    done, records = rehearse(tmp_path, "--only", "onnxruntime")
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    agreement, _ = records.of(CheckRow)
+    assert agreement.outcome == "PASS"
+    assert agreement.detail.startswith("logits differ by 0.0e+00")
+
+
+@pytest.mark.skipif(bool(gpu.probe().gpus), reason="there is a GPU")
+def test_without_a_gpu_nothing_runs_and_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_campaign", "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        campaign.main()
+    assert caught.value.code == 4
+    assert "nothing could run: not measured (GPU: no NVIDIA driver" in capsys.readouterr().err
+    ends = gpu_records.read(tmp_path / "out" / "records.json").of(StepRow)
+    assert {row.outcome for row in ends} == {"SKIP"}
+
+
+def test_the_steps_of_the_day_fit_into_one_call() -> None:
+    assert sum(step.seconds for step in plan.steps("", rehearse=False)) <= campaign.SECONDS
+
+
+def test_the_summary_has_every_figure_and_fits() -> None:
+    text = summary.of(RECORDS)
+    assert text.startswith("TIMES VALID\nH100, compute capability 9.0, 80 GB, driver 580.1")
+    assert "copy 3 TB/s; bf16 product of 8192^3 700 TFLOP/s" in text
+    assert "4.50 (1.11x)" in text  # of 5.00 ms
+    assert "1.60x" in text  # of 40 us
+    assert "thanos 2:4, fast: 4096x14336 2.50 s, loss 0.100" in text
+    product = RECORDS.of(GemmRow)[1]
+    many = [replace(product, tokens=tokens, kernel="dense") for tokens in range(2000)]
+    long = summary.of(Records((*RECORDS.rows, *many)))
+    assert len(long) <= summary.MOST_CHARACTERS
+    assert long.endswith("... the rest is in records.json\n")

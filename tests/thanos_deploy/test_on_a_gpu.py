@@ -1,0 +1,134 @@
+"""Pruning on a GPU, as far as a machine without one can tell: no operation mixes devices.
+
+Every operation runs with the shapes, dtypes and devices that it would have, on tensors without
+values; see `FakeCuda`. What the host reads is counted, since each read waits for the GPU.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.thanos_deploy.conftest import FakeCuda
+from thanos_deploy import mask as masks
+from thanos_deploy import methods
+from thanos_deploy.calibrate import Statistics
+from thanos_deploy.elimination import Elimination
+from thanos_deploy.errors import DeployError
+from thanos_deploy.hessian import factor, retarget
+from thanos_deploy.layer import LayerProblem
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.verdict import judge
+
+CUDA = torch.device("cuda")
+PATTERNS: tuple[Pattern, ...] = (SemiStructured(2, 4), Unstructured(0.5), Structured(0.3))
+
+
+def problem(rows: int = 48, cols: int = 64, dtype: torch.dtype = torch.float32) -> LayerProblem:
+    return LayerProblem(
+        torch.randn(rows, cols, device=CUDA, dtype=dtype),
+        torch.randn(cols, cols, device=CUDA, dtype=dtype),
+        "layer",
+        products=torch.bfloat16,
+    )
+
+
+def test_a_mixture_of_devices_is_refused(fake_cuda: FakeCuda) -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
+
+
+@pytest.mark.parametrize("mode", ["mean", "median", "per-channel"])
+def test_a_hessian_is_factored_there(fake_cuda: FakeCuda, mode: str) -> None:
+    # Wider than what is inverted at once.
+    factored = factor(problem(cols=1100), 0.01, mode)
+    assert (factored.V.device.type, factored.V.dtype) == ("cuda", torch.float32)
+    assert factored.upper(slice(3, 9)).is_cuda
+    assert factored.trailing_inverse_diagonals(32).is_cuda
+    assert fake_cuda.reads == 3  # are weight and Hessian finite, is it positive definite
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("preset", methods.PRESET_NAMES)
+@pytest.mark.parametrize("method", methods.names())
+def test_a_method_prunes_there(
+    fake_cuda: FakeCuda, method: str, preset: str, pattern: Pattern
+) -> None:
+    options = methods.resolve(method, methods.preset(method, preset).options)
+    result = methods.load(method).prune(problem(), pattern, **options)
+    assert result.weight.is_cuda
+    assert result.mask.is_cuda
+    assert result.weight.shape == result.mask.shape == (48, 64)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
+def test_thanos_waits_for_no_block_but_to_know_whether_it_is_solved(
+    fake_cuda: FakeCuda, pattern: Pattern
+) -> None:
+    options = {"score": "obs", "block_columns": 8, "refit_steps": 8}
+    reads = []
+    for cols in (64, 128):
+        before = fake_cuda.reads
+        methods.load("thanos").prune(problem(cols=cols), pattern, **options)
+        reads.append(fake_cuda.reads - before)
+    assert reads[1] - reads[0] == 8  # one for each block of columns more
+
+
+def test_sparsegpt_waits_for_no_column(fake_cuda: FakeCuda) -> None:
+    reads = []
+    for cols in (64, 128):
+        before = fake_cuda.reads
+        methods.load("sparsegpt").prune(problem(cols=cols), SemiStructured(2, 4))
+        reads.append(fake_cuda.reads - before)
+    assert reads[0] == reads[1]
+
+
+def test_outlier_rows_stay_there(fake_cuda: FakeCuda) -> None:
+    result = methods.load("thanos").prune(problem(), SemiStructured(2, 4), outlier_rows=0.25)
+    assert result.weight.is_cuda
+
+
+def test_the_host_does_not_read_a_threshold(fake_cuda: FakeCuda) -> None:
+    scores = torch.rand(30, 40, device=CUDA)
+    budget = torch.tensor(500, device=CUDA)
+    mask = masks.threshold(scores, budget).mark(scores[:, :8])
+    assert mask.is_cuda
+    assert mask.shape == (30, 8)
+    assert fake_cuda.reads == 0
+
+
+def test_statistics_add_up_there(fake_cuda: FakeCuda) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(100, 1100, device=CUDA, dtype=dtype)
+        statistics = Statistics.empty(1100, 1100, device=CUDA)
+        statistics.add(x, x)
+        statistics.complete()
+        assert statistics.hessian.is_cuda
+        centred = statistics.centred()
+        assert centred.hessian.is_cuda
+        assert centred.cross is not None
+        assert centred.cross.is_cuda
+    weighted = Statistics.empty(1100, device=CUDA)
+    weighted.add_weighted(x.float(), torch.rand(100, 1, device=CUDA))
+    assert weighted.hessian.is_cuda
+
+
+def test_a_weight_is_aimed_there(fake_cuda: FakeCuda) -> None:
+    layer = problem()
+    assert retarget(layer, torch.randn(64, 64, device=CUDA), 0.4).is_cuda
+
+
+def test_inputs_are_eliminated_there(fake_cuda: FakeCuda) -> None:
+    layer = problem(dtype=torch.float64)
+    elimination = Elimination(layer.weight, factor(layer, 0.01))
+    assert elimination.channel_losses().is_cuda
+    elimination.remove(masks.cheapest(elimination.costs(), 5))
+    for tensor in (elimination.weight, elimination.left, elimination.costs()):
+        assert tensor.is_cuda
+    assert isinstance(elimination.cost(torch.tensor([0, 1], device=CUDA)), float)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_verdict_is_found_there(fake_cuda: FakeCuda, pattern: Pattern) -> None:
+    nonzero: Tensor = torch.randn(16, 24, device=CUDA) != 0
+    judge(nonzero, pattern)
+    assert fake_cuda.reads <= 2

@@ -1,0 +1,163 @@
+"""What a bundle's graphs do on a GPU: whether engines agree with the CPU, and how fast they are."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.engine import Engine, open_engine
+from runtime.latency import Decode, Prefill, Scenario
+from thanos_deploy import gpu
+from thanos_deploy.artifact import Bundle
+from thanos_deploy.gpu_records import CheckRow, Row
+from thanos_deploy.steps import Task
+
+# Of the range of the logits: products in TF32 or fp16 against products in fp32.
+AGREEMENT = 2e-2
+
+_PROMPT, _STEPS = 16, 16
+_TURNS, _WARMUP = 20, 3
+
+
+def onnxruntime_cuda(task: Task) -> Iterator[Row]:
+    """ONNX Runtime on CUDA beside the CPU; a rehearsal compares the CPU with itself."""
+    assert task.bundle is not None
+    engine = open_engine(task.bundle, provider=task.device)
+    yield agreement("ort-cuda", "agrees with the CPU", open_engine(task.bundle), engine)
+    medians = time_scenarios(engine, (Prefill(1, _PROMPT), Decode(1, _PROMPT, _STEPS)))
+    told = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in medians.items())
+    yield CheckRow("ort-cuda", "speed", "PASS", told)
+
+
+def tensorrt(task: Task) -> Iterator[Row]:
+    """Dense and sparse engines of one graph, as products and as convolutions."""
+    import exporters.tensorrt
+    from runtime.engines import tensorrt as tensorrt_runtime
+    from thanos_deploy.requests import EngineRequest
+    from thanos_deploy.stages.export import engine_graph
+
+    assert task.bundle is not None
+    graph = task.bundle / engine_graph(Bundle.open(task.bundle), EngineRequest())
+    reference = open_engine(task.bundle)
+    for form in exporters.tensorrt.FORMS:
+        seconds: dict[str, dict[str, float]] = {}
+        for kind, sparse in (("dense", False), ("sparse", True)):
+            out = task.folder / f"{form}-{kind}"
+            out.mkdir()
+            build = exporters.tensorrt.export(
+                graph, out, architectures=(gpu.require().arch,), sparse=sparse, form=form
+            )
+            engine = tensorrt_runtime.open_folder(out)
+            yield agreement(
+                "tensorrt", f"{form}, {kind}, agrees with ONNX Runtime", reference, engine
+            )
+            # With room for the steps after it, in a model that takes hardly more tokens.
+            prompt = min(build["profiles"][0]["sequence"]["usual"], engine.max_sequence - _STEPS)
+            seconds[kind] = time_scenarios(engine, (Prefill(1, prompt), Decode(1, prompt, _STEPS)))
+        yield _sparse_kernels(form, build)
+        yield CheckRow(
+            "tensorrt",
+            f"{form}, speed of sparse over dense",
+            "PASS",
+            ", ".join(
+                f"{name} x{seconds['dense'][name] / own:.2f}"
+                for name, own in seconds["sparse"].items()
+            ),
+        )
+
+
+def _sparse_kernels(form: str, build: Mapping[str, Any]) -> CheckRow:
+    """Whether the builder's log says what became of the layers with 2:4."""
+    summary = build["summary"]
+    silent = all(layer["verdict"] == "not reported" for layer in build["layers"])
+    failed = silent and summary["pattern_holds"]
+    return CheckRow(
+        "tensorrt",
+        f"{form}, sparse kernels",
+        "FAIL" if failed else "PASS",
+        f"{summary['picked']} picked, {summary['eligible']} eligible, {summary['pattern_holds']} "
+        f"hold 2:4, of {summary['layers']} layers",
+        "the log of this version is not understood; report its (Sparsity) lines" if failed else "",
+    )
+
+
+def onnxruntime_tensorrt(task: Task) -> Iterator[Row]:
+    """ONNX Runtime's TensorRT provider, started twice: the second loads what the first built."""
+    assert task.bundle is not None
+    starts = []
+    with _cache(task.folder):
+        for _ in range(2):
+            started = time.perf_counter()
+            engine = open_engine(task.bundle, provider="tensorrt")
+            engine.prefill(np.zeros((1, _PROMPT), dtype=np.int64))
+            starts.append(time.perf_counter() - started)
+        kept = [path.name for path in task.folder.rglob("*") if path.is_file()]
+        yield agreement("ort-tensorrt", "agrees with the CPU", open_engine(task.bundle), engine)
+    reloaded = bool(kept) and starts[1] < starts[0]
+    yield CheckRow(
+        "ort-tensorrt",
+        "second start loads the engine",
+        "PASS" if reloaded else "FAIL",
+        f"{starts[0]:.1f} s, then {starts[1]:.1f} s; {len(kept)} files kept",
+        "" if reloaded else "the engine cache is not used; see ONNX Runtime's log",
+    )
+
+
+def agreement(step: str, name: str, reference: Engine, engine: Engine) -> CheckRow:
+    """Whether two engines compute the same."""
+    error = disagreement(reference, engine)
+    agrees = error <= AGREEMENT
+    return CheckRow(
+        step,
+        name,
+        "PASS" if agrees else "FAIL",
+        f"logits differ by {error:.1e} of their range, limit {AGREEMENT:g}",
+        "" if agrees else "do not serve this; report the model and the versions",
+    )
+
+
+def disagreement(reference: Engine, engine: Engine, *, vocabulary: int = 256) -> float:
+    """Largest difference of the logits over a prompt and some steps, relative to their range.
+
+    Both are given the same tokens throughout, those that the reference likes best.
+    """
+    ids = (np.arange(_PROMPT, dtype=np.int64)[None] * 7 + 1) % vocabulary
+    want, got = reference.prefill(ids), engine.prefill(ids)
+    worst = 0.0
+    for step in range(_STEPS + 1):
+        # Written so that NaN is not lost.
+        worst = float(np.maximum(worst, np.abs(want - got).max() / np.ptp(want)))
+        if step < _STEPS:
+            token = want.argmax(axis=1)
+            want, got = reference.decode(token), engine.decode(token)
+    return worst
+
+
+def time_scenarios(engine: Engine, scenarios: tuple[Scenario, ...]) -> dict[str, float]:
+    """Median seconds of each scenario's headline."""
+    medians = {}
+    for scenario in scenarios:
+        turns = [scenario.take(engine, turn)[scenario.headline] for turn in range(_WARMUP + _TURNS)]
+        medians[scenario.name] = statistics.median(
+            sample for turn in turns[_WARMUP:] for sample in turn
+        )
+    return medians
+
+
+@contextmanager
+def _cache(folder: Path) -> Iterator[None]:
+    """An empty cache, so that the first start builds."""
+    before = os.environ.get("THANOS_DEPLOY_CACHE")
+    os.environ["THANOS_DEPLOY_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["THANOS_DEPLOY_CACHE"]
+        else:
+            os.environ["THANOS_DEPLOY_CACHE"] = before

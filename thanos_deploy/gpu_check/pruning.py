@@ -1,0 +1,116 @@
+"""How long Thanos takes on a layer, and that it gives on a GPU what it gives on the CPU."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thanos_deploy import devices, methods
+from thanos_deploy.calibrate import Statistics
+from thanos_deploy.gpu_records import CheckRow, HessianRow, PruningRow, Row
+from thanos_deploy.layer import LayerProblem, LayerResult
+from thanos_deploy.methods import PRESET_NAMES
+from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.steps import Task
+
+_METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
+
+# Sums in another order choose otherwise where two weights are as good as each other. So many of
+# the mask's entries, and so much of the loss, may differ for it.
+_MASK_LIMIT, _LOSS_LIMIT = 1e-2, 1e-3
+
+# Tokens that are added to a Hessian at once.
+_TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is pruned.
+
+    Attributes:
+        layers: outputs and inputs.
+        compared: rows and columns of the layer that the CPU prunes, too.
+        hessian: columns and tokens of the statistics that are timed.
+    """
+
+    layers: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))
+    compared: int = 1024
+    hessian: tuple[int, int] = (4096, 262144)
+
+
+def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
+    """The comparison with the CPU, the Hessian, and the seconds of each layer and preset."""
+    yield compare(sizes.compared, task.device)
+    yield accumulate(*sizes.hessian, task.device)
+    for preset in PRESET_NAMES:
+        for outputs, inputs in sizes.layers:
+            layer = problem(outputs, inputs, task.device)
+            started = time.perf_counter()
+            result = solve(layer, preset)
+            devices.wait(torch.device(task.device))
+            yield PruningRow(
+                _METHOD,
+                preset,
+                str(_PATTERN),
+                outputs,
+                inputs,
+                seconds=time.perf_counter() - started,
+                loss=float(result.relative_error),
+            )
+
+
+def problem(outputs: int, inputs: int, device: str) -> LayerProblem:
+    """A layer of random weights, whose inputs go together and differ in size as a model's do."""
+    generator = torch.Generator(device).manual_seed(outputs + inputs)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    scales = (0.5 * random(inputs)).exp()
+    common = random(max(1, inputs // 16), inputs)
+    hessian = torch.zeros(inputs, inputs, device=device)
+    for _ in range(2):
+        x = (random(inputs, inputs) + random(inputs, len(common)) @ common / 4) * scales
+        hessian.addmm_(x.T, x)
+    return LayerProblem(random(outputs, inputs) / inputs**0.5, hessian, "layer")
+
+
+def solve(layer: LayerProblem, preset: str) -> LayerResult:
+    """Prune a layer with the options of a preset."""
+    options = methods.resolve(_METHOD, methods.preset(_METHOD, preset).options)
+    return methods.load(_METHOD).prune(layer, _PATTERN, **options)
+
+
+def accumulate(columns: int, tokens: int, device: str) -> HessianRow:
+    """Time the statistics of so many tokens in bfloat16."""
+    at_once = min(tokens, _TOKENS_AT_ONCE)
+    x = torch.randn(at_once, columns, dtype=torch.bfloat16, device=device)
+    statistics = Statistics.empty(columns, device=torch.device(device))
+    statistics.add(x, None)
+    devices.wait(torch.device(device))
+    started = time.perf_counter()
+    for _ in range(tokens // at_once):
+        statistics.add(x, None)
+    statistics.complete()
+    devices.wait(torch.device(device))
+    return HessianRow(columns, tokens // at_once * at_once, time.perf_counter() - started)
+
+
+def compare(size: int, device: str) -> CheckRow:
+    """The same layer here and on the CPU."""
+    here = problem(size, size, device)
+    there = LayerProblem(here.weight.cpu(), here.hessian.cpu(), "layer")
+    ours, theirs = solve(here, "fast"), solve(there, "fast")
+    mask = float((ours.mask.cpu() != theirs.mask).double().mean())
+    loss = abs(float(ours.relative_error) / float(theirs.relative_error) - 1)
+    agrees = mask <= _MASK_LIMIT and loss <= _LOSS_LIMIT
+    return CheckRow(
+        "pruning",
+        f"{size} x {size} against the CPU",
+        "PASS" if agrees else "FAIL",
+        f"{mask:.1e} of the mask differ, limit {_MASK_LIMIT:g}; the loss by {loss:.1e}, limit "
+        f"{_LOSS_LIMIT:g}",
+        "" if agrees else "prune on the CPU, and report the card and the versions",
+    )

@@ -1,0 +1,71 @@
+"""Whole models of large layers as TensorRT engines: exported and built only where it is there."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from runtime.engine import Engine
+from runtime.latency import Prefill
+from thanos_deploy import gpu, preflight
+from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.gpu_check import models
+from thanos_deploy.gpu_check.models import MODELS, Sizes
+from thanos_deploy.gpu_records import ModelRow, Row
+from thanos_deploy.steps import Task
+
+# Time goes with the number of blocks, and so does what the export takes.
+SIZES = replace(Sizes(), blocks=4, vocabulary=32000, dtype="fp16")
+
+
+def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
+    """Each model, timed.
+
+    Raises:
+        PlatformError: TensorRT is not there; nothing was exported.
+    """
+    preflight.require("tensorrt")
+    for name in MODELS:
+        model = models.make(name, sizes, task.device)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        path = task.folder / name.replace(", ", "-")
+        model.save_pretrained(path)
+        del model
+        torch.cuda.empty_cache()
+        engine = _build(path, sizes)
+        for scenario in sizes.scenarios:
+            yield ModelRow(
+                name,
+                "tensorrt",
+                sizes.dtype,
+                sizes.blocks,
+                parameters,
+                models.phase(scenario),
+                scenario.batch,
+                models.before(scenario),
+                models.samples(engine, scenario, sizes),
+                None,
+            )
+
+
+def _build(path: Path, sizes: Sizes) -> Engine:
+    """Export a model, build its engine, load it."""
+    import exporters.onnx
+    import exporters.tensorrt
+    from runtime.engines import tensorrt as tensorrt_runtime
+
+    graph, engine = path / "onnx", path / "engine"
+    for folder in (graph, engine):
+        folder.mkdir()
+    exporters.onnx.export(Checkpoint.open(path), graph, pattern=None, dtype="fp16")
+    exporters.tensorrt.export(
+        graph,
+        engine,
+        architectures=(gpu.require().arch,),
+        batch=sorted({scenario.batch for scenario in sizes.scenarios}),
+        prompt=sorted(
+            {scenario.prompt for scenario in sizes.scenarios if isinstance(scenario, Prefill)}
+        ),
+    )
+    return tensorrt_runtime.open_folder(engine)
