@@ -356,7 +356,7 @@ def test_every_two_four_variant_gives_the_logits_of_eager_on_a_gpu(
 def test_recorded_steps_give_the_logits_of_steps_that_are_not(two_four_model: Path) -> None:
     engines = []
     for recording in (Eager, None):
-        model = load_model(two_four_model)
+        model: Any = load_model(two_four_model)
         model.cuda()
         steps = StaticSteps(model, Room(1, 16), recording=recording)
         engines.append(torch_engine.TorchEngine(steps, vocabulary=VOCABULARY, max_sequence=128))
