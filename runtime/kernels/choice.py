@@ -88,7 +88,8 @@ class Shape:
         """
         require_dtype(weight, name)
         (dtype,) = (key for key, dtype in timing.DTYPES.items() if dtype == weight.dtype)
-        return cls(*weight.shape, dtype)
+        outputs, inputs = weight.shape
+        return cls(outputs, inputs, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ def measure(
     clock: Clock,
     *,
     candidates: Mapping[str, Maker],
-    device: torch.device | str = "cuda",
+    device: str = "cuda",
     on_progress: OnProgress = silent,
 ) -> tuple[Row, ...]:
     """Time kernels on random 2:4 weights, and choose.

@@ -17,7 +17,7 @@ def test_grouped_queries_attend_as_the_formula_says(heads: int, kv_heads: int, t
     seen[..., 0] = True
     added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     module = nn.Module()
-    module.num_key_value_groups = heads // kv_heads
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
     found, _ = attention.attend(module, query, key, value, added, scaling=0.3)
     assert found.is_contiguous()
     of_head = torch.arange(heads) // (heads // kv_heads)
