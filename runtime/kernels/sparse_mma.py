@@ -59,8 +59,7 @@ class SparseMmaWeight:
         require_dtype(weight, name)
         rows, columns = weight.shape
         padding = (0, -columns % _BLOCK_COLUMNS, 0, -rows % _BLOCK_ROWS)
-        padded = torch.nn.functional.pad(weight.detach().cpu(), padding)
-        values, metadata = (part.to(weight.device) for part in to_cutlass(padded, name))
+        values, metadata = to_cutlass(torch.nn.functional.pad(weight.detach(), padding), name)
         return cls(values, metadata, rows, columns)
 
 
