@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.kernel_resources [--architectures 80 90] [--dtype float16]
 
-Compiles every configuration of the Triton kernels, for the largest block of tokens, and
-sparse_mma.cu where nvcc is there, and prints a line each; the last line is JSON. Bytes of stack are
+Compiles every configuration of the Triton kernels, for the largest block of tokens, and the kernels
+in CUDA C++ where nvcc is there, and prints a line each; the last line is JSON. Bytes of stack are
 what was spilled. The disassembler and the reader of cubins come with Triton.
 """
 
@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from runtime.kernels import decode, prefill, sparse_mma
+from runtime.kernels import cuda_module, decode, prefill
+from runtime.kernels.sparse_mma import MMA, WGMMA
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -85,9 +86,12 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
             )
     if shutil.which("nvcc"):
         with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "sparse_mma.cubin"
-            compile_cuda(cubin, sparse_mma.target(divmod(architecture, 10)))
-            yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0)
+            cubin = Path(folder) / "cubin"
+            for kernels in (MMA, WGMMA) if architecture == 90 else (MMA,):
+                largest = kernels[-1]
+                compile_cuda(cubin, largest.source, cuda_module.target(divmod(architecture, 10)))
+                code = cubin.read_bytes()
+                yield inspect(largest.family, architecture, code, largest.shared_bytes)
 
 
 def compile_triton(
@@ -119,10 +123,12 @@ def compile_triton(
     )
 
 
-def compile_cuda(cubin: Path, architecture: str) -> None:
-    """Compile sparse_mma.cu with nvcc, for an architecture such as sm_80."""
+def compile_cuda(cubin: Path, source: str, architecture: str) -> None:
+    """Compile a source file in CUDA C++ with nvcc, for an architecture such as sm_80."""
     options = ["-cubin", f"-arch={architecture}", "-std=c++17", "-Werror", "all-warnings"]
-    subprocess.run(["nvcc", *options, "-o", str(cubin), str(sparse_mma.SOURCE)], check=True)
+    subprocess.run(
+        ["nvcc", *options, "-o", str(cubin), str(cuda_module.FOLDER / source)], check=True
+    )
 
 
 def inspect(kernel: str, architecture: int, cubin: bytes, dynamic_shared: int) -> Resources:
@@ -135,8 +141,7 @@ def inspect(kernel: str, architecture: int, cubin: bytes, dynamic_shared: int) -
             for line in _run("cuobjdump", "--dump-resource-usage", file.name).splitlines()
             if "REG:" in line
         ]
-        code = _run("nvdisasm", file.name)
-    words = {word.rstrip(",;") for word in code.split()}
+    words = instructions_of(cubin)
     return Resources(
         kernel=kernel,
         architecture=architecture,
@@ -145,6 +150,14 @@ def inspect(kernel: str, architecture: int, cubin: bytes, dynamic_shared: int) -
         shared_bytes=dynamic_shared + max(int(each["SHARED"]) for each in usage),
         tensor_instructions=tuple(sorted(w for w in words if w.startswith(("HMMA", "HGMMA")))),
     )
+
+
+def instructions_of(cubin: bytes) -> set[str]:
+    """Every word of the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return {word.rstrip(",;") for word in _run("nvdisasm", file.name).split()}
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -118,7 +118,9 @@ def test_every_configuration_compiles_for_sm_80_and_sm_90_and_spills_nothing(
         check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    triton_kernels = [each for each in found if each["kernel"] != "sparse_mma"]
+    triton_kernels = [
+        each for each in found if each["kernel"] not in ("sparse_mma", "sparse_wgmma")
+    ]
     assert len(triton_kernels) == 2 * sum(len(kernel.kernel.configs) for kernel in KERNELS)
     for each in triton_kernels:
         assert each["registers"] > 0, each
