@@ -1,18 +1,23 @@
-"""What our kernels take of a GPU's registers and shared memory, compiled here without a GPU.
+"""What our kernels take of a GPU, read from their machine code, compiled here without a GPU.
 
 Usage: python -m benchmarks.kernel_resources [--architectures 80 90] [--dtype float16]
 
-Compiles every configuration of the Triton kernels, for the largest block of tokens, and the kernels
-in CUDA C++ where nvcc is there, and prints a line each; the last line is JSON. Bytes of stack are
-what was spilled. The disassembler and the reader of cubins come with Triton.
+Compiles every configuration of the Triton kernels, for the smallest and the largest block of
+tokens, and the kernels in CUDA C++ where nvcc is there, and prints a line each; the last line is JSON. Bytes
+of stack are what was spilled. Of the longest loop it counts instructions, barriers and loads. For
+the Triton kernels it predicts what an H100 takes for a weight of 14336 x 4096, if it waits for the
+memory only, and if it waits for the loop's instructions to be issued only: the larger is the least
+time. The disassembler and the reader of cubins come with Triton.
 """
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +28,58 @@ from triton.compiler import ASTSource
 
 from runtime.kernels import cuda_module, decode, prefill
 from runtime.kernels.sparse_mma import MMA, WGMMA
+from thanos_deploy import datasheets
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# The largest block of tokens that each is launched with.
-_TOKENS = {decode: decode.MOST_TOKENS, prefill: prefill.MOST_TOKENS_AT_ONCE}
+# The smallest and the largest block of tokens that each is launched with.
+TOKENS = {
+    decode: (1,),
+    prefill: (prefill.LEAST_TOKENS_AT_ONCE, prefill.MOST_TOKENS_AT_ONCE),
+}
+
+# What a prediction is for: gate and up of Llama 3 8B, on an H100 with 132 processors that issue
+# four instructions of 32 lanes in a cycle, at the clock of its datasheet's base of FP32.
+_OUTPUTS, _INPUTS = 14336, 4096
+_LANES_PER_SECOND = 132 * 128 * 1.755e9
+_BANDWIDTH = datasheets.find("H100").bandwidth
+
+# 2:4 in 16 bits.
+_BYTES_PER_GROUP = 4.5
 
 _POINTERS = {"float16": "*fp16", "bfloat16": "*bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """The longest loop of a kernel.
+
+    Attributes:
+        instructions: of an iteration.
+        barriers: likewise; all threads of the block wait there.
+        loads: kinds of loads from memory and how many of each: LDG to registers, LDGSTS (cp.async)
+            to shared memory; .128 are of 16 bytes.
+        per_group: instructions of a thread for each group of four columns of one row of the weight,
+            for all tokens of the block; None where the block is not known.
+    """
+
+    instructions: int
+    barriers: int
+    loads: dict[str, int]
+    per_group: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The least time of one product, by two resources that every kernel needs.
+
+    Attributes:
+        memory_seconds: to read the packed weight, at the bandwidth of the datasheet.
+        issue_seconds: to issue the loop's instructions.
+    """
+
+    memory_seconds: float
+    issue_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +93,8 @@ class Resources:
         stack_bytes: of a thread; spilled registers are there.
         shared_bytes: of a block.
         tensor_instructions: kinds of tensor-core instructions in the machine code.
+        loop: the longest one.
+        prediction: of an H100; None where the loop's work is not known.
     """
 
     kernel: str
@@ -51,6 +103,8 @@ class Resources:
     stack_bytes: int
     shared_bytes: int
     tensor_instructions: tuple[str, ...]
+    loop: Loop
+    prediction: Prediction | None
 
 
 def main() -> None:
@@ -60,30 +114,46 @@ def main() -> None:
     parser.add_argument("--dtype", choices=_POINTERS, default="float16")
     arguments = parser.parse_args()
     found = []
-    print("arch  registers  stack B  shared B  kernel")
+    print("arch  registers  stack B  shared B  loop  barriers  per group  memory us  issue us")
     for architecture in arguments.architectures:
         for each in resources(architecture, arguments.dtype):
             found.append(each)
-            print(
-                f"sm_{each.architecture}  {each.registers:8d}  {each.stack_bytes:7d}  "
-                f"{each.shared_bytes:8d}  {each.kernel}  {' '.join(each.tensor_instructions)}"
-            )
+            print(line(each))
     print(json.dumps([asdict(each) for each in found]))
+
+
+def line(found: Resources) -> str:
+    """What to print of a kernel."""
+    loop, predicted = found.loop, found.prediction
+    times = (
+        "        -          -         -"
+        if predicted is None
+        else f"{loop.per_group:9.1f}  {predicted.memory_seconds * 1e6:9.1f}  "
+        f"{predicted.issue_seconds * 1e6:8.1f}"
+    )
+    words = [f"{count} {name}" for name, count in loop.loads.items()]
+    return (
+        f"sm_{found.architecture}  {found.registers:8d}  {found.stack_bytes:7d}  "
+        f"{found.shared_bytes:8d}  {loop.instructions:4d}  {loop.barriers:8d}  {times}  "
+        f"{found.kernel}  {', '.join([*words, *found.tensor_instructions])}"
+    )
 
 
 def resources(architecture: int, dtype: str) -> Iterator[Resources]:
     """Compile every kernel for an architecture."""
-    for module, block_m in _TOKENS.items():
+    for module, blocks in TOKENS.items():
         name = module.__name__.rpartition(".")[2]
-        for config in module.kernel.configs:
-            compiled = compile_triton(module.kernel, config, block_m, architecture, dtype)
-            sizes = {"BLOCK_M": block_m, **config.kwargs, "warps": config.num_warps}
-            yield inspect(
-                " ".join([name, *(f"{key}={size}" for key, size in sizes.items())]),
-                architecture,
-                compiled.asm["cubin"],
-                compiled.metadata.shared,
-            )
+        for block_m in blocks:
+            for config in module.CONFIGS:
+                compiled = compile_triton(module.kernel, config, block_m, architecture, dtype)
+                sizes = {"BLOCK_M": block_m, **config.kwargs, "warps": config.num_warps}
+                yield inspect(
+                    " ".join([name, *(f"{key}={size}" for key, size in sizes.items())]),
+                    architecture,
+                    compiled.asm["cubin"],
+                    compiled.metadata.shared,
+                    groups_per_thread(config),
+                )
     if shutil.which("nvcc"):
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "cubin"
@@ -94,14 +164,30 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
                 yield inspect(largest.family, architecture, code, largest.shared_bytes)
 
 
+def groups_per_thread(config: triton.Config) -> float:
+    """Groups of four columns of a row in a block's iteration, for each thread."""
+    sizes = config.kwargs
+    words = sizes["BLOCK_U"] if "BLOCK_U" in sizes else 2 * sizes["BLOCK_P"]
+    groups: float = 2 * words * sizes.get("BLOCK_N", decode.ROWS) / (32 * config.num_warps)
+    return groups
+
+
 def compile_triton(
     kernel: Any, config: triton.Config, block_m: int, architecture: int, dtype: str
 ) -> Any:
     """Compile a Triton kernel for sizes that are multiples of 16, as real models have them."""
-    constants = {"HAS_BIAS": True, "BLOCK_M": block_m, **config.kwargs}
-    pointer = _POINTERS[dtype]
-    types = {"x": pointer, "words": "*i64", "mask": "*u8", "bias": pointer, "y": pointer}
     names = kernel.fn.arg_names
+    constants = {"HAS_BIAS": True, **config.kwargs}
+    if "BLOCK_M" in names:
+        constants["BLOCK_M"] = block_m
+    pointer = _POINTERS[dtype]
+    types = {
+        "x": "*i64" if "groups" in names else pointer,
+        "words": "*i64",
+        "mask": "*u8",
+        "bias": pointer,
+        "y": pointer,
+    }
     source = ASTSource(
         kernel.fn,
         {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
@@ -131,8 +217,17 @@ def compile_cuda(cubin: Path, source: str, architecture: str) -> None:
     )
 
 
-def inspect(kernel: str, architecture: int, cubin: bytes, dynamic_shared: int) -> Resources:
-    """Read a cubin; of several kernels in it, the most that any of them takes."""
+def inspect(
+    kernel: str, architecture: int, cubin: bytes, dynamic_shared: int, groups: float | None = None
+) -> Resources:
+    """Read a cubin; of several kernels in it, the most that any of them takes.
+
+    Args:
+        kernel, architecture: what it is.
+        cubin: machine code.
+        dynamic_shared: bytes that the launch adds.
+        groups: see `groups_per_thread`; None where nobody knows.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -141,7 +236,16 @@ def inspect(kernel: str, architecture: int, cubin: bytes, dynamic_shared: int) -
             for line in _run("cuobjdump", "--dump-resource-usage", file.name).splitlines()
             if "REG:" in line
         ]
-    words = instructions_of(cubin)
+    code = disassemble(cubin)
+    words = {word.rstrip(",;") for word in code.split()}
+    loop = longest_loop(code, groups)
+    prediction = None
+    if loop.per_group is not None:
+        all_groups = _OUTPUTS * _INPUTS / 4
+        prediction = Prediction(
+            all_groups * _BYTES_PER_GROUP / _BANDWIDTH,
+            all_groups * loop.per_group / _LANES_PER_SECOND,
+        )
     return Resources(
         kernel=kernel,
         architecture=architecture,
@@ -149,15 +253,41 @@ def inspect(kernel: str, architecture: int, cubin: bytes, dynamic_shared: int) -
         stack_bytes=max(int(each["STACK"]) for each in usage),
         shared_bytes=dynamic_shared + max(int(each["SHARED"]) for each in usage),
         tensor_instructions=tuple(sorted(w for w in words if w.startswith(("HMMA", "HGMMA")))),
+        loop=loop,
+        prediction=prediction,
     )
 
 
-def instructions_of(cubin: bytes) -> set[str]:
-    """Every word of the machine code."""
+def disassemble(cubin: bytes) -> str:
+    """The machine code of all kernels in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return {word.rstrip(",;") for word in _run("nvdisasm", file.name).split()}
+        return _run("nvdisasm", "-c", file.name)
+
+
+def longest_loop(code: str, groups: float | None) -> Loop:
+    """Of machine code, what lies between a label and the farthest branch back to it."""
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    longest: Sequence[str] = ()
+    for text in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", text):
+            labels[label[1]] = len(operations)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)(.*);", text):
+            operations.append(found[1])
+            target = re.search(r"\.L_x_\d+", found[2])
+            if found[1].startswith("BRA") and target and target[0] in labels:
+                loop = operations[labels[target[0]] :]
+                # The branch to itself behind the end of a kernel is no loop.
+                longest = max(longest, loop, key=len)
+    loads = Counter(each for each in longest if each.startswith("LDG") and each != "LDGDEPBAR")
+    return Loop(
+        len(longest),
+        sum(each.startswith("BAR") for each in longest),
+        dict(sorted(loads.items())),
+        None if groups is None else len(longest) / groups,
+    )
 
 
 def _run(tool: str, *arguments: str) -> str:

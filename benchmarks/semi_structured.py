@@ -1,22 +1,25 @@
 """Products with 2:4 weights on a GPU: dense, torch's semi-structured tensors, and our kernels.
 
-Usage: python -m benchmarks.semi_structured [--shapes 4096x4096 ...] [--tokens 1 16 256 2048]
-           [--dtype fp16] [--samples 50] [-o FILE.json]
+Usage: python -m benchmarks.semi_structured [--shapes 4096x4096 ...] [--tokens 1 16 64 256 2048]
+           [--dtype fp16] [--kernels dense triton ...] [--samples 50] [-o FILE.json]
 
-Prints median microseconds and the speed relative to dense, and writes the records with what they
-were measured on. Exits 4 where there is no GPU.
+Prints median microseconds and the speed relative to dense as soon as they are measured, and writes
+the records with what they were measured on. Exits 4 where there is no GPU, and 1 where a kernel
+failed. `--device cpu` rehearses with small shapes: it takes no GPU, and no time in it means
+anything.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from math import nan
 from pathlib import Path
 
 import torch
 
-from runtime.kernels.timing import SHAPES, TOKENS, GemmTime, measure
+from runtime.kernels.timing import DTYPES, KERNELS, SHAPES, TOKENS, GemmTime, measure
 from thanos_deploy import artifact, environment
-from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
 
 
@@ -25,32 +28,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, help="OUTPUTSxINPUTS")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=KERNELS)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
+    found: list[GemmTime] = []
     try:
-        found = measure(
+        for row in measure(
             arguments.shapes,
             arguments.tokens,
-            dtype=DTYPES[arguments.dtype],
+            dtypes=[arguments.dtype],
+            kernels=arguments.kernels,
+            device=arguments.device,
             samples=arguments.samples,
-        )
+        ):
+            found.append(row)
+            print(line(row, found), flush=True)
     except DeployError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    if arguments.out:
-        artifact.write_json(
-            arguments.out,
-            {
-                "gpu": torch.cuda.get_device_name(),
-                "cuda": torch.version.cuda,
-                "dtype": arguments.dtype,
-                "environment": environment.describe(),
-                "records": [asdict(each) for each in found],
-            },
-        )
-    show(found)
+    finally:
+        # Also what was found before a GPU was lost.
+        if arguments.out and found:
+            write(arguments.out, arguments.dtype, arguments.device, found)
+    sys.exit(any(each.failed for each in found))
+
+
+def write(path: Path, dtype: str, device: str, found: Sequence[GemmTime]) -> None:
+    """Write the records, and what they were measured on."""
+    is_gpu = device == "cuda"
+    artifact.write_json(
+        path,
+        {
+            "gpu": torch.cuda.get_device_name() if is_gpu else "none, a rehearsal on the CPU",
+            "cuda": torch.version.cuda,
+            "dtype": dtype,
+            "environment": environment.describe(),
+            "records": [asdict(each) for each in found],
+        },
+    )
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -59,21 +77,19 @@ def shape(text: str) -> tuple[int, int]:
     return outputs, inputs
 
 
-def show(found: list[GemmTime]) -> None:
-    """Print a line for each record."""
-    dense = {
-        (each.outputs, each.inputs, each.tokens): each.median
+def line(row: GemmTime, found: Sequence[GemmTime]) -> str:
+    """What to print of a row, beside the dense one that was found before it."""
+    where = f"{row.outputs:6d} x {row.inputs:6d}  tokens {row.tokens:5d}  {row.kernel:16s}"
+    if row.seconds is None:
+        return f"{where}  not measured: {row.reason}"
+    sizes = (row.outputs, row.inputs, row.tokens)
+    dense = [
+        each.median
         for each in found
-        if each.kernel == "dense" and each.seconds
-    }
-    for each in found:
-        size = (each.outputs, each.inputs, each.tokens)
-        where = f"{each.outputs:6d} x {each.inputs:6d}  tokens {each.tokens:5d}  {each.kernel:10s}"
-        if each.seconds is None:
-            print(f"{where}  not measured: {each.reason}")
-        else:
-            speed = dense[size] / each.median
-            print(f"{where}  {each.median * 1e6:9.1f} us  {speed:5.2f}x")
+        if each.kernel == "dense" and (each.outputs, each.inputs, each.tokens) == sizes
+    ]
+    speed = dense[0] / row.median if dense else nan
+    return f"{where}  {row.median * 1e6:9.1f} us  {speed:5.2f}x"
 
 
 if __name__ == "__main__":

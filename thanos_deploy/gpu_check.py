@@ -272,7 +272,8 @@ def ort_tensorrt_step(bundle: Bundle, folder: Path, announce: Announce) -> Findi
 def gemm_step(bundle: Bundle, folder: Path, announce: Announce) -> Findings:
     """Single products."""
     findings = Findings()
-    times = timing.measure(on_progress=announce("Time products with 2:4 weights"))
+    progress = announce("Time products with 2:4 weights")
+    times = list(timing.measure(dtypes=["fp16"], on_progress=progress))
     # The form that `plan --measured` reads.
     findings.figures |= {
         "gpu": gpu.require().name,
@@ -287,7 +288,7 @@ def gemm_step(bundle: Bundle, folder: Path, announce: Announce) -> Findings:
     for kernel in dict.fromkeys(each.kernel for each in times if each.kernel != "dense"):
         own = [each for each in times if each.kernel == kernel]
         measured = [each for each in own if each.seconds]
-        wrong = [each for each in own if each.error is not None and not each.seconds]
+        wrong = [each for each in own if each.failed]
         speeds = [dense[each.outputs, each.inputs, each.tokens] / each.median for each in measured]
         if wrong:
             findings.add(f"gemm: {kernel}", "FAIL", f"{wrong[0].reason}, {len(wrong)} times")

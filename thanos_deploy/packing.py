@@ -44,7 +44,7 @@ RECORD = "packed.json"
 _SUFFIX = ".packed.safetensors"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Entries that are looked at at once: choosing what is kept needs some 20 bytes for each.
+# Entries that are looked at at once: choosing what is kept needs some 30 bytes for each.
 _ENTRIES_AT_ONCE = 1 << 22
 
 # What the libraries behind torch's semi-structured tensors take: dtype -> multiples of rows and of
@@ -56,7 +56,7 @@ SEMI_STRUCTURED_MULTIPLES = {
 
 
 def pack(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """What is kept of a weight, and where.
+    """What is kept of a weight, and where, on the device of the weight.
 
     Args:
         weight: [rows, cols] of any dtype of at most 8 bytes; groups run along the rows.
@@ -69,6 +69,17 @@ def pack(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> tuple
     Raises:
         ModelError: the weight does not hold the pattern.
     """
+    require_pattern(weight, pattern, name)
+    parts = [_packed_part(part, pattern) for part in _parts(weight)]
+    return torch.cat([values for values, _ in parts]), torch.cat([mask for _, mask in parts])
+
+
+def require_pattern(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> None:
+    """Refuse a weight that does not hold the pattern. The host reads one number from the device.
+
+    Raises:
+        ModelError: it does not; the message has the first group that is too full.
+    """
     cols = weight.shape[1]
     kept, group = pattern.kept, pattern.group
     if cols % group:
@@ -76,25 +87,49 @@ def pack(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> tuple
             f"{name}: {cols} columns are no multiple of {group}, so it does not hold {pattern}",
             fix="pack a model that was pruned to the pattern",
         )
-    values: list[Tensor] = []
-    masks = []
-    for part in weight.split(rows_at_once := max(1, _ENTRIES_AT_ONCE // cols)):
-        present = (part.contiguous().view(_BITS[part.element_size()]) != 0).reshape(-1, group)
-        over = (present.sum(dim=1) > kept).nonzero().flatten().tolist()
-        if over:
-            row, first = divmod(over[0] * group, cols)
-            row += len(values) * rows_at_once
-            raise ModelError(
-                f"{name}: {len(over)} groups of {group} have more than {kept} entries that are not "
-                f"0, the first in row {row} from column {first} on, so it does not hold {pattern}",
-                fix="pack a model that was pruned to the pattern",
-            )
-        # Those that are present first, then zeros to fill up, each in the order of the columns.
-        order = torch.argsort((~present).to(torch.uint8), dim=1, stable=True)
-        mask = torch.zeros_like(present).scatter_(1, order[:, :kept], True).reshape(-1, cols)
-        values.append(part[mask].reshape(len(part), -1))
-        masks.append(np.packbits(mask.numpy(), axis=1, bitorder="little"))
-    return torch.cat(values), torch.from_numpy(np.concatenate(masks))
+    over = [_present(part, group).sum(dim=1, dtype=torch.int32) > kept for part in _parts(weight)]
+    number = int(torch.stack([part.sum() for part in over]).sum()) if over else 0
+    if number:
+        row, first = divmod(int(torch.cat(over).to(torch.uint8).argmax()) * group, cols)
+        raise ModelError(
+            f"{name}: {number} groups of {group} have more than {kept} entries that are not 0, "
+            f"the first in row {row} from column {first} on, so it does not hold {pattern}",
+            fix="pack a model that was pruned to the pattern",
+        )
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Some rows at a time."""
+    parts: tuple[Tensor, ...] = weight.split(max(1, _ENTRIES_AT_ONCE // max(weight.shape[1], 1)))
+    return parts
+
+
+def _present(part: Tensor, group: int) -> Tensor:
+    """Which entries are not zero, bool[groups, group]."""
+    return (part.contiguous().view(_BITS[part.element_size()]) != 0).reshape(-1, group)
+
+
+def _packed_part(part: Tensor, pattern: SemiStructured) -> tuple[Tensor, Tensor]:
+    """What is kept of some rows that hold the pattern, and the bits that say where."""
+    rows, cols = part.shape
+    kept, group = pattern.kept, pattern.group
+    present = _present(part, group)
+    # Those that are present, and zeros to fill up, from the first column on.
+    free = kept - present.sum(dim=1, keepdim=True, dtype=torch.int32)
+    keep = present | (present.logical_not().cumsum(dim=1, dtype=torch.int32) <= free)
+    # Every entry has a place: the kept ones in their order, the others all behind them.
+    place = torch.where(keep, keep.cumsum(dim=1, dtype=torch.int32) - 1, kept).long()
+    entries = part.reshape(-1, group)
+    values = entries.new_empty(len(entries), kept + 1).scatter_(1, place, entries)[:, :kept]
+    return values.reshape(rows, -1), _bits(keep.reshape(rows, cols))
+
+
+def _bits(keep: Tensor) -> Tensor:
+    """bool[rows, cols] as bits, uint8[rows, ceil(cols / 8)], the first column the lowest."""
+    keep = torch.nn.functional.pad(keep, (0, -keep.shape[1] % 8))
+    # Of 8 bytes that are 0 or 1, byte i has to become bit 56 + i: shifted by 56 - 7 i. No two of
+    # the 64 products meet in one bit, so nothing is carried.
+    return ((keep.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpack(values: Tensor, mask: Tensor, cols: int, name: str = "weight") -> Tensor:
@@ -155,7 +190,7 @@ def require_semi_structured(weight: Tensor, library: str, name: str = "weight") 
                 for dtype, (rows, cols) in taken.items()
             ),
         )
-    pack(weight, SemiStructured(2, 4), name)
+    require_pattern(weight, SemiStructured(2, 4), name)
 
 
 def to_cutlass(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:

@@ -2,14 +2,15 @@
 
 Variants, given as `backend="torch:VARIANT"`:
 
-    eager       transformers as it is
-    compiled    the same through torch.compile, with dynamic shapes
-    cutlass     2:4 weights as torch's semi-structured tensors, multiplied by CUTLASS
-    cusparselt  the same, by cuSPARSELt
-    triton      2:4 weights through this project's Triton kernels
-    mma-sp      2:4 weights through this project's kernel in CUDA C++
+    eager             transformers as it is
+    compiled          the same through torch.compile, with dynamic shapes
+    cutlass           2:4 weights as torch's semi-structured tensors, multiplied by CUTLASS
+    cusparselt        2:4 weights multiplied by cuSPARSELt, with the algorithm it finds fastest
+    cusparselt-first  the same with its first algorithm, as torch takes it, to compare with
+    triton            2:4 weights through this project's Triton kernels
+    mma-sp            2:4 weights through this project's kernel in CUDA C++
 
-The last four change the linear layers of the blocks and need an NVIDIA GPU. On the CPU weights are
+The last five change the linear layers of the blocks and need an NVIDIA GPU. On the CPU weights are
 float32; on a GPU bfloat16, if the checkpoint's are, or else float16.
 """
 
@@ -22,7 +23,15 @@ from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
 
 COMMAND = "thanos-deploy prune MODEL -o {bundle} ..."
-VARIANTS = ("eager", "compiled", "cutlass", "cusparselt", "triton", "mma-sp")
+VARIANTS = (
+    "eager",
+    "compiled",
+    "cutlass",
+    "cusparselt",
+    "cusparselt-first",
+    "triton",
+    "mma-sp",
+)
 PROVIDERS = ("cpu", "cuda")
 
 

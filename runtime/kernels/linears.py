@@ -1,17 +1,33 @@
-"""The linear layers of a model, exchanged for ones that multiply with 2:4 weights."""
+"""The linear layers of a model, exchanged for ones that multiply with 2:4 weights.
+
+    cutlass           torch's semi-structured tensors; compute capability 8.x only
+    cusparselt        cuSPARSELt, with the algorithm that it finds fastest for each size
+    cusparselt-first  cuSPARSELt with its first algorithm, as torch takes it, to compare with
+    triton            this project's Triton kernels
+    mma-sp            this project's kernel in CUDA C++
+
+All return contiguous [tokens, outputs], and can be captured in a CUDA graph once they were called
+for that number of tokens: the first call compiles, tunes or searches.
+"""
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from thanos_deploy import gpu
+from thanos_deploy.errors import PlatformError
 from thanos_deploy.linear import matrix
 from thanos_deploy.packing import require_semi_structured
 
 # x [tokens, inputs], bias [outputs] or None -> [tokens, outputs]
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
+
+# libtorch: "Supported only on GPUs with compute capability 8.x".
+_CUTLASS_MAJOR = 8
 
 
 class SparseLinear(nn.Module):
@@ -27,26 +43,95 @@ class SparseLinear(nn.Module):
         return self._multiply(x.reshape(-1, x.shape[-1]), self.bias).reshape(*x.shape[:-1], -1)
 
 
-def semi_structured(weight: Tensor, name: str, library: str) -> Multiply:
-    """Multiply with torch's own semi-structured tensors.
+def require(maker: str, device: torch.device) -> None:
+    """Refuse a device on which the kernels of a maker do not run.
 
     Args:
-        weight: [outputs, inputs], on a GPU.
-        name: for the message.
-        library: "cutlass" or "cusparselt".
+        maker: a key of `MAKERS`.
+        device: where the weights are.
+
+    Raises:
+        PlatformError: it is no NVIDIA GPU, or one without such kernels, or a package is missing.
+    """
+    if maker == "triton":
+        _require_triton()
+        if device.type == "cpu" and _interprets():
+            return
+    if device.type != "cuda":
+        raise PlatformError(
+            f"{maker} runs on an NVIDIA GPU only, and the weights are on {device}",
+            fix="move the model to a GPU of compute capability 8.0 or later",
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < gpu.SPARSE_CAPABILITY:
+        raise PlatformError(
+            f"{maker}: the GPU has compute capability {capability[0]}.{capability[1]}",
+            fix="use a GPU of compute capability 8.0 or later",
+        )
+    if maker == "cutlass" and capability[0] != _CUTLASS_MAJOR:
+        raise PlatformError(
+            f"cutlass: PyTorch's CUTLASS kernels for 2:4 run on compute capability 8.x only, and "
+            f"the GPU has {capability[0]}.{capability[1]}",
+            fix="use cusparselt, triton or mma-sp on this GPU",
+        )
+    if maker in ("cusparselt", "cusparselt-first") and not torch.backends.cusparselt.is_available():
+        raise PlatformError(
+            f"{maker}: this build of PyTorch has no cuSPARSELt",
+            fix="use a CUDA build of PyTorch with it, or triton or mma-sp",
+        )
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401 - its absence is told here
+    except ImportError as error:
+        raise PlatformError(
+            "the package triton is not installed", fix="pip install 'thanos-deploy[kernels]'"
+        ) from error
+
+
+def _interprets() -> bool:
+    """Triton's interpreter stands in for a GPU."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def cutlass(weight: Tensor, name: str) -> Multiply:
+    """Multiply with torch's semi-structured tensors, by CUTLASS.
 
     Raises:
         ModelError: the library does not take the weight, or it is not 2:4.
+        PlatformError: see `require`.
     """
-    require_semi_structured(weight.cpu(), library, name)
-    held: Any = {
-        "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
-        "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
-    }[library]
+    require_semi_structured(weight, "cutlass", name)
+    require("cutlass", weight.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
+        held: Any = torch.sparse.SparseSemiStructuredTensorCUTLASS
         sparse = held.from_dense(weight.contiguous())
-    return lambda x, bias: nn.functional.linear(x, sparse, bias)
+    # torch returns a transposed view.
+    return lambda x, bias: nn.functional.linear(x, sparse, bias).contiguous()
+
+
+def cusparselt(weight: Tensor, name: str, *, search: bool = True) -> Multiply:
+    """Multiply by cuSPARSELt.
+
+    Args:
+        weight: [outputs, inputs].
+        name: for the message.
+        search: for the fastest algorithm; or take torch's default.
+
+    Raises:
+        ModelError: the library does not take the weight, or it is not 2:4.
+        PlatformError: see `require`.
+    """
+    from runtime.kernels.cusparselt import CusparseltWeight, linear
+
+    require_semi_structured(weight, "cusparselt", name)
+    require("cusparselt" if search else "cusparselt-first", weight.device)
+    compressed = CusparseltWeight.of(weight)
+    return lambda x, bias: linear(x, compressed, bias, search=search)
 
 
 def triton(weight: Tensor, name: str) -> Multiply:
@@ -54,7 +139,9 @@ def triton(weight: Tensor, name: str) -> Multiply:
 
     Raises:
         InputError: the kernels do not take the dtype, or the weight is not 2:4.
+        PlatformError: see `require`.
     """
+    require("triton", weight.device)
     from runtime.kernels import decode, prefill
     from runtime.kernels.packed import PackedWeight
 
@@ -73,7 +160,9 @@ def sparse_mma(weight: Tensor, name: str) -> Multiply:
 
     Raises:
         InputError: the kernel does not take the dtype, or the weight is not 2:4.
+        PlatformError: see `require`.
     """
+    require("mma-sp", weight.device)
     from runtime.kernels.sparse_mma import SparseMmaWeight, linear
 
     packed = SparseMmaWeight.of(weight, name)
@@ -81,8 +170,9 @@ def sparse_mma(weight: Tensor, name: str) -> Multiply:
 
 
 MAKERS: dict[str, Callable[[Tensor, str], Multiply]] = {
-    "cutlass": lambda weight, name: semi_structured(weight, name, "cutlass"),
-    "cusparselt": lambda weight, name: semi_structured(weight, name, "cusparselt"),
+    "cutlass": cutlass,
+    "cusparselt": cusparselt,
+    "cusparselt-first": partial(cusparselt, search=False),
     "triton": triton,
     "mma-sp": sparse_mma,
 }
@@ -99,6 +189,7 @@ def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
     Raises:
         InputError: a weight is not 2:4, or of a shape or dtype that is not taken; the message
             names the layer.
+        PlatformError: see `require`.
     """
     for name in names:
         linear = model.get_submodule(name)

@@ -36,6 +36,12 @@ def require_dtype(weight: Tensor, name: str) -> None:
         )
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and from a multiple of 16 bytes on, as loads of 16 bytes need it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
     """A 2:4 matrix.
@@ -71,13 +77,8 @@ class PackedWeight:
         """
         require_dtype(weight, name)
         columns = weight.shape[1]
-        values, mask = pack(weight.detach().cpu(), SemiStructured(2, 4), name)
+        values, mask = pack(weight.detach(), SemiStructured(2, 4), name)
         padded = -(-columns // _COLUMNS_MULTIPLE) * _COLUMNS_MULTIPLE
         values = torch.nn.functional.pad(values, (0, (padded - columns) // 2))
         mask = torch.nn.functional.pad(mask, (0, padded // _COLUMNS_PER_WORD - mask.shape[1]))
-        return cls(
-            values.view(torch.int64).to(weight.device),
-            mask.to(weight.device),
-            columns,
-            weight.dtype,
-        )
+        return cls(values.view(torch.int64), mask, columns, weight.dtype)

@@ -1,8 +1,10 @@
-"""y = x W^T + b for many tokens, with W 2:4: a Triton kernel that unpacks W in registers.
+"""y = x W^T + b for several tokens, with W 2:4: a Triton kernel that unpacks W in registers.
 
-For shapes and dtypes that no sparse tensor-core kernel takes. Triton has no `mma.sp`, so this saves
-the bandwidth and the memory of the weights (9/16 of them is read) and not one multiplication: the
-zeros are put back into a tile in registers, and dense tensor cores multiply it.
+Triton has no `mma.sp`, so this saves the bandwidth and the memory of the weights (9/16 of them is
+read) and not one multiplication: the zeros are put back into a tile in registers, and dense tensor
+cores multiply it. For up to 16 tokens that takes 25 to 32 instructions for a group of four columns,
+however many tokens there are, of which an H100 has time for 40 while it reads the group: see
+`decode`. Few tokens have few tiles, so their columns are divided among blocks: see `split_k`.
 
 Column c of a group holds, by the bits of its mask:
 
@@ -10,14 +12,42 @@ Column c of a group holds, by the bits of its mask:
     1   bit 1 ? (bit 0 ? second : first) : 0     3   bit 3 ? second : 0
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.kernels.decode import group, tunable
+from runtime.kernels import split_k
+from runtime.kernels.decode import bench, tunable
 from runtime.kernels.packed import PackedWeight
 
 MOST_TOKENS_AT_ONCE = 128
+
+# Tensor cores multiply 16 rows at least.
+LEAST_TOKENS_AT_ONCE = 16
+
+# Rows of the smaller tiles, by which it is decided into how many parts the columns are divided.
+_ROWS = 64
+
+CONFIGS = [
+    triton.Config({"BLOCK_N": rows, "BLOCK_U": units}, num_warps=warps, num_stages=stages)
+    for rows, units, warps, stages in [
+        (64, 8, 4, 4),
+        (128, 8, 8, 3),
+        (128, 4, 4, 4),
+    ]
+]
+
+
+@triton.jit
+def group(words, bits, slot: tl.constexpr):
+    """The first or second group of 8 columns: bits of its two values, uint16, and its mask."""
+    pair = words >> (32 * slot)
+    return (
+        (pair & 0xFFFF).to(tl.uint16),
+        ((pair >> 16) & 0xFFFF).to(tl.uint16),
+        (bits >> (4 * slot)) & 0xF,
+    )
 
 
 @triton.jit
@@ -33,19 +63,7 @@ def columns(words, bits, slot: tl.constexpr):
     )
 
 
-@triton.autotune(
-    configs=[
-        triton.Config({"BLOCK_N": rows, "BLOCK_U": units}, num_warps=warps, num_stages=stages)
-        for rows, units, warps, stages in [
-            (32, 8, 4, 4),
-            (64, 8, 4, 4),
-            (128, 8, 8, 3),
-            (128, 4, 4, 4),
-        ]
-    ],
-    key=["outputs", "inputs", "BLOCK_M"],
-    prune_configs_by={"early_config_prune": tunable},
-)
+@triton.autotune(configs=tunable(CONFIGS), key=["outputs", "inputs", "BLOCK_M"], do_bench=bench)
 @triton.jit
 def kernel(
     x,
@@ -57,21 +75,27 @@ def kernel(
     outputs,
     inputs,
     words_per_row,
+    words_per_split,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """BLOCK_M tokens times BLOCK_N rows of the weight, BLOCK_U words of a row at a time."""
+    """BLOCK_M tokens times BLOCK_N rows of the weight, BLOCK_U words of a row at a time.
+
+    y is [splits, tokens, outputs]; a block sums `words_per_split` words of each of its rows.
+    """
     # Programs that follow each other share rows of the weight, and all of x stays in the L2 cache.
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
     # 64 bits: tokens * inputs may pass 2^31.
     row_m = m.to(tl.int64)[:, None] * inputs
     row_n = n.to(tl.int64)[:, None] * words_per_row
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, words_per_row, BLOCK_U):
-        # Words of a row are a multiple of BLOCK_U.
+    begin = split * words_per_split
+    for start in range(begin, min(begin + words_per_split, words_per_row), BLOCK_U):
+        # Words of a row and of a split are multiples of BLOCK_U.
         u = start + tl.arange(0, BLOCK_U)
         inside = (n < outputs)[:, None]
         word = tl.load(words + row_n + u[None, :], mask=inside, other=0)
@@ -88,20 +112,24 @@ def kernel(
         sums = tl.dot(tile, tl.trans(dense.to(x.dtype.element_ty, bitcast=True)), sums)
     if HAS_BIAS:
         sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    row_y = (split.to(tl.int64) * tokens + m)[:, None] * outputs
     tl.store(
-        y + m.to(tl.int64)[:, None] * outputs + n[None, :],
+        y + row_y + n[None, :],
         sums.to(y.dtype.element_ty),
         mask=(m < tokens)[:, None] & (n < outputs)[None, :],
     )
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, blocks: int | None = None
+) -> Tensor:
     """Return x W^T + bias, summed in float32.
 
     Args:
         x: the weight's dtype [tokens, inputs].
         weight: [outputs, inputs].
         bias: [outputs].
+        blocks: how many keep the GPU busy, if the tiles are fewer; None for what it has room for.
 
     Returns:
         the weight's dtype [tokens, outputs].
@@ -110,21 +138,33 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     assert (inputs, x.dtype) == (weight.columns, weight.dtype)
     assert bias is None or bias.is_contiguous()
     y = x.new_empty(tokens, weight.rows)
-    block_m = min(max(16, triton.next_power_of_2(tokens)), MOST_TOKENS_AT_ONCE)
-    kernel[
-        lambda tiles: (triton.cdiv(tokens, block_m), triton.cdiv(weight.rows, tiles["BLOCK_N"]))
-    ](
+    block_m = min(max(LEAST_TOKENS_AT_ONCE, triton.next_power_of_2(tokens)), MOST_TOKENS_AT_ONCE)
+    tiles_m = triton.cdiv(tokens, block_m)
+    if blocks is None:
+        # Blocks of 16 tokens wait for memory, four of them to hide its latency; larger ones compute
+        # more on what they read, and write more partial sums.
+        blocks = split_k.processors(x.device) * max(1, 64 // block_m)
+    words = weight.words.shape[1]
+    per_split = split_k.words_per_split(words, tiles_m * triton.cdiv(weight.rows, _ROWS), blocks)
+    splits = triton.cdiv(words, per_split)
+    is_split = splits > 1
+    out = x.new_empty(splits, tokens, weight.rows, dtype=torch.float32) if is_split else y
+    has_bias = bias is not None and not is_split
+    kernel[lambda tiles: (tiles_m, triton.cdiv(weight.rows, tiles["BLOCK_N"]), splits)](
         x.contiguous(),
         weight.words,
         weight.mask,
-        y if bias is None else bias,
-        y,
+        bias if has_bias else y,
+        out,
         tokens,
         weight.rows,
         inputs,
-        weight.words.shape[1],
-        HAS_BIAS=bias is not None,
+        words,
+        per_split,
+        HAS_BIAS=has_bias,
         BLOCK_M=block_m,
         enable_fp_fusion=True,  # Triton is about to change the default
     )
+    if is_split:
+        split_k.add(out, bias, y)
     return y

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.kernels.packed import PackedWeight
 from tests.conftest import Exported
+from thanos_deploy import packing
 from thanos_deploy.artifact import sha256_of
 from thanos_deploy.checkpoint import Checkpoint, convert_packed, locate
 from thanos_deploy.errors import IntegrityError, ModelError
@@ -70,6 +74,55 @@ def test_the_layout_is_the_one_that_is_documented() -> None:
     # The third group has one value only; the first zero fills up.
     assert values.tolist() == [[5, 7, 1, 2, 0, 9]]
     assert mask.tolist() == [[0b10011010, 0b1001]]
+
+
+@given(pattern=st.sampled_from([TWO_FOUR, SemiStructured(2, 3)]), seed=st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_a_weight_in_parts_is_packed_as_numpy_packs_it(pattern: SemiStructured, seed: int) -> None:
+    weight = sparse(5, 6 * pattern.group, pattern, torch.float16, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_ENTRIES_AT_ONCE", 2 * weight.shape[1])
+        values, mask = pack(weight, pattern)
+    for row, kept, bits in zip(weight.numpy(), values.numpy(), mask.numpy(), strict=True):
+        where = np.unpackbits(bits, bitorder="little")[: len(row)].astype(bool)
+        assert (where.reshape(-1, pattern.group).sum(axis=1) == pattern.kept).all()
+        assert (row[where] == kept).all()
+        assert not row[~where].any()
+
+
+def test_a_negative_zero_is_kept() -> None:
+    weight = torch.tensor([[-0.0, 0, 0, 1]], dtype=torch.float16)
+    values, mask = pack(weight, TWO_FOUR)
+    assert str(values.tolist()) == "[[-0.0, 1.0]]"
+    assert mask.tolist() == [[0b1001]]
+
+
+def test_packing_stays_on_the_device_of_the_weight() -> None:
+    # Tensors without values: reading one is an error, and so is meeting one of another device.
+    weight = torch.empty(8, 36, dtype=torch.bfloat16, device="meta")
+    values, mask = packing._packed_part(weight, TWO_FOUR)
+    assert (values.device.type, values.shape, values.dtype) == ("meta", (8, 18), torch.bfloat16)
+    assert (mask.device.type, mask.shape, mask.dtype) == ("meta", (8, 5), torch.uint8)
+
+
+def test_the_verdict_is_the_only_number_that_the_host_reads() -> None:
+    weight = sparse(8, 36, TWO_FOUR, torch.float16, 0)
+    read: list[str] = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            # What makes the host wait for a device, and shapes that depend on values.
+            if func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::_to_copy"):
+                target = (kwargs or {}).get("device")
+                if func.name() != "aten::_to_copy" or target is not None:
+                    read.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        PackedWeight.of(weight)
+    assert read == ["aten::_local_scalar_dense"]
 
 
 @pytest.mark.parametrize(

@@ -30,3 +30,15 @@ def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         return multiply(self, widen(a), widen(b), *others)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter makes bounds of arrays of one entry, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)

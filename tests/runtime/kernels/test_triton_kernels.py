@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.kernels import decode, prefill
+from runtime.kernels import decode, prefill, split_k
 from runtime.kernels.packed import DTYPES, PackedWeight
 from tests.runtime.kernels.oracle import inputs, require_close, two_four
 from thanos_deploy.errors import InputError
@@ -85,6 +85,48 @@ def test_large_products_on_a_gpu_are_those_of_torch(tokens: int, dtype: torch.dt
         assert (y - expected).abs().max() <= limit, kernel
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 99])
+@pytest.mark.parametrize("bias", [True, False])
+def test_columns_divided_among_blocks_give_the_product_of_float64(
+    blocks: int, bias: bool, device: torch.device
+) -> None:
+    # 640 columns are 80 words, of which a block takes 32 at least.
+    weight = two_four(5, 640, torch.float16)
+    x, b = inputs(18, 5, 640, torch.float16, bias=bias)
+    packed = PackedWeight.of(weight.to(device))
+    place = None if b is None else b.to(device)
+    first, again = (prefill.linear(x.to(device), packed, place, blocks=blocks) for _ in range(2))
+    require_close(first, x, weight, b)
+    assert first.equal(again)
+
+
+@given(words=st.integers(1, 4000), tiles=st.integers(1, 4000), blocks=st.integers(1, 1000))
+def test_splits_cover_every_word_once_in_whole_blocks(words: int, tiles: int, blocks: int) -> None:
+    per_split = split_k.words_per_split(words, tiles, blocks)
+    splits = -(-words // per_split)
+    assert per_split % 32 == 0
+    # No split is empty, and none but the first few tiles are divided beyond what is asked for.
+    assert (splits - 1) * per_split < words <= splits * per_split
+    assert splits == 1 or splits * tiles <= blocks
+
+
+def test_the_large_shapes_of_llama_fill_an_h100() -> None:
+    for outputs, inputs_ in [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336)]:
+        tiles, words = outputs // 64, inputs_ // 8
+        splits = -(-words // split_k.words_per_split(words, tiles, 4 * 132))
+        assert tiles * splits >= 1.5 * 132, (outputs, inputs_)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_x_that_begins_anywhere_in_memory_is_read_right(
+    kernel: ModuleType, device: torch.device
+) -> None:
+    weight = two_four(5, 24, torch.float16)
+    x, _ = inputs(2, 5, 24, torch.float16, bias=False)
+    odd = torch.cat([torch.zeros(1, dtype=x.dtype), x.flatten()]).to(device)[1:].view(2, 24)
+    require_close(kernel.linear(odd, PackedWeight.of(weight.to(device))), x, weight, None)
+
+
 def test_packed_weights_are_the_documented_layout_with_padding() -> None:
     weight = two_four(3, 20, torch.bfloat16)
     packed = PackedWeight.of(weight)
@@ -118,13 +160,25 @@ def test_every_configuration_compiles_for_sm_80_and_sm_90_and_spills_nothing(
         check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    triton_kernels = [
-        each for each in found if each["kernel"] not in ("sparse_mma", "sparse_wgmma")
-    ]
-    assert len(triton_kernels) == 2 * sum(len(kernel.kernel.configs) for kernel in KERNELS)
+    triton_kernels = [each for each in found if not each["kernel"].startswith("sparse_")]
+    # Two architectures; the smallest and the largest block of tokens of `prefill`.
+    assert len(triton_kernels) == 2 * (len(decode.CONFIGS) + 2 * len(prefill.CONFIGS))
     for each in triton_kernels:
         assert each["registers"] > 0, each
         assert each["stack_bytes"] == 0, each
         # GPUs of compute capability 8.6 and 8.9 have the least: 99 KiB of shared memory a block.
         assert each["shared_bytes"] <= 99 * 1024, each
         assert bool(each["tensor_instructions"]) == each["kernel"].startswith("prefill"), each
+        loop = each["loop"]
+        widths = {name.rpartition(".")[2] for name in loop["loads"]}
+        if "STAGES=1" in each["kernel"]:
+            # Everything but the masks comes in 16 bytes, and no thread waits for another.
+            assert widths == {"128", "U16"}, each
+            assert loop["barriers"] == 0, each
+        else:
+            assert any(name.startswith("LDGSTS") for name in loop["loads"]), each
+            # Another one where tensor cores read W's tile from shared memory.
+            assert loop["barriers"] <= 3, each
+        if each["architecture"] == 90 and "BLOCK_M=128" not in each["kernel"]:
+            # Slower to issue than to read, and the kernel would not be the one to use.
+            assert each["prediction"]["issue_seconds"] < each["prediction"]["memory_seconds"], each
