@@ -233,10 +233,9 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
     // The selector is the same for all warps, so a warp takes the two lanes' words that it needs.
     const int word_at = warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 + lane % 2;
     float sums[block_tokens / 8][4] = {};
-    for (int step = 0; step < steps; ++step) {
+    auto multiply_step = [&](int step, u32(&words)[2]) {
         const Stage<block_tokens>& stage = shared.stages[step % STAGES];
         wait_for_phase(&shared.full[step % STAGES], step / STAGES);
-        u32 words[2];
         for (int half = 0; half < 2; ++half) words[half] = stage.metadata[half][word_at];
         begin_products();
 #pragma unroll
@@ -248,6 +247,12 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
         commit_products();
         wait_for_products<1>();
         if (step > 0 && lane == 0) arrive(&shared.empty[(step - 1) % STAGES]);
+    };
+    // Two sets of registers, because the products of one step may read theirs during the next.
+    u32 even[2], odd[2];
+    for (int step = 0; step < steps; step += 2) {
+        multiply_step(step, even);
+        if (step + 1 < steps) multiply_step(step + 1, odd);
     }
     wait_for_products<0>();
 

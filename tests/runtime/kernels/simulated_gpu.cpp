@@ -262,8 +262,8 @@ static void later(Barrier* barrier, std::function<int()> copy) {
 
 static void copy_box(void* to, const TensorMap* from, int column, int row, Barrier* barrier) {
     const int row_bytes = from->box_columns * 2;
-    // The pattern of a swizzling repeats after so many bytes.
-    if (std::bit_cast<std::size_t>(to) % (row_bytes * 8)) std::abort();
+    // The pattern of a swizzling repeats after eight rows; rows in memory are aligned to 16 bytes.
+    if (std::bit_cast<std::size_t>(to) % (row_bytes * 8) || from->columns % 8) std::abort();
     later(barrier, [=, map = *from] {
         for (int r = 0; r < map.box_rows; ++r)
             for (int c = 0; c < map.box_columns; ++c) {
@@ -303,9 +303,11 @@ static Matrix describe(const u16* first) {
 static void begin_products() {}
 static void commit_products() { products.commit(); }
 
+// All lanes of a warp meet in it, so that each knows that the products of all are finished.
 template <int left>
 static void wait_for_products() {
     products.wait(left, [](const std::function<void()>& product) { product(); });
+    warp->meet.arrive_and_wait();
 }
 
 static void synchronize_consumers() { block->consumers.arrive_and_wait(); }

@@ -112,28 +112,29 @@ def simulate(
     return torch.frombuffer(bytearray(done.stdout), dtype=x.dtype).reshape(len(x), packed.rows)
 
 
-# Each kernel, with tokens and rows that do not fill its blocks: (kernel, rows, columns, tokens,
-# splits). Columns of 576 make 9 steps, so that every stage goes round twice.
+# Each kernel, with tokens and rows that do not fill its blocks: kernel, rows, columns, tokens,
+# splits and dtype. Columns of 576 make 9 steps, so that every stage goes round twice.
 SIMULATED = [
-    (MMA[0], 37, 148, 1, 1),
-    (MMA[0], 130, 576, 7, 4),
-    (MMA[1], 136, 576, 20, 2),
-    (MMA[2], 128, 320, 32, 5),
-    (MMA[3], 130, 68, 70, 1),
-    (MMA[3], 300, 192, 64, 3),
-    (WGMMA[0], 37, 148, 1, 1),
-    (WGMMA[0], 130, 576, 70, 1),
-    (WGMMA[1], 264, 320, 130, 1),
-    (WGMMA[2], 130, 576, 258, 1),
+    (MMA[0], 37, 148, 1, 1, torch.float16),
+    (MMA[0], 130, 576, 7, 4, torch.bfloat16),
+    (MMA[1], 128, 576, 20, 2, torch.float16),
+    (MMA[2], 128, 320, 32, 5, torch.bfloat16),
+    (MMA[3], 130, 68, 70, 1, torch.float16),
+    (MMA[3], 136, 192, 64, 3, torch.bfloat16),
+    (WGMMA[0], 37, 148, 1, 1, torch.float16),
+    (WGMMA[0], 130, 576, 70, 1, torch.bfloat16),
+    (WGMMA[1], 136, 320, 130, 1, torch.float16),
+    (WGMMA[1], 128, 64, 17, 1, torch.bfloat16),
+    (WGMMA[2], 128, 576, 258, 1, torch.float16),
+    (WGMMA[2], 37, 148, 20, 1, torch.bfloat16),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rows", "columns", "tokens", "splits"),
+    ("kernel", "rows", "columns", "tokens", "splits", "dtype"),
     SIMULATED,
     ids=lambda value: f"{value.family}-{value.tokens}" if isinstance(value, Kernel) else None,
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernels_on_a_simulated_gpu_give_the_product_without_race_or_stray_access(
     simulated_gpu: Path,
     kernel: Kernel,
