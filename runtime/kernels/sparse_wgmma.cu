@@ -4,8 +4,8 @@
 // A block makes 128 rows of W times 64, 128 or 256 tokens, in steps of 64 columns. One warp fetches
 // (TMA), up to four steps ahead, and two warpgroups multiply, each 64 rows by wgmma of
 // 64 x tokens x 32, both operands in shared memory. A stage goes round between them: `full` says
-// that its copies have arrived, `empty` that every warp has multiplied it. The products of one
-// step are still on their way when those of the next begin.
+// that its copies have arrived, `empty` that every warp has multiplied it. While one warpgroup waits
+// for its products, those of the other are made.
 //
 // For the layout of W see sparse_tile.cuh. A warp of wgmma takes 16 rows, and the lanes 4 g and
 // 4 g + 1 of it say where the values of rows g and g + 8 are.
@@ -233,9 +233,10 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
     // The selector is the same for all warps, so a warp takes the two lanes' words that it needs.
     const int word_at = warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 + lane % 2;
     float sums[block_tokens / 8][4] = {};
-    auto multiply_step = [&](int step, u32(&words)[2]) {
+    for (int step = 0; step < steps; ++step) {
         const Stage<block_tokens>& stage = shared.stages[step % STAGES];
         wait_for_phase(&shared.full[step % STAGES], step / STAGES);
+        u32 words[2];
         for (int half = 0; half < 2; ++half) words[half] = stage.metadata[half][word_at];
         begin_products();
 #pragma unroll
@@ -245,16 +246,11 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
                 describe<BLOCK_COLUMNS>(&stage.values[group_row * (BLOCK_COLUMNS / 2) + half * 16]),
                 describe<BLOCK_COLUMNS * 2>(&stage.inputs[half * 32]), words[half]);
         commit_products();
-        wait_for_products<1>();
-        if (step > 0 && lane == 0) arrive(&shared.empty[(step - 1) % STAGES]);
-    };
-    // Two sets of registers, because the products of one step may read theirs during the next.
-    u32 even[2], odd[2];
-    for (int step = 0; step < steps; step += 2) {
-        multiply_step(step, even);
-        if (step + 1 < steps) multiply_step(step + 1, odd);
+        // The products read `words`, so these may not change before. Meanwhile the other warpgroup
+        // keeps the tensor cores occupied.
+        wait_for_products<0>();
+        if (lane == 0) arrive(&shared.empty[step % STAGES]);
     }
-    wait_for_products<0>();
 
     // Every copy has arrived, so the stages' memory is free once all have multiplied.
     u16* staged = reinterpret_cast<u16*>(shared_memory);

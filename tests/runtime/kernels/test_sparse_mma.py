@@ -3,7 +3,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -262,10 +262,10 @@ def test_an_old_driver_is_told_from_the_toolkit() -> None:
     class OldDriver:
         """The two functions of libcuda that say what is wrong."""
 
-        def cuDriverGetVersion(self, version: "ctypes._CArgObject") -> None:  # noqa: N802
+        def cuDriverGetVersion(self, version: Any) -> None:  # noqa: N802
             version._obj.value = 12040
 
-        def cuGetErrorString(self, result: int, text: "ctypes._CArgObject") -> None:  # noqa: N802
+        def cuGetErrorString(self, result: int, text: Any) -> None:  # noqa: N802
             text._obj.value = b"device kernel image is invalid"
 
     error = cuda_module.not_loaded("sparse_mma.cu", "sm_80", cast(ctypes.CDLL, OldDriver()), 200)
