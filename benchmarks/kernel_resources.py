@@ -3,11 +3,11 @@
 Usage: python -m benchmarks.kernel_resources [--architectures 80 90] [--dtype float16]
 
 Compiles every configuration of the Triton kernels, for the smallest and the largest block of
-tokens, and sparse_mma.cu where nvcc is there, and prints a line each; the last line is JSON. Bytes
-of stack are what was spilled. Of the longest loop it counts instructions, barriers and loads. For
-the Triton kernels it predicts what an H100 takes for a weight of 14336 x 4096, if it waits for the
-memory only, and if it waits for the loop's instructions to be issued only: the larger is the least
-time. The disassembler and the reader of cubins come with Triton.
+tokens, and the kernels in CUDA C++ where nvcc is there, and prints a line each; the last line is
+JSON. Bytes of stack are what was spilled. Of the longest loop it counts instructions, barriers and
+loads. For the Triton kernels it predicts what an H100 takes for a weight of 14336 x 4096, if it
+waits for the memory only, and if it waits for the loop's instructions to be issued only: the larger
+is the least time. The disassembler and the reader of cubins come with Triton.
 """
 
 import argparse
@@ -26,7 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from runtime.kernels import decode, prefill, sparse_mma
+from runtime.kernels import cuda_module, decode, prefill
+from runtime.kernels.sparse_mma import MMA, WGMMA
 from thanos_deploy import datasheets
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -155,9 +156,12 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
                 )
     if shutil.which("nvcc"):
         with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "sparse_mma.cubin"
-            compile_cuda(cubin, sparse_mma.target(divmod(architecture, 10)))
-            yield inspect("sparse_mma", architecture, cubin.read_bytes(), 0)
+            cubin = Path(folder) / "cubin"
+            for kernels in (MMA, WGMMA) if architecture == 90 else (MMA,):
+                largest = kernels[-1]
+                compile_cuda(cubin, largest.source, cuda_module.target(divmod(architecture, 10)))
+                code = cubin.read_bytes()
+                yield inspect(largest.family, architecture, code, largest.shared_bytes)
 
 
 def groups_per_thread(config: triton.Config) -> float:
@@ -205,10 +209,12 @@ def compile_triton(
     )
 
 
-def compile_cuda(cubin: Path, architecture: str) -> None:
-    """Compile sparse_mma.cu with nvcc, for an architecture such as sm_80."""
+def compile_cuda(cubin: Path, source: str, architecture: str) -> None:
+    """Compile a source file in CUDA C++ with nvcc, for an architecture such as sm_80."""
     options = ["-cubin", f"-arch={architecture}", "-std=c++17", "-Werror", "all-warnings"]
-    subprocess.run(["nvcc", *options, "-o", str(cubin), str(sparse_mma.SOURCE)], check=True)
+    subprocess.run(
+        ["nvcc", *options, "-o", str(cubin), str(cuda_module.FOLDER / source)], check=True
+    )
 
 
 def inspect(
@@ -230,7 +236,7 @@ def inspect(
             for line in _run("cuobjdump", "--dump-resource-usage", file.name).splitlines()
             if "REG:" in line
         ]
-        code = _run("nvdisasm", "-c", file.name)
+    code = disassemble(cubin)
     words = {word.rstrip(",;") for word in code.split()}
     loop = longest_loop(code, groups)
     prediction = None
@@ -250,6 +256,14 @@ def inspect(
         loop=loop,
         prediction=prediction,
     )
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code of all kernels in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _run("nvdisasm", "-c", file.name)
 
 
 def longest_loop(code: str, groups: float | None) -> Loop:

@@ -1,46 +1,149 @@
-"""y = x W^T + b with W 2:4 on sparse tensor cores: what `sparse_mma.cu` needs around it.
+"""y = x W^T + b with W 2:4 on sparse tensor cores, by two kernels in CUDA C++.
 
-It is compiled on first use, for the GPU at hand, by NVRTC, which comes with CUDA builds of PyTorch;
-no CUDA toolkit is needed.
+`sparse_mma.cu` runs from compute capability 8.0 on, and is made for few tokens; `sparse_wgmma.cu`
+is for many tokens on Hopper. Both read the same packed weight.
 """
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.kernels.packed import DTYPES, require_dtype
-from thanos_deploy.errors import PlatformError
+from runtime.kernels import cuda_module
+from runtime.kernels.packed import require_dtype
 from thanos_deploy.packing import to_cutlass
 
-SOURCE = Path(__file__).with_suffix(".cu")
+# As in sparse_tile.cuh.
+BLOCK_ROWS = 128
+BLOCK_COLUMNS = 64
 
-# As in the source.
-_BLOCK_ROWS = 128
-_BLOCK_TOKENS = 64
-_BLOCK_COLUMNS = 64
-_THREADS = 128
+# The host pads the rows of x to this, so that they are aligned to 16 bytes.
+_INPUTS_MULTIPLE = 8
 
-_NAMES = {dtype: f"sparse_linear_{str(dtype).removeprefix('torch.')}" for dtype in DTYPES}
+# A block that shares its tile with others should have at least so many steps of columns: fewer
+# do not fill its pipeline, and each of the blocks leaves sums that have to be read again.
+_STEPS_AT_LEAST = 4
+
+# The tiles that several blocks may share; where they are more, they fill any GPU by themselves.
+_SHARED_TILES_AT_MOST = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel for a block of tokens, as its source has it.
+
+    Attributes:
+        family: name of the source file, without suffix, and beginning of the kernel's name.
+        tokens: of a block.
+        threads: of a block.
+        other_bytes: of shared memory, beside the stages.
+        blocks_wanted: on a multiprocessor, for enough copies to be on their way.
+    """
+
+    family: str
+    tokens: int
+    threads: int
+    other_bytes: int
+    blocks_wanted: int
+
+    @property
+    def source(self) -> str:
+        """Name of the source file."""
+        return f"{self.family}.cu"
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of a step of columns: values, metadata and x."""
+        metadata = BLOCK_ROWS * BLOCK_COLUMNS // 32 * 4
+        return (BLOCK_ROWS // 2 + self.tokens) * BLOCK_COLUMNS * 2 + metadata
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return _STAGES * self.stage_bytes + self.other_bytes
+
+    def name(self, dtype: torch.dtype) -> str:
+        """Of the function."""
+        return f"{self.family}_{self.tokens}_{str(dtype).removeprefix('torch.')}"
+
+
+_STAGES = 4
+
+# The more tokens, the more sums of float32 are left and read again by blocks that share a tile.
+MMA = tuple(
+    Kernel("sparse_mma", tokens, 128, 0, blocks)
+    for tokens, blocks in ((8, 2), (16, 2), (32, 1), (64, 1))
+)
+# Beside the stages there are two barriers of 8 bytes for each.
+WGMMA = tuple(Kernel("sparse_wgmma", tokens, 288, _STAGES * 2 * 8, 1) for tokens in (64, 128, 256))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is launched.
+
+    Attributes:
+        kernel: by which kernel.
+        row_blocks, token_blocks: tiles of y.
+        splits: blocks that share a tile.
+    """
+
+    kernel: Kernel
+    row_blocks: int
+    token_blocks: int
+    splits: int
+
+
+def plan(
+    rows: int, columns: int, tokens: int, capability: tuple[int, int], multiprocessors: int
+) -> Plan:
+    """Choose a kernel by the number of tokens, and occupy the GPU.
+
+    Args:
+        rows, columns: of the padded weight.
+        tokens: of x.
+        capability: compute capability of the GPU.
+        multiprocessors: of the GPU.
+    """
+    row_blocks = rows // BLOCK_ROWS
+    most = MMA[-1].tokens
+    if tokens <= most or capability != (9, 0):
+        kernel = next((each for each in MMA if tokens <= each.tokens), MMA[-1])
+        tiles = row_blocks * -(-tokens // kernel.tokens)
+        splits = min(
+            kernel.blocks_wanted * multiprocessors // tiles,
+            columns // BLOCK_COLUMNS // _STEPS_AT_LEAST,
+        )
+        if tiles > _SHARED_TILES_AT_MOST:
+            splits = 1
+        return Plan(kernel, row_blocks, -(-tokens // kernel.tokens), max(splits, 1))
+
+    def bytes_of_the_busiest(kernel: Kernel) -> int:
+        """What a multiprocessor copies for one step of all its tiles."""
+        tiles = row_blocks * -(-tokens // kernel.tokens)
+        return -(-tiles // multiprocessors) * kernel.stage_bytes
+
+    kernel = min(WGMMA, key=bytes_of_the_busiest)
+    return Plan(kernel, row_blocks, -(-tokens // kernel.tokens), 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparseMmaWeight:
-    """A 2:4 matrix, padded with zeros to whole blocks of the kernel.
+    """A 2:4 matrix, padded with zeros to whole blocks of the kernels.
+
+    Products with one weight must not run on two streams at a time, because the blocks that share a
+    tile count themselves in it.
 
     Attributes:
         values: [padded rows, padded columns / 2].
         metadata: int16[padded rows, padded columns / 16], in the order of `to_cutlass`.
+        arrivals: int32, zeros whenever no product runs.
         rows, columns: of the matrix itself.
     """
 
     values: Tensor
     metadata: Tensor
+    arrivals: Tensor
     rows: int
     columns: int
 
@@ -58,14 +161,16 @@ class SparseMmaWeight:
         """
         require_dtype(weight, name)
         rows, columns = weight.shape
-        padding = (0, -columns % _BLOCK_COLUMNS, 0, -rows % _BLOCK_ROWS)
-        padded = torch.nn.functional.pad(weight.detach().cpu(), padding)
-        values, metadata = (part.to(weight.device) for part in to_cutlass(padded, name))
-        return cls(values, metadata, rows, columns)
+        padding = (0, -columns % BLOCK_COLUMNS, 0, -rows % BLOCK_ROWS)
+        values, metadata = to_cutlass(torch.nn.functional.pad(weight.detach(), padding), name)
+        arrivals = torch.zeros(_SHARED_TILES_AT_MOST, dtype=torch.int32, device=weight.device)
+        return cls(values, metadata, arrivals, rows, columns)
 
 
 def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + bias, summed in float32.
+    """Return x W^T + bias, summed in float32, and the same each time.
+
+    After the first call for a number of tokens a CUDA graph can capture it.
 
     Args:
         x: the weight's dtype [tokens, inputs], on a GPU.
@@ -76,111 +181,54 @@ def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Te
         the weight's dtype [tokens, outputs].
 
     Raises:
-        PlatformError: the kernel cannot be compiled here.
+        PlatformError: the kernel cannot be compiled or loaded here.
     """
     tokens, inputs = x.shape
     assert (inputs, x.dtype) == (weight.columns, weight.values.dtype)
     assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
-    rows, columns = weight.values.shape[0], 2 * weight.values.shape[1]
     y = x.new_empty(tokens, weight.rows)
-    if inputs < columns:
-        x = torch.nn.functional.pad(x, (0, columns - inputs))
-    x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
+    if not tokens:
+        return y
+    x = readable(x)
+    rows, columns = weight.values.shape[0], 2 * weight.values.shape[1]
     with torch.cuda.device(x.device):
-        _load(x.device.index, x.dtype)(
-            (-(-tokens // _BLOCK_TOKENS), rows // _BLOCK_ROWS),
-            [weight.values, weight.metadata, x, bias, y],
-            [rows, columns, tokens, weight.rows],
+        properties = torch.cuda.get_device_properties(x.device)
+        capability = (properties.major, properties.minor)
+        chosen = plan(rows, columns, tokens, capability, properties.multi_processor_count)
+        kernel = chosen.kernel
+        launch = cuda_module.kernel(
+            x.device.index, kernel.source, kernel.name(x.dtype), kernel.threads, kernel.shared_bytes
         )
+        if kernel in WGMMA:
+            values = cuda_module.tensor_map(weight.values, BLOCK_ROWS, BLOCK_COLUMNS // 2)
+            boxes = cuda_module.tensor_map(x, kernel.tokens, BLOCK_COLUMNS)
+            launch(
+                (chosen.token_blocks * chosen.row_blocks, 1, 1),
+                [values, boxes, weight.metadata, bias, y],
+                [rows, columns, tokens, weight.rows],
+            )
+        else:
+            partial = _partial(x, chosen)
+            launch(
+                (chosen.token_blocks, chosen.row_blocks, chosen.splits),
+                [weight.values, weight.metadata, x, bias, y, partial, weight.arrivals],
+                [rows, columns, tokens, x.shape[1], weight.rows],
+            )
     return y
 
 
-def target(capability: tuple[int, int]) -> str:
-    """What to compile for on a GPU of a compute capability; only sm_90a has wgmma."""
-    major, minor = capability
-    return f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}"
+def readable(x: Tensor) -> Tensor:
+    """An x whose rows the kernels can read in pieces of 16 bytes; itself, as models have it."""
+    if missing := -x.shape[1] % _INPUTS_MULTIPLE:
+        x = torch.nn.functional.pad(x, (0, missing))
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
-def compile(architecture: str, nvrtc: ctypes.CDLL) -> bytes:
-    """The kernel as a cubin.
-
-    Args:
-        architecture: a `target`.
-        nvrtc: the library.
-
-    Raises:
-        PlatformError: it does not compile, with the compiler's log.
-    """
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None
-    )
-    try:
-        options = (ctypes.c_char_p * 2)(f"-arch={architecture}".encode(), b"-std=c++17")
-        if nvrtc.nvrtcCompileProgram(program, len(options), options):
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise PlatformError(
-                f"{SOURCE.name} does not compile for {architecture}: {log.value.decode()}",
-                fix="use PyTorch for CUDA 12.5 or later and a GPU of compute capability 8.0 or "
-                "later, or another variant",
-            )
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-_Launch = Callable[[tuple[int, int], list[Tensor | None], list[int]], None]
-
-
-@cache
-def _load(device: int, dtype: torch.dtype) -> _Launch:
-    """Compile for a device, which is the current one, and return what launches the kernel."""
-    assert torch.version.cuda is not None
-    nvrtc = _library(f"libnvrtc.so.{torch.version.cuda.partition('.')[0]}")
-    cuda = _library("libcuda.so.1")
-    cubin = compile(target(torch.cuda.get_device_capability(device)), nvrtc)
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(cuda, cuda.cuModuleLoadData(ctypes.byref(module), cubin))
-    name = _NAMES[dtype].encode()
-    _check(cuda, cuda.cuModuleGetFunction(ctypes.byref(function), module, name))
-
-    def launch(grid: tuple[int, int], tensors: list[Tensor | None], sizes: list[int]) -> None:
-        values: list[Any] = [
-            ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors
-        ]
-        values += [ctypes.c_int(size) for size in sizes]
-        arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            cuda,
-            cuda.cuLaunchKernel(function, *grid, 1, _THREADS, 1, 1, 0, stream, arguments, None),
-        )
-
-    return launch
-
-
-def _library(name: str) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(name)
-    except OSError as error:
-        raise PlatformError(
-            f"{name} cannot be loaded ({error})",
-            fix="install the NVIDIA driver and a CUDA build of PyTorch",
-        ) from error
-
-
-def _check(cuda: ctypes.CDLL, result: int) -> None:
-    if result:
-        text = ctypes.c_char_p()
-        cuda.cuGetErrorString(result, ctypes.byref(text))
-        raise PlatformError(
-            f"CUDA driver: {(text.value or b'unknown error').decode()} ({result})",
-            fix="check the driver with nvidia-smi",
-        )
+def _partial(x: Tensor, chosen: Plan) -> Tensor | None:
+    """Room for the sums of the blocks that share a tile."""
+    if chosen.splits == 1:
+        return None
+    sums = chosen.kernel.tokens * BLOCK_ROWS
+    tiles = chosen.row_blocks * chosen.token_blocks
+    return x.new_empty(tiles, chosen.splits, sums, dtype=torch.float32)

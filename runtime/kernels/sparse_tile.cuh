@@ -1,0 +1,117 @@
+#pragma once
+
+// What sparse_mma.cu and sparse_wgmma.cu share: how a 2:4 weight is held, and how a finished tile
+// of y gets to memory. There are no includes of a toolkit, so NVRTC needs none.
+//
+// Both take their sparse operand on the left, so what is computed is y^T = W x^T.
+//
+//   values    16 bit [rows, columns / 2], the kept entries
+//   metadata  32 bit [columns / 32, rows], as torch.sparse has it for CUTLASS: of every 32 rows and
+//             32 columns 32 words, one a lane; lanes 4 g and 4 g + 1 hold columns 0-15 and 16-31 of
+//             rows g (low half) and g + 8 (high half), lanes 4 g + 2 and 4 g + 3 those of rows
+//             g + 16 and g + 24. That is what mma.sp takes from the lanes that its selector names,
+//             so that one word a lane serves two of them.
+//   x         16 bit [tokens, inputs]
+//   bias      16 bit [outputs], or null
+//   y         16 bit [tokens, outputs]
+//
+// rows are a multiple of 128 and columns of 64 (the host pads with zeros); outputs <= rows and
+// inputs <= columns; inputs are a multiple of 8; all arrays are aligned to 16 bytes.
+//
+// Sources: PTX ISA, "Matrix multiply-accumulate operation using mma.sp instruction": fragments and
+// metadata of .m16n8k32 for .f16 and .bf16. torch/sparse/_semi_structured_conversions.py: the order
+// in which metadata are stored.
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+constexpr int BLOCK_ROWS = 128;
+constexpr int BLOCK_COLUMNS = 64;
+
+// 16 bytes at once.
+struct alignas(16) Piece {
+    u16 entries[8];
+};
+
+// What the hardware does. A test on the CPU gives these functions by itself.
+#ifndef SIMULATED
+
+alignas(1024) extern __shared__ unsigned char shared_memory[];
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+template <bool bfloat>
+__device__ __forceinline__ float widen(u16 bits) {
+    float value;
+    if constexpr (bfloat) {
+        value = __uint_as_float(static_cast<u32>(bits) << 16);
+    } else {
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    }
+    return value;
+}
+
+template <bool bfloat>
+__device__ __forceinline__ u16 narrow(float value) {
+    u16 bits;
+    if constexpr (bfloat) {
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    } else {
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    }
+    return bits;
+}
+
+#endif
+
+// A finished tile in shared memory: a row of it is a token's outputs. The 8 entries more put what
+// the lanes of a warp write in different banks.
+constexpr int STAGED_ROW = BLOCK_ROWS + 8;
+
+// Where a tile of y lies.
+struct Place {
+    int first_row, first_token;
+};
+
+// Round the sums of 16 rows and 8 tokens, after adding the bias, and put them into the tile.
+// Register r of a lane: row lane / 4 + 8 (r / 2), token 2 (lane % 4) + r % 2.
+template <bool bfloat>
+__device__ __forceinline__ void stage_sums(u16* staged, const float (&sums)[4], int row, int token,
+                                           const float (&bias)[2], int lane) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+        staged[(token + lane % 4 * 2 + r % 2) * STAGED_ROW + row + lane / 4 + r / 2 * 8] =
+            narrow<bfloat>(sums[r] + bias[r / 2]);
+}
+
+// The bias of the two rows of a lane, of 16 from `row` on.
+template <bool bfloat>
+__device__ __forceinline__ void load_bias(float (&to)[2], const u16* bias, int row, int outputs,
+                                          int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int output = row + lane / 4 + half * 8;
+        to[half] = bias && output < outputs ? widen<bfloat>(bias[output]) : 0.f;
+    }
+}
+
+// Write a staged tile, 16 bytes at once where the rows of y allow it.
+template <int block_tokens, int threads>
+__device__ __forceinline__ void write_tile(const u16* staged, u16* y, Place at, int tokens,
+                                           int outputs, int thread) {
+    constexpr int pieces = BLOCK_ROWS / 8;
+    for (int part = thread; part < block_tokens * pieces; part += threads) {
+        const int token = at.first_token + part / pieces, output = at.first_row + part % pieces * 8;
+        if (token >= tokens || output >= outputs) continue;
+        const u16* from = &staged[part / pieces * STAGED_ROW + part % pieces * 8];
+        u16* to = &y[i64(token) * outputs + output];
+        if (outputs % 8 == 0)
+            *reinterpret_cast<Piece*>(to) = *reinterpret_cast<const Piece*>(from);
+        else
+            for (int e = 0; e < 8 && output + e < outputs; ++e) to[e] = from[e];
+    }
+}
