@@ -74,7 +74,7 @@ class Estimate:
     Attributes:
         seconds: by activity: "collect", "solve", "tune" and "forward" as in `prune.BlockReport`;
             "survey", the walk before, of OWL or of cutting.
-        memory_bytes: the most that the process will hold.
+        memory_bytes: the most that the process will hold, in the memory of a GPU as well.
         token_seconds: one token on its way through one dense block, statistics included.
         basis: what this is derived from.
     """
@@ -123,6 +123,7 @@ def estimate(
         dense_target=walk["dense_target"],
         tune_steps=walk["tune_steps"],
         forward=DTYPES[request.resolved_forward],
+        device=request.resolved_device,
     )
     seconds = {
         "collect": len(visited) * share * trial.seconds["collect"],
@@ -137,6 +138,7 @@ def estimate(
             dense_target=0.0,
             tune_steps=0,
             forward=torch.float32,
+            device=request.resolved_device,
         )
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     spent = time.perf_counter() - started
@@ -172,7 +174,11 @@ def estimate_cutting(
     # What becomes of one block stands for all.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
     trial = _quicker(
-        visits(checkpoint, few, with_dense=fit["dense_target"] > 0.0),
+        visits(
+            *(checkpoint, few),
+            with_dense=fit["dense_target"] > 0.0,
+            device=request.resolved_device,
+        ),
         lambda visit: shrink.cut(visit, checkpoint, after, **fit),
     )
     spent = time.perf_counter() - started
@@ -208,6 +214,7 @@ def _walk(
     dense_target: float,
     tune_steps: int,
     forward: torch.dtype,
+    device: torch.device,
 ) -> _Trial:
     """Walk two blocks and prune nothing."""
     layers: dict[str, tuple[Tensor, Statistics]] = {}
@@ -229,7 +236,7 @@ def _walk(
                 tune(visit, linears, 1)
 
     with_dense = dense_target > 0.0 or tune_steps > 0
-    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward)
+    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward, device=device)
     return _Trial(_quicker(walk, work), layers)
 
 

@@ -45,7 +45,7 @@ def reader(model: PreTrainedModel) -> Read:
 
     def read(ids: Tensor) -> Iterable[Tensor]:
         with torch.inference_mode():
-            logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+            logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
         return torch.split(logits, _POSITIONS_AT_ONCE)
 
     return read
@@ -63,14 +63,15 @@ def perplexity_of(read: Read, segments: Tensor, *, on_progress: OnProgress = sil
         on_progress: told of every finished segment.
     """
     count, length = segments.shape
-    total = 0.0
+    total: float | Tensor = 0.0  # on the device of the logits, which is read at the end
     on_progress(0, count)
     for done, ids in enumerate(segments, start=1):
         following = ids[1:]
         for logits in read(ids):
             targets, following = following[: len(logits)], following[len(logits) :]
-            total += torch.nn.functional.cross_entropy(
-                logits[: len(targets)].float(), targets, reduction="sum"
-            ).item()
+            loss = torch.nn.functional.cross_entropy(
+                logits[: len(targets)].float(), targets.to(logits.device), reduction="sum"
+            )
+            total = total + loss.double()
         on_progress(done, count)
-    return Perplexity(math.exp(total / (count * (length - 1))), count, length)
+    return Perplexity(math.exp(float(total) / (count * (length - 1))), count, length)

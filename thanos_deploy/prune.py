@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos_deploy import environment, methods
+from thanos_deploy import devices, environment, methods
 from thanos_deploy.artifact import Json
 from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
+from thanos_deploy.devices import CPU
 from thanos_deploy.errors import HessianError
 from thanos_deploy.families import Family
 from thanos_deploy.hessian import DAMPING, retarget
@@ -27,6 +28,7 @@ from thanos_deploy.linear import matrix
 from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern
+from thanos_deploy.precision import products_in
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
@@ -114,6 +116,7 @@ def prune(
     tune_steps: int = 0,
     calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
     journal: Journal[BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -135,17 +138,23 @@ def prune(
         tune_steps: steps of all pruned layers of a block together; see `tune.tune`.
         calib_forward: the dtype in which blocks run, float32 or bfloat16.
         dtype: what to store, or None to keep each tensor's own.
+        device: where each block is while it is pruned.
         journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
 
     Raises:
         ModelError: weights are missing, have NaN, or do not fit the pattern.
+        ResourceError: a block does not fit into the GPU's memory.
     """
     check(checkpoint, pattern=pattern, method=method, options=options)
     family, patterns = checkpoint.family, every(checkpoint.linears, pattern)
     copy_companions(checkpoint.folder, destination, dtype)
     reports = [] if journal is None else journal.reports
-    with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
+    with (
+        torch.no_grad(),
+        products_in(torch.float32),
+        WeightsCopy(checkpoint.weights, destination, dtype) as copy,
+    ):
         on_progress(len(reports), checkpoint.config.num_hidden_layers)
         for visit in visits(
             *(checkpoint, segments),
@@ -153,18 +162,20 @@ def prune(
             with_dense=dense_target > 0.0 or tune_steps > 0,
             forward=calib_forward,
             journal=journal,
+            device=device,
         ):
-            layers = _prune_block(
-                visit,
-                family,
-                patterns,
-                method=method,
-                options=options,
-                true_sequential=true_sequential,
-                dense_target=dense_target,
-                tune_steps=tune_steps,
-                products=calib_forward,
-            )
+            with devices.memory_for(f"block {visit.index}"):
+                layers = _prune_block(
+                    visit,
+                    family,
+                    patterns,
+                    method=method,
+                    options=options,
+                    true_sequential=true_sequential,
+                    dense_target=dense_target,
+                    tune_steps=tune_steps,
+                    products=calib_forward,
+                )
             reports.append(BlockReport(layers, visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",

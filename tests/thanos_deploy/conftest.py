@@ -21,7 +21,7 @@ def _switching_to_cuda_does_nothing() -> Iterator[None]:
     """Give a CPU build what CUDA builds without a GPU have within `FakeTensorMode`.
 
     Before most operations PyTorch switches to the tensor's device, by an object that only CUDA
-    builds register for GPUs. The one of "meta", where there is nothing to switch to, serves as well.
+    builds register for GPUs. That of "meta", where there is nothing to switch to, serves as well.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * _TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")

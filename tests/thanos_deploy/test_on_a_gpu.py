@@ -13,7 +13,6 @@ from thanos_deploy import mask as masks
 from thanos_deploy import methods
 from thanos_deploy.calibrate import Statistics
 from thanos_deploy.elimination import Elimination
-from thanos_deploy.errors import DeployError
 from thanos_deploy.hessian import factor, retarget
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
@@ -132,3 +131,77 @@ def test_a_verdict_is_found_there(fake_cuda: FakeCuda, pattern: Pattern) -> None
     nonzero: Tensor = torch.randn(16, 24, device=CUDA) != 0
     judge(nonzero, pattern)
     assert fake_cuda.reads <= 2
+
+
+def test_a_block_runs_there_on_arguments_that_the_host_keeps(fake_cuda: FakeCuda) -> None:
+    block, batch = _block_and_batch()
+    assert batch.arguments[0].named["position_embeddings"][0].device.type == "cpu"
+    for rows in (slice(None), slice(1, 3)):
+        assert batch.forward(0, block, rows).is_cuda
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_statistics_are_collected_there(fake_cuda: FakeCuda, pause: bool) -> None:
+    block, batch = _block_and_batch()
+    _, beside = _block_and_batch()
+    walk, dense = Walk(0, block, [batch]), Walk(0, block, [beside])
+    names = ["self_attn.q_proj", "mlp.down_proj"]
+    for statistics in collect(walk, names, dense, pause=pause).values():
+        assert statistics.hessian.is_cuda
+    advance(walk)
+    assert batch.hidden.is_cuda
+    for statistics in collect_relative(walk, names).values():
+        assert statistics.hessian.is_cuda
+
+
+def test_a_block_is_tuned_there(fake_cuda: FakeCuda) -> None:
+    block, batch = _block_and_batch()
+    dense, beside = _block_and_batch()
+    visit = Visit(
+        index=0,
+        prefix="",
+        block=block,
+        walk=Walk(0, block, [batch]),
+        dense=Walk(0, dense, [beside]),
+        dtypes={name: torch.bfloat16 for name, _ in block.named_parameters()},
+        can_wait=True,
+        clock=Clock(),
+    )
+    fake_cuda.counts = 1  # of weights that are not zero
+    before = fake_cuda.reads
+    tune(visit, ["mlp.down_proj", "self_attn.o_proj"], 1)
+    once = fake_cuda.reads - before
+    dense, beside = _block_and_batch()
+    visit = dataclasses.replace(visit, dense=Walk(0, dense, [beside]))
+    tune(visit, ["mlp.down_proj", "self_attn.o_proj"], 3)
+    assert fake_cuda.reads - before - once == once  # no step is waited for
+
+
+def test_perplexity_is_measured_there(fake_cuda: FakeCuda) -> None:
+    logits = torch.randn(12, 50, device=CUDA)
+    segments = torch.zeros(3, 12, dtype=torch.int64)
+    perplexity_of(lambda ids: torch.split(logits, 5), segments)
+    assert fake_cuda.reads == 1  # at the end
+
+
+def test_heads_are_cut_there() -> None:
+    before, kept = Widths(heads=4, kv_heads=2, channels=48), torch.tensor([0, 1])
+    for family in ("llama", "gpt2", "gpt_neox"):
+        heads = family_of(family).heads
+        with_size = Widths(heads=4, kv_heads=2 if family == "llama" else 4, channels=48)
+        assert all(rows.device == kept.device for rows in head_rows(heads, kept, with_size, 8))
+    assert before.heads == 4
+
+
+def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
+    """A block on the GPU, and a batch whose other arguments are the host's."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1
+    )
+    with CUDA:
+        block = LlamaDecoderLayer(config, 0).eval().requires_grad_(False)
+    positions = torch.arange(9)[None]
+    embeddings = LlamaRotaryEmbedding(config)(torch.zeros(4, 9, 32), positions)
+    mask = torch.zeros(4, 1, 9, 9)
+    arguments = Arguments((), {"position_embeddings": embeddings, "attention_mask": mask})
+    return block, BlockInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])

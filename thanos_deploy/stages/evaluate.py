@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from thanos_deploy import artifact, evaluation, harness
+from thanos_deploy import artifact, devices, evaluation, harness
 from thanos_deploy import perplexity as quality
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.checkpoint import Checkpoint
@@ -167,6 +167,7 @@ def _measure(
     ids = segments_for(model, text, request.segments, request.seqlen, seed=None)
     where = "" if runtime == "torch" else "'s ONNX graph"
     progress = announce(f"Perplexity of the {title}{where}")
-    read = evaluation.open_reader(bundle.path, model, runtime)
-    measured = quality.perplexity_of(read, ids, on_progress=progress)
+    read = evaluation.open_reader(bundle.path, model, runtime, devices.choose(request.device))
+    with devices.memory_for(f"{title}, {request.seqlen} tokens at once"):
+        measured = quality.perplexity_of(read, ids, on_progress=progress)
     return {"text": text.origin, **asdict(measured)}
