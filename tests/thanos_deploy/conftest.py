@@ -37,22 +37,23 @@ class FakeCuda(FakeTensorMode):
     """Tensors have a shape, a dtype and a device, and no values; devices cannot be mixed.
 
     That is PyTorch's own check of every operation. What the host reads of a tensor is made up here,
-    and counted: True, the number 0, or 1.0, which is what a layer without trouble would give.
+    and counted: True, 1.0, or a count of 0, which is what a layer without trouble would give.
 
     Attributes:
+        counts: what integers are read as.
         reads: how many numbers the host has read from the GPU.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=False)
-        self.reads = 0
+        self.reads, self.counts = 0, 0
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer a read; everything else is the base class's."""
         if func is _READ:
             self.reads += args[0].is_cuda
             dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else self.counts
         return super().dispatch(func, types, args, kwargs or {})
 
 
