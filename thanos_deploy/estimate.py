@@ -37,9 +37,10 @@ from thanos_deploy.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
-from thanos_deploy.prune import aim, gather, linear_shapes, solve
+from thanos_deploy.prune import gather, linear_shapes
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses, Plan
+from thanos_deploy.solution import aim, solve
 from thanos_deploy.tune import TOKENS_PER_STEP, tune
 from thanos_deploy.walk import TOKENS_PER_BATCH, WAITING_BYTES, Visit, visits, waiting_bytes
 

@@ -29,6 +29,7 @@ from thanos_deploy.hessian import factor, retarget
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 from thanos_deploy.perplexity import perplexity_of
+from thanos_deploy.solution import solve_by_preset
 from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
 from thanos_deploy.walk import Clock, Visit
@@ -217,3 +218,8 @@ def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
     mask = torch.zeros(4, 1, 9, 9)
     arguments = Arguments((), {"position_embeddings": embeddings, "attention_mask": mask})
     return block, BlockInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])
+
+
+@pytest.mark.parametrize("preset", methods.PRESET_NAMES)
+def test_one_layer_is_solved_there_by_a_preset(fake_cuda: FakeCuda, preset: str) -> None:
+    assert solve_by_preset(problem(), SemiStructured(2, 4), preset=preset).weight.is_cuda
