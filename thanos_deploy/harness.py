@@ -135,12 +135,13 @@ def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -
     from lm_eval.evaluator import evaluate
 
     try:
-        found = evaluate(
-            _language_model(bundle, model, request, runtime),
-            tasks,
-            limit=request.limit,
-            log_samples=False,
-        )
+        with devices.memory_for(f"--tasks {','.join(request.tasks)}"):
+            found = evaluate(
+                _language_model(bundle, model, request, runtime),
+                tasks,
+                limit=request.limit,
+                log_samples=False,
+            )
     # The second is the library's way to say that an answer does not fit into the model's window.
     except (jinja2.TemplateError, AssertionError) as error:
         raise InputError(

@@ -1,12 +1,17 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import Invoke
 from thanos_deploy import devices
 from thanos_deploy.errors import PlatformError, ResourceError, UsageError
+from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.precision import products_in
+from thanos_deploy.requests import EvalRequest, PruneRequest
 
 
 def show_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -81,3 +86,43 @@ def test_one_layer_is_solved_without_what_a_walk_needs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "PlatformError 4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("prune", "MODEL", "--pattern", "2:4", "-o", "OUT"), 4, "sees 0 GPUs"),
+        (("prune", "MODEL", "--pattern", "2:4", "-o", "OUT", "--dry-run"), 4, "sees 0 GPUs"),
+        (("eval", "MODEL"), 4, "sees 0 GPUs"),
+        (("eval", "MODEL", "--runtime", "onnx"), 2, "--runtime torch"),
+    ],
+)
+def test_commands_refuse_a_gpu_that_is_not_there(
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
+    invoke: Invoke,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    show_gpus(monkeypatch, 0)
+    places = {"MODEL": tiny_llama, "OUT": tmp_path / "out"}
+    found, _, err = invoke(*(places.get(word, word) for word in arguments), "--device", "cuda")
+    assert found == code
+    assert said in " ".join(err.split())
+
+
+def test_a_dry_run_names_the_device(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    options = ("--nsamples", 2, "--seqlen", 32, "--device", "cpu", "--dry-run", "--json")
+    code, out, _ = invoke("prune", tiny_llama, "--pattern", "2:4", "-o", tmp_path / "out", *options)
+    assert code == 0
+    assert json.loads(out)["device"] == "cpu"
+
+
+def test_a_manifest_says_that_a_result_is_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = PruneRequest(SemiStructured(2, 4), calib_forward="fp32"), EvalRequest()
+    show_gpus(monkeypatch, 0)
+    assert all("device" not in request.to_json() for request in requests)
+    show_gpus(monkeypatch, 1)
+    assert [request.to_json()["device"] for request in requests] == ["cuda", "cuda"]
