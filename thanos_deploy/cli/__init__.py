@@ -91,7 +91,7 @@ def _as_deploy_error(error: Exception) -> DeployError | None:
             f"{error.filename}: {error.strerror}",
             fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
         )
-    # PyTorch's CPU allocator raises a plain RuntimeError; its other one a type that is not imported.
+    # PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own.
     allocators = ("DefaultCPUAllocator", "CUDA out of memory")
     if isinstance(error, MemoryError) or any(name in str(error) for name in allocators):
         return ResourceError(
