@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from tests.thanos_deploy.conftest import FakeCuda
@@ -27,6 +27,7 @@ from thanos_deploy.calibrate import (
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.hessian import factor, retarget
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 from thanos_deploy.perplexity import perplexity_of
 from thanos_deploy.solution import solve_by_preset
@@ -79,7 +80,7 @@ def test_a_method_prunes_there(
 def test_thanos_waits_for_no_block_but_to_know_whether_it_is_solved(
     fake_cuda: FakeCuda, pattern: Pattern
 ) -> None:
-    options = {"score": "obs", "block_columns": 8, "refit_steps": 8}
+    options: dict[str, Option] = {"score": "obs", "block_columns": 8, "refit_steps": 8}
     reads = []
     for cols in (64, 128):
         before = fake_cuda.reads
@@ -207,8 +208,8 @@ def test_perplexity_is_measured_there(fake_cuda: FakeCuda) -> None:
 
 def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
     """A block on the GPU, and a batch whose other arguments are the host's."""
-    config = AutoConfig.for_model(
-        "llama", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1
     )
     config._attn_implementation = "sdpa"
     with CUDA:
