@@ -2,7 +2,8 @@
 
 What enters a block is one safetensors file, and what leaves it the next. Memory holds one batch at
 a time, however much calibration data there is; what fits is in the system's page cache, from
-which reading it costs a copy. The journal of a walk keeps the files as they are.
+which reading it costs a copy. A GPU holds what passes it, and nothing else. The journal of a walk
+keeps the files as they are.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.calibrate import Arguments, BlockInputs
+from thanos_deploy.devices import CPU
 from thanos_deploy.errors import ModelError
 from thanos_deploy.tensorfile import Kind, TensorFile
 
@@ -25,7 +27,12 @@ class Activations:
     """
 
     def __init__(
-        self, folder: Path, index: int, kinds: Mapping[str, Kind], forward: torch.dtype
+        self,
+        folder: Path,
+        index: int,
+        kinds: Mapping[str, Kind],
+        forward: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         """Begin at a block.
 
@@ -34,7 +41,9 @@ class Activations:
             index: number of the block; -1 for what lies before the first one, which nothing enters.
             kinds: dtype and shape of each tensor.
             forward: the dtype in which blocks run.
+            device: where they run.
         """
+        self._device = device
         self._folder, self._index, self._kinds = folder, index, kinds
         self._forward = forward
         self._entering: TensorFile | None = None
@@ -93,7 +102,7 @@ class Activations:
 
     def _restored(self, file: TensorFile, name: str) -> Tensor:
         _, shape = self._kinds[name]
-        return file.read(name).reshape(shape).to(self._forward)
+        return file.read(name).reshape(shape).to(self._device).to(self._forward)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"inputs-{index:04d}.safetensors"

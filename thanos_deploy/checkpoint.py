@@ -30,6 +30,7 @@ from transformers import (
 
 from thanos_deploy import artifact, names, packing, pretrained
 from thanos_deploy import widths as block_widths
+from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
 from thanos_deploy.tensorfile import DTYPES as TENSOR_DTYPES
@@ -415,18 +416,27 @@ class Weights:
                     self.dtypes[name] = _FLOATS[view.get_dtype()]
                     self.files[name] = shard
 
-    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def read(
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+    ) -> dict[str, Tensor]:
         """Tensors by name, in a dtype or, if None, in that in which each is stored.
+
+        Pieces go to the device as they are read, so the host holds one at a time.
 
         Raises:
             ModelError: a tensor has NaN or infinite entries.
         """
         tensors = {}
         for name in names:
-            tensors[name] = torch.empty(self.shapes[name], dtype=dtype or self.dtypes[name])
+            tensors[name] = torch.empty(
+                self.shapes[name], dtype=dtype or self.dtypes[name], device=device
+            )
             flat = tensors[name].view(-1)
             for start, piece in self.pieces(name):
-                flat[start : start + len(piece)] = piece
+                flat[start : start + len(piece)] = piece.to(device)
         return tensors
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -586,13 +596,14 @@ def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None
         artifact.write_json(path, config)
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The whole model in float32 on the CPU, ready for inference.
+def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
+    """The whole model in float32 on a device, ready for inference.
 
     By the stock loader, unless the folder declares widths that no stock configuration has.
 
     Raises:
         ModelError: the model does not load.
+        ResourceError: it does not fit into the GPU's memory.
     """
     names.require_own(folder, error=ModelError)
     shards(folder)
@@ -606,7 +617,8 @@ def load_model(folder: Path) -> PreTrainedModel:
             f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
             fix="the checkpoint is incomplete or not of the type that its config.json names",
         )
-    loaded: PreTrainedModel = model.eval()
+    with memory_for(f"{folder}, {model.num_parameters():,} parameters in float32"):
+        loaded: PreTrainedModel = model.eval().to(device)
     return loaded
 
 

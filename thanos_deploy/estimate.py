@@ -37,9 +37,10 @@ from thanos_deploy.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
-from thanos_deploy.prune import aim, gather, linear_shapes, solve
+from thanos_deploy.prune import gather, linear_shapes
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses, Plan
+from thanos_deploy.solution import aim, solve
 from thanos_deploy.tune import TOKENS_PER_STEP, tune
 from thanos_deploy.walk import TOKENS_PER_BATCH, WAITING_BYTES, Visit, visits, waiting_bytes
 
@@ -74,7 +75,7 @@ class Estimate:
     Attributes:
         seconds: by activity: "collect", "solve", "tune" and "forward" as in `prune.BlockReport`;
             "survey", the walk before, of OWL or of cutting.
-        memory_bytes: the most that the process will hold.
+        memory_bytes: the most that the process will hold, in the memory of a GPU as well.
         token_seconds: one token on its way through one dense block, statistics included.
         basis: what this is derived from.
     """
@@ -123,6 +124,7 @@ def estimate(
         dense_target=walk["dense_target"],
         tune_steps=walk["tune_steps"],
         forward=DTYPES[request.resolved_forward],
+        device=request.resolved_device,
     )
     seconds = {
         "collect": len(visited) * share * trial.seconds["collect"],
@@ -137,6 +139,7 @@ def estimate(
             dense_target=0.0,
             tune_steps=0,
             forward=torch.float32,
+            device=request.resolved_device,
         )
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     spent = time.perf_counter() - started
@@ -172,7 +175,11 @@ def estimate_cutting(
     # What becomes of one block stands for all.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
     trial = _quicker(
-        visits(checkpoint, few, with_dense=fit["dense_target"] > 0.0),
+        visits(
+            *(checkpoint, few),
+            with_dense=fit["dense_target"] > 0.0,
+            device=request.resolved_device,
+        ),
         lambda visit: shrink.cut(visit, checkpoint, after, **fit),
     )
     spent = time.perf_counter() - started
@@ -208,6 +215,7 @@ def _walk(
     dense_target: float,
     tune_steps: int,
     forward: torch.dtype,
+    device: torch.device,
 ) -> _Trial:
     """Walk two blocks and prune nothing."""
     layers: dict[str, tuple[Tensor, Statistics]] = {}
@@ -229,7 +237,7 @@ def _walk(
                 tune(visit, linears, 1)
 
     with_dense = dense_target > 0.0 or tune_steps > 0
-    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward)
+    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward, device=device)
     return _Trial(_quicker(walk, work), layers)
 
 

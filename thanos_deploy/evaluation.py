@@ -9,6 +9,7 @@ from torch import Tensor
 from runtime.engine import require_stage
 from runtime.engines import onnxruntime
 from thanos_deploy.checkpoint import Checkpoint, load_model
+from thanos_deploy.devices import CPU
 from thanos_deploy.perplexity import Read, reader
 from thanos_deploy.requests import EvalRequest, TaskRequest
 
@@ -27,19 +28,20 @@ def file(request: EvalRequest | TaskRequest, runtime: str) -> str:
     return f"eval/{what}.json" if runtime == "torch" else f"eval/{what}-{runtime}.json"
 
 
-def open_reader(bundle: Path, model: Checkpoint, runtime: str) -> Read:
+def open_reader(bundle: Path, model: Checkpoint, runtime: str, device: torch.device = CPU) -> Read:
     """Load a model so that it reads segments.
 
     Args:
         bundle: has the graph, for "onnx".
         model: the checkpoint, for "torch".
         runtime: one of `RUNTIMES`.
+        device: where the checkpoint runs.
 
     Raises:
         InputError: there is no graph.
         IntegrityError: the graph is not the one that was exported.
     """
-    return graph_reader(bundle) if runtime == "onnx" else reader(load_model(model.folder))
+    return graph_reader(bundle) if runtime == "onnx" else reader(load_model(model.folder, device))
 
 
 def graph_reader(bundle: Path) -> Read:

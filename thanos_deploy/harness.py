@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
 from runtime.generate import generate_batch
-from thanos_deploy import artifact
+from thanos_deploy import artifact, devices
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.evaluation import open_graph
@@ -135,12 +135,13 @@ def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -
     from lm_eval.evaluator import evaluate
 
     try:
-        found = evaluate(
-            _language_model(bundle, model, runtime),
-            tasks,
-            limit=request.limit,
-            log_samples=False,
-        )
+        with devices.memory_for(f"--tasks {','.join(request.tasks)}"):
+            found = evaluate(
+                _language_model(bundle, model, request, runtime),
+                tasks,
+                limit=request.limit,
+                log_samples=False,
+            )
     # The second is the library's way to say that an answer does not fit into the model's window.
     except (jinja2.TemplateError, AssertionError) as error:
         raise InputError(
@@ -208,7 +209,7 @@ def _load(request: TaskRequest) -> Any:
     return loaded
 
 
-def _language_model(bundle: Path, model: Checkpoint, runtime: str) -> Any:
+def _language_model(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     longest = model.max_positions
@@ -217,7 +218,7 @@ def _language_model(bundle: Path, model: Checkpoint, runtime: str) -> Any:
         graph = open_graph(bundle)
         pretrained, longest = GraphModel(graph, model.config), graph.max_sequence
     else:
-        pretrained = load_model(model.folder)
+        pretrained = load_model(model.folder, devices.choose(request.device))
     # One at a time: nothing is padded, and on a CPU a batch takes as long as its rows.
     return HFLM(
         pretrained=pretrained,

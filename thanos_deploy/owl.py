@@ -25,6 +25,7 @@ from torch import Tensor
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import collect
 from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.journal import Journal
 from thanos_deploy.linear import matrix
@@ -87,6 +88,7 @@ def survey(
     layers: Collection[str],
     *,
     threshold: float = THRESHOLD,
+    device: torch.device = CPU,
     journal: Journal[Outliers] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Outliers]:
@@ -97,6 +99,7 @@ def survey(
         segments: int64[count, length], calibration tokens.
         layers: full names of the linear layers that count; a block without any has 0.
         threshold: M.
+        device: where each block is while it is surveyed.
         journal: see `prune.prune`.
         on_progress: told of every finished block.
 
@@ -106,8 +109,8 @@ def survey(
     family, count = checkpoint.family, checkpoint.config.num_hidden_layers
     outliers = [] if journal is None else journal.reports
     on_progress(len(outliers), count)
-    for visit in visits(checkpoint, segments, journal=journal):
-        with visit.clock.measure("collect"):
+    for visit in visits(checkpoint, segments, journal=journal, device=device):
+        with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
             statistics = collect(visit.walk, [group[0] for group in family.inputs])
         scores = [
             (matrix(visit.block.get_submodule(name)).abs() * norms).flatten()

@@ -48,7 +48,7 @@ def reader(model: PreTrainedModel) -> Read:
 
     def read(ids: Tensor) -> Iterable[Tensor]:
         with torch.inference_mode():
-            logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+            logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
         return torch.split(logits, _POSITIONS_AT_ONCE)
 
     return read
@@ -74,15 +74,19 @@ def perplexity_of(
     """
     count, length = segments.shape
     first = max(frame, 1)
-    total = 0.0
+    total: float | Tensor = 0.0  # on the device of the logits, which is read at the end
     on_progress(0, count)
     for done, ids in enumerate(segments, start=1):
         following = ids[1:].clone()
         following[: first - 1] = _NOT_SCORED
         for logits in read(ids):
             targets, following = following[: len(logits)], following[len(logits) :]
-            total += torch.nn.functional.cross_entropy(
-                logits[: len(targets)].float(), targets, ignore_index=_NOT_SCORED, reduction="sum"
-            ).item()
+            loss = torch.nn.functional.cross_entropy(
+                logits[: len(targets)].float(),
+                targets.to(logits.device),
+                ignore_index=_NOT_SCORED,
+                reduction="sum",
+            )
+            total = total + loss.double()
         on_progress(done, count)
-    return Perplexity(math.exp(total / (count * (length - first))), count, length)
+    return Perplexity(math.exp(float(total) / (count * (length - first))), count, length)

@@ -26,9 +26,9 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
     """Products of float32 matrices with factors that may be rounded to a dtype, and float32 sums.
 
     For bfloat16, processors round factors to bfloat16 (8 significant bits) and GPUs to TF32 (11),
-    because PyTorch lets cuBLAS round float32 factors to nothing else. So a GPU is at least as exact,
-    and on either device products of numbers that were bfloat16 already lose nothing. For float32
-    nothing is rounded, whatever the process was set to before ("ieee").
+    because PyTorch lets cuBLAS round float32 factors to nothing else. So a GPU is at least as
+    exact, and on either device products of numbers that were bfloat16 already lose nothing. For
+    float32 nothing is rounded, whatever the process was set to before ("ieee").
 
     Rounded only where that is faster. Products of other dtypes than float32 are as they are:
     factorisations, which are in float64, never change.

@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos_deploy import environment, methods
+from thanos_deploy import devices, environment, methods
 from thanos_deploy.artifact import Json
 from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
-from thanos_deploy.errors import HessianError
+from thanos_deploy.devices import CPU
 from thanos_deploy.families import Family
-from thanos_deploy.hessian import DAMPING, retarget
 from thanos_deploy.journal import Journal
-from thanos_deploy.layer import Factor, LayerProblem, LayerResult, without_update
+from thanos_deploy.layer import Factor, LayerProblem
 from thanos_deploy.linear import matrix
-from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern
+from thanos_deploy.precision import products_in
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.solution import aim, solve
 from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
 from thanos_deploy.walk import Visit, visits
@@ -114,6 +114,7 @@ def prune(
     tune_steps: int = 0,
     calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
     journal: Journal[BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -135,17 +136,23 @@ def prune(
         tune_steps: steps of all pruned layers of a block together; see `tune.tune`.
         calib_forward: the dtype in which blocks run, float32 or bfloat16.
         dtype: what to store, or None to keep each tensor's own.
+        device: where each block is while it is pruned.
         journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
 
     Raises:
         ModelError: weights are missing, have NaN, or do not fit the pattern.
+        ResourceError: a block does not fit into the GPU's memory.
     """
     check(checkpoint, pattern=pattern, method=method, options=options)
     family, patterns = checkpoint.family, every(checkpoint.linears, pattern)
     copy_companions(checkpoint.folder, destination, dtype)
     reports = [] if journal is None else journal.reports
-    with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype) as copy:
+    with (
+        torch.no_grad(),
+        products_in(torch.float32),
+        WeightsCopy(checkpoint.weights, destination, dtype) as copy,
+    ):
         on_progress(len(reports), checkpoint.config.num_hidden_layers)
         for visit in visits(
             *(checkpoint, segments),
@@ -153,18 +160,20 @@ def prune(
             with_dense=dense_target > 0.0 or tune_steps > 0,
             forward=calib_forward,
             journal=journal,
+            device=device,
         ):
-            layers = _prune_block(
-                visit,
-                family,
-                patterns,
-                method=method,
-                options=options,
-                true_sequential=true_sequential,
-                dense_target=dense_target,
-                tune_steps=tune_steps,
-                products=calib_forward,
-            )
+            with devices.memory_for(f"block {visit.index}"):
+                layers = _prune_block(
+                    visit,
+                    family,
+                    patterns,
+                    method=method,
+                    options=options,
+                    true_sequential=true_sequential,
+                    dense_target=dense_target,
+                    tune_steps=tune_steps,
+                    products=calib_forward,
+                )
             reports.append(BlockReport(layers, visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",
@@ -345,107 +354,6 @@ def _leave_dense(visit: Visit, linear: str) -> LayerReport:
         failures=(),
         seconds=0.0,
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Solution:
-    """A pruned layer, and what it took.
-
-    Attributes:
-        result: the layer.
-        solver: the method, or "wanda mask" or "magnitude mask" where only a mask could be had.
-        failures: why what was tried before gave nothing, one sentence each.
-    """
-
-    result: LayerResult
-    solver: str
-    failures: tuple[str, ...]
-
-
-def aim(
-    problem: LayerProblem,
-    cross: Tensor | None,
-    fraction: float,
-    options: Mapping[str, Option],
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The weight whose output is nearer to the dense model's, or why there is none.
-
-    Args:
-        problem: the layer.
-        cross: see `calibrate.Statistics`; None where the dense model was not asked for.
-        fraction: see `hessian.retarget`.
-        options: of the method; its damping counts here as well.
-
-    Raises:
-        HessianError: a weight is not finite.
-    """
-    if cross is None:
-        return None, ()
-    try:
-        wanted = retarget(
-            *(problem, cross, fraction),
-            damping=float(options.get("damping", DAMPING)),
-            damping_mode=str(options.get("damping_mode", "mean")),
-        )
-    except HessianError as error:
-        if not bool(problem.weight.isfinite().all()):
-            raise
-        return None, (error.message,)
-    return wanted, ()
-
-
-def solve(
-    problem: LayerProblem,
-    pattern: Pattern,
-    *,
-    method: str,
-    options: Mapping[str, Option],
-    aimed: Tensor | None = None,
-    failures: tuple[str, ...] = (),
-) -> Solution:
-    """Prune one layer by the first of these that its statistics allow.
-
-    1. The method, from the weight whose output is nearer to the dense model's, if there is one;
-       Thanos and SparseGPT damp a Hessian that cannot be factored ten times harder, up to four
-       times.
-    2. The method, from the layer's own weight.
-    3. No update, only a mask of the whole layer: by Wanda's score, or by magnitude where not even
-       the diagonal of the Hessian is finite.
-
-    Args:
-        problem: the layer.
-        pattern: what to prune to.
-        method, options: see `prune`.
-        aimed, failures: see `aim`.
-
-    Raises:
-        HessianError: a weight is not finite.
-        ModelError, UsageError: the layer does not fit the pattern, or the options do not.
-    """
-    prune_layer = methods.load(method).prune
-    for weight in (problem.weight,) if aimed is None else (aimed, problem.weight):
-        try:
-            result = prune_layer(replace(problem, weight=weight), pattern, **options)
-            return Solution(result, method, failures)
-        except HessianError as error:
-            if not bool(problem.weight.isfinite().all()):
-                raise
-            failures = (*failures, error.message)
-    return _mask_only(problem, pattern, failures)
-
-
-def _mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]) -> Solution:
-    """The third rung of `solve`; its error is of what is finite of the Hessian."""
-    # In float64, in which no product of float32 numbers overflows.
-    weight, hessian = problem.weight.double(), problem.hessian.double()
-    squares = hessian.diagonal().clamp(min=0.0)
-    by_wanda = bool(squares.isfinite().all())
-    if not by_wanda:
-        squares = torch.ones_like(squares)
-    mask = smallest(weight.abs() * squares.sqrt(), pattern, per_row=False)
-    known = hessian if bool(hessian.isfinite().all()) else squares.diag()
-    result = without_update(LayerProblem(weight, known, problem.name), mask)
-    return Solution(result, "wanda mask" if by_wanda else "magnitude mask", failures)
 
 
 def check(

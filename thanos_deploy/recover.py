@@ -7,7 +7,7 @@ zero stays zero, so every pattern survives.
 
 This is the one activity that needs whole models in memory, both of them, in float32, and for what
 learns three times as much again: gradients and the two moments of Adam. Products are taken in
-bfloat16 where the processor has instructions for matrices of it.
+bfloat16 where the device has instructions for matrices of it.
 """
 
 import logging
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions, load_model
+from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.precision import multiplies_bfloat16
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.walk import stored
@@ -67,6 +68,7 @@ def recover(
     *,
     count: int,
     seed: int = 0,
+    device: torch.device = CPU,
     on_progress: OnProgress = silent,
 ) -> Recovery:
     """Train a pruned model towards the dense one, and write it in the dtypes that it has.
@@ -78,21 +80,24 @@ def recover(
         destination: an empty folder.
         count: of segments to learn from; where it is more than there are, they come again.
         seed: of their order.
+        device: where both models are.
         on_progress: told of every finished step.
 
     Raises:
         ModelError: a model does not load, or a value does not fit its dtype.
+        ResourceError: both models do not fit into the GPU's memory.
     """
     started = time.perf_counter()
-    model, teacher = load_model(pruned.folder), load_model(dense.folder)
+    model, teacher = (load_model(one.folder, device) for one in (pruned, dense))
     learning = {
         name: model.get_parameter(name) for name in (f"{one}.weight" for one in pruned.linears)
     }
     steps = _order(len(segments), count, seed).split(max(1, _TOKENS_A_STEP // segments.shape[1]))
-    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    divergence = _train(
-        model, learning, teacher, [segments[step] for step in steps], dtype, told=on_progress
-    )
+    dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    with memory_for("training what is left, with its teacher"):
+        divergence = _train(
+            model, learning, teacher, [segments[step] for step in steps], dtype, told=on_progress
+        )
     copy_companions(pruned.folder, destination, None)
     with WeightsCopy(pruned.weights, destination, None) as copy:
         _write(learning, pruned, copy)
@@ -140,9 +145,10 @@ def _train(
     heads = _head(model), _head(teacher)
     divergence = []
     told(0, len(batches))
-    for step, ids in enumerate(batches):
+    for step, batch in enumerate(batches):
+        ids = batch.to(model.device)
         optimiser.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
                 wanted = _states(teacher, ids)
             divergence.append(_pull(_states(model, ids), wanted, heads))
@@ -165,7 +171,8 @@ def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head]) -> float:
         wanted: [tokens, hidden], the same of its teacher.
         heads: of both.
     """
-    states, total = learned.detach().requires_grad_(), 0.0
+    states = learned.detach().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
     for own, other in zip(
         states.split(_TOKENS_AT_ONCE), wanted.split(_TOKENS_AT_ONCE), strict=True
     ):
@@ -174,11 +181,11 @@ def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head]) -> float:
             log_p = logits.float().log_softmax(dim=-1)
             log_q = heads[1](other).float().log_softmax(dim=-1)
             q = log_q.exp()
-            total += (q * (log_q - log_p)).sum().item()
+            total += (q * (log_q - log_p)).sum()
             gradient = (log_p.exp_() - q) / len(states)
         logits.backward(gradient.to(logits.dtype))
     learned.backward(states.grad)
-    return total / len(states)
+    return total.item() / len(states)
 
 
 def _tenths(values: Sequence[float]) -> list[Sequence[float]]:

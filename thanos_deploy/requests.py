@@ -7,8 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import TypedDict
 
+import torch
+
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
-from thanos_deploy import methods, owl
+from thanos_deploy import devices, methods, owl
 from thanos_deploy.artifact import Json, sha256
 from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
@@ -17,6 +19,16 @@ from thanos_deploy.pattern import Pattern, Structured, Unstructured
 from thanos_deploy.precision import multiplies_bfloat16
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _where(device: str) -> Json:
+    """For the manifest: a GPU rounds otherwise than a processor, so a result says if it is of one.
+
+    Raises:
+        UsageError, PlatformError: see `devices.choose`.
+    """
+    chosen = devices.choose(device)
+    return {} if chosen.type == "cpu" else {"device": chosen.type}
 
 
 class SizingOptions(TypedDict):
@@ -79,6 +91,7 @@ class PruneRequest:
         sparsity_file: path of a file of layers with patterns of their own, or None.
         recover: on how many segments of the calibration text to train what is left; see
             `recover.recover`.
+        device: where to do it; see `devices.choose`.
     """
 
     pattern: Pattern
@@ -105,6 +118,7 @@ class PruneRequest:
     ignore: tuple[str, ...] = ()
     sparsity_file: str | None = None
     recover: int = 0
+    device: str = "auto"
 
     @property
     def shrinks(self) -> bool:
@@ -147,7 +161,9 @@ class PruneRequest:
 
         Raises:
             UsageError: they have none.
+            PlatformError: the device is not there.
         """
+        devices.choose(self.device)
         self._check_allocation()
         if not self.shrinks:
             for name, value in (
@@ -286,7 +302,16 @@ class PruneRequest:
             return "fp32"
         if self.calib_forward != "auto":
             return self.calib_forward
-        return "bf16" if multiplies_bfloat16() else "fp32"
+        return "bf16" if multiplies_bfloat16(self.resolved_device) else "fp32"
+
+    @property
+    def resolved_device(self) -> torch.device:
+        """The device of this machine.
+
+        Raises:
+            UsageError, PlatformError: see `devices.choose`.
+        """
+        return devices.choose(self.device)
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
@@ -319,6 +344,7 @@ class PruneRequest:
             "seed": self.seed,
             "dtype": self.dtype,
             **({"recover": self.recover} if self.recover else {}),
+            **_where(self.device),
         }
 
 
@@ -377,16 +403,19 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """Which text to measure perplexity on: "builtin" or a path, and how much of it."""
+    """Which text to measure perplexity on: "builtin" or a path, how much of it, and where."""
 
     text: str = BUILTIN
     text_field: str = "text"
     segments: int = 12
     seqlen: int = 1024
+    device: str = "auto"
 
     def to_json(self) -> Json:
         """For the manifest: the text by its name, not its path."""
-        return {**asdict(self), "text": Path(self.text).name}
+        given = asdict(self)
+        del given["device"]
+        return {**given, "text": Path(self.text).name, **_where(self.device)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,11 +426,13 @@ class TaskRequest:
         tasks: their names.
         folder: with task files that the library does not have; None for none.
         limit: the most examples of each task; None for all.
+        device: where the checkpoint runs; see `devices.choose`.
     """
 
     tasks: tuple[str, ...]
     folder: str | None = None
     limit: int | None = None
+    device: str = "auto"
 
     @property
     def files(self) -> Json:
@@ -417,7 +448,12 @@ class TaskRequest:
     def to_json(self) -> Json:
         """For the manifest: the folder by its name, not its path."""
         folder = None if self.folder is None else Path(self.folder).name
-        return {"tasks": list(self.tasks), "folder": folder, "limit": self.limit}
+        return {
+            "tasks": list(self.tasks),
+            "folder": folder,
+            "limit": self.limit,
+            **_where(self.device),
+        }
 
 
 @dataclass(frozen=True, slots=True)

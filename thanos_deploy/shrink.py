@@ -25,6 +25,7 @@ from thanos_deploy import artifact, widths
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import Statistics, collect, collect_relative
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
+from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import ModelError
 from thanos_deploy.families import Family, Heads
@@ -32,6 +33,7 @@ from thanos_deploy.hessian import factor, retarget
 from thanos_deploy.journal import Journal
 from thanos_deploy.layer import LayerProblem, relative_error
 from thanos_deploy.linear import keep_outputs, matrix, replace
+from thanos_deploy.precision import products_in
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.sizing import Losses, Plan, channel_steps, layouts
 from thanos_deploy.walk import Visit, visits
@@ -118,6 +120,7 @@ def survey(
     multiple: int | None = None,
     damping: float = 0.01,
     damping_mode: str = "mean",
+    device: torch.device = CPU,
     journal: Journal[Losses] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Losses]:
@@ -128,6 +131,7 @@ def survey(
         segments: int64[count, length], calibration tokens.
         multiple: see `candidates`.
         damping, damping_mode: see `thanos_deploy.hessian.factor`.
+        device: where each block is while it is surveyed.
         journal: see `prune.prune`.
         on_progress: told of every finished block.
 
@@ -137,7 +141,7 @@ def survey(
     family, count = checkpoint.family, len(checkpoint.widths)
     losses = [] if journal is None else journal.reports
     on_progress(len(losses), count)
-    for visit in visits(checkpoint, segments, journal=journal):
+    for visit in visits(checkpoint, segments, journal=journal, device=device):
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
         with visit.clock.measure("collect"):
@@ -175,6 +179,7 @@ def shrink(
     damping_mode: str = "mean",
     dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
     journal: Journal[BlockReport] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[BlockReport]:
@@ -189,6 +194,7 @@ def shrink(
         dense_target: how far every linear layer, cut or not, aims at the output that it has in the
             dense model; see `hessian.retarget`.
         dtype: what to store, or None to keep each tensor's own.
+        device: where each block is while it is cut.
         journal: see `prune.prune`.
         on_progress: told of every finished block.
 
@@ -206,20 +212,26 @@ def shrink(
         if name.startswith(f"{family.blocks}.")
     }
     reports = [] if journal is None else journal.reports
-    with torch.no_grad(), WeightsCopy(checkpoint.weights, destination, dtype, shapes) as copy:
+    with (
+        torch.no_grad(),
+        products_in(torch.float32),
+        WeightsCopy(checkpoint.weights, destination, dtype, shapes) as copy,
+    ):
         on_progress(len(reports), len(plan.blocks))
         for visit in visits(
             *(checkpoint, segments),
             copy=copy,
             with_dense=dense_target > 0.0,
             journal=journal,
+            device=device,
         ):
-            report = cut(
-                *(visit, checkpoint, plan.widths[visit.index]),
-                damping=damping,
-                damping_mode=damping_mode,
-                dense_target=dense_target,
-            )
+            with memory_for(f"block {visit.index}"):
+                report = cut(
+                    *(visit, checkpoint, plan.widths[visit.index]),
+                    damping=damping,
+                    damping_mode=damping_mode,
+                    dense_target=dense_target,
+                )
             reports.append(report)
             logger.info(
                 "block %d: %d heads, %d channels; errors %.4f and %.4f",
@@ -351,7 +363,7 @@ class _Cutter:
             for name in group:
                 layer = _Layer(self._visit, name, statistics, self._dense_target)
                 weight = layer.problem.weight
-                layer.write(weight, torch.ones(weight.shape[1], dtype=torch.bool))
+                layer.write(weight, torch.ones_like(weight[0], dtype=torch.bool))
 
     def _cut_heads(self, size: int) -> None:
         heads, before, after = self._family.heads, self._before, self._after
@@ -402,7 +414,8 @@ def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Ten
     """
 
     def rows(numbers: Tensor, length: int) -> Tensor:
-        return (numbers[:, None] * length + torch.arange(length)).flatten()
+        within = torch.arange(length, device=numbers.device)
+        return (numbers[:, None] * length + within).flatten()
 
     match heads.layout:
         case "separate":

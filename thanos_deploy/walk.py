@@ -1,5 +1,8 @@
 """Walk a checkpoint block by block with calibration data, one block's weights in memory at a time.
 
+A GPU, if there is one, holds that block, what is made of it, and the batch that passes. The file of
+weights, the embeddings and the data between two blocks stay with the host.
+
 Each block sees the data as the blocks before it, changed or not, pass it on.
 """
 
@@ -16,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_deploy import environment
+from thanos_deploy import devices, environment
 from thanos_deploy.activations import Activations, StoredInputs
 from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.checkpoint import Checkpoint, WeightsCopy
+from thanos_deploy.devices import CPU
 from thanos_deploy.errors import ModelError
 from thanos_deploy.journal import Journal
 from thanos_deploy.linear import matrix
@@ -34,15 +38,22 @@ WAITING_BYTES = 768 << 20
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by activity."""
+    """Seconds by activity.
+
+    Attributes:
+        seconds: activity -> seconds.
+        device: where the work is done, which is waited for.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    device: torch.device = CPU
 
     @contextmanager
     def measure(self, activity: str) -> Iterator[None]:
         """Add the time until the end of the `with` statement."""
         started = time.perf_counter()
         yield
+        devices.wait(self.device)
         spent = time.perf_counter() - started
         self.seconds[activity] = self.seconds.get(activity, 0.0) + spent
 
@@ -112,6 +123,7 @@ def visits(
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     journal: Journal[Any] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Visit]:
     """Visit every block in order; what is done to it counts for the blocks after it.
 
@@ -125,10 +137,12 @@ def visits(
         with_dense: run the data through the unchanged blocks as well.
         forward: the dtype in which blocks run, float32 or bfloat16.
         journal: where to keep every block once it has been visited.
+        device: where blocks are while they are visited.
 
     Raises:
         ModelError: weights are missing, have NaN, or are not those that config.json describes; or
             hidden states do not fit the dtype of the weights.
+        ResourceError: a block does not fit into the GPU's memory.
     """
     family = checkpoint.family
     model = checkpoint.skeleton()
@@ -147,29 +161,34 @@ def visits(
             *(checkpoint, model, segments, folder, first),
             with_dense=with_dense,
             forward=forward,
+            device=device,
         )
         stack.callback(activations.close)
         model.get_input_embeddings().to("meta")
         environment.return_freed_memory()
         for index in range(first, len(blocks)):
             block, prefix = blocks[index], f"{family.blocks}.{index}."
-            files.load(block, prefix, dtype=torch.float32 if forward is torch.float32 else None)
+            with devices.memory_for(f"block {index}"):
+                files.load(
+                    *(block, prefix),
+                    dtype=torch.float32 if forward is torch.float32 else None,
+                    device=device,
+                )
+                running = block if forward is torch.float32 else _copy(block, forward)
+                dense = _copy(block, forward) if with_dense else None
             visit = Visit(
                 index=index,
                 prefix=prefix,
                 block=block,
-                walk=Walk(
-                    index,
-                    block if forward is torch.float32 else _copy(block, forward),
-                    walks["pruned"],
-                ),
-                dense=Walk(index, _copy(block, forward), walks["dense"]) if with_dense else None,
+                walk=Walk(index, running, walks["pruned"]),
+                dense=None if dense is None else Walk(index, dense, walks["dense"]),
                 dtypes=files.dtypes(block, prefix),
                 can_wait=waiting_bytes(checkpoint, segments, len(walks), forward) <= WAITING_BYTES,
-                clock=Clock(),
+                clock=Clock(device=device),
             )
             yield visit
-            _leave(visit, files, activations if index + 1 < len(blocks) else None, journal)
+            with devices.memory_for(f"block {index}"):
+                _leave(visit, files, activations if index + 1 < len(blocks) else None, journal)
             environment.return_freed_memory()
     files.copy_rest()
 
@@ -183,6 +202,7 @@ def _enter(
     *,
     with_dense: bool,
     forward: torch.dtype,
+    device: torch.device,
 ) -> tuple[Activations, dict[str, list[BlockInputs]]]:
     """The calibration data before a block, and its batches on their ways through the models.
 
@@ -196,7 +216,7 @@ def _enter(
         for way in ways
         for number, part in enumerate(parts)
     }
-    activations = Activations(folder, index if index else -1, kinds, forward)
+    activations = Activations(folder, index if index else -1, kinds, forward, device)
     walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
     for number, part in enumerate(parts):
         (data,) = block_inputs(model, checkpoint.family, [part])
@@ -315,6 +335,7 @@ class _Files:
         *,
         skip: str | None = None,
         dtype: torch.dtype | None,
+        device: torch.device = CPU,
     ) -> None:
         """Give a module its weights.
 
@@ -324,6 +345,7 @@ class _Files:
             skip: a submodule that gets none, by its full name.
             dtype: of the weights; None for their own where they will be written in that, and
                 float32 for the others.
+            device: where to, buffers included.
         """
         sources = {
             name: self._checkpoint.stored_name(prefix + name)
@@ -340,10 +362,12 @@ class _Files:
                     fix="use the config.json and the weights of the same checkpoint",
                 )
         state = {
-            name: weights.read([source], dtype or self._own_dtype(source))[source]
+            name: weights.read([source], dtype or self._own_dtype(source), device)[source]
             for name, source in sources.items()
         }
         module.load_state_dict(state, strict=False, assign=True)
+        if skip is None:  # what was skipped has no storage to move
+            module.to(device)
 
     def dtypes(self, module: nn.Module, prefix: str) -> dict[str, torch.dtype]:
         """The dtype in which each parameter of a module will be written."""
@@ -355,14 +379,14 @@ class _Files:
     def finished(
         self, module: nn.Module, prefix: str, *, skip: Collection[str]
     ) -> dict[str, Tensor]:
-        """The parameters of a module as they are to be written; none without a copy.
+        """The parameters of a module, on the host, as they are to be written; none without a copy.
 
         Those to skip are left to `copy_rest`.
         """
         if self._copy is None:
             return {}
         return {
-            target: stored(parameter, self._dtype(target), target)
+            target: stored(parameter, self._dtype(target), target).cpu()
             for name, parameter in module.named_parameters()
             if name not in skip
             for target in [self._checkpoint.stored_name(prefix + name)]

@@ -1,57 +1,64 @@
 """A GPU that computes nothing, for a machine that has none."""
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 _READ = torch.ops.aten._local_scalar_dense.default
 
-# A CPU build of PyTorch cannot call these on tensors that say that they are on a GPU, because it has
-# nothing to switch to that GPU with; the operations themselves it can.
-_AS_OPERATIONS: dict[Any, Callable[[Tensor], Any]] = {
-    Tensor.__invert__: torch.bitwise_not,
-    Tensor.item: _READ,
-    Tensor.__bool__: lambda tensor: bool(_READ(tensor)),
-    Tensor.__int__: lambda tensor: int(_READ(tensor)),
-    Tensor.__float__: lambda tensor: float(_READ(tensor)),
-}
+# Numbers of device types in c10/core/DeviceType.h.
+_CUDA, _META, _TYPES = 1, 14, 20
 
 
-class _AsOperations(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _AS_OPERATIONS.get(func, func)(*args, **(kwargs or {}))
+@contextmanager
+def _switching_to_cuda_does_nothing() -> Iterator[None]:
+    """Give a CPU build what CUDA builds without a GPU have within `FakeTensorMode`.
+
+    Before most operations PyTorch switches to the tensor's device, by an object that only CUDA
+    builds register for GPUs. That of "meta", where there is nothing to switch to, serves as well.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * _TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    before = guards[_CUDA]
+    guards[_CUDA] = before or guards[_META]
+    try:
+        yield
+    finally:
+        guards[_CUDA] = before
 
 
 class FakeCuda(FakeTensorMode):
     """Tensors have a shape, a dtype and a device, and no values; devices cannot be mixed.
 
     That is PyTorch's own check of every operation. What the host reads of a tensor is made up here,
-    and counted: True, the number 0, or 1.0, which is what a layer without trouble would give.
+    and counted: True, 1.0, or a count of 0, which is what a layer without trouble would give.
 
     Attributes:
+        counts: what integers are read as.
         reads: how many numbers the host has read from the GPU.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=False)
-        self.reads = 0
+        self.reads, self.counts = 0, 0
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer a read; everything else is the base class's."""
         if func is _READ:
             self.reads += args[0].is_cuda
             dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else self.counts
         return super().dispatch(func, types, args, kwargs or {})
 
 
 @pytest.fixture
 def fake_cuda() -> Iterator[FakeCuda]:
     """Within the test, tensors made on "cuda" are of a GPU that computes nothing."""
-    with FakeCuda() as mode, _AsOperations():
+    with _switching_to_cuda_does_nothing(), FakeCuda() as mode:
         yield mode

@@ -4,20 +4,36 @@ Every operation runs with the shapes, dtypes and devices that it would have, on 
 values; see `FakeCuda`. What the host reads is counted, since each read waits for the GPU.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from tests.thanos_deploy.conftest import FakeCuda
 from thanos_deploy import mask as masks
 from thanos_deploy import methods
-from thanos_deploy.calibrate import Statistics
+from thanos_deploy.calibrate import (
+    Arguments,
+    BlockInputs,
+    Statistics,
+    Walk,
+    advance,
+    collect,
+    collect_relative,
+)
 from thanos_deploy.elimination import Elimination
-from thanos_deploy.errors import DeployError
 from thanos_deploy.hessian import factor, retarget
 from thanos_deploy.layer import LayerProblem
+from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.perplexity import perplexity_of
+from thanos_deploy.solution import solve_by_preset
+from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
+from thanos_deploy.walk import Clock, Visit
 
 CUDA = torch.device("cuda")
 PATTERNS: tuple[Pattern, ...] = (SemiStructured(2, 4), Unstructured(0.5), Structured(0.3))
@@ -64,7 +80,7 @@ def test_a_method_prunes_there(
 def test_thanos_waits_for_no_block_but_to_know_whether_it_is_solved(
     fake_cuda: FakeCuda, pattern: Pattern
 ) -> None:
-    options = {"score": "obs", "block_columns": 8, "refit_steps": 8}
+    options: dict[str, Option] = {"score": "obs", "block_columns": 8, "refit_steps": 8}
     reads = []
     for cols in (64, 128):
         before = fake_cuda.reads
@@ -132,3 +148,79 @@ def test_a_verdict_is_found_there(fake_cuda: FakeCuda, pattern: Pattern) -> None
     nonzero: Tensor = torch.randn(16, 24, device=CUDA) != 0
     judge(nonzero, pattern)
     assert fake_cuda.reads <= 2
+
+
+def test_a_block_runs_there_on_arguments_that_the_host_keeps(fake_cuda: FakeCuda) -> None:
+    block, batch = _block_and_batch()
+    assert batch.arguments[0].named["position_embeddings"][0].device.type == "cpu"
+    for rows in (slice(None), slice(1, 3)):
+        assert batch.forward(0, block, rows).is_cuda
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_statistics_are_collected_there(fake_cuda: FakeCuda, pause: bool) -> None:
+    block, batch = _block_and_batch()
+    _, beside = _block_and_batch()
+    walk, dense = Walk(0, block, [batch]), Walk(0, block, [beside])
+    names = ["self_attn.q_proj", "mlp.down_proj"]
+    for statistics in collect(walk, names, dense, pause=pause).values():
+        assert statistics.hessian.is_cuda
+    advance(walk)
+    assert batch.hidden.is_cuda
+    for statistics in collect_relative(walk, names).values():
+        assert statistics.hessian.is_cuda
+
+
+@torch.no_grad()
+def test_a_block_is_tuned_there(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A build without CUDA cannot go back through the block; that PyTorch does it there is given.
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda loss, inputs: [torch.zeros_like(one) for one in inputs]
+    )
+    block, batch = _block_and_batch()
+    dense, beside = _block_and_batch()
+    visit = Visit(
+        index=0,
+        prefix="",
+        block=block,
+        walk=Walk(0, block, [batch]),
+        dense=Walk(0, dense, [beside]),
+        dtypes={name: torch.bfloat16 for name, _ in block.named_parameters()},
+        can_wait=True,
+        clock=Clock(),
+    )
+    fake_cuda.counts = 1  # of weights that are not zero
+    before = fake_cuda.reads
+    tune(visit, ["mlp.down_proj", "self_attn.o_proj"], 1)
+    once = fake_cuda.reads - before
+    dense, beside = _block_and_batch()
+    visit = dataclasses.replace(visit, dense=Walk(0, dense, [beside]))
+    tune(visit, ["mlp.down_proj", "self_attn.o_proj"], 3)
+    assert fake_cuda.reads - before - once == once  # no step is waited for
+
+
+def test_perplexity_is_measured_there(fake_cuda: FakeCuda) -> None:
+    logits = torch.randn(12, 50, device=CUDA)
+    segments = torch.zeros(3, 12, dtype=torch.int64)
+    perplexity_of(lambda ids: torch.split(logits, 5), segments)
+    assert fake_cuda.reads == 1  # at the end
+
+
+def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
+    """A block on the GPU, and a batch whose other arguments are the host's."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1
+    )
+    config._attn_implementation = "sdpa"
+    with CUDA:
+        block = LlamaDecoderLayer(config, 0).eval().requires_grad_(False)
+    positions = torch.arange(9)[None]
+    embeddings = LlamaRotaryEmbedding(config)(torch.zeros(4, 9, 32), positions)
+    mask = torch.zeros(4, 1, 9, 9)
+    arguments = Arguments((), {"position_embeddings": embeddings, "attention_mask": mask})
+    return block, BlockInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])
+
+
+@pytest.mark.parametrize("preset", methods.PRESET_NAMES)
+def test_one_layer_is_solved_there_by_a_preset(fake_cuda: FakeCuda, preset: str) -> None:
+    assert solve_by_preset(problem(), SemiStructured(2, 4), preset=preset).weight.is_cuda

@@ -17,7 +17,8 @@ from thanos_deploy.layer import LayerProblem
 from thanos_deploy.mask import smallest
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune import BlockReport, Solution, aim, prune, solve
+from thanos_deploy.prune import BlockReport, prune
+from thanos_deploy.solution import Solution, aim, solve
 
 TWO_FOUR = SemiStructured(2, 4)
 SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))

@@ -91,11 +91,13 @@ def _as_deploy_error(error: Exception) -> DeployError | None:
             f"{error.filename}: {error.strerror}",
             fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
         )
-    # PyTorch's CPU allocator raises a plain RuntimeError.
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    # PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own.
+    allocators = ("DefaultCPUAllocator", "CUDA out of memory")
+    if isinstance(error, MemoryError) or any(name in str(error) for name in allocators):
         return ResourceError(
             f"out of memory ({error})",
-            fix="use fewer or shorter segments (--seqlen, --eval-seqlen), or a larger machine",
+            fix="use fewer or shorter segments (--seqlen, --eval-seqlen), a larger machine, or "
+            "--device cpu if it was a GPU's",
         )
     return None
 

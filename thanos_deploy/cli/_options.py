@@ -107,6 +107,13 @@ dry_run_option = click.option(
 text_field_option = click.option(
     "--text-field", default="text", show_default=True, help="Field of a .jsonl row with the text."
 )
+device_option = click.option(
+    "--device",
+    metavar="auto|cpu|cuda[:N]",
+    default="auto",
+    show_default=True,
+    help="Where PyTorch computes; auto is the first GPU where there is one.",
+)
 pruning_options = several(
     click.option(
         "--pattern",
@@ -265,6 +272,7 @@ pruning_options = several(
         help="thanos: fraction of each layer's rows that stay dense; such a model does not "
         "hold the pattern everywhere.",
     ),
+    device_option,
     click.option(
         "--dtype",
         type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
@@ -395,6 +403,7 @@ def prune_request(options: dict[str, Any]) -> "PruneRequest":
         include=options["include"],
         ignore=options["ignore"],
         sparsity_file=options["sparsity_file"],
+        device=options["device"],
     )
 
 
@@ -407,6 +416,7 @@ def eval_request(options: dict[str, Any]) -> "EvalRequest":
         text_field=options["text_field"],
         segments=options["eval_segments"],
         seqlen=options["eval_seqlen"],
+        device=options["device"],
     )
 
 

@@ -10,6 +10,7 @@ import click
 from thanos_deploy import console
 from thanos_deploy.cli._options import (
     common_options,
+    device_option,
     emit,
     eval_request,
     evaluation_options,
@@ -34,6 +35,7 @@ _evaluated_options = several(
         help="What runs the model: PyTorch, or ONNX Runtime the exported graph, in the dtype that "
         "it was exported in.",
     ),
+    device_option,
     text_field_option,
     evaluation_options(short=True),
     click.option(
@@ -73,6 +75,10 @@ def command(
     """
     if tasks is None and (task_folder or limit):
         raise click.UsageError("--task-folder and --limit are for --tasks")
+    if runtime == "onnx":
+        if options["device"] not in ("auto", "cpu"):
+            raise click.UsageError("--device is for --runtime torch; graphs run on the processor")
+        options["device"] = "cpu"
     # The harness offers no switch for its progress bars.
     hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()
     with session(options) as announce, hushed:
@@ -84,7 +90,7 @@ def command(
         request: EvalRequest | TaskRequest = (
             eval_request(options)
             if tasks is None
-            else TaskRequest(tuple(tasks.split(",")), task_folder, limit)
+            else TaskRequest(tuple(tasks.split(",")), task_folder, limit, options["device"])
         )
         if dense is None:
             result = stage.evaluate_alone(model, request, runtime=runtime, announce=announce)

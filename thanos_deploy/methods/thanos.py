@@ -70,8 +70,8 @@ _REFITTED = {torch.float32: 0.1, torch.float64: 1e-12}
 # many as fit into the caches of a processor; a GPU needs more, to be busy.
 _ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
-# Steps after which the host asks whether all rows are solved. A processor knows at once; a GPU would
-# have to be waited for, which takes as long as some steps on one block. Rows that are solved stay as
+# Steps after which the host asks whether all rows are solved. A processor knows at once; a GPU has
+# to be waited for, which takes as long as some steps of one block. Rows that are solved stay as
 # they are, so this changes no result.
 _ASKING = {"cpu": 1, "cuda": 4}
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from runtime.engines.onnxruntime import require_all_logits
-from thanos_deploy import artifact, evaluation, harness
+from thanos_deploy import artifact, devices, evaluation, harness
 from thanos_deploy import perplexity as quality
 from thanos_deploy.artifact import Bundle, Json, StageRecord
 from thanos_deploy.checkpoint import Checkpoint
@@ -173,6 +173,7 @@ def _measure(
     ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     where = "" if runtime == "torch" else "'s ONNX graph"
     progress = announce(f"Perplexity of the {title}{where}")
-    read = evaluation.open_reader(bundle.path, model, runtime)
-    measured = quality.perplexity_of(read, ids, frame=len(frame), on_progress=progress)
+    read = evaluation.open_reader(bundle.path, model, runtime, devices.choose(request.device))
+    with devices.memory_for(f"{title}, {request.seqlen} tokens at once"):
+        measured = quality.perplexity_of(read, ids, frame=len(frame), on_progress=progress)
     return {"text": text.origin, **asdict(measured), "frame": frame.to_json()}

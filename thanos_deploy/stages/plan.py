@@ -4,7 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
-from thanos_deploy import assignment
+from thanos_deploy import assignment, devices
 from thanos_deploy import prune as pruning
 from thanos_deploy.artifact import Json
 from thanos_deploy.checkpoint import Checkpoint, locate_configuration
@@ -77,6 +77,7 @@ def plan_pruning(
         "linear_layers": len(entries),
         "linear_weights": sum(entries.values()),
         "prune": request.to_json(),
+        "device": devices.describe(request.resolved_device),
         "disk_bytes_needed": source.bytes_in(request.dtype) + exported,
         "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
         **what,

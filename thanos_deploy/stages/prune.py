@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos_deploy import artifact, assignment, environment, owl, sizing
+from thanos_deploy import artifact, assignment, devices, environment, owl, sizing
 from thanos_deploy import prune as pruning
 from thanos_deploy import recover as recovering
 from thanos_deploy import shrink as shrinking
@@ -54,6 +54,7 @@ def prune_checkpoint(
         **request.walk_options,
         calib_forward=DTYPES[request.resolved_forward],
         dtype=DTYPES.get(request.dtype),
+        device=request.resolved_device,
         journal=journal,
         on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
     )
@@ -93,6 +94,7 @@ def _allocated(
         ids,
         patterns,
         threshold=options["threshold"],
+        device=request.resolved_device,
         journal=journal,
         on_progress=announce("Count the outliers of each block"),
     )
@@ -125,6 +127,7 @@ def survey_blocks(
         multiple=request.ffn_multiple,
         damping=fit["damping"],
         damping_mode=fit["damping_mode"],
+        device=request.resolved_device,
         journal=journal,
         on_progress=announce("Find out what each block would lose"),
     )
@@ -153,6 +156,7 @@ def shrink_checkpoint(
         plan=plan,
         **request.fit_options,
         dtype=DTYPES.get(request.dtype),
+        device=request.resolved_device,
         journal=journal,
         on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
     )
@@ -175,6 +179,7 @@ def recover_checkpoint(
         trained,
         count=request.recover,
         seed=request.seed,
+        device=request.resolved_device,
         on_progress=announce(f"Train what is left on {request.recover} segments"),
     )
     shutil.rmtree(folder)
@@ -202,7 +207,7 @@ def prune(
         **frame.inputs,
         **({} if own is None else {"sparsity_file": own.sha256}),
     }
-    owner = {**request.to_json(), **inputs, **_versions()}
+    owner = {**request.to_json(), **inputs, **_versions(request.resolved_device)}
 
     def produce(folder: Path) -> Json:
         (folder / "model").mkdir()
@@ -250,6 +255,7 @@ def prune(
                 f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
                 for activity in pruning.ACTIVITIES
             },
+            "device": devices.describe(request.resolved_device),
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "dense_bytes": source.bytes_in("auto"),
             "parts": {
@@ -289,14 +295,15 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
         )
 
 
-def _versions() -> Json:
-    """What else the last bit of a result depends on: the code and the number of threads."""
+def _versions(device: torch.device) -> Json:
+    """What else the last bit of a result depends on: code, device, number of threads."""
     made_with = environment.describe()
     return {
         "thanos-deploy": made_with["thanos-deploy"],
         "libraries": made_with["libraries"],
         "processor": made_with["processor"],
         "threads": torch.get_num_threads(),
+        **({} if device.type == "cpu" else {"gpu": devices.describe(device)}),
     }
 
 
