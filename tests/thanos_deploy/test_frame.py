@@ -209,12 +209,12 @@ def test_an_interrupted_run_of_the_old_rule_is_not_gone_on_with(
     """What `prune` takes a journal to belong to has the frame in it."""
     owners: list[Any] = []
 
-    class Seen(Exception):
+    class SeenError(Exception):
         pass
 
     def journal(folder: Path, owner: Any, report: Any) -> None:
         owners.append(owner)
-        raise Seen
+        raise SeenError
 
     monkeypatch.setattr("thanos_deploy.stages.prune.Journal", journal)
     for template in ("<begin> $A", "$A"):
