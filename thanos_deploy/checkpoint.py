@@ -166,18 +166,23 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
 
 def _hash_folder(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted({*folder.glob("*.safetensors"), *_companions(folder)}):
+    weights = (path for path in folder.glob("*.safetensors") if path.is_file())
+    for path in sorted({*weights, *_companions(folder)}):
         digest.update(f"{path.name} {artifact.sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _companions(folder: Path) -> list[Path]:
-    return sorted(
+    """The files of a model besides its weights; hidden ones are none of it."""
+    found = sorted(
         path
         for pattern in _COMPANIONS
         for path in folder.glob(pattern)
-        if path.is_file() and not path.name.endswith(".index.json")
+        if path.is_file() and not path.name.endswith(".index.json") and path.name[0] != "."
     )
+    for path in found:
+        names.plain(path.name, folder, error=ModelError)
+    return found
 
 
 def convert_gguf(gguf: Path, destination: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from runtime.text import open_tokenizer
 from tests.bundles import checked
 from tests.conftest import VOCABULARY, Invoke, MakeModel, save_byte_tokenizer, stock_model
-from thanos_deploy import calibrate
+from thanos_deploy import calibrate, harness
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.calibrate import Text, every_segment, segments
 from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
@@ -201,3 +201,34 @@ def test_a_bundle_of_the_old_rule_is_not_taken_for_one_of_the_new(
     assert stage.finished != finished
     assert invoke(*prune)[0] == 0
     assert Bundle.open(out).stages["prune"] == stage  # and this one is kept
+
+
+def test_an_interrupted_run_of_the_old_rule_is_not_gone_on_with(
+    framing: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `prune` takes a journal to belong to has the frame in it."""
+    owners: list[Any] = []
+
+    class SeenError(Exception):
+        pass
+
+    def journal(folder: Path, owner: Any, report: Any) -> None:
+        owners.append(owner)
+        raise SeenError
+
+    monkeypatch.setattr("thanos_deploy.stages.prune.Journal", journal)
+    for template in ("<begin> $A", "$A"):
+        save_framing_tokenizer(framing, template)
+        out = tmp_path / template.replace(" ", "").strip("<>$A") / "out"
+        assert invoke("prune", framing, *SMALL[:8], "-o", out)[0] == 1
+    framed, bare = owners
+    assert framed["frame"] == [BEGIN]
+    assert "frame" not in bare  # as before: such journals are still good
+
+
+def test_tasks_are_framed_too(framing: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    for template, frame in (("<begin> $A", [BEGIN]), ("$A", [])):
+        save_framing_tokenizer(framing, template)
+        judge = harness._language_model(framing, Checkpoint.open(framing), "torch")
+        assert judge.tok_encode("a")[:-1] == frame

@@ -438,3 +438,19 @@ def test_every_refusal_is_exit_code_3() -> None:
     assert {InputError.exit_code, ModelError.exit_code} == {3}
     assert issubclass(ModelError, InputError)
     assert issubclass(InputError, DeployError)
+
+
+def test_companions_are_copied_by_plain_names_and_hidden_ones_are_not(
+    invoke: Invoke, model: Path, tmp_path: Path
+) -> None:
+    (model / "._config.json").write_text("what a file system of another kind leaves")
+    (model / "folder.json").mkdir()
+    small = ("--pattern", "2:4", "--nsamples", "2", "--seqlen", "16", "--preset", "paper")
+    code, _, said = invoke("prune", model, *small, "-o", tmp_path / "out")
+    assert code == 0, said
+    assert not (tmp_path / "out" / "model" / "._config.json").exists()
+    Bundle.open(tmp_path / "out").verify()
+    (model / "a:b.json").write_text("{}")
+    code, _, said = invoke("prune", model, *small, "-o", tmp_path / "other")
+    assert code == 3
+    assert "a:b.json" in said

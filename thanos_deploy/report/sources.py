@@ -156,7 +156,11 @@ def _is_stale(bundle: Bundle, stage: str) -> bool:
 
 
 def _names(bundle: Bundle, glob: str) -> list[str]:
-    return sorted(path.relative_to(bundle.path).as_posix() for path in bundle.path.glob(glob))
+    return sorted(
+        path.relative_to(bundle.path).as_posix()
+        for path in bundle.path.glob(glob)
+        if path.name[0] != "."
+    )
 
 
 def _read(bundle: Bundle, name: str) -> Any:
