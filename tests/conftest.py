@@ -132,6 +132,14 @@ def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def last_logits(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaMA's graph that computes the last logits only. Not to be changed."""
+    folder = tmp_path_factory.mktemp("last")
+    exporters.onnx.export(Checkpoint.open(tiny_llama), folder, pattern=None, logits="last")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Makes a folder with `model`, a small one of a type pruned to 2:4, and its export `onnx`."""
 

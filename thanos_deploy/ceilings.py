@@ -50,12 +50,14 @@ class Work:
         cache_bytes_per_token: of the kv cache of one sequence.
         flops_per_token: of all layers with weights.
         flops_per_pair: of attention, for every pair of a token and one that it may look at.
+        flops_per_sequence: of an output head that reads the last token only.
     """
 
     weight_bytes: int
     cache_bytes_per_token: int
     flops_per_token: int
     flops_per_pair: int
+    flops_per_sequence: int = 0
 
     def step(self, *, batch: int, tokens: int, past: int) -> tuple[int, int]:
         """Bytes and floating point operations of one step.
@@ -67,7 +69,7 @@ class Work:
         """
         moved = self.weight_bytes + batch * (past + tokens) * self.cache_bytes_per_token
         flops = batch * tokens * (self.flops_per_token + (past + tokens) * self.flops_per_pair)
-        return moved, flops
+        return moved, flops + batch * self.flops_per_sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
     }
     reader = {name: node for node in graph.node for name in node.input}
     read: set[str] = set()
-    flops_per_token = flops_per_pair = 0
+    flops_per_token = flops_per_pair = head = 0
     for node in graph.node:
         if node.op_type != "Gather":  # which reads single rows
             read.update(source[name] for name in node.input if name in source)
@@ -150,7 +152,8 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
                 sizes = {attribute.name: attribute.i for attribute in node.attribute}
                 flops_per_token += 2 * sizes["K"] * sizes["N"]
             case "MatMul" | "Gemm" if node.input[1] in source:
-                flops_per_token += 2 * math.prod(weights[source[node.input[1]]].dims)
+                head = 2 * math.prod(weights[source[node.input[1]]].dims)  # the last one is it
+                flops_per_token += head
             # Attention is two products of equal work, scores and mix; the shape of what is mixed,
             # [batch, heads, sequence, dim], is always in the file. Queries that share a value are
             # stacked for the product, and that is their shape when they are apart again.
@@ -160,11 +163,14 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
                 match shapes.get(mixed):
                     case [_, int(heads), _, int(dim)]:
                         flops_per_pair += 2 * 2 * heads * dim
+    sequence = graph.output[0].type.tensor_type.shape.dim[1]
+    once = head if sequence.dim_value == 1 else 0
     return Work(
         weight_bytes=sum(_bytes(weights[name]) for name in read),
         cache_bytes_per_token=cache_bytes_per_token,
-        flops_per_token=flops_per_token,
+        flops_per_token=flops_per_token - once,
         flops_per_pair=flops_per_pair,
+        flops_per_sequence=once,
     )
 
 
