@@ -3,9 +3,9 @@
 Usage: python -m benchmarks.graph [--rounds N] [--prompt N] NAME=FOLDER...
 
 FOLDER holds model.onnx. For each: the nodes of the file, those that ONNX Runtime runs after its own
-fusions, and the least processor time of a prefill of --prompt tokens (128) and of a decode after as many, models
-in turns. The least processor time of one thread is what a busy machine disturbs least; it is no
-latency, for which see `benchmarks.shrinking`.
+fusions, and the least processor time of a prefill of --prompt tokens (128) and of a decode after as
+many, models in turns. The least processor time of one thread is what a busy machine disturbs least;
+it is no latency, for which see `benchmarks.shrinking`.
 """
 
 import argparse
