@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import exporters.onnx
 from exporters import _parity, _weights
-from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.graph import Graph
 from runtime.memory import HostMemory
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from runtime import memory
 from runtime.batching import open_slots
 from runtime.engine import open_engine
-from runtime.engines.onnxruntime import Graph
 from runtime.floats import BFLOAT16, FLOAT16, FLOAT32, Float, named
+from runtime.graph import Graph
 from runtime.memory import CudaMemory, HostMemory, Memory, Tensor
 from runtime.slots import OnnxRuntimeSlots
 from tests.conftest import VOCABULARY

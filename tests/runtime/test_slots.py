@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from runtime.batching import Batcher, Request, open_slots
 from runtime.engine import open_engine
-from runtime.engines.onnxruntime import Graph
 from runtime.generate import generate
+from runtime.graph import Graph
 from runtime.memory import HostMemory
 from runtime.sampling import Sampling
 from runtime.slots import OnnxRuntimeSlots

@@ -16,8 +16,9 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.tensorrt import Limits, TensorRTEngine
+from runtime.graph import Graph
 from runtime.memory import HostMemory
 from tests.conftest import VOCABULARY
 from thanos_deploy.errors import InputError
