@@ -100,7 +100,8 @@ class Engine:
         self.profiles: list[int] = []
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self._inputs, *self._outputs][index]
+        name: str = [*self._inputs, *self._outputs][index]
+        return name
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
