@@ -1,11 +1,11 @@
 """How many nodes exported graphs have, and what they cost on one thread.
 
-Usage: python -m benchmarks.graph [--rounds N] NAME=FOLDER...
+Usage: python -m benchmarks.graph [--rounds N] [--prompt N] NAME=FOLDER...
 
 FOLDER holds model.onnx. For each: the nodes of the file, those that ONNX Runtime runs after its own
-fusions, and the least processor time of a prefill of 128 tokens and of a decode at past 128, models
-in turns. The least processor time of one thread is what a busy machine disturbs least; it is no
-latency, for which see `benchmarks.shrinking`.
+fusions, and the least processor time of a prefill of --prompt tokens (128) and of a decode after as
+many, models in turns. The least processor time of one thread is what a busy machine disturbs least;
+it is no latency, for which see `benchmarks.shrinking`.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from thanos_deploy import environment
 
-PROMPT = 128
 # Passes of a round: decodes are short.
 REPEATS = {"prefill": 1, "decode": 8}
 
@@ -32,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("graphs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prompt", type=int, default=128)
     arguments = parser.parse_args()
     paths = {
         name: Path(folder) / "model.onnx"
@@ -43,7 +43,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, session in sessions.items():
             for kind, repeats in REPEATS.items():
-                seconds = processor_time(session, kind, repeats)
+                seconds = processor_time(session, kind, repeats, arguments.prompt)
                 least[name][kind] = min(least[name][kind], seconds)
     for name in paths:
         written, running = nodes[name]
@@ -82,9 +82,9 @@ def open_session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def processor_time(session: ort.InferenceSession, kind: str, repeats: int) -> float:
+def processor_time(session: ort.InferenceSession, kind: str, repeats: int, prompt: int) -> float:
     """Mean processor seconds of a pass, after one that is not counted."""
-    sequence, past = (PROMPT, 0) if kind == "prefill" else (1, PROMPT)
+    sequence, past = (prompt, 0) if kind == "prefill" else (1, prompt)
     generator = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {
         "input_ids": np.ones((1, sequence), np.int64),

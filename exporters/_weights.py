@@ -40,7 +40,7 @@ class WeightRecord:
 def require_names(path: Path, model: PreTrainedModel) -> None:
     """Every parameter lies in the file under its own name, and no other matrix does."""
     shapes = {
-        name: list(value.const_value.shape)
+        name: list(value.const_value.shape.numpy())
         for name, value in initializers_of(path).items()
         if value.const_value is not None
     }

@@ -118,7 +118,7 @@ def _on_host(lines: Lines) -> NDArray[np.uint8]:
     if 0 in shape:
         return np.zeros(shape, np.uint8)
     span = (lines.count - 1) * lines.pitch + lines.length
-    memory = (ctypes.c_uint8 * span).from_address(lines.address)
+    memory = memoryview((ctypes.c_uint8 * span).from_address(lines.address))
     return np.ndarray(shape, np.uint8, memory, strides=(lines.pitch, 1))
 
 

@@ -10,7 +10,8 @@ mask hides the padding:
 The cache lies in two sets of buffers, which take turns: a step reads the past from one and writes
 the present into the other. Every tensor begins where its buffer begins, so the last row can be cut
 off, and rows can be put below it, without moving the others. All rows are copied only to make room
-for a longer prompt, and to cut common padding off once that has cost as much as the copy will.
+for a longer prompt, and to cut common padding off once that has cost as much as the copy will. The
+buffers are in the memory of the device that the graph runs on; see `runtime.memory`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.engine import Ids, Logits, require_readable
-from runtime.engines.onnxruntime import Graph
+from runtime.graph import Graph
 from runtime.memory import Tensor
 
 # Tokens of each sequence that are read at once where nobody says how many.
@@ -61,6 +62,7 @@ class Rows:
     def add(self, rows: int) -> None:
         """Put rows without tokens below the others."""
         old = len(self.lengths)
+        assert old + rows <= self._most
         self.lengths = np.pad(self.lengths, (0, rows))
         for tensor in self._tensors():
             # Whatever lay there might be NaN, which no mask hides.

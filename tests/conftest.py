@@ -169,6 +169,16 @@ def exported_llama(tiny_llama: Path, store: Store) -> Path:
 
 
 @pytest.fixture(scope="session")
+def last_logits(tiny_llama: Path, store: Store) -> Path:
+    """The tiny LLaMA's graph that computes the last logits only. Not to be changed."""
+
+    def make(folder: Path) -> None:
+        exporters.onnx.export(Checkpoint.open(tiny_llama), folder, pattern=None, logits="last")
+
+    return store.folder("last-logits", make)
+
+
+@pytest.fixture(scope="session")
 def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
     """Makes a folder with `model`, a small one of a type pruned to 2:4, and its export `onnx`."""
 

@@ -46,7 +46,7 @@ def bundle(with_engine: Path, tmp_path: Path) -> Path:
 
 def test_an_engine_is_a_stage_beside_the_graph_that_it_is_made_from(with_engine: Path) -> None:
     opened = Bundle.open(with_engine)
-    assert list(opened.stages) == ["prune", "onnx-fp16", ENGINE]
+    assert list(opened.stages) == ["prune", "onnx-fp16-last", ENGINE]
     result = opened.stages[ENGINE].result
     assert result["sparse_weights"]
     assert result["summary"]["pattern_holds"] == 14
@@ -89,8 +89,8 @@ def test_verify_says_what_is_proven_and_what_is_not(bundle: Path, invoke: Invoke
     result = json.loads(out)
     seen = {check["name"]: (check["outcome"], check["detail"]) for check in result["checks"]}
     assert seen["prune: pattern"] == ("PASS", "14 of 14 layers hold 2:4")
-    assert seen["onnx-fp16: pattern"] == ("PASS", "14 of 14 layers hold 2:4")
-    assert seen[f"{ENGINE}: graph"] == ("PASS", "built from onnx-fp16/ as it is now")
+    assert seen["onnx-fp16-last: pattern"] == ("PASS", "14 of 14 layers hold 2:4")
+    assert seen[f"{ENGINE}: graph"] == ("PASS", "built from onnx-fp16-last/ as it is now")
     # Built ahead of time: nobody knows the kernels yet, and nothing is claimed.
     assert seen[f"{ENGINE}: sparse kernels"][1].startswith("0 picked, 0 eligible, 14 hold 2:4")
     assert len(result["engines"][ENGINE]) == 14
@@ -143,12 +143,12 @@ def test_an_engine_of_another_graph_is_found(bundle: Path, invoke: Invoke) -> No
     assert invoke("export", bundle, *options)[0] == 0  # a stage of its own: changes nothing
     assert invoke("verify", bundle)[0] == 0
     manifest = json.loads((bundle / "manifest.json").read_text())
-    inputs = manifest["stages"][ENGINE]["inputs"]["onnx-fp16"]
-    inputs["onnx-fp16/model.onnx"] = "0" * 64
+    inputs = manifest["stages"][ENGINE]["inputs"]["onnx-fp16-last"]
+    inputs["onnx-fp16-last/model.onnx"] = "0" * 64
     artifact.write_json(bundle / "manifest.json", manifest)
     code, _, err = invoke("verify", bundle)
     assert code == 6
-    assert "built from another onnx-fp16/" in err
+    assert "built from another onnx-fp16-last/" in err
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_without_a_gpu_everything_else_is_finished_and_the_next_command_named(
     assert "thanos-deploy export out --target tensorrt" in err
     assert err.startswith("Note: target tensorrt: not usable")  # before any work
     done = Bundle.open(out)
-    assert {"prune", "eval", "onnx", "onnx-fp16", "bench", "report"} <= set(done.stages)
+    assert {"prune", "eval", "onnx", "onnx-fp16-last", "bench", "report"} <= set(done.stages)
     done.verify()
 
     # The folder alone is enough to go on elsewhere: no dense model, no cache.

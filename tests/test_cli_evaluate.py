@@ -192,6 +192,20 @@ def test_a_graph_that_was_not_exported_is_not_measured(
         assert "thanos-deploy export" in errors
 
 
+def test_a_graph_of_the_last_logits_has_no_perplexity(
+    out: Path, model: Path, invoke: Invoke
+) -> None:
+    graph = ("export", out, "--target", "onnx")
+    assert invoke(*graph, "--logits", "last", "--overwrite")[0] == 0
+    made = (out / "manifest.json").read_bytes()
+    assert invoke(*graph)[0] == 0  # as it was made
+    assert (out / "manifest.json").read_bytes() == made
+    for dense in (("--dense", model), ()):
+        code, printed, errors = invoke("eval", out, *dense, "--runtime", "onnx", *TEXT)
+        assert (code, printed) == (3, "")
+        assert "--target onnx --logits all --overwrite" in " ".join(errors.split())
+
+
 # Tasks of lm-evaluation-harness, with local data. What is right is what the dense model says.
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from runtime.engine import require_stage
 from runtime.engines import onnxruntime
+from runtime.graph import Graph, require_all_logits
 from thanos_deploy.checkpoint import Checkpoint, load_model
 from thanos_deploy.devices import CPU
 from thanos_deploy.perplexity import Read, reader
@@ -54,9 +55,9 @@ def graph_reader(bundle: Path) -> Read:
     return read
 
 
-def open_graph(bundle: Path) -> onnxruntime.Graph:
+def open_graph(bundle: Path) -> Graph:
     """The graph of a bundle, compared with its hash; see `open_reader`."""
     require_stage(bundle, onnxruntime, verify=True)
     graph = onnxruntime.open_graph(bundle)
-    onnxruntime.require_all_logits(graph.logits)
+    require_all_logits(graph.logits)
     return graph

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.generate import generate_batch
+from runtime.graph import Graph
 from thanos_deploy import artifact, devices
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.errors import InputError, PlatformError, UsageError

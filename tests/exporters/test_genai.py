@@ -55,6 +55,16 @@ def greedy_by_torch(model: Any, prompt: list[int], new_tokens: int, end: int) ->
     return ids[len(prompt) :]
 
 
+def test_a_graph_of_the_last_logits_generates_the_same_tokens(
+    tiny_llama: Path, exported_llama: Path, last_logits: Path, tmp_path: Path
+) -> None:
+    texts = []
+    for name, onnx in (("all", exported_llama / "onnx"), ("last", last_logits)):
+        (tmp_path / name).mkdir()
+        texts.append(greedy_by_genai(export(onnx, tiny_llama, tmp_path / name), PROMPT, 12))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_generates_the_tokens_of_torch(
     exported_two_four: Exported, tmp_path: Path, model_type: str

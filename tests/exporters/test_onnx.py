@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import exporters.onnx
 from exporters import _parity, _weights
-from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.graph import Graph
 from runtime.memory import HostMemory
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.errors import GateError, ModelError, UsageError
+from thanos_deploy.errors import GateError, InputError, ModelError, UsageError
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune import linear_shapes
 
@@ -95,6 +96,37 @@ def test_one_graph_runs_batches_lengths_and_pasts_that_it_was_not_exported_with(
                 logits, expected[:, done : done + length], atol=1e-5, rtol=1e-4
             )
             done += length
+
+
+def test_a_graph_of_the_last_logits_has_the_same_proof_and_says_what_it_cannot_do(
+    tiny_llama: Path, exported_llama: Path, last_logits: Path
+) -> None:
+    record, whole = (
+        json.loads((folder / "export.json").read_text())
+        for folder in (last_logits, exported_llama / "onnx")
+    )
+    assert (record["logits"], whole["logits"]) == ("last", "all")
+    assert [case["name"] for case in record["parity"]] == [case["name"] for case in whole["parity"]]
+    assert all(c["logits_error"] < 1e-5 and c["cache_error"] < 1e-5 for c in record["parity"])
+    session = ort.InferenceSession(last_logits / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].shape == ["batch", 1, VOCABULARY]
+    graph = Graph(session, ort, memory=HostMemory(), max_sequence=128)
+    ids = torch.randint(VOCABULARY, (3, 20))
+    with torch.no_grad():
+        expected = stock_model(tiny_llama, dtype=torch.float32)(ids).logits.numpy()
+    engine = OnnxRuntimeEngine(graph)
+    np.testing.assert_allclose(engine.prefill(ids[:, :18].numpy()), expected[:, 17], atol=1e-5)
+    for position in (18, 19):
+        logits = engine.decode(ids[:, position].numpy())
+        np.testing.assert_allclose(logits, expected[:, position], atol=1e-5)
+    with pytest.raises(InputError, match="--logits last") as caught:
+        next(graph.read(ids[0].numpy()))
+    assert "--logits all --overwrite" in caught.value.fix
+    # The error of another model's logits is seen here too.
+    other = stock_model(tiny_llama, dtype=torch.float32)
+    other.model.layers[1].mlp.down_proj.weight.data[0] += 0.1
+    cases = _parity.compare(last_logits / "model.onnx", other, _parity.LIMITS["fp32"])
+    assert {case.first_differing for case in cases} == {"logits"}
 
 
 def test_opt_with_norms_behind_projections_around_and_no_biases_has_parity(

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from runtime.batching import Batcher, Request, open_slots
 from runtime.engine import open_engine
-from runtime.engines.onnxruntime import Graph
 from runtime.generate import generate
+from runtime.graph import Graph
 from runtime.memory import HostMemory
 from runtime.sampling import Sampling
 from runtime.slots import OnnxRuntimeSlots
 from tests.conftest import VOCABULARY, Exported
 from tests.runtime.test_batching import Answer
-from thanos_deploy.errors import InputError, IntegrityError, UsageError
+from thanos_deploy import gpu
+from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 
 SLOTS = 4
 
@@ -220,6 +221,9 @@ def test_slots_that_cannot_be_opened_say_why(exported_llama: Path, tmp_path: Pat
         open_slots(exported_llama, slots=1, provider="tpu")
     with pytest.raises(InputError, match="not a bundle"):
         open_slots(tmp_path, slots=1)
+    if not gpu.probe().gpus:
+        with pytest.raises(PlatformError, match="no GPU"):
+            open_slots(exported_llama, slots=1, provider="cuda")
 
 
 def test_a_changed_graph_gets_no_slots(exported_llama: Path, tmp_path: Path) -> None:

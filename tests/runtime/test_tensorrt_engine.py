@@ -16,12 +16,11 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-import exporters.onnx
-from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.tensorrt import Limits, TensorRTEngine
+from runtime.graph import Graph
 from runtime.memory import HostMemory
 from tests.conftest import VOCABULARY
-from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import InputError
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT64", "FP8"])
@@ -101,7 +100,8 @@ class Engine:
         self.profiles: list[int] = []
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self._inputs, *self._outputs][index]
+        name: str = [*self._inputs, *self._outputs][index]
+        return name
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
@@ -145,15 +145,11 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def sessions(
-    tiny_llama: Path, exported_llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, ort.InferenceSession]:
+def sessions(exported_llama: Path, last_logits: Path) -> dict[str, ort.InferenceSession]:
     """Of the graph with the logits after every token, and of the one with the last only."""
-    last = tmp_path_factory.mktemp("last")
-    exporters.onnx.export(Checkpoint.open(tiny_llama), last, pattern=None, logits="last")
     return {
         logits: ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        for logits, folder in (("all", exported_llama / "onnx"), ("last", last))
+        for logits, folder in (("all", exported_llama / "onnx"), ("last", last_logits))
     }
 
 

@@ -47,6 +47,18 @@ def test_operations_are_those_that_pytorch_counts(
         assert flops == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
+def test_a_head_that_reads_the_last_token_only_is_counted_once_a_sequence(
+    exported_llama: Path, last_logits: Path
+) -> None:
+    every, last = counted(exported_llama / "onnx"), counted(last_logits)
+    head = 2 * 257 * 32  # vocabulary and width
+    assert last.flops_per_sequence == head
+    for batch, tokens in ((2, 5), (3, 1)):
+        saved = batch * head * (tokens - 1)
+        whole = every.step(batch=batch, tokens=tokens, past=7)[1]
+        assert last.step(batch=batch, tokens=tokens, past=7)[1] == whole - saved
+
+
 def test_bytes_are_those_of_the_weights_that_a_step_reads(
     tiny_llama: Path, exported_llama: Path, make_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ _engine = several(
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="What to run on; an error where it is not there.",
+        help="What to run on, and where the kv caches are; an error where it is not there.",
     ),
     click.option(
         "--threads",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from runtime.engines.onnxruntime import require_all_logits
+from runtime.graph import require_all_logits
 from thanos_deploy import artifact, devices, evaluation, harness
 from thanos_deploy import perplexity as quality
 from thanos_deploy.artifact import Bundle, Json, StageRecord

@@ -1,0 +1,184 @@
+"""The graph that `exporters.onnx` describes, in a session of ONNX Runtime."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from runtime import floats
+from runtime.engine import Ids, Logits, require_readable
+from runtime.floats import Float
+from runtime.memory import Memory, Tensor
+from thanos_deploy.errors import InputError, UsageError
+
+# Tokens of a text that are read at once: a row of logits is vocabulary-sized.
+_TOKENS_AT_ONCE = 256
+
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+LOGITS = "logits"
+
+
+class Graph:
+    """Tokens and a kv cache in, logits and the longer cache out.
+
+    A cache is a list of `memory.Tensor`, one for each input `past_key_values.*`, and stays on the
+    session's device: the outputs of one run are the inputs of the next. Of the logits only those
+    that are asked for are copied to the host.
+
+    Attributes:
+        max_sequence: the most tokens, prompt and answer together.
+        vocabulary: how many ids there are.
+        logits: "all" or "last"; see `exporters.onnx`.
+        memory: of the device.
+    """
+
+    def __init__(self, session: Any, ort: Any, *, memory: Memory, max_sequence: int) -> None:
+        """Wrap a session.
+
+        Args:
+            session: an `onnxruntime.InferenceSession`.
+            ort: the module `onnxruntime`.
+            memory: of the device that the session runs on.
+            max_sequence: the most tokens, prompt and answer together.
+
+        Raises:
+            InputError: the cache or the logits are of a type that is not known.
+        """
+        self._session = session
+        self._ort = ort
+        self.memory = memory
+        self.max_sequence = max_sequence
+        logits, *present = session.get_outputs()
+        self._present = [value.name for value in present]
+        self._past = session.get_inputs()[len(TOKEN_INPUTS) :]
+        self._types = [floats.named(entry.type, tensor=entry.name) for entry in self._past]
+        self._logits_type = floats.named(logits.type, tensor=logits.name)
+        self.logits = "last" if logits.shape[1] == 1 else "all"
+        self.vocabulary: int = logits.shape[2]
+
+    def empty_cache(self, batch: int) -> list[Tensor]:
+        """The cache of sequences of which nothing has been read, each [batch, heads, 0, dim]."""
+        return [
+            replace(
+                self.memory.allocate(0, type_), shape=(batch, entry.shape[1], 0, entry.shape[3])
+            )
+            for entry, type_ in zip(self._past, self._types, strict=True)
+        ]
+
+    def run(
+        self,
+        ids: Ids,
+        mask: Ids,
+        cache: Sequence[Tensor],
+        *,
+        into: Sequence[Tensor] | None = None,
+    ) -> tuple[Logits, Sequence[Tensor]]:
+        """Append tokens to every sequence.
+
+        Args:
+            ids: int64[batch, tokens].
+            mask: int64[batch, past + tokens], 0 for padding, which must be on the left.
+            cache: of the past.
+            into: where to write the longer cache; None for memory of the session's own.
+
+        Returns:
+            float32[batch, vocabulary], the logits after the last token, and the longer cache.
+        """
+        logits, longer = self._append(ids, mask, cache, into)
+        return self._rows(logits, tokens=1), longer
+
+    def read(self, ids: Ids) -> Iterator[Logits]:
+        """Read one text from its beginning, a part at a time, as chunked prefill does.
+
+        Args:
+            ids: int64[tokens].
+
+        Yields:
+            float32[part, vocabulary], the logits after every token, in order.
+
+        Raises:
+            InputError: the graph has not got them.
+            UsageError: no token, an id outside the vocabulary, or more tokens than the export is
+                made for.
+        """
+        require_all_logits(self.logits)
+        require_readable(ids[None], self.vocabulary)
+        self.require_room(len(ids))
+        cache: Sequence[Tensor] = self.empty_cache(1)
+        for start in range(0, len(ids), _TOKENS_AT_ONCE):
+            part = ids[None, start : start + _TOKENS_AT_ONCE]
+            mask = np.ones((1, start + part.shape[1]), dtype=np.int64)
+            logits, cache = self._append(part, mask, cache, None)
+            yield self._rows(logits, tokens=part.shape[1])
+
+    def _append(
+        self, ids: Ids, mask: Ids, cache: Sequence[Tensor], into: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """`run`, with all logits that the graph gives, on the device: [batch, ..., vocabulary]."""
+        device = self.memory.device
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+        binding = self._session.io_binding()
+        tokens = [
+            self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+            for array in (ids, mask, positions)
+        ]
+        for name, value in zip(TOKEN_INPUTS, tokens, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for entry, past in zip(self._past, cache, strict=True):
+            binding.bind_input(entry.name, device, 0, past.type.onnx, past.shape, past.address)
+        binding.bind_output(LOGITS, device)
+        for index, name in enumerate(self._present):
+            if into is None:
+                binding.bind_output(name, device)
+            else:
+                room = into[index]
+                binding.bind_output(name, device, 0, room.type.onnx, room.shape, room.address)
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        logits, *longer = binding.get_outputs()
+        if into is None:
+            into = [_tensor(value, its) for value, its in zip(longer, self._types, strict=True)]
+        return _tensor(logits, self._logits_type), into
+
+    def _rows(self, logits: Tensor, *, tokens: int) -> Logits:
+        """float32[batch * tokens, vocabulary], the last of the logits of every sequence."""
+        batch, given, vocabulary = logits.shape
+        each = replace(logits, shape=(batch, 1, given, vocabulary))
+        raw = self.memory.read(each.lines(range(batch), range(given - tokens, given)))
+        return logits.type.widen(raw.view(logits.type.bits).reshape(-1, vocabulary))
+
+    def require_room(self, tokens: int) -> None:
+        """Refuse sequences that are longer than the export is made for.
+
+        Raises:
+            UsageError: they are.
+        """
+        if tokens > self.max_sequence:
+            raise UsageError(
+                f"{tokens} tokens: the export is made for at most {self.max_sequence}",
+                fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
+            )
+
+
+def _tensor(value: Any, type_: Float) -> Tensor:
+    """A result of ONNX Runtime, which owns the memory."""
+    return Tensor(value.data_ptr(), tuple(value.shape()), type_, value)
+
+
+def require_all_logits(logits: str) -> None:
+    """Refuse a graph that cannot be judged by what it makes of a text.
+
+    Args:
+        logits: what the graph gives, "all" or "last".
+
+    Raises:
+        InputError: it gives the logits after the last token only.
+    """
+    if logits != "all":
+        raise InputError(
+            f"the graph was exported with --logits {logits}, and the quality of a model is in its "
+            "logits after every token",
+            fix="run `thanos-deploy export OUT --target onnx --logits all --overwrite` first",
+        )
