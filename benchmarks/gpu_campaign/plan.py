@@ -86,7 +86,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
         ),
         *(
             Step(
-                f"model:{name}",
+                models.step(name),
                 _MODEL[name],
                 partial(models.rows, name, sizes.model, variants=variants),
                 sparse if name.endswith("2:4") else ("gpu",),

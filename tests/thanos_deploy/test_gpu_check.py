@@ -141,6 +141,13 @@ def test_what_the_preflight_did_not_find_is_missing() -> None:
     assert list(gpu_check.missing(THERE, None)) == ["bundle"]
 
 
+def test_every_step_can_be_chosen_on_the_command_line() -> None:
+    names = [step.name for step in gpu_check.STEPS]
+    assert len(set(names)) == len(names)
+    assert not any("," in name for name in names)
+    assert "model:structured+2:4" in names
+
+
 def test_every_need_of_a_step_is_one_that_can_be_missing() -> None:
     nothing = [
         Check(name, "FAIL", "", "")

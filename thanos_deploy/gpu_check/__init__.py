@@ -61,7 +61,7 @@ STEPS: tuple[Step, ...] = (
     ),
     *(
         Step(
-            f"model:{name}",
+            models.step(name),
             60 if name.endswith("2:4") else 20,
             partial(models.rows, name, models.Sizes(), variants=variants),
             ("gpu", "sparse") if name.endswith("2:4") else ("gpu",),

@@ -59,6 +59,11 @@ class Sizes:
     warmup: int = 2
 
 
+def step(name: str) -> str:
+    """The step of a model; a comma would part two steps on the command line."""
+    return f"model:{name.replace(', ', '+')}"
+
+
 def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ()) -> Iterator[Row]:
     """One model, timed.
 
@@ -90,7 +95,7 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
                 reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
                 yield row(*pass_of(scenario), None, None, reason)
                 yield CheckRow(
-                    f"model:{name}",
+                    step(name),
                     f"{variant}, {scenario.name}",
                     "FAIL",
                     reason,
