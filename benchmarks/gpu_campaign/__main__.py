@@ -13,8 +13,9 @@ from thanos_deploy.gpu_records import Records, StepRow
 from thanos_deploy.progress import Announce
 from thanos_deploy.steps import Task
 
-# Of one call on a machine that is lent by the minute.
+# Of one call on a machine that is lent by the minute; and of a rehearsal.
 SECONDS = 400.0
+_SECONDS_TO_REHEARSE = 3600.0
 
 
 def main() -> None:
@@ -40,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", type=_names, default=(), metavar="STEP,...")
     parser.add_argument("--skip", type=_names, default=(), metavar="STEP,...")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)g")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"default: {SECONDS:g}, and {_SECONDS_TO_REHEARSE:g} for a rehearsal",
+    )
     parser.add_argument("--bundle", type=Path, help="default: a tiny one is made")
     parser.add_argument("--rehearse", action="store_true")
     return parser
@@ -66,7 +71,7 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
         chosen,
         Task("cpu" if arguments.rehearse else "cuda", arguments.bundle),
         journal,
-        seconds=arguments.seconds,
+        seconds=arguments.seconds or (_SECONDS_TO_REHEARSE if arguments.rehearse else SECONDS),
         missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
         log=arguments.out / "log.txt",
         card=None if arguments.rehearse else nvml.Gpu.probe(),

@@ -30,6 +30,9 @@ _A_KERNEL = 8.0
 # Those of 2:4 measure first which kernel is the fastest for each layer.
 _MODEL = {"dense": 15.0, "2:4": 40.0, "structured": 15.0, "structured, 2:4": 40.0}
 
+# Of a step in a rehearsal, on a machine that does other things as well.
+_REHEARSED = 60.0
+
 # Small, and with every kind of edge that the sizes of the day have.
 TOY = Sizes(
     peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
@@ -98,4 +101,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     ]
     if not rehearse:
         return found
-    return [replace(step, rows=partial(rehearsal.rows, step.rows), needs=()) for step in found]
+    return [
+        replace(step, seconds=_REHEARSED, rows=partial(rehearsal.rows, step.rows), needs=())
+        for step in found
+    ]

@@ -19,8 +19,8 @@ _FOUND = 99
 
 
 def rows(task: Task) -> Iterator[Row]:
-    """A row for each tool."""
-    for tool in _TOOLS:
+    """A row for each tool; for one of them in a rehearsal, where none is real."""
+    for tool in _TOOLS if task.device == "cuda" else _TOOLS[:1]:
         yield check(tool, task.device)
 
 
