@@ -55,6 +55,12 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
+def _seconds(arguments: argparse.Namespace) -> float:
+    if arguments.seconds is not None:
+        return float(arguments.seconds)
+    return _SECONDS_TO_REHEARSE if arguments.rehearse else SECONDS
+
+
 def run(arguments: argparse.Namespace, announce: Announce) -> Records:
     """Do the steps, and leave the four files."""
     if arguments.rehearse:
@@ -71,7 +77,7 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
         chosen,
         Task("cpu" if arguments.rehearse else "cuda", arguments.bundle),
         journal,
-        seconds=arguments.seconds or (_SECONDS_TO_REHEARSE if arguments.rehearse else SECONDS),
+        seconds=_seconds(arguments),
         missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
         log=arguments.out / "log.txt",
         card=None if arguments.rehearse else nvml.Gpu.probe(),
