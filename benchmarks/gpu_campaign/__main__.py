@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from thanos_deploy import console, gpu_records, nvml, preflight, steps
-from thanos_deploy.errors import DeployError, GateError, PlatformError
-from thanos_deploy.gpu_check import missing
-from thanos_deploy.gpu_records import Records, StepRow
+from thanos_deploy.errors import DeployError
+from thanos_deploy.gpu_check import missing, require_passed
+from thanos_deploy.gpu_records import Records
 from thanos_deploy.progress import Announce
 from thanos_deploy.steps import Task
 
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         with console.announcer(quiet=False) as announce:
             records = run(arguments, announce)
-        _judge(records)
+        require_passed(records)
     except DeployError as error:
         console.show_error(str(error))
         sys.exit(error.exit_code)
@@ -89,21 +89,6 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
     (arguments.out / "summary.txt").write_text(text)
     print(text, flush=True)
     return records
-
-
-def _judge(records: Records) -> None:
-    """End as the steps came out.
-
-    Raises:
-        PlatformError: none of them could run.
-        GateError: one of them failed.
-    """
-    ends = records.of(StepRow)
-    if all(row.outcome == "SKIP" for row in ends):
-        raise PlatformError(f"nothing could run: {ends[0].detail}", fix=ends[0].fix)
-    for row in ends:
-        if row.outcome == "FAIL":
-            raise GateError(f"{row.step}: {row.detail}", fix=row.fix or "read log.txt")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     # The kernels for 2:4 are for a GPU; their models are made and run all the same.
     variants = ("eager",) if rehearse else ()
     found = [
-        Step("card", 10, partial(card.rows, sizes.peaks, command), ("gpu",)),
+        Step("card", 5, partial(card.rows, command), ("gpu",), always=True),
+        Step("peaks", 8, partial(card.peak_rows, sizes.peaks), ("gpu",)),
         *(
             Step(
                 f"correctness:{kernel}",

@@ -53,7 +53,7 @@ def test_without_a_gpu_every_step_is_skipped_with_the_reason(
     file = tmp_path / "found.json"
     code, out, err = invoke("gpu-check", "-o", file)
     assert code == 4
-    assert "no step could run: card: not measured (GPU: no NVIDIA driver" in err
+    assert "no step could run: peaks: not measured (GPU: no NVIDIA driver" in err
     records = gpu_records.read(file)
     ends = records.of(StepRow)
     assert [row.step for row in ends] == [step.name for step in gpu_check.STEPS]
@@ -69,7 +69,7 @@ def test_without_a_gpu_every_step_is_skipped_with_the_reason(
 @no_gpu
 def test_steps_are_chosen_on_the_command_line(tmp_path: Path, invoke: Invoke) -> None:
     file = tmp_path / "found.json"
-    chosen = ("--only", "gemm,card", "--skip", "gemm:cutlass")
+    chosen = ("--only", "gemm", "--skip", "gemm:cutlass")
     code, out, _ = invoke("gpu-check", *chosen, "-o", file, "--json")
     assert code == 4
     names = [row.step for row in gpu_records.read(file).of(StepRow)]
