@@ -48,8 +48,9 @@ def command(
 
     What is there is looked at first. Then come, each in a process of its own: card, peaks,
     correctness, gemm, model and pruning, which need no bundle, and ort-cuda, tensorrt,
-    ort-tensorrt and tensorrt-models. A table has PASS, FAIL or SKIP and the reason for each; the figures are written
-    as JSON row by row, and what was measured is kept whatever happens to a step.
+    ort-tensorrt and tensorrt-models. A table has PASS, FAIL or SKIP and the reason for each; the
+    figures are written as JSON row by row, and what was measured is kept whatever becomes of a
+    step.
 
     Exit codes: 4 nothing could run, 6 something failed.
     """

@@ -194,7 +194,11 @@ def lines(records: Records) -> list[Check]:
             found.append(Check(f"{row.step}: {row.name}", row.outcome, row.detail, row.fix))
         elif isinstance(row, StepRow):
             found.append(Check(row.step, row.outcome, row.detail, row.fix))
-    found += [Check("times", "FAIL", reason, "measure again, alone") for reason in records.reasons]
+    if records.status == "INVALID":
+        found += [
+            Check("times", "FAIL", reason, "measure again, alone on the GPU")
+            for reason in records.reasons
+        ]
     counts = {
         outcome: sum(check.outcome == outcome for check in found)
         for outcome in ("PASS", "FAIL", "SKIP")
