@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# A process for each core, with one thread each; the tests of a file stay in one process.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 # The Triton Inference Server in the wheel of pytriton runs with Debian's CPython 3.11, and its
 # Python backend with numpy 1.
@@ -26,11 +28,11 @@ demo: $(STAMP)
 		--pattern 2:4 --target onnx -o out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Without the real model.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # With the oldest versions that are promised to work.
 test-oldest: $(OLDEST_STAMP)

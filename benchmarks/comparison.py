@@ -201,7 +201,7 @@ def genai_folder(bundle: Bundle, otherwise: Path, dense: Dense) -> Path:
 def held_out(dense: Dense, request: EvalRequest) -> Tensor:
     """int64[segments, tokens], what `evaluate` judges on."""
     text = open_text(request.text, request.text_field, held_out=True)
-    return segments_for(dense.checkpoint(), text, request.segments, request.seqlen, seed=None)
+    return segments_for(dense.checkpoint(), text, request.segments, request.seqlen, seed=None)[0]
 
 
 def graph_perplexity(bundle: Path, ids: Tensor) -> float:

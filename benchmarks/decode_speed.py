@@ -9,15 +9,16 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from runtime.engine import open_engine
 from runtime.generate import generate
+from thanos_deploy.checkpoint import load_model
 
 Tokens = list[int]
 
@@ -73,7 +74,7 @@ class _Clock(BaseStreamer):
 
 def transformers(out: Path, new_tokens: int) -> Callable[[Tokens], tuple[Tokens, float]]:
     """The same with transformers' own generate, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    model: Any = load_model(out / "model")  # transformers' types say that it cannot generate
 
     def run(prompt: Tokens) -> tuple[Tokens, float]:
         clock = _Clock()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
@@ -30,6 +30,7 @@ from thanos_deploy.hessian import factor
 from thanos_deploy.layer import LayerProblem
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
+from thanos_deploy.pretrained import make_model
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
@@ -136,7 +137,7 @@ def cut(
     """
     entries = {"hidden_size": len(kept), "head_dim": checkpoint.head_size}
     config = type(checkpoint.config).from_dict({**checkpoint.config.to_dict(), **entries})
-    small: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    small: PreTrainedModel = make_model(config).float().eval()
     old, new = dense.state_dict(), small.state_dict()
     for name, weight in new.items():
         source = old[name]

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+
+from thanos_deploy.pretrained import make_model
 
 _EXPORT = """
 import sys
@@ -39,7 +41,7 @@ def main(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
+    make_model(config).save_pretrained(model)
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", _EXPORT, model, out], capture_output=True, text=True, check=True

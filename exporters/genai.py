@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from exporters.onnx import DATA, MODEL, RECORD
-from thanos_deploy import artifact
+from thanos_deploy import artifact, onnxfile
 from thanos_deploy.errors import GateError, InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -50,12 +50,13 @@ def export(
     """
     genai = library()
     on_progress(0, 2)
+    onnxfile.require_own_data(onnx / MODEL)
     record = _read(onnx / RECORD)
     for name in (MODEL, DATA):
         # Not a link: onnx refuses data with several links, and a folder that is shipped is whole.
         shutil.copyfile(onnx / name, destination / name)
     for pattern in _COMPANIONS:
-        for path in model.glob(pattern):
+        for path in filter(Path.is_file, model.glob(pattern)):
             shutil.copyfile(path, destination / path.name)
     session = _session(destination / MODEL)
     artifact.write_json(destination / CONFIG, _config(model, record, session))

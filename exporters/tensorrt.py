@@ -30,7 +30,7 @@ from exporters import _builder, _buildlog, _conv1x1, _proof
 from exporters._builder import Order
 from exporters._profiles import profiles
 from exporters.onnx import DATA, MODEL, RECORD
-from thanos_deploy import artifact
+from thanos_deploy import artifact, onnxfile
 from thanos_deploy.errors import DeployError, InputError, PlatformError, ResourceError, UsageError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -205,8 +205,9 @@ def read_weights(graph: Path, names: Sequence[str]) -> list[_proof.Weight]:
         names: of the layers.
 
     Raises:
-        InputError: the file is damaged, or one of them is not there as a matrix.
+        InputError: the file is damaged, its data are elsewhere, or a layer is no matrix there.
     """
+    onnxfile.require_own_data(graph)
     try:
         initializers = ir.load(graph).graph.initializers
         return [_proof.weight(name, _matrix(initializers, graph, name)) for name in names]

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from exporters import _kserve
 from exporters.onnx import DATA, MODEL, RECORD
 from exporters.tensorrt import ENGINE, read_build
-from thanos_deploy import artifact
+from thanos_deploy import artifact, onnxfile
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -223,6 +223,7 @@ def _engine(types: Any, engine: Engine) -> Any:
 
 def _tensors(types: Any, graph: Path) -> dict[str, list[Any]]:
     """Inputs and outputs as the graph has them; there is no dimension that Triton may batch."""
+    onnxfile.require_own_data(graph)
     content = ir.load(graph).graph
     return {
         "input": [types.ModelInput(**_tensor(value)) for value in content.inputs],

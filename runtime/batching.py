@@ -27,7 +27,7 @@ from runtime.engine import Ids, Logits, require_readable, require_stage
 from runtime.engines import onnxruntime
 from runtime.sampling import GREEDY, Sampler, Sampling
 from runtime.slots import OnnxRuntimeSlots
-from thanos_deploy.errors import PlatformError, ResourceError, UsageError
+from thanos_deploy.errors import ResourceError, UsageError
 
 # Read between two steps; for so long the texts wait that are being written.
 PROMPT_TOKENS = 128
@@ -485,7 +485,7 @@ def open_slots(
     Args:
         bundle: its folder.
         slots: the most sequences at a time.
-        provider: "cpu"; no other can have slots yet.
+        provider: a key of `onnxruntime.PROVIDERS`; the kv cache is in the memory of its device.
         threads: how many compute on a CPU; None for ONNX Runtime's own choice.
         verify: compare the files with the hashes in the manifest first.
 
@@ -497,11 +497,6 @@ def open_slots(
     """
     if slots < 1:
         raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
-    if provider in onnxruntime.PROVIDERS and provider != "cpu":
-        raise PlatformError(
-            f"provider {provider}: slots keep the kv cache in the memory of the host",
-            fix="serve with --provider cpu, or one sequence at a time with `generate`",
-        )
     require_stage(bundle, onnxruntime, verify=verify)
     graph = onnxruntime.open_graph(bundle, provider=provider, threads=threads)
     return OnnxRuntimeSlots(graph, slots=slots)

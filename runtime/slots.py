@@ -13,15 +13,14 @@ off, and rows can be put below it, without moving the others. All rows are copie
 for a longer prompt, and to cut common padding off once that has cost as much as the copy will.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.engine import Ids, Logits, require_readable
 from runtime.engines.onnxruntime import Graph
+from runtime.memory import Tensor
 
 # Tokens of each sequence that are read at once where nobody says how many.
 _PIECE = 128
@@ -45,6 +44,7 @@ class Rows:
             most: rows that may come.
         """
         self._graph = graph
+        self._memory = graph.memory
         self._most = most
         self._like = graph.empty_cache(1)
         self.clear()
@@ -54,29 +54,43 @@ class Rows:
         self.lengths = np.zeros(0, np.int64)
         self._past = 0
         self._padding_copied = 0  # tokens of common padding, since it was last cut off
-        self._present = self._spare = [entry.ravel() for entry in self._like]
+        # Of the buffers, the tokens that they have room for in every row.
+        self._present_room = self._spare_room = 0
+        self._present = self._spare = self._like
 
     def add(self, rows: int) -> None:
         """Put rows without tokens below the others."""
         old = len(self.lengths)
         self.lengths = np.pad(self.lengths, (0, rows))
         for tensor in self._tensors():
-            tensor[old:] = 0  # whatever lay there might be NaN, which no mask hides
+            # Whatever lay there might be NaN, which no mask hides.
+            self._memory.zero(tensor.lines(range(old, old + rows), range(self._past)))
 
     def extend(self, others: "Rows") -> None:
         """Put the rows of others below the own ones."""
         if others._past > self._past:
             self._move(others._past)
-        old = len(self.lengths)
-        self.add(len(others.lengths))
+        old, more = len(self.lengths), len(others.lengths)
+        self.add(more)
         self.lengths[old:] = others.lengths
+        tokens = range(self._past - others._past, self._past)
         for tensor, other in zip(self._tensors(), others._tensors(), strict=True):
-            tensor[old:, :, self._past - others._past :] = other
+            self._memory.copy(
+                tensor.lines(range(old, old + more), tokens),
+                other.lines(range(more), range(others._past)),
+            )
 
     def remove(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
-        for values in (self.lengths, *self._tensors()):
-            values[row] = values[-1]
+        last = len(self.lengths) - 1
+        self.lengths[row] = self.lengths[last]
+        if row != last:
+            for tensor in self._tensors():
+                one, other = (
+                    tensor.lines(range(place, place + 1), range(self._past))
+                    for place in (row, last)
+                )
+                self._memory.copy(one, other)
         self.lengths = self.lengths[:-1]
         if not len(self.lengths):
             self.clear()
@@ -97,50 +111,51 @@ class Rows:
             self._move(longest)
         total = self._past + ids.shape[1]
         mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
-        logits, _ = self._graph.run(
-            ids,
-            mask,
-            [self._graph.place(tensor) for tensor in self._tensors()],
-            into=[self._graph.place(tensor) for tensor in self._room(total)],
-        )
+        logits, _ = self._graph.run(ids, mask, self._tensors(), into=self._room(total))
         self._turn(total)
         self.lengths = lengths
         return logits
 
     def _move(self, past: int) -> None:
         """Make the past longer or shorter, on its left, where there is only padding."""
+        rows, kept = range(len(self.lengths)), min(past, self._past)
         for new, old in zip(self._room(past), self._tensors(), strict=True):
-            kept = min(past, self._past)
-            new[:, :, : past - kept] = 0
-            new[:, :, past - kept :] = old[:, :, self._past - kept :]
+            self._memory.zero(new.lines(rows, range(past - kept)))
+            self._memory.copy(
+                new.lines(rows, range(past - kept, past)),
+                old.lines(rows, range(self._past - kept, self._past)),
+            )
         self._turn(past)
         self._padding_copied = 0
 
-    def _tensors(self) -> list[NDArray[Any]]:
+    def _tensors(self) -> list[Tensor]:
         """The cache, each [rows, heads, past, dim]."""
         return self._cut(self._present, self._past)
 
-    def _room(self, past: int) -> list[NDArray[Any]]:
+    def _room(self, past: int) -> list[Tensor]:
         """The same of another past, to be written before `_turn`."""
-        heads, dim = self._like[0].shape[1], self._like[0].shape[3]
-        if self._spare[0].size < self._most * heads * past * dim:
-            roomy = int(_HEADROOM * past) + 1
-            # Only what is written takes memory: the past may be long, or the rows may be many.
+        if self._spare_room < past:
+            self._spare_room = int(_HEADROOM * past) + 1
+            # The past may be long, and the rows may be many: the smaller ones go first.
+            self._spare = []
             self._spare = [
-                np.empty(self._most * like.shape[1] * roomy * like.shape[3], like.dtype)
+                self._memory.allocate(
+                    self._most * like.shape[1] * self._spare_room * like.shape[3], like.type
+                )
                 for like in self._like
             ]
         return self._cut(self._spare, past)
 
-    def _cut(self, buffers: list[NDArray[Any]], past: int) -> list[NDArray[Any]]:
-        cut = []
-        for buffer, like in zip(buffers, self._like, strict=True):
-            shape = (len(self.lengths), like.shape[1], past, like.shape[3])
-            cut.append(buffer[: math.prod(shape)].reshape(shape))
-        return cut
+    def _cut(self, buffers: list[Tensor], past: int) -> list[Tensor]:
+        rows = len(self.lengths)
+        return [
+            replace(buffer, shape=(rows, like.shape[1], past, like.shape[3]))
+            for buffer, like in zip(buffers, self._like, strict=True)
+        ]
 
     def _turn(self, past: int) -> None:
         self._present, self._spare = self._spare, self._present
+        self._present_room, self._spare_room = self._spare_room, self._present_room
         self._past = past
 
 
@@ -218,7 +233,7 @@ class OnnxRuntimeSlots:
         require_readable(ids, self.vocabulary)
         self._graph.require_room(ids.shape[1])
         mask = np.ones_like(ids) if mask is None else mask
-        cache = [self._graph.place(entry) for entry in self._graph.empty_cache(len(ids))]
+        cache: Sequence[Tensor] = self._graph.empty_cache(len(ids))
         # In pieces, because a run gives the logits of all its positions.
         for start in range(0, ids.shape[1], _PIECE):
             end = start + _PIECE

@@ -13,7 +13,7 @@ from runtime.sampling import GREEDY, Sampling
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
-_TOKENIZER = "model/tokenizer.json"
+TOKENIZER = "model/tokenizer.json"
 
 # Ids before the first one that it is decoded with.
 _CONTEXT = 8
@@ -87,9 +87,9 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
             "the package tokenizers is not installed", fix="pip install tokenizers"
         ) from error
     opened = Bundle.open(bundle)
-    path = bundle / _TOKENIZER
+    path = bundle / TOKENIZER
     if verify:
-        opened.verify_file(_TOKENIZER)
+        opened.verify_file(TOKENIZER)
         for name in ("model/config.json", "model/generation_config.json"):
             if opened.recorded(name):
                 opened.verify_file(name)

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,18 @@ if not torch.cuda.is_available():
 
 import exporters.onnx
 from tests.byte_tokenizer import save_byte_tokenizer
+from tests.store import Store
 from thanos_deploy import cli, sizing
 from thanos_deploy.artifact import Json, claim, write_json
 from thanos_deploy.assignment import LAYERS
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.progress import quietly
 from thanos_deploy.prune import prune
 from thanos_deploy.requests import ExportRequest
 from thanos_deploy.shrink import shrink, survey
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.export import export_dense
 
 MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]
@@ -56,9 +59,35 @@ MODEL_TYPES = tuple(_SIZES)
 VOCABULARY = 257
 
 
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """What all test processes share."""
+    return Store(tmp_path_factory)
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("THANOS_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cache of the test's own, in which the tiny model, where it is used, is exported already."""
+    cache = tmp_path_factory.mktemp("cache")
+    if "tiny_llama" in request.fixturenames:
+        shutil.copytree(request.getfixturevalue("tiny_cache"), cache, dirs_exist_ok=True)
+    monkeypatch.setenv("THANOS_DEPLOY_CACHE", str(cache))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(store: Store, tiny_llama: Path) -> Path:
+    """A cache with the ONNX graph of the tiny LLaMA. Not to be changed."""
+
+    def make(cache: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("THANOS_DEPLOY_CACHE", str(cache))
+            export_dense(Dense(str(tiny_llama)), ExportRequest(), announce=quietly)
+
+    return store.folder("cache", make)
 
 
 @pytest.fixture
@@ -82,43 +111,49 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         model_type: str = "llama", *, dtype: torch.dtype = torch.float32, **sizes: object
     ) -> Path:
         folder = tmp_path_factory.mktemp(model_type)
-        config = AutoConfig.for_model(
-            model_type,
-            **{
-                "vocab_size": VOCABULARY,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "max_position_embeddings": 128,
-                "bos_token_id": 256,
-                "eos_token_id": 256,
-                "pad_token_id": 256,
-                **_SIZES[model_type],
-                **sizes,
-            },
-        )
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():  # the usual 0.02 would leave nothing to tell apart
-            torch.nn.init.normal_(parameter, std=0.2)
-        model.to(dtype).save_pretrained(folder)
-        save_byte_tokenizer(folder)
+        write_model(folder, model_type, dtype=dtype, **sizes)
         return folder
 
     return make
 
 
+def write_model(
+    folder: Path, model_type: str, *, dtype: torch.dtype = torch.float32, **sizes: object
+) -> None:
+    """A random two-block model of a type, with a byte tokenizer, always the same."""
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "bos_token_id": 256,
+            "eos_token_id": 256,
+            "pad_token_id": 256,
+            **_SIZES[model_type],
+            **sizes,
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # the usual 0.02 would leave nothing to tell apart
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+
+
 @pytest.fixture(scope="session")
-def tiny_llama(make_model: MakeModel) -> Path:
+def tiny_llama(store: Store) -> Path:
     """A random two-block LLaMA with grouped query attention. Not to be changed."""
-    return make_model("llama")
+    return store.folder("llama", lambda folder: write_model(folder, "llama"))
 
 
 @pytest.fixture(scope="session")
-def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_llama(tiny_llama: Path, store: Store) -> Path:
     """A bundle with the tiny LLaMA and its ONNX export. Not to be changed."""
-    out = tmp_path_factory.mktemp("bundle")
 
     def produce(folder: Path) -> Json:
         shutil.copytree(tiny_llama, folder / "model")
@@ -126,18 +161,18 @@ def exported_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
         exporters.onnx.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
         return {}
 
-    with claim(out, {"sha256": "", "name": "tiny"}) as bundle:
-        bundle.run("onnx", produce, options={}, inputs={})
-    return out
+    def make(out: Path) -> None:
+        with claim(out, {"sha256": "", "name": "tiny"}) as bundle:
+            bundle.run("onnx", produce, options={}, inputs={})
+
+    return store.folder("llama-bundle", make)
 
 
 @pytest.fixture(scope="session")
-def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
     """Makes a folder with `model`, a small one of a type pruned to 2:4, and its export `onnx`."""
 
-    @cache
-    def make(model_type: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"{model_type}-two-four")
+    def make(model_type: str, folder: Path) -> None:
         (folder / "model").mkdir()
         (folder / "onnx").mkdir()
         blocks = prune(
@@ -155,16 +190,16 @@ def exported_two_four(make_model: MakeModel, tmp_path_factory: pytest.TempPathFa
             pattern=SemiStructured(2, 4),
             origin={"method": "thanos"},
         )
-        return folder
 
-    return make
+    return lambda model_type: store.folder(
+        f"{model_type}-two-four", lambda folder: make(model_type, folder)
+    )
 
 
 @pytest.fixture(scope="session")
-def two_four_bundle(exported_two_four: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
     """A bundle with the tiny LLaMA at 2:4 and its ONNX export. Not to be changed."""
     folder = exported_two_four("llama")
-    out = tmp_path_factory.mktemp("two-four") / "out"
 
     def copy(part: str) -> Callable[[Path], Json]:
         def produce(destination: Path) -> Json:
@@ -175,21 +210,21 @@ def two_four_bundle(exported_two_four: Exported, tmp_path_factory: pytest.TempPa
 
         return produce
 
-    with claim(out, {"sha256": "", "name": "Tiny LLaMA"}) as bundle:
-        options = {"pattern": "2:4", "method": "thanos"}
-        bundle.run("prune", copy("model"), options=options, inputs={})
-        inputs = {"model": bundle.model_sha256}
-        bundle.run("onnx", copy("onnx"), options=asdict(ExportRequest()), inputs=inputs)
-    return out
+    def make(out: Path) -> None:
+        with claim(out, {"sha256": "", "name": "Tiny LLaMA"}) as bundle:
+            options = {"pattern": "2:4", "method": "thanos"}
+            bundle.run("prune", copy("model"), options=options, inputs={})
+            inputs = {"model": bundle.model_sha256}
+            bundle.run("onnx", copy("onnx"), options=ExportRequest().to_json(), inputs=inputs)
+
+    return store.folder("two-four-bundle", make)
 
 
 @pytest.fixture(scope="session")
-def exported_shrunk(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported_shrunk(make_model: MakeModel, store: Store) -> Exported:
     """Makes a folder with `model`, a small one whose blocks differ in width, and `onnx`."""
 
-    @cache
-    def make(model_type: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"{model_type}-shrunk")
+    def make(model_type: str, folder: Path) -> None:
         (folder / "model").mkdir()
         (folder / "onnx").mkdir()
         checkpoint = Checkpoint.open(make_model(model_type))
@@ -203,9 +238,10 @@ def exported_shrunk(make_model: MakeModel, tmp_path_factory: pytest.TempPathFact
         )
         shrink(checkpoint, segments, folder / "model", plan=plan)
         exporters.onnx.export(Checkpoint.open(folder / "model"), folder / "onnx", pattern=None)
-        return folder
 
-    return make
+    return lambda model_type: store.folder(
+        f"{model_type}-shrunk", lambda folder: make(model_type, folder)
+    )
 
 
 def stock_model(folder: Path, **options: object) -> Any:

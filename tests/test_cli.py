@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bundles import checked
+from tests.commands import Command
 from tests.conftest import Invoke, stock_model
 from thanos_deploy import artifact, cli, pipeline
 from thanos_deploy.artifact import Bundle
@@ -393,7 +395,16 @@ def test_help_answers_without_importing_torch() -> None:
     assert "--pattern" in done.stdout
 
 
-def start(model: Path, out: Path, cache: Path) -> "subprocess.Popen[bytes]":
+def start(model: Path, out: Path, cache: Path) -> Command:
+    """The whole command, forked."""
+    return Command(
+        *("prune-export", model, *SMALL, "-o", out),
+        environment={"THANOS_DEPLOY_CACHE": str(cache)},
+    )
+
+
+def start_program(model: Path, out: Path, cache: Path) -> "subprocess.Popen[bytes]":
+    """The whole command, as the program that is installed."""
     return subprocess.Popen(
         [COMMAND, "prune-export", model, *SMALL, "-o", out],
         env={**os.environ, "THANOS_DEPLOY_CACHE": str(cache)},
@@ -405,12 +416,12 @@ def start(model: Path, out: Path, cache: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
+def wait_for(folder: Path, pattern: str, process: "Command | subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not list(folder.glob(pattern)):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{path} never appeared"
-        time.sleep(0.005)
+        assert time.monotonic() < deadline, f"{pattern} never appeared"
+        time.sleep(0.002)
 
 
 # What there is to see on disk while each stage is under way.
@@ -425,30 +436,29 @@ UNDER_WAY = {
 
 
 @pytest.mark.parametrize(
-    ("how", "stage"),
+    ("begin", "how", "stage"),
     [
-        *((signal.SIGKILL, stage) for stage in UNDER_WAY),
-        *((signal.SIGINT, stage) for stage in ("prune", "bench")),
-        (signal.SIGTERM, "onnx"),
+        (start_program, signal.SIGKILL, "prune"),
+        *((start, signal.SIGKILL, stage) for stage in UNDER_WAY if stage != "prune"),
+        (start, signal.SIGINT, "prune"),
+        (start_program, signal.SIGINT, "bench"),
+        (start_program, signal.SIGTERM, "onnx"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_interrupted_in_any_stage_the_same_command_resumes(
     finished: tuple[Path, Path, str],
     tiny_llama: Path,
     tmp_path: Path,
-    stage: str,
+    begin: "Callable[[Path, Path, Path], Command | subprocess.Popen[bytes]]",
     how: signal.Signals,
+    stage: str,
 ) -> None:
     whole, _, _ = finished
     out, cache = tmp_path / "out", tmp_path / "cache"
     cache.mkdir()
-    process = start(tiny_llama, out, cache)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(UNDER_WAY[stage])):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = begin(tiny_llama, out, cache)
+    wait_for(tmp_path, UNDER_WAY[stage], process)
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does: to the measuring processes as well
     else:
@@ -462,9 +472,9 @@ def test_interrupted_in_any_stage_the_same_command_resumes(
         assert b"Traceback" not in errors
     done = Bundle.open(out).stages if (out / "manifest.json").exists() else {}
     finished_before = {name: record.finished for name, record in done.items()}
-    process = start(tiny_llama, out, cache)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
+    again = start(tiny_llama, out, cache)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors.decode()
     bundle = Bundle.open(out)
     bundle.verify()
     assert tuple(bundle.stages) == pipeline.STAGES
@@ -477,7 +487,7 @@ def test_interrupted_in_any_stage_the_same_command_resumes(
 def test_a_second_process_on_the_same_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     first = start(tiny_llama, out, cache)
-    wait_for(out / ".lock", first)
+    wait_for(out, ".lock", first)
     second = start(tiny_llama, out, cache)
     _, errors = second.communicate()
     first.kill()

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from thanos_deploy import environment
+from thanos_deploy import environment, names
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 
 FORMAT = 1
@@ -30,6 +31,7 @@ MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _PARTIAL = ".partial-"
 _JOURNAL = ".journal-"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Json = dict[str, Any]
 
@@ -84,7 +86,8 @@ class Bundle:
         """Read a bundle.
 
         Raises:
-            InputError: there is no bundle, or it is of a format that this version cannot read.
+            InputError: there is no bundle, it is of a format that this version cannot read, or a
+                name in it or a link leads out of its folder.
         """
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
@@ -105,6 +108,8 @@ class Bundle:
                 )
                 for name, record in manifest["stages"].items()
             }
+            names.require_own(path)
+            _require_plain(path / MANIFEST, manifest["source"], stages)
             return cls(path, manifest["source"], stages)
         except FileNotFoundError as error:
             raise InputError(
@@ -156,7 +161,8 @@ class Bundle:
 
     def source_of(self, engine: str) -> str:
         """The stage with the graph that an engine was built from; it may be gone."""
-        return next(name for name in self.stages[engine].inputs if name != "model")
+        found = next((name for name in self.stages[engine].inputs if name != "model"), None)
+        return names.plain(found, self.path / MANIFEST)
 
     def source_is_current(self, engine: str) -> bool:
         """The graph that an engine was built from is the one that is there."""
@@ -330,6 +336,7 @@ def claim(
 
     Raises:
         UsageError: the folder holds something else, or a bundle of another model.
+        InputError: a name in its manifest or a link leads out of the folder.
         ResourceError: another process is writing there.
     """
     if path.exists() and not path.is_dir():
@@ -342,6 +349,7 @@ def claim(
             fix="give a new or empty folder with -o; nothing was changed there",
         )
     path.mkdir(parents=True, exist_ok=True)
+    names.require_own(path)  # before a link is written through
     with (path / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -422,6 +430,21 @@ def require_disk(folder: Path, needed: int) -> None:
             fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; what is "
             "finished is kept, and repeating the command continues",
         )
+
+
+def _require_plain(manifest: Path, source: Json, stages: Mapping[str, StageRecord]) -> None:
+    """Refuse what is used as the name of a file or folder and is none."""
+    files = {name: file for record in stages.values() for name, file in record.files.items()}
+    for stage in stages:
+        names.plain(stage, manifest)
+    for name in files:
+        names.plain(name, manifest, nested=True)
+    names.distinct(files, manifest)
+    # Folders of the cache are called by the hash of what they were made from.
+    hashes = [file.sha256 for file in files.values()] + [source["sha256"]] * bool(source["sha256"])
+    for sha256 in hashes:
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"{sha256!r} is no SHA-256")
 
 
 def _record_files(folder: Path) -> dict[str, FileRecord]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thanos_deploy.devices import CPU
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.families import Family
+from thanos_deploy.frame import frame_of
 from thanos_deploy.passes import Pass, recorded
 from thanos_deploy.precision import products_in
 
@@ -106,27 +107,29 @@ def _rows(path: Path, content: str, text_field: str) -> Iterator[str]:
 def segments(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int | None
 ) -> Tensor:
-    """Cut a text into segments of equal length, without overlap and without special tokens.
+    """Cut a text into segments of equal length, without overlap.
+
+    Each begins as the tokenizer begins a text; see `frame`.
 
     Args:
         text: the text, tokenized as a whole.
         tokenizer: the model's.
         count: how many segments to take.
-        length: tokens of each.
+        length: tokens of each, with those that the tokenizer puts in front.
         seed: picks the segments from all over the text; None takes the first ones.
 
     Returns:
         int64[count, length], in the order of the text.
 
     Raises:
-        CalibrationError: the text is too short.
+        CalibrationError: the text is too short, or a segment would be.
     """
-    ids = _tokens(text, tokenizer)
-    every = _cut(ids, length)
+    every = every_segment(text, tokenizer, length=length)
     if len(every) < count:
+        own = length - len(frame_of(tokenizer))
         raise CalibrationError(
-            f"{text.origin}: {len(ids)} tokens found, {count * length} needed for {count} segments "
-            f"of {length}",
+            f"{text.origin}: {len(_tokens(text, tokenizer))} tokens found, {count * own} needed "
+            f"for {count} segments of {length}",
             fix="give a longer text, or fewer or shorter segments",
         )
     if seed is None:
@@ -137,7 +140,13 @@ def segments(
 
 def every_segment(text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Tensor:
     """All the segments that `segments` picks from; int64[available, length]."""
-    return _cut(_tokens(text, tokenizer), length)
+    frame = frame_of(tokenizer)
+    if length <= len(frame):
+        raise CalibrationError(
+            f"segments of {length} tokens: the tokenizer puts {len(frame)} before each",
+            fix="use longer segments",
+        )
+    return frame.before(_cut(_tokens(text, tokenizer), length - len(frame)))
 
 
 def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:

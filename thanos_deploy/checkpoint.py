@@ -11,9 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,15 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from thanos_deploy import artifact, packing
+from thanos_deploy import artifact, names, packing, pretrained
 from thanos_deploy import widths as block_widths
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
@@ -49,6 +44,9 @@ _FLOATS = {name: dtype for name, dtype in TENSOR_DTYPES.items() if dtype.is_floa
 
 # Entries of a piece.
 _ENTRIES_AT_ONCE = 1 << 22
+
+# Architectures that GGUF calls otherwise than transformers calls the model type.
+_GGUF_NAMES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text"}
 
 # What belongs to a model besides its weights: configuration, tokenizer, chat template.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -97,9 +95,11 @@ def locate(model: str, *, revision: str | None = None) -> Source:
     path = _local(model)
     if path is None:
         folder = _download(model, revision, ["*.safetensors", *_COMPANIONS])
+        names.require_own(folder, error=ModelError)
         return Source("hub", model, folder.name, _hash_folder(folder), folder)
     if path.is_file():
         return Source("gguf", path.name, "", artifact.sha256(path), path)
+    names.require_own(path, error=ModelError)
     return Source("folder", path.resolve().name, "", _hash_folder(path), path)
 
 
@@ -175,7 +175,7 @@ def _companions(folder: Path) -> list[Path]:
         path
         for pattern in _COMPANIONS
         for path in folder.glob(pattern)
-        if not path.name.endswith(".index.json")
+        if path.is_file() and not path.name.endswith(".index.json")
     )
 
 
@@ -193,22 +193,12 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
             f"{gguf}: reading GGUF needs the package gguf",
             fix="pip install 'thanos-deploy[gguf]'",
         ) from error
-    from transformers import GgufConfig
 
     try:
         field = GGUFReader(gguf).get_field("general.architecture")
         architecture = "" if field is None else str(field.contents())
-        family_of({"gptneox": "gpt_neox"}.get(architecture, architecture))
-        where = {"gguf_file": gguf.name, "local_files_only": True}
-        # Without dequantize=True the loaded model refuses to be saved.
-        with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                **where,
-            )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        family_of(_GGUF_NAMES.get(architecture, architecture))
+        model, tokenizer = pretrained.load_gguf(gguf)
     except DeployError:
         raise
     # The readers index and reshape whatever the file says, so a corrupt one raises anything.
@@ -322,7 +312,7 @@ class Checkpoint:
         """
         widths = widths or self.widths
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+            model = pretrained.make_model(self.config)
         stock = block_widths.of_config(self.config, self.family)
         if any(block != stock for block in widths):
             blocks = model.get_submodule(self.family.blocks)
@@ -358,9 +348,10 @@ class Checkpoint:
 def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths, ...]]:
     """A folder's configuration, its family, and the widths of every block."""
     path = folder / "config.json"
+    names.require_own(folder, error=ModelError)
     try:
         family = family_of(str(json.loads(path.read_bytes()).get("model_type")))
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = pretrained.load_config(folder)
     except DeployError:
         raise
     except FileNotFoundError as error:
@@ -410,7 +401,7 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.files: dict[str, str] = {}
-        for shard in self._shards():
+        for shard in shards(folder):
             with self._open(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
                     view = file.get_slice(name)
@@ -457,30 +448,6 @@ class Weights:
                 fix="the checkpoint is damaged; fetch it again or use another one",
             )
 
-    def _shards(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.exists():
-            try:
-                shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ModelError(
-                    f"{index}: not a readable index ({error})", fix="fetch the checkpoint again"
-                ) from error
-        elif (self.folder / _SINGLE).exists():
-            shards = [_SINGLE]
-        else:
-            pickled = sorted(path.name for path in self.folder.glob("*.bin"))
-            raise ModelError(
-                f"{self.folder}: no {_SINGLE} and no {INDEX}"
-                + (
-                    f", only {', '.join(pickled)}, which may run code when loaded"
-                    if pickled
-                    else ""
-                ),
-                fix="use a checkpoint with safetensors weights",
-            )
-        return shards
-
     def _open(self, shard: str) -> Any:  # safetensors ships no types for its handle
         path = self.folder / shard
         try:
@@ -494,6 +461,34 @@ class Weights:
                 f"{path}: not a readable safetensors file ({error})",
                 fix="the file is truncated or corrupt; fetch it again and compare its hash",
             ) from error
+
+
+def shards(folder: Path) -> list[str]:
+    """The names of a checkpoint's safetensors files, each directly in its folder.
+
+    Raises:
+        ModelError: there are none, or the index is not readable or names what is none.
+    """
+    index = folder / INDEX
+    if index.exists():
+        try:
+            found = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(
+                f"{index}: not a readable index ({error})", fix="fetch the checkpoint again"
+            ) from error
+        for name in found:
+            names.plain(name, index, suffix=".safetensors", error=ModelError)
+        names.distinct(found, index, error=ModelError)
+        return found
+    if (folder / _SINGLE).exists():
+        return [_SINGLE]
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    raise ModelError(
+        f"{folder}: no {_SINGLE} and no {INDEX}"
+        + (f", only {', '.join(pickled)}, which may run code when loaded" if pickled else ""),
+        fix="use a checkpoint with safetensors weights",
+    )
 
 
 class Outline(Weights):
@@ -599,22 +594,16 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the model does not load.
     """
-    loader: Any = AutoModelForCausalLM
+    names.require_own(folder, error=ModelError)
+    shards(folder)
+    own = None
     if block_widths.declared(folder) is not None:
-        loader = _declared_class(Checkpoint.open(folder))
-    try:
-        model, information = loader.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder}: the model does not load ({error})",
-            fix="check the folder with `thanos-deploy prune --dry-run`, or fetch it again",
-        ) from error
+        own = _declared_class(Checkpoint.open(folder))
+    model, missing = pretrained.load_model(folder, own)
     # The loader only warns about these, and makes the weights up.
-    if made_up := sorted(information["missing_keys"]):
+    if missing:
         raise ModelError(
-            f"{folder}: the weights lack {len(made_up)} tensors, such as {made_up[0]}",
+            f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
             fix="the checkpoint is incomplete or not of the type that its config.json names",
         )
     loaded: PreTrainedModel = model.eval()
@@ -661,13 +650,5 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder has none that loads without the model's own code.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder}: no tokenizer that can be loaded ({error})",
-            fix="put the model's tokenizer.json and tokenizer_config.json there",
-        ) from error
-    return tokenizer
+    names.require_own(folder, error=ModelError)
+    return pretrained.load_tokenizer(folder)

@@ -55,4 +55,6 @@ def graph_reader(bundle: Path) -> Read:
 def open_graph(bundle: Path) -> onnxruntime.Graph:
     """The graph of a bundle, compared with its hash; see `open_reader`."""
     require_stage(bundle, onnxruntime, verify=True)
-    return onnxruntime.open_graph(bundle)
+    graph = onnxruntime.open_graph(bundle)
+    onnxruntime.require_all_logits(graph.logits)
+    return graph

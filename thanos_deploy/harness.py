@@ -224,6 +224,9 @@ def _language_model(bundle: Path, model: Checkpoint, runtime: str) -> Any:
         tokenizer=load_tokenizer(model.folder),
         max_length=longest,
         batch_size=1,
+        # Texts are framed as the tokenizer frames them.
+        add_bos_token=None,
+        trust_remote_code=False,
     )
 
 

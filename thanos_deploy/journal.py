@@ -24,7 +24,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
-from thanos_deploy import artifact
+from thanos_deploy import artifact, names
 from thanos_deploy.artifact import FileRecord, Json
 from thanos_deploy.tensorfile import TensorFile
 
@@ -64,6 +64,9 @@ class Journal(Generic[R]):
             folder: for this journal alone.
             owner: everything that the results of the walk depend on.
             report: type of the reports.
+
+        Raises:
+            InputError: an entry of the journal names a file outside its folder.
         """
         self.folder = folder
         self._claim(owner)
@@ -147,7 +150,7 @@ class Journal(Generic[R]):
 
     def _intact(self, files: Mapping[str, Json]) -> bool:
         for name, recorded in files.items():
-            path = self.folder / name
+            path = self.folder / names.plain(name, self.folder)
             if not path.exists():
                 return False
             if (seen := artifact.record(path)) != FileRecord(**recorded):

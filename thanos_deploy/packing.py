@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from thanos_deploy import artifact
+from thanos_deploy import artifact, names
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.pattern import SemiStructured, parse
 from thanos_deploy.progress import OnProgress, silent
@@ -301,16 +301,20 @@ def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = 
         IntegrityError: a file is not the one that `packed.json` names.
         ModelError: a file is missing or not readable, or a weight does not fit together.
     """
+    names.require_own(source, error=ModelError)
     record = _read_record(source) if (source / RECORD).exists() else None
     shards = (
         sorted(source.glob("*.safetensors"))
         if record is None
         else [source / name for name in record["files"]]
     )
+    names.distinct((shard.name for shard in shards), source, error=ModelError)
     weight_map = {}
     on_progress(0, len(shards))
     for number, shard in enumerate(shards, 1):
-        name = shard.name.removesuffix(_SUFFIX).removesuffix(".safetensors") + ".safetensors"
+        name = shard.name
+        if record is not None:
+            name = f"{name.removesuffix(_SUFFIX)}.safetensors"
         file = _File(shard)
         readers = _packed_readers(file, record) if record else _bitmask_readers(file)
         _write(destination / name, [entry for entry, _ in readers], (read() for _, read in readers))
@@ -519,10 +523,7 @@ def _read_record(folder: Path) -> artifact.Json:
             fix="fetch the checkpoint again",
         ) from error
     for name, recorded in files.items():
-        # A record from elsewhere must not reach outside its folder.
-        if Path(name).name != name or not name.endswith(_SUFFIX):
-            raise ModelError(f"{path}: {name!r} is no file of it", fix="fetch it again")
-        shard = folder / name
+        shard = folder / names.plain(name, path, suffix=_SUFFIX, error=ModelError)
         seen = (shard.stat().st_size, artifact.sha256(shard)) if shard.is_file() else None
         if seen != recorded:
             raise IntegrityError(

@@ -17,13 +17,16 @@ Read = Callable[[Tensor], Iterable[Tensor]]
 # Positions whose log-probabilities are held at once: a row of logits is vocabulary-sized.
 _POSITIONS_AT_ONCE = 256
 
+# In place of a token that is not to be predicted.
+_NOT_SCORED = -100
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """Perplexity over segments that do not overlap.
 
     Attributes:
-        value: exp of the mean negative log-likelihood of every token but a segment's first.
+        value: exp of the mean negative log-likelihood of the tokens that are scored.
         segments: how many segments.
         length: tokens of each.
     """
@@ -34,10 +37,10 @@ class Perplexity:
 
 
 def perplexity(
-    model: PreTrainedModel, segments: Tensor, *, on_progress: OnProgress = silent
+    model: PreTrainedModel, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
 ) -> Perplexity:
     """Measure a model of PyTorch; see `perplexity_of`."""
-    return perplexity_of(reader(model), segments, on_progress=on_progress)
+    return perplexity_of(reader(model), segments, frame=frame, on_progress=on_progress)
 
 
 def reader(model: PreTrainedModel) -> Read:
@@ -51,26 +54,35 @@ def reader(model: PreTrainedModel) -> Read:
     return read
 
 
-def perplexity_of(read: Read, segments: Tensor, *, on_progress: OnProgress = silent) -> Perplexity:
+def perplexity_of(
+    read: Read, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
+) -> Perplexity:
     """Measure whatever reads segments, one at a time.
 
-    This is the protocol of the SparseGPT, Wanda and Thanos papers: non-overlapping windows, no
-    token in front of them, and each window scored on its own.
+    This is the protocol of the SparseGPT, Wanda and Thanos papers: windows that do not overlap,
+    each scored on its own. Scored is every token of the text that something precedes: all that
+    come after a frame (see `frame`), or without one all but a window's first. The frame's own
+    tokens are not. lm-evaluation-harness scores all tokens of a text too, with a token in front of
+    each window; llama.cpp puts BOS in the place of a window's first token and scores the second
+    half of the window only.
 
     Args:
         read: the model.
         segments: int64[count, length].
+        frame: how many tokens at the beginning of each are its frame. 0 and 1 come to the same.
         on_progress: told of every finished segment.
     """
     count, length = segments.shape
+    first = max(frame, 1)
     total = 0.0
     on_progress(0, count)
     for done, ids in enumerate(segments, start=1):
-        following = ids[1:]
+        following = ids[1:].clone()
+        following[: first - 1] = _NOT_SCORED
         for logits in read(ids):
             targets, following = following[: len(logits)], following[len(logits) :]
             total += torch.nn.functional.cross_entropy(
-                logits[: len(targets)].float(), targets, reduction="sum"
+                logits[: len(targets)].float(), targets, ignore_index=_NOT_SCORED, reduction="sum"
             ).item()
         on_progress(done, count)
-    return Perplexity(math.exp(total / (count * (length - 1))), count, length)
+    return Perplexity(math.exp(total / (count * (length - first))), count, length)

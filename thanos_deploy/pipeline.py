@@ -133,7 +133,7 @@ def _refuse_beforehand(
     source = dense.checkpoint(announce)
     check(source, request)
     benchmarking.check(source.max_positions)
-    seen, _ = calibration(source, request)
+    seen, *_ = calibration(source, request)
     text = open_text(evaluation.text, evaluation.text_field, held_out=True)
     segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
     require_other_text(text, seen.sha256)

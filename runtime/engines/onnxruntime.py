@@ -1,15 +1,21 @@
 """ONNX Runtime, on the CPU or on an NVIDIA GPU, there with its own kernels or with TensorRT's."""
 
+import contextlib
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from runtime import floats, memory
 from runtime.engine import Ids, Logits, require_readable
-from thanos_deploy import environment, gpu
+from runtime.floats import Float
+from runtime.memory import Memory, Tensor
+from thanos_deploy import environment, gpu, onnxfile
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
@@ -32,47 +38,64 @@ _USUAL_PROMPT, _MOST_PROMPT, _MOST_SEQUENCES = 128, 1024, 8
 _TOKENS_AT_ONCE = 256
 
 _TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
+_LOGITS = "logits"
 
 
 class Graph:
     """A session of the graph that `exporters.onnx` describes: tokens and a kv cache in and out.
 
-    A cache is a list of `OrtValue`s, one for each input `past_key_values.*`, and stays on the
-    session's device: the outputs of one run are the inputs of the next. Only the logits become
-    numpy arrays.
+    A cache is a list of `memory.Tensor`, one for each input `past_key_values.*`, and stays on the
+    session's device: the outputs of one run are the inputs of the next. Of the logits only those
+    that are asked for are copied to the host.
 
     Attributes:
         max_sequence: the most tokens, prompt and answer together.
         vocabulary: how many ids there are.
+        logits: "all" or "last"; see `exporters.onnx`.
+        memory: of the device.
     """
 
-    def __init__(self, session: Any, ort: Any, *, device: str, max_sequence: int) -> None:
+    def __init__(self, session: Any, ort: Any, *, memory: Memory, max_sequence: int) -> None:
         """Wrap a session.
 
         Args:
             session: an `onnxruntime.InferenceSession`.
             ort: the module `onnxruntime`.
-            device: "cpu" or "cuda", where the cache is.
+            memory: of the device that the session runs on.
             max_sequence: the most tokens, prompt and answer together.
+
+        Raises:
+            InputError: the cache or the logits are of a type that is not known.
         """
         self._session = session
         self._ort = ort
-        self._device = device
+        self.memory = memory
         self.max_sequence = max_sequence
-        self._outputs = [value.name for value in session.get_outputs()]
+        logits, *present = session.get_outputs()
+        self._present = [value.name for value in present]
         self._past = session.get_inputs()[len(_TOKEN_INPUTS) :]
-        self.vocabulary: int = session.get_outputs()[0].shape[2]
+        self._types = [floats.named(entry.type, tensor=entry.name) for entry in self._past]
+        self._logits_type = floats.named(logits.type, tensor=logits.name)
+        self.logits = "last" if logits.shape[1] == 1 else "all"
+        self.vocabulary: int = logits.shape[2]
 
-    def empty_cache(self, batch: int) -> list[NDArray[Any]]:
+    def empty_cache(self, batch: int) -> list[Tensor]:
         """The cache of sequences of which nothing has been read, each [batch, heads, 0, dim]."""
         return [
-            np.zeros((batch, entry.shape[1], 0, entry.shape[3]), _dtype(entry))
-            for entry in self._past
+            replace(
+                self.memory.allocate(0, type_), shape=(batch, entry.shape[1], 0, entry.shape[3])
+            )
+            for entry, type_ in zip(self._past, self._types, strict=True)
         ]
 
     def run(
-        self, ids: Ids, mask: Ids, cache: list[Any], *, into: list[Any] | None = None
-    ) -> tuple[Logits, list[Any]]:
+        self,
+        ids: Ids,
+        mask: Ids,
+        cache: Sequence[Tensor],
+        *,
+        into: Sequence[Tensor] | None = None,
+    ) -> tuple[Logits, Sequence[Tensor]]:
         """Append tokens to every sequence.
 
         Args:
@@ -85,7 +108,7 @@ class Graph:
             float32[batch, vocabulary], the logits after the last token, and the longer cache.
         """
         logits, longer = self._append(ids, mask, cache, into)
-        return logits[:, -1].astype(np.float32), longer
+        return self._rows(logits, tokens=1), longer
 
     def read(self, ids: Ids) -> Iterator[Logits]:
         """Read one text from its beginning, a part at a time, as chunked prefill does.
@@ -97,37 +120,56 @@ class Graph:
             float32[part, vocabulary], the logits after every token, in order.
 
         Raises:
+            InputError: the graph has not got them.
             UsageError: no token, an id outside the vocabulary, or more tokens than the export is
                 made for.
         """
+        require_all_logits(self.logits)
         require_readable(ids[None], self.vocabulary)
         self.require_room(len(ids))
-        cache = [self.place(entry) for entry in self.empty_cache(1)]
+        cache: Sequence[Tensor] = self.empty_cache(1)
         for start in range(0, len(ids), _TOKENS_AT_ONCE):
             part = ids[None, start : start + _TOKENS_AT_ONCE]
             mask = np.ones((1, start + part.shape[1]), dtype=np.int64)
             logits, cache = self._append(part, mask, cache, None)
-            yield logits[0].astype(np.float32)
+            yield self._rows(logits, tokens=part.shape[1])
 
     def _append(
-        self, ids: Ids, mask: Ids, cache: list[Any], into: list[Any] | None
-    ) -> tuple[NDArray[Any], list[Any]]:
-        """`run`, with the logits after every token, float[batch, tokens, vocabulary]."""
+        self, ids: Ids, mask: Ids, cache: Sequence[Tensor], into: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """`run`, with all logits that the graph gives, on the device: [batch, ..., vocabulary]."""
+        device = self.memory.device
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         binding = self._session.io_binding()
-        for name, array in zip(_TOKEN_INPUTS, (ids, mask, positions), strict=True):
-            binding.bind_ortvalue_input(name, self.place(np.ascontiguousarray(array)))
-        for entry, value in zip(self._past, cache, strict=True):
-            binding.bind_ortvalue_input(entry.name, value)
-        binding.bind_output(self._outputs[0], "cpu")
-        for index, name in enumerate(self._outputs[1:]):
+        tokens = [
+            self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+            for array in (ids, mask, positions)
+        ]
+        for name, value in zip(_TOKEN_INPUTS, tokens, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for entry, past in zip(self._past, cache, strict=True):
+            binding.bind_input(entry.name, device, 0, past.type.onnx, past.shape, past.address)
+        binding.bind_output(_LOGITS, device)
+        for index, name in enumerate(self._present):
             if into is None:
-                binding.bind_output(name, self._device)
+                binding.bind_output(name, device)
             else:
-                binding.bind_ortvalue_output(name, into[index])
+                room = into[index]
+                binding.bind_output(name, device, 0, room.type.onnx, room.shape, room.address)
+        binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
         logits, *longer = binding.get_outputs()
-        return np.from_dlpack(logits), longer
+        if into is None:
+            into = [_tensor(value, its) for value, its in zip(longer, self._types, strict=True)]
+        return _tensor(logits, self._logits_type), into
+
+    def _rows(self, logits: Tensor, *, tokens: int) -> Logits:
+        """float32[batch * tokens, vocabulary], the last of the logits of every sequence."""
+        batch, given, vocabulary = logits.shape
+        each = replace(logits, shape=(batch, 1, given, vocabulary))
+        raw = self.memory.read(each.lines(range(batch), range(given - tokens, given)))
+        return logits.type.widen(raw.view(logits.type.bits).reshape(-1, vocabulary))
 
     def require_room(self, tokens: int) -> None:
         """Refuse sequences that are longer than the export is made for.
@@ -141,9 +183,27 @@ class Graph:
                 fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
             )
 
-    def place(self, array: Any) -> Any:
-        """An array on the session's device."""
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
+
+def _tensor(value: Any, type_: Float) -> Tensor:
+    """A result of ONNX Runtime, which owns the memory."""
+    return Tensor(value.data_ptr(), tuple(value.shape()), type_, value)
+
+
+def require_all_logits(logits: str) -> None:
+    """Refuse a graph that cannot be judged by what it makes of a text.
+
+    Args:
+        logits: what the graph gives, "all" or "last".
+
+    Raises:
+        InputError: it gives the logits after the last token only.
+    """
+    if logits != "all":
+        raise InputError(
+            f"the graph was exported with --logits {logits}, and the quality of a model is in its "
+            "logits after every token",
+            fix="run `thanos-deploy export OUT --target onnx --logits all --overwrite` first",
+        )
 
 
 class OnnxRuntimeEngine:
@@ -156,7 +216,7 @@ class OnnxRuntimeEngine:
     def __init__(self, graph: Graph) -> None:
         self.max_sequence = graph.max_sequence
         self._graph = graph
-        self._cache: list[Any] = []
+        self._cache: Sequence[Tensor] = []
         self._mask = np.ones((0, 0), dtype=np.int64)
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
@@ -164,7 +224,7 @@ class OnnxRuntimeEngine:
         require_readable(ids, self._graph.vocabulary)
         self._graph.require_room(ids.shape[1])
         self._mask = np.ones_like(ids) if mask is None else mask
-        self._cache = [self._graph.place(entry) for entry in self._graph.empty_cache(len(ids))]
+        self._cache = self._graph.empty_cache(len(ids))
         return self._step(ids)
 
     def decode(self, ids: Ids) -> Logits:
@@ -221,12 +281,15 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
             raise InputError(
                 f"{needed}: missing", fix=f"run `thanos-deploy export {bundle} --target onnx` first"
             )
+    onnxfile.require_own_data(path)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:
         options.intra_op_num_threads = threads
+    unloaded = ""
     if provider != "cpu":
         gpu.require()
+        unloaded = _load_cuda(ort)
     wanted: list[Any] = [PROVIDERS[provider]]
     if provider == "tensorrt":
         # What TensorRT does not take runs on CUDA.
@@ -238,7 +301,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
         if "install TensorRT libraries" in str(error):
             raise PlatformError(
                 f"{path}: asked ONNX Runtime for {PROVIDERS[provider]} and got none: the libraries "
-                "of TensorRT are not there",
+                f"of TensorRT are not there{unloaded}",
                 fix=_PROVIDER_FIX,
             ) from error
         raise InputError(
@@ -249,16 +312,38 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
     provided = session.get_providers()[0]
     if provided != PROVIDERS[provider]:
         raise PlatformError(
-            f"{path}: asked ONNX Runtime for {PROVIDERS[provider]} and got {provided}",
+            f"{path}: asked ONNX Runtime for {PROVIDERS[provider]} and got {provided}{unloaded}",
             fix=_PROVIDER_FIX,
         )
     _require_known_graph(path, session)
     return Graph(
         session,
         ort,
-        device="cpu" if provider == "cpu" else "cuda",
+        memory=memory.HostMemory() if provider == "cpu" else memory.open_cuda(ort),
         max_sequence=_max_sequence(folder / "export.json"),
     )
+
+
+def _load_cuda(ort: Any) -> str:
+    """Load the libraries that ONNX Runtime's CUDA provider is linked against.
+
+    They are in pip's packages `nvidia-*`, where no loader looks for them. ONNX Runtime knows the
+    names; it looks beside itself, and where it is told to. What it does not find it prints and
+    says nothing else of.
+
+    Returns:
+        what is missing, after a colon; empty if nothing is.
+    """
+    said = io.StringIO()
+    nvidia = find_spec("nvidia")
+    places = (nvidia.submodule_search_locations if nvidia else None) or ()
+    with contextlib.redirect_stdout(said):
+        for folder in (folder for place in places for folder in sorted(Path(place).glob("*/lib"))):
+            ort.preload_dlls(directory=str(folder))
+        said.truncate(0)  # whatever is in another folder was missing in this one
+        said.seek(0)
+        ort.preload_dlls()
+    return f": {'; '.join(said.getvalue().splitlines())}" if said.getvalue() else ""
 
 
 def tensorrt_options(bundle: Bundle) -> dict[str, str]:
@@ -342,7 +427,7 @@ def _require_known_graph(path: Path, session: Any) -> None:
     blocks = (len(inputs) - len(_TOKEN_INPUTS)) // 2
     parts = [f"{block}.{part}" for block in range(blocks) for part in ("key", "value")]
     if inputs != [*_TOKEN_INPUTS, *(f"past_key_values.{part}" for part in parts)] or outputs != [
-        "logits",
+        _LOGITS,
         *(f"present.{part}" for part in parts),
     ]:
         raise InputError(
@@ -364,7 +449,3 @@ def _max_sequence(path: Path) -> int:
         f"{path}: not a readable record of an export ({problem})",
         fix="export the model again with --overwrite",
     )
-
-
-def _dtype(entry: Any) -> type[np.floating[Any]]:
-    return np.float16 if entry.type == "tensor(float16)" else np.float32

@@ -48,13 +48,11 @@ _ROOM = Room(batch=1, tokens=1024)
 
 
 class Steps(Protocol):
-    """A model and the kv cache of the sequences that it is working on.
+    """A model and the kv cache of the sequences that it is working on."""
 
-    Attributes:
-        length: tokens of each sequence, padding included.
-    """
-
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, padding included."""
 
     def prefill(self, ids: Ids, mask: Ids | None) -> Any:
         """See `Engine.prefill`; a tensor float32[batch, vocabulary] on the model's device."""

@@ -35,7 +35,7 @@ class Replay:
 
     def capture(self, step: Step) -> None:
         """See `Recording.capture`."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP):

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exporters.onnx
+from exporters import _parity, _weights
 from runtime.engines.onnxruntime import Graph, OnnxRuntimeEngine
+from runtime.memory import HostMemory
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import GateError, ModelError, UsageError
@@ -53,6 +55,7 @@ def test_every_family_exports_with_parity_names_and_the_pattern(
         "thanos_deploy.pattern": "2:4",
         "thanos_deploy.dtype": "fp32",
         "thanos_deploy.max_sequence": "128",
+        "thanos_deploy.logits": "all",
         "thanos_deploy.method": "thanos",
     }
     assert b"/site-packages/" not in (folder / "onnx" / "model.onnx").read_bytes()
@@ -115,7 +118,7 @@ def test_text_beyond_an_attention_window_is_read_as_in_torch(
     assert model.config.sliding_window == 16
     path = folder / "onnx" / "model.onnx"
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    engine = OnnxRuntimeEngine(Graph(session, ort, device="cpu", max_sequence=128))
+    engine = OnnxRuntimeEngine(Graph(session, ort, memory=HostMemory(), max_sequence=128))
     ids = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits.numpy()
@@ -153,11 +156,11 @@ def test_parity_is_measured_against_the_model_and_not_against_itself(
 ) -> None:
     path = exported_llama / "onnx" / "model.onnx"
     other = stock_model(tiny_llama, dtype=torch.float32)
-    limit = exporters.onnx.PARITY_LIMITS["fp32"]
-    fine = list(exporters.onnx._compare(path, other, limit))
+    limit = _parity.LIMITS["fp32"]
+    fine = list(_parity.compare(path, other, limit))
     assert all(case.first_differing is None for case in fine)
     other.model.layers[1].mlp.down_proj.weight.data[0] += 0.1
-    cases = list(exporters.onnx._compare(path, other, limit))
+    cases = list(_parity.compare(path, other, limit))
     assert min(case.logits_error for case in cases) > limit
     assert {case.first_differing for case in cases} == {"logits"}
 
@@ -175,9 +178,9 @@ def test_the_first_tensor_that_differs_is_named(
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     onnx.save(graph, tmp_path / "model.onnx")
     model, limit = stock_model(tiny_llama, dtype=torch.float32), 1e-4
-    cases = list(exporters.onnx._compare(tmp_path / "model.onnx", model, limit))
+    cases = list(_parity.compare(tmp_path / "model.onnx", model, limit))
     with pytest.raises(GateError, match=r"prefill .*present\.1\.key is the first output") as caught:
-        exporters.onnx._require_parity(tmp_path / "model.onnx", cases, limit)
+        _parity.require(tmp_path / "model.onnx", cases, limit)
     assert caught.value.exit_code == 6
 
 
@@ -233,14 +236,14 @@ def test_a_weight_that_lost_its_name_is_a_missed_gate(
     tiny_llama: Path, exported_llama: Path, tmp_path: Path
 ) -> None:
     model = stock_model(tiny_llama, dtype=torch.float32)
-    exporters.onnx._require_names(exported_llama / "onnx" / "model.onnx", model)
+    _weights.require_names(exported_llama / "onnx" / "model.onnx", model)
     graph = onnx.load(exported_llama / "onnx" / "model.onnx")
     for tensor in graph.graph.initializer:
         if tensor.name == "model.layers.0.mlp.up_proj.weight":
             tensor.name = "stray"
     onnx.save(graph, tmp_path / "model.onnx")
     with pytest.raises(GateError, match=r"mlp\.up_proj\.weight; matrices .* name: stray"):
-        exporters.onnx._require_names(tmp_path / "model.onnx", model)
+        _weights.require_names(tmp_path / "model.onnx", model)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2"])

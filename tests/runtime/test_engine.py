@@ -153,7 +153,9 @@ def test_a_damaged_file_is_refused_before_onnxruntime_sees_it(
 def test_without_the_check_a_truncated_model_is_bad_input(bundle: Path, keep: int) -> None:
     path = bundle / "onnx" / "model.onnx"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match="ONNX Runtime cannot load it"):
+    with pytest.raises(
+        InputError, match=r"model\.onnx: (ONNX Runtime cannot load it|not a readable ONNX)"
+    ):
         open_engine(bundle, verify=False)
 
 
@@ -250,14 +252,42 @@ def test_half_precision_agrees_with_torch(
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_onnx_runtime_silently_replaces_is_an_error(
-    exported_llama: Path, provider: str, monkeypatch: pytest.MonkeyPatch
+    exported_llama: Path,
+    provider: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if gpu.probe().gpus:
         pytest.skip("there is a GPU: the provider may well be there")
     # As on a machine with a GPU whose libraries do not fit.
     monkeypatch.setattr(gpu, "require", lambda: None)
-    with pytest.raises(PlatformError, match=r"asked ONNX Runtime for \w+ and got (CPU|none)"):
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda **_: print("Failed to load libcublas.so.13: no such")
+    )
+    said = r"asked ONNX Runtime for \w+ and got (CPU|none).*: Failed to load libcublas\.so\.13"
+    with pytest.raises(PlatformError, match=said):
         open_engine(exported_llama, provider=provider)
+    assert capsys.readouterr().out == ""  # which belongs to the results of a command
+
+
+def test_the_cuda_libraries_of_pips_packages_are_loaded_before_the_provider(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may lie in another folder of packages than ONNX Runtime."""
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded: list[str] = []
+
+    def preload_dlls(directory: str | None = None) -> None:
+        loaded.append(directory or "")
+        if str(folder) not in loaded or directory not in (None, str(folder)):
+            print("Failed to load libcudart.so.13")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls)
+    assert backend._load_cuda(onnxruntime) == ""
+    assert str(folder) in loaded
+    assert loaded[-1] == ""  # what counts is what can be found in the end
 
 
 def test_a_missing_backend_names_what_to_install(
@@ -310,20 +340,20 @@ def test_the_cache_is_handed_on_without_a_copy_through_python(exported_llama: Pa
     session = graph._session
     graph._session = SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=spy)
     engine.prefill(np.array([[1, 2]]))
-    held = [value.data_ptr() for value in engine._cache]
+    held = [tensor.address for tensor in engine._cache]
     assert held == [value.data_ptr() for value in steps[0].get_outputs()[1:]]
     bound = {}
     io_binding = session.io_binding
 
     def watch() -> Any:
         binding = io_binding()
-        bind = binding.bind_ortvalue_input
+        bind = binding.bind_input
 
-        def record(name: str, value: Any) -> None:
-            bound[name] = value.data_ptr()
-            bind(name, value)
+        def record(name: str, *place: Any) -> None:
+            bound[name] = place[-1]
+            bind(name, *place)
 
-        binding.bind_ortvalue_input = record
+        binding.bind_input = record
         return binding
 
     graph._session.io_binding = watch

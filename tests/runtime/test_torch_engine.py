@@ -221,7 +221,7 @@ def test_attention_gets_channels_side_by_side_from_exchanged_layers(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # PyTorch's fast attention wants a last stride of 1.
-    strides = []
+    strides: list[int] = []
     attend = nn.functional.scaled_dot_product_attention
 
     def spy(query: Any, key: Any, value: Any, **options: Any) -> Any:
@@ -356,7 +356,8 @@ def test_every_two_four_variant_gives_the_logits_of_eager_on_a_gpu(
 def test_recorded_steps_give_the_logits_of_steps_that_are_not(two_four_model: Path) -> None:
     engines = []
     for recording in (Eager, None):
-        model = load_model(two_four_model).to(torch.device("cuda"))
+        model = load_model(two_four_model)
+        model.cuda()
         steps = StaticSteps(model, Room(1, 16), recording=recording)
         engines.append(torch_engine.TorchEngine(steps, vocabulary=VOCABULARY, max_sequence=128))
     plain, recorded = engines

@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import multiprocessing
 import random
 import resource
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.commands import FORKS
 from tests.conftest import Invoke, MakeModel
 from thanos_deploy import artifact
 from thanos_deploy import prune as walk
@@ -29,12 +29,6 @@ from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
 
 BLOCKS = 5
-
-# Children are forked from a process that has imported everything and computed nothing.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["thanos_deploy.stages.prune", "transformers.models.llama.modeling_llama"]
-)
 
 
 @pytest.fixture(scope="module")

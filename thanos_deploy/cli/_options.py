@@ -417,6 +417,7 @@ def engine_request(
     max_sequence: int | None,
     batch: tuple[int, ...] | None,
     prompt: tuple[int, ...] | None,
+    logits: str | None = None,
 ) -> "EngineRequest":
     """What `engine_options` ask for, with what each command calls otherwise; None for defaults."""
     from thanos_deploy.requests import EngineRequest
@@ -424,6 +425,7 @@ def engine_request(
     given: dict[str, Any] = {
         "dtype": dtype,
         "max_sequence": max_sequence,
+        "logits": logits,
         "batch": batch,
         "prompt": prompt,
     }

@@ -36,6 +36,13 @@ from thanos_deploy.errors import UsageError
     "[default: what it was made with, or all that the model takes]",
 )
 @click.option(
+    "--logits",
+    type=click.Choice(["all", "last"]),
+    help="last: the graph computes them after the last token only, which is less work for a prompt "
+    "and all that generating text needs; all: after every token, which `eval --runtime onnx` needs "
+    "too.  [default: what it was made with, or all; engines: last]",
+)
+@click.option(
     "--batch",
     type=CountsType(),
     help="Engines: sequences at once, the usual number and the largest.  [default: 1,8]",
@@ -53,6 +60,7 @@ def command(
     target: str,
     dtype: str | None,
     max_seq: int | None,
+    logits: str | None,
     batch: tuple[int, ...] | None,
     seq: tuple[int, ...] | None,
     **options: Any,
@@ -89,9 +97,15 @@ def command(
                 request=ExportRequest(
                     dtype=dtype or before.dtype,
                     max_sequence=before.max_sequence if max_seq is None else max_seq,
+                    logits=logits or before.logits,
                 ),
                 engine=engine_request(
-                    options, dtype=dtype, max_sequence=max_seq, batch=batch, prompt=seq
+                    options,
+                    dtype=dtype,
+                    max_sequence=max_seq,
+                    logits=logits,
+                    batch=batch,
+                    prompt=seq,
                 ),
                 overwrite=options["overwrite"],
                 announce=announce,

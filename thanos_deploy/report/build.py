@@ -152,7 +152,7 @@ def _differences(models: Sequence[Json]) -> Iterator[str]:
     if len({model["source"]["sha256"] for model in models}) > 1:
         yield "The base models differ, so differences are not those of the patterns alone."
     texts = {
-        (quality["text"], quality["segments"], quality["length"])
+        (quality["text"], quality["segments"], quality["length"], *quality["frame"])
         for model in models
         if (quality := model["quality"])
     }
@@ -177,6 +177,8 @@ def _quality(evaluation: StageRecord | None) -> Json | None:
         "text": evaluation.result["text"],
         "segments": evaluation.result["segments"],
         "length": evaluation.result["length"],
+        # Results from before segments had one are of segments without.
+        "frame": evaluation.result.get("frame", {"tokens": []})["tokens"],
         "dense": dense,
         "pruned": pruned,
         "ratio": pruned / dense,

@@ -52,7 +52,7 @@ def _how(model: Json) -> Iterator[str]:
     if quality := model["quality"]:
         yield (
             f"Perplexity: {quality['segments']} segments of {quality['length']} tokens of "
-            f"{quality['text']}."
+            f"{quality['text']}, with {' '.join(quality['frame']) or 'nothing'} before each."
         )
     if tasks := model["tasks"]:
         yield (

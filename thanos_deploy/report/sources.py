@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thanos_deploy.artifact import Bundle, Json, StageRecord
+from thanos_deploy import names
+from thanos_deploy.artifact import MANIFEST, Bundle, Json, StageRecord
 from thanos_deploy.errors import InputError
 from thanos_deploy.report.runs import PRUNED
 
@@ -89,10 +90,10 @@ def read(bundle: Bundle) -> Sources:
 def _runs(bundle: Bundle, bench: StageRecord | None) -> dict[str, Json]:
     """Those of the stage, in its order, and what else is in the folder."""
     finished = [f"bench/{run}.json" for run in (bench.result["runs"] if bench else ())]
-    names = dict.fromkeys((*finished, *_names(bundle, "bench/*.json")))
+    files = dict.fromkeys((*finished, *_names(bundle, "bench/*.json")))
     return {
         name: content
-        for name in names
+        for name in files
         if name != _SAMPLE and (content := _read(bundle, name)).get("format") == BENCH_FORMAT
     }
 
@@ -123,10 +124,10 @@ def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Json]
 def _seen_from(run: Json, label: str, owner: str) -> Json:
     """A run of another bundle, its owner, as one of the subject `label` beside the baseline."""
     baseline = owner if run["baseline"] == PRUNED else run["baseline"]
-    names = {run["baseline"]: baseline, label: PRUNED}
+    renamed = {run["baseline"]: baseline, label: PRUNED}
 
     def own(values: Json) -> Json:
-        return {new: values[old] for old, new in names.items()}
+        return {new: values[old] for old, new in renamed.items()}
 
     return {
         **run,
@@ -160,6 +161,7 @@ def _names(bundle: Bundle, glob: str) -> list[str]:
 
 def _read(bundle: Bundle, name: str) -> Any:
     """The content of a record, compared with its hash where the manifest has one."""
+    names.plain(name, bundle.path / MANIFEST, nested=True)
     if bundle.recorded(name):
         bundle.verify_file(name)
     path = bundle.path / name

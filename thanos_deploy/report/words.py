@@ -12,7 +12,7 @@ from thanos_deploy.report.runs import CPU, processor, quoted_on_gpu, quoted_time
 _STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
 
 # What two perplexities have to share to be comparable.
-_TEXT = ("text", "segments", "length")
+_TEXT = ("text", "segments", "length", "frame")
 
 # Stage -> what it measures, and the command that does it.
 _STAGES = {

@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from thanos_deploy import artifact, benchmark
+from runtime.text import TOKENIZER, open_tokenizer
+from thanos_deploy import artifact, benchmark, names
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.errors import InputError, UsageError
@@ -186,7 +187,9 @@ def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
     if done is None:
         return {}
     return {
-        name: _Run(done.options[name], done.inputs[name], result)
+        names.plain(name, bundle.path / artifact.MANIFEST): _Run(
+            done.options[name], done.inputs[name], result
+        )
         for name, result in done.result.get("runs", {}).items()
     }
 
@@ -211,7 +214,7 @@ def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchReque
             label: _sample(
                 subject.path,
                 # The cache has the dense model's files only where it converted them.
-                (subject if "prune" in subject.stages else bundle).path / "model",
+                (subject if "prune" in subject.stages else bundle).path,
                 request,
             )
             for label, subject in subjects.items()
@@ -219,10 +222,22 @@ def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchReque
     }
 
 
-def _sample(bundle: Path, model: Path, request: BenchRequest) -> str:
-    """What the exported model of a bundle makes of the sample prompt."""
+def _sample(bundle: Path, tokenized_by: Path, request: BenchRequest) -> str:
+    """What the exported model of a bundle makes of the sample prompt, read as `generate` reads it.
+
+    Args:
+        bundle: has the graph.
+        tokenized_by: the bundle that has the tokenizer.
+        request: the prompt, and how many tokens of answer.
+    """
+    model = tokenized_by / "model"
     tokenizer = load_tokenizer(model)
-    prompt = tokenizer(request.sample_prompt, add_special_tokens=False)["input_ids"]
+    # `generate` has no other way; a model without tokenizer.json is still to be measured.
+    prompt = (
+        open_tokenizer(tokenized_by, verify=False).encode(request.sample_prompt)
+        if (tokenized_by / TOKENIZER).is_file()
+        else tokenizer(request.sample_prompt)["input_ids"]
+    )
     ids = generate(
         # The hashes have just been compared.
         open_engine(bundle, verify=False),
@@ -259,7 +274,7 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
     folder = dense_folder(bundle.source["sha256"])
     if (folder / artifact.MANIFEST).exists():
         found = Bundle.open(folder)
-        if "onnx" in found.stages and found.stages["onnx"].options == asdict(wanted):
+        if "onnx" in found.stages and found.stages["onnx"].options == wanted.to_json():
             return found
     raise InputError(
         f"{folder}: no export of {bundle.source['name']} there, the dense model of {bundle.path}, "

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from runtime.engines.onnxruntime import require_all_logits
 from thanos_deploy import artifact, evaluation, harness
 from thanos_deploy import perplexity as quality
 from thanos_deploy.artifact import Bundle, Json, StageRecord
@@ -12,7 +13,7 @@ from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.requests import EvalRequest, ExportRequest, TaskRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense, exported_with
-from thanos_deploy.stages.texts import open_text, require_other_text, segments_for
+from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
 
 
 def evaluate(
@@ -38,6 +39,7 @@ def evaluate(
     pruned = bundle.require("prune", "`thanos-deploy prune`")
     if runtime == "onnx":
         bundle.require("onnx", f"`thanos-deploy export {bundle.path} --target onnx`")
+        require_all_logits(exported_with(bundle).logits)
     bundle.check(evaluation.stage(request, runtime), request.to_json(), overwrite=overwrite)
     _require_judge(request, pruned.inputs["text"])
     if runtime == "onnx":
@@ -100,7 +102,10 @@ def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, fl
         for label, subject in subjects.items()
         if "eval" in subject.stages
         and subject.stages["eval"].options == own.options
-        and subject.stages["eval"].inputs["text"] == own.inputs["text"]
+        and all(
+            subject.stages["eval"].inputs.get(name) == own.inputs.get(name)
+            for name in ("text", "frame")
+        )
     }
     return found
 
@@ -143,6 +148,7 @@ def _evaluate(
         inputs={
             **inputs,
             "text" if isinstance(request, EvalRequest) else "tasks": judge,
+            **(frame_for(model).inputs if isinstance(request, EvalRequest) else {}),
             **({"onnx": bundle.graph_sha256} if runtime == "onnx" else {}),
         },
         overwrite=overwrite,
@@ -164,9 +170,9 @@ def _measure(
         scores = harness.score(bundle.path, model, request, runtime)
         return {"scores": [asdict(score) for score in scores]}
     text = open_text(request.text, request.text_field, held_out=True)
-    ids = segments_for(model, text, request.segments, request.seqlen, seed=None)
+    ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     where = "" if runtime == "torch" else "'s ONNX graph"
     progress = announce(f"Perplexity of the {title}{where}")
     read = evaluation.open_reader(bundle.path, model, runtime)
-    measured = quality.perplexity_of(read, ids, on_progress=progress)
-    return {"text": text.origin, **asdict(measured)}
+    measured = quality.perplexity_of(read, ids, frame=len(frame), on_progress=progress)
+    return {"text": text.origin, **asdict(measured), "frame": frame.to_json()}

@@ -1,7 +1,7 @@
 """The export stages of a bundle, one for each target.
 
     onnx           onnx/, the graph that everything else is made from
-    onnx-DTYPE     onnx-DTYPE/, the same for engines, where onnx/ is of another dtype
+    onnx-DTYPE, onnx-DTYPE-last    the same for engines, where onnx/ is of another kind
     genai          genai/
     packed         packed/
     triton         triton/
@@ -15,7 +15,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import exporters.genai
@@ -110,7 +110,7 @@ def graph(
         origin: what the graph's metadata says of where it comes from.
         announce: told of the work.
         title: what the model is called in progress lines.
-        stage: "onnx", or "onnx-" and the dtype.
+        stage: "onnx", or as for engines.
         overwrite: redo what was made with other options.
     """
 
@@ -122,11 +122,13 @@ def graph(
             pattern=patterns,
             dtype=request.dtype,
             max_sequence=request.max_sequence,
+            logits=request.logits,
             origin=origin,
             on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
         )
         return {
             "max_sequence": record["max_sequence"],
+            "logits": record["logits"],
             "cache_bytes_per_token": record["cache"]["bytes_per_token"],
             "rounding": record["rounding"],
             "parity_limit": record["parity_limit"],
@@ -134,7 +136,7 @@ def graph(
             "weights": len(record["weights"]),
         }
 
-    return bundle.run(stage, produce, options=asdict(request), inputs=inputs, overwrite=overwrite)
+    return bundle.run(stage, produce, options=request.to_json(), inputs=inputs, overwrite=overwrite)
 
 
 def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> StageRecord:
@@ -163,9 +165,10 @@ def engine_graph(
 ) -> str:
     """The stage with the graph that an engine is made from, which is exported now if need be."""
     longest = request.max_sequence or exported_with(bundle).max_sequence
-    wanted = ExportRequest(request.dtype, longest)
+    wanted = ExportRequest(request.dtype, longest, request.logits)
     # The graph of the bundle serves as it is, if it is of the right kind.
-    stage = "onnx" if exported_with(bundle) == wanted else f"onnx-{request.dtype}"
+    own = f"onnx-{request.dtype}{'-last' if request.logits == 'last' else ''}"
+    stage = "onnx" if exported_with(bundle) == wanted else own
     _pruned_graph(bundle, wanted, stage, overwrite, announce)
     return stage
 

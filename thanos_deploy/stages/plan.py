@@ -52,7 +52,7 @@ def plan_pruning(
     """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
     source = dense.checkpoint(announce)
     entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
-    _, ids = calibration(source, request)
+    _, ids, _ = calibration(source, request)
     exported = 0 if evaluation is None else 4 * source.parameters
     what: Json
     if request.shrinks:

@@ -194,11 +194,12 @@ def prune(
     source = dense.checkpoint(announce)
     check(source, request)
     own = _sparsity_file(request)
-    text, ids = calibration(source, request)
+    text, ids, frame = calibration(source, request)
 
     inputs = {
         "model": dense.source.sha256,
         "text": text.sha256,
+        **frame.inputs,
         **({} if own is None else {"sparsity_file": own.sha256}),
     }
     owner = {**request.to_json(), **inputs, **_versions()}
@@ -239,6 +240,7 @@ def prune(
             )
         return {
             **summary,
+            "frame": frame.to_json(),
             **(
                 {"survey_seconds": sum(sum(one.seconds.values()) for one in surveyed.reports)}
                 if surveyed

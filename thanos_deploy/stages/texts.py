@@ -8,6 +8,7 @@ from thanos_deploy import calibrate
 from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text
 from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
 from thanos_deploy.errors import UsageError
+from thanos_deploy.frame import Frame, frame_of
 from thanos_deploy.requests import PruneRequest
 
 
@@ -27,18 +28,18 @@ def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
     return read_text(Path(name).expanduser(), text_field=text_field)
 
 
-def calibration(source: Checkpoint, request: PruneRequest) -> tuple[Text, Tensor]:
+def calibration(source: Checkpoint, request: PruneRequest) -> tuple[Text, Tensor, Frame]:
     """The text that a model is to be calibrated on, and what is taken of it.
 
     Returns:
-        the text; int64[count, length].
+        the text; int64[count, length]; what each of these begins with.
 
     Raises:
         CalibrationError, UsageError: see `open_text` and `segments_for`.
     """
     text = open_text(request.calib, request.text_field, held_out=False)
-    ids = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
-    return text, ids
+    ids, frame = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    return text, ids, frame
 
 
 def require_other_text(text: Text, calibration_sha256: str | None) -> None:
@@ -57,18 +58,28 @@ def require_other_text(text: Text, calibration_sha256: str | None) -> None:
 
 def segments_for(
     source: Checkpoint, text: Text, count: int, length: int, *, seed: int | None
-) -> Tensor:
+) -> tuple[Tensor, Frame]:
     """Cut a text into segments for a model; see `calibrate.segments`.
+
+    Returns:
+        int64[count, length], and what each of them begins with.
 
     Raises:
         CalibrationError: the text is too short.
         UsageError: the model does not take segments of that length.
     """
-    if not 2 <= length <= source.max_positions or count < 1:
+    tokenizer = load_tokenizer(source.folder)
+    frame = frame_of(tokenizer)
+    least = max(2, len(frame) + 1)
+    if not least <= length <= source.max_positions or count < 1:
         raise UsageError(
-            f"{count} segments of {length} tokens; the model takes 2 to {source.max_positions} "
-            "tokens at once",
+            f"{count} segments of {length} tokens; the model takes {least} to "
+            f"{source.max_positions} tokens at once",
             fix="use at least one segment, of a length that the model takes",
         )
-    tokenizer = load_tokenizer(source.folder)
-    return calibrate.segments(text, tokenizer, count=count, length=length, seed=seed)
+    return calibrate.segments(text, tokenizer, count=count, length=length, seed=seed), frame
+
+
+def frame_for(source: Checkpoint) -> Frame:
+    """What segments for a model begin with."""
+    return frame_of(load_tokenizer(source.folder))

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config as functorch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from runtime.engines.torch import TorchEngine, engine_of
@@ -121,7 +124,8 @@ def test_a_step_is_recorded_once_for_each_size_of_batch_and_anew_in_a_larger_roo
 ) -> None:
     steps = StaticSteps(tiny_model, Room(2, 32), recording=counted)
     for batch in (1, 2, 1, 2):
-        steps.prefill(np.zeros((batch, 3 + batch), dtype=np.int64), np.ones((batch, 3 + batch)))
+        ids = np.zeros((batch, 3 + batch), dtype=np.int64)
+        steps.prefill(ids, np.ones_like(ids))
         for _ in range(4):
             steps.decode(np.zeros(batch, dtype=np.int64))
     assert len(counted.made) == 2
@@ -152,8 +156,21 @@ def test_logits_that_were_given_out_do_not_change_with_the_next_step(tiny_model:
     np.testing.assert_array_equal(first, kept)
 
 
-def test_a_decode_step_mixes_no_devices_and_asks_for_no_value() -> None:
-    # The tensors claim to be on a GPU and hold nothing: it is an error to want a value.
+class OneDevice(TorchDispatchMode):
+    """Refuses operators on several devices: copies, and tensors of one value that may be mixed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves((args, kwargs, found)) if torch.is_tensor(one)]
+        assert len({one.device for one in tensors}) <= 1, func
+        return found
+
+
+def test_a_decode_step_mixes_no_devices_and_asks_for_no_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The tensors hold nothing, so wanting a value is an error. PyTorch without CUDA can pretend to
+    # have a device of no kind but this one.
     config = AutoConfig.for_model(
         "llama",
         vocab_size=64,
@@ -165,18 +182,22 @@ def test_a_decode_step_mixes_no_devices_and_asks_for_no_value() -> None:
         max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    with FakeTensorMode():
+    shapes = block_shapes(model)
+    monkeypatch.setattr(static_steps, "block_shapes", lambda _: shapes)
+    with functorch.patch(fake_tensor_allow_meta=True), FakeTensorMode():
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 tensors.update(
-                    (name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+                    (name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
                     for name, tensor in tensors.items()
                     if tensor is not None
                 )
         steps = StaticSteps(model, Room(2, 32), recording=Eager)
         steps.prefill(np.zeros((2, 5), dtype=np.int64), None)
+        with OneDevice():
+            steps._decode_step(2, 32)
         found = steps.decode(np.zeros(2, dtype=np.int64))
-    assert (found.device.type, found.shape, found.dtype) == ("cuda", (2, 64), torch.float32)
+    assert (found.device.type, found.shape, found.dtype) == ("meta", (2, 64), torch.float32)
 
 
 @pytest.fixture

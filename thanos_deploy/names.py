@@ -1,0 +1,165 @@
+"""Names that come out of files: shards of an index, files of a manifest, data of a graph.
+
+Whoever wrote a checkpoint or a bundle chose these names and the links beside them. Two rules keep
+what is read and written inside its folder:
+
+    plain    a name is relative, has no part that leads elsewhere, and means the same everywhere
+    own      a folder's entries are files and folders, or links to such entries of its own
+
+A folder in the hub's cache may also link to that repository's blobs, which is how the cache is
+laid out: snapshots/REVISION/FILE -> ../../blobs/HASH. The path of the folder itself is the user's
+and may lead through any links. Standard library only.
+"""
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from thanos_deploy.errors import InputError
+
+# What every usual file system takes: bytes of one part, bytes of a whole name.
+_PART, _WHOLE = 255, 1024
+
+# Names of devices, not of files, where a folder may be taken to.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def plain(
+    name: object,
+    source: Path | str,
+    *,
+    nested: bool = False,
+    suffix: str = "",
+    error: type[InputError] = InputError,
+) -> str:
+    """A name that is nothing but the name of a file in the folder that it is of.
+
+    Args:
+        name: as it was read.
+        source: what it was read from, for the message.
+        nested: subfolders are allowed, separated by slashes.
+        suffix: what it has to end with.
+        error: type of the error.
+
+    Raises:
+        InputError: it is not such a name.
+    """
+    problem = _problem(name, nested=nested, suffix=suffix)
+    if problem:
+        raise error(
+            f"{source}: {_shown(name)} is not the name of a file that belongs to it: {problem}",
+            fix="do not use this model or bundle unless you know who made it; fetch it again from "
+            "its origin",
+        )
+    assert isinstance(name, str)
+    return name
+
+
+def distinct(
+    names: Iterable[str], source: Path | str, *, error: type[InputError] = InputError
+) -> None:
+    """Refuse names that are one and the same file where capital letters do not count.
+
+    Raises:
+        InputError: there are such names.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name).casefold()
+        if (other := seen.setdefault(key, name)) != name:
+            raise error(
+                f"{source}: {_shown(other)} and {_shown(name)} differ in capital letters or "
+                "accents only",
+                fix="rename one of them, in the file that names it too",
+            )
+
+
+def require_own(folder: Path, *, error: type[InputError] = InputError) -> None:
+    """Refuse a folder with a link that leads out of it or nowhere, or with a device in it.
+
+    Args:
+        folder: one that is there.
+        error: type of the error.
+
+    Raises:
+        InputError: there is such an entry; the message names it.
+    """
+    root = folder.resolve()
+    homes = [root, *_blobs(root)]
+    for path in _entries(root):
+        if (problem := _foreign(path, homes)) is not None:
+            raise error(
+                f"{folder / path.relative_to(root)}: {problem}",
+                fix="put the file itself there, or remove the entry if nothing needs it",
+            )
+
+
+def _problem(name: object, *, nested: bool, suffix: str) -> str:
+    """What is wrong with a name, in words; empty if nothing is."""
+    if not isinstance(name, str) or not name:
+        return "it is no text"
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return "it is not valid Unicode"
+    parts = name.split("/")
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        return "it has control characters"
+    if "\\" in name or ":" in name:
+        return "it has a backslash or a colon"
+    if name.startswith("/"):
+        return "it is an absolute path"
+    if len(parts) > 1 and not nested:
+        return "it names a folder"
+    if any(part.startswith(".") for part in parts):
+        return "a part of it begins with a dot"
+    if any(not part or part != part.strip() or part.endswith(".") for part in parts):
+        return "a part of it is empty, or ends with a space or a dot"
+    if any(_DEVICE.fullmatch(part) for part in parts):
+        return "it is the name of a device"
+    if len(encoded) > _WHOLE or any(len(part.encode()) > _PART for part in parts):
+        return "it is too long"
+    if not name.endswith(suffix):
+        return f"it does not end with {suffix}"
+    return ""
+
+
+def _shown(name: object) -> str:
+    text = ascii(name)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _blobs(root: Path) -> Iterator[Path]:
+    """Where the hub's cache keeps the contents of the snapshot that a folder is, or is in."""
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots":
+            yield place.parent.parent / "blobs"
+            return
+
+
+def _entries(root: Path) -> Iterator[Path]:
+    """All entries of a folder and its subfolders; no link is followed."""
+    for place, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            yield Path(place, name)
+
+
+def _foreign(path: Path, homes: list[Path]) -> str | None:
+    """What is wrong with an entry, in words."""
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            target = path.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                return f"a link out of its folder, to {os.readlink(path)}"
+            mode = target.stat().st_mode
+    except FileNotFoundError:
+        # Gone since the folder was listed, unless it is a link to nothing.
+        return "a link to a file that is missing" if path.is_symlink() else None
+    except (OSError, RuntimeError):  # RuntimeError: before Python 3.13
+        return "a link that leads back to itself"
+    usual = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return None if usual else "neither a file nor a folder"
