@@ -33,7 +33,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # The smallest and the largest block of tokens that each is launched with.
 TOKENS = {
-    decode: (1, decode.MOST_TOKENS),
+    decode: (1,),
     prefill: (prefill.LEAST_TOKENS_AT_ONCE, prefill.MOST_TOKENS_AT_ONCE),
 }
 
@@ -164,7 +164,7 @@ def groups_per_thread(config: triton.Config) -> float:
     """Groups of four columns of a row in a block's iteration, for each thread."""
     sizes = config.kwargs
     words = sizes["BLOCK_U"] if "BLOCK_U" in sizes else 2 * sizes["BLOCK_P"]
-    groups: float = 2 * words * sizes["BLOCK_N"] / (32 * config.num_warps)
+    groups: float = 2 * words * sizes.get("BLOCK_N", decode.ROWS) / (32 * config.num_warps)
     return groups
 
 
@@ -172,17 +172,18 @@ def compile_triton(
     kernel: Any, config: triton.Config, block_m: int, architecture: int, dtype: str
 ) -> Any:
     """Compile a Triton kernel for sizes that are multiples of 16, as real models have them."""
-    in_words = "groups" in kernel.fn.arg_names
-    constants = {"HAS_BIAS": True, "BLOCK_M": block_m, **config.kwargs}
+    names = kernel.fn.arg_names
+    constants = {"HAS_BIAS": True, **config.kwargs}
+    if "BLOCK_M" in names:
+        constants["BLOCK_M"] = block_m
     pointer = _POINTERS[dtype]
     types = {
-        "x": "*i64" if in_words else pointer,
+        "x": "*i64" if "groups" in names else pointer,
         "words": "*i64",
         "mask": "*u8",
         "bias": pointer,
         "y": pointer,
     }
-    names = kernel.fn.arg_names
     source = ASTSource(
         kernel.fn,
         {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},

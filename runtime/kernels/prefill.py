@@ -1,8 +1,8 @@
-"""y = x W^T + b for more than two tokens, with W 2:4: a Triton kernel that unpacks W in registers.
+"""y = x W^T + b for several tokens, with W 2:4: a Triton kernel that unpacks W in registers.
 
 Triton has no `mma.sp`, so this saves the bandwidth and the memory of the weights (9/16 of them is
 read) and not one multiplication: the zeros are put back into a tile in registers, and dense tensor
-cores multiply it. For up to 16 tokens that takes 26 instructions for a group of four columns,
+cores multiply it. For up to 16 tokens that takes 24 to 32 instructions for a group of four columns,
 however many tokens there are, of which an H100 has time for 40 while it reads the group: see
 `decode`. Few tokens have few tiles, so their columns are divided among blocks: see `split_k`.
 

@@ -153,7 +153,12 @@ def measure(
 
 
 def random_two_four(
-    outputs: int, inputs: int, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> Tensor:
     """A matrix that keeps two random entries of every four, the same each time on one device."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -184,7 +189,8 @@ def replayed(
     the other, under the host's clock; that is for rehearsals.
 
     Args:
-        calls: the same work on different data, so that no cache helps; each was called before.
+        calls: the same work on different data, so that no cache helps; what a first call compiles
+            or searches was done before.
         samples: how many to time.
         warmup: how many to run before them.
     """

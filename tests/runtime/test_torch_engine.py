@@ -207,7 +207,7 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         if maker:
             linears.replace(model, checkpoint.linears, maker)
         engines.append(engine_of(model, ()))
-    # Two tokens at once take the decode kernel, two prompts of five the prefill kernel.
+    # Two tokens at once, and two prompts of five.
     for step in (
         lambda engine: engine.prefill(PROMPTS, MASK),
         lambda engine: engine.decode(np.array([10, 6])),

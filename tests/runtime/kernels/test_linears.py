@@ -3,7 +3,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.kernels import cusparselt, linears
 from runtime.kernels.cusparselt import Algorithm, CusparseltWeight
@@ -75,14 +74,14 @@ def test_on_a_cpu_triton_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_on_the_triton_kernels_gives_the_layer(bias: bool, device: torch.device) -> None:
-    # 1 and 2 tokens take one of the kernels, 3 and 5 the other.
+    # One token takes one of the kernels, more take the other.
     layer = nn.Linear(24, 5, bias=bias, dtype=torch.float16, device=device)
     weight = two_four(5, 24, torch.float16)
     layer.weight = nn.Parameter(weight.to(device))
     expected_bias = layer.bias.detach().cpu() if bias else None
     model = nn.Sequential(layer)
     linears.replace(model, ["0"], "triton")
-    for tokens in (1, 2, 3, 5):
+    for tokens in (1, 2, 5):
         x, _ = inputs(tokens, 5, 24, torch.float16, bias=False)
         y = model(x.to(device).reshape(1, tokens, 24))
         assert y.is_contiguous()
@@ -170,14 +169,13 @@ def test_cusparselt_without_a_search_takes_what_torch_takes(library: Library) ->
 
 
 def test_torch_s_operator_takes_what_is_given_and_returns_tokens_by_outputs() -> None:
-    # On a GPU that is not there, with torch's own rules of shapes and dtypes.
-    with FakeTensorMode():
-        x, bias = (
-            torch.empty(shape, dtype=torch.float16, device="cuda") for shape in [(13, 64), (32,)]
-        )
-        compressed = torch.empty(32, 36, dtype=torch.float16, device="cuda")
-        y = cusparselt.linear(x, CusparseltWeight(compressed, 32, 64), bias, search=False)
-    assert (y.device.type, y.shape, y.dtype) == ("cuda", (13, 32), torch.float16)
+    # Tensors without values, on which torch's own rules of shapes and dtypes run.
+    x, bias, compressed = (
+        torch.empty(shape, dtype=torch.float16, device="meta")
+        for shape in [(13, 64), (32,), (32, 36)]
+    )
+    y = cusparselt.linear(x, CusparseltWeight(compressed, 32, 64), bias, search=False)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (13, 32), torch.float16)
     assert y.is_contiguous()
 
 
