@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from runtime import paired
 from tests.conftest import Invoke
 from tests.test_cli import SMALL
-from thanos_deploy import artifact, benchmark, ceilings, cli, gates, stillness
+from thanos_deploy import artifact, benchmark, ceilings, cli, gates, nvml, stillness
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
@@ -223,6 +225,45 @@ def test_a_baseline_that_drifts_makes_a_run_invalid(
     assert invoke("bench", out, *arguments)[0] == 0
     reasons = run_of(out, "full")["reasons"]
     assert any(reason.startswith("prefill-1x8: dense drifted by +") for reason in reasons)
+
+
+class SharedGpu:
+    """A GPU as NVML shows it, with a stranger that comes when the models are loaded."""
+
+    name = "a GPU"
+
+    def __init__(self, own: dict[str, int], stranger: int | None) -> None:
+        self.own = own
+        self.stranger = stranger
+
+    def read(self) -> nvml.Reading:
+        ours = {number: 100 for number in self.own.values()}
+        others = [self.stranger] if ours and self.stranger else []
+        used = 1000 + sum(ours.values())
+        return nvml.Reading(1.5e9, 300.0, (), ours, (*ours, *others), used, 0.0)
+
+
+@pytest.mark.parametrize("stranger", [None, 4711])
+def test_a_gpu_that_others_use_makes_a_run_invalid(
+    out: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, stranger: int | None
+) -> None:
+    """The engines are those of the CPU, in processes that the GPU is said to have."""
+    opened, own = paired.opened, dict[str, int]()
+
+    @contextmanager
+    def on_cpu(paths: Any, *, provider: str, threads: int) -> Iterator[paired.Engines]:
+        with opened(paths, provider="cpu", threads=threads) as engines:
+            own.update(engines.processes)
+            yield engines
+
+    monkeypatch.setattr(paired, "opened", on_cpu)
+    monkeypatch.setattr(nvml.Gpu, "probe", lambda: SharedGpu(own, stranger))
+    assert invoke("bench", out, *PREFILL, "--provider", "cuda")[0] == 0
+    run = run_of(out, "full")
+    reasons = [reason for reason in run["reasons"] if "used the GPU" in reason]
+    assert reasons == (["during the run, process 4711 used the GPU"] if stranger else [])
+    assert {facts["gpu_peak_bytes"] for facts in run["subjects"].values()} == {100}
+    assert run["gpu"]["memory_of_all_models"] == {"bytes": 200, "by": "process"}
 
 
 def test_counters_that_cannot_be_read_are_null(

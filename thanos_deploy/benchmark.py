@@ -100,6 +100,8 @@ def measure(
                 raise
         processes, loaded = engines.processes, engines.loaded
     still = stillness.judge(readings)
+    # This process is on the GPU too if it measured the ceilings there.
+    on_gpu = {*processes.values(), *([os.getpid()] if machine else [])}
     level = _level(scenarios, len(bundles)) if same else statistics.LEVEL
     compared = [
         {
@@ -118,7 +120,7 @@ def measure(
     ]
     reasons = [
         *still.reasons,
-        *_gpu_reasons(untouched, on_device, processes),
+        *(nvml.reasons(untouched, on_device, on_gpu) if untouched else []),
         *_drifts(compared, baseline, len(rounds)),
         *(_differences(compared) if same else []),
     ]
@@ -315,15 +317,6 @@ def _machine(machine: Machine | None, still: Stillness) -> Json:
         else asdict(machine)
     )
     return {**measured, **asdict(still)}
-
-
-def _gpu_reasons(
-    untouched: nvml.Reading | None, readings: Sequence[nvml.Reading], processes: Mapping[str, int]
-) -> list[str]:
-    """Why times on a GPU do not count; this process measures the ceilings there, so it is ours."""
-    if untouched is None:
-        return []
-    return nvml.reasons(untouched, readings, {os.getpid(), *processes.values()})
 
 
 def _device(device: Gpu, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> Json:

@@ -8,7 +8,7 @@ ceiling is one: activations, normalisations, the softmax, and what caches of the
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from runtime.kernels import timing
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
+from thanos_deploy.precision import products_in
 
 _REPEATS = 8
 
@@ -29,12 +30,12 @@ _MATRIX = {"cpu": 2048, "cuda": 8192}
 # Calls in one CUDA graph, so that starting it is a small part of what is timed.
 _CALLS = 4
 
-# Kind of arithmetic -> dtype of the matrices, and how PyTorch calls their precision. In TF32 tensor
-# cores round float32 to 10 bits of mantissa.
+# Kind of arithmetic -> dtype of the matrices, and that of `precision.products_in`, which on a GPU
+# rounds float32 factors to TF32 where it is bfloat16.
 _KINDS = {
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "fp16": (torch.float16, "highest"),
+    "fp32": (torch.float32, torch.float32),
+    "tf32": (torch.float32, torch.bfloat16),
+    "fp16": (torch.float16, torch.float32),
 }
 
 
@@ -59,7 +60,8 @@ class Work:
     Attributes:
         weight_bytes: read in every step.
         cache_bytes_per_token: of the kv cache of one sequence.
-        flops_per_token: of all layers with weights.
+        flops_per_token: of all layers with weights that see every token.
+        flops_per_sequence: of the output head, where the graph has it for the last token only.
         flops_per_pair: of attention, for every pair of a token and one that it may look at.
     """
 
@@ -67,6 +69,7 @@ class Work:
     cache_bytes_per_token: int
     flops_per_token: int
     flops_per_pair: int
+    flops_per_sequence: int = 0
 
     def step(self, *, batch: int, tokens: int, past: int) -> tuple[int, int]:
         """Bytes and floating point operations of one step.
@@ -78,6 +81,7 @@ class Work:
         """
         moved = self.weight_bytes + batch * (past + tokens) * self.cache_bytes_per_token
         flops = batch * tokens * (self.flops_per_token + (past + tokens) * self.flops_per_pair)
+        flops += batch * self.flops_per_sequence
         return moved, flops
 
 
@@ -167,16 +171,17 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
     }
     reader = {name: node for node in graph.node for name in node.input}
     read: set[str] = set()
-    flops_per_token = flops_per_pair = 0
+    flops: dict[str, int] = {}  # of the layers with weights, by their output
+    flops_per_pair = 0
     for node in graph.node:
         if node.op_type != "Gather":  # which reads single rows
             read.update(source[name] for name in node.input if name in source)
         match node.op_type:
             case "MatMulNBits":
                 sizes = {attribute.name: attribute.i for attribute in node.attribute}
-                flops_per_token += 2 * sizes["K"] * sizes["N"]
+                flops[node.output[0]] = 2 * sizes["K"] * sizes["N"]
             case "MatMul" | "Gemm" if node.input[1] in source:
-                flops_per_token += 2 * math.prod(weights[source[node.input[1]]].dims)
+                flops[node.output[0]] = 2 * math.prod(weights[source[node.input[1]]].dims)
             # Attention is two products of equal work, scores and mix; the shape of what is mixed,
             # [batch, heads, sequence, dim], is always in the file. Queries that share a value are
             # stacked for the product, and that is their shape when they are apart again.
@@ -186,12 +191,29 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
                 match shapes.get(mixed):
                     case [_, int(heads), _, int(dim)]:
                         flops_per_pair += 2 * 2 * heads * dim
+    flops_per_sequence = flops.pop(_head(graph, flops)) if _is_of_last(graph) else 0
     return Work(
         weight_bytes=sum(_bytes(weights[name]) for name in read),
         cache_bytes_per_token=cache_bytes_per_token,
-        flops_per_token=flops_per_token,
+        flops_per_token=sum(flops.values()),
         flops_per_pair=flops_per_pair,
+        flops_per_sequence=flops_per_sequence,
     )
+
+
+def _is_of_last(graph: onnx.GraphProto) -> bool:
+    """Whether there are logits after the last token only."""
+    (logits,) = (value for value in graph.output if value.name == "logits")
+    return bool(logits.type.tensor_type.shape.dim[1].dim_value == 1)
+
+
+def _head(graph: onnx.GraphProto, products: Collection[str]) -> str:
+    """The output of the product that the logits are made of, which some models then cap."""
+    maker = {name: node for node in graph.node for name in node.output}
+    name = "logits"
+    while name not in products:
+        name = next(one for one in maker[name].input if one in maker)
+    return name
 
 
 def measure(weight_bytes: int, *, provider: str, threads: int) -> Machine | None:
@@ -230,15 +252,11 @@ def _gemm(kind: str, device: str) -> float:
 
     Random, because a GPU draws less power and clocks higher on numbers that are all the same.
     """
-    dtype, precision = _KINDS[kind]
+    dtype, rounded_to = _KINDS[kind]
     size = _MATRIX[device]
     left, right = (_random(size, size, device=device).to(dtype) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
+    with products_in(rounded_to):
         return 2 * size**3 / _fastest(lambda: left @ right, device)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _random(rows: int, columns: int, *, device: str) -> Tensor:

@@ -7,6 +7,7 @@ says that CUDA is available, on machines that have neither. So the driver itself
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from uuid import UUID
 
 from thanos_deploy.errors import PlatformError
 
@@ -27,11 +28,13 @@ class Gpu:
         name: as the driver calls it.
         capability: compute capability, major and minor.
         memory_bytes: all of its memory.
+        uuid: of this very one, such as "123e4567-e89b-12d3-a456-426614174000".
     """
 
     name: str
     capability: tuple[int, int]
     memory_bytes: int
+    uuid: str = ""
 
     @property
     def arch(self) -> str:
@@ -99,4 +102,11 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    return Gpu(name.value.decode(), (major.value, minor.value), memory.value)
+    identity = (ctypes.c_ubyte * 16)()
+    cuda.cuDeviceGetUuid_v2(identity, device)
+    return Gpu(
+        name.value.decode(),
+        (major.value, minor.value),
+        memory.value,
+        str(UUID(bytes=bytes(identity))),
+    )

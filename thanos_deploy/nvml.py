@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from thanos_deploy import gpu
+
 NOT_MEASURED = "not measured (no GPU)"
 
 # Reasons to lower the clock that are no trouble: nothing to do, a clock that was asked for, and the
@@ -76,7 +78,7 @@ class Limits:
 
 
 class Gpu:
-    """The first GPU of the machine.
+    """The GPU that CUDA calls the first; CUDA_VISIBLE_DEVICES may hide and reorder them.
 
     Attributes:
         name: its model.
@@ -89,7 +91,7 @@ class Gpu:
             nvml: the module `pynvml`, initialised.
         """
         self._nvml = nvml
-        self._device = nvml.nvmlDeviceGetHandleByIndex(0)
+        self._device = _first(nvml)
         self.name: str = nvml.nvmlDeviceGetName(self._device)
 
     @classmethod
@@ -150,6 +152,14 @@ class Gpu:
             return question()
         except self._nvml.NVMLError:
             return None
+
+
+def _first(nvml: Any) -> Any:
+    """The library's handle of the first GPU that is visible."""
+    visible = gpu.probe().gpus
+    if not visible or nvml.nvmlDeviceGetCount() == 1:
+        return nvml.nvmlDeviceGetHandleByIndex(0)
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{visible[0].uuid}")
 
 
 def held(before: Reading, readings: Iterable[Reading], processes: Collection[int]) -> Held | None:

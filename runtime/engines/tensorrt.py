@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import floats
 from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy import gpu
 from thanos_deploy.artifact import Bundle, Json
@@ -79,6 +80,7 @@ class _Device:
     def __init__(self, cudart: Any) -> None:
         self._cudart = cudart
         self.stream = self.call(cudart.cudaStreamCreate())
+        self.stream_address = int(self.stream)  # which is what TensorRT takes
         self._buffers: dict[str, tuple[int, int]] = {}
 
     def call(self, result: tuple[Any, ...]) -> Any:
@@ -154,6 +156,9 @@ class TensorRTEngine:
             cudart: the module `cuda.bindings.runtime`.
             engine: a `trt.ICudaEngine`.
             limits: what it takes.
+
+        Raises:
+            InputError: the cache or the logits are of a type that is not known.
         """
         self._limits = limits
         self.max_sequence = limits.sequence
@@ -167,9 +172,12 @@ class TensorRTEngine:
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         # [batch, heads, past, dim]: heads and dim may differ from block to block.
         self._sizes = {name: tuple(engine.get_tensor_shape(name)) for name in self._past}
-        self._vocabulary = engine.get_tensor_shape("logits")[2]
-        half = engine.get_tensor_dtype("logits") == trt.DataType.HALF
-        self._float = np.dtype(np.float16 if half else np.float32)
+        self._types = {
+            name: floats.named(engine.get_tensor_dtype(name).name, tensor=name)
+            for name in (*self._past, "logits")
+        }
+        _, given, self._vocabulary = engine.get_tensor_shape("logits")
+        self._only_last = given == 1  # else after every token
         self._mask = np.ones((0, 0), dtype=np.int64)
         self._turn = 0
 
@@ -195,7 +203,7 @@ class TensorRTEngine:
 
     def _use(self, profile: int) -> None:
         if profile != self._profile:
-            self._context.set_optimization_profile_async(profile, self._device.stream)
+            self._context.set_optimization_profile_async(profile, self._device.stream_address)
             self._profile = profile
 
     def _step(self, ids: Ids, *, past: int) -> Logits:
@@ -209,25 +217,27 @@ class TensorRTEngine:
         for source, result in zip(self._past, self._present, strict=True):
             _, heads, _, dim = self._sizes[source]
             # Both halves at their full size, so that growing them never moves what is cached.
-            room = batch * heads * self.max_sequence * dim * self._float.itemsize
+            room = batch * heads * self.max_sequence * dim * self._types[source].bytes
             context.set_input_shape(source, (batch, heads, past, dim))
             context.set_tensor_address(source, device.buffer(f"{source}.{self._turn}", room))
             context.set_tensor_address(result, device.buffer(f"{source}.{1 - self._turn}", room))
-        row = self._vocabulary * self._float.itemsize
-        logits = device.buffer("logits", batch * sequence * row)
+        kind = self._types["logits"]
+        row = self._vocabulary * kind.bytes
+        given = 1 if self._only_last else sequence
+        logits = device.buffer("logits", batch * given * row)
         context.set_tensor_address("logits", logits)
-        if not context.execute_async_v3(device.stream):
+        if not context.execute_async_v3(device.stream_address):
             raise PlatformError(
                 f"TensorRT refused a step of {batch} x {sequence} tokens after {past}",
                 fix="report this with the bundle's build.json",
             )
-        last = np.empty((batch, self._vocabulary), dtype=self._float)
+        last = np.empty((batch, self._vocabulary), dtype=kind.bits)
         for index in range(batch):
-            end = logits + (index * sequence + sequence - 1) * row
+            end = logits + (index * given + given - 1) * row
             device.download(end, last[index])
         device.wait()
         self._turn = 1 - self._turn
-        return last.astype(np.float32, copy=False)
+        return kind.widen(last)
 
     def __del__(self) -> None:
         if hasattr(self, "_device"):

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from thanos_deploy.checkpoint import Checkpoint
 WORK = Work(weight_bytes=1000, cache_bytes_per_token=10, flops_per_token=600, flops_per_pair=2)
 
 
-def exported(checkpoint: Path, out: Path, *, dtype: str = "fp32") -> Work:
+def exported(checkpoint: Path, out: Path, *, dtype: str = "fp32", logits: str = "all") -> Work:
     out.mkdir()
-    exporters.onnx.export(Checkpoint.open(checkpoint), out, pattern=None, dtype=dtype)
+    model = Checkpoint.open(checkpoint)
+    exporters.onnx.export(model, out, pattern=None, dtype=dtype, logits=logits)
     return counted(out)
 
 
@@ -26,16 +28,20 @@ def counted(out: Path) -> Work:
     return ceilings.count(out / "model.onnx", cache_bytes_per_token=cache)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "logits"), [("gpt2", "all"), ("gemma2", "all"), ("gemma2", "last")]
+)
 def test_operations_are_those_that_pytorch_counts(
-    make_model: MakeModel, tmp_path: Path, model_type: str
+    make_model: MakeModel, tmp_path: Path, model_type: str, logits: str
 ) -> None:
     folder = make_model(model_type)
-    work = exported(folder, tmp_path / "onnx")
+    work = exported(folder, tmp_path / "onnx", logits=logits)
+    kept = 1 if logits == "last" else 0
     model = stock_model(folder, dtype=torch.float32, attn_implementation="eager")
     for batch, tokens in ((1, 8), (2, 5)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(batch, tokens, dtype=torch.int64), use_cache=False)
+            ids = torch.zeros(batch, tokens, dtype=torch.int64)
+            model(ids, use_cache=False, logits_to_keep=kept)
         _, flops = work.step(batch=batch, tokens=tokens, past=0)
         # PyTorch also counts the angles of rotary embeddings: head_dim for each token.
         assert flops == pytest.approx(counter.get_total_flops(), rel=2e-3)
@@ -61,7 +67,9 @@ def test_quantised_weights_are_fewer_bytes_and_as_many_operations(
 ) -> None:
     whole = counted(exported_llama / "onnx")
     small = exported(tiny_llama, tmp_path / "int8", dtype="int8")
-    assert small.flops_per_token == whole.flops_per_token
+    # With one token every graph makes as many logits.
+    operations = [work.step(batch=1, tokens=1, past=9)[1] for work in (whole, small)]
+    assert operations[0] == operations[1]
     assert small.flops_per_pair == whole.flops_per_pair
     assert small.weight_bytes < 0.7 * whole.weight_bytes
 
@@ -115,11 +123,22 @@ def test_the_arithmetic_is_what_onnxruntime_multiplies_in(provider: str) -> None
     assert on_gpu == ["tf32", "fp16", "tf32"]
 
 
-def test_the_precision_of_products_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_has_its_precision_and_leaves_it_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ceilings, "_MATRIX", {"cpu": 32})
-    before = torch.get_float32_matmul_precision()
-    assert ceilings._gemm("tf32", "cpu") > 0
-    assert torch.get_float32_matmul_precision() == before
+    seen = []
+    measure = ceilings._fastest
+
+    def fastest(call: Callable[[], torch.Tensor], device: str) -> float:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return measure(call, device)
+
+    monkeypatch.setattr(ceilings, "_fastest", fastest)
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert all(ceilings._gemm(kind, "cpu") > 0 for kind in ("fp32", "tf32"))
+    assert seen == ["ieee", "tf32"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 @pytest.mark.gpu

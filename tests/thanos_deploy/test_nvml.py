@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from thanos_deploy import nvml
+from thanos_deploy import gpu, nvml
 from thanos_deploy.nvml import Gpu, Held, Reading, held
 
 
@@ -34,8 +34,10 @@ def library(*, reasons: int = 0, devices: int = 1) -> ModuleType:
         "nvmlClocksEventReasonSwThermalSlowdown": 32,
         "nvmlClocksEventReasonAll": 255,
         "nvmlInit": init,
+        "nvmlDeviceGetCount": lambda: devices,
         "nvmlDeviceGetHandleByIndex": lambda number: number,
-        "nvmlDeviceGetName": lambda device: "a GPU",
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlDeviceGetName": lambda device: f"GPU {device}",
         "nvmlDeviceGetCurrentClocksEventReasons": lambda device: reasons,
         "nvmlDeviceGetClockInfo": lambda device, kind: 1500,
         "nvmlDeviceGetPowerUsage": no_power,
@@ -72,7 +74,7 @@ def test_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", library(reasons=1 | 4 | 32))
     device = Gpu.probe()
     assert device is not None
-    assert device.name == "a GPU"
+    assert device.name == "GPU 0"
     reading = device.read()
     assert reading.clock_hz == 1.5e9
     assert reading.power_watts is None
@@ -81,6 +83,21 @@ def test_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reading.used_bytes == 500
     assert reading.busy == 0.34
     assert reading.throttle_reasons == ("SwThermalSlowdown",)
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "name"),
+    [(1, ["b"], "GPU 0"), (2, ["b", "a"], "GPU GPU-b"), (2, [], "GPU 0")],
+)
+def test_the_gpu_is_the_one_that_cuda_calls_the_first(
+    monkeypatch: pytest.MonkeyPatch, devices: int, visible: list[str], name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", library(devices=devices))
+    found = tuple(gpu.Gpu("H100", (9, 0), 80 * 10**9, uuid) for uuid in visible)
+    monkeypatch.setattr(gpu, "probe", lambda: gpu.Driver("13.0", found, ""))
+    device = Gpu.probe()
+    assert device is not None
+    assert device.name == name
 
 
 QUIET = Reading(1.5e9, None, (), {}, (), 300, 0.0)
