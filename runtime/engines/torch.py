@@ -290,7 +290,7 @@ def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None)
         choice.folder(keep, "sm{}{}".format(*capability)) / choice.FILE,
         choice.Origin.here(),
         lambda shapes: choice.measure(
-            shapes, choice.replayed, candidates=choice.makers(), device=model.device
+            shapes, choice.replayed, candidates=choice.makers(), device=str(model.device)
         ),
     )
     choice.replace(model, names, rows)

@@ -54,6 +54,10 @@ WORTH = 0.03
 _DENSE_BITS = 16
 _SPARSE_BITS = 9
 
+# Of a product's time, each of a graph of many products.
+_SAMPLES = 20
+_WARMUP = 3
+
 # Libraries refuse with RuntimeError, ours with DeployError.
 _REFUSALS = (DeployError, RuntimeError, ImportError)
 
@@ -84,7 +88,8 @@ class Shape:
         """
         require_dtype(weight, name)
         (dtype,) = (key for key, dtype in timing.DTYPES.items() if dtype == weight.dtype)
-        return cls(*weight.shape, dtype)
+        outputs, inputs = weight.shape
+        return cls(outputs, inputs, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,7 @@ def measure(
     clock: Clock,
     *,
     candidates: Mapping[str, Maker],
-    device: torch.device | str = "cuda",
+    device: str = "cuda",
     on_progress: OnProgress = silent,
 ) -> tuple[Row, ...]:
     """Time kernels on random 2:4 weights, and choose.
@@ -261,7 +266,8 @@ def _reason(refusal: Exception) -> str:
 
 def replayed(calls: Sequence[Callable[[], object]]) -> float:
     """The clock of a GPU: the median second of one call, within a CUDA graph of all."""
-    return median(timing.replayed(calls, samples=20, warmup=3))
+    times = -(-timing.LEAST_CALLS // len(calls))
+    return median(timing.replayed([*calls] * times, samples=_SAMPLES, warmup=_WARMUP))
 
 
 def read(path: Path, origin: Origin) -> tuple[Row, ...]:

@@ -43,7 +43,7 @@ KERNELS = ("dense", *linears.MAKERS)
 _CACHES = 2
 
 # Captured at least, so that starting a graph, some 10 us, is little beside what it runs.
-_LEAST_CALLS = 16
+LEAST_CALLS = 16
 
 # Clock cycles that the GPU waits before timed products, some 0.5 ms, while the host launches them.
 _HEAD_START = 1_000_000
@@ -269,7 +269,7 @@ def _measured(
         if not samples:
             return row(None, error, None)
         calls = [partial(multiply, x, None) for multiply in multiplies]
-        times = -(-_LEAST_CALLS // len(calls)) if x.is_cuda else 1
+        times = -(-LEAST_CALLS // len(calls)) if x.is_cuda else 1
         return row(replayed(calls * times, samples=samples, warmup=warmup), error, None)
     except (*_REFUSALS, RuntimeError) as problem:
         return row(None, error, _reason(problem), not isinstance(problem, _REFUSALS))

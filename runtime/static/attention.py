@@ -64,13 +64,49 @@ def attend(
     return attended.reshape(batch, 1, heads, -1), None
 
 
-def mask(*arguments: Any, dtype: torch.dtype, **options: Any) -> Tensor | None:
-    """Transformers' mask as numbers to add to the scores.
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    dtype: torch.dtype,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **options: Any,
+) -> Tensor | None:
+    """Transformers' mask as numbers to add to the scores; None for a prompt that needs none.
 
     The lowest finite number, not infinity: a place of the padding, to which nothing attends, may
     then attend to anything instead of dividing by 0.
+
+    Args:
+        batch_size: sequences.
+        q_length: new tokens.
+        kv_length: places that they may attend to.
+        dtype: of the numbers.
+        attention_mask: bool[batch, tokens], False for padding; None if there is none.
+        local_size: of a sliding window; None if there is none.
+        allow_is_causal_skip: whether it may be None.
+        options: the rest of what transformers gives.
+
+    Returns:
+        [batch, 1, new tokens, places].
     """
-    seen = sdpa_mask(*arguments, dtype=dtype, **options)
+    # transformers 5.17 makes one for every prompt whose reading is recorded into a CUDA graph.
+    is_plain = attention_mask is None and q_length == kv_length
+    if allow_is_causal_skip and is_plain and (local_size is None or kv_length < local_size):
+        return None
+    seen = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        dtype=dtype,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **options,
+    )
     if seen is None:
         return None
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)

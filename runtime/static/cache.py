@@ -9,7 +9,7 @@ alone, and a prompt attends to itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def block_shapes(model: Any) -> tuple[BlockShape, ...]:
         BlockShape(
             layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype
         )
-        for layer in cache.layers
+        for layer in cast(list[Any], cache.layers)  # lists of any kind of layer, says its type
     )
 
 
@@ -81,7 +81,8 @@ class StaticCache(Cache):
             index: int64[], where the next token goes; read whenever one is appended.
         """
         self._place = _Place(index)
-        super().__init__(layers=[_Block(shape, room, self._place) for shape in shapes])
+        self._blocks = [_Block(shape, room, self._place) for shape in shapes]
+        super().__init__(layers=[*self._blocks])
 
     def read_prompt(self) -> None:
         """From now on tokens are put at the beginning and attend to each other alone."""
@@ -97,7 +98,7 @@ class StaticCache(Cache):
 
     def copy_from(self, other: "StaticCache") -> None:
         """Take over what a smaller cache of the same model holds."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        for mine, theirs in zip(self._blocks, other._blocks, strict=True):
             batch, _, tokens, _ = theirs.keys.shape
             mine.keys[:batch, :, :tokens] = theirs.keys
             mine.values[:batch, :, :tokens] = theirs.values
@@ -116,14 +117,16 @@ class _Place:
         self.reach: int | None = None
 
 
-class _Block(CacheLayerMixin):
+class _Block(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Keys and values of one block: [batch, heads, tokens, channels of a head]."""
 
     is_compileable = True  # transformers then makes masks without asking the GPU for values
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, shape: BlockShape, room: Room, place: _Place) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._place = place
         self._tokens = room.tokens
         self.keys, self.values = (
@@ -140,7 +143,7 @@ class _Block(CacheLayerMixin):
         """There is nothing left to do."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Put new keys and values in their places and return those to attend to."""
         batch, _, tokens, _ = key_states.shape

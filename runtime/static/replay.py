@@ -1,6 +1,7 @@
 """A step that is recorded once and replayed: a CUDA graph, or on a CPU the step itself."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,12 @@ Step = Callable[[], object]
 
 # Runs before a recording: kernels are compiled and tuned, libraries take their workspaces.
 _WARMUP = 2
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The one on which steps are recorded; libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Recording(Protocol):
@@ -35,7 +42,7 @@ class Replay:
 
     def capture(self, step: Step) -> None:
         """See `Recording.capture`."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP):

@@ -15,7 +15,7 @@ from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
 from runtime.engines.torch import VARIANTS, engine_of
 from runtime.generate import generate
-from runtime.kernels import choice, linears
+from runtime.kernels import choice, decode, linears
 from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
@@ -207,7 +207,7 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         if maker:
             linears.replace(model, checkpoint.linears, maker)
         engines.append(engine_of(model, ()))
-    # Two tokens at once, and two prompts of five.
+    # Two tokens at once take the decode kernel, two prompts of five the prefill kernel.
     for step in (
         lambda engine: engine.prefill(PROMPTS, MASK),
         lambda engine: engine.decode(np.array([10, 6])),
@@ -356,7 +356,7 @@ def test_every_two_four_variant_gives_the_logits_of_eager_on_a_gpu(
 def test_recorded_steps_give_the_logits_of_steps_that_are_not(two_four_model: Path) -> None:
     engines = []
     for recording in (Eager, None):
-        model = load_model(two_four_model)
+        model: Any = load_model(two_four_model)
         model.cuda()
         steps = StaticSteps(model, Room(1, 16), recording=recording)
         engines.append(torch_engine.TorchEngine(steps, vocabulary=VOCABULARY, max_sequence=128))

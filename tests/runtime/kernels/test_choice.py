@@ -1,6 +1,7 @@
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import log
 from pathlib import Path
@@ -48,17 +49,14 @@ def fake(kernel: str) -> choice.Maker:
 def clock(calls: Sequence[Callable[[], object]]) -> float:
     call = calls[0]
     assert isinstance(call, partial)
+    assert isinstance(call.func, Product)
     call()
     return COSTS[call.func.kernel][TOKENS.index(len(call.args[0]))]
 
 
-def measured(extra: Mapping[str, choice.Maker] | None = None) -> Row:
-    (row,) = choice.measure(
-        [SHAPE],
-        clock,
-        candidates={**{name: fake(name) for name in COSTS}, **(extra or {})},
-        device="cpu",
-    )
+def measured() -> Row:
+    makers = {name: fake(name) for name in COSTS}
+    (row,) = choice.measure([SHAPE], clock, candidates=makers, device="cpu")
     return row
 
 
@@ -89,7 +87,7 @@ def test_a_choice_holds_two_kernels_at_most_and_is_within_the_worth_of_a_copy_of
     timed = [Timed(str(number) if number else DENSE, each) for number, each in enumerate(seconds)]
     chosen = choice.fastest(timed)
     assert len(set(chosen)) <= 2
-    of = {one.kernel: one.seconds for one in timed}
+    of = dict(zip((one.kernel for one in timed), seconds, strict=True))
 
     def mean(pairs: Sequence[str]) -> float:
         return fmean(log(min(of[name][index] for name in pairs)) for index in range(6))
@@ -217,13 +215,13 @@ def test_a_bundle_that_cannot_be_written_to_has_its_file_in_the_cache(
     cached = environment.cache_folder() / "torch-sm90"
     assert choice.folder(None, "sm90") == cached
     # Root may write everywhere, whatever the permissions.
-    monkeypatch.setattr(choice.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert choice.folder(engines, "sm90") == cached
 
 
 @pytest.mark.usefixtures("known")
 def test_a_layer_takes_the_kernel_of_its_tokens_and_holds_no_other() -> None:
-    used = []
+    used: list[tuple[str, str | int]] = []
 
     def spy(kernel: str) -> choice.Maker:
         def make(weight: Tensor, name: str) -> Multiply:

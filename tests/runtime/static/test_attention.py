@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import masking_utils
 
 from runtime.static import attention
 
@@ -16,7 +17,7 @@ def test_grouped_queries_attend_as_the_formula_says(heads: int, kv_heads: int, t
     seen[..., 0] = True
     added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     module = nn.Module()
-    module.num_key_value_groups = heads // kv_heads
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
     found, _ = attention.attend(module, query, key, value, added, scaling=0.3)
     assert found.is_contiguous()
     of_head = torch.arange(heads) // (heads // kv_heads)
@@ -38,5 +39,23 @@ def test_a_mask_is_made_of_finite_numbers() -> None:
     torch.testing.assert_close(made[0, 0].float(), expected, rtol=0, atol=0)
 
 
-def test_a_prompt_without_padding_needs_no_mask() -> None:
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_prompt_without_padding_needs_no_mask(
+    is_recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: is_recorded)
     assert attention.mask(1, 3, 3, dtype=torch.float16) is None
+    windowed = attention.mask(
+        1,
+        3,
+        3,
+        dtype=torch.float16,
+        local_size=2,
+        mask_function=masking_utils.sliding_window_causal_mask_function(2),
+    )
+    assert windowed is not None
+    assert (windowed[0, 0] == 0).tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [False, True, True],
+    ]
