@@ -71,12 +71,14 @@ class Step:
         rows: measures, a row at a time; a function of a module, or a `partial` of one, because it
             is sent to another process.
         needs: keys of what can be missing, see `run`.
+        always: done with any choice of steps, because no other can be judged without it.
     """
 
     name: str
     seconds: float
     rows: Callable[[Task], Iterable[Row]]
     needs: tuple[str, ...] = ()
+    always: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def choose(
 
     Args:
         steps: all of them.
-        only: names or families to take; empty for all.
+        only: names or families to take, beside those that are always taken; empty for all.
         skip: names or families to leave out.
 
     Raises:
@@ -116,9 +118,9 @@ def choose(
     chosen = [
         step
         for step in steps
-        if (not only or _names(step) & {*only}) and not _names(step) & {*skip}
+        if (not only or step.always or _names(step) & {*only}) and not _names(step) & {*skip}
     ]
-    if not chosen:
+    if all(step.always for step in chosen):
         raise UsageError("no step is left", fix="name fewer steps to skip")
     return chosen
 
@@ -154,7 +156,11 @@ def run(
         UsageError: the time is too short for any step that could be done.
     """
     missing = missing or {}
-    possible = [step for step in steps if not any(need in missing for need in step.needs)]
+    possible = [
+        step
+        for step in steps
+        if not step.always and not any(need in missing for need in step.needs)
+    ]
     if possible and seconds < min(step.seconds for step in possible):
         least = min(possible, key=lambda step: step.seconds)
         raise UsageError(
@@ -210,8 +216,8 @@ def _one(
                 if 1 <= spent < step.seconds:
                     progress(int(spent), math.ceil(step.seconds))
                 process.join(_LOOK)
-                if card is not None:
-                    readings.append(card.read())
+                if (reading := _reading(card)) is not None:
+                    readings.append(reading)
             stopped = process.is_alive()
         finally:
             _stop(process)
@@ -384,21 +390,26 @@ def _death(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
+def _reading(card: nvml.Gpu | None) -> nvml.Reading | None:
+    """How the card is; None where it does not say, which is no reason to lose a step."""
+    try:
+        return None if card is None else card.read()
+    except Exception:  # of a library that need not be installed
+        return None
+
+
 def _others(card: nvml.Gpu | None) -> tuple[str, ...]:
     """What is on the card while nothing of ours is."""
-    if card is None:
-        return ()
     ends = time.monotonic() + _FORGET
-    while (reading := card.read()).processes or (reading.busy or 0) > _MOST_BUSY:
+    while (reading := _reading(card)) is not None:
+        busy = reading.busy or 0.0
+        if not reading.processes and busy <= _MOST_BUSY:
+            return ()
         if time.monotonic() > ends:
-            break
+            held = reading.memory_bytes
+            return tuple(
+                f"process {pid}" + (f", {held[pid] / 1e9:.1f} GB" if pid in held else "")
+                for pid in reading.processes
+            ) or (f"kernels of others ran {busy:.0%} of the time",)  # not told to a container
         time.sleep(_LOOK)
-    else:
-        return ()
-    if not reading.processes:  # which a container may not be told of
-        return (f"kernels of others ran {reading.busy:.0%} of the time",)
-    held = reading.memory_bytes
-    return tuple(
-        f"process {pid}" + (f", {held[pid] / 1e9:.1f} GB" if pid in held else "")
-        for pid in reading.processes
-    )
+    return ()

@@ -6,7 +6,8 @@
 It runs from a source tree with nothing installed, on an image that has PyTorch, Triton,
 transformers, numpy, safetensors, click and rich. Steps, in this order:
 
-    card                the card, the bandwidth of a copy, a product of 8192^3 in bf16
+    card                what there is; in every choice of steps
+    peaks               the bandwidth of a copy, a product of 8192^3 in bf16
     correctness:KERNEL  every kernel for 2:4 against float64: 9 numbers of tokens, both dtypes,
                         sizes that are multiples of nothing
     sanitizer           compute-sanitizer's memcheck and racecheck on small products

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 from thanos_deploy import console, gpu_records, nvml, preflight, steps
-from thanos_deploy.errors import DeployError, GateError, PlatformError
-from thanos_deploy.gpu_check import missing
-from thanos_deploy.gpu_records import Records, StepRow
+from thanos_deploy.errors import DeployError
+from thanos_deploy.gpu_check import missing, require_passed
+from thanos_deploy.gpu_records import Records
 from thanos_deploy.progress import Announce
 from thanos_deploy.steps import Task
 
-# Of one call on a machine that is lent by the minute.
+# Of one call on a machine that is lent by the minute; and of a rehearsal.
 SECONDS = 400.0
+_SECONDS_TO_REHEARSE = 3600.0
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     try:
         with console.announcer(quiet=False) as announce:
             records = run(arguments, announce)
-        _judge(records)
+        require_passed(records)
     except DeployError as error:
         console.show_error(str(error))
         sys.exit(error.exit_code)
@@ -40,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", type=_names, default=(), metavar="STEP,...")
     parser.add_argument("--skip", type=_names, default=(), metavar="STEP,...")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)g")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"default: {SECONDS:g}, and {_SECONDS_TO_REHEARSE:g} for a rehearsal",
+    )
     parser.add_argument("--bundle", type=Path, help="default: a tiny one is made")
     parser.add_argument("--rehearse", action="store_true")
     return parser
@@ -48,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
+
+
+def _seconds(arguments: argparse.Namespace) -> float:
+    if arguments.seconds is not None:
+        return float(arguments.seconds)
+    return _SECONDS_TO_REHEARSE if arguments.rehearse else SECONDS
 
 
 def run(arguments: argparse.Namespace, announce: Announce) -> Records:
@@ -66,7 +77,7 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
         chosen,
         Task("cpu" if arguments.rehearse else "cuda", arguments.bundle),
         journal,
-        seconds=arguments.seconds,
+        seconds=_seconds(arguments),
         missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
         log=arguments.out / "log.txt",
         card=None if arguments.rehearse else nvml.Gpu.probe(),
@@ -78,21 +89,6 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
     (arguments.out / "summary.txt").write_text(text)
     print(text, flush=True)
     return records
-
-
-def _judge(records: Records) -> None:
-    """End as the steps came out.
-
-    Raises:
-        PlatformError: none of them could run.
-        GateError: one of them failed.
-    """
-    ends = records.of(StepRow)
-    if all(row.outcome == "SKIP" for row in ends):
-        raise PlatformError(f"nothing could run: {ends[0].detail}", fix=ends[0].fix)
-    for row in ends:
-        if row.outcome == "FAIL":
-            raise GateError(f"{row.step}: {row.detail}", fix=row.fix or "read log.txt")
 
 
 if __name__ == "__main__":

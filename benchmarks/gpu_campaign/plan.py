@@ -30,6 +30,9 @@ _A_KERNEL = 8.0
 # Those of 2:4 measure first which kernel is the fastest for each layer.
 _MODEL = {"dense": 15.0, "2:4": 40.0, "structured": 15.0, "structured, 2:4": 40.0}
 
+# Of a step in a rehearsal, on a machine that does other things as well.
+_REHEARSED = 60.0
+
 # Small, and with every kind of edge that the sizes of the day have.
 TOY = Sizes(
     peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
@@ -63,7 +66,8 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     # The kernels for 2:4 are for a GPU; their models are made and run all the same.
     variants = ("eager",) if rehearse else ()
     found = [
-        Step("card", 10, partial(card.rows, sizes.peaks, command), ("gpu",)),
+        Step("card", 5, partial(card.rows, command), ("gpu",), always=True),
+        Step("peaks", 8, partial(card.peak_rows, sizes.peaks), ("gpu",)),
         *(
             Step(
                 f"correctness:{kernel}",
@@ -86,7 +90,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
         ),
         *(
             Step(
-                f"model:{name}",
+                models.step(name),
                 _MODEL[name],
                 partial(models.rows, name, sizes.model, variants=variants),
                 sparse if name.endswith("2:4") else ("gpu",),
@@ -98,4 +102,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     ]
     if not rehearse:
         return found
-    return [replace(step, rows=partial(rehearsal.rows, step.rows), needs=()) for step in found]
+    return [
+        replace(step, seconds=_REHEARSED, rows=partial(rehearsal.rows, step.rows), needs=())
+        for step in found
+    ]

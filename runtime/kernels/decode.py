@@ -117,21 +117,21 @@ def kernel(
     sums1 = tl.zeros((BLOCK_P,), tl.float32)
     sums2 = tl.zeros((BLOCK_P,), tl.float32)
     sums3 = tl.zeros((BLOCK_P,), tl.float32)
+    # Of a row beyond the last nothing is read.
+    pairs1 = tl.where(n + 1 < outputs, pairs, 0)
+    pairs2 = tl.where(n + 2 < outputs, pairs, 0)
+    pairs3 = tl.where(n + 3 < outputs, pairs, 0)
     for start in tl.range(0, pairs, BLOCK_P, num_stages=STAGES):
         p = start + tl.arange(0, BLOCK_P)[:, None]
         group = 4 * p + two
         x0, x1 = tl.split(tl.load(x + group, mask=group < groups, other=0))
         x2, x3 = tl.split(tl.load(x + group + 2, mask=group + 2 < groups, other=0))
         at = 2 * p + two
-        inside = p < pairs
         w, b = words + at, mask + at
-        sums0 = add_row(sums0, w, b, inside, x0, x1, x2, x3, dtype)
-        inside1 = inside & (n + 1 < outputs)
-        sums1 = add_row(sums1, w + row, b + row, inside1, x0, x1, x2, x3, dtype)
-        inside2 = inside & (n + 2 < outputs)
-        sums2 = add_row(sums2, w + 2 * row, b + 2 * row, inside2, x0, x1, x2, x3, dtype)
-        inside3 = inside & (n + 3 < outputs)
-        sums3 = add_row(sums3, w + 3 * row, b + 3 * row, inside3, x0, x1, x2, x3, dtype)
+        sums0 = add_row(sums0, w, b, p < pairs, x0, x1, x2, x3, dtype)
+        sums1 = add_row(sums1, w + row, b + row, p < pairs1, x0, x1, x2, x3, dtype)
+        sums2 = add_row(sums2, w + 2 * row, b + 2 * row, p < pairs2, x0, x1, x2, x3, dtype)
+        sums3 = add_row(sums3, w + 3 * row, b + 3 * row, p < pairs3, x0, x1, x2, x3, dtype)
     # [pair, high bit of the row, low bit] -> [row]
     sums = tl.join(tl.join(sums0, sums2), tl.join(sums1, sums3))
     total = tl.reshape(tl.sum(sums, axis=0), (4,))

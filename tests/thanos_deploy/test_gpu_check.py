@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from thanos_deploy import gpu, gpu_check, gpu_records, preflight
 from thanos_deploy.check import Check
 from thanos_deploy.gpu_check import bundle as bundles
 from thanos_deploy.gpu_check import models
-from thanos_deploy.gpu_records import CheckRow, HessianRow, Row, StepRow
+from thanos_deploy.gpu_records import CheckRow, HessianRow, ModelRow, Row, StepRow
 from thanos_deploy.steps import Step, Task
 
 no_gpu = pytest.mark.skipif(bool(gpu.probe().gpus), reason="there is a GPU")
@@ -52,7 +53,7 @@ def test_without_a_gpu_every_step_is_skipped_with_the_reason(
     file = tmp_path / "found.json"
     code, out, err = invoke("gpu-check", "-o", file)
     assert code == 4
-    assert "no step could run: card: not measured (GPU: no NVIDIA driver" in err
+    assert "no step could run: peaks: not measured (GPU: no NVIDIA driver" in err
     records = gpu_records.read(file)
     ends = records.of(StepRow)
     assert [row.step for row in ends] == [step.name for step in gpu_check.STEPS]
@@ -68,7 +69,7 @@ def test_without_a_gpu_every_step_is_skipped_with_the_reason(
 @no_gpu
 def test_steps_are_chosen_on_the_command_line(tmp_path: Path, invoke: Invoke) -> None:
     file = tmp_path / "found.json"
-    chosen = ("--only", "gemm,card", "--skip", "gemm:cutlass")
+    chosen = ("--only", "gemm", "--skip", "gemm:cutlass")
     code, out, _ = invoke("gpu-check", *chosen, "-o", file, "--json")
     assert code == 4
     names = [row.step for row in gpu_records.read(file).of(StepRow)]
@@ -140,6 +141,13 @@ def test_what_the_preflight_did_not_find_is_missing() -> None:
     assert list(gpu_check.missing(THERE, None)) == ["bundle"]
 
 
+def test_every_step_can_be_chosen_on_the_command_line() -> None:
+    names = [step.name for step in gpu_check.STEPS]
+    assert len(set(names)) == len(names)
+    assert not any("," in name for name in names)
+    assert "model:structured+2:4" in names
+
+
 def test_every_need_of_a_step_is_one_that_can_be_missing() -> None:
     nothing = [
         Check(name, "FAIL", "", "")
@@ -167,6 +175,40 @@ def test_models_of_one_shape_are_dense_sparse_structured_and_both() -> None:
         assert model.config.intermediate_size == (96 if structured else 128)
         heads = model.model.layers[0].self_attn.q_proj.out_features // 8
         assert heads == (4 if structured else 8)
+
+
+def test_a_pass_that_fails_is_a_row_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take = Prefill.take
+
+    def runs_out(self: Prefill, engine: Any, turn: int) -> Any:
+        if self.batch == 8:
+            raise torch.OutOfMemoryError("Tried to allocate 3 PiB\nmore of it")
+        return take(self, engine, turn)
+
+    monkeypatch.setattr(Prefill, "take", runs_out)
+    sizes = replace(SMALL, scenarios=(Prefill(8, 16), Prefill(1, 16), Decode(2, 8, 4)))
+    failed, told, prefill, decode = models.rows("dense", sizes, Task("cpu"))
+    assert isinstance(failed, ModelRow)
+    assert (failed.batch, failed.seconds) == (8, None)
+    assert failed.reason == "OutOfMemoryError: Tried to allocate 3 PiB"
+    assert isinstance(told, CheckRow)
+    assert told.outcome == "FAIL"
+    for row, samples in ((prefill, 1), (decode, 4)):
+        assert isinstance(row, ModelRow)
+        assert row.seconds is not None
+        assert len(row.seconds) == samples
+
+
+@no_gpu
+def test_a_variant_that_is_refused_is_a_row_with_the_reason() -> None:
+    rows = [*models.rows("2:4", SMALL, Task("cpu"))]
+    assert len(rows) == len(SMALL.scenarios)
+    for row in rows:
+        assert isinstance(row, ModelRow)
+        assert row.engine == "torch:sparse"
+        assert row.reason == "variant sparse runs on an NVIDIA GPU only"
 
 
 def test_the_structured_model_of_the_day_has_70_percent_of_a_block() -> None:

@@ -9,7 +9,6 @@ import click
 
 from thanos_deploy import console
 from thanos_deploy.cli._options import common_options, emit, session
-from thanos_deploy.errors import GateError, PlatformError
 
 _FILE = "gpu-check.json"
 
@@ -47,10 +46,11 @@ def command(
 ) -> None:
     """Check on this GPU whether kernels and engines are right, and how fast.
 
-    What is there is looked at first. Then come, each in a process of its own: card, correctness,
-    gemm, model and pruning, which need no bundle, and ort-cuda, tensorrt, ort-tensorrt and
-    tensorrt-models. A table has PASS, FAIL or SKIP and the reason for each; the figures are written
-    as JSON row by row, and what was measured is kept whatever happens to a step.
+    What is there is looked at first. Then come, each in a process of its own: card, peaks,
+    correctness, gemm, model and pruning, which need no bundle, and ort-cuda, tensorrt,
+    ort-tensorrt and tensorrt-models. A table has PASS, FAIL or SKIP and the reason for each; the
+    figures are written as JSON row by row, and what was measured is kept whatever becomes of a
+    step.
 
     Exit codes: 4 nothing could run, 6 something failed.
     """
@@ -79,12 +79,7 @@ def command(
         {"status": records.status, "checks": [asdict(check) for check in checks]},
         lambda found: console.show_checks(found["checks"]),
     )
-    failed = [check for check in checks if check.outcome == "FAIL"]
-    if all(row.outcome == "SKIP" for row in records.of(gpu_records.StepRow)):
-        first = records.of(gpu_records.StepRow)[0]
-        raise PlatformError(f"no step could run: {first.step}: {first.detail}", fix=first.fix)
-    if failed:
-        raise GateError(f"{failed[0].name}: {failed[0].detail}", fix=failed[0].fix)
+    gpu_check.require_passed(records)
 
 
 def _names(text: str) -> list[str]:

@@ -1,7 +1,8 @@
 """One command on a GPU: does what this project says of GPUs hold on this one?
 
     preflight          packages, drivers, GPUs
-    card               the card, the bandwidth of a copy, the speed of a large product
+    card               what there is; in every choice of steps
+    peaks              the bandwidth of a copy, the speed of a large product
     correctness:KERNEL products with 2:4 weights against float64
     gemm:KERNEL        how long they take, the dense product among them
     model:MODEL        whole models of large layers: dense, 2:4, structured, both, and compiled
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from thanos_deploy import gpu_records, nvml, preflight, steps
 from thanos_deploy.check import Check
+from thanos_deploy.errors import GateError, PlatformError
 from thanos_deploy.gpu_check import bundle as bundles
 from thanos_deploy.gpu_check import card, kernels, models, pruning, whole_engines
 from thanos_deploy.gpu_check.kernels import KERNELS
@@ -34,13 +36,14 @@ from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.steps import Missing, Step, Task
 
 COMMAND = "thanos-deploy gpu-check"
-PREFLIGHT = "preflight"
+CARD, PREFLIGHT = "card", "preflight"
 
 # For all steps, one after the other.
 SECONDS = 1200.0
 
 STEPS: tuple[Step, ...] = (
-    Step("card", 15, partial(card.rows, card.Sizes(), COMMAND), ("gpu",)),
+    Step(CARD, 5, partial(card.rows, COMMAND), ("gpu",), always=True),
+    Step("peaks", 10, partial(card.peak_rows, card.Sizes()), ("gpu",)),
     *(
         Step(
             f"correctness:{kernel}",
@@ -61,7 +64,7 @@ STEPS: tuple[Step, ...] = (
     ),
     *(
         Step(
-            f"model:{name}",
+            models.step(name),
             60 if name.endswith("2:4") else 20,
             partial(models.rows, name, models.Sizes(), variants=variants),
             ("gpu", "sparse") if name.endswith("2:4") else ("gpu",),
@@ -166,6 +169,23 @@ def missing(checks: Sequence[Check], bundle: Path | None) -> dict[str, Missing]:
     return found
 
 
+def require_passed(records: Records) -> None:
+    """Refuse a run that is not as it should be.
+
+    Raises:
+        PlatformError: no step but that of the card could be done.
+        GateError: something failed.
+    """
+    ends = records.of(StepRow)
+    others = [row for row in ends if row.step != CARD]
+    if all(row.outcome == "SKIP" for row in others):
+        first = (others or ends)[0]
+        raise PlatformError(f"no step could run: {first.step}: {first.detail}", fix=first.fix)
+    for check in lines(records):
+        if check.outcome == "FAIL":
+            raise GateError(f"{check.name}: {check.detail}", fix=check.fix)
+
+
 def lines(records: Records) -> list[Check]:
     """What came of it, for people: the preflight, each step and what failed in it, a verdict."""
     found = []
@@ -174,7 +194,11 @@ def lines(records: Records) -> list[Check]:
             found.append(Check(f"{row.step}: {row.name}", row.outcome, row.detail, row.fix))
         elif isinstance(row, StepRow):
             found.append(Check(row.step, row.outcome, row.detail, row.fix))
-    found += [Check("times", "FAIL", reason, "measure again, alone") for reason in records.reasons]
+    if records.status == "INVALID":
+        found += [
+            Check("times", "FAIL", reason, "measure again, alone on the GPU")
+            for reason in records.reasons
+        ]
     counts = {
         outcome: sum(check.outcome == outcome for check in found)
         for outcome in ("PASS", "FAIL", "SKIP")

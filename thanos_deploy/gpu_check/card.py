@@ -31,15 +31,18 @@ class Sizes:
     samples: int = 20
 
 
-def rows(sizes: Sizes, command: str, task: Task) -> Iterator[Row]:
-    """The card, and its peaks.
+def rows(command: str, task: Task) -> Iterator[Row]:
+    """The card.
 
     Args:
-        sizes: of what is measured.
         command: that measures the same again.
         task: see `Step`.
     """
     yield describe(task.device, command)
+
+
+def peak_rows(sizes: Sizes, task: Task) -> Iterator[Row]:
+    """What the card can do at best."""
     yield peaks(sizes, task.device)
 
 

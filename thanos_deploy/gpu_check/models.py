@@ -13,9 +13,10 @@ from runtime.engine import Engine
 from runtime.engines import torch as torch_runtime
 from runtime.latency import Decode, Prefill
 from runtime.static.room import Room
+from thanos_deploy import devices
 from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
-from thanos_deploy.gpu_records import ModelRow, Row
+from thanos_deploy.gpu_records import CheckRow, ModelRow, Row
 from thanos_deploy.mask import smallest_in_groups
 from thanos_deploy.steps import Task
 
@@ -58,6 +59,11 @@ class Sizes:
     warmup: int = 2
 
 
+def step(name: str) -> str:
+    """The step of a model; a comma would part two steps on the command line."""
+    return f"model:{name.replace(', ', '+')}"
+
+
 def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ()) -> Iterator[Row]:
     """One model, timed.
 
@@ -76,29 +82,39 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
             max(scenario.batch for scenario in sizes.scenarios),
             max(scenario.tokens for scenario in sizes.scenarios),
         )
-        engine, refusal = None, None
         try:
             engine = torch_runtime.engine_of(model, linears(model), variant=variant, room=room)
-        except DeployError as error:
-            refusal = error.message
+        except DeployError as refusal:
+            for scenario in sizes.scenarios:
+                yield row(*pass_of(scenario), None, None, refusal.message)
+            continue
         for scenario in sizes.scenarios:
-            timed = None if engine is None else samples(engine, scenario, sizes)
-            held = None if engine is None else _held(task.device)
-            yield row(phase(scenario), scenario.batch, before(scenario), timed, held, refusal)
+            try:
+                timed = samples(engine, scenario, sizes)
+            except (DeployError, RuntimeError) as failure:
+                reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+                yield row(*pass_of(scenario), None, None, reason)
+                yield CheckRow(
+                    step(name),
+                    f"{variant}, {scenario.name}",
+                    "FAIL",
+                    reason,
+                    "read the log, and report the card and the versions",
+                )
+                devices.wait(torch.device(task.device))  # an error that stays is raised again
+            else:
+                yield row(*pass_of(scenario), timed, _held(task.device))
         del model, engine
         if task.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
-def phase(scenario: Prefill | Decode) -> Literal["prefill", "decode"]:
-    """As `ModelRow` calls it."""
-    return "prefill" if isinstance(scenario, Prefill) else "decode"
-
-
-def before(scenario: Prefill | Decode) -> int:
-    """Tokens of each prompt, or before the timed steps."""
-    return scenario.prompt if isinstance(scenario, Prefill) else scenario.past
+def pass_of(scenario: Prefill | Decode) -> tuple[Literal["prefill", "decode"], int, int]:
+    """Phase, batch and tokens, as `ModelRow` has them."""
+    if isinstance(scenario, Prefill):
+        return "prefill", scenario.batch, scenario.prompt
+    return "decode", scenario.batch, scenario.past
 
 
 def samples(engine: Engine, scenario: Prefill | Decode, sizes: Sizes) -> tuple[float, ...]:

@@ -41,9 +41,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
                 sizes.dtype,
                 sizes.blocks,
                 parameters,
-                models.phase(scenario),
-                scenario.batch,
-                models.before(scenario),
+                *models.pass_of(scenario),
                 models.samples(engine, scenario, sizes),
                 None,
             )

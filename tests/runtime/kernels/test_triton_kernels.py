@@ -25,7 +25,8 @@ def require_product(
     kernel: ModuleType, tokens: int, weight: Tensor, device: torch.device, *, bias: bool
 ) -> None:
     """Compare a kernel's product of random tokens with that of float64."""
-    x, b = inputs(tokens, *weight.shape, weight.dtype, bias=bias)
+    rows, columns = weight.shape
+    x, b = inputs(tokens, rows, columns, weight.dtype, bias=bias)
     packed = PackedWeight.of(weight.to(device))
     y = kernel.linear(x.to(device), packed, None if b is None else b.to(device))
     assert y.dtype == weight.dtype
