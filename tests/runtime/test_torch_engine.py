@@ -15,7 +15,7 @@ from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
 from runtime.engines.torch import VARIANTS, engine_of
 from runtime.generate import generate
-from runtime.kernels import choice, decode, linears
+from runtime.kernels import choice, linears
 from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
