@@ -26,7 +26,7 @@ import onnx_ir as ir
 from exporters import _kserve
 from exporters.onnx import DATA, MODEL, RECORD
 from exporters.tensorrt import ENGINE, read_build
-from thanos_deploy import artifact, onnxfile
+from thanos_deploy import artifact, onnxfile, tokenizer_files
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -37,11 +37,11 @@ KSERVE = "kserve.yaml"
 # Texts that `text` makes at once, and texts that may wait; its config.pbtxt can be changed.
 _SLOTS, _QUEUE = 8, 64
 _PACKAGES = ("runtime", "thanos_deploy")  # whose modules go with its model
-_TOKENIZER = "model/tokenizer.json"
+_TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
 _READ_BY_TEXT = (
     artifact.MANIFEST,
     *(f"onnx/{name}" for name in (MODEL, DATA, RECORD)),
-    *(_TOKENIZER, "model/config.json", "model/generation_config.json"),
+    *("model/config.json", "model/generation_config.json"),
 )
 
 _TENSOR_TYPES = {
@@ -111,7 +111,8 @@ def export(
     for path in _code(text_model):
         _copy(path, folders[TEXT] / path.relative_to(text_model.parent.parent))
     shutil.copyfile(text_model, folders[TEXT] / "model.py")
-    for read in _READ_BY_TEXT:
+    texts = (f"model/{name}" for name in tokenizer_files.files_in(bundle / "model"))
+    for read in (*_READ_BY_TEXT, *texts):
         if (bundle / read).exists():
             _copy(bundle / read, folders[TEXT] / "bundle" / read)
     shutil.copyfile(bundle / "onnx" / MODEL, folders[GRAPH] / MODEL)

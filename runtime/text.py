@@ -1,6 +1,6 @@
 """Text in, text out: the tokenizer of a bundle, and a stream that ends at stop strings.
 
-Reads `model/tokenizer.json` with the package tokenizers, which needs no torch and no transformers.
+The tokenizer is the model's; see `thanos_deploy.tokenizer_files`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,10 +10,11 @@ from typing import Any
 from runtime.engine import Engine, stop_ids
 from runtime.generate import generate
 from runtime.sampling import GREEDY, Sampling
+from thanos_deploy import tokenizer_files
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
-TOKENIZER = "model/tokenizer.json"
+TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
 
 # Ids before the first one that it is decoded with.
 _CONTEXT = 8
@@ -77,33 +78,39 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
 
     Raises:
         PlatformError: the package tokenizers is not installed.
-        InputError: the bundle has no tokenizer.json, or it is not readable.
+        InputError: the bundle has no tokenizer.json, or its files are not readable.
         IntegrityError: a file was changed.
     """
+    opened = Bundle.open(bundle)
+    if verify:
+        opened.verify_file(TOKENIZER)
+        verify_texts(opened)
     try:
-        import tokenizers
+        return Tokenizer(tokenizer_files.load(bundle / "model"), stop_ids(bundle / "model"))
     except ImportError as error:
         raise PlatformError(
             "the package tokenizers is not installed", fix="pip install tokenizers"
         ) from error
-    opened = Bundle.open(bundle)
-    path = bundle / TOKENIZER
-    if verify:
-        opened.verify_file(TOKENIZER)
-        for name in ("model/config.json", "model/generation_config.json"):
-            if opened.recorded(name):
-                opened.verify_file(name)
-    try:
-        return Tokenizer(
-            tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")),
-            stop_ids(bundle / "model"),
-        )
     # The package raises plain Exception.
     except Exception as error:
         raise InputError(
-            f"{path}: not a readable tokenizer ({error})",
+            f"{bundle / TOKENIZER}: not a readable tokenizer ({error})",
             fix="save the model's tokenizer as tokenizer.json before pruning it",
         ) from error
+
+
+def verify_texts(bundle: Bundle) -> None:
+    """Compare what says how texts begin, end and are written down with the manifest.
+
+    Raises:
+        IntegrityError: a file was changed.
+    """
+    recorded = [name for stage in bundle.stages.values() for name in stage.files]
+    read = {*tokenizer_files.FILES, "config.json", "generation_config.json"}
+    for name in recorded:
+        folder, _, file = name.partition("/")
+        if folder == "model" and (file in read or file.startswith(tokenizer_files.TEMPLATES)):
+            bundle.verify_file(name)
 
 
 def stream(

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from thanos_deploy import artifact, names, packing, pretrained
+from thanos_deploy import artifact, names, packing, pretrained, tokenizer_files
 from thanos_deploy import widths as block_widths
 from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
@@ -50,7 +50,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 _GGUF_NAMES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text"}
 
 # What belongs to a model besides its weights: configuration, tokenizer, chat template.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,8 @@ def _hash_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     weights = (path for path in folder.glob("*.safetensors") if path.is_file())
     for path in sorted({*weights, *_companions(folder)}):
-        digest.update(f"{path.name} {artifact.sha256(path)}\n".encode())
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name} {artifact.sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -181,7 +182,7 @@ def _companions(folder: Path) -> list[Path]:
         if path.is_file() and not path.name.endswith(".index.json") and path.name[0] != "."
     )
     for path in found:
-        names.plain(path.name, folder, error=ModelError)
+        names.plain(path.name, path.parent, error=ModelError)
     return found
 
 
@@ -590,9 +591,15 @@ class WeightsCopy:
 
 
 def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Copy configuration, tokenizer and chat template, and state the new dtype in config.json."""
+    """Copy configuration, tokenizer and chat template, and state the new dtype in config.json.
+
+    Of the tokenizer the copy states what its files leave to the library that reads them.
+    """
     for path in _companions(original):
-        shutil.copyfile(path, destination / path.name)
+        copy = destination / path.relative_to(original)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    pretrained.settle_tokenizer(destination)
     if dtype is not None:
         path = destination / "config.json"
         config = json.loads(path.read_bytes())

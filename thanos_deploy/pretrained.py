@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,9 +28,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from thanos_deploy import artifact, tokenizer_files
+from thanos_deploy.artifact import Json
 from thanos_deploy.errors import DeployError, ModelError
 
-_TOKENIZER = "tokenizer.json"
 _ADAPTER = "adapter_config.json"
 
 
@@ -98,13 +100,58 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none that loads without code of its own.
     """
-    alone = _code(folder / "tokenizer_config.json") and (folder / _TOKENIZER).is_file()
+    alone = (
+        _code(folder / "tokenizer_config.json") and (folder / tokenizer_files.TOKENIZER).is_file()
+    )
     loader: Any = PreTrainedTokenizerFast if alone else AutoTokenizer
     with _refusing(folder, "no tokenizer that can be loaded", "tokenizer_config.json"):
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     return tokenizer
+
+
+def settle_tokenizer(folder: Path) -> None:
+    """State in a copy of a model what its tokenizer's files leave to the library that reads them.
+
+    The library builds some tokenizers anew, after a class that tokenizer_config.json or the type
+    of the model names, with rules and special tokens that are in no file. Whoever reads the files
+    without it, as `tokenizer_files` does, is to come to the same ids. So tokenizer.json and
+    tokenizer_config.json are written again where that would not be so, and where tokenizer.json
+    cuts or pads texts. A tokenizer that does not load is left to whoever needs it.
+    """
+    path = folder / tokenizer_files.TOKENIZER
+    if not path.is_file():
+        return
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ModelError:
+        return
+    whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole.no_truncation()
+    whole.no_padding()
+    written = json.loads(path.read_bytes())
+    if (
+        written.get("truncation")
+        or written.get("padding")
+        or _rules(tokenizer_files.load(folder)) != _rules(whole)
+    ):
+        path.write_text(whole.to_str(pretty=True), encoding="utf-8")
+    known = tokenizer_files.special_tokens(folder)
+    special = tokenizer.special_tokens_map.items()
+    if unsaid := {name: token for name, token in special if known.get(name) != token}:
+        configuration = folder / tokenizer_files.CONFIGURATION
+        said = json.loads(configuration.read_bytes()) if configuration.is_file() else {}
+        artifact.write_json(configuration, {**said, **unsaid})
+
+
+def _rules(tokenizer: Tokenizer) -> Json:
+    """All that decides on ids; one way to say that nothing is put around a text."""
+    rules: Json = json.loads(tokenizer.to_str())
+    around = rules["post_processor"]
+    if around and around["type"] == "TemplateProcessing" and not around["special_tokens"]:
+        rules["post_processor"] = None
+    return rules
 
 
 def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

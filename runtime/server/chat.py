@@ -17,11 +17,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtime.text import verify_texts
+from thanos_deploy import tokenizer_files
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import InputError, UsageError
-
-_TEMPLATE = "model/chat_template.jinja"
-_CONFIGURATION = "model/tokenizer_config.json"
 
 
 class ChatTemplate:
@@ -83,39 +82,19 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
         IntegrityError: a file was changed.
     """
     opened = Bundle.open(bundle)
-    for name in (_TEMPLATE, _CONFIGURATION):
-        if verify and opened.recorded(name):
-            opened.verify_file(name)
-    template, configuration = bundle / _TEMPLATE, bundle / _CONFIGURATION
+    if verify:
+        verify_texts(opened)
+    model = bundle / "model"
     try:
-        known = json.loads(configuration.read_bytes()) if configuration.is_file() else {}
-        source = (
-            template.read_text(encoding="utf-8")
-            if template.is_file()
-            else _default(known.get("chat_template"))
+        source = tokenizer_files.chat_template(model)
+        return (
+            None if source is None else ChatTemplate(source, tokenizer_files.special_tokens(model))
         )
-        return None if source is None else ChatTemplate(source, _special_tokens(known))
     except (ValueError, TypeError, AttributeError, KeyError, jinja2.TemplateError) as error:
         raise InputError(
-            f"{bundle / 'model'}: not a readable chat template ({type(error).__name__}: {error})",
+            f"{model}: not a readable chat template ({type(error).__name__}: {error})",
             fix="repair it in the model that the bundle was made from, and make the bundle again",
         ) from error
-
-
-def _default(templates: str | list[dict[str, str]] | None) -> str | None:
-    """Of several templates the one that is meant for conversations."""
-    if not isinstance(templates, list):
-        return templates
-    return {entry["name"]: entry["template"] for entry in templates}.get("default")
-
-
-def _special_tokens(configuration: Mapping[str, Any]) -> dict[str, str]:
-    """The entries like `eos_token`: plain, or with the rules for splitting around them."""
-    return {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in configuration.items()
-        if name.endswith("_token") and isinstance(value, (str, dict))
-    }
 
 
 class _Generation(Extension):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from runtime.engine import open_engine
 from runtime.sampling import Sampling
+from runtime.server.chat import open_chat_template
 from runtime.text import Tokenizer, open_tokenizer, pieces, stream, until
 from tests.conftest import stock_model
 from thanos_deploy.checkpoint import load_tokenizer
@@ -142,3 +143,33 @@ def test_a_missing_package_names_what_to_install(
     with pytest.raises(PlatformError) as caught:
         open_tokenizer(exported_llama)
     assert caught.value.fix == "pip install tokenizers"
+
+
+def test_a_prompt_is_neither_cut_nor_padded(exported_llama: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+    path = bundle / "model" / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["truncation"] = {
+        **{"direction": "Right", "max_length": 3},
+        **{"strategy": "LongestFirst", "stride": 0},
+    }
+    content["padding"] = {
+        **{"strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<end>"},
+    }
+    path.write_text(json.dumps(content))
+    ids = open_tokenizer(bundle, verify=False).encode("Once upon a time")
+    assert ids == open_tokenizer(exported_llama).encode("Once upon a time")
+    assert len(ids) == len("Once upon a time")
+
+
+def test_a_token_that_only_the_older_file_names_is_special(
+    exported_llama: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+    model = bundle / "model"
+    (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<end>"}}))
+    (model / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    template = open_chat_template(bundle, verify=False)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "x"}]) == "<end>x"
