@@ -1,7 +1,9 @@
 """The graph of a causal model: traced by PyTorch's exporter, then made small."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -77,10 +79,11 @@ def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     )
     cache = [f"{layer}.{part}" for layer in range(len(seen) // 2) for part in ("key", "value")]
     usual = model.config._attn_implementation
+    scaling = _without_dynamic_scaling(model)
     # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
     # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
     model.set_attn_implementation("eager")
-    with warnings.catch_warnings():
+    with scaling, warnings.catch_warnings():
         # The exporter warns about its own internals; the result is compared with the model below.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -107,6 +110,31 @@ def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     model.set_attn_implementation(usual)
     assert program is not None
     return program.model
+
+
+@contextmanager
+def _without_dynamic_scaling(model: PreTrainedModel) -> Iterator[None]:
+    """Leave dynamic NTK scaling out, which begins beyond `max_position_embeddings`.
+
+    No graph is made for texts of such a length, and a trace cannot follow what it decides on them.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "rope_type")]
+    kinds: list[Any] = [module.rope_type for module in modules]
+    for module, kind in zip(modules, kinds, strict=True):
+        module.rope_type = (
+            {layer: _static(its) for layer, its in kind.items()}
+            if isinstance(kind, dict)
+            else _static(kind)
+        )
+    try:
+        yield
+    finally:
+        for module, kind in zip(modules, kinds, strict=True):
+            module.rope_type = kind
+
+
+def _static(kind: str) -> str:
+    return "default" if "dynamic" in kind else kind
 
 
 def simplify(graph: ir.Model, model: PreTrainedModel) -> None:

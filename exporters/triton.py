@@ -26,6 +26,7 @@ import onnx_ir as ir
 from exporters import _kserve
 from exporters.onnx import DATA, MODEL, RECORD
 from exporters.tensorrt import ENGINE, read_build
+from runtime.rope import change_in
 from thanos_deploy import artifact, onnxfile, tokenizer_files
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
@@ -93,9 +94,13 @@ def export(
 
     Raises:
         PlatformError: tritonclient is not installed.
-        InputError: the model has no tokenizer.json.
+        InputError: the model has no tokenizer.json, or texts that share a batch would not get what
+            they get alone; see `runtime.rope`.
     """
     types = library()
+    record = json.loads((bundle / "onnx" / RECORD).read_bytes())
+    if (change := change_in(bundle)) is not None:
+        change.require_never(record["max_sequence"], bundle)
     if not (bundle / _TOKENIZER).is_file():
         raise InputError(
             f"{bundle / _TOKENIZER}: missing",
@@ -119,7 +124,6 @@ def export(
     _link(folders[TEXT] / "bundle" / "onnx" / DATA, folders[GRAPH] / DATA)
     for model, engine in engines.items():
         shutil.copyfile(engine.folder / ENGINE, folders[model] / "model.plan")
-    record = json.loads((bundle / "onnx" / RECORD).read_bytes())
     cache = _SLOTS * record["max_sequence"] * record["cache"]["bytes_per_token"]
     _kserve.write(
         destination / KSERVE,

@@ -490,7 +490,8 @@ def open_slots(
         verify: compare the files with the hashes in the manifest first.
 
     Raises:
-        InputError: the bundle has no graph, or it cannot be loaded.
+        InputError: the bundle has no graph, it cannot be loaded, or its rows would not get what
+            they get alone; see `runtime.rope`.
         IntegrityError: a file is missing, truncated or changed.
         PlatformError: ONNX Runtime or the provider is not usable on this machine.
         UsageError: there is no such provider, or no slot.
@@ -499,4 +500,6 @@ def open_slots(
         raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
     require_stage(bundle, onnxruntime, verify=verify)
     graph = onnxruntime.open_graph(bundle, provider=provider, threads=threads)
+    if graph.change is not None:
+        graph.change.require_never(graph.max_sequence, bundle)
     return OnnxRuntimeSlots(graph, slots=slots)

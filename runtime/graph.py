@@ -10,6 +10,7 @@ from runtime import floats
 from runtime.engine import Ids, Logits, require_readable
 from runtime.floats import Float
 from runtime.memory import Memory, Tensor
+from runtime.rope import Change
 from thanos_deploy.errors import InputError, UsageError
 
 # Tokens of a text that are read at once: a row of logits is vocabulary-sized.
@@ -31,9 +32,18 @@ class Graph:
         vocabulary: how many ids there are.
         logits: "all" or "last"; see `exporters.onnx`.
         memory: of the device.
+        change: where rows begin to depend on the longest one; see `runtime.rope`.
     """
 
-    def __init__(self, session: Any, ort: Any, *, memory: Memory, max_sequence: int) -> None:
+    def __init__(
+        self,
+        session: Any,
+        ort: Any,
+        *,
+        memory: Memory,
+        max_sequence: int,
+        change: Change | None = None,
+    ) -> None:
         """Wrap a session.
 
         Args:
@@ -41,6 +51,7 @@ class Graph:
             ort: the module `onnxruntime`.
             memory: of the device that the session runs on.
             max_sequence: the most tokens, prompt and answer together.
+            change: where rows begin to depend on the longest one; None if nowhere.
 
         Raises:
             InputError: the cache or the logits are of a type that is not known.
@@ -49,6 +60,7 @@ class Graph:
         self._ort = ort
         self.memory = memory
         self.max_sequence = max_sequence
+        self.change = change
         logits, *present = session.get_outputs()
         self._present = [value.name for value in present]
         self._past = session.get_inputs()[len(TOKEN_INPUTS) :]
@@ -84,7 +96,12 @@ class Graph:
 
         Returns:
             float32[batch, vocabulary], the logits after the last token, and the longer cache.
+
+        Raises:
+            InputError: one row would decide on the others; see `rope.Change.require_alike`.
         """
+        if self.change is not None:
+            self.change.require_alike(mask.sum(axis=1))
         logits, longer = self._append(ids, mask, cache, into)
         return self._rows(logits, tokens=1), longer
 
@@ -106,8 +123,11 @@ class Graph:
         require_readable(ids[None], self.vocabulary)
         self.require_room(len(ids))
         cache: Sequence[Tensor] = self.empty_cache(1)
-        for start in range(0, len(ids), _TOKENS_AT_ONCE):
-            part = ids[None, start : start + _TOKENS_AT_ONCE]
+        # Where frequencies depend on the length, the first part has to know of all of it.
+        whole = self.change is not None and len(ids) > self.change.tokens
+        at_once = len(ids) if whole else _TOKENS_AT_ONCE
+        for start in range(0, len(ids), at_once):
+            part = ids[None, start : start + at_once]
             mask = np.ones((1, start + part.shape[1]), dtype=np.int64)
             logits, cache = self._append(part, mask, cache, None)
             yield self._rows(logits, tokens=part.shape[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime import memory
+from runtime import memory, rope
 from runtime.engine import Ids, Logits, require_readable
 from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
@@ -149,6 +149,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
         ort,
         memory=memory.HostMemory() if provider == "cpu" else memory.open_cuda(ort),
         max_sequence=_max_sequence(folder / "export.json"),
+        change=rope.change_in(bundle),
     )
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from runtime import floats
 from runtime.engine import Ids, Logits, require_readable
+from runtime.rope import Change, change_in
 from thanos_deploy import gpu
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
@@ -148,7 +149,9 @@ class TensorRTEngine:
         max_sequence: the most tokens, prompt and answer together.
     """
 
-    def __init__(self, trt: Any, cudart: Any, engine: Any, limits: Limits) -> None:
+    def __init__(
+        self, trt: Any, cudart: Any, engine: Any, limits: Limits, *, change: Change | None = None
+    ) -> None:
         """Wrap a loaded engine of a graph as `exporters.onnx` describes it.
 
         Args:
@@ -156,11 +159,13 @@ class TensorRTEngine:
             cudart: the module `cuda.bindings.runtime`.
             engine: a `trt.ICudaEngine`.
             limits: what it takes.
+            change: where rows begin to depend on the longest one; None if nowhere.
 
         Raises:
             InputError: the cache or the logits are of a type that is not known.
         """
         self._limits = limits
+        self._change = change
         self.max_sequence = limits.sequence
         self._engine = engine
         self._context = engine.create_execution_context()
@@ -209,6 +214,8 @@ class TensorRTEngine:
     def _step(self, ids: Ids, *, past: int) -> Logits:
         context, device = self._context, self._device
         batch, sequence = ids.shape
+        if self._change is not None:
+            self._change.require_alike(self._mask.sum(axis=1))
         positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
         for name, array in zip(_TOKEN_INPUTS, (ids, self._mask, positions), strict=True):
             array = np.ascontiguousarray(array, dtype=np.int64)
@@ -292,14 +299,18 @@ def open_engine(
     """
     if provider != "cuda":
         raise UsageError(f"provider {provider!r}: TensorRT runs on cuda", fix="give cuda")
-    return open_folder(bundle / folder(Bundle.open(bundle)))
+    return open_folder(bundle / folder(Bundle.open(bundle)), change=change_in(bundle))
 
 
-def open_folder(folder: Path) -> TensorRTEngine:
+def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine:
     """Load the engine in a folder that `exporters.tensorrt` wrote.
 
     Whether it fits the GPU and the library is decided from build.json: loading an engine that does
     not can bring the process down (triton-inference-server/server issue 4956).
+
+    Args:
+        folder: of the engine.
+        change: as for `TensorRTEngine`.
 
     Raises:
         PlatformError: there is no GPU, or a package is missing or of another version.
@@ -333,7 +344,7 @@ def open_folder(folder: Path) -> TensorRTEngine:
             f"{folder}: {package} cannot load the engine",
             fix="build the engine again on this machine",
         )
-    return TensorRTEngine(trt, cudart, engine, limits)
+    return TensorRTEngine(trt, cudart, engine, limits, change=change)
 
 
 def _modules(package: str) -> tuple[Any, Any]:

@@ -25,7 +25,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from runtime.engine import Ids, Logits, require_readable
+from runtime.rope import Change, change_of
 from runtime.static.room import Room
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
@@ -68,8 +71,12 @@ class TorchEngine:
         max_sequence: the most tokens, prompt and answer together.
     """
 
-    def __init__(self, steps: Steps, *, vocabulary: int, max_sequence: int) -> None:
+    def __init__(
+        self, steps: Steps, *, vocabulary: int, max_sequence: int, change: Change | None = None
+    ) -> None:
         """Put the checks and the host's side around steps."""
+        self._change = change
+        self._lengths = np.zeros(0, np.int64)
         self._steps = steps
         self._vocabulary = vocabulary
         self.max_sequence = max_sequence
@@ -78,12 +85,20 @@ class TorchEngine:
         """See `Engine.prefill`."""
         require_readable(ids, self._vocabulary)
         self._require_room(ids.shape[1])
+        self._lengths = (np.ones_like(ids) if mask is None else mask).sum(axis=1)
+        self._require_alike()
         return _to_host(self._steps.prefill(ids, mask))
 
     def decode(self, ids: Ids) -> Logits:
         """See `Engine.decode`."""
         self._require_room(self._steps.length + 1)
+        self._lengths = self._lengths + 1
+        self._require_alike()
         return _to_host(self._steps.decode(ids))
+
+    def _require_alike(self) -> None:
+        if self._change is not None:
+            self._change.require_alike(self._lengths)
 
     def _require_room(self, tokens: int) -> None:
         if tokens > self.max_sequence:
@@ -270,7 +285,12 @@ def engine_of(
 
         usual = Room(_ROOM.batch, min(_ROOM.tokens, most_tokens))
         steps = StaticSteps(model, room or usual)
-    return TorchEngine(steps, vocabulary=model.config.vocab_size, max_sequence=most_tokens)
+    return TorchEngine(
+        steps,
+        vocabulary=model.config.vocab_size,
+        max_sequence=most_tokens,
+        change=change_of(model.config.to_dict()),
+    )
 
 
 def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None) -> None:

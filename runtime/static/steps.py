@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from runtime.rope import change_of
 from runtime.static import attention, memory
 from runtime.static.cache import block_shapes
 from runtime.static.places import Places, needed_bytes
@@ -19,10 +20,6 @@ from runtime.static.room import Room
 # The first shapes of prompts that repeat are recorded, and no more: recordings hold memory, and
 # making room for another one would record anew, which takes some prefills, again and again.
 _MOST_PROMPTS = 4
-
-# How these kinds of rotary embedding scale depends on the longest position so far, which the host
-# reads in every step.
-_DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
 class StaticSteps:
@@ -206,8 +203,5 @@ class StaticSteps:
 
 def _is_recordable(model: Any) -> bool:
     """Whether the host decides nothing within a step."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {
-        part.get("rope_type") for part in rope.values() if isinstance(part, dict)
-    }
-    return kinds.isdisjoint(_DYNAMIC_ROPE)
+    # The host reads the longest position so far in every step where frequencies depend on it.
+    return change_of(model.config.to_dict()) is None
