@@ -118,7 +118,7 @@ def _without_dynamic_scaling(model: PreTrainedModel) -> Iterator[None]:
 
     No graph is made for texts of such a length, and a trace cannot follow what it decides on them.
     """
-    modules = [module for module in model.modules() if hasattr(module, "rope_type")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
     kinds: list[Any] = [module.rope_type for module in modules]
     for module, kind in zip(modules, kinds, strict=True):
         module.rope_type = (

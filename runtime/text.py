@@ -99,17 +99,22 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
         ) from error
 
 
-def verify_texts(bundle: Bundle) -> None:
-    """Compare what says how texts begin, end and are written down with the manifest.
+def verify_texts(bundle: Bundle, *, templates: bool = False) -> None:
+    """Compare what says how texts become ids, and where they end, with the manifest.
+
+    Args:
+        bundle: the bundle.
+        templates: the chat templates, too.
 
     Raises:
-        IntegrityError: a file was changed.
+        IntegrityError: a file was changed, or is missing.
     """
-    recorded = [name for stage in bundle.stages.values() for name in stage.files]
-    read = {*tokenizer_files.FILES, "config.json", "generation_config.json"}
-    for name in recorded:
+    read = {*tokenizer_files.TOKENS, "config.json", "generation_config.json"}
+    for name in [name for stage in bundle.stages.values() for name in stage.files]:
         folder, _, file = name.partition("/")
-        if folder == "model" and (file in read or file.startswith(tokenizer_files.TEMPLATES)):
+        if folder == "model" and (
+            file in read or (templates and tokenizer_files.is_template(file))
+        ):
             bundle.verify_file(name)
 
 

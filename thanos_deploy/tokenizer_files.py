@@ -24,8 +24,8 @@ ADDED_TOKENS = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"  # a folder of named ones
 
-# All but the named templates.
-FILES = (TOKENIZER, CONFIGURATION, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE)
+# All but the chat templates.
+TOKENS = (TOKENIZER, CONFIGURATION, SPECIAL_TOKENS, ADDED_TOKENS)
 
 # In the order in which those that the vocabulary lacks get their ids.
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -54,9 +54,14 @@ class Roles:
 def files_in(folder: Path) -> list[str]:
     """The files of a model folder that its tokenizer and chat template are read from."""
     return [
-        *(name for name in FILES if (folder / name).is_file()),
+        *(name for name in (*TOKENS, TEMPLATE) if (folder / name).is_file()),
         *sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")),
     ]
+
+
+def is_template(file: str) -> bool:
+    """Whether a file of a model folder, by its name in it, is a chat template."""
+    return file == TEMPLATE or file.startswith(f"{TEMPLATES}/")
 
 
 def load(folder: Path) -> Any:

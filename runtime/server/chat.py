@@ -83,7 +83,7 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
     """
     opened = Bundle.open(bundle)
     if verify:
-        verify_texts(opened)
+        verify_texts(opened, templates=True)
     model = bundle / "model"
     try:
         source = tokenizer_files.chat_template(model)

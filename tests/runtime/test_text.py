@@ -173,3 +173,18 @@ def test_a_token_that_only_the_older_file_names_is_special(
     template = open_chat_template(bundle, verify=False)
     assert template is not None
     assert template.render([{"role": "user", "content": "x"}]) == "<end>x"
+
+
+def test_what_names_special_tokens_is_checked(exported_llama: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    files = manifest["stages"]["onnx"]["files"]
+    files["model/special_tokens_map.json"] = files["model/config.json"]
+    files["model/additional_chat_templates/default.jinja"] = files["model/config.json"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match=r"special_tokens_map\.json"):
+        open_tokenizer(bundle)
+    shutil.copy(bundle / "model" / "config.json", bundle / "model" / "special_tokens_map.json")
+    open_tokenizer(bundle)
+    with pytest.raises(IntegrityError, match=r"default\.jinja"):
+        open_chat_template(bundle)
