@@ -26,10 +26,10 @@ import onnx_ir as ir
 from exporters import _kserve
 from exporters.onnx import DATA, MODEL, RECORD
 from exporters.tensorrt import ENGINE, read_build
-from runtime.rope import change_in
 from thanos_deploy import artifact, onnxfile, tokenizer_files
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.rope import change_in
 
 CONFIG = "config.pbtxt"
 TEXT, GRAPH = "text", "onnx"  # models, beside the engines
@@ -95,7 +95,7 @@ def export(
     Raises:
         PlatformError: tritonclient is not installed.
         InputError: the model has no tokenizer.json, or texts that share a batch would not get what
-            they get alone; see `runtime.rope`.
+            they get alone; see `thanos_deploy.rope`.
     """
     types = library()
     record = json.loads((bundle / "onnx" / RECORD).read_bytes())

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime import memory, rope
+from runtime import memory
 from runtime.engine import Ids, Logits, require_readable
 from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
-from thanos_deploy import environment, gpu, onnxfile
+from thanos_deploy import environment, gpu, onnxfile, rope
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from runtime import floats
 from runtime.engine import Ids, Logits, require_readable
-from runtime.rope import Change, change_in
 from thanos_deploy import gpu
 from thanos_deploy.artifact import Bundle, Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.gpu import Gpu
+from thanos_deploy.rope import Change, change_in
 
 COMMAND = "thanos-deploy export {bundle} --target tensorrt"
 

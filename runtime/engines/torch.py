@@ -28,10 +28,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.engine import Ids, Logits, require_readable
-from runtime.rope import Change, change_of
 from runtime.static.room import Room
 from thanos_deploy.artifact import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
+from thanos_deploy.rope import Change, change_of
 
 COMMAND = "thanos-deploy prune MODEL -o {bundle} ..."
 VARIANTS = (

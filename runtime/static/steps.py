@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.rope import change_of
 from runtime.static import attention, memory
 from runtime.static.cache import block_shapes
 from runtime.static.places import Places, needed_bytes
 from runtime.static.replay import Eager, Recording, Replay
 from runtime.static.room import Room
+from thanos_deploy.rope import depends_on_length
 
 # The first shapes of prompts that repeat are recorded, and no more: recordings hold memory, and
 # making room for another one would record anew, which takes some prefills, again and again.
@@ -204,4 +204,4 @@ class StaticSteps:
 def _is_recordable(model: Any) -> bool:
     """Whether the host decides nothing within a step."""
     # The host reads the longest position so far in every step where frequencies depend on it.
-    return change_of(model.config.to_dict()) is None
+    return not depends_on_length(getattr(model.config, "rope_parameters", None) or {})

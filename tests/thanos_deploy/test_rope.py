@@ -19,12 +19,12 @@ from runtime.batching import open_slots
 from runtime.engine import Engine, open_engine
 from runtime.engines.onnxruntime import open_graph
 from runtime.generate import generate_batch
-from runtime.rope import Change, change_of
 from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from tests.store import Store
 from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import InputError
+from thanos_deploy.rope import Change, change_of
 
 TRAINED, MOST = 16, 128
 LONGROPE = {

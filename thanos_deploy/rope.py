@@ -101,13 +101,27 @@ def change_in(bundle: Path) -> Change | None:
         ) from error
 
 
+def depends_on_length(rope: Mapping[str, Any]) -> bool:
+    """Whether an entry `rope_parameters` is of a kind whose frequencies depend on the longest row."""
+    kinds = [_kind(its) for its in _parts(rope)]
+    return any(kind == _LONGROPE or _DYNAMIC in kind for kind in kinds)
+
+
+def _parts(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entry, or its parts where each type of layer has one."""
+    return [its for its in rope.values() if isinstance(its, dict)] or [rope]
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
 def _changes(configuration: Mapping[str, Any]) -> Iterator[Change]:
     # The second is the older name of the entry.
     rope = configuration.get("rope_parameters") or configuration.get("rope_scaling") or {}
-    nested = [its for its in rope.values() if isinstance(its, dict)]  # one for each type of layer
     trained = configuration.get("original_max_position_embeddings")
-    for its in nested or [rope]:
-        kind = its.get("rope_type") or its.get("type") or "default"
+    for its in _parts(rope):
+        kind = _kind(its)
         if kind == _LONGROPE:
             tokens = trained or its.get("original_max_position_embeddings")
             yield Change(kind, int(tokens or configuration["max_position_embeddings"]))
