@@ -102,7 +102,7 @@ def change_in(bundle: Path) -> Change | None:
 
 
 def depends_on_length(rope: Mapping[str, Any]) -> bool:
-    """Whether an entry `rope_parameters` is of a kind whose frequencies depend on the longest row."""
+    """Whether `rope_parameters` has a kind whose frequencies depend on the longest row."""
     kinds = [_kind(its) for its in _parts(rope)]
     return any(kind == _LONGROPE or _DYNAMIC in kind for kind in kinds)
 
