@@ -13,7 +13,7 @@ from thanos_deploy.gpu_records import Records
 from thanos_deploy.progress import Announce
 from thanos_deploy.steps import Task
 
-# Of one call on a machine that is lent by the minute; and of a rehearsal.
+# For a machine that is rented by the minute; and of a rehearsal.
 SECONDS = 400.0
 _SECONDS_TO_REHEARSE = 3600.0
 
