@@ -16,7 +16,8 @@ transformers, numpy, safetensors, click and rich. Steps, in this order:
                         layers of the 8B and the 70B model, 5 numbers of tokens
     model:MODEL         an 8B-shaped model made on the GPU: dense, 2:4, structured, and both
     pruning             Thanos to 2:4, seconds a layer, beside the CPU; a Hessian of 262144 tokens
-    onnxruntime         ONNX Runtime on CUDA with a tiny bundle
+    onnxruntime         ONNX Runtime on CUDA with a tiny bundle; wants onnxruntime-gpu, and to make
+                        the bundle onnx and onnxscript
 
 Each step has a process of its own and a limit of twice what it usually takes; whatever becomes of
 it, its rows are kept and the next one runs. A step that no longer fits into --seconds is named as

@@ -1,4 +1,8 @@
-"""ONNX Runtime on CUDA beside the CPU, with a tiny bundle."""
+"""ONNX Runtime on CUDA beside the CPU, with a tiny bundle.
+
+The bundle is made here, which takes onnx and onnxscript beside PyTorch and transformers; so all
+that an image with them may still need is onnxruntime-gpu in place of onnxruntime.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,5 +78,5 @@ def make(folder: Path) -> Path:
 def _unmade(why: object) -> PlatformError:
     return PlatformError(
         f"the tiny bundle cannot be made here ({why})",
-        fix="give --bundle, made on a machine that has the packages of thanos-deploy",
+        fix="pip install onnx onnxscript onnxruntime-gpu, or give --bundle, made elsewhere",
     )
