@@ -36,7 +36,8 @@ _REHEARSED = 60.0
 # Small, and with every kind of edge that the sizes of the day have.
 TOY = Sizes(
     peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
-    correctness=Grid(shapes=((37, 148), (32, 64)), tokens=(1, 17), dtypes=("fp16", "bf16")),
+    # One with columns enough for blocks that share a tile, and tokens enough for wgmma.
+    correctness=Grid(shapes=((37, 148), (32, 516)), tokens=(1, 17, 70), dtypes=("fp16", "bf16")),
     gemm=Grid(shapes=((32, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
     model=models.Sizes(
         hidden=64,
@@ -63,8 +64,6 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     """
     sizes = TOY if rehearse else Sizes()
     sparse = ("gpu", "sparse")
-    # The kernels for 2:4 are for a GPU; their models are made and run all the same.
-    variants = ("eager",) if rehearse else ()
     found = [
         Step("card", 5, partial(card.rows, command), ("gpu",), always=True),
         Step("peaks", 8, partial(card.peak_rows, sizes.peaks), ("gpu",)),
@@ -92,7 +91,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
             Step(
                 models.step(name),
                 _MODEL[name],
-                partial(models.rows, name, sizes.model, variants=variants),
+                partial(models.rows, name, sizes.model),
                 sparse if name.endswith("2:4") else ("gpu",),
             )
             for name in models.MODELS
@@ -103,6 +102,11 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     if not rehearse:
         return found
     return [
-        replace(step, seconds=_REHEARSED, rows=partial(rehearsal.rows, step.rows), needs=())
+        replace(
+            step,
+            seconds=_REHEARSED,
+            rows=partial(rehearsal.rows, step.rows, step.name),
+            needs=(),
+        )
         for step in found
     ]
