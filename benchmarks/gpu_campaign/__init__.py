@@ -28,9 +28,12 @@ left out. In DIR are
     summary.txt    what is printed at the end
     log.txt        what the steps printed
 
---rehearse does every step with toy sizes on a CPU: Triton's interpreter in place of the GPU, calls
-in place of graphs. It shows that nothing breaks off for a silly reason; its times mean nothing, and
-its records say so.
+--rehearse does every step with toy sizes on a CPU: Triton's interpreter in place of the GPU, a
+simulation of the kernels in CUDA C++ behind a simulated driver (where g++ is installed), calls in
+place of graphs, and a choice of kernels between the dense product and Triton. It shows that nothing
+breaks off for a silly reason; its times mean nothing, and its records say so.
 
-Exit codes: 0 all passed, 2 usage, 4 nothing could run, 6 something failed.
+Ctrl-C or SIGTERM ends the running step; the four files are written with what there is.
+
+Exit codes: 0 all passed, 2 usage, 4 nothing could run, 6 something failed, 130 interrupted.
 """
