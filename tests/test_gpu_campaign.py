@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_campaign import __main__ as campaign
-from benchmarks.gpu_campaign import onnxruntime, plan, summary
+from benchmarks.gpu_campaign import gpu_tests, onnxruntime, plan, summary
 from runtime.kernels.linears import MAKERS
 from tests.gpu_rows import RECORDS
 from thanos_deploy import gpu, gpu_records
@@ -95,16 +95,13 @@ def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> N
     skipped = {name for name, row in ends.items() if row.outcome == "SKIP"}
     # What cannot be done here says why: libraries and kernels that are for a GPU alone.
     only_on_a_gpu = {*MAKERS} - {"triton"}
-    simulated = {"correctness:mma-sp"}
-    assert (
-        skipped
-        == {
-            *(f"{step}:{kernel}" for step in ("correctness", "gemm") for kernel in only_on_a_gpu),
-            "onnxruntime",
-        }
-        - simulated
-    )
-    assert "onnxruntime" in ends["onnxruntime"].detail
+    assert skipped == {
+        *(f"correctness:{kernel}" for kernel in only_on_a_gpu - {"mma-sp"}),
+        *(f"gemm:{kernel}" for kernel in only_on_a_gpu),
+        *("onnxruntime", "gpu-tests:engines"),
+    }
+    for name in ("onnxruntime", "gpu-tests:engines"):
+        assert "onnxruntime" in ends[name].detail
 
     kinds = (Card, Peaks, KernelRow, CheckRow, GemmRow, ModelRow, PruningRow, HessianRow)
     assert [kind.__name__ for kind in kinds if not records.of(kind)] == []
@@ -117,15 +114,32 @@ def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> N
     checks = {(row.step, row.name): row for row in records.of(CheckRow)}
     assert list(checks) == [
         ("sanitizer", "memcheck"),
-        ("gpu-tests", "collected"),
+        ("gpu-tests:kernels", "collected"),
         ("pruning", "64 x 64 against the CPU"),
     ]
     assert checks["sanitizer", "memcheck"].detail == "ERROR SUMMARY: 0 errors"
-    assert "tests collected" in checks["gpu-tests", "collected"].detail
+    assert "tests collected" in checks["gpu-tests:kernels", "collected"].detail
 
     assert done.stdout == (tmp_path / "out" / "summary.txt").read_text() + "\n"
     assert "TIMES REHEARSAL" in done.stdout
     assert "card: 60/60" in done.stderr
+
+
+def test_where_models_can_be_exported_the_engines_tests_can_be_imported(tmp_path: Path) -> None:
+    (row,) = gpu_tests.rows(gpu_tests.ENGINES, Task("cpu", folder=tmp_path))
+    assert isinstance(row, CheckRow)
+    assert row.outcome == "PASS"
+    assert row.detail.startswith("8/")
+
+
+def test_without_onnxruntime_on_cuda_its_tests_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = ["CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: cpu)
+    first = next(iter(gpu_tests.rows(gpu_tests.ENGINES, Task("cuda", folder=tmp_path))))
+    assert isinstance(first, CheckRow)
+    assert (first.name, first.outcome) == ("tests/runtime/test_memory.py", "SKIP")
 
 
 def test_a_rehearsed_choice_is_between_the_dense_product_and_triton(tmp_path: Path) -> None:

@@ -21,14 +21,19 @@ def rows(task: Task) -> Iterator[Row]:
     Raises:
         PlatformError: ONNX Runtime is not here, or is built for CPUs only.
     """
-    _require(task.device)
+    require(task.device)
     from thanos_deploy.gpu_check import bundle
 
     path = task.bundle or make(task.folder)
     yield from bundle.onnxruntime_cuda(replace(task, bundle=path))
 
 
-def _require(device: str) -> None:
+def require(device: str) -> None:
+    """Refuse an ONNX Runtime that does not run on a device.
+
+    Raises:
+        PlatformError: see `rows`.
+    """
     try:
         import onnxruntime
     except ImportError as error:

@@ -37,8 +37,8 @@ _REHEARSED = 60.0
 TOY = Sizes(
     peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
     # One with columns enough for blocks that share a tile, and tokens enough for wgmma.
-    correctness=Grid(shapes=((37, 148), (32, 516)), tokens=(1, 17, 70), dtypes=("fp16", "bf16")),
-    gemm=Grid(shapes=((32, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
+    correctness=Grid(shapes=((37, 148), (8, 516)), tokens=(1, 17, 70), dtypes=("fp16", "bf16")),
+    gemm=Grid(shapes=((8, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
     model=models.Sizes(
         hidden=64,
         channels=128,
@@ -77,7 +77,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
             for kernel in KERNELS
         ),
         Step("sanitizer", 35, sanitizer.rows, sparse),
-        Step("gpu-tests", 25, gpu_tests.rows, ("gpu",)),
+        Step("gpu-tests:kernels", 25, partial(gpu_tests.rows, gpu_tests.KERNELS), ("gpu",)),
         *(
             Step(
                 f"gemm:{kernel}",
@@ -98,6 +98,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
         ),
         Step("pruning", 40, partial(pruning.rows, sizes.layers), ("gpu",)),
         Step("onnxruntime", 10, onnxruntime.rows, ("gpu",)),
+        Step("gpu-tests:engines", 45, partial(gpu_tests.rows, gpu_tests.ENGINES), sparse),
     ]
     if not rehearse:
         return found
