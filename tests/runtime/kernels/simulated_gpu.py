@@ -27,7 +27,9 @@ def compile(source: str, to: Path, *options: str) -> None:
         PlatformError: g++ is not installed.
     """
     if shutil.which("g++") is None:
-        raise PlatformError("g++ is not installed, and the GPU is simulated in C++", "install g++")
+        raise PlatformError(
+            "g++ is not installed, and the GPU is simulated in C++", fix="install g++"
+        )
     command = ["g++", "-std=c++20", "-O1", "-pthread", "-I", str(cuda_module.FOLDER), *options]
     subprocess.run([*command, "-o", str(to), str(_HERE / source)], check=True)
 

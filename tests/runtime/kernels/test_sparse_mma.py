@@ -160,6 +160,17 @@ def test_the_host_launches_each_kernel_with_what_it_takes(tmp_path: Path) -> Non
                 assert not packed.arrivals.any()
 
 
+def test_without_a_compiler_nothing_is_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(PlatformError, match=r"g\+\+ is not installed"),
+        simulated_gpu.driver(tmp_path),
+    ):
+        pytest.fail("there is a driver")
+
+
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 400),
