@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -326,7 +327,7 @@ class Checkpoint:
         """
         widths = widths or self.widths
         with init_empty_weights(include_buffers=False):
-            model = pretrained.make_model(self.config)
+            model = pretrained.make_model(deepcopy(self.config))  # which it writes to
         model.tie_weights()  # without storage every parameter has become one of its own
         stock = block_widths.of_config(self.config, self.family)
         if any(block != stock for block in widths):
