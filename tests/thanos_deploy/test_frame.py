@@ -16,13 +16,14 @@ from tests.byte_tokenizer import save_byte_tokenizer
 from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from thanos_deploy import calibrate, harness
 from thanos_deploy.artifact import Bundle
-from thanos_deploy.calibrate import Text, every_segment, segments
+from thanos_deploy.calibrate import every_segment, segments
 from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
 from thanos_deploy.errors import CalibrationError, ModelError, UsageError
 from thanos_deploy.frame import Frame, frame_of
 from thanos_deploy.perplexity import perplexity
 from thanos_deploy.requests import TaskRequest
 from thanos_deploy.stages.texts import segments_for
+from thanos_deploy.texts import Text
 
 END, BEGIN = VOCABULARY - 1, VOCABULARY
 TEXT = Text("counting", "".join(chr(48 + i) for i in range(40)))
