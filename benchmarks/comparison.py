@@ -32,7 +32,6 @@ import exporters.genai
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import artifact, console, environment
 from thanos_deploy.artifact import Bundle, Json
-from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.evaluation import graph_reader
 from thanos_deploy.pattern import parse
 from thanos_deploy.perplexity import perplexity_of
@@ -46,6 +45,7 @@ from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
 from thanos_deploy.stages.texts import open_text, segments_for
+from thanos_deploy.texts import BUILTIN
 
 PATTERNS = ("2:4", "unstructured:0.5", "structured:0.1", "structured:0.2", "structured:0.3")
 INT8 = "-int8"

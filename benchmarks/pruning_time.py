@@ -21,13 +21,14 @@ import torch
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import console, environment, methods, pattern, walk
 from thanos_deploy.artifact import Json
-from thanos_deploy.calibrate import builtin_text, segments
+from thanos_deploy.calibrate import segments
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.journal import Journal
 from thanos_deploy.prune import ACTIVITIES, BlockReport
 from thanos_deploy.requests import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
+from thanos_deploy.texts import builtin_text
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from runtime.load import Request, arrivals
 from runtime.text import open_tokenizer
 from thanos_deploy import artifact, environment, statistics, stillness
 from thanos_deploy.artifact import Json
-from thanos_deploy.calibrate import builtin_text
+from thanos_deploy.texts import builtin_text
 
 AIPERF = "0.13.0"
 OURS, ALONE = "serve", "serve --slots 1"

@@ -42,7 +42,7 @@ from benchmarks.smollm2 import gguf_path
 from runtime import paired
 from runtime.latency import Decode, Prefill, Scenario
 from thanos_deploy import artifact, console, environment
-from thanos_deploy.calibrate import every_segment, read_text
+from thanos_deploy.calibrate import every_segment
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
 from thanos_deploy.perplexity import perplexity
@@ -51,6 +51,7 @@ from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
+from thanos_deploy.texts import read_text
 
 LATENCY_SLACK = 1.1  # times the ratio of parameters
 

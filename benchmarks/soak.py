@@ -50,7 +50,7 @@ from benchmarks.server import (
 )
 from thanos_deploy import artifact, environment
 from thanos_deploy.artifact import Json
-from thanos_deploy.calibrate import builtin_text
+from thanos_deploy.texts import builtin_text
 
 MODEL = "soak"
 MOST_GROWTH = 1024  # bytes a request

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from thanos_deploy.calibrate import read_text, segments
+from thanos_deploy.calibrate import segments
+from thanos_deploy.texts import read_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -34,12 +34,13 @@ from transformers import PreTrainedModel
 from exporters import _int8, _parity, _qdq, _trace, _weights
 from thanos_deploy import artifact, onnxfile
 from thanos_deploy.assignment import describe, every
-from thanos_deploy.calibrate import builtin_text, segments
+from thanos_deploy.calibrate import segments
 from thanos_deploy.checkpoint import Checkpoint, cast, load_model, load_tokenizer
 from thanos_deploy.errors import UsageError
 from thanos_deploy.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.texts import builtin_text
 from thanos_deploy.verdict import Verdict, judge
 
 MODEL = "model.onnx"

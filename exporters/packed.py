@@ -10,11 +10,12 @@ from tempfile import TemporaryDirectory
 
 from thanos_deploy import artifact
 from thanos_deploy.assignment import counts, describe, every
-from thanos_deploy.checkpoint import Checkpoint, Weights, copy_companions
+from thanos_deploy.checkpoint import Checkpoint, copy_companions
 from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.packing import pack_folder, unpack_folder
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.weights import Weights
 
 
 def export(
@@ -52,6 +53,7 @@ def export(
             for name, its in patterns.items()
             if isinstance(its, SemiStructured)
         },
+        files=checkpoint.weights.files,
         transposed=checkpoint.family.transposed,
     )
     on_progress(1, 2)

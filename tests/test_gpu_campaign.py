@@ -1,17 +1,21 @@
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu_campaign import __main__ as campaign
-from benchmarks.gpu_campaign import onnxruntime, plan, summary
+from benchmarks.gpu_campaign import gpu_tests, onnxruntime, plan, summary
 from runtime.kernels.linears import MAKERS
 from tests.gpu_rows import RECORDS
 from thanos_deploy import gpu, gpu_records
 from thanos_deploy.errors import PlatformError
+from thanos_deploy.gpu_check import models
 from thanos_deploy.gpu_records import (
     Card,
     CheckRow,
@@ -92,30 +96,102 @@ def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> N
     # What cannot be done here says why: libraries and kernels that are for a GPU alone.
     only_on_a_gpu = {*MAKERS} - {"triton"}
     assert skipped == {
-        *(f"{step}:{kernel}" for step in ("correctness", "gemm") for kernel in only_on_a_gpu),
-        "onnxruntime",
+        *(f"correctness:{kernel}" for kernel in only_on_a_gpu - {"mma-sp"}),
+        *(f"gemm:{kernel}" for kernel in only_on_a_gpu),
+        *("onnxruntime", "gpu-tests:engines"),
     }
-    assert "onnxruntime" in ends["onnxruntime"].detail
+    for name in ("onnxruntime", "gpu-tests:engines"):
+        assert "onnxruntime" in ends[name].detail
 
     kinds = (Card, Peaks, KernelRow, CheckRow, GemmRow, ModelRow, PruningRow, HessianRow)
     assert [kind.__name__ for kind in kinds if not records.of(kind)] == []
-    assert {row.outcome for row in records.of(KernelRow) if row.kernel == "triton"} == {"PASS"}
+    for kernel in ("triton", "mma-sp"):
+        assert {row.outcome for row in records.of(KernelRow) if row.kernel == kernel} == {"PASS"}
     assert {row.tokens for row in records.of(GemmRow) if row.seconds} == {1, 16}
-    timed = {row.model for row in records.of(ModelRow) if row.seconds}
-    assert timed == {"dense", "2:4", "structured", "structured, 2:4"}
+    timed = {(row.model, row.engine) for row in records.of(ModelRow) if row.seconds}
+    assert timed == {(model, f"torch:{variant}") for model, variant in models.MODELS.items()}
     assert {row.preset for row in records.of(PruningRow)} == {"paper", "fast", "best"}
     checks = {(row.step, row.name): row for row in records.of(CheckRow)}
     assert list(checks) == [
         ("sanitizer", "memcheck"),
-        ("gpu-tests", "collected"),
+        ("gpu-tests:kernels", "collected"),
         ("pruning", "64 x 64 against the CPU"),
     ]
     assert checks["sanitizer", "memcheck"].detail == "ERROR SUMMARY: 0 errors"
-    assert "tests collected" in checks["gpu-tests", "collected"].detail
+    assert "tests collected" in checks["gpu-tests:kernels", "collected"].detail
 
     assert done.stdout == (tmp_path / "out" / "summary.txt").read_text() + "\n"
     assert "TIMES REHEARSAL" in done.stdout
     assert "card: 60/60" in done.stderr
+
+
+def test_where_models_can_be_exported_the_engines_tests_can_be_imported(tmp_path: Path) -> None:
+    (row,) = gpu_tests.rows(gpu_tests.ENGINES, Task("cpu", folder=tmp_path))
+    assert isinstance(row, CheckRow)
+    assert row.outcome == "PASS"
+    assert row.detail.startswith("8/")
+
+
+def test_without_onnxruntime_on_cuda_its_tests_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = ["CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: cpu)
+    first = next(iter(gpu_tests.rows(gpu_tests.ENGINES, Task("cuda", folder=tmp_path))))
+    assert isinstance(first, CheckRow)
+    assert (first.name, first.outcome) == ("tests/runtime/test_memory.py", "SKIP")
+
+
+def test_a_rehearsed_choice_is_between_the_dense_product_and_triton(tmp_path: Path) -> None:
+    (step,) = (step for step in plan.steps("", rehearse=True) if step.name == "model:2:4")
+    rows = [row for row in step.rows(Task("cpu", folder=tmp_path)) if isinstance(row, ModelRow)]
+    assert {row.phase for row in rows if row.seconds} == {"prefill", "decode"}
+    (file,) = tmp_path.rglob("kernels.json")
+    shapes = json.loads(file.read_bytes())["rows"]
+    assert len(shapes) == 4
+    for shape in shapes:
+        timed = {one["kernel"] for one in shape["timed"] if all(one["seconds"])}
+        assert timed == {"dense", "triton"} >= {*shape["chosen"]}
+
+
+def test_what_was_measured_before_a_signal_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    step = "correctness:triton"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "benchmarks.gpu_campaign"),
+            *("-o", out, "--rehearse", "--only", step),
+        ],
+        cwd=SOURCE,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        ends = time.monotonic() + 60
+        while not Records(gpu_records.read_journal(out / "rows.jsonl")).of(KernelRow):
+            assert process.poll() is None
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+        # As `timeout` does: the process, and then its group.
+        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
+        printed, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, told
+    assert f"interrupted; what was measured is in {out}" in told
+    records = gpu_records.read(out / "records.json")
+    assert records.rows == gpu_records.read_journal(out / "rows.jsonl")
+    assert {row.outcome for row in records.of(KernelRow)} == {"PASS"}
+    last = records.rows[-1]
+    assert isinstance(last, StepRow)
+    assert (last.step, last.outcome) == (step, "FAIL")
+    assert last.detail.startswith("interrupted")
+    assert printed == (out / "summary.txt").read_text() + "\n"
+    assert f"FAIL {step}" in printed
 
 
 def test_with_onnxruntime_the_tiny_bundle_is_made_and_compared(tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
-"""Calibration: text to token segments, segments to the blocks' inputs and their statistics."""
+"""Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,89 +16,7 @@ from thanos_deploy.families import Family
 from thanos_deploy.frame import frame_of
 from thanos_deploy.passes import Pass, recorded
 from thanos_deploy.precision import products_in
-
-BUILTIN = "builtin"
-
-# Every so many-th topic of the built-in text is kept for evaluation.
-_HELD_OUT_EVERY = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text and where it came from, for messages and for the manifest."""
-
-    origin: str
-    content: str
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the text itself."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
-
-
-def builtin_text(*, held_out: bool = False) -> Text:
-    """The language reference that every CPython carries, so that nothing has to be downloaded.
-
-    Its topics overlap, so every paragraph is used once, in the first topic (by name) that has it;
-    one topic in four is held out for evaluation. The calibration part and the held-out part
-    have no paragraph in common.
-
-    Source: `pydoc_data.topics` of the Python standard library.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    parts: list[str] = []
-    for number, (_, topic) in enumerate(sorted(topics.items())):
-        paragraphs = [p.strip("\n") for p in topic.split("\n\n") if p.strip()]
-        fresh = [p for p in dict.fromkeys(paragraphs) if p not in seen]
-        seen.update(fresh)
-        if fresh and (number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == held_out:
-            parts.append("\n\n".join(fresh))
-    return Text(f"{BUILTIN} ({'held-out' if held_out else 'calibration'} part)", "\n\n".join(parts))
-
-
-def read_text(path: Path, *, text_field: str = "text") -> Text:
-    """A text file as it is, or the named field of every row of a `.jsonl`, joined by blank lines.
-
-    Raises:
-        CalibrationError: the file is missing, empty, not UTF-8, or not JSON Lines with the field.
-    """
-    try:
-        content = path.read_bytes().decode()
-    except OSError as error:
-        raise CalibrationError(
-            f"{path}: cannot be read ({error.strerror})", fix="check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8",
-            fix="convert the file to UTF-8",
-        ) from error
-    if path.suffix == ".jsonl":
-        content = "\n\n".join(_rows(path, content, text_field))
-    if not content.strip():
-        raise CalibrationError(f"{path}: has no text", fix="give a file with text in it")
-    return Text(path.name, content)
-
-
-def _rows(path: Path, content: str, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(
-                f"{path}, line {number}: not JSON ({error})", fix="give one JSON object per line"
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise CalibrationError(
-                f"{path}, line {number}: no text field {text_field!r}; found {fields}",
-                fix="name the field that holds the text with --text-field",
-            )
-        yield row[text_field]
+from thanos_deploy.texts import Text
 
 
 def segments(

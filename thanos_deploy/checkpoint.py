@@ -10,17 +10,16 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PretrainedConfig,
@@ -33,24 +32,27 @@ from thanos_deploy import widths as block_widths
 from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.families import Family, family_of
-from thanos_deploy.tensorfile import DTYPES as TENSOR_DTYPES
-from thanos_deploy.tensorfile import INDEX, TensorFile
+from thanos_deploy.tensorfile import INDEX
+from thanos_deploy.weights import Outline, Parameters, Weights, shards
 from thanos_deploy.widths import Widths
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_SINGLE = "model.safetensors"
-# What a weight may be stored in.
-_FLOATS = {name: dtype for name, dtype in TENSOR_DTYPES.items() if dtype.is_floating_point}
-
-# Entries of a piece.
-_ENTRIES_AT_ONCE = 1 << 22
-
 # Architectures that GGUF calls otherwise than transformers calls the model type.
 _GGUF_NAMES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text"}
 
-# What belongs to a model besides its weights: configuration, tokenizer, chat template.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja")
+# What belongs to a model besides its weights: configuration, tokenizer, chat template, licence. Not
+# what a trainer, an adapter, an evaluation or another library's copy of the weights left there.
+_COMPANIONS = (
+    *("config.json", "generation_config.json", block_widths.FILE, packing.RECORD),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "tekken.json", "*.model", "*.tiktoken"),
+    *("chat_template.json", "*.jinja", f"{tokenizer_files.TEMPLATES}/*.jinja"),
+    *("LICENSE*.txt", "NOTICE*.txt"),
+)
+
+# What config.json says of weights that are stored in other ways than those that are written here.
+_STORAGE = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def locate(model: str, *, revision: str | None = None) -> Source:
     """
     path = _local(model)
     if path is None:
-        folder = _download(model, revision, ["*.safetensors", *_COMPANIONS])
+        folder = _download(model, revision, ["*.safetensors", INDEX, *_COMPANIONS])
         names.require_own(folder, error=ModelError)
         return Source("hub", model, folder.name, _hash_folder(folder), folder)
     if path.is_file():
@@ -179,7 +181,7 @@ def _companions(folder: Path) -> list[Path]:
         path
         for pattern in _COMPANIONS
         for path in folder.glob(pattern)
-        if path.is_file() and not path.name.endswith(".index.json") and path.name[0] != "."
+        if path.is_file() and path.name[0] != "."
     )
     for path in found:
         names.plain(path.name, path.parent, error=ModelError)
@@ -229,17 +231,6 @@ def convert_packed(folder: Path, destination: Path) -> None:
     packing.unpack_folder(folder, destination)
     copy_companions(folder, destination, None)
     (destination / packing.RECORD).unlink(missing_ok=True)
-    path = destination / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-        for key in ("quantization_config", "compression_config"):
-            config.pop(key, None)  # it describes what has just been undone
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'}: not a readable model configuration ({error})",
-            fix="restore config.json from the model's origin",
-        ) from error
-    artifact.write_json(path, config)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,23 +241,23 @@ class Checkpoint:
         folder: where it is.
         config: its configuration.
         family: how its blocks and linear layers are called.
-        weights: its tensors.
+        weights: its parameters, as they are stored.
         widths: heads and channels of each block.
     """
 
     folder: Path
     config: PretrainedConfig
     family: Family
-    weights: "Weights"
+    weights: Weights
     widths: tuple[Widths, ...]
 
     @property
     def parameters(self) -> int:
-        """Numbers in all of its tensors."""
+        """Numbers in all of its parameters; a tied one counts once."""
         return sum(math.prod(shape) for shape in self.weights.shapes.values())
 
     def bytes_in(self, dtype: str) -> int:
-        """Size of its tensors when stored in a dtype, a key of `DTYPES`; else in each one's own."""
+        """Size of its parameters when stored in a dtype of `DTYPES`; else in each one's own."""
         return sum(
             math.prod(shape) * DTYPES.get(dtype, self.weights.dtypes[name]).itemsize
             for name, shape in self.weights.shapes.items()
@@ -277,29 +268,48 @@ class Checkpoint:
         """Read the configuration and the tensors' headers, and no weight.
 
         Raises:
-            ModelError: a file is missing or unreadable, or the model type has no family.
+            ModelError: a file is missing or unreadable, the model type has no family, or the
+                configuration describes no model.
         """
-        config, family, widths = _configuration(folder)
-        return cls(folder, config, family, Weights(folder), widths)
+        bare = cls._bare(folder)
+        parameters = Parameters(tuple(bare._named()), bare.family)
+        return dataclasses.replace(bare, weights=Weights(folder, parameters))
 
     @classmethod
     def outline(cls, folder: Path) -> "Checkpoint":
         """Read the configuration alone, from which every shape follows; no tensor can be read.
 
         Raises:
-            ModelError: see `open`; or the configuration describes no model.
+            ModelError: see `open`.
         """
+        bare = cls._bare(folder)
+        shapes = {same[0]: shape for same, shape in bare._named().items()}
+        return dataclasses.replace(bare, weights=Outline(shapes))
+
+    @classmethod
+    def _bare(cls, folder: Path) -> "Checkpoint":
+        """Without weights."""
         config, family, widths = _configuration(folder)
-        bare = cls(folder, config, family, Outline({}), widths)
+        return cls(folder, config, family, Outline({}), widths)
+
+    def _named(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """All names of each parameter, the first being the one that it goes by -> its shape.
+
+        Raises:
+            ModelError: the configuration describes no model.
+        """
         try:
-            parameters = bare.skeleton().named_parameters()
+            named = list(self.skeleton().named_parameters(remove_duplicate=False))
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise ModelError(
-                f"{folder / 'config.json'}: no model can be made of it ({error})",
+                f"{self.folder / 'config.json'}: no model can be made of it ({error})",
                 fix="restore config.json from the model's origin",
             ) from error
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-        return dataclasses.replace(bare, weights=Outline(shapes))
+        names: dict[int, list[str]] = {}
+        for name, parameter in named:
+            names.setdefault(id(parameter), []).append(name)
+        shapes = {id(parameter): tuple(parameter.shape) for _, parameter in named}
+        return {tuple(same): shapes[key] for key, same in names.items()}
 
     @property
     def max_positions(self) -> int:
@@ -319,7 +329,8 @@ class Checkpoint:
         """
         widths = widths or self.widths
         with init_empty_weights(include_buffers=False):
-            model = pretrained.make_model(self.config)
+            model = pretrained.make_model(deepcopy(self.config))  # which it writes to
+        model.tie_weights()  # without storage every parameter has become one of its own
         stock = block_widths.of_config(self.config, self.family)
         if any(block != stock for block in widths):
             blocks = model.get_submodule(self.family.blocks)
@@ -338,18 +349,17 @@ class Checkpoint:
         )
 
     def stored_name(self, parameter: str) -> str:
-        """How the weights call a parameter; some checkpoints leave out the base model's prefix.
+        """How the weights call a parameter; see `weights.Parameters`.
 
         Raises:
             ModelError: the weights do not have it.
         """
-        for name in (parameter, parameter.removeprefix(f"{self.family.base}.")):
-            if name in self.weights.shapes:
-                return name
-        raise ModelError(
-            f"{self.folder}: the weights have no tensor {parameter}",
-            fix="the checkpoint is incomplete or not of the type that its config.json names",
-        )
+        if parameter not in self.weights.stored:
+            raise ModelError(
+                f"{self.folder}: the weights have no tensor {parameter}",
+                fix="the checkpoint is incomplete or not of the type that its config.json names",
+            )
+        return self.weights.stored[parameter]
 
 
 def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths, ...]]:
@@ -390,221 +400,34 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
     return config, family, declared or uniform
 
 
-class Weights:
-    """The tensors of a checkpoint folder, read by name.
-
-    Attributes:
-        shapes: name -> shape.
-        dtypes: name -> dtype as stored.
-        files: name -> file name of its shard.
-
-    Raises:
-        ModelError: a file is missing or corrupt, or a tensor is stored in another dtype than
-            float64, float32, float16 or bfloat16.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.files: dict[str, str] = {}
-        for shard in shards(folder):
-            with self._open(shard) as file:
-                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
-                    view = file.get_slice(name)
-                    if view.get_dtype() not in _FLOATS:
-                        raise ModelError(
-                            f"{folder / shard}: {name} is stored as {view.get_dtype()}, a "
-                            "quantised or integer type",
-                            fix="use the float checkpoint that this one was made from",
-                        )
-                    self.shapes[name] = tuple(view.get_shape())
-                    self.dtypes[name] = _FLOATS[view.get_dtype()]
-                    self.files[name] = shard
-
-    def read(
-        self,
-        names: Iterable[str],
-        dtype: torch.dtype | None = None,
-        device: torch.device = CPU,
-    ) -> dict[str, Tensor]:
-        """Tensors by name, in a dtype or, if None, in that in which each is stored.
-
-        Pieces go to the device as they are read, so the host holds one at a time.
-
-        Raises:
-            ModelError: a tensor has NaN or infinite entries.
-        """
-        tensors = {}
-        for name in names:
-            tensors[name] = torch.empty(
-                self.shapes[name], dtype=dtype or self.dtypes[name], device=device
-            )
-            flat = tensors[name].view(-1)
-            for start, piece in self.pieces(name):
-                flat[start : start + len(piece)] = piece.to(device)
-        return tensors
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in pieces that take little memory: number of the first entry, entries.
-
-        Raises:
-            ModelError: the tensor has NaN or infinite entries.
-        """
-        entries, bad = math.prod(self.shapes[name]), 0
-        path = self.folder / self.files[name]
-        with TensorFile.open(path) as file:
-            for start in range(0, entries, _ENTRIES_AT_ONCE):
-                piece = file.read(name, start, min(start + _ENTRIES_AT_ONCE, entries))
-                bad += int((~piece.isfinite()).sum())
-                yield start, piece
-        if bad:
-            raise ModelError(
-                f"{path}: {bad} of {entries} entries of {name} are NaN or infinite",
-                fix="the checkpoint is damaged; fetch it again or use another one",
-            )
-
-    def _open(self, shard: str) -> Any:  # safetensors ships no types for its handle
-        path = self.folder / shard
-        try:
-            return safe_open(path, framework="pt")
-        except FileNotFoundError as error:
-            raise ModelError(
-                f"{path}: missing, though {INDEX} names it", fix="fetch the checkpoint again"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path}: not a readable safetensors file ({error})",
-                fix="the file is truncated or corrupt; fetch it again and compare its hash",
-            ) from error
-
-
-def shards(folder: Path) -> list[str]:
-    """The names of a checkpoint's safetensors files, each directly in its folder.
-
-    Raises:
-        ModelError: there are none, or the index is not readable or names what is none.
-    """
-    index = folder / INDEX
-    if index.exists():
-        try:
-            found = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(
-                f"{index}: not a readable index ({error})", fix="fetch the checkpoint again"
-            ) from error
-        for name in found:
-            names.plain(name, index, suffix=".safetensors", error=ModelError)
-        names.distinct(found, index, error=ModelError)
-        return found
-    if (folder / _SINGLE).exists():
-        return [_SINGLE]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    raise ModelError(
-        f"{folder}: no {_SINGLE} and no {INDEX}"
-        + (f", only {', '.join(pickled)}, which may run code when loaded" if pickled else ""),
-        fix="use a checkpoint with safetensors weights",
-    )
-
-
-class Outline(Weights):
-    """The names and shapes of a model's tensors, and no tensors."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-        self.dtypes = {}
-        self.files = {}
-
-
-class WeightsCopy:
-    """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
-
-    The files have the names, the tensors and the order of the original ones; only the dtype may
-    differ.
-    """
-
-    def __init__(
-        self,
-        original: Weights,
-        destination: Path,
-        dtype: torch.dtype | None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> None:
-        """Create the files.
-
-        Args:
-            original: the checkpoint to copy.
-            destination: the folder to write to.
-            dtype: what to store, or None to keep each tensor's own.
-            shapes: name -> shape of the tensors that will have another shape.
-        """
-        shapes = {**original.shapes, **(shapes or {})}
-        self._missing = dict.fromkeys(original.shapes)
-        self._files: dict[str, TensorFile] = {}
-        self.bytes = 0
-        for shard in dict.fromkeys(original.files.values()):
-            kinds = {
-                name: (dtype or original.dtypes[name], shapes[name])
-                for name, file in original.files.items()
-                if file == shard
-            }
-            file = TensorFile.create(destination / shard, kinds)
-            self._files.update(dict.fromkeys(kinds, file))
-            self.bytes += file.size
-        if (original.folder / INDEX).exists():
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
-            artifact.write_json(destination / INDEX, index)
-
-    @property
-    def missing(self) -> list[str]:
-        """Names of the tensors that have not been written yet."""
-        return list(self._missing)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is written."""
-        return self._files[name].kinds[name][0]
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""
-        kind, expected = (tensor.dtype, tuple(tensor.shape)), self._files[name].kinds[name]
-        assert kind == expected, f"{name}: {kind} instead of {expected}"
-        self.write_pieces(name, [(0, tensor)])
-
-    def write_pieces(self, name: str, pieces: Iterable[tuple[int, Tensor]]) -> None:
-        """Write one tensor in pieces; see `Weights.pieces`."""
-        del self._missing[name]
-        for start, piece in pieces:
-            self._files[name].write(name, piece, start)
-
-    def __enter__(self) -> "WeightsCopy":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in set(self._files.values()):
-            file.close()
-        assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"
-
-
 def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Copy configuration, tokenizer and chat template, and state the new dtype in config.json.
+    """Copy configuration, tokenizer and chat template.
 
-    Of the tokenizer the copy states what its files leave to the library that reads them.
+    config.json then states the dtype, if it is a new one, and no way of storing the weights in
+    fewer bits, as they are written in floats. Of the tokenizer the copy states what its files leave
+    to the library that reads them.
+
+    Raises:
+        ModelError: config.json is missing or not readable.
     """
     for path in _companions(original):
         copy = destination / path.relative_to(original)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     pretrained.settle_tokenizer(destination)
+    path = destination / "config.json"
+    try:
+        config = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{original / 'config.json'}: not a readable model configuration ({error})",
+            fix="restore config.json from the model's origin",
+        ) from error
+    storage = [config.pop(key) for key in _STORAGE if key in config]
     if dtype is not None:
-        path = destination / "config.json"
-        config = json.loads(path.read_bytes())
         config.pop("torch_dtype", None)  # the older name of the same entry
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if storage or dtype is not None:
         artifact.write_json(path, config)
 
 

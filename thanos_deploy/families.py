@@ -9,6 +9,9 @@ from typing import Literal
 
 from thanos_deploy.errors import ModelError
 
+# What models call their output head.
+HEAD = "lm_head"
+
 # How the rows of the queries, keys and values are laid out: three matrices; one matrix with a
 # query, a key and a value for each head in turn; one with all queries, then all keys, all values.
 Layout = Literal["separate", "by head", "by part"]
@@ -69,6 +72,7 @@ class Family:
         heads: the attention heads: rows of their producers go with columns of their consumer.
         channels: the same for the feed-forward network.
         transposed: the weights are stored [inputs, outputs], as GPT-2's Conv1D has them.
+        stored_head: what files call the output head, where that is not what the model calls it.
     """
 
     model_types: tuple[str, ...]
@@ -77,6 +81,7 @@ class Family:
     heads: Heads
     channels: Channels
     transposed: bool = False
+    stored_head: str = HEAD
 
     @property
     def base(self) -> str:
@@ -135,6 +140,7 @@ FAMILIES = (
         ),
         heads=Heads(("attention.query_key_value",), "by head", "attention.dense"),
         channels=Channels(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        stored_head="embed_out",
     ),
 )
 

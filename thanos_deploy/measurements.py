@@ -87,7 +87,12 @@ def _read(path: Path) -> Iterator[_Product]:
     for row in records.of(GemmRow):
         if row.seconds:
             yield _Product(
-                *(records.card.name, row.dtype, row.kernel, row.tokens, row.outputs, row.inputs),
+                gpu=records.card.name,
+                dtype=row.dtype,
+                kernel=row.kernel,
+                tokens=row.tokens,
+                outputs=row.outputs,
+                inputs=row.inputs,
                 seconds=row.median,
             )
 
@@ -98,8 +103,12 @@ def _of_table(document: Any) -> Iterator[_Product]:
     for record in table["records"]:
         if record["seconds"]:
             yield _Product(
-                *(str(table["gpu"]), str(table["dtype"]), record["kernel"]),
-                *(int(record[size]) for size in ("tokens", "outputs", "inputs")),
+                gpu=str(table["gpu"]),
+                dtype=str(table["dtype"]),
+                kernel=record["kernel"],
+                tokens=int(record["tokens"]),
+                outputs=int(record["outputs"]),
+                inputs=int(record["inputs"]),
                 seconds=median(map(float, record["seconds"])),
             )
 

@@ -22,7 +22,7 @@ dropped the format, which has the same two tensors (`compressed`, `bitmask`) and
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from thanos_deploy import artifact, names
+from thanos_deploy import artifact, names, weights
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.pattern import SemiStructured, parse
 from thanos_deploy.progress import OnProgress, silent
@@ -229,7 +229,7 @@ class Sizes:
 
     Attributes:
         packed: names of the weights that were packed.
-        bytes_before, bytes_after: of all safetensors files.
+        bytes_before, bytes_after: of all safetensors files, without what was dropped.
     """
 
     packed: tuple[str, ...]
@@ -242,6 +242,7 @@ def pack_folder(
     destination: Path,
     patterns: Mapping[str, SemiStructured],
     *,
+    files: Mapping[str, str] | None = None,
     transposed: bool = False,
     on_progress: OnProgress = silent,
 ) -> Sizes:
@@ -251,18 +252,27 @@ def pack_folder(
         source: a model folder.
         destination: an existing folder.
         patterns: name -> pattern of the weights to pack.
+        files: name -> file name of the tensors that belong to the model; None for all that there
+            are. The others are dropped.
         transposed: they are stored [inputs, outputs].
         on_progress: told of every file.
 
     Raises:
         ModelError: a weight does not hold its pattern, or a file is not readable.
     """
-    shards = sorted(source.glob("*.safetensors"))
-    after = 0
+    shards = sorted(
+        source.glob("*.safetensors")
+        if files is None
+        else {source / name for name in files.values()}
+    )
+    before = after = 0
     on_progress(0, len(shards))
     for number, shard in enumerate(shards, 1):
         target = destination / (shard.name.removesuffix(".safetensors") + _SUFFIX)
         file = _File(shard)
+        before += shard.stat().st_size
+        if files is not None:
+            before -= file.keep(name for name in file.entries if files.get(name) == shard.name)
         entries = [
             packed
             for entry in file.entries.values()
@@ -281,7 +291,7 @@ def pack_folder(
         },
     }
     artifact.write_json(destination / RECORD, {**record, "sha256": artifact.sha256_of(record)})
-    return Sizes(tuple(patterns), sum(path.stat().st_size for path in shards), after)
+    return Sizes(tuple(patterns), before, after)
 
 
 def is_packed(folder: Path) -> bool:
@@ -304,7 +314,7 @@ def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = 
     names.require_own(source, error=ModelError)
     record = _read_record(source) if (source / RECORD).exists() else None
     shards = (
-        sorted(source.glob("*.safetensors"))
+        [source / name for name in weights.shards(source)]
         if record is None
         else [source / name for name in record["files"]]
     )
@@ -354,6 +364,13 @@ class _File:
                 name: _Entry(name, view.get_dtype(), tuple(view.get_shape()))
                 for name, view in views.items()
             }
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Take other tensors for none of the file's; returns their bytes."""
+        kept = set(names)
+        dropped = [entry for entry in self.entries.values() if entry.name not in kept]
+        self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
+        return sum(self.read(entry.name).nbytes for entry in dropped)
 
     def read(self, name: str) -> Tensor:
         """A tensor by its name."""

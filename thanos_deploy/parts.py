@@ -3,27 +3,25 @@
 import math
 
 from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.families import HEAD
 
 PARTS = ("embeddings", "attention", "mlp", "norms", "head")
-
-# What families call the output head; a tied one is stored once, as embeddings.
-_HEADS = ("lm_head", "embed_out")
 
 
 def part_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of the weights by part, from the headers of the files; biases go with their layer."""
     sizes = dict.fromkeys(PARTS, 0)
-    for name, shape in checkpoint.weights.shapes.items():
-        itemsize = checkpoint.weights.dtypes[name].itemsize
+    weights = checkpoint.weights
+    for name, stored in weights.stored.items():
+        shape, itemsize = weights.shapes[stored], weights.dtypes[stored].itemsize
         sizes[_part(checkpoint, name, len(shape))] += math.prod(shape) * itemsize
     return sizes
 
 
 def _part(checkpoint: Checkpoint, name: str, dimensions: int) -> str:
     family = checkpoint.family
-    # Some checkpoints leave out the base model's name.
-    blocks = f"{family.blocks.removeprefix(f'{family.base}.')}."
-    module = name.removeprefix(f"{family.base}.").rpartition(".")[0]
+    blocks = f"{family.blocks}."
+    module = name.rpartition(".")[0]
     if module.startswith(blocks):
         layer = module.removeprefix(blocks).partition(".")[2]
         if layer in (*family.heads.producers, family.heads.consumer):
@@ -31,6 +29,6 @@ def _part(checkpoint: Checkpoint, name: str, dimensions: int) -> str:
         if layer in (*family.channels.producers, family.channels.consumer):
             return "mlp"
         return "norms"
-    if module in _HEADS:
+    if module == HEAD:  # not if it is tied, which goes by the name of the embeddings
         return "head"
     return "embeddings" if dimensions > 1 else "norms"

@@ -17,7 +17,7 @@ from thanos_deploy import devices, environment, methods
 from thanos_deploy.artifact import Json
 from thanos_deploy.assignment import DENSE, every
 from thanos_deploy.calibrate import Statistics, collect
-from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
+from thanos_deploy.checkpoint import Checkpoint, copy_companions
 from thanos_deploy.devices import CPU
 from thanos_deploy.families import Family
 from thanos_deploy.journal import Journal
@@ -31,6 +31,7 @@ from thanos_deploy.solution import aim, solve
 from thanos_deploy.tune import tune
 from thanos_deploy.verdict import judge
 from thanos_deploy.walk import Visit, visits
+from thanos_deploy.weights import WeightsCopy
 
 # So much freed memory is worth the time that it takes to get it anew.
 _FREED_BYTES = 128 << 20

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions, load_model
+from thanos_deploy.checkpoint import Checkpoint, copy_companions, load_model
 from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.precision import multiplies_bfloat16
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.walk import stored
+from thanos_deploy.weights import WeightsCopy
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import torch
 from runtime.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 from thanos_deploy import devices, methods, owl
 from thanos_deploy.artifact import Json, sha256
-from thanos_deploy.calibrate import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Option
 from thanos_deploy.pattern import Pattern, Structured, Unstructured
 from thanos_deploy.precision import multiplies_bfloat16
+from thanos_deploy.texts import BUILTIN
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from thanos_deploy import artifact, widths
 from thanos_deploy.artifact import Json
 from thanos_deploy.calibrate import Statistics, collect, collect_relative
-from thanos_deploy.checkpoint import Checkpoint, WeightsCopy, copy_companions
+from thanos_deploy.checkpoint import Checkpoint, copy_companions
 from thanos_deploy.devices import CPU, memory_for
 from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import ModelError
@@ -37,6 +37,7 @@ from thanos_deploy.precision import products_in
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.sizing import Losses, Plan, channel_steps, layouts
 from thanos_deploy.walk import Visit, visits
+from thanos_deploy.weights import WeightsCopy
 from thanos_deploy.widths import Widths
 
 logger = logging.getLogger(__name__)

@@ -139,18 +139,16 @@ def cost(checkpoint: Checkpoint, index: int) -> Cost:
     family, width = checkpoint.family, checkpoint.widths[index]
     prefix = f"{family.blocks}.{index}."
     sizes = {
-        name: math.prod(shape)
-        for name, shape in checkpoint.weights.shapes.items()
-        if name.startswith((prefix, prefix.removeprefix(f"{family.base}.")))
+        name: math.prod(checkpoint.weights.shapes[stored])
+        for name, stored in checkpoint.weights.stored.items()
+        if name.startswith(prefix)
     }
 
     def parameters(layer: str, of: int, *, bias: bool = True) -> int:
         """Parameters of a layer for each of `of` equal parts."""
-        weight = checkpoint.stored_name(f"{prefix}{layer}.weight")
-        total = sizes[weight] + (
-            sizes.get(f"{weight.removesuffix('weight')}bias", 0) if bias else 0
-        )
-        return total // of
+        checkpoint.stored_name(f"{prefix}{layer}.weight")  # or says that it is missing
+        names = [f"{prefix}{layer}.weight", *([f"{prefix}{layer}.bias"] if bias else [])]
+        return sum(sizes.get(name, 0) for name in names) // of
 
     heads, channels = family.heads, family.channels
     query, *others = heads.producers

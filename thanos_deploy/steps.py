@@ -154,6 +154,7 @@ def run(
 
     Raises:
         UsageError: the time is too short for any step that could be done.
+        KeyboardInterrupt: a signal asked for it; the running step is ended, and its row says so.
     """
     missing = missing or {}
     possible = [
@@ -184,9 +185,27 @@ def run(
                 "give more --seconds, or --only this step",
             )
         else:
-            row = _one(step, task, journal, left, log, card, announce)
-        with Journal(journal) as file:
-            file.add(row)
+            try:
+                row = _one(step, task, journal, left, log, card, announce)
+            except KeyboardInterrupt:
+                _write(journal, _interrupted(step, journal))
+                raise
+        _write(journal, row)
+
+
+def _write(journal: Path, row: StepRow) -> None:
+    with Journal(journal) as file:
+        file.add(row)
+
+
+def _interrupted(step: Step, journal: Path) -> StepRow:
+    kept = len(list(_own(journal, step)))
+    return StepRow(
+        step.name,
+        "FAIL",
+        f"interrupted, and so were all steps after it; {kept} rows are kept",
+        "run it again with --only",
+    )
 
 
 def _one(

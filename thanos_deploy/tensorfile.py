@@ -88,11 +88,12 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> "TensorFile":
-        """Open a file, known to be valid, for reading."""
+        """Open a file, known to be valid, for reading; tensors of other dtypes are left out."""
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        header = {name: entry for name, entry in header.items() if entry["dtype"] in DTYPES}
         kinds = {
             name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
         }

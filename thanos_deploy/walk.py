@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from thanos_deploy import devices, environment
 from thanos_deploy.activations import Activations, StoredInputs
 from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs
-from thanos_deploy.checkpoint import Checkpoint, WeightsCopy
+from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.devices import CPU
 from thanos_deploy.errors import ModelError
 from thanos_deploy.journal import Journal
 from thanos_deploy.linear import matrix
+from thanos_deploy.weights import WeightsCopy
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048

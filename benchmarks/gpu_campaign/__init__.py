@@ -11,12 +11,15 @@ transformers, numpy, safetensors, click and rich. Steps, in this order:
     correctness:KERNEL  every kernel for 2:4 against float64: 9 numbers of tokens, both dtypes,
                         sizes that are multiples of nothing
     sanitizer           compute-sanitizer's memcheck and racecheck on small products
-    gpu-tests           the tests of the kernels that need a GPU
+    gpu-tests:kernels   the tests of the kernels that need a GPU
     gemm:KERNEL         dense, cuSPARSELt with its first algorithm and searched, Triton, mma.sp: the
                         layers of the 8B and the 70B model, 5 numbers of tokens
     model:MODEL         an 8B-shaped model made on the GPU: dense, 2:4, structured, and both
     pruning             Thanos to 2:4, seconds a layer, beside the CPU; a Hessian of 262144 tokens
-    onnxruntime         ONNX Runtime on CUDA with a tiny bundle
+    onnxruntime         ONNX Runtime on CUDA with a tiny bundle; wants onnxruntime-gpu, and to make
+                        the bundle onnx and onnxscript
+    gpu-tests:engines   the tests of PyTorch's and ONNX Runtime's engines that need a GPU; wants
+                        onnx, onnxscript and onnxruntime, of which onnxruntime-gpu runs them all
 
 Each step has a process of its own and a limit of twice what it usually takes; whatever becomes of
 it, its rows are kept and the next one runs. A step that no longer fits into --seconds is named as
@@ -27,9 +30,12 @@ left out. In DIR are
     summary.txt    what is printed at the end
     log.txt        what the steps printed
 
---rehearse does every step with toy sizes on a CPU: Triton's interpreter in place of the GPU, calls
-in place of graphs. It shows that nothing breaks off for a silly reason; its times mean nothing, and
-its records say so.
+--rehearse does every step with toy sizes on a CPU: Triton's interpreter in place of the GPU, a
+simulation of the kernels in CUDA C++ behind a simulated driver (where g++ is installed), calls in
+place of graphs, and a choice of kernels between the dense product and Triton. It shows that nothing
+breaks off for a silly reason; its times mean nothing, and its records say so.
 
-Exit codes: 0 all passed, 2 usage, 4 nothing could run, 6 something failed.
+Ctrl-C or SIGTERM ends the running step; the four files are written with what there is.
+
+Exit codes: 0 all passed, 2 usage, 4 nothing could run, 6 something failed, 130 interrupted.
 """

@@ -3,24 +3,30 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 from thanos_deploy import console, gpu_records, nvml, preflight, steps
+from thanos_deploy.cli import INTERRUPTED
 from thanos_deploy.errors import DeployError
 from thanos_deploy.gpu_check import missing, require_passed
 from thanos_deploy.gpu_records import Records
 from thanos_deploy.progress import Announce
 from thanos_deploy.steps import Task
 
-# Of one call on a machine that is lent by the minute; and of a rehearsal.
-SECONDS = 400.0
+# For a machine that is rented by the minute; and of a rehearsal.
+SECONDS = 440.0
 _SECONDS_TO_REHEARSE = 3600.0
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
     """Measure, write, print."""
     arguments = _parser().parse_args()
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
     try:
         with console.announcer(quiet=False) as announce:
             records = run(arguments, announce)
@@ -28,6 +34,16 @@ def main() -> None:
     except DeployError as error:
         console.show_error(str(error))
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.show_error(f"interrupted; what was measured is in {arguments.out}")
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    # Whoever ends a process may well tell it twice, itself and with its group.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,10 +78,10 @@ def _seconds(arguments: argparse.Namespace) -> float:
 
 
 def run(arguments: argparse.Namespace, announce: Announce) -> Records:
-    """Do the steps, and leave the four files."""
+    """Do the steps, and leave the four files, also if a signal ends it."""
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
-    from benchmarks.gpu_campaign import plan, summary
+    from benchmarks.gpu_campaign import plan
 
     command = f"python -m benchmarks.gpu_campaign {shlex.join(sys.argv[1:])}"
     every = plan.steps(command, rehearse=arguments.rehearse)
@@ -73,20 +89,31 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
     arguments.out.mkdir(parents=True, exist_ok=True)
     journal = arguments.out / "rows.jsonl"
     journal.unlink(missing_ok=True)
-    steps.run(
-        chosen,
-        Task("cpu" if arguments.rehearse else "cuda", arguments.bundle),
-        journal,
-        seconds=_seconds(arguments),
-        missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
-        log=arguments.out / "log.txt",
-        card=None if arguments.rehearse else nvml.Gpu.probe(),
-        announce=announce,
-    )
-    records = Records(gpu_records.read_journal(journal))
-    gpu_records.write(arguments.out / "records.json", records)
+    try:
+        steps.run(
+            chosen,
+            Task("cpu" if arguments.rehearse else "cuda", arguments.bundle),
+            journal,
+            seconds=_seconds(arguments),
+            missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
+            log=arguments.out / "log.txt",
+            card=None if arguments.rehearse else nvml.Gpu.probe(),
+            announce=announce,
+        )
+    except KeyboardInterrupt:
+        _finish(arguments.out)
+        raise
+    return _finish(arguments.out)
+
+
+def _finish(out: Path) -> Records:
+    """Write and print what the journal has."""
+    from benchmarks.gpu_campaign import summary
+
+    records = Records(gpu_records.read_journal(out / "rows.jsonl"))
+    gpu_records.write(out / "records.json", records)
     text = summary.of(records)
-    (arguments.out / "summary.txt").write_text(text)
+    (out / "summary.txt").write_text(text)
     print(text, flush=True)
     return records
 

@@ -1,4 +1,8 @@
-"""ONNX Runtime on CUDA beside the CPU, with a tiny bundle."""
+"""ONNX Runtime on CUDA beside the CPU, with a tiny bundle.
+
+The bundle is made here, which takes onnx and onnxscript beside PyTorch and transformers; so all
+that an image with them may still need is onnxruntime-gpu in place of onnxruntime.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,14 +21,19 @@ def rows(task: Task) -> Iterator[Row]:
     Raises:
         PlatformError: ONNX Runtime is not here, or is built for CPUs only.
     """
-    _require(task.device)
+    require(task.device)
     from thanos_deploy.gpu_check import bundle
 
     path = task.bundle or make(task.folder)
     yield from bundle.onnxruntime_cuda(replace(task, bundle=path))
 
 
-def _require(device: str) -> None:
+def require(device: str) -> None:
+    """Refuse an ONNX Runtime that does not run on a device.
+
+    Raises:
+        PlatformError: see `rows`.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -74,5 +83,5 @@ def make(folder: Path) -> Path:
 def _unmade(why: object) -> PlatformError:
     return PlatformError(
         f"the tiny bundle cannot be made here ({why})",
-        fix="give --bundle, made on a machine that has the packages of thanos-deploy",
+        fix="pip install onnx onnxscript onnxruntime-gpu, or give --bundle, made elsewhere",
     )

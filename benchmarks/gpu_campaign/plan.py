@@ -36,8 +36,9 @@ _REHEARSED = 60.0
 # Small, and with every kind of edge that the sizes of the day have.
 TOY = Sizes(
     peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
-    correctness=Grid(shapes=((37, 148), (32, 64)), tokens=(1, 17), dtypes=("fp16", "bf16")),
-    gemm=Grid(shapes=((32, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
+    # One with columns enough for blocks that share a tile, and tokens enough for wgmma.
+    correctness=Grid(shapes=((37, 148), (8, 516)), tokens=(1, 17, 70), dtypes=("fp16", "bf16")),
+    gemm=Grid(shapes=((8, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
     model=models.Sizes(
         hidden=64,
         channels=128,
@@ -63,8 +64,6 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
     """
     sizes = TOY if rehearse else Sizes()
     sparse = ("gpu", "sparse")
-    # The kernels for 2:4 are for a GPU; their models are made and run all the same.
-    variants = ("eager",) if rehearse else ()
     found = [
         Step("card", 5, partial(card.rows, command), ("gpu",), always=True),
         Step("peaks", 8, partial(card.peak_rows, sizes.peaks), ("gpu",)),
@@ -78,7 +77,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
             for kernel in KERNELS
         ),
         Step("sanitizer", 35, sanitizer.rows, sparse),
-        Step("gpu-tests", 25, gpu_tests.rows, ("gpu",)),
+        Step("gpu-tests:kernels", 25, partial(gpu_tests.rows, gpu_tests.KERNELS), ("gpu",)),
         *(
             Step(
                 f"gemm:{kernel}",
@@ -92,17 +91,23 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
             Step(
                 models.step(name),
                 _MODEL[name],
-                partial(models.rows, name, sizes.model, variants=variants),
+                partial(models.rows, name, sizes.model),
                 sparse if name.endswith("2:4") else ("gpu",),
             )
             for name in models.MODELS
         ),
         Step("pruning", 40, partial(pruning.rows, sizes.layers), ("gpu",)),
         Step("onnxruntime", 10, onnxruntime.rows, ("gpu",)),
+        Step("gpu-tests:engines", 45, partial(gpu_tests.rows, gpu_tests.ENGINES), sparse),
     ]
     if not rehearse:
         return found
     return [
-        replace(step, seconds=_REHEARSED, rows=partial(rehearsal.rows, step.rows), needs=())
+        replace(
+            step,
+            seconds=_REHEARSED,
+            rows=partial(rehearsal.rows, step.rows, step.name),
+            needs=(),
+        )
         for step in found
     ]

@@ -1,24 +1,68 @@
-"""Doing a step on a CPU, where Triton's interpreter stands in for the GPU."""
+"""Doing a step on a CPU, with something standing in for the GPU."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from statistics import median
+from unittest import mock
 
 import torch
 
-from tests.runtime.kernels import interpreter
+from runtime.engines import torch as torch_engine
+from runtime.kernels import choice, timing
+from tests.runtime.kernels import interpreter, simulated_gpu
 from thanos_deploy.gpu_records import Row
 from thanos_deploy.steps import Task
+
+StandIn = Callable[[Task], AbstractContextManager[None]]
 
 
 @contextmanager
 def on_a_cpu() -> Iterator[None]:
     """One core is enough, and the interpreter is mended."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with interpreter.mended():
+    try:
+        with interpreter.mended():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rows(step: Callable[[Task], Iterable[Row]], name: str, task: Task) -> Iterator[Row]:
+    """The rows of a step, given its name."""
+    with on_a_cpu(), _STAND_INS.get(name, nullcontext)(task):
+        yield from step(task)
+
+
+def simulated_driver(task: Task) -> AbstractContextManager[None]:
+    """The kernels in CUDA C++ are launched as on a GPU, and simulated."""
+    return simulated_gpu.driver(task.folder)
+
+
+@contextmanager
+def choosing(task: Task) -> Iterator[None]:
+    """Variant `sparse` measures what runs here, the dense product and Triton, for this step alone.
+
+    What else there is to choose from refuses the CPU by itself, as libraries do that a GPU lacks.
+    """
+    with (
+        simulated_gpu.card(),
+        mock.patch.object(torch_engine, "_require_device"),
+        mock.patch.object(choice, "replayed", _once),
+        # Without a bucket for one token, for which the interpreter takes seconds a layer.
+        mock.patch.multiple(choice, ENDS=(2,), TOKENS=(2, 17)),
+        mock.patch.dict(os.environ, THANOS_DEPLOY_CACHE=str(task.folder)),
+    ):
         yield
 
 
-def rows(step: Callable[[Task], Iterable[Row]], task: Task) -> Iterator[Row]:
-    """The rows of a step."""
-    with on_a_cpu():
-        yield from step(task)
+def _once(calls: Sequence[Callable[[], object]]) -> float:
+    return median(timing.replayed(calls, samples=1, warmup=0))
+
+
+_STAND_INS: dict[str, StandIn] = {
+    "correctness:mma-sp": simulated_driver,
+    "model:2:4": choosing,
+    "model:structured+2:4": choosing,
+}

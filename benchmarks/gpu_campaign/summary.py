@@ -89,12 +89,12 @@ def _models(records: Records) -> Iterator[str]:
         found = {(row.phase, row.batch, row.tokens): row for row in group}
         cells = []
         for key in passes:
-            row = found.get(key)
-            if row is None or row.seconds is None:
+            cell = found.get(key)
+            if cell is None or cell.seconds is None:
                 cells.append("-")
             else:
-                speed = f" ({dense[key] / row.median:.2f}x)" if key in dense else ""
-                cells.append(f"{row.median * 1e3:.2f}{speed}")
+                speed = f" ({dense[key] / cell.median:.2f}x)" if key in dense else ""
+                cells.append(f"{cell.median * 1e3:.2f}{speed}")
         held = max((row.memory_bytes or 0 for row in found.values()), default=0)
         yield (
             f"{f'{model} {engine}':34s}"

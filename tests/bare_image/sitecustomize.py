@@ -7,7 +7,7 @@ standard library, of this project, or of the image; any other fails as if it wer
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import Distribution
+from importlib.metadata import PathDistribution
 from types import ModuleType
 from typing import Any
 
@@ -46,7 +46,7 @@ class Image(PathFinder):
         return PathFinder.find_spec(fullname, path, target)  # type: ignore[arg-type]
 
     @classmethod
-    def find_distributions(cls, *context: Any) -> Iterator[Distribution]:
+    def find_distributions(cls, *context: Any) -> Iterator[PathDistribution]:
         """What is installed, to the same effect: versions and plugins are looked up by it."""
         for found in PathFinder.find_distributions(*context):
             name = (found.metadata["Name"] or "").lower().replace("-", "_")

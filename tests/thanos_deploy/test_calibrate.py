@@ -1,4 +1,3 @@
-import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,61 +8,17 @@ from tests.conftest import MakeModel, stock_model
 from thanos_deploy import calibrate
 from thanos_deploy.calibrate import (
     Statistics,
-    Text,
     Walk,
     advance,
     block_inputs,
-    builtin_text,
     collect,
     collect_relative,
-    read_text,
     segments,
 )
 from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.families import family_of
-
-
-def test_the_two_parts_of_the_builtin_text_have_no_paragraph_in_common() -> None:
-    calibration, held_out = (
-        set(builtin_text(held_out=part).content.split("\n\n")) for part in (False, True)
-    )
-    assert not calibration & held_out
-    assert sum(map(len, calibration)) > 150_000
-    assert sum(map(len, held_out)) > 50_000
-
-
-def test_text_is_read_as_it_is_and_rows_are_joined_by_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert read_text(tmp_path / "a.txt").content == "one\ntwo\n"
-    rows = [{"body": "first"}, {"body": "second", "other": 3}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert read_text(tmp_path / "a.jsonl", text_field="body").content == "first\n\nsecond"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"", "no text"),
-        ("blank.txt", b" \n\n\t", "no text"),
-        ("latin.txt", b"caf\xe9", "byte 3 .0xe9. is not UTF-8"),
-        ("bad.jsonl", b'{"text": "x"}\n{', "line 2: not JSON"),
-        ("field.jsonl", b'{"body": "x"}', "line 1: no text field 'text'; found body"),
-        ("list.jsonl", b"[1]", "line 1: no text field 'text'; found list"),
-        ("number.jsonl", b'{"text": 3}', "no text field 'text'; found text"),
-    ],
-)
-def test_unusable_text_is_refused_with_file_and_place(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CalibrationError, match=f"{name}.*{message}"):
-        read_text(tmp_path / name)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"nowhere\.txt"):
-        read_text(tmp_path / "nowhere.txt")
+from thanos_deploy.texts import Text
 
 
 def test_segments_do_not_overlap_and_the_seed_picks_them(tiny_llama: Path) -> None:

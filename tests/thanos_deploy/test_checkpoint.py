@@ -1,24 +1,35 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from exporters.packed import export
 from tests.conftest import MakeModel, stock_model
-from thanos_deploy import checkpoint
+from thanos_deploy import sizing
+from thanos_deploy import weights as weights_module
 from thanos_deploy.checkpoint import (
     Checkpoint,
-    Weights,
-    WeightsCopy,
     convert_gguf,
+    convert_packed,
+    copy_companions,
+    load_model,
     load_tokenizer,
     locate,
 )
 from thanos_deploy.errors import ModelError, PlatformError
+from thanos_deploy.parts import part_bytes
+from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.prune import prune
+from thanos_deploy.shrink import shrink, survey
+from thanos_deploy.sizing import cost
+from thanos_deploy.weights import Weights, WeightsCopy
 
 
 @pytest.fixture
@@ -53,7 +64,7 @@ def test_a_copy_written_in_any_order_is_what_the_library_reads(
 def test_tensors_are_read_and_copied_in_pieces(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_ENTRIES_AT_ONCE", 1000)
+    monkeypatch.setattr(weights_module, "_ENTRIES_AT_ONCE", 1000)
     weights = Weights(make_model("llama", dtype=torch.bfloat16))
     original = load_file(weights.folder / "model.safetensors")
     assert {name: one.dtype for name, one in weights.read(original).items()} == weights.dtypes
@@ -153,6 +164,7 @@ def test_pickled_weights_are_refused(model: Path) -> None:
 
 
 def test_a_missing_shard_is_named(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors: missing"):
@@ -228,3 +240,197 @@ def test_a_gguf_of_an_unknown_architecture_is_refused_by_name(tmp_path: Path) ->
     writer.close()
     with pytest.raises(ModelError, match="'mamba' is not supported"):
         convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+
+
+# What the published files of a type hold besides parameters, in the attention of block {}.
+BUFFERS = {
+    "gpt2": {
+        "h.{}.attn.bias": torch.ones(1, 1, 128, 128).tril(),
+        "h.{}.attn.masked_bias": torch.tensor(-1e4),
+    },
+    "gpt_neox": {
+        "gpt_neox.layers.{}.attention.bias": torch.ones(1, 1, 128, 128, dtype=torch.bool).tril(),
+        "gpt_neox.layers.{}.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.{}.attention.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float16),
+    },
+    "llama": {"model.layers.{}.self_attn.rotary_emb.inv_freq": torch.full((4,), float("inf"))},
+    "opt": {"model.decoder.position_ids": torch.arange(128)},
+}
+
+
+def as_published(folder: Path, buffers: dict[str, torch.Tensor], *, bare: str = "") -> None:
+    """Add tensors of every block to a model's file, and leave the base model's name out."""
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix(bare): one for name, one in load_file(path).items()}
+    for name, tensor in buffers.items():
+        tensors.update({name.format(block): tensor.clone() for block in range(2)})
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model_type", BUFFERS)
+@pytest.mark.parametrize("dtype", [None, torch.uint8, torch.int64, torch.float16])
+def test_only_parameters_count_whatever_else_the_files_hold(
+    model_type: str, dtype: torch.dtype | None, make_model: MakeModel
+) -> None:
+    plain, published = make_model(model_type), make_model(model_type)
+    buffers = {
+        name: one if dtype is None else torch.ones_like(one, dtype=dtype)
+        for name, one in BUFFERS[model_type].items()
+    }
+    as_published(published, buffers, bare="transformer." if model_type == "gpt2" else "")
+    expected, found = Checkpoint.open(plain), Checkpoint.open(published)
+    assert found.parameters == expected.parameters == stock_model(plain).num_parameters()
+    assert found.parameters == Checkpoint.outline(plain).parameters
+    assert found.bytes_in("auto") == expected.bytes_in("auto") == 4 * found.parameters
+    assert part_bytes(found) == part_bytes(expected)
+    assert [cost(found, block) for block in range(2)] == [cost(expected, block) for block in (0, 1)]
+    assert found.weights.stored.keys() == expected.weights.stored.keys()
+    with pytest.raises(ModelError, match=r"no tensor .*bias2"):
+        found.stored_name(f"{found.linears[0]}.bias2")
+
+
+def stock_model_and_what_it_lacks(folder: Path) -> tuple[Any, dict[str, Any]]:
+    loader: Any = AutoModelForCausalLM
+    model, information = loader.from_pretrained(folder, output_loading_info=True)
+    return model, information
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("way", ["prune", "shrink", "pack"])
+def test_what_is_made_of_published_files_is_what_is_made_of_plain_ones(
+    way: str,
+    model_type: str,
+    make_model: MakeModel,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    segments = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))
+    made = []
+    for name in ("plain", "published"):
+        folder, out = make_model(model_type), tmp_path / name
+        if name == "published":
+            bare = "transformer." if model_type == "gpt2" else ""
+            as_published(folder, BUFFERS[model_type], bare=bare)
+        out.mkdir()
+        source = Checkpoint.open(folder)
+        if way == "shrink":
+            plan = sizing.plan(source, survey(source, segments), 0.25)
+            assert 0.25 <= plan.removed < 0.4
+            shrink(source, segments, out, plan=plan)
+        else:
+            prune(
+                source, segments, out, pattern=SemiStructured(2, 4), method="magnitude", options={}
+            )
+        if way == "pack":
+            if name == "published":
+                as_published(out, BUFFERS[model_type])
+            (packed := tmp_path / f"{name}-packed").mkdir()
+            export(Checkpoint.open(out), packed, pattern=SemiStructured(2, 4))
+            convert_packed(packed, out := tmp_path / f"{name}-again")
+        model, information = stock_model_and_what_it_lacks(out)
+        assert not any(information.values()), information
+        assert Checkpoint.open(out).weights.shapes.keys() == set(
+            load_file(out / "model.safetensors")
+        )
+        made.append(model.state_dict())
+    assert not [str(warning.message) for warning in recwarn]
+    assert not [record.getMessage() for record in caplog.records]
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+@pytest.mark.parametrize("kept", ["embeddings", "head", "both"])
+def test_a_tied_head_counts_once_however_often_it_is_stored(
+    kept: str, model: Path, tmp_path: Path
+) -> None:
+    expected = Checkpoint.open(model).parameters
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if kept != "both":
+        del tensors["model.embed_tokens.weight" if kept == "head" else "lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(model)
+    assert checkpoint.parameters == expected
+    prune(
+        checkpoint,
+        torch.zeros(1, 8, dtype=torch.long),
+        tmp_path,
+        pattern=SemiStructured(2, 4),
+        method="magnitude",
+        options={},
+    )
+    stock = stock_model(tmp_path)
+    assert stock.lm_head.weight is stock.model.embed_tokens.weight
+
+
+def test_a_parameter_that_is_stored_twice_and_differs_is_refused(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1
+    for name in ("lm_head.weight", "embed_tokens.weight"):
+        save_file({**tensors, name: head}, model / "model.safetensors")
+        with pytest.raises(ModelError, match=f"{name}.* differ"):
+            Checkpoint.open(model)
+
+
+@pytest.mark.parametrize("name", ["qweight", "weight_packed", "weight"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_what_stands_in_the_place_of_a_weight_is_said_to_be_quantised(
+    name: str, dtype: torch.dtype, model: Path
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    module = "model.layers.1.mlp.up_proj"
+    tensors[f"{module}.{name}"] = tensors.pop(f"{module}.weight").to(dtype)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{module}.{name} is stored as"):
+        Checkpoint.open(model)
+
+
+def test_tensors_of_types_that_are_not_read_do_not_stand_in_the_way(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["scales"] = torch.ones(3).to(torch.float8_e4m3fn)
+    save_file(tensors, model / "model.safetensors")
+    weights = Checkpoint.open(model).weights
+    assert "scales" not in weights.shapes
+    weights.read(weights.shapes)
+
+
+def test_two_sets_of_weights_are_refused_and_one_under_two_names_is_not(model: Path) -> None:
+    index, tensors = model / "model.safetensors.index.json", load_file(model / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert Checkpoint.open(model).parameters
+    save_file(tensors, model / "model-00001-of-00001.safetensors")
+    shard = "model-00001-of-00001.safetensors"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+    for reads in (Checkpoint.open, load_model):
+        with pytest.raises(ModelError, match="two sets of weights"):
+            reads(model)
+    (model / "model.safetensors").unlink()
+    assert Checkpoint.open(model).parameters
+
+
+def test_only_what_belongs_to_the_new_model_goes_along(model: Path, tmp_path: Path) -> None:
+    own = {path.name for path in model.glob("*.json")}
+    for name in (
+        *("adapter_config.json", "trainer_state.json", "all_results.json", "quantize_config.json"),
+        *("pytorch_model.bin.index.json", "model.fp16.safetensors.index.json", "modules.json"),
+        *("requirements.txt", "training_args.json", "optimizer.pt", "adapter_model.safetensors"),
+    ):
+        (model / name).write_text("{}")
+    for name in (
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "LICENSE.txt",
+    ):
+        (model / name).write_text("x")
+        own.add(name)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors.index.json").write_text("x")
+    copy_companions(model, tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == own
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

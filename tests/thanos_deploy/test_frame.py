@@ -12,15 +12,18 @@ from transformers import PreTrainedTokenizerFast
 
 from runtime.text import open_tokenizer
 from tests.bundles import checked
-from tests.conftest import VOCABULARY, Invoke, MakeModel, save_byte_tokenizer, stock_model
+from tests.byte_tokenizer import save_byte_tokenizer
+from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from thanos_deploy import calibrate, harness
 from thanos_deploy.artifact import Bundle
-from thanos_deploy.calibrate import Text, every_segment, segments
+from thanos_deploy.calibrate import every_segment, segments
 from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
 from thanos_deploy.errors import CalibrationError, ModelError, UsageError
 from thanos_deploy.frame import Frame, frame_of
 from thanos_deploy.perplexity import perplexity
+from thanos_deploy.requests import TaskRequest
 from thanos_deploy.stages.texts import segments_for
+from thanos_deploy.texts import Text
 
 END, BEGIN = VOCABULARY - 1, VOCABULARY
 TEXT = Text("counting", "".join(chr(48 + i) for i in range(40)))
@@ -230,5 +233,6 @@ def test_tasks_are_framed_too(framing: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     for template, frame in (("<begin> $A", [BEGIN]), ("$A", [])):
         save_framing_tokenizer(framing, template)
-        judge = harness._language_model(framing, Checkpoint.open(framing), "torch")
+        request = TaskRequest(("any",))
+        judge = harness._language_model(framing, Checkpoint.open(framing), request, "torch")
         assert judge.tok_encode("a")[:-1] == frame

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,22 @@ def test_nothing_is_made_for_tensorrt_where_it_is_not(
     monkeypatch.setattr(models, "make", partial(pytest.fail, "a model was made"))
     with pytest.raises(PlatformError):
         next(whole_engines.rows(SMALL, Task("cuda", None, tmp_path)))
+
+
+def test_whole_engines_compute_what_the_torch_engines_do_the_last_logits_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import exporters.tensorrt
+    from runtime.engines import tensorrt as tensorrt_runtime
+    from thanos_deploy.gpu_check import whole_engines
+
+    # Engines are built on a GPU only; the graph that they are built from is a real one.
+    monkeypatch.setattr(gpu, "require", lambda: SimpleNamespace(arch="sm90"))
+    monkeypatch.setattr(exporters.tensorrt, "export", lambda graph, *_, **__: {})
+    monkeypatch.setattr(tensorrt_runtime, "open_folder", lambda folder: None)
+    models.make("dense", replace(SMALL, dtype="fp16"), "cpu").save_pretrained(tmp_path)
+    whole_engines._build(tmp_path, SMALL)
+    assert json.loads((tmp_path / "onnx" / "export.json").read_bytes())["logits"] == "last"
 
 
 @pytest.mark.gpu

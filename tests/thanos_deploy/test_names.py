@@ -450,7 +450,7 @@ def test_companions_are_copied_by_plain_names_and_hidden_ones_are_not(
     assert code == 0, said
     assert not (tmp_path / "out" / "model" / "._config.json").exists()
     Bundle.open(tmp_path / "out").verify()
-    (model / "a:b.json").write_text("{}")
+    (model / "tokenizer_a:b.json").write_text("{}")
     code, _, said = invoke("prune", model, *small, "-o", tmp_path / "other")
     assert code == 3
     assert "a:b.json" in said

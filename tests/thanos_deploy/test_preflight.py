@@ -86,7 +86,7 @@ def test_tensorrt_passes_only_if_the_provider_names_its_version(
         (tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so").write_bytes(linked)
     package = ModuleSpec("onnxruntime", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(_builder, "load", load)
-    monkeypatch.setattr(preflight.util, "find_spec", lambda name: package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
     (check,) = named("ONNX Runtime with TensorRT")
     assert (check.outcome, said in check.detail) == (outcome, True), check
 

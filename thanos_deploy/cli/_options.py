@@ -105,7 +105,10 @@ dry_run_option = click.option(
     help="Check everything and say what would be done, and what time, memory and disk it takes.",
 )
 text_field_option = click.option(
-    "--text-field", default="text", show_default=True, help="Field of a .jsonl row with the text."
+    "--text-field",
+    default="text",
+    show_default=True,
+    help="Field of a JSON Lines row with the text.",
 )
 device_option = click.option(
     "--device",
@@ -225,7 +228,8 @@ pruning_options = several(
         "--calib",
         default="builtin",
         show_default=True,
-        help="Calibration text: a .txt or .jsonl file; or builtin, the Python language reference.",
+        help="Calibration text: a .txt or .md, or a .jsonl, each also with .gz; or builtin, the "
+        "Python language reference.",
     ),
     text_field_option,
     click.option("--nsamples", default=32, show_default=True, help="Segments of calibration text."),

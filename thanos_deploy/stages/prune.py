@@ -15,7 +15,7 @@ from thanos_deploy import prune as pruning
 from thanos_deploy import recover as recovering
 from thanos_deploy import shrink as shrinking
 from thanos_deploy.artifact import Bundle, Json, StageRecord
-from thanos_deploy.calibrate import Text, every_segment
+from thanos_deploy.calibrate import every_segment
 from thanos_deploy.checkpoint import DTYPES, Checkpoint, load_tokenizer
 from thanos_deploy.errors import UsageError
 from thanos_deploy.journal import Journal
@@ -27,6 +27,7 @@ from thanos_deploy.requests import PruneRequest
 from thanos_deploy.sizing import Losses, Plan
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import calibration
+from thanos_deploy.texts import Text
 from thanos_deploy.walk import activation_bytes
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import Tensor
 
 from thanos_deploy import calibrate
-from thanos_deploy.calibrate import BUILTIN, Text, builtin_text, read_text
 from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
 from thanos_deploy.errors import UsageError
 from thanos_deploy.frame import Frame, frame_of
 from thanos_deploy.requests import PruneRequest
+from thanos_deploy.texts import BUILTIN, Text, builtin_text, read_text
 
 
 def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
@@ -17,11 +17,11 @@ def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
 
     Args:
         name: "builtin" or a path.
-        text_field: see `calibrate.read_text`.
+        text_field: see `texts.read_text`.
         held_out: of the built-in text the part to judge on, not the one to calibrate on.
 
     Raises:
-        CalibrationError: see `calibrate.read_text`.
+        CalibrationError: see `texts.read_text`.
     """
     if name == BUILTIN:
         return builtin_text(held_out=held_out)

@@ -22,12 +22,13 @@ from runtime.kernels.sparse_mma import (
     Kernel,
     SparseMmaWeight,
 )
+from tests.runtime.kernels import simulated_gpu
 from tests.runtime.kernels.oracle import inputs, require_close, two_four
 from thanos_deploy.errors import InputError, PlatformError
 
-HERE = Path(__file__).parent
 SHAPES = [(37, 148, 1), (130, 68, 70), (128, 320, 64), (300, 64, 17)]
 
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
@@ -76,14 +77,10 @@ def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
-def simulated_gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels compiled for the CPU, with a sanitizer."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    program = tmp_path_factory.mktemp("simulated") / "gpu"
-    options = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={request.param}"]
-    options += ["-I", str(cuda_module.FOLDER), "-o", str(program)]
-    subprocess.run(["g++", *options, str(HERE / "simulated_gpu.cpp")], check=True)
+    program = tmp_path_factory.mktemp("simulated") / "program"
+    simulated_gpu.compile("simulated_program.cpp", program, "-g", f"-fsanitize={request.param}")
     return program
 
 
@@ -130,13 +127,14 @@ SIMULATED = [
 ]
 
 
+@needs_gxx
 @pytest.mark.parametrize(
     ("kernel", "rows", "columns", "tokens", "splits", "dtype"),
     SIMULATED,
     ids=lambda value: f"{value.family}-{value.tokens}" if isinstance(value, Kernel) else None,
 )
 def test_the_kernels_on_a_simulated_gpu_give_the_product_without_race_or_stray_access(
-    simulated_gpu: Path,
+    program: Path,
     kernel: Kernel,
     rows: int,
     columns: int,
@@ -146,7 +144,31 @@ def test_the_kernels_on_a_simulated_gpu_give_the_product_without_race_or_stray_a
 ) -> None:
     weight = two_four(rows, columns, dtype)
     x, bias = inputs(tokens, rows, columns, dtype, bias=dtype == torch.float16)
-    require_close(simulate(simulated_gpu, kernel, splits, weight, x, bias), x, weight, bias)
+    require_close(simulate(program, kernel, splits, weight, x, bias), x, weight, bias)
+
+
+@needs_gxx
+def test_the_host_launches_each_kernel_with_what_it_takes(tmp_path: Path) -> None:
+    with simulated_gpu.driver(tmp_path):
+        # Blocks that share a tile and count themselves, a tile for each block, and wgmma.
+        for rows, columns, tokens in ((37, 1028, 5), (130, 68, 17), (37, 148, 70)):
+            weight = two_four(rows, columns, torch.bfloat16)
+            packed = SparseMmaWeight.of(weight)
+            x, bias = inputs(tokens, rows, columns, torch.bfloat16, bias=True)
+            for given_bias in (bias, None):
+                require_close(sparse_mma.linear(x, packed, given_bias), x, weight, given_bias)
+                assert not packed.arrivals.any()
+
+
+def test_without_a_compiler_nothing_is_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(PlatformError, match=r"g\+\+ is not installed"),
+        simulated_gpu.driver(tmp_path),
+    ):
+        pytest.fail("there is a driver")
 
 
 @given(

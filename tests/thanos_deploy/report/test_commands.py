@@ -110,7 +110,14 @@ def test_the_benchmark_command_asks_for_what_was_asked_for(
     "request_",
     [
         EngineRequest(),
-        EngineRequest("fp32", 64, (1, 4), (16, 32), "conv1x1", architectures=("sm80", "sm89")),
+        EngineRequest(
+            "fp32",
+            max_sequence=64,
+            batch=(1, 4),
+            prompt=(16, 32),
+            form="conv1x1",
+            architectures=("sm80", "sm89"),
+        ),
     ],
 )
 def test_the_engine_command_asks_for_what_was_asked_for(

@@ -8,7 +8,7 @@ from tests.gpu_rows import RECORDS
 from thanos_deploy import gpu_figures
 from thanos_deploy.report import words
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "method": "thanos",
     "quality": {"dense": 10.0, "pruned": 20.0, "ratio": 2.0},
     "graph_quality": None,
