@@ -60,8 +60,8 @@ def test_json_lines_are_known_by_their_suffix_in_capital_letters_or_not(
 ) -> None:
     for path, content in (
         (tmp_path / name, ROWS),
-        (tmp_path / f"{name}.gz", gzip.compress(ROWS)),
-        (tmp_path / f"{name}.GZ", gzip.compress(ROWS[:18]) + gzip.compress(ROWS[18:])),
+        (tmp_path / f"{name}.gz", gzip.compress(ROWS, mtime=0)),
+        (tmp_path / f"{name}.GZ", gzip.compress(ROWS[:18], mtime=0) + gzip.compress(ROWS[18:])),
     ):
         path.write_bytes(content)
         assert read_text(path).content == "first\n\nsecond"
@@ -74,7 +74,7 @@ def test_plain_text_is_read_as_it_is(tmp_path: Path, name: str) -> None:
     text = "one\u2028two\x85three\r\n"
     (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
     assert read_text(tmp_path / name).content == text
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode("utf-8-sig")))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode("utf-8-sig"), mtime=0))
     assert read_text(tmp_path / f"{name}.gz").content == text
 
 
@@ -111,7 +111,7 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, name: str, said: str)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"text"), "gzip"),
+        (gzip.compress(b"text", mtime=0), "gzip"),
         (b"PAR1\x15\x04", "Parquet"),
         (b"ARROW1\x00\x00", "Arrow"),
         (b"PK\x03\x04\x14", "zip"),
@@ -154,7 +154,9 @@ def test_a_row_without_a_text_is_named_with_what_it_holds(
         read_text(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize("content", [b"plain", gzip.compress(ROWS)[:-10], b"\x1f\x8bxxxxxxxxxxxx"])
+@pytest.mark.parametrize(
+    "content", [b"plain", gzip.compress(ROWS, mtime=0)[:-10], b"\x1f\x8bxxxxxxxxxxxx"]
+)
 def test_what_only_claims_to_be_gzip_is_said_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(CalibrationError, match=r"a\.jsonl\.gz: not readable gzip data"):
