@@ -88,9 +88,14 @@ def change_of(configuration: Mapping[str, Any]) -> Change | None:
 def change_in(bundle: Path) -> Change | None:
     """The same for the model of a bundle.
 
+    None for a bundle without a model: that is a dense model's in the cache, which is measured on
+    rows of one length only.
+
     Raises:
-        InputError: its config.json is not readable.
+        InputError: its config.json is missing or not readable.
     """
+    if not (bundle / "model").is_dir():
+        return None
     path = bundle / "model" / "config.json"
     try:
         return change_of(json.loads(path.read_bytes()))

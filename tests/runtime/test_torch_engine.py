@@ -303,8 +303,12 @@ def test_a_gpu_without_sparse_tensor_cores_is_refused(
 def test_a_model_that_the_gpu_does_not_hold_is_a_resource_error_that_names_its_bytes(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+    usual = PreTrainedModel.to
+
+    def full(model: PreTrainedModel, place: torch.device) -> Any:
+        if place.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return usual(model, place)
 
     monkeypatch.setattr(PreTrainedModel, "to", full)
     size = 2 * sum(parameter.numel() for parameter in load_model(tiny_llama).parameters())

@@ -251,7 +251,7 @@ def test_a_journal_of_other_options_is_discarded_with_a_message(
 def test_a_journal_of_another_version_is_discarded(
     model: Path, stopped: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "_versions", lambda: {"libraries": {"torch": "0"}})
+    monkeypatch.setattr(stage, "_versions", lambda device: {"libraries": {"torch": "0"}})
     assert prune_until(model, stopped, go_on)[0] == 0
     assert "libraries was" in caplog.text
 

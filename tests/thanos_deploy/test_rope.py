@@ -24,7 +24,7 @@ from tests.store import Store
 from thanos_deploy.artifact import Json, claim
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import InputError
-from thanos_deploy.rope import Change, change_of
+from thanos_deploy.rope import Change, change_in, change_of
 
 TRAINED, MOST = 16, 128
 LONGROPE = {
@@ -206,3 +206,10 @@ def test_the_layers_of_each_type_count() -> None:
     )
     nothing: Json = {"rope_scaling": None, "rope_parameters": {"full_attention": plain}}
     assert change_of(nothing) is None
+
+
+def test_a_bundle_without_a_model_is_measured_on_equal_rows_only(tmp_path: Path) -> None:
+    assert change_in(tmp_path) is None
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match=r"config\.json: not a readable model configuration"):
+        change_in(tmp_path)
