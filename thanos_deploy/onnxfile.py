@@ -51,7 +51,7 @@ def require_own_data(path: Path) -> None:
         found = set(locations(path.read_bytes()))
     except (ValueError, IndexError) as error:
         raise InputError(
-            f"{path}: not a readable ONNX file ({error})", fix="export the model again"
+            f"{path}: not readable as an ONNX file ({error})", fix="export the model again"
         ) from error
     for name in sorted(found):
         names.plain(name, path)

@@ -154,7 +154,7 @@ def test_without_the_check_a_truncated_model_is_bad_input(bundle: Path, keep: in
     path = bundle / "onnx" / "model.onnx"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        InputError, match=r"model\.onnx: (ONNX Runtime cannot load it|not a readable ONNX)"
+        InputError, match=r"model\.onnx: (ONNX Runtime cannot load it|not readable as an ONNX)"
     ):
         open_engine(bundle, verify=False)
 
