@@ -50,8 +50,8 @@ def export(
     """
     genai = library()
     on_progress(0, 2)
-    onnxfile.require_own_data(onnx / MODEL)
     record = _read(onnx / RECORD)
+    onnxfile.require_own_data(onnx / MODEL)
     for name in (MODEL, DATA):
         # Not a link: onnx refuses data with several links, and a folder that is shipped is whole.
         shutil.copyfile(onnx / name, destination / name)
