@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.gpu_rows import CARD
 from thanos_deploy import gpu_records
 from thanos_deploy.errors import InputError
 from thanos_deploy.gpu_records import (
     KINDS,
-    Card,
     CheckRow,
     GemmRow,
     HessianRow,
@@ -29,10 +29,6 @@ from thanos_deploy.gpu_records import (
     StepRow,
 )
 
-CARD = Card(
-    "H100", "cuda", (9, 0), 80 * 10**9, "580.1", "13.0", "2.11", "13.0", "3.6", "5.17", "3.12.3",
-    700.0, 1.98e9, "2026-11-30", "python -m benchmarks.gpu_campaign",
-)  # fmt: skip
 ROWS: tuple[Row, ...] = (
     CARD,
     Peaks(3e12, "bf16", 8192, 7e14),
