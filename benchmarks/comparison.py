@@ -30,22 +30,27 @@ from torch import Tensor
 
 import exporters.genai
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import artifact, console, environment
-from thanos_deploy.artifact import Bundle, Json
-from thanos_deploy.evaluation import graph_reader
+from exporters.options import ExportRequest
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import MANIFEST, Bundle, claim
+from thanos_deploy.calibration.texts import BUILTIN
+from thanos_deploy.cli import _console
+from thanos_deploy.machine import environment
+from thanos_deploy.measure.evaluation import graph_reader
+from thanos_deploy.measure.options import BenchRequest, EvalRequest
+from thanos_deploy.measure.perplexity import perplexity_of
 from thanos_deploy.pattern import parse
-from thanos_deploy.perplexity import perplexity_of
 from thanos_deploy.progress import Announce
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.report import charts
 from thanos_deploy.report.write import compare
-from thanos_deploy.requests import BenchRequest, EvalRequest, ExportRequest, PruneRequest
 from thanos_deploy.stages.bench import DENSE, PRUNED, bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
 from thanos_deploy.stages.texts import open_text, segments_for
-from thanos_deploy.texts import BUILTIN
 
 PATTERNS = ("2:4", "unstructured:0.5", "structured:0.1", "structured:0.2", "structured:0.3")
 INT8 = "-int8"
@@ -67,14 +72,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    _console.quiet_libraries()
     evaluation = EvalRequest(
         arguments.eval_text, segments=arguments.eval_segments, seqlen=arguments.eval_seqlen
     )
     benchmarking = BenchRequest(
         run="comparison", prompts=tuple(arguments.prompt), rounds=arguments.rounds
     )
-    with console.announcer(quiet=False) as announce:
+    with _console.announcer(quiet=False) as announce:
         dense = Dense(arguments.model or str(gguf_path()))
         bundles = {}
         for pattern in arguments.patterns:
@@ -90,7 +95,7 @@ def main() -> None:
         bundles[best + INT8] = rounded_pruned(bundles[best], announce)
         dense_int8 = rounded_dense(dense, arguments.out / (DENSE + INT8), announce)
         first, *others = bundles.values()
-        with artifact.claim(first.path, first.source) as claimed:
+        with claim(first.path, first.source) as claimed:
             subjects = compared(
                 claimed, [DENSE, *(str(other.path) for other in others)], dense, announce=announce
             )
@@ -144,7 +149,7 @@ def main() -> None:
         "rows": rows,
         "environment": environment.describe(),
     }
-    artifact.write_json(arguments.results / "comparison-runtimes.json", result)
+    files.write_json(arguments.results / "comparison-runtimes.json", result)
     print(markdown(rows, run))
 
 
@@ -152,7 +157,7 @@ def make(
     folder: Path, dense: Dense, request: PruneRequest, evaluation: EvalRequest, announce: Announce
 ) -> Bundle:
     """A bundle of a pruned model with its graph for both runtimes."""
-    with artifact.claim(folder, dense.source.to_json()) as bundle:
+    with claim(folder, dense.source.to_json()) as bundle:
         prune(bundle, dense, request, announce=announce)
         evaluate(bundle, dense, evaluation, announce=announce)
         export(bundle, target="onnx", announce=announce)
@@ -167,12 +172,12 @@ def rounded_pruned(bundle: Bundle, announce: Announce) -> Bundle:
         unfinished = folder.with_name(f".{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(bundle.path, unfinished, ignore=shutil.ignore_patterns("bench", "report"))
-        manifest = json.loads((unfinished / artifact.MANIFEST).read_bytes())
+        manifest = json.loads((unfinished / MANIFEST).read_bytes())
         for stage in ("bench", "report"):
             manifest["stages"].pop(stage, None)
-        artifact.write_json(unfinished / artifact.MANIFEST, manifest)
+        files.write_json(unfinished / MANIFEST, manifest)
         unfinished.rename(folder)
-    with artifact.claim(folder, bundle.source) as rounded:
+    with claim(folder, bundle.source) as rounded:
         request = ExportRequest("int8")
         for target in ("onnx", "genai"):
             export(rounded, target=target, request=request, overwrite=True, announce=announce)
@@ -306,13 +311,13 @@ def markdown(rows: list[Json], run: Json) -> str:
 
 def once(path: Path, inputs: Json, compute: Callable[[], Any]) -> Any:
     """A result that is kept in a file, computed unless it is there and of the same inputs."""
-    key = artifact.sha256_of(inputs)
+    key = files.sha256_of(inputs)
     if path.exists():
         kept = json.loads(path.read_bytes())
         if kept["inputs"] == key:
             return kept["value"]
     value = compute()
-    artifact.write_json(path, {"inputs": key, "value": value})
+    files.write_json(path, {"inputs": key, "value": value})
     return value
 
 

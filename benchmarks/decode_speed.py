@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from runtime.engine import open_engine
 from runtime.generate import generate
-from thanos_deploy.checkpoint import load_model
+from thanos_deploy.model.load import load_model
 
 Tokens = list[int]
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import environment, methods
+from thanos_deploy import methods
+from thanos_deploy.machine import environment
 
 
 def main() -> None:

@@ -19,10 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.datasheets import find
-from thanos_deploy.forecast import Variant, architecture, forecast
-from thanos_deploy.roofline import (
+from thanos_deploy.forecast.datasheets import find
+from thanos_deploy.forecast.forecast import Variant, architecture, forecast
+from thanos_deploy.forecast.roofline import (
     FITTED,
     Architecture,
     Efficiency,
@@ -33,6 +32,7 @@ from thanos_deploy.roofline import (
     layer,
     product,
 )
+from thanos_deploy.model.checkpoint import Checkpoint
 
 # The sizes of models that people publish figures of; GPT-J has the layout of a GPT-NeoX block.
 LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}

@@ -9,10 +9,12 @@ thanos_deploy/gpu_figures.json. A test fails while they disagree.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from thanos_deploy import gpu_figures, gpu_records
-from thanos_deploy.gpu_figures import Figures
-from thanos_deploy.gpu_records import GemmRow, Peaks, PruningRow, Records
-from thanos_deploy.nvml import NOT_MEASURED
+from thanos_deploy.gpu import figures as gpu_figures
+from thanos_deploy.gpu import records as gpu_records
+from thanos_deploy.gpu.figures import Figures
+from thanos_deploy.gpu.nvml import NOT_MEASURED
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu.rows import GemmRow, Peaks, PruningRow
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"

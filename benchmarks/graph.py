@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from thanos_deploy import environment
+from thanos_deploy.machine import environment
 
 # Passes of a round: decodes are short.
 REPEATS = {"prefill": 1, "decode": 8}

@@ -4,8 +4,8 @@ Usage: python -m benchmarks.hidden_channels --calib FILE --eval-text FILE [--hid
 
 One common set of channels leaves the whole network: embeddings, norms, and every linear layer that
 reads or writes the stream. The channels are scored over all blocks by the OBS price of losing
-them as inputs (see `thanos_deploy.elimination`); every reader and writer is then refitted by least
-squares to what it makes in the dense model, and the last norm's scale channel by channel. The
+them as inputs (see `thanos_deploy.solver.elimination`); every reader and writer is then refitted by
+least squares to what it makes in the dense model, and the last norm's scale channel by channel. The
 result is a stock LLaMA with a smaller `hidden_size`. Beside each stands a model of at most the same
 number of parameters, embeddings included, that `thanos-deploy prune --pattern structured:P` makes.
 """
@@ -22,16 +22,18 @@ from transformers import PreTrainedModel
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import console, environment
-from thanos_deploy.calibrate import BlockInputs, Walk, advance, block_inputs, collect
-from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
-from thanos_deploy.elimination import Elimination
-from thanos_deploy.hessian import factor
-from thanos_deploy.layer import LayerProblem
+from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, collect
+from thanos_deploy.cli import _console
+from thanos_deploy.machine import environment
+from thanos_deploy.measure.perplexity import perplexity
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.model.pretrained import make_model
 from thanos_deploy.pattern import Structured
-from thanos_deploy.perplexity import perplexity
-from thanos_deploy.pretrained import make_model
-from thanos_deploy.requests import PruneRequest
+from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.solver.elimination import Elimination
+from thanos_deploy.solver.hessian import factor
+from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
@@ -45,7 +47,7 @@ def main() -> None:
     texts.add_options(parser)
     parser.add_argument("--hidden", type=int, nargs="+", default=[504, 432])
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    _console.quiet_libraries()
 
     checkpoint = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(checkpoint.folder)

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from runtime.kernels import cuda_module, decode, prefill
 from runtime.kernels.sparse_mma import MMA, WGMMA
-from thanos_deploy import datasheets
+from thanos_deploy.forecast import datasheets
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from thanos_deploy.pretrained import make_model
+from thanos_deploy.model.pretrained import make_model
 
 _EXPORT = """
 import sys
@@ -21,7 +21,7 @@ import exporters.onnx
 from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.environment import peak_memory_bytes
 model, out = map(Path, sys.argv[1:])
-record = exporters.onnx.export(Checkpoint.open(model), out, pattern=None)
+record = exporters.onnx.graph.export(Checkpoint.open(model), out, pattern=None)
 print(max(case["logits_error"] for case in record["parity"]), peak_memory_bytes())
 """
 

@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from thanos_deploy import artifact, environment, methods, pattern
-from thanos_deploy.artifact import Json
-from thanos_deploy.layer import LayerProblem
+from thanos_deploy import methods, pattern
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.machine import environment
+from thanos_deploy.solver.layer import LayerProblem
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     for name, (whole, last) in slopes.items():
         print(f"{name:10s} processor time grows like width^{whole:.2f}, in the end ^{last:.2f}")
     out = arguments.out
-    artifact.write_json(
+    files.write_json(
         out.with_suffix(".json"),
         {
             "pattern": str(arguments.pattern),

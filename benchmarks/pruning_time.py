@@ -19,16 +19,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import console, environment, methods, pattern, walk
-from thanos_deploy.artifact import Json
-from thanos_deploy.calibrate import segments
-from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
-from thanos_deploy.journal import Journal
-from thanos_deploy.prune import ACTIVITIES, BlockReport
-from thanos_deploy.requests import PruneRequest
+from thanos_deploy import methods, pattern
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration import walk
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.segments import segments
+from thanos_deploy.calibration.texts import builtin_text
+from thanos_deploy.cli import _console
+from thanos_deploy.machine import environment
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.prune.layers import ACTIVITIES, BlockReport
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
-from thanos_deploy.texts import builtin_text
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    _console.quiet_libraries()
 
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
     ids = segments(

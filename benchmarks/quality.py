@@ -28,12 +28,16 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy import artifact, console, environment, methods
-from thanos_deploy.artifact import Json
-from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
+from thanos_deploy import methods
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.cli import _console
+from thanos_deploy.machine import environment
+from thanos_deploy.measure.perplexity import perplexity
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
-from thanos_deploy.perplexity import perplexity
-from thanos_deploy.requests import PruneRequest
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import (
     plan_widths,
@@ -74,7 +78,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     texts.add_options(parser)
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    _console.quiet_libraries()
 
     dense = Dense(arguments.model or str(gguf_path()))
     source = dense.checkpoint()
@@ -86,8 +90,8 @@ def main() -> None:
         {
             "model": dense.source.name,
             "model_sha256": dense.source.sha256,
-            "calib_sha256": artifact.sha256(arguments.calib),
-            "eval_sha256": artifact.sha256(arguments.eval_text),
+            "calib_sha256": files.sha256(arguments.calib),
+            "eval_sha256": files.sha256(arguments.eval_text),
             "eval_segments": arguments.eval_segments,
             "eval_seqlen": arguments.eval_seqlen,
         },
@@ -114,7 +118,7 @@ def begin(path: Path, conditions: Json) -> Json:
     if not path.exists():
         return {"conditions": conditions, "environment": environment.describe(), "rows": []}
     document: Json = json.loads(path.read_bytes())
-    if changed := artifact.differences(document["conditions"], conditions):
+    if changed := manifest.differences(document["conditions"], conditions):
         raise SystemExit(f"{path} is of other conditions ({changed}): give another --results")
     return document
 
@@ -185,7 +189,7 @@ def save(path: Path, document: Json) -> None:
     """Write what is known so far, as JSON and as a table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    artifact.write_json(partial, document)
+    files.write_json(partial, document)
     partial.replace(path)
     path.with_suffix(".md").write_text(render(document), encoding="utf-8")
 

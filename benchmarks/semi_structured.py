@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from runtime.kernels.timing import DTYPES, KERNELS, SHAPES, TOKENS, GemmTime, measure
-from thanos_deploy import artifact, environment
+from thanos_deploy.bundle import files
 from thanos_deploy.errors import DeployError
+from thanos_deploy.machine import environment
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
 def write(path: Path, dtype: str, device: str, found: Sequence[GemmTime]) -> None:
     """Write the records, and what they were measured on."""
     is_gpu = device == "cuda"
-    artifact.write_json(
+    files.write_json(
         path,
         {
             "gpu": torch.cuda.get_device_name() if is_gpu else "none, a rehearsal on the CPU",

@@ -35,11 +35,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.server import Server, free_port, running, serve, stream
-from runtime.load import Request, arrivals
 from runtime.text import open_tokenizer
-from thanos_deploy import artifact, environment, statistics, stillness
-from thanos_deploy.artifact import Json
-from thanos_deploy.texts import builtin_text
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration.texts import builtin_text
+from thanos_deploy.machine import environment, stillness
+from thanos_deploy.measure import statistics
+from thanos_deploy.measure.traffic import Request, arrivals
 
 AIPERF = "0.13.0"
 OURS, ALONE = "serve", "serve --slots 1"
@@ -145,7 +147,7 @@ def main() -> None:
     )
     aiperf = installed(arguments.environment)
     result = measure(arguments.out.resolve(), load, slots=arguments.slots, aiperf=aiperf)
-    artifact.write_json(arguments.results, result)
+    files.write_json(arguments.results, result)
     print(table(result))
 
 
@@ -198,7 +200,7 @@ def measure(bundle: Path, load: Load, *, slots: int, aiperf: Path) -> Json:
         "format": "thanos-deploy/serving/1",
         "status": "INVALID" if reasons else "VALID",
         "reasons": reasons,
-        "model": artifact.Bundle.open(bundle).source["name"],
+        "model": manifest.Bundle.open(bundle).source["name"],
         "aiperf": AIPERF,
         "slots": slots,
         "load": asdict(load),

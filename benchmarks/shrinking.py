@@ -36,22 +36,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import exporters.onnx
+import exporters.onnx.graph
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
-from runtime import paired
-from runtime.latency import Decode, Prefill, Scenario
-from thanos_deploy import artifact, console, environment
-from thanos_deploy.calibrate import every_segment
-from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.texts import read_text
+from thanos_deploy.cli import _console
+from thanos_deploy.machine import environment
+from thanos_deploy.measure import paired
+from thanos_deploy.measure.latency import Decode, Prefill, Scenario
+from thanos_deploy.measure.perplexity import perplexity
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
-from thanos_deploy.perplexity import perplexity
-from thanos_deploy.recover import recover
-from thanos_deploy.requests import PruneRequest
-from thanos_deploy.sizing import Losses
+from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recover import recover
+from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
-from thanos_deploy.texts import read_text
 
 LATENCY_SLACK = 1.1  # times the ratio of parameters
 
@@ -68,7 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
     parser.add_argument("--new-tokens", type=int, default=16)
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    _console.quiet_libraries()
 
     source = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(source.folder)
@@ -328,13 +331,13 @@ def export(folder: Path) -> None:
         model.save_pretrained(first)
     for name, source in (("whole", folder / "model"), ("first", first)):
 
-        def produce(out: Path, source: Path = source) -> artifact.Json:
+        def produce(out: Path, source: Path = source) -> files.Json:
             (out / "onnx").mkdir()
-            exporters.onnx.export(Checkpoint.open(source), out / "onnx", pattern=None)
+            exporters.onnx.graph.export(Checkpoint.open(source), out / "onnx", pattern=None)
             return {}
 
-        weights = artifact.sha256(source / "model.safetensors")
-        with artifact.claim(folder / name, {"name": folder.name, "sha256": weights}) as bundle:
+        weights = files.sha256(source / "model.safetensors")
+        with manifest.claim(folder / name, {"name": folder.name, "sha256": weights}) as bundle:
             bundle.run("onnx", produce, options={}, inputs={}, overwrite=True)
 
 

@@ -48,9 +48,10 @@ from benchmarks.server import (
     serve,
     stream,
 )
-from thanos_deploy import artifact, environment
-from thanos_deploy.artifact import Json
-from thanos_deploy.texts import builtin_text
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration.texts import builtin_text
+from thanos_deploy.machine import environment
 
 MODEL = "soak"
 MOST_GROWTH = 1024  # bytes a request
@@ -256,7 +257,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     result = soak(arguments.out, seconds=60 * arguments.minutes, seed=arguments.seed)
-    artifact.write_json(arguments.results, result)
+    files.write_json(arguments.results, result)
     print(shown(result))
     sys.exit(result["status"] != "PASSED")
 
@@ -284,7 +285,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "format": "thanos-deploy/soak/1",
         "status": "FAILED" if reasons else "PASSED",
         "reasons": reasons,
-        "model": artifact.Bundle.open(bundle).source["name"],
+        "model": manifest.Bundle.open(bundle).source["name"],
         "seconds": seconds,
         "clients": CLIENTS,
         "slots": SLOTS,

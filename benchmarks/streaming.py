@@ -25,13 +25,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from thanos_deploy import artifact, console, environment, methods
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy import methods
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.cli import _console
+from thanos_deploy.machine import environment
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.tensorfile import INDEX, TensorFile
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.requests import PruneRequest
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune
-from thanos_deploy.tensorfile import INDEX, TensorFile
 
 # Source: config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0.
 SIZES = {
@@ -86,11 +89,11 @@ def measure(
     model: Path, out: Path, request: PruneRequest, results: "multiprocessing.SimpleQueue[Any]"
 ) -> None:
     """Prune; the process must be fresh, because its peak memory is what is asked for."""
-    console.quiet_libraries()
+    _console.quiet_libraries()
     before = environment.resident_memory_bytes()
     started = time.perf_counter()
     dense = Dense(str(model))
-    with artifact.claim(out, dense.source.to_json()) as bundle:
+    with manifest.claim(out, dense.source.to_json()) as bundle:
         record = prune(bundle, dense, request, announce=announce)
     results.put(
         {
@@ -147,7 +150,7 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
                     weight.normal_(std=0.02, generator=random)
                 file.write(name, weight.half())
                 weight_map[name] = shard
-    artifact.write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+    files.write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
 
 
 def shapes(blocks: int) -> dict[str, tuple[int, ...]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from thanos_deploy.calibrate import segments
-from thanos_deploy.texts import read_text
+from thanos_deploy.calibration.segments import segments
+from thanos_deploy.calibration.texts import read_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

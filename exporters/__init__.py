@@ -1,10 +1,11 @@
 """Exporters, one target per file: each module has one function `export`.
 
-A new file is a new target; the command line finds it by its name. A file whose name begins with an
-underscore is part of another one.
+A new file is a new target; the command line finds it by its name.
 """
 
 import pkgutil
+
+_NOT_TARGETS = ("options", "preflight")
 
 
 def names() -> list[str]:
@@ -12,5 +13,5 @@ def names() -> list[str]:
     return sorted(
         module.name.replace("_", "-")
         for module in pkgutil.iter_modules(__path__)
-        if not module.name.startswith("_")
+        if module.name not in _NOT_TARGETS
     )

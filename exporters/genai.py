@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exporters.onnx import DATA, MODEL, RECORD
-from thanos_deploy import artifact, onnxfile
+from exporters.onnx.graph import DATA, MODEL, RECORD
+from thanos_deploy.bundle import files, onnxfile
 from thanos_deploy.errors import GateError, InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -31,11 +31,11 @@ _PROMPT, _TOKENS = 8, 24
 
 def export(
     onnx: Path, model: Path, destination: Path, *, on_progress: OnProgress = silent
-) -> artifact.Json:
+) -> files.Json:
     """Write `genai_config.json` beside the graph and the tokenizer, and try the folder out.
 
     Args:
-        onnx: the folder that `exporters.onnx.export` wrote.
+        onnx: the folder that `exporters.onnx.graph.export` wrote.
         model: the model folder, for the tokenizer and the ids that end a text.
         destination: an existing folder.
         on_progress: told of every finished step.
@@ -59,7 +59,7 @@ def export(
         for path in filter(Path.is_file, model.glob(pattern)):
             shutil.copyfile(path, destination / path.name)
     session = _session(destination / MODEL)
-    artifact.write_json(destination / CONFIG, _config(model, record, session))
+    files.write_json(destination / CONFIG, _config(model, record, session))
     on_progress(1, 2)
     error = _disagreement(genai, destination, session)
     limit = AGREEMENT_LIMITS[record["dtype"]]
@@ -90,8 +90,8 @@ def library() -> Any:
     return onnxruntime_genai
 
 
-def _config(model: Path, record: artifact.Json, session: Any) -> artifact.Json:
-    settings: artifact.Json = {}
+def _config(model: Path, record: files.Json, session: Any) -> files.Json:
+    settings: files.Json = {}
     for name in ("config.json", "generation_config.json"):  # the later one wins
         path = model / name
         if path.exists():
@@ -186,9 +186,9 @@ def _session(path: Path) -> Any:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _read(path: Path) -> artifact.Json:
+def _read(path: Path) -> files.Json:
     try:
-        content: artifact.Json = json.loads(path.read_bytes())
+        content: files.Json = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not readable ({error})", fix="export again with --target onnx --overwrite"

@@ -1,6 +1,7 @@
 """The n:m weights stored as what is kept and where: a checkpoint that takes 9/16 of float16 at 2:4.
 
-The layout is described in `thanos_deploy.packing`. MODEL on the command line may be such a folder.
+The layout is described in `thanos_deploy.model.packing`. MODEL on the command line may be such a
+folder.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,14 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from thanos_deploy import artifact
-from thanos_deploy.assignment import counts, describe, every
-from thanos_deploy.checkpoint import Checkpoint, copy_companions
+from thanos_deploy.bundle import files
 from thanos_deploy.errors import GateError, UsageError
-from thanos_deploy.packing import pack_folder, unpack_folder
+from thanos_deploy.model.assignment import counts, describe, every
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.companions import copy_companions
+from thanos_deploy.model.packed_folder import pack_folder, unpack_folder
+from thanos_deploy.model.weights import Weights
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.weights import Weights
 
 
 def export(
@@ -24,7 +26,7 @@ def export(
     *,
     pattern: Pattern | Mapping[str, Pattern] | None,
     on_progress: OnProgress = silent,
-) -> artifact.Json:
+) -> files.Json:
     """Write the packed folder, and unpack it again to see that nothing changed.
 
     Args:
@@ -97,5 +99,5 @@ def _require_same(original: Weights, packed: Path) -> None:
             if before.dtype != after.dtype or not before.equal(after):
                 raise GateError(
                     f"{packed}: {name} is not the same after packing and unpacking",
-                    fix="report the model; this is a bug in thanos_deploy/packing.py",
+                    fix="report the model; this is a bug in thanos_deploy/model/packing.py",
                 )

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from exporters import tensorrt
+from exporters.tensorrt import engine
 
 # What the library builds for; it has no H100 (sm90) and no B200 (sm100).
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 
-export = partial(tensorrt.export, target="tensorrt-rtx")
+export = partial(engine.export, target="tensorrt-rtx")

@@ -491,7 +491,7 @@ def open_slots(
 
     Raises:
         InputError: the bundle has no graph, it cannot be loaded, or its rows would not get what
-            they get alone; see `thanos_deploy.rope`.
+            they get alone; see `thanos_deploy.model.rope`.
         IntegrityError: a file is missing, truncated or changed.
         PlatformError: ONNX Runtime or the provider is not usable on this machine.
         UsageError: there is no such provider, or no slot.

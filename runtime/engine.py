@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import engines
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
 
 Ids = NDArray[np.int64]

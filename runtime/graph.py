@@ -11,7 +11,7 @@ from runtime.engine import Ids, Logits, require_readable
 from runtime.floats import Float
 from runtime.memory import Memory, Tensor
 from thanos_deploy.errors import InputError, UsageError
-from thanos_deploy.rope import Change
+from thanos_deploy.model.rope import Change
 
 # Tokens of a text that are read at once: a row of logits is vocabulary-sized.
 _TOKENS_AT_ONCE = 256
@@ -32,7 +32,7 @@ class Graph:
         vocabulary: how many ids there are.
         logits: "all" or "last"; see `exporters.onnx`.
         memory: of the device.
-        change: where rows begin to depend on the longest one; see `thanos_deploy.rope`.
+        change: where rows begin to depend on the longest one; see `thanos_deploy.model.rope`.
     """
 
     def __init__(

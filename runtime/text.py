@@ -1,6 +1,6 @@
 """Text in, text out: the tokenizer of a bundle, and a stream that ends at stop strings.
 
-The tokenizer is the model's; see `thanos_deploy.tokenizer_files`.
+The tokenizer is the model's; see `thanos_deploy.model.tokenizer_files`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,9 +10,9 @@ from typing import Any
 from runtime.engine import Engine, stop_ids
 from runtime.generate import generate
 from runtime.sampling import GREEDY, Sampling
-from thanos_deploy import tokenizer_files
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.model import tokenizer_files
 
 TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import jsonschema
 
-from runtime.latency import KINDS
-from thanos_deploy import artifact, environment
-from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.machine import environment
+from thanos_deploy.measure.latency import KINDS
+from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.report.runs import PRUNED
-from thanos_deploy.requests import BenchRequest
 
 SCHEMA = json.loads(
     resources.files("thanos_deploy.report").joinpath("report.schema.json").read_text()
@@ -59,7 +61,7 @@ def write_bundle(
         "packed": {},
         "bench": {document["run"]: document["request"] for document in runs},
     }
-    with artifact.claim(path, source or SOURCE) as bundle:
+    with manifest.claim(path, source or SOURCE) as bundle:
         for stage in stages:
             inputs: Json = {"model": bundle.model_sha256} if "prune" in bundle.stages else {}
             if stage == "eval":
@@ -102,10 +104,10 @@ def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
     def produce(folder: Path) -> Json:
         place = folder / "engines" / f"{target}-sm80"
         place.mkdir(parents=True)
-        artifact.write_json(place / "build.json", content)
+        files.write_json(place / "build.json", content)
         return content["summary"]  # type: ignore[return-value]
 
-    with artifact.claim(path, Bundle.open(path).source) as bundle:
+    with manifest.claim(path, Bundle.open(path).source) as bundle:
         bundle.run(f"{target}-sm80", produce, options={}, inputs={"onnx": bundle.graph_sha256})
 
 
@@ -217,7 +219,7 @@ def _prune(folder: Path, tokenizer: str, bytes_: int, pattern: str) -> Json:
     (folder / "model" / "tokenizer.json").write_text(tokenizer)
     cut = pattern.startswith("structured")
     blocks = [_cut_block(block) if cut else _block(block) for block in range(BLOCKS)]
-    artifact.write_json(folder / "layers.json", blocks)
+    files.write_json(folder / "layers.json", blocks)
     shared = {
         "median_relative_error": 0.02,
         "worst_relative_error": 0.08,
@@ -298,7 +300,7 @@ def _onnx(folder: Path, bytes_: int, *, cut: bool) -> Json:
         for block in range(BLOCKS)
         for name in LINEARS
     ]
-    artifact.write_json(folder / "onnx" / "export.json", {"weights": weights})
+    files.write_json(folder / "onnx" / "export.json", {"weights": weights})
     case = {"name": "prefill", "logits_error": 1e-6, "cache_error": 2e-6}
     return {"parity_limit": 1e-4, "parity": [case], "weights": 12, "rounding": {}}
 
@@ -307,8 +309,8 @@ def _bench(folder: Path, runs: tuple[Json, ...]) -> Json:
     out = folder / "bench"
     out.mkdir()
     for document in runs:
-        artifact.write_json(out / f"{document['run']}.json", document)
-    artifact.write_json(out / "sample.json", SAMPLE)
+        files.write_json(out / f"{document['run']}.json", document)
+    files.write_json(out / "sample.json", SAMPLE)
     return {"runs": {document["run"]: {} for document in runs}, "sample": SAMPLE}
 
 

@@ -18,7 +18,7 @@ from thanos_deploy import cli
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "thanos_deploy.pipeline",
+        "thanos_deploy.stages.pipeline",
         "exporters.onnx",
         "torch.onnx._internal.exporter._core",
         "transformers.models.llama.modeling_llama",

@@ -18,18 +18,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
-import exporters.onnx
+import exporters.onnx.graph
+from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.store import Store
-from thanos_deploy import cli, sizing
-from thanos_deploy.artifact import Json, claim, write_json
-from thanos_deploy.assignment import LAYERS
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy import cli
+from thanos_deploy.bundle.files import Json, write_json
+from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.model.assignment import LAYERS
+from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.prune import prune
-from thanos_deploy.requests import ExportRequest
-from thanos_deploy.shrink import shrink, survey
+from thanos_deploy.prune.layers import prune
+from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.cut import shrink, survey
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 
@@ -158,7 +160,7 @@ def exported_llama(tiny_llama: Path, store: Store) -> Path:
     def produce(folder: Path) -> Json:
         shutil.copytree(tiny_llama, folder / "model")
         (folder / "onnx").mkdir()
-        exporters.onnx.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
+        exporters.onnx.graph.export(Checkpoint.open(tiny_llama), folder / "onnx", pattern=None)
         return {}
 
     def make(out: Path) -> None:
@@ -173,7 +175,9 @@ def last_logits(tiny_llama: Path, store: Store) -> Path:
     """The tiny LLaMA's graph that computes the last logits only. Not to be changed."""
 
     def make(folder: Path) -> None:
-        exporters.onnx.export(Checkpoint.open(tiny_llama), folder, pattern=None, logits="last")
+        exporters.onnx.graph.export(
+            Checkpoint.open(tiny_llama), folder, pattern=None, logits="last"
+        )
 
     return store.folder("last-logits", make)
 
@@ -194,7 +198,7 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
             options={"block_columns": 16},
         )
         write_json(folder / LAYERS, [asdict(block) for block in blocks])
-        exporters.onnx.export(
+        exporters.onnx.graph.export(
             Checkpoint.open(folder / "model"),
             folder / "onnx",
             pattern=SemiStructured(2, 4),
@@ -247,7 +251,9 @@ def exported_shrunk(make_model: MakeModel, store: Store) -> Exported:
             allocation="loss",
         )
         shrink(checkpoint, segments, folder / "model", plan=plan)
-        exporters.onnx.export(Checkpoint.open(folder / "model"), folder / "onnx", pattern=None)
+        exporters.onnx.graph.export(
+            Checkpoint.open(folder / "model"), folder / "onnx", pattern=None
+        )
 
     return lambda model_type: store.folder(
         f"{model_type}-shrunk", lambda folder: make(model_type, folder)

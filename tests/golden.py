@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thanos_deploy.layer import LayerProblem
+from thanos_deploy.solver.layer import LayerProblem
 
 
 def golden_problem() -> LayerProblem:

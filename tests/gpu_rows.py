@@ -2,16 +2,8 @@
 
 from dataclasses import replace
 
-from thanos_deploy.gpu_records import (
-    Card,
-    GemmRow,
-    ModelRow,
-    Peaks,
-    PruningRow,
-    Records,
-    Row,
-    StepRow,
-)
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu.rows import Card, GemmRow, ModelRow, Peaks, PruningRow, Row, StepRow
 
 CARD = Card(
     "H100", "cuda", (9, 0), 80 * 10**9, "580.1", "13.0", "2.11", "13.0", "3.6", "5.17", "3.12.3",

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from tests.bundles import checked
 from tests.commands import Command
 from tests.conftest import Invoke, stock_model
-from thanos_deploy import artifact, cli, pipeline
-from thanos_deploy.artifact import Bundle
-from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy import cli
+from thanos_deploy.bundle.files import sha256
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.stages import pipeline
 from thanos_deploy.stages import prune as pruning
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import open_text
@@ -46,7 +48,7 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def files(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): artifact.sha256(path)
+        str(path.relative_to(folder)): sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 
-from runtime import paired
 from tests.conftest import Invoke
 from tests.test_cli import SMALL
-from thanos_deploy import artifact, benchmark, ceilings, cli, gates, nvml, stillness
-from thanos_deploy.artifact import Bundle
+from thanos_deploy import cli
+from thanos_deploy.bundle.manifest import Bundle, claim
+from thanos_deploy.gpu import nvml
+from thanos_deploy.machine import stillness
+from thanos_deploy.measure import benchmark, ceilings, gates, paired
+from thanos_deploy.measure.options import EvalRequest
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.requests import EvalRequest, PruneRequest
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense, exported_with
@@ -35,7 +38,7 @@ def make_bundle(model: Path, out: Path) -> Path:
     request = PruneRequest(
         SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
     )
-    with artifact.claim(out, dense.source.to_json()) as bundle:
+    with claim(out, dense.source.to_json()) as bundle:
         prune(bundle, dense, request)
         export(bundle)
         evaluate(bundle, dense, EvalRequest(segments=2, seqlen=64))

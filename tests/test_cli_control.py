@@ -13,8 +13,8 @@ from runtime.engines.onnxruntime import tensorrt_build_options
 from tests.bundles import checked
 from tests.conftest import Invoke
 from tests.test_cli import SMALL
-from thanos_deploy.artifact import Bundle
-from thanos_deploy.mask import removed_count
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.solver.mask import removed_count
 
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
 DOWN = "model.layers.1.mlp.down_proj"

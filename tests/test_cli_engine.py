@@ -11,8 +11,9 @@ import pytest
 
 from tests.conftest import Invoke
 from tests.test_cli import COMMAND, SMALL
-from thanos_deploy import artifact, gpu
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.gpu import driver
 
 ENGINE = "tensorrt-rtx-sm80"
 
@@ -126,13 +127,13 @@ def test_a_verdict_that_its_own_log_does_not_give_is_found(bundle: Path, invoke:
     for layer in build["layers"]:
         layer["verdict"] = "picked"
     build["summary"]["picked"] = 14
-    artifact.write_json(path, build)
+    files.write_json(path, build)
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["stages"][ENGINE]["files"][f"engines/{ENGINE}/build.json"] = {
         "bytes": path.stat().st_size,
-        "sha256": artifact.sha256(path),
+        "sha256": files.sha256(path),
     }
-    artifact.write_json(bundle / "manifest.json", manifest)
+    files.write_json(bundle / "manifest.json", manifest)
     code, _, err = invoke("verify", bundle, "--require-sparse", "80%")
     assert code == 6
     assert "not those that its own log and graph give" in err
@@ -145,7 +146,7 @@ def test_an_engine_of_another_graph_is_found(bundle: Path, invoke: Invoke) -> No
     manifest = json.loads((bundle / "manifest.json").read_text())
     inputs = manifest["stages"][ENGINE]["inputs"]["onnx-fp16-last"]
     inputs["onnx-fp16-last/model.onnx"] = "0" * 64
-    artifact.write_json(bundle / "manifest.json", manifest)
+    files.write_json(bundle / "manifest.json", manifest)
     code, _, err = invoke("verify", bundle)
     assert code == 6
     assert "built from another onnx-fp16-last/" in err
@@ -170,7 +171,7 @@ def test_engines_that_cannot_be_meant(
     assert complaint in err
 
 
-@pytest.mark.skipif(bool(gpu.probe().gpus), reason="there is a GPU")
+@pytest.mark.skipif(bool(driver.probe().gpus), reason="there is a GPU")
 def test_without_a_gpu_everything_else_is_finished_and_the_next_command_named(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +223,7 @@ def test_doctor_says_what_is_there_and_what_to_do(bundle: Path, invoke: Invoke) 
     found = {check["name"]: check for check in json.loads(out)["checks"]}
     assert found["ONNX Runtime"]["outcome"] == "PASS"
     assert found["target tensorrt-rtx"]["outcome"] == "PASS"
-    if not gpu.probe().gpus:
+    if not driver.probe().gpus:
         assert found["GPU"]["outcome"] == "SKIP"
         assert "tensorrt-rtx builds without one" in found["GPU"]["fix"]
     code, out, _ = invoke("doctor", bundle)
@@ -231,7 +232,7 @@ def test_doctor_says_what_is_there_and_what_to_do(bundle: Path, invoke: Invoke) 
 
 
 def test_running_an_engine_without_a_gpu_is_refused(bundle: Path) -> None:
-    if gpu.probe().gpus:
+    if driver.probe().gpus:
         pytest.skip("there is a GPU")
     script = (
         "import sys\nfrom pathlib import Path\nfrom runtime.engine import open_engine\n"

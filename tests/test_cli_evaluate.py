@@ -11,14 +11,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from exporters.options import ExportRequest
 from tests.bundles import report_of
 from tests.conftest import Invoke, MakeModel, stock_model
-from thanos_deploy import artifact
-from thanos_deploy.artifact import Bundle
-from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.bundle.manifest import Bundle, claim
+from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.requests import ExportRequest, PruneRequest
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
@@ -43,7 +43,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         request = PruneRequest(
             SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
         )
-        with artifact.claim(out, dense.source.to_json()) as bundle:
+        with claim(out, dense.source.to_json()) as bundle:
             prune(bundle, dense, request)
             export(bundle)
             export_dense(dense, ExportRequest(), quietly)

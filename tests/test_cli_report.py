@@ -10,7 +10,7 @@ import pytest
 from tests import bundles
 from tests.bundles import report_of, write_bundle
 from tests.conftest import Invoke
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 
 
 def test_one_bundle_gets_its_report_as_a_stage(invoke: Invoke, tmp_path: Path) -> None:

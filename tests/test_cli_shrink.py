@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.bundles import checked
 from tests.conftest import Invoke, MakeModel, stock_model
 from tests.test_cli import SMALL
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
 REST = SMALL[8:]
@@ -59,7 +59,9 @@ def test_widths_by_loss_are_for_onnx_and_the_card_says_so(
     (report,) = checked(json.loads(output))["models"]
     assert report["widths"]["stock_config"] is False
     assert any("widths.json declares them" in sentence for sentence in report["verdict"])
-    assert "from thanos_deploy.checkpoint import load_model" in (out / "README.md").read_text()
+    assert (
+        "from thanos_deploy.model.load import load_model" in (out / "README.md").read_text()
+    )
     Bundle.open(out).verify()
 
 

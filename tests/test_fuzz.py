@@ -17,11 +17,12 @@ import exporters.packed
 from runtime.engine import open_engine
 from runtime.text import open_tokenizer
 from tests.conftest import Exported
-from thanos_deploy.artifact import Bundle
-from thanos_deploy.checkpoint import Checkpoint, convert_packed
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import DeployError, InputError, IntegrityError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.convert import convert_packed
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune import linear_shapes
+from thanos_deploy.prune.layers import linear_shapes
 
 MUTATIONS = 250  # of each of four kinds of file
 

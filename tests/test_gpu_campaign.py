@@ -13,10 +13,11 @@ from benchmarks.gpu_campaign import __main__ as campaign
 from benchmarks.gpu_campaign import gpu_tests, onnxruntime, plan, summary
 from runtime.kernels.linears import MAKERS
 from tests.gpu_rows import RECORDS
-from thanos_deploy import gpu, gpu_records
 from thanos_deploy.errors import PlatformError
-from thanos_deploy.gpu_check import models
-from thanos_deploy.gpu_records import (
+from thanos_deploy.gpu import driver
+from thanos_deploy.gpu import records as gpu_records
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu.rows import (
     Card,
     CheckRow,
     GemmRow,
@@ -25,10 +26,10 @@ from thanos_deploy.gpu_records import (
     ModelRow,
     Peaks,
     PruningRow,
-    Records,
     StepRow,
 )
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu_check import models
+from thanos_deploy.gpu_check.steps import Task
 
 SOURCE = Path(__file__).parents[1]
 BARE_IMAGE = SOURCE / "tests" / "bare_image"
@@ -212,7 +213,7 @@ def test_without_onnxruntime_on_cuda_no_bundle_is_made(
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.skipif(bool(gpu.probe().gpus), reason="there is a GPU")
+@pytest.mark.skipif(bool(driver.probe().gpus), reason="there is a GPU")
 def test_without_a_gpu_nothing_runs_and_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

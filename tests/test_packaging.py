@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import thanos_deploy
-from thanos_deploy import gpu_figures
+from thanos_deploy.gpu import figures as gpu_figures
 
 ROOT = Path(__file__).parent.parent
 

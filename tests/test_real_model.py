@@ -19,10 +19,10 @@ from runtime.generate import generate
 from tests.conftest import stock_model
 from tests.exporters.test_genai import greedy_by_genai
 from tests.test_cli import COMMAND
-from thanos_deploy.artifact import Bundle
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune import linear_shapes
+from thanos_deploy.prune.layers import linear_shapes
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ it, its rows are kept and the next one runs. A step that no longer fits into --s
 left out. In DIR are
 
     rows.jsonl     every row, on disk before the next one is measured
-    records.json   the same as one document, see `thanos_deploy.gpu_records`
+    records.json   the same as one document, see `thanos_deploy.gpu.records`
     summary.txt    what is printed at the end
     log.txt        what the steps printed
 

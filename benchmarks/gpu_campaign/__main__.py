@@ -7,13 +7,15 @@ import signal
 import sys
 from pathlib import Path
 
-from thanos_deploy import console, gpu_records, nvml, preflight, steps
-from thanos_deploy.cli import INTERRUPTED
+from exporters import preflight
+from thanos_deploy.cli import INTERRUPTED, _console
 from thanos_deploy.errors import DeployError
-from thanos_deploy.gpu_check import missing, require_passed
-from thanos_deploy.gpu_records import Records
+from thanos_deploy.gpu import nvml
+from thanos_deploy.gpu import records as gpu_records
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu_check import missing, require_passed, steps
+from thanos_deploy.gpu_check.steps import Task
 from thanos_deploy.progress import Announce
-from thanos_deploy.steps import Task
 
 # For a machine that is rented by the minute; and of a rehearsal.
 SECONDS = 440.0
@@ -28,14 +30,14 @@ def main() -> None:
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
-        with console.announcer(quiet=False) as announce:
+        with _console.announcer(quiet=False) as announce:
             records = run(arguments, announce)
         require_passed(records)
     except DeployError as error:
-        console.show_error(str(error))
+        _console.show_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        console.show_error(f"interrupted; what was measured is in {arguments.out}")
+        _console.show_error(f"interrupted; what was measured is in {arguments.out}")
         sys.exit(INTERRUPTED)
 
 

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 from benchmarks.gpu_campaign import onnxruntime
 from thanos_deploy.errors import PlatformError
-from thanos_deploy.gpu_records import CheckRow, Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu.rows import CheckRow, Row
+from thanos_deploy.gpu_check.steps import Task
 
 _SOURCE = Path(__file__).parents[2]
 

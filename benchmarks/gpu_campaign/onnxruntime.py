@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from thanos_deploy.errors import DeployError, PlatformError
-from thanos_deploy.gpu_records import Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu.rows import Row
+from thanos_deploy.gpu_check.steps import Task
 
 _FIX = "pip install onnxruntime-gpu in place of onnxruntime"
 
@@ -47,16 +47,16 @@ def require(device: str) -> None:
 def make(folder: Path) -> Path:
     """A bundle with a random model of two blocks and its graph."""
     try:
-        import exporters.onnx
+        import exporters.onnx.graph
     except ImportError as error:
         raise _unmade(error) from error
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.byte_tokenizer import save_byte_tokenizer
-    from thanos_deploy import artifact
-    from thanos_deploy.checkpoint import Checkpoint
+    from thanos_deploy.bundle import files, manifest
+    from thanos_deploy.model.checkpoint import Checkpoint
 
-    def produce(partial: Path) -> artifact.Json:
+    def produce(partial: Path) -> files.Json:
         config = LlamaConfig(
             vocab_size=300,
             hidden_size=64,
@@ -69,11 +69,13 @@ def make(folder: Path) -> Path:
         LlamaForCausalLM(config).save_pretrained(partial / "model")
         save_byte_tokenizer(partial / "model")
         (partial / "onnx").mkdir()
-        exporters.onnx.export(Checkpoint.open(partial / "model"), partial / "onnx", pattern=None)
+        exporters.onnx.graph.export(
+            Checkpoint.open(partial / "model"), partial / "onnx", pattern=None
+        )
         return {}
 
     try:
-        with artifact.claim(folder / "bundle", {"sha256": "", "name": "tiny"}) as bundle:
+        with manifest.claim(folder / "bundle", {"sha256": "", "name": "tiny"}) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
     except DeployError as error:  # of versions that the exporter is not made for
         raise _unmade(error.message) from error

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from benchmarks.gpu_campaign import gpu_tests, onnxruntime, rehearsal, sanitizer
-from runtime.latency import Decode, Prefill
 from thanos_deploy.gpu_check import card, kernels, models, pruning
 from thanos_deploy.gpu_check.kernels import KERNELS, Grid
-from thanos_deploy.steps import Step
+from thanos_deploy.gpu_check.steps import Step
+from thanos_deploy.measure.latency import Decode, Prefill
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import torch
 from runtime.engines import torch as torch_engine
 from runtime.kernels import choice, timing
 from tests.runtime.kernels import interpreter, simulated_gpu
-from thanos_deploy.gpu_records import Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu.rows import Row
+from thanos_deploy.gpu_check.steps import Task
 
 StandIn = Callable[[Task], AbstractContextManager[None]]
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from thanos_deploy.gpu_records import CheckRow, Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu.rows import CheckRow, Row
+from thanos_deploy.gpu_check.steps import Task
 
 _NAME = "compute-sanitizer"
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import inf
 
-from thanos_deploy.gpu_check.kernels import speeds
-from thanos_deploy.gpu_records import (
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu.rows import (
     CheckRow,
     GemmRow,
     HessianRow,
@@ -13,9 +13,9 @@ from thanos_deploy.gpu_records import (
     ModelRow,
     Peaks,
     PruningRow,
-    Records,
     StepRow,
 )
+from thanos_deploy.gpu_check.kernels import speeds
 
 # Whoever runs it from afar gets the last 12,000 characters, and an error may come after it.
 MOST_CHARACTERS = 11_500

@@ -14,9 +14,13 @@ from runtime import memory
 from runtime.engine import Ids, Logits, require_readable
 from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
-from thanos_deploy import environment, gpu, onnxfile, rope
-from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.bundle import onnxfile
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.gpu import driver
+from thanos_deploy.machine import environment
+from thanos_deploy.model import rope
 
 COMMAND = "thanos-deploy export {bundle} --target onnx"
 PROVIDERS = {
@@ -116,7 +120,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
         options.intra_op_num_threads = threads
     unloaded = ""
     if provider != "cpu":
-        gpu.require()
+        driver.require()
         unloaded = _load_cuda(ort)
     wanted: list[Any] = [PROVIDERS[provider]]
     if provider == "tensorrt":

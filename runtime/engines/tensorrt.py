@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 
 from runtime import floats
 from runtime.engine import Ids, Logits, require_readable
-from thanos_deploy import gpu
-from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
-from thanos_deploy.gpu import Gpu
-from thanos_deploy.rope import Change, change_in
+from thanos_deploy.gpu import driver
+from thanos_deploy.gpu.driver import Gpu
+from thanos_deploy.model.rope import Change, change_in
 
 COMMAND = "thanos-deploy export {bundle} --target tensorrt"
 
 _ENGINES = "engines"
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-_PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters._profiles`
+_PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters.tensorrt.profiles`
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,7 @@ def folder(bundle: Bundle) -> str:
         PlatformError: there is no GPU.
         InputError: the bundle has no engine for it.
     """
-    device = gpu.require()
+    device = driver.require()
     built = {
         name: record.result
         for name, record in bundle.stages.items()
@@ -320,7 +321,7 @@ def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine
     try:
         build = json.loads(path.read_bytes())
         package, version = _PACKAGES[build["target"]], build["library"]
-        limits, fits = Limits.of(build), runs_on(build, gpu.require())
+        limits, fits = Limits.of(build), runs_on(build, driver.require())
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
@@ -328,7 +329,7 @@ def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine
         ) from error
     if not fits:
         raise InputError(
-            f"{folder}: built for {', '.join(build['arch'])}, this is {gpu.require().arch}",
+            f"{folder}: built for {', '.join(build['arch'])}, this is {driver.require().arch}",
             fix="build the engine again on this machine",
         )
     trt, cudart = _modules(package)

@@ -29,9 +29,9 @@ import numpy as np
 
 from runtime.engine import Ids, Logits, require_readable
 from runtime.static.room import Room
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
-from thanos_deploy.rope import Change, change_of
+from thanos_deploy.model.rope import Change, change_of
 
 COMMAND = "thanos-deploy prune MODEL -o {bundle} ..."
 VARIANTS = (
@@ -230,7 +230,8 @@ def open_model(
     if threads is not None:
         torch.set_num_threads(threads)
     from runtime.static import memory
-    from thanos_deploy.checkpoint import Checkpoint, cast, load_model
+    from thanos_deploy.model.checkpoint import Checkpoint
+    from thanos_deploy.model.load import cast, load_model
 
     checkpoint = Checkpoint.open(folder)
     model = load_model(checkpoint.folder)

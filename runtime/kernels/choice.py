@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from runtime.kernels import linears, timing
 from runtime.kernels.linears import Multiply
 from runtime.kernels.packed import require_dtype
-from thanos_deploy import __version__, artifact, environment
+from thanos_deploy import __version__
+from thanos_deploy.bundle import files
 from thanos_deploy.errors import DeployError
-from thanos_deploy.linear import matrix
+from thanos_deploy.machine import environment
+from thanos_deploy.model.linear import matrix
 from thanos_deploy.progress import OnProgress, silent
 
 logger = logging.getLogger(__name__)
@@ -297,10 +299,10 @@ def write(path: Path, origin: Origin, rows: Sequence[Row]) -> None:
     """Keep what was measured, for `read`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "origin": asdict(origin), "rows": [asdict(row) for row in rows]}
-    artifact.replace_json(path, content)
+    files.replace_json(path, content)
 
 
-def _row(value: artifact.Json) -> Row:
+def _row(value: files.Json) -> Row:
     row = Row(
         Shape(**value["shape"]),
         tuple(value["chosen"]),

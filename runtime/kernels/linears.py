@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thanos_deploy import gpu
 from thanos_deploy.errors import PlatformError
-from thanos_deploy.linear import matrix
-from thanos_deploy.packing import require_semi_structured
+from thanos_deploy.gpu import driver
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.packing import require_semi_structured
 
 # x [tokens, inputs], bias [outputs] or None -> [tokens, outputs]
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
@@ -63,7 +63,7 @@ def require(maker: str, device: torch.device) -> None:
             fix="move the model to a GPU of compute capability 8.0 or later",
         )
     capability = torch.cuda.get_device_capability(device)
-    if capability < gpu.SPARSE_CAPABILITY:
+    if capability < driver.SPARSE_CAPABILITY:
         raise PlatformError(
             f"{maker}: the GPU has compute capability {capability[0]}.{capability[1]}",
             fix="use a GPU of compute capability 8.0 or later",

@@ -1,4 +1,4 @@
-"""A 2:4 weight on a device, as the kernels read it: the layout of `thanos_deploy.packing`, padded.
+"""A 2:4 weight on a device, as the kernels read it: as `thanos_deploy.model.packing`, padded.
 
 Of 8 columns the 4 kept values are one int64 and the 4 + 4 mask bits one byte, so a kernel finds
 both at the same index. The 2-bit indices of `mma.sp` would take the same space; kernels without it
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.errors import InputError
-from thanos_deploy.packing import pack
+from thanos_deploy.model.packing import pack
 from thanos_deploy.pattern import SemiStructured
 
 _COLUMNS_PER_WORD = 8

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.kernels import cuda_module
 from runtime.kernels.packed import require_dtype
-from thanos_deploy.packing import to_cutlass
+from thanos_deploy.model.packing import to_cutlass
 
 # As in sparse_tile.cuh.
 BLOCK_ROWS = 128

@@ -18,9 +18,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.text import verify_texts
-from thanos_deploy import tokenizer_files
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.model import tokenizer_files
 
 
 class ChatTemplate:

@@ -15,7 +15,7 @@ from runtime.static.cache import block_shapes
 from runtime.static.places import Places, needed_bytes
 from runtime.static.replay import Eager, Recording, Replay
 from runtime.static.room import Room
-from thanos_deploy.rope import depends_on_length
+from thanos_deploy.model.rope import depends_on_length
 
 # The first shapes of prompts that repeat are recorded, and no more: recordings hold memory, and
 # making room for another one would record anew, which takes some prefills, again and again.

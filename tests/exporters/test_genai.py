@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import exporters.genai
-import exporters.onnx
+import exporters.onnx.graph
 from tests.conftest import MODEL_TYPES, Exported, stock_model
-from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.errors import GateError, InputError, PlatformError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
 
 genai = exporters.genai.library()
 
@@ -28,7 +29,7 @@ def export(onnx: Path, model: Path, out: Path) -> Path:
 def half_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny LLaMA in half precision, for at most 50 tokens."""
     onnx, folder = (tmp_path_factory.mktemp(name) for name in ("onnx", "genai"))
-    exporters.onnx.export(
+    exporters.onnx.graph.export(
         Checkpoint.open(tiny_llama), onnx, pattern=None, dtype="fp16", max_sequence=50
     )
     return export(onnx, tiny_llama, folder)

@@ -12,15 +12,16 @@ import onnxruntime
 import pytest
 import torch
 
-import exporters.onnx
+import exporters.onnx.graph
 from runtime.engine import backends, open_engine, stop_ids
 from runtime.engines import onnxruntime as backend
 from runtime.generate import generate
 from tests.conftest import VOCABULARY, Exported, stock_model
-from thanos_deploy import gpu
-from thanos_deploy.artifact import Json, claim
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import claim
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
+from thanos_deploy.gpu import driver
+from thanos_deploy.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,9 @@ def test_half_precision_agrees_with_torch(
     tiny_llama: Path, exported_llama: Path, model: Any, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(exported_llama, tmp_path / "half"))
-    exporters.onnx.export(Checkpoint.open(tiny_llama), out / "onnx", pattern=None, dtype="fp16")
+    exporters.onnx.graph.export(
+        Checkpoint.open(tiny_llama), out / "onnx", pattern=None, dtype="fp16"
+    )
     engine = open_engine(out, verify=False)
     ids = torch.randint(VOCABULARY, (2, 9))
     with torch.no_grad():
@@ -257,10 +260,10 @@ def test_a_provider_that_onnx_runtime_silently_replaces_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if gpu.probe().gpus:
+    if driver.probe().gpus:
         pytest.skip("there is a GPU: the provider may well be there")
     # As on a machine with a GPU whose libraries do not fit.
-    monkeypatch.setattr(gpu, "require", lambda: None)
+    monkeypatch.setattr(driver, "require", lambda: None)
     monkeypatch.setattr(
         onnxruntime, "preload_dlls", lambda **_: print("Failed to load libcublas.so.13: no such")
     )
@@ -305,8 +308,8 @@ def test_backends_are_found_by_their_files() -> None:
 
 def test_importing_the_runtime_loads_no_torch_no_transformers_and_no_onnx() -> None:
     code = (
-        "import sys, runtime.engine, runtime.generate, runtime.text, runtime.latency\n"
-        "import runtime.paired\n"
+        "import sys, runtime.engine, runtime.generate, runtime.text\n"
+        "import thanos_deploy.measure.latency, thanos_deploy.measure.paired\n"
         "print(*({'torch', 'transformers', 'onnx', 'onnxruntime'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -390,7 +393,7 @@ def test_tensorrt_is_asked_for_sparse_kernels_exactly_where_the_graph_holds_two_
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_gpu_provider_without_a_gpu_is_refused(exported_llama: Path, provider: str) -> None:
-    if gpu.probe().gpus:
+    if driver.probe().gpus:
         pytest.skip("there is a GPU")
     with pytest.raises(PlatformError, match="no GPU"):
         open_engine(exported_llama, provider=provider)

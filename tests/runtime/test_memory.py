@@ -24,8 +24,8 @@ from runtime.memory import CudaMemory, HostMemory, Memory, Tensor
 from runtime.slots import OnnxRuntimeSlots
 from tests.conftest import VOCABULARY
 from tests.runtime.test_slots import SLOTS, events
-from thanos_deploy import gpu
 from thanos_deploy.errors import InputError, PlatformError
+from thanos_deploy.gpu import driver
 
 
 class Function:
@@ -229,7 +229,7 @@ def test_another_type_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gpu.probe().gpus, reason="there is no GPU")
+@pytest.mark.skipif(not driver.probe().gpus, reason="there is no GPU")
 def test_on_a_gpu_engine_and_slots_compute_what_they_compute_on_the_cpu(
     exported_llama: Path,
 ) -> None:

@@ -20,8 +20,8 @@ from runtime.sampling import Sampling
 from runtime.slots import OnnxRuntimeSlots
 from tests.conftest import VOCABULARY, Exported
 from tests.runtime.test_batching import Answer
-from thanos_deploy import gpu
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
+from thanos_deploy.gpu import driver
 
 SLOTS = 4
 
@@ -221,7 +221,7 @@ def test_slots_that_cannot_be_opened_say_why(exported_llama: Path, tmp_path: Pat
         open_slots(exported_llama, slots=1, provider="tpu")
     with pytest.raises(InputError, match="not a bundle"):
         open_slots(tmp_path, slots=1)
-    if not gpu.probe().gpus:
+    if not driver.probe().gpus:
         with pytest.raises(PlatformError, match="no GPU"):
             open_slots(exported_llama, slots=1, provider="cuda")
 

@@ -13,8 +13,8 @@ from runtime.sampling import Sampling
 from runtime.server.chat import open_chat_template
 from runtime.text import Tokenizer, open_tokenizer, pieces, stream, until
 from tests.conftest import stock_model
-from thanos_deploy.checkpoint import load_tokenizer
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
+from thanos_deploy.model.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

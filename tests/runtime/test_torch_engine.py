@@ -20,7 +20,6 @@ from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
-from thanos_deploy.checkpoint import Checkpoint, cast, load_model
 from thanos_deploy.errors import (
     InputError,
     IntegrityError,
@@ -28,9 +27,11 @@ from thanos_deploy.errors import (
     ResourceError,
     UsageError,
 )
-from thanos_deploy.packing import SEMI_STRUCTURED_MULTIPLES
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import cast, load_model
+from thanos_deploy.model.packing import SEMI_STRUCTURED_MULTIPLES
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune import prune
+from thanos_deploy.prune.layers import prune
 
 # torch.compile's own imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")

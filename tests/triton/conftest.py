@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from thanos_deploy.artifact import Bundle, claim
+from thanos_deploy.bundle.manifest import Bundle, claim
 from thanos_deploy.stages.export import export
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-triton"

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import exporters
-from thanos_deploy import console, methods, pattern
+from thanos_deploy import methods, pattern
+from thanos_deploy.cli import _console
 from thanos_deploy.errors import PatternError
 
 if TYPE_CHECKING:
-    from thanos_deploy.artifact import Json
+    from exporters.options import EngineRequest
+    from thanos_deploy.bundle.files import Json
+    from thanos_deploy.measure.options import BenchRequest, EvalRequest
     from thanos_deploy.progress import Announce
-    from thanos_deploy.requests import BenchRequest, EngineRequest, EvalRequest, PruneRequest
+    from thanos_deploy.prune.recipe import PruneRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -380,7 +383,7 @@ target_option = click.option(
 
 def prune_request(options: dict[str, Any]) -> "PruneRequest":
     """What `pruning_options` ask for."""
-    from thanos_deploy.requests import PruneRequest
+    from thanos_deploy.prune.recipe import PruneRequest
 
     return PruneRequest(
         pattern=options["pattern"],
@@ -413,7 +416,7 @@ def prune_request(options: dict[str, Any]) -> "PruneRequest":
 
 def eval_request(options: dict[str, Any]) -> "EvalRequest":
     """What `evaluation_options` ask for."""
-    from thanos_deploy.requests import EvalRequest
+    from thanos_deploy.measure.options import EvalRequest
 
     return EvalRequest(
         text=options["eval_text"],
@@ -434,7 +437,7 @@ def engine_request(
     logits: str | None = None,
 ) -> "EngineRequest":
     """What `engine_options` ask for, with what each command calls otherwise; None for defaults."""
-    from thanos_deploy.requests import EngineRequest
+    from exporters.options import EngineRequest
 
     given: dict[str, Any] = {
         "dtype": dtype,
@@ -458,7 +461,7 @@ def bench_request(options: dict[str, Any], **defaults: Any) -> "BenchRequest":
         options: of the command; what was not given is None or empty.
         defaults: where they differ from the request's own.
     """
-    from thanos_deploy.requests import BenchRequest
+    from thanos_deploy.measure.options import BenchRequest
 
     grids = ("batches", "prompts", "pasts")
     given = {
@@ -481,8 +484,8 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
     logging.getLogger("thanos_deploy").setLevel(
         logging.INFO if options["verbose"] else logging.WARNING
     )
-    console.quiet_libraries()
-    with console.announcer(quiet=options["quiet"]) as announce:
+    _console.quiet_libraries()
+    with _console.announcer(quiet=options["quiet"]) as announce:
         yield announce
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     bench_request,
     benchmark_options,
@@ -141,8 +141,8 @@ def command(
             "--aa with --against or --dense: it compares OUT with itself", fix="leave one out"
         )
     with session(options) as announce, ExitStack() as stack:
-        from thanos_deploy import artifact
-        from thanos_deploy import gates as limits
+        from thanos_deploy.bundle import manifest
+        from thanos_deploy.measure import gates as limits
         from thanos_deploy.report.write import write_report
         from thanos_deploy.stages import bench as stage
         from thanos_deploy.stages.dense import Dense
@@ -152,9 +152,9 @@ def command(
         request = bench_request(options, **_DEFAULTS, run="aa" if aa else "full")
         limits.check(wanted, request.scenarios)
         source = Dense(dense) if dense else None
-        bundle = artifact.Bundle.open(out)  # claiming would create one
+        bundle = manifest.Bundle.open(out)  # claiming would create one
         bundle = stack.enter_context(
-            artifact.claim(out, source.source.to_json() if source else bundle.source)
+            manifest.claim(out, source.source.to_json() if source else bundle.source)
         )
         graph = bundle.require("onnx", f"`thanos-deploy export {out} --target onnx`")
         request.check(graph.result["max_sequence"])
@@ -185,7 +185,7 @@ def command(
     emit(
         options,
         {**run, "gates": [asdict(outcome) for outcome in outcomes]},
-        console.show_bench,
+        _console.show_bench,
     )
     if not all(outcome.held for outcome in outcomes):
         raise GateError(

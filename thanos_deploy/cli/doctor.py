@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import common_options, emit, session
 from thanos_deploy.errors import PlatformError
 
@@ -22,8 +22,9 @@ def command(out: Path | None, **options: Any) -> None:
     Exit code 4 if something that is there would fail; what is not there is not an error.
     """
     with session(options):
-        from thanos_deploy import check, preflight
-        from thanos_deploy.artifact import Bundle
+        from exporters import preflight
+        from thanos_deploy import check
+        from thanos_deploy.bundle.manifest import Bundle
 
         size = None
         if out is not None:
@@ -33,7 +34,7 @@ def command(out: Path | None, **options: Any) -> None:
     emit(
         options,
         {"checks": [asdict(entry) for entry in checks]},
-        lambda found: console.show_checks(found["checks"]),
+        lambda found: _console.show_checks(found["checks"]),
     )
     if not check.passed(checks):
         failed = next(entry for entry in checks if entry.outcome == "FAIL")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     common_options,
     device_option,
@@ -82,8 +82,8 @@ def command(
     # The harness offers no switch for its progress bars.
     hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()
     with session(options) as announce, hushed:
+        from thanos_deploy.measure.options import EvalRequest, TaskRequest
         from thanos_deploy.report.write import write_report
-        from thanos_deploy.requests import EvalRequest, TaskRequest
         from thanos_deploy.stages import evaluate as stage
         from thanos_deploy.stages.dense import reopen
 
@@ -105,4 +105,4 @@ def command(
                 if "report" in bundle.stages:
                     write_report(bundle)
             result = {"dense": pruned.inputs["dense"], "pruned": pruned.result}
-    emit(options, result, console.show_values if tasks is None else console.show_scores)
+    emit(options, result, _console.show_values if tasks is None else _console.show_scores)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     CountsType,
     bundle_argument,
@@ -79,8 +79,8 @@ def command(
     there.
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy import artifact
-        from thanos_deploy.requests import ExportRequest
+        from exporters.options import ExportRequest
+        from thanos_deploy.bundle import manifest
         from thanos_deploy.stages.export import ENGINES, export, exported_with
 
         unfit = "int8" if target in ENGINES else "int8-qdq"
@@ -89,7 +89,7 @@ def command(
                 f"--dtype {dtype} with --target {target}",
                 fix="int8 is for onnx and genai, int8-qdq for tensorrt and tensorrt-rtx",
             )
-        with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
+        with manifest.claim(out, manifest.Bundle.open(out).source) as bundle:
             before = exported_with(bundle)
             record = export(
                 bundle,
@@ -110,5 +110,5 @@ def command(
                 overwrite=options["overwrite"],
                 announce=announce,
             )
-    shows = {"onnx": console.show_parity, **dict.fromkeys(ENGINES, console.show_engine)}
-    emit(options, record.result, shows.get(target, console.show_values))
+    shows = {"onnx": _console.show_parity, **dict.fromkeys(ENGINES, _console.show_engine)}
+    emit(options, record.result, shows.get(target, _console.show_values))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import common_options, emit, session
 
 _FILE = "gpu-check.json"
@@ -55,11 +55,14 @@ def command(
     Exit codes: 4 nothing could run, 6 something failed.
     """
     with session(options) as announce, ExitStack() as held:
-        from thanos_deploy import artifact, gpu_check, gpu_records, steps
+        from thanos_deploy import gpu_check
+        from thanos_deploy.bundle import manifest
+        from thanos_deploy.gpu import records as gpu_records
+        from thanos_deploy.gpu_check import steps
 
         todo = steps.choose(gpu_check.STEPS, only=_names(only), skip=_names(skip))
         if out is not None:
-            bundle = held.enter_context(artifact.claim(out, artifact.Bundle.open(out).source))
+            bundle = held.enter_context(manifest.claim(out, manifest.Bundle.open(out).source))
             bundle.require("onnx", f"`thanos-deploy export {out}`")
         file = file or (out or Path()) / _FILE
         journal = file.with_suffix(".jsonl")
@@ -77,7 +80,7 @@ def command(
     emit(
         options,
         {"status": records.status, "checks": [asdict(check) for check in checks]},
-        lambda found: console.show_checks(found["checks"]),
+        lambda found: _console.show_checks(found["checks"]),
     )
     gpu_check.require_passed(records)
 

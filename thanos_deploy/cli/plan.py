@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console, datasheets
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     PatternType,
     emit,
@@ -14,6 +14,7 @@ from thanos_deploy.cli._options import (
     session,
     session_options,
 )
+from thanos_deploy.forecast import datasheets
 from thanos_deploy.pattern import parse
 
 
@@ -91,9 +92,9 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy.forecast import Request, plan
-        from thanos_deploy.measurements import read_measurements
-        from thanos_deploy.roofline import Setting
+        from thanos_deploy.forecast.forecast import Request, plan
+        from thanos_deploy.forecast.measurements import read_measurements
+        from thanos_deploy.forecast.roofline import Setting
         from thanos_deploy.stages.plan import outline
 
         product, dtype = datasheets.find(gpu), options["dtype"]
@@ -104,4 +105,4 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
         checkpoint = outline(model, revision=options["revision"], announce=announce)
         result = plan(checkpoint, patterns, setting, request)
     result = {"model": model, **result}
-    emit(options, result, lambda value: console.show_forecast(value, layers=options["layers"]))
+    emit(options, result, lambda value: _console.show_forecast(value, layers=options["layers"]))

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     common_options,
     dry_run_option,
@@ -34,7 +34,7 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
     heads and channels that would stay.
     """
     with session(options) as announce:
-        from thanos_deploy import artifact
+        from thanos_deploy.bundle import manifest
         from thanos_deploy.stages.dense import Dense
         from thanos_deploy.stages.plan import plan_prune
         from thanos_deploy.stages.prune import prune
@@ -42,10 +42,10 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
         if dry_run:
             request = prune_request(options)
             plan = plan_prune(model, out, request, revision=revision, announce=announce)
-            emit(options, plan, console.show_plan)
+            emit(options, plan, _console.show_plan)
             return
         dense = Dense(model, revision=revision)
-        with artifact.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
+        with manifest.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
             record = prune(
                 bundle,
                 dense,
@@ -53,4 +53,4 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
                 overwrite=options["overwrite"],
                 announce=announce,
             )
-    emit(options, record.result, console.show_plan)
+    emit(options, record.result, _console.show_plan)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     bench_request,
     benchmark_options,
@@ -59,13 +59,14 @@ def command(
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy import pipeline, preflight
+        from exporters import preflight
+        from thanos_deploy.stages import pipeline
 
         if target == "tensorrt" and not dry_run:
             for check in preflight.of_target(target):
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
-                    console.show_note(
+                    _console.show_note(
                         f"{check.name}: {check.detail}; every stage before the engine is finished "
                         "all the same"
                     )
@@ -86,4 +87,4 @@ def command(
             overwrite=options["overwrite"],
             announce=announce,
         )
-    emit(options, result, console.show_plan if dry_run else console.show_report)
+    emit(options, result, _console.show_plan if dry_run else _console.show_report)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from thanos_deploy import console
+from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import emit
 from thanos_deploy.errors import UsageError
 
@@ -47,7 +47,7 @@ def command(
             f"{len(bundles)} bundles and no -o: none of them is the place for a comparison",
             fix="give the page's name, such as -o compare.html",
         )
-    from thanos_deploy import artifact
+    from thanos_deploy.bundle import manifest
     from thanos_deploy.report.write import compare, write_report
 
     if output is not None:
@@ -59,6 +59,6 @@ def command(
         )
     else:
         (out,) = bundles
-        with artifact.claim(out, artifact.Bundle.open(out).source) as bundle:
+        with manifest.claim(out, manifest.Bundle.open(out).source) as bundle:
             report = write_report(bundle)
-    emit({"as_json": as_json}, report, console.show_report)
+    emit({"as_json": as_json}, report, _console.show_report)

@@ -25,15 +25,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from thanos_deploy import gpu_records, nvml, preflight, steps
+from exporters import preflight
 from thanos_deploy.check import Check
 from thanos_deploy.errors import GateError, PlatformError
+from thanos_deploy.gpu import nvml
+from thanos_deploy.gpu import records as gpu_records
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu.rows import CheckRow, StepRow
 from thanos_deploy.gpu_check import bundle as bundles
-from thanos_deploy.gpu_check import card, kernels, models, pruning, whole_engines
+from thanos_deploy.gpu_check import card, kernels, models, pruning, steps, whole_engines
 from thanos_deploy.gpu_check.kernels import KERNELS
-from thanos_deploy.gpu_records import CheckRow, Records, StepRow
+from thanos_deploy.gpu_check.steps import Missing, Step, Task
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.steps import Missing, Step, Task
 
 COMMAND = "thanos-deploy gpu-check"
 CARD, PREFLIGHT = "card", "preflight"

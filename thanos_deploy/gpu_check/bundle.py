@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from runtime.engine import Engine, open_engine
-from runtime.latency import Decode, Prefill, Scenario
-from thanos_deploy import gpu
-from thanos_deploy.artifact import Bundle
-from thanos_deploy.gpu_records import CheckRow, Row
-from thanos_deploy.steps import Task
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.gpu import driver
+from thanos_deploy.gpu.rows import CheckRow, Row
+from thanos_deploy.gpu_check.steps import Task
+from thanos_deploy.measure.latency import Decode, Prefill, Scenario
 
 # Of the range of the logits: products in TF32 or fp16 against products in fp32.
 AGREEMENT = 2e-2
@@ -36,21 +36,21 @@ def onnxruntime_cuda(task: Task) -> Iterator[Row]:
 
 def tensorrt(task: Task) -> Iterator[Row]:
     """Dense and sparse engines of one graph, as products and as convolutions."""
-    import exporters.tensorrt
+    import exporters.tensorrt.engine
+    from exporters.options import EngineRequest
     from runtime.engines import tensorrt as tensorrt_runtime
-    from thanos_deploy.requests import EngineRequest
     from thanos_deploy.stages.export import engine_graph
 
     assert task.bundle is not None
     graph = task.bundle / engine_graph(Bundle.open(task.bundle), EngineRequest())
     reference = open_engine(task.bundle)
-    for form in exporters.tensorrt.FORMS:
+    for form in exporters.tensorrt.engine.FORMS:
         seconds: dict[str, dict[str, float]] = {}
         for kind, sparse in (("dense", False), ("sparse", True)):
             out = task.folder / f"{form}-{kind}"
             out.mkdir()
-            build = exporters.tensorrt.export(
-                graph, out, architectures=(gpu.require().arch,), sparse=sparse, form=form
+            build = exporters.tensorrt.engine.export(
+                graph, out, architectures=(driver.require().arch,), sparse=sparse, form=form
             )
             engine = tensorrt_runtime.open_folder(out)
             yield agreement(

@@ -11,9 +11,10 @@ from statistics import median
 import torch
 
 from runtime.kernels import timing
-from thanos_deploy import environment, gpu, nvml
-from thanos_deploy.gpu_records import Card, Peaks, Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu import driver, nvml
+from thanos_deploy.gpu.rows import Card, Peaks, Row
+from thanos_deploy.gpu_check.steps import Task
+from thanos_deploy.machine import environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def describe(device: str, command: str) -> Card:
         capability=(properties.major, properties.minor) if properties else (0, 0),
         memory_bytes=memory,
         driver=None if limits is None else limits.driver,
-        driver_cuda=gpu.probe().cuda,
+        driver_cuda=driver.probe().cuda,
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         triton=_version("triton"),

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from runtime.kernels import linears, timing
 from runtime.kernels.timing import GemmTime
-from thanos_deploy.gpu_records import CheckRow, GemmRow, KernelRow, Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu.rows import CheckRow, GemmRow, KernelRow, Row
+from thanos_deploy.gpu_check.steps import Task
 
 # What is compared with the dense product, each in a process of its own.
 KERNELS = tuple(linears.MAKERS)

@@ -11,14 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.engine import Engine
 from runtime.engines import torch as torch_runtime
-from runtime.latency import Decode, Prefill
 from runtime.static.room import Room
-from thanos_deploy import devices
-from thanos_deploy.checkpoint import DTYPES
 from thanos_deploy.errors import DeployError
-from thanos_deploy.gpu_records import CheckRow, ModelRow, Row
-from thanos_deploy.mask import smallest_in_groups
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu.rows import CheckRow, ModelRow, Row
+from thanos_deploy.gpu_check.steps import Task
+from thanos_deploy.machine import devices
+from thanos_deploy.measure.latency import Decode, Prefill
+from thanos_deploy.model.checkpoint import DTYPES
+from thanos_deploy.solver.mask import smallest_in_groups
 
 # What is made, and which variant of the torch engine runs it.
 MODELS = {"dense": "eager", "2:4": "sparse", "structured": "eager", "structured, 2:4": "sparse"}

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thanos_deploy import devices, methods
-from thanos_deploy.calibrate import Statistics
-from thanos_deploy.gpu_records import CheckRow, HessianRow, PruningRow, Row
-from thanos_deploy.layer import LayerProblem, LayerResult
+from thanos_deploy import methods
+from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.gpu.rows import CheckRow, HessianRow, PruningRow, Row
+from thanos_deploy.gpu_check.steps import Task
+from thanos_deploy.machine import devices
 from thanos_deploy.methods import PRESET_NAMES
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.steps import Task
+from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
 _METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
 

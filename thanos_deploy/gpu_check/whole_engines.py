@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
+from exporters import preflight
 from runtime.engine import Engine
-from runtime.latency import Prefill
-from thanos_deploy import gpu, preflight
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.gpu import driver
+from thanos_deploy.gpu.rows import ModelRow, Row
 from thanos_deploy.gpu_check import models
 from thanos_deploy.gpu_check.models import MODELS, Sizes
-from thanos_deploy.gpu_records import ModelRow, Row
-from thanos_deploy.steps import Task
+from thanos_deploy.gpu_check.steps import Task
+from thanos_deploy.measure.latency import Prefill
+from thanos_deploy.model.checkpoint import Checkpoint
 
 # Time goes with the number of blocks, and so does what the export takes.
 SIZES = replace(Sizes(), blocks=4, vocabulary=32000, dtype="fp16")
@@ -49,19 +50,21 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
 
 def _build(path: Path, sizes: Sizes) -> Engine:
     """Export a model, build its engine, load it."""
-    import exporters.onnx
-    import exporters.tensorrt
+    import exporters.onnx.graph
+    import exporters.tensorrt.engine
     from runtime.engines import tensorrt as tensorrt_runtime
 
     graph, engine = path / "onnx", path / "engine"
     for folder in (graph, engine):
         folder.mkdir()
     # The torch engines, whose times stand beside these, compute the last logits only.
-    exporters.onnx.export(Checkpoint.open(path), graph, pattern=None, dtype="fp16", logits="last")
-    exporters.tensorrt.export(
+    exporters.onnx.graph.export(
+        Checkpoint.open(path), graph, pattern=None, dtype="fp16", logits="last"
+    )
+    exporters.tensorrt.engine.export(
         graph,
         engine,
-        architectures=(gpu.require().arch,),
+        architectures=(driver.require().arch,),
         batch=sorted({scenario.batch for scenario in sizes.scenarios}),
         prompt=sorted(
             {scenario.prompt for scenario in sizes.scenarios if isinstance(scenario, Prefill)}

@@ -16,7 +16,7 @@ from thanos_deploy.errors import ModelError, UsageError
 from thanos_deploy.pattern import Pattern, SemiStructured
 
 if TYPE_CHECKING:  # listing the methods must not pay for importing torch
-    from thanos_deploy.layer import LayerProblem, LayerResult
+    from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
 
 PRESET_NAMES = ("best", "fast", "paper")

@@ -3,11 +3,11 @@
 Cost: one sort. The baseline that every other method has to beat.
 """
 
-from thanos_deploy.hessian import require_finite
-from thanos_deploy.layer import LayerProblem, LayerResult, without_update
-from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Preset, check_group
 from thanos_deploy.pattern import Pattern
+from thanos_deploy.solver.hessian import require_finite
+from thanos_deploy.solver.layer import LayerProblem, LayerResult, without_update
+from thanos_deploy.solver.mask import smallest
 
 PRESETS = {"paper": Preset()}
 

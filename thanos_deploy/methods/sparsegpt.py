@@ -2,7 +2,8 @@
 
 Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot", arXiv 2301.00774. V_jj^2 is the optimal-brain-surgeon denominator of column j once
-everything to its left is frozen, and row j of V gives the update; see `thanos_deploy.hessian`.
+everything to its left is frozen, and row j of V gives the update; see
+`thanos_deploy.solver.hessian`.
 
 Two differences from the published code: a block removes exactly its share (the code's threshold
 takes one more, and more yet with ties), and ties go in a stated order. Cost for a [rows, cols]
@@ -14,16 +15,16 @@ import math
 import torch
 from torch import Tensor
 
-from thanos_deploy.hessian import check_damping, factor
-from thanos_deploy.layer import LayerProblem, LayerResult, relative_error
-from thanos_deploy.mask import (
+from thanos_deploy.methods import Preset, check_blocks, check_group
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.solver.hessian import check_damping, factor
+from thanos_deploy.solver.layer import LayerProblem, LayerResult, relative_error
+from thanos_deploy.solver.mask import (
     removed_count,
     smallest_columns,
     smallest_in_groups,
     smallest_in_matrix,
 )
-from thanos_deploy.methods import Preset, check_blocks, check_group
-from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 
 PRESETS = {"paper": Preset()}
 
@@ -47,7 +48,7 @@ def prune(
         problem: float32 or float64 tensors; the work is done in the weight's dtype.
         pattern: what to prune to.
         block_columns: columns whose updates to the right are applied together.
-        damping, damping_mode: see `thanos_deploy.hessian.factor`.
+        damping, damping_mode: see `thanos_deploy.solver.hessian.factor`.
 
     Raises:
         HessianError: the statistics are not finite or cannot be factored.

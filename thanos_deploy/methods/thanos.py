@@ -34,14 +34,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import HessianError, UsageError
-from thanos_deploy.hessian import check_damping, factor
-from thanos_deploy.layer import Factor, LayerProblem, LayerResult, output_energy, relative_error
-from thanos_deploy.mask import cheapest, removed_count, smallest_in_groups, threshold
+from thanos_deploy.machine.precision import products_in
 from thanos_deploy.methods import Option, Preset, check_blocks, check_group
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.precision import products_in
+from thanos_deploy.solver.elimination import Elimination
+from thanos_deploy.solver.hessian import check_damping, factor
+from thanos_deploy.solver.layer import (
+    Factor,
+    LayerProblem,
+    LayerResult,
+    output_energy,
+    relative_error,
+)
+from thanos_deploy.solver.mask import cheapest, removed_count, smallest_in_groups, threshold
 
 Score = Literal["wanda", "obs"]
 SCORES: tuple[str, ...] = get_args(Score)
@@ -101,7 +107,7 @@ def prune(
             the factorisation, which is always float64.
         pattern: what to prune to.
         block_columns: B, the number of columns solved at once; a multiple of the group.
-        damping, damping_mode: see `thanos_deploy.hessian.factor`.
+        damping, damping_mode: see `thanos_deploy.solver.hessian.factor`.
         score: "wanda", the paper's |W_ij| ||X_j||; or "obs", which divides W_ij^2 by the diagonal
             of the trailing inverse Hessian and so knows which neighbours can take over.
         refit_steps: conjugate-gradient steps of a last fit of all kept weights of the layer to the

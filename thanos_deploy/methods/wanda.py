@@ -5,11 +5,11 @@ Models", arXiv 2306.11695. Score |W_ij| ||X_j||_2; its square is twice the optim
 saliency. Cost: one sort a row.
 """
 
-from thanos_deploy.hessian import require_finite
-from thanos_deploy.layer import LayerProblem, LayerResult, without_update
-from thanos_deploy.mask import smallest
 from thanos_deploy.methods import Preset, check_group
 from thanos_deploy.pattern import Pattern
+from thanos_deploy.solver.hessian import require_finite
+from thanos_deploy.solver.layer import LayerProblem, LayerResult, without_update
+from thanos_deploy.solver.mask import smallest
 
 PRESETS = {"paper": Preset()}
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from thanos_deploy import __version__
-from thanos_deploy.artifact import Json, StageRecord
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import StageRecord
 from thanos_deploy.errors import UsageError
 from thanos_deploy.pattern import parse
 from thanos_deploy.report import commands, loaders, pareto, words

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from thanos_deploy.artifact import Json
-from thanos_deploy.nvml import NOT_MEASURED
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, PRUNED, processor, quoted, quoted_on_gpu
 

@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from thanos_deploy.artifact import Json
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.figures import metric_title
 from thanos_deploy.report.runs import DENSE, PRUNED, measured
 

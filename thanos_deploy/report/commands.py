@@ -3,7 +3,8 @@
 import shlex
 from collections.abc import Iterator
 
-from thanos_deploy.artifact import Json, StageRecord
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import StageRecord
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.report.runs import DENSE, PRUNED
 from thanos_deploy.report.sources import Sources

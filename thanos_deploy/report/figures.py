@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from thanos_deploy.artifact import Json
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.runs import DENSE, PRUNED, measured, quoted
 
 # Unit in the report -> factor, unit for people, digits.

@@ -8,8 +8,8 @@ commits that are named). No loader is run: what breaks no constraint is called c
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from thanos_deploy.artifact import Json
-from thanos_deploy.families import family_of
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.model.families import family_of
 
 # As many GPUs as a machine usually has.
 _MOST_GPUS = 8

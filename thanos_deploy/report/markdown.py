@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from thanos_deploy.artifact import Json
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.report import words
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, quoted

@@ -8,8 +8,8 @@ from importlib import resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from thanos_deploy.artifact import Json
-from thanos_deploy.nvml import NOT_MEASURED
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.report import charts, words
 from thanos_deploy.report.figures import Figure, figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.runs import DENSE, measured, quoted, quoted_times

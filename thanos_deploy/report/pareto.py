@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from thanos_deploy.artifact import Json
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.runs import DENSE, measured, quoted
 
 

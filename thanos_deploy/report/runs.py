@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from thanos_deploy.artifact import Json
+from thanos_deploy.bundle.files import Json
 
 # What a benchmark calls the dense model and the bundle that it is in.
 DENSE, PRUNED = "dense", "pruned"

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from thanos_deploy import names
-from thanos_deploy.artifact import MANIFEST, Bundle, Json, StageRecord
+from thanos_deploy.bundle import names
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import MANIFEST, Bundle, StageRecord
 from thanos_deploy.errors import InputError
 from thanos_deploy.report.runs import PRUNED
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from thanos_deploy import gpu_figures
-from thanos_deploy.artifact import Json
-from thanos_deploy.nvml import NOT_MEASURED
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.gpu import figures as gpu_figures
+from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.pattern import SemiStructured, Structured, parse
 from thanos_deploy.report.runs import CPU, processor, quoted_on_gpu, quoted_times
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from thanos_deploy import __version__, artifact
-from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy import __version__
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import UsageError
 from thanos_deploy.report import build, card, markdown, page, sources
 from thanos_deploy.report.sources import Sources
@@ -35,7 +37,7 @@ def write_report(bundle: Bundle) -> Json:
         inputs={
             **{name: record.finished for name, record in bundle.stages.items() if name != "report"},
             # An interrupted benchmark is no stage.
-            **{name: artifact.sha256(bundle.path / name) for name in read.unrecorded},
+            **{name: files.sha256(bundle.path / name) for name in read.unrecorded},
         },
         overwrite=True,
     )
@@ -95,4 +97,4 @@ def _write(report: Json, read: Sequence[Sources], html: Path, text: Path) -> Non
     """The page, and Markdown and JSON of one name."""
     html.write_text(page.render(report, read), encoding="utf-8")
     text.write_text(markdown.render(report), encoding="utf-8")
-    artifact.write_json(text.with_suffix(".json"), report)
+    files.write_json(text.with_suffix(".json"), report)

@@ -1,1 +1,1 @@
-"""The stages of a bundle, one per file; `thanos_deploy.pipeline` puts them in a row."""
+"""The stages of a bundle, one per file; `thanos_deploy.stages.pipeline` puts them in a row."""

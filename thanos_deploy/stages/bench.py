@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import load
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.text import TOKENIZER, open_tokenizer
-from thanos_deploy import artifact, benchmark, names
-from thanos_deploy.artifact import Bundle, Json
-from thanos_deploy.checkpoint import load_tokenizer
+from thanos_deploy.bundle import manifest, names
+from thanos_deploy.bundle.files import Json, write_json
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.measure import benchmark, traffic
+from thanos_deploy.measure.options import BenchRequest
+from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.requests import BenchRequest
 from thanos_deploy.stages.dense import Dense, dense_folder
 from thanos_deploy.stages.export import export_dense, exported_with
 
@@ -100,7 +101,7 @@ def bench(
     """
     request.check(min(one.stages["onnx"].result["max_sequence"] for one in subjects.values()))
     if request.driver == "loadgen":
-        load.loadgen_library()
+        traffic.loadgen_library()
     check_bench(bundle, request, list(subjects), overwrite=overwrite)
     others = _other_runs(bundle, request.run)
     graphs = {label: subject.graph_sha256 for label, subject in subjects.items()}
@@ -120,14 +121,14 @@ def bench(
         )
         if run["status"] == "INTERRUPTED":
             (bundle.path / "bench").mkdir(exist_ok=True)
-            artifact.write_json(bundle.path / "bench" / f"{request.run}.interrupted.json", run)
+            write_json(bundle.path / "bench" / f"{request.run}.interrupted.json", run)
             raise KeyboardInterrupt
-        artifact.write_json(out / f"{request.run}.json", run)
+        write_json(out / f"{request.run}.json", run)
         for name in others:
             bundle.verify_file(f"bench/{name}.json")
             shutil.copy(bundle.path / "bench" / f"{name}.json", out)
         sample = _samples(bundle, subjects, request)
-        artifact.write_json(out / "sample.json", sample)
+        write_json(out / "sample.json", sample)
         runs = {name: other.result for name, other in others.items()}
         return {
             "runs": {**runs, request.run: benchmark.without_samples(run)},
@@ -160,7 +161,7 @@ def check_bench(
     if before is not None and before.options != now and not overwrite:
         raise UsageError(
             f"{bundle.path}: run {request.run!r} was made with other options: "
-            f"{artifact.differences(before.options, now)}",
+            f"{manifest.differences(before.options, now)}",
             fix="give it another name with --run, or --overwrite to redo it",
         )
 
@@ -187,7 +188,7 @@ def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
     if done is None:
         return {}
     return {
-        names.plain(name, bundle.path / artifact.MANIFEST): _Run(
+        names.plain(name, bundle.path / manifest.MANIFEST): _Run(
             done.options[name], done.inputs[name], result
         )
         for name, result in done.result.get("runs", {}).items()
@@ -272,7 +273,7 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
         export_dense(dense, wanted, announce)
         return Bundle.open(dense.folder)
     folder = dense_folder(bundle.source["sha256"])
-    if (folder / artifact.MANIFEST).exists():
+    if (folder / manifest.MANIFEST).exists():
         found = Bundle.open(folder)
         if "onnx" in found.stages and found.stages["onnx"].options == wanted.to_json():
             return found

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from thanos_deploy import artifact, environment
-from thanos_deploy.artifact import Bundle, Json
-from thanos_deploy.checkpoint import Checkpoint, convert_gguf, convert_packed, locate
+from thanos_deploy.bundle import manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.machine import environment
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.convert import convert_gguf, convert_packed
+from thanos_deploy.model.locate import locate
 from thanos_deploy.progress import Announce, quietly
 
 
@@ -28,7 +32,7 @@ class Dense:
     """
 
     def __init__(self, model: str, *, revision: str | None = None) -> None:
-        """Find a model; see `checkpoint.locate` for what it may be and what is raised."""
+        """Find a model; see `locate.locate` for what it may be and what is raised."""
         self.source = locate(model, revision=revision)
         self.folder = dense_folder(self.source.sha256)
         self._checkpoint: Checkpoint | None = None
@@ -46,7 +50,7 @@ class Dense:
     @contextmanager
     def claim(self) -> Iterator[Bundle]:
         """Its bundle in the cache, for this process alone; another one's turn is waited for."""
-        with artifact.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+        with manifest.claim(self.folder, self.source.to_json(), wait=True) as bundle:
             yield bundle
 
     def _convert(self, announce: Announce) -> None:
@@ -73,5 +77,5 @@ def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
     """
     Bundle.open(out)  # claiming would create one
     dense = Dense(model)
-    with artifact.claim(out, dense.source.to_json()) as bundle:
+    with manifest.claim(out, dense.source.to_json()) as bundle:
         yield bundle, dense

@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from exporters.options import ExportRequest
 from runtime.graph import require_all_logits
-from thanos_deploy import artifact, devices, evaluation, harness
-from thanos_deploy import perplexity as quality
-from thanos_deploy.artifact import Bundle, Json, StageRecord
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.machine import devices
+from thanos_deploy.measure import evaluation, harness
+from thanos_deploy.measure import perplexity as quality
+from thanos_deploy.measure.options import EvalRequest, TaskRequest
+from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.requests import EvalRequest, ExportRequest, TaskRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense, exported_with
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
@@ -66,7 +70,7 @@ def evaluate_alone(
     Of a bundle nothing is kept: what it keeps is beside the dense model; see `evaluate`.
     """
     folder = Path(model)
-    if (folder / artifact.MANIFEST).exists():
+    if (folder / manifest.MANIFEST).exists():
         bundle = Bundle.open(folder)
         pruned = bundle.require("prune", "`thanos-deploy prune`")
         _require_judge(request, pruned.inputs["text"])
@@ -133,7 +137,7 @@ def _evaluate(
     def produce(folder: Path) -> Json:
         result = _measure(bundle, model, request, runtime, announce, title=title)
         (folder / "eval").mkdir()
-        artifact.write_json(folder / evaluation.file(request, runtime), {**result, **inputs})
+        files.write_json(folder / evaluation.file(request, runtime), {**result, **inputs})
         return result
 
     judge = (

@@ -19,23 +19,26 @@ from dataclasses import fields
 from pathlib import Path
 
 import exporters.genai
-import exporters.onnx
+import exporters.onnx.graph
 import exporters.packed
-import exporters.tensorrt
+import exporters.tensorrt.engine
 import exporters.tensorrt_rtx
-import exporters.triton
+import exporters.triton.repository
 import runtime
+from exporters.options import EngineRequest, ExportRequest
 from runtime.engines import onnxruntime as onnx_runtime
 from runtime.engines import tensorrt as tensorrt_runtime
-from runtime.latency import Generate
 from runtime.sampling import Sampling
-from thanos_deploy import artifact, assignment, gpu
-from thanos_deploy.artifact import Bundle, Json, StageRecord
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.errors import PlatformError, UsageError
+from thanos_deploy.gpu import driver
+from thanos_deploy.measure.latency import Generate
+from thanos_deploy.model import assignment
+from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.requests import EngineRequest, ExportRequest
 from thanos_deploy.stages.dense import Dense
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -115,8 +118,8 @@ def graph(
     """
 
     def produce(folder: Path) -> Json:
-        artifact.require_disk(folder, 4 * model.parameters)
-        record = exporters.onnx.export(
+        files.require_disk(folder, 4 * model.parameters)
+        record = exporters.onnx.graph.export(
             model,
             _subfolder(folder, stage),
             pattern=patterns,
@@ -207,7 +210,7 @@ def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
     model = Checkpoint.open(bundle.path / "model")
 
     def produce(folder: Path) -> Json:
-        artifact.require_disk(folder, 2 * model.bytes_in("auto"))
+        files.require_disk(folder, 2 * model.bytes_in("auto"))
         return exporters.packed.export(
             model,
             _subfolder(folder, "packed"),
@@ -226,7 +229,7 @@ def _packed(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
 
 def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
     def produce(folder: Path) -> Json:
-        artifact.require_disk(folder, _bytes(bundle, "onnx"))
+        files.require_disk(folder, _bytes(bundle, "onnx"))
         return exporters.genai.export(
             bundle.path / "onnx",
             bundle.path / "model",
@@ -246,8 +249,9 @@ def _genai(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
 def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
     left_out = dict(_unfit_for_triton(bundle))
     engines = {
-        stage: exporters.triton.Engine(
-            bundle.path / exporters.tensorrt.ENGINES / stage, bundle.path / bundle.source_of(stage)
+        stage: exporters.triton.repository.Engine(
+            bundle.path / exporters.tensorrt.engine.ENGINES / stage,
+            bundle.path / bundle.source_of(stage),
         )
         for stage, record in bundle.stages.items()
         if record.result.get("target") in ENGINES and stage not in left_out
@@ -256,14 +260,14 @@ def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
     def produce(folder: Path) -> Json:
         read = ("onnx", *engines)
         # Twice the graph, where a file cannot have two names.
-        artifact.require_disk(folder, 2 * sum(_bytes(bundle, stage) for stage in read))
-        models = exporters.triton.export(
+        files.require_disk(folder, 2 * sum(_bytes(bundle, stage) for stage in read))
+        models = exporters.triton.repository.export(
             bundle.path,
             _subfolder(folder, "triton"),
             name=f"{bundle.source['name']}-{bundle.stages['prune'].options['pattern']}",
             engines=engines,
             tensorrt_options=onnx_runtime.tensorrt_build_options(
-                json.loads((bundle.path / "onnx" / exporters.onnx.RECORD).read_bytes())
+                json.loads((bundle.path / "onnx" / exporters.onnx.graph.RECORD).read_bytes())
             ),
             text_options={option.name: type(option.default) for option in fields(Sampling)},
             text_model=Path(runtime.__path__[0]) / "triton_model.py",
@@ -305,10 +309,15 @@ def _engine(
     source = engine_graph(bundle, request, overwrite=overwrite, announce=announce)
     architectures = _architectures(bundle, target, request)
     name = f"{target}-{'+'.join(architectures)}"
-    earlier = bundle.path / exporters.tensorrt.ENGINES / name / exporters.tensorrt.TIMING_CACHE
+    earlier = (
+        bundle.path
+        / exporters.tensorrt.engine.ENGINES
+        / name
+        / exporters.tensorrt.engine.TIMING_CACHE
+    )
 
     def build(folder: Path, form: str) -> Json:
-        return exporters.tensorrt.export(
+        return exporters.tensorrt.engine.export(
             bundle.path / source,
             folder,
             target=target,
@@ -323,13 +332,13 @@ def _engine(
 
     def produce(folder: Path) -> Json:
         # The engine, its timing cache and log, and the graph again if it is rewritten.
-        artifact.require_disk(folder, 3 * _bytes(bundle, source))
-        destination = _subfolder(folder, f"{exporters.tensorrt.ENGINES}/{name}")
+        files.require_disk(folder, 3 * _bytes(bundle, source))
+        destination = _subfolder(folder, f"{exporters.tensorrt.engine.ENGINES}/{name}")
         trials: dict[str, float] = {}
         if request.form != "auto":
             record = build(destination, request.form)
         else:
-            gpu.require()
+            driver.require()
             record, trials = _fastest(build, destination)
         return {
             **{key: value for key, value in record.items() if key not in ("layers", "profiles")},
@@ -349,7 +358,7 @@ def _architectures(bundle: Bundle, target: str, request: EngineRequest) -> tuple
     if target == "tensorrt-rtx":
         return request.architectures or exporters.tensorrt_rtx.ARCHITECTURES
     try:
-        arch = gpu.require().arch
+        arch = driver.require().arch
     except PlatformError as error:
         raise PlatformError(
             f"{error.message}: TensorRT builds an engine on the GPU that is to run it. Everything "
@@ -372,7 +381,7 @@ def _fastest(
 ) -> tuple[Json, dict[str, float]]:
     """Build an engine of each form and keep the one that is faster from prompt to last token."""
     records, seconds = {}, {}
-    for form in exporters.tensorrt.FORMS:
+    for form in exporters.tensorrt.engine.FORMS:
         folder = _subfolder(destination, form)
         records[form] = build(folder, form)
         engine = tensorrt_runtime.open_folder(folder)
@@ -386,7 +395,7 @@ def _fastest(
     fastest = min(seconds, key=seconds.__getitem__)
     for path in (destination / fastest).iterdir():
         path.replace(destination / path.name)
-    for form in exporters.tensorrt.FORMS:
+    for form in exporters.tensorrt.engine.FORMS:
         shutil.rmtree(destination / form)
     return records[fastest], seconds
 

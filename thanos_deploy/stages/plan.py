@@ -4,13 +4,16 @@ import math
 import shutil
 from pathlib import Path
 
-from thanos_deploy import assignment, devices
-from thanos_deploy import prune as pruning
-from thanos_deploy.artifact import Json
-from thanos_deploy.checkpoint import Checkpoint, locate_configuration
-from thanos_deploy.estimate import Estimate, estimate, estimate_cutting
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.forecast.estimate import Estimate, estimate, estimate_cutting
+from thanos_deploy.machine import devices
+from thanos_deploy.measure.options import EvalRequest
+from thanos_deploy.model import assignment
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.locate import locate_configuration
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.requests import EvalRequest, PruneRequest
+from thanos_deploy.prune import layers as pruning
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
 from thanos_deploy.stages.texts import calibration

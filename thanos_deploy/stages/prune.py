@@ -10,25 +10,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos_deploy import artifact, assignment, devices, environment, owl, sizing
-from thanos_deploy import prune as pruning
-from thanos_deploy import recover as recovering
-from thanos_deploy import shrink as shrinking
-from thanos_deploy.artifact import Bundle, Json, StageRecord
-from thanos_deploy.calibrate import every_segment
-from thanos_deploy.checkpoint import DTYPES, Checkpoint, load_tokenizer
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.texts import Text
+from thanos_deploy.calibration.walk import activation_bytes
 from thanos_deploy.errors import UsageError
-from thanos_deploy.journal import Journal
-from thanos_deploy.owl import Outliers
-from thanos_deploy.parts import part_bytes
+from thanos_deploy.machine import devices, environment
+from thanos_deploy.model import assignment
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
+from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.requests import PruneRequest
-from thanos_deploy.sizing import Losses, Plan
+from thanos_deploy.prune import layers as pruning
+from thanos_deploy.prune import owl
+from thanos_deploy.prune import recover as recovering
+from thanos_deploy.prune.owl import Outliers
+from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.shrink import cut as shrinking
+from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import calibration
-from thanos_deploy.texts import Text
-from thanos_deploy.walk import activation_bytes
 
 
 def prune_checkpoint(
@@ -41,7 +47,7 @@ def prune_checkpoint(
     survey: Journal[Outliers] | None = None,
     journal: Journal[pruning.BlockReport] | None = None,
 ) -> list[pruning.BlockReport]:
-    """Prune a checkpoint as requested, on given calibration tokens; see `prune.prune`.
+    """Prune a checkpoint as requested, on given calibration tokens; see `layers.prune`.
 
     Where a walk before decides what each block loses, `survey` is the journal of that.
     """
@@ -149,7 +155,7 @@ def shrink_checkpoint(
     *,
     journal: Journal[shrinking.BlockReport] | None = None,
 ) -> list[shrinking.BlockReport]:
-    """Cut heads and channels out of a checkpoint as planned; see `shrink.shrink`."""
+    """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
     return shrinking.shrink(
         source,
         ids,
@@ -220,7 +226,7 @@ def prune(
         if request.surveys:
             activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
         needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
-        artifact.require_disk(folder, needed - artifact.size(kept))
+        files.require_disk(folder, needed - files.size(kept))
         blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
         surveyed: Journal[Losses] | Journal[Outliers] | None
         if request.shrinks:
@@ -239,7 +245,7 @@ def prune(
                 *(source, ids, folder / "model", request, announce), survey=surveyed, journal=pruned
             )
             summary = _summary_of(blocks, request)
-        artifact.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
+        files.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
         if request.recover:
             summary["recovery"] = asdict(
                 recover_checkpoint(source, text, folder / "model", request, announce)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from thanos_deploy import calibrate
-from thanos_deploy.checkpoint import Checkpoint, load_tokenizer
+from thanos_deploy.calibration import segments
+from thanos_deploy.calibration.frame import Frame, frame_of
+from thanos_deploy.calibration.texts import BUILTIN, Text, builtin_text, read_text
 from thanos_deploy.errors import UsageError
-from thanos_deploy.frame import Frame, frame_of
-from thanos_deploy.requests import PruneRequest
-from thanos_deploy.texts import BUILTIN, Text, builtin_text, read_text
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.prune.recipe import PruneRequest
 
 
 def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
@@ -59,7 +60,7 @@ def require_other_text(text: Text, calibration_sha256: str | None) -> None:
 def segments_for(
     source: Checkpoint, text: Text, count: int, length: int, *, seed: int | None
 ) -> tuple[Tensor, Frame]:
-    """Cut a text into segments for a model; see `calibrate.segments`.
+    """Cut a text into segments for a model; see `segments.segments`.
 
     Returns:
         int64[count, length], and what each of them begins with.
@@ -77,7 +78,7 @@ def segments_for(
             f"{source.max_positions} tokens at once",
             fix="use at least one segment, of a length that the model takes",
         )
-    return calibrate.segments(text, tokenizer, count=count, length=length, seed=seed), frame
+    return segments.segments(text, tokenizer, count=count, length=length, seed=seed), frame
 
 
 def frame_for(source: Checkpoint) -> Frame:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from runtime.kernels import choice, linears
 from runtime.kernels.choice import DENSE, TOKENS, Origin, Row, Shape, Timed
 from runtime.kernels.linears import Multiply
-from thanos_deploy import environment
 from thanos_deploy.errors import InputError
+from thanos_deploy.machine import environment
 
 HERE = Origin(card="H", torch="2", triton=None, tool="1")
 SHAPE = Shape(outputs=32, inputs=64, dtype="bf16")

@@ -31,7 +31,7 @@ from runtime.kernels.timing import (
 )
 from tests.runtime.kernels.oracle import inputs
 from thanos_deploy.errors import PlatformError
-from thanos_deploy.packing import pack
+from thanos_deploy.model.packing import pack
 from thanos_deploy.pattern import SemiStructured
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

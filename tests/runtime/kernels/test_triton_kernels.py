@@ -16,7 +16,7 @@ from runtime.kernels import decode, prefill, split_k
 from runtime.kernels.packed import DTYPES, PackedWeight
 from tests.runtime.kernels.oracle import inputs, require_close, two_four
 from thanos_deploy.errors import InputError
-from thanos_deploy.packing import unpack
+from thanos_deploy.model.packing import unpack
 
 KERNELS = (decode, prefill)
 

@@ -17,10 +17,10 @@ from runtime.static.replay import Eager, Step
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
-from thanos_deploy import widths
-from thanos_deploy.checkpoint import Checkpoint
 from thanos_deploy.errors import ResourceError, UsageError
-from thanos_deploy.widths import Widths
+from thanos_deploy.model import widths
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.widths import Widths
 
 # Two orders of the same float32 sums, relative to the largest logit.
 TOLERANCE = 2e-6

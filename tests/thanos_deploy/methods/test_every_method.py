@@ -9,9 +9,9 @@ import torch
 from tests.golden import golden_problem, loss, random_problem
 from thanos_deploy import methods
 from thanos_deploy.errors import HessianError, ModelError, UsageError
-from thanos_deploy.layer import LayerProblem, relative_error
+from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.verdict import judge
+from thanos_deploy.solver.layer import LayerProblem, relative_error
 
 PATTERNS: tuple[Pattern, ...] = (
     *(SemiStructured(2, 4), SemiStructured(4, 8), SemiStructured(1, 4)),

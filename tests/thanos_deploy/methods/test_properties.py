@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tests.golden import damped, golden_problem, loss, random_problem
 from thanos_deploy import methods
-from thanos_deploy.hessian import factor
-from thanos_deploy.layer import LayerProblem
-from thanos_deploy.mask import removed_count
 from thanos_deploy.methods import magnitude, sparsegpt, thanos
 from thanos_deploy.pattern import SemiStructured, Structured, Unstructured
+from thanos_deploy.solver.hessian import factor
+from thanos_deploy.solver.layer import LayerProblem
+from thanos_deploy.solver.mask import removed_count
 
 TWO_FOUR = SemiStructured(2, 4)
 seeds = given(seed=st.integers(0, 2**31))

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import damped, golden_problem, loss, random_problem
-from thanos_deploy.hessian import factor
 from thanos_deploy.methods import sparsegpt, thanos
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.solver.hessian import factor
 
 
 @pytest.mark.parametrize(

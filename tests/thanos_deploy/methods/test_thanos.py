@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.golden import damped, golden_problem, loss, random_problem
-from thanos_deploy.elimination import Elimination
 from thanos_deploy.errors import DeployError, HessianError, ModelError, UsageError
-from thanos_deploy.hessian import factor
-from thanos_deploy.layer import LayerProblem
-from thanos_deploy.mask import smallest_columns, smallest_in_groups
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import SemiStructured, Structured, Unstructured
+from thanos_deploy.solver.elimination import Elimination
+from thanos_deploy.solver.hessian import factor
+from thanos_deploy.solver.layer import LayerProblem
+from thanos_deploy.solver.mask import smallest_columns, smallest_in_groups
 
 TWO_FOUR = SemiStructured(2, 4)
 

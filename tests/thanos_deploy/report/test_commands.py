@@ -8,19 +8,15 @@ from typing import Any
 import click
 import pytest
 
+from exporters.options import EngineRequest, ExportRequest
 from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
-from thanos_deploy.artifact import Bundle
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.cli import _options
+from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.pattern import parse
+from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.report import commands, sources
-from thanos_deploy.requests import (
-    BenchRequest,
-    EngineRequest,
-    EvalRequest,
-    ExportRequest,
-    PruneRequest,
-)
 
 
 def parsed(line: str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel
-from thanos_deploy import sizing
-from thanos_deploy.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.report.loaders import LOADERS, Sizes, judge, tensor_parallel
-from thanos_deploy.shrink import shrink, survey
+from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.cut import shrink, survey
 
 LLAMA = {
     "model_type": "llama",

@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 
 from tests import bundles
 from tests.bundles import add_build, checked, run, write_bundle
-from thanos_deploy.artifact import Json
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.write import compare
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests import bundles
 from tests.bundles import SCHEMA, add_build, checked, run, write_bundle
-from thanos_deploy.artifact import Bundle, Json
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, IntegrityError, UsageError
 from thanos_deploy.report import build, markdown, page, sources
 from thanos_deploy.report.figures import figures

@@ -5,7 +5,7 @@ import pytest
 
 from tests import bundles
 from tests.gpu_rows import RECORDS
-from thanos_deploy import gpu_figures
+from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.report import words
 
 MODEL: dict[str, Any] = {

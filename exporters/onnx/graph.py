@@ -1,0 +1,243 @@
+"""One ONNX graph for prefill and decode, with the kv cache as explicit inputs and outputs.
+
+    inputs   input_ids                int64[batch, sequence]
+             attention_mask           int64[batch, past + sequence]
+             position_ids             int64[batch, sequence]
+             past_key_values.0.key    float[batch, heads, past, dim]
+             past_key_values.0.value  the same; and so on for every block
+    outputs  logits                   float[batch, sequence, vocabulary], or [batch, 1, vocabulary]
+             present.0.key            float[batch, heads, past + sequence, dim]
+             present.0.value          the same; and so on for every block
+
+Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 or float16, as asked
+for. `heads` and `dim` may differ from block to block; they are taken from the cache that the model
+itself makes, never from its configuration. Every weight keeps its name in the model, and the
+pattern is judged on the file that was written.
+
+Generating text needs the logits after the last token only, and the output head is one of the
+largest products of a prefill, so a graph can be exported that computes nothing else of it (`logits`
+"last"). Perplexity needs the logits after every token ("all"). Which of the two a graph is, shows
+in the second dimension of its logits. It is fixed when the graph is exported: as an input of the
+graph it would make that dimension depend on a value, for which TensorRT, Triton and ORT-GenAI would
+each need settings of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+
+from exporters.onnx import int8, parity, qdq, trace
+from exporters.onnx import judge as _weights
+from thanos_deploy.bundle import files, onnxfile
+from thanos_deploy.calibration.segments import segments
+from thanos_deploy.calibration.texts import builtin_text
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model.assignment import describe, every
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.load import cast, load_model, load_tokenizer
+from thanos_deploy.model.verdict import Verdict, judge
+from thanos_deploy.pattern import Pattern, SemiStructured
+from thanos_deploy.progress import OnProgress, silent
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+RECORD = "export.json"
+
+# After which tokens there are logits: after every one, or after the last only.
+LOGITS = ("all", "last")
+
+# Of the kv cache, the logits, and all weights that are not quantised.
+_FLOATS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+    "int8-qdq": torch.float16,
+}
+
+# What the ranges of activations are taken from, for int8-qdq: segments and tokens of each.
+_SEGMENTS, _TOKENS = 8, 256
+
+_STEPS = 4
+
+
+def export(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    pattern: Pattern | Mapping[str, Pattern] | None,
+    dtype: str = "fp32",
+    max_sequence: int | None = None,
+    logits: str = "all",
+    origin: Mapping[str, str] | None = None,
+    on_progress: OnProgress = silent,
+) -> files.Json:
+    """Write `model.onnx`, `model.onnx.data` and `export.json`.
+
+    Args:
+        checkpoint: the model to export.
+        destination: an existing folder.
+        pattern: what all linear layers are claimed to hold, or each by its full name, or None for
+            nothing.
+        dtype: one of `parity.LIMITS`, of the weights; the cache and the logits are float16 for
+            fp16 and int8-qdq, else float32. int8 (for ONNX Runtime, see `int8`) and int8-qdq (for
+            engines, see `qdq`) are for the linear layers of the blocks.
+        max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
+            None for all that the model takes.
+        logits: one of `LOGITS`.
+        origin: what else the graph's metadata says of where it comes from.
+        on_progress: told of every finished step.
+
+    Returns:
+        the content of export.json.
+
+    Raises:
+        UsageError: the model does not take sequences of `max_sequence`.
+        ModelError: a weight does not fit the dtype.
+        GateError: a weight is missing from the file, does not hold the pattern, or ONNX Runtime's
+            results differ from PyTorch's by more than the limit.
+    """
+    longest = _longest(checkpoint, max_sequence)
+    patterns = every(checkpoint.linears, pattern)
+    claimed = describe(patterns, len(checkpoint.linears))
+    on_progress(0, _STEPS)
+    model = load_model(checkpoint.folder)
+    cast(model, _FLOATS[dtype])
+    on_progress(1, _STEPS)
+    graph = trace.trace(model, logits=logits)
+    trace.simplify(graph, model)
+    claims = {
+        "pattern": claimed or "none",
+        "dtype": dtype,
+        "max_sequence": str(longest),
+        "logits": logits,
+        **(origin or {}),
+    }
+    graph.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
+    ir.save(graph, destination / MODEL, external_data=DATA)
+    del graph
+    on_progress(2, _STEPS)
+    _weights.require_names(destination / MODEL, model)
+    cast(model, torch.float32)
+    rounding: dict[str, float] = {}
+    ranges: dict[str, qdq.Ranges] = {}
+    if dtype == "int8":
+        rounding = _quantise(destination / MODEL, model, checkpoint.linears, int8)
+    if dtype == "int8-qdq":
+        ranges = _observe(model, checkpoint)
+        rounding = _quantise(destination / MODEL, model, list(ranges), qdq)
+    weights = _weights.read(destination / MODEL, model, checkpoint.linears, patterns)
+    on_progress(3, _STEPS)
+    limit = parity.LIMITS[dtype]
+    cases = list(parity.compare(destination / MODEL, model, limit))
+    if dtype == "int8":
+        int8.use_integer_kernels(destination / MODEL)
+    if dtype == "int8-qdq":
+        sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
+        qdq.quantise_activations(destination / MODEL, ranges, results=sparse)
+    if rounding:
+        rounding["activations"] = _worst_logits(destination / MODEL, model)
+    record = {
+        "opset": trace.OPSET,
+        "dtype": dtype,
+        "pattern": claimed,
+        "max_sequence": longest,
+        "logits": logits,
+        "cache": _cache_record(model, _FLOATS[dtype]),
+        "rounding": rounding,
+        "quantised": list(ranges) if dtype == "int8-qdq" else None,
+        "parity_limit": limit,
+        "parity": [asdict(case) for case in cases],
+        "weights": [asdict(weight) for weight in weights],
+    }
+    parity.require(destination / MODEL, cases, limit)
+    files.write_json(destination / RECORD, record)
+    on_progress(4, _STEPS)
+    return record
+
+
+def judge_file(
+    path: Path, shapes: Mapping[str, tuple[int, int]], patterns: Mapping[str, Pattern]
+) -> dict[str, Verdict]:
+    """Judge linear layers of an exported file.
+
+    Args:
+        path: the ONNX file.
+        shapes: by name of a layer, its outputs and inputs.
+        patterns: by name of a layer, what it is claimed to hold.
+
+    Returns:
+        by name, of the layers that have a pattern.
+    """
+    onnxfile.require_own_data(path)
+    initializers = _weights.initializers_of(path)
+    return {
+        name: judge(_weights.nonzero(initializers, f"{name}.weight", shapes[name][1])[2], pattern)
+        for name, pattern in patterns.items()
+    }
+
+
+def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, qdq.Ranges]:
+    """The linear layers whose input can be rounded to int8, and what was seen around them."""
+    ids = segments(
+        builtin_text(),
+        load_tokenizer(checkpoint.folder),
+        count=_SEGMENTS,
+        length=min(_TOKENS, checkpoint.max_positions),
+        seed=0,
+    )
+    seen = qdq.observe(model, checkpoint.linears, ids)
+    return {name: ranges for name, ranges in seen.items() if ranges.input.fits}
+
+
+def _quantise(
+    path: Path, model: PreTrainedModel, names: Sequence[str], quantisation: ModuleType
+) -> dict[str, float]:
+    """Round the blocks' linear layers to int8, in the file and in the model.
+
+    Returns:
+        "weights": how far that moves the logits, relative to their range.
+    """
+    quantisation.quantise(path, {f"{name}.weight" for name in names})
+    moved = _worst_logits(path, model)
+    initializers = {
+        name: value.const_value.numpy()
+        for name, value in _weights.initializers_of(path).items()
+        if value.const_value is not None
+    }
+    for name in names:
+        weight = matrix(model.get_submodule(name))
+        rounded = quantisation.read(initializers, f"{name}.weight", weight.shape[1])
+        weight.data.copy_(torch.from_numpy(rounded))
+    return {"weights": moved}
+
+
+def _worst_logits(path: Path, model: PreTrainedModel) -> float:
+    return max(case.logits_error for case in parity.compare(path, model, float("inf")))
+
+
+def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
+    """The most tokens that the graph is meant for."""
+    if asked is not None and not 1 <= asked <= checkpoint.max_positions:
+        raise UsageError(
+            f"--max-seq {asked}: the model takes 1 to {checkpoint.max_positions} tokens",
+            fix="give a number in that range, or leave --max-seq out",
+        )
+    return asked or checkpoint.max_positions
+
+
+def _cache_record(model: PreTrainedModel, dtype: torch.dtype) -> files.Json:
+    """What the kv cache needs: heads and dims by block, and bytes for each token."""
+    tensors = trace.empty_cache(model, 1, 1)
+    return {
+        "blocks": [
+            {"heads": keys.shape[1], "key_dim": keys.shape[3], "value_dim": values.shape[3]}
+            for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
+        ],
+        "bytes_per_token": sum(tensor.numel() for tensor in tensors) * dtype.itemsize,
+    }

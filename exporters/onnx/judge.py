@@ -1,0 +1,119 @@
+"""The weights of a written graph: their names, shapes and patterns, read back from the file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from exporters.onnx import int8
+from thanos_deploy.errors import GateError
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.verdict import judge
+from thanos_deploy.pattern import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRecord:
+    """A linear layer's weight in the written file.
+
+    Attributes:
+        name: the layer's full name in the model.
+        shape: as it lies in the file.
+        input_axis: the axis that is summed over, along which n:m groups run.
+        sparsity: fraction of zeros.
+        pattern: what it is claimed to hold; None for a dense one.
+        pattern_holds: the pattern holds everywhere; None likewise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    input_axis: int
+    sparsity: float
+    pattern: str | None
+    pattern_holds: bool | None
+
+
+def require_names(path: Path, model: PreTrainedModel) -> None:
+    """Every parameter lies in the file under its own name, and no other matrix does."""
+    shapes = {
+        name: list(value.const_value.shape.numpy())
+        for name, value in initializers_of(path).items()
+        if value.const_value is not None
+    }
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if shapes.get(name) not in (list(parameter.shape), list(parameter.shape)[::-1])
+    ]
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    # A vector stays one with axes of length 1 about it: rotary frequencies are broadcast like that.
+    foreign = [
+        name
+        for name, shape in shapes.items()
+        if sum(size > 1 for size in shape) > 1 and name not in known
+    ]
+    if lost or foreign:
+        raise GateError(
+            f"{path}: without their names or shapes: {', '.join(lost) or 'none'}; matrices that "
+            f"the model does not name: {', '.join(foreign) or 'none'}",
+            fix="report this model type; its graph hides the layers",
+        )
+
+
+def initializers_of(path: Path) -> Mapping[str, ir.Value]:
+    """The constants of a graph by name; their data stay in the file until they are read."""
+    return ir.load(path).graph.initializers
+
+
+def read(
+    path: Path, model: PreTrainedModel, names: Sequence[str], patterns: Mapping[str, Pattern]
+) -> list[WeightRecord]:
+    """Find every pruned layer's weight in the written file, and judge it there."""
+    initializers = initializers_of(path)
+    records = []
+    for name in names:
+        inputs = matrix(model.get_submodule(name)).shape[1]
+        shape, axis, kept = nonzero(initializers, f"{name}.weight", inputs)
+        pattern = patterns.get(name)
+        verdict = None if pattern is None else judge(kept, pattern)
+        if verdict is not None and not verdict.holds:
+            raise GateError(
+                f"{path}: {name}.weight does not hold {pattern} along axis {axis}",
+                fix="check the checkpoint: a pruned layer changed after pruning",
+            )
+        records.append(
+            WeightRecord(
+                name=name,
+                shape=shape,
+                input_axis=axis,
+                pattern=None if pattern is None else str(pattern),
+                sparsity=float(1.0 - np.count_nonzero(kept) / kept.size),
+                pattern_holds=None if verdict is None else verdict.holds,
+            )
+        )
+    return records
+
+
+def nonzero(
+    initializers: Mapping[str, ir.Value], weight: str, inputs: int
+) -> tuple[tuple[int, ...], int, NDArray[np.bool_]]:
+    """A weight's shape in the file, the axis that is summed over, and bool[out, in]: not zero."""
+    if weight in initializers:
+        value = initializers[weight]
+        assert value.const_value is not None
+        consumers = {use.node.op_type for use in value.uses()}
+        if consumers not in ({"MatMul"}, {"DequantizeLinear"}):
+            raise GateError(
+                f"{weight} feeds {', '.join(sorted(consumers))}, not one MatMul",
+                fix="report this model type; its graph hides the layer",
+            )
+        array = value.const_value.numpy()
+        return array.shape, 0, (array != 0).T
+    quantised = initializers[f"{weight}_Q8"].const_value
+    assert quantised is not None
+    array = quantised.numpy()
+    return array.shape, 1, array.reshape(len(array), -1)[:, :inputs] != int8.ZERO

@@ -1,0 +1,154 @@
+"""Is the written graph the model? ONNX Runtime beside PyTorch, case by case."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from exporters.onnx.trace import WithFlatCache, empty_cache
+from thanos_deploy.errors import GateError
+
+# Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
+# to the values' range.
+LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int8-qdq": 5e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class ParityCase:
+    """One comparison of ONNX Runtime with PyTorch; errors are relative to the range of the values.
+
+    Attributes:
+        name: what the case shows.
+        batch, past, sequence: its shape.
+        logits_error, cache_error: largest absolute difference over max - min of PyTorch's values,
+            at positions that are not padding.
+        first_differing: the first output, in the order in which the network computes them, that
+            is off by more than the limit; None if none is.
+    """
+
+    name: str
+    batch: int
+    past: int
+    sequence: int
+    logits_error: float
+    cache_error: float
+    first_differing: str | None
+
+
+def compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[ParityCase]:
+    """Run ONNX Runtime beside PyTorch through prefill, chunked prefill, decode and left padding."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # ONNX Runtime turns int8 weights behind a DequantizeLinear into its own MatMulNBits, and would
+    # round the activations to int8 on its own account.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()[3:]]
+    outputs = [value.name for value in session.get_outputs()]
+    stored = np.float16 if session.get_outputs()[0].type == "tensor(float16)" else np.float32
+    text = _sample(model, rows=3, length=12)
+    wrapped = WithFlatCache(model).eval()
+
+    def case(
+        name: str, sequence: int, past: list[Tensor], mask: Tensor
+    ) -> tuple[ParityCase, list[Tensor]]:
+        batch, total = mask.shape
+        ids = text[:batch, total - sequence : total]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -sequence:]
+        with torch.inference_mode():
+            expected = wrapped(ids, mask, positions, past)
+        feeds = {
+            name: entry.numpy().astype(stored) for name, entry in zip(names, past, strict=True)
+        }
+        actual = session.run(
+            None,
+            {
+                "input_ids": ids.numpy(),
+                "attention_mask": mask.numpy(),
+                "position_ids": positions.numpy(),
+                **feeds,
+            },
+        )
+        real = mask.bool()
+        # The graph may give the logits after the last token only; PyTorch's are all there.
+        kept = actual[0].shape[1]
+        seen = real[:, -kept:]
+        errors = {"logits": _relative(expected[0][:, -kept:][seen], actual[0][seen.numpy()])}
+        for output, want, got in zip(outputs[1:], expected[1:], actual[1:], strict=True):
+            # [batch, heads, total, dim]: bring the token axis beside the batch axis.
+            errors[output] = _relative(want.transpose(1, 2)[real], got.swapaxes(1, 2)[real.numpy()])
+        # Written so that NaN is beyond the limit.
+        beyond = [output for output in (*outputs[1:], "logits") if not errors[output] <= limit]
+        compared = ParityCase(
+            name,
+            batch,
+            past[0].shape[2],
+            sequence,
+            logits_error=errors["logits"],
+            cache_error=float(np.max([errors[output] for output in outputs[1:]])),
+            first_differing=beyond[0] if beyond else None,
+        )
+        return compared, [tensor.clone() for tensor in expected[1:]]
+
+    compared, cache = case(
+        "prefill", 7, empty_cache(model, 1, 0), torch.ones(1, 7, dtype=torch.long)
+    )
+    yield compared
+    compared, cache = case("chunked prefill", 4, cache, torch.ones(1, 11, dtype=torch.long))
+    yield compared
+    yield case("decode", 1, cache, torch.ones(1, 12, dtype=torch.long))[0]
+    padded = torch.ones(3, 6, dtype=torch.long)
+    padded[1, :2] = 0
+    padded[2, :5] = 0
+    compared, cache = case("left-padded batch", 6, empty_cache(model, 3, 0), padded)
+    yield compared
+    yield case("decode of that batch", 1, cache, nn.functional.pad(padded, (0, 1), value=1))[0]
+
+
+def _sample(model: PreTrainedModel, *, rows: int, length: int) -> Tensor:
+    """int64[rows, length], sampled from the model itself with a fixed seed.
+
+    Tokens drawn evenly from the vocabulary are nothing that a trained model has seen: now and then
+    one of them sits on an edge where float32 rounding alone moves the logits by 1e-5.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
+    with torch.inference_mode():
+        while ids.shape[1] < length:
+            odds = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(odds, 1, generator=generator)], dim=1)
+    return ids
+
+
+def _relative(want: Tensor, got: NDArray[np.floating]) -> float:
+    expected = want.numpy()
+    spread = float(expected.max() - expected.min())
+    return float(np.abs(expected - got).max()) / (spread or 1.0)
+
+
+def require(path: Path, cases: list[ParityCase], limit: float) -> None:
+    """Refuse a graph that does not compute what the model computes.
+
+    Args:
+        path: the graph, for the message.
+        cases: how it compared; see `compare`.
+        limit: the largest error, relative to the spread of the expected values.
+
+    Raises:
+        GateError: a greedy token or more than the limit differs.
+    """
+    for case in cases:
+        if case.first_differing is not None:
+            raise GateError(
+                f"{path}: {case.name} (batch {case.batch}, past {case.past}, sequence "
+                f"{case.sequence}): {case.first_differing} is the first output that differs from "
+                f"PyTorch's by more than {limit:g} of its range (logits by "
+                f"{case.logits_error:.2g}, the kv cache by up to {case.cache_error:.2g})",
+                fix="report the model and the versions of torch and onnxruntime",
+            )

@@ -1,0 +1,227 @@
+"""The graph of a causal model: traced by PyTorch's exporter, then made small."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnxscript.optimizer import fold_constants
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from exporters.onnx import simplify as _rewrites
+
+# What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
+OPSET = 20
+
+
+class WithFlatCache(nn.Module):
+    """A causal model whose cache goes in and out as a flat list: key 0, value 0, key 1, ..."""
+
+    def __init__(self, model: PreTrainedModel, *, logits: str = "all") -> None:
+        """Wrap a model.
+
+        Args:
+            model: the model.
+            logits: "all", or "last" for those after the last token only.
+        """
+        super().__init__()
+        self.model = model
+        self._keep = 1 if logits == "last" else 0  # transformers: 0 keeps all
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The logits, then keys and values of every block, those of the past included."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
+            use_cache=True,
+            logits_to_keep=self._keep,
+        )
+        return (output.logits, *_flat(output.past_key_values))
+
+
+def _flat(cache: DynamicCache) -> list[Tensor]:
+    return [tensor for keys, values, *_ in cache for tensor in (keys, values)]
+
+
+def empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
+    """A cache of zeros whose heads and dims are those that each block really has."""
+    with torch.inference_mode():
+        # Without the configuration no block's cache is cut to its window: every length is `past`.
+        seen = model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache())
+    return [
+        torch.zeros(batch, tensor.shape[1], past, tensor.shape[3], dtype=tensor.dtype)
+        for tensor in _flat(seen.past_key_values)
+    ]
+
+
+def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
+    """The exporter's raw graph, with the inputs and outputs that `exporters.onnx` describes.
+
+    Args:
+        model: the model.
+        logits: as for `WithFlatCache`.
+    """
+    # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
+    batch, past, sequence = 2, 5, 3
+    seen = empty_cache(model, batch, past)
+    example = (
+        torch.zeros(batch, sequence, dtype=torch.long),
+        torch.ones(batch, past + sequence, dtype=torch.long),
+        torch.arange(past, past + sequence).expand(batch, sequence),
+        seen,
+    )
+    cache = [f"{layer}.{part}" for layer in range(len(seen) // 2) for part in ("key", "value")]
+    usual = model.config._attn_implementation
+    scaling = _without_dynamic_scaling(model)
+    # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
+    # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
+    model.set_attn_implementation("eager")
+    with scaling, warnings.catch_warnings():
+        # The exporter warns about its own internals; the result is compared with the model below.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            WithFlatCache(model, logits=logits).eval(),
+            example,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            verbose=False,
+            dynamic_shapes={
+                "input_ids": {0: "batch", 1: "sequence"},
+                "attention_mask": {0: "batch", 1: "total"},
+                "position_ids": {0: "batch", 1: "sequence"},
+                "past": [{0: "batch", 2: "past"}] * len(seen),
+            },
+            input_names=[
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{name}" for name in cache),
+            ],
+            output_names=["logits", *(f"present.{name}" for name in cache)],
+        )
+    model.set_attn_implementation(usual)
+    assert program is not None
+    return program.model
+
+
+@contextmanager
+def _without_dynamic_scaling(model: PreTrainedModel) -> Iterator[None]:
+    """Leave dynamic NTK scaling out, which begins beyond `max_position_embeddings`.
+
+    No graph is made for texts of such a length, and a trace cannot follow what it decides on them.
+    """
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    kinds: list[Any] = [module.rope_type for module in modules]
+    for module, kind in zip(modules, kinds, strict=True):
+        module.rope_type = (
+            {layer: _static(its) for layer, its in kind.items()}
+            if isinstance(kind, dict)
+            else _static(kind)
+        )
+    try:
+        yield
+    finally:
+        for module, kind in zip(modules, kinds, strict=True):
+            module.rope_type = kind
+
+
+def _static(kind: str) -> str:
+    return "default" if "dynamic" in kind else kind
+
+
+def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
+    """Make the exporter's raw graph small, and keep the names of the weights.
+
+    before: weight "model.lm.layers.0.fc1.weight" [out, in] -> Transpose -> MatMul; thousands of
+            constants, casts and repeated shape computations
+            weight "model.lm.layers.0.fc2.weight" [out, in] -> Gemm
+    after:  weight "lm.layers.0.fc1.weight" [in, out] -> MatMul
+            weight "lm.layers.0.fc2.weight" [in, out] -> MatMul -> Add
+            and what `simplify` describes
+
+    The exporter's own optimiser takes as long as the export itself (mostly rules that match nothing
+    here), loses the names, and ends with a graph of the same size and speed.
+    """
+    # The exporter calls tied parameters by one of their names, and not by that of the model.
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    own_names = {
+        name: owners[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    names = set(owners.values())
+    weights = graph.graph.initializers
+    for value in list(weights.values()):
+        assert value.name is not None
+        name = value.name.removeprefix("model.")  # the attribute of `WithFlatCache`
+        value.name = own_names.get(name, name)
+    for node in list(graph.graph):
+        if node.op_type == "Gemm":
+            _split_gemm(graph.graph, node)
+    for node in list(graph.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        # A tied output head is the embedding transposed: folding it would store it twice.
+        if weight is None or weight.name not in weights or len(weight.uses()) != 1:
+            continue
+        _transpose(weight, node.attributes["perm"].as_ints())
+        ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+        graph.graph.remove(node, safe=True)
+    fold_constants(
+        graph,
+        # Gemma adds 1 to the weights of its norms; folded, they would be no weights of the model.
+        should_fold=lambda node: (
+            False
+            if any(value is not None and value.name in names for value in node.inputs)
+            else None
+        ),
+    )
+    common_passes.RemoveUnusedNodesPass()(graph)
+    _rewrites.apply(graph)
+    for simplify in (
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        # Nodes remember the source lines that they come from, with the paths of this machine.
+        common_passes.ClearMetadataAndDocStringPass(),
+    ):
+        simplify(graph)
+    for node in graph.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is not None and weight.name in names:
+            # Whoever builds an engine speaks of nodes; let them be called as the model calls them.
+            node.name = weight.name.removesuffix(".weight")
+
+
+def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
+    """One form for all linear layers: Gemm(x, W, b) becomes Add(MatMul(x, W), b); b is optional."""
+    x, weight, *bias = gemm.inputs
+    assert weight is not None
+    alpha, beta, flipped = (gemm.attributes.get(key) for key in ("alpha", "beta", "transA"))
+    scaled = any(factor is not None and factor.as_float() != 1 for factor in (alpha, beta))
+    if scaled or (flipped is not None and flipped.as_int()) or len(weight.uses()) != 1:
+        return  # no linear layer
+    turned = gemm.attributes.get("transB")
+    if turned is not None and turned.as_int():
+        _transpose(weight, (1, 0))
+    nodes = [ir.node("MatMul", [x, weight], name=gemm.name)]
+    nodes += (ir.node("Add", [nodes[0].outputs[0], value]) for value in bias)
+    total = nodes[-1].outputs[0]
+    total.shape, total.type = gemm.outputs[0].shape, gemm.outputs[0].type
+    graph.insert_before(gemm, nodes)
+    ir.convenience.replace_all_uses_with(gemm.outputs[0], total)
+    graph.remove(gemm, safe=True)
+
+
+def _transpose(weight: ir.Value, axes: Sequence[int]) -> None:
+    assert weight.const_value is not None
+    folded = ir.Tensor(weight.const_value.numpy().transpose(axes), name=weight.name)
+    weight.const_value = folded
+    weight.shape = folded.shape

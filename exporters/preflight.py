@@ -1,0 +1,246 @@
+"""What this machine has for each target, before any work is done: one line each, with a fix."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import metadata, util
+from pathlib import Path
+
+from exporters.tensorrt import builder
+from thanos_deploy.check import Check
+from thanos_deploy.errors import PlatformError
+from thanos_deploy.gpu import driver as gpu
+
+# Building the engine of a 0.27 GB graph peaked at 1.8 GB of host memory and left 0.31 GB on disk
+# (TensorRT-RTX 1.7, two profiles); see benchmarks/LOG.md.
+_MEMORY_PER_GRAPH_BYTE = 6.0
+_DISK_PER_GRAPH_BYTE = 1.3
+
+# The extra of each target's library.
+_INSTALL = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+
+_CPU_ONLY, _WITH_CUDA = _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_ON_CUDA = "ONNX Runtime on CUDA"
+
+
+def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> list[Check]:
+    """Everything, from the packages to the GPU.
+
+    Args:
+        graph_bytes: size of the graph that an engine is to be built from; None to leave out what
+            depends on it.
+        folder: where the engine would be written; None likewise.
+    """
+    found = [
+        *_onnxruntime(),
+        *(_library(target) for target in _INSTALL),
+        _onnxruntime_tensorrt(),
+        *_gpus(),
+        *_drivers(),
+    ]
+    if graph_bytes is not None and folder is not None:
+        found += [_memory(graph_bytes), _disk(graph_bytes, folder)]
+    return found
+
+
+def of_target(target: str) -> list[Check]:
+    """What an engine of a target needs of this machine: its library, and for TensorRT the GPU."""
+    library = _library(target)
+    return [library] if target == "tensorrt-rtx" else [library, *_gpus()]
+
+
+def require(target: str) -> None:
+    """Refuse what cannot be built here.
+
+    Raises:
+        PlatformError: something that the target needs is not there.
+    """
+    for check in of_target(target):
+        if check.outcome != "PASS":
+            raise PlatformError(f"{check.name}: {check.detail}", fix=check.fix)
+
+
+def _onnxruntime() -> Iterator[Check]:
+    """Which package it is: one of them alone is fine, and only one of them knows CUDA."""
+    installed = [name for name in _ONNXRUNTIMES if _version(name)]
+    named = " and ".join(f"{name} {_version(name)}" for name in installed)
+    match installed:
+        case []:
+            fix = f"pip install {_WITH_CUDA}"
+            yield Check("ONNX Runtime", "SKIP", "not installed, so no graph can be run", fix)
+        case [only]:
+            yield Check("ONNX Runtime", "PASS", named)
+            if only == _CPU_ONLY:
+                yield Check(
+                    _ON_CUDA,
+                    "SKIP",
+                    f"the package {_CPU_ONLY} is built for CPUs only",
+                    fix=f"pip uninstall {_CPU_ONLY}, then pip install {_WITH_CUDA}",
+                )
+        case _:
+            yield Check(
+                "ONNX Runtime",
+                "FAIL",
+                f"{named} are installed and overwrite each other's files",
+                fix=f"pip uninstall {' '.join(_ONNXRUNTIMES)}, then pip install {_WITH_CUDA}",
+            )
+
+
+def _library(target: str) -> Check:
+    try:
+        module = builder.load(target)
+    except (ImportError, OSError) as error:
+        fix = f"pip install 'thanos-deploy[{_INSTALL[target]}]'"
+        return Check(f"target {target}", "SKIP", f"not usable ({error})", fix=fix)
+    return Check(f"target {target}", "PASS", f"version {module.__version__}")
+
+
+def _onnxruntime_tensorrt() -> Check:
+    """Whether the provider finds the major version of TensorRT that it is linked against."""
+    name = "ONNX Runtime with TensorRT"
+    try:
+        installed = builder.load("tensorrt").__version__
+    except (ImportError, OSError):
+        return Check(name, "SKIP", "no TensorRT")
+    found = f"TensorRT {installed}, {_WITH_CUDA} {_version(_WITH_CUDA)}"
+    wanted = _linked_tensorrt()
+    if wanted is None:
+        return Check(
+            name,
+            "SKIP",
+            f"{found}: not known whether they go together, because no TensorRT provider was found "
+            "that says which version it wants",
+            fix=f"pip install {_WITH_CUDA} if it is missing; `thanos-deploy gpu-check` tries the "
+            "provider",
+        )
+    if installed.split(".")[0] == wanted:
+        return Check(name, "PASS", found)
+    return Check(
+        name,
+        "FAIL",
+        f"{found}: that provider is linked against TensorRT {wanted}",
+        fix=f"pip install 'tensorrt=={wanted}.*' to use that provider; the target tensorrt "
+        "itself takes either",
+    )
+
+
+def _linked_tensorrt() -> str | None:
+    """The major version that ONNX Runtime's provider names in its file; None without one."""
+    package = util.find_spec("onnxruntime")
+    if package is None or package.origin is None:
+        return None
+    provider = Path(package.origin).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
+    if not provider.exists():
+        return None
+    named = re.search(rb"libnvinfer\.so\.(\d+)", provider.read_bytes())
+    return named and named[1].decode()
+
+
+def _gpus() -> Iterator[Check]:
+    found = gpu.probe()
+    if not found.gpus:
+        yield Check(
+            "GPU",
+            "SKIP",
+            found.problem,
+            fix="use a machine with an NVIDIA GPU and its driver; tensorrt-rtx builds without one",
+        )
+        return
+    for number, device in enumerate(found.gpus):
+        yield Check(
+            f"GPU {number}",
+            "PASS",
+            f"{device.name}, {device.arch}, {device.memory_bytes / 1e9:.0f} GB, driver for CUDA "
+            f"{found.cuda}",
+        )
+        yield Check(
+            f"GPU {number}: sparse tensor cores",
+            "PASS" if device.has_sparse_tensor_cores else "FAIL",
+            f"compute capability {'.'.join(map(str, device.capability))}",
+            fix=""
+            if device.has_sparse_tensor_cores
+            else "2:4 needs compute capability 8.0 or later; structured patterns are faster here",
+        )
+
+
+def _drivers() -> Iterator[Check]:
+    """Whether the driver is new enough for the CUDA that each library was built with."""
+    found = gpu.probe()
+    if found.cuda is None or not found.gpus:
+        return
+    in_torch, in_ort = _cuda_of_torch(), _cuda_of_ort()
+    if in_torch is None:
+        fix = "install a build of PyTorch for CUDA; https://pytorch.org/get-started has the command"
+        yield Check("PyTorch on CUDA", "SKIP", "this build of PyTorch knows no CUDA", fix)
+    else:
+        yield _driver("PyTorch on CUDA", in_torch, found.cuda)
+    if in_ort is not None:
+        yield _driver(_ON_CUDA, in_ort, found.cuda)
+
+
+def _driver(name: str, built_with: str, driver: str) -> Check:
+    """Whether a driver runs a library: what was built with its own major version, or an older one.
+
+    What a newer minor version compiled to PTX it refuses (NVIDIA, "CUDA Compatibility").
+    """
+    wanted, has = (tuple(map(int, text.split(".")[:2])) for text in (built_with, driver))
+    detail = f"built with CUDA {built_with}, the driver takes CUDA {driver}"
+    if has >= wanted:
+        return Check(name, "PASS", detail)
+    if has[0] == wanted[0]:
+        return Check(name, "PASS", f"{detail}: it runs machine code, but refuses newer PTX")
+    return Check(
+        name,
+        "FAIL",
+        detail,
+        fix=f"install a driver for CUDA {wanted[0]}, or the library built for CUDA {has[0]}",
+    )
+
+
+def _cuda_of_torch() -> str | None:
+    """None for a build that knows no CUDA."""
+    import torch
+
+    return torch.version.cuda
+
+
+def _cuda_of_ort() -> str | None:
+    """None without ONNX Runtime, or for a build that knows no CUDA."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    return getattr(onnxruntime, "cuda_version", None) or None
+
+
+def _memory(graph_bytes: int) -> Check:
+    status = Path("/proc/meminfo")
+    if not status.exists():
+        return Check("memory to build", "SKIP", "this system does not say how much is free")
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in status.read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    return _enough("memory to build", _MEMORY_PER_GRAPH_BYTE * graph_bytes, available)
+
+
+def _disk(graph_bytes: int, folder: Path) -> Check:
+    return _enough("disk", _DISK_PER_GRAPH_BYTE * graph_bytes, shutil.disk_usage(folder).free)
+
+
+def _enough(name: str, needed: float, available: float) -> Check:
+    fits = needed <= available
+    return Check(
+        name,
+        "PASS" if fits else "FAIL",
+        f"about {needed / 1e9:.1f} GB needed, {available / 1e9:.1f} GB free",
+        fix="" if fits else "free some, or use a larger machine",
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

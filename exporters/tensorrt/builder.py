@@ -1,0 +1,251 @@
+"""Build one TensorRT engine, in a process of its own.
+
+    python -m exporters.tensorrt.builder ORDER.json
+
+The library is native code that runs for minutes: in a process of its own it can be interrupted, a
+crash is an exit code, and its memory is given back and can be measured. The Python interface of the
+packages `tensorrt` (10.13 and later, 11.x) and `tensorrt_rtx` is the same but for what is looked
+up with `hasattr` here.
+
+Progress goes to standard output, one JSON array [done, total] a line. What failed is the last line,
+an object.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from thanos_deploy.machine import environment
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+# Where an engine may run beside the very kind of GPU and version that it was built on.
+COMPATIBILITY = ("none", "version", "same-sm", "ampere+")
+
+# The result, beside the files that the order names.
+RESULT = "result.json"
+INSPECTION = "layers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to build; every path is relative to the working directory.
+
+    Attributes:
+        target: a key of `LIBRARIES`.
+        graph: the ONNX file.
+        engine, log, timing_cache: files to write; a timing cache that is there is used.
+        sparse: let the builder look at sparse weights.
+        compatibility: one of `COMPATIBILITY`.
+        architectures: such as "sm86"; empty for the GPU of this machine.
+        profiles: by profile and input, its smallest, usual and largest shape.
+    """
+
+    target: str
+    graph: str
+    engine: str
+    log: str
+    timing_cache: str
+    sparse: bool
+    compatibility: str
+    architectures: tuple[str, ...]
+    profiles: tuple[dict[str, tuple[tuple[int, ...], ...]], ...]
+
+
+class _BuildError(Exception):
+    """Something that the caller turns into an error for the user.
+
+    Args:
+        kind: "machine" (it lacks something), "memory", "graph" (it cannot be built) or "usage".
+        message: what failed.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def load(target: str) -> Any:
+    """The module of a target; ImportError or OSError if it or its libraries are missing."""
+    return import_module(LIBRARIES[target])
+
+
+def main(order_path: str) -> int:
+    """Carry out an order; returns the exit code."""
+    order = Order(**json.loads(Path(order_path).read_text()))
+    try:
+        result = _build(order)
+    except _BuildError as failure:
+        print(json.dumps({"kind": failure.kind, "message": str(failure)}), flush=True)
+        return 1
+    Path(RESULT).write_text(json.dumps(result))
+    return 0
+
+
+def _build(order: Order) -> dict[str, Any]:
+    try:
+        trt = load(order.target)
+    except (ImportError, OSError) as error:
+        raise _BuildError("machine", f"{LIBRARIES[order.target]}: {error}") from error
+    with Path(order.log).open("w", encoding="utf-8") as log:
+        logger = _logger(trt, log)
+        try:
+            builder = trt.Builder(logger)
+        except TypeError as error:  # pybind11's way to say that the library returned a null pointer
+            raise _BuildError("machine", "no builder: no NVIDIA driver or no GPU") from error
+        network = builder.create_network(_network_flags(trt))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(order.graph):
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            raise _BuildError(
+                "graph",
+                "; ".join(
+                    f"{error.node_operator()} {error.node_name()}: {error.desc()}"
+                    for error in errors
+                ),
+            )
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.progress_monitor = _monitor(trt)
+        if order.sparse:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        _set_compatibility(trt, config, order.compatibility)
+        _set_architectures(trt, config, order.architectures)
+        for shapes in order.profiles:
+            profile = builder.create_optimization_profile()
+            for name, (least, usual, most) in shapes.items():
+                profile.set_shape(name, least, usual, most)
+            config.add_optimization_profile(profile)
+        stored = Path(order.timing_cache)
+        cache = config.create_timing_cache(stored.read_bytes() if stored.exists() else b"")
+        # A cache of another GPU or version is not an error: it is left unused.
+        config.set_timing_cache(cache, False)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            reason = _last_error(order.log)
+            raise _BuildError(_kind(reason), reason)
+        Path(order.engine).write_bytes(plan)
+        stored.write_bytes(config.get_timing_cache().serialize())
+        inspected = _inspect(trt, logger, plan)
+    if inspected is not None:
+        Path(INSPECTION).write_text(inspected, encoding="utf-8")
+    return {
+        "library": trt.__version__,
+        "network_layers": network.num_layers,
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+    }
+
+
+def _logger(trt: Any, log: Any) -> Any:
+    severities = {
+        getattr(trt.ILogger, name): name[0]
+        for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the module has no types
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.write(f"[{severities[severity]}] {message}\n")
+            log.flush()
+
+    return Logger()
+
+
+def _monitor(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module has no types
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                print(json.dumps([step + 1, self._steps[phase]]), flush=True)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _network_flags(trt: Any) -> int:
+    """Types come from the graph. From version 11 on there is nothing else and no flag for it."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _set_compatibility(trt: Any, config: Any, wanted: str) -> None:
+    levels = getattr(trt, "HardwareCompatibilityLevel", None)
+    if wanted == "version":
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    elif wanted != "none":
+        name = {"same-sm": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}[wanted]
+        if not hasattr(levels, name):
+            raise _BuildError("usage", f"this version has no compatibility {wanted!r}")
+        config.hardware_compatibility_level = getattr(levels, name)
+
+
+def _set_architectures(trt: Any, config: Any, architectures: tuple[str, ...]) -> None:
+    if not architectures:
+        return
+    known = getattr(trt, "ComputeCapability", None)
+    if known is None:
+        raise _BuildError("usage", "this library builds for the GPU of this machine only")
+    missing = [name for name in architectures if not hasattr(known, name.upper())]
+    if missing:
+        raise _BuildError(
+            "usage",
+            f"{', '.join(missing)}: the library builds for "
+            + ", ".join(sorted(name.lower() for name in dir(known) if name.startswith("SM"))),
+        )
+    config.num_compute_capabilities = len(architectures)
+    for index, name in enumerate(architectures):
+        config.set_compute_capability(getattr(known, name.upper()), index)
+
+
+def _inspect(trt: Any, logger: Any, plan: Any) -> str | None:
+    """The inspector's JSON; None where no GPU can load the engine."""
+    try:
+        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    except TypeError:  # no driver, no runtime; see `_build`
+        return None
+    if engine is None:
+        return None
+    text: str = engine.create_engine_inspector().get_engine_information(
+        trt.LayerInformationFormat.JSON
+    )
+    return text
+
+
+def _last_error(log: str) -> str:
+    errors = [
+        line[4:].strip()
+        for line in Path(log).read_text(encoding="utf-8").splitlines()
+        if line.startswith("[E]")
+    ]
+    return errors[-1] if errors else "the library gave no reason"
+
+
+def _kind(reason: str) -> str:
+    """What the library's own words are about."""
+    if "Unable to load library" in reason:  # the lean runtime, for engines of any version
+        return "machine"
+    return "memory" if "OutOfMemory" in reason or "out of memory" in reason else "graph"
+
+
+def dump(order: Order, path: Path) -> None:
+    """Write an order down."""
+    path.write_text(json.dumps(asdict(order)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

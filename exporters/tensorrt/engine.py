@@ -1,0 +1,305 @@
+"""A TensorRT engine of a bundle's graph, and the proof of which layers run sparse.
+
+    model.engine    what the GPU loads
+    build.json      how it was built, its profiles, and the verdict on every linear layer
+    build.log       what the builder said, in full
+    layers.json     the finished engine's layers, where a GPU could load it
+    timing.cache    how long kernels took, for a faster and repeatable next build
+    model.onnx      with its data, only if the linear layers were rewritten for this engine
+
+`tensorrt` builds on and for the GPU of this machine. `tensorrt_rtx` builds ahead of time, without a
+GPU, for the GPUs that are named; its kernels are chosen when the engine is loaded there.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from exporters.onnx.graph import DATA, MODEL, RECORD
+from exporters.tensorrt import builder, conv1x1, proof
+from exporters.tensorrt import log as _buildlog
+from exporters.tensorrt.builder import Order
+from exporters.tensorrt.profiles import profiles
+from thanos_deploy.bundle import files, onnxfile
+from thanos_deploy.errors import DeployError, InputError, PlatformError, ResourceError, UsageError
+from thanos_deploy.progress import OnProgress, silent
+
+ENGINES = "engines"  # the folder of a bundle with a folder for each engine
+ENGINE = "model.engine"
+BUILD = "build.json"
+LOG = "build.log"
+TIMING_CACHE = "timing.cache"
+FORMAT = "thanos-deploy/build/1"
+
+FORMS = ("matmul", "conv1x1")
+COMPATIBILITY = builder.COMPATIBILITY
+
+_SMALLER = "use a machine with more memory, or a smaller --batch, --seq and --max-seq"
+_ORDER = "order.json"
+_PROMPT = (128, 1024)
+
+
+def export(
+    onnx: Path,
+    destination: Path,
+    *,
+    target: str = "tensorrt",
+    architectures: Sequence[str],
+    batch: Sequence[int] = (1, 8),
+    prompt: Sequence[int] | None = None,
+    sparse: bool | None = None,
+    form: str = "matmul",
+    compatibility: str = "none",
+    timing_cache: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> files.Json:
+    """Build an engine and judge every linear layer.
+
+    Args:
+        onnx: the folder that `exporters.onnx.graph.export` wrote; its types are the engine's.
+        destination: an existing folder.
+        target: "tensorrt" or "tensorrt-rtx".
+        architectures: what it is built for, such as "sm90"; for "tensorrt" the GPU of this machine.
+        batch, prompt: see `profiles.profiles`; None for prompts of 128 and up to 1024 tokens, as
+            far as the graph is meant for them.
+        sparse: let the builder use sparse kernels; None if any linear layer holds 2:4 in the graph.
+        form: one of `FORMS`, how the linear layers are written.
+        compatibility: one of `COMPATIBILITY`.
+        timing_cache: of an earlier build, to start from.
+        on_progress: told of the builder's steps.
+
+    Returns:
+        the content of build.json.
+
+    Raises:
+        PlatformError: the library, the driver or the GPU is missing, or the library crashed.
+        UsageError: the library cannot build what was asked for.
+        InputError: the library does not take the graph.
+        ResourceError: the builder ran out of memory.
+    """
+    record = json.loads((onnx / RECORD).read_bytes())
+    longest = record["max_sequence"]
+    ways = profiles(batch, prompt or [min(size, longest) for size in _PROMPT], longest)
+    weights = read_weights(onnx / MODEL, [weight["name"] for weight in record["weights"]])
+    use_sparse = any(weight.holds for weight in weights) if sparse is None else sparse
+    graph = onnx / MODEL
+    if form == "conv1x1":
+        graph = destination / MODEL
+        names = {f"{weight.name}.weight" for weight in weights}
+        conv1x1.rewrite(onnx / MODEL, graph, weights=names, data=DATA)
+    if timing_cache is not None:
+        (destination / TIMING_CACHE).write_bytes(timing_cache.read_bytes())
+    inputs = _inputs(graph)
+    order = Order(
+        target=target,
+        graph=os.path.relpath(graph, destination),
+        engine=ENGINE,
+        log=LOG,
+        timing_cache=TIMING_CACHE,
+        sparse=use_sparse,
+        compatibility=compatibility,
+        architectures=tuple(architectures) if target == "tensorrt-rtx" else (),
+        profiles=tuple({name: way.shapes(dims) for name, dims in inputs.items()} for way in ways),
+    )
+    started = time.perf_counter()
+    built = _carry_out(order, destination, on_progress)
+    record = {
+        "format": FORMAT,
+        "target": target,
+        "library": built["library"],
+        "arch": list(architectures),
+        "dtype": record["dtype"],
+        "sparse_weights": use_sparse,
+        "sparse_form": form,
+        "compatibility": compatibility,
+        "profiles": [asdict(way) for way in ways],
+        "max_sequence": longest,
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_bytes": built["peak_memory_bytes"],
+        "engine_bytes": (destination / ENGINE).stat().st_size,
+        "network_layers": built["network_layers"],
+        **proof_of(destination, weights, sparse=use_sparse, target=target),
+    }
+    files.write_json(destination / BUILD, record)
+    return record
+
+
+def read_build(folder: Path) -> files.Json:
+    """The content of build.json.
+
+    Raises:
+        InputError: it is missing or not readable.
+    """
+    path = folder / BUILD
+    try:
+        record: files.Json = json.loads(path.read_bytes())
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
+            fix="build the engine again with --overwrite",
+        ) from error
+    return record
+
+
+def proof_of(
+    folder: Path, weights: Sequence[proof.Weight], *, sparse: bool, target: str
+) -> files.Json:
+    """The verdict on every linear layer, from what was kept of a build.
+
+    Args:
+        folder: with the builder's log and, if there is one, the inspector's JSON.
+        weights: the linear layers, as they lie in the graph.
+        sparse: the builder was told to use sparse kernels.
+        target: "tensorrt" or "tensorrt-rtx".
+
+    Returns:
+        "engine_layers", "layers" and "summary" of build.json.
+    """
+    log = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    inspected = folder / builder.INSPECTION
+    # As inspected on a GPU, else as listed in the builder's log.
+    found = (
+        _buildlog.inspected_layers(inspected.read_text(encoding="utf-8"))
+        if inspected.exists()
+        else _buildlog.listed_layers(log)
+    )
+    layers = proof.prove(
+        weights,
+        _buildlog.sparsity_lines(log),
+        _buildlog.timings(log),
+        found,
+        sparse_allowed=sparse,
+        kernels_known=target == "tensorrt",
+    )
+    verdicts = [layer.verdict for layer in layers]
+    return {
+        "engine_layers": len(found),
+        "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in layers],
+        "summary": {
+            "layers": len(layers),
+            "pattern_holds": sum(layer.pattern_holds for layer in layers),
+            # What was picked was eligible too.
+            "eligible": verdicts.count("eligible") + verdicts.count("picked"),
+            "picked": verdicts.count("picked"),
+        },
+    }
+
+
+def read_weights(graph: Path, names: Sequence[str]) -> list[proof.Weight]:
+    """Look at linear layers in an ONNX file.
+
+    Args:
+        graph: the file, its layers written as products [in, out] or convolutions [out, in, 1, 1].
+        names: of the layers.
+
+    Raises:
+        InputError: the file is damaged, its data are elsewhere, or a layer is no matrix there.
+    """
+    onnxfile.require_own_data(graph)
+    try:
+        initializers = ir.load(graph).graph.initializers
+        return [proof.weight(name, _matrix(initializers, graph, name)) for name in names]
+    except (OSError, ValueError, DecodeError) as error:
+        raise InputError(
+            f"{graph}: not readable ({type(error).__name__}: {error})",
+            fix="export the model again with --overwrite",
+        ) from error
+
+
+def _matrix(initializers: Mapping[str, ir.Value], graph: Path, name: str) -> NDArray[np.generic]:
+    value = initializers.get(f"{name}.weight")
+    if value is None or value.const_value is None:
+        raise InputError(
+            f"{graph}: the weight of {name} is not there as a matrix",
+            fix="export with --dtype fp16 or fp32; ONNX Runtime's int8 is for ONNX Runtime only",
+        )
+    array = value.const_value.numpy()
+    return array[:, :, 0, 0] if array.ndim == 4 else array.T
+
+
+def _inputs(graph: Path) -> dict[str, list[int | str]]:
+    """Every input's dimensions: numbers, and names where they vary."""
+    dims: dict[str, list[int | str]] = {}
+    for value in ir.load(graph).graph.inputs:
+        assert value.name is not None
+        assert value.shape is not None
+        dims[value.name] = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return dims
+
+
+def _carry_out(order: Order, folder: Path, on_progress: OnProgress) -> files.Json:
+    """Run the builder in a process of its own; see `builder`."""
+    builder.dump(order, folder / _ORDER)
+    on_progress(0, 1)
+    last = ""
+    with subprocess.Popen(
+        # -P: a folder called `exporters` where the engine is written is not ours.
+        [sys.executable, "-P", "-m", "exporters.tensorrt.builder", _ORDER],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            for last in _lines(child):
+                if last.startswith("["):
+                    done, total = json.loads(last)
+                    on_progress(done, total)
+            assert child.stderr is not None
+            complaint = child.stderr.read()
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        raise _error(order, child.returncode, last, complaint)
+    on_progress(1, 1)
+    result: files.Json = json.loads((folder / builder.RESULT).read_bytes())
+    for name in (_ORDER, builder.RESULT):
+        (folder / name).unlink()
+    return result
+
+
+def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
+    assert child.stdout is not None
+    yield from child.stdout
+
+
+def _error(order: Order, code: int, last: str, complaint: str) -> DeployError:
+    package = builder.LIBRARIES[order.target].replace("_", "-")
+    if last.startswith("{"):
+        failure = json.loads(last)
+        message = f"{package}: {failure['message']}"
+        match failure["kind"]:
+            case "machine":
+                return PlatformError(message, fix="`thanos-deploy doctor` says what is missing")
+            case "memory":
+                return ResourceError(message, fix=_SMALLER)
+            case "usage":
+                return UsageError(message, fix="choose among those, or another --target")
+            case _:
+                return InputError(
+                    f"{order.graph}: {message}",
+                    fix=f"report this model type with the version of {package}",
+                )
+    if code == -signal.SIGKILL:
+        return ResourceError(
+            f"{package}: the builder was killed, most likely for want of memory",
+            fix=_SMALLER,
+        )
+    return PlatformError(
+        f"{package}: the builder stopped with code {code} ({complaint.strip()[-500:]})",
+        fix="report this with the version of the library and of the driver",
+    )

@@ -1,0 +1,192 @@
+"""Which layers of an engine run on sparse tensor cores, and why the others do not.
+
+Three things have to be true of a layer, and each has its own witness: its weights hold 2:4 in the
+very file that the engine was built from (read back here), TensorRT takes it for eligible (its log),
+and TensorRT preferred a sparse kernel (the finished engine's kernel names, or the log).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.tensorrt.log import EngineLayer, SparsityLines, Timing
+
+GROUP, KEPT = 4, 2
+
+# Sparse tensor cores multiply 16 or more inputs at a time, by outputs in steps of 8: PTX ISA,
+# mma.sp. TensorRT has no sparse kernels for other multiples.
+INPUT_MULTIPLE, OUTPUT_MULTIPLE = 16, 8
+
+# Sparse kernels start to win at about this size, say TensorRT's maintainers (NVIDIA/TensorRT issue
+# 3849); a reason to expect a dense kernel, not to refuse a sparse one.
+SMALL = 256
+
+Choice = Literal["picked", "eligible", "not eligible", "not reported"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A linear layer as it lies in the graph.
+
+    Attributes:
+        name: of the layer in the model, and of its node in the graph.
+        outputs, inputs: its size.
+        dtype: numpy's name of what it is stored in.
+        groups: aligned groups of four inputs, over all outputs.
+        dense_groups: those of them with more than two non-zeros.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    dtype: str
+    groups: int
+    dense_groups: int
+
+    @property
+    def holds(self) -> bool:
+        """Every aligned group of four inputs has at least two zeros."""
+        return self.inputs % GROUP == 0 and self.dense_groups == 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProof:
+    """What became of one linear layer.
+
+    Attributes:
+        name: in the model.
+        shape: outputs and inputs.
+        pattern_holds: 2:4 holds in the graph.
+        verdict: "picked": a sparse kernel runs it. "eligible": one was possible and a dense one was
+            chosen. "not eligible": none is possible. "not reported": nobody says.
+        reason: in one line.
+        engine_layer: the layer of the engine that does its work, with the kind; empty if unknown.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern_holds: bool
+    verdict: Choice
+    reason: str
+    engine_layer: str
+
+
+def weight(name: str, values: NDArray[np.generic]) -> Weight:
+    """Look at a matrix of the graph.
+
+    Args:
+        name: of its layer.
+        values: [outputs, inputs].
+    """
+    outputs, inputs = values.shape
+    whole = inputs - inputs % GROUP
+    kept = (values[:, :whole] != 0).reshape(outputs, -1, GROUP).sum(axis=2)
+    return Weight(
+        name=name,
+        outputs=outputs,
+        inputs=inputs,
+        dtype=str(values.dtype),
+        groups=kept.size,
+        dense_groups=int((kept > KEPT).sum()),
+    )
+
+
+def prove(
+    weights: Sequence[Weight],
+    lines: SparsityLines,
+    timings: Mapping[str, Timing],
+    layers: Sequence[EngineLayer],
+    *,
+    sparse_allowed: bool,
+    kernels_known: bool,
+) -> list[LayerProof]:
+    """Decide about every linear layer.
+
+    Args:
+        weights: the layers, as they lie in the graph.
+        lines, timings, layers: what TensorRT said; see `log`.
+        sparse_allowed: the builder was told to look at sparse weights.
+        kernels_known: the kernels were chosen when the engine was built, and not left to the
+            machine that loads it.
+    """
+    hosts: dict[str, EngineLayer] = {}
+    # The engine may hold a layer once for each profile; a sparse kernel in one is enough.
+    for layer in sorted(layers, key=lambda layer: not layer.sparse):
+        for node in layer.nodes:
+            hosts.setdefault(node, layer)
+    proofs = []
+    for entry in weights:
+        host = hosts.get(entry.name)
+        verdict, reason = _judge(
+            entry,
+            lines,
+            timings.get(entry.name),
+            host,
+            sparse_allowed=sparse_allowed,
+            kernels_known=kernels_known,
+        )
+        proofs.append(
+            LayerProof(
+                name=entry.name,
+                shape=(entry.outputs, entry.inputs),
+                pattern_holds=entry.holds,
+                verdict=verdict,
+                reason=reason,
+                engine_layer=f"{host.name} ({host.kind})" if host else "",
+            )
+        )
+    return proofs
+
+
+def _judge(
+    entry: Weight,
+    lines: SparsityLines,
+    timing: Timing | None,
+    host: EngineLayer | None,
+    *,
+    sparse_allowed: bool,
+    kernels_known: bool,
+) -> tuple[Choice, str]:
+    if entry.inputs % GROUP:
+        return "not eligible", f"{entry.inputs} inputs do not divide into groups of {GROUP}"
+    if entry.dense_groups:
+        return "not eligible", (
+            f"{entry.dense_groups} of {entry.groups} groups of {GROUP} inputs keep more than {KEPT}"
+        )
+    if host is not None and host.sparse:
+        return "picked", f"kernel {host.kernel}"
+    if entry.name in lines.chosen:
+        return "picked", "named in the builder's log"
+    if entry.dtype == "float32":
+        return "not eligible", "fp32: sparse kernels are for fp16, bf16, int8 and fp8"
+    if entry.inputs % INPUT_MULTIPLE or entry.outputs % OUTPUT_MULTIPLE:
+        return "not eligible", (
+            f"{entry.outputs} x {entry.inputs}: sparse kernels want multiples of "
+            f"{OUTPUT_MULTIPLE} x {INPUT_MULTIPLE}"
+        )
+    if not sparse_allowed:
+        return "not reported", "the engine was built without looking at sparse weights"
+    if not kernels_known:
+        return "not reported", "kernels are chosen when the engine is loaded on its GPU"
+    everyone = lines.eligible_count and not lines.eligible  # counted, and no one named
+    if entry.name in lines.eligible or everyone:
+        return "eligible", _slower(entry, timing)
+    return "not reported", "TensorRT's log does not mention it, neither as eligible nor as sparse"
+
+
+def _slower(entry: Weight, timing: Timing | None) -> str:
+    if timing is None or timing.dense is None or timing.sparse is None:
+        reason = "TensorRT tried sparse kernels and kept a dense one"
+        if min(entry.inputs, entry.outputs) < SMALL:
+            reason += f", as is usual below {SMALL} inputs or outputs"
+        return reason
+    more = (timing.sparse - timing.dense) * 1e6
+    return (
+        f"the fastest dense kernel took {timing.dense * 1e6:.1f} us, the fastest sparse one "
+        f"{more:.1f} us more"
+        if more >= 0
+        else f"a sparse kernel was {-more:.1f} us faster on its own, and a dense one was kept"
+    )

@@ -1,0 +1,188 @@
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from thanos_deploy.bundle import manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
+
+SOURCE = {"kind": "folder", "name": "model", "revision": "", "sha256": "0" * 64}
+
+
+def write(content: str):  # type: ignore[no-untyped-def]
+    def produce(folder: Path) -> Json:
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_text(content)
+        (folder / "layers.json").write_text("[]")
+        return {"length": len(content)}
+
+    return produce
+
+
+def never(folder: Path) -> Json:
+    raise AssertionError("this stage was to be kept")
+
+
+def run(bundle: Bundle, content: str = "abc", **changes: object) -> manifest.StageRecord:
+    arguments = {"options": {"pattern": "2:4"}, "inputs": {"model": "x"}, **changes}
+    return bundle.run("prune", write(content), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_finished_stage_is_on_disk_hashed_and_read_back(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path / "out", SOURCE) as bundle:
+        record = run(bundle)
+    reread = Bundle.open(tmp_path / "out")
+    assert reread.stages == {"prune": record}
+    assert record.result == {"length": 3}
+    assert set(record.files) == {"layers.json", "model/weights"}
+    reread.verify()
+
+
+def test_a_stage_is_done_once(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        bundle.run("prune", never, options={"pattern": "2:4"}, inputs={"model": "x"})
+
+
+def test_a_stage_with_changed_inputs_is_done_again(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+        run(bundle, "changed", inputs={"model": "y"})
+    assert (tmp_path / "model" / "weights").read_text() == "changed"
+
+
+def test_other_options_are_refused_with_both_values_named(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+        with pytest.raises(UsageError, match="pattern was '2:4' and is now '4:8'"):
+            run(bundle, options={"pattern": "4:8"})
+        assert (tmp_path / "model" / "weights").read_text() == "abc"
+        run(bundle, "new", options={"pattern": "4:8"}, overwrite=True)
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_changed_file_is_an_integrity_error_and_can_be_made_again(
+    tmp_path: Path, damage: str
+) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+        path = tmp_path / "model" / "weights"
+        match damage:
+            case "flip":
+                path.write_text("abd")
+            case "truncate":
+                path.write_text("ab")
+            case "delete":
+                path.unlink()
+        with pytest.raises(IntegrityError, match="weights"):
+            run(bundle)
+        run(bundle, overwrite=True)
+        bundle.verify()
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> Json:
+        (folder / "half").write_text("written")
+        raise RuntimeError("midway")
+
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        with pytest.raises(RuntimeError, match="midway"):
+            bundle.run("prune", fail, options={}, inputs={})
+        assert not bundle.stages
+    assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("call", range(1, 20))
+def test_whatever_step_a_run_dies_at_the_manifest_names_complete_stages_only(
+    tmp_path: Path, call: int
+) -> None:
+    """Redo a stage in a child process that is killed at its n-th change of the file system."""
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle, "old")
+    child = multiprocessing.get_context("fork").Process(target=_redo_and_die, args=(tmp_path, call))
+    child.start()
+    child.join()
+    survivors = Bundle.open(tmp_path)
+    survivors.verify()
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle, "new", options={"pattern": "4:8"}, overwrite=True)
+        bundle.verify()
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def _redo_and_die(path: Path, call: int) -> None:
+    left = call
+
+    def count(event: str, _: object) -> None:
+        nonlocal left
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open"):
+            left -= 1
+            if left == 0:
+                os._exit(9)
+
+    import sys
+
+    with manifest.claim(path, SOURCE) as bundle:
+        sys.addaudithook(count)
+        run(bundle, "new", options={"pattern": "4:8"}, overwrite=True)
+    os._exit(0)
+
+
+def test_a_bundle_can_be_moved(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path / "here", SOURCE) as bundle:
+        run(bundle)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    Bundle.open(tmp_path / "there").verify()
+    assert str(tmp_path) not in (tmp_path / "there" / "manifest.json").read_text()
+
+
+def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
+    with (
+        manifest.claim(tmp_path, SOURCE),
+        pytest.raises(ResourceError, match="another process"),
+        manifest.claim(tmp_path, SOURCE),
+    ):
+        pass
+
+
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(UsageError, match="not a bundle"),
+        manifest.claim(tmp_path, SOURCE, overwrite=True),
+    ):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+    other = {**SOURCE, "name": "other", "sha256": "1" * 64}
+    with pytest.raises(UsageError, match="made from model"), manifest.claim(tmp_path, other):
+        pass
+    with manifest.claim(tmp_path, other, overwrite=True) as bundle:
+        assert not bundle.stages
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"format": 1, "stages": 3}']
+)
+def test_a_damaged_manifest_is_bad_input(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(InputError, match="manifest"):
+        Bundle.open(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT + 1}))
+    with pytest.raises(InputError, match="format 2"):
+        Bundle.open(tmp_path)

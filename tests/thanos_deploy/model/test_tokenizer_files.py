@@ -1,0 +1,284 @@
+"""What is read from a tokenizer's files, beside what transformers makes of them."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+
+from runtime.server.chat import ChatTemplate
+from tests.conftest import MODEL_TYPES
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.model import tokenizer_files
+from thanos_deploy.model.companions import copy_companions
+
+TEXTS = (
+    "",
+    " ",
+    "Once upon a time, there was a text that is longer than any window.",
+    "<s>a</s> <s> b<x> <x>c <pad>",
+    "  two spaces\n\n\ttab  ",
+    "naïve 東京 €5 🙂",
+    "don't [stop] , now .",
+)
+WHOLE = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# The library has a class for this one, whatever its files say.
+OWN_CLASS = "qwen2"
+
+
+def _tokenizer(kind: str, *, framed: bool, named: bool) -> Tokenizer:
+    letters = sorted({letter for text in TEXTS for letter in text} - {" "})
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "bytes":
+        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens = [*special, *symbols, "on", "th"]
+        made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("o", "n"), ("t", "h")]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+    elif kind == "pieces":
+        rest = [f"<0x{byte:02X}>" for byte in range(256)]
+        tokens = [*special, *rest, "▁", *letters, "▁t", "on"]
+        made = Tokenizer(
+            models.BPE(
+                {t: i for i, t in enumerate(tokens)},
+                [("▁", "t"), ("o", "n")],
+                unk_token="<unk>",
+                fuse_unk=True,
+                byte_fallback=True,
+            )
+        )
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        made.decoder = decoders.Metaspace()
+    else:
+        tokens = [*special, "Once", "a", "text", ",", ".", "there"]
+        made = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if named:
+        made.add_special_tokens(["<s>", "</s>"])
+    if framed:
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return made
+
+
+def _spelled(token: str, how: str) -> Any:
+    if how == "text":
+        return token
+    rules = {"content": token, "lstrip": how == "strips", "normalized": False}
+    return {"__type": "AddedToken", **rules, "rstrip": False, "single_word": False}
+
+
+HOW = st.sampled_from(["text", "rules", "strips"])
+TOKENS = st.sampled_from(["<s>", "</s>", "<x>", "Once", "[stop]"])
+ROLES = st.dictionaries(
+    st.sampled_from(["bos_token", "eos_token", "unk_token", "pad_token", "image_token"]),
+    st.builds(_spelled, TOKENS, HOW),
+    max_size=4,
+)
+EXTRA = st.lists(TOKENS, max_size=2, unique=True)
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> Json:
+    found = draw(ROLES)
+    for name in ("add_bos_token", "add_eos_token", "split_special_tokens"):
+        if (value := draw(st.sampled_from([None, False, True]))) is not None:
+            found[name] = value
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        if draw(st.booleans()):
+            found[name] = draw(EXTRA)
+    if draw(st.booleans()):
+        found["model_max_length"] = 4
+        found["padding_side"] = "left"
+    if draw(st.booleans()):
+        found["added_tokens_decoder"] = {
+            str(id_): {"content": token, "lstrip": strip, "special": special}
+            for id_, token, strip, special in (
+                (1, "<s>", draw(st.booleans()), True),
+                (700, "<x>", draw(st.booleans()), draw(st.booleans())),
+            )
+        }
+    return found
+
+
+def _older(tokens: Mapping[str, Any]) -> Json:
+    """As special_tokens_map.json has them: rules without the mark."""
+    return {
+        name: {key: value for key, value in token.items() if key != "__type"}
+        if isinstance(token, dict)
+        else token
+        for name, token in tokens.items()
+    }
+
+
+@st.composite
+def folders(draw: st.DrawFn) -> dict[str, Json]:
+    """Files by their names."""
+    kind = draw(st.sampled_from(["bytes", "pieces", "words"]))
+    made = _tokenizer(kind, framed=draw(st.booleans()), named=draw(st.booleans()))
+    if draw(st.booleans()):
+        made.enable_truncation(3)
+    if draw(st.booleans()):
+        made.enable_padding(length=90, pad_id=0, pad_token="<unk>")
+    files: dict[str, Json] = {"tokenizer.json": json.loads(made.to_str())}
+    if draw(st.booleans()):
+        files["tokenizer_config.json"] = draw(configurations())
+    if draw(st.booleans()):
+        files["special_tokens_map.json"] = _older(draw(ROLES))
+        if draw(st.booleans()):
+            files["special_tokens_map.json"]["additional_special_tokens"] = draw(EXTRA)
+    if draw(st.booleans()):
+        files["added_tokens.json"] = {"<x>": made.get_vocab_size()}
+    return files
+
+
+@contextmanager
+def written(files: Mapping[str, Json]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_text(json.dumps(content))
+        yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """The library warns of classes that it does not know."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+def made_by(stock: Any) -> list[tuple[list[int], str]]:
+    """Ids and texts of `TEXTS`, with what is put around them and without."""
+    found = []
+    for text in TEXTS:
+        for framed in (True, False):
+            ids = stock(text, add_special_tokens=framed)["input_ids"]
+            found.append((ids, stock.decode(ids, skip_special_tokens=True)))
+    return found
+
+
+def require_same(folder: Path, stock: Any) -> None:
+    ours = tokenizer_files.load(folder)
+    found = []
+    for text in TEXTS:
+        for framed in (True, False):
+            ids = ours.encode(text, add_special_tokens=framed).ids
+            found.append((ids, ours.decode(ids)))
+    assert found == made_by(stock)
+    assert tokenizer_files.special_tokens(folder) == stock.special_tokens_map
+
+
+@given(
+    files=folders(),
+    kind=st.sampled_from(WHOLE),
+    family=st.sampled_from(sorted({*MODEL_TYPES} - {OWN_CLASS})),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_the_files_say_what_transformers_makes_of_them(
+    files: dict[str, Json], kind: str, family: str
+) -> None:
+    configuration = {**files.get("tokenizer_config.json", {}), "tokenizer_class": kind}
+    whole = {
+        **files,
+        "tokenizer_config.json": configuration,
+        "config.json": {"model_type": family},
+    }
+    with written(whole) as folder:
+        require_same(folder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+# Not among them: tokens that strip what is to the left of them, named for a class that transformers
+# builds anew. There a copy can give other ids (of two such tokens in a row) than the original.
+ADDED: dict[str, dict[str, Json]] = {
+    "nothing named": {},
+    "named in the configuration": {
+        "tokenizer_config.json": {"bos_token": "<s>", "pad_token": "<x>"}
+    },
+    "named in the map alone": {
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"}
+    },
+    "another class": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}},
+}
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+@pytest.mark.parametrize("cuts", [False, True])
+@pytest.mark.parametrize("named", ADDED)
+def test_a_copy_says_what_the_library_adds(named: str, cuts: bool, family: str) -> None:
+    made = _tokenizer("bytes", framed=True, named=True)
+    if cuts:
+        made.enable_truncation(3)
+        made.enable_padding(length=90, pad_id=0, pad_token="<unk>")
+    files = {
+        "tokenizer.json": json.loads(made.to_str()),
+        "config.json": {"model_type": family},
+        **ADDED[named],
+    }
+    with written(files) as original, written({}) as copy:
+        stock = AutoTokenizer.from_pretrained(original, local_files_only=True)
+        copy_companions(original, copy, None)
+        require_same(copy, stock)
+        require_same(copy, AutoTokenizer.from_pretrained(copy, local_files_only=True))
+
+
+NAMES = st.lists(st.sampled_from(["default", "tool_use", "rag"]), unique=True)
+
+
+@given(
+    file=st.booleans(),
+    named=NAMES,
+    inside=st.one_of(st.none(), st.just("inside"), NAMES),
+    added=st.booleans(),
+    bos=st.builds(_spelled, TOKENS, HOW),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_conversation_begins_as_transformers_begins_it(
+    file: bool, named: list[str], inside: str | list[str] | None, added: bool, bos: Any
+) -> None:
+    made = _tokenizer("bytes", framed=False, named=True)
+    write = "{{ bos_token }}{{ messages[0].content }}"
+    configuration: Json = {"tokenizer_class": "TokenizersBackend"}
+    if inside is not None:
+        configuration["chat_template"] = (
+            f"inside{write}"
+            if isinstance(inside, str)
+            else [{"name": name, "template": f"inside {name}{write}"} for name in inside]
+        )
+    if added:
+        configuration |= {"added_tokens_decoder": {}, "bos_token": "<s>"}
+    files: dict[str, Json] = {
+        "tokenizer.json": json.loads(made.to_str()),
+        "tokenizer_config.json": configuration,
+        "special_tokens_map.json": _older({"bos_token": bos}),
+        "config.json": {"model_type": "llama"},
+    }
+    with written(files) as original, written({}) as copy:
+        if file:
+            (original / tokenizer_files.TEMPLATE).write_text(f"file{write}")
+        for name in named:
+            path = original / tokenizer_files.TEMPLATES / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"named {name}{write}")
+        copy_companions(original, copy, None)
+        stock: Any = AutoTokenizer.from_pretrained(original, local_files_only=True)
+        messages = [{"role": "user", "content": "x"}]
+        for folder in (original, copy):
+            source = tokenizer_files.chat_template(folder)
+            if source is None:
+                with pytest.raises(ValueError, match="template"):
+                    stock.apply_chat_template(messages, tokenize=False)
+            else:
+                ours = ChatTemplate(source, tokenizer_files.special_tokens(folder))
+                assert ours.render(messages) == stock.apply_chat_template(messages, tokenize=False)

@@ -1,0 +1,32 @@
+import pytest
+
+from exporters.options import ExportRequest
+from thanos_deploy.pattern import parse
+from thanos_deploy.prune.recipe import PruneRequest
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tune_steps", "tuned"),
+    [
+        ("2:4", None, True),
+        ("unstructured:0.5", None, True),
+        ("2:4", 0, False),
+        ("structured:0.3", None, False),
+        ("structured:0.3", 4, True),
+    ],
+)
+def test_columns_of_zeros_are_tuned_only_if_it_is_asked_for(
+    pattern: str, tune_steps: int | None, tuned: bool
+) -> None:
+    chosen = parse(pattern)
+    keep_shape = pattern.startswith("structured")
+    request = PruneRequest(chosen, keep_shape=keep_shape, tune_steps=tune_steps)
+    assert (request.walk_options["tune_steps"] > 0) == tuned
+    assert request.walks_dense  # the preset's layers aim at the dense model's output
+
+
+def test_graphs_that_were_made_before_there_was_a_choice_of_logits_are_not_made_again() -> None:
+    recorded = {"dtype": "fp16", "max_sequence": 64}
+    assert ExportRequest(**recorded).to_json() == recorded  # type: ignore[arg-type]
+    assert ExportRequest(**recorded).logits == "all"  # type: ignore[arg-type]
+    assert ExportRequest(logits="last").to_json()["logits"] == "last"

@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model
+from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.prune.layers import prune
+from thanos_deploy.prune.recover import Recovery, _head, _order, _pull, _states, recover
+from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.cut import shrink, survey
+
+SEGMENTS = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
+
+
+def shrunk(folder: Path, out: Path, *, allocation: str = "uniform") -> Checkpoint:
+    out.mkdir()
+    dense = Checkpoint.open(folder)
+    plan = sizing.plan(dense, survey(dense, SEGMENTS), 0.2, part="ffn", allocation=allocation)
+    shrink(dense, SEGMENTS, out, plan=plan)
+    return Checkpoint.open(out)
+
+
+def two_four(folder: Path, out: Path) -> Checkpoint:
+    out.mkdir()
+    prune(
+        Checkpoint.open(folder),
+        *(SEGMENTS, out),
+        pattern=SemiStructured(2, 4),
+        method="magnitude",
+        options={},
+    )
+    return Checkpoint.open(out)
+
+
+def trained(pruned: Checkpoint, folder: Path, out: Path, count: int = 1500) -> Recovery:
+    out.mkdir()
+    return recover(pruned, Checkpoint.open(folder), SEGMENTS, out, count=count)
+
+
+def divergence(folder: Path, dense: Path) -> float:
+    """Nats per token by which a model's expectations differ from the dense model's."""
+    with torch.no_grad():
+        learned, wanted = (
+            load_model(one)(SEGMENTS).logits.double().log_softmax(dim=-1) for one in (folder, dense)
+        )
+    return float((wanted.exp() * (wanted - learned)).sum(dim=-1).mean())
+
+
+def test_a_shrunk_model_comes_nearer_to_the_dense_one(tiny_llama: Path, tmp_path: Path) -> None:
+    pruned = shrunk(tiny_llama, tmp_path / "shrunk")
+    recovery = trained(pruned, tiny_llama, tmp_path / "trained")
+    before, after = (divergence(tmp_path / one, tiny_llama) for one in ("shrunk", "trained"))
+    assert after < 0.98 * before
+    assert recovery.tokens == 1500 * 60
+    assert len(recovery.divergence) == 10
+    assert after < recovery.divergence[0] < 1.01 * before
+    assert sorted(recovery.divergence, reverse=True) == list(recovery.divergence)
+
+
+def test_zeros_stay_zero_and_only_linear_layers_learn(tiny_llama: Path, tmp_path: Path) -> None:
+    pruned = two_four(tiny_llama, tmp_path / "pruned")
+    trained(pruned, tiny_llama, tmp_path / "trained")
+    before, after = (
+        load_file(tmp_path / one / "model.safetensors") for one in ("pruned", "trained")
+    )
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        if "_proj" in name:
+            assert torch.equal(weight == 0, after[name] == 0), name
+            assert not torch.equal(weight, after[name]), name
+        else:
+            assert torch.equal(weight, after[name]), name
+    assert divergence(tmp_path / "trained", tiny_llama) < divergence(
+        tmp_path / "pruned", tiny_llama
+    )
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_is_learned_from_are_the_logits_of_the_model(
+    make_model: MakeModel, model_type: str
+) -> None:
+    model = stock_model(make_model(model_type))
+    with torch.no_grad():
+        logits = _head(model)(_states(model, SEGMENTS[:2]))
+        torch.testing.assert_close(logits, model(SEGMENTS[:2]).logits.flatten(0, 1))
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt2", "gpt_neox"])
+def test_every_family_learns_and_loads_again(
+    make_model: MakeModel, tmp_path: Path, model_type: str
+) -> None:
+    folder = make_model(model_type)
+    trained(shrunk(folder, tmp_path / "shrunk"), folder, tmp_path / "trained")
+    assert divergence(tmp_path / "trained", folder) < divergence(tmp_path / "shrunk", folder)
+
+
+def test_widths_that_differ_from_block_to_block_stay(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("llama", num_hidden_layers=3)
+    pruned = shrunk(folder, tmp_path / "shrunk", allocation="loss")
+    trained(pruned, folder, tmp_path / "trained")
+    assert Checkpoint.open(tmp_path / "trained").widths == pruned.widths
+    assert divergence(tmp_path / "trained", folder) < divergence(tmp_path / "shrunk", folder)
+
+
+def test_a_half_precision_checkpoint_keeps_its_dtype(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("llama", dtype=torch.bfloat16)
+    trained(two_four(folder, tmp_path / "pruned"), folder, tmp_path / "trained")
+    stored = load_file(tmp_path / "trained" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    assert divergence(tmp_path / "trained", folder) < divergence(tmp_path / "pruned", folder)
+
+
+def test_the_divergence_and_its_gradient_are_those_of_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, other = torch.randn(2, 11, 4, generator=generator).unbind()
+    wanted, leaf = torch.randn(2, 600, 4, generator=generator).unbind()
+    leaf.requires_grad_()
+
+    divergence = _pull(2 * leaf, wanted, (lambda x: x @ own.T, lambda x: x @ other.T))
+
+    exact = leaf.detach().double().requires_grad_()
+    log_p = (2 * exact @ own.T.double()).log_softmax(-1)
+    log_q = (wanted.double() @ other.T.double()).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    expected.backward()
+    assert divergence == pytest.approx(expected.item(), rel=1e-5)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_every_segment_comes_once_before_one_comes_again() -> None:
+    order = _order(7, 17, seed=1)
+    assert sorted(order[:7].tolist()) == sorted(order[7:14].tolist()) == list(range(7))
+    assert order[:7].tolist() != order[7:14].tolist()
+    assert len(order[14:].unique()) == 3
+
+
+def test_the_same_seed_gives_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
+    pruned = two_four(tiny_llama, tmp_path / "pruned")
+    for out in ("one", "other"):
+        trained(pruned, tiny_llama, tmp_path / out, count=60)
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,153 @@
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MODEL_TYPES, MakeModel
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.widths import Widths
+from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.sizing import Losses, candidates, channel_steps, cost, layouts, plan
+
+
+def parameters(checkpoint: Checkpoint, width: Widths) -> int:
+    """Of the first block, counted one by one in a model that is really that wide."""
+    model = checkpoint.skeleton([width] * len(checkpoint.widths))
+    block = model.get_submodule(f"{checkpoint.family.blocks}.0")
+    return sum(parameter.numel() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_cost_of_heads_and_channels_is_what_their_absence_saves(
+    make_model: MakeModel, model_type: str
+) -> None:
+    checkpoint = Checkpoint.open(make_model(model_type))
+    before, price = checkpoint.widths[0], cost(checkpoint, 0)
+    assert price.block == parameters(checkpoint, before)
+    for (heads, kv_heads), channels in itertools.product(layouts(before), (48, 32, 7)):
+        after = Widths(heads, kv_heads, channels)
+        saved = price.block - parameters(checkpoint, after)
+        assert price.removed(before, after) == saved, after
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (Widths(9, 3, 1), [(9, 3), (6, 3), (6, 2), (3, 3), (3, 1)]),
+        (Widths(4, 4, 1), [(4, 4), (3, 3), (2, 2), (1, 1)]),
+        (Widths(4, 1, 1), [(4, 1), (3, 1), (2, 1), (1, 1)]),
+    ],
+)
+def test_layouts_leave_every_key_the_same_number_of_queries(
+    width: Widths, expected: list[tuple[int, int]]
+) -> None:
+    assert layouts(width) == expected
+
+
+def test_steps_are_friendly_multiples_below_the_model_s_own() -> None:
+    assert list(channel_steps(256, None)) == [192, 128, 64]
+    assert list(channel_steps(48, None)) == [32, 16]
+    assert list(channel_steps(48, 10)) == [40, 30, 20, 10]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.4])
+def test_candidates_remove_the_fraction_and_no_step_more(tiny_llama: Path, fraction: float) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    before, price = checkpoint.widths[0], cost(checkpoint, 0)
+    found = candidates(checkpoint, fraction, part="both", multiple=8, stock=True)
+    assert found
+    for after in found:
+        assert price.removed(before, after) >= fraction * price.block
+        wider = Widths(after.heads, after.kv_heads, min(48, after.channels + 8))
+        assert wider == after or price.removed(before, wider) < fraction * price.block
+
+
+def flat_losses(checkpoint: Checkpoint, per_head: float, per_channel: float) -> list[Losses]:
+    """Losses that grow with the square of what is removed, more in later blocks."""
+    full = checkpoint.widths[0]
+    return [
+        Losses(
+            {
+                layout: factor * per_head * (full.heads - layout[0]) ** 2
+                + factor * per_head * (full.kv_heads - layout[1]) ** 2
+                for layout in layouts(full)
+            },
+            {
+                left: factor * per_channel * (full.channels - left) ** 2
+                for left in (full.channels, *channel_steps(full.channels, 8))
+            },
+            {},
+        )
+        for factor in (1.0, 4.0)
+    ]
+
+
+def test_the_uniform_plan_is_the_candidate_with_the_smallest_loss(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    for prices in ((1.0, 1e-6), (1e-6, 1.0)):
+        losses = flat_losses(checkpoint, *prices)
+        chosen = plan(checkpoint, losses, 0.2, multiple=8)
+        totals = {
+            width: sum(loss.of(width) for loss in losses)
+            for width in candidates(checkpoint, 0.2, part="both", multiple=8, stock=True)
+        }
+        assert chosen.widths == (min(totals, key=totals.__getitem__),) * 2
+        assert chosen.stock
+        assert chosen.removed >= 0.2
+    assert plan(checkpoint, losses, 0.1, multiple=8, part="heads").widths[0].channels == 48
+    assert plan(checkpoint, losses, 0.2, multiple=8, part="ffn").widths[0].heads == 4
+
+
+def test_a_plan_by_loss_spends_the_same_parameters_where_they_cost_less(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    losses = flat_losses(checkpoint, 1.0, 1e-4)
+    uniform, own = (
+        plan(checkpoint, losses, 0.2, part="ffn", multiple=8, allocation=allocation)
+        for allocation in ("uniform", "loss")
+    )
+    assert own.removed >= 0.2
+    assert own.widths[0].channels < own.widths[1].channels
+    assert not own.stock
+    predicted = [sum(block.predicted_loss for block in p.blocks) for p in (uniform, own)]
+    assert predicted[1] < predicted[0]
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt2", "gpt_neox"])
+def test_where_a_stock_configuration_has_no_fewer_heads_both_means_channels(
+    make_model: MakeModel, model_type: str
+) -> None:
+    checkpoint = Checkpoint.open(make_model(model_type))
+    losses = flat_losses(checkpoint, 1e-9, 1.0)
+    both = plan(checkpoint, losses, 0.1, multiple=8)
+    assert both.stock
+    assert both.widths[0].heads == 4
+    heads = plan(checkpoint, losses, 0.1, part="heads")
+    assert not heads.stock
+    assert heads.widths[0].heads < 4
+
+
+@pytest.mark.parametrize("part", ["heads", "ffn", "both"])
+def test_a_fraction_that_leaves_nothing_is_refused_with_the_nearest_choice(
+    tiny_llama: Path, part: str
+) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    with pytest.raises(UsageError, match=r"no .* would be left in a block with 99\.0%") as caught:
+        sizing.check(checkpoint, 0.99, part=part, multiple=None, allocation="uniform")
+    nearest = float(caught.value.fix.split("structured:")[1].split(",")[0])
+    sizing.check(checkpoint, nearest, part=part, multiple=None, allocation="uniform")
+    with pytest.raises(UsageError):
+        sizing.check(checkpoint, nearest + 0.002, part=part, multiple=None, allocation="uniform")
+
+
+@pytest.mark.parametrize(
+    ("part", "allocation", "multiple"),
+    [("all", "uniform", None), ("both", "owl", None), ("both", "uniform", 0), ("ffn", "loss", 49)],
+)
+def test_options_without_a_meaning_are_refused(
+    tiny_llama: Path, part: str, allocation: str, multiple: int | None
+) -> None:
+    with pytest.raises(UsageError):
+        sizing.check(
+            Checkpoint.open(tiny_llama), 0.1, part=part, multiple=multiple, allocation=allocation
+        )

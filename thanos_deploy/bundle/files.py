@@ -1,0 +1,84 @@
+"""Files of a bundle: their hashes, JSON written whole or not at all, and room on the disk."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thanos_deploy.errors import ResourceError
+
+# What begins like this was not finished, and is removed by the next writer.
+PARTIAL = ".partial-"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(value: Mapping[str, object]) -> str:
+    """Hexadecimal SHA-256 of a JSON-ready value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, refusing NaN, which is no JSON."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, value: object) -> None:
+    """Write a value as JSON so that the file has the old or the new one, whatever happens."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    write_json(partial, value)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(path.stat().st_size, sha256(path))
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what would fill the disk.
+
+    Raises:
+        ResourceError: fewer than `needed` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {needed / 1e9:.1f} GB needed on disk, {free / 1e9:.1f} GB free",
+            fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; what is "
+            "finished is kept, and repeating the command continues",
+        )
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,404 @@
+"""The bundle: one output folder, its stages, and the hash of every file in it.
+
+A bundle is built stage by stage. A stage writes into a hidden folder beside its destination; when
+it is complete its files are flushed, hashed and renamed into place, and only then does
+`manifest.json` say that the stage is done. Whatever moment a run is killed at, the manifest names
+complete stages only, and repeating the command continues from there. A long stage may keep a
+journal in another hidden folder, which outlives a run that is killed.
+
+Nothing in a manifest is an absolute path, so a bundle can be moved.
+"""
+
+import fcntl
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from thanos_deploy.bundle import names
+from thanos_deploy.bundle.files import (
+    PARTIAL,
+    FileRecord,
+    Json,
+    file_record,
+    replace_json,
+    sha256_of,
+    sync,
+)
+from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
+from thanos_deploy.machine import environment
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_JOURNAL = ".journal-"
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """What a finished stage was made with and what it left.
+
+    Attributes:
+        options: everything the user could have asked for otherwise.
+        inputs: hashes of what the stage read; when one changes, the stage is stale.
+        files: relative path -> record, for every file of the stage.
+        result: what the stage reports, in its own words.
+        seconds: wall time.
+        finished: UTC time, ISO 8601.
+        environment: libraries and machine.
+    """
+
+    options: Json
+    inputs: Json
+    files: dict[str, FileRecord]
+    result: Json
+    seconds: float
+    finished: str
+    environment: Json
+
+
+@dataclass(slots=True)
+class Bundle:
+    """A bundle on disk.
+
+    Attributes:
+        path: the folder.
+        source: the model that it was made from: kind, name, revision, sha256.
+        stages: the finished stages by name, in the order in which they finished.
+    """
+
+    path: Path
+    source: Json
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> "Bundle":
+        """Read a bundle.
+
+        Raises:
+            InputError: there is no bundle, it is of a format that this version cannot read, or a
+                name in it or a link leads out of its folder.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            if manifest["format"] != FORMAT:
+                raise InputError(
+                    f"{path / MANIFEST}: bundle format {manifest['format']!r}; this version "
+                    f"reads format {FORMAT}",
+                    fix="use the version of thanos-deploy that the manifest names",
+                )
+            stages = {
+                name: StageRecord(
+                    **{
+                        **record,
+                        "files": {
+                            name: FileRecord(**file) for name, file in record["files"].items()
+                        },
+                    }
+                )
+                for name, record in manifest["stages"].items()
+            }
+            names.require_own(path)
+            _require_plain(path / MANIFEST, manifest["source"], stages)
+            return cls(path, manifest["source"], stages)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path}: no {MANIFEST} there, so this is not a bundle",
+                fix="give the output folder of `thanos-deploy prune` or `prune-export`",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path / MANIFEST}: not a readable manifest ({type(error).__name__}: {error})",
+                fix="restore the file from a copy of the bundle, or make the bundle again",
+            ) from error
+
+    def require(self, stage: str, command: str) -> StageRecord:
+        """The record of a stage that must be finished.
+
+        Raises:
+            InputError: it is not; the message names the command that finishes it.
+        """
+        if stage not in self.stages:
+            raise InputError(
+                f"{self.path}: stage {stage!r} is not finished", fix=f"run {command} first"
+            )
+        return self.stages[stage]
+
+    def stages_of(self, folder: str) -> list[str]:
+        """The finished stages that wrote into a folder of the bundle."""
+        return [
+            stage
+            for stage, record in self.stages.items()
+            if any(name.startswith(f"{folder}/") for name in record.files)
+        ]
+
+    @property
+    def model_sha256(self) -> str:
+        """One hash for the pruned model: over the hashes of its files."""
+        files = self.stages["prune"].files
+        return sha256_of(
+            {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
+        )
+
+    def hashes(self, stage: str) -> dict[str, str]:
+        """The hashes of the files of a finished stage, by name."""
+        return {name: file.sha256 for name, file in self.stages[stage].files.items()}
+
+    @property
+    def graph_sha256(self) -> dict[str, str]:
+        """The hashes of the files of the exported graph."""
+        return self.hashes("onnx")
+
+    def source_of(self, engine: str) -> str:
+        """The stage with the graph that an engine was built from; it may be gone."""
+        found = next((name for name in self.stages[engine].inputs if name != "model"), None)
+        return names.plain(found, self.path / MANIFEST)
+
+    def source_is_current(self, engine: str) -> bool:
+        """The graph that an engine was built from is the one that is there."""
+        source = self.source_of(engine)
+        return source in self.stages and self.hashes(source) == self.stages[engine].inputs[source]
+
+    def recorded(self, name: str) -> bool:
+        """A finished stage wrote this file, so its hash is known."""
+        return any(name in record.files for record in self.stages.values())
+
+    def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
+        """Refuse options that differ from those a finished stage was made with.
+
+        Raises:
+            UsageError: they differ and may not be overwritten.
+        """
+        done = self.stages.get(stage)
+        if done is None or done.options == options or overwrite:
+            return
+        raise UsageError(
+            f"{self.path}: stage {stage!r} was made with other options: "
+            f"{differences(done.options, options)}",
+            fix="give another output folder with -o, or --overwrite to redo that stage",
+        )
+
+    def run(
+        self,
+        stage: str,
+        produce: Callable[[Path], Json],
+        *,
+        options: Json,
+        inputs: Json,
+        overwrite: bool = False,
+    ) -> StageRecord:
+        """The record of a stage, produced now unless it is already there and intact.
+
+        Args:
+            stage: its name.
+            produce: writes the stage's files into the folder that it is given and returns the
+                stage's result. Every entry of that folder replaces the entry of the same name in
+                the bundle; in a folder that other stages wrote to as well, its entries do.
+            options: what the stage is made with.
+            inputs: hashes of what it reads.
+            overwrite: redo a stage that was made with other options or whose files changed.
+
+        Raises:
+            UsageError: made with other options, and not `overwrite`.
+            IntegrityError: a file changed since the stage was made, and not `overwrite`.
+        """
+        self.check(stage, options, overwrite=overwrite)
+        done = self.stages.get(stage)
+        if done is not None and done.options == options and done.inputs == inputs:
+            try:
+                self.verify(stage)
+                shutil.rmtree(self.journal(stage), ignore_errors=True)
+                return done
+            except IntegrityError:
+                if not overwrite:
+                    raise
+        started = time.perf_counter()
+        partial = self.path / f"{PARTIAL}{stage}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            result = produce(partial)
+            record = StageRecord(
+                options=options,
+                inputs=inputs,
+                files=_record_files(partial),
+                result=result,
+                seconds=round(time.perf_counter() - started, 3),
+                finished=datetime.now(UTC).isoformat(timespec="seconds"),
+                environment=environment.describe(),
+            )
+            self._replace(stage, partial, record)
+            shutil.rmtree(self.journal(stage), ignore_errors=True)
+        except (InputError, UsageError):  # the same run would end there again
+            shutil.rmtree(self.journal(stage), ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return record
+
+    def journal(self, stage: str) -> Path:
+        """Where a stage keeps what lets it go on in its middle; removed once it is finished."""
+        return self.path / f"{_JOURNAL}{stage}"
+
+    def verify(self, *stages: str) -> None:
+        """Hash the files of the named stages, or of all, and compare.
+
+        Raises:
+            IntegrityError: a file is missing or differs; the message names it.
+        """
+        for stage in stages or tuple(self.stages):
+            for name, recorded in self.stages[stage].files.items():
+                self._compare(stage, name, recorded)
+
+    def verify_file(self, name: str) -> None:
+        """Hash one file of whichever stage wrote it, and compare.
+
+        Raises:
+            InputError: no stage wrote such a file.
+            IntegrityError: it is missing or differs.
+        """
+        for stage, record in self.stages.items():
+            if name in record.files:
+                return self._compare(stage, name, record.files[name])
+        raise InputError(
+            f"{self.path / name}: no stage of the bundle wrote it",
+            fix="make the bundle again from a model that has it",
+        )
+
+    def _compare(self, stage: str, name: str, recorded: FileRecord) -> None:
+        path = self.path / name
+        actual = file_record(path) if path.is_file() else None
+        if actual != recorded:
+            seen = (
+                "is missing"
+                if actual is None
+                else f"has {actual.bytes} bytes, SHA-256 {actual.sha256}"
+            )
+            raise IntegrityError(
+                f"{path}: {seen}; stage {stage!r} wrote {recorded.bytes} bytes, SHA-256 "
+                f"{recorded.sha256}",
+                fix="restore the file, or repeat the command that made the bundle with "
+                "--overwrite to make that stage again",
+            )
+
+    def _replace(self, stage: str, partial: Path, record: StageRecord) -> None:
+        # While entries are being moved the stage must not count as done.
+        if self.stages.pop(stage, None) is not None:
+            self._save()
+        for entry in sorted(partial.iterdir()):
+            self._move(entry, Path(entry.name))
+        self.stages[stage] = record
+        self._save()
+
+    def _move(self, entry: Path, name: Path) -> None:
+        destination = self.path / name
+        shared = f"{name.as_posix()}/"
+        if any(file.startswith(shared) for record in self.stages.values() for file in record.files):
+            # Other stages keep their files in a folder of this name: theirs stay.
+            for part in sorted(entry.iterdir()):
+                self._move(part, name / part.name)
+            return
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        destination.parent.mkdir(exist_ok=True)
+        entry.replace(destination)
+
+    def _save(self) -> None:
+        manifest = {
+            "format": FORMAT,
+            "source": self.source,
+            "stages": {name: asdict(record) for name, record in self.stages.items()},
+        }
+        replace_json(self.path / MANIFEST, manifest)
+
+
+@contextmanager
+def claim(
+    path: Path, source: Json, *, overwrite: bool = False, wait: bool = False
+) -> Iterator[Bundle]:
+    """Open or create the bundle at `path` for writing; no other process can until this one ends.
+
+    Args:
+        path: the output folder; it may not exist yet.
+        source: the model that the bundle is made from.
+        overwrite: start over when the folder holds a bundle of another model.
+        wait: wait for another process instead of refusing.
+
+    Raises:
+        UsageError: the folder holds something else, or a bundle of another model.
+        InputError: a name in its manifest or a link leads out of the folder.
+        ResourceError: another process is writing there.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file", fix="give a folder with -o")
+    foreign = path.is_dir() and not (path / MANIFEST).exists()
+    own = (PARTIAL, _JOURNAL, _LOCK)
+    if foreign and any(not entry.name.startswith(own) for entry in path.iterdir()):
+        raise UsageError(
+            f"{path} is not empty and not a bundle: it has no {MANIFEST}",
+            fix="give a new or empty folder with -o; nothing was changed there",
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    names.require_own(path)  # before a link is written through
+    with (path / _LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ResourceError(
+                f"{path}: another process is writing there",
+                fix="wait for it to finish, or give another folder with -o",
+            ) from error
+        for leftover in path.glob(f"{PARTIAL}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        bundle = Bundle.open(path) if (path / MANIFEST).exists() else Bundle(path, source)
+        if bundle.source["sha256"] != source["sha256"]:
+            if not overwrite:
+                raise UsageError(
+                    f"{path}: made from {bundle.source['name']} (SHA-256 "
+                    f"{bundle.source['sha256'][:12]}), not from {source['name']} "
+                    f"({source['sha256'][:12]})",
+                    fix="give another output folder with -o, or --overwrite",
+                )
+            bundle = Bundle(path, source)
+        yield bundle
+
+
+def differences(before: Json, now: Json) -> str:
+    """What changed between two sets of options, in words."""
+    return ", ".join(
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
+
+
+def _require_plain(manifest: Path, source: Json, stages: Mapping[str, StageRecord]) -> None:
+    """Refuse what is used as the name of a file or folder and is none."""
+    files = {name: file for record in stages.values() for name, file in record.files.items()}
+    for stage in stages:
+        names.plain(stage, manifest)
+    for name in files:
+        names.plain(name, manifest, nested=True)
+    names.distinct(files, manifest)
+    # Folders of the cache are called by the hash of what they were made from.
+    hashes = [file.sha256 for file in files.values()] + [source["sha256"]] * bool(source["sha256"])
+    for sha256 in hashes:
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"{sha256!r} is no SHA-256")
+
+
+def _record_files(folder: Path) -> dict[str, FileRecord]:
+    records = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sync(path)
+            records[path.relative_to(folder).as_posix()] = file_record(path)
+        else:
+            sync(path)
+    return records

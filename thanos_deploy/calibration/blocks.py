@@ -1,0 +1,247 @@
+"""Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from thanos_deploy.calibration.passes import Pass, recorded
+from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.model.families import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a model calls a block with besides the hidden states: attention mask, positions."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def of(self, rows: slice, batch: int, device: torch.device) -> "Arguments":
+        """Those for some of a batch's sequences: what has one entry for each of them is cut.
+
+        Args:
+            rows: which sequences.
+            batch: how many there are.
+            device: where the block is.
+        """
+
+        def cut(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            each = value.ndim > 1 and len(value) == batch
+            return (value[rows] if each else value).to(device)
+
+        return Arguments(*tree_map(cut, (self.positional, self.named)))
+
+
+@dataclass(slots=True)
+class BlockInputs:
+    """One batch of calibration data on its way through the blocks.
+
+    Attributes:
+        hidden: [batch, tokens, width], what enters the next block, on the block's device; replaced
+            as the walk goes on.
+        arguments: the other arguments of every block; families with several kinds of blocks pass
+            each kind its own. They are taken to the block's device when the batch passes it.
+        paused: its forward pass through that block, if one waits at a layer.
+    """
+
+    hidden: Tensor
+    arguments: list[Arguments]
+    paused: Pass | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the hidden states."""
+        return tuple(self.hidden.shape)
+
+    @property
+    def left(self) -> Tensor:
+        """What has left the block that the batch was run through last."""
+        return self.hidden
+
+    def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
+        """What the block makes of this batch, or of some of its sequences."""
+        hidden = self.hidden
+        arguments = self.arguments[index].of(rows, len(hidden), hidden.device)
+        output = block(hidden[rows], *arguments.positional, **arguments.named)
+        left: Tensor = output[0] if isinstance(output, tuple) else output
+        return left
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and passes its input on."""
+
+    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, Arguments]]) -> None:
+        super().__init__()
+        self._calls = calls
+        # Models ask their blocks for attributes, such as the kind of attention.
+        self._block = (block,)  # in a tuple, so that it does not become a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+        self._calls.append((hidden, Arguments(positional, named)))
+        return hidden
+
+
+def block_inputs(
+    model: PreTrainedModel, family: Family, batches: Iterable[Tensor]
+) -> list[BlockInputs]:
+    """What enters the first block, and what every block is called with besides, for each batch.
+
+    Only what lies before the blocks is computed, so the blocks may be without weights.
+
+    Args:
+        model: the causal model; everything outside its blocks must have weights.
+        family: where its blocks are.
+        batches: int64[batch, tokens] each.
+    """
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    calls: list[tuple[Tensor, Arguments]] = []
+    originals = list(blocks)
+    inputs = []
+    try:
+        for index, block in enumerate(originals):
+            blocks[index] = _Recorder(block, calls)
+        for ids in batches:
+            calls.clear()
+            model.base_model(input_ids=ids, use_cache=False)
+            inputs.append(BlockInputs(calls[0][0], [arguments for _, arguments in calls]))
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return inputs
+
+
+@dataclass(slots=True)
+class Walk:
+    """Calibration data on its way through the blocks of one model.
+
+    Attributes:
+        index: number of the next block.
+        block: that block, with weights.
+        batches: what enters it, in the dtype of the weights.
+        done: all of them have left it.
+    """
+
+    index: int
+    block: nn.Module
+    batches: list[BlockInputs]
+    done: bool = False
+
+
+def collect(
+    walk: Walk,
+    names: list[str],
+    dense: Walk | None = None,
+    *,
+    pause: bool = False,
+    last: bool = False,
+) -> dict[str, Statistics]:
+    """Run the data into a block, as far as the last of some linear layers.
+
+    Args:
+        walk: the model that is being pruned.
+        names: linear layers of the block, in the order in which the forward pass reaches them.
+        dense: the same data in the dense model, at the same block, for `Statistics.cross`.
+        pause: let the forward passes wait there, and the next `collect` or `advance` go on from
+            there; so no layer before the last of these may change any more.
+        last: no more is wanted of this block; so the dense model's data, for which nothing changes,
+            leaves it at once, and what its passes hold is free.
+
+    Returns:
+        layer name -> statistics.
+    """
+    sums: dict[str, Statistics] = {}
+    for number, batch in enumerate(walk.batches):
+        inputs = _inputs_of(walk, names, batch, pause=pause)
+        targets = {}
+        if dense is not None:
+            beside = dense.batches[number]
+            targets = _inputs_of(dense, names, beside, pause=pause or last)
+            if last:
+                _leave(dense, beside)
+        for name, x in inputs.items():
+            if name not in sums:
+                sums[name] = Statistics.empty(
+                    x.shape[1],
+                    targets[name].shape[1] if name in targets else None,
+                    device=x.device,
+                )
+            sums[name].add(x, targets.get(name))
+    for statistics in sums.values():
+        statistics.complete()
+    if dense is not None and last:
+        dense.done = True
+    return sums
+
+
+def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
+    """Run the data through a block, and weigh each token by 1 / |h|^2 with h what leaves the block.
+
+    A layer that writes to the stream of hidden states then counts for what it changes of each
+    token in proportion to that token's size, which is what the next norm makes of it. Blocks
+    become comparable, and the few tokens with huge activations do not outweigh all others.
+
+    Args:
+        walk: the model.
+        names: linear layers of the block.
+
+    Returns:
+        layer name -> statistics.
+    """
+    sums: dict[str, Statistics] = {}
+    for batch in walk.batches:
+        inputs: dict[str, Tensor] = {}
+        with recorded(walk.block, names, inputs):
+            hidden = batch.forward(walk.index, walk.block)
+        weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
+        for name, x in inputs.items():
+            if name not in sums:
+                sums[name] = Statistics.empty(x.shape[1], device=x.device)
+            sums[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
+    for statistics in sums.values():
+        statistics.complete()
+    return sums
+
+
+def advance(walk: Walk) -> None:
+    """Run the data through the block, or through the rest of it where passes wait, once."""
+    if walk.done:
+        return
+    for batch in walk.batches:
+        _leave(walk, batch)
+    walk.done = True
+
+
+def _leave(walk: Walk, batch: BlockInputs) -> None:
+    """Take a batch through the block, or the rest of it."""
+    batch.hidden = _pass(walk, batch).finish()
+    batch.paused = None
+
+
+def _inputs_of(
+    walk: Walk, names: list[str], batch: BlockInputs, *, pause: bool
+) -> dict[str, Tensor]:
+    """[tokens, cols] for each name, in the dtype of the pass."""
+    forward = _pass(walk, batch)
+    inputs = forward.until(walk.block, names)
+    batch.paused = forward if pause else None
+    return inputs
+
+
+def _pass(walk: Walk, batch: BlockInputs) -> Pass:
+    """The pass that waits, or a new one."""
+    return batch.paused or Pass(partial(batch.forward, walk.index, walk.block))

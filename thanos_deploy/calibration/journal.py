@@ -1,0 +1,180 @@
+"""What a walk leaves on disk after every block, so that a rerun goes on where it was killed.
+
+A folder with an entry for every finished block:
+
+    block-0007.json          its report, and size and SHA-256 of the files of the entry
+    block-0007.safetensors   its parameters as they will be written, where the walk writes any
+    inputs-0008.safetensors  the calibration data that enters the next block; see `activations`
+
+The JSON is flushed and renamed into place last, so an entry counts as a whole or not at all; damage
+that comes later shows in the hashes. Of the inputs only the newest have to be there: those before
+them are dropped when the next ones are written.
+
+A journal belongs to one model, one calibration text, one set of options and versions. For any
+other it is discarded.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Generic, Protocol, Self, TypeVar
+
+from torch import Tensor
+
+from thanos_deploy.bundle import manifest, names
+from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
+from thanos_deploy.model.tensorfile import TensorFile
+
+logger = logging.getLogger(__name__)
+
+_OWNER = "journal.json"
+
+
+class Report(Protocol):
+    """What is said of a finished block."""
+
+    def to_json(self) -> Json:
+        """A JSON-ready value."""
+        ...
+
+    @classmethod
+    def from_json(cls, value: Json) -> Self:
+        """The report that `to_json` made the value of."""
+        ...
+
+
+R = TypeVar("R", bound=Report)
+
+
+class Journal(Generic[R]):
+    """The journal of one walk.
+
+    Attributes:
+        folder: where it is.
+        reports: of the finished blocks, in order; who changes a block appends its report.
+    """
+
+    def __init__(self, folder: Path, owner: Json, report: type[R]) -> None:
+        """Begin a journal, or go on with the one that is there as far as it is intact.
+
+        Args:
+            folder: for this journal alone.
+            owner: everything that the results of the walk depend on.
+            report: type of the reports.
+
+        Raises:
+            InputError: an entry of the journal names a file outside its folder.
+        """
+        self.folder = folder
+        self._claim(owner)
+        found = len(list(folder.glob("block-*.json")))
+        entries = list(self._intact_entries())
+        while entries and not self._intact(entries[-1]["inputs"]):
+            entries.pop()
+        if len(entries) < found:
+            logger.warning(
+                "%s: %d of %d finished blocks are done again, from block %d on",
+                *(folder, found - len(entries), found, len(entries)),
+            )
+        elif entries:
+            logger.info("%s: going on after %d finished blocks", folder, found)
+        self._drop_all_but(entries)
+        self.reports = [report.from_json(entry["report"]) for entry in entries]
+
+    def parameters(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of what was written of a finished block."""
+        with TensorFile.open(self._parameters(index)) as file:
+            for name, (_, shape) in file.kinds.items():
+                yield name, file.read(name).reshape(shape)
+
+    def keep(self, parameters: Mapping[str, Tensor], inputs: TensorFile | None) -> Json:
+        """Flush and hash what belongs to a block besides its report.
+
+        Args:
+            parameters: as they will be written; none if the walk writes nothing.
+            inputs: what enters the next block; None after the last one.
+
+        Returns:
+            what `add` wants to know of it.
+        """
+        files: Json = {"parameters": {}, "inputs": {} if inputs is None else _record(inputs)}
+        if parameters:
+            kinds = {name: (one.dtype, tuple(one.shape)) for name, one in parameters.items()}
+            with TensorFile.create(self._parameters(len(self.reports) - 1), kinds) as file:
+                for name, tensor in parameters.items():
+                    file.write(name, tensor)
+                files["parameters"] = _record(file)
+        return files
+
+    def add(self, files: Json) -> None:
+        """Count the block of the newest report as finished."""
+        index = len(self.reports) - 1
+        entry = {**files, "report": self.reports[index].to_json()}
+        content = {"entry": entry, "sha256": sha256_of(entry)}
+        replace_json(self._entry(index), content)
+
+    def _claim(self, owner: Json) -> None:
+        path = self.folder / _OWNER
+        if self.folder.exists():
+            try:
+                before = json.loads(path.read_bytes())
+                if before == owner:
+                    return
+                why = manifest.differences(before, owner)
+            except (OSError, ValueError, AttributeError):
+                why = f"{_OWNER} is missing or damaged"
+            logger.warning("%s: discarded, so pruning starts over: %s", self.folder, why)
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        replace_json(path, owner)
+
+    def _intact_entries(self) -> Iterator[Json]:
+        """The entries from the first on, as long as they and their parameters are intact."""
+        index = 0
+        while (path := self._entry(index)).exists():
+            try:
+                content = json.loads(path.read_bytes())
+                entry: Json = content["entry"]
+                intact = content["sha256"] == sha256_of(entry)
+            except (ValueError, KeyError, TypeError):
+                intact = False
+            if not intact:
+                logger.warning("%s: damaged", path)
+            if not intact or not self._intact(entry["parameters"]):
+                return
+            yield entry
+            index += 1
+
+    def _intact(self, files: Mapping[str, Json]) -> bool:
+        for name, recorded in files.items():
+            path = self.folder / names.plain(name, self.folder)
+            if not path.exists():
+                return False
+            if (seen := file_record(path)) != FileRecord(**recorded):
+                logger.warning(
+                    "%s: damaged; %d bytes, SHA-256 %s; %d bytes, SHA-256 %s were written",
+                    *(path, seen.bytes, seen.sha256, recorded["bytes"], recorded["sha256"]),
+                )
+                return False
+        return True
+
+    def _drop_all_but(self, entries: list[Json]) -> None:
+        kept = {_OWNER, *(self._entry(index).name for index in range(len(entries)))}
+        kept.update(name for entry in entries for name in (*entry["parameters"], *entry["inputs"]))
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _entry(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.json"
+
+    def _parameters(self, index: int) -> Path:
+        return self._entry(index).with_suffix(".safetensors")
+
+
+def _record(file: TensorFile) -> dict[str, Json]:
+    file.sync()
+    return {file.path.name: asdict(file_record(file.path))}

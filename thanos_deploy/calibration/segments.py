@@ -1,0 +1,65 @@
+"""A text cut into segments of token ids."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from thanos_deploy.calibration.frame import frame_of
+from thanos_deploy.calibration.texts import Text
+from thanos_deploy.errors import CalibrationError
+
+
+def segments(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int | None
+) -> Tensor:
+    """Cut a text into segments of equal length, without overlap.
+
+    Each begins as the tokenizer begins a text; see `frame`.
+
+    Args:
+        text: the text, tokenized as a whole.
+        tokenizer: the model's.
+        count: how many segments to take.
+        length: tokens of each, with those that the tokenizer puts in front.
+        seed: picks the segments from all over the text; None takes the first ones.
+
+    Returns:
+        int64[count, length], in the order of the text.
+
+    Raises:
+        CalibrationError: the text is too short, or a segment would be.
+    """
+    every = every_segment(text, tokenizer, length=length)
+    if len(every) < count:
+        own = length - len(frame_of(tokenizer))
+        raise CalibrationError(
+            f"{text.origin}: {len(_tokens(text, tokenizer))} tokens found, {count * own} needed "
+            f"for {count} segments of {length}",
+            fix="give a longer text, or fewer or shorter segments",
+        )
+    if seed is None:
+        return every[:count]
+    picked = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
+    return every[picked.sort().values]
+
+
+def every_segment(text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Tensor:
+    """All the segments that `segments` picks from; int64[available, length]."""
+    frame = frame_of(tokenizer)
+    if length <= len(frame):
+        raise CalibrationError(
+            f"segments of {length} tokens: the tokenizer puts {len(frame)} before each",
+            fix="use longer segments",
+        )
+    return frame.before(_cut(_tokens(text, tokenizer), length - len(frame)))
+
+
+def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    # verbose=False: that the text as a whole is longer than the model's context is intended.
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _cut(ids: Tensor, length: int) -> Tensor:
+    available = len(ids) // length
+    return ids[: available * length].reshape(available, length)

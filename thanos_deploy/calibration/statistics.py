@@ -1,0 +1,98 @@
+"""What calibration keeps of the inputs of a linear layer: sums that can be added up."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.machine.devices import CPU
+from thanos_deploy.machine.precision import products_in
+
+# Columns of a Gram matrix that are multiplied at once: few enough to spare most of what lies below
+# the diagonal, enough for the product to run at full speed.
+_COLUMNS = 512
+
+
+def _runs(cols: int) -> list[tuple[int, int]]:
+    """Columns in runs of about as many as are multiplied at once: first, and one after the last."""
+    count = max(1, cols // _COLUMNS)
+    return [(cols * k // count, cols * (k + 1) // count) for k in range(count)]
+
+
+@dataclass(slots=True, eq=False)
+class Statistics:
+    """What calibration saw of one layer's input x, and of the same input y in the dense model.
+
+    Attributes:
+        mass: the number of tokens, or the sum of their weights.
+        hessian: float32[cols, cols], the sum of x x^T over all tokens; complete below its diagonal
+            once `complete` has been called.
+        total: float32[cols], the sum of x.
+        cross: float32[dense cols, cols], the sum of y x^T; None if the dense model was not asked
+            for.
+        dense_total: float32[dense cols], the sum of y; the same.
+    """
+
+    mass: float
+    hessian: Tensor
+    total: Tensor
+    cross: Tensor | None
+    dense_total: Tensor | None
+
+    @classmethod
+    def empty(
+        cls, cols: int, dense_cols: int | None = None, *, device: torch.device = CPU
+    ) -> "Statistics":
+        """Of no tokens, for inputs that are on a device."""
+        zeros = partial(torch.zeros, device=device)
+        return cls(
+            mass=0.0,
+            hessian=zeros(cols, cols),
+            total=zeros(cols),
+            cross=None if dense_cols is None else zeros(dense_cols, cols),
+            dense_total=None if dense_cols is None else zeros(dense_cols),
+        )
+
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """Count some tokens; float32 or bfloat16 [tokens, cols] each."""
+        # Products of bfloat16 numbers lose nothing where they are multiplied as such.
+        with products_in(x.dtype):
+            self._add(x.float(), None if y is None else y.float())
+
+    def _add(self, x: Tensor, y: Tensor | None) -> None:
+        self.mass += len(x)
+        self._add_product(x, x)
+        self.total += x.sum(dim=0)
+        if y is not None:
+            assert self.cross is not None
+            assert self.dense_total is not None
+            self.cross.addmm_(y.T, x)
+            self.dense_total += y.sum(dim=0)
+
+    def add_weighted(self, x: Tensor, weight: Tensor) -> None:
+        """Count some tokens, float32[tokens, cols], each with its weight, float32[tokens, 1]."""
+        self.mass += weight.sum().item()
+        self._add_product(weight * x, x)
+        self.total += (weight * x).sum(dim=0)
+
+    def _add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add left^T right, which is symmetric, on and above the diagonal."""
+        for start, stop in _runs(right.shape[1]):
+            self.hessian[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:])
+
+    def complete(self) -> None:
+        """Fill in what is below the diagonal of the Hessian, when all tokens have been counted."""
+        for start, stop in _runs(len(self.hessian)):
+            block = self.hessian[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+            self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
+
+    def centred(self) -> "Statistics":
+        """The same around the means: what is left for a weight to explain beside a free bias."""
+        cross = self.cross
+        if cross is not None:
+            assert self.dense_total is not None
+            cross = cross - torch.outer(self.dense_total, self.total) / self.mass
+        hessian = self.hessian - torch.outer(self.total, self.total) / self.mass
+        return replace(self, hessian=hessian, cross=cross)

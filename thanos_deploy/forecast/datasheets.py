@@ -1,0 +1,82 @@
+"""What the makers of GPUs publish about them: arithmetic, bandwidth, memory.
+
+Peaks are those of dense matrices on tensor cores, accumulated in float32, at the boost clock. The
+sheets that state only figures "with sparsity" state twice the dense ones.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thanos_deploy.errors import UsageError
+
+# What 2:4 sparsity multiplies a peak by, on every GPU below (L40S: the sheet rounds to 2.02).
+SPARSE_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: what `--gpu` calls it.
+        product: what its driver calls it.
+        peak: dtype -> dense floating-point (or integer) operations per second.
+        bandwidth: of its memory, bytes per second.
+        memory: bytes.
+        source: the document with these figures.
+    """
+
+    name: str
+    product: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    source: str
+
+
+def _peaks(sixteen: float, int8: float, fp8: float | None = None) -> dict[str, float]:
+    """Peaks from TFLOPS; int8 and fp8 have no entry where the tensor cores do not take them."""
+    known = {"fp16": sixteen, "bf16": sixteen, "int8": int8, "fp8": fp8}
+    return {dtype: value * 1e12 for dtype, value in known.items() if value is not None}
+
+
+_A100 = _peaks(312, 624)
+_H100 = _peaks(989.5, 1979, 1979)
+_H100_PCIE = _peaks(756.5, 1513, 1513)
+_SHEET = "NVIDIA {} Tensor Core GPU data sheet"
+_ADA = "NVIDIA Ada GPU Architecture white paper, appendix A"
+
+GPUS = (
+    Gpu("A10", "NVIDIA A10", _peaks(125, 250), 600e9, 24e9, _SHEET.format("A10")),
+    Gpu("A100", "NVIDIA A100-SXM4-80GB", _A100, 2039e9, 80e9, _SHEET.format("A100")),
+    Gpu("A100-PCIE", "NVIDIA A100 80GB PCIe", _A100, 1935e9, 80e9, _SHEET.format("A100")),
+    Gpu("A100-40GB", "NVIDIA A100-SXM4-40GB", _A100, 1555e9, 40e9, _SHEET.format("A100")),
+    Gpu("A6000", "NVIDIA RTX A6000", _peaks(155, 310), 768e9, 48e9, "NVIDIA RTX A6000 data sheet"),
+    Gpu("L4", "NVIDIA L4", _peaks(121, 242, 242), 300e9, 24e9, _SHEET.format("L4")),
+    Gpu("L40S", "NVIDIA L40S", _peaks(362, 733, 733), 864e9, 48e9, "NVIDIA L40S data sheet"),
+    Gpu("H100", "NVIDIA H100 80GB HBM3", _H100, 3350e9, 80e9, _SHEET.format("H100")),
+    Gpu("H100-PCIE", "NVIDIA H100 PCIe", _H100_PCIE, 2000e9, 80e9, _SHEET.format("H100")),
+    Gpu("H200", "NVIDIA H200", _H100, 4800e9, 141e9, _SHEET.format("H200")),
+    Gpu("RTX4090", "NVIDIA GeForce RTX 4090", _peaks(165, 661, 330), 1008e9, 24e9, _ADA),
+)
+
+
+def find(name: str) -> Gpu:
+    """A GPU by either of its names; capitals, spaces and hyphens do not matter.
+
+    Raises:
+        UsageError: it is not in the table.
+    """
+    for gpu in GPUS:
+        if _plain(name) in (_plain(gpu.name), _plain(gpu.product)):
+            return gpu
+    raise UsageError(
+        f"GPU {name!r} is not known",
+        fix=f"use one of {', '.join(gpu.name for gpu in GPUS)}, or add a row to "
+        "thanos_deploy/forecast/datasheets.py",
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

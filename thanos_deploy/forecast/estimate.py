@@ -1,0 +1,349 @@
+"""What pruning a model will take on this machine, before it is pruned: seconds and memory.
+
+Of cutting: the survey, which has been walked by then, took what it will take again; two blocks are
+cut with as many tokens as pass at once, which makes solving no quicker; and this process has held
+by then what cutting holds.
+
+Of everything else, the seconds: two blocks are walked with few tokens, as pruning walks them, which
+gives what collecting statistics and going on to the next block take of a token; and leading parts
+of their layers, of several sizes, are pruned with these statistics. What a layer of [rows, cols]
+takes is fitted to the latter by
+
+    a cols^3 + b rows cols^2 + c rows cols + d cols
+
+for factoring, for updating, for choosing and block solves, and for what each column costs.
+
+And the memory: counted from the shapes, on top of what the process holds already: one block, the
+statistics of its layers and what solving the widest of them needs, or what tuning all of them does,
+and the passes that wait inside the block.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from torch import Tensor
+
+from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.walk import (
+    TOKENS_PER_BATCH,
+    WAITING_BYTES,
+    Visit,
+    visits,
+    waiting_bytes,
+)
+from thanos_deploy.machine import environment
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.pattern import Pattern, SemiStructured
+from thanos_deploy.prune.layers import gather, linear_shapes
+from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.solution import aim, solve
+from thanos_deploy.prune.tune import TOKENS_PER_STEP, tune
+from thanos_deploy.shrink import cut
+from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.solver.layer import LayerProblem
+
+# Multiplications of a trial pass through a block: a fraction of a second on any machine.
+_TRIAL_PRODUCTS = 5e9
+
+# The parts that are pruned have at most so many rows and columns. The first is nearly all
+# factoring, whose share grows fastest with the width.
+_TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
+
+# The first time is a warm-up.
+_REPEATS = 2
+
+# Matrices [cols, cols] of float64, or as much memory, that are alive while a layer is solved: the
+# factor, and half of one for products while it is made, or for the last fit's copy of the Hessian.
+_SOLVING = 1.5
+
+# Numbers beside each weight of a layer while it is solved: what it was, is and will be, its scores.
+_BESIDE = 4
+
+# Float32 numbers for each weight of a block while it is tuned: its value, gradient and mask, and
+# what Adam keeps.
+_TUNING = 5
+
+_FLOAT, _DOUBLE = 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What pruning will take.
+
+    Attributes:
+        seconds: by activity: "collect", "solve", "tune" and "forward" as in `layers.BlockReport`;
+            "survey", the walk before, of OWL or of cutting.
+        memory_bytes: the most that the process will hold, in the memory of a GPU as well.
+        token_seconds: one token on its way through one dense block, statistics included.
+        basis: what this is derived from.
+    """
+
+    seconds: Mapping[str, float]
+    memory_bytes: int
+    token_seconds: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """What a walk with few tokens took, and what it saw of the last block's layers."""
+
+    seconds: Mapping[str, float]
+    layers: Mapping[str, tuple[Tensor, Statistics]]
+
+
+@torch.no_grad()
+def estimate(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    request: PruneRequest,
+    patterns: Mapping[str, Pattern],
+) -> Estimate:
+    """Measure for a moment, and derive the rest.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        request: how it is to be pruned; for what is to be cut see `estimate_cutting`.
+        patterns: of the layers that are to be pruned, by full name.
+    """
+    resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
+    family, blocks = checkpoint.family, checkpoint.config.num_hidden_layers
+    # What is pruned of any block stands for all.
+    linears = [n for n in family.linears if any(full.endswith(f".{n}") for full in patterns)]
+    visited = {full.removesuffix(f".{n}") for full in patterns for n in linears} - patterns.keys()
+    few = _few(checkpoint, segments)
+    share = segments.numel() / few.numel()
+    walk = request.walk_options
+    ways = 1 + request.walks_dense
+    trial = _walk(
+        *(checkpoint, few, linears),
+        true_sequential=walk["true_sequential"],
+        dense_target=walk["dense_target"],
+        tune_steps=walk["tune_steps"],
+        forward=DTYPES[request.resolved_forward],
+        device=request.resolved_device,
+    )
+    seconds = {
+        "collect": len(visited) * share * trial.seconds["collect"],
+        "solve": _solving(checkpoint, trial, request, patterns),
+        "tune": _tuning(trial, few, segments, walk["tune_steps"]) * len(visited),
+        "forward": (blocks - 1) * share * trial.seconds.get("forward", 0.0),
+    }
+    if request.allocation == "owl":
+        survey = _walk(
+            *(checkpoint, few, family.linears),
+            true_sequential=False,
+            dense_target=0.0,
+            tune_steps=0,
+            forward=torch.float32,
+            device=request.resolved_device,
+        )
+        seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
+    spent = time.perf_counter() - started
+    return Estimate(
+        seconds=seconds,
+        memory_bytes=resident + _memory(checkpoint, segments, linears, request),
+        token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
+        basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
+        f"{spent:.1f} s on this machine",
+    )
+
+
+@torch.no_grad()
+def estimate_cutting(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    request: PruneRequest,
+    losses: Sequence[Losses],
+    plan: Plan,
+) -> Estimate:
+    """Cut for a moment, and derive the rest.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        request: how it is to be cut.
+        losses: of each block, from a survey with these tokens by this process.
+        plan: the widths of each block.
+    """
+    started, fit, blocks = time.perf_counter(), request.fit_options, len(losses)
+    few = segments[: max(1, TOKENS_PER_BATCH // segments.shape[1])]
+    share = segments.numel() / few.numel()
+    # What becomes of one block stands for all.
+    after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
+    trial = _quicker(
+        visits(
+            *(checkpoint, few),
+            with_dense=fit["dense_target"] > 0.0,
+            device=request.resolved_device,
+        ),
+        lambda visit: cut.cut(visit, checkpoint, after, **fit),
+    )
+    spent = time.perf_counter() - started
+    return Estimate(
+        seconds={
+            "survey": sum(sum(loss.seconds.values()) for loss in losses),
+            "collect": blocks * share * trial.get("collect", 0.0),
+            "solve": blocks * trial.get("solve", 0.0),
+            "forward": (blocks - 1) * share * trial.get("forward", 0.0),
+        },
+        memory_bytes=environment.peak_memory_bytes(),
+        token_seconds=sum(loss.seconds["collect"] for loss in losses) / blocks / segments.numel(),
+        basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "
+        f"cut, in {spent:.1f} s on this machine",
+    )
+
+
+def _few(checkpoint: Checkpoint, segments: Tensor) -> Tensor:
+    """int64[count, length]: so few calibration tokens that a block is passed at once."""
+    weights = math.prod(max(linear_shapes(checkpoint).values(), key=math.prod))
+    linears = len(checkpoint.family.linears)
+    tokens = min(TOKENS_PER_BATCH, max(1, int(_TRIAL_PRODUCTS / (weights * linears))))
+    length = min(segments.shape[1], tokens)
+    return segments[: tokens // length, :length]
+
+
+def _walk(
+    checkpoint: Checkpoint,
+    few: Tensor,
+    linears: Collection[str],
+    *,
+    true_sequential: bool,
+    dense_target: float,
+    tune_steps: int,
+    forward: torch.dtype,
+    device: torch.device,
+) -> _Trial:
+    """Walk two blocks and prune nothing."""
+    layers: dict[str, tuple[Tensor, Statistics]] = {}
+
+    def work(visit: Visit) -> None:
+        wanted = {visit.prefix + name for name in linears}
+        for groups, statistics in gather(
+            *(visit, checkpoint.family, wanted),
+            true_sequential=true_sequential,
+            with_dense=dense_target > 0.0,
+        ):
+            layers.update(
+                (name, (matrix(visit.block.get_submodule(name)).float(), statistics[group[0]]))
+                for group in groups
+                for name in group
+            )
+        if tune_steps:
+            with visit.clock.measure("tune"):
+                tune(visit, linears, 1)
+
+    with_dense = dense_target > 0.0 or tune_steps > 0
+    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward, device=device)
+    return _Trial(_quicker(walk, work), layers)
+
+
+def _quicker(walk: Iterator[Visit], work: Callable[[Visit], object]) -> dict[str, float]:
+    """Seconds by activity that working on two blocks takes, of which the quicker counts."""
+    clocks = []
+    for visit in islice(walk, _REPEATS):
+        work(visit)
+        clocks.append(visit.clock.seconds)
+    activities = {activity for clock in clocks for activity in clock}
+    return {name: min(clock[name] for clock in clocks if name in clock) for name in activities}
+
+
+def _tuning(trial: _Trial, few: Tensor, segments: Tensor, steps: int) -> float:
+    """Seconds that tuning takes for a block."""
+    tried, taken = (
+        min(data.numel(), max(1, TOKENS_PER_STEP // data.shape[1]) * data.shape[1])
+        for data in (few, segments)
+    )
+    return steps * trial.seconds.get("tune", 0.0) * taken / tried
+
+
+def _solving(
+    checkpoint: Checkpoint, trial: _Trial, request: PruneRequest, patterns: Mapping[str, Pattern]
+) -> float:
+    """Seconds that the solver takes for all layers."""
+    ((pattern, _),) = Counter(patterns.values()).most_common(1)
+    step = pattern.group if isinstance(pattern, SemiStructured) else 1
+    terms, times = [], []
+    for most_rows, most_cols in _TRIAL_SIZES:
+        weight, statistics = max(
+            trial.layers.values(),
+            key=lambda layer: min(len(layer[0]), most_rows) * min(layer[0].shape[1], most_cols),
+        )
+        rows, cols = min(len(weight), most_rows), min(weight.shape[1], most_cols) // step * step
+        cross = statistics.cross
+        target = None if cross is None else cross[:cols, :cols]
+        seconds = math.inf
+        for _ in range(_REPEATS):
+            started = time.perf_counter()
+            part = LayerProblem(
+                *(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial", {}),
+                products=DTYPES[request.resolved_forward],
+            )
+            aimed, _ = aim(
+                *(part, target, request.walk_options["dense_target"], request.resolved_options)
+            )
+            solve(
+                *(part, pattern),
+                method=request.method,
+                options=request.resolved_options,
+                aimed=aimed,
+            )
+            seconds = min(seconds, time.perf_counter() - started)
+        terms.append(_terms(rows, cols))
+        times.append(seconds)
+    # Relative errors count, so that the small parts do as well.
+    factors, _ = nnls(np.array(terms) / np.array(times)[:, None], np.ones(len(times)))
+    shapes = linear_shapes(checkpoint)
+    return float(sum(_terms(*shapes[name]) @ factors for name in patterns))
+
+
+def _terms(rows: int, cols: int) -> NDArray[np.float64]:
+    return np.array([cols**3, rows * cols**2, rows * cols, cols], dtype=np.float64)
+
+
+def _memory(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    linears: Sequence[str],
+    request: PruneRequest,
+) -> int:
+    """Bytes that the walk holds at once."""
+    walk, forward = request.walk_options, DTYPES[request.resolved_forward]
+    true_sequential = walk["true_sequential"]
+    ways = 1 + request.walks_dense  # the pruned model's way, and the dense one's
+    config, family, shapes = checkpoint.config, checkpoint.family, linear_shapes(checkpoint)
+    first = f"{family.blocks}.0."
+    weights = sum(math.prod(shapes[first + name]) for name in family.linears)
+    widths = [
+        shapes[first + group[0]][1] for group in family.inputs if not set(group).isdisjoint(linears)
+    ]
+    statistics = max(n * n for n in widths) if true_sequential else sum(n * n for n in widths)
+    batch = max(TOKENS_PER_BATCH, segments.shape[1])
+    # What layers read is kept until every way has passed, what they make for a moment.
+    passing = batch * (ways * sum(widths) + sum(shapes[first + name][0] for name in family.linears))
+    solving = int(_SOLVING * max(widths) ** 2 * _DOUBLE)
+    solving += _BESIDE * _FLOAT * max(math.prod(shapes[first + name]) for name in linears)
+    each = ways * forward.itemsize
+    if forward is not torch.float32:  # the block that runs is a copy
+        stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{first}{linears[0]}.weight")]
+        each += min(stored.itemsize, _FLOAT) if request.dtype == "auto" else _FLOAT
+    block = each * weights
+    block += max(
+        _FLOAT * ways * statistics + max(forward.itemsize * passing, solving),
+        (_TUNING * _FLOAT + forward.itemsize) * weights if walk["tune_steps"] else 0,
+    )
+    waiting = waiting_bytes(checkpoint, segments, ways, forward)
+    if not true_sequential or waiting > WAITING_BYTES:
+        waiting = 0
+    embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)
+    return max(waiting + block, embedding)

@@ -1,0 +1,120 @@
+"""Matrix products that were measured on a GPU, for `plan --measured`.
+
+A file is a document of `gpu.records`, as the GPU campaign and `gpu-check` write it, or the table of
+benchmarks/semi_structured.py.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.forecast.datasheets import Gpu, find
+from thanos_deploy.forecast.roofline import Measurement
+from thanos_deploy.gpu import records as gpu_records
+from thanos_deploy.gpu.rows import GemmRow
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """One kernel's product [tokens, inputs] x [inputs, outputs]."""
+
+    gpu: str
+    dtype: str
+    kernel: str
+    tokens: int
+    outputs: int
+    inputs: int
+    seconds: float
+
+
+def read_measurements(path: Path, gpu: Gpu, dtype: str) -> tuple[Measurement, ...]:
+    """Measured products of a GPU and a dtype.
+
+    Args:
+        path: the file.
+        gpu: what has to have been measured on.
+        dtype: "fp16", "bf16", ..., likewise.
+
+    Raises:
+        InputError: the file cannot be understood, its times do not count, or it has none of them.
+    """
+    products = list(_read(path))
+    times: dict[tuple[int, int, int], dict[str, float]] = {}
+    for one in products:
+        if one.dtype == dtype and _is(gpu, one.gpu):
+            times.setdefault((one.tokens, one.outputs, one.inputs), {})[one.kernel] = one.seconds
+    found = tuple(
+        Measurement(
+            *sizes, dense=kernels.pop("dense"), sparse=min(kernels.values(), default=math.inf)
+        )
+        for sizes, kernels in times.items()
+        if "dense" in kernels
+    )
+    positive = (size for known in found for size in (known.m, known.n, known.k, known.dense))
+    if not found or min(positive) <= 0:
+        there = sorted({f"{one.gpu} in {one.dtype}" for one in products})
+        raise InputError(
+            f"{path}: no product with positive sizes and times of {gpu.name} in {dtype}; it has "
+            f"those of {', '.join(there) or 'nothing'}",
+            fix="give the --gpu and --dtype that were measured, or leave --measured out",
+        )
+    return found
+
+
+def _read(path: Path) -> Iterator[_Product]:
+    """The products of a file, of either kind."""
+    try:
+        document = json.loads(path.read_bytes())
+        if "rows" not in document:
+            yield from _of_table(document)
+            return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a readable table of measured products ({error!r})",
+            fix="make it with `thanos-deploy gpu-check`, or `python -m benchmarks.semi_structured`",
+        ) from error
+    records = gpu_records.read(path)
+    if records.status != "VALID" or records.card is None:
+        raise InputError(
+            f"{path}: its products are {records.status} ({'; '.join(records.reasons)})",
+            fix="measure again, on a GPU that nobody else uses",
+        )
+    for row in records.of(GemmRow):
+        if row.seconds:
+            yield _Product(
+                gpu=records.card.name,
+                dtype=row.dtype,
+                kernel=row.kernel,
+                tokens=row.tokens,
+                outputs=row.outputs,
+                inputs=row.inputs,
+                seconds=row.median,
+            )
+
+
+def _of_table(document: Any) -> Iterator[_Product]:
+    """Those of benchmarks/semi_structured.py, and of `gpu-check` before it wrote records."""
+    table = document.get("steps", {}).get("gemm", document)
+    for record in table["records"]:
+        if record["seconds"]:
+            yield _Product(
+                gpu=str(table["gpu"]),
+                dtype=str(table["dtype"]),
+                kernel=record["kernel"],
+                tokens=int(record["tokens"]),
+                outputs=int(record["outputs"]),
+                inputs=int(record["inputs"]),
+                seconds=median(map(float, record["seconds"])),
+            )
+
+
+def _is(gpu: Gpu, name: str) -> bool:
+    try:
+        return find(name) == gpu
+    except UsageError:
+        return False

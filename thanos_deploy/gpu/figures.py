@@ -1,0 +1,174 @@
+"""What GPUs were measured to make of a pattern: the published figures, and the words for them.
+
+The figures are worked out from the records of benchmarks/results/gpu; `python -m
+benchmarks.gpu_figures` writes them to gpu_figures.json beside this file, which is installed with
+the package. So a sentence about a GPU is that of a file, or "not measured (no GPU)". Standard
+library only.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+
+from thanos_deploy.gpu.nvml import NOT_MEASURED
+from thanos_deploy.gpu.records import Records
+from thanos_deploy.gpu.rows import ModelRow
+from thanos_deploy.pattern import Pattern, SemiStructured, Structured
+
+FILE = "gpu_figures.json"
+
+_DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass of a pruned model beside the same pass of the dense one, each as fast as it got.
+
+    Attributes:
+        model: "2:4", "structured" or "structured, 2:4".
+        dtype: "fp16" or "bf16".
+        phase, batch, tokens: as of `rows.ModelRow`.
+        parameters: of the dense model.
+        removed: fraction of them that was cut out.
+        dense_engine, engine: backend and variant that were fastest.
+        dense_seconds, seconds: median of one pass.
+    """
+
+    model: str
+    dtype: str
+    phase: str
+    batch: int
+    tokens: int
+    parameters: int
+    removed: float
+    dense_engine: str
+    engine: str
+    dense_seconds: float
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """What was timed, as benchmarks call it."""
+        return f"{self.phase}-{self.batch}x{self.tokens}"
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast as the dense model."""
+        return self.dense_seconds / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one run showed of whole models.
+
+    Attributes:
+        card: name of the GPU.
+        date, command: when and how it was measured.
+        reasons: why the times are not to be trusted; empty for a valid run.
+        passes: those that were timed with the dense model too.
+    """
+
+    card: str
+    date: str
+    command: str
+    reasons: tuple[str, ...]
+    passes: tuple[Pass, ...]
+
+
+def figures(records: Records) -> Figures | None:
+    """What a run showed; None for a rehearsal, and for a run that did not come to its card."""
+    card = records.card
+    if card is None or records.status == "REHEARSAL":
+        return None
+    fastest: dict[tuple[str, str, str, int, int, int], ModelRow] = {}
+    for row in records.of(ModelRow):
+        if row.seconds:
+            key = (row.model, row.dtype, row.phase, row.batch, row.tokens, row.blocks)
+            fastest[key] = min(row, fastest.get(key, row), key=lambda one: one.median)
+    passes = tuple(
+        Pass(
+            *(row.model, row.dtype, row.phase, row.batch, row.tokens),
+            parameters=dense.parameters,
+            removed=1 - row.parameters / dense.parameters,
+            dense_engine=dense.engine,
+            engine=row.engine,
+            dense_seconds=dense.median,
+            seconds=row.median,
+        )
+        for (model, *where), row in fastest.items()
+        if model != _DENSE and (dense := fastest.get((_DENSE, *where)))  # type: ignore[arg-type]
+    )
+    return Figures(card.name, card.date, card.command, records.reasons, passes)
+
+
+def to_json(runs: Sequence[Figures]) -> str:
+    """The content of the published file."""
+    return json.dumps([asdict(run) for run in runs], indent=1) + "\n"
+
+
+def from_json(text: str) -> tuple[Figures, ...]:
+    """What `to_json` wrote."""
+    return tuple(
+        Figures(
+            **run
+            | {
+                "reasons": tuple(run["reasons"]),
+                "passes": tuple(Pass(**one) for one in run["passes"]),
+            }
+        )
+        for run in json.loads(text)
+    )
+
+
+@cache
+def published() -> tuple[Figures, ...]:
+    """The figures of this version of the package, newest run first."""
+    text = resources.files("thanos_deploy").joinpath(FILE).read_text(encoding="utf-8")
+    return tuple(sorted(from_json(text), key=lambda run: run.date, reverse=True))
+
+
+def measured_as(pattern: Pattern) -> str | None:
+    """The model among the figures that a pattern makes; None for one that no GPU speeds up."""
+    match pattern:
+        case SemiStructured(2, 4):
+            return "2:4"
+        case Structured():
+            return "structured"
+    return None
+
+
+def sentences(pattern: Pattern, *, card: str | None = None) -> Iterator[str]:
+    """What was measured of a pattern, a sentence for each run; none if nothing was.
+
+    Args:
+        pattern: of a pruned model.
+        card: on this GPU only; None for all.
+    """
+    model = measured_as(pattern)
+    for run in published():
+        passes = [one for one in run.passes if one.model == model]
+        if passes and card in (None, run.card):
+            yield _sentence(run, passes)
+
+
+def on_gpu(pattern: Pattern) -> str:
+    """The published figures of a pattern, or that there are none."""
+    return " ".join(sentences(pattern)) or f"On a GPU: {NOT_MEASURED}."
+
+
+def _sentence(run: Figures, passes: Sequence[Pass]) -> str:
+    first = passes[0]
+    cut = f", {first.removed:.0%} of the parameters cut out" if first.removed else ""
+    times = "; ".join(
+        f"{one.name} took {1e3 * one.seconds:.2f} ms on {one.engine}, dense "
+        f"{1e3 * one.dense_seconds:.2f} ms on {one.dense_engine}, so {one.speed:.2f}x as fast"
+        for one in passes
+    )
+    doubt = f" That run is INVALID ({'; '.join(run.reasons)})." if run.reasons else ""
+    return (
+        f"Measured on {run.card}, {run.date}, `{run.command}`: of a model of "
+        f"{first.parameters / 1e9:.1f} billion parameters in {first.dtype}, {first.model}{cut}, "
+        f"{times}.{doubt}"
+    )

@@ -1,0 +1,240 @@
+"""What was measured on a GPU: the rows, one journal while they are measured, one document after.
+
+    journal   JSON lines: a row is on disk before the next one is measured
+    document  one JSON value, as benchmarks/results/gpu/*.json and `gpu-check` have it
+
+Everything that prints or uses such a figure reads it from here. Standard library only.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from types import TracebackType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from thanos_deploy.errors import InputError
+from thanos_deploy.gpu.rows import KINDS, Card, Row, StepRow
+
+FORMAT = 1
+
+Status = Literal["VALID", "INVALID", "REHEARSAL"]
+R = TypeVar("R", bound=Row)
+
+_NAMES = {cls: name for name, cls in KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """All rows of one run, in the order in which they were measured."""
+
+    rows: tuple[Row, ...]
+
+    def of(self, kind: type[R]) -> tuple[R, ...]:
+        """The rows of one kind, such as `of(GemmRow)`."""
+        return tuple(row for row in self.rows if isinstance(row, kind))
+
+    @property
+    def card(self) -> Card | None:
+        """What was measured on; None where the run did not come so far."""
+        return next(iter(self.of(Card)), None)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the times are not to be trusted; empty if nothing speaks against them."""
+        found = dict[str, None]()
+        if self.card is None:
+            found["nobody recorded what was measured on"] = None
+        elif self.card.device != "cuda":
+            found["a rehearsal on a CPU: no time in it means anything"] = None
+        for step in self.of(StepRow):
+            for process in step.other_processes:
+                found[f"another process used the GPU: {process}"] = None
+            if names := ", ".join(step.throttle_reasons):
+                found[f"the GPU lowered its clock in step {step.step}: {names}"] = None
+        return tuple(found)
+
+    @property
+    def status(self) -> Status:
+        """VALID, or INVALID for times that are not to be trusted, or REHEARSAL."""
+        if self.card is not None and self.card.device != "cuda":
+            return "REHEARSAL"
+        return "INVALID" if self.reasons else "VALID"
+
+
+class Journal:
+    """Rows as they come: each is on disk when `add` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Append to a file, which need not be there.
+
+        A line that another writer was killed in is cut off first.
+        """
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, row: Row) -> None:
+        """Write a row."""
+        self._file.write(json.dumps(_encoded(row)) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> tuple[Row, ...]:
+    """The rows of a journal; none if it is not there.
+
+    Its writer may have been killed, so a last line that is not whole is left out.
+
+    Raises:
+        InputError: another line cannot be understood.
+    """
+    if not path.exists():
+        return ()
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    assert "\n" not in torn
+    return tuple(_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1))
+
+
+def write(path: Path, records: Records) -> None:
+    """Write the document of a run, in one step."""
+    document = {
+        "format": FORMAT,
+        "status": records.status,
+        "reasons": list(records.reasons),
+        "rows": [_encoded(row) for row in records.rows],
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> Records:
+    """Read the document of a run.
+
+    Raises:
+        InputError: it cannot be read, or is of a format that this version does not know.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise _unreadable(path, "there are no rows in it")
+    if document.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: GPU records of format {document.get('format')!r}; this version reads format "
+            f"{FORMAT}",
+            fix="read it with the version of thanos-deploy that wrote it, or measure again",
+        )
+    return Records(
+        tuple(
+            _decoded(f"{path}, row {number}", value)
+            for number, value in enumerate(document["rows"], 1)
+        )
+    )
+
+
+def read_all(folder: Path) -> tuple[Records, ...]:
+    """The documents of a folder, by name; none if it is not there."""
+    return tuple(read(path) for path in sorted(folder.glob("*.json")))
+
+
+def joined(journals: Iterable[Path]) -> Records:
+    """The rows of several journals, one after the other."""
+    return Records(tuple(row for path in journals for row in read_journal(path)))
+
+
+def _encoded(row: Row) -> dict[str, Any]:
+    return {"kind": _NAMES[type(row)]} | {
+        field: _json(value) for field, value in asdict(row).items()
+    }
+
+
+def _json(value: object) -> object:
+    """A field as JSON; numbers that JSON does not have become their names."""
+    if isinstance(value, tuple):
+        return [_json(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
+def _row(where: str, line: str) -> Row:
+    try:
+        return _decoded(where, json.loads(line))
+    except ValueError as error:
+        raise _unreadable(where, str(error)) from error
+
+
+def _decoded(where: str, value: object) -> Row:
+    if not isinstance(value, dict) or value.get("kind") not in KINDS:
+        raise _unreadable(where, f"not a row of a known kind: {str(value)[:80]}")
+    kind = KINDS[value["kind"]]
+    hints = get_type_hints(kind)
+    given = {name: entry for name, entry in value.items() if name != "kind"}
+    if unknown := given.keys() - hints.keys():
+        raise _unreadable(where, f"unknown field {sorted(unknown)[0]!r}")
+    try:
+        return kind(**{name: _as(hints[name], entry, name) for name, entry in given.items()})
+    except TypeError as error:
+        raise _unreadable(where, str(error)) from error
+
+
+def _as(hint: Any, value: object, name: str) -> Any:
+    """A value of JSON as the type of a field.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None:
+            return None
+        (other,) = (argument for argument in arguments if argument is not type(None))
+        return _as(other, value, name)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        kinds = list(_kinds(arguments, len(value)))
+        if len(kinds) == len(value):
+            return tuple(_as(kind, entry, name) for kind, entry in zip(kinds, value, strict=True))
+    if hint is float and (value in _NOT_FINITE or _is_number(value)):
+        return float(value)  # type: ignore[arg-type]
+    if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
+        return value
+    raise TypeError(f"field {name!r} is {str(value)[:40]!r}")
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def _kinds(arguments: tuple[Any, ...], length: int) -> Iterator[Any]:
+    """The types of a tuple's entries."""
+    if arguments[1:] == (Ellipsis,):
+        yield from arguments[:1] * length
+    else:
+        yield from arguments
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unreadable(where: object, why: str) -> InputError:
+    return InputError(
+        f"{where}: not readable GPU records ({why})",
+        fix="make them again with `thanos-deploy gpu-check`, or restore the file",
+    )

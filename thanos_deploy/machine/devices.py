@@ -1,0 +1,91 @@
+"""Where tensors are computed with: the processor, or one GPU."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from thanos_deploy.errors import PlatformError, ResourceError, UsageError
+
+CPU = torch.device("cpu")
+
+_SPELLING = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+
+
+def check(name: str) -> None:
+    """Refuse what is no spelling of a device.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not _SPELLING.fullmatch(name):
+        raise UsageError(f"--device {name!r}", fix="use auto, cpu, cuda or cuda:N such as cuda:0")
+
+
+def choose(name: str) -> torch.device:
+    """The device that a user asks for: "auto" is the first GPU where there is one.
+
+    Raises:
+        UsageError: it is no spelling of a device.
+        PlatformError: that GPU is not there.
+    """
+    check(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return CPU
+    device = torch.device("cuda", 0 if name in ("auto", "cuda") else int(name.partition(":")[2]))
+    if device.index >= count:
+        raise PlatformError(
+            f"--device {name}: PyTorch {torch.__version__} sees {count} GPUs"
+            + ("" if torch.version.cuda else " (it was built without CUDA)"),
+            fix="use --device cpu; or a CUDA build of PyTorch on a machine with an NVIDIA GPU, its "
+            "driver, and that number of GPUs in CUDA_VISIBLE_DEVICES",
+        )
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """For manifests and messages, such as "cpu" or "cuda:0 (NVIDIA H100 80GB HBM3)"."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was asked of the device is done; what has no queue is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Say what a GPU's memory did not suffice for.
+
+    Args:
+        what: what is being worked on, for the message.
+
+    Raises:
+        ResourceError: the GPU had no memory left.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = _ASKED.search(str(error))
+        raise ResourceError(
+            f"{what}: the GPU ran out of memory when {asked[1] if asked else 'more'} was asked for",
+            fix="use shorter segments (--seqlen, --eval-seqlen), since at least one passes a block "
+            "at a time; end other programs on the GPU; or use --device cpu. Blocks that are "
+            "finished are kept",
+        ) from error
+
+
+def recorded(wish: str) -> dict[str, str]:
+    """For the manifest: a GPU rounds otherwise than a processor, so a result says if it is of one.
+
+    Raises:
+        UsageError, PlatformError: see `choose`.
+    """
+    chosen = choose(wish)
+    return {} if chosen.type == "cpu" else {"device": chosen.type}

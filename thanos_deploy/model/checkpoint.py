@@ -1,0 +1,200 @@
+"""Language models on disk: hub ids, Hugging Face folders and GGUF files.
+
+A checkpoint is read tensor by tensor from its safetensors files and written back the same way, so
+that pruning never needs the whole model in memory. No pickle is read or written, and no code that
+comes with a model is run.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from thanos_deploy.bundle import names
+from thanos_deploy.errors import DeployError, ModelError
+from thanos_deploy.model import pretrained
+from thanos_deploy.model import widths as block_widths
+from thanos_deploy.model.families import Family, family_of
+from thanos_deploy.model.weights import Outline, Parameters, Weights
+from thanos_deploy.model.widths import Widths
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A Hugging Face folder that can be pruned.
+
+    Attributes:
+        folder: where it is.
+        config: its configuration.
+        family: how its blocks and linear layers are called.
+        weights: its parameters, as they are stored.
+        widths: heads and channels of each block.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    family: Family
+    weights: Weights
+    widths: tuple[Widths, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all of its parameters; a tied one counts once."""
+        return sum(math.prod(shape) for shape in self.weights.shapes.values())
+
+    def bytes_in(self, dtype: str) -> int:
+        """Size of its parameters when stored in a dtype of `DTYPES`; else in each one's own."""
+        return sum(
+            math.prod(shape) * DTYPES.get(dtype, self.weights.dtypes[name]).itemsize
+            for name, shape in self.weights.shapes.items()
+        )
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read the configuration and the tensors' headers, and no weight.
+
+        Raises:
+            ModelError: a file is missing or unreadable, the model type has no family, or the
+                configuration describes no model.
+        """
+        bare = cls._bare(folder)
+        parameters = Parameters(tuple(bare._named()), bare.family)
+        return dataclasses.replace(bare, weights=Weights(folder, parameters))
+
+    @classmethod
+    def outline(cls, folder: Path) -> "Checkpoint":
+        """Read the configuration alone, from which every shape follows; no tensor can be read.
+
+        Raises:
+            ModelError: see `open`.
+        """
+        bare = cls._bare(folder)
+        shapes = {same[0]: shape for same, shape in bare._named().items()}
+        return dataclasses.replace(bare, weights=Outline(shapes))
+
+    @classmethod
+    def _bare(cls, folder: Path) -> "Checkpoint":
+        """Without weights."""
+        config, family, widths = _configuration(folder)
+        return cls(folder, config, family, Outline({}), widths)
+
+    def _named(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """All names of each parameter, the first being the one that it goes by -> its shape.
+
+        Raises:
+            ModelError: the configuration describes no model.
+        """
+        try:
+            named = list(self.skeleton().named_parameters(remove_duplicate=False))
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise ModelError(
+                f"{self.folder / 'config.json'}: no model can be made of it ({error})",
+                fix="restore config.json from the model's origin",
+            ) from error
+        names: dict[int, list[str]] = {}
+        for name, parameter in named:
+            names.setdefault(id(parameter), []).append(name)
+        shapes = {id(parameter): tuple(parameter.shape) for _, parameter in named}
+        return {tuple(same): shapes[key] for key, same in names.items()}
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the configuration allows, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return block_widths.head_size(self.config)
+
+    def skeleton(self, widths: Sequence[Widths] | None = None) -> PreTrainedModel:
+        """The model without its weights: parameters have no storage, buffers are real.
+
+        Args:
+            widths: other ones than the checkpoint's own.
+        """
+        widths = widths or self.widths
+        with init_empty_weights(include_buffers=False):
+            model = pretrained.make_model(deepcopy(self.config))  # which it writes to
+        model.tie_weights()  # without storage every parameter has become one of its own
+        stock = block_widths.of_config(self.config, self.family)
+        if any(block != stock for block in widths):
+            blocks = model.get_submodule(self.family.blocks)
+            assert isinstance(blocks, nn.ModuleList)
+            block_widths.resize(blocks, self.family, widths, self.head_size)
+        model.eval()
+        return model
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of the linear layers of all blocks, in the order of the forward pass."""
+        return tuple(
+            f"{self.family.blocks}.{index}.{linear}"
+            for index in range(self.config.num_hidden_layers)
+            for linear in self.family.linears
+        )
+
+    def stored_name(self, parameter: str) -> str:
+        """How the weights call a parameter; see `weights.Parameters`.
+
+        Raises:
+            ModelError: the weights do not have it.
+        """
+        if parameter not in self.weights.stored:
+            raise ModelError(
+                f"{self.folder}: the weights have no tensor {parameter}",
+                fix="the checkpoint is incomplete or not of the type that its config.json names",
+            )
+        return self.weights.stored[parameter]
+
+
+def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths, ...]]:
+    """A folder's configuration, its family, and the widths of every block."""
+    path = folder / "config.json"
+    names.require_own(folder, error=ModelError)
+    try:
+        family = family_of(str(json.loads(path.read_bytes()).get("model_type")))
+        config = pretrained.load_config(folder)
+    except DeployError:
+        raise
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: missing, so {folder} is not a model folder",
+            fix="give a Hugging Face model folder, a hub id or a .gguf file",
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        StrictDataclassError,
+    ) as error:
+        raise ModelError(
+            f"{path}: not a readable model configuration ({error})",
+            fix="restore config.json from the model's origin",
+        ) from error
+    count = config.num_hidden_layers
+    declared = block_widths.declared(folder)
+    if declared is not None and len(declared) != count:
+        raise ModelError(
+            f"{folder / block_widths.FILE}: {len(declared)} blocks, config.json says {count}",
+            fix="use the files of one and the same checkpoint",
+        )
+    uniform = (block_widths.of_config(config, family),) * count
+    return config, family, declared or uniform

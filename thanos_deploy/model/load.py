@@ -1,0 +1,91 @@
+"""A whole model, and its tokenizer, in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from thanos_deploy.bundle import names
+from thanos_deploy.errors import ModelError
+from thanos_deploy.machine.devices import CPU, memory_for
+from thanos_deploy.model import pretrained
+from thanos_deploy.model import widths as block_widths
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.weights import shards
+
+
+def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
+    """The whole model in float32 on a device, ready for inference.
+
+    By the stock loader, unless the folder declares widths that no stock configuration has.
+
+    Raises:
+        ModelError: the model does not load.
+        ResourceError: it does not fit into the GPU's memory.
+    """
+    names.require_own(folder, error=ModelError)
+    shards(folder)
+    own = None
+    if block_widths.declared(folder) is not None:
+        own = _declared_class(Checkpoint.open(folder))
+    model, missing = pretrained.load_model(folder, own)
+    # The loader only warns about these, and makes the weights up.
+    if missing:
+        raise ModelError(
+            f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
+            fix="the checkpoint is incomplete or not of the type that its config.json names",
+        )
+    with memory_for(f"{folder}, {model.num_parameters():,} parameters in float32"):
+        loaded: PreTrainedModel = model.eval().to(device)
+    return loaded
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter in place; buffers such as rotary frequencies stay as they are.
+
+    Raises:
+        ModelError: a value does not fit the dtype.
+    """
+    for name, parameter in model.named_parameters():
+        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
+        # kernels that look at bit patterns rely on.
+        rounded = parameter.detach().to(dtype).add_(0.0)
+        if not bool(rounded.isfinite().all()):
+            raise ModelError(
+                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
+                fix="use float32",
+            )
+        parameter.data = rounded
+
+
+def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The stock class of a checkpoint's models, with the widths that the checkpoint declares."""
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:  # noqa: N807
+        stock.__init__(self, config)
+        blocks = self.get_submodule(checkpoint.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        family, size = checkpoint.family, checkpoint.head_size
+        block_widths.resize(blocks, family, checkpoint.widths, size)
+
+    # The loader renames stored weights for the library's own modules only.
+    names = {"__init__": __init__, "__module__": stock.__module__}
+    return type(stock.__name__, (stock,), names)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: the folder has none that loads without the model's own code.
+    """
+    names.require_own(folder, error=ModelError)
+    return pretrained.load_tokenizer(folder)

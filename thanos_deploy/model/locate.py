@@ -1,0 +1,133 @@
+"""Find a model by what the user calls it: a hub id, a folder, or a GGUF file."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thanos_deploy.bundle import files, names
+from thanos_deploy.errors import ModelError, PlatformError
+from thanos_deploy.model import packed_folder
+from thanos_deploy.model import widths as block_widths
+from thanos_deploy.model.companions import COMPANIONS, companions
+from thanos_deploy.model.tensorfile import INDEX
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        kind: "hub", "folder" or "gguf".
+        name: what the user called it; for a local path, its last part.
+        revision: commit of a hub model, else empty.
+        sha256: hash over the weights, the configuration and the tokenizer.
+        path: the local folder, or the GGUF file.
+    """
+
+    kind: str
+    name: str
+    revision: str
+    sha256: str
+    path: Path
+
+    @property
+    def is_ordinary(self) -> bool:
+        """A Hugging Face folder as transformers loads it, neither GGUF nor packed."""
+        return self.kind != "gguf" and not packed_folder.is_packed(self.path)
+
+    def to_json(self) -> files.Json:
+        """The part that belongs in a manifest: all but the local path."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
+
+
+def locate(model: str, *, revision: str | None = None) -> Source:
+    """Find a model: a `.gguf` file, a local folder, or a hub id, downloaded unless it is cached.
+
+    Raises:
+        ModelError: there is no such model, or it has no safetensors weights.
+        PlatformError: the hub cannot be reached and the model is not in its local cache.
+    """
+    path = _local(model)
+    if path is None:
+        folder = _download(model, revision, ["*.safetensors", INDEX, *COMPANIONS])
+        names.require_own(folder, error=ModelError)
+        return Source("hub", model, folder.name, _hash_folder(folder), folder)
+    if path.is_file():
+        return Source("gguf", path.name, "", files.sha256(path), path)
+    names.require_own(path, error=ModelError)
+    return Source("folder", path.resolve().name, "", _hash_folder(path), path)
+
+
+def locate_configuration(model: str, *, revision: str | None = None) -> Path | None:
+    """The folder with a model's config.json; of a hub model nothing else is downloaded.
+
+    Returns:
+        None for a `.gguf` file, which has its own kind of configuration.
+
+    Raises:
+        ModelError, PlatformError: see `locate`.
+    """
+    path = _local(model)
+    if path is None:
+        return _download(model, revision, ["config.json", block_widths.FILE])
+    return None if path.is_file() else path
+
+
+def _local(model: str) -> Path | None:
+    """The file or folder that a user names; None if it can only be a hub id."""
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(
+            f"{path}: a file that is not .gguf", fix="give a model folder, a hub id or a .gguf"
+        )
+    if path.exists():
+        return path
+    if (
+        path.is_absolute()
+        or path.suffix == ".gguf"
+        or model.startswith((".", "~"))
+        or model.count("/") > 1
+    ):
+        raise ModelError(f"{model}: no such file or folder", fix="check the path")
+    return None
+
+
+def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"{repository}: neither a local path nor a model on the hub"
+            + (f" with revision {revision}" if revision else ""),
+            fix="check the spelling; for a private model log in with `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise PlatformError(
+            f"{repository}: no such local path, not in the hub's local cache, and the hub cannot "
+            f"be reached ({type(error).__name__})",
+            fix="check the path or the network, or give a local folder or .gguf file",
+        ) from error
+
+
+def _hash_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    weights = (path for path in folder.glob("*.safetensors") if path.is_file())
+    for path in sorted({*weights, *companions(folder)}):
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name} {files.sha256(path)}\n".encode())
+    return digest.hexdigest()

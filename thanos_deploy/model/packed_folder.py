@@ -1,0 +1,354 @@
+"""A checkpoint in which n:m weights are stored packed; see `packing` for one matrix."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from thanos_deploy.bundle import names
+from thanos_deploy.bundle.files import Json, sha256, sha256_of, write_json
+from thanos_deploy.errors import IntegrityError, ModelError
+from thanos_deploy.model import weights
+from thanos_deploy.model.packing import pack, unpack
+from thanos_deploy.model.tensorfile import DTYPES, INDEX, NAMES, head
+from thanos_deploy.pattern import SemiStructured, parse
+from thanos_deploy.progress import OnProgress, silent
+
+FORMAT = 1
+RECORD = "packed.json"
+
+_SUFFIX = ".packed.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What packing a folder did.
+
+    Attributes:
+        packed: names of the weights that were packed.
+        bytes_before, bytes_after: of all safetensors files, without what was dropped.
+    """
+
+    packed: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def pack_folder(
+    source: Path,
+    destination: Path,
+    patterns: Mapping[str, SemiStructured],
+    *,
+    files: Mapping[str, str] | None = None,
+    transposed: bool = False,
+    on_progress: OnProgress = silent,
+) -> Sizes:
+    """Pack the safetensors files of a model, one tensor in memory at a time.
+
+    Args:
+        source: a model folder.
+        destination: an existing folder.
+        patterns: name -> pattern of the weights to pack.
+        files: name -> file name of the tensors that belong to the model; None for all that there
+            are. The others are dropped.
+        transposed: they are stored [inputs, outputs].
+        on_progress: told of every file.
+
+    Raises:
+        ModelError: a weight does not hold its pattern, or a file is not readable.
+    """
+    shards = sorted(
+        source.glob("*.safetensors")
+        if files is None
+        else {source / name for name in files.values()}
+    )
+    before = after = 0
+    on_progress(0, len(shards))
+    for number, shard in enumerate(shards, 1):
+        target = destination / (shard.name.removesuffix(".safetensors") + _SUFFIX)
+        file = _File(shard)
+        before += shard.stat().st_size
+        if files is not None:
+            before -= file.keep(name for name in file.entries if files.get(name) == shard.name)
+        entries = [
+            packed
+            for entry in file.entries.values()
+            for packed in _packed_entries(entry, patterns.get(entry.name), transposed=transposed)
+        ]
+        _write(target, entries, _packed(file, patterns, transposed=transposed))
+        after += target.stat().st_size
+        on_progress(number, len(shards))
+    record = {
+        "format": FORMAT,
+        "transposed": transposed,
+        "weights": {name: str(pattern) for name, pattern in patterns.items()},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(destination.glob(f"*{_SUFFIX}"))
+        },
+    }
+    write_json(destination / RECORD, {**record, "sha256": sha256_of(record)})
+    return Sizes(tuple(patterns), before, after)
+
+
+def is_packed(folder: Path) -> bool:
+    """A folder that `unpack_folder` reads."""
+    return (folder / RECORD).exists() or _is_bitmask(folder)
+
+
+def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = silent) -> None:
+    """Write ordinary safetensors files, one tensor in memory at a time.
+
+    Args:
+        source: a folder that `is_packed`.
+        destination: an existing folder.
+        on_progress: told of every file.
+
+    Raises:
+        IntegrityError: a file is not the one that `packed.json` names.
+        ModelError: a file is missing or not readable, or a weight does not fit together.
+    """
+    names.require_own(source, error=ModelError)
+    record = _read_record(source) if (source / RECORD).exists() else None
+    shards = (
+        [source / name for name in weights.shards(source)]
+        if record is None
+        else [source / name for name in record["files"]]
+    )
+    names.distinct((shard.name for shard in shards), source, error=ModelError)
+    weight_map = {}
+    on_progress(0, len(shards))
+    for number, shard in enumerate(shards, 1):
+        name = shard.name
+        if record is not None:
+            name = f"{name.removesuffix(_SUFFIX)}.safetensors"
+        file = _File(shard)
+        readers = _packed_readers(file, record) if record else _bitmask_readers(file)
+        _write(destination / name, [entry for entry, _ in readers], (read() for _, read in readers))
+        weight_map.update({entry.name: name for entry, _ in readers})
+        on_progress(number, len(shards))
+    if len(shards) > 1:
+        total = sum((destination / name).stat().st_size for name in set(weight_map.values()))
+        write_json(
+            destination / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of a safetensors file: its name, its dtype in the format's words, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+_Reader = tuple[_Entry, Callable[[], Tensor]]
+
+
+class _File:
+    """A safetensors file of which one tensor is in memory at a time.
+
+    Attributes:
+        entries: name -> entry.
+
+    Raises:
+        ModelError: the file is missing or not readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._open() as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a handle
+            self.entries = {
+                name: _Entry(name, view.get_dtype(), tuple(view.get_shape()))
+                for name, view in views.items()
+            }
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Take other tensors for none of the file's; returns their bytes."""
+        kept = set(names)
+        dropped = [entry for entry in self.entries.values() if entry.name not in kept]
+        self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
+        return sum(self.read(entry.name).nbytes for entry in dropped)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name."""
+        # Opened anew each time, and copied, because pages count as resident while they are mapped.
+        with self._open() as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+            return tensor
+
+    def _open(self) -> Any:  # safetensors ships no types for its handle
+        try:
+            return safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self._path}: not a readable safetensors file ({error})",
+                fix="the file is missing, truncated or corrupt; fetch it again and compare its "
+                "hash",
+            ) from error
+
+
+def _packed_entries(
+    entry: _Entry, pattern: SemiStructured | None, *, transposed: bool
+) -> list[_Entry]:
+    if pattern is None:
+        return [entry]
+    rows, cols = entry.shape[::-1] if transposed else entry.shape
+    return [
+        _Entry(f"{entry.name}.values", entry.dtype, (rows, cols * pattern.kept // pattern.group)),
+        _Entry(f"{entry.name}.mask", "U8", (rows, math.ceil(cols / 8))),
+    ]
+
+
+def _packed(
+    file: _File, patterns: Mapping[str, SemiStructured], *, transposed: bool
+) -> Iterator[Tensor]:
+    for name in file.entries:
+        tensor = file.read(name)
+        if name in patterns:
+            yield from pack(tensor.T if transposed else tensor, patterns[name], name)
+        else:
+            yield tensor
+
+
+def _packed_readers(file: _File, record: Json) -> list[_Reader]:
+    """How to read every tensor of a file that `pack_folder` wrote."""
+    transposed = record["transposed"]
+
+    def reader(entry: _Entry) -> _Reader:
+        weight = entry.name.removesuffix(".values")
+        if weight == entry.name or weight not in record["weights"]:
+            return entry, lambda: file.read(entry.name)
+        if f"{weight}.mask" not in file.entries:
+            raise _missing(f"{weight}.mask")
+        pattern = parse(record["weights"][weight])
+        if (
+            not isinstance(pattern, SemiStructured)
+            or len(entry.shape) != 2
+            or entry.shape[1] % pattern.kept
+        ):
+            raise _missing(f"{weight} in groups of {pattern}")
+        rows, kept = entry.shape
+        cols = kept // pattern.kept * pattern.group
+
+        def read() -> Tensor:
+            dense = unpack(file.read(entry.name), file.read(f"{weight}.mask"), cols, weight)
+            return dense.T if transposed else dense
+
+        return _Entry(weight, entry.dtype, (cols, rows) if transposed else (rows, cols)), read
+
+    masks = {f"{weight}.mask" for weight in record["weights"]}
+    return [reader(entry) for name, entry in file.entries.items() if name not in masks]
+
+
+def _bitmask_readers(file: _File) -> list[_Reader]:
+    """How to read every tensor of a file of compressed-tensors' format sparse-24-bitmask."""
+
+    def reader(entry: _Entry) -> _Reader:
+        stem = entry.name.removesuffix(".compressed")
+        if stem == entry.name:
+            return entry, lambda: file.read(entry.name)
+        for part in (f"{stem}.bitmask", f"{stem}.shape"):
+            if part not in file.entries:
+                raise _missing(part)
+        # Early versions kept ".weight" in the names of the three parts.
+        weight = f"{stem.removesuffix('.weight')}.weight"
+        shape = file.read(f"{stem}.shape").flatten().tolist()
+        if len(shape) != 2 or min(shape) < 0 or math.prod(entry.shape) * 2 != math.prod(shape):
+            raise _missing(f"{weight} of shape {shape}")
+        rows, cols = shape
+
+        def read() -> Tensor:
+            values = file.read(entry.name).reshape(rows, cols // 2)
+            return unpack(values, file.read(f"{stem}.bitmask"), cols, weight)
+
+        return _Entry(weight, entry.dtype, (rows, cols)), read
+
+    return [
+        reader(entry)
+        for name, entry in file.entries.items()
+        if not name.endswith((".bitmask", ".shape"))
+    ]
+
+
+def _missing(what: str) -> ModelError:
+    return ModelError(
+        f"a packed checkpoint without {what}", fix="the checkpoint is damaged; fetch it again"
+    )
+
+
+def _write(path: Path, entries: list[_Entry], tensors: Iterator[Tensor]) -> None:
+    """Write a safetensors file tensor by tensor."""
+    for entry in entries:
+        if entry.dtype not in DTYPES:
+            raise ModelError(
+                f"{path}: {entry.name} is stored as {entry.dtype}, which is not understood",
+                fix="use the float checkpoint that this one was made from",
+            )
+    data, _ = head((entry.name, entry.dtype, entry.shape) for entry in entries)
+    with path.open("wb") as out:
+        out.write(data)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            assert tuple(tensor.shape) == entry.shape, entry.name
+            assert NAMES[tensor.dtype] == entry.dtype, entry.name
+            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _is_bitmask(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False  # whoever opens the folder says what is wrong with it
+    if not isinstance(config, dict):
+        return False
+    for key in ("quantization_config", "compression_config"):
+        settings = config.get(key)
+        sparsity = settings.get("sparsity_config") if isinstance(settings, dict) else None
+        if isinstance(sparsity, dict) and sparsity.get("format") == "sparse-24-bitmask":
+            return True
+    return False
+
+
+def _read_record(folder: Path) -> Json:
+    path = folder / RECORD
+    try:
+        record: Json = json.loads(path.read_bytes())
+        if record["format"] != FORMAT:
+            raise ModelError(
+                f"{path}: packed format {record['format']!r}; this version reads format {FORMAT}",
+                fix="use a newer version of thanos-deploy",
+            )
+        written = record.pop("sha256")
+        if sha256_of(record) != written:
+            raise IntegrityError(
+                f"{path}: its content is not the one whose SHA-256 it states, {written}",
+                fix="fetch the checkpoint again",
+            )
+        for pattern in record["weights"].values():
+            parse(pattern)
+        if type(record["transposed"]) is not bool or not record["files"]:
+            raise ValueError("transposed is no truth value, or there are no files")
+        files = {name: (file["bytes"], file["sha256"]) for name, file in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: not a readable record ({type(error).__name__}: {error})",
+            fix="fetch the checkpoint again",
+        ) from error
+    for name, recorded in files.items():
+        shard = folder / names.plain(name, path, suffix=_SUFFIX, error=ModelError)
+        seen = (shard.stat().st_size, sha256(shard)) if shard.is_file() else None
+        if seen != recorded:
+            raise IntegrityError(
+                f"{shard}: {'missing' if seen is None else f'{seen[0]} bytes, SHA-256 {seen[1]}'}; "
+                f"{RECORD} says {recorded[0]} bytes, SHA-256 {recorded[1]}",
+                fix="fetch the checkpoint again",
+            )
+    return record

@@ -1,0 +1,217 @@
+"""The one place where transformers reads a model: its code never runs, and nothing is downloaded.
+
+A checkpoint can bring Python of its own (`auto_map` in its JSON files, `custom_generate/`), or name
+attention kernels that a library fetches from a hub and runs. transformers asks on the terminal
+whether to run the former unless it is told not to. All that is called here is told so. A model
+whose architecture is the library's own loads without its code; what does not is refused.
+`tests/thanos_deploy/test_pretrained.py` sees to it that nothing else calls `from_pretrained`.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.errors import DeployError, ModelError
+from thanos_deploy.model import tokenizer_files
+
+_ADAPTER = "adapter_config.json"
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a model folder.
+
+    What computes attention is left to the library's choice, whatever the configuration says: there
+    it may name a kernel on a hub.
+
+    Raises:
+        OSError, ValueError and others of the library: it is missing or not readable.
+    """
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    config._attn_implementation = None
+    return config
+
+
+def make_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal model with the library's own initial weights."""
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return made
+
+
+def load_model(
+    folder: Path, own: type[PreTrainedModel] | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The causal model in a folder, in float32, from its safetensors files.
+
+    Args:
+        folder: the model.
+        own: its class; None for the library's.
+
+    Returns:
+        the model, and the sorted names of the weights that the files lack, which are made up.
+
+    Raises:
+        ModelError: it does not load, or not without code of its own.
+    """
+    if (folder / _ADAPTER).exists():
+        raise ModelError(
+            f"{folder / _ADAPTER}: an adapter, whose base model would be read from wherever that "
+            "file says",
+            fix="merge the adapter into its base model, save that, and remove this file",
+        )
+    loader: Any = own or AutoModelForCausalLM
+    with _refusing(folder, "the model does not load", "config.json"):
+        model, information = loader.from_pretrained(
+            folder,
+            config=load_config(folder),
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return model, sorted(information["missing_keys"])
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Where it names a class of its own, tokenizer.json is what the library's class is made from.
+
+    Raises:
+        ModelError: there is none that loads without code of its own.
+    """
+    alone = (
+        _code(folder / "tokenizer_config.json") and (folder / tokenizer_files.TOKENIZER).is_file()
+    )
+    loader: Any = PreTrainedTokenizerFast if alone else AutoTokenizer
+    with _refusing(folder, "no tokenizer that can be loaded", "tokenizer_config.json"):
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    return tokenizer
+
+
+def settle_tokenizer(folder: Path) -> None:
+    """State in a copy of a model what its tokenizer's files leave to the library that reads them.
+
+    The library builds some tokenizers anew, after a class that tokenizer_config.json or the type
+    of the model names, with rules and special tokens that are in no file. Whoever reads the files
+    without it, as `tokenizer_files` does, is to come to the same ids. So tokenizer.json and
+    tokenizer_config.json are written again where that would not be so, and where tokenizer.json
+    cuts or pads texts. A tokenizer that does not load is left to whoever needs it.
+    """
+    path = folder / tokenizer_files.TOKENIZER
+    if not path.is_file():
+        return
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ModelError:
+        return
+    whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole.no_truncation()
+    whole.no_padding()
+    written = json.loads(path.read_bytes())
+    if (
+        written.get("truncation")
+        or written.get("padding")
+        or _rules(tokenizer_files.load(folder)) != _rules(whole)
+    ):
+        path.write_text(whole.to_str(pretty=True), encoding="utf-8")
+    known = tokenizer_files.special_tokens(folder)
+    special = tokenizer.special_tokens_map.items()
+    if unsaid := {name: token for name, token in special if known.get(name) != token}:
+        configuration = folder / tokenizer_files.CONFIGURATION
+        said = json.loads(configuration.read_bytes()) if configuration.is_file() else {}
+        files.write_json(configuration, {**said, **unsaid})
+
+
+def _rules(tokenizer: Tokenizer) -> Json:
+    """All that decides on ids; one way to say that nothing is put around a text."""
+    rules: Json = json.loads(tokenizer.to_str())
+    around = rules["post_processor"]
+    if around and around["type"] == "TemplateProcessing" and not around["special_tokens"]:
+        rules["post_processor"] = None
+    return rules
+
+
+def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in a GGUF file, dequantised to float32, and its tokenizer.
+
+    Nothing that lies beside the file is looked at.
+
+    Raises:
+        whatever the library raises for a file that it cannot read.
+    """
+    with TemporaryDirectory() as alone:
+        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+        # Without dequantize=True the loaded model refuses to be saved.
+        with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                alone,
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            alone, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
+        )
+    return model, tokenizer
+
+
+@contextmanager
+def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
+    """Turn what the library raises for a folder into one error that says what to do."""
+    try:
+        yield
+    except (DeployError, MemoryError):
+        raise
+    # The library indexes and calls whatever the files say, so that they can make it raise anything.
+    except Exception as error:
+        if code := _code(folder / file):
+            raise ModelError(
+                f"{folder / file}: it needs code that comes with the model ({code}), which is "
+                "never run",
+                fix="use a model of a supported type whose tokenizer is saved as tokenizer.json",
+            ) from error
+        raise ModelError(
+            f"{folder}: {what} ({type(error).__name__}: {error})",
+            fix="put the model's tokenizer.json and tokenizer_config.json there"
+            if file.startswith("tokenizer")
+            else "check the folder with `thanos-deploy prune --dry-run`, or fetch it again",
+        ) from error
+
+
+def _code(path: Path) -> str:
+    """What a JSON file names as code of its own; empty if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return ""  # whoever reads the file says what is wrong with it
+    return (
+        json.dumps(content["auto_map"])
+        if isinstance(content, dict) and content.get("auto_map")
+        else ""
+    )

@@ -1,0 +1,375 @@
+"""The tensors of a model folder: which are the model's own, read and written one by one.
+
+Files hold more than the parameters of a model: masks and positions that older versions of the
+library saved as buffers, frequencies of rotary embeddings, tied weights twice. Such tensors are
+neither counted nor read nor written, as the library's loader makes them itself.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from thanos_deploy.bundle import files, names
+from thanos_deploy.errors import ModelError
+from thanos_deploy.machine.devices import CPU
+from thanos_deploy.model.families import HEAD, Family
+from thanos_deploy.model.tensorfile import DTYPES, INDEX, TensorFile
+
+_SINGLE = "model.safetensors"
+
+# What a weight may be stored in.
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
+
+# Entries of a piece.
+_ENTRIES_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a model calls its parameters.
+
+    Attributes:
+        names: of each parameter every name, the first being the one that it goes by; a tied one
+            has several.
+        family: says what files may call them.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    family: Family
+
+    def stored(self, found: Iterable[str]) -> dict[str, list[str]]:
+        """The stored tensors of each parameter, by the name that it goes by; others are left out.
+
+        Args:
+            found: the names in the files.
+        """
+        first = {name: same[0] for same in self.names for name in same}
+        tensors: dict[str, list[str]] = {}
+        for name in found:
+            if (own := self._own_name(name, first)) is not None:
+                tensors.setdefault(first[own], []).append(name)
+        return tensors
+
+    def _own_name(self, stored: str, known: Mapping[str, str]) -> str | None:
+        """The model's name of a stored tensor; None if it has none.
+
+        The base model's name is taken away or put in front where that makes it a name of the model.
+
+        Source: `rename_source_key` of the library's loader.
+        """
+        base, head = self.family.base, f"{self.family.stored_head}."
+        if stored.startswith(head):
+            stored = f"{HEAD}.{stored.removeprefix(head)}"
+        bare = stored.removeprefix(f"{base}.")
+        candidates = ([] if bare == stored else [bare]) + [f"{base}.{stored}", stored]
+        return next((name for name in candidates if name in known), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What the head of a file says about a tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The parameters of a checkpoint folder, read by the names under which they are stored.
+
+    Attributes:
+        stored: the model's name of a parameter -> the name under which it is stored.
+        shapes: stored name -> shape.
+        dtypes: stored name -> dtype as stored.
+        files: stored name -> file name of its shard.
+
+    Raises:
+        ModelError: a file is missing or corrupt, or a parameter is stored in another dtype than
+            float64, float32, float16 or bfloat16, or twice with different values.
+    """
+
+    def __init__(self, folder: Path, parameters: Parameters | None = None) -> None:
+        """Read the heads of the files.
+
+        Args:
+            folder: the checkpoint.
+            parameters: the model's; None for whatever is stored.
+        """
+        self.folder = folder
+        found = self._headers()
+        tensors = (
+            {name: [name] for name in found} if parameters is None else parameters.stored(found)
+        )
+        if parameters is not None:
+            self._refuse_quantised(found, parameters, tensors)
+        self.stored = {name: same[0] for name, same in tensors.items()}
+        own = set(self.stored.values())
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.files: dict[str, str] = {}
+        for name, header in found.items():
+            if name not in own:
+                continue
+            if header.dtype not in _FLOATS:
+                raise self._quantised(name, header)
+            self.shapes[name] = header.shape
+            self.dtypes[name] = _FLOATS[header.dtype]
+            self.files[name] = header.file
+        for first, *others in tensors.values():
+            for other in others:
+                self._require_same(first, other, found)
+
+    def _headers(self) -> dict[str, _Header]:
+        """What is stored, by name, in the order of the files."""
+        found = {}
+        for shard in shards(self.folder):
+            with self._open(shard) as file:
+                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                    view = file.get_slice(name)
+                    found[name] = _Header(shard, view.get_dtype(), tuple(view.get_shape()))
+        return found
+
+    def _refuse_quantised(
+        self,
+        found: Mapping[str, _Header],
+        parameters: Parameters,
+        tensors: Mapping[str, list[str]],
+    ) -> None:
+        """Refuse integers in the place of a weight, such as `up_proj.qweight`.
+
+        Raises:
+            ModelError: there are such.
+        """
+        base = f"{parameters.family.base}."
+        missing = {
+            name.removeprefix(base).rpartition(".")[0]
+            for name, *_ in parameters.names
+            if name not in tensors
+        }
+        for name, header in found.items():
+            module = name.removeprefix(base).rpartition(".")[0]
+            if module in missing and header.dtype not in _FLOATS:
+                raise self._quantised(name, header)
+
+    def _quantised(self, name: str, header: _Header) -> ModelError:
+        return ModelError(
+            f"{self.folder / header.file}: {name} is stored as {header.dtype}, a quantised or "
+            "integer type",
+            fix="use the float checkpoint that this one was made from",
+        )
+
+    def _require_same(self, first: str, other: str, found: Mapping[str, _Header]) -> None:
+        """Refuse a parameter that is stored twice with different values.
+
+        Raises:
+            ModelError: it is.
+        """
+        one, two = found[first], found[other]
+        same = (one.dtype, one.shape) == (two.dtype, two.shape)
+        if same:
+            with (
+                TensorFile.open(self.folder / one.file) as left,
+                TensorFile.open(self.folder / two.file) as right,
+            ):
+                same = all(
+                    left.read(first, *ends)
+                    .view(torch.uint8)
+                    .equal(right.read(other, *ends).view(torch.uint8))
+                    for ends in _bounds(one.shape)
+                )
+        if not same:
+            raise ModelError(
+                f"{self.folder}: {first} and {other} are one parameter by config.json, and differ",
+                fix="remove the one that the model does not use, or set tie_word_embeddings to "
+                "false in config.json if it uses both",
+            )
+
+    def read(
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+    ) -> dict[str, Tensor]:
+        """Tensors by name, in a dtype or, if None, in that in which each is stored.
+
+        Pieces go to the device as they are read, so the host holds one at a time.
+
+        Raises:
+            ModelError: a tensor has NaN or infinite entries.
+        """
+        tensors = {}
+        for name in names:
+            tensors[name] = torch.empty(
+                self.shapes[name], dtype=dtype or self.dtypes[name], device=device
+            )
+            flat = tensors[name].view(-1)
+            for start, piece in self.pieces(name):
+                flat[start : start + len(piece)] = piece.to(device)
+        return tensors
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """A tensor in pieces that take little memory: number of the first entry, entries.
+
+        Raises:
+            ModelError: the tensor has NaN or infinite entries.
+        """
+        entries, bad = math.prod(self.shapes[name]), 0
+        path = self.folder / self.files[name]
+        with TensorFile.open(path) as file:
+            for start, stop in _bounds(self.shapes[name]):
+                piece = file.read(name, start, stop)
+                bad += int((~piece.isfinite()).sum())
+                yield start, piece
+        if bad:
+            raise ModelError(
+                f"{path}: {bad} of {entries} entries of {name} are NaN or infinite",
+                fix="the checkpoint is damaged; fetch it again or use another one",
+            )
+
+    def _open(self, shard: str) -> Any:  # safetensors ships no types for its handle
+        path = self.folder / shard
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"{path}: missing, though {INDEX} names it", fix="fetch the checkpoint again"
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path}: not a readable safetensors file ({error})",
+                fix="the file is truncated or corrupt; fetch it again and compare its hash",
+            ) from error
+
+
+def _bounds(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The pieces of a tensor: number of the first entry, and of the one after the last."""
+    entries = math.prod(shape)
+    for start in range(0, entries, _ENTRIES_AT_ONCE):
+        yield start, min(start + _ENTRIES_AT_ONCE, entries)
+
+
+def shards(folder: Path) -> list[str]:
+    """The names of a checkpoint's safetensors files, each directly in its folder.
+
+    Raises:
+        ModelError: there are none, or the index is not readable or names what is none, or there is
+            a file beside it that loaders take for the whole model.
+    """
+    index = folder / INDEX
+    if index.exists():
+        try:
+            found = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(
+                f"{index}: not a readable index ({error})", fix="fetch the checkpoint again"
+            ) from error
+        for name in found:
+            names.plain(name, index, suffix=".safetensors", error=ModelError)
+        names.distinct(found, index, error=ModelError)
+        if (folder / _SINGLE).exists() and found != [_SINGLE]:
+            raise ModelError(
+                f"{folder}: two sets of weights: {_SINGLE}, which transformers would load, and "
+                f"{len(found)} files in {INDEX}, such as {found[0]}",
+                fix=f"remove {_SINGLE}, or {INDEX} and the files that it names",
+            )
+        return found
+    if (folder / _SINGLE).exists():
+        return [_SINGLE]
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    raise ModelError(
+        f"{folder}: no {_SINGLE} and no {INDEX}"
+        + (f", only {', '.join(pickled)}, which may run code when loaded" if pickled else ""),
+        fix="use a checkpoint with safetensors weights",
+    )
+
+
+class Outline(Weights):
+    """The names and shapes of a model's tensors, and no tensors."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.stored = {name: name for name in shapes}
+        self.shapes = shapes
+        self.dtypes = {}
+        self.files = {}
+
+
+class WeightsCopy:
+    """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
+
+    The files have the names of the original ones, and the model's own tensors by the same names in
+    the same order; only the dtype may differ.
+    """
+
+    def __init__(
+        self,
+        original: Weights,
+        destination: Path,
+        dtype: torch.dtype | None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Create the files.
+
+        Args:
+            original: the checkpoint to copy.
+            destination: the folder to write to.
+            dtype: what to store, or None to keep each tensor's own.
+            shapes: name -> shape of the tensors that will have another shape.
+        """
+        shapes = {**original.shapes, **(shapes or {})}
+        self._missing = dict.fromkeys(original.shapes)
+        self._files: dict[str, TensorFile] = {}
+        self.bytes = 0
+        for shard in dict.fromkeys(original.files.values()):
+            kinds = {
+                name: (dtype or original.dtypes[name], shapes[name])
+                for name, file in original.files.items()
+                if file == shard
+            }
+            file = TensorFile.create(destination / shard, kinds)
+            self._files.update(dict.fromkeys(kinds, file))
+            self.bytes += file.size
+        if (original.folder / INDEX).exists():
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
+            files.write_json(destination / INDEX, index)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the tensors that have not been written yet."""
+        return list(self._missing)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        return self._files[name].kinds[name][0]
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""
+        kind, expected = (tensor.dtype, tuple(tensor.shape)), self._files[name].kinds[name]
+        assert kind == expected, f"{name}: {kind} instead of {expected}"
+        self.write_pieces(name, [(0, tensor)])
+
+    def write_pieces(self, name: str, pieces: Iterable[tuple[int, Tensor]]) -> None:
+        """Write one tensor in pieces; see `Weights.pieces`."""
+        del self._missing[name]
+        for start, piece in pieces:
+            self._files[name].write(name, piece, start)
+
+    def __enter__(self) -> "WeightsCopy":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in set(self._files.values()):
+            file.close()
+        assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"

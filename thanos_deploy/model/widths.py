@@ -1,0 +1,167 @@
+"""How wide the blocks of a model are: attention heads and feed-forward channels.
+
+A stock config.json has one number for all blocks, and in some families no number of heads apart
+from the hidden size. A model that it cannot describe keeps the config.json of the model that it
+was cut from and declares its widths in widths.json beside it; stock loaders refuse such a folder
+because the shapes of its weights differ, and `load.load_model` reads it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PretrainedConfig
+
+from thanos_deploy.errors import ModelError
+from thanos_deploy.model import linear
+from thanos_deploy.model.families import Family
+
+FILE = "widths.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """The widths of one block.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key-value heads; divides `heads`.
+        channels: feed-forward channels.
+    """
+
+    heads: int
+    kv_heads: int
+    channels: int
+
+
+def of_config(config: PretrainedConfig, family: Family) -> Widths:
+    """What a stock configuration says of every block."""
+    heads = int(getattr(config, family.heads.count))
+    kv_count = family.heads.kv_count
+    return Widths(
+        heads=heads,
+        kv_heads=heads if kv_count is None else int(getattr(config, kv_count)),
+        # GPT-2 leaves it out where it is the usual multiple.
+        channels=int(getattr(config, family.channels.count) or 4 * config.hidden_size),
+    )
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Channels of one attention head."""
+    stated = getattr(config, "head_dim", None)
+    return int(stated or config.hidden_size // config.num_attention_heads)
+
+
+def describe(
+    config: PretrainedConfig, family: Family, blocks: Sequence[Widths]
+) -> dict[str, int] | None:
+    """The entries of config.json that describe a model of some widths.
+
+    Returns:
+        entry -> value; None if no stock configuration of this family describes them: the blocks
+        differ, the family has no entry for the size of a head, or its own check refuses the
+        numbers.
+    """
+    old, new = of_config(config, family), blocks[0]
+    if any(block != new for block in blocks):
+        return None
+    entries = {family.channels.count: new.channels}
+    if (new.heads, new.kv_heads) != (old.heads, old.kv_heads):
+        if not family.heads.free_size:
+            return None
+        entries |= {family.heads.count: new.heads, "head_dim": head_size(config)}
+        if family.heads.kv_count is not None:
+            entries[family.heads.kv_count] = new.kv_heads
+    try:
+        type(config).from_dict({**config.to_dict(), **entries})
+    except StrictDataclassError:
+        return None
+    return entries
+
+
+def declare(folder: Path, blocks: Sequence[Widths]) -> None:
+    """Write widths.json."""
+    content = {"format": FORMAT, "blocks": [asdict(block) for block in blocks]}
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def declared(folder: Path) -> tuple[Widths, ...] | None:
+    """What a folder's widths.json says of each block; None if there is none.
+
+    Raises:
+        ModelError: the file cannot be understood.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise ModelError(
+                f"{path}: format {content['format']!r}; this version reads {FORMAT}",
+                fix="use the version of thanos-deploy that wrote it, or a newer one",
+            )
+        blocks = tuple(Widths(**block) for block in content["blocks"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: not a readable table of widths ({error})",
+            fix="restore the file from the model's origin",
+        ) from error
+    if not all(
+        isinstance(number, int) and number > 0
+        for block in blocks
+        for number in asdict(block).values()
+    ):
+        raise ModelError(
+            f"{path}: a width that is not a positive number", fix="restore it from its origin"
+        )
+    return blocks
+
+
+def resize(blocks: nn.ModuleList, family: Family, widths: Sequence[Widths], size: int) -> None:
+    """Give the blocks of a model without weights their widths.
+
+    Args:
+        blocks: the model's blocks, on the meta device.
+        family: their family.
+        widths: one for each.
+        size: channels of one attention head.
+    """
+    for block, width in zip(blocks, widths, strict=True):
+        for name, outputs in (
+            *zip(family.heads.producers, producer_rows(family, width, size), strict=True),
+            *((name, width.channels) for name in family.channels.producers),
+        ):
+            layer = block.get_submodule(name)
+            linear.resize(layer, outputs, linear.matrix(layer).shape[1])
+        for name, inputs in (
+            (family.heads.consumer, width.heads * size),
+            (family.channels.consumer, width.channels),
+        ):
+            layer = block.get_submodule(name)
+            linear.resize(layer, linear.matrix(layer).shape[0], inputs)
+        fit_attention(block, family, width, size)
+
+
+def producer_rows(family: Family, width: Widths, size: int) -> tuple[int, ...]:
+    """Rows of each layer that makes queries, keys and values, in the order of the family."""
+    queries, keys = width.heads * size, width.kv_heads * size
+    if family.heads.layout == "separate":
+        return (queries, keys, keys)
+    return (queries + 2 * keys,)
+
+
+def fit_attention(block: nn.Module, family: Family, width: Widths, size: int) -> None:
+    """Tell an attention module how many heads it has now, in whatever attributes it keeps them."""
+    attention = block.get_submodule(family.heads.module)
+    for attribute, value in (
+        ("num_heads", width.heads),  # OPT, GPT-2
+        ("num_key_value_groups", width.heads // width.kv_heads),  # LLaMA
+        ("split_size", width.heads * size),  # GPT-2
+    ):
+        if hasattr(attention, attribute):
+            setattr(attention, attribute, value)

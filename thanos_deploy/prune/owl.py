@@ -1,0 +1,175 @@
+"""OWL: how much of each block goes, by how many outliers it has. For unstructured patterns.
+
+Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning
+LLMs to High Sparsity", arXiv 2310.05175. Let D_l be the fraction of the Wanda scores |W_ij| ||X_j||
+of all linear layers of block l that are larger than M times their mean, in the dense model. Blocks
+with more outliers keep more:
+
+    s_l = S + lambda (D - D_l) / max_k |D - D_k|        D = sum_l n_l D_l / sum_l n_l
+
+with S the sparsity asked for and n_l the weights of block l. So the mean over the weights is S, and
+no block is further than lambda from it. (The published code scales max D - min D to 2 lambda and
+takes the plain mean over blocks, which lets a block be further away.) All layers of a block get its
+sparsity; what rounding to whole weights leaves over goes, one weight each, to the layers that lost
+most by it, so that exactly floor(S n) of all n weights are removed.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration.blocks import collect
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.walk import visits
+from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.machine.devices import CPU, memory_for
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.pattern import Unstructured
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.solver.mask import removed_count
+
+# The paper's M and lambda.
+THRESHOLD = 5.0
+SPREAD = 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """What the survey counted in one block.
+
+    Attributes:
+        ratio: D_l.
+        seconds: time that it took, by activity; see `layers.BlockReport`.
+    """
+
+    ratio: float
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> Json:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Outliers":
+        """What `to_json` made the value of."""
+        return cls(**value)
+
+
+def check(sparsity: float, *, threshold: float, spread: float) -> None:
+    """Refuse what `allocate` could not do, before anything is computed.
+
+    Raises:
+        UsageError: a block could lose less than nothing or more than all, or an option is out of
+            range.
+    """
+    room = min(sparsity, 1.0 - sparsity)
+    if not 0.0 <= spread <= room:
+        raise UsageError(
+            f"--owl-spread {spread:g} around a sparsity of {sparsity:g}: a block cannot lose less "
+            "than nothing or more than everything",
+            fix=f"use a spread from 0 to {room:g}",
+        )
+    if not threshold > 0.0:
+        raise UsageError(
+            f"--owl-threshold {threshold:g}: every score is that large", fix="use one above 0"
+        )
+
+
+@torch.no_grad()
+def survey(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    layers: Collection[str],
+    *,
+    threshold: float = THRESHOLD,
+    device: torch.device = CPU,
+    journal: Journal[Outliers] | None = None,
+    on_progress: OnProgress = silent,
+) -> list[Outliers]:
+    """The outliers of every block, in one walk through the dense model.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        layers: full names of the linear layers that count; a block without any has 0.
+        threshold: M.
+        device: where each block is while it is surveyed.
+        journal: see `layers.prune`.
+        on_progress: told of every finished block.
+
+    Raises:
+        HessianError: activations are not finite.
+    """
+    family, count = checkpoint.family, checkpoint.config.num_hidden_layers
+    outliers = [] if journal is None else journal.reports
+    on_progress(len(outliers), count)
+    for visit in visits(checkpoint, segments, journal=journal, device=device):
+        with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
+            statistics = collect(visit.walk, [group[0] for group in family.inputs])
+        scores = [
+            (matrix(visit.block.get_submodule(name)).abs() * norms).flatten()
+            for group in family.inputs
+            for norms in [statistics[group[0]].hessian.diagonal().sqrt()]
+            for name in group
+            if visit.prefix + name in layers
+        ]
+        ratio = _ratio(torch.cat(scores), visit.prefix, threshold) if scores else 0.0
+        outliers.append(Outliers(ratio, visit.clock.seconds))
+        on_progress(visit.index + 1, count)
+    return outliers
+
+
+def _ratio(scores: Tensor, block: str, threshold: float) -> float:
+    mean = scores.mean(dtype=torch.float64).item()
+    if not math.isfinite(mean):
+        raise HessianError(
+            f"{block}: activations or weights are not finite, so outliers cannot be counted",
+            fix="use --allocation uniform, or other calibration text",
+        )
+    return int((scores > threshold * mean).sum()) / scores.numel()
+
+
+def allocate(
+    ratios: Sequence[float],
+    blocks: Sequence[Mapping[str, int]],
+    sparsity: float,
+    *,
+    spread: float = SPREAD,
+) -> dict[str, Unstructured]:
+    """The pattern of every layer.
+
+    Args:
+        ratios: D_l, from `survey`.
+        blocks: of each block, full name of a layer -> its weights.
+        sparsity: S.
+        spread: lambda.
+
+    Returns:
+        full name -> pattern; `removed_count` of these is exact for every layer and for all.
+    """
+    entries = {name: count for block in blocks for name, count in block.items()}
+    total = sum(entries.values())
+    # In exact arithmetic, so that no rounding is taken for a difference between blocks.
+    outliers = [Fraction(ratio) for ratio in ratios]
+    sizes = [sum(block.values()) for block in blocks]
+    weighted = (d * size for d, size in zip(outliers, sizes, strict=True))
+    mean = sum(weighted, Fraction(0)) / total
+    furthest = max(abs(mean - d) for d, size in zip(outliers, sizes, strict=True) if size)
+    scale = Fraction(spread) / furthest if furthest else Fraction(0)
+    wanted = {
+        name: count * (Fraction(sparsity) + scale * (mean - d))
+        for d, block in zip(outliers, blocks, strict=True)
+        for name, count in block.items()
+    }
+    removed = {name: math.floor(number) for name, number in wanted.items()}
+    left_over = removed_count(sparsity, total) - sum(removed.values())
+    by_loss = sorted(wanted, key=lambda name: removed[name] - wanted[name])
+    for name in by_loss[:left_over]:
+        removed[name] += 1
+    return {name: Unstructured(removed[name] / count) for name, count in entries.items()}

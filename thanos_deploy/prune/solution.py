@@ -1,0 +1,141 @@
+"""One layer: the best solution that its statistics allow, on the device where it is.
+
+Nothing here knows of checkpoints or of the walk through a model, so a single layer can be solved on
+any machine with PyTorch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from thanos_deploy import methods
+from thanos_deploy.errors import HessianError
+from thanos_deploy.methods import Option
+from thanos_deploy.pattern import Pattern
+from thanos_deploy.solver.hessian import DAMPING, retarget
+from thanos_deploy.solver.layer import LayerProblem, LayerResult, without_update
+from thanos_deploy.solver.mask import smallest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A pruned layer, and what it took.
+
+    Attributes:
+        result: the layer.
+        solver: the method, or "wanda mask" or "magnitude mask" where only a mask could be had.
+        failures: why what was tried before gave nothing, one sentence each.
+    """
+
+    result: LayerResult
+    solver: str
+    failures: tuple[str, ...]
+
+
+def aim(
+    problem: LayerProblem,
+    cross: Tensor | None,
+    fraction: float,
+    options: Mapping[str, Option],
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The weight whose output is nearer to the dense model's, or why there is none.
+
+    Args:
+        problem: the layer.
+        cross: see `statistics.Statistics`; None where the dense model was not asked for.
+        fraction: see `hessian.retarget`.
+        options: of the method; its damping counts here as well.
+
+    Raises:
+        HessianError: a weight is not finite.
+    """
+    if cross is None:
+        return None, ()
+    try:
+        wanted = retarget(
+            *(problem, cross, fraction),
+            damping=float(options.get("damping", DAMPING)),
+            damping_mode=str(options.get("damping_mode", "mean")),
+        )
+    except HessianError as error:
+        if not bool(problem.weight.isfinite().all()):
+            raise
+        return None, (error.message,)
+    return wanted, ()
+
+
+def solve(
+    problem: LayerProblem,
+    pattern: Pattern,
+    *,
+    method: str,
+    options: Mapping[str, Option],
+    aimed: Tensor | None = None,
+    failures: tuple[str, ...] = (),
+) -> Solution:
+    """Prune one layer by the first of these that its statistics allow.
+
+    1. The method, from the weight whose output is nearer to the dense model's, if there is one;
+       Thanos and SparseGPT damp a Hessian that cannot be factored ten times harder, up to four
+       times.
+    2. The method, from the layer's own weight.
+    3. No update, only a mask of the whole layer: by Wanda's score, or by magnitude where not even
+       the diagonal of the Hessian is finite.
+
+    Args:
+        problem: the layer.
+        pattern: what to prune to.
+        method, options: see `prune`.
+        aimed, failures: see `aim`.
+
+    Raises:
+        HessianError: a weight is not finite.
+        ModelError, UsageError: the layer does not fit the pattern, or the options do not.
+    """
+    prune_layer = methods.load(method).prune
+    for weight in (problem.weight,) if aimed is None else (aimed, problem.weight):
+        try:
+            result = prune_layer(replace(problem, weight=weight), pattern, **options)
+            return Solution(result, method, failures)
+        except HessianError as error:
+            if not bool(problem.weight.isfinite().all()):
+                raise
+            failures = (*failures, error.message)
+    return _mask_only(problem, pattern, failures)
+
+
+def _mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]) -> Solution:
+    """The third rung of `solve`; its error is of what is finite of the Hessian."""
+    # In float64, in which no product of float32 numbers overflows.
+    weight, hessian = problem.weight.double(), problem.hessian.double()
+    squares = hessian.diagonal().clamp(min=0.0)
+    by_wanda = bool(squares.isfinite().all())
+    if not by_wanda:
+        squares = torch.ones_like(squares)
+    mask = smallest(weight.abs() * squares.sqrt(), pattern, per_row=False)
+    known = hessian if bool(hessian.isfinite().all()) else squares.diag()
+    result = without_update(LayerProblem(weight, known, problem.name), mask)
+    return Solution(result, "wanda mask" if by_wanda else "magnitude mask", failures)
+
+
+def solve_by_preset(
+    problem: LayerProblem, pattern: Pattern, *, method: str = "thanos", preset: str = "best"
+) -> LayerResult:
+    """Prune one layer as a preset of a method would, on the device of its tensors.
+
+    What a preset says of the walk through the model has no meaning for one layer. The result can be
+    used when the call returns: its error has been read by then, so the device has done everything.
+
+    Args:
+        problem: weight and Hessian, on one device.
+        pattern: what to prune to.
+        method, preset: see `methods`.
+
+    Raises:
+        HessianError: the statistics are not finite or cannot be factored.
+        ModelError, UsageError: the layer does not fit the pattern.
+    """
+    options = methods.resolve(method, methods.preset(method, preset).options)
+    return methods.load(method).prune(problem, pattern, **options)

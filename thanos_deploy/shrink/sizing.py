@@ -1,0 +1,361 @@
+"""How wide the blocks of a model become when parameters are cut out of them.
+
+The widths are chosen by what each block would lose, before anything is cut; see
+`thanos_deploy.shrink` for how that is measured and for the cutting itself.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model import widths
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.widths import Widths
+
+Part = Literal["heads", "ffn", "both"]
+PARTS: tuple[str, ...] = get_args(Part)
+Allocation = Literal["uniform", "loss"]
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+
+# Matrix sizes that tensor cores and sparse kernels take without padding.
+FRIENDLY_MULTIPLE = 64
+
+# What a change of the attention's output does to a model, as a multiple of what an equal change of
+# the feed-forward network's output does: 1.5 to 2.2 measured; see benchmarks/LOG.md.
+HEADS_WEIGHT = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Parameters of one block.
+
+    Attributes:
+        block: all of them.
+        head: of one query head, without its key and value unless it has its own.
+        kv_head: of one key-value head; 0 if each query head has its own.
+        channel: of one feed-forward channel.
+    """
+
+    block: int
+    head: int
+    kv_head: int
+    channel: int
+
+    def removed(self, before: Widths, after: Widths) -> int:
+        """Parameters that a cut removes."""
+        return (
+            (before.heads - after.heads) * self.head
+            + (before.kv_heads - after.kv_heads) * self.kv_head
+            + (before.channels - after.channels) * self.channel
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """How much a cut would change what leaves a block: |change|^2 / |hidden state|^2 of a token.
+
+    Means over the calibration tokens, after the refit.
+
+    Attributes:
+        heads: (query heads, key-value heads) that stay -> change.
+        channels: feed-forward channels that stay -> change.
+        seconds: time that it took to find out, by activity; see `layers.BlockReport`.
+    """
+
+    heads: Mapping[tuple[int, int], float]
+    channels: Mapping[int, float]
+    seconds: Mapping[str, float]
+
+    def of(self, width: Widths) -> float:
+        """The loss at a width, both parts together."""
+        attention = self.heads[width.heads, width.kv_heads]
+        return HEADS_WEIGHT * attention + self.channels[width.channels]
+
+    def to_json(self) -> Json:
+        """For the journal; JSON has no numbers for keys."""
+        return {
+            "heads": list(self.heads.items()),
+            "channels": list(self.channels.items()),
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Losses":
+        """What `to_json` made the value of."""
+        heads = {(heads, kv_heads): loss for (heads, kv_heads), loss in value["heads"]}
+        return cls(heads, dict(value["channels"]), value["seconds"])
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """What is to become of one block.
+
+    Attributes:
+        before, after: its widths.
+        parameters_before, parameters_after: all of its parameters.
+        predicted_loss: see `Losses`; of the block alone, in the dense model.
+    """
+
+    before: Widths
+    after: Widths
+    parameters_before: int
+    parameters_after: int
+    predicted_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to become of a model.
+
+    Attributes:
+        blocks: one for each block.
+        stock: a stock config.json describes the result.
+    """
+
+    blocks: tuple[BlockPlan, ...]
+    stock: bool
+
+    @property
+    def widths(self) -> tuple[Widths, ...]:
+        """The widths of the result."""
+        return tuple(block.after for block in self.blocks)
+
+    @property
+    def removed(self) -> float:
+        """Fraction of the blocks' parameters that goes."""
+        before = sum(block.parameters_before for block in self.blocks)
+        return 1.0 - sum(block.parameters_after for block in self.blocks) / before
+
+
+def cost(checkpoint: Checkpoint, index: int) -> Cost:
+    """What the parts of one block cost, from the headers of its weights.
+
+    Raises:
+        ModelError: the weights do not have the layout that the family describes.
+    """
+    family, width = checkpoint.family, checkpoint.widths[index]
+    prefix = f"{family.blocks}.{index}."
+    sizes = {
+        name: math.prod(checkpoint.weights.shapes[stored])
+        for name, stored in checkpoint.weights.stored.items()
+        if name.startswith(prefix)
+    }
+
+    def parameters(layer: str, of: int, *, bias: bool = True) -> int:
+        """Parameters of a layer for each of `of` equal parts."""
+        checkpoint.stored_name(f"{prefix}{layer}.weight")  # or says that it is missing
+        names = [f"{prefix}{layer}.weight", *([f"{prefix}{layer}.bias"] if bias else [])]
+        return sum(sizes.get(name, 0) for name in names) // of
+
+    heads, channels = family.heads, family.channels
+    query, *others = heads.producers
+    own = heads.kv_count is None
+    return Cost(
+        block=sum(sizes.values()),
+        head=parameters(query, width.heads)
+        + parameters(heads.consumer, width.heads, bias=False)
+        + (sum(parameters(name, width.heads) for name in others) if own else 0),
+        kv_head=0 if own else sum(parameters(name, width.kv_heads) for name in others),
+        channel=sum(parameters(name, width.channels) for name in channels.producers)
+        + parameters(channels.consumer, width.channels, bias=False),
+    )
+
+
+def layouts(width: Widths) -> list[tuple[int, int]]:
+    """(query heads, key-value heads) that can stay, the most first: see `drop_heads`."""
+    group = width.heads // width.kv_heads
+    same_groups = {(group * kept, kept) for kept in range(1, width.kv_heads + 1)}
+    smaller_groups = {(kept * width.kv_heads, width.kv_heads) for kept in range(1, group + 1)}
+    return sorted(same_groups | smaller_groups, reverse=True)
+
+
+def channel_steps(channels: int, multiple: int | None) -> range:
+    """Numbers of feed-forward channels that can stay, falling, from the most down.
+
+    Args:
+        channels: that there are.
+        multiple: of which the number has to be; None for the largest that suits the model's own,
+            at most `FRIENDLY_MULTIPLE`.
+    """
+    multiple = multiple or math.gcd(FRIENDLY_MULTIPLE, channels)
+    return range((channels - 1) // multiple * multiple, 0, -multiple)
+
+
+def candidates(
+    checkpoint: Checkpoint, fraction: float, *, part: str, multiple: int | None, stock: bool
+) -> list[Widths]:
+    """Widths at which at least a fraction of a block's parameters is gone, and no more than needed.
+
+    For each number of heads the largest number of channels that does it.
+
+    Args:
+        checkpoint: the model, all of whose blocks have the same widths.
+        fraction: of a block's parameters.
+        part: what may be cut: "heads", "ffn" or "both".
+        multiple: see `channel_steps`.
+        stock: only what a stock config.json can describe.
+
+    Raises:
+        UsageError: there are none; the message has the nearest valid choice.
+    """
+    width, prices = checkpoint.widths[0], cost(checkpoint, 0)
+    steps = channel_steps(width.channels, multiple)
+    wanted = math.ceil(fraction * prices.block - 1e-6)
+    found, nearest = [], 0
+    for heads, kv_heads in layouts(width) if part != "ffn" else [(width.heads, width.kv_heads)]:
+        uncut = Widths(heads, kv_heads, width.channels)
+        if stock and widths.describe(checkpoint.config, checkpoint.family, [uncut]) is None:
+            continue
+        missing = wanted - prices.removed(width, uncut)
+        if missing <= 0:
+            found.append(uncut)
+        elif part != "heads":
+            enough = width.channels - math.ceil(missing / prices.channel)
+            found += [Widths(heads, kv_heads, step) for step in steps if step <= enough][:1]
+        least = steps[-1] if steps and part != "heads" else width.channels
+        nearest = max(nearest, prices.removed(width, Widths(heads, kv_heads, least)))
+    if not found:
+        most = math.floor(1000 * nearest / prices.block) / 1000
+        raise UsageError(
+            f"{checkpoint.folder}: no {'heads or channels' if part == 'both' else part} would be "
+            f"left in a block with {fraction:.1%} of its parameters removed ({width.heads} heads, "
+            f"{width.kv_heads} key-value heads, {width.channels} channels in steps of "
+            f"{-steps.step})",
+            fix=f"remove at most structured:{most:g}"
+            + ("" if part == "both" else ", or use --shrink both"),
+        )
+    return found
+
+
+def even(checkpoint: Checkpoint, fraction: float) -> Widths:
+    """The candidate that cuts heads and channels most alike: a guess, with nothing measured yet.
+
+    Raises:
+        UsageError: see `candidates`.
+    """
+    stock = _stock_only(checkpoint, "both", "uniform")
+    found = candidates(checkpoint, fraction, part="both", multiple=None, stock=stock)
+    before = checkpoint.widths[0]
+    return min(
+        found,
+        key=lambda after: abs(after.heads / before.heads - after.channels / before.channels),
+    )
+
+
+def check(
+    checkpoint: Checkpoint, fraction: float, *, part: str, multiple: int | None, allocation: str
+) -> None:
+    """Refuse what `plan` could not do, before anything is computed.
+
+    Raises:
+        UsageError: nothing would be left, or an option has no such value.
+    """
+    if part not in PARTS or allocation not in ALLOCATIONS:
+        raise UsageError(
+            f"shrink {part!r} with allocation {allocation!r}",
+            fix=f"use {', '.join(PARTS)} and {', '.join(ALLOCATIONS)}",
+        )
+    if multiple is not None and not 0 < multiple <= checkpoint.widths[0].channels:
+        raise UsageError(
+            f"channels in multiples of {multiple}; a block has {checkpoint.widths[0].channels}",
+            fix="use a positive --ffn-multiple of at most that",
+        )
+    stock = _stock_only(checkpoint, part, allocation)
+    candidates(checkpoint, fraction, part=part, multiple=multiple, stock=stock)
+
+
+def _stock_only(checkpoint: Checkpoint, part: str, allocation: str) -> bool:
+    """Keep to what a stock config.json can describe, unless the user asked for what it cannot."""
+    heads_alone = part == "heads" and not checkpoint.family.heads.free_size
+    return allocation == "uniform" and not heads_alone
+
+
+def plan(
+    checkpoint: Checkpoint,
+    losses: Sequence[Losses],
+    fraction: float,
+    *,
+    part: str = "both",
+    multiple: int | None = None,
+    allocation: str = "uniform",
+) -> Plan:
+    """Choose the widths at which the predicted loss, summed over the blocks, is smallest.
+
+    Args:
+        checkpoint: the model.
+        losses: of each block, from `survey`.
+        fraction: of the blocks' parameters to remove.
+        part: what may be cut: "heads", "ffn" or "both".
+        multiple: see `candidates`.
+        allocation: "uniform", the same widths in every block; or "loss", each block its own, for
+            the same number of parameters in all.
+
+    Raises:
+        UsageError: see `check`.
+    """
+    check(checkpoint, fraction, part=part, multiple=multiple, allocation=allocation)
+    if allocation == "uniform":
+        after = [_uniform(checkpoint, losses, fraction, part, multiple)] * len(losses)
+    else:
+        after = _by_loss(checkpoint, losses, fraction, part, multiple)
+    blocks: list[BlockPlan] = []
+    for index, (before, width, loss) in enumerate(
+        zip(checkpoint.widths, after, losses, strict=True)
+    ):
+        price = cost(checkpoint, index)
+        left = price.block - price.removed(before, width)
+        blocks.append(BlockPlan(before, width, price.block, left, loss.of(width)))
+    stock = widths.describe(checkpoint.config, checkpoint.family, after) is not None
+    return Plan(tuple(blocks), stock)
+
+
+def _uniform(
+    checkpoint: Checkpoint,
+    losses: Sequence[Losses],
+    fraction: float,
+    part: str,
+    multiple: int | None,
+) -> Widths:
+    stock = _stock_only(checkpoint, part, "uniform")
+    found = candidates(checkpoint, fraction, part=part, multiple=multiple, stock=stock)
+    return min(found, key=lambda width: sum(loss.of(width) for loss in losses))
+
+
+def _by_loss(
+    checkpoint: Checkpoint,
+    losses: Sequence[Losses],
+    fraction: float,
+    part: str,
+    multiple: int | None,
+) -> list[Widths]:
+    """Cut again and again where a parameter costs least, until enough are gone."""
+    after = list(checkpoint.widths)
+    prices = [cost(checkpoint, index) for index in range(len(after))]
+    missing = math.ceil(fraction * sum(price.block for price in prices) - 1e-6)
+
+    def narrower(index: int) -> Iterator[Widths]:
+        width = after[index]
+        if part != "ffn":
+            for heads, kv_heads in losses[index].heads:
+                fits = heads <= width.heads and kv_heads <= width.kv_heads
+                if fits and (heads, kv_heads) != (width.heads, width.kv_heads):
+                    yield Widths(heads, kv_heads, width.channels)
+        if part != "heads":
+            for channels in losses[index].channels:
+                if channels < width.channels:
+                    yield Widths(width.heads, width.kv_heads, channels)
+
+    while missing > 0:
+        index, width = min(
+            ((index, width) for index in range(len(after)) for width in narrower(index)),
+            key=lambda step: (
+                (losses[step[0]].of(step[1]) - losses[step[0]].of(after[step[0]]))
+                / prices[step[0]].removed(after[step[0]], step[1])
+            ),
+        )
+        missing -= prices[index].removed(after[index], width)
+        after[index] = width
+    return after

@@ -1,0 +1,137 @@
+"""Remove a layer's inputs group by group; the inputs that stay take over what they can.
+
+Source: the multi-weight lemma of Ilin and Richtarik, arXiv 2504.05346, applied to whole columns.
+With A = H^-1 over the inputs that are left, losing the group g of columns and refitting all others
+by least squares costs tr(W_g A_gg^-1 W_g^T) of output energy. The refitted weight is
+W - W_g A_gg^-1 A_g, and the inverse for the next group is A - A_.g A_gg^-1 A_g. : so groups can
+leave one after another, each priced in view of those already gone, and the weight after the last
+one is the least-squares fit on the inputs that stay.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from thanos_deploy.solver.layer import Factor
+from thanos_deploy.solver.mask import cheapest
+
+
+class Elimination:
+    """A layer whose inputs leave one group after another.
+
+    Attributes:
+        weight: float64[rows, cols], refitted; zero in the columns that are gone.
+        left: bool[cols], the inputs that are still there.
+        loss: output energy lost so far, in the scale of the Hessian, damping included.
+    """
+
+    def __init__(self, weight: Tensor, H: Factor) -> None:
+        """Start with all inputs.
+
+        Args:
+            weight: [rows, cols].
+            H: the layer's Hessian, factored.
+        """
+        self.weight = weight.double()
+        self.left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        self.loss = 0.0
+        V = H.V.double()
+        self._inverse = V.T @ V
+
+    def costs(self) -> Tensor:
+        """What losing each single input would cost now; float64[cols], infinite for one gone."""
+        energy = self.weight.square().sum(dim=0)
+        return torch.where(self.left, energy / self._inverse.diagonal(), math.inf)
+
+    def cost(self, columns: Tensor) -> float:
+        """What losing these inputs together would cost now.
+
+        Args:
+            columns: int64[count].
+        """
+        return float(self._cost(columns))
+
+    def _cost(self, columns: Tensor) -> Tensor:
+        W = self.weight[:, columns]
+        return (_solve(self._inverse[columns][:, columns], W.T) * W.T).sum()
+
+    def remove(self, columns: Tensor) -> None:
+        """Take inputs away and refit the others.
+
+        Args:
+            columns: int64[count].
+        """
+        W, A = self.weight[:, columns], self._inverse[columns]
+        shared = _solve(A[:, columns], A)  # A_gg^-1 A_g, float64[count, cols]
+        self.loss += self.cost(columns)
+        self.weight = self.weight - W @ shared
+        self._inverse = self._inverse - A.T @ shared
+        self.left[columns] = False
+        # What is zero but for rounding; an identity keeps the rest of the algebra as it is.
+        gone = ~self.left
+        self.weight.masked_fill_(gone, 0.0)
+        self._inverse.masked_fill_(gone[:, None], 0.0).masked_fill_(gone, 0.0)
+        self._inverse.diagonal().masked_fill_(gone, 1.0)
+
+    def channel_losses(self) -> Tensor:
+        """What losing 0, 1, 2, ... single inputs would cost, the cheapest first.
+
+        The order is that of `drop_channels`. With the inputs in this order and A = L L^T, the loss
+        of the first k is the sum of squares of the first k rows of L^-1 W^T: one factorisation
+        prices all of them.
+
+        Returns:
+            float64[cols + 1], rising.
+        """
+        order = self.costs().sort(stable=True).indices
+        lower = torch.linalg.cholesky(self._inverse[order][:, order])
+        rows = torch.linalg.solve_triangular(lower, self.weight[:, order].T, upper=False)
+        return nn.functional.pad(rows.square().sum(dim=1).cumsum(dim=0), (1, 0))
+
+    def drop_channels(self, count: int) -> None:
+        """Remove single inputs, the cheapest at this moment, until so many are left."""
+        self.remove(cheapest(self.costs(), int(self.left.sum()) - count))
+
+    def drop_heads(self, there: tuple[int, int], *, keep: tuple[int, int]) -> Tensor:
+        """Remove attention heads, the cheapest first, priced anew each time.
+
+        Either whole groups of query heads that share a key-value head, or the same number of query
+        heads from each group, one of each in turn: both leave groups of equal size, as attention
+        kernels want them. Heads that are gone already count, and those that go for a smaller number
+        include those that go for a larger one.
+
+        Args:
+            there: query heads and key-value heads that there were; each query head is a run of
+                inputs.
+            keep: the same, that stay.
+
+        Returns:
+            int64[kept query heads], those that stay, rising.
+        """
+        (heads, kv_heads), (keep_heads, keep_kv_heads) = there, keep
+        group, size = heads // kv_heads, len(self.left) // heads
+        if keep_kv_heads < kv_heads:  # one pool, from which any group of heads may go
+            length, pool, target = group * size, kv_heads, keep_kv_heads
+        else:  # every group is a pool, from which the same number of heads goes
+            length, pool, target = size, group, keep_heads // keep_kv_heads
+        runs = torch.arange(len(self.left), device=self.left.device).reshape(-1, length)
+        there_still = self.left[runs[:, 0]].cpu()
+        while (most := int(there_still.reshape(-1, pool).sum(dim=1).max())) > target:
+            quota = there_still.reshape(-1, pool).sum(dim=1) - (most - 1)
+            while bool(quota.any()):
+                offered = [
+                    run
+                    for run in there_still.nonzero().flatten().tolist()
+                    if quota[run // pool] > 0
+                ]
+                prices = torch.stack([self._cost(runs[run]) for run in offered]).tolist()
+                gone = offered[prices.index(min(prices))]
+                self.remove(runs[gone])
+                there_still[gone] = False
+                quota[gone // pool] -= 1
+        return self.left[::size].nonzero().flatten()
+
+
+def _solve(positive: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right, torch.linalg.cholesky(positive))

@@ -1,0 +1,143 @@
+"""The stages of a bundle, from a dense model to a report; each is done once and kept.
+
+    import   a GGUF file or a packed folder is unpacked       (in the cache)
+    prune    model/, layers.json
+    eval     eval/perplexity.json
+    eval-onnx, eval-tasks, eval-tasks-onnx    eval/            (only if asked for)
+    onnx     onnx/                                            (of the dense model: in the cache)
+    genai    genai/                                           (only if asked for)
+    packed   packed/                                          (only if asked for)
+    triton   triton/                                          (only if asked for)
+    tensorrt-ARCH, tensorrt-rtx-ARCH    engines/              (only if asked for)
+    bench    bench/RUN.json for every run, bench/sample.json
+    report   report/{index.html,report.md,report.json}, README.md
+
+Each is a file of `thanos_deploy.stages`; here they are in a row.
+"""
+
+from pathlib import Path
+
+import exporters.genai
+import exporters.packed
+import exporters.triton.repository
+from exporters import preflight
+from exporters.options import EngineRequest
+from thanos_deploy.bundle import manifest
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.errors import PlatformError
+from thanos_deploy.measure.options import BenchRequest, EvalRequest
+from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.report.write import write_report
+from thanos_deploy.stages.bench import DENSE, PRUNED, bench, check_bench, compared
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.evaluate import evaluate
+from thanos_deploy.stages.export import ENGINES, export
+from thanos_deploy.stages.plan import plan_pruning
+from thanos_deploy.stages.prune import check, prune
+from thanos_deploy.stages.texts import calibration, open_text, require_other_text, segments_for
+
+STAGES = ("prune", "eval", "onnx", "bench", "report")
+
+
+def prune_export(
+    model: str,
+    out: Path,
+    *,
+    request: PruneRequest,
+    evaluation: EvalRequest,
+    benchmarking: BenchRequest,
+    target: str = "onnx",
+    engine: EngineRequest | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Json:
+    """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
+
+    Raises:
+        DeployError: of any kind; everything that can be refused beforehand is.
+    """
+    dense = Dense(model, revision=revision)
+    if target == "genai":
+        exporters.genai.library()
+    if target == "triton":
+        exporters.triton.repository.library()
+    if target == "packed":
+        exporters.packed.refuse([request.pattern])
+    if target == "tensorrt-rtx":
+        preflight.require(target)
+    with manifest.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
+        _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
+        prune(bundle, dense, request, overwrite=overwrite, announce=announce)
+        evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
+        lacking: PlatformError | None = None
+        for wanted in dict.fromkeys(("onnx", target)):  # the graph is measured in any case
+            try:
+                export(bundle, target=wanted, engine=engine, overwrite=overwrite, announce=announce)
+            except PlatformError as error:
+                if wanted not in ENGINES:
+                    raise
+                lacking = error  # the rest does not need the engine, and is not to be lost
+        subjects = compared(bundle, [DENSE], dense, announce=announce)
+        bench(bundle, subjects, benchmarking, overwrite=overwrite, announce=announce)
+        finished = write_report(bundle)
+        if lacking is not None:
+            raise lacking
+        return finished
+
+
+def plan(
+    model: str,
+    out: Path,
+    *,
+    request: PruneRequest,
+    evaluation: EvalRequest,
+    benchmarking: BenchRequest,
+    revision: str | None = None,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Json:
+    """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
+    dense = Dense(model, revision=revision)
+    bundle = (
+        Bundle.open(out)
+        if (out / manifest.MANIFEST).exists()
+        else Bundle(out, dense.source.to_json())
+    )
+    _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
+    parameters = dense.checkpoint(announce).parameters
+    return {
+        **plan_pruning(dense, request, out, announce, evaluation),
+        "eval": evaluation.to_json(),
+        "bench": benchmarking.to_json(),
+        "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
+        "cache": str(dense.folder),
+        "cache_bytes_needed": (4 if dense.source.is_ordinary else 8) * parameters,
+    }
+
+
+def _refuse_beforehand(
+    bundle: Bundle,
+    dense: Dense,
+    request: PruneRequest,
+    evaluation: EvalRequest,
+    benchmarking: BenchRequest,
+    overwrite: bool,
+    announce: Announce,
+) -> None:
+    """Raise now what a later stage would raise after minutes of work."""
+    for stage, options in (
+        ("prune", request.to_json()),
+        ("eval", evaluation.to_json()),
+    ):
+        bundle.check(stage, options, overwrite=overwrite)
+    check_bench(bundle, benchmarking, [DENSE, PRUNED], overwrite=overwrite)
+    source = dense.checkpoint(announce)
+    check(source, request)
+    benchmarking.check(source.max_positions)
+    seen, *_ = calibration(source, request)
+    text = open_text(evaluation.text, evaluation.text_field, held_out=True)
+    segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
+    require_other_text(text, seen.sha256)
