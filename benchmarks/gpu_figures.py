@@ -3,7 +3,7 @@
 Usage: python -m benchmarks.gpu_figures
 
 Reads benchmarks/results/gpu/*.json and rewrites README.md between its two markers, and
-thanos_deploy/gpu_figures.json. A test fails while they disagree.
+thanos_deploy/gpu/figures.json. A test fails while they disagree.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from thanos_deploy.gpu.rows import GemmRow, Peaks, PruningRow
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 README = ROOT / "README.md"
-SUMMARY = ROOT / "thanos_deploy" / gpu_figures.FILE
+SUMMARY = ROOT / "thanos_deploy" / "gpu" / gpu_figures.FILE
 
 BEGIN = "<!-- begin: written by `python -m benchmarks.gpu_figures`, not by hand -->\n"
 END = "<!-- end -->\n"

@@ -7,14 +7,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from thanos_deploy.bundle.codec import Json as Json
 from thanos_deploy.errors import ResourceError
 
 # What begins like this was not finished, and is removed by the next writer.
 PARTIAL = ".partial-"
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What GPUs were measured to make of a pattern: the published figures, and the words for them.
 
 The figures are worked out from the records of benchmarks/results/gpu; `python -m
-benchmarks.gpu_figures` writes them to gpu_figures.json beside this file, which is installed with
+benchmarks.gpu_figures` writes them to figures.json beside this file, which is installed with
 the package. So a sentence about a GPU is that of a file, or "not measured (no GPU)". Standard
 library only.
 """
@@ -17,7 +17,7 @@ from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import ModelRow
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 
-FILE = "gpu_figures.json"
+FILE = "figures.json"
 
 _DENSE = "dense"
 
@@ -125,7 +125,7 @@ def from_json(text: str) -> tuple[Figures, ...]:
 @cache
 def published() -> tuple[Figures, ...]:
     """The figures of this version of the package, newest run first."""
-    text = resources.files("thanos_deploy").joinpath(FILE).read_text(encoding="utf-8")
+    text = resources.files("thanos_deploy.gpu").joinpath(FILE).read_text(encoding="utf-8")
     return tuple(sorted(from_json(text), key=lambda run: run.date, reverse=True))
 
 

@@ -8,13 +8,13 @@ Everything that prints or uses such a figure reads it from here. Standard librar
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from math import isfinite
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType, UnionType
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import Literal, Self, TypeVar
 
+from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.errors import InputError
 from thanos_deploy.gpu.rows import KINDS, Card, Row, StepRow
 
@@ -159,17 +159,8 @@ def joined(journals: Iterable[Path]) -> Records:
     return Records(tuple(row for path in journals for row in read_journal(path)))
 
 
-def _encoded(row: Row) -> dict[str, Any]:
-    return {"kind": _NAMES[type(row)]} | {
-        field: _json(value) for field, value in asdict(row).items()
-    }
-
-
-def _json(value: object) -> object:
-    """A field as JSON; numbers that JSON does not have become their names."""
-    if isinstance(value, tuple):
-        return [_json(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not isfinite(value) else value
+def _encoded(row: Row) -> Json:
+    return {"kind": _NAMES[type(row)]} | encode(row)
 
 
 def _row(where: str, line: str) -> Row:
@@ -183,54 +174,10 @@ def _decoded(where: str, value: object) -> Row:
     if not isinstance(value, dict) or value.get("kind") not in KINDS:
         raise _unreadable(where, f"not a row of a known kind: {str(value)[:80]}")
     kind = KINDS[value["kind"]]
-    hints = get_type_hints(kind)
-    given = {name: entry for name, entry in value.items() if name != "kind"}
-    if unknown := given.keys() - hints.keys():
-        raise _unreadable(where, f"unknown field {sorted(unknown)[0]!r}")
     try:
-        return kind(**{name: _as(hints[name], entry, name) for name, entry in given.items()})
-    except TypeError as error:
+        return decode(kind, {name: entry for name, entry in value.items() if name != "kind"})
+    except ValueError as error:
         raise _unreadable(where, str(error)) from error
-
-
-def _as(hint: Any, value: object, name: str) -> Any:
-    """A value of JSON as the type of a field.
-
-    Raises:
-        TypeError: it is of another type.
-    """
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None:
-            return None
-        (other,) = (argument for argument in arguments if argument is not type(None))
-        return _as(other, value, name)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list):
-        kinds = list(_kinds(arguments, len(value)))
-        if len(kinds) == len(value):
-            return tuple(_as(kind, entry, name) for kind, entry in zip(kinds, value, strict=True))
-    if hint is float and (value in _NOT_FINITE or _is_number(value)):
-        return float(value)  # type: ignore[arg-type]
-    if hint in (int, str) and isinstance(value, hint) and not isinstance(value, bool):
-        return value
-    raise TypeError(f"field {name!r} is {str(value)[:40]!r}")
-
-
-_NOT_FINITE = ("nan", "inf", "-inf")
-
-
-def _kinds(arguments: tuple[Any, ...], length: int) -> Iterator[Any]:
-    """The types of a tuple's entries."""
-    if arguments[1:] == (Ellipsis,):
-        yield from arguments[:1] * length
-    else:
-        yield from arguments
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unreadable(where: object, why: str) -> InputError:

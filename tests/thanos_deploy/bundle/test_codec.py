@@ -1,0 +1,101 @@
+"""Records as JSON and back: nothing lost, nothing accepted that was not meant."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thanos_deploy.bundle.codec import LATER, decode, encode
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    name: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    kind: Literal["a", "b"]
+    on: bool
+    count: int
+    share: float
+    place: Path
+    parts: tuple[Part, ...]
+    by_name: Mapping[str, Part | None]
+    limit: int | float | str | None = None
+    added: int | None = field(default=None, metadata=LATER)
+
+
+texts = st.text(max_size=5)
+parts = st.builds(Part, texts, st.tuples(st.integers(), st.integers()))
+wholes = st.builds(
+    Whole,
+    st.sampled_from(("a", "b")),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.sampled_from((Path("a"), Path("a/b"), Path("/"))),
+    st.lists(parts, max_size=3).map(tuple),
+    st.dictionaries(texts, parts | st.none(), max_size=3),
+    st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    st.none() | st.integers(),
+)
+
+WHOLE = Whole("a", True, 3, 0.5, Path("x"), (Part("p", (1, 2)),), {"k": None})
+
+
+@given(wholes)
+def test_what_is_written_is_read_again(whole: Whole) -> None:
+    text = json.dumps(encode(whole), allow_nan=False)
+    again = decode(Whole, json.loads(text))
+    assert again == whole
+    assert type(again.limit) is type(whole.limit)
+
+
+def test_a_field_that_came_later_is_not_written_while_it_has_its_default() -> None:
+    assert "added" not in encode(WHOLE)
+    assert "limit" in encode(WHOLE)
+    assert encode(replace(WHOLE, added=3))["added"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"count": 1.5}, "count is '1.5'"),
+        ({"count": True}, "count is 'True'"),
+        ({"on": 1}, "on is '1'"),
+        ({"kind": "c"}, "kind is 'c'"),
+        ({"share": "0.5"}, "share is '0.5'"),
+        ({"limit": []}, r"limit is '\[\]'"),
+        ({"parts": [{"name": "p", "size": [1, 2, 3]}]}, r"parts\[0\].size is"),
+        ({"parts": [{"name": "p"}]}, r"parts\[0\].size is missing"),
+        ({"parts": [3]}, r"parts\[0\] is '3'"),
+        ({"by_name": {"k": {"name": "p", "size": [1, 2], "x": 0}}}, "by_name.k.x is unknown"),
+        ({"more": 1}, "more is unknown"),
+    ],
+    ids=str,
+)
+def test_what_is_not_meant_is_refused_with_its_place(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        decode(Whole, {**encode(WHOLE), **change})
+
+
+def test_a_missing_field_and_what_is_no_record_are_refused() -> None:
+    broken = encode(WHOLE)
+    del broken["count"]
+    with pytest.raises(ValueError, match="count is missing"):
+        decode(Whole, broken)
+    with pytest.raises(ValueError, match=r"the record is '\[\]'"):
+        decode(Whole, [])
+
+
+def test_numbers_that_json_lacks_are_written_by_name() -> None:
+    written = encode(replace(WHOLE, share=float("-inf")))
+    assert written["share"] == "-inf"
+    assert decode(Whole, written).share == float("-inf")

@@ -1,0 +1,177 @@
+"""Frozen dataclasses as JSON and back, checked field by field.
+
+Every record that this project writes is a frozen dataclass, and this is the one way in and out of
+JSON. A field may be a bool, int, float, str, None, a `Literal`, a `Path`, another dataclass, a
+homogeneous or fixed tuple, a mapping from str, or a union of these. Floats that JSON lacks are
+written as "nan", "inf" and "-inf".
+"""
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+# Metadata of a field that is left out of the JSON while it has its default. It is for what was
+# added later: a record without it says the same as the records from before.
+LATER: Mapping[str, object] = {"thanos_deploy.later": True}
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def encode(value: object) -> Json:
+    """A dataclass as a JSON object, fields in the order of their definition.
+
+    Raises:
+        TypeError: a value in it has no form in JSON.
+    """
+    assert is_dataclass(value)
+    assert not isinstance(value, type)
+    given = [(field, getattr(value, field.name)) for field in fields(value)]
+    return {
+        field.name: _encoded(entry)
+        for field, entry in given
+        if not (_is_later(field) and entry == _default(field))
+    }
+
+
+def decode(cls: type[T], value: object) -> T:
+    """A JSON object as a dataclass.
+
+    Raises:
+        ValueError: a field is missing, unknown, or of another type; the message names its place,
+            such as `layers[3].rows`, and what was seen.
+    """
+    found: T = _decoded(cls, value, "")
+    return found
+
+
+def _encoded(value: object) -> object:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else str(value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_encoded(entry) for entry in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return encode(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _decoded(hint: Any, value: object, place: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _one_of(arguments, value, place)
+    if hint is Any:
+        return value
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _record(hint, value, place)
+    if origin is tuple and isinstance(value, list):
+        kinds = list(_kinds(arguments, len(value)))
+        if len(kinds) == len(value):
+            return tuple(
+                _decoded(kind, entry, f"{place}[{index}]")
+                for index, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+            )
+    if (origin is not None and issubclass(_class(origin), Mapping)) and isinstance(value, dict):
+        return {
+            key: _decoded(arguments[1], entry, f"{place}.{key}") for key, entry in value.items()
+        }
+    if hint is float and (value in _NOT_FINITE or _is_number(value)):
+        return float(value)  # type: ignore[arg-type]
+    if _is_plain(hint, value, origin, arguments):
+        return Path(value) if hint is Path else value  # type: ignore[arg-type]
+    raise _unfit(value, place)
+
+
+def _is_plain(hint: Any, value: object, origin: Any, arguments: tuple[Any, ...]) -> bool:
+    """The value stands for itself."""
+    if origin is Literal:
+        return value in arguments
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return (hint is type(None) and value is None) or (
+        hint in (str, Path) and isinstance(value, str)
+    )
+
+
+def _one_of(hints: tuple[Any, ...], value: object, place: str) -> Any:
+    """The first member of a union that takes the value; integers stay integers."""
+    seen = _unfit(value, place)
+    for hint in sorted(hints, key=lambda hint: hint is float):
+        try:
+            return _decoded(hint, value, place)
+        except ValueError as error:
+            if is_dataclass(hint) and isinstance(value, dict):
+                seen = error
+    raise seen
+
+
+def _record(cls: type, value: object, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise _unfit(value, place)
+    prefix = f"{place}." if place else ""
+    known = _fields(cls)
+    if unknown := sorted(value.keys() - known.keys()):
+        raise ValueError(f"{prefix}{unknown[0]} is unknown")
+    given = {}
+    for name, (hint, required) in known.items():
+        if name in value:
+            given[name] = _decoded(hint, value[name], f"{prefix}{name}")
+        elif required:
+            raise ValueError(f"{prefix}{name} is missing")
+    return cls(**given)
+
+
+@cache
+def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
+    """Name -> type, and whether there is no default."""
+    hints = get_type_hints(cls)
+    return {
+        field.name: (
+            hints[field.name],
+            field.default is MISSING and field.default_factory is MISSING,
+        )
+        for field in fields(cls)
+    }
+
+
+def _is_later(field: "Field[Any]") -> bool:
+    return bool(field.metadata.get("thanos_deploy.later"))
+
+
+def _default(field: "Field[Any]") -> object:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _class(origin: Any) -> type:
+    return origin if isinstance(origin, type) else object
+
+
+def _kinds(arguments: tuple[Any, ...], length: int) -> Iterator[Any]:
+    """The types of a tuple's entries."""
+    if arguments[1:] == (Ellipsis,):
+        yield from arguments[:1] * length
+    else:
+        yield from arguments
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unfit(value: object, place: str) -> ValueError:
+    return ValueError(f"{place or 'the record'} is {str(value)[:60]!r}")
