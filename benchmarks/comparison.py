@@ -279,7 +279,7 @@ def picture(report: Json) -> str:
 
 
 def markdown(rows: list[Json], run: Json) -> str:
-    """The table of README."""
+    """The table of docs/choose.md."""
     scenarios = [scenario["name"] for scenario in run["scenarios"]]
     heads = (
         *("model", "perplexity", *(f"{name}, ms" for name in scenarios)),

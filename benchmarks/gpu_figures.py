@@ -1,8 +1,8 @@
-"""Bring what GPUs measured to its readers: README.md, and the file that the package installs.
+"""Bring what GPUs measured to its readers: docs/gpu.md, and the file that the package installs.
 
 Usage: python -m benchmarks.gpu_figures
 
-Reads benchmarks/results/gpu/*.json and rewrites README.md between its two markers, and
+Reads benchmarks/results/gpu/*.json and rewrites docs/gpu.md between its two markers, and
 thanos_deploy/gpu/figures.json. A test fails while they disagree.
 """
 
@@ -18,7 +18,7 @@ from thanos_deploy.gpu.rows import GemmRow, Peaks, PruningRow
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "gpu.md"
 SUMMARY = ROOT / "thanos_deploy" / "gpu" / gpu_figures.FILE
 
 BEGIN = "<!-- begin: written by `python -m benchmarks.gpu_figures`, not by hand -->\n"
@@ -28,7 +28,7 @@ END = "<!-- end -->\n"
 def main() -> None:
     """Rewrite both."""
     runs = gpu_records.read_all(RESULTS)
-    README.write_text(rewritten(README.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
     SUMMARY.write_text(summary(runs), encoding="utf-8")
 
 
@@ -37,13 +37,13 @@ def summary(runs: Sequence[Records]) -> str:
     return gpu_figures.to_json([found for run in runs if (found := gpu_figures.figures(run))])
 
 
-def rewritten(readme: str, runs: Sequence[Records]) -> str:
-    """README.md with the figures of some runs.
+def rewritten(page: str, runs: Sequence[Records]) -> str:
+    """The page with the figures of some runs.
 
     Raises:
         ValueError: it has not both of the markers, once and in their order.
     """
-    head, rest = _split(readme, BEGIN)
+    head, rest = _split(page, BEGIN)
     _, tail = _split(rest, END)
     return f"{head}{BEGIN}{section(runs)}{END}{tail}"
 
@@ -138,7 +138,7 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequenc
 
 def _split(text: str, marker: str) -> tuple[str, str]:
     if text.count(marker) != 1:
-        raise ValueError(f"README.md has the line {marker!r} {text.count(marker)} times, not once")
+        raise ValueError(f"{PAGE} has the line {marker!r} {text.count(marker)} times, not once")
     before, _, after = text.partition(marker)
     return before, after
 

@@ -358,7 +358,7 @@ def say(started: float, row: Json) -> None:
 
 
 def table(result: Json) -> str:
-    """Both tables, as they stand in README and LOG."""
+    """Both tables, as they stand in docs/serve.md and LOG.md."""
     one_at_a_time = {
         one["clients"]: one["tokens_per_second"]
         for one in result["closed_loop"]

@@ -1,4 +1,4 @@
-"""What is said of GPUs is what the files say: in the package, README.md, reports and plans."""
+"""What is said of GPUs is what the files say: in the package, docs/gpu.md, reports and plans."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_run_that_does_not_count_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert "- another process used the GPU: process 7, 4.0 GB" in text
 
 
-def test_readme_has_a_table_for_each_kind_of_figure() -> None:
+def test_the_page_has_a_table_for_each_kind_of_figure() -> None:
     text = publishing.section([RECORDS])
     for line in (
         "**H100**, 2026-11-30, `python -m benchmarks.gpu_campaign` (driver 580.1, PyTorch 2.11, "
@@ -85,19 +85,19 @@ def test_readme_has_a_table_for_each_kind_of_figure() -> None:
 
 
 def test_only_what_is_between_the_markers_is_rewritten() -> None:
-    readme = f"before\n{publishing.BEGIN}old\n{publishing.END}after\n"
-    found = publishing.rewritten(readme, [])
-    assert found == readme.replace("old\n", publishing.section([]))
-    for broken in ("no marker", readme + publishing.END, readme.replace(publishing.BEGIN, "")):
+    page = f"before\n{publishing.BEGIN}old\n{publishing.END}after\n"
+    found = publishing.rewritten(page, [])
+    assert found == page.replace("old\n", publishing.section([]))
+    for broken in ("no marker", page + publishing.END, page.replace(publishing.BEGIN, "")):
         with pytest.raises(ValueError, match="not once"):
             publishing.rewritten(broken, [])
 
 
-def test_readme_and_package_say_what_the_files_say() -> None:
+def test_the_page_and_the_package_say_what_the_files_say() -> None:
     runs = gpu_records.read_all(publishing.RESULTS)
-    readme = publishing.README.read_text(encoding="utf-8")
+    page = publishing.PAGE.read_text(encoding="utf-8")
     how = "run `python -m benchmarks.gpu_figures`"
-    assert publishing.rewritten(readme, runs) == readme, how
+    assert publishing.rewritten(page, runs) == page, how
     assert publishing.SUMMARY.read_text(encoding="utf-8") == publishing.summary(runs), how
     assert len(gpu_figures.published()) == sum(figures(run) is not None for run in runs)
 
@@ -107,9 +107,9 @@ def test_both_are_written_by_one_command(tmp_path: Path, monkeypatch: pytest.Mon
     results.mkdir()
     gpu_records.write(results / "h100.json", RECORDS)
     monkeypatch.setattr(publishing, "RESULTS", results)
-    for name in ("README", "SUMMARY"):
+    for name in ("PAGE", "SUMMARY"):
         monkeypatch.setattr(publishing, name, tmp_path / name)
-    publishing.README.write_text(f"{publishing.BEGIN}{publishing.END}")
+    publishing.PAGE.write_text(f"{publishing.BEGIN}{publishing.END}")
     publishing.main()
-    assert "**H100**" in publishing.README.read_text()
+    assert "**H100**" in publishing.PAGE.read_text()
     assert from_json(publishing.SUMMARY.read_text()) == (figures(RECORDS),)
