@@ -91,8 +91,8 @@ def test_a_wheel_has_what_code_reads_at_run_time(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert (
-            archive.read(f"thanos_deploy/{gpu_figures.FILE}")
-            == (ROOT / "thanos_deploy" / gpu_figures.FILE).read_bytes()
+            archive.read(f"thanos_deploy/gpu/{gpu_figures.FILE}")
+            == (ROOT / "thanos_deploy" / "gpu" / gpu_figures.FILE).read_bytes()
         )
         assert not [name for name in archive.namelist() if name.startswith(("tests", "benchmarks"))]
 
