@@ -30,7 +30,8 @@ _IMPOSSIBLE = -9999.0
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
-    503: {"model": ErrorBody, "description": "Too much to do, or too late; see Retry-After"},
+    503: {"model": ErrorBody, "description": "Too much to do; see Retry-After"},
+    504: {"model": ErrorBody, "description": "Not finished before the deadline"},
 }
 router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI"])
 

@@ -35,12 +35,17 @@ class Limits:
         new_tokens: the most tokens of an answer; None for what the model takes.
         body_bytes: of the body.
         deadline_seconds: from the last byte of the request to that of the answer.
+        connections: of clients at the same time; one more is answered 503 and closed.
+        tensor_tokens: the most ids of one request for logits, its whole batch; None for as many as
+            the slots take.
     """
 
     answers: int
     new_tokens: int | None
     body_bytes: int
     deadline_seconds: float
+    connections: int = 512
+    tensor_tokens: int | None = None
 
 
 class Forward:
@@ -56,6 +61,7 @@ class Forward:
         self._engine = engine
         self._room = threading.Semaphore(queue + 1)
         self._worker = ThreadPoolExecutor(1, "forward")
+        self._closing = threading.Event()
 
     async def logits(self, ids: Ids, mask: Ids | None) -> Logits:
         """float32[batch, vocabulary], what follows the last tokens; see `Engine.prefill`.
@@ -66,13 +72,20 @@ class Forward:
         """
         if not self._room.acquire(blocking=False):
             raise Busy("too many requests wait for a forward pass", fix="try again later")
-        # Whoever gives up leaves the line, but not the worker: what runs has room until its end.
-        future = self._worker.submit(self._engine.logits, ids, mask)
+        gone = threading.Event()
+        future = self._worker.submit(
+            self._engine.logits, ids, mask, lambda: gone.is_set() or self._closing.is_set()
+        )
+        # Whoever gives up leaves the line at once, and the worker before its next piece.
         future.add_done_callback(lambda _: self._room.release())
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            gone.set()
 
     def close(self) -> None:
-        """Finish what runs."""
+        """Give up what runs."""
+        self._closing.set()
         self._worker.shutdown(cancel_futures=True)
 
 
