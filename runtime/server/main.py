@@ -20,7 +20,7 @@ import uvicorn
 from runtime.batching import Batcher, open_slots
 from runtime.server.access import EVERYBODY, Access
 from runtime.server.app import application
-from runtime.server.chat import open_chat_template
+from runtime.server.chat import Renderer, open_chat_template
 from runtime.server.connections import most_connections, protocol
 from runtime.server.metrics import Metrics
 from runtime.server.service import Forward, Limits, Service
@@ -68,6 +68,7 @@ def open_service(
     template = open_chat_template(bundle, verify=verify)
     engine = open_slots(bundle, slots=slots, provider=provider, threads=threads, verify=verify)
     batcher, forward = Batcher(engine, queue=queue), Forward(engine, queue=queue)
+    renderer = None if template is None else Renderer(template)
     try:
         yield Service(
             name=name or bundle.absolute().name or bundle.resolve().name,
@@ -75,12 +76,14 @@ def open_service(
             batcher=batcher,
             forward=forward,
             tokenizer=tokenizer,
-            template=template,
+            renderer=renderer,
             limits=limits,
             metrics=Metrics(batcher),
             log_prompts=log_prompts,
         )
     finally:
+        if renderer is not None:
+            renderer.close()
         forward.close()
         batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
 
