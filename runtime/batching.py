@@ -459,7 +459,11 @@ class Batcher:
 
     def _extend(self, sequences: Sequence[_Sequence], logits: Logits) -> None:
         for sequence, row in zip(sequences, logits, strict=True):
-            self._tokens += sequence.extend(row)
+            try:
+                self._tokens += sequence.extend(row)
+            except Exception as error:  # of this row: the others have nothing to do with it
+                _log.exception("a row failed; its request ends")
+                sequence.end = End(Finish.FAILED, f"{type(error).__name__}: {error}")
 
     def _fail(self, error: str) -> None:
         """End everything that is in the engine."""

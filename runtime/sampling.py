@@ -1,7 +1,8 @@
 """Choose the next token from its logits. Knows ids only.
 
 The steps and their order are those of transformers' `generate`: repetition penalty, temperature,
-top-k, top-p, min-p, then a draw.
+top-k, top-p, min-p, then a draw. Every finite logit with every allowed value gives a token: the
+likeliest token always stays, and what overflows is as unlikely, or as likely, as can be.
 """
 
 from collections.abc import Iterable
@@ -54,6 +55,9 @@ class Sampling:
 
 GREEDY = Sampling()
 
+# The difference of two such numbers is finite.
+_LARGEST = np.finfo(np.float64).max / 4
+
 
 class Sampler:
     """Chooses the tokens of one sequence, and remembers which were seen."""
@@ -81,8 +85,10 @@ class Sampler:
             token = int(scores.argmax())
         else:
             cumulative = probabilities(scores, self._sampling).cumsum()
-            # The last sum may be a little below 1, and a token of probability 0 is never drawn.
+            # The last sum may be a little below 1, and a token of probability 0 is never drawn. The
+            # product may be rounded up to the sum, which no token would be right of.
             drawn = self._random.random() * cumulative[-1]
+            drawn = min(drawn, np.nextafter(cumulative[-1], 0))
             token = int(np.searchsorted(cumulative, drawn, side="right"))
         self._seen.add(token)
         return token
@@ -95,7 +101,9 @@ def penalise(
     scores = logits.astype(np.float64)
     if penalty != 1:
         ids = list(seen)
-        scores[ids] = np.where(scores[ids] > 0, scores[ids] / penalty, scores[ids] * penalty)
+        with np.errstate(over="ignore"):
+            moved = np.where(scores[ids] > 0, scores[ids] / penalty, scores[ids] * penalty)
+        scores[ids] = np.clip(moved, -_LARGEST, _LARGEST)
     return scores
 
 
@@ -106,7 +114,9 @@ def probabilities(scores: NDArray[np.float64], sampling: Sampling) -> NDArray[np
         scores: float64[vocabulary].
         sampling: with a temperature above 0.
     """
-    scores = scores / sampling.temperature
+    # Below the largest, so that a tiny temperature gives -inf for the others and never inf or NaN.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
         scores = np.where(
             scores < np.partition(scores, -sampling.top_k)[-sampling.top_k], -np.inf, scores
@@ -114,7 +124,9 @@ def probabilities(scores: NDArray[np.float64], sampling: Sampling) -> NDArray[np
     if sampling.top_p < 1:
         odds = _softmax(scores)
         # Tokens below this make up less than 1 - top_p, all together: they need not be sorted.
-        candidates = np.flatnonzero(odds >= (1 - sampling.top_p) / len(odds))
+        # The likeliest is not below it, whatever rounding says.
+        least = min((1 - sampling.top_p) / len(odds), odds.max())
+        candidates = np.flatnonzero(odds >= least)
         order = candidates[np.argsort(-scores[candidates], kind="stable")]
         before = np.cumsum(odds[order])
         before = np.concatenate([[0.0], before[:-1]])  # what the likelier tokens make up

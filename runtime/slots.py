@@ -14,7 +14,8 @@ for a longer prompt, and to cut common padding off once that has cost as much as
 buffers are in the memory of the device that the graph runs on; see `runtime.memory`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 
 import numpy as np
@@ -220,17 +221,21 @@ class OnnxRuntimeSlots:
         self._rows.clear()
         self._newcomers.clear()
 
-    def logits(self, ids: Ids, mask: Ids | None = None) -> Logits:
+    def logits(
+        self, ids: Ids, mask: Ids | None = None, given_up: Callable[[], bool] = lambda: False
+    ) -> Logits:
         """What follows other sequences, which leave no trace; on any thread, at any time.
 
         Args:
             ids, mask: as in `Engine.prefill`.
+            given_up: asked between two pieces of the sequences: nobody waits for the result.
 
         Returns:
             float32[batch, vocabulary].
 
         Raises:
             UsageError: as `Engine.prefill`.
+            CancelledError: it was given up.
         """
         require_readable(ids, self.vocabulary)
         self._graph.require_room(ids.shape[1])
@@ -238,6 +243,8 @@ class OnnxRuntimeSlots:
         cache: Sequence[Tensor] = self._graph.empty_cache(len(ids))
         # In pieces, because a run gives the logits of all its positions.
         for start in range(0, ids.shape[1], _PIECE):
+            if given_up():
+                raise CancelledError
             end = start + _PIECE
             last, cache = self._graph.run(ids[:, start:end], mask[:, :end], cache)
         return last

@@ -62,18 +62,18 @@ def test_a_signal_loses_nothing_in_flight(exported_llama: Path, number: signal.S
 
 def test_json_says_where_it_listens(exported_llama: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("open-sesame\n")
+    keys.write_text("open-sesame-open-sesame\n")
     with started(exported_llama, "--json", "--api-key-file", keys, "--name", "tiny") as (_, line):
         url = json.loads(line)["ready"]
         assert url.startswith("http://127.0.0.1:")
-        with OpenAI(base_url=f"{url}/v1", api_key="open-sesame") as client:
+        with OpenAI(base_url=f"{url}/v1", api_key="open-sesame-open-sesame") as client:
             assert [model.id for model in client.models.list()] == ["tiny"]
 
 
 def test_nothing_is_bound_before_the_bundle_is_verified(
     exported_llama: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "create_server", None)
+    monkeypatch.setattr("runtime.server.main.listen", None)
     bundle = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     with (bundle / "onnx" / "model.onnx.data").open("r+b") as file:
         file.write(b"\xff")

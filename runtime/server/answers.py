@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from runtime.batching import Batcher, End, Finish, Request, Ticket, Token
-from runtime.server.errors import RefusedError
+from runtime.server.errors import RefusedError, too_late
 from runtime.server.metrics import Metrics
 from runtime.server.schemas import FinishReason
 from runtime.text import Decoder, StopStrings, Tokenizer
@@ -195,7 +195,7 @@ def _reason(end: End) -> FinishReason:
         case Finish.LENGTH:
             return "length"
         case Finish.DEADLINE:
-            raise RefusedError(503, "the answer was not finished in time", code="deadline")
+            raise too_late("the answer was not finished in time")
         case Finish.CLOSED:
             raise RefusedError(503, "the server is shutting down", code="closing")
         case _:

@@ -1,14 +1,18 @@
 """The application: routes and guards around one service."""
 
-from collections.abc import Sequence
-
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from runtime.server import completions, errors, operations, tensors
-from runtime.server.guards import Bounded, Locked, Recorded
+from runtime.server.access import Access, Addressed, Locked
+from runtime.server.guards import Bounded, Recorded
+from runtime.server.logs import REQUEST_ID
 from runtime.server.service import Service
 from thanos_deploy import __version__
+
+# A megabyte arrives in less even over a slow line.
+_BODY_SECONDS = 30.0
 
 
 def routes(service: Service) -> FastAPI:
@@ -29,16 +33,25 @@ def routes(service: Service) -> FastAPI:
     return api
 
 
-def application(service: Service, *, keys: Sequence[str] = ()) -> ASGIApp:
+def application(service: Service, access: Access) -> ASGIApp:
     """The whole of it.
 
     Args:
         service: what is served.
-        keys: one of which every request has to give; empty to let everybody in.
+        access: who may ask.
     """
     bounded = Bounded(
         routes(service),
         body_bytes=service.limits.body_bytes,
-        seconds=service.limits.deadline_seconds,
+        seconds=min(service.limits.deadline_seconds, _BODY_SECONDS),
     )
-    return Recorded(Locked(bounded, keys), service.metrics)
+    guarded: ASGIApp = Locked(Addressed(bounded, access.hosts), access.keys)
+    if access.origins:  # outside of the keys: a browser asks without one whether it may ask
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=access.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID,),
+        )
+    return Recorded(guarded, service.metrics)

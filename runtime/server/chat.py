@@ -1,73 +1,103 @@
-"""Chat templates: messages in, the prompt out, as transformers' `apply_chat_template` writes it.
+"""The chat template of a bundle, rendered where it can do no harm.
 
-The environment (sandbox, whitespace, extra functions) is described in the documentation of
-transformers, "Writing a chat template". Templates come with the model; nothing that they do can
-leave the sandbox, and what they refuse is an error of whoever sent the messages.
+A template is a program that came with the model. Its sandbox keeps it from everything but time and
+memory, so it runs in a process of its own, which is killed when it takes too long and started again
+for the next conversation. One is rendered at a time; those that wait do not hold a thread.
 """
 
+import asyncio
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtime.server.templates import ChatTemplate
 from runtime.text import verify_texts
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.model import tokenizer_files
 
+# A long conversation takes milliseconds and a megabyte.
+_SECONDS = 5.0
+_CHARACTERS = 16 << 20
+_MEMORY_BYTES = 1 << 30
 
-class ChatTemplate:
-    """How a model wants a conversation written down."""
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        """Compile a template.
+class Renderer:
+    """Renders the chat template of a model, in a process of its own."""
 
-        Args:
-            source: the template.
-            tokens: special tokens by the names that templates have for them, such as `bos_token`.
+    def __init__(self, template: ChatTemplate) -> None:
+        """Prepare; the process is started with the first conversation."""
+        self._first = {"source": template.source, "tokens": template.tokens}
+        self._worker = ThreadPoolExecutor(1, "template")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
-        Raises:
-            jinja2.TemplateSyntaxError: it is no template.
-        """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._template = environment.from_string(source)
-        self._tokens = dict(tokens)
-
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    async def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt, as far as the beginning of the answer.
 
         Args:
             messages: with `role` and `content`.
 
         Raises:
-            UsageError: the template does not take such messages.
+            UsageError: the template does not take such messages, or not within its limits.
         """
+        return await asyncio.wrap_future(self._worker.submit(self._render, messages))
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._closed = True
+        self._kill()
+        self._worker.shutdown(cancel_futures=True)
+        self._kill()
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        process = self._process or self._start()
+        timer = threading.Timer(_SECONDS, process.kill)
+        timer.start()
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._tokens,
-            )
-        # A template runs what its author wrote: a TypeError is as likely as a TemplateError.
-        except Exception as error:
+            said = _ask(process, {"messages": messages})
+        finally:
+            timer.cancel()
+        if said is None:
+            self._kill()
             raise UsageError(
-                f"the model's chat template does not take these messages: {error}",
+                f"the model's chat template did not finish within {_SECONDS:g} s, or its process "
+                "broke down",
+                fix="send shorter messages, or use /v1/completions",
+            )
+        if "refused" in said:
+            raise UsageError(
+                str(said["refused"]),
                 fix="send the roles, and the order of them, that the model was trained with",
-            ) from error
+            )
+        return str(said["prompt"])
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        if self._closed:
+            raise UsageError("the server is closing", fix="send the request to another server")
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "runtime.server.templates"),
+                *(str(_CHARACTERS), str(_MEMORY_BYTES)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        _tell(self._process, self._first)
+        return self._process
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
 
 
 def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | None:
@@ -97,20 +127,19 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
         ) from error
 
 
-class _Generation(Extension):
-    """`{% generation %}` around what the model is to learn: without meaning for a prompt."""
-
-    tags = {"generation"}  # noqa: RUF012 - as the base class has it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _tell(process: "subprocess.Popen[bytes]", value: object) -> None:
+    assert process.stdin
+    process.stdin.write(json.dumps(value).encode() + b"\n")
+    process.stdin.flush()
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Unlike Jinja's own filter, without escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _ask(process: "subprocess.Popen[bytes]", value: object) -> dict[str, object] | None:
+    """What it says; None if it broke down or was killed."""
+    assert process.stdout
+    try:
+        _tell(process, value)
+        line = process.stdout.readline()
+    except (BrokenPipeError, ValueError):  # a closed pipe
+        return None
+    said: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
+    return said

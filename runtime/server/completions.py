@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from runtime.server import schemas
 from runtime.server.answers import Answers, Piece
 from runtime.server.clients import unless_gone
-from runtime.server.errors import ErrorBody, RefusedError
+from runtime.server.errors import ErrorBody, RefusedError, too_late
 from runtime.server.logs import Record, record_of
 from runtime.server.service import Prompt, Served, Service
 from runtime.text import Tokenizer
@@ -30,7 +30,8 @@ _IMPOSSIBLE = -9999.0
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
-    503: {"model": ErrorBody, "description": "Too much to do, or too late; see Retry-After"},
+    503: {"model": ErrorBody, "description": "Too much to do; see Retry-After"},
+    504: {"model": ErrorBody, "description": "Not finished before the deadline"},
 }
 router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI"])
 
@@ -68,8 +69,7 @@ async def completions(
 async def chat(body: schemas.ChatRequest, request: Request, service: Served) -> Response:
     """Answer in a conversation."""
     service.require(body.model)
-    template = service.template
-    if template is None:
+    if service.renderer is None:
         raise RefusedError(
             400,
             "the model has no chat template; use /v1/completions",
@@ -77,9 +77,13 @@ async def chat(body: schemas.ChatRequest, request: Request, service: Served) -> 
             param="messages",
         )
     messages = [message.for_template() for message in body.messages]
-    prompt = await asyncio.to_thread(
-        lambda: tuple(service.tokenizer.encode(template.render(messages), framed=False))
-    )
+    left = record_of(request.scope).started + service.limits.deadline_seconds - time.monotonic()
+    try:
+        async with asyncio.timeout(left):
+            text = await unless_gone(request, service.renderer.render(messages))
+    except TimeoutError as error:
+        raise too_late("the conversation was not written down in time") from error
+    prompt = await asyncio.to_thread(lambda: tuple(service.tokenizer.encode(text, framed=False)))
     _note_prompts(request, service, messages)
     return await _respond(request, service, body, [prompt], _ChatForm(service.tokenizer))
 
@@ -119,6 +123,7 @@ async def _respond(
                 stop=body.stops,
                 alternatives=body.alternatives,
                 ignore_eos=bool(body.ignore_eos),
+                arrived=record.started,
             )
         )
         stack.callback(lambda: record.fields.update(_usage(answers)))

@@ -5,6 +5,7 @@ Protocol's `{"error": "message"}`. Which of our own errors is whose fault:
 
     UsageError, InputError   400  the request
     Busy                     503  nobody's: there is more to do than can be done
+    the deadline             504  the request's, or the machine's: do not try again
     anything else            500  a bug, or the engine broke down
 """
 
@@ -103,6 +104,14 @@ class RefusedError(Exception):
             headers=self.headers,
             media_type="application/json",
         )
+
+
+def too_late(message: str) -> RefusedError:
+    """The deadline passed; asked again, the same request would take as long again.
+
+    OpenAI's clients repeat a request that ends with a 5xx unless the header tells them not to.
+    """
+    return RefusedError(504, message, code="deadline", headers={"x-should-retry": "false"})
 
 
 def install(app: FastAPI, retry_after: Callable[[], int]) -> None:

@@ -4,19 +4,26 @@ A request's record is begun by whoever sees the request first and is in its scop
 that everybody can add what they know.
 """
 
+import atexit
 import json
 import logging
+import queue
 import re
+import threading
 import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 REQUEST_ID = "X-Request-ID"
+
+# That wait to be written, and seconds that the last of them have at the end.
+_LINES, _FAREWELL_SECONDS = 10_000, 2.0
 
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -67,7 +74,47 @@ class JsonLines(logging.Formatter):
 
 
 def configure() -> None:
-    """Send everything that is logged in this process to standard error, as lines of JSON."""
+    """Send everything that is logged in this process to standard error, as lines of JSON.
+
+    A thread writes them: whoever reads standard error may stall without stopping the server. What
+    does not fit in its line is left out, and how much that was is said when there is room again.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    lines = _Lines(queue.Queue(_LINES))
+    listener = QueueListener(lines.queue, handler)
+    listener.start()
+    logging.basicConfig(handlers=[lines], level=logging.INFO, force=True)
+    atexit.register(_finish, listener)
+
+
+class _Lines(QueueHandler):
+    """Hands lines on, and never waits."""
+
+    def __init__(self, lines: "queue.Queue[logging.LogRecord]") -> None:
+        super().__init__(lines)
+        self._left_out = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """As it is: the line is made by the thread that writes it."""
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """See `QueueHandler.enqueue`."""
+        try:
+            if self._left_out:
+                said = logging.makeLogRecord(
+                    {"levelname": "WARNING", "msg": f"{self._left_out} lines were left out"}
+                )
+                self.queue.put_nowait(said)
+                self._left_out = 0
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self._left_out += 1
+
+
+def _finish(listener: QueueListener) -> None:
+    """Write what is left, unless nobody reads it."""
+    thread = threading.Thread(target=listener.stop, daemon=True)
+    thread.start()
+    thread.join(_FAREWELL_SECONDS)

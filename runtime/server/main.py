@@ -4,21 +4,37 @@ Nothing is bound before the bundle has been verified and loaded. SIGTERM, or Ctr
 listening, finishes what is in flight, and returns; a second Ctrl-C ends at once.
 """
 
+import asyncio
+import logging
 import math
+import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from runtime.batching import Batcher, open_slots
+from runtime.server.access import EVERYBODY, Access
 from runtime.server.app import application
-from runtime.server.chat import open_chat_template
+from runtime.server.chat import Renderer, open_chat_template
+from runtime.server.connections import most_connections, protocol
 from runtime.server.metrics import Metrics
 from runtime.server.service import Forward, Limits, Service
 from runtime.text import open_tokenizer
 from thanos_deploy.errors import PlatformError
+
+# Connections that the system holds for us; asyncio tries as often as that to accept one when there
+# are no descriptors left, and says so every time.
+_BACKLOG = 128
+
+# For a client to read the end of its answer in.
+_GRACE_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -52,19 +68,22 @@ def open_service(
     template = open_chat_template(bundle, verify=verify)
     engine = open_slots(bundle, slots=slots, provider=provider, threads=threads, verify=verify)
     batcher, forward = Batcher(engine, queue=queue), Forward(engine, queue=queue)
+    renderer = None if template is None else Renderer(template)
     try:
         yield Service(
-            name=name or bundle.resolve().name,
+            name=name or bundle.absolute().name or bundle.resolve().name,
             engine=engine,
             batcher=batcher,
             forward=forward,
             tokenizer=tokenizer,
-            template=template,
+            renderer=renderer,
             limits=limits,
             metrics=Metrics(batcher),
             log_prompts=log_prompts,
         )
     finally:
+        if renderer is not None:
+            renderer.close()
         forward.close()
         batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
 
@@ -80,8 +99,22 @@ def listen(host: str, port: int) -> socket.socket:
         PlatformError: the address is not there, or taken.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        )[0]
+        # With its protocol by number, unlike `socket.create_server`: asyncio sends at once, without
+        # waiting for the client's acknowledgement, only where it sees that this is TCP.
+        listener = socket.socket(family, kind, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
     except (OSError, OverflowError) as error:
         raise PlatformError(
             f"cannot listen on {host} port {port}: {error}",
@@ -104,22 +137,28 @@ class Server(uvicorn.Server):
         service: Service,
         listener: socket.socket,
         *,
-        keys: Sequence[str] = (),
+        access: Access = EVERYBODY,
         on_ready: Callable[[str], object],
+        on_hangup: Callable[[], object] | None = None,
     ) -> None:
         """Prepare; `run` answers requests until a signal comes, and finishes those in flight.
 
         Args:
             service: what is served.
             listener: where.
-            keys: one of which every request has to give; empty to let everybody in.
+            access: who may ask.
             on_ready: called with the URL when requests are taken.
+            on_hangup: called on SIGHUP; None to leave that signal as it is.
         """
         super().__init__(
             uvicorn.Config(
-                application(service, keys=keys),
+                application(service, access),
                 loop="asyncio",
-                http="h11",
+                http=protocol(
+                    most=most_connections(service.limits.connections),
+                    answer_seconds=service.limits.deadline_seconds + _GRACE_SECONDS,
+                ),
+                backlog=_BACKLOG,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -131,6 +170,7 @@ class Server(uvicorn.Server):
         )
         self._listener = listener
         self._on_ready = on_ready
+        self._on_hangup = on_hangup
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server.run`.
@@ -146,5 +186,24 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server.startup`."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_OnceAMinute())
+        if self._on_hangup is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         await super().startup(sockets)
         self._on_ready(url(self._listener))
+
+
+class _OnceAMinute:
+    """Logs what goes wrong in the event loop; that nothing can be accepted, once a minute."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """See `asyncio.loop.set_exception_handler`."""
+        if not context["message"].startswith("socket.accept()"):
+            return loop.default_exception_handler(context)
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 60
+            _log.error("connections cannot be accepted: %s", context.get("exception"))

@@ -16,7 +16,7 @@ from runtime.batching import Batcher, Busy, Request
 from runtime.engine import Ids, Logits
 from runtime.sampling import Sampling
 from runtime.server.answers import Answers
-from runtime.server.chat import ChatTemplate
+from runtime.server.chat import Renderer
 from runtime.server.errors import RefusedError
 from runtime.server.metrics import Metrics
 from runtime.slots import OnnxRuntimeSlots
@@ -34,13 +34,18 @@ class Limits:
         answers: to its prompts, all together.
         new_tokens: the most tokens of an answer; None for what the model takes.
         body_bytes: of the body.
-        deadline_seconds: from the last byte of the request to that of the answer.
+        deadline_seconds: from the arrival of the request to the last byte of the answer.
+        connections: of clients at the same time; one more is answered 503 and closed.
+        tensor_tokens: the most ids of one request for logits, its whole batch; None for as many as
+            the slots take.
     """
 
     answers: int
     new_tokens: int | None
     body_bytes: int
     deadline_seconds: float
+    connections: int = 512
+    tensor_tokens: int | None = None
 
 
 class Forward:
@@ -56,6 +61,7 @@ class Forward:
         self._engine = engine
         self._room = threading.Semaphore(queue + 1)
         self._worker = ThreadPoolExecutor(1, "forward")
+        self._closing = threading.Event()
 
     async def logits(self, ids: Ids, mask: Ids | None) -> Logits:
         """float32[batch, vocabulary], what follows the last tokens; see `Engine.prefill`.
@@ -66,13 +72,20 @@ class Forward:
         """
         if not self._room.acquire(blocking=False):
             raise Busy("too many requests wait for a forward pass", fix="try again later")
-        # Whoever gives up leaves the line, but not the worker: what runs has room until its end.
-        future = self._worker.submit(self._engine.logits, ids, mask)
+        gone = threading.Event()
+        future = self._worker.submit(
+            self._engine.logits, ids, mask, lambda: gone.is_set() or self._closing.is_set()
+        )
+        # Whoever gives up leaves the line at once, and the worker before its next piece.
         future.add_done_callback(lambda _: self._room.release())
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            gone.set()
 
     def close(self) -> None:
-        """Finish what runs."""
+        """Give up what runs."""
+        self._closing.set()
         self._worker.shutdown(cancel_futures=True)
 
 
@@ -86,7 +99,7 @@ class Service:
         batcher: what makes it answer.
         forward: what computes logits for whoever wants no text.
         tokenizer: of the same bundle.
-        template: for conversations; None if the model has none.
+        renderer: writes conversations down; None if the model has no chat template.
         limits: of a request.
         metrics: what is counted.
         log_prompts: texts may be written to the log.
@@ -98,7 +111,7 @@ class Service:
     batcher: Batcher
     forward: Forward
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    renderer: Renderer | None
     limits: Limits
     metrics: Metrics
     log_prompts: bool = False
@@ -129,6 +142,7 @@ class Service:
         stop: Sequence[str],
         alternatives: int | None,
         ignore_eos: bool,
+        arrived: float,
     ) -> Answers:
         """Begin to answer.
 
@@ -141,6 +155,7 @@ class Service:
             stop: texts that end an answer.
             alternatives: log probabilities beside each token's; None for none.
             ignore_eos: go on after the token that ends a text.
+            arrived: when the request did, on the clock `time.monotonic`.
 
         Raises:
             RefusedError: it asks for more than the limits or the model allow.
@@ -155,7 +170,7 @@ class Service:
                 code="too_many_answers",
                 param="n",
             )
-        deadline = time.monotonic() + self.limits.deadline_seconds
+        deadline = arrived + self.limits.deadline_seconds
         requests = [
             Request(
                 prompt,

@@ -25,8 +25,8 @@ from starlette.responses import Response
 
 from runtime.engine import Ids, Logits
 from runtime.server.clients import unless_gone
-from runtime.server.errors import RefusedError, TensorError, misread
-from runtime.server.service import Served
+from runtime.server.errors import RefusedError, TensorError, misread, too_late
+from runtime.server.service import Served, Service
 from thanos_deploy import __version__
 
 # A bundle has one.
@@ -156,6 +156,7 @@ class InferResponse(BaseModel):
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": TensorError},
     503: {"model": TensorError, "description": "Too much to do; see Retry-After"},
+    504: {"model": TensorError, "description": "Not finished before the deadline"},
 }
 _BODY = {
     "requestBody": {
@@ -186,17 +187,23 @@ async def ready() -> Ready:
     return Ready(ready=True)
 
 
+@router.get("/models/{name:path}/versions/{version}/ready")
 @router.get("/models/{name:path}/ready")
-async def model_ready(name: str, service: Served) -> ModelReady:
+async def model_ready(name: str, service: Served, version: str = _VERSION) -> ModelReady:
     """Likewise, of a model."""
-    service.require(name)
+    _require(service, name, version)
     return ModelReady(name=name, ready=True)
 
 
+@router.post(
+    "/models/{name:path}/versions/{version}/infer",
+    response_model=InferResponse,
+    openapi_extra=_BODY,
+)
 @router.post("/models/{name:path}/infer", response_model=InferResponse, openapi_extra=_BODY)
-async def infer(name: str, request: Request, service: Served) -> Response:
+async def infer(name: str, request: Request, service: Served, version: str = _VERSION) -> Response:
     """The logits after the last token of every sequence."""
-    service.require(name)
+    _require(service, name, version)
     asked, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
     ids, mask = _ids_and_mask(tensors)
     if len(ids) > service.engine.slots:
@@ -205,18 +212,27 @@ async def infer(name: str, request: Request, service: Served) -> Response:
             f"a batch of {len(ids)} sequences; this server takes at most {service.engine.slots}",
             code="batch_too_large",
         )
+    most = service.limits.tensor_tokens
+    if most is not None and ids.size > most:
+        raise RefusedError(
+            400,
+            f"input_ids of shape {list(ids.shape)} are {ids.size} ids; this server takes at most "
+            f"{most} at a time",
+            code="too_many_tokens",
+        )
     try:
         async with asyncio.timeout(service.limits.deadline_seconds):
             logits = await unless_gone(request, service.forward.logits(ids, mask))
     except TimeoutError as error:
-        raise RefusedError(503, "the logits were not there in time", code="deadline") from error
+        raise too_late("the logits were not there in time") from error
     return _written(asked, service.name, logits)
 
 
+@router.get("/models/{name:path}/versions/{version}")
 @router.get("/models/{name:path}")
-async def metadata(name: str, service: Served) -> ModelMetadata:
+async def metadata(name: str, service: Served, version: str = _VERSION) -> ModelMetadata:
     """What the model takes and gives."""
-    service.require(name)
+    _require(service, name, version)
     return ModelMetadata(
         name=service.name,
         versions=[_VERSION],
@@ -229,6 +245,16 @@ async def metadata(name: str, service: Served) -> ModelMetadata:
             TensorMetadata(name="logits", datatype="FP32", shape=[-1, service.engine.vocabulary])
         ],
     )
+
+
+def _require(service: Service, name: str, version: str) -> None:
+    service.require(name)
+    if version != _VERSION:
+        raise RefusedError(
+            404,
+            f"The model {name!r} has no version {version!r}; this server has {_VERSION!r}",
+            code="model_not_found",
+        )
 
 
 def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, Ids]]:

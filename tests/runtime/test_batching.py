@@ -9,6 +9,7 @@ import pytest
 
 from runtime import batching
 from runtime.batching import Batcher, Busy, End, Finish, Request, Ticket, Token
+from runtime.sampling import Sampler
 from thanos_deploy.errors import UsageError
 
 PATIENCE = 60.0  # for what must happen; nothing here waits for as long
@@ -296,6 +297,27 @@ def test_when_the_engine_fails_its_requests_end_and_the_next_one_works(
     batcher.submit(Request((7,), 3), after)
     assert after.ids() == [8, 9, 10]
     assert batcher.state().active == 0
+
+
+def test_a_row_whose_token_cannot_be_chosen_ends_alone(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = Sampler.choose
+
+    def fragile(self: Sampler, logits: np.ndarray) -> int:
+        token = choose(self, logits)
+        if token == 9:
+            raise IndexError("out of range")
+        return token
+
+    monkeypatch.setattr(Sampler, "choose", fragile)
+    batcher, bad, good = start(Counting()), Answer(), Answer()
+    batcher.submit(Request((7,), 5), bad)
+    batcher.submit(Request((70,), 5), good)
+    assert good.ids() == [71, 72, 73, 74, 75]
+    end = bad.end()
+    assert (end.reason, end.error) == (Finish.FAILED, "IndexError: out of range")
+    assert bad.ids() == [8]
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(start: Start) -> None:

@@ -108,3 +108,61 @@ def test_draws_follow_their_probabilities_and_their_seed() -> None:
 def test_a_value_out_of_range_is_a_usage_error(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} {value}"):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
+TINY = 5e-324
+
+
+def positive(most: float) -> st.SearchStrategy[float]:
+    """Every float above 0, the smallest and the largest often."""
+    return st.sampled_from([TINY, 1e-310, 2.3e-308, 1e-45, most]) | st.floats(
+        0, most, exclude_min=True, allow_subnormal=True
+    )
+
+
+@given(
+    row=st.lists(FLOAT32, min_size=1, max_size=40)
+    | st.lists(st.sampled_from([0.0, -0.0, 3.4e38, -3.4e38, 1e-45]), min_size=1, max_size=40),
+    sampling=st.builds(
+        Sampling,
+        temperature=st.just(0.0) | positive(1.7e308),
+        top_k=st.integers(0, 50),
+        top_p=positive(1.0),
+        min_p=st.just(0.0) | positive(1.0),
+        repetition_penalty=positive(1.7e308),
+        seed=st.integers(0, 1 << 64),
+    ),
+    seen=st.lists(st.integers(0, 39)),
+)
+@settings(max_examples=500, deadline=None)
+def test_every_finite_logit_and_every_allowed_value_give_a_token(
+    row: list[float], sampling: Sampling, seen: list[int]
+) -> None:
+    scores = np.array(row, dtype=np.float32)
+    sampler = Sampler(sampling, [token for token in seen if token < len(row)])
+    assert 0 <= sampler.choose(scores) < len(row)
+    if sampling.temperature:
+        odds = probabilities(penalise(scores, [], 1.0), sampling)
+        assert np.isfinite(odds).all()
+        np.testing.assert_allclose(odds.sum(), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [TINY, 1e-310, 1e-45, 1e-9])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    for seed in range(20):
+        row = logits(seed)
+        assert Sampler(Sampling(temperature), []).choose(row) == row.argmax()
+
+
+def test_a_draw_at_the_very_end_is_the_last_possible_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler = Sampler(Sampling(1.0, top_k=2), [])
+
+    class Last:
+        def random(self) -> float:
+            return float(np.nextafter(1, 0))
+
+    monkeypatch.setattr(sampler, "_random", Last())
+    assert sampler.choose(np.array([1, 1, 0, 0], dtype=np.float32)) == 1

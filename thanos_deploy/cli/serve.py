@@ -1,12 +1,18 @@
 """`thanos-deploy serve`: the exported model behind HTTP."""
 
 import json
+import logging
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from thanos_deploy.cli._options import bundle_argument, several
-from thanos_deploy.errors import PlatformError
+from thanos_deploy.errors import DeployError, PlatformError
+
+if TYPE_CHECKING:
+    from runtime.server.access import Keys
 
 _listening = several(
     click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen."),
@@ -20,7 +26,24 @@ _listening = several(
     click.option(
         "--api-key-file",
         type=click.Path(path_type=Path),
-        help="Keys, one a line: a request has to give one as `Authorization: Bearer KEY`.",
+        help="Keys of at least 16 characters, one a line: a request has to give one as "
+        "`Authorization: Bearer KEY`. The file is read again on SIGHUP.",
+    ),
+    click.option(
+        "--allow-host",
+        "hosts",
+        metavar="NAME",
+        multiple=True,
+        help="A name under which a proxy passes requests on; on a loopback address only its own "
+        "names, such as localhost, are answered otherwise. May be given several times.",
+    ),
+    click.option(
+        "--allow-origin",
+        "origins",
+        metavar="ORIGIN",
+        multiple=True,
+        help="An origin, such as https://app.example, whose pages may call this server from a "
+        "browser (CORS); * for all. May be given several times.  [default: none]",
     ),
     click.option("--name", help="Of the model, as clients call it.  [default: the folder's name]"),
     click.option("--log-prompts", is_flag=True, help="Log what is asked and answered, too."),
@@ -73,11 +96,25 @@ _limits = several(
         help="Bytes of a request's body; more is answered 413.",
     ),
     click.option(
+        "--max-connections",
+        type=click.IntRange(min=1),
+        default=512,
+        show_default=True,
+        help="Connections at the same time; one more is answered 503 and closed.",
+    ),
+    click.option(
+        "--max-tensor-tokens",
+        type=click.IntRange(min=1),
+        default=16384,
+        show_default=True,
+        help="The most ids of one request for logits, all sequences of its batch together.",
+    ),
+    click.option(
         "--deadline",
         type=click.FloatRange(min=0, min_open=True),
         default=300.0,
         show_default=True,
-        help="Seconds from a request to the end of its answer; later it is answered 503, or, when "
+        help="Seconds from a request to the end of its answer; later it is answered 504, or, when "
         "its stream has begun, with an event that has the error.",
     ),
 )
@@ -94,6 +131,8 @@ def command(
     host: str,
     port: int,
     api_key_file: Path | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
     name: str | None,
     log_prompts: bool,
     slots: int,
@@ -103,6 +142,8 @@ def command(
     queue: int,
     max_tokens: int | None,
     max_body: int,
+    max_connections: int,
+    max_tensor_tokens: int,
     deadline: float,
     as_json: bool,
 ) -> None:
@@ -133,7 +174,7 @@ def command(
     """  # noqa: D301 - click wants the control character
     try:
         from runtime.server import logs, main
-        from runtime.server.guards import read_keys
+        from runtime.server.access import Access, Keys, is_loopback, read_keys
         from runtime.server.service import Limits
     except ImportError as error:
         raise PlatformError(
@@ -144,9 +185,15 @@ def command(
     def announce(url: str) -> None:
         click.echo(json.dumps({"ready": url}) if as_json else f"ready {url}")
 
-    keys = read_keys(api_key_file) if api_key_file else []
+    keys = Keys(read_keys(api_key_file) if api_key_file else ())
+    access = Access(keys, hosts if is_loopback(host) else None, origins)
     limits = Limits(
-        answers=queue, new_tokens=max_tokens, body_bytes=max_body, deadline_seconds=deadline
+        answers=queue,
+        new_tokens=max_tokens,
+        body_bytes=max_body,
+        deadline_seconds=deadline,
+        connections=max_connections,
+        tensor_tokens=max_tensor_tokens,
     )
     with main.open_service(
         out,
@@ -161,4 +208,19 @@ def command(
     ) as service:
         listener = main.listen(host, port)
         logs.configure()
-        main.Server(service, listener, keys=keys, on_ready=announce).run()
+        reread = None if api_key_file is None else partial(_reread, keys, api_key_file)
+        main.Server(service, listener, access=access, on_ready=announce, on_hangup=reread).run()
+
+
+def _reread(keys: "Keys", file: Path) -> None:
+    """Take the keys that are in the file now; those from before stay if it cannot be read."""
+    from runtime.server.access import read_keys
+
+    log = logging.getLogger(__name__)
+    try:
+        found = read_keys(file)
+    except DeployError as error:
+        log.error("the keys stay as they were: %s", error.message)
+    else:
+        keys.replace(found)
+        log.info("%d keys were read", len(found))

@@ -18,6 +18,7 @@ from openai import OpenAI
 from runtime.batching import open_slots
 from runtime.engine import Ids, Logits
 from runtime.server import main
+from runtime.server.access import Access, Keys
 from runtime.server.service import Limits, Service
 
 TEMPLATE = """\
@@ -97,6 +98,8 @@ def serving(
     limits: Limits = LIMITS,
     slots: int = 4,
     keys: tuple[str, ...] = (),
+    hosts: tuple[str, ...] | None = None,
+    origins: tuple[str, ...] = (),
     **options: Any,
 ) -> Iterator[Running]:
     """A server in a thread of this process; at the end no slot is taken."""
@@ -109,7 +112,7 @@ def serving(
             server = main.Server(
                 service,
                 main.listen("127.0.0.1", 0),
-                keys=keys,
+                access=Access(Keys(keys), hosts, origins),
                 on_ready=ready.put,
             )
             thread = threading.Thread(target=server.run)

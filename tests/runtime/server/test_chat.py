@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from runtime.server.chat import ChatTemplate, open_chat_template
+from runtime.server.chat import open_chat_template
+from runtime.server.templates import ChatTemplate
 from tests.byte_tokenizer import save_byte_tokenizer
 from thanos_deploy.errors import InputError, UsageError
 

@@ -13,7 +13,7 @@ import pytest
 
 from runtime.engine import Engine, open_engine
 from runtime.sampling import Sampling
-from runtime.server.chat import ChatTemplate
+from runtime.server.templates import ChatTemplate
 from runtime.text import Tokenizer, open_tokenizer, stream
 from tests.runtime.server.conftest import TEMPLATE, Running, serving
 

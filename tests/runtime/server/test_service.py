@@ -14,7 +14,7 @@ import pytest
 from openai.types import Completion
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime.server.guards import read_keys
+from runtime.server.access import read_keys
 from runtime.server.logs import JsonLines
 from tests.runtime.server.conftest import LIMITS, Running, Serve
 from thanos_deploy.errors import UsageError
@@ -104,8 +104,9 @@ def test_an_answer_that_is_late_is_given_up(serve: Serve) -> None:
         opener.start()
         with pytest.raises(openai.InternalServerError) as caught:
             running.openai().completions.create(**ASKED)
-        assert (caught.value.status_code, caught.value.code) == (503, "deadline")
-        assert "retry-after" in caught.value.response.headers
+        assert (caught.value.status_code, caught.value.code) == (504, "deadline")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        assert "retry-after" not in caught.value.response.headers
         opener.join()
 
         running.gate.seconds = 0.1
@@ -138,13 +139,24 @@ def test_a_body_may_not_be_too_large_too_slow_or_compressed(serve: Serve) -> Non
     with serve(limits=limits) as running, running.http() as http:
         large = http.post("/v1/completions", json={**ASKED, "prompt": "a" * 1000})
         assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
-        chunked = http.post("/v2/models/tiny/infer", content=(b"x" * 100 for _ in range(11)))
+        chunked = http.post(
+            "/v2/models/tiny/infer",
+            content=(b"x" * 100 for _ in range(11)),
+            headers={"Content-Type": "application/octet-stream"},
+        )
         assert chunked.status_code == 413
         assert "1000 bytes" in chunked.json()["error"]
-        zipped = http.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
+        zipped = http.post(
+            "/v1/completions",
+            content=b"x",
+            headers={"Content-Encoding": "gzip", "Content-Type": "application/json"},
+        )
         assert zipped.status_code == 415
         with socket.create_connection(running.address, timeout=30) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            )
             assert slow.recv(12) == b"HTTP/1.1 408"
 
 
@@ -171,11 +183,24 @@ def test_without_a_key_nobody_gets_in(serve: Serve) -> None:
 
 def test_keys_are_read_from_lines(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("one\n\n  two \n")
-    assert read_keys(path) == ["one", "two"]
+    path.touch(mode=0o600)
+    one, two = "1" * 16, "2" * 20
+    path.write_text(f"{one}\n\n  {two} \n")
+    assert read_keys(path) == [one, two]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"a b\n", "schlüssel".encode(), b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n \n",
+        b"a b" * 9,
+        "schlüssel".encode() * 3,
+        b"\xff",
+        b"fifteen letters"[:15],
+        b"1" * 15,
+    ],
+)
 def test_a_file_without_usable_keys_is_a_usage_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content)
@@ -211,7 +236,7 @@ def test_the_log_has_texts_only_where_it_may(
                 json={**ASKED, "prompt": secret, secret: 1},
                 headers={"X-Request-ID": "bad"},
             )
-            http.get(f"/{secret}?{secret}")
+            http.get(f"/elsewhere?{secret}")
     entries = [
         json.loads(JsonLines().format(record))
         for record in caplog.records
@@ -223,7 +248,8 @@ def test_the_log_has_texts_only_where_it_may(
     assert requests[0]["seconds"] > 0
     assert requests[2]["request_id"] == "bad"
     assert requests[2]["error"] == "unknown_parameter"
-    assert requests[3]["route"] == "unknown"
+    assert (requests[3]["route"], requests[3]["path"]) == ("unknown", "/elsewhere")
+    assert {entry["peer"] for entry in requests} == {"127.0.0.1"}
     assert (secret in json.dumps(entries)) == log_prompts
     if log_prompts:
         assert requests[0]["answers"] == requests[1]["answers"] == [text]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from runtime.server.chat import ChatTemplate
+from runtime.server.templates import ChatTemplate
 from tests.conftest import MODEL_TYPES
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.model import tokenizer_files

@@ -1,0 +1,154 @@
+"""One connection of a client, held to times and sizes before any request is seen.
+
+uvicorn waits for ever for a client that connects and says nothing, that sends half of its headers,
+or that does not read its answer, and it reads the whole of a body that has been refused. Here:
+
+    too many connections    the newest is answered 503 and closed
+    headers                 have HEADER_SECONDS, from the first byte or from connecting
+    an answer               has to be read `answer_seconds` after its request at the latest
+    a refused body          is not read on: the connection is closed once the refusal is sent
+"""
+
+import asyncio
+import logging
+import resource
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+HEADER_SECONDS = 10.0
+
+# A client that still sends would see a reset instead of the refusal: so much longer, and so many
+# bytes more, are thrown away before the connection is closed.
+_LINGER_SECONDS = 1.0
+_LINGER_BYTES = 1 << 20
+
+# Of files, libraries, and the log.
+_OTHER_DESCRIPTORS = 64
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\n\r\n"
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Connection(H11Protocol):
+    """A connection that is given up when its client is too slow.
+
+    Attributes:
+        most: connections at the same time.
+        answer_seconds: from a request to the end of sending its answer.
+    """
+
+    most: int
+    answer_seconds: float
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """See `H11Protocol`."""
+        super().__init__(*arguments, **options)
+        self._headers_due: asyncio.TimerHandle | None = None
+        self._answer_due: asyncio.TimerHandle | None = None
+        self._timed: RequestResponseCycle | None = None  # what `_answer_due` belongs to
+        self._thrown_away: int | None = None  # bytes; None while they are read
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there."""
+        if len(self.connections) >= self.most:
+            self.transport = transport
+            transport.write(_FULL)
+            transport.close()
+            return
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        for timer in (self._headers_due, self._answer_due):
+            if timer:
+                timer.cancel()
+        if self.flow is not None:  # it was let in
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """It sends."""
+        if self._thrown_away is not None:
+            self._thrown_away += len(data)
+            if self._thrown_away > _LINGER_BYTES:
+                self.transport.abort()
+            return
+        if self._headers_due is None and self.flow is not None and self._is_idle():
+            self._await_headers()
+        if self.flow is not None:
+            super().data_received(data)
+
+    def eof_received(self) -> None:
+        """It will send no more."""
+        if self._thrown_away is not None:
+            self.transport.close()
+
+    def handle_events(self) -> None:
+        """Read what has come."""
+        super().handle_events()
+        if self._is_idle() or self.cycle is self._timed:
+            return
+        self._timed = self.cycle
+        for timer in (self._headers_due, self._answer_due):
+            if timer:
+                timer.cancel()
+        self._headers_due = None
+        self._answer_due = self.loop.call_later(self.answer_seconds, self._give_up, "answer")
+
+    def on_response_complete(self) -> None:
+        """The answer is sent, or waits in a buffer for a client that does not read."""
+        refused = self.conn.their_state is h11.SEND_BODY
+        if self._answer_due and not self.transport.get_write_buffer_size():
+            self._answer_due.cancel()
+            self._answer_due = None
+        if refused and not self.transport.is_closing():
+            self._linger()
+            return
+        super().on_response_complete()
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._headers_due = self.loop.call_later(HEADER_SECONDS, self._give_up, "headers")
+
+    def _give_up(self, what: str) -> None:
+        if what == "answer" and self._is_idle() and not self.transport.get_write_buffer_size():
+            return
+        _log.info("a client is too slow", extra={"fields": {"waited_for": what}})
+        self.transport.abort()
+
+    def _linger(self) -> None:
+        """Send the answer, read on for a moment, and close."""
+        self._thrown_away = 0
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.transport.resume_reading()
+        self._answer_due = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+
+
+def protocol(*, most: int, answer_seconds: float) -> type[Connection]:
+    """The class that uvicorn makes a connection of; see `Connection`."""
+    limits = {"most": most, "answer_seconds": answer_seconds}
+    return type("LimitedConnection", (Connection,), limits)
+
+
+def most_connections(wanted: int) -> int:
+    """As many of the wanted connections as this process may have descriptors for, at least 1.
+
+    The soft limit is raised where the hard one allows it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _OTHER_DESCRIPTORS
+    if resource.RLIM_INFINITY not in (soft, hard) and soft < needed:
+        soft = min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_DESCRIPTORS))
+    )

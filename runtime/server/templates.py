@@ -1,0 +1,126 @@
+"""Chat templates: messages in, the prompt out, as transformers' `apply_chat_template` writes it.
+
+Run as a program, `python -m runtime.server.templates SECONDS BYTES`, this renders for a server that
+has to outlive its template: see `runtime.server.chat`.
+
+The environment (sandbox, whitespace, extra functions) is described in the documentation of
+transformers, "Writing a chat template". Templates come with the model; nothing that they do can
+leave the sandbox, and what they refuse is an error of whoever sent the messages.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from thanos_deploy.errors import UsageError
+
+
+class ChatTemplate:
+    """How a model wants a conversation written down.
+
+    Attributes:
+        source: of the template.
+        tokens: special tokens by the names that templates have for them.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        """Compile a template.
+
+        Args:
+            source: the template.
+            tokens: special tokens by the names that templates have for them, such as `bos_token`.
+
+        Raises:
+            jinja2.TemplateSyntaxError: it is no template.
+        """
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._template = environment.from_string(source)
+        self.source = source
+        self.tokens = dict(tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, most: int | None = None) -> str:
+        """The prompt, as far as the beginning of the answer.
+
+        Args:
+            messages: with `role` and `content`.
+            most: characters that it may have; None for any number.
+
+        Raises:
+            UsageError: the template does not take such messages, or makes more of them.
+        """
+        try:
+            parts, length = [], 0
+            for part in self._template.generate(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self.tokens,
+            ):
+                parts.append(part)
+                length += len(part)
+                if most is not None and length > most:
+                    raise ValueError(f"they become more than {most} characters")
+            return "".join(parts)
+        # A template runs what its author wrote: a TypeError is as likely as a TemplateError.
+        except Exception as error:
+            raise UsageError(
+                f"the model's chat template does not take these messages: {error}",
+                fix="send the roles, and the order of them, that the model was trained with",
+            ) from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` around what the model is to learn: without meaning for a prompt."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Unlike Jinja's own filter, without escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _serve(most: int, memory: int) -> None:
+    """Render what comes on standard input, a line of JSON each, until it ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    template: ChatTemplate | None = None
+    for line in sys.stdin.buffer:
+        try:
+            asked = json.loads(line)
+            if template is None:
+                template = ChatTemplate(asked["source"], asked["tokens"])
+                continue
+            said = {"prompt": template.render(asked["messages"], most=most)}
+        except UsageError as error:
+            said = {"refused": error.message}
+        except MemoryError:
+            said = {"refused": "the model's chat template takes too much memory for these messages"}
+        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    _serve(*map(int, sys.argv[1:]))
