@@ -29,7 +29,7 @@ from thanos_deploy.cli import _console
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.prune.layers import ACTIVITIES, BlockReport
+from thanos_deploy.prune.layers import ACTIVITIES, PrunedBlock
 from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
@@ -91,7 +91,7 @@ def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) ->
         started, processor = time.perf_counter(), time.process_time()
         out = Path(folder) / "model"
         out.mkdir()
-        journal = Journal(Path(folder) / "journal", {}, BlockReport)
+        journal = Journal(Path(folder) / "journal", {}, PrunedBlock)
         blocks = prune_checkpoint(checkpoint, ids, out, request, journal=journal)
         total = time.perf_counter() - started
         processor = time.process_time() - processor

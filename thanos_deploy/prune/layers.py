@@ -79,7 +79,7 @@ ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReport:
+class PrunedBlock:
     """One block: its layers and where the time went.
 
     Attributes:
@@ -95,7 +95,7 @@ class BlockReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Json) -> "BlockReport":
+    def from_json(cls, value: Json) -> "PrunedBlock":
         """What `to_json` made the value of."""
         layers = tuple(
             LayerReport(**{**layer, "failures": tuple(layer["failures"])})
@@ -118,9 +118,9 @@ def prune(
     calib_forward: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
-    journal: Journal[BlockReport] | None = None,
+    journal: Journal[PrunedBlock] | None = None,
     on_progress: OnProgress = silent,
-) -> list[BlockReport]:
+) -> list[PrunedBlock]:
     """Prune the linear layers of every block and write an ordinary model folder.
 
     Embeddings, norms, biases and the output head are copied, and so are layers without a pattern.
@@ -177,7 +177,7 @@ def prune(
                     tune_steps=tune_steps,
                     products=calib_forward,
                 )
-            reports.append(BlockReport(layers, visit.clock.seconds))
+            reports.append(PrunedBlock(layers, visit.clock.seconds))
             logger.info(
                 "block %d: largest relative error %.4f, %.1f s",
                 visit.index,

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReport:
+class CutBlock:
     """One block as it was cut.
 
     Attributes:
@@ -58,7 +58,7 @@ class BlockReport:
             on the calibration data, that the refitted layer misses.
         damping: the most that was used.
         seconds: time by activity: "collect", "solve", "forward", "journal"; see
-            `layers.BlockReport`.
+            `layers.PrunedBlock`.
     """
 
     before: Widths
@@ -75,7 +75,7 @@ class BlockReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Json) -> "BlockReport":
+    def from_json(cls, value: Json) -> "CutBlock":
         """What `to_json` made the value of."""
         return cls(
             **{
@@ -96,6 +96,11 @@ def check(checkpoint: Checkpoint) -> None:
             blocks already differ.
     """
     family, size = checkpoint.family, checkpoint.head_size
+    if routed := [block.prefix.rstrip(".") for block in checkpoint.blocks if block.routed]:
+        raise ModelError(
+            f"{checkpoint.folder}: {routed[0]} has experts, which cannot be cut",
+            fix="prune it to a pattern that keeps shapes, such as --pattern 2:4",
+        )
     if len(set(checkpoint.widths)) > 1:
         raise ModelError(
             f"{checkpoint.folder}: its blocks have different widths already",
@@ -184,9 +189,9 @@ def shrink(
     dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
-    journal: Journal[BlockReport] | None = None,
+    journal: Journal[CutBlock] | None = None,
     on_progress: OnProgress = silent,
-) -> list[BlockReport]:
+) -> list[CutBlock]:
     """Cut a model down to a plan and write it: an ordinary model folder where the plan is stock.
 
     Args:
@@ -254,7 +259,7 @@ def cut(
     damping: float,
     damping_mode: str,
     dense_target: float,
-) -> BlockReport:
+) -> CutBlock:
     """Cut one block down to a width, in place; see `shrink`."""
     before = checkpoint.widths[visit.index]
     cutter = _Cutter(
@@ -264,7 +269,7 @@ def cut(
         dense_target=dense_target,
     )
     cutter.run(checkpoint.head_size)
-    return BlockReport(
+    return CutBlock(
         before=before,
         after=after,
         heads=tuple(cutter.heads.tolist()),

@@ -62,7 +62,7 @@ class Losses:
     Attributes:
         heads: (query heads, key-value heads) that stay -> change.
         channels: feed-forward channels that stay -> change.
-        seconds: time that it took to find out, by activity; see `layers.BlockReport`.
+        seconds: time that it took to find out, by activity; see `layers.PrunedBlock`.
     """
 
     heads: Mapping[tuple[int, int], float]

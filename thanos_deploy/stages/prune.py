@@ -45,8 +45,8 @@ def prune_checkpoint(
     announce: Announce = quietly,
     *,
     survey: Journal[Outliers] | None = None,
-    journal: Journal[pruning.BlockReport] | None = None,
-) -> list[pruning.BlockReport]:
+    journal: Journal[pruning.PrunedBlock] | None = None,
+) -> list[pruning.PrunedBlock]:
     """Prune a checkpoint as requested, on given calibration tokens; see `layers.prune`.
 
     Where a walk before decides what each block loses, `survey` is the journal of that.
@@ -149,8 +149,8 @@ def shrink_checkpoint(
     plan: Plan,
     announce: Announce = quietly,
     *,
-    journal: Journal[shrinking.BlockReport] | None = None,
-) -> list[shrinking.BlockReport]:
+    journal: Journal[shrinking.CutBlock] | None = None,
+) -> list[shrinking.CutBlock]:
     """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
     return shrinking.shrink(
         source,
@@ -223,20 +223,20 @@ def prune(
             activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
         needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
         files.require_disk(folder, needed - files.size(kept))
-        blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
+        blocks: Sequence[pruning.PrunedBlock | shrinking.CutBlock]
         surveyed: Journal[Losses] | Journal[Outliers] | None
         if request.shrinks:
             surveyed = Journal(kept / "survey", owner, Losses)
             losses = survey_blocks(source, ids, request, announce, journal=surveyed)
             plan = plan_widths(source, losses, request)
-            cut = Journal(kept / "blocks", owner, shrinking.BlockReport)
+            cut = Journal(kept / "blocks", owner, shrinking.CutBlock)
             blocks = shrink_checkpoint(
                 *(source, ids, folder / "model", request, plan, announce), journal=cut
             )
             summary = {**_summary_of_cuts(blocks), "widths": plan_summary(plan)}
         else:
             surveyed = Journal(kept / "survey", owner, Outliers) if request.surveys else None
-            pruned = Journal(kept / "blocks", owner, pruning.BlockReport)
+            pruned = Journal(kept / "blocks", owner, pruning.PrunedBlock)
             blocks = prune_checkpoint(
                 *(source, ids, folder / "model", request, announce), survey=surveyed, journal=pruned
             )
@@ -310,7 +310,7 @@ def _versions(device: torch.device) -> Json:
     }
 
 
-def _summary_of(blocks: list[pruning.BlockReport], request: PruneRequest) -> Json:
+def _summary_of(blocks: list[pruning.PrunedBlock], request: PruneRequest) -> Json:
     layers = [layer for block in blocks for layer in block.layers]
     patterns = assignment.recorded([asdict(block) for block in blocks], request.pattern)
     pruned = [layer for layer in layers if layer.name in patterns]
@@ -342,7 +342,7 @@ def _summary_of(blocks: list[pruning.BlockReport], request: PruneRequest) -> Jso
     }
 
 
-def _summary_of_cuts(blocks: list[shrinking.BlockReport]) -> Json:
+def _summary_of_cuts(blocks: list[shrinking.CutBlock]) -> Json:
     errors = {
         f"block {index}, {part}": error
         for index, block in enumerate(blocks)
