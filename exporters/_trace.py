@@ -17,6 +17,9 @@ from exporters import _rewrites
 # What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
 OPSET = 20
 
+# What the exporter puts before the names of a model's weights: the attribute of `WithFlatCache`.
+_ATTRIBUTE = "model."
+
 
 class WithFlatCache(nn.Module):
     """A causal model whose cache goes in and out as a flat list: key 0, value 0, key 1, ..."""
@@ -61,13 +64,76 @@ def empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
     ]
 
 
+# The graphs that were traced last, by what they depend on, without weights. Two, because a dense and
+# a pruned model can be exported in turns for two purposes.
+_KEPT = 2
+_traced: dict[str, ir.Model] = {}
+
+
 def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     """The exporter's raw graph, with the inputs and outputs that `exporters.onnx` describes.
+
+    A trace sees the configuration and the shapes of the weights, and never their values. So a model
+    that differs from one of the last in values only, as a pruned one does from the dense one, gets
+    the same graph with its own weights; a trace takes longer than all else in an export.
 
     Args:
         model: the model.
         logits: as for `WithFlatCache`.
     """
+    key = _structure(model, logits)
+    if key in _traced:
+        bare = _traced.pop(key)
+    else:
+        bare = _without_weights(_trace(model, logits))
+        while len(_traced) >= _KEPT:
+            del _traced[next(iter(_traced))]
+    _traced[key] = bare  # the last used comes last
+    return _with_weights(bare, model)
+
+
+def _structure(model: PreTrainedModel, logits: str) -> str:
+    """All that a trace depends on."""
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    owners: dict[int, str] = {}
+    tensors = [
+        (name, tuple(tensor.shape), tensor.dtype, owners.setdefault(id(tensor), name))
+        for name, tensor in _tensors(model).items()
+    ]
+    return repr((type(model), logits, config, tensors))
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones by each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _without_weights(graph: ir.Model) -> ir.Model:
+    """Let go of the weights, and of what the exporter notes of where nodes come from."""
+    for value in graph.graph.initializers.values():
+        value.const_value = None
+        value.meta.clear()
+    for node in graph.graph:
+        for noted in (node, *node.outputs):
+            noted.meta.clear()
+    common_passes.ClearMetadataAndDocStringPass()(graph)
+    return graph
+
+
+def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
+    """A copy of a graph without weights that has those of a model, not copied."""
+    graph, tensors = bare.clone(), _tensors(model)
+    for name, value in graph.graph.initializers.items():
+        tensor = tensors[name.removeprefix(_ATTRIBUTE)].detach()
+        value.const_value = ir.tensor(tensor, name=name)
+    return graph
+
+
+def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
     # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
     batch, past, sequence = 2, 5, 3
     seen = empty_cache(model, batch, past)
@@ -160,7 +226,7 @@ def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
     weights = graph.graph.initializers
     for value in list(weights.values()):
         assert value.name is not None
-        name = value.name.removeprefix("model.")  # the attribute of `WithFlatCache`
+        name = value.name.removeprefix(_ATTRIBUTE)
         value.name = own_names.get(name, name)
     for node in list(graph.graph):
         if node.op_type == "Gemm":
