@@ -64,8 +64,8 @@ def empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
     ]
 
 
-# The graphs that were traced last, by what they depend on, without weights. Two, because a dense and
-# a pruned model can be exported in turns for two purposes.
+# The graphs that were traced last, by what they depend on, without weights. Two, because a dense
+# and a pruned model can be exported in turns for two purposes.
 _KEPT = 2
 _traced: dict[str, ir.Model] = {}
 

@@ -17,6 +17,7 @@ from thanos_deploy.artifact import Bundle
 ENGINE = "tensorrt-rtx-sm80"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.tensorrt,
     pytest.mark.skipif(
         importlib.util.find_spec("tensorrt_rtx") is None,

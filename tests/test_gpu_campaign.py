@@ -30,6 +30,8 @@ from thanos_deploy.gpu_records import (
 )
 from thanos_deploy.steps import Task
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parents[1]
 BARE_IMAGE = SOURCE / "tests" / "bare_image"
 

@@ -13,6 +13,8 @@ from tests.conftest import MODEL_TYPES, Exported, stock_model
 from thanos_deploy.checkpoint import Checkpoint, load_model, load_tokenizer
 from thanos_deploy.errors import GateError, InputError, PlatformError
 
+pytestmark = pytest.mark.slow
+
 genai = exporters.genai.library()
 
 PROMPT = [72, 101, 108, 108, 111]

@@ -25,6 +25,7 @@ from thanos_deploy.errors import InputError, PlatformError, ResourceError, Usage
 from thanos_deploy.pattern import SemiStructured
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.tensorrt,
     pytest.mark.skipif(
         importlib.util.find_spec("tensorrt_rtx") is None,

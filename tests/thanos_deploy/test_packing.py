@@ -341,6 +341,7 @@ def test_a_bitmask_checkpoint_with_a_part_missing_is_bad_input(
         convert_packed(tmp_path / "bitmask", tmp_path / "restored")
 
 
+@pytest.mark.slow
 def test_packing_needs_memory_for_one_tensor_and_not_for_the_model(tmp_path: Path) -> None:
     for name in ("model", "packed", "restored"):
         (tmp_path / name).mkdir()

@@ -12,6 +12,8 @@ from thanos_deploy.prune import prune
 from thanos_deploy.recover import Recovery, _head, _order, _pull, _states, recover
 from thanos_deploy.shrink import shrink, survey
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
 
 
