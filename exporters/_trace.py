@@ -85,7 +85,7 @@ def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     if key in _traced:
         bare = _traced.pop(key)
     else:
-        bare = _without_weights(_trace(model, logits))
+        bare = _without_weights(_trace(model, logits), model)
         while len(_traced) >= _KEPT:
             del _traced[next(iter(_traced))]
     _traced[key] = bare  # the last used comes last
@@ -112,10 +112,20 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _without_weights(graph: ir.Model) -> ir.Model:
+def _initializers(graph: ir.Model, model: PreTrainedModel) -> Iterator[tuple[ir.Value, Tensor]]:
+    """The initializers that are parameters or buffers of the model, and not constants of code."""
+    tensors = _tensors(model)
+    for name, value in graph.graph.initializers.items():
+        tensor = tensors.get(name.removeprefix(_ATTRIBUTE))
+        if tensor is not None:
+            yield value, tensor
+
+
+def _without_weights(graph: ir.Model, model: PreTrainedModel) -> ir.Model:
     """Let go of the weights, and of what the exporter notes of where nodes come from."""
-    for value in graph.graph.initializers.values():
+    for value, _ in _initializers(graph, model):
         value.const_value = None
+    for value in graph.graph.initializers.values():
         value.meta.clear()
     for node in graph.graph:
         for noted in (node, *node.outputs):
@@ -126,10 +136,9 @@ def _without_weights(graph: ir.Model) -> ir.Model:
 
 def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
     """A copy of a graph without weights that has those of a model, not copied."""
-    graph, tensors = bare.clone(), _tensors(model)
-    for name, value in graph.graph.initializers.items():
-        tensor = tensors[name.removeprefix(_ATTRIBUTE)].detach()
-        value.const_value = ir.tensor(tensor, name=name)
+    graph = bare.clone()
+    for value, tensor in _initializers(graph, model):
+        value.const_value = ir.tensor(tensor.detach(), name=value.name)
     return graph
 
 
