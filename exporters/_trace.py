@@ -128,8 +128,9 @@ def _without_weights(graph: ir.Model, model: PreTrainedModel) -> ir.Model:
     for value in graph.graph.initializers.values():
         value.meta.clear()
     for node in graph.graph:
-        for noted in (node, *node.outputs):
-            noted.meta.clear()
+        node.meta.clear()
+        for value in node.outputs:
+            value.meta.clear()
     common_passes.ClearMetadataAndDocStringPass()(graph)
     return graph
 
