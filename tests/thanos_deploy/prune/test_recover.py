@@ -13,6 +13,8 @@ from thanos_deploy.prune.recover import Recovery, _head, _order, _pull, _states,
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
 
 
