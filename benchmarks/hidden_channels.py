@@ -30,14 +30,14 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.pretrained import make_model
 from thanos_deploy.pattern import Structured
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.shrink.options import Cut
+from thanos_deploy.solver.damping import DEFAULT
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
-DAMPING = 0.01
 BATCH = 4
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     dense = load_model(checkpoint.folder)
     rows = [row("dense", dense, held_out)]
     prices = channel_prices(checkpoint, dense, ids)
-    losses = survey_blocks(checkpoint, ids, PruneRequest(Structured(0.0)))
+    losses = survey_blocks(checkpoint, ids, Cut(Structured(0.0)))
     for hidden in arguments.hidden:
         kept = prices.topk(hidden).indices.sort().values
         small = cut(checkpoint, dense, ids, kept)
@@ -65,9 +65,9 @@ def main() -> None:
         fraction = removed / sum(p.numel() for p in blocks_of(checkpoint, dense).parameters())
         del small
         with tempfile.TemporaryDirectory() as folder:
-            request = PruneRequest(Structured(fraction))
-            plan = plan_widths(checkpoint, losses, request)
-            shrink_checkpoint(checkpoint, ids, Path(folder), request, plan)
+            how = Cut(Structured(fraction))
+            plan = plan_widths(checkpoint, losses, how)
+            shrink_checkpoint(checkpoint, ids, Path(folder), plan, how.fit)
             width = plan.widths[0]
             name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
             rows.append(row(name, load_model(Path(folder)), held_out))
@@ -115,7 +115,7 @@ def channel_prices(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) 
             W = torch.cat([block.get_submodule(name).get_parameter("weight") for name in group])
             problem = LayerProblem(W.double(), statistics[group[0]].hessian.double(), group[0])
             energy = ((problem.weight @ problem.hessian) * problem.weight).sum()
-            total += Elimination(problem.weight, factor(problem, DAMPING)).costs() / energy
+            total += Elimination(problem.weight, factor(problem)).costs() / energy
         advance(walk)
     return total
 
@@ -158,7 +158,8 @@ def cut(
             statistics = collect(walks[1], [group[0]], walks[0])[group[0]]
             H, C = statistics.hessian.double(), statistics.cross
             assert C is not None
-            lower = torch.linalg.cholesky(H + DAMPING * H.diagonal().mean() * torch.eye(len(H)))
+            damping = DEFAULT.damping
+            lower = torch.linalg.cholesky(H + damping * H.diagonal().mean() * torch.eye(len(H)))
             for name in group:
                 layer = part.get_submodule(name).get_parameter("weight")
                 W = whole.get_submodule(name).get_parameter("weight").double()

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 import exporters.onnx.graph
 from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
+from tests.recipes import plain
 from tests.store import Store
 from thanos_deploy import cli
 from thanos_deploy.bundle.files import Json, write_json
@@ -32,6 +33,7 @@ from thanos_deploy.progress import quietly
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 
@@ -212,9 +214,7 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
             Checkpoint.open(make_model(model_type)),
             torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0)),
             folder / "model",
-            pattern=SemiStructured(2, 4),
-            method="thanos",
-            options={"block_columns": 16},
+            plain(SemiStructured(2, 4), "thanos", block_size=16),
         )
         write_json(folder / LAYERS, [asdict(block) for block in blocks])
         exporters.onnx.graph.export(
@@ -266,10 +266,9 @@ def exported_shrunk(make_model: MakeModel, store: Store) -> Exported:
             checkpoint,
             survey(checkpoint, segments),
             0.15,
-            part="both" if model_type == "llama" else "heads",
-            allocation="loss",
+            Sizing("both" if model_type == "llama" else "heads", allocation="loss"),
         )
-        shrink(checkpoint, segments, folder / "model", plan=plan)
+        shrink(checkpoint, segments, folder / "model", plan, Fit())
         exporters.onnx.graph.export(
             Checkpoint.open(folder / "model"), folder / "onnx", pattern=None
         )

@@ -22,11 +22,11 @@ from thanos_deploy.measure import benchmark, ceilings, gates, paired
 from thanos_deploy.measure.options import EvalRequest
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense, exported_with
 from thanos_deploy.stages.prune import prune
+from thanos_deploy.stages.request import PruneRequest
 
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")
 PREFILL = (*QUICK, "--scenario", "prefill")
@@ -35,9 +35,7 @@ PREFILL = (*QUICK, "--scenario", "prefill")
 def make_bundle(model: Path, out: Path) -> Path:
     """A bundle that is ready to be measured, and its dense model in the cache."""
     dense = Dense(str(model))
-    request = PruneRequest(
-        SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
-    )
+    request = PruneRequest.of(SemiStructured(2, 4), nsamples=4, seqlen=64, block_size=16)
     with claim(out, dense.source.to_json()) as bundle:
         prune(bundle, dense, request)
         export(bundle)

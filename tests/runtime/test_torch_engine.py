@@ -20,6 +20,7 @@ from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.errors import (
     InputError,
     IntegrityError,
@@ -332,9 +333,7 @@ def two_four_model(make_model: MakeModel, tmp_path: Path) -> Path:
         Checkpoint.open(source),
         ids,
         tmp_path,
-        pattern=SemiStructured(2, 4),
-        method="magnitude",
-        options={},
+        plain(SemiStructured(2, 4)),
     )
     return tmp_path
 

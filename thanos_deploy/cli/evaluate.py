@@ -15,9 +15,9 @@ from thanos_deploy.cli._options import (
     eval_request,
     evaluation_options,
     session,
-    several,
     text_field_option,
 )
+from thanos_deploy.cli._types import several
 
 _evaluated_options = several(
     click.argument("model"),

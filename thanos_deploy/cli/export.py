@@ -7,7 +7,6 @@ import click
 
 from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
-    CountsType,
     bundle_argument,
     common_options,
     emit,
@@ -16,6 +15,7 @@ from thanos_deploy.cli._options import (
     session,
     target_option,
 )
+from thanos_deploy.cli._types import CountsType
 from thanos_deploy.errors import UsageError
 
 

@@ -12,11 +12,10 @@ from thanos_deploy.cli._options import (
     emit,
     model_argument,
     out_option,
-    prune_request,
-    pruning_options,
     revision_option,
     session,
 )
+from thanos_deploy.cli._pruning import prune_request, pruning_options
 
 
 @click.command("prune")
@@ -35,21 +34,22 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
     """
     with session(options) as announce:
         from thanos_deploy.bundle import manifest
+        from thanos_deploy.bundle.codec import encode
         from thanos_deploy.stages.dense import Dense
         from thanos_deploy.stages.plan import plan_prune
         from thanos_deploy.stages.prune import prune
 
+        request = prune_request(options)
         if dry_run:
-            request = prune_request(options)
             plan = plan_prune(model, out, request, revision=revision, announce=announce)
-            emit(options, plan, _console.show_plan)
+            emit(options, encode(plan), _console.show_plan)
             return
         dense = Dense(model, revision=revision)
         with manifest.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
             record = prune(
                 bundle,
                 dense,
-                prune_request(options),
+                request,
                 overwrite=options["overwrite"],
                 announce=announce,
             )

@@ -1,6 +1,5 @@
 """`thanos-deploy prune-export`: every stage, from a dense model to its report."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from thanos_deploy.cli._options import (
     evaluation_options,
     model_argument,
     out_option,
-    prune_request,
-    pruning_options,
     revision_option,
     session,
     target_option,
 )
+from thanos_deploy.cli._pruning import prune_request, pruning_options
 
 
 @click.command("prune-export")
@@ -60,6 +58,7 @@ def command(
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from exporters import preflight
+        from thanos_deploy.bundle.codec import encode
         from thanos_deploy.stages import pipeline
 
         if target == "tensorrt" and not dry_run:
@@ -72,19 +71,16 @@ def command(
                     )
         # A plan is the same for every target.
         engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
-        run = (
-            pipeline.plan
-            if dry_run
-            else partial(pipeline.prune_export, target=target, engine=engine)
-        )
-        result = run(
-            model,
-            out,
-            request=prune_request(options),
-            evaluation=eval_request(options),
-            benchmarking=bench_request(options),
-            revision=revision,
-            overwrite=options["overwrite"],
-            announce=announce,
-        )
-    emit(options, result, _console.show_plan if dry_run else _console.show_report)
+        asked: dict[str, Any] = {
+            "request": prune_request(options),
+            "evaluation": eval_request(options),
+            "benchmarking": bench_request(options),
+            "revision": revision,
+            "overwrite": options["overwrite"],
+            "announce": announce,
+        }
+        if dry_run:
+            emit(options, encode(pipeline.plan(model, out, **asked)), _console.show_plan)
+            return
+        result = pipeline.prune_export(model, out, target=target, engine=engine, **asked)
+    emit(options, result, _console.show_report)

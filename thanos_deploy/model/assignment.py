@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.pruning import Pruning
 from thanos_deploy.errors import InputError, PatternError, UsageError
 from thanos_deploy.pattern import SPELLINGS, Pattern, Unstructured, parse
 
@@ -174,10 +175,10 @@ def of_bundle(bundle: Bundle) -> dict[str, Pattern]:
     Args:
         bundle: with the stage prune finished.
     """
-    options = bundle.stages["prune"].options
-    if options.get("cut"):
+    pruning = Pruning.of(bundle)
+    if pruning.cut:
         return {}
-    return recorded(json.loads((bundle.path / LAYERS).read_bytes()), parse(options["pattern"]))
+    return recorded(json.loads((bundle.path / LAYERS).read_bytes()), pruning.pattern)
 
 
 def counts(patterns: Iterable[Pattern | None]) -> dict[str, int]:

@@ -3,22 +3,19 @@
 import shlex
 from collections.abc import Iterator
 
+from thanos_deploy import methods
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import StageRecord
-from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.bundle.pruning import Pruning
+from thanos_deploy.option import options_of
+from thanos_deploy.pattern import Structured
 from thanos_deploy.report.runs import DENSE, PRUNED
 from thanos_deploy.report.sources import Sources
+from thanos_deploy.shrink.options import Fit, Sizing
 
 _TOOL = "thanos-deploy"
 
 # Options whose name on the command line is not their name in the manifest.
-_PRUNE = {
-    "block_columns": "--block-size",
-    "damping": "--damp",
-    "damping_mode": "--damp-mode",
-    "part": "--shrink",
-    "multiple": "--ffn-multiple",
-}
 _EVAL = {
     "text": "--eval-text",
     "segments": "--eval-segments",
@@ -100,10 +97,10 @@ def _engine(options: Json) -> Iterator[str]:
 
 
 def _pruning(record: StageRecord) -> Iterator[str]:
-    options = dict(record.options)
-    cut = options.pop("cut", False)
-    if isinstance(parse(options["pattern"]), Structured) and not cut:
+    options, pruning = dict(record.options), Pruning.from_manifest(record.options)
+    if isinstance(pruning.pattern, Structured) and not pruning.cut:
         yield "--keep-shape"
+    options.pop("cut", None)
     match options.pop("true_sequential", None):
         case True:
             yield "--true-sequential"
@@ -112,7 +109,9 @@ def _pruning(record: StageRecord) -> Iterator[str]:
     for option in ("include", "ignore"):
         for layers in options.pop(option, ()):
             yield from (f"--{option}", layers)
-    yield from _flags(options, _PRUNE)
+    declared = (Sizing, Fit, methods.load(pruning.method).options)
+    flags = {one.name: one.declared.flag for kind in declared for one in options_of(kind)}
+    yield from _flags(options, flags)
 
 
 def _bench(model: str, options: Json) -> Iterator[str]:

@@ -38,7 +38,9 @@ from thanos_deploy.model.linear import keep_outputs, matrix, replace
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.sizing import Losses, Plan, channel_steps, layouts
+from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor, retarget
 from thanos_deploy.solver.layer import LayerProblem, relative_error
@@ -127,8 +129,7 @@ def survey(
     segments: Tensor,
     *,
     multiple: int | None = None,
-    damping: float = 0.01,
-    damping_mode: str = "mean",
+    damping: Damping = DEFAULT,
     device: torch.device = CPU,
     journal: Journal[Losses] | None = None,
     on_progress: OnProgress = silent,
@@ -138,8 +139,8 @@ def survey(
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        multiple: see `candidates`.
-        damping, damping_mode: see `thanos_deploy.solver.hessian.factor`.
+        multiple: see `Sizing`.
+        damping: see `thanos_deploy.solver.hessian.factor`.
         device: where each block is while it is surveyed.
         journal: see `layers.prune`.
         on_progress: told of every finished block.
@@ -159,7 +160,7 @@ def survey(
             fitted = {}
             for name in consumers:
                 layer = _Layer(visit, name, statistics[name])
-                factored = factor(layer.problem, damping, damping_mode)
+                factored = factor(layer.problem, damping)
                 fitted[name] = Elimination(layer.problem.weight, factored)
             heads = {}
             for fewer_keys in (False, True):  # two ways, on each of which the heads go one by one
@@ -182,11 +183,9 @@ def shrink(
     checkpoint: Checkpoint,
     segments: Tensor,
     destination: Path,
-    *,
     plan: Plan,
-    damping: float = 0.01,
-    damping_mode: str = "mean",
-    dense_target: float = 0.0,
+    fit: Fit,
+    *,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
     journal: Journal[CutBlock] | None = None,
@@ -199,9 +198,7 @@ def shrink(
         segments: int64[count, length], calibration tokens.
         destination: an empty folder.
         plan: the widths of each block.
-        damping, damping_mode: see `thanos_deploy.solver.hessian.factor`.
-        dense_target: how far every linear layer, cut or not, aims at the output that it has in the
-            dense model; see `hessian.retarget`.
+        fit: how to refit what is left.
         dtype: what to store, or None to keep each tensor's own.
         device: where each block is while it is cut.
         journal: see `layers.prune`.
@@ -228,46 +225,32 @@ def shrink(
     ):
         on_progress(len(reports), len(plan.blocks))
         for visit in visits(
-            *(checkpoint, segments),
+            checkpoint,
+            segments,
             copy=copy,
-            with_dense=dense_target > 0.0,
+            with_dense=fit.dense_target > 0.0,
             journal=journal,
             device=device,
         ):
             with memory_for(f"block {visit.index}"):
-                report = cut(
-                    *(visit, checkpoint, plan.widths[visit.index]),
-                    damping=damping,
-                    damping_mode=damping_mode,
-                    dense_target=dense_target,
-                )
+                report = cut(visit, checkpoint, plan.widths[visit.index], fit)
             reports.append(report)
             logger.info(
                 "block %d: %d heads, %d channels; errors %.4f and %.4f",
-                *(visit.index, report.after.heads, report.after.channels),
-                *(report.heads_error, report.channels_error),
+                visit.index,
+                report.after.heads,
+                report.after.channels,
+                report.heads_error,
+                report.channels_error,
             )
             on_progress(visit.index + 1, len(plan.blocks))
     return reports
 
 
-def cut(
-    visit: Visit,
-    checkpoint: Checkpoint,
-    after: Widths,
-    *,
-    damping: float,
-    damping_mode: str,
-    dense_target: float,
-) -> CutBlock:
+def cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
     """Cut one block down to a width, in place; see `shrink`."""
     before = checkpoint.widths[visit.index]
-    cutter = _Cutter(
-        *(visit, checkpoint.family, before, after),
-        damping=damping,
-        damping_mode=damping_mode,
-        dense_target=dense_target,
-    )
+    cutter = _Cutter(visit, checkpoint.family, before, after, fit)
     cutter.run(checkpoint.head_size)
     return CutBlock(
         before=before,
@@ -334,19 +317,10 @@ class _Cutter:
     """
 
     def __init__(
-        self,
-        visit: Visit,
-        family: Family,
-        before: Widths,
-        after: Widths,
-        *,
-        damping: float,
-        damping_mode: str,
-        dense_target: float,
+        self, visit: Visit, family: Family, before: Widths, after: Widths, fit: Fit
     ) -> None:
         self._visit, self._family = visit, family
-        self._before, self._after = before, after
-        self._damping, self._mode, self._dense_target = damping, damping_mode, dense_target
+        self._before, self._after, self._fit = before, after, fit
         self.heads, self.channels = torch.arange(before.heads), torch.arange(before.channels)
         self.heads_error = self.channels_error = self.damping = 0.0
 
@@ -362,7 +336,7 @@ class _Cutter:
             elif group == (self._family.channels.consumer,) and before.channels != after.channels:
                 self._cut_channels()
                 continue
-            if self._dense_target:
+            if self._fit.dense_target:
                 self._aim(group)
 
     def _aim(self, group: tuple[str, ...]) -> None:
@@ -370,7 +344,7 @@ class _Cutter:
         statistics = self._collect(group[0])
         with self._visit.clock.measure("solve"):
             for name in group:
-                layer = _Layer(self._visit, name, statistics, self._dense_target)
+                layer = _Layer(self._visit, name, statistics, self._fit.dense_target)
                 weight = layer.problem.weight
                 layer.write(weight, torch.ones_like(weight[0], dtype=torch.bool))
 
@@ -399,8 +373,8 @@ class _Cutter:
     def _start(self, name: str) -> tuple[_Layer, Elimination]:
         statistics = self._collect(name)
         with self._visit.clock.measure("solve"):
-            layer = _Layer(self._visit, name, statistics, self._dense_target)
-            factored = factor(layer.problem, self._damping, self._mode)
+            layer = _Layer(self._visit, name, statistics, self._fit.dense_target)
+            factored = factor(layer.problem, self._fit)
             self.damping = max(self.damping, factored.damping)
             return layer, Elimination(layer.problem.weight, factored)
 

@@ -17,6 +17,7 @@ import torch
 
 from tests.commands import FORKS
 from tests.conftest import Invoke, MakeModel
+from tests.recipes import plain
 from thanos_deploy.bundle import manifest
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -24,9 +25,9 @@ from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
 from thanos_deploy.prune import layers as walk
 from thanos_deploy.prune.layers import PrunedBlock
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.request import PruneRequest
 
 BLOCKS = 5
 
@@ -53,7 +54,7 @@ def prune(
 ) -> None:
     dense = Dense(str(model))
     with manifest.claim(out, dense.source.to_json()) as bundle:
-        request = PruneRequest(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
+        request = PruneRequest.of(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
         stage.prune(bundle, dense, request, announce=lambda _: on_progress)
 
 
@@ -311,10 +312,10 @@ def test_a_journal_of_all_blocks_leaves_nothing_to_do(model: Path, tmp_path: Pat
         steps: list[int] = []
         (tmp_path / name).mkdir()
         walk.prune(
-            *(Checkpoint.open(model), segments, tmp_path / name),
-            pattern=parse("2:4"),
-            method="wanda",
-            options={},
+            Checkpoint.open(model),
+            segments,
+            tmp_path / name,
+            plain(parse("2:4"), "wanda"),
             journal=Journal(tmp_path / "journal", {}, PrunedBlock),
             on_progress=lambda done, _, steps=steps: steps.append(done),  # type: ignore[misc]
         )

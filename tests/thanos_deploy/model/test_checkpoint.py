@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from exporters.packed import export
 from tests.conftest import MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import weights as weights_module
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.shrink.sizing import cost
 
 
@@ -311,12 +313,15 @@ def test_what_is_made_of_published_files_is_what_is_made_of_plain_ones(
         out.mkdir()
         source = Checkpoint.open(folder)
         if way == "shrink":
-            plan = sizing.plan(source, survey(source, segments), 0.25)
+            plan = sizing.plan(source, survey(source, segments), 0.25, Sizing())
             assert 0.25 <= plan.removed < 0.4
-            shrink(source, segments, out, plan=plan)
+            shrink(source, segments, out, plan, Fit())
         else:
             prune(
-                source, segments, out, pattern=SemiStructured(2, 4), method="magnitude", options={}
+                source,
+                segments,
+                out,
+                plain(SemiStructured(2, 4)),
             )
         if way == "pack":
             if name == "published":
@@ -352,9 +357,7 @@ def test_a_tied_head_counts_once_however_often_it_is_stored(
         checkpoint,
         torch.zeros(1, 8, dtype=torch.long),
         tmp_path,
-        pattern=SemiStructured(2, 4),
-        method="magnitude",
-        options={},
+        plain(SemiStructured(2, 4)),
     )
     stock = stock_model(tmp_path)
     assert stock.lm_head.weight is stock.model.embed_tokens.weight
