@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
 import exporters.onnx.graph
+from exporters.onnx import trace
 from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.recipes import plain
