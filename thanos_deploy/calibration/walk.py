@@ -234,7 +234,7 @@ def _enter(
         for way in ways:
             batch = StoredInputs(activations, f"{way}.{number}", data.arguments)
             if index == 0:
-                batch.hidden = data.hidden
+                batch.leave(data.hidden)
             walks[way].append(batch)
     if index == 0:
         activations.advance()
