@@ -231,7 +231,8 @@ def open_model(
         torch.set_num_threads(threads)
     from runtime.static import memory
     from thanos_deploy.model.checkpoint import Checkpoint
-    from thanos_deploy.model.load import cast, load_model
+    from thanos_deploy.model.load import load_model
+    from thanos_deploy.model.rounding import cast
 
     checkpoint = Checkpoint.open(folder)
     model = load_model(checkpoint.folder)

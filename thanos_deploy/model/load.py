@@ -50,24 +50,6 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
     return loaded
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter in place; buffers such as rotary frequencies stay as they are.
-
-    Raises:
-        ModelError: a value does not fit the dtype.
-    """
-    for name, parameter in model.named_parameters():
-        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
-        # kernels that look at bit patterns rely on.
-        rounded = parameter.detach().to(dtype).add_(0.0)
-        if not bool(rounded.isfinite().all()):
-            raise ModelError(
-                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
-                fix="use float32",
-            )
-        parameter.data = rounded
-
-
 def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """The stock class of a checkpoint's models, with the widths that the checkpoint declares."""
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]

@@ -26,7 +26,7 @@ from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect, collect_relative
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit, visits
+from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import products_in
@@ -147,10 +147,9 @@ def survey(
     Raises:
         HessianError: the calibration statistics cannot be used.
     """
-    family, count = checkpoint.family, len(checkpoint.widths)
-    losses = [] if journal is None else journal.reports
-    on_progress(len(losses), count)
-    for visit in visits(checkpoint, segments, journal=journal, device=device):
+    family = checkpoint.family
+
+    def look(visit: Visit) -> Losses:
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
         with visit.clock.measure("collect"):
@@ -173,9 +172,11 @@ def survey(
             left: by_count[width.channels - left].item()
             for left in (width.channels, *channel_steps(width.channels, multiple))
         }
-        losses.append(Losses(heads, channels, visit.clock.seconds))
-        on_progress(visit.index + 1, count)
-    return losses
+        return Losses(heads, channels, visit.clock.seconds)
+
+    return visit_blocks(
+        checkpoint, segments, look, journal=journal, device=device, on_progress=on_progress
+    )
 
 
 def shrink(
@@ -220,35 +221,42 @@ def shrink(
         for name, parameter in checkpoint.skeleton(plan.widths).named_parameters()
         if name.startswith(f"{family.blocks}.")
     }
-    reports = [] if journal is None else journal.reports
+
+    def work(visit: Visit) -> BlockReport:
+        with memory_for(f"block {visit.index}"):
+            report = cut(
+                visit,
+                checkpoint,
+                plan.widths[visit.index],
+                damping=damping,
+                damping_mode=damping_mode,
+                dense_target=dense_target,
+            )
+        logger.info(
+            "block %d: %d heads, %d channels; errors %.4f and %.4f",
+            visit.index,
+            report.after.heads,
+            report.after.channels,
+            report.heads_error,
+            report.channels_error,
+        )
+        return report
+
     with (
         torch.no_grad(),
         products_in(torch.float32),
         WeightsCopy(checkpoint.weights, destination, dtype, shapes) as copy,
     ):
-        on_progress(len(reports), len(plan.blocks))
-        for visit in visits(
-            *(checkpoint, segments),
+        return visit_blocks(
+            checkpoint,
+            segments,
+            work,
             copy=copy,
             with_dense=dense_target > 0.0,
             journal=journal,
             device=device,
-        ):
-            with memory_for(f"block {visit.index}"):
-                report = cut(
-                    *(visit, checkpoint, plan.widths[visit.index]),
-                    damping=damping,
-                    damping_mode=damping_mode,
-                    dense_target=dense_target,
-                )
-            reports.append(report)
-            logger.info(
-                "block %d: %d heads, %d channels; errors %.4f and %.4f",
-                *(visit.index, report.after.heads, report.after.channels),
-                *(report.heads_error, report.channels_error),
-            )
-            on_progress(visit.index + 1, len(plan.blocks))
-    return reports
+            on_progress=on_progress,
+        )
 
 
 def cut(
@@ -263,7 +271,10 @@ def cut(
     """Cut one block down to a width, in place; see `shrink`."""
     before = checkpoint.widths[visit.index]
     cutter = _Cutter(
-        *(visit, checkpoint.family, before, after),
+        visit,
+        checkpoint.family,
+        before,
+        after,
         damping=damping,
         damping_mode=damping_mode,
         dense_target=dense_target,
