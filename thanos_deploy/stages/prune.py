@@ -33,6 +33,7 @@ from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.shrink.survey import survey
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import calibration
 
@@ -124,7 +125,7 @@ def survey_blocks(
 ) -> list[Losses]:
     """What each block would lose at which widths; the same for every fraction to remove."""
     fit = request.fit_options
-    return shrinking.survey(
+    return survey(
         source,
         ids,
         multiple=request.ffn_multiple,

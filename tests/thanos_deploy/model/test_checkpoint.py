@@ -24,8 +24,9 @@ from thanos_deploy.model.weights import Weights, WeightsCopy
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.sizing import cost
+from thanos_deploy.shrink.survey import survey
 
 
 @pytest.fixture

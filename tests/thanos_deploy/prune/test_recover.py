@@ -11,7 +11,8 @@ from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.prune.recover import Recovery, _head, _order, _pull, _states, recover
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
+from thanos_deploy.shrink.survey import survey
 
 SEGMENTS = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
 
