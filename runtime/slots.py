@@ -163,7 +163,7 @@ class Rows:
 
 
 class OnnxRuntimeSlots:
-    """See `runtime.batching.SlotEngine`.
+    """See `runtime.engine.ServingEngine`.
 
     Attributes:
         max_sequence: the most tokens of a row, prompt and answer together.
