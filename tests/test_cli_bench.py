@@ -260,7 +260,7 @@ def test_a_gpu_that_others_use_makes_a_run_invalid(
             yield engines
 
     monkeypatch.setattr(paired, "opened", on_cpu)
-    monkeypatch.setattr(nvml.Gpu, "probe", lambda: SharedGpu(own, stranger))
+    monkeypatch.setattr(nvml.Monitor, "probe", lambda: SharedGpu(own, stranger))
     assert invoke("bench", out, *PREFILL, "--provider", "cuda")[0] == 0
     run = run_of(out, "full")
     reasons = [reason for reason in run["reasons"] if "used the GPU" in reason]

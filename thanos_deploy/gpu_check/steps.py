@@ -128,7 +128,7 @@ def run(
     seconds: float,
     missing: Mapping[str, Missing] | None = None,
     log: Path | None = None,
-    card: nvml.Gpu | None = None,
+    card: nvml.Monitor | None = None,
     announce: Announce = quietly,
 ) -> None:
     """Do the steps, and write what each measures and how it came out to a journal.
@@ -205,7 +205,7 @@ def _one(
     journal: Path,
     left: float,
     log: Path | None,
-    card: nvml.Gpu | None,
+    card: nvml.Monitor | None,
     announce: Announce,
 ) -> StepRow:
     """Do a step, and look at the card before, while and after."""
@@ -338,7 +338,7 @@ def _death(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def _reading(card: nvml.Gpu | None) -> nvml.Reading | None:
+def _reading(card: nvml.Monitor | None) -> nvml.Reading | None:
     """How the card is; None where it does not say, which is no reason to lose a step."""
     try:
         return None if card is None else card.read()
@@ -346,7 +346,7 @@ def _reading(card: nvml.Gpu | None) -> nvml.Reading | None:
         return None
 
 
-def _others(card: nvml.Gpu | None) -> tuple[str, ...]:
+def _others(card: nvml.Monitor | None) -> tuple[str, ...]:
     """What is on the card while nothing of ours is."""
     ends = time.monotonic() + _FORGET
     while (reading := _reading(card)) is not None:
