@@ -140,7 +140,8 @@ def _train(
         learning.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        *(optimiser, LEARNING_RATE),
+        optimiser,
+        LEARNING_RATE,
         total_steps=len(batches),
         pct_start=_WARM_UP,
         cycle_momentum=False,
