@@ -74,7 +74,8 @@ def test_the_walk_is_the_straightforward_one(
     """Against whole models in memory and whole forward passes for every single layer."""
     folder = make_model("llama")
     run(
-        *(folder, tmp_path / "pruned"),
+        folder,
+        tmp_path / "pruned",
         true_sequential=true_sequential,
         dense_target=dense_target,
     )
@@ -168,7 +169,8 @@ def test_weights_that_are_held_in_half_precision_come_out_as_if_in_single(
     save_file(weights, single / "model.safetensors", metadata={"format": "pt"})
     for folder, out in ((half, "from half"), (single, "from single")):
         run(
-            *(folder, tmp_path / out),
+            folder,
+            tmp_path / out,
             dtype=torch.float16,
             dense_target=0.4,
             tune_steps=2,
@@ -248,7 +250,8 @@ def test_activations_that_overflow_leave_a_mask_by_magnitude_and_it_is_said(
 def solved(problem: LayerProblem, cross: torch.Tensor | None = None) -> Solution:
     aimed, failures = aim(problem, cross, 0.5, {})
     return solve(
-        *(problem, TWO_FOUR),
+        problem,
+        TWO_FOUR,
         method="thanos",
         options={"block_columns": 8, "damping": 0.01},
         aimed=aimed,

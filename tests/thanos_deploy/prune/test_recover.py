@@ -29,7 +29,8 @@ def two_four(folder: Path, out: Path) -> Checkpoint:
     out.mkdir()
     prune(
         Checkpoint.open(folder),
-        *(SEGMENTS, out),
+        SEGMENTS,
+        out,
         pattern=SemiStructured(2, 4),
         method="magnitude",
         options={},

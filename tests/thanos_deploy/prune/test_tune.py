@@ -72,7 +72,9 @@ def test_a_tuned_model_is_the_same_every_time_and_keeps_its_pattern(
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         reports = prune(
-            *(Checkpoint.open(folder), SEGMENTS, tmp_path / name),
+            Checkpoint.open(folder),
+            SEGMENTS,
+            tmp_path / name,
             pattern={f"model.layers.{index}.mlp.up_proj": TWO_FOUR for index in (0, 1)},
             method="magnitude",
             options={},
@@ -129,7 +131,9 @@ def test_steps_see_parts_from_all_over_the_data(
 
 def test_a_block_without_weights_is_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
     reports = prune(
-        *(Checkpoint.open(make_model("llama")), SEGMENTS, tmp_path),
+        Checkpoint.open(make_model("llama")),
+        SEGMENTS,
+        tmp_path,
         pattern=Unstructured(1.0),
         method="magnitude",
         options={},
