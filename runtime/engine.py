@@ -271,6 +271,22 @@ def require_readable(ids: Ids, vocabulary: int) -> None:
         )
 
 
+def require_room(tokens: int, most: int, *, taker: str, fix: str) -> None:
+    """Refuse sequences that are too long.
+
+    Args:
+        tokens: of the longest sequence.
+        most: the most that are taken.
+        taker: what takes no more, as the message begins: "the model takes".
+        fix: what to do about it.
+
+    Raises:
+        UsageError: they are too long.
+    """
+    if tokens > most:
+        raise UsageError(f"{tokens} tokens: {taker} at most {most}", fix=fix)
+
+
 def stop_ids(model: Path) -> frozenset[int]:
     """Ids of the tokens that end a text, from the configuration in a model folder.
 
