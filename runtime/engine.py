@@ -7,7 +7,7 @@ steps; a backend has one if its module has `open_slots`.
 
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -112,17 +112,21 @@ class SlotEngine(Protocol):
 class ServingEngine(SlotEngine, Protocol):
     """Slots, and forward passes beside them."""
 
-    def logits(self, ids: Ids, mask: Ids | None = None) -> Logits:
+    def logits(
+        self, ids: Ids, mask: Ids | None = None, given_up: Callable[[], bool] = lambda: False
+    ) -> Logits:
         """What follows other sequences, which leave no trace; on any thread, at any time.
 
         Args:
             ids, mask: as in `Engine.prefill`.
+            given_up: asked between two pieces of the sequences: nobody waits for the result.
 
         Returns:
             float32[batch, vocabulary].
 
         Raises:
             UsageError: as `Engine.prefill`.
+            CancelledError: it was given up.
         """
 
 
