@@ -162,7 +162,7 @@ def shrink(
         if name.startswith(f"{family.blocks}.")
     }
 
-    def work(visit: Visit) -> BlockReport:
+    def work(visit: Visit) -> CutBlock:
         with memory_for(f"block {visit.index}"):
             report = cut(
                 visit,

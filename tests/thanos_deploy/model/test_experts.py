@@ -181,7 +181,7 @@ def pruned(
 ) -> list[PrunedBlock]:
     """The reports; `out` is made."""
     out.mkdir()
-    return prune(*(checkpoint, segments, out), pattern=TWO_FOUR, method=method, options={}, **how)
+    return prune(checkpoint, segments, out, pattern=TWO_FOUR, method=method, options={}, **how)
 
 
 @every_mixture
