@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
-from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, collect
+from thanos_deploy.calibration.blocks import LoadedInputs, Walk, advance, block_inputs, collect
 from thanos_deploy.cli import _console
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
@@ -93,7 +93,7 @@ def blocks_of(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
-def start(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> list[BlockInputs]:
+def start(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> list[LoadedInputs]:
     """The calibration data before the first block."""
     return block_inputs(model, checkpoint.family, torch.split(ids, BATCH))
 
@@ -175,7 +175,7 @@ def cut(
 def refit_last_norm(
     dense: PreTrainedModel,
     small: PreTrainedModel,
-    paths: tuple[list[BlockInputs], list[BlockInputs]],
+    paths: tuple[list[LoadedInputs], list[LoadedInputs]],
     kept: Tensor,
 ) -> None:
     """Scale every channel before the output head to what it is in the dense model."""

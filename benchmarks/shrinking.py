@@ -96,7 +96,7 @@ def main() -> None:
             )
             trainer = Trainer(source, lessons, arguments.recover, held_out)
             rows += against_torch_pruning(
-                *(source, calibration, losses, held_out, arguments.against), trainer
+                source, calibration, losses, held_out, arguments.against, trainer
             )
         for folder in models.values():
             export(folder)

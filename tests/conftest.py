@@ -33,8 +33,9 @@ from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing
+from thanos_deploy.shrink.survey import survey
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 

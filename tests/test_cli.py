@@ -307,8 +307,15 @@ def test_evaluating_on_the_calibration_text_is_refused(
     text = tmp_path / "text.txt"
     text.write_text("the same words for both. " * 100)
     code, _, errors = invoke(
-        *("prune-export", tiny_llama, *SMALL, "-o", tmp_path / "out"),
-        *("--calib", text, "--eval-text", text),
+        "prune-export",
+        tiny_llama,
+        *SMALL,
+        "-o",
+        tmp_path / "out",
+        "--calib",
+        text,
+        "--eval-text",
+        text,
     )
     assert code == 2
     assert "is pruned on this very text" in errors
@@ -402,7 +409,11 @@ def test_help_answers_without_importing_torch() -> None:
 def start(model: Path, out: Path, cache: Path) -> Command:
     """The whole command, forked."""
     return Command(
-        *("prune-export", model, *SMALL, "-o", out),
+        "prune-export",
+        model,
+        *SMALL,
+        "-o",
+        out,
         environment={"THANOS_DEPLOY_CACHE": str(cache)},
     )
 
@@ -603,8 +614,15 @@ def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
 
 def test_only_n_of_m_can_be_packed(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
     code, _, errors = invoke(
-        *("prune-export", tiny_llama, "-o", tmp_path / "out", "--pattern", "unstructured:0.5"),
-        *("--target", "packed", "-q"),
+        "prune-export",
+        tiny_llama,
+        "-o",
+        tmp_path / "out",
+        "--pattern",
+        "unstructured:0.5",
+        "--target",
+        "packed",
+        "-q",
     )
     assert code == 2
     assert "needs n:m; this is unstructured:0.5" in errors

@@ -297,7 +297,7 @@ def test_tasks_say_of_the_graph_what_they_say_of_the_checkpoint(
     found = {}
     for runtime in ("torch", "onnx"):
         code, printed, errors = invoke(
-            *("eval", out, "--dense", model, "--task-folder", tasks, "--runtime", runtime, *ALL)
+            "eval", out, "--dense", model, "--task-folder", tasks, "--runtime", runtime, *ALL
         )
         assert code == 0, errors
         found[runtime] = json.loads(printed)

@@ -55,7 +55,7 @@ def test_widths_by_loss_are_for_onnx_and_the_card_says_so(
     pattern = ("--pattern", "structured:0.2", "--allocation", "loss", "--shrink", "ffn")
     model = make_model("llama", num_hidden_layers=3)
     code, output, errors = invoke(
-        *("prune-export", model, *pattern, *CALIBRATION, *REST, "-o", out, "--json")
+        "prune-export", model, *pattern, *CALIBRATION, *REST, "-o", out, "--json"
     )
     assert code == 0, errors
     (report,) = checked(json.loads(output))["models"]
@@ -92,18 +92,17 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
     for said in ("kv heads", "predicted loss", "estimated seconds", "survey ", "estimated memory"):
         assert said in table
     code, output, errors = invoke(
-        *(
-            "prune-export",
-            *arguments[1:],
-            "--dense-target",
-            0.5,
-            "--recover",
-            4,
-            *REST,
-            "-o",
-            tmp_path / "other",
-        ),
-        *("--dry-run", "--json"),
+        "prune-export",
+        *arguments[1:],
+        "--dense-target",
+        0.5,
+        "--recover",
+        4,
+        *REST,
+        "-o",
+        tmp_path / "other",
+        "--dry-run",
+        "--json",
     )
     assert code == 0, errors
     estimate = json.loads(output)["estimate"]

@@ -29,8 +29,9 @@ from thanos_deploy.errors import (
     UsageError,
 )
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.load import cast, load_model
+from thanos_deploy.model.load import load_model
 from thanos_deploy.model.packing import SEMI_STRUCTURED_MULTIPLES
+from thanos_deploy.model.rounding import cast
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 

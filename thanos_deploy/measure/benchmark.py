@@ -14,7 +14,7 @@ from runtime.engines.onnxruntime import PROVIDERS
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.gpu import nvml
-from thanos_deploy.gpu.nvml import Gpu
+from thanos_deploy.gpu.nvml import Monitor
 from thanos_deploy.machine import environment, stillness
 from thanos_deploy.machine.stillness import Stillness
 from thanos_deploy.measure import ceilings, paired, statistics
@@ -75,7 +75,7 @@ def measure(
         for label, facts in subjects.items()
     }
     baseline = next(iter(bundles))
-    device = Gpu.probe() if request.provider == "cuda" else None
+    device = Monitor.probe() if request.provider == "cuda" else None
     untouched = device and device.read()
     readings = [stillness.read(time.process_time())]
     machine = ceilings.measure(
@@ -321,7 +321,7 @@ def _machine(machine: Machine | None, still: Stillness) -> Json:
     return {**measured, **asdict(still)}
 
 
-def _device(device: Gpu, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> Json:
+def _device(device: Monitor, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> Json:
     clocks = [reading.clock_hz for reading in readings]
     power = [reading.power_watts for reading in readings if reading.power_watts is not None]
     return {

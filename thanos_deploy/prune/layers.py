@@ -18,7 +18,7 @@ from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit, visits
+from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.machine.precision import products_in
@@ -142,33 +142,34 @@ def prune(
     check(checkpoint, recipe, patterns)
     forward = DTYPES[recipe.forward_on(device)]
     copy_companions(checkpoint.folder, destination, dtype)
-    reports = [] if journal is None else journal.reports
+
+    def work(visit: Visit) -> PrunedBlock:
+        with devices.memory_for(f"block {visit.index}"):
+            layers = _prune_block(visit, patterns, recipe, forward)
+        logger.info(
+            "block %d: largest relative error %.4f, %.1f s",
+            visit.index,
+            max(layer.relative_error for layer in layers),
+            sum(visit.clock.seconds.values()),
+        )
+        return PrunedBlock(layers, visit.clock.seconds)
+
     with (
         torch.no_grad(),
         products_in(torch.float32),
         WeightsCopy(checkpoint.weights, destination, dtype) as copy,
     ):
-        on_progress(len(reports), checkpoint.config.num_hidden_layers)
-        for visit in visits(
+        return visit_blocks(
             checkpoint,
             segments,
+            work,
             copy=copy,
             with_dense=recipe.walks_dense,
             forward=forward,
             journal=journal,
             device=device,
-        ):
-            with devices.memory_for(f"block {visit.index}"):
-                layers = _prune_block(visit, patterns, recipe, forward)
-            reports.append(PrunedBlock(layers, visit.clock.seconds))
-            logger.info(
-                "block %d: largest relative error %.4f, %.1f s",
-                visit.index,
-                max(layer.relative_error for layer in layers),
-                sum(visit.clock.seconds.values()),
-            )
-            on_progress(visit.index + 1, checkpoint.config.num_hidden_layers)
-    return reports
+            on_progress=on_progress,
+        )
 
 
 def _prune_block(

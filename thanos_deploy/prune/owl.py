@@ -25,7 +25,7 @@ from torch import Tensor
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.walk import visits
+from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.errors import HessianError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -83,10 +83,8 @@ def survey(
     Raises:
         HessianError: activations are not finite.
     """
-    count = len(checkpoint.blocks)
-    outliers = [] if journal is None else journal.reports
-    on_progress(len(outliers), count)
-    for visit in visits(checkpoint, segments, journal=journal, device=device):
+
+    def look(visit: Visit) -> Outliers:
         with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
             statistics = collect(visit.walk, [group[0] for group in visit.structure.groups])
         scores = [
@@ -97,9 +95,11 @@ def survey(
             if visit.prefix + name in layers
         ]
         ratio = _ratio(torch.cat(scores), visit.prefix, options.threshold) if scores else 0.0
-        outliers.append(Outliers(ratio, visit.clock.seconds))
-        on_progress(visit.index + 1, count)
-    return outliers
+        return Outliers(ratio, visit.clock.seconds)
+
+    return visit_blocks(
+        checkpoint, segments, look, journal=journal, device=device, on_progress=on_progress
+    )
 
 
 def _ratio(scores: Tensor, block: str, threshold: float) -> float:

@@ -34,6 +34,7 @@ from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.options import Cut, Fit
 from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver.damping import damping_of
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
@@ -124,7 +125,7 @@ def survey_blocks(
     journal: Journal[Losses] | None = None,
 ) -> list[Losses]:
     """What each block would lose at which widths; the same for every fraction to remove."""
-    return shrinking.survey(
+    return survey(
         source,
         ids,
         multiple=cut.sizing.multiple,

@@ -14,8 +14,9 @@ from thanos_deploy.model import families
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.report.loaders import judge
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing
+from thanos_deploy.shrink.survey import survey
 
 PAGE = Path(__file__).parents[3] / "docs" / "develop" / "add-a-family.md"
 SEGMENTS = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))

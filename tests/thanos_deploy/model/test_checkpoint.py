@@ -15,7 +15,7 @@ from tests.conftest import MakeModel, stock_model
 from tests.recipes import plain
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import weights as weights_module
-from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.convert import convert_gguf, convert_packed
 from thanos_deploy.model.load import load_model, load_tokenizer
@@ -25,9 +25,10 @@ from thanos_deploy.model.weights import Weights, WeightsCopy
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.shrink.sizing import cost
+from thanos_deploy.shrink.survey import survey
 
 
 @pytest.fixture
@@ -285,6 +286,21 @@ def test_only_parameters_count_whatever_else_the_files_hold(
     assert found.weights.stored.keys() == expected.weights.stored.keys()
     with pytest.raises(ModelError, match=r"no tensor .*bias2"):
         found.stored_name(f"{found.linears[0]}.bias2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outline_has_the_sizes_of_the_checkpoint_and_no_values(
+    make_model: MakeModel, dtype: torch.dtype
+) -> None:
+    folder = make_model("llama", dtype=dtype)
+    whole, outline = Checkpoint.open(folder), Checkpoint.outline(folder)
+    for stored in ("auto", *DTYPES):
+        assert outline.bytes_in(stored) == whole.bytes_in(stored)
+    assert part_bytes(outline) == part_bytes(whole)
+    name = outline.stored_name(f"{outline.linears[0]}.weight")
+    for read in (lambda: outline.weights.read([name]), lambda: outline.weights.pieces(name)):
+        with pytest.raises(ModelError, match="only the configuration was read"):
+            read()
 
 
 def stock_model_and_what_it_lacks(folder: Path) -> tuple[Any, dict[str, Any]]:

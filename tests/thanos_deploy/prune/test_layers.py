@@ -68,7 +68,8 @@ def test_the_walk_is_the_straightforward_one(
     """Against whole models in memory and whole forward passes for every single layer."""
     folder = make_model("llama")
     run(
-        *(folder, tmp_path / "pruned"),
+        folder,
+        tmp_path / "pruned",
         true_sequential=true_sequential,
         dense_target=dense_target,
     )
@@ -164,7 +165,8 @@ def test_weights_that_are_held_in_half_precision_come_out_as_if_in_single(
     save_file(weights, single / "model.safetensors", metadata={"format": "pt"})
     for folder, out in ((half, "from half"), (single, "from single")):
         run(
-            *(folder, tmp_path / out),
+            folder,
+            tmp_path / out,
             dtype=torch.float16,
             dense_target=0.4,
             tune_steps=2,

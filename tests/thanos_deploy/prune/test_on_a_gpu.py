@@ -17,7 +17,7 @@ from tests.thanos_deploy.conftest import FakeCuda
 from thanos_deploy import methods
 from thanos_deploy.calibration.blocks import (
     Arguments,
-    BlockInputs,
+    LoadedInputs,
     Walk,
     advance,
     collect,
@@ -209,7 +209,7 @@ def test_perplexity_is_measured_there(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.reads == 1  # at the end
 
 
-def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
+def _block_and_batch() -> tuple[torch.nn.Module, LoadedInputs]:
     """A block on the GPU, and a batch whose other arguments are the host's."""
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1
@@ -221,7 +221,7 @@ def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
     embeddings = LlamaRotaryEmbedding(config)(torch.zeros(4, 9, 32), positions)
     mask = torch.zeros(4, 1, 9, 9)
     arguments = Arguments((), {"position_embeddings": embeddings, "attention_mask": mask})
-    return block, BlockInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])
+    return block, LoadedInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])
 
 
 @pytest.mark.parametrize("preset", methods.PRESET_NAMES)

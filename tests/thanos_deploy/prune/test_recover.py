@@ -12,8 +12,9 @@ from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.prune.recover import Recovery, _head, _order, _pull, _states, recover
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Allocation, Fit, Sizing
+from thanos_deploy.shrink.survey import survey
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,8 @@ def two_four(folder: Path, out: Path) -> Checkpoint:
     out.mkdir()
     prune(
         Checkpoint.open(folder),
-        *(SEGMENTS, out),
+        SEGMENTS,
+        out,
         plain(SemiStructured(2, 4)),
     )
     return Checkpoint.open(out)

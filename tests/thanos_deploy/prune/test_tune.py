@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import VOCABULARY, MakeModel, stock_model
 from tests.recipes import plain
-from thanos_deploy.calibration.blocks import Arguments, BlockInputs, block_inputs
+from thanos_deploy.calibration.blocks import Arguments, LoadedInputs, block_inputs
 from thanos_deploy.calibration.walk import visits
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
@@ -114,7 +114,7 @@ def test_steps_see_parts_from_all_over_the_data(
     lengths: list[int], tokens: int, steps: int
 ) -> None:
     nothing = Arguments((), {})
-    batches = [BlockInputs(torch.zeros(count, tokens, 1), [nothing]) for count in lengths]
+    batches = [LoadedInputs(torch.zeros(count, tokens, 1), [nothing]) for count in lengths]
     parts = list(tuning._parts(batches, steps))
     assert len(parts) == steps
     seen = Counter((number, row) for number, rows in parts for row in range(lengths[number])[rows])

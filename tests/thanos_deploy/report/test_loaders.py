@@ -13,8 +13,9 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import FAMILIES
 from thanos_deploy.report.loaders import DEMANDS, LOADERS, Dimensions, judge, tensor_parallel
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Part, Sizing
+from thanos_deploy.shrink.survey import survey
 
 LLAMA = {
     "model_type": "llama",
