@@ -12,31 +12,22 @@ from thanos_deploy.cli._options import (
     common_options,
     dry_run_option,
     emit,
-    engine_options,
-    engine_request,
     eval_request,
     evaluation_options,
     model_argument,
     out_option,
     revision_option,
     session,
-    target_option,
 )
 from thanos_deploy.cli._pruning import prune_request, pruning_options
+from thanos_deploy.cli._targets import asked, target_options
 
 
 @click.command("prune-export")
 @model_argument
 @out_option
 @pruning_options
-@target_option
-@engine_options
-@click.option(
-    "--max-seq",
-    type=int,
-    help="Engines: the most tokens, prompt and answer together.  [default: all that the model "
-    "takes]",
-)
+@target_options(leave_out=("dtype", "batch"))  # of the checkpoint, and of what is timed
 @evaluation_options()
 @benchmark_options
 @revision_option
@@ -46,7 +37,6 @@ def command(
     model: str,
     out: Path,
     target: str,
-    max_seq: int | None,
     revision: str | None,
     dry_run: bool,
     **options: Any,
@@ -57,12 +47,13 @@ def command(
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from exporters import preflight
+        from exporters import preflight, targets
         from thanos_deploy.bundle.codec import encode
         from thanos_deploy.stages import pipeline
 
-        if target == "tensorrt" and not dry_run:
-            for check in preflight.of_target(target):
+        chosen = targets.get(target)
+        if chosen.gpu and not dry_run:
+            for check in preflight.of_target(chosen):
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
                     _console.show_note(
@@ -70,8 +61,7 @@ def command(
                         "all the same"
                     )
         # A plan is the same for every target.
-        engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
-        asked: dict[str, Any] = {
+        common: dict[str, Any] = {
             "request": prune_request(options),
             "evaluation": eval_request(options),
             "benchmarking": bench_request(options),
@@ -80,7 +70,7 @@ def command(
             "announce": announce,
         }
         if dry_run:
-            emit(options, encode(pipeline.plan(model, out, **asked)), _console.show_plan)
+            emit(options, encode(pipeline.plan(model, out, **common)), _console.show_plan)
             return
-        result = pipeline.prune_export(model, out, target=target, engine=engine, **asked)
+        result = pipeline.prune_export(model, out, target=target, asked=asked(options), **common)
     emit(options, result, _console.show_report)
