@@ -32,6 +32,7 @@ import exporters.genai
 from benchmarks.smollm2 import gguf_path
 from exporters.options import ExportRequest
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import MANIFEST, Bundle, claim
 from thanos_deploy.calibration.texts import BUILTIN
@@ -147,7 +148,7 @@ def main() -> None:
         "reasons": run["reasons"],
         "quality": report["models"][0]["quality"],
         "rows": rows,
-        "environment": environment.describe(),
+        "environment": encode(environment.describe()),
     }
     files.write_json(arguments.results / "comparison-runtimes.json", result)
     print(markdown(rows, run))
@@ -157,7 +158,7 @@ def make(
     folder: Path, dense: Dense, request: PruneRequest, evaluation: EvalRequest, announce: Announce
 ) -> Bundle:
     """A bundle of a pruned model with its graph for both runtimes."""
-    with claim(folder, dense.source.to_json()) as bundle:
+    with claim(folder, dense.source) as bundle:
         prune(bundle, dense, request, announce=announce)
         evaluate(bundle, dense, evaluation, announce=announce)
         export(bundle, target="onnx", announce=announce)

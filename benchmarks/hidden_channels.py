@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, collect
 from thanos_deploy.cli import _console
 from thanos_deploy.machine import environment
@@ -71,7 +72,7 @@ def main() -> None:
             width = plan.widths[0]
             name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
             rows.append(row(name, load_model(Path(folder)), held_out))
-    print(json.dumps({"rows": rows, "environment": environment.describe()}))
+    print(json.dumps({"rows": rows, "environment": encode(environment.describe())}))
 
 
 def row(name: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods, pattern
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration import walk
 from thanos_deploy.calibration.journal import Journal
@@ -82,7 +83,7 @@ def main() -> None:
             f"peak {record['peak_memory_bytes'] / 1e6:.0f} MB"
         )
     for record in records:
-        print(json.dumps({**record, "environment": environment.describe()}))
+        print(json.dumps({**record, "environment": encode(environment.describe())}))
 
 
 def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) -> Json:

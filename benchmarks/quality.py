@@ -30,6 +30,7 @@ from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods
 from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.cli import _console
 from thanos_deploy.machine import environment
@@ -116,7 +117,7 @@ def main() -> None:
 def begin(path: Path, conditions: Json) -> Json:
     """What was measured before under these conditions, or nothing yet."""
     if not path.exists():
-        return {"conditions": conditions, "environment": environment.describe(), "rows": []}
+        return {"conditions": conditions, "environment": encode(environment.describe()), "rows": []}
     document: Json = json.loads(path.read_bytes())
     if changed := manifest.differences(document["conditions"], conditions):
         raise SystemExit(f"{path} is of other conditions ({changed}): give another --results")

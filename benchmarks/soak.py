@@ -49,6 +49,7 @@ from benchmarks.server import (
     stream,
 )
 from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.machine import environment
@@ -295,7 +296,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "left": left,
         "growth_bytes_per_request": growth(samples),
         "samples": [asdict(sample) for sample in samples],
-        "environment": environment.describe(),
+        "environment": encode(environment.describe()),
     }
 
 

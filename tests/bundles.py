@@ -10,8 +10,9 @@ from pathlib import Path
 import jsonschema
 
 from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.manifest import Bundle, Source
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.latency import KINDS
 from thanos_deploy.measure.options import BenchRequest
@@ -22,7 +23,7 @@ SCHEMA = json.loads(
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
-SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
+SOURCE = Source("folder", "tiny", "", "b1" * 32)
 ALL = ("prune", "eval", "onnx", "bench")
 SAMPLE = {"prompt": "The capital of France is", "dense": " Paris.", "pruned": ' the "L"\nin'}
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -32,7 +33,7 @@ BLOCKS = 3
 def write_bundle(
     path: Path,
     *,
-    source: Json | None = None,
+    source: Source | None = None,
     pattern: str = "2:4",
     method: str = "thanos",
     dense: float = 10.8,
@@ -143,13 +144,13 @@ def run(
             **BenchRequest(run=name, kinds=kinds).to_json(),
             "subjects": list(factors),
         },
-        "environment": {**environment.describe(), "threads": 2, "governor": None},
+        "environment": {**encode(environment.describe()), "threads": 2, "governor": None},
         "machine": {"memory_bandwidth_bytes_per_second": 2e10},
         "gpu": None,
         "subjects": {
             who: {
                 "model": "tiny",
-                "sha256": SOURCE["sha256"],
+                "sha256": SOURCE.sha256,
                 "dtype": "fp32",
                 "file_bytes": 5000,
                 "load_peak_bytes": 724_000_000,

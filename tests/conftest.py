@@ -24,7 +24,7 @@ from tests.byte_tokenizer import save_byte_tokenizer
 from tests.store import Store
 from thanos_deploy import cli
 from thanos_deploy.bundle.files import Json, write_json
-from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.bundle.manifest import Source, claim
 from thanos_deploy.model.assignment import LAYERS
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
@@ -164,7 +164,7 @@ def exported_llama(tiny_llama: Path, store: Store) -> Path:
         return {}
 
     def make(out: Path) -> None:
-        with claim(out, {"sha256": "", "name": "tiny"}) as bundle:
+        with claim(out, Source("folder", "tiny", "", "")) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
 
     return store.folder("llama-bundle", make)
@@ -225,7 +225,7 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
         return produce
 
     def make(out: Path) -> None:
-        with claim(out, {"sha256": "", "name": "Tiny LLaMA"}) as bundle:
+        with claim(out, Source("folder", "Tiny LLaMA", "", "")) as bundle:
             options = {"pattern": "2:4", "method": "thanos"}
             bundle.run("prune", copy("model"), options=options, inputs={})
             inputs = {"model": bundle.model_sha256}

@@ -38,7 +38,7 @@ def make_bundle(model: Path, out: Path) -> Path:
     request = PruneRequest(
         SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
     )
-    with claim(out, dense.source.to_json()) as bundle:
+    with claim(out, dense.source) as bundle:
         prune(bundle, dense, request)
         export(bundle)
         evaluate(bundle, dense, EvalRequest(segments=2, seqlen=64))

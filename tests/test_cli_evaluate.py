@@ -43,7 +43,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         request = PruneRequest(
             SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
         )
-        with claim(out, dense.source.to_json()) as bundle:
+        with claim(out, dense.source) as bundle:
             prune(bundle, dense, request)
             export(bundle)
             export_dense(dense, ExportRequest(), quietly)

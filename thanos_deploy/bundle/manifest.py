@@ -16,11 +16,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Generic, TypeVar, overload
 
-from thanos_deploy.bundle import names
+from thanos_deploy.bundle import layout, names
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import (
     PARTIAL,
     FileRecord,
@@ -30,25 +32,72 @@ from thanos_deploy.bundle.files import (
     sha256_of,
     sync,
 )
+from thanos_deploy.bundle.layout import MANIFEST as MANIFEST
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 from thanos_deploy.machine import environment
+from thanos_deploy.machine.environment import Environment
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _JOURNAL = ".journal-"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
+Options = TypeVar("Options")
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage(Generic[Options, Inputs, Result]):
+    """A kind of stage: what it is called in a manifest, and what is recorded of it.
+
+    Attributes:
+        name: in the manifest.
+        options: the type of what it is made with; see `codec` for what a type may be.
+        inputs: the type of the hashes of what it reads.
+        result: the type of what it reports.
+    """
+
+    name: str
+    options: type[Options]
+    inputs: type[Inputs]
+    result: type[Result]
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """The options, inputs or result of a stage that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model that a bundle is made from.
+
+    Attributes:
+        kind: "hub", "folder" or "gguf".
+        name: what the user called it; for a local path, its last part.
+        revision: commit of a hub model, else empty.
+        sha256: hash over the weights, the configuration and the tokenizer.
+    """
+
+    kind: str
+    name: str
+    revision: str
+    sha256: str
+
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """What a finished stage was made with and what it left.
+    """A finished stage as the manifest has it: what it was made with and what it left.
+
+    `Bundle.options`, `Bundle.inputs` and `Bundle.result` read the first three as what they are.
 
     Attributes:
         options: everything the user could have asked for otherwise.
         inputs: hashes of what the stage read; when one changes, the stage is stale.
         files: relative path -> record, for every file of the stage.
-        result: what the stage reports, in its own words.
+        result: what the stage reports.
         seconds: wall time.
         finished: UTC time, ISO 8601.
         environment: libraries and machine.
@@ -60,7 +109,16 @@ class StageRecord:
     result: Json
     seconds: float
     finished: str
-    environment: Json
+    environment: Environment
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What manifest.json holds."""
+
+    format: int
+    source: Source
+    stages: dict[str, StageRecord]
 
 
 @dataclass(slots=True)
@@ -69,12 +127,12 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        source: the model that it was made from: kind, name, revision, sha256.
+        source: the model that it was made from.
         stages: the finished stages by name, in the order in which they finished.
     """
 
     path: Path
-    source: Json
+    source: Source
     stages: dict[str, StageRecord] = field(default_factory=dict)
 
     @classmethod
@@ -86,36 +144,58 @@ class Bundle:
                 name in it or a link leads out of its folder.
         """
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            if manifest["format"] != FORMAT:
+            content = json.loads((path / MANIFEST).read_bytes())
+            if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
                 raise InputError(
-                    f"{path / MANIFEST}: bundle format {manifest['format']!r}; this version "
+                    f"{path / MANIFEST}: bundle format {content['format']!r}; this version "
                     f"reads format {FORMAT}",
                     fix="use the version of thanos-deploy that the manifest names",
                 )
-            stages = {
-                name: StageRecord(
-                    **{
-                        **record,
-                        "files": {
-                            name: FileRecord(**file) for name, file in record["files"].items()
-                        },
-                    }
-                )
-                for name, record in manifest["stages"].items()
-            }
+            manifest = decode(_Manifest, content)
             names.require_own(path)
-            _require_plain(path / MANIFEST, manifest["source"], stages)
-            return cls(path, manifest["source"], stages)
+            _require_plain(path / MANIFEST, manifest.source, manifest.stages)
+            return cls(path, manifest.source, manifest.stages)
         except FileNotFoundError as error:
             raise InputError(
                 f"{path}: no {MANIFEST} there, so this is not a bundle",
                 fix="give the output folder of `thanos-deploy prune` or `prune-export`",
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise InputError(
                 f"{path / MANIFEST}: not a readable manifest ({type(error).__name__}: {error})",
                 fix="restore the file from a copy of the bundle, or make the bundle again",
+            ) from error
+
+    def has(self, stage: Stage[Options, Inputs, Result]) -> bool:
+        """The stage is finished."""
+        return stage.name in self.stages
+
+    def options(self, stage: Stage[Options, Inputs, Result]) -> Options:
+        """What a finished stage was made with.
+
+        Raises:
+            InputError: the manifest has something else there.
+        """
+        return self._read(stage, "options", self.stages[stage.name].options, stage.options)
+
+    def inputs(self, stage: Stage[Options, Inputs, Result]) -> Inputs:
+        """The hashes of what a finished stage read; see `options`."""
+        return self._read(stage, "inputs", self.stages[stage.name].inputs, stage.inputs)
+
+    def result(self, stage: Stage[Options, Inputs, Result]) -> Result:
+        """What a finished stage reports; see `options`."""
+        return self._read(stage, "result", self.stages[stage.name].result, stage.result)
+
+    def _read(
+        self, stage: Stage[Options, Inputs, Result], part: str, value: Json, cls: type[T]
+    ) -> T:
+        try:
+            return decode(cls, value)
+        except ValueError as error:
+            raise InputError(
+                f"{self.path / MANIFEST}: {part} of stage {stage.name!r}: {error}",
+                fix="restore the file from a copy of the bundle, or make that stage again with "
+                "--overwrite",
             ) from error
 
     def require(self, stage: str, command: str) -> StageRecord:
@@ -141,9 +221,10 @@ class Bundle:
     @property
     def model_sha256(self) -> str:
         """One hash for the pruned model: over the hashes of its files."""
-        files = self.stages["prune"].files
+        files = self.stages[layout.PRUNE].files
+        model = f"{layout.MODEL}/"
         return sha256_of(
-            {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
+            {name: file.sha256 for name, file in files.items() if name.startswith(model)}
         )
 
     def hashes(self, stage: str) -> dict[str, str]:
@@ -153,7 +234,7 @@ class Bundle:
     @property
     def graph_sha256(self) -> dict[str, str]:
         """The hashes of the files of the exported graph."""
-        return self.hashes("onnx")
+        return self.hashes(layout.ONNX)
 
     def source_of(self, engine: str) -> str:
         """The stage with the graph that an engine was built from; it may be gone."""
@@ -169,21 +250,36 @@ class Bundle:
         """A finished stage wrote this file, so its hash is known."""
         return any(name in record.files for record in self.stages.values())
 
-    def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
+    def check(
+        self, stage: Stage[Options, Inputs, Result] | str, options: object, *, overwrite: bool
+    ) -> None:
         """Refuse options that differ from those a finished stage was made with.
 
         Raises:
             UsageError: they differ and may not be overwritten.
         """
-        done = self.stages.get(stage)
-        if done is None or done.options == options or overwrite:
+        name = stage if isinstance(stage, str) else stage.name
+        done, wanted = self.stages.get(name), encode(options)
+        if done is None or done.options == wanted or overwrite:
             return
         raise UsageError(
-            f"{self.path}: stage {stage!r} was made with other options: "
-            f"{differences(done.options, options)}",
+            f"{self.path}: stage {name!r} was made with other options: "
+            f"{differences(done.options, wanted)}",
             fix="give another output folder with -o, or --overwrite to redo that stage",
         )
 
+    @overload
+    def run(
+        self,
+        stage: Stage[Options, Inputs, Result],
+        produce: Callable[[Path], Result],
+        *,
+        options: Options,
+        inputs: Inputs,
+        overwrite: bool = False,
+    ) -> StageRecord: ...
+
+    @overload
     def run(
         self,
         stage: str,
@@ -192,11 +288,21 @@ class Bundle:
         options: Json,
         inputs: Json,
         overwrite: bool = False,
+    ) -> StageRecord: ...
+
+    def run(
+        self,
+        stage: Stage[Options, Inputs, Result] | str,
+        produce: Callable[[Path], object],
+        *,
+        options: object,
+        inputs: object,
+        overwrite: bool = False,
     ) -> StageRecord:
         """The record of a stage, produced now unless it is already there and intact.
 
         Args:
-            stage: its name.
+            stage: which; by name alone for one whose records are of no type.
             produce: writes the stage's files into the folder that it is given and returns the
                 stage's result. Every entry of that folder replaces the entry of the same name in
                 the bundle; in a folder that other stages wrote to as well, its entries do.
@@ -208,35 +314,37 @@ class Bundle:
             UsageError: made with other options, and not `overwrite`.
             IntegrityError: a file changed since the stage was made, and not `overwrite`.
         """
-        self.check(stage, options, overwrite=overwrite)
-        done = self.stages.get(stage)
-        if done is not None and done.options == options and done.inputs == inputs:
+        name = stage if isinstance(stage, str) else stage.name
+        self.check(name, options, overwrite=overwrite)
+        made_with, made_from = encode(options), encode(inputs)
+        done = self.stages.get(name)
+        if done is not None and done.options == made_with and done.inputs == made_from:
             try:
-                self.verify(stage)
-                shutil.rmtree(self.journal(stage), ignore_errors=True)
+                self.verify(name)
+                shutil.rmtree(self.journal(name), ignore_errors=True)
                 return done
             except IntegrityError:
                 if not overwrite:
                     raise
         started = time.perf_counter()
-        partial = self.path / f"{PARTIAL}{stage}"
+        partial = self.path / f"{PARTIAL}{name}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             result = produce(partial)
             record = StageRecord(
-                options=options,
-                inputs=inputs,
+                options=made_with,
+                inputs=made_from,
                 files=_record_files(partial),
-                result=result,
+                result=encode(result),
                 seconds=round(time.perf_counter() - started, 3),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 environment=environment.describe(),
             )
-            self._replace(stage, partial, record)
-            shutil.rmtree(self.journal(stage), ignore_errors=True)
+            self._replace(name, partial, record)
+            shutil.rmtree(self.journal(name), ignore_errors=True)
         except (InputError, UsageError):  # the same run would end there again
-            shutil.rmtree(self.journal(stage), ignore_errors=True)
+            shutil.rmtree(self.journal(name), ignore_errors=True)
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -310,17 +418,13 @@ class Bundle:
         entry.replace(destination)
 
     def _save(self) -> None:
-        manifest = {
-            "format": FORMAT,
-            "source": self.source,
-            "stages": {name: asdict(record) for name, record in self.stages.items()},
-        }
-        replace_json(self.path / MANIFEST, manifest)
+        manifest = _Manifest(FORMAT, self.source, self.stages)
+        replace_json(self.path / MANIFEST, encode(manifest))
 
 
 @contextmanager
 def claim(
-    path: Path, source: Json, *, overwrite: bool = False, wait: bool = False
+    path: Path, source: Source, *, overwrite: bool = False, wait: bool = False
 ) -> Iterator[Bundle]:
     """Open or create the bundle at `path` for writing; no other process can until this one ends.
 
@@ -357,12 +461,12 @@ def claim(
         for leftover in path.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         bundle = Bundle.open(path) if (path / MANIFEST).exists() else Bundle(path, source)
-        if bundle.source["sha256"] != source["sha256"]:
+        if bundle.source.sha256 != source.sha256:
             if not overwrite:
                 raise UsageError(
-                    f"{path}: made from {bundle.source['name']} (SHA-256 "
-                    f"{bundle.source['sha256'][:12]}), not from {source['name']} "
-                    f"({source['sha256'][:12]})",
+                    f"{path}: made from {bundle.source.name} (SHA-256 "
+                    f"{bundle.source.sha256[:12]}), not from {source.name} "
+                    f"({source.sha256[:12]})",
                     fix="give another output folder with -o, or --overwrite",
                 )
             bundle = Bundle(path, source)
@@ -378,7 +482,7 @@ def differences(before: Json, now: Json) -> str:
     )
 
 
-def _require_plain(manifest: Path, source: Json, stages: Mapping[str, StageRecord]) -> None:
+def _require_plain(manifest: Path, source: Source, stages: Mapping[str, StageRecord]) -> None:
     """Refuse what is used as the name of a file or folder and is none."""
     files = {name: file for record in stages.values() for name, file in record.files.items()}
     for stage in stages:
@@ -387,7 +491,7 @@ def _require_plain(manifest: Path, source: Json, stages: Mapping[str, StageRecor
         names.plain(name, manifest, nested=True)
     names.distinct(files, manifest)
     # Folders of the cache are called by the hash of what they were made from.
-    hashes = [file.sha256 for file in files.values()] + [source["sha256"]] * bool(source["sha256"])
+    hashes = [file.sha256 for file in files.values()] + [source.sha256] * bool(source.sha256)
     for sha256 in hashes:
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"{sha256!r} is no SHA-256")

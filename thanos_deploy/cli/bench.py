@@ -154,7 +154,7 @@ def command(
         source = Dense(dense) if dense else None
         bundle = manifest.Bundle.open(out)  # claiming would create one
         bundle = stack.enter_context(
-            manifest.claim(out, source.source.to_json() if source else bundle.source)
+            manifest.claim(out, source.source if source else bundle.source)
         )
         graph = bundle.require("onnx", f"`thanos-deploy export {out} --target onnx`")
         request.check(graph.result["max_sequence"])

@@ -45,7 +45,7 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
             emit(options, plan, _console.show_plan)
             return
         dense = Dense(model, revision=revision)
-        with manifest.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
+        with manifest.claim(out, dense.source, overwrite=options["overwrite"]) as bundle:
             record = prune(
                 bundle,
                 dense,

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from runtime.engines.onnxruntime import PROVIDERS
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.gpu import nvml
@@ -150,7 +151,7 @@ def measure(
         "rounds": len(rounds),
         "request": request.to_json(),
         "environment": {
-            **environment.describe(),
+            **encode(environment.describe()),
             "threads": threads,
             "governor": stillness.governor(),
             "cpu_flags": stillness.arithmetic_flags(),
@@ -168,8 +169,8 @@ def describe(bundle: Bundle) -> Json:
     """What is known of an exported bundle without running it."""
     pruned, graph = bundle.stages.get("prune"), bundle.stages["onnx"]
     return {
-        "model": bundle.source["name"],
-        "sha256": bundle.source["sha256"],
+        "model": bundle.source.name,
+        "sha256": bundle.source.sha256,
         "pattern": pruned and pruned.options["pattern"],
         "method": pruned and pruned.options["method"],
         "dtype": graph.options["dtype"],

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from thanos_deploy import __version__
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import StageRecord
 from thanos_deploy.errors import UsageError
@@ -66,7 +67,7 @@ def _model(sources: Sources, label: str) -> Json:
     pattern = parse(prune.options["pattern"])
     model = {
         "label": label,
-        "source": sources.bundle.source,
+        "source": encode(sources.bundle.source),
         "pattern": str(pattern),
         "method": prune.options["method"],
         "quality": _quality(stages.get("eval")),
@@ -93,7 +94,7 @@ def _model(sources: Sources, label: str) -> Json:
         "commands": commands.of(sources),
         "seconds": {name: record.seconds for name, record in stages.items()},
         "options": {name: record.options for name, record in stages.items() if record.options},
-        "environment": prune.environment,
+        "environment": encode(prune.environment),
     }
     run = quoted(model)
     return {
@@ -129,7 +130,7 @@ def _require_one_model(bundles: Sequence[Sources]) -> None:
     first = bundles[0]
     for other in bundles[1:]:
         for what, values in (
-            ("base models", [s.bundle.source["sha256"] for s in (first, other)]),
+            ("base models", [s.bundle.source.sha256 for s in (first, other)]),
             (
                 "tokenizers",
                 [
@@ -141,8 +142,8 @@ def _require_one_model(bundles: Sequence[Sources]) -> None:
             if values[0] != values[1]:
                 raise UsageError(
                     f"{first.bundle.path} and {other.bundle.path} have different {what}: "
-                    f"{first.bundle.source['name']} ({str(values[0])[:12]}) and "
-                    f"{other.bundle.source['name']} ({str(values[1])[:12]})",
+                    f"{first.bundle.source.name} ({str(values[0])[:12]}) and "
+                    f"{other.bundle.source.name} ({str(values[1])[:12]})",
                     fix="compare bundles of one model, or give --allow-different-models; "
                     "perplexities over different tokenizers cannot be compared",
                 )

@@ -59,19 +59,19 @@ def of(sources: Sources) -> list[str]:
     for stage, record in sources.stages.items():
         match stage:
             case "prune":
-                revision = ["--revision", source["revision"]] if source["revision"] else []
-                words = ["prune", source["name"], "-o", "OUT", *revision, *_pruning(record)]
+                revision = ["--revision", source.revision] if source.revision else []
+                words = ["prune", source.name, "-o", "OUT", *revision, *_pruning(record)]
             case "eval" | "eval-onnx" | "eval-tasks" | "eval-tasks-onnx":
                 runtime = ["--runtime", "onnx"] if stage.endswith("-onnx") else []
                 flags = _flags(record.options, _EVAL)
-                words = ["eval", "OUT", "--dense", source["name"], *runtime, *flags]
+                words = ["eval", "OUT", "--dense", source.name, *runtime, *flags]
             case "onnx":
                 words = ["export", "OUT", "--target", "onnx", *_flags(record.options, _EXPORT)]
             case "genai" | "packed" | "triton":
                 words = ["export", "OUT", "--target", stage]
             case "bench":
                 made += [
-                    shlex.join([_TOOL, "bench", "OUT", *_bench(source["name"], options)])
+                    shlex.join([_TOOL, "bench", "OUT", *_bench(source.name, options)])
                     for options in record.options.values()
                 ]
                 continue

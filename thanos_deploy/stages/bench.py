@@ -255,13 +255,13 @@ def _require_same_model(bundle: Bundle, other: Bundle) -> None:
         return files["model/tokenizer.json"].sha256 if "model/tokenizer.json" in files else None
 
     for what, own, theirs in (
-        ("base model", bundle.source["sha256"], other.source["sha256"]),
+        ("base model", bundle.source.sha256, other.source.sha256),
         ("tokenizer", tokenizer(bundle), tokenizer(other)),
     ):
         if own != theirs:
             raise UsageError(
-                f"{other.path}: made from {other.source['name']}, whose {what} is not that of "
-                f"{bundle.path}, made from {bundle.source['name']}",
+                f"{other.path}: made from {other.source.name}, whose {what} is not that of "
+                f"{bundle.path}, made from {bundle.source.name}",
                 fix="compare bundles of one model, or give --allow-different-models",
             )
 
@@ -272,13 +272,13 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
     if dense is not None:
         export_dense(dense, wanted, announce)
         return Bundle.open(dense.folder)
-    folder = dense_folder(bundle.source["sha256"])
+    folder = dense_folder(bundle.source.sha256)
     if (folder / manifest.MANIFEST).exists():
         found = Bundle.open(folder)
         if "onnx" in found.stages and found.stages["onnx"].options == wanted.to_json():
             return found
     raise InputError(
-        f"{folder}: no export of {bundle.source['name']} there, the dense model of {bundle.path}, "
+        f"{folder}: no export of {bundle.source.name} there, the dense model of {bundle.path}, "
         f"in {wanted.dtype}",
         fix="name the model with --dense MODEL to export it now, or give another baseline with "
         "--against",

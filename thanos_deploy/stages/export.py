@@ -264,7 +264,7 @@ def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         models = exporters.triton.repository.export(
             bundle.path,
             _subfolder(folder, "triton"),
-            name=f"{bundle.source['name']}-{bundle.stages['prune'].options['pattern']}",
+            name=f"{bundle.source.name}-{bundle.stages['prune'].options['pattern']}",
             engines=engines,
             tensorrt_options=onnx_runtime.tensorrt_build_options(
                 json.loads((bundle.path / "onnx" / exporters.onnx.graph.RECORD).read_bytes())

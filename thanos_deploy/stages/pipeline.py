@@ -68,7 +68,7 @@ def prune_export(
         exporters.packed.refuse([request.pattern])
     if target == "tensorrt-rtx":
         preflight.require(target)
-    with manifest.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
+    with manifest.claim(out, dense.source, overwrite=overwrite) as bundle:
         _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
         evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
@@ -101,11 +101,7 @@ def plan(
 ) -> Json:
     """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
     dense = Dense(model, revision=revision)
-    bundle = (
-        Bundle.open(out)
-        if (out / manifest.MANIFEST).exists()
-        else Bundle(out, dense.source.to_json())
-    )
+    bundle = Bundle.open(out) if (out / manifest.MANIFEST).exists() else Bundle(out, dense.source)
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
     parameters = dense.checkpoint(announce).parameters
     return {
@@ -114,7 +110,7 @@ def plan(
         "bench": benchmarking.to_json(),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
         "cache": str(dense.folder),
-        "cache_bytes_needed": (4 if dense.source.is_ordinary else 8) * parameters,
+        "cache_bytes_needed": (4 if dense.is_ordinary else 8) * parameters,
     }
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.forecast.estimate import Estimate, estimate, estimate_cutting
 from thanos_deploy.machine import devices
@@ -74,7 +75,7 @@ def plan_pruning(
             ),
         }
     return {
-        "model": dense.source.to_json(),
+        "model": encode(dense.source),
         "model_type": source.config.model_type,
         "parameters": source.parameters,
         "linear_layers": len(entries),

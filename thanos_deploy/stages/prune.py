@@ -306,9 +306,9 @@ def _versions(device: torch.device) -> Json:
     """What else the last bit of a result depends on: code, device, number of threads."""
     made_with = environment.describe()
     return {
-        "thanos-deploy": made_with["thanos-deploy"],
-        "libraries": made_with["libraries"],
-        "processor": made_with["processor"],
+        "thanos-deploy": made_with.thanos_deploy,
+        "libraries": made_with.libraries,
+        "processor": made_with.processor,
         "threads": torch.get_num_threads(),
         **({} if device.type == "cpu" else {"gpu": devices.describe(device)}),
     }

@@ -2,16 +2,17 @@ import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from thanos_deploy.bundle import manifest
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.manifest import Bundle, Source
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 
-SOURCE = {"kind": "folder", "name": "model", "revision": "", "sha256": "0" * 64}
+SOURCE = Source("folder", "model", "", "0" * 64)
 
 
 def write(content: str):  # type: ignore[no-untyped-def]
@@ -30,7 +31,7 @@ def never(folder: Path) -> Json:
 
 def run(bundle: Bundle, content: str = "abc", **changes: object) -> manifest.StageRecord:
     arguments = {"options": {"pattern": "2:4"}, "inputs": {"model": "x"}, **changes}
-    return bundle.run("prune", write(content), **arguments)  # type: ignore[arg-type]
+    return bundle.run("prune", write(content), **arguments)  # type: ignore[call-overload, no-any-return]
 
 
 def test_a_finished_stage_is_on_disk_hashed_and_read_back(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
     with manifest.claim(tmp_path, SOURCE) as bundle:
         run(bundle)
-    other = {**SOURCE, "name": "other", "sha256": "1" * 64}
+    other = replace(SOURCE, name="other", sha256="1" * 64)
     with pytest.raises(UsageError, match="made from model"), manifest.claim(tmp_path, other):
         pass
     with manifest.claim(tmp_path, other, overwrite=True) as bundle:

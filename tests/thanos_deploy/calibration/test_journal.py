@@ -52,7 +52,7 @@ def prune(
     model: Path, out: Path, on_progress: OnProgress, pattern: str = "2:4", seed: int = 0
 ) -> None:
     dense = Dense(str(model))
-    with manifest.claim(out, dense.source.to_json()) as bundle:
+    with manifest.claim(out, dense.source) as bundle:
         request = PruneRequest(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
         stage.prune(bundle, dense, request, announce=lambda _: on_progress)
 

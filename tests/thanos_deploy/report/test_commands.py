@@ -11,7 +11,7 @@ import pytest
 from exporters.options import EngineRequest, ExportRequest
 from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
-from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.manifest import Bundle, Source
 from thanos_deploy.cli import _options
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.pattern import parse
@@ -136,10 +136,10 @@ def test_the_engine_command_asks_for_what_was_asked_for(
 
 
 def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:
-    source = {"kind": "folder", "name": "x; rm -rf ~ $(id)", "revision": "", "sha256": "b1" * 32}
+    source = Source("folder", "x; rm -rf ~ $(id)", "", "b1" * 32)
     out = write_bundle(tmp_path / "out", source=source)
     (line, *_) = commands.of(sources.read(Bundle.open(out)))
-    assert shlex.split(line)[2] == source["name"]
+    assert shlex.split(line)[2] == source.name
 
 
 def test_every_option_that_is_printed_exists(tmp_path: Path) -> None:

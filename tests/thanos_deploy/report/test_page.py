@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two bundles in which everything that a user or a model names is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
-    source = {**bundles.SOURCE, "name": HOSTILE, "revision": HOSTILE}
+    source = replace(bundles.SOURCE, name=HOSTILE, revision=HOSTILE)
     document = run(status="INVALID", reasons=(HOSTILE,))
     document["environment"]["processor"] = HOSTILE
     paths = [

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ def test_one_bundle_given_twice_is_shown_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("difference", "said"),
     [
-        ({"source": {**bundles.SOURCE, "sha256": "c2" * 32}}, "different base models"),
+        ({"source": replace(bundles.SOURCE, sha256="c2" * 32)}, "different base models"),
         ({"tokenizer": "[]"}, "different tokenizers"),
     ],
 )
