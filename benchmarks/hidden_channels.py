@@ -24,7 +24,7 @@ from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, collect
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def main() -> None:
     texts.add_options(parser)
     parser.add_argument("--hidden", type=int, nargs="+", default=[504, 432])
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     checkpoint = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(checkpoint.folder)

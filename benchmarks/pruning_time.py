@@ -26,12 +26,13 @@ from thanos_deploy.calibration import walk
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import segments
 from thanos_deploy.calibration.texts import builtin_text
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.prune.layers import ACTIVITIES, BlockReport
+from thanos_deploy.prune.layers import ACTIVITIES
 from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
     ids = segments(
@@ -92,7 +93,7 @@ def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) ->
         started, processor = time.perf_counter(), time.process_time()
         out = Path(folder) / "model"
         out.mkdir()
-        journal = Journal(Path(folder) / "journal", {}, BlockReport)
+        journal = Journal(Path(folder) / "journal", {}, PrunedBlock)
         blocks = prune_checkpoint(checkpoint, ids, out, request, journal=journal)
         total = time.perf_counter() - started
         processor = time.process_time() - processor

@@ -32,7 +32,7 @@ from thanos_deploy import methods
 from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     texts.add_options(parser)
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     dense = Dense(arguments.model or str(gguf_path()))
     source = dense.checkpoint()

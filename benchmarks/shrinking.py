@@ -44,7 +44,7 @@ from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Source
 from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.texts import read_text
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure import paired
 from thanos_deploy.measure.latency import Decode, Prefill, Scenario
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
     parser.add_argument("--new-tokens", type=int, default=16)
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     source = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(source.folder)

@@ -286,7 +286,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "format": "thanos-deploy/soak/1",
         "status": "FAILED" if reasons else "PASSED",
         "reasons": reasons,
-        "model": manifest.Bundle.open(bundle).source["name"],
+        "model": manifest.Bundle.open(bundle).source.name,
         "seconds": seconds,
         "clients": CLIENTS,
         "slots": SLOTS,

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from thanos_deploy import methods
 from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.tensorfile import INDEX, TensorFile
@@ -92,7 +92,7 @@ def measure(
     model: Path, out: Path, request: PruneRequest, results: "multiprocessing.SimpleQueue[Any]"
 ) -> None:
     """Prune; the process must be fresh, because its peak memory is what is asked for."""
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
     before = environment.resident_memory_bytes()
     started = time.perf_counter()
     dense = Dense(str(model))

@@ -16,7 +16,7 @@ from thanos_deploy.bundle.manifest import Bundle, Source
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.latency import KINDS
 from thanos_deploy.measure.options import BenchRequest
-from thanos_deploy.report.runs import PRUNED
+from thanos_deploy.measure.run import PRUNED
 
 SCHEMA = json.loads(
     resources.files("thanos_deploy.report").joinpath("report.schema.json").read_text()
@@ -56,7 +56,13 @@ def write_bundle(
         "bench": lambda folder: _bench(folder, runs),
     }
     options: Json = {
-        "prune": {"pattern": pattern, "method": method, "calib": "builtin", "seed": 0},
+        "prune": {
+            "pattern": pattern,
+            "method": method,
+            **({"cut": True} if pattern.startswith("structured") else {}),
+            "calib": "builtin",
+            "seed": 0,
+        },
         "eval": {"text": "builtin", "text_field": "text", "segments": 2, "seqlen": 64},
         "onnx": {"dtype": dtype, "max_sequence": None},
         "packed": {},
@@ -66,7 +72,8 @@ def write_bundle(
         for stage in stages:
             inputs: Json = {"model": bundle.model_sha256} if "prune" in bundle.stages else {}
             if stage == "eval":
-                inputs["dense"] = {"value": dense}
+                inputs["dense"] = _quality(dense, text)
+                inputs["text"] = "e5" * 32
             if stage == "bench":
                 own = bundle.graph_sha256 if "onnx" in stages else {}
                 inputs = {document["run"]: {PRUNED: own, **(graphs or {})} for document in runs}
@@ -140,17 +147,17 @@ def run(
         "backend": "onnxruntime",
         "provider": "CPUExecutionProvider",
         "baseline": baseline,
-        "request": {
-            **BenchRequest(run=name, kinds=kinds).to_json(),
-            "subjects": list(factors),
-        },
+        "rounds": 24,
+        "request": encode(BenchRequest(run=name, kinds=kinds, subjects=tuple(factors))),
         "environment": {**encode(environment.describe()), "threads": 2, "governor": None},
-        "machine": {"memory_bandwidth_bytes_per_second": 2e10},
+        "machine": {"memory_bandwidth_bytes_per_second": 2e10, "gemm_flops_per_second": {}},
         "gpu": None,
         "subjects": {
             who: {
                 "model": "tiny",
                 "sha256": SOURCE.sha256,
+                "pattern": None,
+                "method": None,
                 "dtype": "fp32",
                 "file_bytes": 5000,
                 "load_peak_bytes": 724_000_000,
@@ -170,6 +177,7 @@ def run(
                 "prompt": 128,
                 "past": 0,
                 "new_tokens": 16,
+                "warmup": {"rounds": 2, "stable": True},
                 "results": {
                     who: {
                         "metrics": {
@@ -245,7 +253,16 @@ def _prune(folder: Path, tokenizer: str, bytes_: int, pattern: str) -> Json:
             "block_parameters_before": 1000,
             "block_parameters_after": 800,
             "predicted_loss": 0.1,
-            "blocks": [{"before": b["before"], "after": b["after"]} for b in blocks],
+            "blocks": [
+                {
+                    "before": block["before"],
+                    "after": block["after"],
+                    "parameters_before": 1000,
+                    "parameters_after": 800,
+                    "predicted_loss": 0.1,
+                }
+                for block in blocks
+            ],
         }
         return {**shared, "widths": widths}
     return {
@@ -281,6 +298,8 @@ def _cut_block(block: int) -> Json:
     return {
         "before": {"heads": 4, "kv_heads": 2, "channels": 48},
         "after": {"heads": 4, "kv_heads": 2, "channels": 32},
+        "heads": [0, 1, 2, 3],
+        "channels": list(range(32)),
         "heads_error": 0.0,
         "channels_error": 0.01 * (block + 1),
         "damping": 0.01,
@@ -291,6 +310,10 @@ def _cut_block(block: int) -> Json:
 def _eval(folder: Path, perplexity: float, text: str) -> Json:
     (folder / "eval").mkdir()
     (folder / "eval" / "perplexity.json").write_text("{}")
+    return _quality(perplexity, text)
+
+
+def _quality(perplexity: float, text: str) -> Json:
     return {"text": text, "value": perplexity, "segments": 2, "length": 64}
 
 
@@ -312,7 +335,7 @@ def _bench(folder: Path, runs: tuple[Json, ...]) -> Json:
     for document in runs:
         files.write_json(out / f"{document['run']}.json", document)
     files.write_json(out / "sample.json", SAMPLE)
-    return {"runs": {document["run"]: {} for document in runs}, "sample": SAMPLE}
+    return {"runs": {document["run"]: document for document in runs}, "sample": SAMPLE}
 
 
 def _file(path: Path, size: int) -> Json:

@@ -7,7 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,15 @@ from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.store import Store
 from thanos_deploy import cli
-from thanos_deploy.bundle.files import Json, write_json
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.files import Json, write_record
+from thanos_deploy.bundle.layout import LAYERS
 from thanos_deploy.bundle.manifest import Source, claim
-from thanos_deploy.model.assignment import LAYERS
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
 from thanos_deploy.prune.layers import prune
+from thanos_deploy.prune.result import PruneResult
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
 from thanos_deploy.stages.dense import Dense
@@ -58,6 +59,16 @@ _SIZES: dict[str, dict[str, object]] = {
     "gpt_neox": {"use_parallel_residual": True},
 }
 MODEL_TYPES = tuple(_SIZES)
+
+# What the manifest has of a model that was pruned to 2:4.
+PRUNED = PruneResult(
+    pattern_holds=True,
+    median_relative_error=0.01,
+    worst_relative_error=0.02,
+    worst_layer="model.layers.0.mlp.up_proj",
+    largest_damping=0.01,
+    dense_bytes=1000,
+)
 VOCABULARY = 257
 
 
@@ -197,7 +208,7 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
             method="thanos",
             options={"block_columns": 16},
         )
-        write_json(folder / LAYERS, [asdict(block) for block in blocks])
+        write_record(folder / LAYERS, blocks)
         exporters.onnx.graph.export(
             Checkpoint.open(folder / "model"),
             folder / "onnx",
@@ -220,7 +231,7 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
             shutil.copytree(folder / part, destination / part)
             if part == "model":
                 shutil.copy(folder / LAYERS, destination)
-            return {"pattern_holds": True}
+            return encode(PRUNED) if part == "model" else {}
 
         return produce
 

@@ -13,11 +13,14 @@ LAYERS = "layers.json"
 CONFIG = f"{MODEL}/config.json"
 TOKENIZER = f"{MODEL}/tokenizer.json"
 
-# The stages eval.
+# The stages eval, by what runs the model.
 EVAL = "eval"
+PERPLEXITY = {"torch": f"{EVAL}/perplexity.json", "onnx": f"{EVAL}/perplexity-onnx.json"}
+TASKS = {"torch": f"{EVAL}/tasks.json", "onnx": f"{EVAL}/tasks-onnx.json"}
 
 # The stage onnx.
 ONNX = "onnx"
+GRAPH = f"{ONNX}/model.onnx"
 
 # The stage bench.
 BENCH = "bench"
@@ -28,11 +31,6 @@ REPORT = "report"
 REPORT_PAGE = f"{REPORT}/index.html"
 REPORT_TEXT = f"{REPORT}/report.md"
 REPORT_RECORD = f"{REPORT}/report.json"
-
-
-def evaluation(what: str) -> str:
-    """The file with the result of an evaluation, such as "perplexity" or "tasks-onnx"."""
-    return f"{EVAL}/{what}.json"
 
 
 def run(name: str) -> str:

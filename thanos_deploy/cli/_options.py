@@ -16,17 +16,18 @@ import click
 
 import exporters
 from thanos_deploy import methods, pattern
-from thanos_deploy.cli import _console
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.cli import _progress
 from thanos_deploy.errors import PatternError
 
 if TYPE_CHECKING:
     from exporters.options import EngineRequest
-    from thanos_deploy.bundle.files import Json
     from thanos_deploy.measure.options import BenchRequest, EvalRequest
     from thanos_deploy.progress import Announce
     from thanos_deploy.prune.recipe import PruneRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
+Shown = TypeVar("Shown")
 
 
 class PatternType(click.ParamType[pattern.Pattern]):
@@ -484,14 +485,14 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
     logging.getLogger("thanos_deploy").setLevel(
         logging.INFO if options["verbose"] else logging.WARNING
     )
-    _console.quiet_libraries()
-    with _console.announcer(quiet=options["quiet"]) as announce:
+    _progress.quiet_libraries()
+    with _progress.announcer(quiet=options["quiet"]) as announce:
         yield announce
 
 
-def emit(options: dict[str, Any], value: "Json", show: "Callable[[Json], None]") -> None:
-    """Print a result, for people or as JSON."""
+def emit(options: dict[str, Any], value: Shown, show: "Callable[[Shown], None]") -> None:
+    """Print a record, or what is JSON already, for people or as JSON."""
     if options["as_json"]:
-        click.echo(json.dumps(value, indent=2, allow_nan=False))
+        click.echo(json.dumps(encode(value), indent=2, allow_nan=False))
     else:
         show(value)

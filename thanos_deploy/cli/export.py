@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     CountsType,
     bundle_argument,
@@ -81,6 +80,7 @@ def command(
     with session(options) as announce:
         from exporters.options import ExportRequest
         from thanos_deploy.bundle import manifest
+        from thanos_deploy.cli import _tables
         from thanos_deploy.stages.export import ENGINES, export, exported_with
 
         unfit = "int8" if target in ENGINES else "int8-qdq"
@@ -110,5 +110,5 @@ def command(
                 overwrite=options["overwrite"],
                 announce=announce,
             )
-    shows = {"onnx": _console.show_parity, **dict.fromkeys(ENGINES, _console.show_engine)}
-    emit(options, record.result, shows.get(target, _console.show_values))
+    shows = {"onnx": _tables.show_parity, **dict.fromkeys(ENGINES, _tables.show_engine)}
+    emit(options, record.result, shows.get(target, _tables.show_values))

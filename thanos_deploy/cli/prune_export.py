@@ -1,12 +1,11 @@
 """`thanos-deploy prune-export`: every stage, from a dense model to its report."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.cli._options import (
     bench_request,
     benchmark_options,
@@ -60,31 +59,29 @@ def command(
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from exporters import preflight
+        from thanos_deploy.cli._tables import show_plan, show_report
         from thanos_deploy.stages import pipeline
 
         if target == "tensorrt" and not dry_run:
             for check in preflight.of_target(target):
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
-                    _console.show_note(
+                    _progress.show_note(
                         f"{check.name}: {check.detail}; every stage before the engine is finished "
                         "all the same"
                     )
         # A plan is the same for every target.
         engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
-        run = (
-            pipeline.plan
-            if dry_run
-            else partial(pipeline.prune_export, target=target, engine=engine)
-        )
-        result = run(
-            model,
-            out,
-            request=prune_request(options),
-            evaluation=eval_request(options),
-            benchmarking=bench_request(options),
-            revision=revision,
-            overwrite=options["overwrite"],
-            announce=announce,
-        )
-    emit(options, result, _console.show_plan if dry_run else _console.show_report)
+        asked: dict[str, Any] = {
+            "request": prune_request(options),
+            "evaluation": eval_request(options),
+            "benchmarking": bench_request(options),
+            "revision": revision,
+            "overwrite": options["overwrite"],
+            "announce": announce,
+        }
+        if dry_run:
+            emit(options, pipeline.plan(model, out, **asked), show_plan)
+            return
+        report = pipeline.prune_export(model, out, target=target, engine=engine, **asked)
+    emit(options, report, show_report)

@@ -45,7 +45,7 @@ class Outliers:
 
     Attributes:
         ratio: D_l.
-        seconds: time that it took, by activity; see `layers.BlockReport`.
+        seconds: time that it took, by activity; see `layers.ACTIVITIES`.
     """
 
     ratio: float

@@ -2,11 +2,15 @@
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import StageRecord
+from thanos_deploy.measure.options import BenchRequest
+from thanos_deploy.measure.run import BENCH, DENSE, PRUNED
 from thanos_deploy.pattern import Structured, parse
-from thanos_deploy.report.runs import DENSE, PRUNED
+from thanos_deploy.prune.result import PRUNE, PruneOptions
 from thanos_deploy.report.sources import Sources
 
 _TOOL = "thanos-deploy"
@@ -58,21 +62,22 @@ def of(sources: Sources) -> list[str]:
     made = []
     for stage, record in sources.stages.items():
         match stage:
-            case "prune":
+            case layout.PRUNE:
                 revision = ["--revision", source.revision] if source.revision else []
-                words = ["prune", source.name, "-o", "OUT", *revision, *_pruning(record)]
+                words = ["prune", source.name, "-o", "OUT", *revision]
+                words += _pruning(sources.bundle.options(PRUNE))
             case "eval" | "eval-onnx" | "eval-tasks" | "eval-tasks-onnx":
                 runtime = ["--runtime", "onnx"] if stage.endswith("-onnx") else []
                 flags = _flags(record.options, _EVAL)
                 words = ["eval", "OUT", "--dense", source.name, *runtime, *flags]
-            case "onnx":
+            case layout.ONNX:
                 words = ["export", "OUT", "--target", "onnx", *_flags(record.options, _EXPORT)]
             case "genai" | "packed" | "triton":
                 words = ["export", "OUT", "--target", stage]
-            case "bench":
+            case layout.BENCH:
                 made += [
                     shlex.join([_TOOL, "bench", "OUT", *_bench(source.name, options)])
-                    for options in record.options.values()
+                    for options in sources.bundle.options(BENCH).values()
                 ]
                 continue
             case _:
@@ -99,11 +104,10 @@ def _engine(options: Json) -> Iterator[str]:
     yield from _flags(options, _ENGINE)
 
 
-def _pruning(record: StageRecord) -> Iterator[str]:
-    options = dict(record.options)
-    cut = options.pop("cut", False)
-    if isinstance(parse(options["pattern"]), Structured) and not cut:
+def _pruning(pruned: PruneOptions) -> Iterator[str]:
+    if isinstance(parse(pruned.pattern), Structured) and not pruned.cut:
         yield "--keep-shape"
+    options = encode(replace(pruned, cut=False))  # which is no option
     match options.pop("true_sequential", None):
         case True:
             yield "--true-sequential"
@@ -115,8 +119,8 @@ def _pruning(record: StageRecord) -> Iterator[str]:
     yield from _flags(options, _PRUNE)
 
 
-def _bench(model: str, options: Json) -> Iterator[str]:
-    others = [label for label in options["subjects"] if label != PRUNED]
+def _bench(model: str, request: BenchRequest) -> Iterator[str]:
+    others = [label for label in request.subjects if label != PRUNED]
     if others == [f"{PRUNED}-again"]:
         yield "--aa"
     else:
@@ -124,9 +128,11 @@ def _bench(model: str, options: Json) -> Iterator[str]:
             yield from ("--against", label)
     if DENSE in others:
         yield from ("--dense", model)
-    for kind in options["kinds"]:
+    for kind in request.kinds:
         yield from ("--scenario", kind)
-    yield from _flags({name: options[name] for name in _BENCH if name in options}, _BENCH)
+    yield from _flags(
+        {name: value for name, value in encode(request).items() if name in _BENCH}, _BENCH
+    )
 
 
 def _flags(options: Json, names: dict[str, str]) -> Iterator[str]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.report.runs import DENSE, PRUNED, measured, quoted
+from thanos_deploy.measure.run import DENSE, PRUNED, ScenarioTimes
+from thanos_deploy.report.model import ModelReport
+from thanos_deploy.report.runs import quoted
 
 # Unit in the report -> factor, unit for people, digits.
 _SCALES = {
@@ -30,7 +31,8 @@ _MEMORY = {
     "gpu_peak_bytes": "GPU memory",
 }
 
-_FILES = {"model": "checkpoint", "packed": "packed checkpoint", "onnx": "ONNX"}
+# The checkpoint, packed, and the graph.
+_FILES = CHECKPOINT, PACKED, ONNX = "checkpoint", "packed checkpoint", "ONNX"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,44 +64,45 @@ class Figure:
         return f"{self.name}, {unit}" if unit and self.unit != "1/s" else self.name
 
 
-def figures(model: Json) -> Iterator[Figure]:
+def figures(model: ModelReport) -> Iterator[Figure]:
     """Quality, sizes, times and memory of a model of a report, in this order."""
-    if quality := model["quality"]:
-        yield _figure("perplexity", "", quality["dense"], quality["pruned"])
-    if graph := model["graph_quality"]:
-        yield _figure("perplexity of the ONNX graph", "", graph["dense"], graph["pruned"])
-    for score in model["tasks"]:
-        where = ", ONNX graph" if score["runtime"] == "onnx" else ""
-        name = f"{score['task']}, {score['metric']}{where}"
-        yield _figure(name, "score", score["dense"], score["pruned"])
-    for name, title in _FILES.items():
-        if size := model["bytes"].get(name):
-            yield _figure(title, "B", size["dense"], size["pruned"])
+    if quality := model.quality:
+        yield _figure("perplexity", "", quality.dense, quality.pruned)
+    if graph := model.graph_quality:
+        yield _figure("perplexity of the ONNX graph", "", graph.dense, graph.pruned)
+    for score in model.tasks:
+        where = ", ONNX graph" if score.runtime == "onnx" else ""
+        yield _figure(f"{score.task}, {score.metric}{where}", "score", score.dense, score.pruned)
+    sizes = model.bytes
+    for title, size in zip(_FILES, (sizes.model, sizes.packed, sizes.onnx), strict=True):
+        if size is not None:
+            yield _figure(title, "B", size.dense, size.pruned)
     run = quoted(model)
-    for scenario, metric, ratio in measured(run):
-        dense, pruned = (scenario["results"][who]["metrics"][metric] for who in (DENSE, PRUNED))
+    if run is None:
+        return
+    for scenario, metric, ratio in run.ratios:
+        dense, pruned = (scenario.results[who].metrics[metric] for who in (DENSE, PRUNED))
         yield Figure(
             metric_title(scenario, metric),
-            pruned["unit"],
-            dense["median"],
-            pruned["median"],
-            ratio["estimate"],
-            ratio["low"],
-            ratio["high"],
-            run["status"] if run else "VALID",
+            pruned.unit,
+            dense.median,
+            pruned.median,
+            ratio.estimate,
+            ratio.low,
+            ratio.high,
+            run.status,
         )
-    subjects = run["subjects"] if run else {}
-    for name, title in _MEMORY.items() if subjects else ():
-        dense, pruned = (subjects[who].get(name) for who in (DENSE, PRUNED))
-        if pruned is not None:
-            yield _figure(title, "B", dense, pruned)
+    for name, title in _MEMORY.items():
+        before, after = (getattr(run.subjects[who], name) for who in (DENSE, PRUNED))
+        if after is not None:
+            yield _figure(title, "B", before, after)
 
 
-def metric_title(scenario: Json, metric: str) -> str:
+def metric_title(scenario: ScenarioTimes, metric: str) -> str:
     """A scenario and what was timed in it."""
-    if metric == scenario["kind"]:
-        return str(scenario["name"])
-    return f"{scenario['name']}, {_METRICS.get(metric, metric.replace('_', ' '))}"
+    if metric == scenario.kind:
+        return scenario.name
+    return f"{scenario.name}, {_METRICS.get(metric, metric.replace('_', ' '))}"
 
 
 def shown(value: float | None, unit: str) -> str:

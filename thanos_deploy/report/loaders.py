@@ -16,7 +16,7 @@ _MOST_GPUS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class LoaderSizes:
     """What loaders look at, by one name for all families.
 
     Attributes:
@@ -36,7 +36,7 @@ class Sizes:
     channels: int
 
     @classmethod
-    def of(cls, config: Json) -> "Sizes":
+    def of(cls, config: Json) -> "LoaderSizes":
         """Read them from config.json.
 
         Raises:
@@ -69,7 +69,7 @@ class Constraint:
     model_types: tuple[str, ...]
     demand: str
     source: str
-    holds: Callable[[Sizes], bool]
+    holds: Callable[[LoaderSizes], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,11 @@ class Loader:
     command: str
     model_types: tuple[str, ...]
     constraints: tuple[Constraint, ...]
-    notes: Callable[[Sizes], str]
+    notes: Callable[[LoaderSizes], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class LoaderVerdict:
     """What is known of a model and a loader.
 
     Attributes:
@@ -110,13 +110,13 @@ class Verdict:
     notes: str
 
 
-def judge(config: Json) -> Iterator[Verdict]:
+def judge(config: Json) -> Iterator[LoaderVerdict]:
     """What each loader would find in a config.json.
 
     Raises:
         ModelError: the model type is not supported.
     """
-    sizes = Sizes.of(config)
+    sizes = LoaderSizes.of(config)
     for loader in LOADERS:
         judged = sizes.model_type in loader.model_types
         broken = tuple(
@@ -124,7 +124,7 @@ def judge(config: Json) -> Iterator[Verdict]:
             for constraint in loader.constraints
             if sizes.model_type in constraint.model_types and not constraint.holds(sizes)
         )
-        yield Verdict(
+        yield LoaderVerdict(
             loader.name,
             loader.command,
             not broken if judged else None,
@@ -133,7 +133,7 @@ def judge(config: Json) -> Iterator[Verdict]:
         )
 
 
-def tensor_parallel(sizes: Sizes) -> tuple[int, ...]:
+def tensor_parallel(sizes: LoaderSizes) -> tuple[int, ...]:
     """Over how many GPUs vLLM can split a model.
 
     Heads and channels are divided; key-value heads are divided, or repeated where there are fewer
@@ -148,11 +148,11 @@ def tensor_parallel(sizes: Sizes) -> tuple[int, ...]:
     )
 
 
-def _splits(sizes: Sizes) -> str:
+def _splits(sizes: LoaderSizes) -> str:
     return f"`--tensor-parallel-size`: {_listed(tensor_parallel(sizes))}"
 
 
-def _shards(sizes: Sizes) -> str:
+def _shards(sizes: LoaderSizes) -> str:
     shards = [
         gpus
         for gpus in range(1, _MOST_GPUS + 1)
@@ -161,7 +161,7 @@ def _shards(sizes: Sizes) -> str:
     return f"`--num-shard`: {_listed(shards)}"
 
 
-def _quantised(sizes: Sizes) -> str:
+def _quantised(sizes: LoaderSizes) -> str:
     """Which of ggml's blocks the rows of the matrices are made of (src/llama-quant.cpp)."""
     rows = sorted({sizes.hidden, sizes.heads * sizes.head, sizes.channels})
     if odd := [row for row in rows if row % 32]:
@@ -183,7 +183,7 @@ _GEMMAS = ("gemma", "gemma2", "gemma3_text")
 _ALL = (*_LLAMA_LIKE, "qwen2", "qwen3", *_GEMMAS, "opt", "gpt2", "gpt_neox")
 
 
-def _head_follows(sizes: Sizes) -> bool:
+def _head_follows(sizes: LoaderSizes) -> bool:
     return sizes.head * sizes.heads == sizes.hidden
 
 

@@ -13,16 +13,13 @@ because nothing reads what it made any more.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import files
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect, collect_relative
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
@@ -38,54 +35,13 @@ from thanos_deploy.model.linear import keep_outputs, matrix, replace
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan, channel_steps, layouts
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor, retarget
 from thanos_deploy.solver.layer import LayerProblem, relative_error
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockReport:
-    """One block as it was cut.
-
-    Attributes:
-        before, after: its widths.
-        heads: the query heads that stayed, by their numbers in the dense model.
-        channels: the feed-forward channels that stayed, the same.
-        heads_error, channels_error: fraction of the energy of the output that the layer aims at,
-            on the calibration data, that the refitted layer misses.
-        damping: the most that was used.
-        seconds: time by activity: "collect", "solve", "forward", "journal"; see
-            `layers.BlockReport`.
-    """
-
-    before: Widths
-    after: Widths
-    heads: tuple[int, ...]
-    channels: tuple[int, ...]
-    heads_error: float
-    channels_error: float
-    damping: float
-    seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "BlockReport":
-        """What `to_json` made the value of."""
-        return cls(
-            **{
-                **value,
-                "before": Widths(**value["before"]),
-                "after": Widths(**value["after"]),
-                "heads": tuple(value["heads"]),
-                "channels": tuple(value["channels"]),
-            }
-        )
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -184,9 +140,9 @@ def shrink(
     dense_target: float = 0.0,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
-    journal: Journal[BlockReport] | None = None,
+    journal: Journal[CutBlock] | None = None,
     on_progress: OnProgress = silent,
-) -> list[BlockReport]:
+) -> list[CutBlock]:
     """Cut a model down to a plan and write it: an ordinary model folder where the plan is stock.
 
     Args:
@@ -254,7 +210,7 @@ def cut(
     damping: float,
     damping_mode: str,
     dense_target: float,
-) -> BlockReport:
+) -> CutBlock:
     """Cut one block down to a width, in place; see `shrink`."""
     before = checkpoint.widths[visit.index]
     cutter = _Cutter(
@@ -264,7 +220,7 @@ def cut(
         dense_target=dense_target,
     )
     cutter.run(checkpoint.head_size)
-    return BlockReport(
+    return CutBlock(
         before=before,
         after=after,
         heads=tuple(cutter.heads.tolist()),

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from thanos_deploy.bundle import manifest
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle import layout, manifest
+from thanos_deploy.bundle.manifest import Bundle, Nothing, Stage
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_packed
 from thanos_deploy.model.locate import locate
 from thanos_deploy.progress import Announce, quietly
+
+_IMPORT: Stage[Nothing, Nothing, Nothing] = Stage("import", Nothing, Nothing, Nothing)
 
 
 def dense_folder(sha256: str) -> Path:
@@ -45,7 +46,7 @@ class Dense:
         if self._checkpoint is None:
             if not self.is_ordinary:
                 self._convert(announce)
-                self._checkpoint = Checkpoint.open(self.folder / "model")
+                self._checkpoint = Checkpoint.open(self.folder / layout.MODEL)
             else:
                 self._checkpoint = Checkpoint.open(self._path)
         return self._checkpoint
@@ -57,16 +58,16 @@ class Dense:
             yield bundle
 
     def _convert(self, announce: Announce) -> None:
-        def produce(folder: Path) -> Json:
+        def produce(folder: Path) -> Nothing:
             progress = announce(f"Convert {self.source.name}")
             progress(0, 1)
             convert = convert_gguf if self.source.kind == "gguf" else convert_packed
-            convert(self._path, folder / "model")
+            convert(self._path, folder / layout.MODEL)
             progress(1, 1)
-            return {}
+            return Nothing()
 
         with self.claim() as bundle:
-            bundle.run("import", produce, options={}, inputs={}, overwrite=True)
+            bundle.run(_IMPORT, produce, options=Nothing(), inputs=Nothing(), overwrite=True)
 
 
 @contextmanager

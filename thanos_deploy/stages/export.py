@@ -35,10 +35,10 @@ from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.errors import PlatformError, UsageError
 from thanos_deploy.gpu import driver
 from thanos_deploy.measure.latency import Generate
-from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.prune.result import PRUNE, patterns_of
 from thanos_deploy.stages.dense import Dense
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -179,8 +179,8 @@ def engine_graph(
 def _claimed(bundle: Bundle) -> dict[str, Pattern]:
     """What linear layers of the pruned model are claimed to hold."""
     # Where rows were left dense on purpose no pattern holds.
-    off = bundle.stages["prune"].result.get("layers_off_pattern", [])
-    return {name: its for name, its in assignment.of_bundle(bundle).items() if name not in off}
+    off = bundle.result(PRUNE).layers_off_pattern or ()
+    return {name: its for name, its in patterns_of(bundle).items() if name not in off}
 
 
 def _pruned_graph(
@@ -196,7 +196,7 @@ def _pruned_graph(
         _claimed(bundle),
         {"model": bundle.model_sha256},
         request,
-        {"method": bundle.stages["prune"].options["method"], "model_sha256": bundle.model_sha256},
+        {"method": bundle.options(PRUNE).method, "model_sha256": bundle.model_sha256},
         announce,
         title="pruned model" if stage == "onnx" else f"pruned model in {request.dtype}",
         stage=stage,
@@ -264,7 +264,7 @@ def _triton(bundle: Bundle, overwrite: bool, announce: Announce) -> StageRecord:
         models = exporters.triton.repository.export(
             bundle.path,
             _subfolder(folder, "triton"),
-            name=f"{bundle.source.name}-{bundle.stages['prune'].options['pattern']}",
+            name=f"{bundle.source.name}-{bundle.options(PRUNE).pattern}",
             engines=engines,
             tensorrt_options=onnx_runtime.tensorrt_build_options(
                 json.loads((bundle.path / "onnx" / exporters.onnx.graph.RECORD).read_bytes())

@@ -23,14 +23,18 @@ import exporters.triton.repository
 from exporters import preflight
 from exporters.options import EngineRequest
 from thanos_deploy.bundle import manifest
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
+from thanos_deploy.measure.quality import EVAL
+from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
-from thanos_deploy.stages.bench import DENSE, PRUNED, bench, check_bench, compared
+from thanos_deploy.stages.bench import bench, check_bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import ENGINES, export
@@ -53,7 +57,7 @@ def prune_export(
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> Json:
+) -> Report:
     """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
 
     Raises:
@@ -106,8 +110,8 @@ def plan(
     parameters = dense.checkpoint(announce).parameters
     return {
         **plan_pruning(dense, request, out, announce, evaluation),
-        "eval": evaluation.to_json(),
-        "bench": benchmarking.to_json(),
+        "eval": encode(evaluation.recorded),
+        "bench": encode(benchmarking),
         "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
         "cache": str(dense.folder),
         "cache_bytes_needed": (4 if dense.is_ordinary else 8) * parameters,
@@ -124,11 +128,8 @@ def _refuse_beforehand(
     announce: Announce,
 ) -> None:
     """Raise now what a later stage would raise after minutes of work."""
-    for stage, options in (
-        ("prune", request.to_json()),
-        ("eval", evaluation.to_json()),
-    ):
-        bundle.check(stage, options, overwrite=overwrite)
+    bundle.check(PRUNE, request.to_json(), overwrite=overwrite)
+    bundle.check(EVAL, evaluation.recorded, overwrite=overwrite)
     check_bench(bundle, benchmarking, [DENSE, PRUNED], overwrite=overwrite)
     source = dense.checkpoint(announce)
     check(source, request)

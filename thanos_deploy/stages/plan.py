@@ -63,7 +63,7 @@ def plan_pruning(
         losses = survey_blocks(source, ids, request, announce)
         widths = plan_widths(source, losses, request)
         found = estimate_cutting(source, ids, request, losses, widths)
-        what = {"widths": plan_summary(widths)}
+        what = {"widths": encode(plan_summary(widths))}
     else:
         patterns = assigned(source, request)
         found = estimate(source, ids, request, patterns)

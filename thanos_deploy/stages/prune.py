@@ -4,14 +4,14 @@ import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle import files
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import files, layout
+from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import every_segment
@@ -30,8 +30,22 @@ from thanos_deploy.prune import owl
 from thanos_deploy.prune import recover as recovering
 from thanos_deploy.prune.owl import Outliers
 from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.result import (
+    PRUNE,
+    LayersSummary,
+    PartBytes,
+    PrunedBlock,
+    PruneInputs,
+    PruneOptions,
+    PruneResult,
+    Recovery,
+    Retry,
+    WidthsSummary,
+    patterns_in,
+)
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import calibration
@@ -45,8 +59,8 @@ def prune_checkpoint(
     announce: Announce = quietly,
     *,
     survey: Journal[Outliers] | None = None,
-    journal: Journal[pruning.BlockReport] | None = None,
-) -> list[pruning.BlockReport]:
+    journal: Journal[PrunedBlock] | None = None,
+) -> list[PrunedBlock]:
     """Prune a checkpoint as requested, on given calibration tokens; see `layers.prune`.
 
     Where a walk before decides what each block loses, `survey` is the journal of that.
@@ -153,8 +167,8 @@ def shrink_checkpoint(
     plan: Plan,
     announce: Announce = quietly,
     *,
-    journal: Journal[shrinking.BlockReport] | None = None,
-) -> list[shrinking.BlockReport]:
+    journal: Journal[CutBlock] | None = None,
+) -> list[CutBlock]:
     """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
     return shrinking.shrink(
         source,
@@ -175,7 +189,7 @@ def recover_checkpoint(
     folder: Path,
     request: PruneRequest,
     announce: Announce = quietly,
-) -> recovering.Recovery:
+) -> Recovery:
     """Train the pruned model in a folder, in place of itself, on any part of a text."""
     tokenizer = load_tokenizer(source.folder)
     trained = folder.with_name(f"{folder.name}-trained")
@@ -208,15 +222,12 @@ def prune(
     own = _sparsity_file(request)
     text, ids, frame = calibration(source, request)
 
-    inputs = {
-        "model": dense.source.sha256,
-        "text": text.sha256,
-        **frame.inputs,
-        **({} if own is None else {"sparsity_file": own.sha256}),
-    }
-    owner = {**request.to_json(), **inputs, **_versions(request.resolved_device)}
+    inputs = PruneInputs(
+        dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
+    )
+    owner = {**request.to_json(), **encode(inputs), **_versions(request.resolved_device)}
 
-    def produce(folder: Path) -> Json:
+    def produce(folder: Path) -> PruneResult:
         (folder / "model").mkdir()
         kept = bundle.journal("prune")
         activations = activation_bytes(
@@ -227,54 +238,57 @@ def prune(
             activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
         needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
         files.require_disk(folder, needed - files.size(kept))
-        blocks: Sequence[pruning.BlockReport | shrinking.BlockReport]
+        blocks: Sequence[PrunedBlock | CutBlock]
         surveyed: Journal[Losses] | Journal[Outliers] | None
         if request.shrinks:
             surveyed = Journal(kept / "survey", owner, Losses)
             losses = survey_blocks(source, ids, request, announce, journal=surveyed)
             plan = plan_widths(source, losses, request)
-            cut = Journal(kept / "blocks", owner, shrinking.BlockReport)
+            cut = Journal(kept / "blocks", owner, CutBlock)
             blocks = shrink_checkpoint(
                 *(source, ids, folder / "model", request, plan, announce), journal=cut
             )
-            summary = {**_summary_of_cuts(blocks), "widths": plan_summary(plan)}
+            summary, widths = _summary_of_cuts(blocks), plan_summary(plan)
         else:
             surveyed = Journal(kept / "survey", owner, Outliers) if request.surveys else None
-            pruned = Journal(kept / "blocks", owner, pruning.BlockReport)
+            pruned = Journal(kept / "blocks", owner, PrunedBlock)
             blocks = prune_checkpoint(
                 *(source, ids, folder / "model", request, announce), survey=surveyed, journal=pruned
             )
-            summary = _summary_of(blocks, request)
-        files.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
-        if request.recover:
-            summary["recovery"] = asdict(
-                recover_checkpoint(source, text, folder / "model", request, announce)
-            )
-        return {
-            **summary,
-            "frame": frame.to_json(),
-            **(
-                {"survey_seconds": sum(sum(one.seconds.values()) for one in surveyed.reports)}
-                if surveyed
-                else {}
-            ),
-            **{
-                f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
-                for activity in pruning.ACTIVITIES
-            },
-            "device": devices.describe(request.resolved_device),
-            "peak_memory_bytes": environment.peak_memory_bytes(),
-            "dense_bytes": source.bytes_in("auto"),
-            "parts": {
-                "dense": part_bytes(source),
-                "pruned": part_bytes(Checkpoint.open(folder / "model")),
-            },
-        }
+            summary, widths = _summary_of(blocks, request), None
+        files.write_record(folder / layout.LAYERS, blocks)
+        recovery = (
+            recover_checkpoint(source, text, folder / "model", request, announce)
+            if request.recover
+            else None
+        )
+
+        def spent(activity: str) -> float:
+            return sum((block.seconds.get(activity, 0.0) for block in blocks), 0.0)
+
+        return PruneResult(
+            **{field.name: getattr(summary, field.name) for field in fields(summary)},
+            widths=widths,
+            recovery=recovery,
+            frame=frame,
+            survey_seconds=sum(sum(one.seconds.values()) for one in surveyed.reports)
+            if surveyed
+            else None,
+            collect_seconds=spent("collect"),
+            solve_seconds=spent("solve"),
+            tune_seconds=spent("tune"),
+            forward_seconds=spent("forward"),
+            journal_seconds=spent("journal"),
+            device=devices.describe(request.resolved_device),
+            peak_memory_bytes=environment.peak_memory_bytes(),
+            dense_bytes=source.bytes_in("auto"),
+            parts=PartBytes(part_bytes(source), part_bytes(Checkpoint.open(folder / "model"))),
+        )
 
     return bundle.run(
-        "prune",
+        PRUNE,
         produce,
-        options=request.to_json(),
+        options=decode(PruneOptions, request.to_json()),
         inputs=inputs,
         overwrite=overwrite,
     )
@@ -307,67 +321,62 @@ def _versions(device: torch.device) -> Json:
     made_with = environment.describe()
     return {
         "thanos-deploy": made_with.thanos_deploy,
-        "libraries": made_with.libraries,
+        "libraries": dict(made_with.libraries),
         "processor": made_with.processor,
         "threads": torch.get_num_threads(),
         **({} if device.type == "cpu" else {"gpu": devices.describe(device)}),
     }
 
 
-def _summary_of(blocks: list[pruning.BlockReport], request: PruneRequest) -> Json:
+def _summary_of(blocks: list[PrunedBlock], request: PruneRequest) -> LayersSummary:
     layers = [layer for block in blocks for layer in block.layers]
-    patterns = assignment.recorded([asdict(block) for block in blocks], request.pattern)
+    patterns = patterns_in(blocks, request.pattern)
     pruned = [layer for layer in layers if layer.name in patterns]
     worst = max(pruned, key=lambda layer: layer.relative_error)
     weights = sum(layer.rows * layer.cols for layer in layers)
     damping = float(request.resolved_options.get("damping", 0.0))
-    return {
-        "layers": len(layers),
-        "weights": weights,
-        "sparsity": sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
-        "patterns": assignment.counts(patterns.get(layer.name) for layer in layers),
-        "layers_left_dense": [layer.name for layer in layers if layer.name not in patterns],
-        "pattern_holds": all(layer.pattern_holds for layer in pruned),
-        "layers_off_pattern": [layer.name for layer in pruned if not layer.pattern_holds],
-        "retries": [
-            {
-                "layer": layer.name,
-                "solver": layer.solver,
-                "damping": layer.damping,
-                "failures": list(layer.failures),
-            }
+    return LayersSummary(
+        layers=len(layers),
+        weights=weights,
+        sparsity=sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
+        patterns=assignment.counts(patterns.get(layer.name) for layer in layers),
+        layers_left_dense=tuple(layer.name for layer in layers if layer.name not in patterns),
+        pattern_holds=all(layer.pattern_holds for layer in pruned),
+        layers_off_pattern=tuple(layer.name for layer in pruned if not layer.pattern_holds),
+        retries=tuple(
+            Retry(layer.name, layer.solver, layer.damping, layer.failures)
             for layer in pruned
             if layer.failures or layer.damping > damping
-        ],
-        "median_relative_error": statistics.median(layer.relative_error for layer in pruned),
-        "worst_relative_error": worst.relative_error,
-        "worst_layer": worst.name,
-        "largest_damping": max(layer.damping for layer in pruned),
-    }
+        ),
+        median_relative_error=statistics.median(layer.relative_error for layer in pruned),
+        worst_relative_error=worst.relative_error,
+        worst_layer=worst.name,
+        largest_damping=max(layer.damping for layer in pruned),
+    )
 
 
-def _summary_of_cuts(blocks: list[shrinking.BlockReport]) -> Json:
+def _summary_of_cuts(blocks: list[CutBlock]) -> LayersSummary:
     errors = {
         f"block {index}, {part}": error
         for index, block in enumerate(blocks)
         for part, error in (("heads", block.heads_error), ("ffn", block.channels_error))
     }
     worst = max(errors, key=errors.__getitem__)
-    return {
-        "median_relative_error": statistics.median(errors.values()),
-        "worst_relative_error": errors[worst],
-        "worst_layer": worst,
-        "largest_damping": max(block.damping for block in blocks),
-    }
+    return LayersSummary(
+        median_relative_error=statistics.median(errors.values()),
+        worst_relative_error=errors[worst],
+        worst_layer=worst,
+        largest_damping=max(block.damping for block in blocks),
+    )
 
 
-def plan_summary(plan: Plan) -> Json:
+def plan_summary(plan: Plan) -> WidthsSummary:
     """For people and for the manifest: one row a block, and what they come to."""
-    return {
-        "removed": plan.removed,
-        "stock_config": plan.stock,
-        "block_parameters_before": sum(block.parameters_before for block in plan.blocks),
-        "block_parameters_after": sum(block.parameters_after for block in plan.blocks),
-        "predicted_loss": sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
-        "blocks": [asdict(block) for block in plan.blocks],
-    }
+    return WidthsSummary(
+        removed=plan.removed,
+        stock_config=plan.stock,
+        block_parameters_before=sum(block.parameters_before for block in plan.blocks),
+        block_parameters_after=sum(block.parameters_after for block in plan.blocks),
+        predicted_loss=sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
+        blocks=plan.blocks,
+    )

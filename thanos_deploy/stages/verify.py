@@ -8,22 +8,24 @@ the builder said
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.onnx import graph as onnx
 from exporters.tensorrt import engine
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.check import Check
 from thanos_deploy.errors import DeployError, IntegrityError
-from thanos_deploy.model.assignment import describe, of_bundle
+from thanos_deploy.model.assignment import describe
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.prune.layers import linear_shapes
+from thanos_deploy.prune.result import PRUNE, patterns_of
 
 _REBUILD = "build the engine again with `thanos-deploy export --overwrite`"
 
@@ -39,7 +41,7 @@ def verify(
             in every engine; None for no such demand.
         on_progress: told of every stage.
     """
-    bundle.require("prune", "`thanos-deploy prune`")
+    bundle.require(layout.PRUNE, "`thanos-deploy prune`")
     checks: list[Check] = []
     stages = list(bundle.stages)
     for index, stage in enumerate(stages):
@@ -80,8 +82,8 @@ def _files(bundle: Bundle, stage: str) -> Check:
 
 
 def _contents(bundle: Bundle, stage: str) -> Iterator[Check]:
-    if stage == "prune":
-        yield _pattern(bundle, stage, bundle.path / "model")
+    if stage == layout.PRUNE:
+        yield _pattern(bundle, stage, bundle.path / layout.MODEL)
     elif f"{stage}/{onnx.MODEL}" in bundle.stages[stage].files and stage.startswith("onnx"):
         yield _pattern(bundle, stage, bundle.path / stage / onnx.MODEL)
         yield _parity(bundle, stage)
@@ -92,10 +94,10 @@ def _contents(bundle: Bundle, stage: str) -> Iterator[Check]:
 
 def _pattern(bundle: Bundle, stage: str, path: Path) -> Check:
     name = f"{stage}: pattern"
-    if bundle.stages["prune"].options.get("cut"):
+    if bundle.options(PRUNE).cut:
         return Check(name, "SKIP", "heads and channels were cut out; there is nothing to hold")
-    checkpoint = Checkpoint.open(bundle.path / "model")
-    shapes, patterns = linear_shapes(checkpoint), of_bundle(bundle)
+    checkpoint = Checkpoint.open(bundle.path / layout.MODEL)
+    shapes, patterns = linear_shapes(checkpoint), patterns_of(bundle)
     try:
         verdicts = (
             onnx.judge_file(path, shapes, patterns)
@@ -105,7 +107,7 @@ def _pattern(bundle: Bundle, stage: str, path: Path) -> Check:
     except DeployError as error:
         return Check(name, "FAIL", error.message, fix=error.fix)
     off = [layer for layer, verdict in verdicts.items() if not verdict.holds]
-    known = set(bundle.stages["prune"].result.get("layers_off_pattern", []))
+    known = set(bundle.result(PRUNE).layers_off_pattern or ())
     held = (
         f"{len(verdicts) - len(off)} of {len(shapes)} layers hold "
         f"{describe(patterns, len(patterns))}"
@@ -197,10 +199,22 @@ def _demand(bundle: Bundle, fraction: float) -> Iterator[Check]:
         )
 
 
-def to_json(checks: list[Check], bundle: Bundle) -> Json:
-    """For machines: the checks, and the verdict on every layer of every engine."""
-    return {
-        "bundle": bundle.path.name,
-        "checks": [asdict(check) for check in checks],
-        "engines": {stage: build["layers"] for stage, build in proofs(bundle).items()},
-    }
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found, for machines.
+
+    Attributes:
+        bundle: name of its folder.
+        checks: all of them.
+        engines: the verdict on every layer of every engine, by the name of its stage.
+    """
+
+    bundle: str
+    checks: tuple[Check, ...]
+    engines: Mapping[str, Sequence[Json]]
+
+
+def verification(checks: Sequence[Check], bundle: Bundle) -> Verification:
+    """The checks, and the verdict on every layer of every engine."""
+    engines = {stage: build["layers"] for stage, build in proofs(bundle).items()}
+    return Verification(bundle.path.name, tuple(checks), engines)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.bundles import checked
 from thanos_deploy.bundle import manifest
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages import verify
@@ -34,7 +35,7 @@ def test_an_old_bundle_holds_what_it_says(old: Path) -> None:
 
 def test_an_old_bundle_is_reported(old: Path) -> None:
     with manifest.claim(old, Bundle.open(old).source) as bundle:
-        report = checked(write_report(bundle))
+        report = checked(encode(write_report(bundle)))
     (model,) = report["models"]
     assert model["source"]["name"] == "tiny8"
     assert model["stale"] == []

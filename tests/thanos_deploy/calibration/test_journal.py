@@ -23,8 +23,8 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
 from thanos_deploy.prune import layers as walk
-from thanos_deploy.prune.layers import BlockReport
 from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
 
@@ -314,7 +314,7 @@ def test_a_journal_of_all_blocks_leaves_nothing_to_do(model: Path, tmp_path: Pat
             pattern=parse("2:4"),
             method="wanda",
             options={},
-            journal=Journal(tmp_path / "journal", {}, BlockReport),
+            journal=Journal(tmp_path / "journal", {}, PrunedBlock),
             on_progress=lambda done, _, steps=steps: steps.append(done),  # type: ignore[misc]
         )
         written.append((tmp_path / name / "model.safetensors").read_bytes())
@@ -324,6 +324,6 @@ def test_a_journal_of_all_blocks_leaves_nothing_to_do(model: Path, tmp_path: Pat
 
 def test_an_empty_journal_says_nothing(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
-    assert Journal(tmp_path / "new", {"seed": 0}, BlockReport).reports == []
-    assert Journal(tmp_path / "new", {"seed": 0}, BlockReport).reports == []
+    assert Journal(tmp_path / "new", {"seed": 0}, PrunedBlock).reports == []
+    assert Journal(tmp_path / "new", {"seed": 0}, PrunedBlock).reports == []
     assert not caplog.text

@@ -14,7 +14,8 @@ from thanos_deploy.methods import thanos
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune.layers import BlockReport, prune
+from thanos_deploy.prune.layers import prune
+from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.prune.solution import Solution, aim, solve
 from thanos_deploy.solver.hessian import retarget
 from thanos_deploy.solver.layer import LayerProblem
@@ -35,7 +36,7 @@ def run(
     tune_steps: int = 0,
     calib_forward: torch.dtype = torch.float32,
     **options: float,
-) -> list[BlockReport]:
+) -> list[PrunedBlock]:
     out.mkdir()
     return prune(
         Checkpoint.open(folder),

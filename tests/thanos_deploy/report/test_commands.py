@@ -11,6 +11,7 @@ import pytest
 from exporters.options import EngineRequest, ExportRequest
 from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Bundle, Source
 from thanos_deploy.cli import _options
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
@@ -63,10 +64,10 @@ def test_the_pruning_command_asks_for_what_was_asked_for(
 
 
 def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
-    evaluation = EvalRequest("held out.txt", segments=5, seqlen=77).to_json()
+    evaluation = encode(EvalRequest("held out.txt", segments=5, seqlen=77).recorded)
     export = asdict(ExportRequest("fp16", 64))
     lines = printed(tmp_path, eval=evaluation, onnx=export)
-    assert _options.eval_request(parsed(lines["eval"])).to_json() == evaluation
+    assert encode(_options.eval_request(parsed(lines["eval"])).recorded) == evaluation
     options = parsed(lines["export"])
     assert (options["target"], options["dtype"], options["max_seq"]) == ("onnx", "fp16", 64)
 
@@ -94,7 +95,7 @@ def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
 def test_the_benchmark_command_asks_for_what_was_asked_for(
     request_: BenchRequest, subjects: list[str], tmp_path: Path
 ) -> None:
-    recorded = {request_.run: {**request_.to_json(), "subjects": subjects}}
+    recorded = {request_.run: {**encode(request_), "subjects": subjects}}
     options = parsed(printed(tmp_path, bench=recorded)["bench"])
     assert _options.bench_request(options) == request_
     assert options["aa"] == ("pruned-again" in subjects)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.report.loaders import LOADERS, Sizes, judge, tensor_parallel
+from thanos_deploy.report.loaders import LOADERS, LoaderSizes, judge, tensor_parallel
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
 
@@ -36,7 +36,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_loader_is_asked_about_every_family(make_model: MakeModel, model_type: str) -> None:
     folder = make_model(model_type)
-    sizes = Sizes.of(config_of(folder))
+    sizes = LoaderSizes.of(config_of(folder))
     assert (sizes.hidden, sizes.heads, sizes.channels) == (32, 4, 48)
     seen = verdicts(config_of(folder))
     # A head of 12 fits none of vLLM's attention kernels.
@@ -59,8 +59,8 @@ def test_a_shrunk_model_is_judged_by_what_was_written(
     )
     shrink(checkpoint, segments, tmp_path, plan=plan)
     config = config_of(tmp_path)
-    sizes = Sizes.of(config)
-    assert sizes != Sizes.of(config_of(folder))
+    sizes = LoaderSizes.of(config)
+    assert sizes != LoaderSizes.of(config_of(folder))
     follows = sizes.head * sizes.heads == sizes.hidden
     seen = verdicts(config)
     # vLLM's Qwen2 reads no head_dim; everything else that it takes, it takes shrunk.
@@ -117,7 +117,7 @@ def test_the_blocks_that_rows_can_be_quantised_in(channels: int, note: str) -> N
 def test_a_model_is_split_only_where_every_gpu_gets_as_much(
     kv_heads: int, group: int, channels: int
 ) -> None:
-    sizes = Sizes("llama", 64, kv_heads * group, kv_heads, 8, channels)
+    sizes = LoaderSizes("llama", 64, kv_heads * group, kv_heads, 8, channels)
     splits = tensor_parallel(sizes)
     assert splits[0] == 1
     for gpus in splits:

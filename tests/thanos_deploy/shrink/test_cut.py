@@ -17,7 +17,8 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import BlockReport, check, shrink, survey
+from thanos_deploy.shrink.cut import check, shrink, survey
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Plan
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor, retarget
@@ -34,7 +35,7 @@ def run(
     part: str = "both",
     allocation: str = "uniform",
     dense_target: float = 0.0,
-) -> tuple[Plan, list[BlockReport]]:
+) -> tuple[Plan, list[CutBlock]]:
     out.mkdir()
     checkpoint = Checkpoint.open(folder)
     losses = survey(checkpoint, SEGMENTS)
@@ -43,7 +44,7 @@ def run(
     return plan, reports
 
 
-def masked_model(dense: Path, shrunk: Path, reports: list[BlockReport]) -> Any:
+def masked_model(dense: Path, shrunk: Path, reports: list[CutBlock]) -> Any:
     """The dense model with zero columns where the shrunk one has lost heads and channels.
 
     Nothing is cut: queries, keys, values and channels that no column reads are still computed.
@@ -222,7 +223,7 @@ def test_the_walk_is_the_straightforward_one(
                     layer.weight.copy_(weight)
 
 
-def kept_rows(name: str, report: BlockReport, size: int) -> torch.Tensor:
+def kept_rows(name: str, report: CutBlock, size: int) -> torch.Tensor:
     """Rows of a LLaMA's producer that are left."""
     if name.startswith("mlp."):
         return torch.tensor(report.channels)
