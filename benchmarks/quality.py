@@ -29,9 +29,10 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods
-from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.record import differences
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
@@ -119,7 +120,7 @@ def begin(path: Path, conditions: Json) -> Json:
     if not path.exists():
         return {"conditions": conditions, "environment": encode(environment.describe()), "rows": []}
     document: Json = json.loads(path.read_bytes())
-    if changed := manifest.differences(document["conditions"], conditions):
+    if changed := differences(document["conditions"], conditions):
         raise SystemExit(f"{path} is of other conditions ({changed}): give another --results")
     return document
 

@@ -41,7 +41,7 @@ from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.manifest import Source
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.texts import read_text
 from thanos_deploy.cli import _progress

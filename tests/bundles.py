@@ -12,7 +12,8 @@ import jsonschema
 from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle, Source
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.latency import KINDS
 from thanos_deploy.measure.options import BenchRequest

@@ -25,7 +25,8 @@ from thanos_deploy import cli
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_record
 from thanos_deploy.bundle.layout import LAYERS
-from thanos_deploy.bundle.manifest import Source, claim
+from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly

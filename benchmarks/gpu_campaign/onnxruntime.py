@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from thanos_deploy.bundle.manifest import Source
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.gpu.rows import Row
 from thanos_deploy.gpu_check.steps import Task

@@ -18,7 +18,8 @@ from runtime.engines import onnxruntime as backend
 from runtime.generate import generate
 from tests.conftest import VOCABULARY, Exported, stock_model
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Source, claim
+from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 from thanos_deploy.gpu import driver
 from thanos_deploy.model.checkpoint import Checkpoint

@@ -91,7 +91,7 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy.cli import _tables
+        from thanos_deploy.cli._forecast import show_forecast
         from thanos_deploy.forecast.forecast import Request, plan
         from thanos_deploy.forecast.measurements import read_measurements
         from thanos_deploy.forecast.roofline import Setting
@@ -105,4 +105,4 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
         checkpoint = outline(model, revision=options["revision"], announce=announce)
         result = plan(checkpoint, patterns, setting, request)
     result = {"model": model, **result}
-    emit(options, result, lambda value: _tables.show_forecast(value, layers=options["layers"]))
+    emit(options, result, lambda value: show_forecast(value, layers=options["layers"]))

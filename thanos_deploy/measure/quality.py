@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import LATER
-from thanos_deploy.bundle.manifest import Stage
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.calibration.frame import NO_FRAME, Frame
 from thanos_deploy.measure.options import EvalRequest, TaskRequest
 

@@ -9,7 +9,8 @@ from typing import Final, Literal
 
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import LATER, OTHERS
-from thanos_deploy.bundle.manifest import Bundle, Stage
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.gpu.nvml import Held
 from thanos_deploy.machine.environment import Environment
 from thanos_deploy.measure.options import BenchRequest

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thanos_deploy.bundle import files, names
-from thanos_deploy.bundle.manifest import Source
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import packed_folder
 from thanos_deploy.model import widths as block_widths

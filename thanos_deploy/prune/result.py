@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import LATER, OTHERS, Json, decode, encode
 from thanos_deploy.bundle.files import read_record
-from thanos_deploy.bundle.manifest import Bundle, Stage
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.calibration.frame import NO_FRAME, Frame
 from thanos_deploy.model.assignment import DENSE
 from thanos_deploy.model.block import BlockPlan

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from thanos_deploy.bundle.codec import LATER, Json
-from thanos_deploy.bundle.manifest import Source
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine.environment import Environment
 from thanos_deploy.measure.run import Run, Sample
 from thanos_deploy.prune.result import LayersSummary, PartBytes

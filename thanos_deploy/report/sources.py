@@ -7,7 +7,8 @@ from typing import TypeVar
 from thanos_deploy.bundle import layout, names
 from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.files import read_json, record_in
-from thanos_deploy.bundle.manifest import Bundle, Inputs, Options, Result, Stage, StageRecord
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.measure import run as bench
 from thanos_deploy.measure.run import BENCH, PRUNED, Run, Sample, has_named_runs
 from thanos_deploy.prune.result import PRUNE, PrunedBlock

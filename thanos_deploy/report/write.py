@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 
 from thanos_deploy import __version__
 from thanos_deploy.bundle import files, layout
-from thanos_deploy.bundle.manifest import Bundle, Stage
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.errors import UsageError
 from thanos_deploy.report import build, card, markdown, page, sources
 from thanos_deploy.report.model import FORMAT, Report

@@ -12,6 +12,7 @@ from thanos_deploy.bundle import layout, manifest, names
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import write_record
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import differences
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.measure import benchmark, traffic
 from thanos_deploy.measure.options import BenchRequest
@@ -167,7 +168,7 @@ def check_bench(
     if before is not None and before.options != now and not overwrite:
         raise UsageError(
             f"{bundle.path}: run {request.run!r} was made with other options: "
-            f"{manifest.differences(encode(before.options), encode(now))}",
+            f"{differences(encode(before.options), encode(now))}",
             fix="give it another name with --run, or --overwrite to redo it",
         )
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from thanos_deploy.bundle import layout, manifest
-from thanos_deploy.bundle.manifest import Bundle, Nothing, Stage
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Nothing, Stage
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_packed

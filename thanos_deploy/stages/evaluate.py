@@ -9,7 +9,8 @@ from exporters.options import ExportRequest
 from runtime.graph import require_all_logits
 from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.codec import Json, encode
-from thanos_deploy.bundle.manifest import Bundle, Inputs, Options, Result, Stage
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.machine import devices
 from thanos_deploy.measure import evaluation, harness
 from thanos_deploy.measure import perplexity as quality

@@ -9,7 +9,8 @@ import pytest
 
 from thanos_deploy.bundle import manifest
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle, Source
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 
 SOURCE = Source("folder", "model", "", "0" * 64)

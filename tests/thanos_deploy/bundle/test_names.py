@@ -21,7 +21,8 @@ from tests.bundles import write_bundle
 from tests.conftest import Invoke
 from thanos_deploy.bundle import names, onnxfile
 from thanos_deploy.bundle.files import sha256, sha256_of
-from thanos_deploy.bundle.manifest import Bundle, Source, claim
+from thanos_deploy.bundle.manifest import Bundle, claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.errors import DeployError, InputError, ModelError
 from thanos_deploy.model import packed_folder

@@ -22,7 +22,8 @@ from runtime.generate import generate_batch
 from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from tests.store import Store
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Source, claim
+from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import InputError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.rope import Change, change_in, change_of

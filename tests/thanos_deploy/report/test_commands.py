@@ -12,7 +12,8 @@ from exporters.options import EngineRequest, ExportRequest
 from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.manifest import Bundle, Source
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.cli import _options
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.pattern import parse
