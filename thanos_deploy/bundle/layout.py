@@ -20,7 +20,7 @@ TASKS = {"torch": f"{EVAL}/tasks.json", "onnx": f"{EVAL}/tasks-onnx.json"}
 
 # The stage onnx.
 ONNX = "onnx"
-GRAPH = f"{ONNX}/model.onnx"
+GRAPH = "model.onnx"
 
 # The stage bench.
 BENCH = "bench"

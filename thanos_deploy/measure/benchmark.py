@@ -70,7 +70,8 @@ def measure(
     threads = request.threads or environment.cores()
     works = {
         label: ceilings.count(
-            path / layout.GRAPH, cache_bytes_per_token=subjects[label].cache_bytes_per_token
+            path / layout.ONNX / layout.GRAPH,
+            cache_bytes_per_token=subjects[label].cache_bytes_per_token,
         )
         for label, path in bundles.items()
     }
