@@ -23,6 +23,7 @@ from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.store import Store
 from thanos_deploy import cli
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_json
 from thanos_deploy.bundle.manifest import claim
 from thanos_deploy.model.assignment import LAYERS
@@ -229,7 +230,7 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
             options = {"pattern": "2:4", "method": "thanos"}
             bundle.run("prune", copy("model"), options=options, inputs={})
             inputs = {"model": bundle.model_sha256}
-            bundle.run("onnx", copy("onnx"), options=ExportRequest().to_json(), inputs=inputs)
+            bundle.run("onnx", copy("onnx"), options=encode(ExportRequest()), inputs=inputs)
 
     return store.folder("two-four-bundle", make)
 

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from exporters import target as export
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.progress import OnProgress, silent
@@ -252,18 +253,14 @@ def _circumstances(run: Json) -> Iterator[str]:
             )
 
 
-def show_parity(result: Json) -> None:
-    """Print how far ONNX Runtime and PyTorch are apart."""
-    table = Table(title=f"ONNX Runtime against PyTorch, limit {result['parity_limit']:g}")
-    for name in ("case", "batch", "past", "sequence", "logits", "kv cache"):
-        table.add_column(name)
-    for case in result["parity"]:
-        table.add_row(
-            case["name"],
-            *(str(case[name]) for name in ("batch", "past", "sequence")),
-            *(f"{case[name]:.1e}" for name in ("logits_error", "cache_error")),
-        )
-    Console().print(table)
+def show_table(table: export.Table) -> None:
+    """Print what a target says of its export."""
+    shown = Table(title=table.title or None, show_header=bool(table.columns))
+    for name in table.columns:
+        shown.add_column(name)
+    for row in table.rows:
+        shown.add_row(*row)
+    Console().print(shown, markup=False)
 
 
 def show_checks(checks: Sequence[Json]) -> None:
@@ -298,31 +295,6 @@ def show_layers(engines: Mapping[str, Sequence[Json]]) -> None:
                 layer["engine_layer"],
             )
         Console().print(table, markup=False)
-
-
-def show_engine(build: Json) -> None:
-    """Print how an engine was built, and how many layers run sparse."""
-    summary = build["summary"]
-    rows = {
-        "engine": f"{build['target']} {build['library']} for {', '.join(build['arch'])}",
-        "types": build["dtype"],
-        "linear layers as": build["sparse_form"],
-        "sparse weights": "looked at" if build["sparse_weights"] else "not looked at",
-        "layers with 2:4": f"{summary['pattern_holds']} of {summary['layers']}",
-        "eligible for sparse kernels": str(summary["eligible"]),
-        "sparse kernels picked": str(summary["picked"]),
-        "size": f"{build['engine_bytes'] / 1e6:.1f} MB",
-        "built in": f"{build['seconds']:.0f} s",
-        "peak memory of the builder": f"{build['peak_memory_bytes'] / 1e9:.2f} GB",
-    }
-    if build["trial_seconds"]:
-        rows["trials"] = ", ".join(
-            f"{form} {seconds * 1e3:.2f} ms" for form, seconds in build["trial_seconds"].items()
-        )
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table, markup=False)
 
 
 def show_values(values: Json) -> None:

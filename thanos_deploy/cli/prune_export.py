@@ -13,8 +13,6 @@ from thanos_deploy.cli._options import (
     common_options,
     dry_run_option,
     emit,
-    engine_options,
-    engine_request,
     eval_request,
     evaluation_options,
     model_argument,
@@ -23,22 +21,15 @@ from thanos_deploy.cli._options import (
     pruning_options,
     revision_option,
     session,
-    target_option,
 )
+from thanos_deploy.cli._targets import asked, target_options
 
 
 @click.command("prune-export")
 @model_argument
 @out_option
 @pruning_options
-@target_option
-@engine_options
-@click.option(
-    "--max-seq",
-    type=int,
-    help="Engines: the most tokens, prompt and answer together.  [default: all that the model "
-    "takes]",
-)
+@target_options(leave_out=("dtype", "batch"))  # of the checkpoint, and of what is timed
 @evaluation_options()
 @benchmark_options
 @revision_option
@@ -48,7 +39,6 @@ def command(
     model: str,
     out: Path,
     target: str,
-    max_seq: int | None,
     revision: str | None,
     dry_run: bool,
     **options: Any,
@@ -59,11 +49,12 @@ def command(
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from exporters import preflight
+        from exporters import preflight, targets
         from thanos_deploy.stages import pipeline
 
-        if target == "tensorrt" and not dry_run:
-            for check in preflight.of_target(target):
+        chosen = targets.get(target)
+        if chosen.gpu and not dry_run:
+            for check in preflight.of_target(chosen):
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
                     _console.show_note(
@@ -71,11 +62,10 @@ def command(
                         "all the same"
                     )
         # A plan is the same for every target.
-        engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
         run = (
             pipeline.plan
             if dry_run
-            else partial(pipeline.prune_export, target=target, engine=engine)
+            else partial(pipeline.prune_export, target=target, asked=asked(options))
         )
         result = run(
             model,

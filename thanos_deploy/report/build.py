@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from exporters import targets
 from thanos_deploy import __version__
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import StageRecord
@@ -258,21 +259,22 @@ def _bytes(sources: Sources) -> Json:
             "pruned": _size(prune, ".safetensors"),
         }
     }
-    if packed := sources.stages.get("packed"):
-        sizes["packed"] = {
-            "dense": prune.result["dense_bytes"],
-            "pruned": _size(packed, ".safetensors"),
-        }
-    if onnx := sources.stages.get("onnx"):
-        dense = [
-            run["subjects"][DENSE]["file_bytes"]
-            for run in sources.runs.values()
-            if DENSE in run["subjects"]
-        ]
-        sizes["onnx"] = {
-            "dense": dense[-1] if dense else None,
-            "pruned": _size(onnx, ".onnx", ".data"),
-        }
+    graphs = [
+        run["subjects"][DENSE]["file_bytes"]
+        for run in sources.runs.values()
+        if DENSE in run["subjects"]
+    ]
+    dense = {
+        "checkpoint": prune.result["dense_bytes"],
+        "graph": graphs[-1] if graphs else None,
+    }
+    exported = [
+        (target.name, target.size, sources.stages[target.name])
+        for target in targets.every()
+        if target.size is not None and target.name in sources.stages
+    ]
+    for name, size, record in sorted(exported, key=lambda found: found[1].beside):
+        sizes[name] = {"dense": dense[size.beside], "pruned": _size(record, *size.endings)}
     return sizes
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from exporters import targets
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.runs import DENSE, PRUNED, measured, quoted
 
@@ -29,8 +30,6 @@ _MEMORY = {
     "peak_bytes": "peak memory",
     "gpu_peak_bytes": "GPU memory",
 }
-
-_FILES = {"model": "checkpoint", "packed": "packed checkpoint", "onnx": "ONNX"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +71,9 @@ def figures(model: Json) -> Iterator[Figure]:
         where = ", ONNX graph" if score["runtime"] == "onnx" else ""
         name = f"{score['task']}, {score['metric']}{where}"
         yield _figure(name, "score", score["dense"], score["pruned"])
-    for name, title in _FILES.items():
-        if size := model["bytes"].get(name):
-            yield _figure(title, "B", size["dense"], size["pruned"])
+    titles = file_titles()
+    for name, size in model["bytes"].items():
+        yield _figure(titles.get(name, name), "B", size["dense"], size["pruned"])
     run = quoted(model)
     for scenario, metric, ratio in measured(run):
         dense, pruned = (scenario["results"][who]["metrics"][metric] for who in (DENSE, PRUNED))
@@ -93,6 +92,12 @@ def figures(model: Json) -> Iterator[Figure]:
         dense, pruned = (subjects[who].get(name) for who in (DENSE, PRUNED))
         if pruned is not None:
             yield _figure(title, "B", dense, pruned)
+
+
+def file_titles() -> dict[str, str]:
+    """By the name in the report, what the files of a checkpoint or of a target are called."""
+    sizes = {target.name: target.size for target in targets.every()}
+    return {"model": "checkpoint"} | {name: size.title for name, size in sizes.items() if size}
 
 
 def metric_title(scenario: Json, metric: str) -> str:

@@ -9,14 +9,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.report import charts, words
-from thanos_deploy.report.figures import Figure, figures, metric_title, shown, shown_ratio
+from thanos_deploy.report.figures import (
+    Figure,
+    figures,
+    file_titles,
+    metric_title,
+    shown,
+    shown_ratio,
+)
 from thanos_deploy.report.runs import DENSE, measured, quoted, quoted_times
 from thanos_deploy.report.sources import Sources
-
-# What stands side by side, beside the times.
-_COMPARED = ("perplexity", "checkpoint", "packed checkpoint", "ONNX", "peak memory")
 
 
 def render(report: Json, bundles: Sequence[Sources]) -> str:
@@ -101,7 +106,7 @@ def _tiles(model: Json) -> list[Json]:
     wanted = (
         "perplexity",
         *(name for name, _ in quoted_times(quoted(model))),
-        "ONNX" if "onnx" in model["bytes"] else "checkpoint",
+        file_titles()[ONNX if ONNX in model["bytes"] else "model"],
         "peak memory",
     )
     by_name = {figure.name: figure for figure in figures(model)}
@@ -134,10 +139,11 @@ def _columns(report: Json) -> list[str]:
 def _compared(report: Json) -> dict[str, Figure]:
     """The figures to put side by side, by name, as the first model that has them shows them."""
     found: dict[str, Figure] = {}
+    files = file_titles().values()
     for model in report["models"]:
         times = [name for name, _ in quoted_times(quoted(model))]
         for figure in figures(model):
-            if figure.name in (*_COMPARED, *times):
+            if figure.name in ("perplexity", *files, "peak memory", *times):
                 found.setdefault(figure.name, figure)
     return found
 

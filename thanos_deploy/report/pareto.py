@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from exporters import targets
+from exporters.target import Size
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.report.runs import DENSE, measured, quoted
 
 
@@ -114,7 +117,8 @@ def _times(models: Sequence[Json]) -> Iterator[_Costs]:
 
 def _sizes(models: Sequence[Json]) -> Iterator[_Costs]:
     """Bytes of the ONNX files and of the checkpoints, packed where they were."""
-    for name, kinds in (("ONNX file", ("onnx",)), ("checkpoint", ("packed", "model"))):
+    beside = [target.name for target in targets.every() if _is_checkpoint(target.size)]
+    for name, kinds in (("ONNX file", (ONNX,)), ("checkpoint", (*beside, "model"))):
         costs, dense = {}, 0
         for model in models:
             kind = next((kind for kind in kinds if kind in model["bytes"]), None)
@@ -125,3 +129,7 @@ def _sizes(models: Sequence[Json]) -> Iterator[_Costs]:
             costs[model["label"]] = (*(float(size["pruned"]),) * 3, True)
         if costs and dense:
             yield name, "B", float(dense), costs
+
+
+def _is_checkpoint(size: Size | None) -> bool:
+    return size is not None and size.beside == "checkpoint"

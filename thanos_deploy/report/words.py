@@ -1,8 +1,13 @@
 """What the figures of a report mean, in sentences."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from exporters import targets
+from exporters.target import Target
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.layout import ONNX
+from thanos_deploy.errors import UsageError
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.pattern import SemiStructured, Structured, parse
@@ -17,10 +22,7 @@ _TEXT = ("text", "segments", "length", "frame")
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
     "eval": ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
-    "onnx": ("the ONNX graph and its agreement with PyTorch", "thanos-deploy export OUT"),
     "bench": ("latency and memory", "thanos-deploy bench OUT"),
-    "packed": ("the packed size", "thanos-deploy export OUT --target packed"),
-    "genai": ("ORT-GenAI", "thanos-deploy export OUT --target genai"),
 }
 
 
@@ -42,7 +44,7 @@ def headline(model: Json, run: Json | None) -> str:
         )
     else:
         clauses.append("the perplexity was not measured")
-    size = model["bytes"].get("onnx") or model["bytes"]["model"]
+    size = model["bytes"].get(ONNX) or model["bytes"]["model"]
     if size["dense"]:
         clauses.append(f"the files take {size['pruned'] / size['dense']:.2f}x the bytes")
     times = [f"{name} {_outcome(ratio)}" for name, ratio in quoted_times(run)]
@@ -107,7 +109,7 @@ def verdict(model: Json, run: Json | None) -> list[str]:
         *_of_own_gpu(model, quoted=run),
         *(() if model["widths"] else _of_zeros(model)),
         *_of_gpus(model),
-        *_of_packing(model["bytes"].get("packed")),
+        *_of_sizes(model["bytes"]),
     ]
 
 
@@ -134,14 +136,12 @@ def interval(ratio: Json) -> str:
 
 def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
     for stage, (what, command) in _STAGES.items():
-        if stage not in model["seconds"] and _applies(stage, model):
+        if stage not in model["seconds"]:
             yield what, "not measured", command
+    yield from _gaps_of_targets(model)
     runs = [run for run in model["bench"] if run["status"] != "INTERRUPTED"]
     if all(run["provider"] == CPU for run in runs):
         yield "latency and memory on a GPU", NOT_MEASURED, None
-    if not model["kernels"]:
-        command = "thanos-deploy export OUT --target tensorrt-rtx"
-        yield "which layers run on sparse kernels", "no engine was built", command
     kinds = {scenario["kind"] for run in runs for scenario in run["scenarios"]}
     for kind, what in (("generate", "whole answers"), ("open-loop", "requests that arrive freely")):
         if runs and kind not in kinds:
@@ -156,12 +156,30 @@ def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
         yield tasks, why, f"{command} --tasks NAME,..."
 
 
-def _applies(stage: str, model: Json) -> bool:
-    """Packing is for n:m that holds everywhere."""
-    if stage != "packed":
-        return True
-    semi = isinstance(parse(model["pattern"]), SemiStructured)
-    return semi and bool(model["linear_layers"].get("pattern_holds"))
+def _gaps_of_targets(model: Json) -> Iterator[tuple[str, str, str | None]]:
+    """What targets that were not exported would show, once for those that show the same."""
+    known = {
+        target.missing.what
+        for stage in model["seconds"]
+        if (target := targets.of_stage(stage)) is not None
+        if target.missing is not None and target.asked_for(stage)
+    }
+    # The first of several is the one to name: rather one that works on any machine.
+    for target in sorted(targets.every(), key=lambda target: target.gpu):
+        missing = target.missing
+        if missing is not None and missing.what not in known and _takes(target, model):
+            known.add(missing.what)
+            yield missing.what, missing.why, f"thanos-deploy export OUT --target {target.name}"
+
+
+def _takes(target: Target[Any], model: Json) -> bool:
+    """The target is for such a model, as far as the report knows what its layers hold."""
+    holds = bool(model["linear_layers"].get("pattern_holds"))
+    try:
+        target.refuse([parse(model["pattern"])] if holds else [])
+    except UsageError:
+        return False
+    return True
 
 
 def _of_quality(quality: Json | None) -> Iterator[str]:
@@ -275,12 +293,12 @@ def _of_zeros(model: Json) -> Iterator[str]:
             )
 
 
-def _of_packing(packed: Json | None) -> Iterator[str]:
-    if packed:
-        yield (
-            "Packed, without its zeros, the checkpoint takes "
-            f"{packed['pruned'] / packed['dense']:.3f} of the dense one's bytes."
-        )
+def _of_sizes(sizes: Json) -> Iterator[str]:
+    """What targets say of their bytes beside the dense model's."""
+    for target in targets.every():
+        size = sizes.get(target.name)
+        if size and size["dense"] and target.size is not None and target.size.sentence:
+            yield target.size.sentence.format(ratio=size["pruned"] / size["dense"])
 
 
 def _outcome(ratio: Json) -> str:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporters.options import exported_with
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.text import TOKENIZER, open_tokenizer
 from thanos_deploy.bundle import manifest, names
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_json
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
@@ -17,7 +19,7 @@ from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.stages.dense import Dense, dense_folder
-from thanos_deploy.stages.export import export_dense, exported_with
+from thanos_deploy.stages.export import export_dense
 
 # What a bundle and the model that it was made from are called where they are compared.
 PRUNED = "pruned"
@@ -275,7 +277,7 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
     folder = dense_folder(bundle.source["sha256"])
     if (folder / manifest.MANIFEST).exists():
         found = Bundle.open(folder)
-        if "onnx" in found.stages and found.stages["onnx"].options == wanted.to_json():
+        if "onnx" in found.stages and found.stages["onnx"].options == encode(wanted):
             return found
     raise InputError(
         f"{folder}: no export of {bundle.source['name']} there, the dense model of {bundle.path}, "

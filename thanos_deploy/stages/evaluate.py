@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from exporters.options import ExportRequest
+from exporters.options import ExportRequest, exported_with
 from runtime.graph import require_all_logits
 from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.files import Json
@@ -16,7 +16,7 @@ from thanos_deploy.measure.options import EvalRequest, TaskRequest
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.export import export_dense, exported_with
+from thanos_deploy.stages.export import export_dense
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
 
 
