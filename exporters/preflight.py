@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def _packages(target: Target[Any]) -> Iterator[Check]:
     """Whether what the target needs beside thanos-deploy is installed and works."""
     for package in target.packages:
         try:
-            module = import_module(package.module)
+            module = package.load()
         except (ImportError, OSError) as error:
             yield Check(
                 f"target {target.name}",
@@ -108,7 +108,7 @@ def _onnxruntime_tensorrt() -> Check:
     """Whether the provider finds the major version of TensorRT that it is linked against."""
     name = "ONNX Runtime with TensorRT"
     try:
-        installed = tensorrt.LIBRARY.load().__version__
+        installed = tensorrt.LIBRARY.package.load().__version__
     except (ImportError, OSError):
         return Check(name, "SKIP", "no TensorRT")
     found = f"TensorRT {installed}, {_WITH_CUDA} {_version(_WITH_CUDA)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 from exporters.options import flags
+from exporters.packages import Package
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.engine_record import LayerProof
@@ -47,19 +48,6 @@ class Export(Protocol[Asked]):
         self, bundle: Bundle, request: Asked, *, overwrite: bool, announce: Announce
     ) -> StageRecord:
         """Export."""
-
-
-@dataclass(frozen=True, slots=True)
-class Package:
-    """A Python package that a target needs.
-
-    Attributes:
-        module: what is imported.
-        extra: the extra of thanos-deploy that installs it.
-    """
-
-    module: str
-    extra: str
 
 
 @dataclass(frozen=True, slots=True)

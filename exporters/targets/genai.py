@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from exporters.options import ExportRequest, NoOptions, exported_with
-from exporters.target import Missing, Package, Target, no_checks, stage_bytes, write_stage
+from exporters.packages import Package
+from exporters.target import Missing, Target, no_checks, stage_bytes, write_stage
 from thanos_deploy.bundle.layout import MODEL, ONNX
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.progress import Announce

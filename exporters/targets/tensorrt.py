@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from exporters.options import EngineRequest
-from exporters.target import Package, Target
+from exporters.packages import Package
+from exporters.target import Target
 from exporters.tensorrt import contract
 from exporters.tensorrt.library import Library
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
@@ -12,7 +13,7 @@ from thanos_deploy.errors import PlatformError, UsageError
 from thanos_deploy.gpu import driver
 from thanos_deploy.progress import Announce
 
-LIBRARY = Library("tensorrt", module="tensorrt", ahead_of_time=False)
+LIBRARY = Library("tensorrt", Package("tensorrt", extra="tensorrt"), ahead_of_time=False)
 
 
 def _architectures(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ TARGET = Target(
     options=EngineRequest,
     dtypes=contract.DTYPES,
     several=True,
-    packages=(Package(LIBRARY.module, extra="tensorrt"),),
+    packages=(LIBRARY.package,),
     gpu=True,
     export=_export,
     verify=_verify,

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 
 from exporters.options import EngineRequest
-from exporters.target import Package, Target
+from exporters.packages import Package
+from exporters.target import Target
 from exporters.tensorrt import contract
 from exporters.tensorrt.library import Library
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check
 from thanos_deploy.progress import Announce
 
-LIBRARY = Library("tensorrt-rtx", module="tensorrt_rtx", ahead_of_time=True)
+LIBRARY = Library("tensorrt-rtx", Package("tensorrt_rtx", extra="rtx"), ahead_of_time=True)
 
 # What the library builds for; it has no H100 (sm90) and no B200 (sm100).
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
@@ -44,7 +45,7 @@ TARGET = Target(
     options=EngineRequest,
     dtypes=contract.DTYPES,
     several=True,
-    packages=(Package(LIBRARY.module, extra="rtx"),),
+    packages=(LIBRARY.package,),
     gpu=False,
     export=_export,
     verify=_verify,

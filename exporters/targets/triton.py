@@ -7,7 +7,8 @@ from typing import Any
 
 from exporters import targets
 from exporters.options import ExportRequest, NoOptions, exported_with
-from exporters.target import Package, Target, no_checks, stage_bytes, write_stage
+from exporters.packages import Package
+from exporters.target import Target, no_checks, stage_bytes, write_stage
 from exporters.targets import tensorrt, tensorrt_rtx
 from thanos_deploy.bundle.layout import GRAPH_RECORD, ONNX, engine_folder
 from thanos_deploy.bundle.manifest import Bundle, StageRecord

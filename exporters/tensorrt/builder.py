@@ -14,10 +14,10 @@ an object.
 import json
 import sys
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from exporters.packages import load
 from thanos_deploy.bundle.layout import ENGINE_LAYERS
 from thanos_deploy.machine import environment
 
@@ -77,7 +77,7 @@ def main(order_path: str) -> int:
 
 def _build(order: Order) -> dict[str, Any]:
     try:
-        trt = import_module(order.module)
+        trt: Any = load(order.module)
     except (ImportError, OSError) as error:
         raise _BuildError("machine", f"{order.module}: {error}") from error
     with Path(order.log).open("w", encoding="utf-8") as log:

@@ -108,7 +108,7 @@ def export(
         (destination / TIMING_CACHE).write_bytes(timing_cache.read_bytes())
     inputs = _inputs(source)
     order = Order(
-        module=library.module,
+        module=library.package.module,
         graph=os.path.relpath(source, destination),
         engine=ENGINE,
         log=BUILD_LOG,
@@ -243,7 +243,7 @@ def _carry_out(order: Order, library: Library, folder: Path, on_progress: OnProg
             child.kill()
             raise
     if child.returncode:
-        raise _error(order.graph, library.package, child.returncode, last, complaint)
+        raise _error(order.graph, library.package.on_pypi, child.returncode, last, complaint)
     on_progress(1, 1)
     result: files.Json = json.loads((folder / builder.RESULT).read_bytes())
     for name in (_ORDER, builder.RESULT):
