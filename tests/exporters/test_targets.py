@@ -201,7 +201,7 @@ def test_the_target_of_the_page_works_everywhere(
     assert "a table of the checkpoint's files: OUT/inventory" in help_of("export")
 
     out = write_bundle(tmp_path / "out")
-    (commands,) = blocks("sh")
+    (commands,) = blocks("text")
     printed = []
     for line in commands.splitlines():
         program, name, *words = shlex.split(line.replace("OUT", str(out)))
