@@ -9,6 +9,7 @@ import click
 from exporters import targets
 from exporters.options import Flag, flags
 from exporters.target import Target
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.cli._options import CountsType, several
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +32,7 @@ def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
         click.option(
             "--target",
             type=click.Choice(targets.names()),
-            default="onnx",
+            default=ONNX,
             show_default=True,
             help="What to export to.",
         ),
