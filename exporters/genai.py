@@ -7,6 +7,7 @@ same graph before the folder counts.
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exporters.onnx.graph import DATA, MODEL, RECORD
+from exporters.onnx.record import read_record
 from thanos_deploy.bundle import files, onnxfile
+from thanos_deploy.bundle.graph_record import GraphRecord
+from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD
 from thanos_deploy.errors import GateError, InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -29,9 +32,26 @@ _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json",
 _PROMPT, _TOKENS = 8, 24
 
 
+@dataclass(frozen=True, slots=True)
+class GenaiResult:
+    """How far ORT-GenAI and ONNX Runtime are apart.
+
+    Attributes:
+        dtype: of the graph.
+        logits_error: largest difference of the logits, relative to their range.
+        limit: the largest that is accepted.
+        tokens: that were compared.
+    """
+
+    dtype: str
+    logits_error: float
+    limit: float
+    tokens: int
+
+
 def export(
     onnx: Path, model: Path, destination: Path, *, on_progress: OnProgress = silent
-) -> files.Json:
+) -> GenaiResult:
     """Write `genai_config.json` beside the graph and the tokenizer, and try the folder out.
 
     Args:
@@ -50,19 +70,19 @@ def export(
     """
     genai = library()
     on_progress(0, 2)
-    record = _read(onnx / RECORD)
-    onnxfile.require_own_data(onnx / MODEL)
-    for name in (MODEL, DATA):
+    record = read_record(onnx / GRAPH_RECORD)
+    onnxfile.require_own_data(onnx / GRAPH)
+    for name in (GRAPH, GRAPH_DATA):
         # Not a link: onnx refuses data with several links, and a folder that is shipped is whole.
         shutil.copyfile(onnx / name, destination / name)
     for pattern in _COMPANIONS:
         for path in filter(Path.is_file, model.glob(pattern)):
             shutil.copyfile(path, destination / path.name)
-    session = _session(destination / MODEL)
+    session = _session(destination / GRAPH)
     files.write_json(destination / CONFIG, _config(model, record, session))
     on_progress(1, 2)
     error = _disagreement(genai, destination, session)
-    limit = AGREEMENT_LIMITS[record["dtype"]]
+    limit = AGREEMENT_LIMITS[record.dtype]
     if not error <= limit:  # written so that NaN fails
         raise GateError(
             f"{destination / CONFIG}: ORT-GenAI's logits differ from ONNX Runtime's on the same "
@@ -70,7 +90,7 @@ def export(
             fix="report the model and the versions of onnxruntime and onnxruntime-genai-cuda",
         )
     on_progress(2, 2)
-    return {"dtype": record["dtype"], "logits_error": error, "limit": limit, "tokens": _TOKENS}
+    return GenaiResult(record.dtype, error, limit, _TOKENS)
 
 
 def library() -> Any:
@@ -90,7 +110,7 @@ def library() -> Any:
     return onnxruntime_genai
 
 
-def _config(model: Path, record: files.Json, session: Any) -> files.Json:
+def _config(model: Path, record: GraphRecord, session: Any) -> files.Json:
     settings: files.Json = {}
     for name in ("config.json", "generation_config.json"):  # the later one wins
         path = model / name
@@ -101,24 +121,24 @@ def _config(model: Path, record: files.Json, session: Any) -> files.Json:
                     settings[key] = found[key]
     ends = settings.get("eos_token_id", 0)
     # What the first block has; ORT-GenAI reads the other blocks' sizes from the graph.
-    first = record["cache"]["blocks"][0]
+    first = record.cache.blocks[0]
     return {
         "model": {
             # Any decoder with one key and one value per block; "gpt2" would mean a joint cache.
             "type": "llama",
             "vocab_size": session.get_outputs()[0].shape[2],
-            "context_length": record["max_sequence"],
+            "context_length": record.max_sequence,
             "eos_token_id": ends,
             "pad_token_id": settings.get(
                 "pad_token_id", ends[0] if isinstance(ends, list) else ends
             ),
             **({"bos_token_id": settings["bos_token_id"]} if "bos_token_id" in settings else {}),
             "decoder": {
-                "filename": MODEL,
+                "filename": GRAPH,
                 "session_options": {"log_id": "thanos-deploy", "provider_options": []},
-                "head_size": first["key_dim"],
-                "num_key_value_heads": first["heads"],
-                "num_hidden_layers": len(record["cache"]["blocks"]),
+                "head_size": first.key_dim,
+                "num_key_value_heads": first.heads,
+                "num_hidden_layers": len(record.cache.blocks),
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
@@ -134,7 +154,7 @@ def _config(model: Path, record: files.Json, session: Any) -> files.Json:
             },
         },
         "search": {
-            "max_length": record["max_sequence"],
+            "max_length": record.max_sequence,
             "do_sample": False,
             # The graph appends to the cache that it is given and returns a longer one.
             "past_present_share_buffer": False,

@@ -1,8 +1,75 @@
-"""What a user asks of an export."""
+"""What a user may ask of an export: one frozen dataclass for each kind of target.
 
-from dataclasses import asdict, dataclass
+Every field has a default and a `Flag`, so that the command line offers it and a report prints it,
+for every target that takes it.
+"""
 
-from thanos_deploy.bundle.files import Json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from thanos_deploy.bundle.codec import LATER
+from thanos_deploy.bundle.layout import ONNX
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.stage_records import options_of
+
+_FLAG = "thanos_deploy.flag"
+
+Dtype = Literal["fp32", "fp16", "int8", "int8-qdq"]
+Logits = Literal["all", "last"]
+Form = Literal["matmul", "conv1x1", "auto"]
+Compatibility = Literal["none", "version", "same-sm", "ampere+"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How an option is written on the command line.
+
+    Attributes:
+        name: with its dashes.
+        help: a line or two of --help, the default included.
+        prefix: what each value of a list of numbers has before it everywhere else: "sm" for
+            `--sm 80,86`, which means ("sm80", "sm86"). None for values that are written as they
+            are.
+    """
+
+    name: str
+    help: str
+    prefix: str | None = None
+
+
+def flagged(flag: Flag) -> Mapping[str, object]:
+    """Metadata of a dataclass's field that the command line offers under this flag."""
+    return {_FLAG: flag}
+
+
+def flags(options: type[Any]) -> dict[str, Flag]:
+    """By name of a field, its flag; of fields without one nothing."""
+    return {each.name: each.metadata[_FLAG] for each in fields(options) if _FLAG in each.metadata}
+
+
+_DTYPE = Flag(
+    "--dtype",
+    "The type of the weights. int8 rounds those of the blocks, for ONNX Runtime only; int8-qdq "
+    "rounds weights and activations of the blocks, for engines only.  [default: what the graph was "
+    "made with, or fp32; engines: fp16]",
+)
+_MAX_SEQUENCE = Flag(
+    "--max-seq",
+    "The most tokens, prompt and answer together, that are promised to work.  [default: what the "
+    "graph was made with, or all that the model takes]",
+)
+_LOGITS = Flag(
+    "--logits",
+    "last: the graph computes logits after the last token only, which is less work for a prompt "
+    "and all that generating text needs. all: after every token, which `eval --runtime onnx` needs "
+    "too.  [default: what the graph was made with, or all; engines: last]",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """For a target that leaves nothing to choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,21 +77,15 @@ class ExportRequest:
     """What the graph holds its weights in, how long a text it is meant for, and what it gives.
 
     Attributes:
-        dtype: "fp32", "fp16" or "int8"; see `exporters.onnx.graph.export`.
+        dtype: see `exporters.onnx.graph.export`.
         max_sequence: prompt and answer together; None for all that the model takes.
         logits: "all", after every token, or "last".
     """
 
-    dtype: str = "fp32"
-    max_sequence: int | None = None
-    logits: str = "all"
-
-    def to_json(self) -> Json:
-        """For the manifest; graphs were made with all logits before there was a choice."""
-        chosen = asdict(self)
-        if self.logits == "all":
-            del chosen["logits"]
-        return chosen
+    dtype: Dtype = field(default="fp32", metadata=flagged(_DTYPE))
+    max_sequence: int | None = field(default=None, metadata=flagged(_MAX_SEQUENCE))
+    # Graphs were made with all logits before there was a choice.
+    logits: Logits = field(default="all", metadata={**LATER, **flagged(_LOGITS)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +100,62 @@ class EngineRequest:
         batch, prompt: the usual number of sequences and of prompt tokens, and the largest; see
             `exporters.tensorrt.engine.export` for None.
         form: "matmul", "conv1x1" (see `exporters.tensorrt.conv1x1`), or "auto", the faster one.
-        compatibility: one of `exporters.tensorrt.engine.COMPATIBILITY`.
-        architectures: the GPUs to build for; empty for the one of this machine (tensorrt) or all
-            that the library knows (tensorrt-rtx).
+        compatibility: where else the engine may run.
+        architectures: the GPUs to build for, such as "sm80"; empty for the default of the target.
     """
 
-    dtype: str = "fp16"
-    max_sequence: int | None = None
-    logits: str = "last"
-    batch: tuple[int, ...] = (1, 8)
-    prompt: tuple[int, ...] | None = None
-    form: str = "matmul"
-    compatibility: str = "none"
-    architectures: tuple[str, ...] = ()
+    dtype: Dtype = field(default="fp16", metadata=flagged(_DTYPE))
+    max_sequence: int | None = field(default=None, metadata=flagged(_MAX_SEQUENCE))
+    logits: Logits = field(default="last", metadata=flagged(_LOGITS))
+    batch: tuple[int, ...] = field(
+        default=(1, 8),
+        metadata=flagged(
+            Flag("--batch", "Sequences at once: the usual number and the largest.  [default: 1,8]")
+        ),
+    )
+    prompt: tuple[int, ...] | None = field(
+        default=None,
+        metadata=flagged(
+            Flag(
+                "--seq",
+                "Tokens of a prompt: the usual number and the largest.  [default: 128,1024, or as "
+                "far as the model goes]",
+            )
+        ),
+    )
+    form: Form = field(
+        default="matmul",
+        metadata=flagged(
+            Flag(
+                "--sparse-form",
+                "How linear layers are written; auto builds both on the GPU and keeps the faster.  "
+                "[default: matmul]",
+            )
+        ),
+    )
+    compatibility: Compatibility = field(
+        default="none",
+        metadata=flagged(
+            Flag(
+                "--engine-compat",
+                "Where an engine may run beside the GPU and the version that it is built for; "
+                "costs speed.  [default: none]",
+            )
+        ),
+    )
+    architectures: tuple[str, ...] = field(
+        default=(),
+        metadata=flagged(
+            Flag(
+                "--sm",
+                "Compute capabilities to build for.  [default: the GPU of this machine, or all "
+                "that the library builds for ahead of time]",
+                prefix="sm",
+            )
+        ),
+    )
 
-    def to_json(self) -> Json:
-        """For the manifest."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+def exported_with(bundle: Bundle) -> ExportRequest:
+    """What the graph of a bundle was made with; the defaults if there is none."""
+    return options_of(bundle, ONNX, ExportRequest) if ONNX in bundle.stages else ExportRequest()

@@ -4,14 +4,14 @@ The layout is described in `thanos_deploy.model.packing`. MODEL on the command l
 folder.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from thanos_deploy.bundle import files
-from thanos_deploy.errors import GateError, UsageError
-from thanos_deploy.model.assignment import counts, describe, every
+from exporters.targets.packed import refuse
+from thanos_deploy.errors import GateError
+from thanos_deploy.model.assignment import describe, every
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.packed_folder import pack_folder, unpack_folder
@@ -20,13 +20,31 @@ from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
 
 
+@dataclass(frozen=True, slots=True)
+class PackedResult:
+    """What packing a checkpoint did.
+
+    Attributes:
+        packed: how many weights were packed.
+        bytes_before, bytes_after: of all safetensors files.
+        pattern: what the linear layers hold, in words; None for nothing.
+        ratio: bytes after over bytes before.
+    """
+
+    packed: int
+    bytes_before: int
+    bytes_after: int
+    pattern: str | None
+    ratio: float
+
+
 def export(
     checkpoint: Checkpoint,
     destination: Path,
     *,
     pattern: Pattern | Mapping[str, Pattern] | None,
     on_progress: OnProgress = silent,
-) -> files.Json:
+) -> PackedResult:
     """Write the packed folder, and unpack it again to see that nothing changed.
 
     Args:
@@ -34,9 +52,6 @@ def export(
         destination: an existing folder.
         pattern: what all linear layers hold, or each by its full name, or None for nothing.
         on_progress: told of every finished step.
-
-    Returns:
-        how many weights were packed, and the bytes before and after.
 
     Raises:
         UsageError: no layer holds n:m.
@@ -61,30 +76,13 @@ def export(
     on_progress(1, 2)
     _require_same(checkpoint.weights, destination)
     on_progress(2, 2)
-    return {
-        **asdict(sizes),
-        "packed": len(sizes.packed),
-        "pattern": describe(patterns, len(checkpoint.linears)),
-        "ratio": round(sizes.bytes_after / sizes.bytes_before, 4),
-    }
-
-
-def refuse(patterns: Iterable[Pattern]) -> None:
-    """Refuse a model of which nothing can be packed.
-
-    Args:
-        patterns: what its linear layers hold.
-
-    Raises:
-        UsageError: none is n:m.
-    """
-    found = list(patterns)
-    if not any(isinstance(pattern, SemiStructured) for pattern in found):
-        held = ", ".join(counts(found)) or "not held everywhere"
-        raise UsageError(
-            f"the target packed needs n:m; this is {held}",
-            fix="prune to a pattern such as 2:4, without --outlier-rows",
-        )
+    return PackedResult(
+        packed=len(sizes.packed),
+        bytes_before=sizes.bytes_before,
+        bytes_after=sizes.bytes_after,
+        pattern=describe(patterns, len(checkpoint.linears)),
+        ratio=round(sizes.bytes_after / sizes.bytes_before, 4),
+    )
 
 
 def _require_same(original: Weights, packed: Path) -> None:

@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
-from exporters.tensorrt import builder
+from exporters import targets
+from exporters.target import Target
+from exporters.targets import tensorrt, tensorrt_rtx
 from thanos_deploy.check import Check
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.gpu import driver as gpu
@@ -15,9 +18,6 @@ from thanos_deploy.gpu import driver as gpu
 # (TensorRT-RTX 1.7, two profiles); see benchmarks/LOG.md.
 _MEMORY_PER_GRAPH_BYTE = 6.0
 _DISK_PER_GRAPH_BYTE = 1.3
-
-# The extra of each target's library.
-_INSTALL = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 _CPU_ONLY, _WITH_CUDA = _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _ON_CUDA = "ONNX Runtime on CUDA"
@@ -33,7 +33,7 @@ def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> lis
     """
     found = [
         *_onnxruntime(),
-        *(_library(target) for target in _INSTALL),
+        *(check for target in targets.every() for check in _packages(target)),
         _onnxruntime_tensorrt(),
         *_gpus(),
         *_drivers(),
@@ -43,14 +43,13 @@ def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> lis
     return found
 
 
-def of_target(target: str) -> list[Check]:
-    """What an engine of a target needs of this machine: its library, and for TensorRT the GPU."""
-    library = _library(target)
-    return [library] if target == "tensorrt-rtx" else [library, *_gpus()]
+def of_target(target: Target[Any]) -> list[Check]:
+    """What a target needs of this machine: its packages, and where it works on a GPU, that GPU."""
+    return [*_packages(target), *(_gpus() if target.gpu else ())]
 
 
-def require(target: str) -> None:
-    """Refuse what cannot be built here.
+def require(target: Target[Any]) -> None:
+    """Refuse what cannot be exported here.
 
     Raises:
         PlatformError: something that the target needs is not there.
@@ -86,20 +85,30 @@ def _onnxruntime() -> Iterator[Check]:
             )
 
 
-def _library(target: str) -> Check:
-    try:
-        module = builder.load(target)
-    except (ImportError, OSError) as error:
-        fix = f"pip install 'thanos-deploy[{_INSTALL[target]}]'"
-        return Check(f"target {target}", "SKIP", f"not usable ({error})", fix=fix)
-    return Check(f"target {target}", "PASS", f"version {module.__version__}")
+def _packages(target: Target[Any]) -> Iterator[Check]:
+    """Whether what the target needs beside thanos-deploy is installed and works."""
+    for package in target.packages:
+        try:
+            module = package.load()
+        except (ImportError, OSError) as error:
+            yield Check(
+                f"target {target.name}",
+                "SKIP",
+                f"not usable ({error})",
+                fix=f"pip install 'thanos-deploy[{package.extra}]'",
+            )
+        else:
+            version = getattr(module, "__version__", None)
+            yield Check(
+                f"target {target.name}", "PASS", f"version {version}" if version else "installed"
+            )
 
 
 def _onnxruntime_tensorrt() -> Check:
     """Whether the provider finds the major version of TensorRT that it is linked against."""
     name = "ONNX Runtime with TensorRT"
     try:
-        installed = builder.load("tensorrt").__version__
+        installed = tensorrt.LIBRARY.package.load().__version__
     except (ImportError, OSError):
         return Check(name, "SKIP", "no TensorRT")
     found = f"TensorRT {installed}, {_WITH_CUDA} {_version(_WITH_CUDA)}"
@@ -143,7 +152,8 @@ def _gpus() -> Iterator[Check]:
             "GPU",
             "SKIP",
             found.problem,
-            fix="use a machine with an NVIDIA GPU and its driver; tensorrt-rtx builds without one",
+            fix="use a machine with an NVIDIA GPU and its driver; "
+            f"{tensorrt_rtx.TARGET.name} builds without one",
         )
         return
     for number, device in enumerate(found.gpus):

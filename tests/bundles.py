@@ -9,9 +9,18 @@ from pathlib import Path
 
 import jsonschema
 
-from thanos_deploy.bundle import files, manifest
+from exporters.tensorrt.profiles import profiles
+from thanos_deploy.bundle import files, layout, manifest
 from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.graph_record import (
+    CacheRecord,
+    GraphRecord,
+    GraphResult,
+    ParityCase,
+    WeightRecord,
+)
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine import environment
@@ -82,42 +91,53 @@ def write_bundle(
     return path
 
 
-def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
-    """Add the record of an engine."""
-    layers = [
-        {
-            "name": f"model.layers.{block}.{name}",
-            "shape": [32, 32],
-            "pattern_holds": True,
-            "verdict": "picked" if name.startswith("mlp") else "eligible",
-            "reason": "a dense kernel was faster" if name.startswith("self") else "sparse kernel",
-        }
+def build_record(target: str = "tensorrt-rtx") -> BuildRecord:
+    """The record of an engine: half of its layers run sparse."""
+    layers = tuple(
+        LayerProof(
+            name=f"model.layers.{block}.{name}",
+            shape=(32, 32),
+            pattern_holds=True,
+            verdict="picked" if name.startswith("mlp") else "eligible",
+            reason="a dense kernel was faster" if name.startswith("self") else "sparse kernel",
+            engine_layer="",
+        )
         for block in range(BLOCKS)
         for name in LINEARS
-    ]
-    content = {
-        "format": "thanos-deploy/build/1",
-        "target": target,
-        "library": "1.2.0",
-        "arch": ["sm80", "sm86"],
-        "dtype": "fp16",
-        "sparse_weights": True,
-        "sparse_form": "matmul",
-        "profiles": [],
-        "seconds": 12.3,
-        "engine_bytes": 123,
-        "layers": layers,
-        "summary": {"layers": 12, "pattern_holds": 12, "eligible": 6, "picked": 6},
-    }
+    )
+    return BuildRecord(
+        format=layout.BUILD_FORMAT,
+        target=target,
+        library="1.2.0",
+        arch=("sm80", "sm86"),
+        dtype="fp16",
+        sparse_weights=True,
+        sparse_form="matmul",
+        compatibility="none",
+        profiles=profiles((1, 8), (32, 64), 128),
+        max_sequence=128,
+        seconds=12.3,
+        peak_memory_bytes=1000,
+        engine_bytes=123,
+        network_layers=100,
+        engine_layers=40,
+        layers=layers,
+        summary=Summary.of(layers),
+    )
+
+
+def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
+    """Add the record of an engine."""
+    stage, record = f"{target}-sm80", build_record(target)
 
     def produce(folder: Path) -> Json:
-        place = folder / "engines" / f"{target}-sm80"
+        place = folder / layout.engine_folder(stage)
         place.mkdir(parents=True)
-        files.write_json(place / "build.json", content)
-        return content["summary"]  # type: ignore[return-value]
+        files.write_json(place / layout.BUILD, encode(record))
+        return encode(record.result({}))
 
     with manifest.claim(path, Bundle.open(path).source) as bundle:
-        bundle.run(f"{target}-sm80", produce, options={}, inputs={"onnx": bundle.graph_sha256})
+        bundle.run(stage, produce, options={}, inputs={"onnx": bundle.graph_sha256})
 
 
 def run(
@@ -319,15 +339,31 @@ def _quality(perplexity: float, text: str) -> Json:
 
 
 def _onnx(folder: Path, bytes_: int, *, cut: bool) -> Json:
-    _file(folder / "onnx" / "model.onnx.data", bytes_)
-    weights = [
-        {"name": f"model.layers.{block}.{name}", "pattern_holds": None if cut else True}
+    _file(folder / layout.ONNX / layout.GRAPH_DATA, bytes_)
+    weights = tuple(
+        WeightRecord(
+            name=f"model.layers.{block}.{name}",
+            shape=(32, 32),
+            input_axis=0,
+            sparsity=0.0 if cut else 0.5,
+            pattern=None if cut else "2:4",
+            pattern_holds=None if cut else True,
+        )
         for block in range(BLOCKS)
         for name in LINEARS
-    ]
-    files.write_json(folder / "onnx" / "export.json", {"weights": weights})
-    case = {"name": "prefill", "logits_error": 1e-6, "cache_error": 2e-6}
-    return {"parity_limit": 1e-4, "parity": [case], "weights": 12, "rounding": {}}
+    )
+    record = GraphRecord(
+        opset=20,
+        dtype="fp32",
+        pattern=None if cut else "2:4",
+        max_sequence=128,
+        cache=CacheRecord((), 64),
+        parity_limit=1e-4,
+        parity=(ParityCase("prefill", 1, 0, 7, logits_error=1e-6, cache_error=2e-6),),
+        weights=weights,
+    )
+    files.write_record(folder / layout.ONNX / layout.GRAPH_RECORD, record)
+    return encode(GraphResult.of(record))
 
 
 def _bench(folder: Path, runs: tuple[Json, ...]) -> Json:

@@ -241,7 +241,7 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
             options = {"pattern": "2:4", "method": "thanos"}
             bundle.run("prune", copy("model"), options=options, inputs={})
             inputs = {"model": bundle.model_sha256}
-            bundle.run("onnx", copy("onnx"), options=ExportRequest().to_json(), inputs=inputs)
+            bundle.run("onnx", copy("onnx"), options=encode(ExportRequest()), inputs=inputs)
 
     return store.folder("two-four-bundle", make)
 

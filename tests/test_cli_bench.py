@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from exporters.options import exported_with
 from tests.conftest import Invoke
 from tests.test_cli import SMALL
 from thanos_deploy import cli
@@ -27,7 +28,7 @@ from thanos_deploy.progress import quietly
 from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
-from thanos_deploy.stages.export import export, export_dense, exported_with
+from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
 
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")

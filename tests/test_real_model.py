@@ -120,11 +120,11 @@ def test_packed_the_real_model_is_smaller_and_the_same(
     checkpoint = Checkpoint.open(out / "model")
     # Every tensor is unpacked again and compared before this returns.
     sizes = exporters.packed.export(checkpoint, tmp_path, pattern=SemiStructured(2, 4))
-    assert sizes["packed"] == 210
+    assert sizes.packed == 210
     linear = sum(4 * rows * cols for rows, cols in linear_shapes(checkpoint).values())
     # Half of the values and one bit for each: 17/32 of float32; the rest is as it was.
-    expected = sizes["bytes_before"] - linear * 15 / 32
-    assert abs(sizes["bytes_after"] - expected) < 1e-3 * expected
+    expected = sizes.bytes_before - linear * 15 / 32
+    assert abs(sizes.bytes_after - expected) < 1e-3 * expected
 
 
 def test_logits_of_a_long_text_agree(run: tuple[Path, Path, dict[str, object]]) -> None:

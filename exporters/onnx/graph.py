@@ -23,7 +23,6 @@ each need settings of their own.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +33,9 @@ from transformers import PreTrainedModel
 from exporters.onnx import int8, parity, qdq, trace
 from exporters.onnx import judge as _weights
 from thanos_deploy.bundle import files, onnxfile
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.graph_record import CacheBlock, CacheRecord, GraphRecord
+from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD
 from thanos_deploy.calibration.segments import segments
 from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.errors import UsageError
@@ -44,10 +46,6 @@ from thanos_deploy.model.load import cast, load_model, load_tokenizer
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
-
-MODEL = "model.onnx"
-DATA = "model.onnx.data"
-RECORD = "export.json"
 
 # After which tokens there are logits: after every one, or after the last only.
 LOGITS = ("all", "last")
@@ -76,7 +74,7 @@ def export(
     logits: str = "all",
     origin: Mapping[str, str] | None = None,
     on_progress: OnProgress = silent,
-) -> files.Json:
+) -> GraphRecord:
     """Write `model.onnx`, `model.onnx.data` and `export.json`.
 
     Args:
@@ -119,44 +117,44 @@ def export(
         **(origin or {}),
     }
     graph.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
-    ir.save(graph, destination / MODEL, external_data=DATA)
+    ir.save(graph, destination / GRAPH, external_data=GRAPH_DATA)
     del graph
     on_progress(2, _STEPS)
-    _weights.require_names(destination / MODEL, model)
+    _weights.require_names(destination / GRAPH, model)
     cast(model, torch.float32)
     rounding: dict[str, float] = {}
     ranges: dict[str, qdq.Ranges] = {}
     if dtype == "int8":
-        rounding = _quantise(destination / MODEL, model, checkpoint.linears, int8)
+        rounding = _quantise(destination / GRAPH, model, checkpoint.linears, int8)
     if dtype == "int8-qdq":
         ranges = _observe(model, checkpoint)
-        rounding = _quantise(destination / MODEL, model, list(ranges), qdq)
-    weights = _weights.read(destination / MODEL, model, checkpoint.linears, patterns)
+        rounding = _quantise(destination / GRAPH, model, list(ranges), qdq)
+    weights = _weights.read(destination / GRAPH, model, checkpoint.linears, patterns)
     on_progress(3, _STEPS)
     limit = parity.LIMITS[dtype]
-    cases = list(parity.compare(destination / MODEL, model, limit))
+    cases = list(parity.compare(destination / GRAPH, model, limit))
     if dtype == "int8":
-        int8.use_integer_kernels(destination / MODEL)
+        int8.use_integer_kernels(destination / GRAPH)
     if dtype == "int8-qdq":
         sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
-        qdq.quantise_activations(destination / MODEL, ranges, results=sparse)
+        qdq.quantise_activations(destination / GRAPH, ranges, results=sparse)
     if rounding:
-        rounding["activations"] = _worst_logits(destination / MODEL, model)
-    record = {
-        "opset": trace.OPSET,
-        "dtype": dtype,
-        "pattern": claimed,
-        "max_sequence": longest,
-        "logits": logits,
-        "cache": _cache_record(model, _FLOATS[dtype]),
-        "rounding": rounding,
-        "quantised": list(ranges) if dtype == "int8-qdq" else None,
-        "parity_limit": limit,
-        "parity": [asdict(case) for case in cases],
-        "weights": [asdict(weight) for weight in weights],
-    }
-    parity.require(destination / MODEL, cases, limit)
-    files.write_json(destination / RECORD, record)
+        rounding["activations"] = _worst_logits(destination / GRAPH, model)
+    record = GraphRecord(
+        opset=trace.OPSET,
+        dtype=dtype,
+        pattern=claimed,
+        max_sequence=longest,
+        logits=logits,
+        cache=_cache_record(model, _FLOATS[dtype]),
+        rounding=rounding,
+        quantised=tuple(ranges) if dtype == "int8-qdq" else None,
+        parity_limit=limit,
+        parity=tuple(cases),
+        weights=tuple(weights),
+    )
+    parity.require(destination / GRAPH, cases, limit)
+    files.write_json(destination / GRAPH_RECORD, encode(record))
     on_progress(4, _STEPS)
     return record
 
@@ -231,13 +229,13 @@ def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
     return asked or checkpoint.max_positions
 
 
-def _cache_record(model: PreTrainedModel, dtype: torch.dtype) -> files.Json:
-    """What the kv cache needs: heads and dims by block, and bytes for each token."""
+def _cache_record(model: PreTrainedModel, dtype: torch.dtype) -> CacheRecord:
+    """What the kv cache needs, as the model itself makes it."""
     tensors = trace.empty_cache(model, 1, 1)
-    return {
-        "blocks": [
-            {"heads": keys.shape[1], "key_dim": keys.shape[3], "value_dim": values.shape[3]}
+    return CacheRecord(
+        blocks=tuple(
+            CacheBlock(keys.shape[1], keys.shape[3], values.shape[3])
             for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
-        ],
-        "bytes_per_token": sum(tensor.numel() for tensor in tensors) * dtype.itemsize,
-    }
+        ),
+        bytes_per_token=sum(tensor.numel() for tensor in tensors) * dtype.itemsize,
+    )

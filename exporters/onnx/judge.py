@@ -1,7 +1,6 @@
 """The weights of a written graph: their names, shapes and patterns, read back from the file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +9,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from exporters.onnx import int8
+from thanos_deploy.bundle.graph_record import WeightRecord
 from thanos_deploy.errors import GateError
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern
-
-
-@dataclass(frozen=True, slots=True)
-class WeightRecord:
-    """A linear layer's weight in the written file.
-
-    Attributes:
-        name: the layer's full name in the model.
-        shape: as it lies in the file.
-        input_axis: the axis that is summed over, along which n:m groups run.
-        sparsity: fraction of zeros.
-        pattern: what it is claimed to hold; None for a dense one.
-        pattern_holds: the pattern holds everywhere; None likewise.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    input_axis: int
-    sparsity: float
-    pattern: str | None
-    pattern_holds: bool | None
 
 
 def require_names(path: Path, model: PreTrainedModel) -> None:

@@ -1,7 +1,6 @@
 """Is the written graph the model? ONNX Runtime beside PyTorch, case by case."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,33 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.onnx.trace import WithFlatCache, empty_cache
+from thanos_deploy.bundle.graph_record import ParityCase
 from thanos_deploy.errors import GateError
 
 # Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
 # to the values' range.
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int8-qdq": 5e-3}
-
-
-@dataclass(frozen=True, slots=True)
-class ParityCase:
-    """One comparison of ONNX Runtime with PyTorch; errors are relative to the range of the values.
-
-    Attributes:
-        name: what the case shows.
-        batch, past, sequence: its shape.
-        logits_error, cache_error: largest absolute difference over max - min of PyTorch's values,
-            at positions that are not padding.
-        first_differing: the first output, in the order in which the network computes them, that
-            is off by more than the limit; None if none is.
-    """
-
-    name: str
-    batch: int
-    past: int
-    sequence: int
-    logits_error: float
-    cache_error: float
-    first_differing: str | None
 
 
 def compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[ParityCase]:
@@ -132,7 +110,7 @@ def _relative(want: Tensor, got: NDArray[np.floating]) -> float:
     return float(np.abs(expected - got).max()) / (spread or 1.0)
 
 
-def require(path: Path, cases: list[ParityCase], limit: float) -> None:
+def require(path: Path, cases: Sequence[ParityCase], limit: float) -> None:
     """Refuse a graph that does not compute what the model computes.
 
     Args:

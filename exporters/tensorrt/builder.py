@@ -14,20 +14,15 @@ an object.
 import json
 import sys
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from exporters.packages import load
+from thanos_deploy.bundle.layout import ENGINE_LAYERS
 from thanos_deploy.machine import environment
-
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-
-# Where an engine may run beside the very kind of GPU and version that it was built on.
-COMPATIBILITY = ("none", "version", "same-sm", "ampere+")
 
 # The result, beside the files that the order names.
 RESULT = "result.json"
-INSPECTION = "layers.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +30,16 @@ class Order:
     """What to build; every path is relative to the working directory.
 
     Attributes:
-        target: a key of `LIBRARIES`.
+        module: the Python package of the library.
         graph: the ONNX file.
         engine, log, timing_cache: files to write; a timing cache that is there is used.
         sparse: let the builder look at sparse weights.
-        compatibility: one of `COMPATIBILITY`.
+        compatibility: one of `exporters.options.Compatibility`.
         architectures: such as "sm86"; empty for the GPU of this machine.
         profiles: by profile and input, its smallest, usual and largest shape.
     """
 
-    target: str
+    module: str
     graph: str
     engine: str
     log: str
@@ -68,11 +63,6 @@ class _BuildError(Exception):
         self.kind = kind
 
 
-def load(target: str) -> Any:
-    """The module of a target; ImportError or OSError if it or its libraries are missing."""
-    return import_module(LIBRARIES[target])
-
-
 def main(order_path: str) -> int:
     """Carry out an order; returns the exit code."""
     order = Order(**json.loads(Path(order_path).read_text()))
@@ -87,9 +77,9 @@ def main(order_path: str) -> int:
 
 def _build(order: Order) -> dict[str, Any]:
     try:
-        trt = load(order.target)
+        trt: Any = load(order.module)
     except (ImportError, OSError) as error:
-        raise _BuildError("machine", f"{LIBRARIES[order.target]}: {error}") from error
+        raise _BuildError("machine", f"{order.module}: {error}") from error
     with Path(order.log).open("w", encoding="utf-8") as log:
         logger = _logger(trt, log)
         try:
@@ -131,7 +121,7 @@ def _build(order: Order) -> dict[str, Any]:
         stored.write_bytes(config.get_timing_cache().serialize())
         inspected = _inspect(trt, logger, plan)
     if inspected is not None:
-        Path(INSPECTION).write_text(inspected, encoding="utf-8")
+        Path(ENGINE_LAYERS).write_text(inspected, encoding="utf-8")
     return {
         "library": trt.__version__,
         "network_layers": network.num_layers,

@@ -7,8 +7,8 @@
     timing.cache    how long kernels took, for a faster and repeatable next build
     model.onnx      with its data, only if the linear layers were rewritten for this engine
 
-`tensorrt` builds on and for the GPU of this machine. `tensorrt_rtx` builds ahead of time, without a
-GPU, for the GPUs that are named; its kernels are chosen when the engine is loaded there.
+TensorRT builds on and for the GPU of this machine. TensorRT-RTX builds ahead of time, without one,
+for the GPUs that are named; its kernels are chosen when the engine is loaded there.
 """
 
 import json
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +25,30 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from exporters.onnx.graph import DATA, MODEL, RECORD
+from exporters.onnx.record import read_record
 from exporters.tensorrt import builder, conv1x1, proof
 from exporters.tensorrt import log as _buildlog
 from exporters.tensorrt.builder import Order
-from exporters.tensorrt.profiles import profiles
+from exporters.tensorrt.library import Library
+from exporters.tensorrt.profiles import profiles, shapes
 from thanos_deploy.bundle import files, onnxfile
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
+from thanos_deploy.bundle.layout import (
+    BUILD,
+    BUILD_FORMAT,
+    BUILD_LOG,
+    ENGINE,
+    ENGINE_LAYERS,
+    GRAPH,
+    GRAPH_DATA,
+    GRAPH_RECORD,
+    TIMING_CACHE,
+)
 from thanos_deploy.errors import DeployError, InputError, PlatformError, ResourceError, UsageError
 from thanos_deploy.progress import OnProgress, silent
 
-ENGINES = "engines"  # the folder of a bundle with a folder for each engine
-ENGINE = "model.engine"
-BUILD = "build.json"
-LOG = "build.log"
-TIMING_CACHE = "timing.cache"
-FORMAT = "thanos-deploy/build/1"
-
 FORMS = ("matmul", "conv1x1")
-COMPATIBILITY = builder.COMPATIBILITY
 
 _SMALLER = "use a machine with more memory, or a smaller --batch, --seq and --max-seq"
 _ORDER = "order.json"
@@ -54,7 +59,7 @@ def export(
     onnx: Path,
     destination: Path,
     *,
-    target: str = "tensorrt",
+    library: Library,
     architectures: Sequence[str],
     batch: Sequence[int] = (1, 8),
     prompt: Sequence[int] | None = None,
@@ -63,19 +68,20 @@ def export(
     compatibility: str = "none",
     timing_cache: Path | None = None,
     on_progress: OnProgress = silent,
-) -> files.Json:
+) -> BuildRecord:
     """Build an engine and judge every linear layer.
 
     Args:
         onnx: the folder that `exporters.onnx.graph.export` wrote; its types are the engine's.
         destination: an existing folder.
-        target: "tensorrt" or "tensorrt-rtx".
-        architectures: what it is built for, such as "sm90"; for "tensorrt" the GPU of this machine.
+        library: that builds it.
+        architectures: what it is built for, such as "sm90"; the GPU of this machine for a library
+            that builds for nothing else.
         batch, prompt: see `profiles.profiles`; None for prompts of 128 and up to 1024 tokens, as
             far as the graph is meant for them.
         sparse: let the builder use sparse kernels; None if any linear layer holds 2:4 in the graph.
         form: one of `FORMS`, how the linear layers are written.
-        compatibility: one of `COMPATIBILITY`.
+        compatibility: one of `exporters.options.Compatibility`.
         timing_cache: of an earlier build, to start from.
         on_progress: told of the builder's steps.
 
@@ -88,88 +94,72 @@ def export(
         InputError: the library does not take the graph.
         ResourceError: the builder ran out of memory.
     """
-    record = json.loads((onnx / RECORD).read_bytes())
-    longest = record["max_sequence"]
+    graph = read_record(onnx / GRAPH_RECORD)
+    longest = graph.max_sequence
     ways = profiles(batch, prompt or [min(size, longest) for size in _PROMPT], longest)
-    weights = read_weights(onnx / MODEL, [weight["name"] for weight in record["weights"]])
+    source = onnx / GRAPH
+    weights = read_weights(source, [weight.name for weight in graph.weights])
     use_sparse = any(weight.holds for weight in weights) if sparse is None else sparse
-    graph = onnx / MODEL
     if form == "conv1x1":
-        graph = destination / MODEL
+        source = destination / GRAPH
         names = {f"{weight.name}.weight" for weight in weights}
-        conv1x1.rewrite(onnx / MODEL, graph, weights=names, data=DATA)
+        conv1x1.rewrite(onnx / GRAPH, source, weights=names, data=GRAPH_DATA)
     if timing_cache is not None:
         (destination / TIMING_CACHE).write_bytes(timing_cache.read_bytes())
-    inputs = _inputs(graph)
+    inputs = _inputs(source)
     order = Order(
-        target=target,
-        graph=os.path.relpath(graph, destination),
+        module=library.package.module,
+        graph=os.path.relpath(source, destination),
         engine=ENGINE,
-        log=LOG,
+        log=BUILD_LOG,
         timing_cache=TIMING_CACHE,
         sparse=use_sparse,
         compatibility=compatibility,
-        architectures=tuple(architectures) if target == "tensorrt-rtx" else (),
-        profiles=tuple({name: way.shapes(dims) for name, dims in inputs.items()} for way in ways),
+        architectures=tuple(architectures) if library.ahead_of_time else (),
+        profiles=tuple({name: shapes(way, dims) for name, dims in inputs.items()} for way in ways),
     )
     started = time.perf_counter()
-    built = _carry_out(order, destination, on_progress)
-    record = {
-        "format": FORMAT,
-        "target": target,
-        "library": built["library"],
-        "arch": list(architectures),
-        "dtype": record["dtype"],
-        "sparse_weights": use_sparse,
-        "sparse_form": form,
-        "compatibility": compatibility,
-        "profiles": [asdict(way) for way in ways],
-        "max_sequence": longest,
-        "seconds": round(time.perf_counter() - started, 3),
-        "peak_memory_bytes": built["peak_memory_bytes"],
-        "engine_bytes": (destination / ENGINE).stat().st_size,
-        "network_layers": built["network_layers"],
-        **proof_of(destination, weights, sparse=use_sparse, target=target),
-    }
-    files.write_json(destination / BUILD, record)
-    return record
-
-
-def read_build(folder: Path) -> files.Json:
-    """The content of build.json.
-
-    Raises:
-        InputError: it is missing or not readable.
-    """
-    path = folder / BUILD
-    try:
-        record: files.Json = json.loads(path.read_bytes())
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
-            fix="build the engine again with --overwrite",
-        ) from error
+    built = _carry_out(order, library, destination, on_progress)
+    engine_layers, layers = proof_of(destination, weights, sparse=use_sparse, library=library)
+    record = BuildRecord(
+        format=BUILD_FORMAT,
+        target=library.target,
+        library=built["library"],
+        arch=tuple(architectures),
+        dtype=graph.dtype,
+        sparse_weights=use_sparse,
+        sparse_form=form,
+        compatibility=compatibility,
+        profiles=ways,
+        max_sequence=longest,
+        seconds=round(time.perf_counter() - started, 3),
+        peak_memory_bytes=built["peak_memory_bytes"],
+        engine_bytes=(destination / ENGINE).stat().st_size,
+        network_layers=built["network_layers"],
+        engine_layers=engine_layers,
+        layers=layers,
+        summary=Summary.of(layers),
+    )
+    files.write_json(destination / BUILD, encode(record))
     return record
 
 
 def proof_of(
-    folder: Path, weights: Sequence[proof.Weight], *, sparse: bool, target: str
-) -> files.Json:
+    folder: Path, weights: Sequence[proof.Weight], *, sparse: bool, library: Library
+) -> tuple[int, tuple[LayerProof, ...]]:
     """The verdict on every linear layer, from what was kept of a build.
 
     Args:
         folder: with the builder's log and, if there is one, the inspector's JSON.
         weights: the linear layers, as they lie in the graph.
         sparse: the builder was told to use sparse kernels.
-        target: "tensorrt" or "tensorrt-rtx".
+        library: that built the engine.
 
     Returns:
-        "engine_layers", "layers" and "summary" of build.json.
+        how many layers the engine has, as far as they are listed, and the verdicts.
     """
-    log = (folder / LOG).read_text(encoding="utf-8").splitlines()
-    inspected = folder / builder.INSPECTION
+    log = (folder / BUILD_LOG).read_text(encoding="utf-8").splitlines()
+    inspected = folder / ENGINE_LAYERS
     # As inspected on a GPU, else as listed in the builder's log.
     found = (
         _buildlog.inspected_layers(inspected.read_text(encoding="utf-8"))
@@ -182,20 +172,9 @@ def proof_of(
         _buildlog.timings(log),
         found,
         sparse_allowed=sparse,
-        kernels_known=target == "tensorrt",
+        kernels_known=not library.ahead_of_time,
     )
-    verdicts = [layer.verdict for layer in layers]
-    return {
-        "engine_layers": len(found),
-        "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in layers],
-        "summary": {
-            "layers": len(layers),
-            "pattern_holds": sum(layer.pattern_holds for layer in layers),
-            # What was picked was eligible too.
-            "eligible": verdicts.count("eligible") + verdicts.count("picked"),
-            "picked": verdicts.count("picked"),
-        },
-    }
+    return len(found), tuple(layers)
 
 
 def read_weights(graph: Path, names: Sequence[str]) -> list[proof.Weight]:
@@ -240,7 +219,7 @@ def _inputs(graph: Path) -> dict[str, list[int | str]]:
     return dims
 
 
-def _carry_out(order: Order, folder: Path, on_progress: OnProgress) -> files.Json:
+def _carry_out(order: Order, library: Library, folder: Path, on_progress: OnProgress) -> files.Json:
     """Run the builder in a process of its own; see `builder`."""
     builder.dump(order, folder / _ORDER)
     on_progress(0, 1)
@@ -264,7 +243,7 @@ def _carry_out(order: Order, folder: Path, on_progress: OnProgress) -> files.Jso
             child.kill()
             raise
     if child.returncode:
-        raise _error(order, child.returncode, last, complaint)
+        raise _error(order.graph, library.package.on_pypi, child.returncode, last, complaint)
     on_progress(1, 1)
     result: files.Json = json.loads((folder / builder.RESULT).read_bytes())
     for name in (_ORDER, builder.RESULT):
@@ -277,8 +256,7 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
     yield from child.stdout
 
 
-def _error(order: Order, code: int, last: str, complaint: str) -> DeployError:
-    package = builder.LIBRARIES[order.target].replace("_", "-")
+def _error(graph: str, package: str, code: int, last: str, complaint: str) -> DeployError:
     if last.startswith("{"):
         failure = json.loads(last)
         message = f"{package}: {failure['message']}"
@@ -291,7 +269,7 @@ def _error(order: Order, code: int, last: str, complaint: str) -> DeployError:
                 return UsageError(message, fix="choose among those, or another --target")
             case _:
                 return InputError(
-                    f"{order.graph}: {message}",
+                    f"{graph}: {message}",
                     fix=f"report this model type with the version of {package}",
                 )
     if code == -signal.SIGKILL:

@@ -7,62 +7,38 @@ memory for a longest prompt on top of a full cache, which never happens, and wou
 neither.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from thanos_deploy.bundle.engine_record import Profile, Span
 from thanos_deploy.errors import UsageError
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A size that varies: its least, usual and largest value."""
+def shapes(profile: Profile, dims: Sequence[int | str]) -> tuple[Shape, Shape, Shape]:
+    """The smallest, the usual and the largest shape of an input in a profile.
 
-    least: int
-    usual: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """One way to run the graph of `exporters.onnx`.
-
-    Attributes:
-        name: "prefill" or "decode".
-        batch: sequences at once.
-        sequence: tokens that are read.
-        past: tokens that are cached.
-        longest: the most tokens of a sequence, cached and read together.
+    Args:
+        profile: a way to run the graph.
+        dims: the input's dimensions in the graph: a number, or one of the names "batch",
+            "sequence", "past" and "total".
     """
+    batch, sequence, past = profile.batch, profile.sequence, profile.past
 
-    name: str
-    batch: Span
-    sequence: Span
-    past: Span
-    longest: int
-
-    def shapes(self, dims: Sequence[int | str]) -> tuple[Shape, Shape, Shape]:
-        """The smallest, usual and largest shape of an input.
-
-        Args:
-            dims: its dimensions in the graph: a number, or one of the names "batch", "sequence",
-                "past" and "total".
-        """
-        return (
-            self._shape(dims, self.batch.least, self.sequence.least, self.past.least),
-            self._shape(dims, self.batch.usual, self.sequence.usual, self.past.usual),
-            self._shape(dims, self.batch.most, self.sequence.most, self.past.most),
-        )
-
-    def _shape(self, dims: Sequence[int | str], batch: int, sequence: int, past: int) -> Shape:
-        sizes: Mapping[str, int] = {
+    def shape(batch: int, sequence: int, past: int) -> Shape:
+        sizes = {
             "batch": batch,
             "sequence": sequence,
             "past": past,
-            "total": min(sequence + past, self.longest),
+            "total": min(sequence + past, profile.longest),
         }
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
+
+    return (
+        shape(batch.least, sequence.least, past.least),
+        shape(batch.usual, sequence.usual, past.usual),
+        shape(batch.most, sequence.most, past.most),
+    )
 
 
 def profiles(batch: Sequence[int], prompt: Sequence[int], longest: int) -> tuple[Profile, Profile]:

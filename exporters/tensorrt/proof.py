@@ -7,12 +7,12 @@ and TensorRT preferred a sparse kernel (the finished engine's kernel names, or t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporters.tensorrt.log import EngineLayer, SparsityLines, Timing
+from thanos_deploy.bundle.engine_record import Choice, LayerProof
 
 GROUP, KEPT = 4, 2
 
@@ -23,8 +23,6 @@ INPUT_MULTIPLE, OUTPUT_MULTIPLE = 16, 8
 # Sparse kernels start to win at about this size, say TensorRT's maintainers (NVIDIA/TensorRT issue
 # 3849); a reason to expect a dense kernel, not to refuse a sparse one.
 SMALL = 256
-
-Choice = Literal["picked", "eligible", "not eligible", "not reported"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +48,6 @@ class Weight:
     def holds(self) -> bool:
         """Every aligned group of four inputs has at least two zeros."""
         return self.inputs % GROUP == 0 and self.dense_groups == 0
-
-
-@dataclass(frozen=True, slots=True)
-class LayerProof:
-    """What became of one linear layer.
-
-    Attributes:
-        name: in the model.
-        shape: outputs and inputs.
-        pattern_holds: 2:4 holds in the graph.
-        verdict: "picked": a sparse kernel runs it. "eligible": one was possible and a dense one was
-            chosen. "not eligible": none is possible. "not reported": nobody says.
-        reason: in one line.
-        engine_layer: the layer of the engine that does its work, with the kind; empty if unknown.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern_holds: bool
-    verdict: Choice
-    reason: str
-    engine_layer: str
 
 
 def weight(name: str, values: NDArray[np.generic]) -> Weight:

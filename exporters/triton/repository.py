@@ -12,7 +12,6 @@ that; onnx refuses to read such a file, ONNX Runtime does not.
 """
 
 import ast
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,27 +22,28 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporters.onnx.graph import DATA, MODEL, RECORD
-from exporters.tensorrt.engine import ENGINE, read_build
+from exporters.onnx.record import read_record
+from exporters.tensorrt.record import read_build
 from exporters.triton import kserve
 from thanos_deploy.bundle import files, manifest, onnxfile
+from thanos_deploy.bundle.layout import ENGINE, GRAPH, GRAPH_DATA, GRAPH_RECORD, MODEL, ONNX
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.model import tokenizer_files
 from thanos_deploy.model.rope import change_in
 from thanos_deploy.progress import OnProgress, silent
 
 CONFIG = "config.pbtxt"
-TEXT, GRAPH = "text", "onnx"  # models, beside the engines
+TEXT = "text"  # the model beside the graph, which is called like its folder, and the engines
 KSERVE = "kserve.yaml"
 
 # Texts that `text` makes at once, and texts that may wait; its config.pbtxt can be changed.
 _SLOTS, _QUEUE = 8, 64
 _PACKAGES = ("runtime", "thanos_deploy")  # whose modules go with its model
-_TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
+_TOKENIZER = f"{MODEL}/{tokenizer_files.TOKENIZER}"
 _READ_BY_TEXT = (
     manifest.MANIFEST,
-    *(f"onnx/{name}" for name in (MODEL, DATA, RECORD)),
-    *("model/config.json", "model/generation_config.json"),
+    *(f"{ONNX}/{name}" for name in (GRAPH, GRAPH_DATA, GRAPH_RECORD)),
+    *(f"{MODEL}/{name}" for name in ("config.json", "generation_config.json")),
 )
 
 _TENSOR_TYPES = {
@@ -77,7 +77,7 @@ def export(
     text_options: Mapping[str, type],
     text_model: Path,
     on_progress: OnProgress = silent,
-) -> files.Json:
+) -> dict[str, str]:
     """Write the repository.
 
     Args:
@@ -99,9 +99,9 @@ def export(
             they get alone; see `thanos_deploy.model.rope`.
     """
     types = library()
-    record = json.loads((bundle / "onnx" / RECORD).read_bytes())
+    record = read_record(bundle / ONNX / GRAPH_RECORD)
     if (change := change_in(bundle)) is not None:
-        change.require_never(record["max_sequence"], bundle)
+        change.require_never(record.max_sequence, bundle)
     if not (bundle / _TOKENIZER).is_file():
         raise InputError(
             f"{bundle / _TOKENIZER}: missing",
@@ -109,7 +109,7 @@ def export(
         )
     configs = {
         TEXT: _text(types, text_options),
-        GRAPH: _graph(types, bundle / "onnx" / MODEL, tensorrt_options),
+        ONNX: _graph(types, bundle / ONNX / GRAPH, tensorrt_options),
         **{model: _engine(types, engine) for model, engine in engines.items()},
     }
     on_progress(0, len(configs))
@@ -117,21 +117,21 @@ def export(
     for path in _code(text_model):
         _copy(path, folders[TEXT] / path.relative_to(text_model.parent.parent))
     shutil.copyfile(text_model, folders[TEXT] / "model.py")
-    texts = (f"model/{name}" for name in tokenizer_files.files_in(bundle / "model"))
+    texts = (f"{MODEL}/{name}" for name in tokenizer_files.files_in(bundle / MODEL))
     for read in (*_READ_BY_TEXT, *texts):
         if (bundle / read).exists():
             _copy(bundle / read, folders[TEXT] / "bundle" / read)
-    shutil.copyfile(bundle / "onnx" / MODEL, folders[GRAPH] / MODEL)
-    _link(folders[TEXT] / "bundle" / "onnx" / DATA, folders[GRAPH] / DATA)
+    shutil.copyfile(bundle / ONNX / GRAPH, folders[ONNX] / GRAPH)
+    _link(folders[TEXT] / "bundle" / ONNX / GRAPH_DATA, folders[ONNX] / GRAPH_DATA)
     for model, engine in engines.items():
         shutil.copyfile(engine.folder / ENGINE, folders[model] / "model.plan")
-    cache = _SLOTS * record["max_sequence"] * record["cache"]["bytes_per_token"]
+    cache = _SLOTS * record.max_sequence * record.cache.bytes_per_token
     kserve.write(
         destination / KSERVE,
         name=name,
         model=TEXT,
         # While it loads the graph, ONNX Runtime may hold a matrix twice.
-        memory_bytes=2 * (bundle / "onnx" / DATA).stat().st_size + cache,
+        memory_bytes=2 * (bundle / ONNX / GRAPH_DATA).stat().st_size + cache,
     )
     on_progress(len(configs), len(configs))
     return {model: config.backend for model, config in configs.items()}
@@ -209,11 +209,11 @@ def _graph(types: Any, graph: Path, tensorrt_options: Mapping[str, str]) -> Any:
 
 
 def _engine(types: Any, engine: Engine) -> Any:
-    profiles = read_build(engine.folder)["profiles"]
+    profiles = read_build(engine.folder).profiles
     return types.ModelConfig(
         platform="tensorrt_plan",
         backend="tensorrt",
-        **_tensors(types, engine.graph / MODEL),
+        **_tensors(types, engine.graph / GRAPH),
         instance_group=[
             types.ModelInstanceGroup(
                 kind="KIND_GPU",

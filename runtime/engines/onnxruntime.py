@@ -16,6 +16,7 @@ from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
 from thanos_deploy.bundle import onnxfile
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD, ONNX
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.gpu import driver
@@ -72,7 +73,7 @@ class OnnxRuntimeEngine:
 
 def folder(bundle: Bundle) -> str:
     """The part of a bundle with the graph."""
-    return "onnx"
+    return ONNX
 
 
 def open_engine(
@@ -106,9 +107,9 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
         raise PlatformError(
             "the package onnxruntime-gpu is not installed", fix="pip install onnxruntime-gpu"
         ) from error
-    folder = bundle / "onnx"
-    path = folder / "model.onnx"
-    for needed in (path, folder / "model.onnx.data", folder / "export.json"):
+    folder = bundle / ONNX
+    path = folder / GRAPH
+    for needed in (path, folder / GRAPH_DATA, folder / GRAPH_RECORD):
         if not needed.is_file():
             raise InputError(
                 f"{needed}: missing", fix=f"run `thanos-deploy export {bundle} --target onnx` first"
@@ -152,7 +153,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
         session,
         ort,
         memory=memory.HostMemory() if provider == "cpu" else memory.open_cuda(ort),
-        max_sequence=_max_sequence(folder / "export.json"),
+        max_sequence=_max_sequence(folder / GRAPH_RECORD),
         change=rope.change_in(bundle),
     )
 
@@ -188,8 +189,8 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
     Args:
         bundle: with the stage onnx finished.
     """
-    record = json.loads((bundle.path / "onnx" / "export.json").read_bytes())
-    name = bundle.stages["onnx"].files["onnx/model.onnx"].sha256[:16]
+    record = json.loads((bundle.path / ONNX / GRAPH_RECORD).read_bytes())
+    name = bundle.stages[ONNX].files[f"{ONNX}/{GRAPH}"].sha256[:16]
     cache = str(environment.cache_folder() / "onnxruntime-tensorrt" / name)
     return {
         **tensorrt_build_options(record),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from runtime import floats
 from runtime.engine import Ids, Logits, require_readable
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.layout import BUILD, ENGINE, engine_folder
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.gpu import driver
@@ -24,7 +25,6 @@ from thanos_deploy.model.rope import Change, change_in
 
 COMMAND = "thanos-deploy export {bundle} --target tensorrt"
 
-_ENGINES = "engines"
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters.tensorrt.profiles`
@@ -268,7 +268,7 @@ def folder(bundle: Bundle) -> str:
     # Rather an engine whose kernels were timed on this kind of GPU than one built ahead of time.
     for name in sorted(built, key=lambda name: built[name]["target"] != "tensorrt"):
         if runs_on(built[name], device):
-            return f"{_ENGINES}/{name}"
+            return engine_folder(name)
     raise InputError(
         f"{bundle.path}: no engine for {device.name} ({device.arch}); there are "
         f"{', '.join(sorted(built)) or 'none'}",
@@ -317,7 +317,7 @@ def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine
         PlatformError: there is no GPU, or a package is missing or of another version.
         InputError: the engine is for other GPUs, or cannot be loaded.
     """
-    path = folder / "build.json"
+    path = folder / BUILD
     try:
         build = json.loads(path.read_bytes())
         package, version = _PACKAGES[build["target"]], build["library"]
@@ -339,7 +339,7 @@ def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine
             fix=f"pip install {package.replace('_', '-')}=={version}, or build the engine again",
         )
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine((folder / "model.engine").read_bytes())
+    engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
     if engine is None:
         raise InputError(
             f"{folder}: {package} cannot load the engine",

@@ -29,6 +29,7 @@ import numpy as np
 
 from runtime.engine import Ids, Logits, require_readable
 from runtime.static.room import Room
+from thanos_deploy.bundle.layout import ENGINES, MODEL
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
 from thanos_deploy.model.rope import Change, change_of
@@ -186,12 +187,12 @@ def open_engine(
 ) -> TorchEngine:
     """Load the checkpoint of a bundle; see `open_model`."""
     return open_model(
-        bundle / "model",
+        bundle / MODEL,
         provider=provider,
         variant=variant,
         threads=threads,
         room=room,
-        keep=bundle / "engines",
+        keep=bundle / ENGINES,
     )
 
 

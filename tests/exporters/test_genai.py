@@ -21,7 +21,7 @@ PROMPT = [72, 101, 108, 108, 111]
 
 def export(onnx: Path, model: Path, out: Path) -> Path:
     result = exporters.genai.export(onnx, model, out)
-    assert result["logits_error"] < result["limit"]
+    assert result.logits_error < result.limit
     return out
 
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from exporters import preflight
-from exporters.tensorrt import builder
+from exporters import packages, preflight
 from thanos_deploy.check import Check, passed
 from thanos_deploy.gpu import driver as gpu
 from thanos_deploy.gpu.driver import Driver, Gpu
@@ -77,7 +76,7 @@ def test_tensorrt_passes_only_if_the_provider_names_its_version(
 ) -> None:
     installed["onnxruntime-gpu"] = "99.0"
 
-    def load(target: str) -> SimpleNamespace:
+    def load(name: str) -> SimpleNamespace:
         if tensorrt is None:
             raise ImportError
         return SimpleNamespace(__version__=tensorrt)
@@ -86,7 +85,7 @@ def test_tensorrt_passes_only_if_the_provider_names_its_version(
     if linked is not None:
         (tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so").write_bytes(linked)
     package = ModuleSpec("onnxruntime", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(builder, "load", load)
+    monkeypatch.setattr(packages, "load", load)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
     (check,) = named("ONNX Runtime with TensorRT")
     assert (check.outcome, said in check.detail) == (outcome, True), check

@@ -14,10 +14,11 @@ from tritonclient.grpc import model_config_pb2
 
 import exporters.onnx.graph
 import runtime
-from exporters.tensorrt.profiles import profiles
 from exporters.triton import kserve, repository
 from runtime.engines.onnxruntime import tensorrt_build_options
+from tests.bundles import build_record
 from tests.conftest import Invoke
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_json
 from thanos_deploy.bundle.manifest import Bundle, claim
 from thanos_deploy.errors import InputError, PlatformError
@@ -85,13 +86,9 @@ def add_engine(out: Path, target: str) -> str:
         place = folder / "engines" / stage
         place.mkdir(parents=True)
         (place / "model.engine").write_bytes(b"engine")
-        record = {
-            "format": "thanos-deploy/build/1",
-            "target": target,
-            "profiles": [{"name": way.name} for way in profiles((1, 8), (32, 64), 128)],
-        }
-        write_json(place / "build.json", record)
-        return record
+        record = build_record(target)
+        write_json(place / "build.json", encode(record))
+        return encode(record.result({}))
 
     with claim(out, Bundle.open(out).source) as bundle:
         inputs = {"model": bundle.model_sha256, "onnx": bundle.graph_sha256}
@@ -131,7 +128,7 @@ def test_a_dense_graph_in_half_precision(tiny_llama: Path, out: Path) -> None:
         out / "triton",
         name="half",
         engines={},
-        tensorrt_options=tensorrt_build_options(record),
+        tensorrt_options=tensorrt_build_options(encode(record)),
         text_options={},
         text_model=Path(runtime.__path__[0]) / "triton_model.py",
     )

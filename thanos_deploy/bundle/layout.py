@@ -1,6 +1,18 @@
-"""The names of what lies in a bundle, each once. Paths are relative to its folder.
+"""Where everything is in a bundle: the names of its folders and files, each written down once here.
 
-Stages are here where something other than their own file speaks of them.
+    model/, layers.json, README.md                     the checkpoint, its layers, the model card
+    eval/perplexity.json, tasks.json, ...              its quality
+    bench/RUN.json, sample.json                        its speed, and what it writes
+    report/                                            all of it on a page
+    onnx/model.onnx, model.onnx.data, export.json      the graph, its weights, how it was exported
+    onnx-DTYPE..., the same                            a graph of another kind, for engines
+    genai/                                             a folder that ORT-GenAI loads
+    packed/                                            the checkpoint without the zeros of n:m
+    triton/                                            a model repository
+    engines/STAGE/model.engine, build.json, ...        an engine and what is known of its build
+
+A stage is called by the folder that it writes to, and the stage of an engine by its folder in
+`engines/`.
 """
 
 MANIFEST = "manifest.json"
@@ -18,9 +30,20 @@ EVAL = "eval"
 PERPLEXITY = {"torch": f"{EVAL}/perplexity.json", "onnx": f"{EVAL}/perplexity-onnx.json"}
 TASKS = {"torch": f"{EVAL}/tasks.json", "onnx": f"{EVAL}/tasks-onnx.json"}
 
-# The stage onnx.
+# The graph that everything else is made from: its stage, its folder and the files there.
 ONNX = "onnx"
 GRAPH = "model.onnx"
+GRAPH_DATA = "model.onnx.data"
+GRAPH_RECORD = "export.json"
+
+# The folder with a folder for each engine, and the files in one.
+ENGINES = "engines"
+ENGINE = "model.engine"
+BUILD = "build.json"
+BUILD_LOG = "build.log"
+BUILD_FORMAT = "thanos-deploy/build/1"
+ENGINE_LAYERS = "layers.json"  # as TensorRT's inspector lists them
+TIMING_CACHE = "timing.cache"
 
 # The stage bench.
 BENCH = "bench"
@@ -41,3 +64,8 @@ def run(name: str) -> str:
 def interrupted_run(name: str) -> str:
     """The file with the rounds of a run of bench that was interrupted."""
     return f"{BENCH}/{name}.interrupted.json"
+
+
+def engine_folder(stage: str) -> str:
+    """The folder of an engine by the name of its stage."""
+    return f"{ENGINES}/{stage}"

@@ -10,7 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from exporters import target
 from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.check import Check
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.gates import JudgedRun
@@ -176,18 +178,14 @@ def _circumstances(run: Run) -> Iterator[str]:
             )
 
 
-def show_parity(result: Json) -> None:
-    """Print how far ONNX Runtime and PyTorch are apart."""
-    table = Table(title=f"ONNX Runtime against PyTorch, limit {result['parity_limit']:g}")
-    for name in ("case", "batch", "past", "sequence", "logits", "kv cache"):
-        table.add_column(name)
-    for case in result["parity"]:
-        table.add_row(
-            case["name"],
-            *(str(case[name]) for name in ("batch", "past", "sequence")),
-            *(f"{case[name]:.1e}" for name in ("logits_error", "cache_error")),
-        )
-    Console().print(table)
+def show_table(table: target.Table) -> None:
+    """Print what a target says of its export."""
+    shown = Table(title=table.title or None, show_header=bool(table.columns))
+    for name in table.columns:
+        shown.add_column(name)
+    for row in table.rows:
+        shown.add_row(*row)
+    Console().print(shown, markup=False)
 
 
 def show_checks(checks: Sequence[Check]) -> None:
@@ -204,7 +202,7 @@ def show_checks(checks: Sequence[Check]) -> None:
             console.print(f"{check.name}: {check.fix}", highlight=False, markup=False)
 
 
-def show_layers(engines: Mapping[str, Sequence[Json]]) -> None:
+def show_layers(engines: Mapping[str, Sequence[LayerProof]]) -> None:
     """Print what became of every linear layer in every engine."""
     for name, layers in engines.items():
         table = Table(title=name)
@@ -212,39 +210,14 @@ def show_layers(engines: Mapping[str, Sequence[Json]]) -> None:
             table.add_column(column, overflow="fold")
         for layer in layers:
             table.add_row(
-                layer["name"],
-                " x ".join(map(str, layer["shape"])),
-                "yes" if layer["pattern_holds"] else "no",
-                layer["verdict"],
-                layer["reason"],
-                layer["engine_layer"],
+                layer.name,
+                " x ".join(map(str, layer.shape)),
+                "yes" if layer.pattern_holds else "no",
+                layer.verdict,
+                layer.reason,
+                layer.engine_layer,
             )
         Console().print(table, markup=False)
-
-
-def show_engine(build: Json) -> None:
-    """Print how an engine was built, and how many layers run sparse."""
-    summary = build["summary"]
-    rows = {
-        "engine": f"{build['target']} {build['library']} for {', '.join(build['arch'])}",
-        "types": build["dtype"],
-        "linear layers as": build["sparse_form"],
-        "sparse weights": "looked at" if build["sparse_weights"] else "not looked at",
-        "layers with 2:4": f"{summary['pattern_holds']} of {summary['layers']}",
-        "eligible for sparse kernels": str(summary["eligible"]),
-        "sparse kernels picked": str(summary["picked"]),
-        "size": f"{build['engine_bytes'] / 1e6:.1f} MB",
-        "built in": f"{build['seconds']:.0f} s",
-        "peak memory of the builder": f"{build['peak_memory_bytes'] / 1e9:.2f} GB",
-    }
-    if build["trial_seconds"]:
-        rows["trials"] = ", ".join(
-            f"{form} {seconds * 1e3:.2f} ms" for form, seconds in build["trial_seconds"].items()
-        )
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table, markup=False)
 
 
 def show_values(values: Json) -> None:

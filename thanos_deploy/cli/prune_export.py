@@ -12,8 +12,6 @@ from thanos_deploy.cli._options import (
     common_options,
     dry_run_option,
     emit,
-    engine_options,
-    engine_request,
     eval_request,
     evaluation_options,
     model_argument,
@@ -22,22 +20,15 @@ from thanos_deploy.cli._options import (
     pruning_options,
     revision_option,
     session,
-    target_option,
 )
+from thanos_deploy.cli._targets import asked, target_options
 
 
 @click.command("prune-export")
 @model_argument
 @out_option
 @pruning_options
-@target_option
-@engine_options
-@click.option(
-    "--max-seq",
-    type=int,
-    help="Engines: the most tokens, prompt and answer together.  [default: all that the model "
-    "takes]",
-)
+@target_options(leave_out=("dtype", "batch"))  # of the checkpoint, and of what is timed
 @evaluation_options()
 @benchmark_options
 @revision_option
@@ -47,7 +38,6 @@ def command(
     model: str,
     out: Path,
     target: str,
-    max_seq: int | None,
     revision: str | None,
     dry_run: bool,
     **options: Any,
@@ -58,12 +48,13 @@ def command(
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from exporters import preflight
+        from exporters import preflight, targets
         from thanos_deploy.cli._tables import show_plan, show_report
         from thanos_deploy.stages import pipeline
 
-        if target == "tensorrt" and not dry_run:
-            for check in preflight.of_target(target):
+        chosen = targets.get(target)
+        if chosen.gpu and not dry_run:
+            for check in preflight.of_target(chosen):
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
                     _progress.show_note(
@@ -71,8 +62,7 @@ def command(
                         "all the same"
                     )
         # A plan is the same for every target.
-        engine = engine_request(options, dtype=None, max_sequence=max_seq, batch=None, prompt=None)
-        asked: dict[str, Any] = {
+        requests: dict[str, Any] = {
             "request": prune_request(options),
             "evaluation": eval_request(options),
             "benchmarking": bench_request(options),
@@ -81,7 +71,7 @@ def command(
             "announce": announce,
         }
         if dry_run:
-            emit(options, pipeline.plan(model, out, **asked), show_plan)
+            emit(options, pipeline.plan(model, out, **requests), show_plan)
             return
-        report = pipeline.prune_export(model, out, target=target, engine=engine, **asked)
+        report = pipeline.prune_export(model, out, target=target, asked=asked(options), **requests)
     emit(options, report, show_report)

@@ -3,14 +3,14 @@
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from runtime.engine import Engine, open_engine
+from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.gpu import driver
 from thanos_deploy.gpu.rows import CheckRow, Row
@@ -38,11 +38,12 @@ def tensorrt(task: Task) -> Iterator[Row]:
     """Dense and sparse engines of one graph, as products and as convolutions."""
     import exporters.tensorrt.engine
     from exporters.options import EngineRequest
+    from exporters.targets.tensorrt import LIBRARY
+    from exporters.tensorrt.stage import export_graph
     from runtime.engines import tensorrt as tensorrt_runtime
-    from thanos_deploy.stages.export import engine_graph
 
     assert task.bundle is not None
-    graph = task.bundle / engine_graph(Bundle.open(task.bundle), EngineRequest())
+    graph = task.bundle / export_graph(Bundle.open(task.bundle), EngineRequest())
     reference = open_engine(task.bundle)
     for form in exporters.tensorrt.engine.FORMS:
         seconds: dict[str, dict[str, float]] = {}
@@ -50,14 +51,19 @@ def tensorrt(task: Task) -> Iterator[Row]:
             out = task.folder / f"{form}-{kind}"
             out.mkdir()
             build = exporters.tensorrt.engine.export(
-                graph, out, architectures=(driver.require().arch,), sparse=sparse, form=form
+                graph,
+                out,
+                library=LIBRARY,
+                architectures=(driver.require().arch,),
+                sparse=sparse,
+                form=form,
             )
             engine = tensorrt_runtime.open_folder(out)
             yield agreement(
                 "tensorrt", f"{form}, {kind}, agrees with ONNX Runtime", reference, engine
             )
             # With room for the steps after it, in a model that takes hardly more tokens.
-            prompt = min(build["profiles"][0]["sequence"]["usual"], engine.max_sequence - _STEPS)
+            prompt = min(build.profiles[0].sequence.usual, engine.max_sequence - _STEPS)
             seconds[kind] = time_scenarios(engine, (Prefill(1, prompt), Decode(1, prompt, _STEPS)))
         yield _sparse_kernels(form, build)
         yield CheckRow(
@@ -71,17 +77,15 @@ def tensorrt(task: Task) -> Iterator[Row]:
         )
 
 
-def _sparse_kernels(form: str, build: Mapping[str, Any]) -> CheckRow:
+def _sparse_kernels(form: str, build: BuildRecord) -> CheckRow:
     """Whether the builder's log says what became of the layers with 2:4."""
-    summary = build["summary"]
-    silent = all(layer["verdict"] == "not reported" for layer in build["layers"])
-    failed = silent and summary["pattern_holds"]
+    silent = all(layer.verdict == "not reported" for layer in build.layers)
+    failed = silent and build.summary.pattern_holds
     return CheckRow(
         "tensorrt",
         f"{form}, sparse kernels",
         "FAIL" if failed else "PASS",
-        f"{summary['picked']} picked, {summary['eligible']} eligible, {summary['pattern_holds']} "
-        f"hold 2:4, of {summary['layers']} layers",
+        str(build.summary),
         "the log of this version is not understood; report its (Sparsity) lines" if failed else "",
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from exporters import preflight
+from exporters.targets import tensorrt
 from runtime.engine import Engine
 from thanos_deploy.gpu import driver
 from thanos_deploy.gpu.rows import ModelRow, Row
@@ -26,7 +27,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
     Raises:
         PlatformError: TensorRT is not there; nothing was exported.
     """
-    preflight.require("tensorrt")
+    preflight.require(tensorrt.TARGET)
     for name in MODELS:
         model = models.make(name, sizes, task.device)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -38,7 +39,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
         for scenario in sizes.scenarios:
             yield ModelRow(
                 name,
-                "tensorrt",
+                tensorrt.TARGET.name,
                 sizes.dtype,
                 sizes.blocks,
                 parameters,
@@ -64,6 +65,7 @@ def _build(path: Path, sizes: Sizes) -> Engine:
     exporters.tensorrt.engine.export(
         graph,
         engine,
+        library=tensorrt.LIBRARY,
         architectures=(driver.require().arch,),
         batch=sorted({scenario.batch for scenario in sizes.scenarios}),
         prompt=sorted(

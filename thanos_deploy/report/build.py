@@ -3,9 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from exporters import targets
+from exporters.options import exported_with
 from thanos_deploy import __version__
 from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.manifest import StageRecord
+from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import UsageError
 from thanos_deploy.measure.quality import (
     EVAL,
@@ -260,14 +264,21 @@ def _loaders(sources: Sources) -> tuple[LoaderVerdict, ...]:
 def _bytes(sources: Sources) -> FileBytes:
     """Sizes of the files of the dense and the pruned model; None where it was not seen."""
     stages, dense = sources.stages, sources.bundle.result(PRUNE).dense_bytes
-    packed, onnx = stages.get("packed"), stages.get(layout.ONNX)
     graphs = [
         run.subjects[DENSE].file_bytes for run in sources.runs.values() if DENSE in run.subjects
     ]
+    beside = {"checkpoint": dense, "graph": graphs[-1] if graphs else None}
+    exported = [
+        (target.name, target.size, stages[target.name])
+        for target in targets.every()
+        if target.size is not None and target.name in stages
+    ]
     return FileBytes(
         model=Pair(dense, _size(stages[layout.PRUNE], ".safetensors")),
-        packed=Pair(dense, _size(packed, ".safetensors")) if packed else None,
-        onnx=Pair(graphs[-1] if graphs else None, _size(onnx, ".onnx", ".data")) if onnx else None,
+        targets={
+            name: Pair(beside[size.beside], _size(record, *size.endings))
+            for name, size, record in sorted(exported, key=lambda found: found[1].beside)
+        },
     )
 
 
@@ -277,26 +288,25 @@ def _size(record: StageRecord, *endings: str) -> int:
 
 def _dtype(sources: Sources) -> str | None:
     """Of the exported graph, if there is one."""
-    onnx = sources.stages.get(layout.ONNX)
-    return None if onnx is None else onnx.options.get("dtype", "fp32")
+    return exported_with(sources.bundle).dtype if layout.ONNX in sources.stages else None
 
 
 def _export(sources: Sources) -> ExportSummary | None:
-    onnx, dtype = sources.stages.get(layout.ONNX), _dtype(sources)
-    if onnx is None or dtype is None:
+    dtype = _dtype(sources)
+    if dtype is None:
         return None
-    cases = onnx.result["parity"]
+    graph = result_of(sources.bundle, layout.ONNX, GraphResult)
     weights = sources.weights
-    judged = [weight["pattern_holds"] for weight in weights if weight["pattern_holds"] is not None]
+    judged = [weight.pattern_holds for weight in weights if weight.pattern_holds is not None]
     return ExportSummary(
         dtype=dtype,
-        rounding=onnx.result.get("rounding", {}),
+        rounding=graph.rounding,
         weights=len(weights),
         weights_on_pattern=sum(judged) if judged else None,
         parity=Parity(
-            limit=onnx.result["parity_limit"],
-            cases=len(cases),
-            worst=max(max(case["logits_error"], case["cache_error"]) for case in cases),
+            limit=graph.parity_limit,
+            cases=len(graph.parity),
+            worst=max(max(case.logits_error, case.cache_error) for case in graph.parity),
         ),
     )
 

@@ -3,7 +3,11 @@
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+from exporters import targets
+from exporters.options import flags
+from exporters.target import Target
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import StageRecord
@@ -28,13 +32,6 @@ _EVAL = {
     "segments": "--eval-segments",
     "seqlen": "--eval-seqlen",
     "folder": "--task-folder",
-}
-_EXPORT = {"max_sequence": "--max-seq"}
-_ENGINE = {
-    "max_sequence": "--max-seq",
-    "prompt": "--seq",
-    "form": "--sparse-form",
-    "compatibility": "--engine-compat",
 }
 _BENCH = {
     "run": "--run",
@@ -68,12 +65,8 @@ def of(sources: Sources) -> list[str]:
                 words += _pruning(sources.bundle.options(PRUNE))
             case "eval" | "eval-onnx" | "eval-tasks" | "eval-tasks-onnx":
                 runtime = ["--runtime", "onnx"] if stage.endswith("-onnx") else []
-                flags = _flags(record.options, _EVAL)
-                words = ["eval", "OUT", "--dense", source.name, *runtime, *flags]
-            case layout.ONNX:
-                words = ["export", "OUT", "--target", "onnx", *_flags(record.options, _EXPORT)]
-            case "genai" | "packed" | "triton":
-                words = ["export", "OUT", "--target", stage]
+                asked = _flags(record.options, _EVAL)
+                words = ["eval", "OUT", "--dense", source.name, *runtime, *asked]
             case layout.BENCH:
                 made += [
                     shlex.join([_TOOL, "bench", "OUT", *_bench(source.name, options)])
@@ -81,27 +74,24 @@ def of(sources: Sources) -> list[str]:
                 ]
                 continue
             case _:
-                target = _target(sources, record)
-                if target is None:  # the graph of an engine, made with it
-                    continue
-                words = ["export", "OUT", "--target", target, *_engine(record.options)]
+                target = targets.of_stage(stage)
+                if target is None or not target.asked_for(stage):
+                    continue  # made along with another stage
+                words = ["export", "OUT", "--target", target.name, *_export(target, record)]
         made.append(shlex.join([_TOOL, *words]))
     return made
 
 
-def _target(sources: Sources, record: StageRecord) -> str | None:
-    """What an engine was built for, from its own record."""
-    return next(
-        (build["target"] for name, build in sources.engines.items() if name in record.files), None
-    )
-
-
-def _engine(options: Json) -> Iterator[str]:
-    options = dict(options)
-    architectures = options.pop("architectures", None) or []
-    if architectures:
-        options["sm"] = [name.removeprefix("sm") for name in architectures]
-    yield from _flags(options, _ENGINE)
+def _export(target: Target[Any], record: StageRecord) -> Iterator[str]:
+    """The target's options, of those that the stage was made with."""
+    known = flags(target.options)
+    for name, value in record.options.items():
+        flag = known.get(name)
+        if flag is None or value is None or value == []:
+            continue
+        yield flag.name
+        values = value if isinstance(value, list) else [value]
+        yield ",".join(str(one).removeprefix(flag.prefix or "") for one in values)
 
 
 def _pruning(pruned: PruneOptions) -> Iterator[str]:

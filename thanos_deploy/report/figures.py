@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from exporters import targets
 from thanos_deploy.measure.run import DENSE, PRUNED, ScenarioTimes
 from thanos_deploy.report.model import ModelReport
 from thanos_deploy.report.runs import quoted
@@ -31,8 +32,7 @@ _MEMORY = {
     "gpu_peak_bytes": "GPU memory",
 }
 
-# The checkpoint, packed, and the graph.
-_FILES = CHECKPOINT, PACKED, ONNX = "checkpoint", "packed checkpoint", "ONNX"
+CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ def figures(model: ModelReport) -> Iterator[Figure]:
     for score in model.tasks:
         where = ", ONNX graph" if score.runtime == "onnx" else ""
         yield _figure(f"{score.task}, {score.metric}{where}", "score", score.dense, score.pruned)
-    sizes = model.bytes
-    for title, size in zip(_FILES, (sizes.model, sizes.packed, sizes.onnx), strict=True):
-        if size is not None:
-            yield _figure(title, "B", size.dense, size.pruned)
+    yield _figure(CHECKPOINT, "B", model.bytes.model.dense, model.bytes.model.pruned)
+    titles = target_titles()
+    for name, size in model.bytes.targets.items():
+        yield _figure(titles.get(name, name), "B", size.dense, size.pruned)
     run = quoted(model)
     if run is None:
         return
@@ -96,6 +96,11 @@ def figures(model: ModelReport) -> Iterator[Figure]:
         before, after = (getattr(run.subjects[who], name) for who in (DENSE, PRUNED))
         if after is not None:
             yield _figure(title, "B", before, after)
+
+
+def target_titles() -> dict[str, str]:
+    """What the files of each target are called, of those whose bytes are compared."""
+    return {target.name: target.size.title for target in targets.every() if target.size}
 
 
 def metric_title(scenario: ScenarioTimes, metric: str) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from thanos_deploy.bundle.codec import Json
+from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.measure.run import Run
 from thanos_deploy.report import words
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
@@ -103,11 +103,11 @@ def _model(model: ModelReport) -> Iterator[str]:
     )
 
 
-def _kernels(build: Json) -> str:
-    summary = build["summary"]
+def _kernels(build: BuildRecord) -> str:
+    summary = build.summary
     return (
-        f"- {_text(build['target'])}: {summary['picked']} of {summary['layers']} layers were given "
-        f"a sparse kernel, {summary['eligible']} were eligible."
+        f"- {_text(build.target)}: {summary.picked} of {summary.layers} layers were given "
+        f"a sparse kernel, {summary.eligible} were eligible."
     )
 
 

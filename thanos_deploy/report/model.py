@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from thanos_deploy.bundle.codec import LATER, Json
+from thanos_deploy.bundle.codec import OTHERS, Json
+from thanos_deploy.bundle.engine_record import BuildRecord
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine.environment import Environment
 from thanos_deploy.measure.run import Run, Sample
@@ -119,16 +121,15 @@ class CutWidths:
 
 @dataclass(frozen=True, slots=True)
 class FileBytes:
-    """Of the weight files; None for what was not made."""
+    """Of the weight files: of the checkpoint, and by name of a target, of what was exported."""
 
     model: Pair
-    packed: Pair | None = field(default=None, metadata=LATER)
-    onnx: Pair | None = field(default=None, metadata=LATER)
+    targets: Mapping[str, Pair] = field(default_factory=dict, metadata=OTHERS)
 
     @property
     def deployed(self) -> Pair:
         """Of the graph, or of the checkpoint if there is none."""
-        return self.onnx or self.model
+        return self.targets.get(ONNX, self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ class ModelReport:
     parts: PartBytes | None
     export: ExportSummary | None
     bench: tuple[Run, ...]
-    kernels: tuple[Json, ...]
+    kernels: tuple[BuildRecord, ...]
     sample: Sample | None
     stale: tuple[str, ...]
     commands: tuple[str, ...]

@@ -9,25 +9,22 @@ from importlib import resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, Run
 from thanos_deploy.report import charts, words
 from thanos_deploy.report.figures import (
     CHECKPOINT,
-    ONNX,
-    PACKED,
     Figure,
     figures,
     metric_title,
     shown,
     shown_ratio,
+    target_titles,
 )
 from thanos_deploy.report.model import ModelReport, Report
 from thanos_deploy.report.runs import quoted, quoted_times
 from thanos_deploy.report.sources import Sources
-
-# What stands side by side, beside the times.
-_COMPARED = ("perplexity", CHECKPOINT, PACKED, ONNX, "peak memory")
 
 
 def render(report: Report, bundles: Sequence[Sources]) -> str:
@@ -165,7 +162,7 @@ def _tiles(model: ModelReport) -> list[_Tile]:
     wanted = (
         "perplexity",
         *(name for name, _ in quoted_times(quoted(model))),
-        ONNX if model.bytes.onnx else CHECKPOINT,
+        target_titles()[ONNX] if ONNX in model.bytes.targets else CHECKPOINT,
         "peak memory",
     )
     by_name = {figure.name: figure for figure in figures(model)}
@@ -198,10 +195,11 @@ def _columns(report: Report) -> list[str]:
 def _compared(report: Report) -> dict[str, Figure]:
     """The figures to put side by side, by name, as the first model that has them shows them."""
     found: dict[str, Figure] = {}
+    files = (CHECKPOINT, *target_titles().values())
     for model in report.models:
         times = [name for name, _ in quoted_times(quoted(model))]
         for figure in figures(model):
-            if figure.name in (*_COMPARED, *times):
+            if figure.name in ("perplexity", *files, "peak memory", *times):
                 found.setdefault(figure.name, figure)
     return found
 

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from exporters import targets
+from exporters.target import Size
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.measure.run import DENSE
 from thanos_deploy.report.model import ModelReport, Pair, Plot, PlotPoint
 from thanos_deploy.report.runs import quoted
@@ -97,11 +100,18 @@ def _times(models: Sequence[ModelReport]) -> Iterator[_Costs]:
 
 def _sizes(models: Sequence[ModelReport]) -> Iterator[_Costs]:
     """Bytes of the ONNX files and of the checkpoints, packed where they were."""
+    beside = [target.name for target in targets.every() if _is_checkpoint(target.size)]
     for name, sizes in (
-        ("ONNX file", {model.label: model.bytes.onnx for model in models}),
-        ("checkpoint", {model.label: model.bytes.packed or model.bytes.model for model in models}),
+        ("ONNX file", {model.label: model.bytes.targets.get(ONNX) for model in models}),
+        ("checkpoint", {model.label: _checkpoint(model, beside) for model in models}),
     ):
         yield from _size(name, {label: size for label, size in sizes.items() if size is not None})
+
+
+def _checkpoint(model: ModelReport, beside: Sequence[str]) -> Pair:
+    """Of the smallest form of the checkpoint that there is."""
+    found = (model.bytes.targets[name] for name in beside if name in model.bytes.targets)
+    return next(found, model.bytes.model)
 
 
 def _size(name: str, sizes: dict[str, Pair]) -> Iterator[_Costs]:
@@ -109,3 +119,7 @@ def _size(name: str, sizes: dict[str, Pair]) -> Iterator[_Costs]:
     if dense:
         costs = {label: (*(float(size.pruned),) * 3, True) for label, size in sizes.items()}
         yield name, "B", float(dense), costs
+
+
+def _is_checkpoint(size: Size | None) -> bool:
+    return size is not None and size.beside == "checkpoint"

@@ -4,20 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from exporters.onnx.record import read_record
 from thanos_deploy.bundle import layout, names
 from thanos_deploy.bundle.codec import Json
+from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.bundle.files import read_json, record_in
+from thanos_deploy.bundle.graph_record import WeightRecord
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
+from thanos_deploy.errors import InputError
 from thanos_deploy.measure import run as bench
 from thanos_deploy.measure.run import BENCH, PRUNED, Run, Sample, has_named_runs
 from thanos_deploy.prune.result import PRUNE, PrunedBlock
 from thanos_deploy.shrink.result import CutBlock
-
-BUILD_FORMAT = "thanos-deploy/build/1"
-
-# What the format of every version of a run begins with.
-_BENCH_FORMATS = bench.FORMAT.removesuffix("1")
 
 T = TypeVar("T")
 
@@ -45,11 +44,11 @@ class Sources:
     stale: tuple[str, ...]
     blocks: tuple[PrunedBlock, ...] | tuple[CutBlock, ...]
     config: Json | None = None
-    weights: Sequence[Json] = ()
+    weights: Sequence[WeightRecord] = ()
     runs: Mapping[str, Run] = field(default_factory=dict)
     unrecorded: tuple[str, ...] = ()
     sample: Sample | None = None
-    engines: Mapping[str, Json] = field(default_factory=dict)
+    engines: Mapping[str, BuildRecord] = field(default_factory=dict)
 
     def has(self, stage: Stage[Options, Inputs, Result]) -> bool:
         """The stage is finished, and about the model as it is now."""
@@ -82,19 +81,26 @@ def read(bundle: Bundle) -> Sources:
         if bundle.options(PRUNE).cut
         else _read(bundle, layout.LAYERS, tuple[PrunedBlock, ...]),
         config=_read(bundle, layout.CONFIG, Json) if _is_there(bundle, layout.CONFIG) else None,
-        weights=_read(bundle, "onnx/export.json", Json)["weights"] if layout.ONNX in stages else (),
+        weights=_weights(bundle) if layout.ONNX in stages else (),
         runs=runs,
         unrecorded=tuple(name for name in runs if not bundle.recorded(name)),
         sample=_read(bundle, layout.SAMPLE, Sample)
         if measured and _is_there(bundle, layout.SAMPLE)
         else None,
         engines={
-            name: content
-            for name in _names(bundle, "engines/*/build.json")
+            name: record
+            for name in _names(bundle, f"{layout.ENGINES}/*/{layout.BUILD}")
             if not any(name in bundle.stages[stage].files for stage in stale)
-            if (content := _read(bundle, name, Json)).get("format") == BUILD_FORMAT
+            if (record := _versioned(bundle, name, layout.BUILD_FORMAT, BuildRecord))
         },
     )
+
+
+def _weights(bundle: Bundle) -> Sequence[WeightRecord]:
+    """The weights of the exported graph."""
+    name = f"{layout.ONNX}/{layout.GRAPH_RECORD}"
+    bundle.verify_file(name)
+    return read_record(bundle.path / name).weights
 
 
 def _runs(bundle: Bundle, *, finished: bool) -> dict[str, Run]:
@@ -102,11 +108,8 @@ def _runs(bundle: Bundle, *, finished: bool) -> dict[str, Run]:
     known = [layout.run(name) for name in bundle.result(BENCH).runs] if finished else []
     found = {}
     for name in dict.fromkeys((*known, *_names(bundle, f"{layout.BENCH}/*.json"))):
-        if name != layout.SAMPLE:
-            content = _content(bundle, name)
-            form = content.get("format") if isinstance(content, dict) else None
-            if str(form).startswith(_BENCH_FORMATS):  # anything else is not ours
-                found[name] = record_in(bundle.path / name, content, Run)
+        if name != layout.SAMPLE and (run := _versioned(bundle, name, bench.FORMAT, Run)):
+            found[name] = run
     return found
 
 
@@ -189,6 +192,23 @@ def _is_there(bundle: Bundle, name: str) -> bool:
 def _read(bundle: Bundle, name: str, cls: type[T]) -> T:
     """A record, compared with its hash where the manifest has one."""
     return record_in(bundle.path / name, _content(bundle, name), cls)
+
+
+def _versioned(bundle: Bundle, name: str, form: str, cls: type[T]) -> T | None:
+    """A record that says its format; None for a file of somebody else.
+
+    Raises:
+        InputError: it is of another version.
+    """
+    content = _content(bundle, name)
+    found = str(content.get("format")) if isinstance(content, dict) else ""
+    if found != form and found.startswith(form.rpartition("/")[0]):
+        raise InputError(
+            f"{bundle.path / name}: format {found!r}; this version reads {form!r}",
+            fix="use the version of thanos-deploy that wrote it, or make that stage again with "
+            "--overwrite",
+        )
+    return record_in(bundle.path / name, content, cls) if found == form else None
 
 
 def _content(bundle: Bundle, name: str) -> object:

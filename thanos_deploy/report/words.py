@@ -1,8 +1,12 @@
 """What the figures of a report mean, in sentences."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from exporters import targets
+from exporters.target import Target
 from thanos_deploy.bundle import layout
+from thanos_deploy.errors import UsageError
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import Interval, Run
@@ -11,9 +15,9 @@ from thanos_deploy.prune.result import Retry
 from thanos_deploy.report.model import (
     CutWidths,
     ExportSummary,
+    FileBytes,
     Gap,
     ModelReport,
-    Pair,
     Plot,
     Quality,
 )
@@ -25,10 +29,7 @@ _STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
     layout.EVAL: ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
-    layout.ONNX: ("the ONNX graph and its agreement with PyTorch", "thanos-deploy export OUT"),
     layout.BENCH: ("latency and memory", "thanos-deploy bench OUT"),
-    "packed": ("the packed size", "thanos-deploy export OUT --target packed"),
-    "genai": ("ORT-GenAI", "thanos-deploy export OUT --target genai"),
 }
 
 
@@ -115,7 +116,7 @@ def verdict(model: ModelReport, run: Run | None) -> list[str]:
         *_of_own_gpu(model, quoted=run),
         *(() if model.widths else _of_zeros(model)),
         *_of_gpus(model),
-        *_of_packing(model.bytes.packed),
+        *_of_sizes(model.bytes),
     ]
 
 
@@ -142,14 +143,12 @@ def interval(ratio: Interval) -> str:
 
 def _gaps(model: ModelReport) -> Iterator[Gap]:
     for stage, (what, command) in _STAGES.items():
-        if stage not in model.seconds and _applies(stage, model):
+        if stage not in model.seconds:
             yield Gap(what, "not measured", command)
+    yield from _gaps_of_targets(model)
     runs = [run for run in model.bench if run.status != "INTERRUPTED"]
     if all(run.on_cpu for run in runs):
         yield Gap("latency and memory on a GPU", NOT_MEASURED, None)
-    if not model.kernels:
-        command = "thanos-deploy export OUT --target tensorrt-rtx"
-        yield Gap("which layers run on sparse kernels", "no engine was built", command)
     kinds = {scenario.kind for run in runs for scenario in run.scenarios}
     for kind, what in (("generate", "whole answers"), ("open-loop", "requests that arrive freely")):
         if runs and kind not in kinds:
@@ -165,12 +164,31 @@ def _gaps(model: ModelReport) -> Iterator[Gap]:
         yield Gap(tasks, why, f"{command} --tasks NAME,...")
 
 
-def _applies(stage: str, model: ModelReport) -> bool:
-    """Packing is for n:m that holds everywhere."""
-    if stage != "packed":
-        return True
-    semi = isinstance(parse(model.pattern), SemiStructured)
-    return semi and bool(model.linear_layers.pattern_holds)
+def _gaps_of_targets(model: ModelReport) -> Iterator[Gap]:
+    """What targets that were not exported would show, once for those that show the same."""
+    known = {
+        target.missing.what
+        for stage in model.seconds
+        if (target := targets.of_stage(stage)) is not None
+        if target.missing is not None and target.asked_for(stage)
+    }
+    # The first of several is the one to name: rather one that works on any machine.
+    for target in sorted(targets.every(), key=lambda target: target.gpu):
+        missing = target.missing
+        if missing is not None and missing.what not in known and _takes(target, model):
+            known.add(missing.what)
+            command = f"thanos-deploy export OUT --target {target.name}"
+            yield Gap(missing.what, missing.why, command)
+
+
+def _takes(target: Target[Any], model: ModelReport) -> bool:
+    """The target is for such a model, as far as the report knows what its layers hold."""
+    holds = bool(model.linear_layers.pattern_holds)
+    try:
+        target.refuse([parse(model.pattern)] if holds else [])
+    except UsageError:
+        return False
+    return True
 
 
 def _of_quality(quality: Quality | None) -> Iterator[str]:
@@ -286,12 +304,12 @@ def _of_zeros(model: ModelReport) -> Iterator[str]:
             )
 
 
-def _of_packing(packed: Pair | None) -> Iterator[str]:
-    if packed and packed.dense:
-        yield (
-            "Packed, without its zeros, the checkpoint takes "
-            f"{packed.pruned / packed.dense:.3f} of the dense one's bytes."
-        )
+def _of_sizes(sizes: FileBytes) -> Iterator[str]:
+    """What targets say of their bytes beside the dense model's."""
+    for target in targets.every():
+        size = sizes.targets.get(target.name)
+        if size and size.dense and target.size is not None and target.size.sentence:
+            yield target.size.sentence.format(ratio=size.pruned / size.dense)
 
 
 def _outcome(ratio: Interval) -> str:

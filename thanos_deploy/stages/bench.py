@@ -5,14 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exporters.options import exported_with
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.text import TOKENIZER, open_tokenizer
 from thanos_deploy.bundle import layout, manifest, names
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import write_record
+from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import differences
+from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.measure import benchmark, traffic
 from thanos_deploy.measure.options import BenchRequest
@@ -30,7 +33,7 @@ from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.stages.dense import Dense, dense_folder
-from thanos_deploy.stages.export import export_dense, exported_with
+from thanos_deploy.stages.export import export_dense
 
 
 def compared(
@@ -186,14 +189,17 @@ def describe(bundle: Bundle) -> Subject:
         file_bytes=sum(
             file.bytes for name, file in graph.files.items() if name.endswith((".onnx", ".data"))
         ),
-        cache_bytes_per_token=graph.result["cache_bytes_per_token"],
+        cache_bytes_per_token=_graph_result(bundle).cache_bytes_per_token,
     )
 
 
 def max_sequence(bundle: Bundle) -> int:
     """The most tokens that the exported graph of a bundle takes."""
-    most: int = bundle.stages[layout.ONNX].result["max_sequence"]
-    return most
+    return _graph_result(bundle).max_sequence
+
+
+def _graph_result(bundle: Bundle) -> GraphResult:
+    return result_of(bundle, layout.ONNX, GraphResult)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, overload
 
-from exporters.options import ExportRequest
+from exporters.options import ExportRequest, exported_with
 from runtime.graph import require_all_logits
 from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.codec import Json, encode
@@ -29,7 +29,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.export import export_dense, exported_with
+from thanos_deploy.stages.export import export_dense
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
 
 

@@ -5,25 +5,22 @@
     eval     eval/perplexity.json
     eval-onnx, eval-tasks, eval-tasks-onnx    eval/            (only if asked for)
     onnx     onnx/                                            (of the dense model: in the cache)
-    genai    genai/                                           (only if asked for)
-    packed   packed/                                          (only if asked for)
-    triton   triton/                                          (only if asked for)
-    tensorrt-ARCH, tensorrt-rtx-ARCH    engines/              (only if asked for)
+    and for another target its own stage; see `exporters.targets`    (only if asked for)
     bench    bench/RUN.json for every run, bench/sample.json
     report   report/{index.html,report.md,report.json}, README.md
 
 Each is a file of `thanos_deploy.stages`; here they are in a row.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import exporters.genai
-import exporters.packed
-import exporters.triton.repository
-from exporters import preflight
-from exporters.options import EngineRequest
+from exporters import preflight, targets
+from exporters.target import Target
 from thanos_deploy.bundle import manifest
 from thanos_deploy.bundle.codec import Json, encode
+from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
@@ -37,12 +34,12 @@ from thanos_deploy.report.write import write_report
 from thanos_deploy.stages.bench import bench, check_bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
-from thanos_deploy.stages.export import ENGINES, export
+from thanos_deploy.stages.export import export
 from thanos_deploy.stages.plan import plan_pruning
 from thanos_deploy.stages.prune import check, prune
 from thanos_deploy.stages.texts import calibration, open_text, require_other_text, segments_for
 
-STAGES = ("prune", "eval", "onnx", "bench", "report")
+STAGES = ("prune", "eval", ONNX, "bench", "report")
 
 
 def prune_export(
@@ -52,44 +49,64 @@ def prune_export(
     request: PruneRequest,
     evaluation: EvalRequest,
     benchmarking: BenchRequest,
-    target: str = "onnx",
-    engine: EngineRequest | None = None,
+    target: str = ONNX,
+    asked: Mapping[str, object] | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> Report:
     """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
 
+    Args:
+        model, revision: the dense model; see `Dense`.
+        out: the folder of the bundle.
+        request: how to prune.
+        evaluation: what to measure the quality on.
+        benchmarking: what to time.
+        target: what to export to beside ONNX, which is what is timed.
+        asked: by name of one of the target's options, what differs from its defaults; see
+            `exporters.target.Target.request`.
+        overwrite: redo what was made with other options.
+        announce: told of every piece of work.
+
     Raises:
         DeployError: of any kind; everything that can be refused beforehand is.
     """
     dense = Dense(model, revision=revision)
-    if target == "genai":
-        exporters.genai.library()
-    if target == "triton":
-        exporters.triton.repository.library()
-    if target == "packed":
-        exporters.packed.refuse([request.pattern])
-    if target == "tensorrt-rtx":
-        preflight.require(target)
+    chosen = targets.get(target)
+    chosen.refuse([request.pattern])
+    if not chosen.gpu:  # else the export may be finished where the GPU is
+        preflight.require(chosen)
     with manifest.claim(out, dense.source, overwrite=overwrite) as bundle:
         _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
+        wanted = _exports(bundle, chosen, asked or {})
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
         evaluate(bundle, dense, evaluation, overwrite=overwrite, announce=announce)
         lacking: PlatformError | None = None
-        for wanted in dict.fromkeys(("onnx", target)):  # the graph is measured in any case
+        for name, options in wanted.items():
             try:
-                export(bundle, target=wanted, engine=engine, overwrite=overwrite, announce=announce)
+                export(bundle, target=name, request=options, overwrite=overwrite, announce=announce)
             except PlatformError as error:
-                if wanted not in ENGINES:
+                if name == ONNX:
                     raise
-                lacking = error  # the rest does not need the engine, and is not to be lost
+                lacking = error  # the rest does not need this export, and is not to be lost
         subjects = compared(bundle, [DENSE], dense, announce=announce)
         bench(bundle, subjects, benchmarking, overwrite=overwrite, announce=announce)
         finished = write_report(bundle)
         if lacking is not None:
             raise lacking
         return finished
+
+
+def _exports(bundle: Bundle, target: Target[Any], asked: Mapping[str, object]) -> dict[str, object]:
+    """By name of a target, its options: of the graph, which is timed in any case, and of another.
+
+    Raises:
+        UsageError: the target does not take what was asked for.
+    """
+    graph = targets.get(ONNX)
+    of_graph = asked if target.options is graph.options else {}
+    return {ONNX: graph.request(bundle, of_graph), target.name: target.request(bundle, asked)}
 
 
 def plan(

@@ -137,8 +137,8 @@ def test_opt_with_norms_behind_projections_around_and_no_biases_has_parity(
         "opt", do_layer_norm_before=False, word_embed_proj_dim=16, enable_bias=False
     )
     record = exporters.onnx.graph.export(Checkpoint.open(folder), tmp_path, pattern=None)
-    assert max(case["logits_error"] for case in record["parity"]) < 1e-5
-    assert {weight["input_axis"] for weight in record["weights"]} == {0}
+    assert max(case.logits_error for case in record.parity) < 1e-5
+    assert {weight.input_axis for weight in record.weights} == {0}
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
@@ -245,9 +245,9 @@ def test_half_precision_is_compared_with_float32_and_written_without_negative_ze
     record = exporters.onnx.graph.export(
         Checkpoint.open(folder), tmp_path, pattern=None, dtype="fp16"
     )
-    assert record["dtype"] == "fp16"
-    assert record["parity_limit"] == 5e-3
-    worst = max(max(case["logits_error"], case["cache_error"]) for case in record["parity"])
+    assert record.dtype == "fp16"
+    assert record.parity_limit == 5e-3
+    worst = max(max(case.logits_error, case.cache_error) for case in record.parity)
     assert 1e-6 < worst < 5e-3  # not zero: it is half precision that was compared
     graph = onnx.load(tmp_path / "model.onnx").graph
     floats = {tensor.name: tensor for tensor in graph.initializer if tensor.name in tensors}
@@ -292,27 +292,27 @@ def test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for(
         checkpoint, tmp_path, pattern=SemiStructured(2, 4), dtype="int8"
     )
     # With float32 activations, against PyTorch with the rounded weights.
-    assert max(max(c["logits_error"], c["cache_error"]) for c in record["parity"]) < 1e-5
-    assert 0 < record["rounding"]["weights"] < 0.1
-    assert 0 < record["rounding"]["activations"] < 0.2
+    assert max(max(c.logits_error, c.cache_error) for c in record.parity) < 1e-5
+    assert 0 < record.rounding["weights"] < 0.1
+    assert 0 < record.rounding["activations"] < 0.2
     graph = onnx.load(tmp_path / "model.onnx").graph
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     in_model = load_file(folder / "model" / "model.safetensors")
-    assert [weight["name"] for weight in record["weights"]] == list(linear_shapes(checkpoint))
-    for weight in record["weights"]:
-        dense = in_model[f"{weight['name']}.weight"].numpy()
+    assert [weight.name for weight in record.weights] == list(linear_shapes(checkpoint))
+    for weight in record.weights:
+        dense = in_model[f"{weight.name}.weight"].numpy()
         dense = dense.T if checkpoint.family.transposed else dense
         outputs, inputs = dense.shape
-        levels = tensors[f"{weight['name']}.weight_Q8"].reshape(outputs, -1)[:, :inputs]
-        scales = tensors[f"{weight['name']}.weight_scales"].repeat(32, axis=1)[:, :inputs]
+        levels = tensors[f"{weight.name}.weight_Q8"].reshape(outputs, -1)[:, :inputs]
+        scales = tensors[f"{weight.name}.weight_scales"].repeat(32, axis=1)[:, :inputs]
         assert ((levels == 128) >= (dense == 0)).all()
         rounded = (levels.astype(np.float32) - 128) * scales
         # Half a step, or a whole one for the largest of a block, which has no level of its own.
         assert (np.abs(rounded - dense) <= 1.01 * np.abs(scales)).all()
-        assert weight["pattern_holds"]
-        assert weight["sparsity"] >= 0.5
+        assert weight.pattern_holds
+        assert weight.sparsity >= 0.5
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert len(nodes) == len(record["weights"])
+    assert len(nodes) == len(record.weights)
     assert all(
         {"accuracy_level": 4}.items() <= {a.name: a.i for a in n.attribute}.items() for n in nodes
     )

@@ -9,17 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import onnx
 import pytest
 
-import exporters
 import exporters.onnx.graph
-from exporters import tensorrt_rtx
-from exporters.tensorrt import builder, engine
+from exporters.targets import tensorrt, tensorrt_rtx
+from exporters.tensorrt import engine
 from tests.conftest import Exported
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.engine_record import Summary
 from thanos_deploy.errors import InputError, PlatformError, ResourceError, UsageError
 from thanos_deploy.gpu import driver
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -34,6 +35,8 @@ pytestmark = [
 ]
 
 Graphs = Callable[[str], Path]
+
+export = partial(engine.export, library=tensorrt_rtx.LIBRARY)
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +63,24 @@ def test_an_engine_is_built_and_every_linear_layer_found_in_it(
     half_graph: Graphs, model_type: str, form: str, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
-    build = tensorrt_rtx.export(
+    build = export(
         half_graph(model_type),
         tmp_path,
         architectures=("sm80", "sm89"),
         form=form,
         on_progress=lambda done, total: seen.append((done, total)),
     )
-    assert (tmp_path / "model.engine").stat().st_size == build["engine_bytes"] > 0
-    assert json.loads((tmp_path / "build.json").read_text()) == build
-    assert build["sparse_weights"]
+    assert (tmp_path / "model.engine").stat().st_size == build.engine_bytes > 0
+    assert json.loads((tmp_path / "build.json").read_text()) == encode(build)
+    assert build.sparse_weights
     graph = json.loads((half_graph(model_type) / "export.json").read_text())
-    assert [layer["name"] for layer in build["layers"]] == [w["name"] for w in graph["weights"]]
-    for layer in build["layers"]:
-        assert layer["pattern_holds"]
-        assert layer["engine_layer"], layer
+    assert [layer.name for layer in build.layers] == [w["name"] for w in graph["weights"]]
+    for layer in build.layers:
+        assert layer.pattern_holds
+        assert layer.engine_layer, layer
         # Sizes of 12 and 48 are no multiples of 16 or 8; the others wait for their GPU.
-        assert layer["verdict"] in ("not reported", "not eligible"), layer
-    assert build["summary"]["picked"] == 0
+        assert layer.verdict in ("not reported", "not eligible"), layer
+    assert build.summary.picked == 0
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
     # Nothing of this machine is in what travels with the bundle.
@@ -93,9 +96,9 @@ def test_an_int8_engine_is_built_from_quantised_weights(
     exporters.onnx.graph.export(
         model, tmp_path / "onnx", pattern=SemiStructured(2, 4), dtype="int8-qdq"
     )
-    build = tensorrt_rtx.export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm89",))
-    assert build["dtype"] == "int8-qdq"
-    assert build["summary"]["pattern_holds"] == 14
+    build = export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm89",))
+    assert build.dtype == "int8-qdq"
+    assert build.summary.pattern_holds == 14
     log = (tmp_path / "engine" / "build.log").read_text()
     listed = [line for line in log.splitlines() if "_proj" in line and "LayerType: gemm" in line]
     assert listed
@@ -110,32 +113,28 @@ def test_a_dense_graph_is_built_without_a_look_at_sparse_weights(
     exporters.onnx.graph.export(
         Checkpoint.open(tiny_llama), tmp_path / "onnx", pattern=None, dtype="fp16"
     )
-    build = tensorrt_rtx.export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm86",))
-    assert not build["sparse_weights"]
-    assert build["summary"] == {"layers": 14, "pattern_holds": 0, "eligible": 0, "picked": 0}
-    assert all("keep more than 2" in layer["reason"] for layer in build["layers"])
+    build = export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm86",))
+    assert not build.sparse_weights
+    assert build.summary == Summary(layers=14, pattern_holds=0, eligible=0, picked=0)
+    assert all("keep more than 2" in layer.reason for layer in build.layers)
 
 
 def test_a_gpu_that_the_library_does_not_know_is_refused_with_those_it_does(
     half_graph: Graphs, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"sm90: the library builds for .*sm80.*sm86"):
-        tensorrt_rtx.export(half_graph("llama"), tmp_path, architectures=("sm90",))
+        export(half_graph("llama"), tmp_path, architectures=("sm90",))
 
 
 @pytest.mark.parametrize("wider", ["same-sm", "ampere+"])
 def test_an_engine_is_built_for_more_gpus(half_graph: Graphs, wider: str, tmp_path: Path) -> None:
-    build = tensorrt_rtx.export(
-        half_graph("llama"), tmp_path, architectures=("sm80",), compatibility=wider
-    )
-    assert build["compatibility"] == wider
+    build = export(half_graph("llama"), tmp_path, architectures=("sm80",), compatibility=wider)
+    assert build.compatibility == wider
 
 
 def test_engines_of_any_version_need_the_lean_runtime(half_graph: Graphs, tmp_path: Path) -> None:
     with pytest.raises(PlatformError, match="libnvinfer_lean"):
-        tensorrt_rtx.export(
-            half_graph("llama"), tmp_path, architectures=("sm80",), compatibility="version"
-        )
+        export(half_graph("llama"), tmp_path, architectures=("sm80",), compatibility="version")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,7 @@ def test_engines_of_any_version_need_the_lean_runtime(half_graph: Graphs, tmp_pa
     ],
 )
 def test_a_builder_that_dies_says_of_what(last: str, code: int, error: type[Exception]) -> None:
-    order = builder.Order("tensorrt-rtx", "g", "e", "l", "t", False, "none", ("sm80",), ())
-    assert type(engine._error(order, code, last, "Segmentation fault")) is error
+    assert type(engine._error("g", "tensorrt", code, last, "Segmentation fault")) is error
 
 
 def test_a_graph_that_the_library_does_not_take_is_refused_with_its_reason(
@@ -160,7 +158,7 @@ def test_a_graph_that_the_library_does_not_take_is_refused_with_its_reason(
     next(node for node in graph.graph.node if node.op_type == "Sigmoid").op_type = "Sygmoid"
     onnx.save(graph, tmp_path / "onnx" / "model.onnx")
     with pytest.raises(InputError, match=r"tensorrt-rtx: Sygmoid"):
-        tensorrt_rtx.export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm80",))
+        export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm80",))
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
@@ -170,14 +168,14 @@ def test_a_truncated_graph_is_refused(half_graph: Graphs, name: str, tmp_path: P
     whole = (tmp_path / "onnx" / name).read_bytes()
     (tmp_path / "onnx" / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not readable"):
-        tensorrt_rtx.export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm80",))
+        export(tmp_path / "onnx", tmp_path / "engine", architectures=("sm80",))
 
 
 def test_a_timing_cache_is_kept_and_taken_up(half_graph: Graphs, tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         earlier = tmp_path / "first" / "timing.cache"
-        tensorrt_rtx.export(
+        export(
             half_graph("llama"),
             tmp_path / name,
             architectures=("sm80",),
@@ -192,16 +190,19 @@ def test_the_full_library_is_refused_clearly_where_it_cannot_build(
     if driver.probe().gpus:
         pytest.skip("there is a GPU: the library may well build here")
     with pytest.raises(PlatformError, match="tensorrt"):
-        engine.export(half_graph("llama"), tmp_path, architectures=("sm90",))
+        engine.export(
+            half_graph("llama"), tmp_path, library=tensorrt.LIBRARY, architectures=("sm90",)
+        )
 
 
 def test_a_build_that_is_interrupted_leaves_no_builder_behind(
     half_graph: Graphs, tmp_path: Path
 ) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom exporters import tensorrt_rtx\n"
-        "tensorrt_rtx.export(Path(sys.argv[1]), Path(sys.argv[2]), architectures=('sm80',),"
-        " on_progress=lambda *_: print('going', flush=True))\n"
+        "import sys\nfrom pathlib import Path\nfrom exporters.targets import tensorrt_rtx\n"
+        "from exporters.tensorrt import engine\n"
+        "engine.export(Path(sys.argv[1]), Path(sys.argv[2]), library=tensorrt_rtx.LIBRARY,"
+        " architectures=('sm80',), on_progress=lambda *_: print('going', flush=True))\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(half_graph("llama")), str(tmp_path)],
@@ -219,8 +220,6 @@ def test_a_build_that_is_interrupted_leaves_no_builder_behind(
     assert not any(b"exporters.tensorrt.builder" in line for line in running)
 
 
-def test_targets_are_found_by_their_files() -> None:
-    assert exporters.names() == ["genai", "onnx", "packed", "tensorrt", "tensorrt-rtx", "triton"]
+def test_the_library_knows_every_gpu_that_is_built_for_by_default() -> None:
     known = importlib.import_module("tensorrt_rtx").ComputeCapability
     assert all(hasattr(known, arch.upper()) for arch in tensorrt_rtx.ARCHITECTURES)
-    assert set(builder.LIBRARIES) <= set(exporters.names())

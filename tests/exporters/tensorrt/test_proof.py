@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from exporters.tensorrt import proof as _proof
 from exporters.tensorrt.log import EngineLayer, SparsityLines, Timing
+from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import SemiStructured
 
@@ -28,7 +29,7 @@ def verdict(
     *,
     sparse_allowed: bool = True,
     kernels_known: bool = True,
-) -> _proof.LayerProof:
+) -> LayerProof:
     (proof,) = _proof.prove(
         [_proof.weight("up", values)],
         lines,

@@ -1,6 +1,7 @@
 import pytest
 
 from exporters.options import ExportRequest
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.pattern import parse
 from thanos_deploy.prune.recipe import PruneRequest
 
@@ -27,6 +28,6 @@ def test_columns_of_zeros_are_tuned_only_if_it_is_asked_for(
 
 def test_graphs_that_were_made_before_there_was_a_choice_of_logits_are_not_made_again() -> None:
     recorded = {"dtype": "fp16", "max_sequence": 64}
-    assert ExportRequest(**recorded).to_json() == recorded  # type: ignore[arg-type]
-    assert ExportRequest(**recorded).logits == "all"  # type: ignore[arg-type]
-    assert ExportRequest(logits="last").to_json()["logits"] == "last"
+    assert encode(decode(ExportRequest, recorded)) == recorded
+    assert decode(ExportRequest, recorded).logits == "all"
+    assert encode(ExportRequest(logits="last"))["logits"] == "last"

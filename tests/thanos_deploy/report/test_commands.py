@@ -1,20 +1,20 @@
 """The commands that a report prints, read by the command line itself."""
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
+from exporters import targets
 from exporters.options import EngineRequest, ExportRequest
 from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Source
-from thanos_deploy.cli import _options
+from thanos_deploy.cli import _options, _targets
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.pattern import parse
 from thanos_deploy.prune.recipe import PruneRequest
@@ -66,11 +66,12 @@ def test_the_pruning_command_asks_for_what_was_asked_for(
 
 def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
     evaluation = encode(EvalRequest("held out.txt", segments=5, seqlen=77).recorded)
-    export = asdict(ExportRequest("fp16", 64))
+    export = encode(ExportRequest("fp16", 64))
     lines = printed(tmp_path, eval=evaluation, onnx=export)
     assert encode(_options.eval_request(parsed(lines["eval"])).recorded) == evaluation
     options = parsed(lines["export"])
-    assert (options["target"], options["dtype"], options["max_seq"]) == ("onnx", "fp16", 64)
+    assert options["target"] == "onnx"
+    assert _targets.asked(options) == {"dtype": "fp16", "max_sequence": 64}
 
 
 @pytest.mark.parametrize(
@@ -124,17 +125,10 @@ def test_the_engine_command_asks_for_what_was_asked_for(
     out = write_bundle(tmp_path / "out")
     add_build(out)
     read = sources.read(Bundle.open(out))
-    read.stages["tensorrt-rtx-sm80"].options.update(request_.to_json())
+    read.stages["tensorrt-rtx-sm80"].options.update(encode(request_))
     options = parsed(commands.of(read)[-1])
     assert options["target"] == "tensorrt-rtx"
-    again = _options.engine_request(
-        options,
-        dtype=options["dtype"],
-        max_sequence=options["max_seq"],
-        batch=options["batch"],
-        prompt=options["seq"],
-    )
-    assert again == request_
+    assert targets.get("tensorrt-rtx").request(read.bundle, _targets.asked(options)) == request_
 
 
 def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_what_an_engine_chose_is_the_proof(tmp_path: Path) -> None:
     report = report_on(out)
     (model,) = report["models"]
     assert model["kernels"][0]["summary"]["picked"] == 6
-    assert "6 are eligible and 6 were given" in page_of(report, out)
+    assert "12 are eligible and 6 were given" in page_of(report, out)
     assert "6 of 12 layers were given a sparse kernel" in markdown.render(decode(Report, report))
     assert not any("sparse kernels" in entry["what"] for entry in model["not_measured"])
 

@@ -145,7 +145,7 @@ def test_a_shrunk_model_exports_to_onnx_with_parity(
     record = exporters.onnx.graph.export(
         Checkpoint.open(tmp_path / "shrunk"), tmp_path / "onnx", pattern=None
     )
-    worst = max(max(case["logits_error"], case["cache_error"]) for case in record["parity"])
+    worst = max(max(case.logits_error, case.cache_error) for case in record.parity)
     assert worst < 1e-5
 
 

@@ -1,0 +1,60 @@
+"""ONNX: the graph that everything else is made from."""
+
+from collections.abc import Iterator
+
+from exporters.options import ExportRequest, exported_with
+from exporters.target import Missing, Size, Table, Target
+from thanos_deploy.bundle.codec import Json, decode
+from thanos_deploy.bundle.graph_record import GraphResult
+from thanos_deploy.bundle.layout import ONNX
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.check import Check
+from thanos_deploy.progress import Announce
+
+
+def _export(
+    bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
+) -> StageRecord:
+    from exporters.onnx import stage
+
+    return stage.export_pruned(bundle, request, overwrite=overwrite, announce=announce)
+
+
+def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
+    from exporters.onnx.stage import verify
+
+    return verify(bundle, stage)
+
+
+def _show(result: Json) -> Table:
+    """How far ONNX Runtime and PyTorch are apart."""
+    graph = decode(GraphResult, result)
+    return Table(
+        f"ONNX Runtime against PyTorch, limit {graph.parity_limit:g}",
+        ("case", "batch", "past", "sequence", "logits", "kv cache"),
+        tuple(
+            (
+                case.name,
+                *(str(size) for size in (case.batch, case.past, case.sequence)),
+                *(f"{error:.1e}" for error in (case.logits_error, case.cache_error)),
+            )
+            for case in graph.parity
+        ),
+    )
+
+
+TARGET = Target(
+    name=ONNX,
+    summary="one graph for prefill and decode, compared with PyTorch",
+    writes=ONNX,
+    options=ExportRequest,
+    dtypes=("fp32", "fp16", "int8"),
+    defaults=exported_with,
+    packages=(),
+    gpu=False,
+    export=_export,
+    verify=_verify,
+    size=Size("ONNX", (".onnx", ".data"), beside="graph"),
+    missing=Missing("the ONNX graph and its agreement with PyTorch"),
+    show=_show,
+)

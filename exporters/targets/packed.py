@@ -1,0 +1,83 @@
+"""The checkpoint with its n:m weights stored without their zeros."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from exporters.options import NoOptions
+from exporters.target import Missing, Size, Target, no_checks, write_stage
+from thanos_deploy.bundle.layout import MODEL
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.errors import UsageError
+from thanos_deploy.pattern import Pattern, SemiStructured
+from thanos_deploy.progress import Announce
+
+_NAME = "packed"
+
+
+def refuse(patterns: Iterable[Pattern]) -> None:
+    """Refuse a model of which nothing can be packed.
+
+    Args:
+        patterns: what its linear layers hold.
+
+    Raises:
+        UsageError: none is n:m.
+    """
+    found = list(patterns)
+    if not any(isinstance(pattern, SemiStructured) for pattern in found):
+        held = ", ".join(dict.fromkeys(map(str, found))) or "not held everywhere"
+        raise UsageError(
+            f"the target packed needs n:m; this is {held}",
+            fix="prune to a pattern such as 2:4, without --outlier-rows",
+        )
+
+
+def _export(
+    bundle: Bundle, request: NoOptions, *, overwrite: bool, announce: Announce
+) -> StageRecord:
+    from exporters import packed
+    from exporters.patterns import claimed
+    from thanos_deploy.model.checkpoint import Checkpoint
+
+    patterns = claimed(bundle)
+    refuse(patterns.values())
+    model = Checkpoint.open(bundle.path / MODEL)
+
+    def write(folder: Path) -> packed.PackedResult:
+        return packed.export(
+            model,
+            folder,
+            pattern=patterns,
+            on_progress=announce("Pack the checkpoint and unpack it again to compare"),
+        )
+
+    return write_stage(
+        bundle,
+        _NAME,
+        write,
+        inputs={"model": bundle.model_sha256},
+        bytes_needed=lambda: 2 * model.bytes_in("auto"),
+        options=request,
+        overwrite=overwrite,
+    )
+
+
+TARGET = Target(
+    name=_NAME,
+    summary="the checkpoint with n:m weights stored without their zeros",
+    writes=_NAME,
+    options=NoOptions,
+    packages=(),
+    gpu=False,
+    export=_export,
+    verify=no_checks,
+    size=Size(
+        "packed checkpoint",
+        (".safetensors",),
+        beside="checkpoint",
+        sentence="Packed, without its zeros, the checkpoint takes {ratio:.3f} of the dense one's "
+        "bytes.",
+    ),
+    missing=Missing("the packed size"),
+    refuse=refuse,
+)

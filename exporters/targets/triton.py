@@ -1,0 +1,113 @@
+"""A model repository for Triton: the graph, the engines that Triton loads, and a text model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from exporters import targets
+from exporters.options import ExportRequest, NoOptions, exported_with
+from exporters.packages import Package
+from exporters.target import Target, no_checks, stage_bytes, write_stage
+from exporters.targets import tensorrt, tensorrt_rtx
+from thanos_deploy.bundle.layout import GRAPH_RECORD, ONNX, engine_folder
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.progress import Announce
+
+_NAME = "triton"
+
+
+@dataclass(frozen=True, slots=True)
+class TritonResult:
+    """What became of the repository.
+
+    Attributes:
+        models: name -> backend of Triton.
+        left_out: engine -> why it is not in the repository.
+    """
+
+    models: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+
+def _export(
+    bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
+) -> StageRecord:
+    import runtime
+    from exporters.onnx.record import read_record
+    from exporters.onnx.stage import export_pruned
+    from exporters.triton import repository
+    from runtime.engines.onnxruntime import tensorrt_build_options
+    from runtime.sampling import Sampling
+    from thanos_deploy.bundle.codec import encode
+    from thanos_deploy.prune.result import PRUNE
+
+    export_pruned(bundle, request, overwrite=overwrite, announce=announce)
+    left_out = dict(_unfit(bundle))
+    engines = {
+        stage: repository.Engine(
+            bundle.path / engine_folder(stage), bundle.path / bundle.source_of(stage)
+        )
+        for stage in _stages(bundle, tensorrt.TARGET)
+        if stage not in left_out
+    }
+
+    def write(folder: Path) -> TritonResult:
+        models = repository.export(
+            bundle.path,
+            folder,
+            name=f"{bundle.source.name}-{bundle.options(PRUNE).pattern}",
+            engines=engines,
+            tensorrt_options=tensorrt_build_options(
+                encode(read_record(bundle.path / ONNX / GRAPH_RECORD))
+            ),
+            text_options={option.name: type(option.default) for option in fields(Sampling)},
+            text_model=Path(runtime.__path__[0]) / "triton_model.py",
+            on_progress=announce("Write the model repository for Triton"),
+        )
+        return TritonResult(models, left_out)
+
+    return write_stage(
+        bundle,
+        _NAME,
+        write,
+        inputs={
+            "model": bundle.model_sha256,
+            ONNX: bundle.graph_sha256,
+            **{stage: bundle.hashes(stage) for stage in engines},
+        },
+        # Twice the graph, where a file cannot have two names.
+        bytes_needed=lambda: 2 * sum(stage_bytes(bundle, stage) for stage in (ONNX, *engines)),
+        options=NoOptions(),
+        overwrite=overwrite,
+    )
+
+
+def _unfit(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    """The engines that do not go into a repository, and why."""
+    for stage in _stages(bundle, tensorrt_rtx.TARGET):
+        yield stage, "Triton has no backend for TensorRT-RTX"
+    for stage in _stages(bundle, tensorrt.TARGET):
+        if not bundle.source_is_current(stage):
+            source = bundle.source_of(stage)
+            yield stage, f"built from another {source}/ than the one that is there"
+
+
+def _stages(bundle: Bundle, target: Target[Any]) -> list[str]:
+    return [stage for stage in bundle.stages if targets.of_stage(stage) is target]
+
+
+TARGET = Target(
+    name=_NAME,
+    summary="the graph, the engines and a text model for Triton, and KServe",
+    writes=_NAME,
+    options=ExportRequest,
+    dtypes=("fp32", "fp16", "int8"),
+    defaults=exported_with,
+    packages=(Package("tritonclient.grpc", extra="triton"),),
+    gpu=False,
+    export=_export,
+    verify=no_checks,
+    size=None,
+    missing=None,
+)

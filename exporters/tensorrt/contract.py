@@ -1,0 +1,43 @@
+"""What the targets that build engines share in their contracts."""
+
+from exporters.target import Missing, Table
+from exporters.tensorrt.record import read_build
+from thanos_deploy.bundle.codec import Json, decode
+from thanos_deploy.bundle.engine_record import EngineResult, LayerProof
+from thanos_deploy.bundle.layout import engine_folder
+from thanos_deploy.bundle.manifest import Bundle
+
+DTYPES = ("fp16", "fp32", "int8-qdq")
+MISSING = Missing("which layers run on sparse kernels", why="no engine was built")
+
+
+def proof(bundle: Bundle, stage: str) -> tuple[LayerProof, ...]:
+    """The verdict on every linear layer, as it was given when the engine was built.
+
+    Raises:
+        InputError: the record of the build is not readable.
+    """
+    return read_build(bundle.path / engine_folder(stage)).layers
+
+
+def show(result: Json) -> Table:
+    """How an engine was built, and how many layers run sparse."""
+    built = decode(EngineResult, result)
+    summary = built.summary
+    rows = {
+        "engine": f"{built.target} {built.library} for {', '.join(built.arch)}",
+        "types": built.dtype,
+        "linear layers as": built.sparse_form,
+        "sparse weights": "looked at" if built.sparse_weights else "not looked at",
+        "layers with 2:4": f"{summary.pattern_holds} of {summary.layers}",
+        "eligible for sparse kernels": str(summary.eligible),
+        "sparse kernels picked": str(summary.picked),
+        "size": f"{built.engine_bytes / 1e6:.1f} MB",
+        "built in": f"{built.seconds:.0f} s",
+        "peak memory of the builder": f"{built.peak_memory_bytes / 1e9:.2f} GB",
+    }
+    if built.trial_seconds:
+        rows["trials"] = ", ".join(
+            f"{form} {seconds * 1e3:.2f} ms" for form, seconds in built.trial_seconds.items()
+        )
+    return Table("", (), tuple(rows.items()))

@@ -1,0 +1,162 @@
+"""An engine as a stage of its bundle: export it, and look at it again."""
+
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from exporters.onnx.stage import export_pruned
+from exporters.options import EngineRequest, ExportRequest, exported_with
+from exporters.target import stage_bytes, write_stage
+from exporters.tensorrt import engine
+from exporters.tensorrt.library import Library
+from exporters.tensorrt.record import read_build
+from runtime.engines import tensorrt as tensorrt_runtime
+from thanos_deploy.bundle.engine_record import BuildRecord, EngineResult, Summary
+from thanos_deploy.bundle.layout import GRAPH, ONNX, TIMING_CACHE, engine_folder
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.check import Check
+from thanos_deploy.gpu import driver
+from thanos_deploy.measure.latency import Generate
+from thanos_deploy.progress import Announce, quietly
+
+# To choose between two forms of an engine: a prompt and this many tokens, so often.
+_TRIAL_TOKENS, _TRIAL_ROUNDS = 32, 20
+
+_REBUILD = "build the engine again with `thanos-deploy export --overwrite`"
+
+
+def export(
+    bundle: Bundle,
+    request: EngineRequest,
+    *,
+    library: Library,
+    architectures: Callable[[], tuple[str, ...]],
+    overwrite: bool,
+    announce: Announce,
+) -> StageRecord:
+    """An engine of the pruned model, and before it the graph that it is made from.
+
+    Args:
+        bundle: with the stage prune finished, claimed for writing.
+        request: what it is built for.
+        library: that builds it.
+        architectures: the GPUs to build for, looked up when the graph is there, or an error.
+        overwrite: redo what was made with other options.
+        announce: told of every piece of work.
+
+    Raises:
+        DeployError: see `exporters.tensorrt.engine.export`; PlatformError also where the form is to
+            be chosen and there is no GPU.
+    """
+    source = export_graph(bundle, request, overwrite=overwrite, announce=announce)
+    for_gpus = architectures()
+    name = f"{library.target}-{'+'.join(for_gpus)}"
+    folder = engine_folder(name)
+    earlier = bundle.path / folder / TIMING_CACHE
+
+    def build(folder: Path, form: str) -> BuildRecord:
+        return engine.export(
+            bundle.path / source,
+            folder,
+            library=library,
+            architectures=for_gpus,
+            batch=request.batch,
+            prompt=request.prompt,
+            form=form,
+            compatibility=request.compatibility,
+            timing_cache=earlier if earlier.exists() else None,
+            on_progress=announce(f"Build an engine for {library.target}, linear layers as {form}"),
+        )
+
+    def write(destination: Path) -> EngineResult:
+        if request.form != "auto":
+            return build(destination, request.form).result({})
+        driver.require()
+        return _fastest(build, destination)
+
+    return write_stage(
+        bundle,
+        name,
+        write,
+        folder=folder,
+        inputs={"model": bundle.model_sha256, source: bundle.hashes(source)},
+        # The engine, its timing cache and log, and the graph again if it is rewritten.
+        bytes_needed=lambda: 3 * stage_bytes(bundle, source),
+        options=request,
+        overwrite=overwrite,
+    )
+
+
+def export_graph(
+    bundle: Bundle,
+    request: EngineRequest,
+    *,
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> str:
+    """The stage with the graph that an engine is made from, which is exported now if need be."""
+    own = exported_with(bundle)
+    wanted = ExportRequest(request.dtype, request.max_sequence or own.max_sequence, request.logits)
+    # The graph of the bundle serves as it is, if it is of the right kind.
+    last = "-last" if request.logits == "last" else ""
+    stage = ONNX if own == wanted else f"{ONNX}-{request.dtype}{last}"
+    export_pruned(bundle, wanted, stage=stage, overwrite=overwrite, announce=announce)
+    return stage
+
+
+def verify(bundle: Bundle, stage: str, *, library: Library) -> Iterator[Check]:
+    """From which graph an engine is, and whether its verdicts are those that its own log gives."""
+    folder = bundle.path / engine_folder(stage)
+    source = bundle.source_of(stage)
+    yield _source(bundle, stage, source)
+    name = f"{stage}: sparse kernels"
+    build = read_build(folder)
+    graph = folder if (folder / GRAPH).exists() else bundle.path / source
+    weights = engine.read_weights(graph / GRAPH, [layer.name for layer in build.layers])
+    engine_layers, layers = engine.proof_of(
+        folder, weights, sparse=build.sparse_weights, library=library
+    )
+    recorded = (build.engine_layers, build.layers, build.summary)
+    if recorded != (engine_layers, layers, Summary.of(layers)):
+        yield Check(
+            name, "FAIL", "the verdicts are not those that its own log and graph give", fix=_REBUILD
+        )
+        return
+    reasons = Counter(f"{layer.verdict}: {layer.reason}" for layer in layers)
+    most, count = reasons.most_common(1)[0]
+    silent = all(layer.verdict == "not reported" for layer in layers)
+    yield Check(name, "SKIP" if silent else "PASS", f"{build.summary}; {count} {most}")
+
+
+def _source(bundle: Bundle, stage: str, source: str) -> Check:
+    name = f"{stage}: graph"
+    if bundle.source_is_current(stage):
+        return Check(name, "PASS", f"built from {source}/ as it is now")
+    return Check(
+        name, "FAIL", f"built from another {source}/ than the one that is there", fix=_REBUILD
+    )
+
+
+def _fastest(build: Callable[[Path, str], BuildRecord], destination: Path) -> EngineResult:
+    """Build an engine of each form and keep the one that is faster from prompt to last token."""
+    records, seconds = {}, {}
+    for form in engine.FORMS:
+        folder = destination / form
+        folder.mkdir()
+        records[form] = build(folder, form)
+        loaded = tensorrt_runtime.open_folder(folder)
+        prefill = records[form].profiles[0]
+        # With room for the answer, in a model that takes hardly more tokens.
+        prompt = min(prefill.sequence.usual, loaded.max_sequence - _TRIAL_TOKENS)
+        work = Generate(prefill.batch.usual, max(prompt, 1), _TRIAL_TOKENS)
+        # The first turn warms up.
+        turns = [work.take(loaded, turn)["total"][0] for turn in range(1 + _TRIAL_ROUNDS)]
+        seconds[form] = statistics.median(turns[1:])
+    fastest = min(seconds, key=seconds.__getitem__)
+    for path in (destination / fastest).iterdir():
+        path.replace(destination / path.name)
+    for form in engine.FORMS:
+        shutil.rmtree(destination / form)
+    return records[fastest].result(seconds)
