@@ -15,7 +15,6 @@ from tests.bundles import checked
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.calibration import blocks
 from thanos_deploy.calibration.frame import Frame, frame_of
 from thanos_deploy.calibration.segments import every_segment, segments
 from thanos_deploy.calibration.texts import Text
@@ -152,7 +151,7 @@ def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
         read.append(segments(*arguments, **options))
         return read[-1]
 
-    monkeypatch.setattr(blocks, "segments", spy)
+    monkeypatch.setattr("thanos_deploy.calibration.segments.segments", spy)
     out = tmp_path / "out"
     code, printed, said = invoke(
         "prune-export", framing, *SMALL, "--target", "onnx", "-o", out, "--json"
