@@ -135,6 +135,7 @@ def test_the_tokens_of_the_frame_are_read_and_not_scored(make_model: MakeModel, 
     assert perplexity(model, ids, frame=frame).value == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["<begin> $A", "<begin> $A <end>", "$A"])
 def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
     framing: Path,
