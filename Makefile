@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-# A process for each core, with one thread each; the tests of a file stay in one process.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+# A process for each core, with one thread each; the tests of a file stay in one process, and files
+# begin in the order of tests/conftest.py instead of by the number of their tests.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # The Triton Inference Server in the wheel of pytriton runs with Debian's CPython 3.11, and its
 # Python backend with numpy 1.
@@ -32,7 +33,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-# Without the real model.
+# Without what takes more than five seconds a test.
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 

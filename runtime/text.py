@@ -31,6 +31,7 @@ class Tokenizer:
             stop: ids that end a text.
         """
         self._tokenizer = tokenizer
+        self._texts: dict[int, str | None] = {}
         self.stop = stop
 
     def encode(self, text: str, *, framed: bool = True) -> list[int]:
@@ -61,12 +62,15 @@ class Tokenizer:
 
     def text_of(self, token: int) -> str | None:
         """What one id is in the middle of a text; None if that is half a character."""
-        # Beside itself, because some tokenizers drop the space before the first word.
-        once, twice = (
-            self._tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2)
-        )
-        text: str = twice[len(once) :]
-        return None if "\ufffd" in text else text
+        if token not in self._texts:  # each is decoded once: alternatives name many of them
+            # Beside itself, because some tokenizers drop the space before the first word.
+            once, twice = (
+                self._tokenizer.decode([token] * times, skip_special_tokens=False)
+                for times in (1, 2)
+            )
+            text = twice[len(once) :]
+            self._texts[token] = None if "\ufffd" in text else text
+        return self._texts[token]
 
 
 def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:

@@ -1,6 +1,7 @@
 """The command in a process of its own, forked from one that has imported everything.
 
-A process that starts from nothing imports for five seconds before it does what a test is about.
+A process that starts from nothing imports for five seconds before it does what a test is about, and
+traces the graph that it exports for as long.
 """
 
 import multiprocessing
@@ -14,14 +15,18 @@ from pathlib import Path
 
 from thanos_deploy import cli
 
-# Children are forked from a process that has imported everything and computed nothing.
+# Children are forked from a process that has imported everything and traced one small model. There
+# is one such server for each test process, and who asks for it first says what it imports:
+# `thanos_deploy.gpu_check.steps` needs less, so modules that use it run later (see
+# `tests.conftest.LONGEST`).
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "thanos_deploy.stages.pipeline",
-        "exporters.onnx",
+        "exporters.onnx.graph",
         "torch.onnx._internal.exporter._core",
         "transformers.models.llama.modeling_llama",
+        "tests.traced",
     ]
 )
 

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
 import exporters.onnx.graph
+from exporters.onnx import trace
 from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.store import Store
@@ -40,6 +41,16 @@ from thanos_deploy.stages.export import export_dense
 MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]
 Invoke = Callable[..., tuple[int, str, str]]
+
+# Modules that take longest come first, so that no process is left with one of them at the end; and
+# those that fork commands come before those that fork less (see `tests.commands`).
+LONGEST = (
+    *("test_real_model.py", "test_cli.py", "test_gpu_campaign.py", "test_journal.py"),
+    *("test_cli_bench.py", "test_graph.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
+)
+
+# Small models are of more structures than what is exported elsewhere.
+trace._KEPT = 32
 
 # What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
 _SIZES: dict[str, dict[str, object]] = {
@@ -71,6 +82,15 @@ PRUNED = PruneResult(
     dense_bytes=1000,
 )
 VOCABULARY = 257
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the modules that take longest first; the others stay in their order."""
+
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,7 @@ def test_the_table_has_every_figure(
         assert figure in output, figure
 
 
+@pytest.mark.slow
 def test_the_stages_one_by_one_make_the_same_bundle(
     finished: tuple[Path, Path, str], tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
@@ -313,6 +314,7 @@ def test_evaluating_on_the_calibration_text_is_refused(
     assert "is pruned on this very text" in errors
 
 
+@pytest.mark.slow
 def test_a_folder_made_with_other_options_is_kept_unless_overwritten(
     finished: tuple[Path, Path, str], tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
@@ -437,6 +439,7 @@ UNDER_WAY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begin", "how", "stage"),
     [
@@ -486,6 +489,7 @@ def test_interrupted_in_any_stage_the_same_command_resumes(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     first = start(tiny_llama, out, cache)

@@ -33,6 +33,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_layers_with_patterns_of_their_own_are_judged_by_these_everywhere(
     tiny_llama: Path, tmp_path: Path, own: Path, invoke: Invoke
 ) -> None:

@@ -18,6 +18,7 @@ from thanos_deploy.gpu import driver
 ENGINE = "tensorrt-rtx-sm80"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.tensorrt,
     pytest.mark.skipif(
         importlib.util.find_spec("tensorrt_rtx") is None,

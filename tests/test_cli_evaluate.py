@@ -23,6 +23,8 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
 
+pytestmark = pytest.mark.slow
+
 TEXT = ("--segments", "2", "--seqlen", "300", "-q", "--json")
 
 

@@ -12,6 +12,8 @@ from tests.conftest import Invoke, MakeModel, stock_model
 from tests.test_cli import SMALL
 from thanos_deploy.bundle.manifest import Bundle
 
+pytestmark = pytest.mark.slow
+
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
 REST = SMALL[8:]
 

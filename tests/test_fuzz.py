@@ -96,6 +96,7 @@ def test_every_damage_to_a_graph_is_detected_before_it_is_loaded(
     assert {type(outcome) for outcome in outcomes} == {IntegrityError}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_detected_or_harmless(
     exported_two_four: Exported, tmp_path: Path
 ) -> None:

@@ -31,6 +31,8 @@ from thanos_deploy.gpu.rows import (
 from thanos_deploy.gpu_check import models
 from thanos_deploy.gpu_check.steps import Task
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parents[1]
 BARE_IMAGE = SOURCE / "tests" / "bare_image"
 

@@ -59,6 +59,7 @@ def test_a_503_has_to_say_when_to_retry() -> None:
     assert soak.outcome(503, headers) == "503"
 
 
+@pytest.mark.slow
 def test_everything_at_once_leaves_nothing_behind(exported_llama: Path) -> None:
     result = soak.soak(exported_llama, seconds=4, seed=0)
     assert set(result["outcomes"]) <= {kind.__name__ for kind in soak.WEIGHTS}

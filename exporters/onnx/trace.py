@@ -17,6 +17,9 @@ from exporters.onnx import simplify as _rewrites
 # What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
 OPSET = 20
 
+# What the exporter puts before the names of a model's weights: the attribute of `WithFlatCache`.
+_ATTRIBUTE = "model."
+
 
 class WithFlatCache(nn.Module):
     """A causal model whose cache goes in and out as a flat list: key 0, value 0, key 1, ..."""
@@ -62,13 +65,86 @@ def empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
     ]
 
 
+# The graphs that were traced last, by what they depend on, without weights. Two, because a dense
+# and a pruned model can be exported in turns for two purposes.
+_KEPT = 2
+_traced: dict[str, ir.Model] = {}
+
+
 def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     """The exporter's raw graph, with the inputs and outputs that `exporters.onnx` describes.
+
+    A trace sees the configuration and the shapes of the weights, and never their values. So a model
+    that differs from one of the last in values only, as a pruned one does from the dense one, gets
+    the same graph with its own weights; a trace takes longer than all else in an export.
 
     Args:
         model: the model.
         logits: as for `WithFlatCache`.
     """
+    key = _structure(model, logits)
+    if key in _traced:
+        bare = _traced.pop(key)
+    else:
+        bare = _without_weights(_trace(model, logits), model)
+        while len(_traced) >= _KEPT:
+            del _traced[next(iter(_traced))]
+    _traced[key] = bare  # the last used comes last
+    return _with_weights(bare, model)
+
+
+def _structure(model: PreTrainedModel, logits: str) -> str:
+    """All that a trace depends on."""
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    owners: dict[int, str] = {}
+    tensors = [
+        (name, tuple(tensor.shape), tensor.dtype, owners.setdefault(id(tensor), name))
+        for name, tensor in _tensors(model).items()
+    ]
+    return repr((type(model), logits, config, tensors))
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones by each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _initializers(graph: ir.Model, model: PreTrainedModel) -> Iterator[tuple[ir.Value, Tensor]]:
+    """The initializers that are parameters or buffers of the model, and not constants of code."""
+    tensors = _tensors(model)
+    for name, value in graph.graph.initializers.items():
+        tensor = tensors.get(name.removeprefix(_ATTRIBUTE))
+        if tensor is not None:
+            yield value, tensor
+
+
+def _without_weights(graph: ir.Model, model: PreTrainedModel) -> ir.Model:
+    """Let go of the weights, and of what the exporter notes of where nodes come from."""
+    for value, _ in _initializers(graph, model):
+        value.const_value = None
+    for value in graph.graph.initializers.values():
+        value.meta.clear()
+    for node in graph.graph:
+        node.meta.clear()
+        for value in node.outputs:
+            value.meta.clear()
+    common_passes.ClearMetadataAndDocStringPass()(graph)
+    return graph
+
+
+def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
+    """A copy of a graph without weights that has those of a model, not copied."""
+    graph = bare.clone()
+    for value, tensor in _initializers(graph, model):
+        value.const_value = ir.tensor(tensor.detach(), name=value.name)
+    return graph
+
+
+def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
     # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
     batch, past, sequence = 2, 5, 3
     seen = empty_cache(model, batch, past)
@@ -161,7 +237,7 @@ def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
     weights = graph.graph.initializers
     for value in list(weights.values()):
         assert value.name is not None
-        name = value.name.removeprefix("model.")  # the attribute of `WithFlatCache`
+        name = value.name.removeprefix(_ATTRIBUTE)
         value.name = own_names.get(name, name)
     for node in list(graph.graph):
         if node.op_type == "Gemm":

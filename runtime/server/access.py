@@ -91,7 +91,7 @@ class Locked:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await refused.response(scope)(scope, receive, send)
+        await refused.closing().response(scope)(scope, receive, send)
 
     def _opens(self, scope: Scope) -> bool:
         if not self._keys:
@@ -113,7 +113,7 @@ class Addressed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] == "http" and (refused := self._refusal(scope)):
-            return await refused.response(scope)(scope, receive, send)
+            return await refused.closing().response(scope)(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> RefusedError | None:

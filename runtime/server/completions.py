@@ -62,7 +62,7 @@ async def completions(
         ]
     )
     _note_prompts(request, service, body.prompts)
-    return await _respond(request, service, body, prompts, _CompletionForm(service.tokenizer))
+    return await _respond(request, service, body, prompts, _CompletionForm(service.tokenizer, body))
 
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion)
@@ -85,7 +85,7 @@ async def chat(body: schemas.ChatRequest, request: Request, service: Served) -> 
         raise too_late("the conversation was not written down in time") from error
     prompt = await asyncio.to_thread(lambda: tuple(service.tokenizer.encode(text, framed=False)))
     _note_prompts(request, service, messages)
-    return await _respond(request, service, body, [prompt], _ChatForm(service.tokenizer))
+    return await _respond(request, service, body, [prompt], _ChatForm(service.tokenizer, body))
 
 
 def _model(service: Service) -> schemas.Model:
@@ -137,8 +137,11 @@ async def _respond(
         whole = await unless_gone(request, answers.whole())
         if service.log_prompts:
             record.fields["answers"] = [piece.text for piece in whole]
-        document = form.document(head, whole, _usage(answers))
-        return Response(document.model_dump_json(), media_type="application/json")
+        # Log probabilities make it long, and nobody else is to wait for it.
+        content = await asyncio.to_thread(
+            lambda: form.document(head, whole, _usage(answers)).model_dump_json()
+        )
+        return Response(content, media_type="application/json")
 
 
 class _EventStream(StreamingResponse):
@@ -226,8 +229,9 @@ class _CompletionForm:
 
     prefix = "cmpl"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, body: schemas.CompletionRequest) -> None:
         self._tokenizer = tokenizer
+        self._wanted = body.alternatives is not None
 
     def document(
         self, head: dict[str, Any], pieces: Sequence[Piece], usage: schemas.Usage
@@ -254,7 +258,7 @@ class _CompletionForm:
         )
 
     def _logprobs(self, piece: Piece, start: int) -> schemas.CompletionLogprobs | None:
-        if not _has_logprobs(piece):
+        if not self._wanted:
             return None
         offsets, end = [], start
         for token in piece.tokens:
@@ -276,8 +280,9 @@ class _ChatForm:
 
     prefix = "chatcmpl"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, body: schemas.ChatRequest) -> None:
         self._tokenizer = tokenizer
+        self._wanted = body.alternatives is not None
 
     def document(
         self, head: dict[str, Any], pieces: Sequence[Piece], usage: schemas.Usage
@@ -312,7 +317,7 @@ class _ChatForm:
         return schemas.ChatCompletionChunk(**head, object=_CHUNK, choices=[], usage=usage)
 
     def _logprobs(self, piece: Piece) -> schemas.ChatLogprobs | None:
-        if not _has_logprobs(piece):
+        if not self._wanted:
             return None
         return schemas.ChatLogprobs(
             content=[
@@ -333,11 +338,6 @@ class _ChatForm:
             "logprob": _finite(logprob),
             "bytes": None if text is None else list(text.encode()),
         }
-
-
-def _has_logprobs(piece: Piece) -> bool:
-    """False where none were asked for, and where a piece came without a token."""
-    return any(token.logprob is not None for token in piece.tokens)
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:

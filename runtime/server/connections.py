@@ -62,6 +62,7 @@ class Connection(H11Protocol):
             transport.close()
             return
         super().connection_made(transport)
+        self.transport = _Lingering(transport, self)  # type: ignore[assignment]
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -87,7 +88,7 @@ class Connection(H11Protocol):
     def eof_received(self) -> None:
         """It will send no more."""
         if self._thrown_away is not None:
-            self.transport.close()
+            self.transport.abort()
 
     def handle_events(self) -> None:
         """Read what has come."""
@@ -103,13 +104,9 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """The answer is sent, or waits in a buffer for a client that does not read."""
-        refused = self.conn.their_state is h11.SEND_BODY
         if self._answer_due and not self.transport.get_write_buffer_size():
             self._answer_due.cancel()
             self._answer_due = None
-        if refused and not self.transport.is_closing():
-            self._linger()
-            return
         super().on_response_complete()
 
     def _is_idle(self) -> bool:
@@ -124,13 +121,42 @@ class Connection(H11Protocol):
         _log.info("a client is too slow", extra={"fields": {"waited_for": what}})
         self.transport.abort()
 
-    def _linger(self) -> None:
-        """Send the answer, read on for a moment, and close."""
-        self._thrown_away = 0
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.transport.resume_reading()
-        self._answer_due = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+    @property
+    def is_lingering(self) -> bool:
+        """What still comes is thrown away."""
+        return self._thrown_away is not None
+
+    def linger(self, transport: asyncio.Transport) -> bool:
+        """Send the answer and read on for a moment; False if there is nothing to wait for."""
+        if self.conn.their_state is not h11.SEND_BODY or transport.is_closing():
+            return False
+        if self._thrown_away is None:
+            self._thrown_away = 0
+            if transport.can_write_eof():
+                transport.write_eof()
+            transport.resume_reading()
+            self._answer_due = self.loop.call_later(_LINGER_SECONDS, transport.abort)
+        return True
+
+
+class _Lingering:
+    """A transport that is closed when the client has stopped sending what nobody reads."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+
+    def close(self) -> None:
+        """Close, at once or after a moment."""
+        if not self._connection.linger(self._transport):
+            self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Nothing more is to be sent."""
+        return self._connection.is_lingering or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def protocol(*, most: int, answer_seconds: float) -> type[Connection]:

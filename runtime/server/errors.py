@@ -23,6 +23,7 @@ from starlette.types import Scope
 
 from runtime.batching import Busy
 from runtime.server.logs import Record, record_of
+from runtime.server.schemas import UNSUPPORTED
 from thanos_deploy.errors import DeployError, InputError, UsageError
 
 # What nginx calls a request whose client did not wait; nobody reads it but the log.
@@ -87,6 +88,11 @@ class RefusedError(Exception):
     def body(self) -> ErrorBody:
         """OpenAI's error object."""
         return ErrorBody(error=self.detail)
+
+    def closing(self) -> "RefusedError":
+        """The same, and the connection ends with it: the body of the request is not read on."""
+        self.headers["Connection"] = "close"
+        return self
 
     def note(self, record: Record) -> None:
         """Leave the code for the log; the message may quote what was asked."""
@@ -169,6 +175,13 @@ def misread(problem: Mapping[str, Any]) -> RefusedError:
     place = [str(part) for part in problem["loc"] if part != "body"]
     if problem["type"] == "json_invalid":
         return RefusedError(400, "the body is not valid JSON", code="invalid_json")
+    if place and place[0] in UNSUPPORTED:
+        return RefusedError(
+            400,
+            f"{place[0]}: not supported by this server; leave it out",
+            code=problem["type"] if problem["type"] != "extra_forbidden" else "unknown_parameter",
+            param=place[0],
+        )
     if problem["type"] == "extra_forbidden":
         return RefusedError(
             400,

@@ -85,9 +85,9 @@ class Bounded:
                 body = await self._body(Headers(scope=scope), receive)
         except TimeoutError:
             refused = RefusedError(408, "the body did not arrive in time", code="timeout")
-            return await refused.response(scope)(scope, receive, send)
+            return await refused.closing().response(scope)(scope, receive, send)
         except RefusedError as refused:
-            return await refused.response(scope)(scope, receive, send)
+            return await refused.closing().response(scope)(scope, receive, send)
         if body is None:
             return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]

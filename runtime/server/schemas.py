@@ -1,8 +1,9 @@
 """What comes in and goes out on OpenAI's routes, field for field.
 
-What OpenAI's API reference defines and this server cannot do is accepted only with the value that
-asks for nothing; what it does not define is refused, as OpenAI's own servers do. Four fields are
-not OpenAI's: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has them.
+What OpenAI's API reference defines and this server cannot do is accepted only with a value that
+asks for nothing; what it does not define is refused, as OpenAI's own servers do, unless it is null.
+Four fields are not OpenAI's: `top_k`, `min_p`, `repetition_penalty` and `ignore_eos`, as vLLM has
+them.
 """
 
 import secrets
@@ -33,6 +34,32 @@ class StreamOptions(_Strict):
     include_obfuscation: Ignored = None
 
 
+# Values with which a field of OpenAI's or vLLM's asks for nothing that is not done anyway.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "add_special_tokens": (True,),
+    "detokenize": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "stop": ("",),
+    "stop_token_ids": ([],),
+    "suffix": ("",),
+    "top_k": (-1,),
+    "use_beam_search": (False,),
+}
+
+# Of OpenAI's, and not done here: refused in these words, unless the value asks for nothing.
+UNSUPPORTED = frozenset(
+    {
+        *("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "best_of"),
+        *("audio", "function_call", "functions", "modalities", "response_format", "tool_choice"),
+        *("tools", "prediction", "stop_token_ids", "min_tokens", "length_penalty"),
+    }
+)
+
+
 class Generation(_Strict):
     """What both routes for text understand."""
 
@@ -55,6 +82,30 @@ class Generation(_Strict):
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: Ignored = None
+
+    # vLLM's, without effect on what is answered.
+    cache_salt: Ignored = None
+    priority: Ignored = None
+    request_id: Ignored = None
+    spaces_between_special_tokens: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_asks_for_nothing_is_left_out(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields.keys()
+        return {
+            name: value
+            for name, value in given.items()
+            if not (
+                (value is None and name not in known)
+                or any(
+                    value == neutral and type(value) is type(neutral)
+                    for neutral in _NEUTRAL.get(name, ())
+                )
+            )
+        }
 
     @model_validator(mode="after")
     def _stream_options_belong_to_streams(self) -> Self:

@@ -22,6 +22,9 @@ from runtime.server.metrics import Metrics
 from runtime.slots import OnnxRuntimeSlots
 from runtime.text import Tokenizer
 
+# Of one response: that many are some 50 MB of JSON.
+_LOGPROBS = 400_000
+
 # Ids of one.
 Prompt = tuple[int, ...]
 
@@ -171,16 +174,33 @@ class Service:
                 param="n",
             )
         deadline = arrived + self.limits.deadline_seconds
+        for prompt in prompts:
+            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.engine.vocabulary:
+                raise RefusedError(
+                    400,
+                    f"prompt: at least one id, and ids from 0 to {self.engine.vocabulary - 1}",
+                    code="invalid",
+                    param="prompt",
+                )
+        wanted = [self._new_tokens(len(prompt), new_tokens, usual_tokens) for prompt in prompts]
+        if alternatives is not None and sum(wanted) * copies * (1 + alternatives) > _LOGPROBS:
+            raise RefusedError(
+                400,
+                f"{sum(wanted) * copies} tokens with {alternatives} alternatives each: this server "
+                f"gives at most {_LOGPROBS} log probabilities at a time",
+                code="too_many_logprobs",
+                param="logprobs",
+            )
         requests = [
             Request(
                 prompt,
-                self._new_tokens(len(prompt), new_tokens, usual_tokens),
+                most,
                 sampling=replace(sampling, seed=sampling.seed + copy),
                 stop=frozenset() if ignore_eos else self.tokenizer.stop,
                 deadline=deadline,
                 alternatives=alternatives,
             )
-            for prompt in prompts
+            for prompt, most in zip(prompts, wanted, strict=True)
             for copy in range(copies)
         ]
         return Answers(

@@ -14,6 +14,8 @@ from thanos_deploy.errors import GateError, InputError, PlatformError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 genai = exporters.genai.library()
 
 PROMPT = [72, 101, 108, 108, 111]

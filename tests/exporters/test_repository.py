@@ -117,6 +117,7 @@ def test_tensorrt_may_use_sparse_kernels_where_two_four_is_proven(out: Path) -> 
     assert str(out) not in (out / "triton" / "onnx" / "config.pbtxt").read_text()
 
 
+@pytest.mark.slow
 def test_a_dense_graph_in_half_precision(tiny_llama: Path, out: Path) -> None:
     shutil.rmtree(out / "onnx")
     (out / "onnx").mkdir()

@@ -234,6 +234,7 @@ def test_an_unknown_backend_or_provider_is_a_usage_error(exported_llama: Path) -
         open_engine(exported_llama, provider="tpu")
 
 
+@pytest.mark.slow
 def test_half_precision_agrees_with_torch(
     tiny_llama: Path, exported_llama: Path, model: Any, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_full_replica_passes_requests_on_and_two_full_ones_say_when_to_retry(
             response.read()
 
 
+@pytest.mark.slow
 def test_no_request_fails_while_a_replica_is_ended(exported_llama: Path, tmp_path: Path) -> None:
     """SIGTERM drains: what it has it finishes, what comes goes to the other one."""
     ended = threading.Event()

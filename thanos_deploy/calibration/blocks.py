@@ -1,6 +1,6 @@
 """Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from thanos_deploy.calibration.passes import Pass, recorded
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.model.families import Family
+from thanos_deploy.model.structure import blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,7 @@ def block_inputs(
         family: where its blocks are.
         batches: int64[batch, tokens] each.
     """
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_of(model, family)
     calls: list[tuple[Tensor, Arguments]] = []
     originals = list(blocks)
     inputs = []
@@ -149,6 +149,7 @@ def collect(
     *,
     pause: bool = False,
     last: bool = False,
+    routed: Collection[str] = (),
 ) -> dict[str, Statistics]:
     """Run the data into a block, as far as the last of some linear layers.
 
@@ -160,6 +161,8 @@ def collect(
             there; so no layer before the last of these may change any more.
         last: no more is wanted of this block; so the dense model's data, for which nothing changes,
             leaves it at once, and what its passes hold is free.
+        routed: layers of experts. In the dense model the router sends them other tokens, so they
+            have no `Statistics.cross`.
 
     Returns:
         layer name -> statistics.
@@ -170,7 +173,11 @@ def collect(
         targets = {}
         if dense is not None:
             beside = dense.batches[number]
-            targets = _inputs_of(dense, names, beside, pause=pause or last)
+            targets = {
+                name: y
+                for name, y in _inputs_of(dense, names, beside, pause=pause or last).items()
+                if name not in routed
+            }
             if last:
                 _leave(dense, beside)
         for name, x in inputs.items():

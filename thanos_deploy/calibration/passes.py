@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from thanos_deploy.errors import PlatformError
+from thanos_deploy.model.linear import entrance
 
 
 class Pass:
@@ -76,7 +77,7 @@ def recorded(
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handles = [entrance(block, name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         yield
     finally:

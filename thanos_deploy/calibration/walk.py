@@ -27,6 +27,7 @@ from thanos_deploy.machine import devices, environment
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.structure import BlockStructure, blocks_of
 from thanos_deploy.model.weights import WeightsCopy
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
@@ -65,7 +66,7 @@ class Visit:
 
     Attributes:
         index: its number.
-        prefix: what its parameters' full names begin with.
+        structure: its linear layers.
         block: its weights: in float32 where it runs in that; else, as no value of theirs would be
             another one, in the dtype in which they are stored if that is also the one in which they
             will be written.
@@ -82,7 +83,7 @@ class Visit:
     """
 
     index: int
-    prefix: str
+    structure: BlockStructure
     block: nn.Module
     walk: Walk
     dense: Walk | None
@@ -90,6 +91,11 @@ class Visit:
     can_wait: bool
     clock: Clock
     untouched: set[str] = field(default_factory=set)
+
+    @property
+    def prefix(self) -> str:
+        """What its parameters' full names begin with."""
+        return self.structure.prefix
 
     def write(self, linear: str, weight: Tensor) -> Tensor:
         """Give a linear layer another matrix of the same shape, here and in the block that runs.
@@ -147,8 +153,7 @@ def visits(
     """
     family = checkpoint.family
     model = checkpoint.skeleton()
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_of(model, family)
     files = _Files(checkpoint, copy)
     files.load(model.base_model, f"{family.base}.", skip=family.blocks, dtype=forward)
     first = 0
@@ -159,7 +164,11 @@ def visits(
     with ExitStack() as stack:
         folder = journal.folder if journal else Path(stack.enter_context(TemporaryDirectory()))
         activations, walks = _enter(
-            *(checkpoint, model, segments, folder, first),
+            checkpoint,
+            model,
+            segments,
+            folder,
+            first,
             with_dense=with_dense,
             forward=forward,
             device=device,
@@ -168,10 +177,11 @@ def visits(
         model.get_input_embeddings().to("meta")
         environment.return_freed_memory()
         for index in range(first, len(blocks)):
-            block, prefix = blocks[index], f"{family.blocks}.{index}."
+            block, structure = blocks[index], checkpoint.blocks[index]
             with devices.memory_for(f"block {index}"):
                 files.load(
-                    *(block, prefix),
+                    block,
+                    structure.prefix,
                     dtype=torch.float32 if forward is torch.float32 else None,
                     device=device,
                 )
@@ -179,11 +189,11 @@ def visits(
                 dense = _copy(block, forward) if with_dense else None
             visit = Visit(
                 index=index,
-                prefix=prefix,
+                structure=structure,
                 block=block,
                 walk=Walk(index, running, walks["pruned"]),
                 dense=None if dense is None else Walk(index, dense, walks["dense"]),
-                dtypes=files.dtypes(block, prefix),
+                dtypes=files.dtypes(block, structure.prefix),
                 can_wait=waiting_bytes(checkpoint, segments, len(walks), forward) <= WAITING_BYTES,
                 clock=Clock(device=device),
             )

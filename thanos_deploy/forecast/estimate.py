@@ -117,10 +117,13 @@ def estimate(
         patterns: of the layers that are to be pruned, by full name.
     """
     resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
-    family, blocks = checkpoint.family, checkpoint.config.num_hidden_layers
+    blocks = len(checkpoint.blocks)
     # What is pruned of any block stands for all.
-    linears = [n for n in family.linears if any(full.endswith(f".{n}") for full in patterns)]
-    visited = {full.removesuffix(f".{n}") for full in patterns for n in linears} - patterns.keys()
+    every = _every_linear(checkpoint)
+    linears = [n for n in every if any(full.endswith(f".{n}") for full in patterns)]
+    visited = [
+        block for block in checkpoint.blocks if not patterns.keys().isdisjoint(block.full_names)
+    ]
     few = _few(checkpoint, segments)
     share = segments.numel() / few.numel()
     walk = request.walk_options
@@ -141,7 +144,9 @@ def estimate(
     }
     if request.allocation == "owl":
         survey = _walk(
-            *(checkpoint, few, family.linears),
+            checkpoint,
+            few,
+            every,
             true_sequential=False,
             dense_target=0.0,
             tune_steps=0,
@@ -204,10 +209,15 @@ def estimate_cutting(
     )
 
 
+def _every_linear(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The names of the linear layers that blocks have, seen from the block."""
+    return tuple(dict.fromkeys(name for block in checkpoint.blocks for name in block.linears))
+
+
 def _few(checkpoint: Checkpoint, segments: Tensor) -> Tensor:
     """int64[count, length]: so few calibration tokens that a block is passed at once."""
     weights = math.prod(max(linear_shapes(checkpoint).values(), key=math.prod))
-    linears = len(checkpoint.family.linears)
+    linears = max(len(block.linears) for block in checkpoint.blocks)
     tokens = min(TOKENS_PER_BATCH, max(1, int(_TRIAL_PRODUCTS / (weights * linears))))
     length = min(segments.shape[1], tokens)
     return segments[: tokens // length, :length]
@@ -230,7 +240,8 @@ def _walk(
     def work(visit: Visit) -> None:
         wanted = {visit.prefix + name for name in linears}
         for groups, statistics in gather(
-            *(visit, checkpoint.family, wanted),
+            visit,
+            wanted,
             true_sequential=true_sequential,
             with_dense=dense_target > 0.0,
         ):
@@ -241,7 +252,7 @@ def _walk(
             )
         if tune_steps:
             with visit.clock.measure("tune"):
-                tune(visit, linears, 1)
+                tune(visit, [name for name in visit.structure.linears if name in linears], 1)
 
     with_dense = dense_target > 0.0 or tune_steps > 0
     walk = visits(checkpoint, few, with_dense=with_dense, forward=forward, device=device)
@@ -321,24 +332,30 @@ def _memory(
     walk, forward = request.walk_options, DTYPES[request.resolved_forward]
     true_sequential = walk["true_sequential"]
     ways = 1 + request.walks_dense  # the pruned model's way, and the dense one's
-    config, family, shapes = checkpoint.config, checkpoint.family, linear_shapes(checkpoint)
-    first = f"{family.blocks}.0."
-    weights = sum(math.prod(shapes[first + name]) for name in family.linears)
+    config, shapes = checkpoint.config, linear_shapes(checkpoint)
+    block = max(  # the largest of those that are pruned
+        (block for block in checkpoint.blocks if not set(block.linears).isdisjoint(linears)),
+        key=lambda block: sum(math.prod(shapes[name]) for name in block.full_names),
+    )
+    pruned = [block.prefix + name for name in block.linears if name in linears]
+    weights = sum(math.prod(shapes[name]) for name in block.full_names)
     widths = [
-        shapes[first + group[0]][1] for group in family.inputs if not set(group).isdisjoint(linears)
+        shapes[block.prefix + group[0]][1]
+        for group in block.groups
+        if not set(group).isdisjoint(linears)
     ]
     statistics = max(n * n for n in widths) if true_sequential else sum(n * n for n in widths)
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     # What layers read is kept until every way has passed, what they make for a moment.
-    passing = batch * (ways * sum(widths) + sum(shapes[first + name][0] for name in family.linears))
+    passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
     solving = int(_SOLVING * max(widths) ** 2 * _DOUBLE)
-    solving += _BESIDE * _FLOAT * max(math.prod(shapes[first + name]) for name in linears)
+    solving += _BESIDE * _FLOAT * max(math.prod(shapes[name]) for name in pruned)
     each = ways * forward.itemsize
     if forward is not torch.float32:  # the block that runs is a copy
-        stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{first}{linears[0]}.weight")]
+        stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{pruned[0]}.weight")]
         each += min(stored.itemsize, _FLOAT) if request.dtype == "auto" else _FLOAT
-    block = each * weights
-    block += max(
+    held = each * weights
+    held += max(
         _FLOAT * ways * statistics + max(forward.itemsize * passing, solving),
         (_TUNING * _FLOAT + forward.itemsize) * weights if walk["tune_steps"] else 0,
     )
@@ -346,4 +363,4 @@ def _memory(
     if not true_sequential or waiting > WAITING_BYTES:
         waiting = 0
     embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)
-    return max(waiting + block, embedding)
+    return max(waiting + held, embedding)

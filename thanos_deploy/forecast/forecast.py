@@ -19,6 +19,7 @@ from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.structure import blocks_of
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 from thanos_deploy.shrink import sizing
@@ -47,10 +48,11 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
     family, widths = checkpoint.family, widths or checkpoint.widths
     model = checkpoint.skeleton(widths)
     found: list[Block] = []
-    for index, width in enumerate(widths):
-        block = model.get_submodule(f"{family.blocks}.{index}")
+    for block, structure, width in zip(
+        blocks_of(model, family), checkpoint.blocks, widths, strict=True
+    ):
         gemms = []
-        for group in family.inputs:
+        for group in structure.groups:
             shapes = [matrix(block.get_submodule(name)).shape for name in group]
             gemms.append(Gemm(" + ".join(group), sum(rows for rows, _ in shapes), shapes[0][1]))
         # Two norms, each of which reads its input and the residual and writes both.

@@ -24,9 +24,10 @@ from transformers import (
 
 from thanos_deploy.bundle import names
 from thanos_deploy.errors import DeployError, ModelError
-from thanos_deploy.model import pretrained
+from thanos_deploy.model import experts, pretrained
 from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.families import Family, family_of
+from thanos_deploy.model.structure import BlockStructure, blocks_of, structures_of
 from thanos_deploy.model.weights import Outline, Parameters, Weights
 from thanos_deploy.model.widths import Widths
 
@@ -43,6 +44,7 @@ class Checkpoint:
         family: how its blocks and linear layers are called.
         weights: its parameters, as they are stored.
         widths: heads and channels of each block.
+        blocks: the linear layers of each block.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Checkpoint:
     family: Family
     weights: Weights
     widths: tuple[Widths, ...]
+    blocks: tuple[BlockStructure, ...]
 
     @property
     def parameters(self) -> int:
@@ -68,12 +71,12 @@ class Checkpoint:
         """Read the configuration and the tensors' headers, and no weight.
 
         Raises:
-            ModelError: a file is missing or unreadable, the model type has no family, or the
-                configuration describes no model.
+            ModelError: a file is missing or unreadable, the model type has no family, the
+                configuration describes no model, or the row of the family does not describe that.
         """
-        bare = cls._bare(folder)
-        parameters = Parameters(tuple(bare._named()), bare.family)
-        return dataclasses.replace(bare, weights=Weights(folder, parameters))
+        outline, names = cls._outline(folder)
+        parameters = Parameters(names, outline.family)
+        return dataclasses.replace(outline, weights=Weights(folder, parameters))
 
     @classmethod
     def outline(cls, folder: Path) -> "Checkpoint":
@@ -82,39 +85,29 @@ class Checkpoint:
         Raises:
             ModelError: see `open`.
         """
-        bare = cls._bare(folder)
-        shapes = {same[0]: shape for same, shape in bare._named().items()}
-        return dataclasses.replace(bare, weights=Outline(shapes))
+        return cls._outline(folder)[0]
 
     @classmethod
-    def _bare(cls, folder: Path) -> "Checkpoint":
-        """Without weights."""
+    def _outline(cls, folder: Path) -> tuple["Checkpoint", tuple[tuple[str, ...], ...]]:
+        """The outline, and all names of each parameter; see `weights.Parameters`."""
         config, family, widths = _configuration(folder)
-        return cls(folder, config, family, Outline({}), widths)
-
-    def _named(self) -> dict[tuple[str, ...], tuple[int, ...]]:
-        """All names of each parameter, the first being the one that it goes by -> its shape.
-
-        Raises:
-            ModelError: the configuration describes no model.
-        """
+        bare = cls(folder, config, family, Outline({}), widths, ())
         try:
-            named = list(self.skeleton().named_parameters(remove_duplicate=False))
+            model = bare.skeleton()
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise ModelError(
-                f"{self.folder / 'config.json'}: no model can be made of it ({error})",
+                f"{folder / 'config.json'}: no model can be made of it ({error})",
                 fix="restore config.json from the model's origin",
             ) from error
-        names: dict[int, list[str]] = {}
-        for name, parameter in named:
-            names.setdefault(id(parameter), []).append(name)
-        shapes = {id(parameter): tuple(parameter.shape) for _, parameter in named}
-        return {tuple(same): shapes[key] for key, same in names.items()}
+        shapes = _shapes(model)
+        outline = Outline({names[0]: shape for names, shape in shapes.items()})
+        blocks = structures_of(model, family)
+        return dataclasses.replace(bare, weights=outline, blocks=blocks), tuple(shapes)
 
     @property
     def max_positions(self) -> int:
         """The longest sequence that the configuration allows, in tokens."""
-        return int(self.config.max_position_embeddings)
+        return int(getattr(self.config, self.family.positions))
 
     @property
     def head_size(self) -> int:
@@ -124,17 +117,22 @@ class Checkpoint:
     def skeleton(self, widths: Sequence[Widths] | None = None) -> PreTrainedModel:
         """The model without its weights: parameters have no storage, buffers are real.
 
+        Every expert is a module; see `experts.separate`.
+
         Args:
             widths: other ones than the checkpoint's own.
+
+        Raises:
+            ModelError: its blocks or their experts are not where the row of the family says.
         """
         widths = widths or self.widths
         with init_empty_weights(include_buffers=False):
             model = pretrained.make_model(deepcopy(self.config))  # which it writes to
         model.tie_weights()  # without storage every parameter has become one of its own
+        experts.separate(model, self.family)
         stock = block_widths.of_config(self.config, self.family)
         if any(block != stock for block in widths):
-            blocks = model.get_submodule(self.family.blocks)
-            assert isinstance(blocks, nn.ModuleList)
+            blocks = blocks_of(model, self.family)
             block_widths.resize(blocks, self.family, widths, self.head_size)
         model.eval()
         return model
@@ -142,11 +140,7 @@ class Checkpoint:
     @property
     def linears(self) -> tuple[str, ...]:
         """Full names of the linear layers of all blocks, in the order of the forward pass."""
-        return tuple(
-            f"{self.family.blocks}.{index}.{linear}"
-            for index in range(self.config.num_hidden_layers)
-            for linear in self.family.linears
-        )
+        return tuple(name for block in self.blocks for name in block.full_names)
 
     def stored_name(self, parameter: str) -> str:
         """How the weights call a parameter; see `weights.Parameters`.
@@ -160,6 +154,16 @@ class Checkpoint:
                 fix="the checkpoint is incomplete or not of the type that its config.json names",
             )
         return self.weights.stored[parameter]
+
+
+def _shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """All names of each parameter, the first being the one that it goes by -> its shape."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in named:
+        names.setdefault(id(parameter), []).append(name)
+    shapes = {id(parameter): tuple(parameter.shape) for _, parameter in named}
+    return {tuple(same): shapes[key] for key, same in names.items()}
 
 
 def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths, ...]]:
@@ -195,6 +199,12 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
         raise ModelError(
             f"{folder / block_widths.FILE}: {len(declared)} blocks, config.json says {count}",
             fix="use the files of one and the same checkpoint",
+        )
+    if declared is not None and family.experts is not None:
+        raise ModelError(
+            f"{folder / block_widths.FILE}: widths of blocks, of a model type with experts, whose "
+            "blocks cannot be cut",
+            fix="restore the folder from the model's origin",
         )
     uniform = (block_widths.of_config(config, family),) * count
     return config, family, declared or uniform

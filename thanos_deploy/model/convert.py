@@ -5,10 +5,7 @@ from pathlib import Path
 from thanos_deploy.errors import DeployError, ModelError, PlatformError
 from thanos_deploy.model import packed_folder, pretrained
 from thanos_deploy.model.companions import copy_companions
-from thanos_deploy.model.families import family_of
-
-# Architectures that GGUF calls otherwise than transformers calls the model type.
-_GGUF_NAMES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text"}
+from thanos_deploy.model.families import family_of_gguf
 
 
 def convert_gguf(gguf: Path, destination: Path) -> None:
@@ -28,8 +25,7 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
 
     try:
         field = GGUFReader(gguf).get_field("general.architecture")
-        architecture = "" if field is None else str(field.contents())
-        family_of(_GGUF_NAMES.get(architecture, architecture))
+        family_of_gguf("" if field is None else str(field.contents()))
         model, tokenizer = pretrained.load_gguf(gguf)
     except DeployError:
         raise

@@ -1,10 +1,12 @@
-"""Where each model family keeps its transformer blocks and their linear layers.
+"""What is known of each model family: a family is one row, and every fact about it is in the row.
 
-A family is one row of data. What differs between two models of a family is read from the model
-itself: sizes from the configuration, optional parts (biases, tied heads) from the weights.
+What differs between two models of a family is read from the model itself: sizes from the
+configuration, optional parts (biases, tied heads) from the weights, and which linear layers a block
+has from the block; see `structure`. `docs/develop/add-a-family.md` adds a family.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from thanos_deploy.errors import ModelError
@@ -12,9 +14,25 @@ from thanos_deploy.errors import ModelError
 # What models call their output head.
 HEAD = "lm_head"
 
+# Stands for the number of an expert in the name of a linear layer.
+EXPERT = "*"
+
 # How the rows of the queries, keys and values are laid out: three matrices; one matrix with a
 # query, a key and a value for each head in turn; one with all queries, then all keys, all values.
 Layout = Literal["separate", "by head", "by part"]
+
+# What an attention module keeps of its widths: the number of query heads; query heads for each
+# key-value head; channels of all query heads.
+Width = Literal["heads", "heads per key", "channels"]
+
+# What programs that serve models demand of the sizes of some; `report.loaders` has the words.
+Demand = Literal[
+    "another model",
+    "channels are 4 x hidden size",
+    "head size is even",
+    "head size is hidden size / heads",
+    "hidden size is a multiple of heads",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +47,7 @@ class Heads:
         kv_count: entry with the number of key-value heads; None if each query head has its own.
         free_size: the configuration states the size of a head, so the number of heads can change
             alone; otherwise it is hidden size / number of heads.
+        kept: attribute of the attention module -> the width that the module keeps there.
     """
 
     producers: tuple[str, ...]
@@ -37,6 +56,7 @@ class Heads:
     count: str = "num_attention_heads"
     kv_count: str | None = None
     free_size: bool = False
+    kept: Mapping[str, Width] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -52,27 +72,74 @@ class Channels:
         producers: the linear layers with one row for each channel.
         consumer: the linear layer with one column for each.
         count: entry of config.json with the number of channels.
+        multiple: the number as a multiple of the hidden size where the configuration leaves it
+            out; None if it never does.
     """
 
     producers: tuple[str, ...]
     consumer: str
     count: str = "intermediate_size"
+    multiple: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Feed-forward networks among which a router chooses for each token.
+
+    The library keeps the matrices of all experts of a block in two parameters: `gate_up_proj`,
+    [experts, 2 x channels, hidden size], and `down_proj`, [experts, hidden size, channels]. Files
+    keep every matrix by itself, and so does this project; see `experts`.
+
+    Attributes:
+        module: the module with these parameters, seen from the block.
+        gate, up, down: what files call the three linear layers of an expert.
+    """
+
+    module: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the source of a program that serves models states about some model types.
+
+    Attributes:
+        loader: the name of the program in `report.loaders`.
+        model_types: those for which its source was read.
+        demand: what it demands of their sizes, beyond what it demands of every model; None for
+            nothing.
+        source: the file of the program that states the demand.
+    """
+
+    loader: str
+    model_types: tuple[str, ...]
+    demand: Demand | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The names that pruning needs to walk one kind of model, and what can be cut out of it.
+    """All that is known of one kind of model.
 
     Attributes:
         model_types: values of `model_type` in config.json that this row describes.
         blocks: dotted name of the list of transformer blocks, seen from the causal model.
-        inputs: the linear layers of one block, grouped by the activation that they read and in
-            the order in which the forward pass reaches them. Layers of one group share one
-            calibration statistic.
+        inputs: the linear layers of a block, grouped by the activation that they read and in the
+            order in which the forward pass reaches them. Layers of one group share one calibration
+            statistic. A layer that a block lacks is left out, so alternatives, such as a dense
+            feed-forward network and experts, are all named. `EXPERT` stands for the number of an
+            expert.
         heads: the attention heads: rows of their producers go with columns of their consumer.
         channels: the same for the feed-forward network.
+        experts: where a block's experts are; None for a family without.
         transposed: the weights are stored [inputs, outputs], as GPT-2's Conv1D has them.
-        stored_head: what files call the output head, where that is not what the model calls it.
+        renamed: part of a name in the files -> what the model has in its place.
+        hidden: entry of config.json with the size of the residual stream.
+        positions: entry of config.json with the longest sequence, in tokens.
+        gguf: what GGUF calls the architecture -> the model type, where they differ.
+        readings: what is known of programs that serve models of this family.
     """
 
     model_types: tuple[str, ...]
@@ -80,28 +147,25 @@ class Family:
     inputs: tuple[tuple[str, ...], ...]
     heads: Heads
     channels: Channels
+    experts: Experts | None = None
     transposed: bool = False
-    stored_head: str = HEAD
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    hidden: str = "hidden_size"
+    positions: str = "max_position_embeddings"
+    gguf: Mapping[str, str] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
 
     @property
     def base(self) -> str:
         """Name of the base model, seen from the causal model; some checkpoints leave it out."""
         return self.blocks.partition(".")[0]
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Names of all linear layers of one block, seen from the block."""
-        return tuple(name for group in self.inputs for name in group)
-
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-FAMILIES = (
+FAMILIES: tuple[Family, ...] = (
     Family(
-        model_types=(
-            *("llama", "mistral", "qwen2", "qwen3"),
-            *("gemma", "gemma2", "gemma3_text"),
-        ),
+        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
         blocks="model.layers",
         inputs=(
             _QKV,
@@ -110,24 +174,69 @@ FAMILIES = (
             ("mlp.down_proj",),
         ),
         heads=Heads(
-            _QKV, "separate", "self_attn.o_proj", kv_count="num_key_value_heads", free_size=True
+            producers=_QKV,
+            layout="separate",
+            consumer="self_attn.o_proj",
+            kv_count="num_key_value_heads",
+            free_size=True,
+            kept={"num_key_value_groups": "heads per key"},
         ),
         channels=Channels(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        gguf={"gemma3": "gemma3_text"},
+        readings=(
+            Reading("vLLM", ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text")),
+            Reading(
+                "vLLM",
+                ("qwen2",),
+                "head size is hidden size / heads",
+                "vllm/model_executor/models/qwen2.py",
+            ),
+            Reading(
+                "text-generation-inference",
+                ("llama",),
+                "head size is hidden size / heads",
+                "custom_modeling/flash_llama_modeling.py at 0036084",
+            ),
+            Reading(
+                "text-generation-inference",
+                ("qwen3",),
+                "hidden size is a multiple of heads",
+                "custom_modeling/flash_qwen3_modeling.py at 78c236f",
+            ),
+            Reading("llama.cpp", ("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
+            Reading("llama.cpp", ("llama", "mistral"), "head size is even", "conversion/llama.py"),
+        ),
     ),
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
         inputs=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-        heads=Heads(_QKV, "separate", "self_attn.out_proj"),
+        heads=Heads(_QKV, "separate", "self_attn.out_proj", kept={"num_heads": "heads"}),
         channels=Channels(("fc1",), "fc2", count="ffn_dim"),
+        readings=(
+            Reading("vLLM", ("opt",)),
+            Reading("llama.cpp", ("opt",), "another model", "conversion/__init__.py"),
+        ),
     ),
     Family(
         model_types=("gpt2",),
         blocks="transformer.h",
         inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-        heads=Heads(("attn.c_attn",), "by part", "attn.c_proj", count="n_head"),
-        channels=Channels(("mlp.c_fc",), "mlp.c_proj", count="n_inner"),
+        heads=Heads(
+            producers=("attn.c_attn",),
+            layout="by part",
+            consumer="attn.c_proj",
+            count="n_head",
+            kept={"num_heads": "heads", "split_size": "channels"},
+        ),
+        channels=Channels(("mlp.c_fc",), "mlp.c_proj", count="n_inner", multiple=4),
         transposed=True,
+        hidden="n_embd",
+        positions="n_positions",
+        readings=(
+            Reading("vLLM", ("gpt2",)),
+            Reading("llama.cpp", ("gpt2",), "channels are 4 x hidden size", "conversion/gpt2.py"),
+        ),
     ),
     Family(
         model_types=("gpt_neox",),
@@ -140,7 +249,9 @@ FAMILIES = (
         ),
         heads=Heads(("attention.query_key_value",), "by head", "attention.dense"),
         channels=Channels(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-        stored_head="embed_out",
+        renamed={"embed_out.": f"{HEAD}."},
+        gguf={"gptneox": "gpt_neox"},
+        readings=(Reading("vLLM", ("gpt_neox",)), Reading("llama.cpp", ("gpt_neox",))),
     ),
 )
 
@@ -159,3 +270,15 @@ def family_of(model_type: str) -> Family:
         f"model type {model_type!r} is not supported; supported are {known}",
         fix="use a model of a supported type, or add a row to thanos_deploy/model/families.py",
     )
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """The row that describes what a GGUF file calls its architecture.
+
+    Raises:
+        ModelError: no row does.
+    """
+    for family in FAMILIES:
+        if architecture in family.gguf:
+            return family
+    return family_of(architecture)

@@ -1,8 +1,14 @@
-"""A linear layer as a matrix [outputs, inputs], whichever class of layer holds it."""
+"""A linear layer as a matrix [outputs, inputs], whichever class of layer holds it.
+
+A layer is a module: PyTorch's, GPT-2's, or an expert's, whose weight is a slice of a parameter of
+the library; see `experts`.
+"""
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from thanos_deploy.model.experts import Expert
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -12,6 +18,18 @@ def matrix(linear: nn.Module) -> Tensor:
     """
     weight = linear.get_parameter("weight")
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def entrance(block: nn.Module, name: str) -> nn.Module:
+    """The module that is called with what a linear layer reads, as its first argument.
+
+    Args:
+        block: where the layer is.
+        name: of the layer, seen from the block.
+    """
+    parent, _, layer = name.rpartition(".")
+    expert = block.get_submodule(parent)
+    return expert.entrance(layer) if isinstance(expert, Expert) else block.get_submodule(name)
 
 
 def replace(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

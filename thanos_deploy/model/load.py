@@ -15,9 +15,11 @@ from transformers import (
 from thanos_deploy.bundle import names
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU, memory_for
-from thanos_deploy.model import pretrained
+from thanos_deploy.model import experts, pretrained
 from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.families import family_of
+from thanos_deploy.model.structure import blocks_of
 from thanos_deploy.model.weights import shards
 
 
@@ -42,6 +44,7 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
             f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
             fix="the checkpoint is incomplete or not of the type that its config.json names",
         )
+    experts.separate(model, family_of(model.config.model_type))
     with memory_for(f"{folder}, {model.num_parameters():,} parameters in float32"):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
@@ -71,8 +74,7 @@ def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:  # noqa: N807
         stock.__init__(self, config)
-        blocks = self.get_submodule(checkpoint.family.blocks)
-        assert isinstance(blocks, nn.ModuleList)
+        blocks = blocks_of(self, checkpoint.family)
         family, size = checkpoint.family, checkpoint.head_size
         block_widths.resize(blocks, family, checkpoint.widths, size)
 

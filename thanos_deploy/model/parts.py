@@ -12,23 +12,22 @@ def part_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of the weights by part, from the headers of the files; biases go with their layer."""
     sizes = dict.fromkeys(PARTS, 0)
     weights = checkpoint.weights
+    linears = [frozenset(block.linears) for block in checkpoint.blocks]
     for name, stored in weights.stored.items():
         shape, itemsize = weights.shapes[stored], weights.dtypes[stored].itemsize
-        sizes[_part(checkpoint, name, len(shape))] += math.prod(shape) * itemsize
+        sizes[_part(checkpoint, linears, name, len(shape))] += math.prod(shape) * itemsize
     return sizes
 
 
-def _part(checkpoint: Checkpoint, name: str, dimensions: int) -> str:
-    family = checkpoint.family
-    blocks = f"{family.blocks}."
+def _part(checkpoint: Checkpoint, linears: list[frozenset[str]], name: str, dimensions: int) -> str:
+    heads, blocks = checkpoint.family.heads, f"{checkpoint.family.blocks}."
     module = name.rpartition(".")[0]
     if module.startswith(blocks):
-        layer = module.removeprefix(blocks).partition(".")[2]
-        if layer in (*family.heads.producers, family.heads.consumer):
+        index, _, layer = module.removeprefix(blocks).partition(".")
+        if layer in (*heads.producers, heads.consumer):
             return "attention"
-        if layer in (*family.channels.producers, family.channels.consumer):
-            return "mlp"
-        return "norms"
+        # The matrix of a router goes with the experts.
+        return "mlp" if dimensions > 1 or layer in linears[int(index)] else "norms"
     if module == HEAD:  # not if it is tied, which goes by the name of the embeddings
         return "head"
     return "embeddings" if dimensions > 1 else "norms"

@@ -20,7 +20,7 @@ from torch import Tensor
 from thanos_deploy.bundle import files, names
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
-from thanos_deploy.model.families import HEAD, Family
+from thanos_deploy.model.families import Family
 from thanos_deploy.model.tensorfile import DTYPES, INDEX, TensorFile
 
 _SINGLE = "model.safetensors"
@@ -65,9 +65,9 @@ class Parameters:
 
         Source: `rename_source_key` of the library's loader.
         """
-        base, head = self.family.base, f"{self.family.stored_head}."
-        if stored.startswith(head):
-            stored = f"{HEAD}.{stored.removeprefix(head)}"
+        base = self.family.base
+        for part, own in self.family.renamed.items():
+            stored = stored.replace(part, own)
         bare = stored.removeprefix(f"{base}.")
         candidates = ([] if bare == stored else [bare]) + [f"{base}.{stored}", stored]
         return next((name for name in candidates if name in known), None)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
 from thanos_deploy.model.block import Widths as Widths
-from thanos_deploy.model.families import Family
+from thanos_deploy.model.families import Family, Width
 
 FILE = "widths.json"
 FORMAT = 1
@@ -31,8 +31,10 @@ def of_config(config: PretrainedConfig, family: Family) -> Widths:
     return Widths(
         heads=heads,
         kv_heads=heads if kv_count is None else int(getattr(config, kv_count)),
-        # GPT-2 leaves it out where it is the usual multiple.
-        channels=int(getattr(config, family.channels.count) or 4 * config.hidden_size),
+        channels=int(
+            getattr(config, family.channels.count)
+            or (family.channels.multiple or 0) * config.hidden_size
+        ),
     )
 
 
@@ -142,12 +144,12 @@ def producer_rows(family: Family, width: Widths, size: int) -> tuple[int, ...]:
 
 
 def fit_attention(block: nn.Module, family: Family, width: Widths, size: int) -> None:
-    """Tell an attention module how many heads it has now, in whatever attributes it keeps them."""
+    """Tell an attention module how many heads it has now."""
     attention = block.get_submodule(family.heads.module)
-    for attribute, value in (
-        ("num_heads", width.heads),  # OPT, GPT-2
-        ("num_key_value_groups", width.heads // width.kv_heads),  # LLaMA
-        ("split_size", width.heads * size),  # GPT-2
-    ):
-        if hasattr(attention, attribute):
-            setattr(attention, attribute, value)
+    values: dict[Width, int] = {
+        "heads": width.heads,
+        "heads per key": width.heads // width.kv_heads,
+        "channels": width.heads * size,
+    }
+    for attribute, kept in family.heads.kept.items():
+        setattr(attention, attribute, values[kept])

@@ -25,7 +25,6 @@ from thanos_deploy.methods import Option
 from thanos_deploy.model.assignment import DENSE, every
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
-from thanos_deploy.model.families import Family
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.model.weights import WeightsCopy
@@ -92,7 +91,7 @@ def prune(
         ResourceError: a block does not fit into the GPU's memory.
     """
     check(checkpoint, pattern=pattern, method=method, options=options)
-    family, patterns = checkpoint.family, every(checkpoint.linears, pattern)
+    patterns = every(checkpoint.linears, pattern)
     copy_companions(checkpoint.folder, destination, dtype)
     reports = [] if journal is None else journal.reports
     with (
@@ -102,7 +101,8 @@ def prune(
     ):
         on_progress(len(reports), checkpoint.config.num_hidden_layers)
         for visit in visits(
-            *(checkpoint, segments),
+            checkpoint,
+            segments,
             copy=copy,
             with_dense=dense_target > 0.0 or tune_steps > 0,
             forward=calib_forward,
@@ -112,7 +112,6 @@ def prune(
             with devices.memory_for(f"block {visit.index}"):
                 layers = _prune_block(
                     visit,
-                    family,
                     patterns,
                     method=method,
                     options=options,
@@ -134,7 +133,6 @@ def prune(
 
 def _prune_block(
     visit: Visit,
-    family: Family,
     patterns: Mapping[str, Pattern],
     *,
     method: str,
@@ -147,7 +145,8 @@ def _prune_block(
     """Prune, in place, the linear layers of a block; their reports in the order of the forward."""
     layers: dict[str, PrunedLayer] = {}
     for groups, statistics in gather(
-        *(visit, family, patterns),
+        visit,
+        patterns,
         true_sequential=true_sequential,
         with_dense=dense_target > 0.0,
     ):
@@ -175,13 +174,13 @@ def _prune_block(
                 for name, report in layers.items()
             }
     return tuple(
-        layers[name] if name in layers else _leave_dense(visit, name) for name in family.linears
+        layers[name] if name in layers else _leave_dense(visit, name)
+        for name in visit.structure.linears
     )
 
 
 def gather(
     visit: Visit,
-    family: Family,
     layers: Collection[str],
     *,
     true_sequential: bool,
@@ -194,17 +193,20 @@ def gather(
 
     Args:
         visit: the block.
-        family: of the model.
         layers: full names of the layers that are to be pruned.
-        true_sequential: a group at a time, instead of all.
-        with_dense: with `Statistics.cross`.
+        true_sequential: a group at a time, or that group of every expert, instead of all.
+        with_dense: with `Statistics.cross`, but for layers of experts.
     """
-    groups = [
-        names
-        for group in family.inputs
-        if (names := [name for name in group if visit.prefix + name in layers])
+    steps = [
+        [
+            names
+            for group in step
+            if (names := [name for name in group if visit.prefix + name in layers])
+        ]
+        for step in visit.structure.steps
     ]
-    turns = [[group] for group in groups] if true_sequential else [groups]
+    steps = [step for step in steps if step]
+    turns = steps if true_sequential else [[group for step in steps for group in step]]
     for turn, together in enumerate(turns, start=1):
         if together:
             with visit.clock.measure("collect"):
@@ -214,6 +216,7 @@ def gather(
                     visit.dense if with_dense else None,
                     pause=true_sequential and visit.can_wait,
                     last=turn == len(turns),
+                    routed=visit.structure.routed,
                 )
             yield together, statistics
 
@@ -238,10 +241,14 @@ def _prune_group(
     again = len(group) > 1 or statistics.cross is not None
     factors: dict[tuple[float, str], Factor] | None = {} if again else None
     aimed: Sequence[Tensor | None] = [None] * len(group)
+    hessian = statistics.hessian
     failures: tuple[str, ...] = ()
+    if not statistics.mass:  # an expert to which the router sent nothing
+        hessian = torch.eye(len(hessian), device=hessian.device)
+        failures = ("no token of the calibration text reached it, so all inputs count alike",)
     if statistics.cross is not None:
         together = LayerProblem(
-            *(torch.cat(weights).float(), statistics.hessian, visit.prefix + group[0], factors)
+            torch.cat(weights).float(), hessian, visit.prefix + group[0], factors
         )
         wanted, failures = aim(together, statistics.cross, dense_target, options)
         if wanted is not None:
@@ -251,7 +258,7 @@ def _prune_group(
         started = time.perf_counter()
         name = visit.prefix + linear
         solution = solve(
-            LayerProblem(dense.float(), statistics.hessian, name, factors, products),
+            LayerProblem(dense.float(), hessian, name, factors, products),
             patterns[name],
             method=method,
             options=options,

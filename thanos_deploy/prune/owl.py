@@ -106,15 +106,15 @@ def survey(
     Raises:
         HessianError: activations are not finite.
     """
-    family, count = checkpoint.family, checkpoint.config.num_hidden_layers
+    count = len(checkpoint.blocks)
     outliers = [] if journal is None else journal.reports
     on_progress(len(outliers), count)
     for visit in visits(checkpoint, segments, journal=journal, device=device):
         with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
-            statistics = collect(visit.walk, [group[0] for group in family.inputs])
+            statistics = collect(visit.walk, [group[0] for group in visit.structure.groups])
         scores = [
             (matrix(visit.block.get_submodule(name)).abs() * norms).flatten()
-            for group in family.inputs
+            for group in visit.structure.groups
             for norms in [statistics[group[0]].hessian.diagonal().sqrt()]
             for name in group
             if visit.prefix + name in layers

@@ -52,6 +52,11 @@ def check(checkpoint: Checkpoint) -> None:
             blocks already differ.
     """
     family, size = checkpoint.family, checkpoint.head_size
+    if routed := [block.prefix.rstrip(".") for block in checkpoint.blocks if block.routed]:
+        raise ModelError(
+            f"{checkpoint.folder}: {routed[0]} has experts, which cannot be cut",
+            fix="prune it to a pattern that keeps shapes, such as --pattern 2:4",
+        )
     if len(set(checkpoint.widths)) > 1:
         raise ModelError(
             f"{checkpoint.folder}: its blocks have different widths already",

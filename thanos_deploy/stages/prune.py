@@ -119,14 +119,10 @@ def _allocated(
         journal=journal,
         on_progress=announce("Count the outliers of each block"),
     )
-    family, shapes = source.family, pruning.linear_shapes(source)
+    shapes = pruning.linear_shapes(source)
     blocks = [
-        {
-            name: math.prod(shapes[name])
-            for linear in family.linears
-            if (name := f"{family.blocks}.{index}.{linear}") in patterns
-        }
-        for index in range(len(outliers))
+        {name: math.prod(shapes[name]) for name in block.full_names if name in patterns}
+        for block in source.blocks
     ]
     ratios = [block.ratio for block in outliers]
     return owl.allocate(ratios, blocks, request.pattern.sparsity, spread=options["spread"])

@@ -7,21 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import exporters.onnx.graph
-from exporters.onnx import judge, parity
+from exporters.onnx import judge, parity, trace
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.graph import Graph
 from runtime.memory import HostMemory
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.errors import GateError, InputError, ModelError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import linear_shapes
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -96,6 +101,55 @@ def test_one_graph_runs_batches_lengths_and_pasts_that_it_was_not_exported_with(
                 logits, expected[:, done : done + length], atol=1e-5, rtol=1e-4
             )
             done += length
+
+
+def test_a_model_of_the_same_structure_is_not_traced_again_and_keeps_its_own_weights(
+    tiny_llama: Path,
+    exported_two_four: Exported,
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced: list[str] = []
+    really = trace._trace
+
+    def counted(model: PreTrainedModel, logits: str) -> ir.Model:
+        traced.append(logits)
+        return really(model, logits)
+
+    def export(name: str, model: Path) -> tuple[bytes, ...]:
+        (tmp_path / name).mkdir()
+        exporters.onnx.graph.export(Checkpoint.open(model), tmp_path / name, pattern=None)
+        return tuple(
+            (tmp_path / name / file).read_bytes()
+            for file in ("model.onnx", "model.onnx.data", "export.json")
+        )
+
+    monkeypatch.setattr(trace, "_trace", counted)
+    monkeypatch.setattr(trace, "_traced", {})
+    pruned = exported_two_four("llama") / "model"
+    dense, shared = export("dense", tiny_llama), export("shared", pruned)
+    assert traced == ["all"]
+    monkeypatch.setattr(trace, "_traced", {})
+    assert export("alone", pruned) == shared
+    assert traced == ["all"] * 2
+    assert export("dense again", tiny_llama) == dense
+    assert traced == ["all"] * 2
+    assert dense[0] == shared[0]
+    assert dense[1] != shared[1]
+
+
+def test_what_a_trace_depends_on_tells_graphs_apart(
+    tiny_llama: Path, make_model: MakeModel
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e3}
+    models = [load_model(tiny_llama), load_model(make_model(rope_parameters=rope))]
+    models += [load_model(make_model(intermediate_size=64)), load_model(tiny_llama).half()]
+    models += [load_model(make_model(tie_word_embeddings=False))]
+    seen = [trace._structure(model, "all") for model in models]
+    seen.append(trace._structure(models[0], "last"))
+    assert len({*seen}) == len(seen)
+    assert trace._structure(load_model(make_model()), "all") == seen[0]
 
 
 def test_a_graph_of_the_last_logits_has_the_same_proof_and_says_what_it_cannot_do(

@@ -16,6 +16,8 @@ from tests.conftest import Exported, stock_model
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quantised(exported_two_four: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:

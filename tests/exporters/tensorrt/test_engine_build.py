@@ -27,6 +27,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.tensorrt,
     pytest.mark.skipif(
         importlib.util.find_spec("tensorrt_rtx") is None,

@@ -127,6 +127,7 @@ SIMULATED = [
 ]
 
 
+@pytest.mark.slow
 @needs_gxx
 @pytest.mark.parametrize(
     ("kernel", "rows", "columns", "tokens", "splits", "dtype"),

@@ -43,6 +43,7 @@ def test_without_a_gpu_nothing_is_measured() -> None:
         next(measure())
 
 
+@pytest.mark.slow
 @no_gpu
 def test_without_a_gpu_the_benchmark_says_so_and_exits_4(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -172,6 +172,7 @@ def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
         PackedWeight.of(dense, "up_proj")
 
 
+@pytest.mark.slow
 def test_every_configuration_compiles_for_sm_80_and_sm_90_and_spills_nothing(
     tmp_path: Path,
 ) -> None:

@@ -272,8 +272,8 @@ def test_without_a_limit_a_text_is_as_long_as_the_model_takes(server: Running) -
         ({"prompt": "a", "stop": [""]}, "string_type", "stop"),
         ({"prompt": "a", "stream_options": {}}, "value_error", None),
         ({"prompt": [1, -1]}, "string_type", "prompt"),
-        ({"prompt": [5000]}, "invalid", None),
-        ({"prompt": ""}, "invalid", None),
+        ({"prompt": [5000]}, "invalid", "prompt"),
+        ({"prompt": ""}, "invalid", "prompt"),
         ({"prompt": []}, "string_type", "prompt"),
         ({}, "missing", "prompt"),
     ],
@@ -287,6 +287,73 @@ def test_what_cannot_be_done_is_refused(
         )
     assert (caught.value.code, caught.value.param) == (code, param)
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none", "prediction": None, "response_format": None},
+        {"stop": "", "top_k": -1, "logit_bias": {}, "presence_penalty": 0.0},
+        {"skip_special_tokens": True, "use_beam_search": False, "length_penalty": 1, "priority": 3},
+        {"guided_json": None, "anything_at_all": None, "user": "me", "store": False},
+    ],
+    ids=["OpenAI's", "with values", "vLLM's", "null"],
+)
+def test_fields_that_ask_for_nothing_are_taken(server: Running, fields: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "seed": 1}
+    client = server.openai()
+    plain = client.chat.completions.create(**asked)
+    answer = client.chat.completions.create(**asked, extra_body=fields)
+    assert answer.choices[0].message.content == plain.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools: not supported"),
+        ({"presence_penalty": 1.0}, "presence_penalty: not supported"),
+        ({"prediction": {"type": "content"}}, "prediction: not supported"),
+        ({"min_tokens": 3}, "min_tokens: not supported"),
+        ({"anything_at_all": 1}, "Unrecognized request argument supplied: anything_at_all"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_named(server: Running, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.openai().chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=2, extra_body=fields
+        )
+
+
+def test_ids_outside_of_the_vocabulary_are_refused_with_its_range(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"prompt: at least one id, and ids from 0 to"):
+        server.openai().completions.create(model="tiny", prompt=[5000])
+
+
+def test_an_answer_that_ends_at_once_has_no_log_probabilities_and_says_so(
+    server: Running,
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
+    usual = server.openai().chat.completions.create(**asked, max_tokens=1)
+    first = usual.choices[0].message.content
+    assert first
+    answer = server.openai().chat.completions.create(
+        **asked, max_tokens=1, logprobs=True, stop=first
+    )
+    assert answer.choices[0].message.content == ""
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.content is not None
+
+
+def test_more_log_probabilities_than_fit_are_refused(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.server.service._LOGPROBS", 100)
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "logprobs": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.openai().chat.completions.create(**asked, n=2, max_tokens=8, top_logprobs=6)
+    assert caught.value.code == "too_many_logprobs"
+    assert server.openai().chat.completions.create(**asked, n=2, max_tokens=8, top_logprobs=5)
 
 
 def test_another_model_is_not_found(server: Running) -> None:

@@ -12,6 +12,7 @@ from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import CalibrationError
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.model.structure import structures_of
 
 
 def test_segments_do_not_overlap_and_the_seed_picks_them(tiny_llama: Path) -> None:
@@ -120,9 +121,10 @@ def test_passes_that_wait_compute_every_layer_once_and_the_same(
     model = stock_model(make_model(model_type), dtype=dtype)
     family = family_of(model_type)
     block = model.get_submodule(family.blocks)[0]
+    linears = structures_of(model, family)[0].linears
     changed = deepcopy(block)
-    changed.get_submodule(family.linears[0]).weight.data *= 0.5
-    calls: dict[str, int] = dict.fromkeys(family.linears, 0)
+    changed.get_submodule(linears[0]).weight.data *= 0.5
+    calls: dict[str, int] = dict.fromkeys(linears, 0)
     with torch.no_grad():
         again, waiting, dense = (
             Walk(0, part, block_inputs(model, family, torch.randint(257, (4, 9)).split(2)))

@@ -15,7 +15,6 @@ from tests.bundles import checked
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.calibration import blocks
 from thanos_deploy.calibration.frame import Frame, frame_of
 from thanos_deploy.calibration.segments import every_segment, segments
 from thanos_deploy.calibration.texts import Text
@@ -136,6 +135,7 @@ def test_the_tokens_of_the_frame_are_read_and_not_scored(make_model: MakeModel, 
     assert perplexity(model, ids, frame=frame).value == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["<begin> $A", "<begin> $A <end>", "$A"])
 def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
     framing: Path,
@@ -152,7 +152,7 @@ def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
         read.append(segments(*arguments, **options))
         return read[-1]
 
-    monkeypatch.setattr(blocks, "segments", spy)
+    monkeypatch.setattr("thanos_deploy.calibration.segments.segments", spy)
     out = tmp_path / "out"
     code, printed, said = invoke(
         "prune-export", framing, *SMALL, "--target", "onnx", "-o", out, "--json"

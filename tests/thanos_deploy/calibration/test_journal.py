@@ -122,6 +122,7 @@ def log_progress(log: Path, model: Path, out: Path, pattern: str) -> None:
     prune(model, out, on_progress, pattern)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", HOW)
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     model: Path, tmp_path: Path, pattern: str

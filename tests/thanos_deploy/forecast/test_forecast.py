@@ -168,7 +168,7 @@ def test_the_configuration_alone_gives_the_sizes_of_the_model(
     assert architecture(Checkpoint.outline(folder)) == found
     block = whole.skeleton().get_submodule(f"{whole.family.blocks}.0")
     weights_of_a_block = sum(
-        linear.matrix(block.get_submodule(name)).numel() for name in whole.family.linears
+        linear.matrix(block.get_submodule(name)).numel() for name in whole.blocks[0].linears
     )
     ((kind, count),) = found.blocks
     assert count == 2

@@ -92,6 +92,7 @@ def test_a_bundle_without_a_graph_is_refused(tmp_path: Path, invoke: Invoke) -> 
     assert "not a bundle" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "expected", "message"), [(passes, 0, ""), (fails, 6, "the product: is wrong")]
 )
@@ -261,6 +262,7 @@ def test_nothing_is_made_for_tensorrt_where_it_is_not(
         next(whole_engines.rows(SMALL, Task("cuda", None, tmp_path)))
 
 
+@pytest.mark.slow
 def test_whole_engines_compute_what_the_torch_engines_do_the_last_logits_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_products_are_rounded_only_where_that_was_asked_for() -> None:
     assert cuda.fp32_precision == before
 
 
+@pytest.mark.slow
 def test_one_layer_is_solved_without_what_a_walk_needs() -> None:
     # In a process of its own: here everything has been imported already.
     code = (

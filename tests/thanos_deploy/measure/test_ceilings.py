@@ -28,6 +28,7 @@ def counted(out: Path) -> Work:
     return ceilings.count(out / "model.onnx", cache_bytes_per_token=cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "logits"), [("gpt2", "all"), ("gemma2", "all"), ("gemma2", "last")]
 )
@@ -59,6 +60,7 @@ def test_a_head_that_reads_the_last_token_only_is_counted_once_a_sequence(
         assert last.step(batch=batch, tokens=tokens, past=7)[1] == whole - saved
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_weights_that_a_step_reads(
     tiny_llama: Path, exported_llama: Path, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -74,6 +76,7 @@ def test_bytes_are_those_of_the_weights_that_a_step_reads(
     assert untied.weight_bytes == tied.weight_bytes
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_fewer_bytes_and_as_many_operations(
     tiny_llama: Path, exported_llama: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +120,7 @@ def test_waiting_has_no_ceiling() -> None:
     assert ceilings.ceiling(WORK, OpenLoop(7, 3, 2), machine, "fp32") is None
 
 
+@pytest.mark.slow
 def test_the_machine_is_measured_and_left_as_it_was() -> None:
     before = torch.get_num_threads()
     machine = ceilings.measure(1 << 20, provider="cpu", threads=1)

@@ -55,8 +55,9 @@ def test_what_a_layer_is_said_to_miss_is_what_it_misses_in_the_finished_model(
     """
     model_type, sizes = LAYOUTS[layout]
     folder, family = make_model(model_type, **sizes), family_of(model_type)
+    checkpoint = Checkpoint.open(folder)
     blocks = prune(
-        Checkpoint.open(folder),
+        checkpoint,
         SEGMENTS,
         tmp_path,
         pattern=SemiStructured(2, 4),
@@ -64,7 +65,13 @@ def test_what_a_layer_is_said_to_miss_is_what_it_misses_in_the_finished_model(
         options={"block_columns": 16},
         true_sequential=True,
     )
-    linears = [f"{family.blocks}.{index}.{name}" for index in range(2) for name in family.linears]
+    linears = [
+        f"{family.blocks}.{index}.{name}"
+        for index in range(2)
+        for group in family.inputs
+        for name in group
+    ]
+    assert list(checkpoint.linears) == linears
     assert [layer.name for block in blocks for layer in block.layers] == linears
 
     before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path))

@@ -336,6 +336,7 @@ def test_a_bitmask_checkpoint_with_a_part_missing_is_bad_input(
         convert_packed(tmp_path / "bitmask", tmp_path / "restored")
 
 
+@pytest.mark.slow
 def test_packing_needs_memory_for_one_tensor_and_not_for_the_model(tmp_path: Path) -> None:
     for name in ("model", "packed", "restored"):
         (tmp_path / name).mkdir()
@@ -358,10 +359,13 @@ def test_packing_needs_memory_for_one_tensor_and_not_for_the_model(tmp_path: Pat
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        # glibc keeps freed tensors of up to 32 MB in its heap; how many differs from run to run.
+        # With a fixed threshold it gives them back at once, and the peak is what is held at a time.
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
         capture_output=True,
         text=True,
         check=True,
     )
     assert load_file(tmp_path / "restored" / "model.safetensors")[names[7]].equal(weight)
-    assert int(done.stdout) < 100e6
+    # What one call of `pack` needs is in `before` already.
+    assert int(done.stdout) < 2 * weight.nbytes

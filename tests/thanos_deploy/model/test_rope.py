@@ -28,6 +28,8 @@ from thanos_deploy.errors import InputError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.rope import Change, change_in, change_of
 
+pytestmark = pytest.mark.slow
+
 TRAINED, MOST = 16, 128
 LONGROPE = {
     "rope_type": "longrope",

@@ -12,7 +12,6 @@ from tests.golden import random_problem
 from thanos_deploy.errors import HessianError, ModelError, UsageError
 from thanos_deploy.methods import thanos
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.families import family_of
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.prune.result import PrunedBlock
@@ -82,8 +81,8 @@ def test_the_walk_is_the_straightforward_one(
     )
     walked = load_file(tmp_path / "pruned" / "model.safetensors")
     model, dense = (stock_model(folder, dtype=torch.float32) for _ in range(2))
-    family = family_of("llama")
-    groups = family.inputs if true_sequential else (family.linears,)
+    linears = Checkpoint.open(folder).blocks[0]
+    groups = linears.groups if true_sequential else (linears.linears,)
     with torch.no_grad():
         for index, block in enumerate(model.model.layers):
             for group in groups:
@@ -343,7 +342,7 @@ def test_each_layer_keeps_its_own_pattern_and_the_others_every_bit(
                 assert layer.solver == "none"
                 assert torch.equal(before.view(torch.int32), after.view(torch.int32)), layer.name
         names = [layer.name for layer in reports[0].layers]
-        assert names == [f"{first}{name}" for name in family_of("llama").linears]
+        assert names == [f"{first}{name}" for name in Checkpoint.open(folder).blocks[0].linears]
 
 
 def test_a_block_may_stay_dense_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Clock, Visit
 from thanos_deploy.measure.perplexity import perplexity_of
 from thanos_deploy.methods import Option
+from thanos_deploy.model.structure import BlockStructure
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 from thanos_deploy.prune.solution import solve_by_preset
@@ -181,7 +182,7 @@ def test_a_block_is_tuned_there(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyP
     dense, beside = _block_and_batch()
     visit = Visit(
         index=0,
-        prefix="",
+        structure=BlockStructure("", ()),
         block=block,
         walk=Walk(0, block, [batch]),
         dense=Walk(0, dense, [beside]),

@@ -61,7 +61,7 @@ def test_outliers_are_counted_in_the_dense_model(make_model: MakeModel) -> None:
                         block.get_submodule(name).weight.abs()
                         * inputs_of(model, block, name).square().sum(dim=0).sqrt()
                     ).flatten()
-                    for name in checkpoint.family.linears
+                    for name in checkpoint.blocks[0].linears
                     if "k_proj" not in name
                 ]
             )

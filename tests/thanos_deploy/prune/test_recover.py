@@ -14,6 +14,8 @@ from thanos_deploy.prune.result import Recovery
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
 
 

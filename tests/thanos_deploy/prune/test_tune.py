@@ -29,13 +29,12 @@ def test_tuning_brings_what_leaves_a_block_nearer_to_the_dense_one_and_keeps_zer
     make_model: MakeModel, model_type: str, dtype: torch.dtype
 ) -> None:
     checkpoint = Checkpoint.open(make_model(model_type))
-    family = checkpoint.family
     errors: list[list[float]] = []
     with torch.no_grad():
         for visit in visits(checkpoint, SEGMENTS, with_dense=True, forward=dtype):
             assert visit.dense is not None
             before = {name: one.clone() for name, one in visit.dense.block.named_parameters()}
-            *pruned, kept_dense = family.linears
+            *pruned, kept_dense = visit.structure.linears
             untouched = matrix(visit.block.get_submodule(kept_dense)).clone()
             masks = {}
             for name in pruned:

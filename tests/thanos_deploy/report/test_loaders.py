@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.report.loaders import LOADERS, LoaderSizes, judge, tensor_parallel
+from thanos_deploy.model.families import FAMILIES
+from thanos_deploy.report.loaders import DEMANDS, LOADERS, Dimensions, judge, tensor_parallel
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink, survey
 
@@ -36,7 +37,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_loader_is_asked_about_every_family(make_model: MakeModel, model_type: str) -> None:
     folder = make_model(model_type)
-    sizes = LoaderSizes.of(config_of(folder))
+    sizes = Dimensions.of(config_of(folder))
     assert (sizes.hidden, sizes.heads, sizes.channels) == (32, 4, 48)
     seen = verdicts(config_of(folder))
     # A head of 12 fits none of vLLM's attention kernels.
@@ -59,8 +60,8 @@ def test_a_shrunk_model_is_judged_by_what_was_written(
     )
     shrink(checkpoint, segments, tmp_path, plan=plan)
     config = config_of(tmp_path)
-    sizes = LoaderSizes.of(config)
-    assert sizes != LoaderSizes.of(config_of(folder))
+    sizes = Dimensions.of(config)
+    assert sizes != Dimensions.of(config_of(folder))
     follows = sizes.head * sizes.heads == sizes.hidden
     seen = verdicts(config)
     # vLLM's Qwen2 reads no head_dim; everything else that it takes, it takes shrunk.
@@ -80,7 +81,7 @@ def test_a_shrunk_model_is_judged_by_what_was_written(
         ({"head_dim": 20}, "vLLM", "multiple of 8"),
         ({"num_attention_heads": 6}, "text-generation-inference", "whatever head_dim says"),
         ({"head_dim": 33}, "llama.cpp", "even"),
-        ({"model_type": "opt", "ffn_dim": 3072}, "llama.cpp", "does not know OPT"),
+        ({"model_type": "opt", "ffn_dim": 3072}, "llama.cpp", "does not know models of this type"),
     ],
 )
 def test_a_broken_constraint_is_named_with_its_source(
@@ -117,7 +118,7 @@ def test_the_blocks_that_rows_can_be_quantised_in(channels: int, note: str) -> N
 def test_a_model_is_split_only_where_every_gpu_gets_as_much(
     kv_heads: int, group: int, channels: int
 ) -> None:
-    sizes = LoaderSizes("llama", 64, kv_heads * group, kv_heads, 8, channels)
+    sizes = Dimensions(64, kv_heads * group, kv_heads, 8, channels)
     splits = tensor_parallel(sizes)
     assert splits[0] == 1
     for gpus in splits:
@@ -126,6 +127,16 @@ def test_a_model_is_split_only_where_every_gpu_gets_as_much(
         assert (sizes.heads // gpus) % per_gpu == 0  # whole groups of queries
 
 
-def test_every_constraint_names_a_file() -> None:
+def test_every_demand_names_a_file_and_a_loader() -> None:
+    readings = [reading for family in FAMILIES for reading in family.readings]
     sources = [constraint.source for loader in LOADERS for constraint in loader.constraints]
+    sources += [reading.source for reading in readings if reading.demand is not None]
     assert all(".py" in source for source in sources)
+    assert {reading.loader for reading in readings} == {loader.name for loader in LOADERS}
+    assert {reading.demand for reading in readings} - {None} == set(DEMANDS)
+
+
+def test_every_reading_is_of_a_model_type_of_its_row() -> None:
+    for family in FAMILIES:
+        for reading in family.readings:
+            assert set(reading.model_types) <= set(family.model_types)

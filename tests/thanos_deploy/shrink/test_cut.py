@@ -135,6 +135,7 @@ def test_what_no_stock_configuration_describes_is_declared_and_stock_loaders_ref
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["uniform", "loss"])
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
 def test_a_shrunk_model_exports_to_onnx_with_parity(

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,7 @@ def test_the_first_columns_are_marked_as_they_are_in_the_whole_matrix(
         assert torch.equal(threshold.mark(scores[:, :columns]), whole[:, :columns])
 
 
+@pytest.mark.slow
 def test_counts_above_two_to_the_24_are_exact() -> None:
     entries = (1 << 24) + 4097
     assert masks.removed_count(0.3, 10 * entries) == 3 * entries

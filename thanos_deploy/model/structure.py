@@ -1,0 +1,139 @@
+"""Which linear layers each block of a model has, found in the model itself.
+
+The row of a family names every linear layer that a block of the family may have. Blocks of one
+model may differ: one has a dense feed-forward network, the next one experts. A block that has what
+the row does not name is refused, so that no layer stays dense without a word.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from thanos_deploy.errors import ModelError
+from thanos_deploy.model.families import EXPERT, Family
+
+# Linear layers that read one input, by their names seen from the block.
+Group = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStructure:
+    """The linear layers of one block.
+
+    Attributes:
+        prefix: what the full names of its layers begin with, such as "model.layers.3.".
+        steps: groups of layers in the order in which the forward pass reaches them. The groups of
+            one step do not depend on each other: there is one group, or one for each expert.
+        routed: layers of experts, which see only the tokens that the router sends there.
+    """
+
+    prefix: str
+    steps: tuple[tuple[Group, ...], ...]
+    routed: frozenset[str] = frozenset()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of all steps."""
+        return tuple(group for step in self.steps for group in step)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all layers, seen from the block."""
+        return tuple(name for group in self.groups for name in group)
+
+    @property
+    def full_names(self) -> tuple[str, ...]:
+        """Names of all layers, seen from the model."""
+        return tuple(self.prefix + name for name in self.linears)
+
+
+def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The transformer blocks of a causal model.
+
+    Raises:
+        ModelError: they are not where the row of the family says.
+    """
+    try:
+        found = model.get_submodule(family.blocks)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.ModuleList):
+        raise ModelError(
+            f"{type(model).__name__}: its blocks are not in {family.blocks}, as the row of "
+            f"{family.model_types[0]} in thanos_deploy/model/families.py says",
+            fix="correct `blocks` in that row",
+        )
+    return found
+
+
+def structures_of(model: nn.Module, family: Family) -> tuple[BlockStructure, ...]:
+    """The linear layers of every block; see `experts.separate` for those of experts.
+
+    Args:
+        model: the causal model; weights are not looked at.
+        family: the row that describes it.
+
+    Raises:
+        ModelError: a block has linear layers that the row does not name, or none that it does.
+    """
+    return tuple(
+        _block(block, f"{family.blocks}.{index}.", family)
+        for index, block in enumerate(blocks_of(model, family))
+    )
+
+
+def _block(block: nn.Module, prefix: str, family: Family) -> BlockStructure:
+    found = [
+        name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
+    steps = tuple(step for names in family.inputs if (step := tuple(_groups(names, found))))
+    known = BlockStructure(prefix, steps)
+    where = f"the row of {family.model_types[0]} in thanos_deploy/model/families.py"
+    if unknown := [name for name in found if name not in known.linears]:
+        raise ModelError(
+            f"{prefix.rstrip('.')}: linear layers that {where} does not name: {', '.join(unknown)}",
+            fix="use a model whose blocks the row describes, or add them to its `inputs`",
+        )
+    if stacked := [
+        f"{name} {list(one.shape)}" for name, one in block.named_parameters() if one.ndim > 2
+    ]:
+        raise ModelError(
+            f"{prefix.rstrip('.')}: several matrices in one parameter, which {where} does not "
+            f"describe: {', '.join(stacked)}",
+            fix="use a model without experts, or say where they are in `experts` of the row",
+        )
+    if not steps:
+        raise ModelError(
+            f"{prefix.rstrip('.')}: none of the linear layers that {where} names",
+            fix="correct `inputs` in that row",
+        )
+    routed = {
+        name for names in family.inputs if EXPERT in names[0] for name in _matches(names, found)
+    }
+    return BlockStructure(prefix, steps, frozenset(routed))
+
+
+def _groups(names: Iterable[str], found: Iterable[str]) -> Iterator[Group]:
+    """The group that a row names, as far as a block has it; for every expert one."""
+    names = tuple(names)
+    if EXPERT not in names[0]:
+        if group := tuple(name for name in names if name in found):
+            yield group
+        return
+    numbers = dict.fromkeys(
+        match[1] for one in found for name in names if (match := _expert(name).fullmatch(one))
+    )
+    for number in numbers:
+        yield tuple(one for name in names if (one := name.replace(EXPERT, number)) in found)
+
+
+def _matches(names: Iterable[str], found: Iterable[str]) -> Iterator[str]:
+    return (name for group in _groups(names, found) for name in group)
+
+
+def _expert(name: str) -> re.Pattern[str]:
+    before, after = name.split(EXPERT)
+    return re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
