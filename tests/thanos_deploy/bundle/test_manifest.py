@@ -2,7 +2,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from thanos_deploy.bundle import manifest
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.record import Source
+from thanos_deploy.bundle.record import Nothing, Source, Stage
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 
 SOURCE = Source("folder", "model", "", "0" * 64)
@@ -188,3 +188,34 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT + 1}))
     with pytest.raises(InputError, match="format 2"):
         Bundle.open(tmp_path)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    depth: int
+    names: tuple[str, ...] = ()
+
+
+CUT: Stage[Cut, Nothing, Cut] = Stage("cut", Cut, Nothing, Cut)
+
+
+def test_a_stage_is_read_as_what_it_was_written_from(tmp_path: Path) -> None:
+    def produce(folder: Path) -> Cut:
+        (folder / "file").touch()
+        return Cut(4, ("a", "b"))
+
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        assert not bundle.has(CUT)
+        bundle.run(CUT, produce, options=Cut(3), inputs=Nothing())
+    reread = Bundle.open(tmp_path)
+    assert reread.has(CUT)
+    assert (reread.options(CUT), reread.inputs(CUT)) == (Cut(3), Nothing())
+    assert reread.result(CUT) == Cut(4, ("a", "b"))
+
+
+def test_a_result_that_does_not_fit_is_refused_with_its_place(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+        bundle.run("cut", write("x"), options={"depth": 1}, inputs={})
+    with pytest.raises(InputError, match=r"manifest\.json: result of stage 'cut': length is unk"):
+        Bundle.open(tmp_path).result(CUT)

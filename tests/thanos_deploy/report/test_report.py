@@ -127,6 +127,16 @@ def test_a_finished_run_that_the_manifest_does_not_have_does_not_count(tmp_path:
     assert "not in the manifest" in report["notices"][0]
 
 
+def test_a_run_of_another_version_is_refused_and_a_foreign_file_ignored(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out")
+    (out / "bench" / "notes.json").write_text('{"format": "mine"}')
+    assert len(report_on(out)["models"][0]["bench"]) == 1
+    newer = {**run("newer"), "format": "thanos-deploy/bench/2"}
+    (out / "bench" / "newer.json").write_text(json.dumps(newer))
+    with pytest.raises(InputError, match=r"newer\.json: .*format.*thanos-deploy/bench/2"):
+        report_on(out)
+
+
 def test_a_valid_run_speaks_for_a_model_before_a_later_one_that_is_not(tmp_path: Path) -> None:
     runs = (run("full"), run("latency", status="INVALID"), run("aa", baseline="pruned-again"))
     out = write_bundle(tmp_path / "out", runs=runs)
