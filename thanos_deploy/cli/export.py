@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from thanos_deploy.cli._options import (
-    CountsType,
     bundle_argument,
     common_options,
     emit,
@@ -15,6 +14,7 @@ from thanos_deploy.cli._options import (
     session,
     target_option,
 )
+from thanos_deploy.cli._types import CountsType
 from thanos_deploy.errors import UsageError
 
 

@@ -18,12 +18,11 @@ from thanos_deploy.cli._options import (
     evaluation_options,
     model_argument,
     out_option,
-    prune_request,
-    pruning_options,
     revision_option,
     session,
     target_option,
 )
+from thanos_deploy.cli._pruning import prune_request, pruning_options
 
 
 @click.command("prune-export")

@@ -15,6 +15,7 @@
 Each is a file of `thanos_deploy.stages`; here they are in a row.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import exporters.genai
@@ -23,14 +24,12 @@ import exporters.triton.repository
 from exporters import preflight
 from exporters.options import EngineRequest
 from thanos_deploy.bundle import manifest
-from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
@@ -38,8 +37,9 @@ from thanos_deploy.stages.bench import bench, check_bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import ENGINES, export
-from thanos_deploy.stages.plan import plan_pruning
+from thanos_deploy.stages.plan import DryRun, plan_pruning
 from thanos_deploy.stages.prune import check, prune
+from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration, open_text, require_other_text, segments_for
 
 STAGES = ("prune", "eval", "onnx", "bench", "report")
@@ -69,7 +69,7 @@ def prune_export(
     if target == "triton":
         exporters.triton.repository.library()
     if target == "packed":
-        exporters.packed.refuse([request.pattern])
+        exporters.packed.refuse([request.how.pattern])
     if target == "tensorrt-rtx":
         preflight.require(target)
     with manifest.claim(out, dense.source, overwrite=overwrite) as bundle:
@@ -102,20 +102,20 @@ def plan(
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> Json:
+) -> DryRun:
     """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
     dense = Dense(model, revision=revision)
     bundle = Bundle.open(out) if (out / manifest.MANIFEST).exists() else Bundle(out, dense.source)
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
     parameters = dense.checkpoint(announce).parameters
-    return {
-        **plan_pruning(dense, request, out, announce, evaluation),
-        "eval": encode(evaluation.recorded),
-        "bench": encode(benchmarking),
-        "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
-        "cache": str(dense.folder),
-        "cache_bytes_needed": (4 if dense.is_ordinary else 8) * parameters,
-    }
+    return replace(
+        plan_pruning(dense, request, out, announce, evaluation),
+        eval=evaluation.recorded,
+        bench=benchmarking,
+        stages={name: "done" if name in bundle.stages else "to do" for name in STAGES},
+        cache=str(dense.folder),
+        cache_bytes_needed=(4 if dense.is_ordinary else 8) * parameters,
+    )
 
 
 def _refuse_beforehand(
@@ -134,7 +134,7 @@ def _refuse_beforehand(
     source = dense.checkpoint(announce)
     check(source, request)
     benchmarking.check(source.max_positions)
-    seen, *_ = calibration(source, request)
+    seen, *_ = calibration(source, request.data)
     text = open_text(evaluation.text, evaluation.text_field, held_out=True)
     segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
     require_other_text(text, seen.sha256)

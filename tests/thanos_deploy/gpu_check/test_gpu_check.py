@@ -272,7 +272,7 @@ def test_whole_engines_compute_what_the_torch_engines_do_the_last_logits_only(
 
     # Engines are built on a GPU only; the graph that they are built from is a real one.
     monkeypatch.setattr(driver, "require", lambda: SimpleNamespace(arch="sm90"))
-    monkeypatch.setattr(exporters.tensorrt, "export", lambda graph, *_, **__: {})
+    monkeypatch.setattr(exporters.tensorrt.engine, "export", lambda graph, *_, **__: {})
     monkeypatch.setattr(tensorrt_runtime, "open_folder", lambda folder: None)
     models.make("dense", replace(SMALL, dtype="fp16"), "cpu").save_pretrained(tmp_path)
     whole_engines._build(tmp_path, SMALL)
