@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.batching import PROMPT_TOKENS, Batcher, Request, Token, open_slots
-from runtime.engine import Engine, open_engine
+from runtime.batching import PROMPT_TOKENS, Batcher, Request, Token
+from runtime.engine import Engine, open_engine, open_slots
 from runtime.generate import generate
 
 

@@ -45,7 +45,6 @@ from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED, Run
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import Announce
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.report import charts
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import compare
@@ -54,6 +53,7 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
+from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import open_text, segments_for
 
 PATTERNS = ("2:4", "unstructured:0.5", "structured:0.1", "structured:0.2", "structured:0.3")
@@ -87,7 +87,7 @@ def main() -> None:
         dense = Dense(arguments.model or str(gguf_path()))
         bundles = {}
         for pattern in arguments.patterns:
-            request = PruneRequest(
+            request = PruneRequest.of(
                 parse(pattern),
                 calib=arguments.calib,
                 nsamples=arguments.nsamples,

@@ -226,12 +226,20 @@ def first_token(
 
 
 def tokens_a_second(
-    *setting: str | int, source: str, published: float, fit: bool = False
+    model: str,
+    gpu: str,
+    dtype: str,
+    batch: int,
+    prompt: int,
+    new: int,
+    *,
+    source: str,
+    published: float,
+    fit: bool = False,
 ) -> Figure:
-    """A throughput at (model, GPU, dtype, batch, prompt, new tokens)."""
-    model, gpu, dtype, batch, prompt, new = setting
+    """A published throughput, beside ours; see `throughput`."""
     what = f"{model}, {gpu} {dtype}, batch {batch}, {prompt} + {new} tokens"
-    predict = throughput(*setting)  # type: ignore[arg-type]  # as unpacked above
+    predict = throughput(model, gpu, dtype, batch, prompt, new)
     return Figure(what, source, published, "tok/s", predict, fit)
 
 
@@ -240,10 +248,10 @@ FIGURES = (
     first_token("LLaMA-7B", "L40S", "fp8", 2048, 73, fit=True),
     first_token("LLaMA-7B", "H100", "fp8", 2048, 36, fit=True),
     tokens_a_second(
-        *("LLaMA-7B", "A100", "fp16", 1, 128, 2048), source=LMDEPLOY, published=98.92, fit=True
+        "LLaMA-7B", "A100", "fp16", 1, 128, 2048, source=LMDEPLOY, published=98.92, fit=True
     ),
     tokens_a_second(
-        *("LLaMA-13B", "A100", "fp16", 1, 128, 2048), source=LMDEPLOY, published=55.29, fit=True
+        "LLaMA-13B", "A100", "fp16", 1, 128, 2048, source=LMDEPLOY, published=55.29, fit=True
     ),
     Figure(
         "2:4: 3072 x 3072 x 10240, A100 fp16",
@@ -271,7 +279,12 @@ FIGURES = (
     first_token("LLaMA-7B", "L40S", "fp8", 128, 14),
     first_token("LLaMA-7B", "H100", "fp8", 128, 7),
     tokens_a_second(
-        *("Llama-3-8B", "A100", "bf16", 1, 100, 0),
+        "Llama-3-8B",
+        "A100",
+        "bf16",
+        1,
+        100,
+        0,
         source="torchao README before ao#4728 (assumed past of 100)",
         published=95.64,
     ),

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, collect
+from thanos_deploy.calibration.blocks import LoadedInputs, Walk, advance, block_inputs, collect
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
@@ -31,14 +31,14 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.pretrained import make_model
 from thanos_deploy.pattern import Structured
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.shrink.options import Cut
+from thanos_deploy.solver.damping import DEFAULT
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
-DAMPING = 0.01
 BATCH = 4
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     dense = load_model(checkpoint.folder)
     rows = [row("dense", dense, held_out)]
     prices = channel_prices(checkpoint, dense, ids)
-    losses = survey_blocks(checkpoint, ids, PruneRequest(Structured(0.0)))
+    losses = survey_blocks(checkpoint, ids, Cut(Structured(0.0)))
     for hidden in arguments.hidden:
         kept = prices.topk(hidden).indices.sort().values
         small = cut(checkpoint, dense, ids, kept)
@@ -66,9 +66,9 @@ def main() -> None:
         fraction = removed / sum(p.numel() for p in blocks_of(checkpoint, dense).parameters())
         del small
         with tempfile.TemporaryDirectory() as folder:
-            request = PruneRequest(Structured(fraction))
-            plan = plan_widths(checkpoint, losses, request)
-            shrink_checkpoint(checkpoint, ids, Path(folder), request, plan)
+            how = Cut(Structured(fraction))
+            plan = plan_widths(checkpoint, losses, how)
+            shrink_checkpoint(checkpoint, ids, Path(folder), plan, how.fit)
             width = plan.widths[0]
             name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
             rows.append(row(name, load_model(Path(folder)), held_out))
@@ -94,7 +94,7 @@ def blocks_of(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
-def start(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> list[BlockInputs]:
+def start(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> list[LoadedInputs]:
     """The calibration data before the first block."""
     return block_inputs(model, checkpoint.family, torch.split(ids, BATCH))
 
@@ -116,7 +116,7 @@ def channel_prices(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) 
             W = torch.cat([block.get_submodule(name).get_parameter("weight") for name in group])
             problem = LayerProblem(W.double(), statistics[group[0]].hessian.double(), group[0])
             energy = ((problem.weight @ problem.hessian) * problem.weight).sum()
-            total += Elimination(problem.weight, factor(problem, DAMPING)).costs() / energy
+            total += Elimination(problem.weight, factor(problem)).costs() / energy
         advance(walk)
     return total
 
@@ -159,7 +159,8 @@ def cut(
             statistics = collect(walks[1], [group[0]], walks[0])[group[0]]
             H, C = statistics.hessian.double(), statistics.cross
             assert C is not None
-            lower = torch.linalg.cholesky(H + DAMPING * H.diagonal().mean() * torch.eye(len(H)))
+            damping = DEFAULT.damping
+            lower = torch.linalg.cholesky(H + damping * H.diagonal().mean() * torch.eye(len(H)))
             for name in group:
                 layer = part.get_submodule(name).get_parameter("weight")
                 W = whole.get_submodule(name).get_parameter("weight").double()
@@ -175,7 +176,7 @@ def cut(
 def refit_last_norm(
     dense: PreTrainedModel,
     small: PreTrainedModel,
-    paths: tuple[list[BlockInputs], list[BlockInputs]],
+    paths: tuple[list[LoadedInputs], list[LoadedInputs]],
     kept: Tensor,
 ) -> None:
     """Scale every channel before the output head to what it is in the dense model."""

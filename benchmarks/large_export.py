@@ -17,9 +17,9 @@ from thanos_deploy.model.pretrained import make_model
 _EXPORT = """
 import sys
 from pathlib import Path
-import exporters.onnx
-from thanos_deploy.checkpoint import Checkpoint
-from thanos_deploy.environment import peak_memory_bytes
+import exporters.onnx.graph
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.machine.environment import peak_memory_bytes
 model, out = map(Path, sys.argv[1:])
 record = exporters.onnx.graph.export(Checkpoint.open(model), out, pattern=None)
 print(max(case["logits_error"] for case in record["parity"]), peak_memory_bytes())

@@ -76,10 +76,10 @@ def measure(name: str, width: int, spelled: str) -> Json:
         x = torch.randn(few, few, generator=generator) @ mix
         x += 0.3 * torch.randn(few, width, generator=generator)
         problem.hessian.addmm_(x.T, x)
-    options = methods.preset(name, "best").options
+    method = methods.load(name)
     before = environment.resident_memory_bytes() or 0
     started = time.process_time()
-    result = methods.load(name).prune(problem, pattern.parse(spelled), **options)
+    result = method.prune(problem, pattern.parse(spelled), method.preset("best").options)
     return {
         "method": name,
         "width": width,

@@ -31,10 +31,11 @@ from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.prune.layers import ACTIVITIES
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recipe import Recipe
 from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
+from thanos_deploy.stages.request import PruneRequest
 
 
 def main() -> None:
@@ -64,14 +65,15 @@ def main() -> None:
     )
     records = []
     for chosen in arguments.pattern:
-        request = PruneRequest(
-            pattern=chosen,
+        request = PruneRequest.of(
+            chosen,
             preset=arguments.preset,
             nsamples=arguments.nsamples,
             seqlen=arguments.seqlen,
             calib_forward=arguments.calib_forward,
         )
-        records.append({**request.to_json(), **measure(checkpoint, ids, request)})
+        assert isinstance(request.how, Recipe)
+        records.append({**request.to_json(), **measure(checkpoint, ids, request.how)})
     bare = two_forward_passes(checkpoint, ids)
     print(f"two bare forward passes through the blocks: {bare[0]:.1f} s, {bare[1]:.1f} s processor")
     for record in records:
@@ -87,17 +89,17 @@ def main() -> None:
         print(json.dumps({**record, "environment": encode(environment.describe())}))
 
 
-def measure(checkpoint: Checkpoint, ids: torch.Tensor, request: PruneRequest) -> Json:
+def measure(checkpoint: Checkpoint, ids: torch.Tensor, recipe: Recipe) -> Json:
     """Prune once and print where the time went."""
     with tempfile.TemporaryDirectory() as folder:
         started, processor = time.perf_counter(), time.process_time()
         out = Path(folder) / "model"
         out.mkdir()
         journal = Journal(Path(folder) / "journal", {}, PrunedBlock)
-        blocks = prune_checkpoint(checkpoint, ids, out, request, journal=journal)
+        blocks = prune_checkpoint(checkpoint, ids, out, recipe, journal=journal)
         total = time.perf_counter() - started
         processor = time.process_time() - processor
-    print(f"{request.pattern}\nblock  {'  '.join(f'{part:>7s}' for part in ACTIVITIES)}")
+    print(f"{recipe.pattern}\nblock  {'  '.join(f'{part:>7s}' for part in ACTIVITIES)}")
     for index, block in enumerate(blocks):
         times = (block.seconds.get(part, 0.0) for part in ACTIVITIES)
         print(f"{index:5d}  {'  '.join(f'{seconds:7.2f}' for seconds in times)}")

@@ -4,9 +4,9 @@ Usage: python -m benchmarks.quality --calib CALIB.txt --eval-text TEXT.txt [SETT
 
 Prunes SmolLM2-135M by every method to every pattern of the table below, in the setting of the
 method's paper and in the one that measured best (structured patterns as masked columns), and
-judges each result. A SETTING, a JSON object of `PruneRequest` fields, takes the place of that grid:
-'{"pattern": "2:4"}', '{"pattern": "2:4", "method": "wanda"}', '{"pattern": "2:4", "options":
-{"block_columns": 64}}'. The first segments of both texts are taken, without a seed, so that others
+judges each result. A SETTING, a JSON object of options of `prune`, takes the place of that grid:
+'{"pattern": "2:4"}', '{"pattern": "2:4", "method": "wanda"}', '{"pattern": "2:4",
+"block_size": 64}'. The first segments of both texts are taken, without a seed, so that others
 can take the same.
 
 Writes RESULTS/quality.json after every row and RESULTS/quality.md, a table beside published figures
@@ -20,7 +20,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
@@ -33,13 +32,15 @@ from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.record import differences
+from thanos_deploy.calibration.data import Data
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recipe import METHOD, PRESET, Recipe
+from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import (
     plan_widths,
@@ -47,6 +48,7 @@ from thanos_deploy.stages.prune import (
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.stages.request import PruneRequest
 
 PATTERNS = ("unstructured:0.5", "2:4", "structured:0.3")
 
@@ -64,8 +66,8 @@ PUBLISHED: tuple[tuple[str, tuple[str, str, str], str], ...] = (
 )
 
 
-# Fields that have a place of their own in the table, or none.
-_NAMED = ("pattern", "method", "preset", "options", "keep_shape")
+# Options that have a place of their own in the table, or none.
+_NAMED = ("pattern", "method", "preset", "keep_shape")
 
 
 def main() -> None:
@@ -101,15 +103,13 @@ def main() -> None:
     if "dense" not in document:
         document["dense"] = judge(source.folder, evaluation)
         save(path, document)
-    requests = [
-        PruneRequest(**{**setting, "pattern": parse(setting["pattern"])})
-        for setting in arguments.settings
-    ] or list(grid(arguments))
-    for request in requests:
+    for setting in arguments.settings or grid(arguments):
+        request = PruneRequest.of(**{**setting, "pattern": parse(setting["pattern"])})
         asked = {**request.to_json(), "calib": arguments.calib.name}
         if any(row["request"] == asked for row in document["rows"]):
             continue
         row = measure(source, request, arguments, tokenizer, evaluation)
+        row |= {"way": way(setting, request), "pattern": setting["pattern"]}
         document["rows"].append({**row, "request": asked})
         save(path, document)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
@@ -125,21 +125,22 @@ def begin(path: Path, conditions: Json) -> Json:
     return document
 
 
-def grid(arguments: argparse.Namespace) -> Iterator[PruneRequest]:
+def grid(arguments: argparse.Namespace) -> Iterator[Json]:
     """Every method, pattern and preset; a preset that is the paper's setting comes once."""
     for method in arguments.methods:
-        paper = methods.preset(method, "paper")
-        others = [name for name in methods.PRESET_NAMES if methods.preset(method, name) != paper]
+        preset_of = methods.load(method).preset
+        paper = preset_of("paper")
+        others = [name for name in methods.PRESET_NAMES if preset_of(name) != paper]
         for preset in ("paper", *others):
             for pattern in map(parse, arguments.patterns):
-                yield PruneRequest(
-                    pattern=pattern,
-                    method=method,
-                    preset=preset,
-                    nsamples=arguments.nsamples,
-                    seqlen=arguments.seqlen,
-                    keep_shape=isinstance(pattern, Structured),
-                )
+                yield {
+                    "pattern": str(pattern),
+                    "method": method,
+                    "preset": preset,
+                    "nsamples": arguments.nsamples,
+                    "seqlen": arguments.seqlen,
+                    "keep_shape": isinstance(pattern, Structured),
+                }
 
 
 def measure(
@@ -150,36 +151,33 @@ def measure(
     evaluation: Tensor,
 ) -> Json:
     """Prune once: perplexity, and seconds of the whole call."""
-    calibration = texts.calibration(
-        arguments, tokenizer, count=request.nsamples, length=request.seqlen
-    )
+    data, how = request.data, request.how
+    calibration = texts.calibration(arguments, tokenizer, count=data.nsamples, length=data.seqlen)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        if request.shrinks:
-            plan = plan_widths(source, survey_blocks(source, calibration, request), request)
-            shrink_checkpoint(source, calibration, Path(folder), request, plan)
-        else:
-            prune_checkpoint(source, calibration, Path(folder), request)
+        match how:
+            case Cut():
+                plan = plan_widths(source, survey_blocks(source, calibration, how), how)
+                shrink_checkpoint(source, calibration, Path(folder), plan, how.fit)
+            case Recipe():
+                prune_checkpoint(source, calibration, Path(folder), how)
         seconds = time.perf_counter() - started
         value = judge(Path(folder), evaluation)
-    return {
-        "way": way(request),
-        "pattern": str(request.pattern),
-        "perplexity": value,
-        "seconds": round(seconds, 1),
-    }
+    return {"perplexity": value, "seconds": round(seconds, 1)}
 
 
-def way(request: PruneRequest) -> str:
+def way(setting: Json, request: PruneRequest) -> str:
     """A row's name: method, preset, and what else was asked for."""
-    others = [f"{name} {value}" for name, value in request.options.items()]
-    for one in fields(request):
-        value = getattr(request, one.name)
-        if one.name not in _NAMED and value != one.default:
-            others.append(f"{one.name} {value}")
-    if request.shrinks:
+    usual = encode(Data())
+    others = [
+        f"{name} {value}"
+        for name, value in setting.items()
+        if name not in _NAMED and usual.get(name) != value
+    ]
+    if isinstance(request.how, Cut):
         others.append("cut out")
-    return ", ".join([request.method, request.preset, *others]).replace("_", " ")
+    named = [setting.get("method", METHOD), setting.get("preset", PRESET)]
+    return ", ".join([*named, *others]).replace("_", " ")
 
 
 def judge(folder: Path, evaluation: Tensor) -> float:

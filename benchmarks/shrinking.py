@@ -52,8 +52,8 @@ from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.prune.recover import recover
+from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
@@ -86,7 +86,7 @@ def main() -> None:
             shutil.copytree(source.folder, models["dense"] / "model")
         rows = [judge("dense", models["dense"] / "model", held_out)]
         # Only if a model has to be cut, and once for all.
-        losses = cache(lambda: survey_blocks(source, calibration, PruneRequest(Structured(0.0))))
+        losses = cache(lambda: survey_blocks(source, calibration, Cut(Structured(0.0))))
         for fraction in arguments.fractions:
             name = f"structured:{fraction:g}"
             models[name] = place / name
@@ -98,7 +98,7 @@ def main() -> None:
             )
             trainer = Trainer(source, lessons, arguments.recover, held_out)
             rows += against_torch_pruning(
-                *(source, calibration, losses, held_out, arguments.against), trainer
+                source, calibration, losses, held_out, arguments.against, trainer
             )
         for folder in models.values():
             export(folder)
@@ -161,9 +161,9 @@ def cut(
         return judge(name, folder, held_out)
     folder.mkdir(parents=True)
     started = time.perf_counter()
-    request = PruneRequest(Structured(fraction), **options)
-    plan = plan_widths(source, losses(), request)
-    shrink_checkpoint(source, calibration, folder, request, plan)
+    how = Cut.of(Structured(fraction), **options)
+    plan = plan_widths(source, losses(), how)
+    shrink_checkpoint(source, calibration, folder, plan, how.fit)
     seconds = round(time.perf_counter() - started, 1)
     width = plan.widths[0]
     widths = [width.heads, width.kv_heads, width.channels]

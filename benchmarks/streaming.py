@@ -33,9 +33,9 @@ from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.tensorfile import INDEX, TensorFile
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune
+from thanos_deploy.stages.request import PruneRequest
 
 # Source: config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0.
 SIZES = {
@@ -61,7 +61,7 @@ def main() -> None:
     if not (model / INDEX).exists():
         make_checkpoint(model, arguments.blocks)
     shutil.rmtree(arguments.folder / "out", ignore_errors=True)
-    request = PruneRequest(
+    request = PruneRequest.of(
         SemiStructured(2, 4),
         preset=arguments.preset,
         nsamples=arguments.nsamples,

@@ -1,7 +1,13 @@
-"""What every backend offers: two verbs, and a kv cache that it keeps to itself."""
+"""What a backend offers: a model, and a kv cache that it keeps to itself.
+
+A model is opened in one of two ways. An `Engine` takes a batch of prompts and steps all of them to
+the end; every backend has one. A `ServingEngine` has slots, which requests take and leave between
+steps; a backend has one if its module has `open_slots`.
+"""
 
 import json
 import pkgutil
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +63,73 @@ class Engine(Protocol):
         """
 
 
+class SlotEngine(Protocol):
+    """A model that continues the rows of a batch, which join and leave between steps.
+
+    Attributes:
+        max_sequence: the most tokens of a row, prompt and answer together.
+        vocabulary: how many ids there are.
+        slots: the most rows.
+    """
+
+    max_sequence: int
+    vocabulary: int
+    slots: int
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Take newcomers, at most as many as slots are free; there must be none already."""
+
+    def read(self, tokens: int) -> Logits | None:
+        """Read on in the prompts of the newcomers; once all is read, they are the last rows.
+
+        Args:
+            tokens: about how many, of all prompts together.
+
+        Returns:
+            float32[newcomers, vocabulary], what follows the prompts; None if some is left to read.
+        """
+
+    def decode(self, ids: Ids) -> Logits:
+        """Append one token to every row and return what follows it.
+
+        Args:
+            ids: int64[rows].
+
+        Returns:
+            float32[rows, vocabulary].
+        """
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+
+    def abandon(self, newcomer: int) -> None:
+        """Forget a newcomer; the last one takes its place."""
+
+    def clear(self) -> None:
+        """Forget everything, in whatever state an exception has left it; raises nothing."""
+
+
+class ServingEngine(SlotEngine, Protocol):
+    """Slots, and forward passes beside them."""
+
+    def logits(
+        self, ids: Ids, mask: Ids | None = None, given_up: Callable[[], bool] = lambda: False
+    ) -> Logits:
+        """What follows other sequences, which leave no trace; on any thread, at any time.
+
+        Args:
+            ids, mask: as in `Engine.prefill`.
+            given_up: asked between two pieces of the sequences: nobody waits for the result.
+
+        Returns:
+            float32[batch, vocabulary].
+
+        Raises:
+            UsageError: as `Engine.prefill`.
+            CancelledError: it was given up.
+        """
+
+
 def backends() -> list[str]:
     """Names of the backends, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(engines.__path__))
@@ -87,11 +160,7 @@ def open_engine(
         UsageError: there is no such backend, variant or provider.
     """
     name, _, variant = backend.partition(":")
-    if name not in backends():
-        raise UsageError(
-            f"backend {name!r} is not known", fix=f"give one of {', '.join(backends())}"
-        )
-    module = import_module(f"runtime.engines.{name}")
+    module = _module(name)
     variants = getattr(module, "VARIANTS", ())
     if variant and variant not in variants:
         raise UsageError(
@@ -106,6 +175,62 @@ def open_engine(
         **({"variant": variant} if variant else {}),
     )
     return engine
+
+
+def open_slots(
+    bundle: Path,
+    *,
+    slots: int,
+    backend: str = "onnxruntime",
+    provider: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
+) -> ServingEngine:
+    """Load the model of a bundle for several sequences that come and go.
+
+    Args:
+        bundle: its folder.
+        slots: the most sequences at a time.
+        backend: one of `backends()` that has slots.
+        provider: what the backend is to run on, and whose memory the kv cache is in.
+        threads: how many compute on a CPU; None for the backend's own choice.
+        verify: compare the files with the hashes in the manifest before the backend reads them.
+
+    Raises:
+        InputError: the bundle lacks what the backend reads, it cannot be loaded, or its rows would
+            not get what they get alone; see `thanos_deploy.model.rope`.
+        IntegrityError: a file is missing, truncated or changed.
+        PlatformError: the backend or the provider is not usable on this machine.
+        UsageError: there is no such backend or provider, the backend has no slots, or none is asked
+            for.
+    """
+    if slots < 1:
+        raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
+    module = _module(backend)
+    if not hasattr(module, "open_slots"):
+        able = [name for name in backends() if hasattr(_module(name), "open_slots")]
+        raise UsageError(
+            f"backend {backend} has no slots for requests that come and go",
+            fix=f"give one of {', '.join(able)}",
+        )
+    require_stage(bundle, module, verify=verify)
+    opened: ServingEngine = module.open_slots(
+        bundle, slots=slots, provider=provider, threads=threads
+    )
+    return opened
+
+
+def _module(backend: str) -> ModuleType:
+    """The module of a backend.
+
+    Raises:
+        UsageError: there is no such backend.
+    """
+    if backend not in backends():
+        raise UsageError(
+            f"backend {backend!r} is not known", fix=f"give one of {', '.join(backends())}"
+        )
+    return import_module(f"runtime.engines.{backend}")
 
 
 def require_stage(bundle: Path, backend: ModuleType, *, verify: bool) -> None:
@@ -148,6 +273,22 @@ def require_readable(ids: Ids, vocabulary: int) -> None:
             f"ids from {ids.min()} to {ids.max()}: the vocabulary has {vocabulary}",
             fix="use the tokenizer of the same bundle",
         )
+
+
+def require_room(tokens: int, most: int, *, taker: str, fix: str) -> None:
+    """Refuse sequences that are too long.
+
+    Args:
+        tokens: of the longest sequence.
+        most: the most that are taken.
+        taker: what takes no more, as the message begins: "the model takes".
+        fix: what to do about it.
+
+    Raises:
+        UsageError: they are too long.
+    """
+    if tokens > most:
+        raise UsageError(f"{tokens} tokens: {taker} at most {most}", fix=fix)
 
 
 def stop_ids(model: Path) -> frozenset[int]:

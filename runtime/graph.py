@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from runtime import floats
-from runtime.engine import Ids, Logits, require_readable
+from runtime.engine import Ids, Logits, require_readable, require_room
 from runtime.floats import Float
 from runtime.memory import Memory, Tensor
-from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.errors import InputError
 from thanos_deploy.model.rope import Change
 
 # Tokens of a text that are read at once: a row of logits is vocabulary-sized.
@@ -175,11 +175,12 @@ class Graph:
         Raises:
             UsageError: they are.
         """
-        if tokens > self.max_sequence:
-            raise UsageError(
-                f"{tokens} tokens: the export is made for at most {self.max_sequence}",
-                fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
-            )
+        require_room(
+            tokens,
+            self.max_sequence,
+            taker="the export is made for",
+            fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
+        )
 
 
 def _tensor(value: Any, type_: Float) -> Tensor:

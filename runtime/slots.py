@@ -163,7 +163,7 @@ class Rows:
 
 
 class OnnxRuntimeSlots:
-    """See `runtime.batching.SlotEngine`.
+    """See `runtime.engine.ServingEngine`.
 
     Attributes:
         max_sequence: the most tokens of a row, prompt and answer together.
@@ -224,19 +224,7 @@ class OnnxRuntimeSlots:
     def logits(
         self, ids: Ids, mask: Ids | None = None, given_up: Callable[[], bool] = lambda: False
     ) -> Logits:
-        """What follows other sequences, which leave no trace; on any thread, at any time.
-
-        Args:
-            ids, mask: as in `Engine.prefill`.
-            given_up: asked between two pieces of the sequences: nobody waits for the result.
-
-        Returns:
-            float32[batch, vocabulary].
-
-        Raises:
-            UsageError: as `Engine.prefill`.
-            CancelledError: it was given up.
-        """
+        """See `ServingEngine.logits`."""
         require_readable(ids, self.vocabulary)
         self._graph.require_room(ids.shape[1])
         mask = np.ones_like(ids) if mask is None else mask

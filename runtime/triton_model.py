@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from runtime.batching import Batcher, End, Finish, Request, Token, open_slots
+from runtime.batching import Batcher, End, Finish, Request, Token
+from runtime.engine import open_slots
 from runtime.sampling import Sampling
 from runtime.text import Tokenizer, open_tokenizer, pieces, require_text, until
 from thanos_deploy.errors import DeployError, InputError, ResourceError, UsageError

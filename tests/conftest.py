@@ -21,6 +21,7 @@ import exporters.onnx.graph
 from exporters.onnx import trace
 from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
+from tests.recipes import plain
 from tests.store import Store
 from thanos_deploy import cli
 from thanos_deploy.bundle.codec import encode
@@ -34,7 +35,9 @@ from thanos_deploy.progress import quietly
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.prune.result import PruneResult
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
+from thanos_deploy.shrink.options import Fit, Sizing
+from thanos_deploy.shrink.survey import survey
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 
@@ -225,9 +228,7 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
             Checkpoint.open(make_model(model_type)),
             torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0)),
             folder / "model",
-            pattern=SemiStructured(2, 4),
-            method="thanos",
-            options={"block_columns": 16},
+            plain(SemiStructured(2, 4), "thanos", block_size=16),
         )
         write_record(folder / LAYERS, blocks)
         exporters.onnx.graph.export(
@@ -279,10 +280,9 @@ def exported_shrunk(make_model: MakeModel, store: Store) -> Exported:
             checkpoint,
             survey(checkpoint, segments),
             0.15,
-            part="both" if model_type == "llama" else "heads",
-            allocation="loss",
+            Sizing("both" if model_type == "llama" else "heads", allocation="loss"),
         )
-        shrink(checkpoint, segments, folder / "model", plan=plan)
+        shrink(checkpoint, segments, folder / "model", plan, Fit())
         exporters.onnx.graph.export(
             Checkpoint.open(folder / "model"), folder / "onnx", pattern=None
         )

@@ -267,12 +267,12 @@ def test_a_damaged_model_exits_3_with_the_place_named_and_nothing_half_written(
         (["--pattern", "2:5x"], 2, "pattern '2:5x' is not understood"),
         (["--pattern", "5:4"], 2, "keeps 5 of every 4"),
         (["--pattern", "0:4"], 2, "keeps 0 of every 4"),
-        (["--method", "wanda"], 2, "wanda has no option 'block columns'"),
-        (["--score", "guess"], 2, "score 'guess'"),
-        (["--damp-mode", "guess"], 2, "damping mode 'guess'"),
+        (["--method", "wanda"], 2, "method wanda has no option --block-size"),
+        (["--score", "guess"], 2, "'guess' is not one of"),
+        (["--damp-mode", "guess"], 2, "'guess' is not one of"),
         (["--pattern", "3:5", "--block-size", "20"], 3, "32 inputs do not divide into the groups"),
         (["--block-size", "6"], 2, "blocks of 6 columns"),
-        (["--damp", "0"], 2, "damping 0 "),
+        (["--damp", "0"], 2, "0.0 is not in the range x>0.0"),
         (["--dense-target", "1.5"], 2, "1.5 is not in the range"),
         (["--tune-steps", "-1"], 2, "-1 is not in the range"),
         (["--method", "guess"], 2, "'guess'"),
@@ -307,8 +307,15 @@ def test_evaluating_on_the_calibration_text_is_refused(
     text = tmp_path / "text.txt"
     text.write_text("the same words for both. " * 100)
     code, _, errors = invoke(
-        *("prune-export", tiny_llama, *SMALL, "-o", tmp_path / "out"),
-        *("--calib", text, "--eval-text", text),
+        "prune-export",
+        tiny_llama,
+        *SMALL,
+        "-o",
+        tmp_path / "out",
+        "--calib",
+        text,
+        "--eval-text",
+        text,
     )
     assert code == 2
     assert "is pruned on this very text" in errors
@@ -402,7 +409,11 @@ def test_help_answers_without_importing_torch() -> None:
 def start(model: Path, out: Path, cache: Path) -> Command:
     """The whole command, forked."""
     return Command(
-        *("prune-export", model, *SMALL, "-o", out),
+        "prune-export",
+        model,
+        *SMALL,
+        "-o",
+        out,
         environment={"THANOS_DEPLOY_CACHE": str(cache)},
     )
 
@@ -603,8 +614,15 @@ def test_a_packed_model_is_smaller_and_is_taken_back_as_a_model(
 
 def test_only_n_of_m_can_be_packed(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
     code, _, errors = invoke(
-        *("prune-export", tiny_llama, "-o", tmp_path / "out", "--pattern", "unstructured:0.5"),
-        *("--target", "packed", "-q"),
+        "prune-export",
+        tiny_llama,
+        "-o",
+        tmp_path / "out",
+        "--pattern",
+        "unstructured:0.5",
+        "--target",
+        "packed",
+        "-q",
     )
     assert code == 2
     assert "needs n:m; this is unstructured:0.5" in errors

@@ -25,11 +25,11 @@ from thanos_deploy.measure.options import EvalRequest
 from thanos_deploy.measure.run import Run
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
+from thanos_deploy.stages.request import PruneRequest
 
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")
 PREFILL = (*QUICK, "--scenario", "prefill")
@@ -38,9 +38,7 @@ PREFILL = (*QUICK, "--scenario", "prefill")
 def make_bundle(model: Path, out: Path) -> Path:
     """A bundle that is ready to be measured, and its dense model in the cache."""
     dense = Dense(str(model))
-    request = PruneRequest(
-        SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
-    )
+    request = PruneRequest.of(SemiStructured(2, 4), nsamples=4, seqlen=64, block_size=16)
     with claim(out, dense.source) as bundle:
         prune(bundle, dense, request)
         export(bundle)
@@ -155,52 +153,48 @@ def test_a_changed_run_is_not_passed_on_as_measured(out: Path, invoke: Invoke) -
     assert invoke("bench", out, *PREFILL, "--run", "other")[0] == 7
 
 
-def test_a_model_differs_from_itself_by_nothing(
-    out: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_a_run_of_a_model_against_itself_shows_the_difference_that_there_is(
+    out: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, slower: float
 ) -> None:
+    # Seconds of the rounds: of both the same ones in another order, so that the medians are equal
+    # but for the factor, and no round's pair is.
+    seconds = [0.9, 1.1, 1.02, 0.95, 1.06, 0.98, 1.04, 0.93, 1.0, 1.08, 0.97, 1.01]
+    rounds = {"pruned": seconds, "pruned-again": [slower * one for one in seconds[::-1]]}
     take_turns = paired.Engines.take_turns
 
-    def as_fast(self: paired.Engines, *arguments: Any) -> paired.Round:
-        taken = take_turns(self, *arguments)
-        for of_scenario in taken.values():
-            of_scenario["pruned-again"] = of_scenario["pruned"]
-        return taken
+    def clocked(self: paired.Engines, scenarios: Any, number: int) -> paired.Round:
+        taken = take_turns(self, scenarios, number)
+        return {
+            name: {label: {"prefill": [rounds[label][number]]} for label in of_scenario}
+            for name, of_scenario in taken.items()
+        }
 
-    monkeypatch.setattr(paired.Engines, "take_turns", as_fast)
-    code, _, errors = invoke("bench", out, *QUICK, "--scenario", "decode", "--aa")
+    monkeypatch.setattr(paired.Engines, "take_turns", clocked)
+    code, _, errors = invoke("bench", out, *PREFILL, "--rounds", "12", "--aa")
     assert code == 0, errors
     run = run_of(out, "aa")
     assert list(run["subjects"]) == ["pruned", "pruned-again"]
     (scenario,) = run["scenarios"]
-    samples = [one["metrics"]["decode"]["samples"] for one in scenario["results"].values()]
-    assert samples[0] == samples[1]
-    assert min(samples[0]) > 0
-    ratio = scenario["results"]["pruned-again"]["ratio"]["decode"]
-    assert ratio["estimate"] == 1.0
-    assert ratio["low"] <= 1.0 <= ratio["high"]
-    assert not any("of the same model's" in reason for reason in run["reasons"])
+    again = scenario["results"]["pruned-again"]
+    assert again["metrics"]["prefill"]["samples"] == rounds["pruned-again"]
+    found = again["ratio"]["prefill"]
+    assert found["estimate"] == pytest.approx(slower)
+    assert found["low"] < slower < found["high"]
+    differences = [reason for reason in run["reasons"] if "of the same model's" in reason]
+    if slower == 1.0:
+        assert found["low"] < 1.0 < found["high"]
+        assert not differences
+    else:
+        assert run["status"] == "INVALID"
+        assert differences == [
+            f"prefill-1x8: prefill of pruned-again is 1.500 ({found['low']:.3f} to "
+            f"{found['high']:.3f}) of the same model's"
+        ]
+
+
+def test_a_model_is_not_measured_against_itself_and_another_one(out: Path, invoke: Invoke) -> None:
     assert invoke("bench", out, "--aa", "--against", "dense")[0] == 2
-
-
-def test_a_difference_from_itself_makes_a_run_invalid(
-    out: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_turns = paired.Engines.take_turns
-
-    def slower(self: paired.Engines, *arguments: Any) -> paired.Round:
-        taken = take_turns(self, *arguments)
-        for of_scenario in taken.values():
-            of_scenario["pruned-again"] = {
-                metric: [1.5 * max(of_scenario["pruned"][metric]) for _ in samples]
-                for metric, samples in of_scenario["pruned-again"].items()
-            }
-        return taken
-
-    monkeypatch.setattr(paired.Engines, "take_turns", slower)
-    assert invoke("bench", out, *PREFILL, "--aa")[0] == 0
-    run = run_of(out, "aa")
-    assert run["status"] == "INVALID"
-    assert any("prefill of pruned-again is " in reason for reason in run["reasons"])
 
 
 def test_load_by_others_makes_a_run_invalid(
@@ -263,7 +257,7 @@ def test_a_gpu_that_others_use_makes_a_run_invalid(
             yield engines
 
     monkeypatch.setattr(paired, "opened", on_cpu)
-    monkeypatch.setattr(nvml.Gpu, "probe", lambda: SharedGpu(own, stranger))
+    monkeypatch.setattr(nvml.Monitor, "probe", lambda: SharedGpu(own, stranger))
     assert invoke("bench", out, *PREFILL, "--provider", "cuda")[0] == 0
     run = run_of(out, "full")
     reasons = [reason for reason in run["reasons"] if "used the GPU" in reason]

@@ -87,8 +87,22 @@ def test_owl_removes_exactly_what_was_asked_for(
 ) -> None:
     out = tmp_path / "out"
     code, printed, errors = invoke(
-        *("prune", tiny_llama, "--pattern", "unstructured:0.6", "--method", method, *CALIBRATION),
-        *("--allocation", "owl", "--owl-threshold", "3", "--ignore", DOWN, "-o", out, "--json"),
+        "prune",
+        tiny_llama,
+        "--pattern",
+        "unstructured:0.6",
+        "--method",
+        method,
+        *CALIBRATION,
+        "--allocation",
+        "owl",
+        "--owl-threshold",
+        "3",
+        "--ignore",
+        DOWN,
+        "-o",
+        out,
+        "--json",
     )
     assert code == 0, errors
     layers = layers_of(out)
@@ -171,8 +185,15 @@ def test_calibration_shorter_than_a_segment_is_bad_input(
 ) -> None:
     (tmp_path / "short.txt").write_text("few words")
     code, _, errors = invoke(
-        *("prune", tiny_llama, "--pattern", "2:4", *CALIBRATION, "--calib", tmp_path / "short.txt"),
-        *("-o", tmp_path / "out"),
+        "prune",
+        tiny_llama,
+        "--pattern",
+        "2:4",
+        *CALIBRATION,
+        "--calib",
+        tmp_path / "short.txt",
+        "-o",
+        tmp_path / "out",
     )
     assert code == 3
     assert "9 tokens found, 256 needed for 4 segments of 64" in errors
@@ -209,7 +230,7 @@ def test_nothing_or_everything_may_go(
 ) -> None:
     out = tmp_path / "out"
     code, _, errors = invoke(
-        *("prune", tiny_llama, "--pattern", f"unstructured:{sparsity}", *CALIBRATION, "-o", out)
+        "prune", tiny_llama, "--pattern", f"unstructured:{sparsity}", *CALIBRATION, "-o", out
     )
     assert code == 0, errors
     dense, pruned = (load_file(path / "model.safetensors") for path in (tiny_llama, out / "model"))
@@ -250,8 +271,17 @@ def test_a_dry_run_estimates_time_memory_and_disk(
 ) -> None:
     out = ("-o", tmp_path / "out", "--dry-run")
     code, printed, errors = invoke(
-        *("prune", tiny_llama, "--pattern", "unstructured:0.5", *CALIBRATION),
-        *("--allocation", "owl", "--ignore", "re:.*layers.0.*", *out, "--json"),
+        "prune",
+        tiny_llama,
+        "--pattern",
+        "unstructured:0.5",
+        *CALIBRATION,
+        "--allocation",
+        "owl",
+        "--ignore",
+        "re:.*layers.0.*",
+        *out,
+        "--json",
     )
     assert code == 0, errors
     plan = json.loads(printed)

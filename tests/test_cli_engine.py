@@ -209,8 +209,17 @@ def test_the_one_liner_builds_an_engine_and_reports(
 ) -> None:
     out = tmp_path / "out"
     code, _, err = invoke(
-        *("prune-export", tiny_llama, *SMALL, "-o", out),
-        *("--target", "tensorrt-rtx", "--sm", "80,89", "--sparse-form", "conv1x1"),
+        "prune-export",
+        tiny_llama,
+        *SMALL,
+        "-o",
+        out,
+        "--target",
+        "tensorrt-rtx",
+        "--sm",
+        "80,89",
+        "--sparse-form",
+        "conv1x1",
     )
     assert code == 0, err
     opened = Bundle.open(out)

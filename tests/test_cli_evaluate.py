@@ -18,10 +18,10 @@ from thanos_deploy.bundle.manifest import Bundle, claim
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
+from thanos_deploy.stages.request import PruneRequest
 
 pytestmark = pytest.mark.slow
 
@@ -42,9 +42,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THANOS_DEPLOY_CACHE", str(cache))
         dense = Dense(str(model))
-        request = PruneRequest(
-            SemiStructured(2, 4), nsamples=4, seqlen=64, options={"block_columns": 16}
-        )
+        request = PruneRequest.of(SemiStructured(2, 4), nsamples=4, seqlen=64, block_size=16)
         with claim(out, dense.source) as bundle:
             prune(bundle, dense, request)
             export(bundle)
@@ -299,7 +297,7 @@ def test_tasks_say_of_the_graph_what_they_say_of_the_checkpoint(
     found = {}
     for runtime in ("torch", "onnx"):
         code, printed, errors = invoke(
-            *("eval", out, "--dense", model, "--task-folder", tasks, "--runtime", runtime, *ALL)
+            "eval", out, "--dense", model, "--task-folder", tasks, "--runtime", runtime, *ALL
         )
         assert code == 0, errors
         found[runtime] = json.loads(printed)

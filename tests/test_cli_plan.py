@@ -18,8 +18,19 @@ def configuration(tmp_path: Path) -> Path:
 
 def test_a_configuration_is_enough(configuration: Path, invoke: Invoke) -> None:
     code, output, errors = invoke(
-        *("plan", configuration, "--gpu", "H100", "--batch", "1,256", "--json"),
-        *("--pattern", "2:4", "--pattern", "structured:0.25", "--pattern", "4:8"),
+        "plan",
+        configuration,
+        "--gpu",
+        "H100",
+        "--batch",
+        "1,256",
+        "--json",
+        "--pattern",
+        "2:4",
+        "--pattern",
+        "structured:0.25",
+        "--pattern",
+        "4:8",
     )
     assert code == 0, errors
     result = json.loads(output)

@@ -55,7 +55,7 @@ def test_widths_by_loss_are_for_onnx_and_the_card_says_so(
     pattern = ("--pattern", "structured:0.2", "--allocation", "loss", "--shrink", "ffn")
     model = make_model("llama", num_hidden_layers=3)
     code, output, errors = invoke(
-        *("prune-export", model, *pattern, *CALIBRATION, *REST, "-o", out, "--json")
+        "prune-export", model, *pattern, *CALIBRATION, *REST, "-o", out, "--json"
     )
     assert code == 0, errors
     (report,) = checked(json.loads(output))["models"]
@@ -92,18 +92,17 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
     for said in ("kv heads", "predicted loss", "estimated seconds", "survey ", "estimated memory"):
         assert said in table
     code, output, errors = invoke(
-        *(
-            "prune-export",
-            *arguments[1:],
-            "--dense-target",
-            0.5,
-            "--recover",
-            4,
-            *REST,
-            "-o",
-            tmp_path / "other",
-        ),
-        *("--dry-run", "--json"),
+        "prune-export",
+        *arguments[1:],
+        "--dense-target",
+        0.5,
+        "--recover",
+        4,
+        *REST,
+        "-o",
+        tmp_path / "other",
+        "--dry-run",
+        "--json",
     )
     assert code == 0, errors
     estimate = json.loads(output)["estimate"]
@@ -167,17 +166,17 @@ def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
     [
         (
             ("structured:0.2", "--outlier-rows", "0.1"),
-            "rows that stay dense read every input",
+            "with --outlier-rows",
             "--keep-shape",
         ),
         (("structured:0.2", "--method", "wanda"), "by thanos only", "--keep-shape"),
         (("structured:0.99",), "no heads or channels would be left", "at most structured:0."),
         (("structured:0.5", "--shrink", "heads"), "no heads would be left", "--shrink both"),
-        (("structured:0.2", "--block-size", "64"), "with block columns", "leave it out"),
-        (("structured:0.2", "--true-sequential"), "with true sequential", "leave it out"),
-        (("structured:0.2", "--preset", "fast"), "with preset fast", "leave it out"),
-        (("structured:0.2", "--tune-steps", "4"), "with tune steps", "leave it out"),
-        (("structured:0.2", "--calib-forward", "bf16"), "with calib forward", "leave it out"),
+        (("structured:0.2", "--block-size", "64"), "with --block-size", "leave it out"),
+        (("structured:0.2", "--true-sequential"), "with --true-sequential", "leave it out"),
+        (("structured:0.2", "--preset", "fast"), "with --preset fast", "leave it out"),
+        (("structured:0.2", "--tune-steps", "4"), "with --tune-steps", "leave it out"),
+        (("structured:0.2", "--calib-forward", "bf16"), "with --calib-forward", "leave it out"),
         (("structured:0.2", "--preset", "paper"), "the paper sets columns to zero", "--keep-shape"),
         (("structured:0.2", "--ffn-multiple", "49"), "multiples of 49", "at most that"),
         (("2:4", "--shrink", "ffn"), "--shrink with pattern 2:4", "structured patterns"),

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
             seconds=_seconds(arguments),
             missing={} if arguments.rehearse else missing(preflight.checks(), arguments.bundle),
             log=arguments.out / "log.txt",
-            card=None if arguments.rehearse else nvml.Gpu.probe(),
+            card=None if arguments.rehearse else nvml.Monitor.probe(),
             announce=announce,
         )
     except KeyboardInterrupt:

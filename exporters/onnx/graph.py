@@ -42,7 +42,8 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.model.assignment import describe, every
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
-from thanos_deploy.model.load import cast, load_model, load_tokenizer
+from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.model.rounding import cast
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent

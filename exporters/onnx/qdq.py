@@ -5,7 +5,8 @@ after:  MatMul(DQ(Q(x)), DQ(W8)) with W8 int8[in, out] and a scale for each outp
         weights, DQ(Q(.)) around the result as well
 
 Scales are symmetric, so a zero stays exactly zero and n:m patterns survive. Those of activations
-are one number a tensor, from the largest magnitude that was seen: engines multiply int8 by int8 and
+are one number a tensor, from the largest magnitude that was seen on the calibration part of the
+built-in text, whatever text the model was pruned with: engines multiply int8 by int8 and
 scale once, afterwards. Language models have a few activations that are larger than all others by
 orders of magnitude, and rounding to steps of that size would leave nothing of the others: a tensor
 whose tokens lose more than `WORST_ERROR` of their energy stays as it is, and so does a layer that

@@ -259,10 +259,11 @@ def _begin(model: Path, config: Any) -> Path:
 
 
 def _code(module: Path) -> set[Path]:
-    """The files of a module and of all that it imports, directly or not, from our packages."""
+    """The files of `runtime.triton_model`, and of all that it imports from our packages."""
     root = module.parent.parent
     found: set[Path] = set()
-    left = [module]
+    # `runtime.engine` imports the engine by its name.
+    left = [module, module.parent / "engines" / "onnxruntime.py"]
     while left:
         path = left.pop()
         if path in found or not path.is_file():

@@ -2,5 +2,6 @@
 
 Each has `open_engine(bundle, provider=..., threads=...)`, `folder(bundle)`, the part of a bundle
 that it reads, and the `COMMAND` that makes it. One with several ways to run takes `variant=`, one
-of its `VARIANTS`.
+of its `VARIANTS`. One that requests may join and leave between steps has
+`open_slots(bundle, slots=..., provider=..., threads=...)` too.
 """

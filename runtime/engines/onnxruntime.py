@@ -14,6 +14,7 @@ from runtime import memory
 from runtime.engine import Ids, Logits, require_readable
 from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
+from runtime.slots import OnnxRuntimeSlots
 from thanos_deploy.bundle import onnxfile
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD, ONNX
@@ -81,6 +82,27 @@ def open_engine(
 ) -> OnnxRuntimeEngine:
     """Load `onnx/model.onnx` of a bundle; see `open_graph`."""
     return OnnxRuntimeEngine(open_graph(bundle, provider=provider, threads=threads))
+
+
+def open_slots(
+    bundle: Path, *, slots: int, provider: str = "cpu", threads: int | None = None
+) -> OnnxRuntimeSlots:
+    """Load `onnx/model.onnx` of a bundle for several sequences that come and go.
+
+    Args:
+        bundle: its folder.
+        slots: the most sequences at a time, at least 1.
+        provider, threads: see `open_graph`.
+
+    Raises:
+        InputError: see `open_graph`; or the graph's rows would not get what they get alone, see
+            `thanos_deploy.model.rope`.
+        PlatformError, UsageError: see `open_graph`.
+    """
+    graph = open_graph(bundle, provider=provider, threads=threads)
+    if graph.change is not None:
+        graph.change.require_never(graph.max_sequence, bundle)
+    return OnnxRuntimeSlots(graph, slots=slots)
 
 
 def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = None) -> Graph:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import floats
-from runtime.engine import Ids, Logits, require_readable
+from runtime.engine import Ids, Logits, require_readable, require_room
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.layout import BUILD, ENGINE, engine_folder
 from thanos_deploy.bundle.manifest import Bundle
@@ -69,11 +69,12 @@ class Limits:
         Raises:
             UsageError: they are.
         """
-        if tokens > self.sequence:
-            raise UsageError(
-                f"{tokens} tokens: the engine is made for at most {self.sequence}",
-                fix="use a shorter prompt or fewer new tokens, or build with a larger --max-seq",
-            )
+        require_room(
+            tokens,
+            self.sequence,
+            taker="the engine is made for",
+            fix="use a shorter prompt or fewer new tokens, or build with a larger --max-seq",
+        )
 
 
 class _Device:

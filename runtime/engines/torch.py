@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.engine import Ids, Logits, require_readable
+from runtime.engine import Ids, Logits, require_readable, require_room
 from runtime.static.room import Room
 from thanos_deploy.bundle.layout import ENGINES, MODEL
 from thanos_deploy.bundle.manifest import Bundle
@@ -102,11 +102,12 @@ class TorchEngine:
             self._change.require_alike(self._lengths)
 
     def _require_room(self, tokens: int) -> None:
-        if tokens > self.max_sequence:
-            raise UsageError(
-                f"{tokens} tokens: the model takes at most {self.max_sequence}",
-                fix="use a shorter prompt or fewer new tokens",
-            )
+        require_room(
+            tokens,
+            self.max_sequence,
+            taker="the model takes",
+            fix="use a shorter prompt or fewer new tokens",
+        )
 
 
 class _GrowingSteps:
@@ -232,7 +233,8 @@ def open_model(
         torch.set_num_threads(threads)
     from runtime.static import memory
     from thanos_deploy.model.checkpoint import Checkpoint
-    from thanos_deploy.model.load import cast, load_model
+    from thanos_deploy.model.load import load_model
+    from thanos_deploy.model.rounding import cast
 
     checkpoint = Checkpoint.open(folder)
     model = load_model(checkpoint.folder)

@@ -63,6 +63,18 @@ class PackedWeight:
         """Rows of the matrix."""
         return self.words.shape[0]
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Memory for x W^T + bias: the weight's dtype [tokens, rows].
+
+        Args:
+            x: the weight's dtype [tokens, columns].
+            bias: [rows], contiguous.
+        """
+        tokens, inputs = x.shape
+        assert (inputs, x.dtype) == (self.columns, self.dtype)
+        assert bias is None or bias.is_contiguous()
+        return x.new_empty(tokens, self.rows)
+
     @classmethod
     def of(cls, weight: Tensor, name: str = "weight") -> "PackedWeight":
         """Pack a matrix, on the device where it is.

@@ -17,7 +17,8 @@ from typing import Any
 
 import uvicorn
 
-from runtime.batching import Batcher, open_slots
+from runtime.batching import Batcher
+from runtime.engine import open_slots
 from runtime.server.access import EVERYBODY, Access
 from runtime.server.app import application
 from runtime.server.chat import Renderer, open_chat_template
@@ -58,7 +59,7 @@ def open_service(
         queue: requests that wait for a slot.
         limits: of a request.
         name: of the model, as clients call it; None for that of the folder.
-        provider, threads, verify: as in `runtime.batching.open_slots`.
+        provider, threads, verify: as in `runtime.engine.open_slots`.
         log_prompts: texts may be written to the log.
 
     Raises:

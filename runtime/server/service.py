@@ -13,13 +13,12 @@ from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 
 from runtime.batching import Batcher, Busy, Request
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, ServingEngine
 from runtime.sampling import Sampling
 from runtime.server.answers import Answers
 from runtime.server.chat import Renderer
 from runtime.server.errors import RefusedError
 from runtime.server.metrics import Metrics
-from runtime.slots import OnnxRuntimeSlots
 from runtime.text import Tokenizer
 
 # Of one response: that many are some 50 MB of JSON.
@@ -54,7 +53,7 @@ class Limits:
 class Forward:
     """Forward passes beside the batch, one at a time; the others wait in line."""
 
-    def __init__(self, engine: OnnxRuntimeSlots, *, queue: int) -> None:
+    def __init__(self, engine: ServingEngine, *, queue: int) -> None:
         """Take requests.
 
         Args:
@@ -110,7 +109,7 @@ class Service:
     """
 
     name: str
-    engine: OnnxRuntimeSlots
+    engine: ServingEngine
     batcher: Batcher
     forward: Forward
     tokenizer: Tokenizer

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from runtime import batching
 from runtime.batching import Batcher, Busy, End, Finish, Request, Ticket, Token
 from runtime.sampling import Sampler
 from thanos_deploy.errors import UsageError
@@ -264,7 +263,7 @@ def test_a_request_is_given_up_at_its_deadline(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 10.0
-    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("runtime.batching.batcher.time", SimpleNamespace(monotonic=lambda: now))
     engine = Counting(1, permits=0)
     batcher, early, first, waiting = start(engine), Answer(), Answer(), Answer()
     batcher.submit(Request((1,), 5, deadline=10.0), early)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.batching import Batcher, Request, open_slots
-from runtime.engine import open_engine
+from runtime.batching import Batcher, Request
+from runtime.engine import open_engine, open_slots
 from runtime.generate import generate
 from runtime.graph import Graph
 from runtime.memory import HostMemory
@@ -219,6 +219,11 @@ def test_slots_that_cannot_be_opened_say_why(exported_llama: Path, tmp_path: Pat
         open_slots(exported_llama, slots=0)
     with pytest.raises(UsageError, match="'tpu'"):
         open_slots(exported_llama, slots=1, provider="tpu")
+    with pytest.raises(UsageError, match="'openvino' is not known"):
+        open_slots(exported_llama, slots=1, backend="openvino")
+    with pytest.raises(UsageError, match="tensorrt has no slots") as caught:
+        open_slots(exported_llama, slots=1, backend="tensorrt")
+    assert caught.value.fix == "give one of onnxruntime"
     with pytest.raises(InputError, match="not a bundle"):
         open_slots(tmp_path, slots=1)
     if not driver.probe().gpus:

@@ -20,6 +20,7 @@ from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
 from tests.conftest import MODEL_TYPES, VOCABULARY, Exported, MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.errors import (
     InputError,
     IntegrityError,
@@ -28,8 +29,9 @@ from thanos_deploy.errors import (
     UsageError,
 )
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.load import cast, load_model
+from thanos_deploy.model.load import load_model
 from thanos_deploy.model.packing import SEMI_STRUCTURED_MULTIPLES
+from thanos_deploy.model.rounding import cast
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 
@@ -332,9 +334,7 @@ def two_four_model(make_model: MakeModel, tmp_path: Path) -> Path:
         Checkpoint.open(source),
         ids,
         tmp_path,
-        pattern=SemiStructured(2, 4),
-        method="magnitude",
-        options={},
+        plain(SemiStructured(2, 4)),
     )
     return tmp_path
 

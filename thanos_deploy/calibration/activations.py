@@ -109,30 +109,41 @@ class Activations:
 
 
 class StoredInputs(BlockInputs):
-    """One batch of one model whose hidden states are in `Activations`.
+    """A batch of one model whose hidden states are in `Activations`.
 
-    What is assigned to `hidden` is what enters the next block.
+    What leaves a block is read as `left`, and becomes `hidden` when the activations advance.
     """
 
     def __init__(self, activations: Activations, name: str, arguments: list[Arguments]) -> None:
+        """Begin before the block at which the activations are.
+
+        Args:
+            activations: of all batches.
+            name: of this batch's tensor.
+            arguments: see `BlockInputs`.
+        """
+        super().__init__(arguments)
         self._activations, self._name = activations, name
-        self.arguments, self.paused = arguments, None
 
     @property
     def hidden(self) -> Tensor:
-        """[batch, tokens, width], what enters the block."""
+        """See `BlockInputs.hidden`."""
         return self._activations.read(self._name)
-
-    @hidden.setter
-    def hidden(self, value: Tensor) -> None:
-        self._activations.write(self._name, value)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the hidden states."""
-        return self._activations.shape(self._name)
 
     @property
     def left(self) -> Tensor:
-        """[batch, tokens, width], what has left the block."""
+        """See `BlockInputs.left`."""
         return self._activations.read_leaving(self._name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `BlockInputs.shape`."""
+        return self._activations.shape(self._name)
+
+    def leave(self, hidden: Tensor) -> None:
+        """See `BlockInputs.leave`.
+
+        Raises:
+            ModelError: a value does not fit the dtype in which the activations are kept.
+        """
+        self._activations.write(self._name, hidden)

@@ -1,6 +1,7 @@
 """Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
 
-from collections.abc import Collection, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,31 +42,41 @@ class Arguments:
         return Arguments(*tree_map(cut, (self.positional, self.named)))
 
 
-@dataclass(slots=True)
-class BlockInputs:
+class BlockInputs(ABC):
     """One batch of calibration data on its way through the blocks.
 
     Attributes:
-        hidden: [batch, tokens, width], what enters the next block, on the block's device; replaced
-            as the walk goes on.
         arguments: the other arguments of every block; families with several kinds of blocks pass
             each kind its own. They are taken to the block's device when the batch passes it.
-        paused: its forward pass through that block, if one waits at a layer.
+        paused: its forward pass through the next block, if one waits at a layer.
     """
 
-    hidden: Tensor
-    arguments: list[Arguments]
-    paused: Pass | None = None
+    def __init__(self, arguments: list[Arguments]) -> None:
+        self.arguments = arguments
+        self.paused: Pass | None = None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the hidden states."""
-        return tuple(self.hidden.shape)
+    @abstractmethod
+    def hidden(self) -> Tensor:
+        """[batch, tokens, width], what enters the block, on the block's device."""
 
     @property
+    @abstractmethod
     def left(self) -> Tensor:
-        """What has left the block that the batch was run through last."""
-        return self.hidden
+        """[batch, tokens, width], what has left the block that the batch was run through last."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """[batch, tokens, width] of the hidden states."""
+
+    @abstractmethod
+    def leave(self, hidden: Tensor) -> None:
+        """Leave the block.
+
+        Args:
+            hidden: [batch, tokens, width], what the block has made of the batch.
+        """
 
     def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
         """What the block makes of this batch, or of some of its sequences."""
@@ -74,6 +85,39 @@ class BlockInputs:
         output = block(hidden[rows], *arguments.positional, **arguments.named)
         left: Tensor = output[0] if isinstance(output, tuple) else output
         return left
+
+
+class LoadedInputs(BlockInputs):
+    """A batch whose hidden states are in memory; what leaves a block enters the next one."""
+
+    def __init__(self, hidden: Tensor, arguments: list[Arguments]) -> None:
+        """Begin before a block.
+
+        Args:
+            hidden: [batch, tokens, width], what enters it.
+            arguments: see `BlockInputs`.
+        """
+        super().__init__(arguments)
+        self._hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """See `BlockInputs.hidden`."""
+        return self._hidden
+
+    @property
+    def left(self) -> Tensor:
+        """See `BlockInputs.left`; the same as `hidden`, which has moved on."""
+        return self._hidden
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `BlockInputs.shape`."""
+        return tuple(self._hidden.shape)
+
+    def leave(self, hidden: Tensor) -> None:
+        """See `BlockInputs.leave`."""
+        self._hidden = hidden
 
 
 class _Recorder(nn.Module):
@@ -98,7 +142,7 @@ class _Recorder(nn.Module):
 
 def block_inputs(
     model: PreTrainedModel, family: Family, batches: Iterable[Tensor]
-) -> list[BlockInputs]:
+) -> list[LoadedInputs]:
     """What enters the first block, and what every block is called with besides, for each batch.
 
     Only what lies before the blocks is computed, so the blocks may be without weights.
@@ -118,7 +162,7 @@ def block_inputs(
         for ids in batches:
             calls.clear()
             model.base_model(input_ids=ids, use_cache=False)
-            inputs.append(BlockInputs(calls[0][0], [arguments for _, arguments in calls]))
+            inputs.append(LoadedInputs(calls[0][0], [arguments for _, arguments in calls]))
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block
@@ -138,7 +182,7 @@ class Walk:
 
     index: int
     block: nn.Module
-    batches: list[BlockInputs]
+    batches: Sequence[BlockInputs]
     done: bool = False
 
 
@@ -235,7 +279,7 @@ def advance(walk: Walk) -> None:
 
 def _leave(walk: Walk, batch: BlockInputs) -> None:
     """Take a batch through the block, or the rest of it."""
-    batch.hidden = _pass(walk, batch).finish()
+    batch.leave(_pass(walk, batch).finish())
     batch.paused = None
 
 

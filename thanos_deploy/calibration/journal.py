@@ -54,7 +54,7 @@ class Journal(Generic[R]):
 
     Attributes:
         folder: where it is.
-        reports: of the finished blocks, in order; who changes a block appends its report.
+        reports: of the finished blocks, in order.
     """
 
     def __init__(self, folder: Path, owner: Json, report: type[R]) -> None:
@@ -77,7 +77,10 @@ class Journal(Generic[R]):
         if len(entries) < found:
             logger.warning(
                 "%s: %d of %d finished blocks are done again, from block %d on",
-                *(folder, found - len(entries), found, len(entries)),
+                folder,
+                found - len(entries),
+                found,
+                len(entries),
             )
         elif entries:
             logger.info("%s: going on after %d finished blocks", folder, found)
@@ -91,7 +94,7 @@ class Journal(Generic[R]):
                 yield name, file.read(name).reshape(shape)
 
     def keep(self, parameters: Mapping[str, Tensor], inputs: TensorFile | None) -> Json:
-        """Flush and hash what belongs to a block besides its report.
+        """Flush and hash what belongs to the next block besides its report.
 
         Args:
             parameters: as they will be written; none if the walk writes nothing.
@@ -103,18 +106,23 @@ class Journal(Generic[R]):
         files: Json = {"parameters": {}, "inputs": {} if inputs is None else _record(inputs)}
         if parameters:
             kinds = {name: (one.dtype, tuple(one.shape)) for name, one in parameters.items()}
-            with TensorFile.create(self._parameters(len(self.reports) - 1), kinds) as file:
+            with TensorFile.create(self._parameters(len(self.reports)), kinds) as file:
                 for name, tensor in parameters.items():
                     file.write(name, tensor)
                 files["parameters"] = _record(file)
         return files
 
-    def add(self, files: Json) -> None:
-        """Count the block of the newest report as finished."""
-        index = len(self.reports) - 1
-        entry = {**files, "report": self.reports[index].to_json()}
+    def add(self, report: R, files: Json) -> None:
+        """Count the next block as finished.
+
+        Args:
+            report: on it.
+            files: what `keep` said of its files.
+        """
+        entry = {**files, "report": report.to_json()}
         content = {"entry": entry, "sha256": sha256_of(entry)}
-        replace_json(self._entry(index), content)
+        replace_json(self._entry(len(self.reports)), content)
+        self.reports.append(report)
 
     def _claim(self, owner: Json) -> None:
         path = self.folder / _OWNER
@@ -156,7 +164,11 @@ class Journal(Generic[R]):
             if (seen := file_record(path)) != FileRecord(**recorded):
                 logger.warning(
                     "%s: damaged; %d bytes, SHA-256 %s; %d bytes, SHA-256 %s were written",
-                    *(path, seen.bytes, seen.sha256, recorded["bytes"], recorded["sha256"]),
+                    path,
+                    seen.bytes,
+                    seen.sha256,
+                    recorded["bytes"],
+                    recorded["sha256"],
                 )
                 return False
         return True

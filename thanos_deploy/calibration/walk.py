@@ -7,13 +7,13 @@ Each block sees the data as the blocks before it, changed or not, pass it on.
 """
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,16 @@ from transformers import PreTrainedModel
 
 from thanos_deploy.calibration.activations import Activations, StoredInputs
 from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs
-from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.errors import ModelError
+from thanos_deploy.calibration.journal import Journal, Report
+from thanos_deploy.calibration.parameters import ParameterFiles
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.structure import BlockStructure, blocks_of
 from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.progress import OnProgress, silent
 
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048
@@ -36,6 +38,9 @@ TOKENS_PER_BATCH = 2048
 # What forward passes may hold that wait inside a block until a layer is pruned. Where it would be
 # more, each starts over from the block's input, which takes longer and holds one batch at a time.
 WAITING_BYTES = 768 << 20
+
+# The report on one block.
+R = TypeVar("R", bound=Report)
 
 
 @dataclass(slots=True)
@@ -97,6 +102,11 @@ class Visit:
         """What its parameters' full names begin with."""
         return self.structure.prefix
 
+    @property
+    def walks(self) -> list[Walk]:
+        """The data on its ways through the block and, if it was asked for, the dense one."""
+        return [self.walk] if self.dense is None else [self.walk, self.dense]
+
     def write(self, linear: str, weight: Tensor) -> Tensor:
         """Give a linear layer another matrix of the same shape, here and in the block that runs.
 
@@ -113,48 +123,113 @@ class Visit:
         return own
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter's new value as it will be written; see `stored`.
+        """A parameter's new value as it will be written; see `rounding.rounded`.
 
         Raises:
             ModelError: a value does not fit the dtype.
         """
-        return stored(tensor, self.dtypes[name], self.prefix + name)
+        return rounded(tensor, self.dtypes[name], self.prefix + name)
 
 
-@torch.no_grad()
-def visits(
+def visit_blocks(
     checkpoint: Checkpoint,
     segments: Tensor,
+    work: Callable[[Visit], R],
     *,
     copy: WeightsCopy | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
-    journal: Journal[Any] | None = None,
+    journal: Journal[R] | None = None,
     device: torch.device = CPU,
-) -> Iterator[Visit]:
-    """Visit every block in order; what is done to it counts for the blocks after it.
-
-    With a journal, only the blocks that have no report there yet; each visit must end with one.
+    on_progress: OnProgress = silent,
+) -> list[R]:
+    """Work on every block in order; what is done to it counts for the blocks after it.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        copy: where to write every block once it has been visited, and at the end all that lies
+        work: what to do to a block; returns the report on it.
+        copy: where to write every block once it has been worked on, and at the end all that lies
             outside the blocks, unchanged; None to write nothing.
         with_dense: run the data through the unchanged blocks as well.
         forward: the dtype in which blocks run, float32 or bfloat16.
-        journal: where to keep every block once it has been visited.
-        device: where blocks are while they are visited.
+        journal: where to keep every finished block and its report; blocks that it has already are
+            not worked on again.
+        device: where blocks are while they are worked on.
+        on_progress: told of every finished block.
+
+    Returns:
+        the report on each block, in order.
 
     Raises:
         ModelError: weights are missing, have NaN, or are not those that config.json describes; or
             hidden states do not fit the dtype of the weights.
         ResourceError: a block does not fit into the GPU's memory.
     """
+    reports = [] if journal is None else list(journal.reports)
+    count = checkpoint.config.num_hidden_layers
+    on_progress(len(reports), count)
+    for visit in _visits(
+        checkpoint,
+        segments,
+        reports,
+        copy=copy,
+        with_dense=with_dense,
+        forward=forward,
+        journal=journal,
+        device=device,
+    ):
+        reports.append(work(visit))
+        on_progress(len(reports), count)
+    return reports
+
+
+def visits(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    *,
+    with_dense: bool = False,
+    forward: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> Iterator[Visit]:
+    """The visits of `visit_blocks`, for who may stop before the last block and writes nothing.
+
+    Args and Raises: see `visit_blocks`.
+    """
+    return _visits(
+        checkpoint,
+        segments,
+        [],
+        copy=None,
+        with_dense=with_dense,
+        forward=forward,
+        journal=None,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def _visits(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    reports: Sequence[R],
+    *,
+    copy: WeightsCopy | None,
+    with_dense: bool,
+    forward: torch.dtype,
+    journal: Journal[R] | None,
+    device: torch.device,
+) -> Iterator[Visit]:
+    """Visit every block in order that is not in the journal yet.
+
+    Args:
+        reports: with a journal, it has a report on every block once its visit has ended.
+        checkpoint, segments, copy, with_dense, forward, journal, device: see `visit_blocks`.
+    """
     family = checkpoint.family
     model = checkpoint.skeleton()
     blocks = blocks_of(model, family)
-    files = _Files(checkpoint, copy)
+    files = ParameterFiles(checkpoint, copy)
     files.load(model.base_model, f"{family.base}.", skip=family.blocks, dtype=forward)
     first = 0
     if journal is not None:
@@ -199,7 +274,8 @@ def visits(
             )
             yield visit
             with devices.memory_for(f"block {index}"):
-                _leave(visit, files, activations if index + 1 < len(blocks) else None, journal)
+                entering = activations if index + 1 < len(blocks) else None
+                _leave(visit, files, entering, journal, reports)
             environment.return_freed_memory()
     files.copy_rest()
 
@@ -234,7 +310,7 @@ def _enter(
         for way in ways:
             batch = StoredInputs(activations, f"{way}.{number}", data.arguments)
             if index == 0:
-                batch.hidden = data.hidden
+                batch.leave(data.hidden)
             walks[way].append(batch)
     if index == 0:
         activations.advance()
@@ -243,9 +319,10 @@ def _enter(
 
 def _leave(
     visit: Visit,
-    files: "_Files",
+    files: ParameterFiles,
     activations: Activations | None,
-    journal: Journal[Any] | None,
+    journal: Journal[R] | None,
+    reports: Sequence[R],
 ) -> None:
     """Take the data through a block that has been visited, write the block, and let go of it.
 
@@ -254,12 +331,12 @@ def _leave(
         files: where it goes.
         activations: what is to enter the next block; None if there is none.
         journal: where to keep it as well.
+        reports: with a journal, on every block as far as this one.
     """
-    walks = [path for path in (visit.walk, visit.dense) if path is not None]
     leaving = None
     with visit.clock.measure("forward"):
         if activations is not None:
-            for path in walks:
+            for path in visit.walks:
                 advance(path)
             leaving = activations.advance()
     finished = files.finished(visit.block, visit.prefix, skip=visit.untouched)
@@ -267,8 +344,11 @@ def _leave(
     if journal is not None:
         with visit.clock.measure("journal"):
             kept = journal.keep(finished, leaving)
-        journal.add(kept)
-    for block in (visit.block, *(path.block for path in walks)):  # the visit itself may live on
+        journal.add(reports[visit.index], kept)
+    for block in (
+        visit.block,
+        *(path.block for path in visit.walks),
+    ):  # the visit itself may live on
         block.to("meta")
 
 
@@ -312,126 +392,3 @@ def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int, forward: 
         * segments.numel()
         * (widest + 2 * int(checkpoint.config.hidden_size))
     )
-
-
-def stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor as it is written: cast, and without -0.0.
-
-    Kernels that compress 2:4 weights by their bit patterns take -0.0 for a value (vLLM pull
-    request 13198), and a small negative weight can become one in the cast.
-
-    Raises:
-        ModelError: a value does not fit the dtype.
-    """
-    cast = tensor.to(dtype, copy=True).add_(0.0)
-    if not bool(cast.isfinite().all()):
-        raise ModelError(
-            f"{name}: values up to {tensor.abs().max().item():g} do not fit {dtype}",
-            fix="use --dtype bf16 or fp32",
-        )
-    return cast
-
-
-class _Files:
-    """Moves parameters between a model without storage, its checkpoint, and the copy."""
-
-    def __init__(self, checkpoint: Checkpoint, copy: WeightsCopy | None) -> None:
-        self._checkpoint = checkpoint
-        self._copy = copy
-
-    def load(
-        self,
-        module: nn.Module,
-        prefix: str,
-        *,
-        skip: str | None = None,
-        dtype: torch.dtype | None,
-        device: torch.device = CPU,
-    ) -> None:
-        """Give a module its weights.
-
-        Args:
-            module: the module.
-            prefix: what its parameters' full names begin with.
-            skip: a submodule that gets none, by its full name.
-            dtype: of the weights; None for their own where they will be written in that, and
-                float32 for the others.
-            device: where to, buffers included.
-        """
-        sources = {
-            name: self._checkpoint.stored_name(prefix + name)
-            for name, _ in module.named_parameters()
-            if skip is None or not f"{prefix}{name}".startswith(f"{skip}.")
-        }
-        weights = self._checkpoint.weights
-        for name, source in sources.items():
-            shape = tuple(module.get_parameter(name).shape)
-            if weights.shapes[source] != shape:
-                raise ModelError(
-                    f"{self._checkpoint.folder}: {source} has shape {weights.shapes[source]}, "
-                    f"config.json says {shape}",
-                    fix="use the config.json and the weights of the same checkpoint",
-                )
-        state = {
-            name: weights.read([source], dtype or self._own_dtype(source), device)[source]
-            for name, source in sources.items()
-        }
-        module.load_state_dict(state, strict=False, assign=True)
-        if skip is None:  # what was skipped has no storage to move
-            module.to(device)
-
-    def dtypes(self, module: nn.Module, prefix: str) -> dict[str, torch.dtype]:
-        """The dtype in which each parameter of a module will be written."""
-        return {
-            name: self._dtype(self._checkpoint.stored_name(prefix + name))
-            for name, _ in module.named_parameters()
-        }
-
-    def finished(
-        self, module: nn.Module, prefix: str, *, skip: Collection[str]
-    ) -> dict[str, Tensor]:
-        """The parameters of a module, on the host, as they are to be written; none without a copy.
-
-        Those to skip are left to `copy_rest`.
-        """
-        if self._copy is None:
-            return {}
-        return {
-            target: stored(parameter, self._dtype(target), target).cpu()
-            for name, parameter in module.named_parameters()
-            if name not in skip
-            for target in [self._checkpoint.stored_name(prefix + name)]
-        }
-
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write tensors by the names that they have in the checkpoint."""
-        if self._copy is not None:
-            for name, tensor in tensors:
-                self._copy.write(name, tensor)
-
-    def copy_rest(self) -> None:
-        """Write what has not been written yet as it is in the checkpoint."""
-        if self._copy is None:
-            return
-        for name in self._copy.missing:
-            dtype = self._dtype(name)
-            same = dtype == self._checkpoint.weights.dtypes[name]
-            self._copy.write_pieces(
-                name,
-                (
-                    (start, piece if same else stored(piece, dtype, name))
-                    for start, piece in self._checkpoint.weights.pieces(name)
-                ),
-            )
-
-    def _own_dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype if it is read and written in the same one of 32 bits or less."""
-        dtype = self._dtype(name)
-        same = dtype == self._checkpoint.weights.dtypes[name]
-        return dtype if same and dtype.itemsize <= torch.float32.itemsize else torch.float32
-
-    def _dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor will be written."""
-        return (
-            self._checkpoint.weights.dtypes[name] if self._copy is None else self._copy.dtype(name)
-        )

@@ -1,4 +1,7 @@
-"""What subcommands share: options, the requests made from them, and the frame that they run in."""
+"""What subcommands share: options, the requests made from them, and the frame that they run in.
+
+The options of pruning are in `thanos_deploy.cli._pruning`.
+"""
 
 import json
 import logging
@@ -7,75 +10,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import reduce
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from thanos_deploy import methods, pattern
 from thanos_deploy.bundle.codec import encode
+from thanos_deploy.calibration.data import Data
 from thanos_deploy.cli import _progress
-from thanos_deploy.errors import PatternError
+from thanos_deploy.cli._types import CountsType, F, several, with_default
+from thanos_deploy.stages.request import PruneRequest
 
 if TYPE_CHECKING:
     from thanos_deploy.measure.options import BenchRequest, EvalRequest
     from thanos_deploy.progress import Announce
-    from thanos_deploy.prune.recipe import PruneRequest
 
-F = TypeVar("F", bound=Callable[..., Any])
 Shown = TypeVar("Shown")
-
-
-class PatternType(click.ParamType[pattern.Pattern]):
-    """A sparsity pattern on the command line."""
-
-    name = "pattern"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> pattern.Pattern:
-        """Read the spelling; a bad one is a usage error."""
-        if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]  # click may hand over a converted value
-        try:
-            return pattern.parse(value)
-        except PatternError as error:
-            self.fail(f"{error.message}; {error.fix}", param, ctx)
-
-
-class CountsType(click.ParamType[tuple[int, ...]]):
-    """Numbers from 1 on, with commas between them."""
-
-    name = "N[,N...]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Read the numbers; anything else is a usage error."""
-        if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]  # click may hand over a converted value
-        numbers = value.split(",")
-        if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-            self.fail(f"{value!r} is not a list of numbers from 1 on, like 1,8", param, ctx)
-        return tuple(map(int, numbers))
-
-
-def several(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order in which `--help` shows them."""
-    return lambda command: reduce(lambda inner, wrap: wrap(inner), reversed(decorators), command)
-
-
-# Options that belong to a method; each is passed on only when it was given.
-_METHOD_OPTIONS = (
-    "block_columns",
-    "damping",
-    "damping_mode",
-    "score",
-    "refit_steps",
-    "outlier_rows",
-)
 
 model_argument = click.argument("model")
 bundle_argument = click.argument("out", type=click.Path(path_type=Path))
@@ -106,187 +57,8 @@ dry_run_option = click.option(
     is_flag=True,
     help="Check everything and say what would be done, and what time, memory and disk it takes.",
 )
-text_field_option = click.option(
-    "--text-field",
-    default="text",
-    show_default=True,
-    help="Field of a JSON Lines row with the text.",
-)
-device_option = click.option(
-    "--device",
-    metavar="auto|cpu|cuda[:N]",
-    default="auto",
-    show_default=True,
-    help="Where PyTorch computes; auto is the first GPU where there is one.",
-)
-pruning_options = several(
-    click.option(
-        "--pattern",
-        type=PatternType(),
-        required=True,
-        help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
-        "unstructured:FRACTION removes that fraction; structured:FRACTION cuts attention heads and "
-        "feed-forward channels out, at least that fraction of the blocks' parameters, and leaves "
-        "an ordinary smaller model.",
-    ),
-    click.option(
-        "--shrink",
-        type=click.Choice(["heads", "ffn", "both"]),
-        help="structured: what to cut out.  [default: both]",
-    ),
-    click.option(
-        "--ffn-multiple",
-        type=int,
-        help="structured: of which the number of feed-forward channels has to be.  [default: 64, "
-        "or the largest power of two below that divides the model's own]",
-    ),
-    click.option(
-        "--allocation",
-        type=click.Choice(["uniform", "loss", "owl"]),
-        help="uniform: every layer or block loses alike. structured: or by loss, each block its "
-        "own widths, which no stock config.json has, for ONNX only. unstructured: or owl, blocks "
-        "with more outliers keep more (arXiv 2310.05175).  [default: uniform]",
-    ),
-    click.option(
-        "--owl-threshold",
-        type=float,
-        help="owl: an outlier is a Wanda score of so many times the block's mean.  [default: 5]",
-    ),
-    click.option(
-        "--owl-spread",
-        type=float,
-        help="owl: how far a block's sparsity may be from the pattern's.  [default: 0.08]",
-    ),
-    click.option(
-        "--include",
-        metavar="LAYER",
-        multiple=True,
-        help="Prune only these layers: a full name, or re: and an expression that matches the "
-        "whole of it. Embeddings and the output head (lm_head) are never visited.",
-    ),
-    click.option(
-        "--ignore",
-        metavar="LAYER",
-        multiple=True,
-        help="Leave these layers dense, to the last bit; named as for --include.",
-    ),
-    click.option(
-        "--sparsity-file",
-        type=click.Path(),
-        help='JSON object of layers with patterns of their own: {"re:.*down_proj": "dense", '
-        '"model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
-    ),
-    click.option(
-        "--recover",
-        type=click.IntRange(min=0),
-        default=0,
-        metavar="SEGMENTS",
-        help="Afterwards train what is left, with the dense model as its teacher, on so many "
-        "segments of --seqlen tokens from anywhere in the calibration text (which come again where "
-        "it has fewer; new text helps more). Zeros stay zero. Some hundreds are worth it. Takes "
-        "minutes, and memory for five models in float32 and what 2048 tokens leave in "
-        "them.  [default: 0]",
-    ),
-    click.option(
-        "--keep-shape",
-        is_flag=True,
-        help="structured: set that fraction of each layer's input columns to zero instead, and "
-        "leave all shapes as they are.",
-    ),
-    click.option(
-        "--method",
-        type=click.Choice(methods.names()),
-        default="thanos",
-        show_default=True,
-        help="Pruning method.",
-    ),
-    click.option(
-        "--preset",
-        type=click.Choice(methods.PRESET_NAMES),
-        default="best",
-        show_default=True,
-        help="Defaults of the options below: what measured best on held-out text, the best of what "
-        "passes no dense model beside the pruned one, or the setting of the method's own paper.",
-    ),
-    click.option(
-        "--true-sequential/--block-statistics",
-        default=None,
-        help="Collect each layer's statistics after the layers before it in the block are pruned, "
-        "or all of a block's at once.  [default: the preset's]",
-    ),
-    click.option(
-        "--dense-target",
-        type=click.FloatRange(0.0, 1.0),
-        help="How far each layer aims at its output in the dense model (1) rather than at its own "
-        "output on the pruned model's activations (0).  [default: the preset's]",
-    ),
-    click.option(
-        "--tune-steps",
-        type=click.IntRange(0),
-        help="Steps of all kept weights of a pruned block together, towards what leaves the dense "
-        "block; 0 for none.  [default: the preset's; 0 for columns of zeros]",
-    ),
-    click.option(
-        "--calib",
-        default="builtin",
-        show_default=True,
-        help="Calibration text: a .txt or .md, or a .jsonl, each also with .gz; or builtin, the "
-        "Python language reference.",
-    ),
-    text_field_option,
-    click.option("--nsamples", default=32, show_default=True, help="Segments of calibration text."),
-    click.option("--seqlen", default=512, show_default=True, help="Tokens of each segment."),
-    click.option("--seed", default=0, show_default=True, help="Picks the segments."),
-    click.option(
-        "--calib-forward",
-        type=click.Choice(["auto", "fp32", "bf16"]),
-        default="auto",
-        show_default=True,
-        help="What blocks run in on calibration data; auto is bf16 where the processor multiplies "
-        "that natively.",
-    ),
-    click.option(
-        "--block-size",
-        "block_columns",
-        type=int,
-        help="thanos, sparsegpt: columns that are solved at once.",
-    ),
-    click.option(
-        "--damp",
-        "damping",
-        type=float,
-        help="thanos, sparsegpt: damping of the Hessian, as a fraction.",
-    ),
-    click.option(
-        "--damp-mode",
-        "damping_mode",
-        help="thanos, sparsegpt: fraction of what: the mean or median of the Hessian's diagonal, "
-        "or per-channel.",
-    ),
-    click.option(
-        "--score",
-        help="thanos: what chooses the weights to remove: wanda or obs.",
-    ),
-    click.option(
-        "--refit-steps",
-        type=int,
-        help="thanos: steps of a last fit of all kept weights of a layer.",
-    ),
-    click.option(
-        "--outlier-rows",
-        type=float,
-        help="thanos: fraction of each layer's rows that stay dense; such a model does not "
-        "hold the pattern everywhere.",
-    ),
-    device_option,
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-        default="auto",
-        show_default=True,
-        help="What to store the checkpoint in; auto keeps the model's own.",
-    ),
-)
+text_field_option = with_default(Data, "text_field")
+device_option = with_default(PruneRequest, "device")
 
 
 def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
@@ -348,39 +120,6 @@ benchmark_options = several(
         help="Prompt of the sample text.  [default: The capital of France is]",
     ),
 )
-
-
-def prune_request(options: dict[str, Any]) -> "PruneRequest":
-    """What `pruning_options` ask for."""
-    from thanos_deploy.prune.recipe import PruneRequest
-
-    return PruneRequest(
-        pattern=options["pattern"],
-        method=options["method"],
-        options={name: options[name] for name in _METHOD_OPTIONS if options[name] is not None},
-        preset=options["preset"],
-        true_sequential=options["true_sequential"],
-        dense_target=options["dense_target"],
-        tune_steps=options["tune_steps"],
-        calib=options["calib"],
-        text_field=options["text_field"],
-        nsamples=options["nsamples"],
-        seqlen=options["seqlen"],
-        seed=options["seed"],
-        calib_forward=options["calib_forward"],
-        dtype=options["dtype"],
-        keep_shape=options["keep_shape"],
-        shrink=options["shrink"],
-        ffn_multiple=options["ffn_multiple"],
-        allocation=options["allocation"],
-        recover=options["recover"],
-        owl_threshold=options["owl_threshold"],
-        owl_spread=options["owl_spread"],
-        include=options["include"],
-        ignore=options["ignore"],
-        sparsity_file=options["sparsity_file"],
-        device=options["device"],
-    )
 
 
 def eval_request(options: dict[str, Any]) -> "EvalRequest":

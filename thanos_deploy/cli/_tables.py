@@ -5,13 +5,14 @@ It brings numpy, so commands import it when they have something to show.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from exporters import target
-from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.check import Check
 from thanos_deploy.gpu.nvml import NOT_MEASURED
@@ -22,6 +23,9 @@ from thanos_deploy.prune.result import PruneResult, Retry, WidthsSummary
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
 from thanos_deploy.report.words import retried
+
+if TYPE_CHECKING:
+    from thanos_deploy.stages.plan import DryRun
 
 _STYLES = {"PASS": "green", "FAIL": "bold red", "SKIP": "dim"}
 
@@ -274,20 +278,20 @@ def show_pruned(result: PruneResult) -> None:
     _show_retries(result.retries or ())
 
 
-def show_plan(plan: Json) -> None:
+def show_plan(plan: "DryRun") -> None:
     """Print what would be pruned; for a shrunk model with the widths of its blocks."""
-    values = dict(plan)
-    widths = values.pop("widths", None)
-    if estimate := values.pop("estimate", None):
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate["seconds"].items())
-        values["estimated seconds"] = f"{estimate['total_seconds']:.0f} ({parts})"
-        values["not estimated"] = estimate["not_estimated"]
-        values["estimated memory, MB"] = f"{estimate['memory_bytes'] / 1e6:.0f}"
-        values["estimated from"] = estimate["basis"]
-    if widths is not None:
-        summary = decode(WidthsSummary, widths)
-        _show_widths(summary)
-        values |= _of_widths(summary)
+    estimate = plan.estimate
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate.seconds.items())
+    values = encode(replace(plan, widths=None)) | {
+        "estimated seconds": f"{estimate.total_seconds:.0f} ({parts})",
+        "not estimated": list(estimate.not_estimated),
+        "estimated memory, MB": f"{estimate.memory_bytes / 1e6:.0f}",
+        "estimated from": estimate.basis,
+    }
+    del values["estimate"]
+    if plan.widths is not None:
+        _show_widths(plan.widths)
+        values |= _of_widths(plan.widths)
     show_values(values)
 
 

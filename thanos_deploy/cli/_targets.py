@@ -10,7 +10,7 @@ from exporters import targets
 from exporters.options import Flag, flags
 from exporters.target import Target
 from thanos_deploy.bundle.layout import ONNX
-from thanos_deploy.cli._options import CountsType, several
+from thanos_deploy.cli._types import CountsType, several
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,8 +13,8 @@ from thanos_deploy.cli._options import (
     common_options,
     emit,
     session,
-    several,
 )
+from thanos_deploy.cli._types import several
 from thanos_deploy.errors import GateError, UsageError
 
 # In the order in which they are shown.

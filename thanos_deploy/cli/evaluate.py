@@ -14,9 +14,9 @@ from thanos_deploy.cli._options import (
     eval_request,
     evaluation_options,
     session,
-    several,
     text_field_option,
 )
+from thanos_deploy.cli._types import several
 
 if TYPE_CHECKING:
     from thanos_deploy.measure.quality import Compared, TaskQuality, TextQuality

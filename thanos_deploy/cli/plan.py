@@ -6,13 +6,13 @@ from typing import Any
 import click
 
 from thanos_deploy.cli._options import (
-    PatternType,
     emit,
     model_argument,
     revision_option,
     session,
     session_options,
 )
+from thanos_deploy.cli._types import PatternType
 from thanos_deploy.forecast import datasheets
 from thanos_deploy.pattern import parse
 

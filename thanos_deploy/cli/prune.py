@@ -11,11 +11,10 @@ from thanos_deploy.cli._options import (
     emit,
     model_argument,
     out_option,
-    prune_request,
-    pruning_options,
     revision_option,
     session,
 )
+from thanos_deploy.cli._pruning import prune_request, pruning_options
 
 
 @click.command("prune")
@@ -40,8 +39,8 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
         from thanos_deploy.stages.plan import plan_prune
         from thanos_deploy.stages.prune import prune
 
+        request = prune_request(options)
         if dry_run:
-            request = prune_request(options)
             plan = plan_prune(model, out, request, revision=revision, announce=announce)
             emit(options, plan, show_plan)
             return
@@ -50,7 +49,7 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
             prune(
                 bundle,
                 dense,
-                prune_request(options),
+                request,
                 overwrite=options["overwrite"],
                 announce=announce,
             )

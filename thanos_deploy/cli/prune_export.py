@@ -16,11 +16,10 @@ from thanos_deploy.cli._options import (
     evaluation_options,
     model_argument,
     out_option,
-    prune_request,
-    pruning_options,
     revision_option,
     session,
 )
+from thanos_deploy.cli._pruning import prune_request, pruning_options
 from thanos_deploy.cli._targets import asked, target_options
 
 

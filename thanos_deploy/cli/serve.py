@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thanos_deploy.cli._options import bundle_argument, several
+from thanos_deploy.cli._options import bundle_argument
+from thanos_deploy.cli._types import several
 from thanos_deploy.errors import DeployError, PlatformError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ SPARSE_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU.
+class Datasheet:
+    """What is published about one GPU.
 
     Attributes:
         name: what `--gpu` calls it.
@@ -48,22 +48,24 @@ _SHEET = "NVIDIA {} Tensor Core GPU data sheet"
 _ADA = "NVIDIA Ada GPU Architecture white paper, appendix A"
 
 GPUS = (
-    Gpu("A10", "NVIDIA A10", _peaks(125, 250), 600e9, 24e9, _SHEET.format("A10")),
-    Gpu("A100", "NVIDIA A100-SXM4-80GB", _A100, 2039e9, 80e9, _SHEET.format("A100")),
-    Gpu("A100-PCIE", "NVIDIA A100 80GB PCIe", _A100, 1935e9, 80e9, _SHEET.format("A100")),
-    Gpu("A100-40GB", "NVIDIA A100-SXM4-40GB", _A100, 1555e9, 40e9, _SHEET.format("A100")),
-    Gpu("A6000", "NVIDIA RTX A6000", _peaks(155, 310), 768e9, 48e9, "NVIDIA RTX A6000 data sheet"),
-    Gpu("L4", "NVIDIA L4", _peaks(121, 242, 242), 300e9, 24e9, _SHEET.format("L4")),
-    Gpu("L40S", "NVIDIA L40S", _peaks(362, 733, 733), 864e9, 48e9, "NVIDIA L40S data sheet"),
-    Gpu("H100", "NVIDIA H100 80GB HBM3", _H100, 3350e9, 80e9, _SHEET.format("H100")),
-    Gpu("H100-PCIE", "NVIDIA H100 PCIe", _H100_PCIE, 2000e9, 80e9, _SHEET.format("H100")),
-    Gpu("H200", "NVIDIA H200", _H100, 4800e9, 141e9, _SHEET.format("H200")),
-    Gpu("RTX4090", "NVIDIA GeForce RTX 4090", _peaks(165, 661, 330), 1008e9, 24e9, _ADA),
+    Datasheet("A10", "NVIDIA A10", _peaks(125, 250), 600e9, 24e9, _SHEET.format("A10")),
+    Datasheet("A100", "NVIDIA A100-SXM4-80GB", _A100, 2039e9, 80e9, _SHEET.format("A100")),
+    Datasheet("A100-PCIE", "NVIDIA A100 80GB PCIe", _A100, 1935e9, 80e9, _SHEET.format("A100")),
+    Datasheet("A100-40GB", "NVIDIA A100-SXM4-40GB", _A100, 1555e9, 40e9, _SHEET.format("A100")),
+    Datasheet(
+        "A6000", "NVIDIA RTX A6000", _peaks(155, 310), 768e9, 48e9, "NVIDIA RTX A6000 data sheet"
+    ),
+    Datasheet("L4", "NVIDIA L4", _peaks(121, 242, 242), 300e9, 24e9, _SHEET.format("L4")),
+    Datasheet("L40S", "NVIDIA L40S", _peaks(362, 733, 733), 864e9, 48e9, "NVIDIA L40S data sheet"),
+    Datasheet("H100", "NVIDIA H100 80GB HBM3", _H100, 3350e9, 80e9, _SHEET.format("H100")),
+    Datasheet("H100-PCIE", "NVIDIA H100 PCIe", _H100_PCIE, 2000e9, 80e9, _SHEET.format("H100")),
+    Datasheet("H200", "NVIDIA H200", _H100, 4800e9, 141e9, _SHEET.format("H200")),
+    Datasheet("RTX4090", "NVIDIA GeForce RTX 4090", _peaks(165, 661, 330), 1008e9, 24e9, _ADA),
 )
 
 
-def find(name: str) -> Gpu:
-    """A GPU by either of its names; capitals, spaces and hyphens do not matter.
+def find(name: str) -> Datasheet:
+    """The data sheet of a GPU by either of its names; capitals, spaces and hyphens do not matter.
 
     Raises:
         UsageError: it is not in the table.

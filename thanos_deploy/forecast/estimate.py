@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
 
+from thanos_deploy import methods
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import (
     TOKENS_PER_BATCH,
@@ -40,14 +41,16 @@ from thanos_deploy.calibration.walk import (
     waiting_bytes,
 )
 from thanos_deploy.machine import environment
+from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.prune.layers import gather, linear_shapes
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recipe import Recipe
 from thanos_deploy.prune.solution import aim, solve
 from thanos_deploy.prune.tune import TOKENS_PER_STEP, tune
 from thanos_deploy.shrink import cut
+from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.solver.layer import LayerProblem
 
@@ -105,16 +108,21 @@ class _Trial:
 def estimate(
     checkpoint: Checkpoint,
     segments: Tensor,
-    request: PruneRequest,
+    recipe: Recipe,
     patterns: Mapping[str, Pattern],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> Estimate:
     """Measure for a moment, and derive the rest.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        request: how it is to be pruned; for what is to be cut see `estimate_cutting`.
+        recipe: how it is to be pruned; for what is to be cut see `estimate_cutting`.
         patterns: of the layers that are to be pruned, by full name.
+        dtype: what is to be stored; None for each tensor's own.
+        device: where it is to be done.
     """
     resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
     blocks = len(checkpoint.blocks)
@@ -126,38 +134,22 @@ def estimate(
     ]
     few = _few(checkpoint, segments)
     share = segments.numel() / few.numel()
-    walk = request.walk_options
-    ways = 1 + request.walks_dense
-    trial = _walk(
-        *(checkpoint, few, linears),
-        true_sequential=walk["true_sequential"],
-        dense_target=walk["dense_target"],
-        tune_steps=walk["tune_steps"],
-        forward=DTYPES[request.resolved_forward],
-        device=request.resolved_device,
-    )
+    forward = DTYPES[recipe.forward_on(device)]
+    ways = 1 + recipe.walks_dense
+    trial = _walk(checkpoint, few, linears, recipe.walk, forward=forward, device=device)
     seconds = {
         "collect": len(visited) * share * trial.seconds["collect"],
-        "solve": _solving(checkpoint, trial, request, patterns),
-        "tune": _tuning(trial, few, segments, walk["tune_steps"]) * len(visited),
+        "solve": _solving(checkpoint, trial, recipe, patterns, forward),
+        "tune": _tuning(trial, few, segments, recipe.walk.tune_steps) * len(visited),
         "forward": (blocks - 1) * share * trial.seconds.get("forward", 0.0),
     }
-    if request.allocation == "owl":
-        survey = _walk(
-            checkpoint,
-            few,
-            every,
-            true_sequential=False,
-            dense_target=0.0,
-            tune_steps=0,
-            forward=torch.float32,
-            device=request.resolved_device,
-        )
+    if recipe.surveys:
+        survey = _walk(checkpoint, few, every, Walk(), forward=torch.float32, device=device)
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     spent = time.perf_counter() - started
     return Estimate(
         seconds=seconds,
-        memory_bytes=resident + _memory(checkpoint, segments, linears, request),
+        memory_bytes=resident + _memory(checkpoint, segments, linears, recipe.walk, forward, dtype),
         token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
         basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
         f"{spent:.1f} s on this machine",
@@ -168,31 +160,30 @@ def estimate(
 def estimate_cutting(
     checkpoint: Checkpoint,
     segments: Tensor,
-    request: PruneRequest,
+    fit: Fit,
     losses: Sequence[Losses],
     plan: Plan,
+    *,
+    device: torch.device,
 ) -> Estimate:
     """Cut for a moment, and derive the rest.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        request: how it is to be cut.
+        fit: how what is left is to be refitted.
         losses: of each block, from a survey with these tokens by this process.
         plan: the widths of each block.
+        device: where it is to be done.
     """
-    started, fit, blocks = time.perf_counter(), request.fit_options, len(losses)
+    started, blocks = time.perf_counter(), len(losses)
     few = segments[: max(1, TOKENS_PER_BATCH // segments.shape[1])]
     share = segments.numel() / few.numel()
     # What becomes of one block stands for all.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
     trial = _quicker(
-        visits(
-            *(checkpoint, few),
-            with_dense=fit["dense_target"] > 0.0,
-            device=request.resolved_device,
-        ),
-        lambda visit: cut.cut(visit, checkpoint, after, **fit),
+        visits(checkpoint, few, with_dense=fit.dense_target > 0.0, device=device),
+        lambda visit: cut.cut(visit, checkpoint, after, fit),
     )
     spent = time.perf_counter() - started
     return Estimate(
@@ -227,10 +218,8 @@ def _walk(
     checkpoint: Checkpoint,
     few: Tensor,
     linears: Collection[str],
+    how: Walk,
     *,
-    true_sequential: bool,
-    dense_target: float,
-    tune_steps: int,
     forward: torch.dtype,
     device: torch.device,
 ) -> _Trial:
@@ -239,23 +228,17 @@ def _walk(
 
     def work(visit: Visit) -> None:
         wanted = {visit.prefix + name for name in linears}
-        for groups, statistics in gather(
-            visit,
-            wanted,
-            true_sequential=true_sequential,
-            with_dense=dense_target > 0.0,
-        ):
+        for groups, statistics in gather(visit, wanted, how):
             layers.update(
                 (name, (matrix(visit.block.get_submodule(name)).float(), statistics[group[0]]))
                 for group in groups
                 for name in group
             )
-        if tune_steps:
+        if how.tune_steps:
             with visit.clock.measure("tune"):
                 tune(visit, [name for name in visit.structure.linears if name in linears], 1)
 
-    with_dense = dense_target > 0.0 or tune_steps > 0
-    walk = visits(checkpoint, few, with_dense=with_dense, forward=forward, device=device)
+    walk = visits(checkpoint, few, with_dense=how.with_dense, forward=forward, device=device)
     return _Trial(_quicker(walk, work), layers)
 
 
@@ -279,9 +262,14 @@ def _tuning(trial: _Trial, few: Tensor, segments: Tensor, steps: int) -> float:
 
 
 def _solving(
-    checkpoint: Checkpoint, trial: _Trial, request: PruneRequest, patterns: Mapping[str, Pattern]
+    checkpoint: Checkpoint,
+    trial: _Trial,
+    recipe: Recipe,
+    patterns: Mapping[str, Pattern],
+    forward: torch.dtype,
 ) -> float:
     """Seconds that the solver takes for all layers."""
+    method = methods.load(recipe.method)
     ((pattern, _),) = Counter(patterns.values()).most_common(1)
     step = pattern.group if isinstance(pattern, SemiStructured) else 1
     terms, times = [], []
@@ -296,19 +284,10 @@ def _solving(
         seconds = math.inf
         for _ in range(_REPEATS):
             started = time.perf_counter()
-            part = LayerProblem(
-                *(weight[:rows, :cols], statistics.hessian[:cols, :cols], "trial", {}),
-                products=DTYPES[request.resolved_forward],
-            )
-            aimed, _ = aim(
-                *(part, target, request.walk_options["dense_target"], request.resolved_options)
-            )
-            solve(
-                *(part, pattern),
-                method=request.method,
-                options=request.resolved_options,
-                aimed=aimed,
-            )
+            weights, hessian = weight[:rows, :cols], statistics.hessian[:cols, :cols]
+            part = LayerProblem(weights, hessian, "trial", {}, forward)
+            aimed, _ = aim(part, target, recipe.walk.dense_target, recipe.options)
+            solve(part, pattern, method, recipe.options, aimed=aimed)
             seconds = min(seconds, time.perf_counter() - started)
         terms.append(_terms(rows, cols))
         times.append(seconds)
@@ -326,12 +305,12 @@ def _memory(
     checkpoint: Checkpoint,
     segments: Tensor,
     linears: Sequence[str],
-    request: PruneRequest,
+    walk: Walk,
+    forward: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> int:
     """Bytes that the walk holds at once."""
-    walk, forward = request.walk_options, DTYPES[request.resolved_forward]
-    true_sequential = walk["true_sequential"]
-    ways = 1 + request.walks_dense  # the pruned model's way, and the dense one's
+    ways = 1 + walk.with_dense  # the pruned model's way, and the dense one's
     config, shapes = checkpoint.config, linear_shapes(checkpoint)
     block = max(  # the largest of those that are pruned
         (block for block in checkpoint.blocks if not set(block.linears).isdisjoint(linears)),
@@ -344,7 +323,7 @@ def _memory(
         for group in block.groups
         if not set(group).isdisjoint(linears)
     ]
-    statistics = max(n * n for n in widths) if true_sequential else sum(n * n for n in widths)
+    statistics = max(n * n for n in widths) if walk.true_sequential else sum(n * n for n in widths)
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     # What layers read is kept until every way has passed, what they make for a moment.
     passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
@@ -353,14 +332,14 @@ def _memory(
     each = ways * forward.itemsize
     if forward is not torch.float32:  # the block that runs is a copy
         stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{pruned[0]}.weight")]
-        each += min(stored.itemsize, _FLOAT) if request.dtype == "auto" else _FLOAT
+        each += min(stored.itemsize, _FLOAT) if dtype is None else _FLOAT
     held = each * weights
     held += max(
         _FLOAT * ways * statistics + max(forward.itemsize * passing, solving),
-        (_TUNING * _FLOAT + forward.itemsize) * weights if walk["tune_steps"] else 0,
+        (_TUNING * _FLOAT + forward.itemsize) * weights if walk.tune_steps else 0,
     )
     waiting = waiting_bytes(checkpoint, segments, ways, forward)
-    if not true_sequential or waiting > WAITING_BYTES:
+    if not walk.true_sequential or waiting > WAITING_BYTES:
         waiting = 0
     embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)
     return max(waiting + held, embedding)

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from thanos_deploy.errors import InputError, UsageError
-from thanos_deploy.forecast.datasheets import Gpu, find
+from thanos_deploy.forecast.datasheets import Datasheet, find
 from thanos_deploy.forecast.roofline import Measurement
 from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.rows import GemmRow
@@ -32,7 +32,7 @@ class _Product:
     seconds: float
 
 
-def read_measurements(path: Path, gpu: Gpu, dtype: str) -> tuple[Measurement, ...]:
+def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measurement, ...]:
     """Measured products of a GPU and a dtype.
 
     Args:
@@ -113,7 +113,7 @@ def _of_table(document: Any) -> Iterator[_Product]:
             )
 
 
-def _is(gpu: Gpu, name: str) -> bool:
+def _is(gpu: Datasheet, name: str) -> bool:
     try:
         return find(name) == gpu
     except UsageError:

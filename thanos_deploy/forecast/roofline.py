@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from thanos_deploy.errors import UsageError
-from thanos_deploy.forecast.datasheets import SPARSE_FACTOR, Gpu
+from thanos_deploy.forecast.datasheets import SPARSE_FACTOR, Datasheet
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.shrink.sizing import FRIENDLY_MULTIPLE
 
@@ -206,7 +206,7 @@ class Setting:
         efficiency: of the GPU.
     """
 
-    gpu: Gpu
+    gpu: Datasheet
     dtype: str
     measured: tuple[Measurement, ...] = ()
     efficiency: Efficiency = FITTED

@@ -89,7 +89,11 @@ def figures(records: Records) -> Figures | None:
             fastest[key] = min(row, fastest.get(key, row), key=lambda one: one.median)
     passes = tuple(
         Pass(
-            *(row.model, row.dtype, row.phase, row.batch, row.tokens),
+            model=row.model,
+            dtype=row.dtype,
+            phase=row.phase,
+            batch=row.batch,
+            tokens=row.tokens,
             parameters=dense.parameters,
             removed=1 - row.parameters / dense.parameters,
             dense_engine=dense.engine,

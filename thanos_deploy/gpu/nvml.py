@@ -77,8 +77,8 @@ class Limits:
     clock_hz: float
 
 
-class Gpu:
-    """The GPU that CUDA calls the first; CUDA_VISIBLE_DEVICES may hide and reorder them.
+class Monitor:
+    """Watches the GPU that CUDA calls the first; CUDA_VISIBLE_DEVICES may hide and reorder them.
 
     Attributes:
         name: its model.

@@ -147,7 +147,7 @@ def run(
         seconds=seconds,
         missing=missing(checks, bundle),
         log=log,
-        card=nvml.Gpu.probe(),
+        card=nvml.Monitor.probe(),
         announce=announce,
     )
     first = tuple(CheckRow(PREFLIGHT, **asdict(check)) for check in checks)

@@ -52,7 +52,7 @@ def describe(device: str, command: str) -> Card:
     date = datetime.now(UTC).date().isoformat()
     on_gpu = device == "cuda"
     properties = torch.cuda.get_device_properties(0) if on_gpu else None
-    found = nvml.Gpu.probe() if on_gpu else None
+    found = nvml.Monitor.probe() if on_gpu else None
     limits = None if found is None else found.limits()
     memory = properties.total_memory if properties else environment.describe().memory_bytes
     assert isinstance(memory, int)

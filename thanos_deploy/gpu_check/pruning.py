@@ -80,8 +80,8 @@ def problem(outputs: int, inputs: int, device: str) -> LayerProblem:
 
 def solve(layer: LayerProblem, preset: str) -> LayerResult:
     """Prune a layer with the options of a preset."""
-    options = methods.resolve(_METHOD, methods.preset(_METHOD, preset).options)
-    return methods.load(_METHOD).prune(layer, _PATTERN, **options)
+    method = methods.load(_METHOD)
+    return method.prune(layer, _PATTERN, method.preset(preset).options)
 
 
 def accumulate(columns: int, tokens: int, device: str) -> HessianRow:

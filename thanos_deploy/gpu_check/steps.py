@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,11 +21,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from thanos_deploy.check import Outcome
-from thanos_deploy.errors import DeployError, PlatformError, UsageError
+from thanos_deploy.errors import UsageError
 from thanos_deploy.gpu import nvml
 from thanos_deploy.gpu.records import Journal, read_journal
-from thanos_deploy.gpu.rows import CheckRow, KernelRow, Row, StepRow
+from thanos_deploy.gpu.rows import Row, StepRow
+from thanos_deploy.gpu_check.ending import Ending, measure
 from thanos_deploy.progress import Announce, quietly
 
 # A step is stopped when it has taken so many times what it usually takes.
@@ -90,15 +89,6 @@ class Missing:
     fix: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """What a step's process says when it ends by itself."""
-
-    outcome: Outcome
-    detail: str
-    fix: str = ""
-
-
 def choose(
     steps: Sequence[Step], *, only: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> list[Step]:
@@ -138,7 +128,7 @@ def run(
     seconds: float,
     missing: Mapping[str, Missing] | None = None,
     log: Path | None = None,
-    card: nvml.Gpu | None = None,
+    card: nvml.Monitor | None = None,
     announce: Announce = quietly,
 ) -> None:
     """Do the steps, and write what each measures and how it came out to a journal.
@@ -215,7 +205,7 @@ def _one(
     journal: Path,
     left: float,
     log: Path | None,
-    card: nvml.Gpu | None,
+    card: nvml.Monitor | None,
     announce: Announce,
 ) -> StepRow:
     """Do a step, and look at the card before, while and after."""
@@ -245,12 +235,12 @@ def _one(
         ending = _heard(receiver)
     rows = [row for row in _own(journal, step) if not isinstance(row, StepRow)]
     if stopped:
-        ending = _Ending(
+        ending = Ending(
             "FAIL", f"stopped at its limit of {limit:.0f} s; {len(rows)} rows are kept",
             "run it alone with --only and more --seconds",
         )  # fmt: skip
     elif ending is None:
-        ending = _Ending(
+        ending = Ending(
             "FAIL",
             f"its process {_death(process.exitcode)}; {len(rows)} rows are kept",
             "read the end of the log",
@@ -302,73 +292,11 @@ def _child(step: Step, task: Task, journal: Path, log: Path | None, pipe: Connec
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
     faulthandler.enable(file=2)
-    ending = _measure(step, task, journal)
+    ending = measure(lambda: step.rows(task), journal)
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send(ending)
     pipe.close()
-
-
-def _measure(step: Step, task: Task, journal: Path) -> _Ending:
-    """Write a step's rows, and say how they are."""
-    rows: list[Row] = []
-    try:
-        with Journal(journal) as file:
-            for row in step.rows(task):
-                file.add(row)
-                rows.append(row)
-    except PlatformError as error:
-        return _Ending("FAIL" if rows else "SKIP", error.message, error.fix)
-    except DeployError as error:
-        return _Ending("FAIL", error.message, error.fix)
-    except Exception as error:  # whatever a driver or a library throws is a finding
-        traceback.print_exc()
-        kept = f"; {len(rows)} rows are kept" if rows else ""
-        first = (str(error) or "no message").splitlines()[0]
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
-            return _Ending(
-                "FAIL", f"out of memory: {first}{kept}", "use a GPU with more, or that nobody uses"
-            )
-        return _Ending("FAIL", f"{type(error).__name__}: {first}{kept}", "read the log")
-    return _summed(rows)
-
-
-def _summed(rows: Sequence[Row]) -> _Ending:
-    """The outcome of a step that went through, from those of its rows."""
-    judged = [row for row in rows if isinstance(row, CheckRow | KernelRow)]
-    failed = [row for row in judged if row.outcome == "FAIL"]
-    measured = [row for row in rows if _is_measured(row)]
-    if failed:
-        first = failed[0]
-        what = (
-            f"{first.name}: {first.detail}"
-            if isinstance(first, CheckRow)
-            else f"{first.kernel}, {first.dtype}, {first.outputs} x {first.inputs}, {first.tokens} "
-            f"tokens: error {first.error:.1e}, limit {first.limit:.1e}"
-        )
-        fix = first.fix if isinstance(first, CheckRow) else "report the card and the versions"
-        return _Ending("FAIL", f"{len(failed)} of {len(rows)} failed; first {what}", fix)
-    if not measured:
-        return _Ending("SKIP", _reason(rows))
-    skipped = len(rows) - len(measured)
-    more = f", {skipped} not measured ({_reason(rows)})" if skipped else ""
-    return _Ending("PASS", f"{len(measured)} rows{more}")
-
-
-def _is_measured(row: Row) -> bool:
-    if isinstance(row, CheckRow):
-        return row.outcome != "SKIP"
-    return getattr(row, "reason", None) is None
-
-
-def _reason(rows: Sequence[Row]) -> str:
-    """Why the first row that was not measured was not."""
-    for row in rows:
-        if isinstance(row, CheckRow) and row.outcome == "SKIP":
-            return f"{row.name}: {row.detail}"
-        if reason := getattr(row, "reason", None):
-            return str(reason)
-    return "nothing was measured"
 
 
 def _own(journal: Path, step: Step) -> Iterator[Row]:
@@ -390,7 +318,7 @@ def _stop(process: ForkServerProcess) -> None:
         process.join(wait)
 
 
-def _heard(pipe: Connection) -> _Ending | None:
+def _heard(pipe: Connection) -> Ending | None:
     """What a process said at its end; None if it did not come to that."""
     try:
         if not pipe.poll():
@@ -400,7 +328,7 @@ def _heard(pipe: Connection) -> _Ending | None:
         return None
     finally:
         pipe.close()
-    assert isinstance(ending, _Ending)
+    assert isinstance(ending, Ending)
     return ending
 
 
@@ -410,7 +338,7 @@ def _death(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def _reading(card: nvml.Gpu | None) -> nvml.Reading | None:
+def _reading(card: nvml.Monitor | None) -> nvml.Reading | None:
     """How the card is; None where it does not say, which is no reason to lose a step."""
     try:
         return None if card is None else card.read()
@@ -418,7 +346,7 @@ def _reading(card: nvml.Gpu | None) -> nvml.Reading | None:
         return None
 
 
-def _others(card: nvml.Gpu | None) -> tuple[str, ...]:
+def _others(card: nvml.Monitor | None) -> tuple[str, ...]:
     """What is on the card while nothing of ours is."""
     ends = time.monotonic() + _FORGET
     while (reading := _reading(card)) is not None:

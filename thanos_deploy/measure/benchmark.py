@@ -13,7 +13,7 @@ from pathlib import Path
 from runtime.engines.onnxruntime import PROVIDERS
 from thanos_deploy.bundle import layout
 from thanos_deploy.gpu import nvml
-from thanos_deploy.gpu.nvml import Gpu
+from thanos_deploy.gpu.nvml import Monitor
 from thanos_deploy.machine import environment, stillness
 from thanos_deploy.machine.stillness import Stillness
 from thanos_deploy.measure import ceilings, paired, statistics
@@ -80,7 +80,7 @@ def measure(
         for label, subject in subjects.items()
     }
     baseline = next(iter(bundles))
-    device = Gpu.probe() if request.provider == "cuda" else None
+    device = Monitor.probe() if request.provider == "cuda" else None
     untouched = device and device.read()
     readings = [stillness.read(time.process_time())]
     machine = ceilings.measure(
@@ -302,7 +302,7 @@ def _machine(machine: Machine | None, still: Stillness) -> BenchMachine:
     )
 
 
-def _gpu(device: Gpu, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> BenchGpu:
+def _gpu(device: Monitor, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> BenchGpu:
     clocks = [reading.clock_hz for reading in readings]
     power = [reading.power_watts for reading in readings if reading.power_watts is not None]
     return BenchGpu(

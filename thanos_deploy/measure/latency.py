@@ -121,7 +121,12 @@ class Generate:
     @property
     def name(self) -> str:
         """Unique among scenarios."""
-        return f"{self.kind}-{self.batch}x{self.prompt}+{self.new_tokens}"
+        return f"{self.kind}-{self.size}"
+
+    @property
+    def size(self) -> str:
+        """Sequences, tokens of each prompt and of each answer."""
+        return f"{self.batch}x{self.prompt}+{self.new_tokens}"
 
     @property
     def tokens(self) -> int:
@@ -171,12 +176,12 @@ class OpenLoop:
     @property
     def name(self) -> str:
         """Unique among scenarios."""
-        return f"{self.kind}-{self.batch}x{self.prompt}+{self.new_tokens}"
+        return f"{self.kind}-{self.unloaded.size}"
 
     @property
     def tokens(self) -> int:
         """Of the longest sequence."""
-        return self.prompt + self.new_tokens
+        return self.unloaded.tokens
 
     @property
     def unloaded(self) -> Generate:

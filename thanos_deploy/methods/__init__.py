@@ -1,97 +1,231 @@
 """Pruning methods, one per file.
 
-Each module here has two functions, described by `Method`: pure, deterministic, and without any
-knowledge of models, files or the command line. A new file is a new method; the command line finds
-it by its name.
+A file here is a method, and has all of it: its options, their defaults and help texts, its presets,
+and two functions, pure, deterministic, and without any knowledge of models, files or the command
+line. The command line, a dry run and the manifest find it by its name. A file whose name begins
+with an underscore is part of others. docs/develop/add-a-method.md adds one.
+
+Listing the methods and their options must not pay for importing PyTorch, so a method imports it,
+and what of `thanos_deploy.solver` needs it, inside its functions.
 """
+
+from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from thanos_deploy.errors import ModelError, UsageError
+from thanos_deploy.option import Option, Options, chosen, missing, option, options_of
 from thanos_deploy.pattern import Pattern, SemiStructured
 
-if TYPE_CHECKING:  # listing the methods must not pay for importing torch
+if TYPE_CHECKING:
     from thanos_deploy.solver.layer import LayerProblem, LayerResult
-
 
 PRESET_NAMES = ("best", "fast", "paper")
 
-# The value of what a method can be told beside the pattern.
-Option = float | str
+
+@dataclass(frozen=True, slots=True)
+class Walk(Options):
+    """How to walk through a model, block by block.
+
+    Attributes:
+        true_sequential: collect the statistics of each group of layers after the groups before it
+            in the block are pruned, instead of all from the dense block.
+        dense_target: how far each layer aims at the output that it has in the dense model rather
+            than at its own output on the pruned model's inputs; see `hessian.retarget`.
+        tune_steps: steps of all pruned layers of a block together; see `tune.tune`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    true_sequential: bool = option(
+        False,
+        "--true-sequential",
+        "Collect each layer's statistics after the layers before it in the block are pruned, or "
+        "all of a block's at once.",
+        off="--block-statistics",
+    )
+    dense_target: float = option(
+        0.0,
+        "--dense-target",
+        "How far each layer aims at its output in the dense model (1) rather than at its own "
+        "output on the pruned model's activations (0).",
+        least=0.0,
+        most=1.0,
+    )
+    tune_steps: int = option(
+        0,
+        "--tune-steps",
+        "Steps of all kept weights of a pruned block together, towards what leaves the dense "
+        "block; 0 for none. Columns of zeros take none unless it is given.",
+        least=0,
+    )
+
+    @property
+    def with_dense(self) -> bool:
+        """The calibration data passes the dense model as well."""
+        return self.dense_target > 0.0 or self.tune_steps > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A way to use a method on a whole model.
+    """A way to use a method on a whole model: its options, and how to walk through the model."""
+
+    options: Options
+    walk: Walk = Walk()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method, as its file describes it.
 
     Attributes:
-        options: of the method, where they differ from its own defaults.
-        true_sequential, dense_target, tune_steps: of the walk through the model; see
-            `thanos_deploy.prune`.
+        name: of the file.
+        options: `Options`, the dataclass of what it can be told beside the pattern.
+        presets: `PRESETS`: "paper", the setting of the method's own paper; and where those are
+            others, "best", what measured best on held-out text, and "fast", what measured best of
+            what needs no pass of the dense model.
+        prune: prunes one linear layer.
+        check: refuses what `prune` could not do for a layer: its name, its number of inputs, the
+            pattern, the options.
     """
 
-    options: Mapping[str, Option] = field(default_factory=dict)
-    true_sequential: bool = False
-    dense_target: float = 0.0
-    tune_steps: int = 0
+    name: str
+    options: type[Options]
+    presets: Mapping[str, Preset]
+    prune: Callable[[LayerProblem, Pattern, Any], LayerResult]
+    check: Callable[[str, int, Pattern, Any], None]
 
+    def preset(self, which: str) -> Preset:
+        """A preset; the paper's setting where no better one is known."""
+        return self.presets.get(which, self.presets["paper"])
 
-class Method(Protocol):
-    """What every module of this package provides.
+    def choose(self, which: str, given: Mapping[str, object]) -> Options:
+        """The options of a preset, but for those that are given by their keywords.
 
-    The options of a method are the keyword arguments of its two functions, with their defaults.
-
-    Attributes:
-        PRESETS: "paper", the setting of the method's own paper; and where those are others, "best",
-            what measured best on held-out text, and "fast", what measured best of what needs no
-            pass of the dense model.
-    """
-
-    PRESETS: Mapping[str, Preset]
-
-    def prune(self, problem: "LayerProblem", pattern: Pattern, **options: Option) -> "LayerResult":
-        """Prune one linear layer."""
-
-    def check(self, name: str, cols: int, pattern: Pattern, **options: Option) -> None:
-        """Refuse what `prune` could not do for a layer of so many inputs."""
+        Raises:
+            UsageError: a value is out of range.
+        """
+        taken = chosen(self.options, given)
+        preset = self.preset(which).options
+        fields = {one.name: getattr(preset, one.name) for one in options_of(self.options)}
+        return self.options(**{**fields, **taken})
 
 
 def names() -> list[str]:
     """Names of the methods, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
 
 
+@cache
 def load(name: str) -> Method:
-    """A method by its name, imported now."""
-    return cast(Method, import_module(f"{__name__}.{name}"))
-
-
-def preset(name: str, which: str) -> Preset:
-    """A preset of a method; the paper's setting where no better one is known."""
-    presets = load(name).PRESETS
-    return presets.get(which, presets["paper"])
-
-
-def resolve(name: str, given: Mapping[str, Option]) -> dict[str, Option]:
-    """All options of a method: those given, and the method's own defaults for the others.
+    """A method by its name, imported now.
 
     Raises:
-        UsageError: the method has no such option.
+        UsageError: there is none of that name.
+        TypeError: its file lacks something; the message says what.
     """
-    parameters = inspect.signature(load(name).prune).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for option in given:
-        if option not in defaults:
-            raise UsageError(
-                f"method {name} has no option {option.replace('_', ' ')!r}",
-                fix=f"leave it out; {name} takes {', '.join(defaults) or 'none'}",
-            )
-    return {**defaults, **given}
+    if name not in names():
+        raise UsageError(f"--method {name!r}", fix=f"use one of {', '.join(names())}")
+    module = import_module(f"{__name__}.{name}")
+    if faults := list(_faults(module)):
+        raise TypeError(f"{module.__file__} is not a method: {'; '.join(faults)}")
+    return Method(name, module.Options, module.PRESETS, module.prune, module.check)
+
+
+def _faults(module: ModuleType) -> list[str]:
+    """What a module lacks to be a method."""
+    options, presets = getattr(module, "Options", None), getattr(module, "PRESETS", None)
+    if not (isinstance(options, type) and issubclass(options, Options) and is_dataclass(options)):
+        return ["Options, a frozen dataclass based on thanos_deploy.option.Options, is missing"]
+    faults = [f"Options.{name} is not made by option(...)" for name in missing(options)]
+    if not options.__dataclass_params__.frozen:
+        faults.append("Options is not frozen")
+    if not isinstance(presets, Mapping) or "paper" not in presets:
+        faults.append('PRESETS, with a preset "paper", is missing')
+        presets = {}
+    for name, preset in presets.items():
+        if name not in PRESET_NAMES:
+            faults.append(f"PRESETS has {name!r}, which is none of {', '.join(PRESET_NAMES)}")
+        if not isinstance(preset, Preset) or type(preset.options) is not options:
+            faults.append(f"PRESETS[{name!r}] is not a Preset of the module's Options")
+    for name, arguments in (
+        ("prune", ("problem", "pattern", "options")),
+        ("check", ("name", "cols", "pattern", "options")),
+    ):
+        function = getattr(module, name, None)
+        if not inspect.isfunction(function):
+            faults.append(f"the function {name}({', '.join(arguments)}) is missing")
+        elif tuple(inspect.signature(function).parameters) != arguments:
+            faults.append(f"{name}{inspect.signature(function)} does not take {arguments}")
+    return faults
+
+
+@dataclass(frozen=True, slots=True)
+class MethodOption:
+    """An option of one or several methods.
+
+    Attributes:
+        option: as they declare it.
+        methods: names of those that have it.
+        default: in words, by method and preset.
+    """
+
+    option: Option
+    methods: tuple[str, ...]
+    default: str
+
+    @property
+    def help(self) -> str:
+        """What it means, after the names of the methods that have it."""
+        said = self.option.declared.help
+        return f"{', '.join(self.methods)}: {said[:1].lower()}{said[1:]}"
+
+
+def method_options() -> list[MethodOption]:
+    """Every option of the methods once, in the order of their names and fields.
+
+    Raises:
+        TypeError: two methods mean different things by one flag.
+    """
+    found: dict[str, dict[str, Option]] = {}
+    for name in names():
+        for one in options_of(load(name).options):
+            others = found.setdefault(one.declared.flag, {})
+            for other, known in others.items():
+                if (known.name, known.kind, known.declared) != (one.name, one.kind, one.declared):
+                    raise TypeError(
+                        f"methods {other} and {name} declare {one.declared.flag} differently: "
+                        f"{known} and {one}; share one definition, or give one of them another flag"
+                    )
+            others[name] = one
+    return [
+        MethodOption(next(iter(owners.values())), tuple(owners), _defaults(owners))
+        for owners in found.values()
+    ]
+
+
+def _defaults(owners: Mapping[str, Option]) -> str:
+    """What an option is where it is not given, such as "sparsegpt 128, thanos 32 (paper 512)"."""
+    said = {}
+    for name, one in owners.items():
+        by_preset = {
+            which: getattr(load(name).preset(which).options, one.name) for which in PRESET_NAMES
+        }
+        usual = by_preset[PRESET_NAMES[0]]
+        others = [f"{which} {value}" for which, value in by_preset.items() if value != usual]
+        said[name] = f"{usual} ({', '.join(others)})" if others else f"{usual}"
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return ", ".join(f"{name} {value}" for name, value in said.items())
 
 
 def check_group(name: str, cols: int, pattern: Pattern) -> None:
@@ -105,18 +239,4 @@ def check_group(name: str, cols: int, pattern: Pattern) -> None:
             f"{name}: {cols} inputs do not divide into the groups of {pattern.group} of pattern "
             f"{pattern}",
             fix="use a pattern whose group divides the number of inputs",
-        )
-
-
-def check_blocks(name: str, block_columns: int, pattern: Pattern) -> None:
-    """Refuse blocks of columns that would cut through the groups of an n:m pattern.
-
-    Raises:
-        UsageError: the block size is not a positive multiple of the group.
-    """
-    group = pattern.group if isinstance(pattern, SemiStructured) else 1
-    if block_columns < 1 or block_columns % group:
-        raise UsageError(
-            f"{name}: blocks of {block_columns} columns for pattern {pattern}",
-            fix=f"use a --block-size that is a positive multiple of {group}",
         )

@@ -10,33 +10,31 @@ takes one more, and more yet with ties), and ties go in a stated order. Cost for
 layer: cols^3 to factor and rows cols^2 to update.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from thanos_deploy.methods import Preset, check_blocks, check_group
+from thanos_deploy.methods import Preset, check_group
+from thanos_deploy.methods._blocks import Blocks
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.solver.hessian import check_damping, factor
-from thanos_deploy.solver.layer import LayerProblem, LayerResult, relative_error
-from thanos_deploy.solver.mask import (
-    removed_count,
-    smallest_columns,
-    smallest_in_groups,
-    smallest_in_matrix,
-)
 
-PRESETS = {"paper": Preset()}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
 
-def prune(
-    problem: LayerProblem,
-    pattern: Pattern,
-    *,
-    block_columns: int = 128,
-    damping: float = 0.01,
-    damping_mode: str = "mean",
-) -> LayerResult:
+@dataclass(frozen=True, slots=True)
+class Options(Blocks):
+    """Columns whose updates to the right are applied together, and the damping."""
+
+
+PRESETS = {"paper": Preset(Options())}
+
+
+def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerResult:
     """Prune one linear layer.
 
     Unstructured: each block of columns loses the same fraction, chosen over all its rows at once.
@@ -47,23 +45,21 @@ def prune(
     Args:
         problem: float32 or float64 tensors; the work is done in the weight's dtype.
         pattern: what to prune to.
-        block_columns: columns whose updates to the right are applied together.
-        damping, damping_mode: see `thanos_deploy.solver.hessian.factor`.
+        options: see `Options`.
 
     Raises:
         HessianError: the statistics are not finite or cannot be factored.
         ModelError, UsageError: see `check`.
     """
-    cols = problem.weight.shape[1]
-    check(
-        problem.name,
-        cols,
-        pattern,
-        block_columns=block_columns,
-        damping=damping,
-        damping_mode=damping_mode,
-    )
-    factored = factor(problem, damping, damping_mode)
+    import torch
+
+    from thanos_deploy.solver.hessian import factor
+    from thanos_deploy.solver.layer import LayerResult, relative_error
+    from thanos_deploy.solver.mask import smallest_in_groups
+
+    cols, block_columns = problem.weight.shape[1], options.block_columns
+    check(problem.name, cols, pattern, options)
+    factored = factor(problem, options)
     W, V = problem.weight.clone(), factored.V
     M = torch.zeros_like(W, dtype=torch.bool)
     for start in range(0, cols, block_columns):
@@ -84,28 +80,23 @@ def prune(
     return LayerResult(W, M, relative_error(problem.weight, W, problem.hessian), factored.damping)
 
 
-def check(
-    name: str,
-    cols: int,
-    pattern: Pattern,
-    *,
-    block_columns: int = 128,
-    damping: float = 0.01,
-    damping_mode: str = "mean",
-) -> None:
+def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
     """Refuse what `prune` could not do for a layer, from its width alone.
 
     Raises:
         ModelError: the number of inputs is not a multiple of the pattern's group.
-        UsageError: an option is out of range.
+        UsageError: the block size is not a multiple of the pattern's group.
     """
-    check_damping(name, damping, damping_mode)
     check_group(name, cols, pattern)
-    check_blocks(name, block_columns, pattern)
+    options.check_pattern(name, pattern)
 
 
 def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """What goes from a block, chosen before any of its columns is visited."""
+    import torch
+
+    from thanos_deploy.solver.mask import removed_count, smallest_columns, smallest_in_matrix
+
     match pattern:
         case Unstructured(sparsity):
             return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))

@@ -80,7 +80,7 @@ class Checkpoint:
 
     @classmethod
     def outline(cls, folder: Path) -> "Checkpoint":
-        """Read the configuration alone, from which every shape follows; no tensor can be read.
+        """Read the configuration alone, from which every shape and the dtype follow.
 
         Raises:
             ModelError: see `open`.
@@ -91,7 +91,7 @@ class Checkpoint:
     def _outline(cls, folder: Path) -> tuple["Checkpoint", tuple[tuple[str, ...], ...]]:
         """The outline, and all names of each parameter; see `weights.Parameters`."""
         config, family, widths = _configuration(folder)
-        bare = cls(folder, config, family, Outline({}), widths, ())
+        bare = cls(folder, config, family, Outline(folder, {}), widths, ())
         try:
             model = bare.skeleton()
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
@@ -100,7 +100,9 @@ class Checkpoint:
                 fix="restore config.json from the model's origin",
             ) from error
         shapes = _shapes(model)
-        outline = Outline({names[0]: shape for names, shape in shapes.items()})
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        own = {names[0]: shape for names, shape in shapes.items()}
+        outline = Outline(folder, own, dtype)
         blocks = structures_of(model, family)
         return dataclasses.replace(bare, weights=outline, blocks=blocks), tuple(shapes)
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PretrainedConfig,
@@ -48,24 +47,6 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
     with memory_for(f"{folder}, {model.num_parameters():,} parameters in float32"):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter in place; buffers such as rotary frequencies stay as they are.
-
-    Raises:
-        ModelError: a value does not fit the dtype.
-    """
-    for name, parameter in model.named_parameters():
-        # Adding 0 turns the -0.0 that a small negative weight is rounded to into 0.0, which
-        # kernels that look at bit patterns rely on.
-        rounded = parameter.detach().to(dtype).add_(0.0)
-        if not bool(rounded.isfinite().all()):
-            raise ModelError(
-                f"{name}: values up to {parameter.abs().max().item():g} do not fit {dtype}",
-                fix="use float32",
-            )
-        parameter.data = rounded
 
 
 def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:

@@ -5,10 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from thanos_deploy.bundle import names
@@ -16,7 +14,7 @@ from thanos_deploy.bundle.files import Json, sha256, sha256_of, write_json
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.model import weights
 from thanos_deploy.model.packing import pack, unpack
-from thanos_deploy.model.tensorfile import DTYPES, INDEX, NAMES, head
+from thanos_deploy.model.tensorfile import DTYPES, INDEX, NAMES, Entry, TensorFile, entries, head
 from thanos_deploy.pattern import SemiStructured, parse
 from thanos_deploy.progress import OnProgress, silent
 
@@ -76,12 +74,12 @@ def pack_folder(
         before += shard.stat().st_size
         if files is not None:
             before -= file.keep(name for name in file.entries if files.get(name) == shard.name)
-        entries = [
+        outputs = [
             packed
             for entry in file.entries.values()
-            for packed in _packed_entries(entry, patterns.get(entry.name), transposed=transposed)
+            for packed in _packed_outputs(entry, patterns.get(entry.name), transposed=transposed)
         ]
-        _write(target, entries, _packed(file, patterns, transposed=transposed))
+        _write(target, outputs, _packed(file, patterns, transposed=transposed))
         after += target.stat().st_size
         on_progress(number, len(shards))
     record = {
@@ -140,18 +138,6 @@ def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = 
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A tensor of a safetensors file: its name, its dtype in the format's words, its shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-_Reader = tuple[_Entry, Callable[[], Tensor]]
-
-
 class _File:
     """A safetensors file of which one tensor is in memory at a time.
 
@@ -164,47 +150,47 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._open() as file:
-            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a handle
-            self.entries = {
-                name: _Entry(name, view.get_dtype(), tuple(view.get_shape()))
-                for name, view in views.items()
-            }
+        self.entries = entries(path)
 
     def keep(self, names: Iterable[str]) -> int:
         """Take other tensors for none of the file's; returns their bytes."""
         kept = set(names)
         dropped = [entry for entry in self.entries.values() if entry.name not in kept]
         self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
-        return sum(self.read(entry.name).nbytes for entry in dropped)
+        return sum(entry.end - entry.begin for entry in dropped)
 
     def read(self, name: str) -> Tensor:
-        """A tensor by its name."""
-        # Opened anew each time, and copied, because pages count as resident while they are mapped.
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-            return tensor
+        """A tensor by its name.
 
-    def _open(self) -> Any:  # safetensors ships no types for its handle
-        try:
-            return safe_open(self._path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{self._path}: not a readable safetensors file ({error})",
-                fix="the file is missing, truncated or corrupt; fetch it again and compare its "
-                "hash",
-            ) from error
+        Raises:
+            ModelError: its dtype is not in `DTYPES`.
+        """
+        _require_known(self._path, name, self.entries[name].dtype)
+        with TensorFile.open(self._path) as file:
+            return file.read(name).reshape(self.entries[name].shape)
 
 
-def _packed_entries(
-    entry: _Entry, pattern: SemiStructured | None, *, transposed: bool
-) -> list[_Entry]:
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A tensor to write: its name, its dtype in the format's words, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+_Reader = tuple[_Output, Callable[[], Tensor]]
+
+
+def _packed_outputs(
+    entry: Entry, pattern: SemiStructured | None, *, transposed: bool
+) -> list[_Output]:
     if pattern is None:
-        return [entry]
+        return [_Output(entry.name, entry.dtype, entry.shape)]
     rows, cols = entry.shape[::-1] if transposed else entry.shape
     return [
-        _Entry(f"{entry.name}.values", entry.dtype, (rows, cols * pattern.kept // pattern.group)),
-        _Entry(f"{entry.name}.mask", "U8", (rows, math.ceil(cols / 8))),
+        _Output(f"{entry.name}.values", entry.dtype, (rows, cols * pattern.kept // pattern.group)),
+        _Output(f"{entry.name}.mask", "U8", (rows, math.ceil(cols / 8))),
     ]
 
 
@@ -223,10 +209,10 @@ def _packed_readers(file: _File, record: Json) -> list[_Reader]:
     """How to read every tensor of a file that `pack_folder` wrote."""
     transposed = record["transposed"]
 
-    def reader(entry: _Entry) -> _Reader:
+    def reader(entry: Entry) -> _Reader:
         weight = entry.name.removesuffix(".values")
         if weight == entry.name or weight not in record["weights"]:
-            return entry, lambda: file.read(entry.name)
+            return _Output(entry.name, entry.dtype, entry.shape), lambda: file.read(entry.name)
         if f"{weight}.mask" not in file.entries:
             raise _missing(f"{weight}.mask")
         pattern = parse(record["weights"][weight])
@@ -243,7 +229,7 @@ def _packed_readers(file: _File, record: Json) -> list[_Reader]:
             dense = unpack(file.read(entry.name), file.read(f"{weight}.mask"), cols, weight)
             return dense.T if transposed else dense
 
-        return _Entry(weight, entry.dtype, (cols, rows) if transposed else (rows, cols)), read
+        return _Output(weight, entry.dtype, (cols, rows) if transposed else (rows, cols)), read
 
     masks = {f"{weight}.mask" for weight in record["weights"]}
     return [reader(entry) for name, entry in file.entries.items() if name not in masks]
@@ -252,10 +238,10 @@ def _packed_readers(file: _File, record: Json) -> list[_Reader]:
 def _bitmask_readers(file: _File) -> list[_Reader]:
     """How to read every tensor of a file of compressed-tensors' format sparse-24-bitmask."""
 
-    def reader(entry: _Entry) -> _Reader:
+    def reader(entry: Entry) -> _Reader:
         stem = entry.name.removesuffix(".compressed")
         if stem == entry.name:
-            return entry, lambda: file.read(entry.name)
+            return _Output(entry.name, entry.dtype, entry.shape), lambda: file.read(entry.name)
         for part in (f"{stem}.bitmask", f"{stem}.shape"):
             if part not in file.entries:
                 raise _missing(part)
@@ -270,7 +256,7 @@ def _bitmask_readers(file: _File) -> list[_Reader]:
             values = file.read(entry.name).reshape(rows, cols // 2)
             return unpack(values, file.read(f"{stem}.bitmask"), cols, weight)
 
-        return _Entry(weight, entry.dtype, (rows, cols)), read
+        return _Output(weight, entry.dtype, (rows, cols)), read
 
     return [
         reader(entry)
@@ -285,21 +271,30 @@ def _missing(what: str) -> ModelError:
     )
 
 
-def _write(path: Path, entries: list[_Entry], tensors: Iterator[Tensor]) -> None:
+def _write(path: Path, outputs: list[_Output], tensors: Iterator[Tensor]) -> None:
     """Write a safetensors file tensor by tensor."""
-    for entry in entries:
-        if entry.dtype not in DTYPES:
-            raise ModelError(
-                f"{path}: {entry.name} is stored as {entry.dtype}, which is not understood",
-                fix="use the float checkpoint that this one was made from",
-            )
-    data, _ = head((entry.name, entry.dtype, entry.shape) for entry in entries)
+    for output in outputs:
+        _require_known(path, output.name, output.dtype)
+    data, _ = head((output.name, output.dtype, output.shape) for output in outputs)
     with path.open("wb") as out:
         out.write(data)
-        for entry, tensor in zip(entries, tensors, strict=True):
-            assert tuple(tensor.shape) == entry.shape, entry.name
-            assert NAMES[tensor.dtype] == entry.dtype, entry.name
+        for output, tensor in zip(outputs, tensors, strict=True):
+            assert tuple(tensor.shape) == output.shape, output.name
+            assert NAMES[tensor.dtype] == output.dtype, output.name
             out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _require_known(path: Path, name: str, dtype: str) -> None:
+    """Refuse a dtype that is not understood.
+
+    Raises:
+        ModelError: it is not in `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(
+            f"{path}: {name} is stored as {dtype}, which is not understood",
+            fix="use the float checkpoint that this one was made from",
+        )
 
 
 def _is_bitmask(folder: Path) -> bool:

@@ -13,11 +13,15 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from thanos_deploy.errors import ModelError
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,6 +42,55 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 # Of a checkpoint in several files: which tensor is in which.
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the head of a file says about a tensor.
+
+    Attributes:
+        name: of the tensor.
+        dtype: in the format's words, such as "BF16"; not always a key of `DTYPES`.
+        shape: its sizes.
+        begin, end: where it lies, in bytes from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def entries(path: Path) -> dict[str, Entry]:
+    """What a file of somebody else's holds, by name, checked against the format.
+
+    Raises:
+        ModelError: the file is missing, truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        found = _read_head(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: not a readable safetensors file ({error})",
+            fix="the file is missing, truncated or corrupt; fetch it again and compare its hash",
+        ) from error
+    return {name: found[name] for name in names}
+
+
+def _read_head(path: Path) -> dict[str, Entry]:
+    """The entries of a valid file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        found[name] = Entry(name, entry["dtype"], tuple(entry["shape"]), begin, end)
+    return found
 
 
 def head(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
@@ -89,15 +142,9 @@ class TensorFile:
     @classmethod
     def open(cls, path: Path) -> "TensorFile":
         """Open a file, known to be valid, for reading; tensors of other dtypes are left out."""
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        header = {name: entry for name, entry in header.items() if entry["dtype"] in DTYPES}
-        kinds = {
-            name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
-        }
-        begins = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        found = {name: one for name, one in _read_head(path).items() if one.dtype in DTYPES}
+        kinds = {name: (DTYPES[one.dtype], one.shape) for name, one in found.items()}
+        begins = {name: one.begin for name, one in found.items()}
         return cls(path, kinds, begins, os.open(path, os.O_RDONLY))
 
     @property

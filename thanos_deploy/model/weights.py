@@ -11,17 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from thanos_deploy.bundle import files, names
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.families import Family
-from thanos_deploy.model.tensorfile import DTYPES, INDEX, TensorFile
+from thanos_deploy.model.tensorfile import DTYPES, INDEX, Entry, TensorFile, entries
 
 _SINGLE = "model.safetensors"
 
@@ -73,15 +71,6 @@ class Parameters:
         return next((name for name in candidates if name in known), None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """What the head of a file says about a tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class Weights:
     """The parameters of a checkpoint folder, read by the names under which they are stored.
 
@@ -104,42 +93,47 @@ class Weights:
             parameters: the model's; None for whatever is stored.
         """
         self.folder = folder
-        found = self._headers()
+        found, files = self._entries()
         tensors = (
             {name: [name] for name in found} if parameters is None else parameters.stored(found)
         )
         if parameters is not None:
-            self._refuse_quantised(found, parameters, tensors)
+            self._refuse_quantised(found, files, parameters, tensors)
         self.stored = {name: same[0] for name, same in tensors.items()}
         own = set(self.stored.values())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.files: dict[str, str] = {}
-        for name, header in found.items():
+        for name, entry in found.items():
             if name not in own:
                 continue
-            if header.dtype not in _FLOATS:
-                raise self._quantised(name, header)
-            self.shapes[name] = header.shape
-            self.dtypes[name] = _FLOATS[header.dtype]
-            self.files[name] = header.file
+            if entry.dtype not in _FLOATS:
+                raise self._quantised(files[name], entry)
+            self.shapes[name] = entry.shape
+            self.dtypes[name] = _FLOATS[entry.dtype]
+            self.files[name] = files[name]
         for first, *others in tensors.values():
             for other in others:
-                self._require_same(first, other, found)
+                self._require_same(found[first], found[other], files)
 
-    def _headers(self) -> dict[str, _Header]:
-        """What is stored, by name, in the order of the files."""
-        found = {}
+    def _entries(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """What is stored, by name, in the order of the files, and the file name of each."""
+        found, files = {}, {}
         for shard in shards(self.folder):
-            with self._open(shard) as file:
-                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
-                    view = file.get_slice(name)
-                    found[name] = _Header(shard, view.get_dtype(), tuple(view.get_shape()))
-        return found
+            path = self.folder / shard
+            if not path.exists():
+                raise ModelError(
+                    f"{path}: missing, though {INDEX} names it", fix="fetch the checkpoint again"
+                )
+            stored = entries(path)
+            found.update(stored)
+            files.update(dict.fromkeys(stored, shard))
+        return found, files
 
     def _refuse_quantised(
         self,
-        found: Mapping[str, _Header],
+        found: Mapping[str, Entry],
+        files: Mapping[str, str],
         parameters: Parameters,
         tensors: Mapping[str, list[str]],
     ) -> None:
@@ -154,40 +148,40 @@ class Weights:
             for name, *_ in parameters.names
             if name not in tensors
         }
-        for name, header in found.items():
+        for name, entry in found.items():
             module = name.removeprefix(base).rpartition(".")[0]
-            if module in missing and header.dtype not in _FLOATS:
-                raise self._quantised(name, header)
+            if module in missing and entry.dtype not in _FLOATS:
+                raise self._quantised(files[name], entry)
 
-    def _quantised(self, name: str, header: _Header) -> ModelError:
+    def _quantised(self, file: str, entry: Entry) -> ModelError:
         return ModelError(
-            f"{self.folder / header.file}: {name} is stored as {header.dtype}, a quantised or "
+            f"{self.folder / file}: {entry.name} is stored as {entry.dtype}, a quantised or "
             "integer type",
             fix="use the float checkpoint that this one was made from",
         )
 
-    def _require_same(self, first: str, other: str, found: Mapping[str, _Header]) -> None:
+    def _require_same(self, one: Entry, two: Entry, files: Mapping[str, str]) -> None:
         """Refuse a parameter that is stored twice with different values.
 
         Raises:
             ModelError: it is.
         """
-        one, two = found[first], found[other]
         same = (one.dtype, one.shape) == (two.dtype, two.shape)
         if same:
             with (
-                TensorFile.open(self.folder / one.file) as left,
-                TensorFile.open(self.folder / two.file) as right,
+                TensorFile.open(self.folder / files[one.name]) as left,
+                TensorFile.open(self.folder / files[two.name]) as right,
             ):
                 same = all(
-                    left.read(first, *ends)
+                    left.read(one.name, *ends)
                     .view(torch.uint8)
-                    .equal(right.read(other, *ends).view(torch.uint8))
+                    .equal(right.read(two.name, *ends).view(torch.uint8))
                     for ends in _bounds(one.shape)
                 )
         if not same:
             raise ModelError(
-                f"{self.folder}: {first} and {other} are one parameter by config.json, and differ",
+                f"{self.folder}: {one.name} and {two.name} are one parameter by config.json, and "
+                "differ",
                 fix="remove the one that the model does not use, or set tie_word_embeddings to "
                 "false in config.json if it uses both",
             )
@@ -234,20 +228,6 @@ class Weights:
                 fix="the checkpoint is damaged; fetch it again or use another one",
             )
 
-    def _open(self, shard: str) -> Any:  # safetensors ships no types for its handle
-        path = self.folder / shard
-        try:
-            return safe_open(path, framework="pt")
-        except FileNotFoundError as error:
-            raise ModelError(
-                f"{path}: missing, though {INDEX} names it", fix="fetch the checkpoint again"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path}: not a readable safetensors file ({error})",
-                fix="the file is truncated or corrupt; fetch it again and compare its hash",
-            ) from error
-
 
 def _bounds(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The pieces of a tensor: number of the first entry, and of the one after the last."""
@@ -292,13 +272,45 @@ def shards(folder: Path) -> list[str]:
 
 
 class Outline(Weights):
-    """The names and shapes of a model's tensors, and no tensors."""
+    """The names, shapes and dtype of a model's parameters as its configuration has them, no values.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    Whatever reads a value raises a ModelError.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Describe parameters.
+
+        Args:
+            folder: of the configuration.
+            shapes: name -> shape of each parameter.
+            dtype: of all of them.
+        """
+        self.folder = folder
         self.stored = {name: name for name in shapes}
         self.shapes = shapes
-        self.dtypes = {}
+        self.dtypes = dict.fromkeys(shapes, dtype)
         self.files = {}
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device = CPU
+    ) -> dict[str, Tensor]:
+        """See `Weights.read`."""
+        raise self._without_values()
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """See `Weights.pieces`."""
+        raise self._without_values()
+
+    def _without_values(self) -> ModelError:
+        return ModelError(
+            f"{self.folder}: only the configuration was read, so there are no values",
+            fix="open the whole checkpoint, which needs its weights",
+        )
 
 
 class WeightsCopy:

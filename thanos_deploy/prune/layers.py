@@ -17,19 +17,20 @@ from thanos_deploy import methods
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit, visits
+from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.machine.precision import products_in
-from thanos_deploy.methods import Option
+from thanos_deploy.methods import Walk
 from thanos_deploy.model.assignment import DENSE, every
-from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.prune.recipe import Recipe
 from thanos_deploy.prune.result import PrunedBlock, PrunedLayer
 from thanos_deploy.prune.solution import aim, solve
 from thanos_deploy.prune.tune import tune
@@ -51,14 +52,9 @@ def prune(
     checkpoint: Checkpoint,
     segments: Tensor,
     destination: Path,
+    recipe: Recipe,
     *,
-    pattern: Pattern | Mapping[str, Pattern],
-    method: str,
-    options: Mapping[str, Option],
-    true_sequential: bool = False,
-    dense_target: float = 0.0,
-    tune_steps: int = 0,
-    calib_forward: torch.dtype = torch.float32,
+    patterns: Mapping[str, Pattern] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
     journal: Journal[PrunedBlock] | None = None,
@@ -72,15 +68,9 @@ def prune(
         checkpoint: the dense model.
         segments: int64[count, length], calibration tokens.
         destination: an empty folder for the pruned model.
-        pattern: what to prune every layer to; or what each layer, by its full name.
-        method: name of a method.
-        options: the method's options.
-        true_sequential: collect the statistics of each group of layers after the groups before it
-            in the block are pruned, instead of all from the dense block.
-        dense_target: how far each layer aims at the output that it has in the dense model rather
-            than at its own output on the pruned model's inputs; see `hessian.retarget`.
-        tune_steps: steps of all pruned layers of a block together; see `tune.tune`.
-        calib_forward: the dtype in which blocks run, float32 or bfloat16.
+        recipe: how to prune.
+        patterns: what each layer is pruned to, by its full name; None for the recipe's pattern
+            everywhere.
         dtype: what to store, or None to keep each tensor's own.
         device: where each block is while it is pruned.
         journal: where to keep every finished block; those that it has are not done again.
@@ -90,85 +80,62 @@ def prune(
         ModelError: weights are missing, have NaN, or do not fit the pattern.
         ResourceError: a block does not fit into the GPU's memory.
     """
-    check(checkpoint, pattern=pattern, method=method, options=options)
-    patterns = every(checkpoint.linears, pattern)
+    if patterns is None:
+        patterns = every(checkpoint.linears, recipe.pattern)
+    check(checkpoint, recipe, patterns)
+    forward = DTYPES[recipe.forward_on(device)]
     copy_companions(checkpoint.folder, destination, dtype)
-    reports = [] if journal is None else journal.reports
+
+    def work(visit: Visit) -> PrunedBlock:
+        with devices.memory_for(f"block {visit.index}"):
+            layers = _prune_block(visit, patterns, recipe, forward)
+        logger.info(
+            "block %d: largest relative error %.4f, %.1f s",
+            visit.index,
+            max(layer.relative_error for layer in layers),
+            sum(visit.clock.seconds.values()),
+        )
+        return PrunedBlock(layers, visit.clock.seconds)
+
     with (
         torch.no_grad(),
         products_in(torch.float32),
         WeightsCopy(checkpoint.weights, destination, dtype) as copy,
     ):
-        on_progress(len(reports), checkpoint.config.num_hidden_layers)
-        for visit in visits(
+        return visit_blocks(
             checkpoint,
             segments,
+            work,
             copy=copy,
-            with_dense=dense_target > 0.0 or tune_steps > 0,
-            forward=calib_forward,
+            with_dense=recipe.walks_dense,
+            forward=forward,
             journal=journal,
             device=device,
-        ):
-            with devices.memory_for(f"block {visit.index}"):
-                layers = _prune_block(
-                    visit,
-                    patterns,
-                    method=method,
-                    options=options,
-                    true_sequential=true_sequential,
-                    dense_target=dense_target,
-                    tune_steps=tune_steps,
-                    products=calib_forward,
-                )
-            reports.append(PrunedBlock(layers, visit.clock.seconds))
-            logger.info(
-                "block %d: largest relative error %.4f, %.1f s",
-                visit.index,
-                max(layer.relative_error for layer in layers),
-                sum(visit.clock.seconds.values()),
-            )
-            on_progress(visit.index + 1, checkpoint.config.num_hidden_layers)
-    return reports
+            on_progress=on_progress,
+        )
 
 
 def _prune_block(
     visit: Visit,
     patterns: Mapping[str, Pattern],
-    *,
-    method: str,
-    options: Mapping[str, Option],
-    true_sequential: bool,
-    dense_target: float,
-    tune_steps: int,
+    recipe: Recipe,
     products: torch.dtype,
 ) -> tuple[PrunedLayer, ...]:
     """Prune, in place, the linear layers of a block; their reports in the order of the forward."""
     layers: dict[str, PrunedLayer] = {}
-    for groups, statistics in gather(
-        visit,
-        patterns,
-        true_sequential=true_sequential,
-        with_dense=dense_target > 0.0,
-    ):
+    for groups, statistics in gather(visit, patterns, recipe.walk):
         with visit.clock.measure("solve"):
             for group in groups:
                 # What glibc takes from the system would be beside what it has kept of freed memory.
                 if 8 * statistics[group[0]].hessian.numel() > environment.HEAP_TENSOR_BYTES:
                     environment.return_freed_memory()
                 layers |= _prune_group(
-                    visit,
-                    group,
-                    statistics.pop(group[0]),
-                    patterns=patterns,
-                    method=method,
-                    options=options,
-                    dense_target=dense_target,
-                    products=products,
+                    visit, group, statistics.pop(group[0]), patterns, recipe, products
                 )
             environment.return_freed_memory(at_least=_FREED_BYTES)
-    if tune_steps and layers:
+    if recipe.walk.tune_steps and layers:
         with visit.clock.measure("tune"):
-            tune(visit, layers, tune_steps)
+            tune(visit, layers, recipe.walk.tune_steps)
             layers = {
                 name: _judged_again(visit, name, report, patterns[report.name])
                 for name, report in layers.items()
@@ -182,9 +149,7 @@ def _prune_block(
 def gather(
     visit: Visit,
     layers: Collection[str],
-    *,
-    true_sequential: bool,
-    with_dense: bool,
+    walk: Walk,
 ) -> Iterator[tuple[list[list[str]], dict[str, Statistics]]]:
     """The groups of a block's layers that are pruned at a time, and their inputs' statistics.
 
@@ -194,8 +159,8 @@ def gather(
     Args:
         visit: the block.
         layers: full names of the layers that are to be pruned.
-        true_sequential: a group at a time, or that group of every expert, instead of all.
-        with_dense: with `Statistics.cross`, but for layers of experts.
+        walk: whether a group at a time, or that group of every expert; and whether with
+            `Statistics.cross`, but for layers of experts.
     """
     steps = [
         [
@@ -206,15 +171,15 @@ def gather(
         for step in visit.structure.steps
     ]
     steps = [step for step in steps if step]
-    turns = steps if true_sequential else [[group for step in steps for group in step]]
+    turns = steps if walk.true_sequential else [[group for step in steps for group in step]]
     for turn, together in enumerate(turns, start=1):
         if together:
             with visit.clock.measure("collect"):
                 statistics = collect(
                     visit.walk,
                     [group[0] for group in together],
-                    visit.dense if with_dense else None,
-                    pause=true_sequential and visit.can_wait,
+                    visit.dense if walk.dense_target else None,
+                    pause=walk.true_sequential and visit.can_wait,
                     last=turn == len(turns),
                     routed=visit.structure.routed,
                 )
@@ -225,17 +190,15 @@ def _prune_group(
     visit: Visit,
     group: Sequence[str],
     statistics: Statistics,
-    *,
     patterns: Mapping[str, Pattern],
-    method: str,
-    options: Mapping[str, Option],
-    dense_target: float,
+    recipe: Recipe,
     products: torch.dtype,
 ) -> dict[str, PrunedLayer]:
     """Prune, in place, layers that read the same input; their reports by name, seen from the block.
 
     What the following layers and blocks see is what is written, rounding included.
     """
+    method = methods.load(recipe.method)
     weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
     # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again.
     again = len(group) > 1 or statistics.cross is not None
@@ -247,10 +210,9 @@ def _prune_group(
         hessian = torch.eye(len(hessian), device=hessian.device)
         failures = ("no token of the calibration text reached it, so all inputs count alike",)
     if statistics.cross is not None:
-        together = LayerProblem(
-            torch.cat(weights).float(), hessian, visit.prefix + group[0], factors
-        )
-        wanted, failures = aim(together, statistics.cross, dense_target, options)
+        rows, name = torch.cat(weights).float(), visit.prefix + group[0]
+        together = LayerProblem(rows, hessian, name, factors)
+        wanted, failures = aim(together, statistics.cross, recipe.walk.dense_target, recipe.options)
         if wanted is not None:
             aimed = wanted.split([len(weight) for weight in weights])
     reports = {}
@@ -260,8 +222,8 @@ def _prune_group(
         solution = solve(
             LayerProblem(dense.float(), hessian, name, factors, products),
             patterns[name],
-            method=method,
-            options=options,
+            method,
+            recipe.options,
             aimed=target,
             failures=failures,
         )
@@ -310,22 +272,21 @@ def _leave_dense(visit: Visit, linear: str) -> PrunedLayer:
     )
 
 
-def check(
-    checkpoint: Checkpoint,
-    *,
-    pattern: Pattern | Mapping[str, Pattern],
-    method: str,
-    options: Mapping[str, Option],
-) -> None:
+def check(checkpoint: Checkpoint, recipe: Recipe, patterns: Mapping[str, Pattern]) -> None:
     """Refuse, before anything is computed, layers that the method cannot prune.
+
+    Args:
+        checkpoint: the model.
+        recipe: how it is to be pruned.
+        patterns: what each layer is to be pruned to, by its full name.
 
     Raises:
         ModelError: a layer is missing or does not fit the pattern.
         UsageError: the options do not fit the method or the pattern.
     """
-    refuse, shapes = methods.load(method).check, linear_shapes(checkpoint)
-    for name, its in every(shapes, pattern).items():
-        refuse(name, shapes[name][1], its, **options)
+    method, shapes = methods.load(recipe.method), linear_shapes(checkpoint)
+    for name, pattern in every(shapes, patterns).items():
+        method.check(name, shapes[name][1], pattern, recipe.options)
 
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:

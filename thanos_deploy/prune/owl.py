@@ -25,18 +25,15 @@ from torch import Tensor
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.walk import visits
-from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.errors import HessianError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Unstructured
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.prune.recipe import Owl
 from thanos_deploy.solver.mask import removed_count
-
-# The paper's M and lambda.
-THRESHOLD = 5.0
-SPREAD = 0.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +58,13 @@ class Outliers:
         return cls(**value)
 
 
-def check(sparsity: float, *, threshold: float, spread: float) -> None:
-    """Refuse what `allocate` could not do, before anything is computed.
-
-    Raises:
-        UsageError: a block could lose less than nothing or more than all, or an option is out of
-            range.
-    """
-    room = min(sparsity, 1.0 - sparsity)
-    if not 0.0 <= spread <= room:
-        raise UsageError(
-            f"--owl-spread {spread:g} around a sparsity of {sparsity:g}: a block cannot lose less "
-            "than nothing or more than everything",
-            fix=f"use a spread from 0 to {room:g}",
-        )
-    if not threshold > 0.0:
-        raise UsageError(
-            f"--owl-threshold {threshold:g}: every score is that large", fix="use one above 0"
-        )
-
-
 @torch.no_grad()
 def survey(
     checkpoint: Checkpoint,
     segments: Tensor,
     layers: Collection[str],
+    options: Owl,
     *,
-    threshold: float = THRESHOLD,
     device: torch.device = CPU,
     journal: Journal[Outliers] | None = None,
     on_progress: OnProgress = silent,
@@ -98,7 +75,7 @@ def survey(
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
         layers: full names of the linear layers that count; a block without any has 0.
-        threshold: M.
+        options: M is of them.
         device: where each block is while it is surveyed.
         journal: see `layers.prune`.
         on_progress: told of every finished block.
@@ -106,10 +83,8 @@ def survey(
     Raises:
         HessianError: activations are not finite.
     """
-    count = len(checkpoint.blocks)
-    outliers = [] if journal is None else journal.reports
-    on_progress(len(outliers), count)
-    for visit in visits(checkpoint, segments, journal=journal, device=device):
+
+    def look(visit: Visit) -> Outliers:
         with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
             statistics = collect(visit.walk, [group[0] for group in visit.structure.groups])
         scores = [
@@ -119,10 +94,12 @@ def survey(
             for name in group
             if visit.prefix + name in layers
         ]
-        ratio = _ratio(torch.cat(scores), visit.prefix, threshold) if scores else 0.0
-        outliers.append(Outliers(ratio, visit.clock.seconds))
-        on_progress(visit.index + 1, count)
-    return outliers
+        ratio = _ratio(torch.cat(scores), visit.prefix, options.threshold) if scores else 0.0
+        return Outliers(ratio, visit.clock.seconds)
+
+    return visit_blocks(
+        checkpoint, segments, look, journal=journal, device=device, on_progress=on_progress
+    )
 
 
 def _ratio(scores: Tensor, block: str, threshold: float) -> float:
@@ -139,8 +116,7 @@ def allocate(
     ratios: Sequence[float],
     blocks: Sequence[Mapping[str, int]],
     sparsity: float,
-    *,
-    spread: float = SPREAD,
+    options: Owl,
 ) -> dict[str, Unstructured]:
     """The pattern of every layer.
 
@@ -148,7 +124,7 @@ def allocate(
         ratios: D_l, from `survey`.
         blocks: of each block, full name of a layer -> its weights.
         sparsity: S.
-        spread: lambda.
+        options: lambda is of them.
 
     Returns:
         full name -> pattern; `removed_count` of these is exact for every layer and for all.
@@ -161,7 +137,7 @@ def allocate(
     weighted = (d * size for d, size in zip(outliers, sizes, strict=True))
     mean = sum(weighted, Fraction(0)) / total
     furthest = max(abs(mean - d) for d, size in zip(outliers, sizes, strict=True) if size)
-    scale = Fraction(spread) / furthest if furthest else Fraction(0)
+    scale = Fraction(options.spread) / furthest if furthest else Fraction(0)
     wanted = {
         name: count * (Fraction(sparsity) + scale * (mean - d))
         for d, block in zip(outliers, blocks, strict=True)

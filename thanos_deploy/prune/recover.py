@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_deploy.calibration.walk import stored
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.load import load_model
+from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.prune.result import Recovery
@@ -122,7 +122,8 @@ def _train(
         learning.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        *(optimiser, LEARNING_RATE),
+        optimiser,
+        LEARNING_RATE,
         total_steps=len(batches),
         pct_start=_WARM_UP,
         cycle_momentum=False,
@@ -197,6 +198,6 @@ def _write(learning: Mapping[str, nn.Parameter], pruned: Checkpoint, copy: Weigh
     learned = {pruned.stored_name(name): parameter for name, parameter in learning.items()}
     for name in copy.missing:
         if name in learned:
-            copy.write(name, stored(learned[name].detach(), copy.dtype(name), name))
+            copy.write(name, rounded(learned[name].detach(), copy.dtype(name), name))
         else:
             copy.write(name, pruned.weights.read([name])[name])

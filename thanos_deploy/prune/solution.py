@@ -4,7 +4,6 @@ Nothing here knows of checkpoints or of the walk through a model, so a single la
 any machine with PyTorch.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from thanos_deploy import methods
 from thanos_deploy.errors import HessianError
-from thanos_deploy.methods import Option
+from thanos_deploy.methods import Method
+from thanos_deploy.option import Options
 from thanos_deploy.pattern import Pattern
-from thanos_deploy.solver.hessian import DAMPING, retarget
+from thanos_deploy.solver.damping import damping_of
+from thanos_deploy.solver.hessian import retarget
 from thanos_deploy.solver.layer import LayerProblem, LayerResult, without_update
 from thanos_deploy.solver.mask import smallest
 
@@ -38,7 +39,7 @@ def aim(
     problem: LayerProblem,
     cross: Tensor | None,
     fraction: float,
-    options: Mapping[str, Option],
+    options: Options,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """The weight whose output is nearer to the dense model's, or why there is none.
 
@@ -46,7 +47,7 @@ def aim(
         problem: the layer.
         cross: see `statistics.Statistics`; None where the dense model was not asked for.
         fraction: see `hessian.retarget`.
-        options: of the method; its damping counts here as well.
+        options: of the method; where it damps the Hessian, this does it alike.
 
     Raises:
         HessianError: a weight is not finite.
@@ -54,11 +55,7 @@ def aim(
     if cross is None:
         return None, ()
     try:
-        wanted = retarget(
-            *(problem, cross, fraction),
-            damping=float(options.get("damping", DAMPING)),
-            damping_mode=str(options.get("damping_mode", "mean")),
-        )
+        wanted = retarget(problem, cross, fraction, damping_of(options))
     except HessianError as error:
         if not bool(problem.weight.isfinite().all()):
             raise
@@ -69,9 +66,9 @@ def aim(
 def solve(
     problem: LayerProblem,
     pattern: Pattern,
+    method: Method,
+    options: Options,
     *,
-    method: str,
-    options: Mapping[str, Option],
     aimed: Tensor | None = None,
     failures: tuple[str, ...] = (),
 ) -> Solution:
@@ -87,18 +84,18 @@ def solve(
     Args:
         problem: the layer.
         pattern: what to prune to.
-        method, options: see `prune`.
+        method: what prunes it.
+        options: of the method.
         aimed, failures: see `aim`.
 
     Raises:
         HessianError: a weight is not finite.
         ModelError, UsageError: the layer does not fit the pattern, or the options do not.
     """
-    prune_layer = methods.load(method).prune
     for weight in (problem.weight,) if aimed is None else (aimed, problem.weight):
         try:
-            result = prune_layer(replace(problem, weight=weight), pattern, **options)
-            return Solution(result, method, failures)
+            result = method.prune(replace(problem, weight=weight), pattern, options)
+            return Solution(result, method.name, failures)
         except HessianError as error:
             if not bool(problem.weight.isfinite().all()):
                 raise
@@ -137,5 +134,5 @@ def solve_by_preset(
         HessianError: the statistics are not finite or cannot be factored.
         ModelError, UsageError: the layer does not fit the pattern.
     """
-    options = methods.resolve(method, methods.preset(method, preset).options)
-    return methods.load(method).prune(problem, pattern, **options)
+    chosen = methods.load(method)
+    return chosen.prune(problem, pattern, chosen.preset(preset).options)

@@ -166,7 +166,7 @@ def _loading(model: ModelReport) -> str:
 
 ```python
 from pathlib import Path
-from thanos_deploy.checkpoint import load_model
+from thanos_deploy.model.load import load_model
 
 model = load_model(Path("model"))
 ```"""

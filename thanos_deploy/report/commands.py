@@ -8,25 +8,21 @@ from typing import Any
 from exporters import targets
 from exporters.options import flags
 from exporters.target import Target
+from thanos_deploy import methods
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import StageRecord
 from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.measure.run import BENCH, DENSE, PRUNED
+from thanos_deploy.option import options_of
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.prune.result import PRUNE, PruneOptions
 from thanos_deploy.report.sources import Sources
+from thanos_deploy.shrink.options import Fit, Sizing
 
 _TOOL = "thanos-deploy"
 
 # Options whose name on the command line is not their name in the manifest.
-_PRUNE = {
-    "block_columns": "--block-size",
-    "damping": "--damp",
-    "damping_mode": "--damp-mode",
-    "part": "--shrink",
-    "multiple": "--ffn-multiple",
-}
 _EVAL = {
     "text": "--eval-text",
     "segments": "--eval-segments",
@@ -106,7 +102,9 @@ def _pruning(pruned: PruneOptions) -> Iterator[str]:
     for option in ("include", "ignore"):
         for layers in options.pop(option, ()):
             yield from (f"--{option}", layers)
-    yield from _flags(options, _PRUNE)
+    declared = (Sizing, Fit, methods.load(pruned.method).options)
+    flags = {one.name: one.declared.flag for kind in declared for one in options_of(kind)}
+    yield from _flags(options, flags)
 
 
 def _bench(model: str, request: BenchRequest) -> Iterator[str]:

@@ -7,7 +7,6 @@ The widths are chosen by what each block would lose, before anything is cut; see
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
@@ -15,11 +14,7 @@ from thanos_deploy.model import widths
 from thanos_deploy.model.block import BlockPlan as BlockPlan
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.widths import Widths
-
-Part = Literal["heads", "ffn", "both"]
-PARTS: tuple[str, ...] = get_args(Part)
-Allocation = Literal["uniform", "loss"]
-ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+from thanos_deploy.shrink.options import Part, Sizing
 
 # Matrix sizes that tensor cores and sparse kernels take without padding.
 FRIENDLY_MULTIPLE = 64
@@ -168,9 +163,7 @@ def channel_steps(channels: int, multiple: int | None) -> range:
     return range((channels - 1) // multiple * multiple, 0, -multiple)
 
 
-def candidates(
-    checkpoint: Checkpoint, fraction: float, *, part: str, multiple: int | None, stock: bool
-) -> list[Widths]:
+def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[Widths]:
     """Widths at which at least a fraction of a block's parameters is gone, and no more than needed.
 
     For each number of heads the largest number of channels that does it.
@@ -178,15 +171,14 @@ def candidates(
     Args:
         checkpoint: the model, all of whose blocks have the same widths.
         fraction: of a block's parameters.
-        part: what may be cut: "heads", "ffn" or "both".
-        multiple: see `channel_steps`.
-        stock: only what a stock config.json can describe.
+        sizing: what may be cut; with its allocation "uniform" only what a stock config.json can
+            describe, unless heads are cut of a family for which it cannot.
 
     Raises:
         UsageError: there are none; the message has the nearest valid choice.
     """
-    width, prices = checkpoint.widths[0], cost(checkpoint, 0)
-    steps = channel_steps(width.channels, multiple)
+    width, prices, part = checkpoint.widths[0], cost(checkpoint, 0), sizing.part
+    stock, steps = _stock_only(checkpoint, sizing), channel_steps(width.channels, sizing.multiple)
     wanted = math.ceil(fraction * prices.block - 1e-6)
     found, nearest = [], 0
     for heads, kv_heads in layouts(width) if part != "ffn" else [(width.heads, width.kv_heads)]:
@@ -220,8 +212,7 @@ def even(checkpoint: Checkpoint, fraction: float) -> Widths:
     Raises:
         UsageError: see `candidates`.
     """
-    stock = _stock_only(checkpoint, "both", "uniform")
-    found = candidates(checkpoint, fraction, part="both", multiple=None, stock=stock)
+    found = candidates(checkpoint, fraction, Sizing())
     before = checkpoint.widths[0]
     return min(
         found,
@@ -229,42 +220,33 @@ def even(checkpoint: Checkpoint, fraction: float) -> Widths:
     )
 
 
-def check(
-    checkpoint: Checkpoint, fraction: float, *, part: str, multiple: int | None, allocation: str
-) -> None:
+def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
     """Refuse what `plan` could not do, before anything is computed.
 
     Raises:
-        UsageError: nothing would be left, or an option has no such value.
+        UsageError: nothing would be left, or there are fewer channels than they are to be a
+            multiple of.
     """
-    if part not in PARTS or allocation not in ALLOCATIONS:
+    channels = checkpoint.widths[0].channels
+    if sizing.multiple is not None and not 0 < sizing.multiple <= channels:
         raise UsageError(
-            f"shrink {part!r} with allocation {allocation!r}",
-            fix=f"use {', '.join(PARTS)} and {', '.join(ALLOCATIONS)}",
-        )
-    if multiple is not None and not 0 < multiple <= checkpoint.widths[0].channels:
-        raise UsageError(
-            f"channels in multiples of {multiple}; a block has {checkpoint.widths[0].channels}",
+            f"channels in multiples of {sizing.multiple}; a block has {channels}",
             fix="use a positive --ffn-multiple of at most that",
         )
-    stock = _stock_only(checkpoint, part, allocation)
-    candidates(checkpoint, fraction, part=part, multiple=multiple, stock=stock)
+    candidates(checkpoint, fraction, sizing)
 
 
-def _stock_only(checkpoint: Checkpoint, part: str, allocation: str) -> bool:
+def _stock_only(checkpoint: Checkpoint, sizing: Sizing) -> bool:
     """Keep to what a stock config.json can describe, unless the user asked for what it cannot."""
-    heads_alone = part == "heads" and not checkpoint.family.heads.free_size
-    return allocation == "uniform" and not heads_alone
+    heads_alone = sizing.part == "heads" and not checkpoint.family.heads.free_size
+    return sizing.allocation == "uniform" and not heads_alone
 
 
 def plan(
     checkpoint: Checkpoint,
     losses: Sequence[Losses],
     fraction: float,
-    *,
-    part: str = "both",
-    multiple: int | None = None,
-    allocation: str = "uniform",
+    sizing: Sizing,
 ) -> Plan:
     """Choose the widths at which the predicted loss, summed over the blocks, is smallest.
 
@@ -272,19 +254,17 @@ def plan(
         checkpoint: the model.
         losses: of each block, from `survey`.
         fraction: of the blocks' parameters to remove.
-        part: what may be cut: "heads", "ffn" or "both".
-        multiple: see `candidates`.
-        allocation: "uniform", the same widths in every block; or "loss", each block its own, for
-            the same number of parameters in all.
+        sizing: how to choose.
 
     Raises:
         UsageError: see `check`.
     """
-    check(checkpoint, fraction, part=part, multiple=multiple, allocation=allocation)
-    if allocation == "uniform":
-        after = [_uniform(checkpoint, losses, fraction, part, multiple)] * len(losses)
+    check(checkpoint, fraction, sizing)
+    if sizing.allocation == "uniform":
+        found = candidates(checkpoint, fraction, sizing)
+        after = [min(found, key=lambda width: sum(loss.of(width) for loss in losses))] * len(losses)
     else:
-        after = _by_loss(checkpoint, losses, fraction, part, multiple)
+        after = _by_loss(checkpoint, losses, fraction, sizing.part)
     blocks: list[BlockPlan] = []
     for index, (before, width, loss) in enumerate(
         zip(checkpoint.widths, after, losses, strict=True)
@@ -296,24 +276,8 @@ def plan(
     return Plan(tuple(blocks), stock)
 
 
-def _uniform(
-    checkpoint: Checkpoint,
-    losses: Sequence[Losses],
-    fraction: float,
-    part: str,
-    multiple: int | None,
-) -> Widths:
-    stock = _stock_only(checkpoint, part, "uniform")
-    found = candidates(checkpoint, fraction, part=part, multiple=multiple, stock=stock)
-    return min(found, key=lambda width: sum(loss.of(width) for loss in losses))
-
-
 def _by_loss(
-    checkpoint: Checkpoint,
-    losses: Sequence[Losses],
-    fraction: float,
-    part: str,
-    multiple: int | None,
+    checkpoint: Checkpoint, losses: Sequence[Losses], fraction: float, part: Part
 ) -> list[Widths]:
     """Cut again and again where a parameter costs least, until enough are gone."""
     after = list(checkpoint.widths)

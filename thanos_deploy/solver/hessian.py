@@ -7,20 +7,14 @@ diagonal are wanted, which are the inverses of V's, so only V is kept.
 """
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.errors import HessianError
+from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.layer import Factor, LayerProblem
 from thanos_deploy.solver.triangular import cholesky_, invert_, narrow_, turn_
-
-DampingMode = Literal["mean", "median", "per-channel"]
-DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
-
-# The papers'.
-DAMPING = 0.01
 
 # Rows to look at together where a copy of all would take memory for nothing.
 _ROWS = 64
@@ -29,24 +23,7 @@ _ROWS = 64
 _RETRIES = 4
 
 
-def check_damping(name: str, damping: float, mode: str) -> None:
-    """Refuse damping that is none.
-
-    Raises:
-        UsageError: the value or the mode is out of range.
-    """
-    if damping <= 0.0:
-        raise UsageError(
-            f"{name}: damping {damping:g} leaves the Hessian singular where inputs repeat",
-            fix="use a --damp above 0, such as 0.01",
-        )
-    if mode not in DAMPING_MODES:
-        raise UsageError(
-            f"{name}: damping mode {mode!r}", fix=f"use one of {', '.join(DAMPING_MODES)}"
-        )
-
-
-def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
+def factor(problem: LayerProblem, damping: Damping = DEFAULT) -> Factor:
     """Damp and factor a layer's Hessian, in float64; once for all layers that share `factors`.
 
     Inputs that calibration never saw have a zero row and column in H; damping gives them a
@@ -54,18 +31,17 @@ def factor(problem: LayerProblem, damping: float, mode: str = "mean") -> Factor:
 
     Args:
         problem: the layer.
-        damping: added to the diagonal, as a fraction of its scale.
-        mode: the scale: the "mean" of the diagonal (the papers'), its "median" over the inputs that
-            are alive (which a few huge channels do not move), or "per-channel", each entry's own.
+        damping: what is added to the diagonal.
 
     Raises:
         HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
     """
     require_finite(problem)
     kept = {} if problem.factors is None else problem.factors
-    if (damping, mode) not in kept:
-        kept[damping, mode] = _factor(problem, damping, mode)
-    return kept[damping, mode]
+    key = damping.damping, damping.damping_mode
+    if key not in kept:
+        kept[key] = _factor(problem, *key)
+    return kept[key]
 
 
 def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
@@ -119,12 +95,7 @@ def require_finite(problem: LayerProblem) -> None:
 
 
 def retarget(
-    problem: LayerProblem,
-    cross: Tensor,
-    fraction: float,
-    *,
-    damping: float = DAMPING,
-    damping_mode: str = "mean",
+    problem: LayerProblem, cross: Tensor, fraction: float, damping: Damping = DEFAULT
 ) -> Tensor:
     """The weight whose output, on the pruned model's inputs, is nearest to the dense model's.
 
@@ -137,7 +108,7 @@ def retarget(
         problem: the layer, with H = sum x x^T.
         cross: [cols, cols], G in the scale of H.
         fraction: f; 0 is the pruned model's own output, 1 the dense model's.
-        damping, damping_mode: D, which holds the weight near W; see `factor`.
+        damping: D, which holds the weight near W; see `factor`.
 
     Returns:
         [rows, cols].
@@ -145,6 +116,6 @@ def retarget(
     Raises:
         HessianError: see `factor`.
     """
-    V = factor(problem, damping, damping_mode).V
+    V = factor(problem, damping).V
     missing = problem.weight @ (cross - problem.hessian)
     return problem.weight + fraction * (missing @ V.T @ V)

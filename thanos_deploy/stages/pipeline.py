@@ -13,13 +13,13 @@ Each is a file of `thanos_deploy.stages`; here they are in a row.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from exporters import preflight, targets
 from exporters.target import Target
 from thanos_deploy.bundle import manifest
-from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError
@@ -27,7 +27,6 @@ from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
@@ -35,8 +34,9 @@ from thanos_deploy.stages.bench import bench, check_bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export
-from thanos_deploy.stages.plan import plan_pruning
+from thanos_deploy.stages.plan import DryRun, plan_pruning
 from thanos_deploy.stages.prune import check, prune
+from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration, open_text, require_other_text, segments_for
 
 STAGES = ("prune", "eval", ONNX, "bench", "report")
@@ -74,7 +74,7 @@ def prune_export(
     """
     dense = Dense(model, revision=revision)
     chosen = targets.get(target)
-    chosen.refuse([request.pattern])
+    chosen.refuse([request.how.pattern])
     if not chosen.gpu:  # else the export may be finished where the GPU is
         preflight.require(chosen)
     with manifest.claim(out, dense.source, overwrite=overwrite) as bundle:
@@ -119,20 +119,20 @@ def plan(
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> Json:
+) -> DryRun:
     """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
     dense = Dense(model, revision=revision)
     bundle = Bundle.open(out) if (out / manifest.MANIFEST).exists() else Bundle(out, dense.source)
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
     parameters = dense.checkpoint(announce).parameters
-    return {
-        **plan_pruning(dense, request, out, announce, evaluation),
-        "eval": encode(evaluation.recorded),
-        "bench": encode(benchmarking),
-        "stages": {name: "done" if name in bundle.stages else "to do" for name in STAGES},
-        "cache": str(dense.folder),
-        "cache_bytes_needed": (4 if dense.is_ordinary else 8) * parameters,
-    }
+    return replace(
+        plan_pruning(dense, request, out, announce, evaluation),
+        eval=evaluation.recorded,
+        bench=benchmarking,
+        stages={name: "done" if name in bundle.stages else "to do" for name in STAGES},
+        cache=str(dense.folder),
+        cache_bytes_needed=(4 if dense.is_ordinary else 8) * parameters,
+    )
 
 
 def _refuse_beforehand(
@@ -151,7 +151,7 @@ def _refuse_beforehand(
     source = dense.checkpoint(announce)
     check(source, request)
     benchmarking.check(source.max_positions)
-    seen, *_ = calibration(source, request)
+    seen, *_ = calibration(source, request.data)
     text = open_text(evaluation.text, evaluation.text_field, held_out=True)
     segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
     require_other_text(text, seen.sha256)

@@ -2,21 +2,28 @@
 
 import math
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.forecast.estimate import Estimate, estimate, estimate_cutting
 from thanos_deploy.machine import devices
-from thanos_deploy.measure.options import EvalRequest
+from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.model import assignment
-from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.locate import locate_configuration
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.prune import layers as pruning
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.prune.result import WidthsSummary
+from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
+from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
 
 
@@ -28,6 +35,69 @@ def outline(model: str, *, revision: str | None, announce: Announce) -> Checkpoi
     return Checkpoint.outline(folder)
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the stages would take.
+
+    Attributes:
+        seconds: by activity of the stage prune, and of the stage eval.
+        total_seconds: their sum.
+        memory_bytes: the most that the process would hold.
+        basis: what this is derived from.
+        not_estimated: stages that take time as well.
+    """
+
+    seconds: Mapping[str, float]
+    total_seconds: float
+    memory_bytes: int
+    basis: str
+    not_estimated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What the stage prune, or all stages, would do, and what that takes.
+
+    Attributes:
+        model: the dense model.
+        model_type: of its configuration.
+        parameters: of the dense model.
+        linear_layers, linear_weights: that pruning visits.
+        prune: the options of the stage, as a manifest would have them.
+        device: where it would be done.
+        disk_bytes_needed, disk_bytes_free: on the disk of the bundle.
+        estimate: time and memory.
+        widths: what would stay of each block; None where nothing is cut out.
+        patterns: layers by what they would be pruned to; None where heads and channels are cut out.
+        layers_left_dense: the names of others.
+        linear_weights_removed: how many would be set to zero.
+        eval, bench: the options of these stages; None for the stage prune alone.
+        stages: which are done; likewise.
+        cache: the folder of what is made of the dense model; likewise.
+        cache_bytes_needed: there.
+    """
+
+    model: Source
+    model_type: str
+    parameters: int
+    linear_layers: int
+    linear_weights: int
+    prune: Json
+    device: str
+    disk_bytes_needed: int
+    disk_bytes_free: int
+    estimate: Taken
+    widths: WidthsSummary | None = field(default=None, metadata=LATER)
+    patterns: Mapping[str, int] | None = field(default=None, metadata=LATER)
+    layers_left_dense: tuple[str, ...] | None = field(default=None, metadata=LATER)
+    linear_weights_removed: int | None = field(default=None, metadata=LATER)
+    eval: EvalRequest | None = field(default=None, metadata=LATER)
+    bench: BenchRequest | None = field(default=None, metadata=LATER)
+    stages: Mapping[str, str] | None = field(default=None, metadata=LATER)
+    cache: str | None = field(default=None, metadata=LATER)
+    cache_bytes_needed: int | None = field(default=None, metadata=LATER)
+
+
 def plan_prune(
     model: str,
     out: Path,
@@ -35,7 +105,7 @@ def plan_prune(
     *,
     revision: str | None = None,
     announce: Announce = quietly,
-) -> Json:
+) -> DryRun:
     """What `prune` would do, and whether it would be refused; writes nothing to `out`.
 
     For a model that is to be shrunk this includes the widths of every block and the loss that is
@@ -52,46 +122,50 @@ def plan_pruning(
     out: Path,
     announce: Announce,
     evaluation: EvalRequest | None = None,
-) -> Json:
+) -> DryRun:
     """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
-    source = dense.checkpoint(announce)
+    source, device = dense.checkpoint(announce), request.chosen_device
     entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
-    _, ids, _ = calibration(source, request)
+    _, ids, _ = calibration(source, request.data)
     exported = 0 if evaluation is None else 4 * source.parameters
-    what: Json
-    if request.shrinks:
-        losses = survey_blocks(source, ids, request, announce)
-        widths = plan_widths(source, losses, request)
-        found = estimate_cutting(source, ids, request, losses, widths)
-        what = {"widths": encode(plan_summary(widths))}
-    else:
-        patterns = assigned(source, request)
-        found = estimate(source, ids, request, patterns)
-        what = {
-            "patterns": assignment.counts(patterns.get(name) for name in entries),
-            "layers_left_dense": [name for name in entries if name not in patterns],
-            "linear_weights_removed": sum(
-                int(entries[name] * its.sparsity) for name, its in patterns.items()
-            ),
-        }
-    return {
-        "model": encode(dense.source),
-        "model_type": source.config.model_type,
-        "parameters": source.parameters,
-        "linear_layers": len(entries),
-        "linear_weights": sum(entries.values()),
-        "prune": request.to_json(),
-        "device": devices.describe(request.resolved_device),
-        "disk_bytes_needed": source.bytes_in(request.dtype) + exported,
-        "disk_bytes_free": shutil.disk_usage(_existing(out)).free,
-        **what,
-        "estimate": _estimated(source, found, request, evaluation),
-    }
+
+    def planned(found: Estimate, **what: Any) -> DryRun:
+        return DryRun(
+            model=dense.source,
+            model_type=source.config.model_type,
+            parameters=source.parameters,
+            linear_layers=len(entries),
+            linear_weights=sum(entries.values()),
+            prune=request.to_json(),
+            device=devices.describe(device),
+            disk_bytes_needed=source.bytes_in(request.dtype) + exported,
+            disk_bytes_free=shutil.disk_usage(_existing(out)).free,
+            estimate=_estimated(source, found, request, evaluation),
+            **what,
+        )
+
+    match request.how:
+        case Cut() as cut:
+            losses = survey_blocks(source, ids, cut, announce, device=device)
+            widths = plan_widths(source, losses, cut)
+            found = estimate_cutting(source, ids, cut.fit, losses, widths, device=device)
+            return planned(found, widths=plan_summary(widths))
+        case Recipe() as recipe:
+            patterns = assigned(source, recipe)
+            dtype = DTYPES.get(request.dtype)
+            return planned(
+                estimate(source, ids, recipe, patterns, dtype=dtype, device=device),
+                patterns=assignment.counts(patterns.get(name) for name in entries),
+                layers_left_dense=tuple(name for name in entries if name not in patterns),
+                linear_weights_removed=sum(
+                    int(entries[name] * its.sparsity) for name, its in patterns.items()
+                ),
+            )
 
 
 def _estimated(
     source: Checkpoint, found: Estimate, request: PruneRequest, evaluation: EvalRequest | None
-) -> Json:
+) -> Taken:
     seconds = dict(found.seconds)
     if evaluation is not None:
         # The dense and the pruned model; the output head is as much work as its share of weights.
@@ -100,16 +174,16 @@ def _estimated(
         head = source.config.vocab_size * source.config.hidden_size * blocks / weights
         tokens = 2 * evaluation.segments * evaluation.seqlen
         seconds["eval"] = tokens * found.token_seconds * (blocks + head)
-    return {
-        "seconds": seconds,
-        "total_seconds": sum(seconds.values()),
-        "memory_bytes": found.memory_bytes,
-        "basis": found.basis,
-        "not_estimated": [
+    return Taken(
+        seconds=seconds,
+        total_seconds=sum(seconds.values()),
+        memory_bytes=found.memory_bytes,
+        basis=found.basis,
+        not_estimated=(
             *(["recover"] if request.recover else []),
             *([] if evaluation is None else ["onnx", "bench"]),
-        ],
-    }
+        ),
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -3,7 +3,7 @@
 import math
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from thanos_deploy.prune import layers as pruning
 from thanos_deploy.prune import owl
 from thanos_deploy.prune import recover as recovering
 from thanos_deploy.prune.owl import Outliers
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recipe import Owl, Recipe
 from thanos_deploy.prune.result import (
     PRUNE,
     LayersSummary,
@@ -45,9 +45,13 @@ from thanos_deploy.prune.result import (
 )
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.options import Cut, Fit
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.shrink.survey import survey
+from thanos_deploy.solver.damping import damping_of
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
 
 
@@ -55,114 +59,112 @@ def prune_checkpoint(
     source: Checkpoint,
     ids: Tensor,
     destination: Path,
-    request: PruneRequest,
+    recipe: Recipe,
     announce: Announce = quietly,
     *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = devices.CPU,
     survey: Journal[Outliers] | None = None,
     journal: Journal[PrunedBlock] | None = None,
 ) -> list[PrunedBlock]:
-    """Prune a checkpoint as requested, on given calibration tokens; see `layers.prune`.
+    """Prune a checkpoint by a recipe, on given calibration tokens; see `layers.prune`.
 
     Where a walk before decides what each block loses, `survey` is the journal of that.
     """
+    patterns: Mapping[str, Pattern] = assigned(source, recipe)
+    if recipe.owl is not None:
+        outliers = owl.survey(
+            source,
+            ids,
+            patterns,
+            recipe.owl,
+            device=device,
+            journal=survey,
+            on_progress=announce("Count the outliers of each block"),
+        )
+        patterns = _allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, outliers)
     return pruning.prune(
         source,
         ids,
         destination,
-        pattern=_allocated(source, ids, request, announce, survey),
-        method=request.method,
-        options=request.resolved_options,
-        **request.walk_options,
-        calib_forward=DTYPES[request.resolved_forward],
-        dtype=DTYPES.get(request.dtype),
-        device=request.resolved_device,
+        recipe,
+        patterns=patterns,
+        dtype=dtype,
+        device=device,
         journal=journal,
-        on_progress=announce(f"Prune to {request.pattern} with {request.method}"),
+        on_progress=announce(f"Prune to {recipe.pattern} with {recipe.method}"),
     )
 
 
-def assigned(source: Checkpoint, request: PruneRequest) -> dict[str, Pattern]:
+def assigned(source: Checkpoint, recipe: Recipe) -> dict[str, Pattern]:
     """What is asked of every linear layer that is to be pruned, by its full name."""
     return assignment.assign(
         source.linears,
-        request.pattern,
-        include=request.include,
-        ignore=request.ignore,
-        file=_sparsity_file(request),
+        recipe.pattern,
+        include=recipe.layers.include,
+        ignore=recipe.layers.ignore,
+        file=_sparsity_file(recipe),
     )
 
 
-def _sparsity_file(request: PruneRequest) -> assignment.SparsityFile | None:
-    if request.sparsity_file is None:
+def _sparsity_file(recipe: Recipe) -> assignment.SparsityFile | None:
+    if recipe.layers.sparsity_file is None:
         return None
-    return assignment.read_file(Path(request.sparsity_file).expanduser())
+    return assignment.read_file(Path(recipe.layers.sparsity_file).expanduser())
 
 
 def _allocated(
     source: Checkpoint,
-    ids: Tensor,
-    request: PruneRequest,
-    announce: Announce,
-    journal: Journal[Outliers] | None,
+    how: Owl,
+    sparsity: float,
+    layers: Collection[str],
+    outliers: Sequence[Outliers],
 ) -> Mapping[str, Pattern]:
-    """The pattern of every layer, after a walk through the dense model if that decides it."""
-    patterns = assigned(source, request)
-    if request.allocation != "owl":
-        return patterns
-    options = request.owl_options
-    outliers = owl.survey(
-        source,
-        ids,
-        patterns,
-        threshold=options["threshold"],
-        device=request.resolved_device,
-        journal=journal,
-        on_progress=announce("Count the outliers of each block"),
-    )
+    """The pattern of every layer, by how many outliers each block has."""
     shapes = pruning.linear_shapes(source)
     blocks = [
-        {name: math.prod(shapes[name]) for name in block.full_names if name in patterns}
+        {name: math.prod(shapes[name]) for name in block.full_names if name in layers}
         for block in source.blocks
     ]
-    ratios = [block.ratio for block in outliers]
-    return owl.allocate(ratios, blocks, request.pattern.sparsity, spread=options["spread"])
+    return owl.allocate([block.ratio for block in outliers], blocks, sparsity, how)
 
 
 def survey_blocks(
     source: Checkpoint,
     ids: Tensor,
-    request: PruneRequest,
+    cut: Cut,
     announce: Announce = quietly,
     *,
+    device: torch.device = devices.CPU,
     journal: Journal[Losses] | None = None,
 ) -> list[Losses]:
     """What each block would lose at which widths; the same for every fraction to remove."""
-    fit = request.fit_options
-    return shrinking.survey(
+    return survey(
         source,
         ids,
-        multiple=request.ffn_multiple,
-        damping=fit["damping"],
-        damping_mode=fit["damping_mode"],
-        device=request.resolved_device,
+        multiple=cut.sizing.multiple,
+        damping=cut.fit,
+        device=device,
         journal=journal,
         on_progress=announce("Find out what each block would lose"),
     )
 
 
-def plan_widths(source: Checkpoint, losses: Sequence[Losses], request: PruneRequest) -> Plan:
+def plan_widths(source: Checkpoint, losses: Sequence[Losses], cut: Cut) -> Plan:
     """How wide the blocks of a shrunk model will be."""
-    return sizing.plan(source, losses, request.pattern.sparsity, **request.sizing_options)
+    return sizing.plan(source, losses, cut.pattern.sparsity, cut.sizing)
 
 
 def shrink_checkpoint(
     source: Checkpoint,
     ids: Tensor,
     destination: Path,
-    request: PruneRequest,
     plan: Plan,
+    fit: Fit,
     announce: Announce = quietly,
     *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = devices.CPU,
     journal: Journal[CutBlock] | None = None,
 ) -> list[CutBlock]:
     """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
@@ -170,10 +172,10 @@ def shrink_checkpoint(
         source,
         ids,
         destination,
-        plan=plan,
-        **request.fit_options,
-        dtype=DTYPES.get(request.dtype),
-        device=request.resolved_device,
+        plan,
+        fit,
+        dtype=dtype,
+        device=device,
         journal=journal,
         on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
     )
@@ -191,12 +193,13 @@ def recover_checkpoint(
     trained = folder.with_name(f"{folder.name}-trained")
     trained.mkdir()
     recovery = recovering.recover(
-        *(Checkpoint.open(folder), source),
-        every_segment(text, tokenizer, length=request.seqlen),
+        Checkpoint.open(folder),
+        source,
+        every_segment(text, tokenizer, length=request.data.seqlen),
         trained,
         count=request.recover,
-        seed=request.seed,
-        device=request.resolved_device,
+        seed=request.data.seed,
+        device=request.chosen_device,
         on_progress=announce(f"Train what is left on {request.recover} segments"),
     )
     shutil.rmtree(folder)
@@ -215,48 +218,62 @@ def prune(
     """Prune the model into the bundle, unless that is done."""
     source = dense.checkpoint(announce)
     check(source, request)
-    own = _sparsity_file(request)
-    text, ids, frame = calibration(source, request)
+    how, device, dtype = request.how, request.chosen_device, DTYPES.get(request.dtype)
+    own = _sparsity_file(how) if isinstance(how, Recipe) else None
+    text, ids, frame = calibration(source, request.data)
 
     inputs = PruneInputs(
         dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
     )
-    owner = {**request.to_json(), **encode(inputs), **_versions(request.resolved_device)}
+    owner = {**request.to_json(), **encode(inputs), **_versions(device)}
 
     def produce(folder: Path) -> PruneResult:
-        (folder / "model").mkdir()
-        kept = bundle.journal("prune")
+        model, kept = folder / layout.MODEL, bundle.journal(layout.PRUNE)
+        model.mkdir()
         activations = activation_bytes(
-            *(source, ids.numel(), DTYPES[request.resolved_forward]),
-            with_dense=request.walks_dense,
+            source, ids.numel(), DTYPES[request.forward], with_dense=how.walks_dense
         )
-        if request.surveys:
+        if how.surveys:
             activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
         needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
         files.require_disk(folder, needed - files.size(kept))
         blocks: Sequence[PrunedBlock | CutBlock]
+        widths: WidthsSummary | None
         surveyed: Journal[Losses] | Journal[Outliers] | None
-        if request.shrinks:
-            surveyed = Journal(kept / "survey", owner, Losses)
-            losses = survey_blocks(source, ids, request, announce, journal=surveyed)
-            plan = plan_widths(source, losses, request)
-            cut = Journal(kept / "blocks", owner, CutBlock)
-            blocks = shrink_checkpoint(
-                *(source, ids, folder / "model", request, plan, announce), journal=cut
-            )
-            summary, widths = _summary_of_cuts(blocks), plan_summary(plan)
-        else:
-            surveyed = Journal(kept / "survey", owner, Outliers) if request.surveys else None
-            pruned = Journal(kept / "blocks", owner, PrunedBlock)
-            blocks = prune_checkpoint(
-                *(source, ids, folder / "model", request, announce), survey=surveyed, journal=pruned
-            )
-            summary, widths = _summary_of(blocks, request), None
+        match how:
+            case Cut():
+                surveyed = Journal(kept / "survey", owner, Losses)
+                losses = survey_blocks(source, ids, how, announce, device=device, journal=surveyed)
+                plan = plan_widths(source, losses, how)
+                blocks = cut = shrink_checkpoint(
+                    source,
+                    ids,
+                    model,
+                    plan,
+                    how.fit,
+                    announce,
+                    dtype=dtype,
+                    device=device,
+                    journal=Journal(kept / "blocks", owner, CutBlock),
+                )
+                summary, widths = _summary_of_cuts(cut), plan_summary(plan)
+            case Recipe():
+                surveyed = Journal(kept / "survey", owner, Outliers) if how.surveys else None
+                blocks = pruned = prune_checkpoint(
+                    source,
+                    ids,
+                    model,
+                    how,
+                    announce,
+                    dtype=dtype,
+                    device=device,
+                    survey=surveyed,
+                    journal=Journal(kept / "blocks", owner, PrunedBlock),
+                )
+                summary, widths = _summary_of(pruned, how), None
         files.write_record(folder / layout.LAYERS, blocks)
         recovery = (
-            recover_checkpoint(source, text, folder / "model", request, announce)
-            if request.recover
-            else None
+            recover_checkpoint(source, text, model, request, announce) if request.recover else None
         )
 
         def spent(activity: str) -> float:
@@ -275,10 +292,10 @@ def prune(
             tune_seconds=spent("tune"),
             forward_seconds=spent("forward"),
             journal_seconds=spent("journal"),
-            device=devices.describe(request.resolved_device),
+            device=devices.describe(device),
             peak_memory_bytes=environment.peak_memory_bytes(),
             dense_bytes=source.bytes_in("auto"),
-            parts=PartBytes(part_bytes(source), part_bytes(Checkpoint.open(folder / "model"))),
+            parts=PartBytes(part_bytes(source), part_bytes(Checkpoint.open(model))),
         )
 
     return bundle.run(
@@ -291,24 +308,37 @@ def prune(
 
 
 def check(source: Checkpoint, request: PruneRequest) -> None:
-    """Refuse what `prune` would refuse, as far as configuration and headers show it."""
-    request.check()
-    if request.shrinks:
-        shrinking.check(source)
-        sizing.check(source, request.pattern.sparsity, **request.sizing_options)
-    else:
-        patterns = assigned(source, request)
-        columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
-        if columns and not request.keep_shape:
-            raise UsageError(
-                f"{request.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
-                "pattern of one layer: heads and channels go from every layer that makes or reads "
-                "them",
-                fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION "
-                "with --keep-shape, for columns of zeros",
-            )
-        pruning.check(
-            source, pattern=patterns, method=request.method, options=request.resolved_options
+    """Refuse what `prune` would refuse, as far as configuration and headers show it.
+
+    Raises:
+        UsageError: the options do not fit the model.
+        ModelError: the model cannot be pruned so.
+        PlatformError: the device is not there.
+    """
+    devices.choose(request.device)
+    match request.how:
+        case Cut(pattern, how, _):
+            shrinking.check(source)
+            sizing.check(source, pattern.sparsity, how)
+        case Recipe() as recipe:
+            patterns = assigned(source, recipe)
+            _check_columns(recipe, patterns)
+            pruning.check(source, recipe, patterns)
+
+
+def _check_columns(recipe: Recipe, patterns: Mapping[str, Pattern]) -> None:
+    """Refuse a file that asks for columns of zeros where the rest has none.
+
+    Raises:
+        UsageError: it does.
+    """
+    columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
+    if columns and not isinstance(recipe.pattern, Structured):
+        raise UsageError(
+            f"{recipe.layers.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
+            "pattern of one layer: heads and channels go from every layer that makes or reads them",
+            fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION with "
+            "--keep-shape, for columns of zeros",
         )
 
 
@@ -324,13 +354,13 @@ def _versions(device: torch.device) -> Json:
     }
 
 
-def _summary_of(blocks: list[PrunedBlock], request: PruneRequest) -> LayersSummary:
+def _summary_of(blocks: list[PrunedBlock], recipe: Recipe) -> LayersSummary:
     layers = [layer for block in blocks for layer in block.layers]
-    patterns = patterns_in(blocks, request.pattern)
+    patterns = patterns_in(blocks, recipe.pattern)
     pruned = [layer for layer in layers if layer.name in patterns]
     worst = max(pruned, key=lambda layer: layer.relative_error)
     weights = sum(layer.rows * layer.cols for layer in layers)
-    damping = float(request.resolved_options.get("damping", 0.0))
+    damping = damping_of(recipe.options).damping
     return LayersSummary(
         layers=len(layers),
         weights=weights,

@@ -5,12 +5,12 @@ from pathlib import Path
 from torch import Tensor
 
 from thanos_deploy.calibration import segments
+from thanos_deploy.calibration.data import Data
 from thanos_deploy.calibration.frame import Frame, frame_of
 from thanos_deploy.calibration.texts import BUILTIN, Text, builtin_text, read_text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_tokenizer
-from thanos_deploy.prune.recipe import PruneRequest
 
 
 def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
@@ -29,7 +29,7 @@ def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
     return read_text(Path(name).expanduser(), text_field=text_field)
 
 
-def calibration(source: Checkpoint, request: PruneRequest) -> tuple[Text, Tensor, Frame]:
+def calibration(source: Checkpoint, data: Data) -> tuple[Text, Tensor, Frame]:
     """The text that a model is to be calibrated on, and what is taken of it.
 
     Returns:
@@ -38,8 +38,8 @@ def calibration(source: Checkpoint, request: PruneRequest) -> tuple[Text, Tensor
     Raises:
         CalibrationError, UsageError: see `open_text` and `segments_for`.
     """
-    text = open_text(request.calib, request.text_field, held_out=False)
-    ids, frame = segments_for(source, text, request.nsamples, request.seqlen, seed=request.seed)
+    text = open_text(data.calib, data.text_field, held_out=False)
+    ids, frame = segments_for(source, text, data.nsamples, data.seqlen, seed=data.seed)
     return text, ids, frame
 
 

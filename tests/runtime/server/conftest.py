@@ -15,8 +15,7 @@ import httpx2
 import pytest
 from openai import OpenAI
 
-from runtime.batching import open_slots
-from runtime.engine import Ids, Logits
+from runtime.engine import Ids, Logits, open_slots
 from runtime.server import main
 from runtime.server.access import Access, Keys
 from runtime.server.service import Limits, Service

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from thanos_deploy.calibration.activations import Activations
+from thanos_deploy.calibration.activations import Activations, StoredInputs
+from thanos_deploy.calibration.blocks import BlockInputs, LoadedInputs
 from thanos_deploy.errors import ModelError
 
 
@@ -37,4 +38,27 @@ def test_hidden_states_that_overflow_the_checkpoints_dtype_are_an_error(tmp_path
     activations = Activations(tmp_path, -1, kinds, torch.float32)
     with pytest.raises(ModelError, match=r"up to 70000 enter block 0, more than .* torch.float16"):
         activations.write("pruned.0", torch.full((1, 2, 2), 7e4))
+    activations.close()
+
+
+def test_what_enters_a_block_cannot_be_assigned_and_what_left_it_is_read_by_its_own_name(
+    tmp_path: Path,
+) -> None:
+    entering, leaving = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    activations = Activations(tmp_path, -1, {"pruned.0": (torch.float32, (1, 2, 3))}, torch.float32)
+    stored = StoredInputs(activations, "pruned.0", [])
+    stored.leave(entering)
+    activations.advance()
+    loaded = LoadedInputs(entering, [])
+    batches: tuple[BlockInputs, ...] = (stored, loaded)
+    for batch in batches:
+        with pytest.raises(AttributeError):
+            batch.hidden = leaving  # type: ignore[misc]
+        assert torch.equal(batch.hidden, entering)
+        batch.leave(leaving)
+        assert torch.equal(batch.left, leaving)
+    activations.advance()
+    for batch in batches:
+        assert torch.equal(batch.hidden, leaving)
+        assert batch.shape == (1, 2, 3)
     activations.close()

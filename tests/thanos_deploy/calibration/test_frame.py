@@ -162,8 +162,16 @@ def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
     assert all(one[:, : len(frame)].tolist() == [frame] * len(one) for one in read)
     assert all((one[:, len(frame) :] != BEGIN).all() for one in read)
     code, _, said = invoke(
-        *("eval", out, "--dense", framing, "--runtime", "onnx"),
-        *("--segments", "2", "--seqlen", "64"),
+        "eval",
+        out,
+        "--dense",
+        framing,
+        "--runtime",
+        "onnx",
+        "--segments",
+        "2",
+        "--seqlen",
+        "64",
     )
     assert code == 0, said
     stages = Bundle.open(out).stages

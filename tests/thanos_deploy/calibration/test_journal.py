@@ -17,16 +17,19 @@ import torch
 
 from tests.commands import FORKS
 from tests.conftest import Invoke, MakeModel
+from tests.recipes import plain
 from thanos_deploy.bundle import manifest
 from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
 from thanos_deploy.prune import layers as walk
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.owl import Outliers
 from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.request import PruneRequest
 
 BLOCKS = 5
 
@@ -53,7 +56,7 @@ def prune(
 ) -> None:
     dense = Dense(str(model))
     with manifest.claim(out, dense.source) as bundle:
-        request = PruneRequest(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
+        request = PruneRequest.of(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
         stage.prune(bundle, dense, request, announce=lambda _: on_progress)
 
 
@@ -311,16 +314,40 @@ def test_a_journal_of_all_blocks_leaves_nothing_to_do(model: Path, tmp_path: Pat
         steps: list[int] = []
         (tmp_path / name).mkdir()
         walk.prune(
-            *(Checkpoint.open(model), segments, tmp_path / name),
-            pattern=parse("2:4"),
-            method="wanda",
-            options={},
+            Checkpoint.open(model),
+            segments,
+            tmp_path / name,
+            plain(parse("2:4"), "wanda"),
             journal=Journal(tmp_path / "journal", {}, PrunedBlock),
             on_progress=lambda done, _, steps=steps: steps.append(done),  # type: ignore[misc]
         )
         written.append((tmp_path / name / "model.safetensors").read_bytes())
     assert steps == [BLOCKS]
     assert written[0] == written[1]
+
+
+def test_every_report_is_kept_with_its_block_and_none_is_asked_for_twice(
+    model: Path, tmp_path: Path
+) -> None:
+    checkpoint, segments = Checkpoint.open(model), torch.arange(240).reshape(4, 60)
+    kept: list[list[Outliers]] = []
+    stop_in = 2
+
+    def look(visit: Visit) -> Outliers:
+        kept.append(Journal(tmp_path / "journal", {}, Outliers).reports)
+        if visit.index == stop_in:
+            raise Stop
+        return Outliers(float(visit.index), visit.clock.seconds)
+
+    journal = Journal(tmp_path / "journal", {}, Outliers)
+    with pytest.raises(Stop):
+        visit_blocks(checkpoint, segments, look, journal=journal)
+    stop_in = BLOCKS
+    journal = Journal(tmp_path / "journal", {}, Outliers)
+    reports = visit_blocks(checkpoint, segments, look, journal=journal)
+    assert [one.ratio for one in reports] == list(range(BLOCKS))
+    assert journal.reports == reports
+    assert [len(one) for one in kept] == [0, 1, 2, 2, 3, 4]
 
 
 def test_an_empty_journal_says_nothing(tmp_path: Path, caplog: Any) -> None:

@@ -11,7 +11,7 @@ from benchmarks.forecast import fit, sizes
 from tests.conftest import MODEL_TYPES, MakeModel
 from tests.gpu_rows import CARD, ROWS
 from thanos_deploy.errors import InputError, UsageError
-from thanos_deploy.forecast.datasheets import GPUS, SPARSE_FACTOR, Gpu, find
+from thanos_deploy.forecast.datasheets import GPUS, SPARSE_FACTOR, Datasheet, find
 from thanos_deploy.forecast.forecast import (
     Generation,
     Variant,
@@ -50,7 +50,7 @@ IDEAL = Efficiency(1.0, 1.0, 1.0, kernel_seconds=0.5, sparse_gain=1.5)
 
 
 def ideal(peak: float, bandwidth: float, dtype: str = "fp16") -> Setting:
-    gpu = Gpu("", "", {"fp16": peak, "fp8": 2 * peak}, bandwidth, 1e9, "")
+    gpu = Datasheet("", "", {"fp16": peak, "fp8": 2 * peak}, bandwidth, 1e9, "")
     return Setting(gpu, dtype, efficiency=IDEAL)
 
 
@@ -112,7 +112,9 @@ gpus = st.sampled_from(GPUS)
 
 @settings(deadline=None)  # the first call makes the model
 @given(steps, gpus, st.floats(1.0, 10.0), st.sampled_from(["fp16", "int8"]))
-def test_a_better_gpu_is_never_slower(step: Step, gpu: Gpu, factor: float, dtype: str) -> None:
+def test_a_better_gpu_is_never_slower(
+    step: Step, gpu: Datasheet, factor: float, dtype: str
+) -> None:
     model = sizes("LLaMA-7B")
     slow, _ = times(model, step, Setting(gpu, dtype))
     wider = replace(gpu, bandwidth=gpu.bandwidth * factor)
@@ -124,7 +126,7 @@ def test_a_better_gpu_is_never_slower(step: Step, gpu: Gpu, factor: float, dtype
 @settings(deadline=None)  # the first call makes the model
 @given(steps, gpus, st.sampled_from(["fp16", "int8"]))
 def test_sparsity_is_never_slower_and_never_more_than_twice_as_fast(
-    step: Step, gpu: Gpu, dtype: str
+    step: Step, gpu: Datasheet, dtype: str
 ) -> None:
     model, setting = sizes("Llama-3-8B"), Setting(gpu, dtype)
     dense, _ = times(model, step, setting)
@@ -150,7 +152,7 @@ def test_a_smaller_model_is_never_slower(make_model: MakeModel, model_type: str)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_the_large_layers_of_one_sequence_wait_for_memory_when_decoding(gpu: Gpu) -> None:
+def test_the_large_layers_of_one_sequence_wait_for_memory_when_decoding(gpu: Datasheet) -> None:
     model = sizes("Llama-3-8B")
     layers = forecast(Variant("", model, sparse=False), Step(1, 1, 128), Setting(gpu, "fp16"))
     assert {one.bound for one in layers if one.shape is not None} == {"memory"}

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from thanos_deploy.gpu import driver, nvml
-from thanos_deploy.gpu.nvml import Gpu, Held, Reading, held
+from thanos_deploy.gpu.nvml import Held, Monitor, Reading, held
 
 
 class NVMLError(Exception):
@@ -60,19 +60,19 @@ def test_without_a_gpu_there_is_none(
     module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert Gpu.probe() is None
+    assert Monitor.probe() is None
 
 
 def test_what_a_gpu_may_do_at_most_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", library())
-    device = Gpu.probe()
+    device = Monitor.probe()
     assert device is not None
     assert device.limits() == nvml.Limits("580.159.04", 700.0, 1.98e9)
 
 
 def test_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", library(reasons=1 | 4 | 32))
-    device = Gpu.probe()
+    device = Monitor.probe()
     assert device is not None
     assert device.name == "GPU 0"
     reading = device.read()
@@ -95,7 +95,7 @@ def test_the_gpu_is_the_one_that_cuda_calls_the_first(
     monkeypatch.setitem(sys.modules, "pynvml", library(devices=devices))
     found = tuple(driver.Gpu("H100", (9, 0), 80 * 10**9, uuid) for uuid in visible)
     monkeypatch.setattr(driver, "probe", lambda: driver.Driver("13.0", found, ""))
-    device = Gpu.probe()
+    device = Monitor.probe()
     assert device is not None
     assert device.name == name
 

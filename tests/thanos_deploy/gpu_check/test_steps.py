@@ -193,7 +193,7 @@ def test_the_card_is_read_while_a_step_runs_and_strangers_are_named(
 ) -> None:
     monkeypatch.setattr(steps, "_FORGET", 0.0)
 
-    class Card(nvml.Gpu):
+    class Card(nvml.Monitor):
         def __init__(self) -> None:
             self.clocks = iter([1e9, 2e9, *[1.5e9] * 9999])
 
@@ -209,7 +209,7 @@ def test_the_card_is_read_while_a_step_runs_and_strangers_are_named(
 
 
 def test_a_card_that_does_not_answer_loses_no_step(tmp_path: Path) -> None:
-    class Card(nvml.Gpu):
+    class Card(nvml.Monitor):
         def __init__(self) -> None:
             pass
 
@@ -224,7 +224,7 @@ def test_a_card_that_does_not_answer_loses_no_step(tmp_path: Path) -> None:
 def test_kernels_of_a_process_that_is_not_listed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "_FORGET", 0.3)
 
-    class Card(nvml.Gpu):
+    class Card(nvml.Monitor):
         def __init__(self, *busy: float) -> None:
             self.busy = iter(busy)
 

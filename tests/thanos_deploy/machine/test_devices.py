@@ -13,7 +13,7 @@ from thanos_deploy.machine import devices
 from thanos_deploy.machine.precision import products_in
 from thanos_deploy.measure.options import EvalRequest
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.stages.request import PruneRequest
 
 
 def show_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -124,7 +124,7 @@ def test_a_dry_run_names_the_device(invoke: Invoke, tiny_llama: Path, tmp_path: 
 
 
 def test_a_manifest_says_that_a_result_is_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pruning = PruneRequest(SemiStructured(2, 4), calib_forward="fp32")
+    pruning = PruneRequest.of(SemiStructured(2, 4), calib_forward="fp32")
 
     def recorded() -> list[object]:
         made = pruning.to_json(), encode(EvalRequest().recorded)

@@ -1,6 +1,5 @@
 """What every method promises, whatever it does inside; a new file in methods/ is tested by this."""
 
-import inspect
 from itertools import product
 
 import pytest
@@ -8,10 +7,12 @@ import torch
 
 from tests.golden import golden_problem, loss, random_problem
 from thanos_deploy import methods
-from thanos_deploy.errors import HessianError, ModelError, UsageError
+from thanos_deploy.errors import HessianError, ModelError
+from thanos_deploy.methods import thanos
 from thanos_deploy.model.verdict import judge
+from thanos_deploy.option import options_of
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.solver.layer import LayerProblem, relative_error
+from thanos_deploy.solver.layer import LayerProblem, LayerResult, relative_error
 
 PATTERNS: tuple[Pattern, ...] = (
     *(SemiStructured(2, 4), SemiStructured(4, 8), SemiStructured(1, 4)),
@@ -21,16 +22,18 @@ PATTERNS: tuple[Pattern, ...] = (
 every = pytest.mark.parametrize("name", methods.names())
 
 
-def test_there_are_four() -> None:
-    assert methods.names() == ["magnitude", "sparsegpt", "thanos", "wanda"]
+def pruned(name: str, problem: LayerProblem, pattern: Pattern) -> LayerResult:
+    """By the method's defaults."""
+    method = methods.load(name)
+    return method.prune(problem, pattern, method.options())
 
 
 @pytest.mark.parametrize(("name", "pattern"), list(product(methods.names(), PATTERNS)), ids=str)
 def test_the_result_holds_the_pattern_and_is_described_truly(name: str, pattern: Pattern) -> None:
     problem = random_problem(0, rows=8, cols=32)
     before = (problem.weight.clone(), problem.hessian.clone())
-    result = methods.load(name).prune(problem, pattern)
-    again = methods.load(name).prune(problem, pattern)
+    result = pruned(name, problem, pattern)
+    again = pruned(name, problem, pattern)
     assert torch.equal(problem.weight, before[0])
     assert torch.equal(problem.hessian, before[1])
     assert torch.equal(result.weight, again.weight)
@@ -53,8 +56,8 @@ def test_permuting_rows_permutes_the_result(name: str) -> None:
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     permuted = LayerProblem(problem.weight[order], problem.hessian, "permuted")
     for pattern in (SemiStructured(2, 4), Unstructured(0.4), Structured(0.25)):
-        one = methods.load(name).prune(problem, pattern)
-        two = methods.load(name).prune(permuted, pattern)
+        one = pruned(name, problem, pattern)
+        two = pruned(name, permuted, pattern)
         assert torch.equal(one.mask[order], two.mask)
         torch.testing.assert_close(one.weight[order], two.weight, rtol=1e-9, atol=1e-10)
 
@@ -64,7 +67,7 @@ def test_the_scale_of_the_statistics_changes_nothing(name: str) -> None:
     problem = random_problem(2, rows=8, cols=32)
     scaled = LayerProblem(problem.weight, problem.hessian / 64.0, "scaled")
     for pattern in (SemiStructured(2, 4), Unstructured(0.4), Structured(0.25)):
-        one, two = (methods.load(name).prune(p, pattern) for p in (problem, scaled))
+        one, two = (pruned(name, p, pattern) for p in (problem, scaled))
         assert torch.equal(one.mask, two.mask)
         torch.testing.assert_close(one.weight, two.weight, rtol=1e-9, atol=1e-10)
 
@@ -77,7 +80,7 @@ def test_layers_without_signal_are_no_trouble(name: str) -> None:
         LayerProblem(torch.ones(1, 8), torch.ones(8, 8), "one row, all inputs alike"),
     ):
         for pattern in (SemiStructured(2, 4), Unstructured(0.5), Structured(0.5)):
-            result = methods.load(name).prune(problem, pattern)
+            result = pruned(name, problem, pattern)
             assert int(result.mask.sum()) == problem.weight.numel() // 2
             assert result.weight.isfinite().all()
 
@@ -87,60 +90,56 @@ def test_statistics_that_are_not_finite_are_refused(name: str) -> None:
     problem = random_problem(3)
     problem.hessian[2, 2] = float("inf")
     with pytest.raises(HessianError, match="random 3: 1 of 256 entries of the Hessian"):
-        methods.load(name).prune(problem, SemiStructured(2, 4))
+        pruned(name, problem, SemiStructured(2, 4))
 
 
 @every
 def test_a_width_that_the_group_does_not_divide_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="16 inputs do not divide into the groups of 5"):
-        methods.load(name).prune(random_problem(4), SemiStructured(2, 5))
+        pruned(name, random_problem(4), SemiStructured(2, 5))
 
 
 @every
-def test_check_takes_the_options_that_prune_takes(name: str) -> None:
+def test_presets_can_be_used(name: str) -> None:
     method = methods.load(name)
-    prune, check = (inspect.signature(f).parameters for f in (method.prune, method.check))
-    options = {p.name: p.default for p in prune.values() if p.kind is p.KEYWORD_ONLY}
-    assert options == {p.name: p.default for p in check.values() if p.kind is p.KEYWORD_ONLY}
-    assert methods.resolve(name, {}) == options
+    for which in methods.PRESET_NAMES:
+        method.check("layer", 512, SemiStructured(2, 4), method.preset(which).options)
+    assert method.preset("paper").walk == methods.Walk()
 
 
 @every
-def test_presets_name_options_that_the_method_has(name: str) -> None:
-    for which in methods.PRESET_NAMES:
-        preset = methods.preset(name, which)
-        options = methods.resolve(name, preset.options)
-        methods.load(name).check("layer", 512, SemiStructured(2, 4), **options)
-    paper = methods.preset(name, "paper")
-    assert (paper.true_sequential, paper.dense_target, paper.tune_steps) == (False, 0.0, 0)
+def test_every_option_has_a_flag_a_help_text_and_a_value_in_its_own_range(name: str) -> None:
+    method = methods.load(name)
+    for one in options_of(method.options):
+        assert one.declared.flag.startswith("--")
+        assert one.declared.help.endswith(".")
+        one.check(one.default)
 
 
 def test_methods_without_an_update_aim_at_nothing_else_by_default() -> None:
     for name in ("magnitude", "wanda", "sparsegpt"):
-        assert len({repr(methods.preset(name, which)) for which in methods.PRESET_NAMES}) == 1
-
-
-def test_an_option_of_another_method_is_refused() -> None:
-    assert methods.resolve("thanos", {"damping": 0.1})["damping"] == 0.1
-    with pytest.raises(UsageError, match="wanda has no option 'block columns'"):
-        methods.resolve("wanda", {"block_columns": 64})
+        method = methods.load(name)
+        assert len({repr(method.preset(which)) for which in methods.PRESET_NAMES}) == 1
 
 
 @pytest.mark.parametrize("pattern", [SemiStructured(2, 4), Unstructured(0.5)], ids=str)
 def test_the_order_that_the_papers_report(pattern: Pattern) -> None:
     """Mean loss over seeds: a refit helps Thanos, which beats SparseGPT, which beats no update."""
-    totals = dict.fromkeys(("refit", "thanos", "sparsegpt", "wanda", "magnitude"), 0.0)
+    chosen = {
+        name: (methods.load(name), methods.load(name).options())
+        for name in ("thanos", "sparsegpt", "wanda", "magnitude")
+    }
+    chosen["refit"] = methods.load("thanos"), thanos.Options(block_columns=8, refit_steps=50)
+    totals = dict.fromkeys(chosen, 0.0)
     for seed in range(20):
         problem = random_problem(seed, cols=32, tokens=128)
-        for name in totals:
-            options = {"block_columns": 8, "refit_steps": 50} if name == "refit" else {}
-            method = methods.load("thanos" if name == "refit" else name)
-            totals[name] += loss(problem, method.prune(problem, pattern, **options).weight)
+        for name, (method, options) in chosen.items():
+            totals[name] += loss(problem, method.prune(problem, pattern, options).weight)
     assert totals["refit"] < totals["thanos"] < totals["sparsegpt"]
     assert totals["sparsegpt"] < min(totals["wanda"], totals["magnitude"])
 
 
 def test_golden_losses_without_an_update() -> None:
     problem = golden_problem()
-    result = methods.load("wanda").prune(problem, Unstructured(0.5))
+    result = pruned("wanda", problem, Unstructured(0.5))
     assert loss(problem, result.weight) == pytest.approx(16825.126154, rel=1e-9)

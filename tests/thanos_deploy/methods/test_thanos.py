@@ -14,6 +14,7 @@ from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.solver.mask import smallest_columns, smallest_in_groups
+from thanos_deploy.solver.masked import solve_masked
 
 TWO_FOUR = SemiStructured(2, 4)
 
@@ -49,7 +50,7 @@ def naive_thanos(problem: LayerProblem, masks: dict[int, Tensor], block: int) ->
 )
 def test_golden_losses(pattern: SemiStructured | Unstructured, block: int, expected: float) -> None:
     problem = golden_problem()
-    result = thanos.prune(problem, pattern, block_columns=block)
+    result = thanos.prune(problem, pattern, thanos.Options(block_columns=block))
     assert loss(problem, result.weight) == pytest.approx(expected, rel=1e-9)
     assert int(result.mask.sum()) == 512
 
@@ -63,12 +64,12 @@ def test_golden_losses_of_a_fixed_mask(block: int, expected: float) -> None:
     scores = problem.weight.abs() * problem.hessian.diagonal().sqrt()
     order = scores.sort(dim=1, stable=True).indices[:, :32]
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-    H = factor(problem, 0.01)
+    H = factor(problem)
     W = problem.weight.clone()
     for start in range(0, 64, block):
         stop = start + block
         U_block = H.upper(slice(start, stop))
-        change = thanos.solve_masked(W[:, start:stop], mask[:, start:stop], U_block @ U_block.T)
+        change = solve_masked(W[:, start:stop], mask[:, start:stop], U_block @ U_block.T)
         W[:, stop:] += change @ U_block @ H.V[start:stop, stop:]
         W[:, start:stop] = torch.where(mask[:, start:stop], 0.0, W[:, start:stop] + change)
     assert loss(problem, W) == pytest.approx(expected, rel=1e-9)
@@ -76,7 +77,7 @@ def test_golden_losses_of_a_fixed_mask(block: int, expected: float) -> None:
 
 def test_one_block_for_all_columns_is_the_exact_masked_least_squares() -> None:
     problem = golden_problem()
-    result = thanos.prune(problem, TWO_FOUR, block_columns=64)
+    result = thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=64))
     H = damped(problem.hessian)
     for row in range(16):
         keep = ~result.mask[row]
@@ -94,7 +95,7 @@ def test_equals_the_row_by_row_update_with_explicit_inverses(
     seed: int, block: int, sparsity: float
 ) -> None:
     problem = random_problem(seed)
-    result = thanos.prune(problem, Unstructured(sparsity), block_columns=block)
+    result = thanos.prune(problem, Unstructured(sparsity), thanos.Options(block_columns=block))
     masks = {start: result.mask[:, start : start + block] for start in range(0, 16, block)}
     expected = naive_thanos(problem, masks, block)
     torch.testing.assert_close(result.weight, expected, rtol=1e-6, atol=1e-7)
@@ -104,13 +105,13 @@ def test_equals_the_row_by_row_update_with_explicit_inverses(
 @given(seed=st.integers(0, 2**31))
 def test_losses_of_the_blocks_add_up(seed: int) -> None:
     problem = random_problem(seed)
-    H = factor(problem, 0.01)
+    H = factor(problem)
     W, total = problem.weight.clone(), 0.0
     for start in range(0, 16, 4):
         stop = start + 4
         mask = smallest_in_groups(W[:, start:stop].abs(), 2, 4)
         U_block = H.upper(slice(start, stop))
-        change = thanos.solve_masked(W[:, start:stop], mask, U_block @ U_block.T)
+        change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T)
         total += 0.5 * (change @ U_block).square().sum().item()
         W[:, stop:] += change @ U_block @ H.V[start:stop, stop:]
         W[:, start:stop] += change
@@ -120,7 +121,7 @@ def test_losses_of_the_blocks_add_up(seed: int) -> None:
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])
 def test_every_group_of_every_row_loses_exactly_its_share(kept: int, group: int) -> None:
     problem = random_problem(1, cols=32)
-    result = thanos.prune(problem, SemiStructured(kept, group), block_columns=16)
+    result = thanos.prune(problem, SemiStructured(kept, group), thanos.Options(block_columns=16))
     removed = result.mask.reshape(-1, group).sum(dim=1)
     assert (removed == group - kept).all()
     assert torch.equal(result.weight == 0, result.mask)
@@ -129,7 +130,7 @@ def test_every_group_of_every_row_loses_exactly_its_share(kept: int, group: int)
 
 def test_outlier_rows_stay_bit_identical_and_the_others_are_exact() -> None:
     problem = random_problem(2, rows=10)
-    result = thanos.prune(problem, TWO_FOUR, block_columns=8, outlier_rows=0.25)
+    result = thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=8, outlier_rows=0.25))
     dense = ~result.mask.any(dim=1)
     assert int(dense.sum()) == 2
     assert torch.equal(result.weight[dense], problem.weight[dense])
@@ -140,7 +141,7 @@ def test_outlier_rows_stay_bit_identical_and_the_others_are_exact() -> None:
 
 def test_nothing_to_remove_returns_the_weights_bit_for_bit() -> None:
     problem = random_problem(3)
-    result = thanos.prune(problem, Unstructured(0.0))
+    result = thanos.prune(problem, Unstructured(0.0), thanos.Options())
     assert torch.equal(result.weight, problem.weight)
     assert result.relative_error == 0.0
 
@@ -149,7 +150,9 @@ def test_nothing_to_remove_returns_the_weights_bit_for_bit() -> None:
 def test_scaling_the_hessian_changes_nothing(scale: float) -> None:
     problem = random_problem(4)
     scaled = LayerProblem(problem.weight, problem.hessian * scale, "scaled")
-    one, two = (thanos.prune(p, TWO_FOUR, block_columns=8) for p in (problem, scaled))
+    one, two = (
+        thanos.prune(p, TWO_FOUR, thanos.Options(block_columns=8)) for p in (problem, scaled)
+    )
     assert torch.equal(one.mask, two.mask)
     torch.testing.assert_close(one.weight, two.weight, rtol=1e-9, atol=1e-12)
 
@@ -158,14 +161,16 @@ def test_permuting_rows_permutes_the_result() -> None:
     problem = random_problem(5)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     permuted = LayerProblem(problem.weight[order], problem.hessian, "permuted")
-    one, two = (thanos.prune(p, TWO_FOUR, block_columns=8) for p in (problem, permuted))
+    one, two = (
+        thanos.prune(p, TWO_FOUR, thanos.Options(block_columns=8)) for p in (problem, permuted)
+    )
     torch.testing.assert_close(one.weight[order], two.weight, rtol=1e-9, atol=1e-12)
 
 
 def test_dead_inputs_are_removed_first_and_leave_no_nan() -> None:
     problem = random_problem(6)
     problem.hessian[3] = problem.hessian[:, 3] = 0.0
-    result = thanos.prune(problem, TWO_FOUR, block_columns=8)
+    result = thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=8))
     assert result.mask[:, 3].all()
     assert result.weight.isfinite().all()
 
@@ -174,7 +179,7 @@ def test_an_all_zero_layer_and_an_all_dead_input_are_pruned_without_loss() -> No
     zeros = LayerProblem(torch.zeros(4, 8), torch.eye(8), "zeros")
     dead = LayerProblem(torch.ones(4, 8), torch.zeros(8, 8), "dead")
     for problem in (zeros, dead):
-        result = thanos.prune(problem, TWO_FOUR)
+        result = thanos.prune(problem, TWO_FOUR, thanos.Options())
         assert result.relative_error == 0.0
         assert (result.mask.reshape(-1, 4).sum(dim=1) == 2).all()
 
@@ -182,7 +187,7 @@ def test_an_all_zero_layer_and_an_all_dead_input_are_pruned_without_loss() -> No
 def test_fewer_tokens_than_inputs_and_duplicate_columns_work() -> None:
     problem = random_problem(7, tokens=4)
     problem.hessian[1], problem.hessian[:, 1] = problem.hessian[0], problem.hessian[:, 0]
-    result = thanos.prune(problem, TWO_FOUR)
+    result = thanos.prune(problem, TWO_FOUR, thanos.Options())
     assert result.weight.isfinite().all()
     assert 0.0 <= result.relative_error < 1.0
 
@@ -190,7 +195,9 @@ def test_fewer_tokens_than_inputs_and_duplicate_columns_work() -> None:
 def test_an_indefinite_hessian_is_damped_harder_and_the_result_says_so() -> None:
     problem = random_problem(8)
     shifted = problem.hessian - 0.05 * problem.hessian.diagonal().mean() * torch.eye(16)
-    result = thanos.prune(LayerProblem(problem.weight, shifted, "indefinite"), Unstructured(0.5))
+    result = thanos.prune(
+        LayerProblem(problem.weight, shifted, "indefinite"), Unstructured(0.5), thanos.Options()
+    )
     assert result.damping == pytest.approx(0.1)
 
 
@@ -202,7 +209,7 @@ def test_golden_losses_of_whole_columns(
     outlier_rows: float, columns: int, zeros: int, expected: float
 ) -> None:
     problem = golden_problem()
-    result = thanos.prune(problem, Structured(0.3), outlier_rows=outlier_rows)
+    result = thanos.prune(problem, Structured(0.3), thanos.Options(outlier_rows=outlier_rows))
     assert loss(problem, result.weight) == pytest.approx(expected, rel=1e-9)
     assert int(result.mask.sum()) == zeros
     outliers = (~result.mask.any(dim=1)).nonzero().flatten().tolist()
@@ -236,7 +243,7 @@ def test_golden_losses_of_whole_columns(
 
 def test_whole_columns_are_the_exact_least_squares_on_the_kept_ones() -> None:
     problem = random_problem(15)
-    result = thanos.prune(problem, Structured(0.5))
+    result = thanos.prune(problem, Structured(0.5), thanos.Options())
     H, keep = damped(problem.hessian), ~result.mask[0]
     exact = torch.linalg.solve(H[keep][:, keep], H[keep] @ problem.weight.T).T
     torch.testing.assert_close(result.weight[:, keep], exact, rtol=1e-9, atol=1e-10)
@@ -244,7 +251,7 @@ def test_whole_columns_are_the_exact_least_squares_on_the_kept_ones() -> None:
 
 def test_the_obs_score_of_columns_is_the_loss_of_removing_each_alone() -> None:
     problem = random_problem(16)
-    one = thanos.prune(problem, Structured(1 / 16), score="obs")
+    one = thanos.prune(problem, Structured(1 / 16), thanos.Options(score="obs"))
     losses = []
     for column in range(16):
         keep = torch.arange(16) != column
@@ -257,7 +264,7 @@ def test_the_obs_score_of_columns_is_the_loss_of_removing_each_alone() -> None:
 
 def test_a_refit_is_the_exact_least_squares_of_the_final_mask() -> None:
     problem = golden_problem()
-    result = thanos.prune(problem, TWO_FOUR, block_columns=16, refit_steps=200)
+    result = thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=16, refit_steps=200))
     H = damped(problem.hessian)
     for row in range(16):
         keep = ~result.mask[row]
@@ -271,7 +278,8 @@ def test_refit_steps_only_lower_the_loss_and_keep_the_mask(
 ) -> None:
     problem = golden_problem()
     results = [
-        thanos.prune(problem, pattern, block_columns=16, refit_steps=n) for n in (0, 1, 3, 10)
+        thanos.prune(problem, pattern, thanos.Options(block_columns=16, refit_steps=n))
+        for n in (0, 1, 3, 10)
     ]
     losses = [loss(problem, result.weight) for result in results]
     assert losses == sorted(losses, reverse=True)
@@ -281,10 +289,10 @@ def test_refit_steps_only_lower_the_loss_and_keep_the_mask(
 
 def test_a_float32_refit_is_as_good_as_a_float64_one() -> None:
     problem = random_problem(18, rows=64, cols=128, tokens=512)
-    options: dict[str, Any] = {"block_columns": 32, "refit_steps": 12}
-    exact = thanos.prune(problem, TWO_FOUR, **options)
+    options = thanos.Options(block_columns=32, refit_steps=12)
+    exact = thanos.prune(problem, TWO_FOUR, options)
     single = LayerProblem(problem.weight.float(), problem.hessian.float(), "single")
-    result = thanos.prune(single, TWO_FOUR, **options)
+    result = thanos.prune(single, TWO_FOUR, options)
     assert loss(problem, result.weight.double()) < 1.0001 * loss(problem, exact.weight)
 
 
@@ -296,9 +304,7 @@ def test_a_refit_with_rounded_products_is_nearly_as_good_and_keeps_what_is_exact
         products: thanos.prune(
             LayerProblem(weight, x @ x.T, "layer", products=products),
             TWO_FOUR,
-            score="obs",
-            block_columns=16,
-            refit_steps=20,
+            thanos.Options(score="obs", block_columns=16, refit_steps=20),
         )
         for products in (torch.float32, torch.bfloat16)
     }
@@ -309,7 +315,8 @@ def test_a_refit_with_rounded_products_is_nearly_as_good_and_keeps_what_is_exact
     # Where blocks have solved everything there is nothing left to round.
     problem = LayerProblem(weight, x @ x.T, "layer", products=torch.bfloat16)
     columns, refitted = (
-        thanos.prune(problem, Structured(0.3), score="obs", refit_steps=steps) for steps in (0, 8)
+        thanos.prune(problem, Structured(0.3), thanos.Options(score="obs", refit_steps=steps))
+        for steps in (0, 8)
     )
     assert torch.equal(columns.weight, refitted.weight)
 
@@ -319,9 +326,9 @@ def test_a_solved_row_stays_as_it_is_whatever_the_others_need() -> None:
     weight = problem.weight.float()
     mask = smallest_in_groups(weight.abs(), 2, 4)
     S = damped(problem.hessian).float()
-    together = thanos.solve_masked(weight, mask, S, tolerance=0.1)
+    together = solve_masked(weight, mask, S, tolerance=0.1)
     for row in range(len(weight)):
-        alone = thanos.solve_masked(weight[[row]], mask[[row]], S, tolerance=0.1)
+        alone = solve_masked(weight[[row]], mask[[row]], S, tolerance=0.1)
         torch.testing.assert_close(together[[row]], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -329,9 +336,9 @@ def test_columns_that_go_in_rounds_cost_less_than_all_at_once() -> None:
     at_once, in_rounds = 0.0, 0.0
     for seed in range(20):
         problem = random_problem(seed, cols=32)
-        result = thanos.prune(problem, Structured(0.3), score="obs")
+        result = thanos.prune(problem, Structured(0.3), thanos.Options(score="obs"))
         in_rounds += loss(problem, result.weight)
-        elimination = Elimination(problem.weight, factor(problem, 0.01))
+        elimination = Elimination(problem.weight, factor(problem))
         count = int(result.mask[0].sum())
         elimination.remove(smallest_columns(elimination.costs(), count).nonzero().flatten())
         at_once += elimination.loss / 2
@@ -342,15 +349,19 @@ def test_layers_that_share_factors_are_pruned_as_if_alone() -> None:
     problem = random_problem(19, rows=8, cols=32)
     factors: dict[Any, Any] = {}
     for part in problem.weight.split(4):
-        alone = thanos.prune(LayerProblem(part, problem.hessian, "alone"), TWO_FOUR)
-        shared = thanos.prune(LayerProblem(part, problem.hessian, "shared", factors), TWO_FOUR)
+        alone = thanos.prune(
+            LayerProblem(part, problem.hessian, "alone"), TWO_FOUR, thanos.Options()
+        )
+        shared = thanos.prune(
+            LayerProblem(part, problem.hessian, "shared", factors), TWO_FOUR, thanos.Options()
+        )
         assert torch.equal(alone.weight, shared.weight)
     assert len(factors) == 1
 
 
 def test_the_obs_score_of_a_weight_is_the_loss_of_removing_it_alone() -> None:
     problem = random_problem(17)
-    one = thanos.prune(problem, Unstructured(1 / 96), score="obs")
+    one = thanos.prune(problem, Unstructured(1 / 96), thanos.Options(score="obs"))
     losses = torch.full((6, 16), torch.inf)
     H = damped(problem.hessian)
     for row in range(6):
@@ -367,15 +378,15 @@ def test_the_obs_score_of_a_weight_is_the_loss_of_removing_it_alone() -> None:
 def test_two_runs_are_bit_identical() -> None:
     problem = random_problem(9, rows=64, cols=128, tokens=512)
     problem = LayerProblem(problem.weight.float(), problem.hessian.float(), "twice")
-    one, two = (thanos.prune(problem, TWO_FOUR, block_columns=32) for _ in range(2))
+    one, two = (thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=32)) for _ in range(2))
     assert torch.equal(one.weight, two.weight)
 
 
 def test_float32_follows_float64() -> None:
     problem = random_problem(10, rows=64, cols=128, tokens=512)
     single = LayerProblem(problem.weight.float(), problem.hessian.float(), "single")
-    one = thanos.prune(problem, TWO_FOUR, block_columns=32)
-    two = thanos.prune(single, TWO_FOUR, block_columns=32)
+    one = thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=32))
+    two = thanos.prune(single, TWO_FOUR, thanos.Options(block_columns=32))
     assert (one.mask != two.mask).float().mean() < 1e-3
     assert two.relative_error == pytest.approx(one.relative_error, rel=1e-3)
 
@@ -387,7 +398,9 @@ def test_on_average_better_than_the_same_pattern_without_an_update() -> None:
         scores = problem.weight.abs() * problem.hessian.diagonal().sqrt()
         wanda = torch.where(smallest_in_groups(scores, 2, 4), 0.0, problem.weight)
         masked += loss(problem, wanda)
-        updated += loss(problem, thanos.prune(problem, TWO_FOUR, block_columns=8).weight)
+        updated += loss(
+            problem, thanos.prune(problem, TWO_FOUR, thanos.Options(block_columns=8)).weight
+        )
     assert updated < masked
 
 
@@ -395,21 +408,21 @@ def test_nan_statistics_are_refused_with_the_layer_named() -> None:
     problem = random_problem(11)
     problem.hessian[0, 0] = float("nan")
     with pytest.raises(HessianError, match="random 11: 1 of 256 entries of the Hessian"):
-        thanos.prune(problem, TWO_FOUR)
+        thanos.prune(problem, TWO_FOUR, thanos.Options())
 
 
 def test_a_hopeless_hessian_is_an_error_and_not_another_method() -> None:
     problem = random_problem(12)
     hopeless = LayerProblem(problem.weight, -1e6 * problem.hessian + torch.eye(16), "hopeless")
     with pytest.raises(HessianError, match="not positive definite"):
-        thanos.prune(hopeless, Unstructured(0.5))
+        thanos.prune(hopeless, Unstructured(0.5), thanos.Options())
 
 
 def test_a_solution_that_overflows_is_an_error() -> None:
     problem = random_problem(14)
     huge = LayerProblem(problem.weight.float() * 1e37, problem.hessian.float(), "huge")
     with pytest.raises(HessianError, match="huge: the solution overflows"):
-        thanos.prune(huge, TWO_FOUR)
+        thanos.prune(huge, TWO_FOUR, thanos.Options())
 
 
 @pytest.mark.parametrize(
@@ -417,14 +430,8 @@ def test_a_solution_that_overflows_is_an_error() -> None:
     [
         (SemiStructured(2, 5), {"block_columns": 10}, ModelError),
         (SemiStructured(2, 4), {"block_columns": 6}, UsageError),
-        (SemiStructured(2, 4), {"block_columns": 0}, UsageError),
-        (SemiStructured(2, 4), {"damping": 0.0}, UsageError),
-        (SemiStructured(2, 4), {"outlier_rows": 1.0}, UsageError),
         (Unstructured(0.5), {"outlier_rows": 0.1}, UsageError),
         (Structured(0.5), {"outlier_rows": 0.6}, UsageError),
-        (SemiStructured(2, 4), {"score": "guess"}, UsageError),
-        (SemiStructured(2, 4), {"refit_steps": -1}, UsageError),
-        (SemiStructured(2, 4), {"damping_mode": "mode"}, UsageError),
     ],
     ids=str,
 )
@@ -434,4 +441,21 @@ def test_what_does_not_fit_is_refused(
     error: type[DeployError],
 ) -> None:
     with pytest.raises(error, match="random 13"):
-        thanos.prune(random_problem(13), pattern, **options)
+        thanos.prune(random_problem(13), pattern, thanos.Options(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_columns": 0}, "--block-size 0 is out of range"),
+        ({"damping": 0.0}, "--damp 0 is out of range"),
+        ({"damping_mode": "mode"}, "--damp-mode 'mode' is not one of its values"),
+        ({"outlier_rows": 1.0}, "--outlier-rows 1 is out of range"),
+        ({"refit_steps": -1}, "--refit-steps -1 is out of range"),
+        ({"score": "guess"}, "--score 'guess' is not one of its values"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        thanos.Options(**options)

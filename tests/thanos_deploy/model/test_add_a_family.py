@@ -14,7 +14,9 @@ from thanos_deploy.model import families
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.report.loaders import judge
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
+from thanos_deploy.shrink.options import Fit, Sizing
+from thanos_deploy.shrink.survey import survey
 
 PAGE = Path(__file__).parents[3] / "docs" / "develop" / "add-a-family.md"
 SEGMENTS = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))
@@ -48,9 +50,9 @@ def test_the_family_of_the_page_is_pruned_shrunk_and_loaded_again(
     )
 
     losses = survey(checkpoint, SEGMENTS)
-    plan = sizing.plan(checkpoint, losses, 0.15, part="ffn", allocation="uniform")
+    plan = sizing.plan(checkpoint, losses, 0.15, Sizing("ffn"))
     (tmp_path / "shrunk").mkdir()
-    shrink(checkpoint, SEGMENTS, tmp_path / "shrunk", plan=plan)
+    shrink(checkpoint, SEGMENTS, tmp_path / "shrunk", plan, Fit())
     assert stock_model(tmp_path / "shrunk").config.intermediate_size < 48
 
 

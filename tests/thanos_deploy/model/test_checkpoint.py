@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from exporters.packed import export
 from tests.conftest import MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import weights as weights_module
-from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.convert import convert_gguf, convert_packed
 from thanos_deploy.model.load import load_model, load_tokenizer
@@ -24,8 +25,10 @@ from thanos_deploy.model.weights import Weights, WeightsCopy
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
+from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.shrink.sizing import cost
+from thanos_deploy.shrink.survey import survey
 
 
 @pytest.fixture
@@ -290,6 +293,21 @@ def test_only_parameters_count_whatever_else_the_files_hold(
         found.stored_name(f"{found.linears[0]}.bias2")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outline_has_the_sizes_of_the_checkpoint_and_no_values(
+    make_model: MakeModel, dtype: torch.dtype
+) -> None:
+    folder = make_model("llama", dtype=dtype)
+    whole, outline = Checkpoint.open(folder), Checkpoint.outline(folder)
+    for stored in ("auto", *DTYPES):
+        assert outline.bytes_in(stored) == whole.bytes_in(stored)
+    assert part_bytes(outline) == part_bytes(whole)
+    name = outline.stored_name(f"{outline.linears[0]}.weight")
+    for read in (lambda: outline.weights.read([name]), lambda: outline.weights.pieces(name)):
+        with pytest.raises(ModelError, match="only the configuration was read"):
+            read()
+
+
 def stock_model_and_what_it_lacks(folder: Path) -> tuple[Any, dict[str, Any]]:
     loader: Any = AutoModelForCausalLM
     model, information = loader.from_pretrained(folder, output_loading_info=True)
@@ -316,12 +334,15 @@ def test_what_is_made_of_published_files_is_what_is_made_of_plain_ones(
         out.mkdir()
         source = Checkpoint.open(folder)
         if way == "shrink":
-            plan = sizing.plan(source, survey(source, segments), 0.25)
+            plan = sizing.plan(source, survey(source, segments), 0.25, Sizing())
             assert 0.25 <= plan.removed < 0.4
-            shrink(source, segments, out, plan=plan)
+            shrink(source, segments, out, plan, Fit())
         else:
             prune(
-                source, segments, out, pattern=SemiStructured(2, 4), method="magnitude", options={}
+                source,
+                segments,
+                out,
+                plain(SemiStructured(2, 4)),
             )
         if way == "pack":
             if name == "published":
@@ -357,9 +378,7 @@ def test_a_tied_head_counts_once_however_often_it_is_stored(
         checkpoint,
         torch.zeros(1, 8, dtype=torch.long),
         tmp_path,
-        pattern=SemiStructured(2, 4),
-        method="magnitude",
-        options={},
+        plain(SemiStructured(2, 4)),
     )
     stock = stock_model(tmp_path)
     assert stock.lm_head.weight is stock.model.embed_tokens.weight

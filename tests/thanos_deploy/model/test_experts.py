@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import VOCABULARY, stock_model
+from tests.recipes import plain
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.walk import visits
 from thanos_deploy.errors import ModelError
@@ -23,6 +24,7 @@ from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.pattern import SemiStructured, Unstructured
 from thanos_deploy.prune import owl
 from thanos_deploy.prune.layers import prune
+from thanos_deploy.prune.recipe import Owl
 from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.shrink import cut
 
@@ -182,7 +184,7 @@ def pruned(
 ) -> list[PrunedBlock]:
     """The reports; `out` is made."""
     out.mkdir()
-    return prune(*(checkpoint, segments, out), pattern=TWO_FOUR, method=method, options={}, **how)
+    return prune(checkpoint, segments, out, plain(TWO_FOUR, method, **how))
 
 
 @every_mixture
@@ -256,11 +258,11 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so(tmp_path
 
 def test_outliers_of_experts_are_counted(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_mixture(tmp_path, QWEN, MIXED))
-    ratios = [one.ratio for one in owl.survey(checkpoint, SEGMENTS, checkpoint.linears)]
+    ratios = [one.ratio for one in owl.survey(checkpoint, SEGMENTS, checkpoint.linears, Owl())]
     assert len(ratios) == 2
     layers = [{name: 1 for name in block.full_names} for block in checkpoint.blocks]
-    assert set(owl.allocate(ratios, layers, 0.5)) == set(checkpoint.linears)
-    assert isinstance(owl.allocate(ratios, layers, 0.5)[checkpoint.linears[0]], Unstructured)
+    assert set(owl.allocate(ratios, layers, 0.5, Owl())) == set(checkpoint.linears)
+    assert isinstance(owl.allocate(ratios, layers, 0.5, Owl())[checkpoint.linears[0]], Unstructured)
 
 
 def test_experts_of_another_kind_are_refused_with_the_reason(tmp_path: Path) -> None:

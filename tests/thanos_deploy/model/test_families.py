@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
@@ -60,10 +61,7 @@ def test_what_a_layer_is_said_to_miss_is_what_it_misses_in_the_finished_model(
         checkpoint,
         SEGMENTS,
         tmp_path,
-        pattern=SemiStructured(2, 4),
-        method=method,
-        options={"block_columns": 16},
-        true_sequential=True,
+        plain(SemiStructured(2, 4), method, block_size=16, true_sequential=True),
     )
     linears = [
         f"{family.blocks}.{index}.{name}"

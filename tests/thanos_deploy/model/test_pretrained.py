@@ -140,8 +140,18 @@ def test_code_of_a_model_never_runs(
     place(model)
     out = tmp_path / "out"
     code, _, said = invoke(
-        *("prune", model, "--pattern", "2:4", "--nsamples", "2", "--seqlen", "16"),
-        *("--preset", "paper", "-o", out),
+        "prune",
+        model,
+        "--pattern",
+        "2:4",
+        "--nsamples",
+        "2",
+        "--seqlen",
+        "16",
+        "--preset",
+        "paper",
+        "-o",
+        out,
     )
     assert code == 0, said  # an architecture and a tokenizer.json that the library knows
     load_model(out / "model")

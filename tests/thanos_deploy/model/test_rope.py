@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import exporters.onnx.graph
 from exporters.triton import repository
-from runtime.batching import open_slots
-from runtime.engine import Engine, open_engine
+from runtime.engine import Engine, open_engine, open_slots
 from runtime.engines.onnxruntime import open_graph
 from runtime.generate import generate_batch
 from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
 from tests.golden import random_problem
+from tests.recipes import plain
+from thanos_deploy import methods
 from thanos_deploy.errors import HessianError, ModelError, UsageError
 from thanos_deploy.methods import thanos
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -27,27 +29,19 @@ SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manua
 def run(
     folder: Path,
     out: Path,
-    pattern: Pattern | Mapping[str, Pattern] = TWO_FOUR,
+    pattern: Pattern = TWO_FOUR,
     *,
+    patterns: Mapping[str, Pattern] | None = None,
     dtype: torch.dtype | None = None,
-    true_sequential: bool = True,
-    dense_target: float = 0.0,
-    tune_steps: int = 0,
-    calib_forward: torch.dtype = torch.float32,
-    **options: float,
+    **given: Any,
 ) -> list[PrunedBlock]:
     out.mkdir()
     return prune(
         Checkpoint.open(folder),
         SEGMENTS,
         out,
-        pattern=pattern,
-        method="thanos",
-        options={"block_columns": 16, **options},
-        true_sequential=true_sequential,
-        dense_target=dense_target,
-        tune_steps=tune_steps,
-        calib_forward=calib_forward,
+        plain(pattern, "thanos", **{"block_size": 16, "true_sequential": True, **given}),
+        patterns=patterns,
         dtype=dtype,
     )
 
@@ -75,7 +69,8 @@ def test_the_walk_is_the_straightforward_one(
     """Against whole models in memory and whole forward passes for every single layer."""
     folder = make_model("llama")
     run(
-        *(folder, tmp_path / "pruned"),
+        folder,
+        tmp_path / "pruned",
         true_sequential=true_sequential,
         dense_target=dense_target,
     )
@@ -94,7 +89,9 @@ def test_the_walk_is_the_straightforward_one(
                     if dense_target:
                         weight = retarget(problem, y.T @ x, dense_target)
                         problem = LayerProblem(weight, x.T @ x, name)
-                    results[name] = thanos.prune(problem, TWO_FOUR, block_columns=16).weight
+                    results[name] = thanos.prune(
+                        problem, TWO_FOUR, thanos.Options(block_columns=16)
+                    ).weight
                 for name, weight in results.items():
                     stored = walked[f"model.layers.{index}.{name}.weight"]
                     agree = (weight == 0) == (stored == 0)
@@ -128,17 +125,17 @@ def test_a_bfloat16_calibration_loses_as_much_as_a_float32_one(
     make_model: MakeModel, tmp_path: Path, model_type: str
 ) -> None:
     folder, errors = make_model(model_type), []
-    for calib_forward in (torch.float32, torch.bfloat16):
-        reports = run(folder, tmp_path / str(calib_forward), calib_forward=calib_forward)
+    for calib_forward in ("fp32", "bf16"):
+        reports = run(folder, tmp_path / calib_forward, calib_forward=calib_forward)
         layers = [layer for block in reports for layer in block.layers]
         assert all(layer.pattern_holds for layer in layers)
         errors.append(sum(layer.relative_error for layer in layers))
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
-@pytest.mark.parametrize("calib_forward", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("calib_forward", ["fp32", "bf16"])
 def test_two_runs_write_the_same_bytes(
-    tiny_llama: Path, tmp_path: Path, calib_forward: torch.dtype
+    tiny_llama: Path, tmp_path: Path, calib_forward: str
 ) -> None:
     for out in ("one", "two"):
         run(tiny_llama, tmp_path / out, dense_target=0.4, calib_forward=calib_forward)
@@ -169,11 +166,12 @@ def test_weights_that_are_held_in_half_precision_come_out_as_if_in_single(
     save_file(weights, single / "model.safetensors", metadata={"format": "pt"})
     for folder, out in ((half, "from half"), (single, "from single")):
         run(
-            *(folder, tmp_path / out),
+            folder,
+            tmp_path / out,
             dtype=torch.float16,
             dense_target=0.4,
             tune_steps=2,
-            calib_forward=torch.bfloat16,
+            calib_forward="bf16",
         )
     one, two = (load_file(tmp_path / f"from {n}" / "model.safetensors") for n in ("half", "single"))
     assert all(torch.equal(one[name], two[name]) for name in weights)
@@ -221,7 +219,7 @@ def test_a_width_that_the_group_does_not_divide_is_refused_before_anything_is_wr
 
 def test_an_option_that_does_not_fit_is_a_usage_error(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="blocks of 6 columns"):
-        run(tiny_llama, tmp_path / "pruned", block_columns=6)
+        run(tiny_llama, tmp_path / "pruned", block_size=6)
 
 
 def test_activations_that_overflow_leave_a_mask_by_magnitude_and_it_is_said(
@@ -247,11 +245,13 @@ def test_activations_that_overflow_leave_a_mask_by_magnitude_and_it_is_said(
 
 
 def solved(problem: LayerProblem, cross: torch.Tensor | None = None) -> Solution:
-    aimed, failures = aim(problem, cross, 0.5, {})
+    options = thanos.Options(block_columns=8)
+    aimed, failures = aim(problem, cross, 0.5, options)
     return solve(
-        *(problem, TWO_FOUR),
-        method="thanos",
-        options={"block_columns": 8, "damping": 0.01},
+        problem,
+        TWO_FOUR,
+        methods.load("thanos"),
+        options,
         aimed=aimed,
         failures=failures,
     )
@@ -327,7 +327,7 @@ def test_each_layer_keeps_its_own_pattern_and_the_others_every_bit(
     }
     for true_sequential in (True, False):
         out = tmp_path / str(true_sequential)
-        reports = run(folder, out, own, true_sequential=true_sequential)
+        reports = run(folder, out, patterns=own, true_sequential=true_sequential)
         dense, pruned = (load_file(path / "model.safetensors") for path in (folder, out))
         for layer in (layer for report in reports for layer in report.layers):
             before, after = (tensors[f"{layer.name}.weight"] for tensors in (dense, pruned))
@@ -346,8 +346,8 @@ def test_each_layer_keeps_its_own_pattern_and_the_others_every_bit(
 
 
 def test_a_block_may_stay_dense_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:
-    own = {"model.layers.1.mlp.up_proj": TWO_FOUR}
-    reports = run(tiny_llama, tmp_path / "pruned", own)
+    own: dict[str, Pattern] = {"model.layers.1.mlp.up_proj": TWO_FOUR}
+    reports = run(tiny_llama, tmp_path / "pruned", patterns=own)
     assert {layer.solver for layer in reports[0].layers} == {"none"}
     assert [layer.sparsity for layer in reports[1].layers if layer.solver == "thanos"] == [0.5]
 

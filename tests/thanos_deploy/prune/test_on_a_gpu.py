@@ -5,6 +5,7 @@ values; see `FakeCuda`. What the host reads is counted, since each read waits fo
 """
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.thanos_deploy.conftest import FakeCuda
 from thanos_deploy import methods
 from thanos_deploy.calibration.blocks import (
     Arguments,
-    BlockInputs,
+    LoadedInputs,
     Walk,
     advance,
     collect,
@@ -25,13 +26,14 @@ from thanos_deploy.calibration.blocks import (
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Clock, Visit
 from thanos_deploy.measure.perplexity import perplexity_of
-from thanos_deploy.methods import Option
+from thanos_deploy.methods import sparsegpt, thanos
 from thanos_deploy.model.structure import BlockStructure
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 from thanos_deploy.prune.solution import solve_by_preset
 from thanos_deploy.prune.tune import tune
 from thanos_deploy.solver import mask as masks
+from thanos_deploy.solver.damping import Damping, DampingMode
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor, retarget
 from thanos_deploy.solver.layer import LayerProblem
@@ -54,10 +56,10 @@ def test_a_mixture_of_devices_is_refused(fake_cuda: FakeCuda) -> None:
         torch.ones(3, device=CUDA) + torch.ones(3)
 
 
-@pytest.mark.parametrize("mode", ["mean", "median", "per-channel"])
-def test_a_hessian_is_factored_there(fake_cuda: FakeCuda, mode: str) -> None:
+@pytest.mark.parametrize("mode", get_args(DampingMode))
+def test_a_hessian_is_factored_there(fake_cuda: FakeCuda, mode: DampingMode) -> None:
     # Wider than what is inverted at once.
-    factored = factor(problem(cols=1100), 0.01, mode)
+    factored = factor(problem(cols=1100), Damping(0.01, mode))
     assert (factored.V.device.type, factored.V.dtype) == ("cuda", torch.float32)
     assert factored.upper(slice(3, 9)).is_cuda
     assert factored.trailing_inverse_diagonals(32).is_cuda
@@ -70,8 +72,8 @@ def test_a_hessian_is_factored_there(fake_cuda: FakeCuda, mode: str) -> None:
 def test_a_method_prunes_there(
     fake_cuda: FakeCuda, method: str, preset: str, pattern: Pattern
 ) -> None:
-    options = methods.resolve(method, methods.preset(method, preset).options)
-    result = methods.load(method).prune(problem(), pattern, **options)
+    chosen = methods.load(method)
+    result = chosen.prune(problem(), pattern, chosen.preset(preset).options)
     assert result.weight.is_cuda
     assert result.mask.is_cuda
     assert result.weight.shape == result.mask.shape == (48, 64)
@@ -81,11 +83,11 @@ def test_a_method_prunes_there(
 def test_thanos_waits_for_no_block_but_to_know_whether_it_is_solved(
     fake_cuda: FakeCuda, pattern: Pattern
 ) -> None:
-    options: dict[str, Option] = {"score": "obs", "block_columns": 8, "refit_steps": 8}
+    options = thanos.Options(score="obs", block_columns=8, refit_steps=8)
     reads = []
     for cols in (64, 128):
         before = fake_cuda.reads
-        methods.load("thanos").prune(problem(cols=cols), pattern, **options)
+        thanos.prune(problem(cols=cols), pattern, options)
         reads.append(fake_cuda.reads - before)
     assert reads[1] - reads[0] == 8  # one for each block of columns more
 
@@ -94,13 +96,13 @@ def test_sparsegpt_waits_for_no_column(fake_cuda: FakeCuda) -> None:
     reads = []
     for cols in (64, 128):
         before = fake_cuda.reads
-        methods.load("sparsegpt").prune(problem(cols=cols), SemiStructured(2, 4))
+        sparsegpt.prune(problem(cols=cols), SemiStructured(2, 4), sparsegpt.Options())
         reads.append(fake_cuda.reads - before)
     assert reads[0] == reads[1]
 
 
 def test_outlier_rows_stay_there(fake_cuda: FakeCuda) -> None:
-    result = methods.load("thanos").prune(problem(), SemiStructured(2, 4), outlier_rows=0.25)
+    result = thanos.prune(problem(), SemiStructured(2, 4), thanos.Options(outlier_rows=0.25))
     assert result.weight.is_cuda
 
 
@@ -136,7 +138,7 @@ def test_a_weight_is_aimed_there(fake_cuda: FakeCuda) -> None:
 
 def test_inputs_are_eliminated_there(fake_cuda: FakeCuda) -> None:
     layer = problem(dtype=torch.float64)
-    elimination = Elimination(layer.weight, factor(layer, 0.01))
+    elimination = Elimination(layer.weight, factor(layer))
     assert elimination.channel_losses().is_cuda
     elimination.remove(masks.cheapest(elimination.costs(), 5))
     for tensor in (elimination.weight, elimination.left, elimination.costs()):
@@ -207,7 +209,7 @@ def test_perplexity_is_measured_there(fake_cuda: FakeCuda) -> None:
     assert fake_cuda.reads == 1  # at the end
 
 
-def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
+def _block_and_batch() -> tuple[torch.nn.Module, LoadedInputs]:
     """A block on the GPU, and a batch whose other arguments are the host's."""
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1
@@ -219,7 +221,7 @@ def _block_and_batch() -> tuple[torch.nn.Module, BlockInputs]:
     embeddings = LlamaRotaryEmbedding(config)(torch.zeros(4, 9, 32), positions)
     mask = torch.zeros(4, 1, 9, 9)
     arguments = Arguments((), {"position_embeddings": embeddings, "attention_mask": mask})
-    return block, BlockInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])
+    return block, LoadedInputs(torch.randn(4, 9, 32, device=CUDA), [arguments])
 
 
 @pytest.mark.parametrize("preset", methods.PRESET_NAMES)

@@ -10,6 +10,7 @@ from tests.thanos_deploy.prune.test_layers import SEGMENTS, inputs_of
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.prune import owl
+from thanos_deploy.prune.recipe import Owl
 from thanos_deploy.solver.mask import removed_count
 
 BLOCKS = st.lists(
@@ -29,7 +30,7 @@ def test_counts_are_exact_and_no_block_is_further_away_than_the_spread(
         {f"{block}.{layer}": size for layer, size in enumerate(sizes)}
         for block, (_, sizes) in enumerate(blocks)
     ]
-    patterns = owl.allocate([ratio for ratio, _ in blocks], layers, sparsity, spread=spread)
+    patterns = owl.allocate([ratio for ratio, _ in blocks], layers, sparsity, Owl(spread=spread))
     entries = {name: size for block in layers for name, size in block.items()}
     assert patterns.keys() == entries.keys()
     removed = {name: removed_count(patterns[name].sparsity, entries[name]) for name in entries}
@@ -40,10 +41,10 @@ def test_counts_are_exact_and_no_block_is_further_away_than_the_spread(
 
 def test_the_more_outliers_the_less_goes_and_the_mean_is_kept() -> None:
     layers = [{str(block): 1000} for block in range(4)]
-    patterns = owl.allocate([0.01, 0.02, 0.02, 0.07], layers, 0.7, spread=0.08)
+    patterns = owl.allocate([0.01, 0.02, 0.02, 0.07], layers, 0.7, Owl())
     # The mean ratio is 0.03, the block furthest from it 0.04 away.
     assert [pattern.sparsity for pattern in patterns.values()] == [0.74, 0.72, 0.72, 0.62]
-    alike = owl.allocate([0.02] * 4, layers, 0.7, spread=0.08)
+    alike = owl.allocate([0.02] * 4, layers, 0.7, Owl())
     assert {pattern.sparsity for pattern in alike.values()} == {0.7}
 
 
@@ -51,7 +52,7 @@ def test_outliers_are_counted_in_the_dense_model(make_model: MakeModel) -> None:
     folder = make_model("llama")
     checkpoint = Checkpoint.open(folder)
     layers = [name for name in checkpoint.linears if "k_proj" not in name]
-    counted = owl.survey(checkpoint, SEGMENTS, layers, threshold=3.0)
+    counted = owl.survey(checkpoint, SEGMENTS, layers, Owl(threshold=3.0))
     model = stock_model(folder, dtype=torch.float32)
     with torch.no_grad():
         for block, outliers in zip(model.model.layers, counted, strict=True):
@@ -81,7 +82,7 @@ def test_activations_that_are_not_finite_cannot_be_counted(
     checkpoint = Checkpoint.open(tmp_path / "model")
     segments = torch.zeros(1, 8, dtype=torch.int64) % VOCABULARY
     with pytest.raises(HessianError, match=r"model.layers.1.: .* not finite"):
-        owl.survey(checkpoint, segments, checkpoint.linears)
+        owl.survey(checkpoint, segments, checkpoint.linears, Owl())
 
 
 @pytest.mark.parametrize(
@@ -98,5 +99,5 @@ def test_what_no_block_could_lose_is_refused(
     sparsity: float, threshold: float, spread: float, message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        owl.check(sparsity, threshold=threshold, spread=spread)
+        Owl(threshold, spread).check(sparsity)
     assert message in str(caught.value)

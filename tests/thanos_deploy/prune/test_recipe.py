@@ -1,9 +1,11 @@
+from typing import Any
+
 import pytest
 
 from exporters.options import ExportRequest
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.pattern import parse
-from thanos_deploy.prune.recipe import PruneRequest
+from thanos_deploy.prune.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -19,11 +21,10 @@ from thanos_deploy.prune.recipe import PruneRequest
 def test_columns_of_zeros_are_tuned_only_if_it_is_asked_for(
     pattern: str, tune_steps: int | None, tuned: bool
 ) -> None:
-    chosen = parse(pattern)
-    keep_shape = pattern.startswith("structured")
-    request = PruneRequest(chosen, keep_shape=keep_shape, tune_steps=tune_steps)
-    assert (request.walk_options["tune_steps"] > 0) == tuned
-    assert request.walks_dense  # the preset's layers aim at the dense model's output
+    given: dict[str, Any] = {} if tune_steps is None else {"tune_steps": tune_steps}
+    recipe = Recipe.of(parse(pattern), **given)
+    assert (recipe.walk.tune_steps > 0) == tuned
+    assert recipe.walks_dense  # the preset's layers aim at the dense model's output
 
 
 def test_graphs_that_were_made_before_there_was_a_choice_of_logits_are_not_made_again() -> None:

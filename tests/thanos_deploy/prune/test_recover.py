@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
@@ -12,18 +13,20 @@ from thanos_deploy.prune.layers import prune
 from thanos_deploy.prune.recover import _head, _order, _pull, _states, recover
 from thanos_deploy.prune.result import Recovery
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
+from thanos_deploy.shrink.options import Allocation, Fit, Sizing
+from thanos_deploy.shrink.survey import survey
 
 pytestmark = pytest.mark.slow
 
 SEGMENTS = torch.randint(VOCABULARY, (5, 60), generator=torch.Generator().manual_seed(0))
 
 
-def shrunk(folder: Path, out: Path, *, allocation: str = "uniform") -> Checkpoint:
+def shrunk(folder: Path, out: Path, *, allocation: Allocation = "uniform") -> Checkpoint:
     out.mkdir()
     dense = Checkpoint.open(folder)
-    plan = sizing.plan(dense, survey(dense, SEGMENTS), 0.2, part="ffn", allocation=allocation)
-    shrink(dense, SEGMENTS, out, plan=plan)
+    plan = sizing.plan(dense, survey(dense, SEGMENTS), 0.2, Sizing("ffn", None, allocation))
+    shrink(dense, SEGMENTS, out, plan, Fit())
     return Checkpoint.open(out)
 
 
@@ -31,10 +34,9 @@ def two_four(folder: Path, out: Path) -> Checkpoint:
     out.mkdir()
     prune(
         Checkpoint.open(folder),
-        *(SEGMENTS, out),
-        pattern=SemiStructured(2, 4),
-        method="magnitude",
-        options={},
+        SEGMENTS,
+        out,
+        plain(SemiStructured(2, 4)),
     )
     return Checkpoint.open(out)
 

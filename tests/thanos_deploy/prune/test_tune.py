@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.conftest import VOCABULARY, MakeModel, stock_model
-from thanos_deploy.calibration.blocks import Arguments, BlockInputs, block_inputs
+from tests.recipes import plain
+from thanos_deploy.calibration.blocks import Arguments, LoadedInputs, block_inputs
 from thanos_deploy.calibration.walk import visits
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
@@ -72,11 +73,11 @@ def test_a_tuned_model_is_the_same_every_time_and_keeps_its_pattern(
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         reports = prune(
-            *(Checkpoint.open(folder), SEGMENTS, tmp_path / name),
-            pattern={f"model.layers.{index}.mlp.up_proj": TWO_FOUR for index in (0, 1)},
-            method="magnitude",
-            options={},
-            tune_steps=3,
+            Checkpoint.open(folder),
+            SEGMENTS,
+            tmp_path / name,
+            plain(TWO_FOUR, tune_steps=3),
+            patterns={f"model.layers.{index}.mlp.up_proj": TWO_FOUR for index in (0, 1)},
             dtype=torch.float16,
         )
         tuned.append(load_file(tmp_path / name / "model.safetensors"))
@@ -113,7 +114,7 @@ def test_steps_see_parts_from_all_over_the_data(
     lengths: list[int], tokens: int, steps: int
 ) -> None:
     nothing = Arguments((), {})
-    batches = [BlockInputs(torch.zeros(count, tokens, 1), [nothing]) for count in lengths]
+    batches = [LoadedInputs(torch.zeros(count, tokens, 1), [nothing]) for count in lengths]
     parts = list(tuning._parts(batches, steps))
     assert len(parts) == steps
     seen = Counter((number, row) for number, rows in parts for row in range(lengths[number])[rows])
@@ -129,11 +130,10 @@ def test_steps_see_parts_from_all_over_the_data(
 
 def test_a_block_without_weights_is_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
     reports = prune(
-        *(Checkpoint.open(make_model("llama")), SEGMENTS, tmp_path),
-        pattern=Unstructured(1.0),
-        method="magnitude",
-        options={},
-        tune_steps=3,
+        Checkpoint.open(make_model("llama")),
+        SEGMENTS,
+        tmp_path,
+        plain(Unstructured(1.0), tune_steps=3),
     )
     assert {layer.sparsity for report in reports for layer in report.layers} == {1.0}
     assert all(layer.pattern_holds for report in reports for layer in report.layers)

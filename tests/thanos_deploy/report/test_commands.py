@@ -15,10 +15,11 @@ from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.cli import _options, _targets
+from thanos_deploy.cli._pruning import prune_request
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.pattern import parse
-from thanos_deploy.prune.recipe import PruneRequest
 from thanos_deploy.report import commands, sources
+from thanos_deploy.stages.request import PruneRequest
 
 
 def parsed(line: str) -> dict[str, Any]:
@@ -41,26 +42,25 @@ def printed(tmp_path: Path, **options: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     "request_",
     [
-        *(PruneRequest(parse("2:4"), method=name) for name in methods.names()),
-        PruneRequest(parse("2:4"), preset="paper", seed=3, dtype="fp16"),
-        PruneRequest(parse("4:8"), options={"block_columns": 64, "outlier_rows": 0.1}),
-        PruneRequest(parse("unstructured:0.5"), true_sequential=False, dense_target=0.5),
-        PruneRequest(parse("structured:0.2"), allocation="loss", ffn_multiple=32, shrink="ffn"),
-        PruneRequest(parse("structured:0.2")),
-        PruneRequest(parse("structured:0.2"), keep_shape=True),
-        PruneRequest(parse("unstructured:0.6"), allocation="owl", owl_spread=0.1, ignore=("a",)),
-        PruneRequest(
+        *(PruneRequest.of(parse("2:4"), method=name) for name in methods.names()),
+        PruneRequest.of(parse("2:4"), preset="paper", seed=3, dtype="fp16"),
+        PruneRequest.of(parse("4:8"), block_size=64, outlier_rows=0.1),
+        PruneRequest.of(parse("unstructured:0.5"), true_sequential=False, dense_target=0.5),
+        PruneRequest.of(parse("structured:0.2"), allocation="loss", ffn_multiple=32, shrink="ffn"),
+        PruneRequest.of(parse("structured:0.2")),
+        PruneRequest.of(parse("structured:0.2"), keep_shape=True),
+        PruneRequest.of(parse("unstructured:0.6"), allocation="owl", owl_spread=0.1, ignore=("a",)),
+        PruneRequest.of(
             parse("2:4"), include=("re:.{1,3}", "b, c"), ignore=("re:x",), sparsity_file="own.json"
         ),
     ],
-    ids=lambda request: f"{request.pattern} {request.method} {request.preset}",
+    ids=lambda request: f"{request.how.pattern} {request.how.method}",
 )
 def test_the_pruning_command_asks_for_what_was_asked_for(
     request_: PruneRequest, tmp_path: Path
 ) -> None:
     recorded = request_.to_json()
-    again = _options.prune_request(parsed(printed(tmp_path, prune=recorded)["prune"]))
-    again.check()
+    again = prune_request(parsed(printed(tmp_path, prune=recorded)["prune"]))
     assert again.to_json() == recorded
 
 

@@ -13,7 +13,9 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import FAMILIES
 from thanos_deploy.report.loaders import DEMANDS, LOADERS, Dimensions, judge, tensor_parallel
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink, survey
+from thanos_deploy.shrink.cut import shrink
+from thanos_deploy.shrink.options import Fit, Part, Sizing
+from thanos_deploy.shrink.survey import survey
 
 LLAMA = {
     "model_type": "llama",
@@ -54,11 +56,9 @@ def test_a_shrunk_model_is_judged_by_what_was_written(
     folder = make_model(model_type, num_attention_heads=8, hidden_size=64, **head)
     checkpoint = Checkpoint.open(folder)
     segments = torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))
-    part = "both" if checkpoint.family.heads.free_size else "ffn"
-    plan = sizing.plan(
-        checkpoint, survey(checkpoint, segments), 0.15, part=part, allocation="uniform"
-    )
-    shrink(checkpoint, segments, tmp_path, plan=plan)
+    part: Part = "both" if checkpoint.family.heads.free_size else "ffn"
+    plan = sizing.plan(checkpoint, survey(checkpoint, segments), 0.15, Sizing(part))
+    shrink(checkpoint, segments, tmp_path, plan, Fit())
     config = config_of(tmp_path)
     sizes = Dimensions.of(config)
     assert sizes != Dimensions.of(config_of(folder))

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import exporters.onnx.graph
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.recipes import plain
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
@@ -17,9 +18,11 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import check, shrink, survey
+from thanos_deploy.shrink.cut import check, shrink
+from thanos_deploy.shrink.options import Allocation, Fit, Part, Sizing
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Plan
+from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor, retarget
 from thanos_deploy.solver.layer import LayerProblem
@@ -32,15 +35,15 @@ def run(
     out: Path,
     fraction: float = 0.3,
     *,
-    part: str = "both",
-    allocation: str = "uniform",
+    part: Part = "both",
+    allocation: Allocation = "uniform",
     dense_target: float = 0.0,
 ) -> tuple[Plan, list[CutBlock]]:
     out.mkdir()
     checkpoint = Checkpoint.open(folder)
     losses = survey(checkpoint, SEGMENTS)
-    plan = sizing.plan(checkpoint, losses, fraction, part=part, allocation=allocation)
-    reports = shrink(checkpoint, SEGMENTS, out, plan=plan, dense_target=dense_target)
+    plan = sizing.plan(checkpoint, losses, fraction, Sizing(part, None, allocation))
+    reports = shrink(checkpoint, SEGMENTS, out, plan, Fit(dense_target=dense_target))
     return plan, reports
 
 
@@ -72,7 +75,7 @@ def masked_model(dense: Path, shrunk: Path, reports: list[CutBlock]) -> Any:
 @pytest.mark.parametrize("part", ["heads", "ffn", "both"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_cutting_changes_nothing_that_masking_has_not_changed(
-    make_model: MakeModel, tmp_path: Path, model_type: str, part: str
+    make_model: MakeModel, tmp_path: Path, model_type: str, part: Part
 ) -> None:
     folder = make_model(model_type, tie_word_embeddings=True)
     fraction = 0.1 if part == "heads" else 0.2
@@ -118,7 +121,7 @@ def test_what_no_stock_configuration_describes_is_declared_and_stock_loaders_ref
     make_model: MakeModel, tmp_path: Path, model_type: str
 ) -> None:
     folder = make_model(model_type)
-    part = "both" if model_type == "llama" else "heads"
+    part: Part = "both" if model_type == "llama" else "heads"
     plan, reports = run(folder, tmp_path / "shrunk", 0.15, part=part, allocation="loss")
     assert not plan.stock
     assert plan.removed >= 0.15
@@ -139,7 +142,7 @@ def test_what_no_stock_configuration_describes_is_declared_and_stock_loaders_ref
 @pytest.mark.parametrize("allocation", ["uniform", "loss"])
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
 def test_a_shrunk_model_exports_to_onnx_with_parity(
-    make_model: MakeModel, tmp_path: Path, model_type: str, allocation: str
+    make_model: MakeModel, tmp_path: Path, model_type: str, allocation: Allocation
 ) -> None:
     run(make_model(model_type), tmp_path / "shrunk", 0.2, allocation=allocation)
     (tmp_path / "onnx").mkdir()
@@ -152,7 +155,7 @@ def test_a_shrunk_model_exports_to_onnx_with_parity(
 
 @pytest.mark.parametrize("allocation", ["uniform", "loss"])
 def test_a_shrunk_model_can_be_pruned_to_two_four_on_top(
-    make_model: MakeModel, tmp_path: Path, allocation: str
+    make_model: MakeModel, tmp_path: Path, allocation: Allocation
 ) -> None:
     folder = make_model("llama", num_hidden_layers=3)
     plan, _ = run(folder, tmp_path / "shrunk", 0.2, allocation=allocation)
@@ -161,9 +164,7 @@ def test_a_shrunk_model_can_be_pruned_to_two_four_on_top(
         Checkpoint.open(tmp_path / "shrunk"),
         SEGMENTS,
         tmp_path / "sparse",
-        pattern=SemiStructured(2, 4),
-        method="thanos",
-        options={"block_columns": 8},
+        plain(SemiStructured(2, 4), "thanos", block_size=8),
     )
     assert all(layer.pattern_holds for block in reports for layer in block.layers)
     sparse = Checkpoint.open(tmp_path / "sparse")
@@ -198,7 +199,7 @@ def test_the_walk_is_the_straightforward_one(
                     weight = retarget(problem, y.T @ x, dense_target)
                     if name in kept:
                         problem = LayerProblem(weight, x.T @ x, name)
-                        elimination = Elimination(weight, factor(problem, 0.01))
+                        elimination = Elimination(weight, factor(problem))
                         if name == "mlp.down_proj":
                             elimination.drop_channels(block.after.channels)
                         else:

@@ -1,5 +1,6 @@
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -8,6 +9,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.options import Allocation, Part, Sizing
 from thanos_deploy.shrink.sizing import Losses, candidates, channel_steps, cost, layouts, plan
 
 
@@ -55,7 +57,7 @@ def test_steps_are_friendly_multiples_below_the_model_s_own() -> None:
 def test_candidates_remove_the_fraction_and_no_step_more(tiny_llama: Path, fraction: float) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     before, price = checkpoint.widths[0], cost(checkpoint, 0)
-    found = candidates(checkpoint, fraction, part="both", multiple=8, stock=True)
+    found = candidates(checkpoint, fraction, Sizing(multiple=8))
     assert found
     for after in found:
         assert price.removed(before, after) >= fraction * price.block
@@ -87,24 +89,24 @@ def test_the_uniform_plan_is_the_candidate_with_the_smallest_loss(tiny_llama: Pa
     checkpoint = Checkpoint.open(tiny_llama)
     for prices in ((1.0, 1e-6), (1e-6, 1.0)):
         losses = flat_losses(checkpoint, *prices)
-        chosen = plan(checkpoint, losses, 0.2, multiple=8)
+        chosen = plan(checkpoint, losses, 0.2, Sizing(multiple=8))
         totals = {
             width: sum(loss.of(width) for loss in losses)
-            for width in candidates(checkpoint, 0.2, part="both", multiple=8, stock=True)
+            for width in candidates(checkpoint, 0.2, Sizing(multiple=8))
         }
         assert chosen.widths == (min(totals, key=totals.__getitem__),) * 2
         assert chosen.stock
         assert chosen.removed >= 0.2
-    assert plan(checkpoint, losses, 0.1, multiple=8, part="heads").widths[0].channels == 48
-    assert plan(checkpoint, losses, 0.2, multiple=8, part="ffn").widths[0].heads == 4
+    assert plan(checkpoint, losses, 0.1, Sizing("heads", 8)).widths[0].channels == 48
+    assert plan(checkpoint, losses, 0.2, Sizing("ffn", 8)).widths[0].heads == 4
 
 
 def test_a_plan_by_loss_spends_the_same_parameters_where_they_cost_less(tiny_llama: Path) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     losses = flat_losses(checkpoint, 1.0, 1e-4)
     uniform, own = (
-        plan(checkpoint, losses, 0.2, part="ffn", multiple=8, allocation=allocation)
-        for allocation in ("uniform", "loss")
+        plan(checkpoint, losses, 0.2, Sizing("ffn", 8, allocation))
+        for allocation in get_args(Allocation)
     )
     assert own.removed >= 0.2
     assert own.widths[0].channels < own.widths[1].channels
@@ -119,35 +121,37 @@ def test_where_a_stock_configuration_has_no_fewer_heads_both_means_channels(
 ) -> None:
     checkpoint = Checkpoint.open(make_model(model_type))
     losses = flat_losses(checkpoint, 1e-9, 1.0)
-    both = plan(checkpoint, losses, 0.1, multiple=8)
+    both = plan(checkpoint, losses, 0.1, Sizing(multiple=8))
     assert both.stock
     assert both.widths[0].heads == 4
-    heads = plan(checkpoint, losses, 0.1, part="heads")
+    heads = plan(checkpoint, losses, 0.1, Sizing("heads"))
     assert not heads.stock
     assert heads.widths[0].heads < 4
 
 
 @pytest.mark.parametrize("part", ["heads", "ffn", "both"])
 def test_a_fraction_that_leaves_nothing_is_refused_with_the_nearest_choice(
-    tiny_llama: Path, part: str
+    tiny_llama: Path, part: Part
 ) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     with pytest.raises(UsageError, match=r"no .* would be left in a block with 99\.0%") as caught:
-        sizing.check(checkpoint, 0.99, part=part, multiple=None, allocation="uniform")
+        sizing.check(checkpoint, 0.99, Sizing(part))
     nearest = float(caught.value.fix.split("structured:")[1].split(",")[0])
-    sizing.check(checkpoint, nearest, part=part, multiple=None, allocation="uniform")
+    sizing.check(checkpoint, nearest, Sizing(part))
     with pytest.raises(UsageError):
-        sizing.check(checkpoint, nearest + 0.002, part=part, multiple=None, allocation="uniform")
+        sizing.check(checkpoint, nearest + 0.002, Sizing(part))
 
 
 @pytest.mark.parametrize(
-    ("part", "allocation", "multiple"),
-    [("all", "uniform", None), ("both", "owl", None), ("both", "uniform", 0), ("ffn", "loss", 49)],
+    ("part", "allocation", "multiple"), [("both", "uniform", 0), ("ffn", "loss", 49)]
 )
 def test_options_without_a_meaning_are_refused(
-    tiny_llama: Path, part: str, allocation: str, multiple: int | None
+    tiny_llama: Path, part: Part, allocation: Allocation, multiple: int
 ) -> None:
     with pytest.raises(UsageError):
-        sizing.check(
-            Checkpoint.open(tiny_llama), 0.1, part=part, multiple=multiple, allocation=allocation
-        )
+        sizing.check(Checkpoint.open(tiny_llama), 0.1, Sizing(part, multiple, allocation))
+
+
+def test_a_part_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UsageError, match="--shrink 'all' is not one of its values"):
+        Sizing("all")  # type: ignore[arg-type]  # that is what is to be seen

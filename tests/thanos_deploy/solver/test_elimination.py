@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import damped, loss, random_problem
+from thanos_deploy.solver.damping import Damping
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem
-
-DAMPING = 0.01
 
 
 def refit(problem: LayerProblem, left: torch.Tensor) -> torch.Tensor:
@@ -30,7 +29,7 @@ def test_what_is_left_is_the_least_squares_fit_whatever_the_order_of_leaving(
     seed: int, data: st.DataObject
 ) -> None:
     problem = random_problem(seed, rows=5, cols=12)
-    elimination = Elimination(problem.weight, factor(problem, DAMPING))
+    elimination = Elimination(problem.weight, factor(problem))
     order = data.draw(st.permutations(range(12)))
     cuts = sorted(data.draw(st.sets(st.integers(0, 12), max_size=4)))
     gone = 0
@@ -46,13 +45,13 @@ def test_what_is_left_is_the_least_squares_fit_whatever_the_order_of_leaving(
 
 def test_the_price_of_a_group_is_what_losing_it_costs() -> None:
     problem = random_problem(1, rows=6, cols=16)
-    elimination = Elimination(problem.weight, factor(problem, DAMPING))
+    elimination = Elimination(problem.weight, factor(problem))
     elimination.remove(torch.tensor([3, 4]))
     singles = elimination.costs()
     assert singles[3] == singles[4] == float("inf")
     for columns in ([0], [7], [1, 2, 9], [8, 10, 11, 12]):
         price = elimination.cost(torch.tensor(columns))
-        trial = Elimination(problem.weight, factor(problem, DAMPING))
+        trial = Elimination(problem.weight, factor(problem))
         trial.remove(torch.tensor([3, 4, *columns]))
         assert elimination.loss + price == pytest.approx(trial.loss, rel=1e-9)
         if len(columns) == 1:
@@ -61,7 +60,7 @@ def test_the_price_of_a_group_is_what_losing_it_costs() -> None:
 
 def test_the_curve_of_losses_is_that_of_dropping_channels() -> None:
     problem = random_problem(2, rows=6, cols=16)
-    factored = factor(problem, DAMPING)
+    factored = factor(problem)
     curve = Elimination(problem.weight, factored).channel_losses()
     assert len(curve) == 17
     assert curve[0] == 0.0
@@ -86,7 +85,7 @@ def test_heads_go_so_that_groups_stay_equal_and_the_rest_is_refitted(
     heads, kv_heads = there
     group, size = heads // kv_heads, 3
     problem = random_problem(3, rows=8, cols=heads * size)
-    elimination = Elimination(problem.weight, factor(problem, DAMPING))
+    elimination = Elimination(problem.weight, factor(problem))
     kept = elimination.drop_heads(there, keep=keep)
     assert len(kept) == keep[0]
     per_group = torch.bincount(kept // group, minlength=kv_heads)
@@ -100,7 +99,7 @@ def test_heads_go_so_that_groups_stay_equal_and_the_rest_is_refitted(
 
 def test_heads_that_go_in_two_steps_are_those_that_go_in_one() -> None:
     problem = random_problem(7, rows=8, cols=36)
-    factored = factor(problem, DAMPING)
+    factored = factor(problem)
     for steps in ([(8, 4), (4, 4)], [(9, 3), (6, 2), (3, 1)]):
         one, many = (Elimination(problem.weight, factored) for _ in range(2))
         there = (12, 4)
@@ -112,7 +111,7 @@ def test_heads_that_go_in_two_steps_are_those_that_go_in_one() -> None:
 
 def test_losing_one_group_of_heads_is_the_best_choice_there_is() -> None:
     problem = random_problem(4, rows=8, cols=24)
-    factored = factor(problem, DAMPING)
+    factored = factor(problem)
     elimination = Elimination(problem.weight, factored)
     elimination.drop_heads((8, 4), keep=(6, 3))
     losses = []
@@ -129,7 +128,7 @@ def test_an_input_that_another_one_repeats_goes_for_nothing() -> None:
     x[:, 4] = 2.0 * x[:, 1]
     weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     problem = LayerProblem(weight, x.T @ x, "repeated")
-    elimination = Elimination(weight, factor(problem, 1e-9))
+    elimination = Elimination(weight, factor(problem, Damping(1e-9)))
     elimination.drop_channels(5)
     assert not elimination.left[[1, 4]].all()
     torch.testing.assert_close(x @ elimination.weight.T, x @ weight.T, rtol=0, atol=1e-5)
@@ -140,7 +139,7 @@ def test_one_at_a_time_finds_what_brute_force_finds_on_independent_inputs() -> N
     weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     scale = torch.tensor([3.0, 0.1, 2.0, 0.5, 1.0, 0.2], dtype=torch.float64)
     problem = LayerProblem(weight, torch.diag(scale), "independent")
-    factored = factor(problem, 1e-6)
+    factored = factor(problem, Damping(1e-6))
     elimination = Elimination(weight, factored)
     elimination.drop_channels(3)
     best = min(

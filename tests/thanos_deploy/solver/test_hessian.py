@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,8 @@ from hypothesis import strategies as st
 
 from tests.golden import damped, random_problem
 from thanos_deploy.errors import HessianError
-from thanos_deploy.solver.hessian import DAMPING_MODES, factor, retarget
+from thanos_deploy.solver.damping import Damping, DampingMode
+from thanos_deploy.solver.hessian import factor, retarget
 from thanos_deploy.solver.layer import LayerProblem
 
 
@@ -15,7 +18,7 @@ def test_every_trailing_hessian_and_inverse_is_a_sub_block_of_the_factors(
     seed: int, column: int
 ) -> None:
     problem = random_problem(seed)
-    H, factored = damped(problem.hessian), factor(problem, 0.01)
+    H, factored = damped(problem.hessian), factor(problem)
     torch.testing.assert_close(factored.diagonal, H.diagonal(), rtol=1e-12, atol=0.0)
     assert torch.equal(factored.V, factored.V.triu())
     U, V = factored.upper(slice(column, None)), factored.V[column:, column:]
@@ -33,8 +36,8 @@ def test_one_huge_channel_moves_the_mean_but_not_the_median_or_the_others() -> N
     problem.hessian[3] *= 300.0
     problem.hessian[:, 3] *= 300.0
     added = {
-        mode: factor(problem, 0.01, mode).diagonal - problem.hessian.diagonal()
-        for mode in DAMPING_MODES
+        mode: factor(problem, Damping(0.01, mode)).diagonal - problem.hessian.diagonal()
+        for mode in get_args(DampingMode)
     }
     diagonal = problem.hessian.diagonal()
     others = torch.arange(16) != 3
@@ -43,26 +46,26 @@ def test_one_huge_channel_moves_the_mean_but_not_the_median_or_the_others() -> N
     torch.testing.assert_close(added["per-channel"], 0.01 * diagonal, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("mode", DAMPING_MODES)
-def test_dead_inputs_are_damped_in_every_mode(mode: str) -> None:
+@pytest.mark.parametrize("mode", get_args(DampingMode))
+def test_dead_inputs_are_damped_in_every_mode(mode: DampingMode) -> None:
     problem = random_problem(1)
     problem.hessian[2] = problem.hessian[:, 2] = 0.0
-    assert factor(problem, 0.01, mode).V.isfinite().all()
+    assert factor(problem, Damping(0.01, mode)).V.isfinite().all()
     dead = LayerProblem(problem.weight, torch.zeros_like(problem.hessian), "dead")
-    assert factor(dead, 0.01, mode).V.isfinite().all()
+    assert factor(dead, Damping(0.01, mode)).V.isfinite().all()
 
 
 def test_an_indefinite_hessian_is_damped_harder_and_says_so() -> None:
     problem = random_problem(8)
     shifted = problem.hessian - 0.05 * problem.hessian.diagonal().mean() * torch.eye(16)
-    assert factor(LayerProblem(problem.weight, shifted, ""), 0.01).damping == pytest.approx(0.1)
+    assert factor(LayerProblem(problem.weight, shifted, "")).damping == pytest.approx(0.1)
 
 
 def test_a_hopeless_hessian_is_an_error() -> None:
     problem = random_problem(12)
     hopeless = LayerProblem(problem.weight, torch.eye(16) - 1e6 * problem.hessian, "hopeless")
     with pytest.raises(HessianError, match=r"hopeless: .* not positive definite"):
-        factor(hopeless, 0.01)
+        factor(hopeless)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])

@@ -29,14 +29,18 @@ def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
     assert torch.equal(mask, expected)
 
 
-@settings(deadline=None, max_examples=40)
-@given(
+# Small matrices with many equal scores, and how many of those are removed.
+with_ties = given(
     rows=st.integers(1, 9),
     cols=st.integers(1, 12),
     fraction=st.floats(0.0, 1.0),
     levels=st.integers(1, 50),
     seed=st.integers(0, 2**31),
 )
+
+
+@settings(deadline=None, max_examples=40)
+@with_ties
 def test_the_first_columns_are_marked_as_they_are_in_the_whole_matrix(
     rows: int, cols: int, fraction: float, levels: int, seed: int
 ) -> None:
@@ -96,13 +100,7 @@ def test_the_kth_smallest_is_that_of_numpy(
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    rows=st.integers(1, 9),
-    cols=st.integers(1, 12),
-    fraction=st.floats(0.0, 1.0),
-    levels=st.integers(1, 50),
-    seed=st.integers(0, 2**31),
-)
+@with_ties
 def test_a_gpu_marks_what_a_processor_marks(
     rows: int, cols: int, fraction: float, levels: int, seed: int
 ) -> None:

@@ -1,117 +1,23 @@
-"""Continuous batching: the sequences of several requests take their steps together.
+"""The thread that steps the sequences of several requests together."""
 
-A request waits for a slot, its prompt is read, and it becomes a row of the batch until its text
-ends. Rows come and go between two steps, so nobody waits for the end of somebody else's text. What
-a row computes does not depend on the others but for the rounding of floats, and a request draws
-from a random stream of its own: the same request with the same seed gets the same tokens.
-
-ORT-GenAI has a batching engine of its own, which does not do this with our graph: on a CPU it takes
-at most four requests together, lets no other one join before the last of them has ended, and
-reports no log probabilities; its dynamic batching wants a graph of paged attention, which exists on
-CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
-"""
-
-import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine import Ids, Logits, require_readable, require_stage
-from runtime.engines import onnxruntime
-from runtime.sampling import GREEDY, Sampler, Sampling
-from runtime.slots import OnnxRuntimeSlots
+from runtime.batching.requests import Deliver, End, Finish, Request, Token
+from runtime.engine import Logits, SlotEngine, require_readable
+from runtime.sampling import Sampler
 from thanos_deploy.errors import ResourceError, UsageError
 
 # Read between two steps; for so long the texts wait that are being written.
 PROMPT_TOKENS = 128
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One text to continue.
-
-    Attributes:
-        prompt: its ids, at least one.
-        new_tokens: the most tokens to generate, at least 1; fewer where the engine takes no longer
-            sequences.
-        sampling: how to choose.
-        stop: ids that end the text; they are not delivered.
-        deadline: of `time.monotonic()`; from the next step after it the request is given up.
-        alternatives: how many of the likeliest tokens are reported beside each; None to compute no
-            log probabilities.
-
-    Raises:
-        UsageError: a value is out of its range.
-    """
-
-    prompt: tuple[int, ...]
-    new_tokens: int
-    sampling: Sampling = GREEDY
-    stop: frozenset[int] = frozenset()
-    deadline: float | None = None
-    alternatives: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("new_tokens", self.new_tokens, 1),
-            ("alternatives", self.alternatives or 0, 0),
-        ):
-            if value < least:
-                raise UsageError(f"{name} {value}: out of range", fix=f"give at least {least}")
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One more token of a text.
-
-    Attributes:
-        id: the token.
-        logprob: the natural logarithm of its probability in the model's distribution, before
-            temperature, penalties and cut-offs; None if it was not asked for.
-        alternatives: the likeliest tokens, most likely first, and their logprobs.
-    """
-
-    id: int
-    logprob: float | None
-    alternatives: tuple[tuple[int, float], ...] = ()
-
-
-class Finish(enum.Enum):
-    """Why a text ended."""
-
-    STOP = "a token that ends the text"
-    LENGTH = "as long as asked for, or as the engine takes"
-    CANCELLED = "cancelled"
-    DEADLINE = "its deadline passed"
-    FAILED = "the engine failed"
-    CLOSED = "the batcher closed"
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The end of a request.
-
-    Attributes:
-        reason: why.
-        error: what the engine said, with FAILED only.
-    """
-
-    reason: Finish
-    error: str | None = None
-
-
-# Called on the batcher's thread, so it must not block. The last call of a request, and only that
-# one, brings an End. A request whose callback raises is cancelled.
-Deliver = Callable[[Token | End], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,52 +39,6 @@ class State:
     steps: int
     tokens: int
     prompt_tokens: int
-
-
-class SlotEngine(Protocol):
-    """A model that continues the rows of a batch, which join and leave between steps.
-
-    Attributes:
-        max_sequence: the most tokens of a row, prompt and answer together.
-        vocabulary: how many ids there are.
-        slots: the most rows.
-    """
-
-    max_sequence: int
-    vocabulary: int
-    slots: int
-
-    def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Take newcomers, at most as many as slots are free; there must be none already."""
-
-    def read(self, tokens: int) -> Logits | None:
-        """Read on in the prompts of the newcomers; once all is read, they are the last rows.
-
-        Args:
-            tokens: about how many, of all prompts together.
-
-        Returns:
-            float32[newcomers, vocabulary], what follows the prompts; None if some is left to read.
-        """
-
-    def decode(self, ids: Ids) -> Logits:
-        """Append one token to every row and return what follows it.
-
-        Args:
-            ids: int64[rows].
-
-        Returns:
-            float32[rows, vocabulary].
-        """
-
-    def leave(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
-
-    def abandon(self, newcomer: int) -> None:
-        """Forget a newcomer; the last one takes its place."""
-
-    def clear(self) -> None:
-        """Forget everything, in whatever state an exception has left it; raises nothing."""
 
 
 class Busy(ResourceError):  # noqa: N818  # what it is, like queue.Full
@@ -474,36 +334,3 @@ class Batcher:
         for sequence in failed:
             sequence.end = sequence.end or End(Finish.FAILED, error)
             sequence.finish()
-
-
-def open_slots(
-    bundle: Path,
-    *,
-    slots: int,
-    provider: str = "cpu",
-    threads: int | None = None,
-    verify: bool = True,
-) -> OnnxRuntimeSlots:
-    """Load the graph of a bundle for several sequences.
-
-    Args:
-        bundle: its folder.
-        slots: the most sequences at a time.
-        provider: a key of `onnxruntime.PROVIDERS`; the kv cache is in the memory of its device.
-        threads: how many compute on a CPU; None for ONNX Runtime's own choice.
-        verify: compare the files with the hashes in the manifest first.
-
-    Raises:
-        InputError: the bundle has no graph, it cannot be loaded, or its rows would not get what
-            they get alone; see `thanos_deploy.model.rope`.
-        IntegrityError: a file is missing, truncated or changed.
-        PlatformError: ONNX Runtime or the provider is not usable on this machine.
-        UsageError: there is no such provider, or no slot.
-    """
-    if slots < 1:
-        raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
-    require_stage(bundle, onnxruntime, verify=verify)
-    graph = onnxruntime.open_graph(bundle, provider=provider, threads=threads)
-    if graph.change is not None:
-        graph.change.require_never(graph.max_sequence, bundle)
-    return OnnxRuntimeSlots(graph, slots=slots)

@@ -1,0 +1,28 @@
+"""Continuous batching: the sequences of several requests take their steps together.
+
+A request waits for a slot, its prompt is read, and it becomes a row of the batch until its text
+ends. Rows come and go between two steps, so nobody waits for the end of somebody else's text. What
+a row computes does not depend on the others but for the rounding of floats, and a request draws
+from a random stream of its own: the same request with the same seed gets the same tokens.
+
+ORT-GenAI has a batching engine of its own, which does not do this with our graph: on a CPU it takes
+at most four requests together, lets no other one join before the last of them has ended, and
+reports no log probabilities; its dynamic batching wants a graph of paged attention, which exists on
+CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
+"""
+
+from runtime.batching.batcher import PROMPT_TOKENS, Batcher, Busy, State, Ticket
+from runtime.batching.requests import Deliver, End, Finish, Request, Token
+
+__all__ = [
+    "PROMPT_TOKENS",
+    "Batcher",
+    "Busy",
+    "Deliver",
+    "End",
+    "Finish",
+    "Request",
+    "State",
+    "Ticket",
+    "Token",
+]

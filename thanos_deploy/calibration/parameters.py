@@ -1,0 +1,127 @@
+"""The parameters of a walk: from the checkpoint to the block that is visited, and to the copy."""
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from thanos_deploy.errors import ModelError
+from thanos_deploy.machine.devices import CPU
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.rounding import rounded
+from thanos_deploy.model.weights import WeightsCopy
+
+
+class ParameterFiles:
+    """Moves parameters between a model without storage, its checkpoint, and the copy."""
+
+    def __init__(self, checkpoint: Checkpoint, copy: WeightsCopy | None) -> None:
+        """Begin before the first block.
+
+        Args:
+            checkpoint: what is read.
+            copy: what is written; None to write nothing.
+        """
+        self._checkpoint = checkpoint
+        self._copy = copy
+
+    def load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        *,
+        skip: str | None = None,
+        dtype: torch.dtype | None,
+        device: torch.device = CPU,
+    ) -> None:
+        """Give a module its weights.
+
+        Args:
+            module: the module.
+            prefix: what its parameters' full names begin with.
+            skip: a submodule that gets none, by its full name.
+            dtype: of the weights; None for their own where they will be written in that, and
+                float32 for the others.
+            device: where to, buffers included.
+
+        Raises:
+            ModelError: a shape is not the one that config.json describes, or a tensor has NaN or
+                infinite entries.
+        """
+        sources = {
+            name: self._checkpoint.stored_name(prefix + name)
+            for name, _ in module.named_parameters()
+            if skip is None or not f"{prefix}{name}".startswith(f"{skip}.")
+        }
+        weights = self._checkpoint.weights
+        for name, source in sources.items():
+            shape = tuple(module.get_parameter(name).shape)
+            if weights.shapes[source] != shape:
+                raise ModelError(
+                    f"{self._checkpoint.folder}: {source} has shape {weights.shapes[source]}, "
+                    f"config.json says {shape}",
+                    fix="use the config.json and the weights of the same checkpoint",
+                )
+        state = {
+            name: weights.read([source], dtype or self._own_dtype(source), device)[source]
+            for name, source in sources.items()
+        }
+        module.load_state_dict(state, strict=False, assign=True)
+        if skip is None:  # what was skipped has no storage to move
+            module.to(device)
+
+    def dtypes(self, module: nn.Module, prefix: str) -> dict[str, torch.dtype]:
+        """The dtype in which each parameter of a module will be written."""
+        return {
+            name: self._dtype(self._checkpoint.stored_name(prefix + name))
+            for name, _ in module.named_parameters()
+        }
+
+    def finished(
+        self, module: nn.Module, prefix: str, *, skip: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The parameters of a module, on the host, as they are to be written; none without a copy.
+
+        Those to skip are left to `copy_rest`.
+        """
+        if self._copy is None:
+            return {}
+        return {
+            target: rounded(parameter, self._dtype(target), target).cpu()
+            for name, parameter in module.named_parameters()
+            if name not in skip
+            for target in [self._checkpoint.stored_name(prefix + name)]
+        }
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors by the names that they have in the checkpoint."""
+        if self._copy is not None:
+            for name, tensor in tensors:
+                self._copy.write(name, tensor)
+
+    def copy_rest(self) -> None:
+        """Write what has not been written yet as it is in the checkpoint."""
+        if self._copy is None:
+            return
+        for name in self._copy.missing:
+            dtype = self._dtype(name)
+            same = dtype == self._checkpoint.weights.dtypes[name]
+            self._copy.write_pieces(
+                name,
+                (
+                    (start, piece if same else rounded(piece, dtype, name))
+                    for start, piece in self._checkpoint.weights.pieces(name)
+                ),
+            )
+
+    def _own_dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype if it is read and written in the same one of 32 bits or less."""
+        dtype = self._dtype(name)
+        same = dtype == self._checkpoint.weights.dtypes[name]
+        return dtype if same and dtype.itemsize <= torch.float32.itemsize else torch.float32
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor will be written."""
+        return (
+            self._checkpoint.weights.dtypes[name] if self._copy is None else self._copy.dtype(name)
+        )

@@ -1,0 +1,96 @@
+"""The options of pruning, made from the dataclasses that declare them, and the request they make.
+
+An option of a method stands in the method's file and nowhere else; see `thanos_deploy.methods`.
+"""
+
+from typing import Any
+
+import click
+
+from thanos_deploy import methods
+from thanos_deploy.calibration.data import Data
+from thanos_deploy.cli._options import device_option, text_field_option
+from thanos_deploy.cli._types import PatternType, if_given, several, unset, with_default
+from thanos_deploy.methods import Walk
+from thanos_deploy.option import keywords
+from thanos_deploy.prune.recipe import METHOD, PRESET, Layers, Owl, Recipe
+from thanos_deploy.shrink.options import Sizing
+from thanos_deploy.stages.request import ALLOCATIONS, PruneRequest
+
+_method_options = methods.method_options()
+
+pruning_options = several(
+    click.option(
+        "--pattern",
+        type=PatternType(),
+        required=True,
+        help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
+        "unstructured:FRACTION removes that fraction; structured:FRACTION cuts attention heads and "
+        "feed-forward channels out, at least that fraction of the blocks' parameters, and leaves "
+        "an ordinary smaller model.",
+    ),
+    if_given(Sizing),
+    click.option(
+        "--allocation",
+        type=click.Choice(ALLOCATIONS),
+        help="uniform: every layer or block loses alike. structured: or by loss, each block its "
+        "own widths, which no stock config.json has, for ONNX only. unstructured: or owl, blocks "
+        "with more outliers keep more (arXiv 2310.05175).  [default: uniform]",
+    ),
+    if_given(Owl),
+    if_given(Layers),
+    with_default(PruneRequest, "recover"),
+    click.option(
+        "--keep-shape",
+        is_flag=True,
+        help="structured: set that fraction of each layer's input columns to zero instead, and "
+        "leave all shapes as they are.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(methods.names()),
+        default=METHOD,
+        show_default=True,
+        help="Pruning method.",
+    ),
+    click.option(
+        "--preset",
+        type=click.Choice(methods.PRESET_NAMES),
+        default=PRESET,
+        show_default=True,
+        help="Defaults of the options below: what measured best on held-out text, the best of what "
+        "passes no dense model beside the pruned one, or the setting of the method's own paper.",
+    ),
+    if_given(Walk, default="the preset's"),
+    *(unset(one.option, one.help, one.default) for one in _method_options),
+    with_default(Data, "calib"),
+    text_field_option,
+    with_default(Data, "nsamples"),
+    with_default(Data, "seqlen"),
+    with_default(Data, "seed"),
+    if_given(Recipe),
+    device_option,
+    with_default(PruneRequest, "dtype"),
+)
+
+_KEYWORDS = {
+    "allocation",
+    "keep_shape",
+    "method",
+    "preset",
+    *keywords(Sizing, Owl, Layers, Walk, Data, Recipe, PruneRequest),
+    *(one.option.keyword for one in _method_options),
+}
+
+
+def prune_request(options: dict[str, Any]) -> PruneRequest:
+    """What `pruning_options` ask for.
+
+    Args:
+        options: of the command; what was not given is None or empty.
+
+    Raises:
+        UsageError: options have no meaning together.
+    """
+    given = {name: options[name] for name in _KEYWORDS if options[name] not in (None, ())}
+    return PruneRequest.of(options["pattern"], **given)

@@ -1,0 +1,87 @@
+"""How a step comes out, in the process that does it."""
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thanos_deploy.check import Outcome
+from thanos_deploy.errors import DeployError, PlatformError
+from thanos_deploy.gpu.records import Journal
+from thanos_deploy.gpu.rows import CheckRow, KernelRow, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a step's process says when it ends by itself."""
+
+    outcome: Outcome
+    detail: str
+    fix: str = ""
+
+
+def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
+    """Write a step's rows as they are measured, and say how they are.
+
+    Args:
+        measured: measures, a row at a time; whatever it raises is an ending too.
+        journal: where rows are appended.
+    """
+    rows: list[Row] = []
+    try:
+        with Journal(journal) as file:
+            for row in measured():
+                file.add(row)
+                rows.append(row)
+    except PlatformError as error:
+        return Ending("FAIL" if rows else "SKIP", error.message, error.fix)
+    except DeployError as error:
+        return Ending("FAIL", error.message, error.fix)
+    except Exception as error:  # whatever a driver or a library throws is a finding
+        traceback.print_exc()
+        kept = f"; {len(rows)} rows are kept" if rows else ""
+        first = (str(error) or "no message").splitlines()[0]
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+            return Ending(
+                "FAIL", f"out of memory: {first}{kept}", "use a GPU with more, or that nobody uses"
+            )
+        return Ending("FAIL", f"{type(error).__name__}: {first}{kept}", "read the log")
+    return _summed(rows)
+
+
+def _summed(rows: Sequence[Row]) -> Ending:
+    """The outcome of a step that went through, from those of its rows."""
+    judged = [row for row in rows if isinstance(row, CheckRow | KernelRow)]
+    failed = [row for row in judged if row.outcome == "FAIL"]
+    measured = [row for row in rows if _is_measured(row)]
+    if failed:
+        first = failed[0]
+        what = (
+            f"{first.name}: {first.detail}"
+            if isinstance(first, CheckRow)
+            else f"{first.kernel}, {first.dtype}, {first.outputs} x {first.inputs}, {first.tokens} "
+            f"tokens: error {first.error:.1e}, limit {first.limit:.1e}"
+        )
+        fix = first.fix if isinstance(first, CheckRow) else "report the card and the versions"
+        return Ending("FAIL", f"{len(failed)} of {len(rows)} failed; first {what}", fix)
+    if not measured:
+        return Ending("SKIP", _reason(rows))
+    skipped = len(rows) - len(measured)
+    more = f", {skipped} not measured ({_reason(rows)})" if skipped else ""
+    return Ending("PASS", f"{len(measured)} rows{more}")
+
+
+def _is_measured(row: Row) -> bool:
+    if isinstance(row, CheckRow):
+        return row.outcome != "SKIP"
+    return getattr(row, "reason", None) is None
+
+
+def _reason(rows: Sequence[Row]) -> str:
+    """Why the first row that was not measured was not."""
+    for row in rows:
+        if isinstance(row, CheckRow) and row.outcome == "SKIP":
+            return f"{row.name}: {row.detail}"
+        if reason := getattr(row, "reason", None):
+            return str(reason)
+    return "nothing was measured"

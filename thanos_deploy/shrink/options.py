@@ -1,0 +1,103 @@
+"""What is to be cut out of a model, and how: values that need no PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from thanos_deploy.option import Options, chosen, option
+from thanos_deploy.pattern import Structured
+from thanos_deploy.solver.damping import Damping
+
+if TYPE_CHECKING:
+    import torch
+
+Part = Literal["heads", "ffn", "both"]
+Allocation = Literal["uniform", "loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing(Options):
+    """How to choose the widths of the blocks; see `sizing.plan`.
+
+    Attributes:
+        part: what may be cut.
+        multiple: what the number of feed-forward channels of a block is a multiple of; None for
+            the largest power of two up to `sizing.FRIENDLY_MULTIPLE` that divides the model's own.
+        allocation: "uniform", the same widths in every block; or "loss", each block its own, for
+            the same number of parameters in all.
+    """
+
+    part: Part = option("both", "--shrink", "structured: what to cut out.")
+    multiple: int | None = option(
+        None,
+        "--ffn-multiple",
+        "structured: keep a number of feed-forward channels that is a multiple of this.  [default: "
+        "64, or the largest power of two below that divides the model's own]",
+    )
+    allocation: Allocation = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit(Damping):
+    """How what is left of a model is refitted.
+
+    Attributes:
+        dense_target: how far every linear layer, cut or not, aims at the output that it has in the
+            dense model; see `hessian.retarget`. What measured best; see benchmarks/LOG.md.
+    """
+
+    dense_target: float = option(
+        0.0, "--dense-target", "How far each layer aims at the dense model.", least=0.0, most=1.0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What to cut out, and how.
+
+    Attributes:
+        pattern: the fraction of the blocks' parameters to remove.
+        sizing: how to choose the widths.
+        fit: how to refit what is left.
+    """
+
+    METHOD: ClassVar[str] = "thanos"
+
+    pattern: Structured
+    sizing: Sizing = Sizing()
+    fit: Fit = Fit()
+
+    @classmethod
+    def of(cls, pattern: Structured, *, allocation: Allocation = "uniform", **given: Any) -> Cut:
+        """The defaults, but for what is given.
+
+        Args:
+            pattern: the fraction.
+            allocation: see `Sizing`.
+            given: options of `Sizing` and `Fit`, by their keywords; see `option.Option`.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        sizing = Sizing(**chosen(Sizing, given), allocation=allocation)
+        return cls(pattern, sizing, Fit(**chosen(Fit, given)))
+
+    @property
+    def method(self) -> str:
+        """The method whose update refits what is left."""
+        return self.METHOD
+
+    @property
+    def surveys(self) -> bool:
+        """A walk through the dense model decides what each block loses."""
+        return True
+
+    @property
+    def walks_dense(self) -> bool:
+        """The calibration data passes the dense model as well."""
+        return self.fit.dense_target > 0.0
+
+    def forward_on(self, device: torch.device) -> str:
+        """What blocks run in on calibration data; statistics of cutting need float32."""
+        return "fp32"

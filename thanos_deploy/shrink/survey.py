@@ -1,0 +1,75 @@
+"""What every block of the dense model would lose at which widths: one walk before the cut."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.calibration.blocks import collect_relative
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.machine.devices import CPU
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.shrink.refit import RefittedLayer
+from thanos_deploy.shrink.sizing import Losses, channel_steps, layouts
+from thanos_deploy.solver.damping import DEFAULT, Damping
+from thanos_deploy.solver.elimination import Elimination
+from thanos_deploy.solver.hessian import factor
+
+
+@torch.no_grad()
+def survey(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    *,
+    multiple: int | None = None,
+    damping: Damping = DEFAULT,
+    device: torch.device = CPU,
+    journal: Journal[Losses] | None = None,
+    on_progress: OnProgress = silent,
+) -> list[Losses]:
+    """What every block of the dense model would lose at which widths.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        multiple: see `Sizing`.
+        damping: see `thanos_deploy.solver.hessian.factor`.
+        device: where each block is while it is surveyed.
+        journal: see `layers.prune`.
+        on_progress: told of every finished block.
+
+    Raises:
+        HessianError: the calibration statistics cannot be used.
+    """
+    family = checkpoint.family
+
+    def look(visit: Visit) -> Losses:
+        width = checkpoint.widths[visit.index]
+        consumers = [family.heads.consumer, family.channels.consumer]
+        with visit.clock.measure("collect"):
+            statistics = collect_relative(visit.walk, consumers)
+        with visit.clock.measure("solve"):
+            fitted = {}
+            for name in consumers:
+                layer = RefittedLayer(visit, name, statistics[name])
+                factored = factor(layer.problem, damping)
+                fitted[name] = Elimination(layer.problem.weight, factored)
+            heads = {}
+            for fewer_keys in (False, True):  # two ways, on each of which the heads go one by one
+                trial = deepcopy(fitted[family.heads.consumer])
+                for layout in layouts(width):
+                    if (layout[1] < width.kv_heads) == fewer_keys:
+                        trial.drop_heads((width.heads, width.kv_heads), keep=layout)
+                        heads[layout] = trial.loss / segments.numel()
+            by_count = fitted[family.channels.consumer].channel_losses() / segments.numel()
+        channels = {
+            left: by_count[width.channels - left].item()
+            for left in (width.channels, *channel_steps(width.channels, multiple))
+        }
+        return Losses(heads, channels, visit.clock.seconds)
+
+    return visit_blocks(
+        checkpoint, segments, look, journal=journal, device=device, on_progress=on_progress
+    )

@@ -1,0 +1,281 @@
+"""What a user asks of the stage prune, as one value; nothing here needs PyTorch to be imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from thanos_deploy import methods
+from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration.data import Data
+from thanos_deploy.errors import UsageError
+from thanos_deploy.methods import Walk
+from thanos_deploy.option import Options, chosen, keywords, option, options_of
+from thanos_deploy.pattern import Pattern, Structured, parse
+from thanos_deploy.prune.recipe import METHOD, PRESET, Layers, Owl, Recipe
+from thanos_deploy.shrink.options import Cut, Fit, Sizing
+
+if TYPE_CHECKING:
+    import torch
+
+ALLOCATIONS = ("uniform", "loss", "owl")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRequest(Options):
+    """What to do to a model, on which text, and what to store.
+
+    Attributes:
+        how: what to set to zero, or what to cut out.
+        data: what to calibrate on.
+        recover: on how many segments of the calibration text to train what is left; see
+            `recover.recover`.
+        dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
+        device: where to do it; see `devices.choose`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    how: Recipe | Cut
+    data: Data = Data()
+    recover: int = option(
+        0,
+        "--recover",
+        "Afterwards train what is left, with the dense model as its teacher, on this many segments "
+        "of --seqlen tokens from anywhere in the calibration text (which come again where it has "
+        "fewer; new text helps more). Zeros stay zero. Some hundreds are worth it. Takes minutes, "
+        "and memory for five models in float32 and what 2048 tokens leave in them.",
+        metavar="SEGMENTS",
+        least=0,
+    )
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
+        "auto", "--dtype", "What to store the checkpoint in; auto keeps the model's own."
+    )
+    device: str = option(
+        "auto",
+        "--device",
+        "Where PyTorch computes; auto is the first GPU where there is one.",
+        metavar="auto|cpu|cuda[:N]",
+    )
+
+    @classmethod
+    def of(
+        cls,
+        pattern: Pattern,
+        *,
+        method: str = METHOD,
+        preset: str = PRESET,
+        keep_shape: bool = False,
+        allocation: str | None = None,
+        **given: Any,
+    ) -> PruneRequest:
+        """A preset of a method, but for what is given.
+
+        Args:
+            pattern: the sparsity pattern; a structured one cuts heads and channels out.
+            method: name of a method.
+            preset: one of `methods.PRESET_NAMES`.
+            keep_shape: set columns to zero for a structured pattern.
+            allocation: how much each layer or block loses: "uniform", all alike; "loss" for
+                widths, see `Sizing`; "owl" for unstructured patterns, see `Owl`.
+            given: any other option of the command `prune` by its keyword: `block_size` for
+                `--block-size`.
+
+        Raises:
+            UsageError: there is no such option, options have no meaning together, or a value is
+                out of range.
+        """
+        if allocation not in (None, *ALLOCATIONS):
+            raise UsageError(
+                f"--allocation {allocation!r}", fix=f"use one of {', '.join(ALLOCATIONS)}"
+            )
+        others = {name: given[name] for name in given.keys() - keywords(cls, Data)}
+        kind = f"{pattern}{' and --keep-shape' if keep_shape else ''}"
+        how: Recipe | Cut
+        if isinstance(pattern, Structured) and not keep_shape:
+            _check_cut(kind, others, method=method, preset=preset, allocation=allocation)
+            by_loss = allocation == "loss"
+            how = Cut.of(pattern, allocation="loss" if by_loss else "uniform", **others)
+        else:
+            if keep_shape and not isinstance(pattern, Structured):
+                raise _only_for_cuts("--keep-shape", str(pattern))
+            _check_zeros(kind, others, method=method, allocation=allocation)
+            how = Recipe.of(
+                pattern, method=method, preset=preset, owl=allocation == "owl", **others
+            )
+        return cls(how, Data(**chosen(Data, given)), **chosen(cls, given))
+
+    @property
+    def chosen_device(self) -> torch.device:
+        """The device of this machine.
+
+        Raises:
+            UsageError, PlatformError: see `devices.choose`.
+        """
+        from thanos_deploy.machine import devices
+
+        return devices.choose(self.device)
+
+    @property
+    def forward(self) -> str:
+        """What blocks run in on calibration data on this machine: "fp32" or "bf16"."""
+        return self.how.forward_on(self.chosen_device)
+
+    def to_json(self) -> Json:
+        """For the manifest: resolved and flat, and a file by its name, not its path."""
+        from thanos_deploy.machine import devices
+
+        how: Json = {"pattern": str(self.how.pattern), "method": self.how.method}
+        match self.how:
+            case Cut(_, sizing, fit):
+                how |= {"cut": True, **encode(sizing), **encode(fit)}
+            case Recipe(_, _, options, walk, layers, owl):
+                how |= {**encode(options), **encode(walk), "calib_forward": self.forward}
+                if owl is not None:
+                    how |= {"allocation": "owl"}
+                    how |= {_OWL + name: value for name, value in encode(owl).items()}
+                how |= {name: value for name, value in encode(layers).items() if value}
+                if layers.sparsity_file:
+                    how["sparsity_file"] = Path(layers.sparsity_file).name
+        return {
+            **how,
+            **encode(self.data),
+            "calib": Path(self.data.calib).name,
+            "dtype": self.dtype,
+            **({"recover": self.recover} if self.recover else {}),
+            **devices.recorded(self.device),
+        }
+
+    @classmethod
+    def from_json(cls, options: Json) -> PruneRequest:
+        """The request whose `to_json` has been recorded.
+
+        Raises:
+            ValueError: it is none; see `codec.decode`.
+        """
+        pattern = parse(options["pattern"])
+        how: Recipe | Cut
+        if options.get("cut"):
+            assert isinstance(pattern, Structured)
+            how = Cut(pattern, _part(Sizing, options), _part(Fit, options))
+        else:
+            owl = {name.removeprefix(_OWL): value for name, value in options.items()}
+            how = Recipe(
+                pattern,
+                options["method"],
+                _part(methods.load(options["method"]).options, options),
+                _part(Walk, options),
+                _part(Layers, options),
+                _part(Owl, owl) if options.get("allocation") == "owl" else None,
+                options["calib_forward"],
+            )
+        return cls(
+            how,
+            _part(Data, options),
+            recover=options.get("recover", 0),
+            dtype=options["dtype"],
+            device=options.get("device", "cpu"),
+        )
+
+
+_OWL = "owl_"
+
+
+def _part(cls: type[Any], options: Mapping[str, Any]) -> Any:
+    """A dataclass from those of many values that are called like its fields."""
+    own = {field.name for field in fields(cls)}
+    return decode(cls, {name: value for name, value in options.items() if name in own})
+
+
+def _check_cut(
+    kind: str,
+    given: Mapping[str, Any],
+    *,
+    method: str,
+    preset: str,
+    allocation: str | None,
+) -> None:
+    """Refuse what has no meaning where heads and channels are cut out.
+
+    Raises:
+        UsageError: something is asked for that has none.
+    """
+    if allocation == "owl":
+        raise UsageError(
+            f"--allocation owl with pattern {kind}: it gives every block a fraction of its own, "
+            "which widths do not have",
+            fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
+        )
+    for one in options_of(Layers):
+        if given.get(one.keyword):
+            raise UsageError(
+                f"{one.declared.flag} with {kind}: a head or channel that is cut out goes from "
+                "every layer that makes or reads it",
+                fix="leave it out, or use --keep-shape for columns of zeros",
+            )
+    if method != Cut.METHOD:
+        raise UsageError(
+            f"--method {method} with {kind}: heads and channels are chosen and what reads them is "
+            f"refitted by {Cut.METHOD} only",
+            fix=f"use --method {Cut.METHOD}, or --keep-shape for columns of zeros by this method",
+        )
+    if preset == "paper":
+        raise UsageError(
+            f"--preset paper with {kind}: the paper sets columns to zero and cuts nothing out",
+            fix="use --keep-shape for columns of zeros, or leave --preset out",
+        )
+    unused = [
+        _flag(name)
+        for name in sorted(given.keys() - keywords(Sizing, Fit))
+        if given[name] not in ((), None, "auto")
+    ]
+    if preset != PRESET:
+        unused.append(f"--preset {preset}")
+    if unused:
+        raise UsageError(
+            f"{kind} with {', '.join(unused)}: it has no meaning where heads and channels are cut "
+            "out",
+            fix="leave it out, or use --keep-shape for columns of zeros",
+        )
+
+
+def _check_zeros(
+    kind: str, given: Mapping[str, Any], *, method: str, allocation: str | None
+) -> None:
+    """Refuse what has no meaning where weights are set to zero.
+
+    Raises:
+        UsageError: something is asked for that has none.
+    """
+    if allocation == "loss":
+        raise _only_for_cuts("--allocation loss", kind)
+    own = methods.load(method).options
+    for name in given:
+        if name in keywords(Sizing):
+            raise _only_for_cuts(_flag(name), kind)
+        if name in keywords(Owl) and allocation != "owl":
+            raise UsageError(
+                f"{_flag(name)} without --allocation owl",
+                fix="give --allocation owl as well, or leave it out",
+            )
+        if name not in keywords(Owl, own, Walk, Layers, Recipe):
+            takes = ", ".join(one.declared.flag for one in options_of(own)) or "none"
+            raise UsageError(
+                f"method {method} has no option {_flag(name)}",
+                fix=f"leave it out; {method} takes {takes}",
+            )
+
+
+def _only_for_cuts(flag: str, kind: str) -> UsageError:
+    return UsageError(
+        f"{flag} with pattern {kind}",
+        fix="leave it out; it is for structured patterns that cut heads and channels out",
+    )
+
+
+def _flag(keyword: str) -> str:
+    return f"--{keyword.replace('_', '-')}"
