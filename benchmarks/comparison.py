@@ -32,19 +32,23 @@ import exporters.genai
 from benchmarks.smollm2 import gguf_path
 from exporters.options import ExportRequest
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import MANIFEST, Bundle, claim
 from thanos_deploy.calibration.texts import BUILTIN
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.evaluation import graph_reader
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.measure.perplexity import perplexity_of
+from thanos_deploy.measure.quality import EVAL
+from thanos_deploy.measure.run import DENSE, PRUNED, Run
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import Announce
 from thanos_deploy.report import charts
+from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import compare
-from thanos_deploy.stages.bench import DENSE, PRUNED, bench, compared
+from thanos_deploy.stages.bench import bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export, export_dense
@@ -72,14 +76,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
     evaluation = EvalRequest(
         arguments.eval_text, segments=arguments.eval_segments, seqlen=arguments.eval_seqlen
     )
     benchmarking = BenchRequest(
         run="comparison", prompts=tuple(arguments.prompt), rounds=arguments.rounds
     )
-    with _console.announcer(quiet=False) as announce:
+    with _progress.announcer(quiet=False) as announce:
         dense = Dense(arguments.model or str(gguf_path()))
         bundles = {}
         for pattern in arguments.patterns:
@@ -91,7 +95,7 @@ def main() -> None:
             )
             folder = arguments.out / pattern.replace(":", "-")
             bundles[folder.name] = make(folder, dense, request, evaluation, announce)
-        best = min(bundles, key=lambda name: bundles[name].stages["eval"].result["value"])
+        best = min(bundles, key=lambda name: bundles[name].result(EVAL).value)
         bundles[best + INT8] = rounded_pruned(bundles[best], announce)
         dense_int8 = rounded_dense(dense, arguments.out / (DENSE + INT8), announce)
         first, *others = bundles.values()
@@ -111,9 +115,11 @@ def main() -> None:
         first.path.name if label == PRUNED else label: bundle for label, bundle in subjects.items()
     }
     ids = held_out(dense, evaluation)
+    reference = first.inputs(EVAL).dense
+    assert reference is not None
     perplexity = {
-        DENSE: first.stages["eval"].inputs["dense"]["value"],
-        **{name: bundle.stages["eval"].result["value"] for name, bundle in bundles.items()},
+        DENSE: reference.value,
+        **{name: bundle.result(EVAL).value for name, bundle in bundles.items()},
     }
     for name, bundle in named.items():
         if name.endswith(INT8):
@@ -143,11 +149,11 @@ def main() -> None:
         for name, label in zip(named, subjects, strict=True)
     ]
     result = {
-        "status": run["status"],
-        "reasons": run["reasons"],
-        "quality": report["models"][0]["quality"],
+        "status": run.status,
+        "reasons": list(run.reasons),
+        "quality": encode(report.models[0].quality),
         "rows": rows,
-        "environment": environment.describe(),
+        "environment": encode(environment.describe()),
     }
     files.write_json(arguments.results / "comparison-runtimes.json", result)
     print(markdown(rows, run))
@@ -157,7 +163,7 @@ def make(
     folder: Path, dense: Dense, request: PruneRequest, evaluation: EvalRequest, announce: Announce
 ) -> Bundle:
     """A bundle of a pruned model with its graph for both runtimes."""
-    with claim(folder, dense.source.to_json()) as bundle:
+    with claim(folder, dense.source) as bundle:
         prune(bundle, dense, request, announce=announce)
         evaluate(bundle, dense, evaluation, announce=announce)
         export(bundle, target="onnx", announce=announce)
@@ -242,32 +248,33 @@ def time_genai(folders: Mapping[str, Path], *, prompt: int, new_tokens: int, rou
     }
 
 
-def row(name: str, label: str, run: Json, perplexity: float, genai: Json) -> Json:
+def row(name: str, label: str, run: Run, perplexity: float, genai: Json) -> Json:
     """The figures of one model."""
-    facts = run["subjects"][label]
+    facts = run.subjects[label]
     times = {}
-    for scenario in run["scenarios"]:
-        result = scenario["results"][label]
-        times[scenario["name"]] = {
-            "median_seconds": result["metrics"][scenario["headline"]]["median"],
-            "ratio": result.get("ratio", {}).get(scenario["headline"]),
+    for scenario in run.scenarios:
+        result = scenario.results[label]
+        ratio = result.ratio.get(scenario.headline)
+        times[scenario.name] = {
+            "median_seconds": result.metrics[scenario.headline].median,
+            "ratio": None if ratio is None else encode(ratio),
         }
     return {
         "model": name,
         "perplexity": perplexity,
         "onnxruntime": times,
         "genai_median_seconds": genai,
-        "peak_memory_bytes": facts["peak_bytes"],
-        "onnx_bytes": facts["file_bytes"],
+        "peak_memory_bytes": facts.peak_bytes,
+        "onnx_bytes": facts.file_bytes,
     }
 
 
-def picture(report: Json) -> str:
+def picture(report: Report) -> str:
     """Perplexity against time and size as a file of its own, in the colours of the page."""
     style = resources.files("thanos_deploy.report").joinpath("page.css").read_text()
     colours = style[: style.index("\n* {")]
     return (
-        str(charts.pareto(report["pareto"]))
+        str(charts.pareto(report.pareto))
         .replace(
             "<svg ",
             '<svg xmlns="http://www.w3.org/2000/svg" style="background: var(--paper); '
@@ -278,9 +285,9 @@ def picture(report: Json) -> str:
     )
 
 
-def markdown(rows: list[Json], run: Json) -> str:
+def markdown(rows: list[Json], run: Run) -> str:
     """The table of docs/choose.md."""
-    scenarios = [scenario["name"] for scenario in run["scenarios"]]
+    scenarios = [scenario.name for scenario in run.scenarios]
     heads = (
         *("model", "perplexity", *(f"{name}, ms" for name in scenarios)),
         *("ORT-GenAI prefill, ms", "ORT-GenAI decode, ms", "peak memory, MB", "ONNX, MB"),
@@ -305,7 +312,7 @@ def markdown(rows: list[Json], run: Json) -> str:
                 *(f"{one[size] / 1e6:.0f}" for size in ("peak_memory_bytes", "onnx_bytes")),
             )
         )
-    status = "" if run["status"] == "VALID" else f"\n\n{run['status']}: {'; '.join(run['reasons'])}"
+    status = "" if run.status == "VALID" else f"\n\n{run.status}: {'; '.join(run.reasons)}"
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + status
 
 

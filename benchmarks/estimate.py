@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.machine import environment
 
 
@@ -48,7 +49,7 @@ def main() -> None:
             ratio = f"{estimated / value:.2f}"
             print(f"{pattern:18s} {name:9s} {estimated:10.1f} {value:10.1f} {ratio:>7s}")
         rows.append({"pattern": pattern, "estimate": plan, "measured": pairs})
-    print(json.dumps({"rows": rows, "environment": environment.describe()}))
+    print(json.dumps({"rows": rows, "environment": encode(environment.describe())}))
 
 
 def _run(*words: str) -> Any:

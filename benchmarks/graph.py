@@ -20,6 +20,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.machine import environment
 
 # Passes of a round: decodes are short.
@@ -51,7 +52,11 @@ def main() -> None:
             f"{name:24s} {written:5d} nodes, {running:5d} running, "
             + ", ".join(f"{kind} {least[name][kind] * 1e3:.2f} ms" for kind in REPEATS)
         )
-    print(json.dumps({"nodes": nodes, "seconds": least, "environment": environment.describe()}))
+    print(
+        json.dumps(
+            {"nodes": nodes, "seconds": least, "environment": encode(environment.describe())}
+        )
+    )
 
 
 def count(path: Path) -> int:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.calibration.blocks import LoadedInputs, Walk, advance, block_inputs, collect
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def main() -> None:
     texts.add_options(parser)
     parser.add_argument("--hidden", type=int, nargs="+", default=[504, 432])
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     checkpoint = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -71,7 +72,7 @@ def main() -> None:
             width = plan.widths[0]
             name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
             rows.append(row(name, load_model(Path(folder)), held_out))
-    print(json.dumps({"rows": rows, "environment": environment.describe()}))
+    print(json.dumps({"rows": rows, "environment": encode(environment.describe())}))
 
 
 def row(name: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:

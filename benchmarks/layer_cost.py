@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from thanos_deploy import methods, pattern
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.machine import environment
 from thanos_deploy.solver.layer import LayerProblem
@@ -57,7 +58,7 @@ def main() -> None:
             "records": records,
             "exponents": {name: whole for name, (whole, _) in slopes.items()},
             "exponents_of_the_last_doubling": {name: last for name, (_, last) in slopes.items()},
-            "environment": environment.describe(),
+            "environment": encode(environment.describe()),
         },
     )
     draw(records, slopes).savefig(out.with_suffix(".svg"), metadata={"Date": None})

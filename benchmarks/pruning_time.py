@@ -20,17 +20,19 @@ import torch
 
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods, pattern
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration import walk
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import segments
 from thanos_deploy.calibration.texts import builtin_text
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.prune.layers import ACTIVITIES, PrunedBlock
+from thanos_deploy.prune.layers import ACTIVITIES
 from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
 from thanos_deploy.stages.request import PruneRequest
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
     ids = segments(
@@ -84,7 +86,7 @@ def main() -> None:
             f"peak {record['peak_memory_bytes'] / 1e6:.0f} MB"
         )
     for record in records:
-        print(json.dumps({**record, "environment": environment.describe()}))
+        print(json.dumps({**record, "environment": encode(environment.describe())}))
 
 
 def measure(checkpoint: Checkpoint, ids: torch.Tensor, recipe: Recipe) -> Json:

@@ -28,11 +28,12 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods
-from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.record import differences
 from thanos_deploy.calibration.data import Data
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     texts.add_options(parser)
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     dense = Dense(arguments.model or str(gguf_path()))
     source = dense.checkpoint()
@@ -117,9 +118,9 @@ def main() -> None:
 def begin(path: Path, conditions: Json) -> Json:
     """What was measured before under these conditions, or nothing yet."""
     if not path.exists():
-        return {"conditions": conditions, "environment": environment.describe(), "rows": []}
+        return {"conditions": conditions, "environment": encode(environment.describe()), "rows": []}
     document: Json = json.loads(path.read_bytes())
-    if changed := manifest.differences(document["conditions"], conditions):
+    if changed := differences(document["conditions"], conditions):
         raise SystemExit(f"{path} is of other conditions ({changed}): give another --results")
     return document
 

@@ -20,6 +20,7 @@ import torch
 
 from runtime.kernels.timing import DTYPES, KERNELS, SHAPES, TOKENS, GemmTime, measure
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.errors import DeployError
 from thanos_deploy.machine import environment
 
@@ -66,7 +67,7 @@ def write(path: Path, dtype: str, device: str, found: Sequence[GemmTime]) -> Non
             "gpu": torch.cuda.get_device_name() if is_gpu else "none, a rehearsal on the CPU",
             "cuda": torch.version.cuda,
             "dtype": dtype,
-            "environment": environment.describe(),
+            "environment": encode(environment.describe()),
             "records": [asdict(each) for each in found],
         },
     )

@@ -37,6 +37,7 @@ from pathlib import Path
 from benchmarks.server import Server, free_port, running, serve, stream
 from runtime.text import open_tokenizer
 from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.machine import environment, stillness
@@ -200,12 +201,12 @@ def measure(bundle: Path, load: Load, *, slots: int, aiperf: Path) -> Json:
         "format": "thanos-deploy/serving/1",
         "status": "INVALID" if reasons else "VALID",
         "reasons": reasons,
-        "model": manifest.Bundle.open(bundle).source["name"],
+        "model": manifest.Bundle.open(bundle).source.name,
         "aiperf": AIPERF,
         "slots": slots,
         "load": asdict(load),
         "seconds": time.monotonic() - started,
-        "environment": environment.describe(),
+        "environment": encode(environment.describe()),
         "machine": asdict(still),
         "closed_loop": closed,
         "open_loop": offered,

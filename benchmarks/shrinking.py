@@ -40,9 +40,11 @@ import exporters.onnx.graph
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.texts import read_text
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure import paired
 from thanos_deploy.measure.latency import Decode, Prefill, Scenario
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
     parser.add_argument("--new-tokens", type=int, default=16)
     arguments = parser.parse_args()
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
 
     source = Dense(str(gguf_path())).checkpoint()
     tokenizer = load_tokenizer(source.folder)
@@ -104,7 +106,11 @@ def main() -> None:
         if arguments.rounds:
             scenarios: list[Scenario] = [Prefill(1, 128), Decode(1, 128, arguments.new_tokens)]
             latency = time_in_turns(models, scenarios, arguments.rounds)
-    print(json.dumps({"rows": rows, "latency": latency, "environment": environment.describe()}))
+    print(
+        json.dumps(
+            {"rows": rows, "latency": latency, "environment": encode(environment.describe())}
+        )
+    )
 
 
 def judge(name: str, folder: Path, held_out: Tensor) -> dict[str, Any]:
@@ -337,7 +343,7 @@ def export(folder: Path) -> None:
             return {}
 
         weights = files.sha256(source / "model.safetensors")
-        with manifest.claim(folder / name, {"name": folder.name, "sha256": weights}) as bundle:
+        with manifest.claim(folder / name, Source("folder", folder.name, "", weights)) as bundle:
             bundle.run("onnx", produce, options={}, inputs={}, overwrite=True)
 
 

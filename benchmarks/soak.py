@@ -49,6 +49,7 @@ from benchmarks.server import (
     stream,
 )
 from thanos_deploy.bundle import files, manifest
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.machine import environment
@@ -285,7 +286,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "format": "thanos-deploy/soak/1",
         "status": "FAILED" if reasons else "PASSED",
         "reasons": reasons,
-        "model": manifest.Bundle.open(bundle).source["name"],
+        "model": manifest.Bundle.open(bundle).source.name,
         "seconds": seconds,
         "clients": CLIENTS,
         "slots": SLOTS,
@@ -295,7 +296,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         "left": left,
         "growth_bytes_per_request": growth(samples),
         "samples": [asdict(sample) for sample in samples],
-        "environment": environment.describe(),
+        "environment": encode(environment.describe()),
     }
 
 

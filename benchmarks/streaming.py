@@ -27,7 +27,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from thanos_deploy import methods
 from thanos_deploy.bundle import files, manifest
-from thanos_deploy.cli import _console
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.tensorfile import INDEX, TensorFile
@@ -82,18 +83,20 @@ def main() -> None:
     print(f"resident before pruning: {result['resident_before_bytes'] / 1e6:.0f} MB")
     print(f"peak resident memory: {result['peak_memory_bytes'] / 1e6:.0f} MB")
     print(f"{result['seconds']:.0f} s; the pattern holds: {result['pattern_holds']}")
-    print(json.dumps({**request.to_json(), **result, "environment": environment.describe()}))
+    print(
+        json.dumps({**request.to_json(), **result, "environment": encode(environment.describe())})
+    )
 
 
 def measure(
     model: Path, out: Path, request: PruneRequest, results: "multiprocessing.SimpleQueue[Any]"
 ) -> None:
     """Prune; the process must be fresh, because its peak memory is what is asked for."""
-    _console.quiet_libraries()
+    _progress.quiet_libraries()
     before = environment.resident_memory_bytes()
     started = time.perf_counter()
     dense = Dense(str(model))
-    with manifest.claim(out, dense.source.to_json()) as bundle:
+    with manifest.claim(out, dense.source) as bundle:
         record = prune(bundle, dense, request, announce=announce)
     results.put(
         {

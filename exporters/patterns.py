@@ -6,11 +6,12 @@ from thanos_deploy.bundle.layout import MODEL
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.check import Check
 from thanos_deploy.errors import DeployError
-from thanos_deploy.model.assignment import describe, of_bundle
+from thanos_deploy.model.assignment import describe
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.verdict import Verdict
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.prune.layers import linear_shapes
+from thanos_deploy.prune.result import PRUNE, patterns_of
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -18,7 +19,7 @@ Shapes = Mapping[str, tuple[int, int]]
 def claimed(bundle: Bundle) -> dict[str, Pattern]:
     """By full name, the pattern of every linear layer that holds one."""
     off = _left_dense(bundle)
-    return {name: pattern for name, pattern in of_bundle(bundle).items() if name not in off}
+    return {name: pattern for name, pattern in patterns_of(bundle).items() if name not in off}
 
 
 def check(
@@ -35,10 +36,10 @@ def check(
             full name, returns a verdict on each layer with a pattern.
     """
     name = f"{stage}: pattern"
-    if bundle.stages["prune"].options.get("cut"):
+    if bundle.options(PRUNE).cut:
         return Check(name, "SKIP", "heads and channels were cut out; there is nothing to hold")
     shapes = linear_shapes(Checkpoint.open(bundle.path / MODEL))
-    patterns = of_bundle(bundle)
+    patterns = patterns_of(bundle)
     try:
         verdicts = judge(shapes, patterns)
     except DeployError as error:
@@ -58,4 +59,4 @@ def check(
 
 def _left_dense(bundle: Bundle) -> set[str]:
     """Layers with rows that were left dense on purpose, so that no pattern holds."""
-    return set(bundle.stages["prune"].result.get("layers_off_pattern", []))
+    return set(bundle.result(PRUNE).layers_off_pattern or ())

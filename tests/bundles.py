@@ -14,19 +14,26 @@ from thanos_deploy.bundle import files, layout, manifest
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.graph_record import GraphResult, ParityCase
+from thanos_deploy.bundle.graph_record import (
+    CacheRecord,
+    GraphRecord,
+    GraphResult,
+    ParityCase,
+    WeightRecord,
+)
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.latency import KINDS
 from thanos_deploy.measure.options import BenchRequest
-from thanos_deploy.report.runs import PRUNED
+from thanos_deploy.measure.run import PRUNED
 
 SCHEMA = json.loads(
     resources.files("thanos_deploy.report").joinpath("report.schema.json").read_text()
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
-SOURCE = {"kind": "folder", "name": "tiny", "revision": "", "sha256": "b1" * 32}
+SOURCE = Source("folder", "tiny", "", "b1" * 32)
 ALL = ("prune", "eval", "onnx", "bench")
 SAMPLE = {"prompt": "The capital of France is", "dense": " Paris.", "pruned": ' the "L"\nin'}
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -36,7 +43,7 @@ BLOCKS = 3
 def write_bundle(
     path: Path,
     *,
-    source: Json | None = None,
+    source: Source | None = None,
     pattern: str = "2:4",
     method: str = "thanos",
     dense: float = 10.8,
@@ -59,7 +66,13 @@ def write_bundle(
         "bench": lambda folder: _bench(folder, runs),
     }
     options: Json = {
-        "prune": {"pattern": pattern, "method": method, "calib": "builtin", "seed": 0},
+        "prune": {
+            "pattern": pattern,
+            "method": method,
+            **({"cut": True} if pattern.startswith("structured") else {}),
+            "calib": "builtin",
+            "seed": 0,
+        },
         "eval": {"text": "builtin", "text_field": "text", "segments": 2, "seqlen": 64},
         "onnx": {"dtype": dtype, "max_sequence": None},
         "packed": {},
@@ -69,7 +82,8 @@ def write_bundle(
         for stage in stages:
             inputs: Json = {"model": bundle.model_sha256} if "prune" in bundle.stages else {}
             if stage == "eval":
-                inputs["dense"] = {"value": dense}
+                inputs["dense"] = _quality(dense, text)
+                inputs["text"] = "e5" * 32
             if stage == "bench":
                 own = bundle.graph_sha256 if "onnx" in stages else {}
                 inputs = {document["run"]: {PRUNED: own, **(graphs or {})} for document in runs}
@@ -154,17 +168,17 @@ def run(
         "backend": "onnxruntime",
         "provider": "CPUExecutionProvider",
         "baseline": baseline,
-        "request": {
-            **BenchRequest(run=name, kinds=kinds).to_json(),
-            "subjects": list(factors),
-        },
-        "environment": {**environment.describe(), "threads": 2, "governor": None},
-        "machine": {"memory_bandwidth_bytes_per_second": 2e10},
+        "rounds": 24,
+        "request": encode(BenchRequest(run=name, kinds=kinds, subjects=tuple(factors))),
+        "environment": {**encode(environment.describe()), "threads": 2, "governor": None},
+        "machine": {"memory_bandwidth_bytes_per_second": 2e10, "gemm_flops_per_second": {}},
         "gpu": None,
         "subjects": {
             who: {
                 "model": "tiny",
-                "sha256": SOURCE["sha256"],
+                "sha256": SOURCE.sha256,
+                "pattern": None,
+                "method": None,
                 "dtype": "fp32",
                 "file_bytes": 5000,
                 "load_peak_bytes": 724_000_000,
@@ -184,6 +198,7 @@ def run(
                 "prompt": 128,
                 "past": 0,
                 "new_tokens": 16,
+                "warmup": {"rounds": 2, "stable": True},
                 "results": {
                     who: {
                         "metrics": {
@@ -259,7 +274,16 @@ def _prune(folder: Path, tokenizer: str, bytes_: int, pattern: str) -> Json:
             "block_parameters_before": 1000,
             "block_parameters_after": 800,
             "predicted_loss": 0.1,
-            "blocks": [{"before": b["before"], "after": b["after"]} for b in blocks],
+            "blocks": [
+                {
+                    "before": block["before"],
+                    "after": block["after"],
+                    "parameters_before": 1000,
+                    "parameters_after": 800,
+                    "predicted_loss": 0.1,
+                }
+                for block in blocks
+            ],
         }
         return {**shared, "widths": widths}
     return {
@@ -295,6 +319,8 @@ def _cut_block(block: int) -> Json:
     return {
         "before": {"heads": 4, "kv_heads": 2, "channels": 48},
         "after": {"heads": 4, "kv_heads": 2, "channels": 32},
+        "heads": [0, 1, 2, 3],
+        "channels": list(range(32)),
         "heads_error": 0.0,
         "channels_error": 0.01 * (block + 1),
         "damping": 0.01,
@@ -305,25 +331,39 @@ def _cut_block(block: int) -> Json:
 def _eval(folder: Path, perplexity: float, text: str) -> Json:
     (folder / "eval").mkdir()
     (folder / "eval" / "perplexity.json").write_text("{}")
+    return _quality(perplexity, text)
+
+
+def _quality(perplexity: float, text: str) -> Json:
     return {"text": text, "value": perplexity, "segments": 2, "length": 64}
 
 
 def _onnx(folder: Path, bytes_: int, *, cut: bool) -> Json:
-    _file(folder / "onnx" / "model.onnx.data", bytes_)
-    weights = [
-        {"name": f"model.layers.{block}.{name}", "pattern_holds": None if cut else True}
+    _file(folder / layout.ONNX / layout.GRAPH_DATA, bytes_)
+    weights = tuple(
+        WeightRecord(
+            name=f"model.layers.{block}.{name}",
+            shape=(32, 32),
+            input_axis=0,
+            sparsity=0.0 if cut else 0.5,
+            pattern=None if cut else "2:4",
+            pattern_holds=None if cut else True,
+        )
         for block in range(BLOCKS)
         for name in LINEARS
-    ]
-    files.write_json(folder / "onnx" / "export.json", {"weights": weights})
-    result = GraphResult(
+    )
+    record = GraphRecord(
+        opset=20,
+        dtype="fp32",
+        pattern=None if cut else "2:4",
         max_sequence=128,
-        cache_bytes_per_token=256,
+        cache=CacheRecord((), 64),
         parity_limit=1e-4,
         parity=(ParityCase("prefill", 1, 0, 7, logits_error=1e-6, cache_error=2e-6),),
-        weights=len(weights),
+        weights=weights,
     )
-    return encode(result)
+    files.write_record(folder / layout.ONNX / layout.GRAPH_RECORD, record)
+    return encode(GraphResult.of(record))
 
 
 def _bench(folder: Path, runs: tuple[Json, ...]) -> Json:
@@ -332,7 +372,7 @@ def _bench(folder: Path, runs: tuple[Json, ...]) -> Json:
     for document in runs:
         files.write_json(out / f"{document['run']}.json", document)
     files.write_json(out / "sample.json", SAMPLE)
-    return {"runs": {document["run"]: {} for document in runs}, "sample": SAMPLE}
+    return {"runs": {document["run"]: document for document in runs}, "sample": SAMPLE}
 
 
 def _file(path: Path, size: int) -> Json:

@@ -7,7 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,15 @@ from tests.recipes import plain
 from tests.store import Store
 from thanos_deploy import cli
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.files import Json, write_json
+from thanos_deploy.bundle.files import Json, write_record
+from thanos_deploy.bundle.layout import LAYERS
 from thanos_deploy.bundle.manifest import claim
-from thanos_deploy.model.assignment import LAYERS
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
 from thanos_deploy.prune.layers import prune
+from thanos_deploy.prune.result import PruneResult
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing
@@ -73,6 +74,16 @@ _SIZES: dict[str, dict[str, object]] = {
     "gpt_neox": {"use_parallel_residual": True},
 }
 MODEL_TYPES = tuple(_SIZES)
+
+# What the manifest has of a model that was pruned to 2:4.
+PRUNED = PruneResult(
+    pattern_holds=True,
+    median_relative_error=0.01,
+    worst_relative_error=0.02,
+    worst_layer="model.layers.0.mlp.up_proj",
+    largest_damping=0.01,
+    dense_bytes=1000,
+)
 VOCABULARY = 257
 
 
@@ -188,7 +199,7 @@ def exported_llama(tiny_llama: Path, store: Store) -> Path:
         return {}
 
     def make(out: Path) -> None:
-        with claim(out, {"sha256": "", "name": "tiny"}) as bundle:
+        with claim(out, Source("folder", "tiny", "", "")) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
 
     return store.folder("llama-bundle", make)
@@ -219,7 +230,7 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
             folder / "model",
             plain(SemiStructured(2, 4), "thanos", block_size=16),
         )
-        write_json(folder / LAYERS, [asdict(block) for block in blocks])
+        write_record(folder / LAYERS, blocks)
         exporters.onnx.graph.export(
             Checkpoint.open(folder / "model"),
             folder / "onnx",
@@ -242,12 +253,12 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
             shutil.copytree(folder / part, destination / part)
             if part == "model":
                 shutil.copy(folder / LAYERS, destination)
-            return {"pattern_holds": True}
+            return encode(PRUNED) if part == "model" else {}
 
         return produce
 
     def make(out: Path) -> None:
-        with claim(out, {"sha256": "", "name": "Tiny LLaMA"}) as bundle:
+        with claim(out, Source("folder", "Tiny LLaMA", "", "")) as bundle:
             options = {"pattern": "2:4", "method": "thanos"}
             bundle.run("prune", copy("model"), options=options, inputs={})
             inputs = {"model": bundle.model_sha256}

@@ -43,7 +43,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         patch.setenv("THANOS_DEPLOY_CACHE", str(cache))
         dense = Dense(str(model))
         request = PruneRequest.of(SemiStructured(2, 4), nsamples=4, seqlen=64, block_size=16)
-        with claim(out, dense.source.to_json()) as bundle:
+        with claim(out, dense.source) as bundle:
             prune(bundle, dense, request)
             export(bundle)
             export_dense(dense, ExportRequest(), quietly)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_what_cannot_be_reported_is_refused_with_a_reason(
     monkeypatch.chdir(tmp_path)
     write_bundle(Path("a"))
     write_bundle(Path("b"))
-    write_bundle(Path("other"), source={**bundles.SOURCE, "sha256": "c2" * 32})
+    write_bundle(Path("other"), source=replace(bundles.SOURCE, sha256="c2" * 32))
     write_bundle(Path("dense"), stages=("onnx",))
     (write_bundle(Path("changed")) / "layers.json").write_text("[]")
     (write_bundle(Path("lost")) / "bench" / "latency.json").unlink()
@@ -114,7 +115,7 @@ def test_what_cannot_be_reported_is_refused_with_a_reason(
 def test_different_models_are_put_side_by_side_on_demand(invoke: Invoke, tmp_path: Path) -> None:
     paths = (
         write_bundle(tmp_path / "a"),
-        write_bundle(tmp_path / "b", source={**bundles.SOURCE, "sha256": "c2" * 32}),
+        write_bundle(tmp_path / "b", source=replace(bundles.SOURCE, sha256="c2" * 32)),
     )
     page = tmp_path / "page.html"
     assert invoke("report", *paths, "-o", page, "--allow-different-models")[0] == 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from exporters import preflight
-from thanos_deploy.cli import INTERRUPTED, _console
+from thanos_deploy.cli import INTERRUPTED, _progress
 from thanos_deploy.errors import DeployError
 from thanos_deploy.gpu import nvml
 from thanos_deploy.gpu import records as gpu_records
@@ -30,14 +30,14 @@ def main() -> None:
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
-        with _console.announcer(quiet=False) as announce:
+        with _progress.announcer(quiet=False) as announce:
             records = run(arguments, announce)
         require_passed(records)
     except DeployError as error:
-        _console.show_error(str(error))
+        _progress.show_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _console.show_error(f"interrupted; what was measured is in {arguments.out}")
+        _progress.show_error(f"interrupted; what was measured is in {arguments.out}")
         sys.exit(INTERRUPTED)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.gpu.rows import Row
 from thanos_deploy.gpu_check.steps import Task
@@ -75,7 +76,7 @@ def make(folder: Path) -> Path:
         return {}
 
     try:
-        with manifest.claim(folder / "bundle", {"sha256": "", "name": "tiny"}) as bundle:
+        with manifest.claim(folder / "bundle", Source("folder", "tiny", "", "")) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
     except DeployError as error:  # of versions that the exporter is not made for
         raise _unmade(error.message) from error

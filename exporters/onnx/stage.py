@@ -17,6 +17,7 @@ from thanos_deploy.check import Check
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce
+from thanos_deploy.prune.result import PRUNE
 
 
 def export(
@@ -89,7 +90,7 @@ def export_pruned(
         request,
         patterns=claimed(bundle),
         origin={
-            "method": bundle.stages["prune"].options["method"],
+            "method": bundle.options(PRUNE).method,
             "model_sha256": bundle.model_sha256,
         },
         inputs={"model": bundle.model_sha256},

@@ -40,6 +40,7 @@ def _export(
     from runtime.engines.onnxruntime import tensorrt_build_options
     from runtime.sampling import Sampling
     from thanos_deploy.bundle.codec import encode
+    from thanos_deploy.prune.result import PRUNE
 
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
     left_out = dict(_unfit(bundle))
@@ -55,7 +56,7 @@ def _export(
         models = repository.export(
             bundle.path,
             folder,
-            name=f"{bundle.source['name']}-{bundle.stages['prune'].options['pattern']}",
+            name=f"{bundle.source.name}-{bundle.options(PRUNE).pattern}",
             engines=engines,
             tensorrt_options=tensorrt_build_options(
                 encode(read_record(bundle.path / ONNX / GRAPH_RECORD))

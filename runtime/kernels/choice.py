@@ -141,8 +141,7 @@ class Origin:
     @classmethod
     def here(cls) -> "Origin":
         """The current GPU and what is installed."""
-        libraries = environment.describe()["libraries"]
-        assert isinstance(libraries, dict)
+        libraries = environment.describe().libraries
         return cls(
             torch.cuda.get_device_name(), torch.__version__, libraries.get("triton"), __version__
         )

@@ -19,6 +19,7 @@ from runtime.generate import generate
 from tests.conftest import VOCABULARY, Exported, stock_model
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 from thanos_deploy.gpu import driver
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -373,7 +374,7 @@ def test_tensorrt_is_asked_for_sparse_kernels_exactly_where_the_graph_holds_two_
             shutil.copytree(graph, folder / "onnx")
             return {}
 
-        with claim(tmp_path / graph.parent.name, {"sha256": "", "name": "tiny"}) as bundle:
+        with claim(tmp_path / graph.parent.name, Source("folder", "tiny", "", "")) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
             return backend.tensorrt_options(bundle)
 

@@ -4,6 +4,8 @@ Every record that this project writes is a frozen dataclass, and this is the one
 JSON. A field may be a bool, int, float, str, None, a `Literal`, a `Path`, another dataclass, a
 homogeneous or fixed tuple, a mapping from str, or a union of these. Floats that JSON lacks are
 written as "nan", "inf" and "-inf".
+
+A field's metadata may say more of its form in JSON: `LATER`, `OTHERS`, `called`.
 """
 
 import types
@@ -21,27 +23,42 @@ Json = dict[str, Any]
 # added later: a record without it says the same as the records from before.
 LATER: Mapping[str, object] = {"thanos_deploy.later": True}
 
+# Metadata of the one field, a mapping, that holds every entry that no other field is called like.
+# It is for records whose entries depend on something else, such as the options of a method.
+OTHERS: Mapping[str, object] = {"thanos_deploy.others": True}
+
+_CALLED = "thanos_deploy.called"
+
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
+def called(name: str) -> Mapping[str, object]:
+    """Metadata of a field that has another name in JSON, which Python does not take."""
+    return {_CALLED: name}
+
+
 def encode(value: object) -> Json:
-    """A dataclass as a JSON object, fields in the order of their definition.
+    """A dataclass as a JSON object, fields in the order of their definition; or a mapping.
 
     Raises:
         TypeError: a value in it has no form in JSON.
     """
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(entry) for key, entry in value.items()}
     assert is_dataclass(value)
     assert not isinstance(value, type)
-    given = [(field, getattr(value, field.name)) for field in fields(value)]
-    return {
-        field.name: _encoded(entry)
-        for field, entry in given
-        if not (_is_later(field) and entry == _default(field))
-    }
+    written: Json = {}
+    for field in fields(value):
+        entry = getattr(value, field.name)
+        if _says(field, OTHERS):
+            written |= encode(entry)
+        elif not (_says(field, LATER) and entry == _default(field)):
+            written[_name(field)] = _encoded(entry)
+    return written
 
 
 def decode(cls: type[T], value: object) -> T:
-    """A JSON object as a dataclass.
+    """A JSON object as a dataclass, or as whatever else a field may be.
 
     Raises:
         ValueError: a field is missing, unknown, or of another type; the message names its place,
@@ -58,11 +75,9 @@ def _encoded(value: object) -> object:
         return value if isfinite(value) else str(value)
     if isinstance(value, Path):
         return value.as_posix()
-    if isinstance(value, Mapping):
-        return {str(key): _encoded(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
         return [_encoded(entry) for entry in value]
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Mapping) or (is_dataclass(value) and not isinstance(value, type)):
         return encode(value)
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
@@ -83,8 +98,9 @@ def _decoded(hint: Any, value: object, place: str) -> Any:
                 for index, (kind, entry) in enumerate(zip(kinds, value, strict=True))
             )
     if (origin is not None and issubclass(_class(origin), Mapping)) and isinstance(value, dict):
+        prefix = f"{place}." if place else ""
         return {
-            key: _decoded(arguments[1], entry, f"{place}.{key}") for key, entry in value.items()
+            key: _decoded(arguments[1], entry, f"{prefix}{key}") for key, entry in value.items()
         }
     if hint is float and (value in _NOT_FINITE or _is_number(value)):
         return float(value)  # type: ignore[arg-type]
@@ -123,32 +139,51 @@ def _record(cls: type, value: object, place: str) -> Any:
         raise _unfit(value, place)
     prefix = f"{place}." if place else ""
     known = _fields(cls)
-    if unknown := sorted(value.keys() - known.keys()):
-        raise ValueError(f"{prefix}{unknown[0]} is unknown")
+    others = {name: entry for name, entry in value.items() if name not in known}
+    rest = _rest(cls)
+    if others and rest is None:
+        raise ValueError(f"{prefix}{min(others)} is unknown")
     given = {}
-    for name, (hint, required) in known.items():
+    for name, (attribute, hint, required) in known.items():
         if name in value:
-            given[name] = _decoded(hint, value[name], f"{prefix}{name}")
+            given[attribute] = _decoded(hint, value[name], f"{prefix}{name}")
         elif required:
             raise ValueError(f"{prefix}{name} is missing")
+    if rest is not None:
+        attribute, hint = rest
+        given[attribute] = _decoded(hint, others, place)
     return cls(**given)
 
 
 @cache
-def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Name -> type, and whether there is no default."""
+def _fields(cls: type) -> dict[str, tuple[str, Any, bool]]:
+    """Name in JSON -> the field's own name, its type, and whether there is no default."""
     hints = get_type_hints(cls)
     return {
-        field.name: (
+        _name(field): (
+            field.name,
             hints[field.name],
             field.default is MISSING and field.default_factory is MISSING,
         )
         for field in fields(cls)
+        if not _says(field, OTHERS)
     }
 
 
-def _is_later(field: "Field[Any]") -> bool:
-    return bool(field.metadata.get("thanos_deploy.later"))
+@cache
+def _rest(cls: type) -> tuple[str, Any] | None:
+    """The field that holds all other entries, and its type."""
+    hints = get_type_hints(cls)
+    found = [field.name for field in fields(cls) if _says(field, OTHERS)]
+    return (found[0], hints[found[0]]) if found else None
+
+
+def _name(field: "Field[Any]") -> str:
+    return str(field.metadata.get(_CALLED, field.name))
+
+
+def _says(field: "Field[Any]", metadata: Mapping[str, object]) -> bool:
+    return metadata.items() <= field.metadata.items()
 
 
 def _default(field: "Field[Any]") -> object:

@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from thanos_deploy.bundle.codec import Json as Json
-from thanos_deploy.errors import ResourceError
+from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.errors import InputError, ResourceError
+
+T = TypeVar("T")
 
 # What begins like this was not finished, and is removed by the next writer.
 PARTIAL = ".partial-"
@@ -37,6 +41,52 @@ def sha256_of(value: Mapping[str, object]) -> str:
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, refusing NaN, which is no JSON."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_record(path: Path, cls: type[T]) -> T:
+    """The record in a JSON file; see `codec.decode` for what its type may be.
+
+    Raises:
+        InputError: there is no such file, or it holds something else; the message says where.
+    """
+    return record_in(path, read_json(path), cls)
+
+
+def record_in(path: Path, content: object, cls: type[T]) -> T:
+    """The record that a JSON file was found to hold; see `read_record`."""
+    try:
+        return decode(cls, content)
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_json(path: Path) -> object:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: there is no such file, or it is no JSON.
+    """
+    try:
+        content: object = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return content
+
+
+def write_record(path: Path, record: object) -> None:
+    """Write a record so that `read_record` reads it."""
+    write_json(
+        path,
+        [encode(one) for one in record] if isinstance(record, list | tuple) else encode(record),
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: not readable ({error})",
+        fix="restore the file from a copy of the bundle, or repeat the command that wrote it "
+        "with --overwrite",
+    )
 
 
 def replace_json(path: Path, value: object) -> None:

@@ -1,5 +1,9 @@
 """Where everything is in a bundle: the names of its folders and files, each written down once here.
 
+    model/, layers.json, README.md                     the checkpoint, its layers, the model card
+    eval/perplexity.json, tasks.json, ...              its quality
+    bench/RUN.json, sample.json                        its speed, and what it writes
+    report/                                            all of it on a page
     onnx/model.onnx, model.onnx.data, export.json      the graph, its weights, how it was exported
     onnx-DTYPE..., the same                            a graph of another kind, for engines
     genai/                                             a folder that ORT-GenAI loads
@@ -11,7 +15,20 @@ A stage is called by the folder that it writes to, and the stage of an engine by
 `engines/`.
 """
 
-MODEL = "model"  # the folder with the pruned checkpoint
+MANIFEST = "manifest.json"
+CARD = "README.md"
+
+# The stage prune.
+PRUNE = "prune"
+MODEL = "model"
+LAYERS = "layers.json"
+CONFIG = f"{MODEL}/config.json"
+TOKENIZER = f"{MODEL}/tokenizer.json"
+
+# The stages eval, by what runs the model.
+EVAL = "eval"
+PERPLEXITY = {"torch": f"{EVAL}/perplexity.json", "onnx": f"{EVAL}/perplexity-onnx.json"}
+TASKS = {"torch": f"{EVAL}/tasks.json", "onnx": f"{EVAL}/tasks-onnx.json"}
 
 # The graph that everything else is made from: its stage, its folder and the files there.
 ONNX = "onnx"
@@ -27,6 +44,26 @@ BUILD_LOG = "build.log"
 BUILD_FORMAT = "thanos-deploy/build/1"
 ENGINE_LAYERS = "layers.json"  # as TensorRT's inspector lists them
 TIMING_CACHE = "timing.cache"
+
+# The stage bench.
+BENCH = "bench"
+SAMPLE = f"{BENCH}/sample.json"
+
+# The stage report.
+REPORT = "report"
+REPORT_PAGE = f"{REPORT}/index.html"
+REPORT_TEXT = f"{REPORT}/report.md"
+REPORT_RECORD = f"{REPORT}/report.json"
+
+
+def run(name: str) -> str:
+    """The file with a run of bench."""
+    return f"{BENCH}/{name}.json"
+
+
+def interrupted_run(name: str) -> str:
+    """The file with the rounds of a run of bench that was interrupted."""
+    return f"{BENCH}/{name}.interrupted.json"
 
 
 def engine_folder(stage: str) -> str:

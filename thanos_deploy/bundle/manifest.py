@@ -10,17 +10,17 @@ Nothing in a manifest is an absolute path, so a bundle can be moved.
 """
 
 import fcntl
-import json
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar, overload
 
-from thanos_deploy.bundle import names
+from thanos_deploy.bundle import layout, names
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import (
     PARTIAL,
     FileRecord,
@@ -30,37 +30,26 @@ from thanos_deploy.bundle.files import (
     sha256_of,
     sync,
 )
+from thanos_deploy.bundle.layout import MANIFEST as MANIFEST
+from thanos_deploy.bundle.record import FORMAT as FORMAT
+from thanos_deploy.bundle.record import (
+    Inputs,
+    Manifest,
+    Options,
+    Result,
+    Source,
+    Stage,
+    differences,
+    read_manifest,
+)
+from thanos_deploy.bundle.record import StageRecord as StageRecord
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 from thanos_deploy.machine import environment
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _JOURNAL = ".journal-"
-_SHA256 = re.compile("[0-9a-f]{64}")
 
-
-@dataclass(frozen=True, slots=True)
-class StageRecord:
-    """What a finished stage was made with and what it left.
-
-    Attributes:
-        options: everything the user could have asked for otherwise.
-        inputs: hashes of what the stage read; when one changes, the stage is stale.
-        files: relative path -> record, for every file of the stage.
-        result: what the stage reports, in its own words.
-        seconds: wall time.
-        finished: UTC time, ISO 8601.
-        environment: libraries and machine.
-    """
-
-    options: Json
-    inputs: Json
-    files: dict[str, FileRecord]
-    result: Json
-    seconds: float
-    finished: str
-    environment: Json
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -69,12 +58,12 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        source: the model that it was made from: kind, name, revision, sha256.
+        source: the model that it was made from.
         stages: the finished stages by name, in the order in which they finished.
     """
 
     path: Path
-    source: Json
+    source: Source
     stages: dict[str, StageRecord] = field(default_factory=dict)
 
     @classmethod
@@ -85,37 +74,39 @@ class Bundle:
             InputError: there is no bundle, it is of a format that this version cannot read, or a
                 name in it or a link leads out of its folder.
         """
+        manifest = read_manifest(path)
+        return cls(path, manifest.source, manifest.stages)
+
+    def has(self, stage: Stage[Options, Inputs, Result]) -> bool:
+        """The stage is finished."""
+        return stage.name in self.stages
+
+    def options(self, stage: Stage[Options, Inputs, Result]) -> Options:
+        """What a finished stage was made with.
+
+        Raises:
+            InputError: the manifest has something else there.
+        """
+        return self._read(stage, "options", self.stages[stage.name].options, stage.options)
+
+    def inputs(self, stage: Stage[Options, Inputs, Result]) -> Inputs:
+        """The hashes of what a finished stage read; see `options`."""
+        return self._read(stage, "inputs", self.stages[stage.name].inputs, stage.inputs)
+
+    def result(self, stage: Stage[Options, Inputs, Result]) -> Result:
+        """What a finished stage reports; see `options`."""
+        return self._read(stage, "result", self.stages[stage.name].result, stage.result)
+
+    def _read(
+        self, stage: Stage[Options, Inputs, Result], part: str, value: Json, cls: type[T]
+    ) -> T:
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            if manifest["format"] != FORMAT:
-                raise InputError(
-                    f"{path / MANIFEST}: bundle format {manifest['format']!r}; this version "
-                    f"reads format {FORMAT}",
-                    fix="use the version of thanos-deploy that the manifest names",
-                )
-            stages = {
-                name: StageRecord(
-                    **{
-                        **record,
-                        "files": {
-                            name: FileRecord(**file) for name, file in record["files"].items()
-                        },
-                    }
-                )
-                for name, record in manifest["stages"].items()
-            }
-            names.require_own(path)
-            _require_plain(path / MANIFEST, manifest["source"], stages)
-            return cls(path, manifest["source"], stages)
-        except FileNotFoundError as error:
+            return decode(cls, value)
+        except ValueError as error:
             raise InputError(
-                f"{path}: no {MANIFEST} there, so this is not a bundle",
-                fix="give the output folder of `thanos-deploy prune` or `prune-export`",
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path / MANIFEST}: not a readable manifest ({type(error).__name__}: {error})",
-                fix="restore the file from a copy of the bundle, or make the bundle again",
+                f"{self.path / MANIFEST}: {part} of stage {stage.name!r}: {error}",
+                fix="restore the file from a copy of the bundle, or make that stage again with "
+                "--overwrite",
             ) from error
 
     def require(self, stage: str, command: str) -> StageRecord:
@@ -141,9 +132,10 @@ class Bundle:
     @property
     def model_sha256(self) -> str:
         """One hash for the pruned model: over the hashes of its files."""
-        files = self.stages["prune"].files
+        files = self.stages[layout.PRUNE].files
+        model = f"{layout.MODEL}/"
         return sha256_of(
-            {name: file.sha256 for name, file in files.items() if name.startswith("model/")}
+            {name: file.sha256 for name, file in files.items() if name.startswith(model)}
         )
 
     def hashes(self, stage: str) -> dict[str, str]:
@@ -153,7 +145,7 @@ class Bundle:
     @property
     def graph_sha256(self) -> dict[str, str]:
         """The hashes of the files of the exported graph."""
-        return self.hashes("onnx")
+        return self.hashes(layout.ONNX)
 
     def source_of(self, engine: str) -> str:
         """The stage with the graph that an engine was built from; it may be gone."""
@@ -169,21 +161,36 @@ class Bundle:
         """A finished stage wrote this file, so its hash is known."""
         return any(name in record.files for record in self.stages.values())
 
-    def check(self, stage: str, options: Json, *, overwrite: bool) -> None:
+    def check(
+        self, stage: Stage[Options, Inputs, Result] | str, options: object, *, overwrite: bool
+    ) -> None:
         """Refuse options that differ from those a finished stage was made with.
 
         Raises:
             UsageError: they differ and may not be overwritten.
         """
-        done = self.stages.get(stage)
-        if done is None or done.options == options or overwrite:
+        name = stage if isinstance(stage, str) else stage.name
+        done, wanted = self.stages.get(name), encode(options)
+        if done is None or done.options == wanted or overwrite:
             return
         raise UsageError(
-            f"{self.path}: stage {stage!r} was made with other options: "
-            f"{differences(done.options, options)}",
+            f"{self.path}: stage {name!r} was made with other options: "
+            f"{differences(done.options, wanted)}",
             fix="give another output folder with -o, or --overwrite to redo that stage",
         )
 
+    @overload
+    def run(
+        self,
+        stage: Stage[Options, Inputs, Result],
+        produce: Callable[[Path], Result],
+        *,
+        options: Options,
+        inputs: Inputs,
+        overwrite: bool = False,
+    ) -> StageRecord: ...
+
+    @overload
     def run(
         self,
         stage: str,
@@ -192,11 +199,21 @@ class Bundle:
         options: Json,
         inputs: Json,
         overwrite: bool = False,
+    ) -> StageRecord: ...
+
+    def run(
+        self,
+        stage: Stage[Options, Inputs, Result] | str,
+        produce: Callable[[Path], object],
+        *,
+        options: object,
+        inputs: object,
+        overwrite: bool = False,
     ) -> StageRecord:
         """The record of a stage, produced now unless it is already there and intact.
 
         Args:
-            stage: its name.
+            stage: which; by name alone for one whose records are of no type.
             produce: writes the stage's files into the folder that it is given and returns the
                 stage's result. Every entry of that folder replaces the entry of the same name in
                 the bundle; in a folder that other stages wrote to as well, its entries do.
@@ -208,35 +225,37 @@ class Bundle:
             UsageError: made with other options, and not `overwrite`.
             IntegrityError: a file changed since the stage was made, and not `overwrite`.
         """
-        self.check(stage, options, overwrite=overwrite)
-        done = self.stages.get(stage)
-        if done is not None and done.options == options and done.inputs == inputs:
+        name = stage if isinstance(stage, str) else stage.name
+        self.check(name, options, overwrite=overwrite)
+        made_with, made_from = encode(options), encode(inputs)
+        done = self.stages.get(name)
+        if done is not None and done.options == made_with and done.inputs == made_from:
             try:
-                self.verify(stage)
-                shutil.rmtree(self.journal(stage), ignore_errors=True)
+                self.verify(name)
+                shutil.rmtree(self.journal(name), ignore_errors=True)
                 return done
             except IntegrityError:
                 if not overwrite:
                     raise
         started = time.perf_counter()
-        partial = self.path / f"{PARTIAL}{stage}"
+        partial = self.path / f"{PARTIAL}{name}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             result = produce(partial)
             record = StageRecord(
-                options=options,
-                inputs=inputs,
+                options=made_with,
+                inputs=made_from,
                 files=_record_files(partial),
-                result=result,
+                result=encode(result),
                 seconds=round(time.perf_counter() - started, 3),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 environment=environment.describe(),
             )
-            self._replace(stage, partial, record)
-            shutil.rmtree(self.journal(stage), ignore_errors=True)
+            self._replace(name, partial, record)
+            shutil.rmtree(self.journal(name), ignore_errors=True)
         except (InputError, UsageError):  # the same run would end there again
-            shutil.rmtree(self.journal(stage), ignore_errors=True)
+            shutil.rmtree(self.journal(name), ignore_errors=True)
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -310,17 +329,13 @@ class Bundle:
         entry.replace(destination)
 
     def _save(self) -> None:
-        manifest = {
-            "format": FORMAT,
-            "source": self.source,
-            "stages": {name: asdict(record) for name, record in self.stages.items()},
-        }
-        replace_json(self.path / MANIFEST, manifest)
+        manifest = Manifest(FORMAT, self.source, self.stages)
+        replace_json(self.path / MANIFEST, encode(manifest))
 
 
 @contextmanager
 def claim(
-    path: Path, source: Json, *, overwrite: bool = False, wait: bool = False
+    path: Path, source: Source, *, overwrite: bool = False, wait: bool = False
 ) -> Iterator[Bundle]:
     """Open or create the bundle at `path` for writing; no other process can until this one ends.
 
@@ -357,40 +372,16 @@ def claim(
         for leftover in path.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         bundle = Bundle.open(path) if (path / MANIFEST).exists() else Bundle(path, source)
-        if bundle.source["sha256"] != source["sha256"]:
+        if bundle.source.sha256 != source.sha256:
             if not overwrite:
                 raise UsageError(
-                    f"{path}: made from {bundle.source['name']} (SHA-256 "
-                    f"{bundle.source['sha256'][:12]}), not from {source['name']} "
-                    f"({source['sha256'][:12]})",
+                    f"{path}: made from {bundle.source.name} (SHA-256 "
+                    f"{bundle.source.sha256[:12]}), not from {source.name} "
+                    f"({source.sha256[:12]})",
                     fix="give another output folder with -o, or --overwrite",
                 )
             bundle = Bundle(path, source)
         yield bundle
-
-
-def differences(before: Json, now: Json) -> str:
-    """What changed between two sets of options, in words."""
-    return ", ".join(
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    )
-
-
-def _require_plain(manifest: Path, source: Json, stages: Mapping[str, StageRecord]) -> None:
-    """Refuse what is used as the name of a file or folder and is none."""
-    files = {name: file for record in stages.values() for name, file in record.files.items()}
-    for stage in stages:
-        names.plain(stage, manifest)
-    for name in files:
-        names.plain(name, manifest, nested=True)
-    names.distinct(files, manifest)
-    # Folders of the cache are called by the hash of what they were made from.
-    hashes = [file.sha256 for file in files.values()] + [source["sha256"]] * bool(source["sha256"])
-    for sha256 in hashes:
-        if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"{sha256!r} is no SHA-256")
 
 
 def _record_files(folder: Path) -> dict[str, FileRecord]:

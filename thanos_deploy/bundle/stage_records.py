@@ -2,9 +2,8 @@
 
 from typing import TypeVar
 
-from thanos_deploy.bundle.codec import decode
-from thanos_deploy.bundle.manifest import MANIFEST, Bundle
-from thanos_deploy.errors import InputError
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Stage
 
 T = TypeVar("T")
 
@@ -15,7 +14,7 @@ def options_of(bundle: Bundle, stage: str, cls: type[T]) -> T:
     Raises:
         InputError: the manifest says something else there.
     """
-    return _decoded(bundle, stage, "options", cls)
+    return bundle.options(Stage(stage, cls, dict, dict))
 
 
 def result_of(bundle: Bundle, stage: str, cls: type[T]) -> T:
@@ -24,14 +23,4 @@ def result_of(bundle: Bundle, stage: str, cls: type[T]) -> T:
     Raises:
         InputError: the manifest says something else there.
     """
-    return _decoded(bundle, stage, "result", cls)
-
-
-def _decoded(bundle: Bundle, stage: str, part: str, cls: type[T]) -> T:
-    try:
-        return decode(cls, getattr(bundle.stages[stage], part))
-    except ValueError as error:
-        raise InputError(
-            f"{bundle.path / MANIFEST}: stages.{stage}.{part}: {error}",
-            fix="repeat the command that made the stage with --overwrite",
-        ) from error
+    return bundle.result(Stage(stage, dict, dict, cls))

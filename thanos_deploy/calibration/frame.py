@@ -6,13 +6,14 @@ text is left out: a segment is no whole text.
 """
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 # Texts to look at the frame around; a tokenizer may have no token for one of them.
 _PROBES = ("a", "0", ".", " ", "\n")
@@ -33,8 +34,10 @@ class Frame:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def before(self, contents: Tensor) -> Tensor:
+    def before(self, contents: "Tensor") -> "Tensor":
         """Segments of contents, int64[count, tokens], each with the frame in front of it."""
+        import torch  # not needed to read what is recorded of a frame
+
         frame = torch.tensor(self.ids, dtype=torch.int64).expand(len(contents), -1)
         return torch.cat([frame, contents], dim=1)
 
@@ -43,12 +46,11 @@ class Frame:
         """What a result depends on; nothing where there is no frame, as before there were any."""
         return {"frame": list(self.ids)} if self.ids else {}
 
-    def to_json(self) -> Json:
-        """For the manifest."""
-        return {"ids": list(self.ids), "tokens": list(self.tokens)}
+
+NO_FRAME = Frame()
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+def frame_of(tokenizer: "PreTrainedTokenizerBase") -> Frame:
     """What a tokenizer puts before a text, seen by encoding one with and without special tokens.
 
     Raises:

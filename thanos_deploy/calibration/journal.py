@@ -24,7 +24,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
-from thanos_deploy.bundle import manifest, names
+from thanos_deploy.bundle import names, record
 from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
 from thanos_deploy.model.tensorfile import TensorFile
 
@@ -131,7 +131,7 @@ class Journal(Generic[R]):
                 before = json.loads(path.read_bytes())
                 if before == owner:
                     return
-                why = manifest.differences(before, owner)
+                why = record.differences(before, owner)
             except (OSError, ValueError, AttributeError):
                 why = f"{_OWNER} is missing or damaged"
             logger.warning("%s: discarded, so pruning starts over: %s", self.folder, why)

@@ -18,7 +18,7 @@ from pkgutil import iter_modules
 import click
 
 from thanos_deploy import __version__
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.errors import DeployError, PlatformError, ResourceError
 
 INTERRUPTED = 130
@@ -64,19 +64,19 @@ def _run() -> int:
     except DeployError as error:
         return _fail(error)
     except (KeyboardInterrupt, click.Abort):
-        _console.show_error("interrupted; repeat the command to continue where it stopped")
+        _progress.show_error("interrupted; repeat the command to continue where it stopped")
         return INTERRUPTED
     except Exception as error:
         if known := _as_deploy_error(error):
             return _fail(known)
         traceback.print_exc()
-        _console.show_error("this is a bug in thanos-deploy; please report the lines above")
+        _progress.show_error("this is a bug in thanos-deploy; please report the lines above")
         return 1
     return 0
 
 
 def _fail(error: DeployError) -> int:
-    _console.show_error(str(error))
+    _progress.show_error(str(error))
     return error.exit_code
 
 

@@ -12,19 +12,21 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.calibration.data import Data
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.cli._types import CountsType, F, several, with_default
 from thanos_deploy.stages.request import PruneRequest
 
 if TYPE_CHECKING:
-    from thanos_deploy.bundle.files import Json
     from thanos_deploy.measure.options import BenchRequest, EvalRequest
     from thanos_deploy.progress import Announce
+
+Shown = TypeVar("Shown")
 
 model_argument = click.argument("model")
 bundle_argument = click.argument("out", type=click.Path(path_type=Path))
@@ -163,14 +165,14 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
     logging.getLogger("thanos_deploy").setLevel(
         logging.INFO if options["verbose"] else logging.WARNING
     )
-    _console.quiet_libraries()
-    with _console.announcer(quiet=options["quiet"]) as announce:
+    _progress.quiet_libraries()
+    with _progress.announcer(quiet=options["quiet"]) as announce:
         yield announce
 
 
-def emit(options: dict[str, Any], value: "Json", show: "Callable[[Json], None]") -> None:
-    """Print a result, for people or as JSON."""
+def emit(options: dict[str, Any], value: Shown, show: "Callable[[Shown], None]") -> None:
+    """Print a record, or what is JSON already, for people or as JSON."""
     if options["as_json"]:
-        click.echo(json.dumps(value, indent=2, allow_nan=False))
+        click.echo(json.dumps(encode(value), indent=2, allow_nan=False))
     else:
         show(value)

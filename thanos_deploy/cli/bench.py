@@ -1,13 +1,11 @@
 """`thanos-deploy bench`: latency and memory of bundles side by side."""
 
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     bench_request,
     benchmark_options,
@@ -141,8 +139,10 @@ def command(
             "--aa with --against or --dense: it compares OUT with itself", fix="leave one out"
         )
     with session(options) as announce, ExitStack() as stack:
-        from thanos_deploy.bundle import manifest
+        from thanos_deploy.bundle import layout, manifest
+        from thanos_deploy.cli._tables import show_bench
         from thanos_deploy.measure import gates as limits
+        from thanos_deploy.measure.run import DENSE, PRUNED
         from thanos_deploy.report.write import write_report
         from thanos_deploy.stages import bench as stage
         from thanos_deploy.stages.dense import Dense
@@ -154,18 +154,18 @@ def command(
         source = Dense(dense) if dense else None
         bundle = manifest.Bundle.open(out)  # claiming would create one
         bundle = stack.enter_context(
-            manifest.claim(out, source.source.to_json() if source else bundle.source)
+            manifest.claim(out, source.source if source else bundle.source)
         )
-        graph = bundle.require("onnx", f"`thanos-deploy export {out} --target onnx`")
-        request.check(graph.result["max_sequence"])
+        bundle.require(layout.ONNX, f"`thanos-deploy export {out} --target onnx`")
+        request.check(stage.max_sequence(bundle))
         if any(gate.name == limits.PERPLEXITY for gate in wanted):
-            bundle.require("eval", f"`thanos-deploy eval {out} --dense MODEL`")
+            bundle.require(layout.EVAL, f"`thanos-deploy eval {out} --dense MODEL`")
         subjects = (
-            {stage.PRUNED: bundle, f"{stage.PRUNED}-again": bundle}
+            {PRUNED: bundle, f"{PRUNED}-again": bundle}
             if aa
             else stage.compared(
                 bundle,
-                against or (stage.DENSE,),
+                against or (DENSE,),
                 source,
                 different_models=allow_different_models,
                 announce=announce,
@@ -174,19 +174,15 @@ def command(
         run = stage.bench(
             bundle, subjects, request, overwrite=options["overwrite"], announce=announce
         )
-        if "prune" in bundle.stages:
+        if layout.PRUNE in bundle.stages:
             write_report(bundle)
         outcomes = limits.judge(
             wanted,
             run,
-            subject=stage.PRUNED,
+            subject=PRUNED,
             perplexity=perplexities(bundle, subjects),
         )
-    emit(
-        options,
-        {**run, "gates": [asdict(outcome) for outcome in outcomes]},
-        _console.show_bench,
-    )
+    emit(options, limits.JudgedRun.of(run, outcomes), show_bench)
     if not all(outcome.held for outcome in outcomes):
         raise GateError(
             "a gate was missed: " + "; ".join(map(str, outcomes)),

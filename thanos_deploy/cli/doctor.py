@@ -1,12 +1,10 @@
 """`thanos-deploy doctor`: what this machine has for each target."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import common_options, emit, session
 from thanos_deploy.errors import PlatformError
 
@@ -25,6 +23,7 @@ def command(out: Path | None, **options: Any) -> None:
         from exporters import preflight
         from thanos_deploy import check
         from thanos_deploy.bundle.manifest import Bundle
+        from thanos_deploy.cli._tables import show_checks
 
         size = None
         if out is not None:
@@ -33,8 +32,8 @@ def command(out: Path | None, **options: Any) -> None:
         checks = preflight.checks(graph_bytes=size, folder=out)
     emit(
         options,
-        {"checks": [asdict(entry) for entry in checks]},
-        lambda found: _console.show_checks(found["checks"]),
+        {"checks": checks},
+        lambda _: show_checks(checks),
     )
     if not check.passed(checks):
         failed = next(entry for entry in checks if entry.outcome == "FAIL")

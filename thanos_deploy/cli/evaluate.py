@@ -3,11 +3,10 @@
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     common_options,
     device_option,
@@ -18,6 +17,9 @@ from thanos_deploy.cli._options import (
     text_field_option,
 )
 from thanos_deploy.cli._types import several
+
+if TYPE_CHECKING:
+    from thanos_deploy.measure.quality import Compared, TaskQuality, TextQuality
 
 _evaluated_options = several(
     click.argument("model"),
@@ -82,6 +84,8 @@ def command(
     # The harness offers no switch for its progress bars.
     hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()
     with session(options) as announce, hushed:
+        from thanos_deploy.bundle import layout
+        from thanos_deploy.cli._tables import show_quality
         from thanos_deploy.measure.options import EvalRequest, TaskRequest
         from thanos_deploy.report.write import write_report
         from thanos_deploy.stages import evaluate as stage
@@ -92,17 +96,19 @@ def command(
             if tasks is None
             else TaskRequest(tuple(tasks.split(",")), task_folder, limit, options["device"])
         )
+        result: TextQuality | TaskQuality | Compared[TextQuality] | Compared[TaskQuality]
         if dense is None:
             result = stage.evaluate_alone(model, request, runtime=runtime, announce=announce)
         else:
             with reopen(Path(model), dense) as (bundle, source):
-                pruned = stage.evaluate(
-                    *(bundle, source, request),
+                result = stage.evaluate(
+                    bundle,
+                    source,
+                    request,
                     runtime=runtime,
                     overwrite=options["overwrite"],
                     announce=announce,
                 )
-                if "report" in bundle.stages:
+                if layout.REPORT in bundle.stages:
                     write_report(bundle)
-            result = {"dense": pruned.inputs["dense"], "pruned": pruned.result}
-    emit(options, result, _console.show_values if tasks is None else _console.show_scores)
+    emit(options, result, show_quality)

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from exporters import targets
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import bundle_argument, common_options, emit, session
 from thanos_deploy.cli._targets import asked, summaries, target_options
 
@@ -27,6 +26,7 @@ def command(out: Path, target: str, **options: Any) -> None:
     """Export the pruned model of the bundle OUT; see `_HELP`."""
     with session(options) as announce:
         from thanos_deploy.bundle import manifest
+        from thanos_deploy.cli._tables import show_table, show_values
         from thanos_deploy.stages.export import export
 
         chosen = targets.get(target)
@@ -39,7 +39,7 @@ def command(out: Path, target: str, **options: Any) -> None:
                 announce=announce,
             )
     if chosen.show is None:
-        emit(options, record.result, _console.show_values)
+        emit(options, record.result, show_values)
     else:
         show = chosen.show
-        emit(options, record.result, lambda result: _console.show_table(show(result)))
+        emit(options, record.result, lambda result: show_table(show(result)))

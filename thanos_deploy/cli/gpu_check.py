@@ -1,13 +1,11 @@
 """`thanos-deploy gpu-check`: does what is said of GPUs hold on this one?"""
 
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import common_options, emit, session
 
 _FILE = "gpu-check.json"
@@ -57,6 +55,7 @@ def command(
     with session(options) as announce, ExitStack() as held:
         from thanos_deploy import gpu_check
         from thanos_deploy.bundle import manifest
+        from thanos_deploy.cli._tables import show_checks
         from thanos_deploy.gpu import records as gpu_records
         from thanos_deploy.gpu_check import steps
 
@@ -79,8 +78,8 @@ def command(
         checks = gpu_check.lines(records)
     emit(
         options,
-        {"status": records.status, "checks": [asdict(check) for check in checks]},
-        lambda found: _console.show_checks(found["checks"]),
+        {"status": records.status, "checks": checks},
+        lambda _: show_checks(checks),
     )
     gpu_check.require_passed(records)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     emit,
     model_argument,
@@ -92,7 +91,8 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
-        from thanos_deploy.forecast.forecast import Request, plan
+        from thanos_deploy.cli._forecast import show_forecast
+        from thanos_deploy.forecast.forecast import Generation, plan
         from thanos_deploy.forecast.measurements import read_measurements
         from thanos_deploy.forecast.roofline import Setting
         from thanos_deploy.stages.plan import outline
@@ -101,8 +101,7 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
         path = options["measured"]
         measured = read_measurements(path, product, dtype) if path is not None else ()
         setting = Setting(product, dtype, measured)
-        request = Request(options["batch"], options["prompt"], options["new_tokens"])
+        request = Generation(options["batch"], options["prompt"], options["new_tokens"])
         checkpoint = outline(model, revision=options["revision"], announce=announce)
-        result = plan(checkpoint, patterns, setting, request)
-    result = {"model": model, **result}
-    emit(options, result, lambda value: _console.show_forecast(value, layers=options["layers"]))
+        result = plan(checkpoint, patterns, setting, request, model=model)
+    emit(options, result, lambda value: show_forecast(value, layers=options["layers"]))

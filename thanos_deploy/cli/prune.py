@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import (
     common_options,
     dry_run_option,
@@ -34,7 +33,8 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
     """
     with session(options) as announce:
         from thanos_deploy.bundle import manifest
-        from thanos_deploy.bundle.codec import encode
+        from thanos_deploy.cli._tables import show_plan, show_pruned
+        from thanos_deploy.prune.result import PRUNE
         from thanos_deploy.stages.dense import Dense
         from thanos_deploy.stages.plan import plan_prune
         from thanos_deploy.stages.prune import prune
@@ -42,15 +42,16 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
         request = prune_request(options)
         if dry_run:
             plan = plan_prune(model, out, request, revision=revision, announce=announce)
-            emit(options, encode(plan), _console.show_plan)
+            emit(options, plan, show_plan)
             return
         dense = Dense(model, revision=revision)
-        with manifest.claim(out, dense.source.to_json(), overwrite=options["overwrite"]) as bundle:
-            record = prune(
+        with manifest.claim(out, dense.source, overwrite=options["overwrite"]) as bundle:
+            prune(
                 bundle,
                 dense,
                 request,
                 overwrite=options["overwrite"],
                 announce=announce,
             )
-    emit(options, record.result, _console.show_plan)
+            result = bundle.result(PRUNE)
+    emit(options, result, show_pruned)

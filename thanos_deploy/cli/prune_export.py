@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
+from thanos_deploy.cli import _progress
 from thanos_deploy.cli._options import (
     bench_request,
     benchmark_options,
@@ -48,7 +48,7 @@ def command(
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from exporters import preflight, targets
-        from thanos_deploy.bundle.codec import encode
+        from thanos_deploy.cli._tables import show_plan, show_report
         from thanos_deploy.stages import pipeline
 
         chosen = targets.get(target)
@@ -56,12 +56,12 @@ def command(
             for check in preflight.of_target(chosen):
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
-                    _console.show_note(
+                    _progress.show_note(
                         f"{check.name}: {check.detail}; every stage before the engine is finished "
                         "all the same"
                     )
         # A plan is the same for every target.
-        common: dict[str, Any] = {
+        requests: dict[str, Any] = {
             "request": prune_request(options),
             "evaluation": eval_request(options),
             "benchmarking": bench_request(options),
@@ -70,7 +70,7 @@ def command(
             "announce": announce,
         }
         if dry_run:
-            emit(options, encode(pipeline.plan(model, out, **common)), _console.show_plan)
+            emit(options, pipeline.plan(model, out, **requests), show_plan)
             return
-        result = pipeline.prune_export(model, out, target=target, asked=asked(options), **common)
-    emit(options, result, _console.show_report)
+        report = pipeline.prune_export(model, out, target=target, asked=asked(options), **requests)
+    emit(options, report, show_report)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import emit
 from thanos_deploy.errors import UsageError
 
@@ -48,6 +47,7 @@ def command(
             fix="give the page's name, such as -o compare.html",
         )
     from thanos_deploy.bundle import manifest
+    from thanos_deploy.cli._tables import show_report
     from thanos_deploy.report.write import compare, write_report
 
     if output is not None:
@@ -61,4 +61,4 @@ def command(
         (out,) = bundles
         with manifest.claim(out, manifest.Bundle.open(out).source) as bundle:
             report = write_report(bundle)
-    emit({"as_json": as_json}, report, _console.show_report)
+    emit({"as_json": as_json}, report, show_report)

@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from thanos_deploy.cli import _console
 from thanos_deploy.cli._options import bundle_argument, common_options, emit, session
 from thanos_deploy.errors import GateError, IntegrityError
 
@@ -46,16 +45,17 @@ def command(out: Path, require_sparse: float | None, layers: bool, **options: An
     """
     with session(options) as announce:
         from thanos_deploy.bundle.manifest import Bundle
+        from thanos_deploy.cli._tables import show_checks, show_layers
         from thanos_deploy.stages import verify
 
         bundle = Bundle.open(out)
         checks = verify.verify(
             bundle, require_sparse=require_sparse, on_progress=announce("Look at every file again")
         )
-        result = verify.to_json(checks, bundle)
-    emit(options, result, lambda found: _console.show_checks(found["checks"]))
+        result = verify.verification(checks, bundle)
+    emit(options, result, lambda found: show_checks(found.checks))
     if layers and not options["as_json"]:
-        _console.show_layers(result["engines"])
+        show_layers(result.engines)
     for check in checks:
         if check.outcome == "FAIL":
             kind = IntegrityError if check.name.endswith(": files") else GateError

@@ -83,7 +83,7 @@ class Estimate:
     """What pruning will take.
 
     Attributes:
-        seconds: by activity: "collect", "solve", "tune" and "forward" as in `layers.PrunedBlock`;
+        seconds: by activity: "collect", "solve", "tune" and "forward" as in `layers.ACTIVITIES`;
             "survey", the walk before, of OWL or of cutting.
         memory_bytes: the most that the process will hold, in the memory of a GPU as well.
         token_seconds: one token on its way through one dense block, statistics included.

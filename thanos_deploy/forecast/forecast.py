@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast.roofline import (
     Architecture,
@@ -97,7 +96,7 @@ def forecast(variant: Variant, step: Step, setting: Setting) -> tuple[Layer, ...
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Generation:
     """What is asked of the model.
 
     Attributes:
@@ -118,10 +117,98 @@ class Request:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class ForecastGpu:
+    """The GPU of a forecast, and where its figures are from."""
+
+    name: str
+    product: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class EqualBlocks:
+    """So many blocks of these widths."""
+
+    blocks: int
+    heads: int
+    kv_heads: int
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """What is likely, and at best; they differ for 2:4 only."""
+
+    likely: float
+    best: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchForecast:
+    """The forecast at one batch; mappings are by variant, "dense" or a pattern.
+
+    Attributes:
+        batch: sequences.
+        memory_bytes: at the end of the request.
+        fits: whether the GPU has that much.
+        seconds: of "prefill", of "decode", one token, and of the whole "request".
+        layers: of the two kinds of passes.
+    """
+
+    batch: int
+    memory_bytes: Mapping[str, float]
+    fits: Mapping[str, bool]
+    seconds: Mapping[str, Mapping[str, Seconds]]
+    layers: Mapping[str, Mapping[str, tuple[Layer, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The forecast of a model, dense and with patterns.
+
+    Attributes:
+        model: as the user calls it.
+        gpu: on which it is.
+        dtype: of the blocks' linear layers.
+        prompt, new_tokens: of the request.
+        measured_products: how many measured products could stand for layers.
+        widths: of the blocks, by variant.
+        block_parameters: weights of the blocks' linear layers, by variant.
+        passes: one for each batch.
+        measured: what was measured of the patterns on that GPU, in sentences.
+        verdict: what every pattern brings to each pass, in sentences.
+    """
+
+    model: str
+    gpu: ForecastGpu
+    dtype: str
+    prompt: int
+    new_tokens: int
+    measured_products: int
+    widths: Mapping[str, tuple[EqualBlocks, ...]]
+    block_parameters: Mapping[str, int]
+    passes: tuple[BatchForecast, ...]
+    measured: tuple[str, ...]
+    verdict: tuple[str, ...]
+
+
 def plan(
-    checkpoint: Checkpoint, patterns: Sequence[Pattern], setting: Setting, request: Request
-) -> Json:
-    """The forecast of a model, dense and with patterns, as one JSON-ready value; times in seconds.
+    checkpoint: Checkpoint,
+    patterns: Sequence[Pattern],
+    setting: Setting,
+    request: Generation,
+    *,
+    model: str = "",
+) -> Forecast:
+    """The forecast of a model, dense and with patterns.
+
+    Args:
+        checkpoint: its sizes.
+        patterns: what to compare with the dense model.
+        setting: the GPU, the dtype and what was measured.
+        request: what is asked of the model.
+        model: what the user calls it.
 
     Raises:
         UsageError: see `variant`; or the request is longer than the model allows.
@@ -136,67 +223,69 @@ def plan(
     variants = [Variant("dense", architecture(checkpoint), sparse=False)]
     variants += [variant(checkpoint, pattern) for pattern in patterns]
     gpu = setting.gpu
-    passes = [_passes(variants, batch, setting, request) for batch in request.batches]
-    return {
-        "gpu": {"name": gpu.name, "product": gpu.product, "source": gpu.source},
-        "dtype": setting.dtype,
-        "prompt": request.prompt,
-        "new_tokens": request.new_tokens,
-        "measured_products": len(setting.measured),
-        "widths": {
-            one.name: [
-                {"blocks": count, **asdict(block.widths)}
+    passes = tuple(_at_batch(variants, batch, setting, request) for batch in request.batches)
+    return Forecast(
+        model=model,
+        gpu=ForecastGpu(gpu.name, gpu.product, gpu.source),
+        dtype=setting.dtype,
+        prompt=request.prompt,
+        new_tokens=request.new_tokens,
+        measured_products=len(setting.measured),
+        widths={
+            one.name: tuple(
+                EqualBlocks(count, block.widths.heads, block.widths.kv_heads, block.widths.channels)
                 for block, count in one.architecture.blocks
-            ]
+            )
             for one in variants
         },
-        "block_parameters": {one.name: one.architecture.block_parameters for one in variants},
-        "passes": passes,
-        "measured": [
+        block_parameters={one.name: one.architecture.block_parameters for one in variants},
+        passes=passes,
+        measured=tuple(
             _measured(pattern, gpu.product)
             for pattern in patterns
             if gpu_figures.measured_as(pattern)
-        ],
-        "verdict": [
-            _sentence(phase, one["batch"], _bound(layers["dense"]), one["seconds"][phase])
+        ),
+        verdict=tuple(
+            _sentence(phase, one.batch, _bound(layers["dense"]), one.seconds[phase])
             for one in passes
-            for phase, layers in one["layers"].items()
-        ],
-    }
+            for phase, layers in one.layers.items()
+        ),
+    )
 
 
-def _passes(variants: Sequence[Variant], batch: int, setting: Setting, request: Request) -> Json:
+def _at_batch(
+    variants: Sequence[Variant], batch: int, setting: Setting, request: Generation
+) -> BatchForecast:
     """Memory, and time of a prefill, a decode and the whole request, at one batch."""
     longest = batch * (request.prompt + request.new_tokens)
     memory = {one.name: one.architecture.memory(setting.dtype, longest) for one in variants}
     layers = {
-        phase: {
-            one.name: [asdict(found) for found in forecast(one, step, setting)] for one in variants
-        }
+        phase: {one.name: forecast(one, step, setting) for one in variants}
         for phase, step in request.steps(batch).items()
     }
     seconds = {
-        phase: {
-            name: {kind: sum(one[kind] for one in found) for kind in ("likely", "best")}
-            for name, found in variant_layers.items()
-        }
-        for phase, variant_layers in layers.items()
+        phase: {name: _sum(found) for name, found in of_variants.items()}
+        for phase, of_variants in layers.items()
     }
     # The first new token comes with the prefill.
+    rest, prefill, decode = request.new_tokens - 1, seconds["prefill"], seconds["decode"]
     seconds["request"] = {
-        name: {
-            kind: time[kind] + (request.new_tokens - 1) * seconds["decode"][name][kind]
-            for kind in time
-        }
-        for name, time in seconds["prefill"].items()
+        name: Seconds(
+            first.likely + rest * decode[name].likely, first.best + rest * decode[name].best
+        )
+        for name, first in prefill.items()
     }
-    return {
-        "batch": batch,
-        "memory_bytes": memory,
-        "fits": {name: used <= setting.gpu.memory for name, used in memory.items()},
-        "seconds": seconds,
-        "layers": layers,
-    }
+    return BatchForecast(
+        batch=batch,
+        memory_bytes=memory,
+        fits={name: used <= setting.gpu.memory for name, used in memory.items()},
+        seconds=seconds,
+        layers=layers,
+    )
+
+
+def _sum(layers: Sequence[Layer]) -> Seconds:
+    return Seconds(sum(one.likely for one in layers), sum(one.best for one in layers))
 
 
 def _measured(pattern: Pattern, product: str) -> str:
@@ -205,22 +294,20 @@ def _measured(pattern: Pattern, product: str) -> str:
     return f"{pattern} on {product}: {found or NOT_MEASURED}"
 
 
-def _bound(layers: Sequence[Json]) -> str:
+def _bound(layers: Sequence[Layer]) -> str:
     """What most of the time of a pass goes to."""
-    bounds: set[str] = {one["bound"] for one in layers}
-    return max(
-        bounds, key=lambda bound: sum(one["likely"] for one in layers if one["bound"] == bound)
-    )
+    bounds = {one.bound for one in layers}
+    return max(bounds, key=lambda bound: sum(one.likely for one in layers if one.bound == bound))
 
 
-def _sentence(phase: str, batch: int, bound: str, times: Mapping[str, Mapping[str, float]]) -> str:
+def _sentence(phase: str, batch: int, bound: str, times: Mapping[str, Seconds]) -> str:
     """What every pattern brings to one pass."""
-    dense = times["dense"]["likely"]
+    dense = times["dense"].likely
     parts = []
     for name, time in times.items():
         if name == "dense":
             continue
-        likely, best = dense / time["likely"], dense / time["best"]
+        likely, best = dense / time.likely, dense / time.best
         helps = "will help" if round(likely, 2) >= _NOTICEABLE else "will not help"
         more = f", at best {best:.2f}x" if best >= likely + 0.005 else ""
         parts.append(f"{name} {helps} ({likely:.2f}x{more})")

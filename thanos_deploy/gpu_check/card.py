@@ -54,10 +54,10 @@ def describe(device: str, command: str) -> Card:
     properties = torch.cuda.get_device_properties(0) if on_gpu else None
     found = nvml.Monitor.probe() if on_gpu else None
     limits = None if found is None else found.limits()
-    memory = properties.total_memory if properties else environment.describe()["memory_bytes"]
+    memory = properties.total_memory if properties else environment.describe().memory_bytes
     assert isinstance(memory, int)
     return Card(
-        name=properties.name if properties else str(environment.describe()["processor"]),
+        name=properties.name if properties else environment.describe().processor,
         device=device,
         capability=(properties.major, properties.minor) if properties else (0, 0),
         memory_bytes=memory,

@@ -3,18 +3,21 @@
 import ctypes
 import os
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 from thanos_deploy import __version__
+from thanos_deploy.bundle.codec import called
 
-# The libraries that can change a result.
 # Larger tensors come from the system and go back to it: glibc's DEFAULT_MMAP_THRESHOLD_MAX.
 HEAP_TENSOR_BYTES = 32 << 20
 
+# The libraries that can change a result.
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -33,18 +36,41 @@ _LIBRARIES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The tool, its libraries and the machine.
+
+    Attributes:
+        thanos_deploy: version of this tool.
+        python: version of Python.
+        libraries: name -> version, of those that can change a result.
+        platform: the operating system.
+        processor: its model.
+        cores: processors that the process may use.
+        memory_bytes: of the machine.
+    """
+
+    thanos_deploy: str = field(metadata=called("thanos-deploy"))
+    python: str
+    libraries: Mapping[str, str]
+    platform: str
+    processor: str
+    cores: int
+    memory_bytes: int
+
+
 @cache
-def describe() -> dict[str, object]:
-    """The tool, its libraries and the machine, as one JSON-ready value."""
-    return {
-        "thanos-deploy": __version__,
-        "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+def describe() -> Environment:
+    """What this process runs on."""
+    return Environment(
+        thanos_deploy=__version__,
+        python=platform.python_version(),
+        libraries={name: version for name in _LIBRARIES if (version := _version(name))},
+        platform=platform.platform(),
+        processor=_processor(),
+        cores=cores(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
 
 
 def cache_folder() -> Path:

@@ -1,18 +1,17 @@
 """Bundles side by side: what they take, how that compares, and whether the figures can be trusted.
 
-A run is one JSON value. It is VALID, or INVALID with reasons when the machine moved while it was
+A run is one record. It is VALID, or INVALID with reasons when the machine moved while it was
 measured or when an engine differs from itself, or INTERRUPTED with the rounds that were complete.
 """
 
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 from runtime.engines.onnxruntime import PROVIDERS
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle import layout
 from thanos_deploy.gpu import nvml
 from thanos_deploy.gpu.nvml import Monitor
 from thanos_deploy.machine import environment, stillness
@@ -22,9 +21,19 @@ from thanos_deploy.measure.ceilings import Machine, Work
 from thanos_deploy.measure.latency import OpenLoop, Scenario
 from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.measure.paired import Engines, Memory, Round, WarmUp
+from thanos_deploy.measure.run import (
+    BenchEnvironment,
+    BenchGpu,
+    BenchMachine,
+    Interval,
+    Metric,
+    ModelTimes,
+    Run,
+    ScenarioTimes,
+    Subject,
+    WarmUpRecord,
+)
 from thanos_deploy.progress import OnProgress, silent
-
-FORMAT = "thanos-deploy/bench/1"
 
 # An open loop is offered this much of what the baseline can take.
 _UTILISATION = 0.5
@@ -34,27 +43,24 @@ _UTILISATION = 0.5
 _MOST_DRIFT = 0.05
 _CHANCE = 0.01
 
-_UNITS = {"tokens_per_second": "1/s"}
-
 
 def measure(
-    bundles: Mapping[str, Bundle],
+    bundles: Mapping[str, Path],
+    subjects: Mapping[str, Subject],
     request: BenchRequest,
     *,
     same: bool = False,
     on_progress: OnProgress = silent,
-) -> Json:
+) -> Run:
     """Measure exported bundles in turns.
 
     Args:
-        bundles: by label; the first is the baseline.
+        bundles: their folders by label; the first is the baseline.
+        subjects: what is known of each without running it.
         request: what to measure.
         same: they are all the same, so every ratio should be 1 (an A/A run); the intervals are
             then widened so that all of them together hold 1 with the usual probability.
         on_progress: told of every round.
-
-    Returns:
-        a run, as in the module's docstring.
 
     Raises:
         DeployError: a model cannot be loaded.
@@ -62,17 +68,16 @@ def measure(
     """
     on_progress(0, request.rounds)
     threads = request.threads or environment.cores()
-    subjects = {label: describe(bundle) for label, bundle in bundles.items()}
     works = {
         label: ceilings.count(
-            bundle.path / "onnx" / "model.onnx",
-            cache_bytes_per_token=subjects[label]["cache_bytes_per_token"],
+            path / layout.ONNX / layout.GRAPH,
+            cache_bytes_per_token=subjects[label].cache_bytes_per_token,
         )
-        for label, bundle in bundles.items()
+        for label, path in bundles.items()
     }
     dtypes = {
-        label: ceilings.computed_in(facts["dtype"], provider=request.provider)
-        for label, facts in subjects.items()
+        label: ceilings.computed_in(subject.dtype, provider=request.provider)
+        for label, subject in subjects.items()
     }
     baseline = next(iter(bundles))
     device = Monitor.probe() if request.provider == "cuda" else None
@@ -82,10 +87,9 @@ def measure(
         works[baseline].weight_bytes, provider=request.provider, threads=threads
     )
     without_models = device and device.read()
-    paths = {label: bundle.path for label, bundle in bundles.items()}
     rounds: list[Round] = []
     memory: dict[str, Memory] | None = None
-    with paired.opened(paths, provider=request.provider, threads=threads) as engines:
+    with paired.opened(bundles, provider=request.provider, threads=threads) as engines:
         scenarios, warm = _warm_up(engines, request, baseline)
         readings.append(_reading(engines))
         on_device = [device.read()] if device else []
@@ -105,21 +109,18 @@ def measure(
     # This process is on the GPU too if it measured the ceilings there.
     on_gpu = {*processes.values(), *([os.getpid()] if machine else [])}
     level = _level(scenarios, len(bundles)) if same else statistics.LEVEL
-    compared = [
-        {
-            **_fields(scenario),
-            "warmup": {"rounds": warm[scenario.name].rounds, "stable": warm[scenario.name].stable},
-            "results": _results(
-                scenario,
-                [one[scenario.name] for one in rounds],
-                level=level,
-                works=works,
-                machine=machine,
-                dtypes=dtypes,
-            ),
-        }
+    compared = tuple(
+        _times(
+            scenario,
+            [one[scenario.name] for one in rounds],
+            WarmUpRecord(warm[scenario.name].rounds, warm[scenario.name].stable),
+            level=level,
+            works=works,
+            machine=machine,
+            dtypes=dtypes,
+        )
         for scenario in scenarios
-    ]
+    )
     reasons = [
         *still.reasons,
         *(nvml.reasons(untouched, on_device, on_gpu) if untouched else []),
@@ -128,71 +129,34 @@ def measure(
     ]
     if memory is None:
         reasons.insert(0, f"interrupted after {len(rounds)} of {request.rounds} rounds")
-    for label, facts in subjects.items():
+    measured = {}
+    for label, subject in subjects.items():
         held = without_models and nvml.held(without_models, on_device, [processes[label]])
         # What the whole GPU holds is of all models together.
         own = held if held and (held.by == "process" or len(processes) == 1) else None
-        facts |= asdict(loaded[label])
-        facts |= (
-            dict.fromkeys(("steady_bytes", "peak_bytes"))
-            if memory is None
-            else asdict(memory[label])
+        measured[label] = replace(
+            subject,
+            **asdict(loaded[label]),
+            **({} if memory is None else asdict(memory[label])),
+            gpu_peak_bytes=own.bytes if own else None,
         )
-        facts["gpu_peak_bytes"] = own and own.bytes
-    return {
-        "format": FORMAT,
-        "run": request.run,
-        "status": "INTERRUPTED" if memory is None else "INVALID" if reasons else "VALID",
-        "reasons": reasons,
-        "backend": "onnxruntime",
-        "provider": PROVIDERS[request.provider],
-        "baseline": baseline,
-        "rounds": len(rounds),
-        "request": request.to_json(),
-        "environment": {
-            **environment.describe(),
-            "threads": threads,
-            "governor": stillness.governor(),
-            "cpu_flags": stillness.arithmetic_flags(),
-        },
-        "machine": _machine(machine, still),
-        "gpu": device
-        and without_models
-        and _device(device, on_device, nvml.held(without_models, on_device, processes.values())),
-        "subjects": subjects,
-        "scenarios": compared,
-    }
-
-
-def describe(bundle: Bundle) -> Json:
-    """What is known of an exported bundle without running it."""
-    pruned, graph = bundle.stages.get("prune"), bundle.stages["onnx"]
-    return {
-        "model": bundle.source["name"],
-        "sha256": bundle.source["sha256"],
-        "pattern": pruned and pruned.options["pattern"],
-        "method": pruned and pruned.options["method"],
-        "dtype": graph.options["dtype"],
-        "file_bytes": sum(
-            file.bytes for name, file in graph.files.items() if name.endswith((".onnx", ".data"))
-        ),
-        "cache_bytes_per_token": graph.result["cache_bytes_per_token"],
-    }
-
-
-def without_samples(run: Json) -> Json:
-    """A run without its raw samples, for the manifest and for people."""
-
-    def bare(value: Any) -> Any:
-        match value:
-            case dict():
-                return {name: bare(part) for name, part in value.items() if name != "samples"}
-            case list():
-                return [bare(part) for part in value]
-        return value
-
-    stripped: Json = bare(run)
-    return stripped
+    return Run(
+        run=request.run,
+        status="INTERRUPTED" if memory is None else "INVALID" if reasons else "VALID",
+        reasons=tuple(reasons),
+        backend="onnxruntime",
+        provider=PROVIDERS[request.provider],
+        baseline=baseline,
+        rounds=len(rounds),
+        request=request,
+        environment=_environment(threads),
+        machine=_machine(machine, still),
+        gpu=_gpu(device, on_device, nvml.held(without_models, on_device, processes.values()))
+        if device and without_models
+        else None,
+        subjects=measured,
+        scenarios=compared,
+    )
 
 
 def _warm_up(
@@ -216,28 +180,17 @@ def _reading(engines: Engines) -> stillness.Reading:
     return stillness.read(engines.cpu_seconds + time.process_time())
 
 
-def _fields(scenario: Scenario) -> Json:
-    sizes = dict.fromkeys(("batch", "prompt", "past", "new_tokens"), 0)
-    return {
-        "name": scenario.name,
-        "kind": scenario.kind,
-        "headline": scenario.headline,
-        **sizes,
-        "batch": scenario.batch,
-        **asdict(scenario),
-    }
-
-
-def _results(
+def _times(
     scenario: Scenario,
     rounds: Sequence[Mapping[str, Mapping[str, list[float]]]],
+    warmup: WarmUpRecord,
     *,
     level: float,
     works: Mapping[str, Work],
     machine: Machine | None,
     dtypes: Mapping[str, str],
-) -> Json:
-    """What one scenario showed, by label."""
+) -> ScenarioTimes:
+    """What one scenario showed of every model."""
     samples = {
         label: {
             metric: [value for one in rounds for value in one[label][metric]]
@@ -246,34 +199,52 @@ def _results(
         for label in rounds[0]
     }
     baseline = next(iter(samples))
-    results: Json = {}
+    results = {}
     for label, of_label in samples.items():
-        metrics = {
-            metric: {
-                "unit": _UNITS.get(metric, "s"),
-                "samples": of_label[metric],
-                **asdict(statistics.summarise(of_label[metric])),
-            }
-            for metric in scenario.metrics
-        }
-        result: Json = {"metrics": metrics}
-        if label != baseline and len(rounds) > 1:
-            result["ratio"] = {
-                metric: asdict(
-                    statistics.ratio(
-                        of_label[metric], samples[baseline][metric], rounds=len(rounds), level=level
-                    )
+        metrics = {name: _metric(name, of_label[name]) for name in scenario.metrics}
+        least = (
+            ceilings.ceiling(works[label], scenario, machine, dtypes[label]) if machine else None
+        )
+        results[label] = ModelTimes(
+            metrics,
+            ratio={}
+            if label == baseline or len(rounds) < 2
+            else {
+                metric: statistics.ratio(
+                    of_label[metric], samples[baseline][metric], rounds=len(rounds), level=level
                 )
                 for metric in scenario.metrics
-            }
-        least = machine and ceilings.ceiling(works[label], scenario, machine, dtypes[label])
-        result["ceiling"] = least and asdict(least)
-        result["of_ceiling"] = least and least.seconds / metrics[scenario.headline]["median"]
-        if isinstance(scenario, OpenLoop):
-            served = scenario.requests * len(rounds)
-            result["achieved_per_second"] = served / sum(of_label["span"])
-        results[label] = result
-    return results
+            },
+            ceiling=least,
+            of_ceiling=least.seconds / metrics[scenario.headline].median if least else None,
+            achieved_per_second=scenario.requests * len(rounds) / sum(of_label["span"])
+            if isinstance(scenario, OpenLoop)
+            else None,
+        )
+    loop = scenario if isinstance(scenario, OpenLoop) else None
+    return ScenarioTimes(
+        name=scenario.name,
+        kind=scenario.kind,
+        headline=scenario.headline,
+        batch=scenario.batch,
+        prompt=getattr(scenario, "prompt", 0),
+        past=getattr(scenario, "past", 0),
+        new_tokens=getattr(scenario, "new_tokens", 0),
+        requests=loop.requests if loop else None,
+        offered_per_second=loop.offered_per_second if loop else None,
+        driver=loop.driver if loop else None,
+        warmup=warmup,
+        results=results,
+    )
+
+
+def _metric(name: str, samples: Sequence[float]) -> Metric:
+    summary = statistics.summarise(samples)
+    return Metric(
+        unit="1/s" if name == "tokens_per_second" else "s",
+        samples=tuple(samples),
+        **asdict(summary),
+    )
 
 
 def _level(scenarios: Sequence[Scenario], subjects: int) -> float:
@@ -282,54 +253,64 @@ def _level(scenarios: Sequence[Scenario], subjects: int) -> float:
     return 1 - (1 - statistics.LEVEL) / intervals
 
 
-def _drifts(scenarios: Sequence[Json], baseline: str, rounds: int) -> list[str]:
+def _drifts(scenarios: Sequence[ScenarioTimes], baseline: str, rounds: int) -> list[str]:
     """Where the baseline did not stay what it was."""
     found = []
     for scenario in scenarios:
-        if scenario["kind"] == OpenLoop.kind:  # whose arrivals differ from round to round
+        if scenario.kind == OpenLoop.kind:  # whose arrivals differ from round to round
             continue
-        samples = scenario["results"][baseline]["metrics"][scenario["headline"]]
-        moved = statistics.drift(samples["samples"], rounds=rounds)
+        headline = scenario.results[baseline].metrics[scenario.headline]
+        moved = statistics.drift(headline.samples, rounds=rounds)
         if moved and abs(moved.change) > _MOST_DRIFT and moved.p_value < _CHANCE:
             found.append(
-                f"{scenario['name']}: {baseline} drifted by {moved.change:+.1%} from the first "
+                f"{scenario.name}: {baseline} drifted by {moved.change:+.1%} from the first "
                 f"third of the rounds to the last (limit {_MOST_DRIFT:.0%})"
             )
     return found
 
 
-def _differences(scenarios: Sequence[Json]) -> list[str]:
+def _differences(scenarios: Sequence[ScenarioTimes]) -> list[str]:
     """Where a model differs from itself."""
-    found = []
-    for scenario in scenarios:
-        for label, result in scenario["results"].items():
-            for metric, ratio in result.get("ratio", {}).items():
-                if 1.0 not in statistics.Interval(**ratio):
-                    found.append(
-                        f"{scenario['name']}: {metric} of {label} is {ratio['estimate']:.3f} "
-                        f"({ratio['low']:.3f} to {ratio['high']:.3f}) of the same model's"
-                    )
-    return found
+    return [
+        f"{scenario.name}: {metric} of {label} is {_shown(ratio)} of the same model's"
+        for scenario in scenarios
+        for label, times in scenario.results.items()
+        for metric, ratio in times.ratio.items()
+        if 1.0 not in ratio
+    ]
 
 
-def _machine(machine: Machine | None, still: Stillness) -> Json:
-    measured = (
-        {"memory_bandwidth_bytes_per_second": None, "gemm_flops_per_second": {}}
-        if machine is None
-        else asdict(machine)
+def _shown(ratio: Interval) -> str:
+    return f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def _environment(threads: int) -> BenchEnvironment:
+    here = environment.describe()
+    return BenchEnvironment(
+        **{field.name: getattr(here, field.name) for field in fields(here)},
+        threads=threads,
+        governor=stillness.governor(),
+        cpu_flags=tuple(stillness.arithmetic_flags()),
     )
-    return {**measured, **asdict(still)}
 
 
-def _device(device: Monitor, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> Json:
+def _machine(machine: Machine | None, still: Stillness) -> BenchMachine:
+    return BenchMachine(
+        machine.memory_bandwidth_bytes_per_second if machine else None,
+        machine.gemm_flops_per_second if machine else {},
+        **asdict(still),
+    )
+
+
+def _gpu(device: Monitor, readings: Sequence[nvml.Reading], held: nvml.Held | None) -> BenchGpu:
     clocks = [reading.clock_hz for reading in readings]
     power = [reading.power_watts for reading in readings if reading.power_watts is not None]
-    return {
-        "name": device.name,
-        "clock_hz": [min(clocks), max(clocks)],
-        "power_watts": [min(power), max(power)] if power else None,
-        "throttle_reasons": sorted(
-            {name for reading in readings for name in reading.throttle_reasons}
+    return BenchGpu(
+        name=device.name,
+        clock_hz=(min(clocks), max(clocks)),
+        power_watts=(min(power), max(power)) if power else None,
+        throttle_reasons=tuple(
+            sorted({name for reading in readings for name in reading.throttle_reasons})
         ),
-        "memory_of_all_models": held and asdict(held),
-    }
+        memory_of_all_models=held,
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 from runtime.kernels import timing
 from thanos_deploy.machine.precision import products_in
 from thanos_deploy.measure.latency import Decode, Generate, OpenLoop, Prefill, Scenario
+from thanos_deploy.measure.run import Ceiling
 
 _REPEATS = 8
 
@@ -83,23 +84,6 @@ class Work:
         flops = batch * tokens * (self.flops_per_token + (past + tokens) * self.flops_per_pair)
         flops += batch * self.flops_per_sequence
         return moved, flops
-
-
-@dataclass(frozen=True, slots=True)
-class Ceiling:
-    """The least that a scenario can take.
-
-    Attributes:
-        bytes: moved to and from memory.
-        flops: floating point operations.
-        seconds: at this machine's best.
-        bound: "memory" or "compute", whichever most of the time goes to.
-    """
-
-    bytes: int
-    flops: int
-    seconds: float
-    bound: str
 
 
 def computed_in(dtype: str, *, provider: str) -> str:

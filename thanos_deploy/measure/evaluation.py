@@ -10,24 +10,11 @@ from runtime.engine import require_stage
 from runtime.engines import onnxruntime
 from runtime.graph import Graph, require_all_logits
 from thanos_deploy.machine.devices import CPU
-from thanos_deploy.measure.options import EvalRequest, TaskRequest
 from thanos_deploy.measure.perplexity import Read, reader
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
 
 RUNTIMES = ("torch", "onnx")
-
-
-def stage(request: EvalRequest | TaskRequest, runtime: str) -> str:
-    """The name of the stage that keeps what was asked for."""
-    what = "eval" if isinstance(request, EvalRequest) else "eval-tasks"
-    return what if runtime == "torch" else f"{what}-{runtime}"
-
-
-def file(request: EvalRequest | TaskRequest, runtime: str) -> str:
-    """The file of that stage, in the bundle."""
-    what = "perplexity" if isinstance(request, EvalRequest) else "tasks"
-    return f"eval/{what}.json" if runtime == "torch" else f"eval/{what}-{runtime}.json"
 
 
 def open_reader(bundle: Path, model: Checkpoint, runtime: str, device: torch.device = CPU) -> Read:

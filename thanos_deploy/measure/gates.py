@@ -8,12 +8,12 @@ or tokens per second. Without a scenario a gate holds for every one that has the
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 from thanos_deploy.errors import UsageError
 from thanos_deploy.measure.latency import KINDS, Scenario
+from thanos_deploy.measure.run import Run
 
 METRICS = tuple(dict.fromkeys(metric for kind in KINDS.values() for metric in kind.metrics))
 STATISTICS = {"p50": "median", "p90": "p90", "p99": "p99"}
@@ -98,6 +98,20 @@ class Outcome:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedRun(Run):
+    """A run and what became of the gates that it was asked to pass."""
+
+    gates: tuple[Outcome, ...]
+
+    @classmethod
+    def of(cls, run: Run, gates: Sequence[Outcome]) -> "JudgedRun":
+        """A run with outcomes."""
+        return cls(
+            **{field.name: getattr(run, field.name) for field in fields(run)}, gates=tuple(gates)
+        )
+
+
 def parse(text: str) -> Gate:
     """Read a gate.
 
@@ -105,23 +119,23 @@ def parse(text: str) -> Gate:
         UsageError: it is none, or nothing of that name is measured.
     """
     match = _GATE.fullmatch(text.strip())
-    limit = None if match is None else _number(match["limit"])
-    if match is None or limit is None:
+    if match is None or (limit := _number(match.group("limit"))) is None:
         raise UsageError(f"--gate {text!r}: not a gate", fix="write it like 'decode.p50.ratio<0.8'")
-    parts = match["name"].split(".")
+    scenario, called, comparison = match.group("scenario", "name", "comparison")
+    parts = called.split(".")
     relative = len(parts) > 1 and parts[-1] == "ratio"
     match parts[:-1] if relative else parts:
         case [name, statistic] if name in METRICS and statistic in STATISTICS:
             pass
-        case [name] if match["scenario"] is None and name in (*FIGURES, PERPLEXITY):
+        case [name] if scenario is None and name in (*FIGURES, PERPLEXITY):
             statistic = None
         case _:
             raise UsageError(
-                f"--gate {text!r}: nothing called {match['name']!r} is measured"
-                + (" in a scenario" if match["scenario"] else ""),
+                f"--gate {text!r}: nothing called {called!r} is measured"
+                + (" in a scenario" if scenario else ""),
                 fix=f"known are {KNOWN}",
             )
-    return Gate(text, match["scenario"], name, statistic, relative, match["comparison"], limit)
+    return Gate(text, scenario, name, statistic, relative, comparison, limit)
 
 
 def check(gates: Sequence[Gate], scenarios: Sequence[Scenario]) -> None:
@@ -144,16 +158,16 @@ def check(gates: Sequence[Gate], scenarios: Sequence[Scenario]) -> None:
 
 def judge(
     gates: Sequence[Gate],
-    run: dict[str, Any],
+    run: Run,
     *,
     subject: str,
-    perplexity: dict[str, float] | None,
+    perplexity: Mapping[str, float] | None,
 ) -> list[Outcome]:
     """What became of gates.
 
     Args:
         gates: that `check` has let pass.
-        run: of a bench; see `benchmark.measure`.
+        run: of a bench.
         subject: label of the bundle that they are about.
         perplexity: by label; None if it is not known.
     """
@@ -165,31 +179,28 @@ def judge(
 
 
 def _outcomes(
-    gate: Gate, run: dict[str, Any], *, subject: str, perplexity: dict[str, float] | None
+    gate: Gate, run: Run, *, subject: str, perplexity: Mapping[str, float] | None
 ) -> list[Outcome]:
-    baseline = run["baseline"]
     if gate.statistic is None:
-        values = (
+        values: Mapping[str, float | None] = (
             perplexity or {}
             if gate.name == PERPLEXITY
-            else {label: facts[gate.name] for label, facts in run["subjects"].items()}
+            else {label: getattr(one, gate.name) for label, one in run.subjects.items()}
         )
-        return [_outcome(gate, "", values.get(subject), values.get(baseline), reason="")]
+        return [_outcome(gate, "", values.get(subject), values.get(run.baseline), reason="")]
     # Sizes do not depend on the machine standing still; times do.
-    reason = "" if run["status"] == "VALID" else f"the run is {run['status']}"
+    reason = "" if run.status == "VALID" else f"the run is {run.status}"
+    statistic = STATISTICS[gate.statistic]
     found = []
-    for scenario in run["scenarios"]:
+    for scenario in run.scenarios:
         measured = {
-            label: result["metrics"][gate.name][STATISTICS[gate.statistic]]
-            for label, result in scenario["results"].items()
-            if gate.name in result["metrics"]
+            label: getattr(times.metrics[gate.name], statistic)
+            for label, times in scenario.results.items()
+            if gate.name in times.metrics
         }
-        if measured and gate.scenario in (None, scenario["name"]):
-            found.append(
-                _outcome(
-                    gate, scenario["name"], measured[subject], measured[baseline], reason=reason
-                )
-            )
+        if measured and gate.scenario in (None, scenario.name):
+            own, baseline = measured[subject], measured[run.baseline]
+            found.append(_outcome(gate, scenario.name, own, baseline, reason=reason))
     return found
 
 

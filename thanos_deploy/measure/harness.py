@@ -7,7 +7,6 @@ is to be called with ids and to generate, so an exported graph only needs these 
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -28,29 +27,12 @@ from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.machine import devices
 from thanos_deploy.measure.evaluation import open_graph
 from thanos_deploy.measure.options import TaskRequest
+from thanos_deploy.measure.quality import Score, TaskQuality
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 
 # Of what a task draws at random; the library's own default.
 _SEED = 1234
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What a model reached in one task by one metric.
-
-    Attributes:
-        task, metric: as the library calls them.
-        value: in the metric's own unit.
-        stderr: the library's estimate; None if it has none.
-        samples: how many examples.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    samples: int
 
 
 class GraphModel:
@@ -119,7 +101,7 @@ def library() -> ModuleType:
     return lm_eval  # type: ignore[no-any-return]  # it has no types
 
 
-def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -> list[Score]:
+def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -> TaskQuality:
     """Run tasks.
 
     Args:
@@ -152,7 +134,7 @@ def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -
             f"({error})",
             fix="correct the task's file, or leave the task out",
         ) from error
-    return list(_scores(found))
+    return TaskQuality(tuple(_scores(found)))
 
 
 def require(request: TaskRequest) -> None:

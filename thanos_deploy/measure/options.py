@@ -1,14 +1,14 @@
 """What a user asks of a measurement: perplexity, tasks, times."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from thanos_deploy.bundle.files import Json, sha256
+from thanos_deploy.bundle.codec import LATER
+from thanos_deploy.bundle.files import sha256
 from thanos_deploy.calibration.texts import BUILTIN
 from thanos_deploy.errors import UsageError
-from thanos_deploy.machine import devices
 from thanos_deploy.measure.latency import Decode, Generate, OpenLoop, Prefill, Scenario
 
 _RUN = re.compile(r"[A-Za-z0-9_-]+")
@@ -22,13 +22,12 @@ class EvalRequest:
     text_field: str = "text"
     segments: int = 12
     seqlen: int = 1024
-    device: str = "auto"
+    device: str = field(default="auto", metadata=LATER)
 
-    def to_json(self) -> Json:
-        """For the manifest: the text by its name, not its path."""
-        given = asdict(self)
-        del given["device"]
-        return {**given, "text": Path(self.text).name, **devices.recorded(self.device)}
+    @property
+    def recorded(self) -> "EvalRequest":
+        """For the manifest: the text by its name, not its path, and the device if it is a GPU."""
+        return replace(self, text=Path(self.text).name, device=_recorded(self.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,10 @@ class TaskRequest:
     tasks: tuple[str, ...]
     folder: str | None = None
     limit: int | None = None
-    device: str = "auto"
+    device: str = field(default="auto", metadata=LATER)
 
     @property
-    def files(self) -> Json:
+    def files(self) -> dict[str, str]:
         """Hashes of the files in the folder, by name."""
         if self.folder is None:
             return {}
@@ -58,15 +57,11 @@ class TaskRequest:
             if path.is_file()
         }
 
-    def to_json(self) -> Json:
-        """For the manifest: the folder by its name, not its path."""
+    @property
+    def recorded(self) -> "TaskRequest":
+        """For the manifest: the folder by its name, not its path, and the device if it is a GPU."""
         folder = None if self.folder is None else Path(self.folder).name
-        return {
-            "tasks": list(self.tasks),
-            "folder": folder,
-            "limit": self.limit,
-            **devices.recorded(self.device),
-        }
+        return replace(self, folder=folder, device=_recorded(self.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +83,7 @@ class BenchRequest:
         provider: what to run on.
         threads: that compute on a CPU; None for one on each processor.
         sample_prompt, sample_tokens: of the sample text.
+        subjects: labels of what is compared, as the manifest has them; empty before that is known.
     """
 
     run: str = "latency"
@@ -105,6 +101,7 @@ class BenchRequest:
     threads: int | None = None
     sample_prompt: str = "The capital of France is"
     sample_tokens: int = 48
+    subjects: tuple[str, ...] = field(default=(), metadata=LATER)
 
     @property
     def scenarios(self) -> list[Scenario]:
@@ -145,9 +142,9 @@ class BenchRequest:
                 fix="use a smaller --prompt or --past, or fewer --new-tokens",
             )
 
-    def to_json(self) -> Json:
-        """For the manifest."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+
+def _recorded(device: str) -> str:
+    """A kind of GPU, or "auto" for the processor, which a record leaves out."""
+    from thanos_deploy.machine import devices  # brings PyTorch, which reading records needs not
+
+    return devices.recorded(device).get("device", "auto")

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from thanos_deploy.measure.run import Interval
+
 LEVEL = 0.95
 
 _RESAMPLES = 2000
@@ -24,19 +26,6 @@ class Summary:
     median: float
     p90: float
     p99: float
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate and the interval that holds the true value with a probability of `level`."""
-
-    estimate: float
-    low: float
-    high: float
-    level: float
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.pruning import Pruning
 from thanos_deploy.errors import InputError, PatternError, UsageError
 from thanos_deploy.pattern import SPELLINGS, Pattern, Unstructured, parse
 
 DENSE = "dense"
-
-# Of a bundle: one entry a block, with every linear layer as it was written.
-LAYERS = "layers.json"
 
 _EXPRESSION = "re:"
 _NEAREST = 3
@@ -152,33 +147,6 @@ def every(
     if isinstance(patterns, Mapping):
         return {name: patterns[name] for name in names if name in patterns}
     return {} if patterns is None else dict.fromkeys(names, patterns)
-
-
-def recorded(blocks: Sequence[Mapping[str, Any]], pattern: Pattern) -> dict[str, Pattern]:
-    """The patterns that the layers were pruned to.
-
-    Args:
-        blocks: content of layers.json.
-        pattern: of the layers in a bundle from before each had its own.
-    """
-    own = {
-        layer["name"]: layer.get("pattern", str(pattern))
-        for block in blocks
-        for layer in block["layers"]
-    }
-    return {name: parse(spelling) for name, spelling in own.items() if spelling != DENSE}
-
-
-def of_bundle(bundle: Bundle) -> dict[str, Pattern]:
-    """What the linear layers of a bundle were pruned to; none where heads and channels were cut.
-
-    Args:
-        bundle: with the stage prune finished.
-    """
-    pruning = Pruning.of(bundle)
-    if pruning.cut:
-        return {}
-    return recorded(json.loads((bundle.path / LAYERS).read_bytes()), pruning.pattern)
 
 
 def counts(patterns: Iterable[Pattern | None]) -> dict[str, int]:

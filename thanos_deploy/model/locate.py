@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thanos_deploy.bundle import files, names
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import packed_folder
 from thanos_deploy.model import widths as block_widths
@@ -14,39 +15,24 @@ from thanos_deploy.model.tensorfile import INDEX
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model comes from.
+class LocatedModel:
+    """A model on this machine.
 
     Attributes:
-        kind: "hub", "folder" or "gguf".
-        name: what the user called it; for a local path, its last part.
-        revision: commit of a hub model, else empty.
-        sha256: hash over the weights, the configuration and the tokenizer.
+        source: where it comes from.
         path: the local folder, or the GGUF file.
     """
 
-    kind: str
-    name: str
-    revision: str
-    sha256: str
+    source: Source
     path: Path
 
     @property
     def is_ordinary(self) -> bool:
         """A Hugging Face folder as transformers loads it, neither GGUF nor packed."""
-        return self.kind != "gguf" and not packed_folder.is_packed(self.path)
-
-    def to_json(self) -> files.Json:
-        """The part that belongs in a manifest: all but the local path."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "revision": self.revision,
-            "sha256": self.sha256,
-        }
+        return self.source.kind != "gguf" and not packed_folder.is_packed(self.path)
 
 
-def locate(model: str, *, revision: str | None = None) -> Source:
+def locate(model: str, *, revision: str | None = None) -> LocatedModel:
     """Find a model: a `.gguf` file, a local folder, or a hub id, downloaded unless it is cached.
 
     Raises:
@@ -57,11 +43,11 @@ def locate(model: str, *, revision: str | None = None) -> Source:
     if path is None:
         folder = _download(model, revision, ["*.safetensors", INDEX, *COMPANIONS])
         names.require_own(folder, error=ModelError)
-        return Source("hub", model, folder.name, _hash_folder(folder), folder)
+        return LocatedModel(Source("hub", model, folder.name, _hash_folder(folder)), folder)
     if path.is_file():
-        return Source("gguf", path.name, "", files.sha256(path), path)
+        return LocatedModel(Source("gguf", path.name, "", files.sha256(path)), path)
     names.require_own(path, error=ModelError)
-    return Source("folder", path.resolve().name, "", _hash_folder(path), path)
+    return LocatedModel(Source("folder", path.resolve().name, "", _hash_folder(path)), path)
 
 
 def locate_configuration(model: str, *, revision: str | None = None) -> Path | None:

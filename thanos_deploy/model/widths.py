@@ -8,7 +8,7 @@ because the shapes of its weights differ, and `load.load_model` reads it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -17,25 +17,11 @@ from transformers import PretrainedConfig
 
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
+from thanos_deploy.model.block import Widths as Widths
 from thanos_deploy.model.families import Family, Width
 
 FILE = "widths.json"
 FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """The widths of one block.
-
-    Attributes:
-        heads: query heads.
-        kv_heads: key-value heads; divides `heads`.
-        channels: feed-forward channels.
-    """
-
-    heads: int
-    kv_heads: int
-    channels: int
 
 
 def of_config(config: PretrainedConfig, family: Family) -> Widths:

@@ -7,14 +7,13 @@ block's weights are in memory at a time.
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thanos_deploy import methods
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
@@ -32,6 +31,7 @@ from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.prune.result import PrunedBlock, PrunedLayer
 from thanos_deploy.prune.solution import aim, solve
 from thanos_deploy.prune.tune import tune
 from thanos_deploy.solver.layer import Factor, LayerProblem
@@ -42,67 +42,10 @@ _FREED_BYTES = 128 << 20
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One linear layer, as it was written.
-
-    Attributes:
-        name: full name in the model.
-        rows, cols: outputs and inputs.
-        pattern: what it was pruned to, or "dense".
-        sparsity: fraction of zeros.
-        pattern_holds: the written weight keeps the pattern everywhere.
-        relative_error: fraction of the energy of the output that the layer aims at, on the
-            calibration data, that the pruned weight misses; before it is tuned.
-        damping: what the method used.
-        solver: where the weight comes from; see `Solution`, and "none" for a dense layer.
-        failures: see `Solution`.
-        seconds: time that the method took.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    pattern: str
-    sparsity: float
-    pattern_holds: bool
-    relative_error: float
-    damping: float
-    solver: str
-    failures: tuple[str, ...]
-    seconds: float
-
-
 # What a block's time goes to: forward passes as far as the layers, with statistics; the pruning
 # method, all layers; steps of all of them together; the data on its way through the pruned block to
 # the next one; keeping it on disk.
 ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
-
-
-@dataclass(frozen=True, slots=True)
-class PrunedBlock:
-    """One block: its layers and where the time went.
-
-    Attributes:
-        layers: reports of its linear layers, in the order of the forward pass.
-        seconds: time by activity, of `ACTIVITIES`; none for what was not done.
-    """
-
-    layers: tuple[LayerReport, ...]
-    seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "PrunedBlock":
-        """What `to_json` made the value of."""
-        layers = tuple(
-            LayerReport(**{**layer, "failures": tuple(layer["failures"])})
-            for layer in value["layers"]
-        )
-        return cls(layers, value["seconds"])
 
 
 def prune(
@@ -177,9 +120,9 @@ def _prune_block(
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     products: torch.dtype,
-) -> tuple[LayerReport, ...]:
+) -> tuple[PrunedLayer, ...]:
     """Prune, in place, the linear layers of a block; their reports in the order of the forward."""
-    layers: dict[str, LayerReport] = {}
+    layers: dict[str, PrunedLayer] = {}
     for groups, statistics in gather(visit, patterns, recipe.walk):
         with visit.clock.measure("solve"):
             for group in groups:
@@ -250,7 +193,7 @@ def _prune_group(
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     products: torch.dtype,
-) -> dict[str, LayerReport]:
+) -> dict[str, PrunedLayer]:
     """Prune, in place, layers that read the same input; their reports by name, seen from the block.
 
     What the following layers and blocks see is what is written, rounding included.
@@ -287,7 +230,7 @@ def _prune_group(
         seconds = time.perf_counter() - started
         weight = visit.write(linear, solution.result.weight)
         verdict = judge(weight != 0, patterns[name])
-        reports[linear] = LayerReport(
+        reports[linear] = PrunedLayer(
             name=name,
             rows=weight.shape[0],
             cols=weight.shape[1],
@@ -303,18 +246,18 @@ def _prune_group(
     return reports
 
 
-def _judged_again(visit: Visit, linear: str, report: LayerReport, pattern: Pattern) -> LayerReport:
+def _judged_again(visit: Visit, linear: str, report: PrunedLayer, pattern: Pattern) -> PrunedLayer:
     """The report of a layer whose weight has changed since."""
     verdict = judge(matrix(visit.block.get_submodule(linear)) != 0, pattern)
     return replace(report, sparsity=verdict.sparsity, pattern_holds=verdict.holds)
 
 
-def _leave_dense(visit: Visit, linear: str) -> LayerReport:
+def _leave_dense(visit: Visit, linear: str) -> PrunedLayer:
     """Have one layer written as it was, to the last bit."""
     visit.untouched.add(f"{linear}.weight")
     # In another dtype it is rounded.
     weight = visit.write(linear, matrix(visit.block.get_submodule(linear)))
-    return LayerReport(
+    return PrunedLayer(
         name=visit.prefix + linear,
         rows=weight.shape[0],
         cols=weight.shape[1],

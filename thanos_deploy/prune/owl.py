@@ -42,7 +42,7 @@ class Outliers:
 
     Attributes:
         ratio: D_l.
-        seconds: time that it took, by activity; see `layers.PrunedBlock`.
+        seconds: time that it took, by activity; see `layers.ACTIVITIES`.
     """
 
     ratio: float

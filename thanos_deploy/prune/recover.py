@@ -13,7 +13,6 @@ bfloat16 where the device has instructions for matrices of it.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -30,6 +29,7 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.prune.result import Recovery
 
 logger = logging.getLogger(__name__)
 
@@ -43,24 +43,6 @@ _WARM_UP = 0.1  # of the steps
 # Logits of so many tokens at once: a vocabulary of floats each. Beyond 32 MB glibc fetches every
 # tensor from the system anew.
 _TOKENS_AT_ONCE = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What the training did.
-
-    Attributes:
-        divergence: mean Kullback-Leibler divergence from the dense model in nats per token, taken
-            while it learned, over each tenth of the steps in turn.
-        tokens: that it learned from, repetitions counted.
-        dtype: of the products: "bf16" or "fp32".
-        seconds: of all of it.
-    """
-
-    divergence: tuple[float, ...]
-    tokens: int
-    dtype: str
-    seconds: float
 
 
 def recover(

@@ -1,41 +1,51 @@
-"""The report of one bundle or of several side by side, as one JSON-ready value."""
+"""The report of one bundle or of several side by side."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 
 from exporters import targets
+from exporters.options import exported_with
 from thanos_deploy import __version__
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.manifest import StageRecord
+from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import UsageError
-from thanos_deploy.pattern import parse
-from thanos_deploy.report import commands, loaders, pareto, words
-from thanos_deploy.report.runs import DENSE, quoted
-from thanos_deploy.report.sources import Sources
-
-FORMAT = "thanos-deploy/report/1"
-
-_TOKENIZER = "model/tokenizer.json"
-
-# What the manifest has of a pruned checkpoint.
-_LINEAR_LAYERS = (
-    "layers",
-    "weights",
-    "sparsity",
-    "patterns",
-    "layers_left_dense",
-    "pattern_holds",
-    "layers_off_pattern",
-    "retries",
-    "median_relative_error",
-    "worst_relative_error",
-    "worst_layer",
-    "largest_damping",
+from thanos_deploy.measure.quality import (
+    EVAL,
+    EVAL_ONNX,
+    EVAL_TASKS,
+    EVAL_TASKS_ONNX,
+    TaskStage,
+    TextStage,
 )
+from thanos_deploy.measure.run import DENSE, Run
+from thanos_deploy.model.block import BlockPlan
+from thanos_deploy.pattern import parse
+from thanos_deploy.prune.result import PRUNE, PrunedBlock
+from thanos_deploy.report import commands, loaders, pareto, words
+from thanos_deploy.report.loaders import LoaderVerdict
+from thanos_deploy.report.model import (
+    FORMAT,
+    CutWidths,
+    ExportSummary,
+    FileBytes,
+    LayerMap,
+    ModelReport,
+    Pair,
+    Parity,
+    Quality,
+    Report,
+    TaskScores,
+    WidthRange,
+)
+from thanos_deploy.report.runs import quoted
+from thanos_deploy.report.sources import Sources
+from thanos_deploy.shrink.result import CutBlock
 
 
-def build(bundles: Sequence[Sources], *, allow_different_models: bool = False) -> Json:
-    """What some bundles show; report.schema.json describes every entry.
+def build(bundles: Sequence[Sources], *, allow_different_models: bool = False) -> Report:
+    """What some bundles show.
 
     Args:
         bundles: one or more.
@@ -50,75 +60,66 @@ def build(bundles: Sequence[Sources], *, allow_different_models: bool = False) -
         _model(sources, label) for sources, label in zip(bundles, _labels(bundles), strict=True)
     ]
     plots = pareto.plots(models) if len(models) > 1 else []
-    return {
-        "format": FORMAT,
-        "made_with": __version__,
-        "title": words.title(models),
-        "headline": words.comparison(models, plots) if len(models) > 1 else models[0]["headline"],
-        "notices": [*_differences(models), *(text for m in models for text in words.notices(m))],
-        "models": models,
-        "pareto": plots,
-    }
+    return Report(
+        format=FORMAT,
+        made_with=__version__,
+        title=words.title(models),
+        headline=words.comparison(models, plots) if len(models) > 1 else models[0].headline,
+        notices=(*_differences(models), *(text for one in models for text in words.notices(one))),
+        models=tuple(models),
+        pareto=tuple(plots),
+    )
 
 
-def _model(sources: Sources, label: str) -> Json:
-    stages = sources.stages
-    prune = stages["prune"]
-    pattern = parse(prune.options["pattern"])
-    model = {
-        "label": label,
-        "source": sources.bundle.source,
-        "pattern": str(pattern),
-        "method": prune.options["method"],
-        "quality": _quality(stages.get("eval")),
-        "graph_quality": _quality(stages.get("eval-onnx")),
-        "tasks": [
-            *_tasks(stages.get("eval-tasks"), "torch"),
-            *_tasks(stages.get("eval-tasks-onnx"), "onnx"),
-        ],
-        "linear_layers": {
-            name: prune.result[name] for name in _LINEAR_LAYERS if name in prune.result
-        },
-        "layer_map": _layer_map(sources.blocks),
-        "widths": _widths(prune),
-        "loaders": _loaders(sources),
-        "bytes": _bytes(sources),
-        "parts": prune.result.get("parts"),
-        "export": _export(stages.get("onnx"), sources.weights),
-        "bench": [
-            {**_without_samples(run), **_doubt(sources, name)} for name, run in sources.runs.items()
-        ],
-        "kernels": list(sources.engines.values()),
-        "sample": sources.sample,
-        "stale": list(sources.stale),
-        "commands": commands.of(sources),
-        "seconds": {name: record.seconds for name, record in stages.items()},
-        "options": {name: record.options for name, record in stages.items() if record.options},
-        "environment": prune.environment,
-    }
+def _model(sources: Sources, label: str) -> ModelReport:
+    bundle, stages = sources.bundle, sources.stages
+    options, result = bundle.options(PRUNE), bundle.result(PRUNE)
+    model = ModelReport(
+        label=label,
+        source=bundle.source,
+        pattern=str(parse(options.pattern)),
+        method=options.method,
+        quality=_quality(sources, EVAL),
+        graph_quality=_quality(sources, EVAL_ONNX),
+        tasks=(
+            *_tasks(sources, EVAL_TASKS, "torch"),
+            *_tasks(sources, EVAL_TASKS_ONNX, "onnx"),
+        ),
+        linear_layers=result.linear_layers,
+        layer_map=_layer_map(sources.blocks),
+        widths=_widths(sources),
+        loaders=_loaders(sources),
+        bytes=_bytes(sources),
+        parts=result.parts,
+        export=_export(sources),
+        bench=tuple(
+            _doubted(sources, name, run).without_samples for name, run in sources.runs.items()
+        ),
+        kernels=tuple(sources.engines.values()),
+        sample=sources.sample,
+        stale=sources.stale,
+        commands=tuple(commands.of(sources)),
+        seconds={name: record.seconds for name, record in stages.items()},
+        options={name: record.options for name, record in stages.items() if record.options},
+        environment=stages[layout.PRUNE].environment,
+    )
     run = quoted(model)
-    return {
-        **model,
-        "quoted_run": None if run is None else run["run"],
-        "headline": words.headline(model, run),
-        "verdict": words.verdict(model, run),
-        "not_measured": words.not_measured(model),
-    }
+    return replace(
+        model,
+        quoted_run=None if run is None else run.run,
+        headline=words.headline(model, run),
+        verdict=tuple(words.verdict(model, run)),
+        not_measured=tuple(words.not_measured(model)),
+    )
 
 
 def _labels(bundles: Sequence[Sources]) -> list[str]:
     """A short name for each; as much of pattern, dtype, method and folder as tells them apart."""
-    parts = [
-        [
-            sources.stages["prune"].options["pattern"],
-            sources.stages["onnx"].options.get("dtype", "fp32")
-            if "onnx" in sources.stages
-            else "fp32",
-            sources.stages["prune"].options["method"],
-            sources.bundle.path.resolve().name,
-        ]
-        for sources in bundles
-    ]
+    parts = []
+    for sources in bundles:
+        options = sources.bundle.options(PRUNE)
+        folder = sources.bundle.path.resolve().name
+        parts.append([options.pattern, _dtype(sources) or "fp32", options.method, folder])
     for length in range(1, len(parts[0]) + 1):
         labels = [" ".join(part[:length]) for part in parts]
         if len(set(labels)) == len(labels):
@@ -129,39 +130,34 @@ def _labels(bundles: Sequence[Sources]) -> list[str]:
 def _require_one_model(bundles: Sequence[Sources]) -> None:
     first = bundles[0]
     for other in bundles[1:]:
-        for what, values in (
-            ("base models", [s.bundle.source["sha256"] for s in (first, other)]),
-            (
-                "tokenizers",
-                [
-                    getattr(s.stages["prune"].files.get(_TOKENIZER), "sha256", None)
-                    for s in (first, other)
-                ],
-            ),
+        for what, own, theirs in (
+            ("base models", first.bundle.source.sha256, other.bundle.source.sha256),
+            ("tokenizers", _tokenizer(first), _tokenizer(other)),
         ):
-            if values[0] != values[1]:
+            if own != theirs:
                 raise UsageError(
                     f"{first.bundle.path} and {other.bundle.path} have different {what}: "
-                    f"{first.bundle.source['name']} ({str(values[0])[:12]}) and "
-                    f"{other.bundle.source['name']} ({str(values[1])[:12]})",
+                    f"{first.bundle.source.name} ({str(own)[:12]}) and "
+                    f"{other.bundle.source.name} ({str(theirs)[:12]})",
                     fix="compare bundles of one model, or give --allow-different-models; "
                     "perplexities over different tokenizers cannot be compared",
                 )
 
 
-def _differences(models: Sequence[Json]) -> Iterator[str]:
+def _tokenizer(sources: Sources) -> str | None:
+    """The hash of the tokenizer, if there is one."""
+    found = sources.stages[layout.PRUNE].files.get(layout.TOKENIZER)
+    return None if found is None else found.sha256
+
+
+def _differences(models: Sequence[ModelReport]) -> Iterator[str]:
     """What keeps models from being compared figure by figure."""
-    if len({model["source"]["sha256"] for model in models}) > 1:
+    if len({model.source.sha256 for model in models}) > 1:
         yield "The base models differ, so differences are not those of the patterns alone."
-    texts = {
-        (quality["text"], quality["segments"], quality["length"], *quality["frame"])
-        for model in models
-        if (quality := model["quality"])
-    }
-    if len(texts) > 1:
+    if len({model.quality.measured_on for model in models if model.quality}) > 1:
         yield "The perplexities are of different texts or lengths and cannot be compared."
     machines = {
-        (run["environment"]["processor"], run["environment"]["cores"])
+        (run.environment.processor, run.environment.cores)
         for model in models
         if (run := quoted(model))
     }
@@ -169,54 +165,62 @@ def _differences(models: Sequence[Json]) -> Iterator[str]:
         yield "Latency was measured on different machines: compare ratios, not milliseconds."
 
 
-def _quality(evaluation: StageRecord | None) -> Json | None:
-    if evaluation is None:
+def _quality(sources: Sources, stage: TextStage) -> Quality | None:
+    if not sources.has(stage):
         return None
-    dense = evaluation.inputs["dense"]["value"]
-    pruned = evaluation.result["value"]
-    return {
-        "measure": "perplexity",
-        "text": evaluation.result["text"],
-        "segments": evaluation.result["segments"],
-        "length": evaluation.result["length"],
-        # Results from before segments had one are of segments without.
-        "frame": evaluation.result.get("frame", {"tokens": []})["tokens"],
-        "dense": dense,
-        "pruned": pruned,
-        "ratio": pruned / dense,
-    }
+    pruned, dense = sources.bundle.result(stage), sources.bundle.inputs(stage).dense
+    if dense is None:
+        return None
+    return Quality(
+        text=pruned.text,
+        segments=pruned.segments,
+        length=pruned.length,
+        frame=pruned.frame.tokens,
+        dense=dense.value,
+        pruned=pruned.value,
+        ratio=pruned.value / dense.value,
+    )
 
 
-def _tasks(evaluation: StageRecord | None, runtime: str) -> Iterator[Json]:
+def _tasks(sources: Sources, stage: TaskStage, runtime: str) -> Iterator[TaskScores]:
     """The scores of the dense and the pruned model in each task."""
-    if evaluation is None:
+    if not sources.has(stage):
         return
-    scores = evaluation.inputs["dense"]["scores"], evaluation.result["scores"]
-    for dense, pruned in zip(*scores, strict=True):
-        yield {
-            **{name: pruned[name] for name in ("task", "metric", "samples")},
-            "runtime": runtime,
-            "dense": dense["value"],
-            "pruned": pruned["value"],
-            "dense_stderr": dense["stderr"],
-            "pruned_stderr": pruned["stderr"],
-        }
+    found, reference = sources.bundle.result(stage), sources.bundle.inputs(stage).dense
+    for dense, pruned in zip(reference.scores if reference else (), found.scores, strict=True):
+        yield TaskScores(
+            task=pruned.task,
+            metric=pruned.metric,
+            samples=pruned.samples,
+            runtime=runtime,
+            dense=dense.value,
+            pruned=pruned.value,
+            dense_stderr=dense.stderr,
+            pruned_stderr=pruned.stderr,
+        )
 
 
-def _layer_map(blocks: Sequence[Json]) -> Json:
+def _layer_map(blocks: Sequence[PrunedBlock | CutBlock]) -> LayerMap:
     """Error and share of what is gone, block by block."""
-    if "layers" in blocks[0]:
-        columns = [_short(layer["name"]) for layer in blocks[0]["layers"]]
-        error = [[layer["relative_error"] for layer in block["layers"]] for block in blocks]
-        gone = [[layer["sparsity"] for layer in block["layers"]] for block in blocks]
-    else:
-        columns = ["heads", "channels"]
-        error = [[block["heads_error"], block["channels_error"]] for block in blocks]
-        gone = [
-            [1.0 - block["after"][part] / block["before"][part] for part in columns]
-            for block in blocks
+    rows = [_row(block) for block in blocks]
+    return LayerMap(
+        columns=tuple(name for name, _, _ in rows[0]),
+        error=tuple(tuple(error for _, error, _ in row) for row in rows),
+        gone=tuple(tuple(gone for _, _, gone in row) for row in rows),
+    )
+
+
+def _row(block: PrunedBlock | CutBlock) -> list[tuple[str, float, float]]:
+    """Name, error, and share of what is gone, of every layer or of heads and channels."""
+    if isinstance(block, PrunedBlock):
+        return [
+            (_short(layer.name), layer.relative_error, layer.sparsity) for layer in block.layers
         ]
-    return {"columns": columns, "error": error, "gone": gone}
+    before, after = block.before, block.after
+    return [
+        ("heads", block.heads_error, 1.0 - after.heads / before.heads),
+        ("channels", block.channels_error, 1.0 - after.channels / before.channels),
+    ]
 
 
 def _short(name: str) -> str:
@@ -226,112 +230,90 @@ def _short(name: str) -> str:
     return ".".join(parts[number + 1 :])
 
 
-def _widths(prune: StageRecord) -> Json | None:
+def _widths(sources: Sources) -> CutWidths | None:
     """What was cut out; None if all shapes are the dense model's."""
-    widths = prune.result.get("widths")
+    widths = sources.bundle.result(PRUNE).widths
     if widths is None:
         return None
-    cuts = {
-        part: {
-            who: sorted({block[who][part] for block in widths["blocks"]})
-            for who in ("before", "after")
-        }
-        for part in ("heads", "kv_heads", "channels")
-    }
-    figures = ("removed", "stock_config", "block_parameters_before", "block_parameters_after")
-    return {**{name: widths[name] for name in figures}, **cuts}
+    return CutWidths(
+        removed=widths.removed,
+        stock_config=widths.stock_config,
+        block_parameters_before=widths.block_parameters_before,
+        block_parameters_after=widths.block_parameters_after,
+        heads=_range(widths.blocks, "heads"),
+        kv_heads=_range(widths.blocks, "kv_heads"),
+        channels=_range(widths.blocks, "channels"),
+    )
 
 
-def _loaders(sources: Sources) -> list[Json]:
+def _range(blocks: Sequence[BlockPlan], part: str) -> WidthRange:
+    return WidthRange(
+        before=tuple(sorted({getattr(block.before, part) for block in blocks})),
+        after=tuple(sorted({getattr(block.after, part) for block in blocks})),
+    )
+
+
+def _loaders(sources: Sources) -> tuple[LoaderVerdict, ...]:
     """What other loaders make of the checkpoint; none if its configuration is not all of it."""
-    widths = sources.stages["prune"].result.get("widths")
-    if sources.config is None or (widths is not None and not widths["stock_config"]):
-        return []
-    return [asdict(verdict) for verdict in loaders.judge(sources.config)]
+    widths = sources.bundle.result(PRUNE).widths
+    if sources.config is None or (widths is not None and not widths.stock_config):
+        return ()
+    return tuple(loaders.judge(sources.config))
 
 
-def _bytes(sources: Sources) -> Json:
+def _bytes(sources: Sources) -> FileBytes:
     """Sizes of the files of the dense and the pruned model; None where it was not seen."""
-    prune = sources.stages["prune"]
-    sizes = {
-        "model": {
-            "dense": prune.result["dense_bytes"],
-            "pruned": _size(prune, ".safetensors"),
-        }
-    }
+    stages, dense = sources.stages, sources.bundle.result(PRUNE).dense_bytes
     graphs = [
-        run["subjects"][DENSE]["file_bytes"]
-        for run in sources.runs.values()
-        if DENSE in run["subjects"]
+        run.subjects[DENSE].file_bytes for run in sources.runs.values() if DENSE in run.subjects
     ]
-    dense = {
-        "checkpoint": prune.result["dense_bytes"],
-        "graph": graphs[-1] if graphs else None,
-    }
+    beside = {"checkpoint": dense, "graph": graphs[-1] if graphs else None}
     exported = [
-        (target.name, target.size, sources.stages[target.name])
+        (target.name, target.size, stages[target.name])
         for target in targets.every()
-        if target.size is not None and target.name in sources.stages
+        if target.size is not None and target.name in stages
     ]
-    for name, size, record in sorted(exported, key=lambda found: found[1].beside):
-        sizes[name] = {"dense": dense[size.beside], "pruned": _size(record, *size.endings)}
-    return sizes
+    return FileBytes(
+        model=Pair(dense, _size(stages[layout.PRUNE], ".safetensors")),
+        targets={
+            name: Pair(beside[size.beside], _size(record, *size.endings))
+            for name, size, record in sorted(exported, key=lambda found: found[1].beside)
+        },
+    )
 
 
 def _size(record: StageRecord, *endings: str) -> int:
     return sum(file.bytes for name, file in record.files.items() if name.endswith(endings))
 
 
-def _export(onnx: StageRecord | None, weights: Sequence[Json]) -> Json | None:
-    if onnx is None:
+def _dtype(sources: Sources) -> str | None:
+    """Of the exported graph, if there is one."""
+    return exported_with(sources.bundle).dtype if layout.ONNX in sources.stages else None
+
+
+def _export(sources: Sources) -> ExportSummary | None:
+    dtype = _dtype(sources)
+    if dtype is None:
         return None
-    cases = onnx.result["parity"]
-    judged = [weight["pattern_holds"] for weight in weights if weight["pattern_holds"] is not None]
-    return {
-        "dtype": onnx.options.get("dtype", "fp32"),
-        "rounding": onnx.result.get("rounding", {}),
-        "weights": len(weights),
-        "weights_on_pattern": sum(judged) if judged else None,
-        "parity": {
-            "limit": onnx.result["parity_limit"],
-            "cases": len(cases),
-            "worst": max(max(case["logits_error"], case["cache_error"]) for case in cases),
-        },
-    }
+    graph = result_of(sources.bundle, layout.ONNX, GraphResult)
+    weights = sources.weights
+    judged = [weight.pattern_holds for weight in weights if weight.pattern_holds is not None]
+    return ExportSummary(
+        dtype=dtype,
+        rounding=graph.rounding,
+        weights=len(weights),
+        weights_on_pattern=sum(judged) if judged else None,
+        parity=Parity(
+            limit=graph.parity_limit,
+            cases=len(graph.parity),
+            worst=max(max(case.logits_error, case.cache_error) for case in graph.parity),
+        ),
+    )
 
 
-def _without_samples(run: Json) -> Json:
-    """A run as in its file, but for the raw samples."""
-    return {
-        **run,
-        "scenarios": [
-            {
-                **scenario,
-                "results": {
-                    subject: {
-                        **result,
-                        "metrics": {
-                            name: {key: value for key, value in metric.items() if key != "samples"}
-                            for name, metric in result["metrics"].items()
-                        },
-                    }
-                    for subject, result in scenario["results"].items()
-                },
-            }
-            for scenario in run["scenarios"]
-        ],
-    }
-
-
-def _doubt(sources: Sources, name: str) -> Json:
-    """What is to be said of a finished run that the manifest does not have."""
-    run = sources.runs[name]
-    if name not in sources.unrecorded or run["status"] == "INTERRUPTED":
-        return {}
-    return {
-        "status": "INVALID",
-        "reasons": [
-            *run["reasons"],
-            f"{name} is not in the manifest, so it may be of another model",
-        ],
-    }
+def _doubted(sources: Sources, name: str, run: Run) -> Run:
+    """A run; one that is finished and that the manifest does not have does not count."""
+    if name not in sources.unrecorded or run.status == "INTERRUPTED":
+        return run
+    doubt = f"{name} is not in the manifest, so it may be of another model"
+    return replace(run, status="INVALID", reasons=(*run.reasons, doubt))

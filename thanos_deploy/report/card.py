@@ -1,26 +1,31 @@
 """The model card: what the pruned model is, how good, how large, and how to load it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.codec import decode
 from thanos_deploy.gpu.nvml import NOT_MEASURED
+from thanos_deploy.measure.run import DENSE, PRUNED
+from thanos_deploy.prune.result import PruneOptions
 from thanos_deploy.report.figures import figures, shown, shown_ratio
-from thanos_deploy.report.runs import DENSE, PRUNED, processor, quoted, quoted_on_gpu
+from thanos_deploy.report.loaders import LoaderVerdict
+from thanos_deploy.report.model import ModelReport, Report, TaskScores
+from thanos_deploy.report.runs import quoted, quoted_on_gpu
 
 
-def write(report: Json) -> str:
+def write(report: Report) -> str:
     """README.md of a bundle, from its report."""
-    (model,) = report["models"]
+    (model,) = report.models
     table = "\n".join(
         f"| {figure.title} | {shown(figure.dense, figure.unit)} | "
         f"{shown(figure.pruned, figure.unit)} | {shown_ratio(figure)} |"
         for figure in figures(model)
     )
-    verdict = "\n".join(f"- {sentence}" for sentence in (*report["notices"], *model["verdict"]))
-    source, layers = model["source"], model["linear_layers"]
-    return f"""# {source["name"]}, pruned to {model["pattern"]} with {model["method"]}
+    verdict = "\n".join(f"- {sentence}" for sentence in (*report.notices, *model.verdict))
+    source, layers = model.source, model.linear_layers
+    return f"""# {source.name}, pruned to {model.pattern} with {model.method}
 
-Made by thanos-deploy {report["made_with"]} from {source["name"]} (SHA-256 `{source["sha256"]}`
+Made by thanos-deploy {report.made_with} from {source.name} (SHA-256 `{source.sha256}`
 over its weights, configuration and tokenizer). The base model's licence and its limits apply.
 
 | | dense | pruned | pruned / dense |
@@ -33,9 +38,9 @@ over its weights, configuration and tokenizer). The base model's licence and its
 
 ## What was pruned
 
-{_what(model)} On the calibration text a layer misses {layers["median_relative_error"]:.2%} of the
-energy of the output that it aims at in the median and {layers["worst_relative_error"]:.2%} at worst
-({layers["worst_layer"]}).
+{_what(model)} On the calibration text a layer misses {layers.median_relative_error:.2%} of the
+energy of the output that it aims at in the median and {layers.worst_relative_error:.2%} at worst
+({layers.worst_layer}).
 
 ## How to load it
 
@@ -47,14 +52,14 @@ Pruned in one shot, without any training afterwards; judge it on your own task b
 {_sample(model)}"""
 
 
-def _how(model: Json) -> Iterator[str]:
+def _how(model: ModelReport) -> Iterator[str]:
     """How the figures came about."""
-    if quality := model["quality"]:
+    if quality := model.quality:
         yield (
-            f"Perplexity: {quality['segments']} segments of {quality['length']} tokens of "
-            f"{quality['text']}, with {' '.join(quality['frame']) or 'nothing'} before each."
+            f"Perplexity: {quality.segments} segments of {quality.length} tokens of "
+            f"{quality.text}, with {' '.join(quality.frame) or 'nothing'} before each."
         )
-    if tasks := model["tasks"]:
+    if tasks := model.tasks:
         yield (
             f"Tasks: lm-evaluation-harness, zero-shot, with {', '.join(_examples(tasks))} examples."
         )
@@ -62,37 +67,37 @@ def _how(model: Json) -> Iterator[str]:
     if run is None:
         yield "Latency and memory: not measured."
         return
-    environment = run["environment"]
+    environment = run.environment
     yield (
-        f"Latency (median, and ratio with its interval) and memory: {run['backend']}, "
-        f"{run['provider']}, {processor(run)}, {environment['cores']} CPU cores."
+        f"Latency (median, and ratio with its interval) and memory: {run.backend}, "
+        f"{run.provider}, {run.processor}, {environment.cores} CPU cores."
     )
     if quoted_on_gpu(model) is None:
         yield f"This model on a GPU: {NOT_MEASURED}."
 
 
-def _examples(tasks: list[Json]) -> list[str]:
+def _examples(tasks: Sequence[TaskScores]) -> list[str]:
     """How many examples of each task, every task once."""
-    return list({score["task"]: f"{score['samples']} {score['task']}" for score in tasks}.values())
+    return list({score.task: f"{score.samples} {score.task}" for score in tasks}.values())
 
 
-def _graph(model: Json) -> str:
-    if model["export"] is None:
+def _graph(model: ModelReport) -> str:
+    if model.export is None:
         return ""
-    parity = model["export"]["parity"]
+    parity = model.export.parity
     return f"""
 `onnx/model.onnx` is one graph for prefill and decode with the kv cache as inputs and outputs;
-its results differ from PyTorch's by at most {parity["worst"]:.1e} of their range
-({parity["cases"]} cases, limit {parity["limit"]:g}).
+its results differ from PyTorch's by at most {parity.worst:.1e} of their range
+({parity.cases} cases, limit {parity.limit:g}).
 """
 
 
-def _sample(model: Json) -> str:
-    sample = model["sample"] or {}
-    texts = {who: "> " + text.strip().replace("\n", "\n> ") for who, text in sample.items()}
-    if PRUNED not in texts:
+def _sample(model: ModelReport) -> str:
+    sample = model.sample
+    if sample is None or PRUNED not in sample.texts:
         return ""
-    said = f"""From the prompt "{sample["prompt"]}" it continues (greedily, the exported model):
+    texts = {who: "> " + text.strip().replace("\n", "\n> ") for who, text in sample.texts.items()}
+    said = f"""From the prompt "{sample.prompt}" it continues (greedily, the exported model):
 
 {texts[PRUNED]}
 """
@@ -105,8 +110,8 @@ where the dense model continues:
     return said
 
 
-def _what(model: Json) -> str:
-    segments = model["options"]["prune"].get("recover")
+def _what(model: ModelReport) -> str:
+    segments = decode(PruneOptions, model.options[layout.PRUNE]).recover
     trained = (
         f"""
 
@@ -118,29 +123,29 @@ dense model as the teacher; zeros stayed zero. The errors in `layers.json` are t
     return _pruned(model) + trained
 
 
-def _pruned(model: Json) -> str:
-    layers, widths = model["linear_layers"], model["widths"]
+def _pruned(model: ModelReport) -> str:
+    layers, widths = model.linear_layers, model.widths
     if widths is None:
         holds = (
-            f"holds in every layer{' that was pruned' if layers.get('layers_left_dense') else ''}"
-            if layers["pattern_holds"]
-            else f"does not hold in {len(layers['layers_off_pattern'])} layers"
+            f"holds in every layer{' that was pruned' if layers.layers_left_dense else ''}"
+            if layers.pattern_holds
+            else f"does not hold in {len(layers.layers_off_pattern or ())} layers"
         )
-        dense = layers.get("layers_left_dense", [])
+        dense = layers.layers_left_dense or ()
         left = f" Left dense, bit by bit as they were: {', '.join(dense)}." if dense else ""
-        return f"""{layers["layers"]} linear layers with {layers["weights"]:,} weights, {layers["sparsity"]:.2%} of them zero. The
+        return f"""{layers.layers} linear layers with {layers.weights:,} weights, {layers.sparsity:.2%} of them zero. The
 pattern {holds}, read back from the files. `layers.json` has every
 layer.{left} Embeddings, norms, biases and the output head are unchanged."""
     rows = "\n".join(
-        f"| {title} | {_range(widths[part]['before'])} | {_range(widths[part]['after'])} |"
+        f"| {title} | {_range(part.before)} | {_range(part.after)} |"
         for part, title in (
-            ("heads", "attention heads"),
-            ("kv_heads", "key-value heads"),
-            ("channels", "feed-forward channels"),
+            (widths.heads, "attention heads"),
+            (widths.kv_heads, "key-value heads"),
+            (widths.channels, "feed-forward channels"),
         )
     )
-    return f"""{widths["removed"]:.2%} of the blocks' parameters are gone ({widths["block_parameters_before"]:,} before,
-{widths["block_parameters_after"]:,} after); the layers that read what is left were refitted by least squares.
+    return f"""{widths.removed:.2%} of the blocks' parameters are gone ({widths.block_parameters_before:,} before,
+{widths.block_parameters_after:,} after); the layers that read what is left were refitted by least squares.
 
 | in each block | dense | pruned |
 |---|---|---|
@@ -149,13 +154,13 @@ layer.{left} Embeddings, norms, biases and the output head are unchanged."""
 `layers.json` says which heads and channels stayed. Embeddings, norms and the output head are unchanged."""
 
 
-def _range(numbers: list[int]) -> str:
+def _range(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _loading(model: Json) -> str:
-    widths = model["widths"]
-    if widths is not None and not widths["stock_config"]:
+def _loading(model: ModelReport) -> str:
+    widths = model.widths
+    if widths is not None and not widths.stock_config:
         return """No stock `config.json` can describe these widths, so `AutoModelForCausalLM` refuses the folder:
 `config.json` is the dense model's and `model/widths.json` declares the widths. Use the ONNX graph, or
 
@@ -179,14 +184,14 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 it and no flag is needed.{_others(model)}"""
 
 
-def _others(model: Json) -> str:
+def _others(model: ModelReport) -> str:
     """What other loaders make of the checkpoint."""
-    if not model["loaders"]:
+    if not model.loaders:
         return ""
     rows = "\n".join(
-        f"| {entry['loader']}: `{entry['command']}` | {_compatible(entry)} | "
-        f"{'; '.join(entry['reasons']) or entry['notes']} |"
-        for entry in model["loaders"]
+        f"| {entry.loader}: `{entry.command}` | {_compatible(entry)} | "
+        f"{'; '.join(entry.reasons) or entry.notes} |"
+        for entry in model.loaders
     )
     return f"""
 
@@ -197,8 +202,8 @@ Other loaders, judged by `config.json` and the constraints in their source; none
 {rows}"""
 
 
-def _compatible(entry: Json) -> str:
-    match entry["compatible"]:
+def _compatible(entry: LoaderVerdict) -> str:
+    match entry.compatible:
         case None:
             return "not judged"
         case True:

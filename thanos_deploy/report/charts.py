@@ -20,9 +20,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.measure.run import DENSE, PRUNED, Run
+from thanos_deploy.prune.result import PartBytes
 from thanos_deploy.report.figures import metric_title
-from thanos_deploy.report.runs import DENSE, PRUNED, measured
+from thanos_deploy.report.model import LayerMap, Plot
 
 # It speaks of its caches, which are nothing to a reader of reports.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -69,19 +70,19 @@ _OTHERS: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 1)), (0, (5, 1, 1, 1
 
 
 @mpl.rc_context(_STYLE)
-def ratios(run: Json) -> Markup:
+def ratios(run: Run) -> Markup:
     """The ratio to the dense model with its interval, scenario by scenario."""
     rows = [
         (metric_title(scenario, metric), ratio)
-        for scenario, metric, ratio in measured(run)
+        for scenario, metric, ratio in run.ratios
         if metric != "tokens_per_second"  # the only one where more is better
     ]
     figure, axes = _figure(0.28 * len(rows) + 0.7)
     for height, (_, ratio) in enumerate(reversed(rows)):
-        differs = ratio["high"] < 1.0 or ratio["low"] > 1.0
-        axes.plot([ratio["low"], ratio["high"]], [height] * 2, color=_ACCENT, linewidth=1.6)
+        differs = ratio.high < 1.0 or ratio.low > 1.0
+        axes.plot([ratio.low, ratio.high], [height] * 2, color=_ACCENT, linewidth=1.6)
         axes.plot(
-            ratio["estimate"],
+            ratio.estimate,
             height,
             marker="o",
             markersize=5,
@@ -99,25 +100,25 @@ def ratios(run: Json) -> Markup:
 
 
 @mpl.rc_context(_STYLE)
-def distributions(run: Json) -> Markup:
+def distributions(run: Run) -> Markup:
     """Share of the raw samples that took at most so long, of the baseline and the pruned model."""
     panels = [
         (scenario, metric)
-        for scenario in run["scenarios"]
-        for metric in next(iter(scenario["results"].values()))["metrics"]
+        for scenario in run.scenarios
+        for metric in next(iter(scenario.results.values())).metrics
         if metric != "tokens_per_second"  # says what the whole answer's time says
     ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(_WIDTH, 1.75 * rows + 0.35), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    pair = [name for name in run["subjects"] if name in (run["baseline"], PRUNED)]
-    subjects = pair if len(pair) > 1 else list(run["subjects"])
+    pair = [name for name in run.subjects if name in (run.baseline, PRUNED)]
+    subjects = pair if len(pair) > 1 else list(run.subjects)
     others = iter(_OTHERS * len(subjects))
     lines = {name: _LINES.get(name) or (_INK, next(others)) for name in subjects}
     for axes, (scenario, metric) in zip(grid, panels, strict=False):
         for name, (colour, style) in lines.items():
-            samples = sorted(scenario["results"][name]["metrics"][metric]["samples"])
+            samples = sorted(scenario.results[name].metrics[metric].samples)
             axes.step(
                 [1e3 * seconds for seconds in (samples[0], *samples)],
                 [index / len(samples) for index in range(len(samples) + 1)],
@@ -137,15 +138,15 @@ def distributions(run: Json) -> Markup:
 
 
 @mpl.rc_context(_STYLE)
-def layer_maps(layers: Json) -> Markup:
+def layer_maps(layers: LayerMap) -> Markup:
     """Error and share of what is gone as two maps, blocks down and layers across."""
-    columns, rows = layers["columns"], len(layers["error"])
+    columns, rows = layers.columns, len(layers.error)
     figure = Figure(figsize=(_WIDTH, 0.125 * rows + 1.7), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    worst = max(max(row) for row in layers["error"])
+    worst = max(max(row) for row in layers.error)
     for axes, values, most, title in (
-        (left, layers["error"], worst, f"Relative error of the output (strongest: {worst:.2%})"),
-        (right, layers["gone"], 1.0, "Share that is gone (strongest: 100 %)"),
+        (left, layers.error, worst, f"Relative error of the output (strongest: {worst:.2%})"),
+        (right, layers.gone, 1.0, "Share that is gone (strongest: 100 %)"),
     ):
         for row, cells in enumerate(values):
             for column, value in enumerate(cells):
@@ -170,17 +171,18 @@ def layer_maps(layers: Json) -> Markup:
 
 
 @mpl.rc_context(_STYLE)
-def sizes(parts: Json) -> Markup:
+def sizes(parts: PartBytes) -> Markup:
     """Bytes of the checkpoint by part, dense and pruned."""
     figure, axes = _figure(1.45)
-    names = [name for name in parts[DENSE] if any(parts[who][name] for who in (DENSE, PRUNED))]
+    both = {PRUNED: parts.pruned, DENSE: parts.dense}
+    names = [name for name in parts.dense if any(sizes[name] for sizes in both.values())]
     for place, name in enumerate(names):
         shade = to_rgba(_ACCENT, 1.0 - 0.85 * place / max(1, len(names) - 1))
-        for height, who in enumerate((PRUNED, DENSE)):
-            before = sum(parts[who][other] for other in names[:place])
+        for height, (who, sizes) in enumerate(both.items()):
+            before = sum(sizes[other] for other in names[:place])
             axes.barh(
                 height,
-                parts[who][name] / 1e6,
+                sizes[name] / 1e6,
                 left=before / 1e6,
                 height=0.6,
                 color=shade,
@@ -196,34 +198,34 @@ def sizes(parts: Json) -> Markup:
 
 
 @mpl.rc_context(_STYLE)
-def pareto(plots: Sequence[Json]) -> Markup:
+def pareto(plots: Sequence[Plot]) -> Markup:
     """Perplexity against each cost; filled points are on the front, hollow ones are dominated."""
     rows = -(-len(plots) // 2)
     figure = Figure(figsize=(_WIDTH, 3.0 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, plot in zip(grid, plots, strict=False):
-        scale = 1e-6 if plot["unit"] == "B" else 1.0
-        costs = [point["cost"] for point in plot["points"]]
-        for point in plot["points"]:
-            beaten = bool(point["dominated_by"])
-            right = point["cost"] > (min(costs) + max(costs)) / 2
-            colour = _MUTED if beaten or point["label"] == DENSE else _ACCENT
+        scale = 1e-6 if plot.unit == "B" else 1.0
+        costs = [point.cost for point in plot.points]
+        for point in plot.points:
+            beaten = bool(point.dominated_by)
+            right = point.cost > (min(costs) + max(costs)) / 2
+            colour = _MUTED if beaten or point.label == DENSE else _ACCENT
             axes.errorbar(
-                point["cost"] * scale,
-                point["perplexity"],
+                point.cost * scale,
+                point.perplexity,
                 xerr=[
-                    [scale * (point["cost"] - point["low"])],
-                    [scale * (point["high"] - point["cost"])],
+                    [scale * (point.cost - point.low)],
+                    [scale * (point.high - point.cost)],
                 ],
-                fmt="o" if point["valid"] else "x",
+                fmt="o" if point.valid else "x",
                 markersize=5,
                 color=colour,
                 markerfacecolor="none" if beaten else colour,
                 elinewidth=1.0,
             )
             name = axes.annotate(
-                _brief(point["label"]),
-                (point["cost"] * scale, point["perplexity"]),
+                _brief(point.label),
+                (point.cost * scale, point.perplexity),
                 xytext=(-5 if right else 5, -11 if beaten else 5),
                 horizontalalignment="right" if right else "left",
                 textcoords="offset points",
@@ -232,13 +234,13 @@ def pareto(plots: Sequence[Json]) -> Markup:
             )
             name.set_in_layout(False)
         front = sorted(
-            (point["cost"] * scale, point["perplexity"])
-            for point in plot["points"]
-            if not point["dominated_by"]
+            (point.cost * scale, point.perplexity)
+            for point in plot.points
+            if not point.dominated_by
         )
         axes.plot(*zip(*front, strict=True), color=_LINE, linewidth=1.0, zorder=0)
         axes.margins(0.12)
-        axes.set_title(f"{plot['cost']}, {'MB' if plot['unit'] == 'B' else plot['unit']}")
+        axes.set_title(f"{plot.cost}, {'MB' if plot.unit == 'B' else plot.unit}")
     for axes in grid[len(plots) :]:
         axes.set_axis_off()
     for axes in grid[::2]:

@@ -2,18 +2,21 @@
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from exporters import targets
 from exporters.options import flags
 from exporters.target import Target
 from thanos_deploy import methods
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import StageRecord
-from thanos_deploy.bundle.pruning import Pruning
+from thanos_deploy.measure.options import BenchRequest
+from thanos_deploy.measure.run import BENCH, DENSE, PRUNED
 from thanos_deploy.option import options_of
-from thanos_deploy.pattern import Structured
-from thanos_deploy.report.runs import DENSE, PRUNED
+from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.prune.result import PRUNE, PruneOptions
 from thanos_deploy.report.sources import Sources
 from thanos_deploy.shrink.options import Fit, Sizing
 
@@ -52,17 +55,18 @@ def of(sources: Sources) -> list[str]:
     made = []
     for stage, record in sources.stages.items():
         match stage:
-            case "prune":
-                revision = ["--revision", source["revision"]] if source["revision"] else []
-                words = ["prune", source["name"], "-o", "OUT", *revision, *_pruning(record)]
+            case layout.PRUNE:
+                revision = ["--revision", source.revision] if source.revision else []
+                words = ["prune", source.name, "-o", "OUT", *revision]
+                words += _pruning(sources.bundle.options(PRUNE))
             case "eval" | "eval-onnx" | "eval-tasks" | "eval-tasks-onnx":
                 runtime = ["--runtime", "onnx"] if stage.endswith("-onnx") else []
-                flags = _flags(record.options, _EVAL)
-                words = ["eval", "OUT", "--dense", source["name"], *runtime, *flags]
-            case "bench":
+                asked = _flags(record.options, _EVAL)
+                words = ["eval", "OUT", "--dense", source.name, *runtime, *asked]
+            case layout.BENCH:
                 made += [
-                    shlex.join([_TOOL, "bench", "OUT", *_bench(source["name"], options)])
-                    for options in record.options.values()
+                    shlex.join([_TOOL, "bench", "OUT", *_bench(source.name, options)])
+                    for options in sources.bundle.options(BENCH).values()
                 ]
                 continue
             case _:
@@ -86,11 +90,10 @@ def _export(target: Target[Any], record: StageRecord) -> Iterator[str]:
         yield ",".join(str(one).removeprefix(flag.prefix or "") for one in values)
 
 
-def _pruning(record: StageRecord) -> Iterator[str]:
-    options, pruning = dict(record.options), Pruning.from_manifest(record.options)
-    if isinstance(pruning.pattern, Structured) and not pruning.cut:
+def _pruning(pruned: PruneOptions) -> Iterator[str]:
+    if isinstance(parse(pruned.pattern), Structured) and not pruned.cut:
         yield "--keep-shape"
-    options.pop("cut", None)
+    options = encode(replace(pruned, cut=False))  # which is no option
     match options.pop("true_sequential", None):
         case True:
             yield "--true-sequential"
@@ -99,13 +102,13 @@ def _pruning(record: StageRecord) -> Iterator[str]:
     for option in ("include", "ignore"):
         for layers in options.pop(option, ()):
             yield from (f"--{option}", layers)
-    declared = (Sizing, Fit, methods.load(pruning.method).options)
+    declared = (Sizing, Fit, methods.load(pruned.method).options)
     flags = {one.name: one.declared.flag for kind in declared for one in options_of(kind)}
     yield from _flags(options, flags)
 
 
-def _bench(model: str, options: Json) -> Iterator[str]:
-    others = [label for label in options["subjects"] if label != PRUNED]
+def _bench(model: str, request: BenchRequest) -> Iterator[str]:
+    others = [label for label in request.subjects if label != PRUNED]
     if others == [f"{PRUNED}-again"]:
         yield "--aa"
     else:
@@ -113,9 +116,11 @@ def _bench(model: str, options: Json) -> Iterator[str]:
             yield from ("--against", label)
     if DENSE in others:
         yield from ("--dense", model)
-    for kind in options["kinds"]:
+    for kind in request.kinds:
         yield from ("--scenario", kind)
-    yield from _flags({name: options[name] for name in _BENCH if name in options}, _BENCH)
+    yield from _flags(
+        {name: value for name, value in encode(request).items() if name in _BENCH}, _BENCH
+    )
 
 
 def _flags(options: Json, names: dict[str, str]) -> Iterator[str]:

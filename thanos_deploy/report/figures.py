@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from exporters import targets
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.report.runs import DENSE, PRUNED, measured, quoted
+from thanos_deploy.measure.run import DENSE, PRUNED, ScenarioTimes
+from thanos_deploy.report.model import ModelReport
+from thanos_deploy.report.runs import quoted
 
 # Unit in the report -> factor, unit for people, digits.
 _SCALES = {
@@ -30,6 +31,8 @@ _MEMORY = {
     "peak_bytes": "peak memory",
     "gpu_peak_bytes": "GPU memory",
 }
+
+CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,50 +64,50 @@ class Figure:
         return f"{self.name}, {unit}" if unit and self.unit != "1/s" else self.name
 
 
-def figures(model: Json) -> Iterator[Figure]:
+def figures(model: ModelReport) -> Iterator[Figure]:
     """Quality, sizes, times and memory of a model of a report, in this order."""
-    if quality := model["quality"]:
-        yield _figure("perplexity", "", quality["dense"], quality["pruned"])
-    if graph := model["graph_quality"]:
-        yield _figure("perplexity of the ONNX graph", "", graph["dense"], graph["pruned"])
-    for score in model["tasks"]:
-        where = ", ONNX graph" if score["runtime"] == "onnx" else ""
-        name = f"{score['task']}, {score['metric']}{where}"
-        yield _figure(name, "score", score["dense"], score["pruned"])
-    titles = file_titles()
-    for name, size in model["bytes"].items():
-        yield _figure(titles.get(name, name), "B", size["dense"], size["pruned"])
+    if quality := model.quality:
+        yield _figure("perplexity", "", quality.dense, quality.pruned)
+    if graph := model.graph_quality:
+        yield _figure("perplexity of the ONNX graph", "", graph.dense, graph.pruned)
+    for score in model.tasks:
+        where = ", ONNX graph" if score.runtime == "onnx" else ""
+        yield _figure(f"{score.task}, {score.metric}{where}", "score", score.dense, score.pruned)
+    yield _figure(CHECKPOINT, "B", model.bytes.model.dense, model.bytes.model.pruned)
+    titles = target_titles()
+    for name, size in model.bytes.targets.items():
+        yield _figure(titles.get(name, name), "B", size.dense, size.pruned)
     run = quoted(model)
-    for scenario, metric, ratio in measured(run):
-        dense, pruned = (scenario["results"][who]["metrics"][metric] for who in (DENSE, PRUNED))
+    if run is None:
+        return
+    for scenario, metric, ratio in run.ratios:
+        dense, pruned = (scenario.results[who].metrics[metric] for who in (DENSE, PRUNED))
         yield Figure(
             metric_title(scenario, metric),
-            pruned["unit"],
-            dense["median"],
-            pruned["median"],
-            ratio["estimate"],
-            ratio["low"],
-            ratio["high"],
-            run["status"] if run else "VALID",
+            pruned.unit,
+            dense.median,
+            pruned.median,
+            ratio.estimate,
+            ratio.low,
+            ratio.high,
+            run.status,
         )
-    subjects = run["subjects"] if run else {}
-    for name, title in _MEMORY.items() if subjects else ():
-        dense, pruned = (subjects[who].get(name) for who in (DENSE, PRUNED))
-        if pruned is not None:
-            yield _figure(title, "B", dense, pruned)
+    for name, title in _MEMORY.items():
+        before, after = (getattr(run.subjects[who], name) for who in (DENSE, PRUNED))
+        if after is not None:
+            yield _figure(title, "B", before, after)
 
 
-def file_titles() -> dict[str, str]:
-    """By the name in the report, what the files of a checkpoint or of a target are called."""
-    sizes = {target.name: target.size for target in targets.every()}
-    return {"model": "checkpoint"} | {name: size.title for name, size in sizes.items() if size}
+def target_titles() -> dict[str, str]:
+    """What the files of each target are called, of those whose bytes are compared."""
+    return {target.name: target.size.title for target in targets.every() if target.size}
 
 
-def metric_title(scenario: Json, metric: str) -> str:
+def metric_title(scenario: ScenarioTimes, metric: str) -> str:
     """A scenario and what was timed in it."""
-    if metric == scenario["kind"]:
-        return str(scenario["name"])
-    return f"{scenario['name']}, {_METRICS.get(metric, metric.replace('_', ' '))}"
+    if metric == scenario.kind:
+        return scenario.name
+    return f"{scenario.name}, {_METRICS.get(metric, metric.replace('_', ' '))}"
 
 
 def shown(value: float | None, unit: str) -> str:

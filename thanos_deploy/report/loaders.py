@@ -92,7 +92,7 @@ class Loader:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class LoaderVerdict:
     """What is known of a model and a loader.
 
     Attributes:
@@ -110,7 +110,7 @@ class Verdict:
     notes: str
 
 
-def judge(config: Json) -> Iterator[Verdict]:
+def judge(config: Json) -> Iterator[LoaderVerdict]:
     """What each loader would find in a config.json.
 
     Raises:
@@ -127,7 +127,7 @@ def judge(config: Json) -> Iterator[Verdict]:
             for constraint in demands
             if not constraint.holds(dimensions)
         )
-        yield Verdict(
+        yield LoaderVerdict(
             f"{loader.name} {loader.version}".rstrip(),
             loader.command,
             not broken if read else None,

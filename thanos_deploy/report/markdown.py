@@ -3,50 +3,52 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.engine_record import BuildRecord
+from thanos_deploy.measure.run import Run
 from thanos_deploy.report import words
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
-from thanos_deploy.report.runs import DENSE, quoted
+from thanos_deploy.report.model import ModelReport, Report
+from thanos_deploy.report.runs import quoted
 
 
-def render(report: Json) -> str:
+def render(report: Report) -> str:
     """Markdown of a report."""
-    models = report["models"]
+    models = report.models
     blocks = [
-        f"# {_text(report['title'])}",
-        _text(report["headline"]),
-        *(f"> **{_text(notice)}**" for notice in report["notices"]),
+        f"# {_text(report.title)}",
+        _text(report.headline),
+        *(f"> **{_text(notice)}**" for notice in report.notices),
     ]
     if len(models) > 1:
         blocks += ["## Side by side", *_comparison(report)]
     for model in models:
         if len(models) > 1:
-            blocks.append(f"## {_text(model['label'])}")
+            blocks.append(f"## {_text(model.label)}")
         blocks += _model(model)
-    blocks.append(f"Made by thanos-deploy {report['made_with']}.")
+    blocks.append(f"Made by thanos-deploy {report.made_with}.")
     return "\n\n".join(blocks) + "\n"
 
 
-def _comparison(report: Json) -> Iterator[str]:
-    for plot in report["pareto"]:
-        yield f"Perplexity against {plot['cost']}"
+def _comparison(report: Report) -> Iterator[str]:
+    for plot in report.pareto:
+        yield f"Perplexity against {plot.cost}"
         yield _table(
-            ("model", "perplexity", plot["unit"] if plot["unit"] != "B" else "MB", "dominated by"),
+            ("model", "perplexity", plot.unit if plot.unit != "B" else "MB", "dominated by"),
             (
                 (
-                    point["label"],
-                    f"{point['perplexity']:.2f}",
-                    shown(point["cost"], "B")
-                    if plot["unit"] == "B"
-                    else f"{point['cost']:.3f}" + ("" if point["valid"] else " (not VALID)"),
-                    ", ".join(point["dominated_by"]) or "none",
+                    point.label,
+                    f"{point.perplexity:.2f}",
+                    shown(point.cost, "B")
+                    if plot.unit == "B"
+                    else f"{point.cost:.3f}" + ("" if point.valid else " (not VALID)"),
+                    ", ".join(point.dominated_by) or "none",
                 )
-                for point in plot["points"]
+                for point in plot.points
             ),
         )
 
 
-def _model(model: Json) -> Iterator[str]:
+def _model(model: ModelReport) -> Iterator[str]:
     yield _table(
         ("", "dense", "pruned", "pruned / dense"),
         (
@@ -59,73 +61,71 @@ def _model(model: Json) -> Iterator[str]:
             for figure in figures(model)
         ),
     )
-    yield "\n".join(f"- {_text(sentence)}" for sentence in model["verdict"])
-    for run in model["bench"]:
-        yield f"### Run {_text(run['run'])}: {run['status']}"
+    yield "\n".join(f"- {_text(sentence)}" for sentence in model.verdict)
+    for run in model.bench:
+        yield f"### Run {_text(run.run)}: {run.status}"
         yield _scenarios(run)
     yield "### Sparse kernels"
-    if (export := model["export"]) and export["weights_on_pattern"] is not None:
+    if (export := model.export) and export.weights_on_pattern is not None:
         yield (
-            f"In the exported graph, read back from the file, {model['pattern']} holds in "
-            f"{export['weights_on_pattern']} of {export['weights']} weights."
+            f"In the exported graph, read back from the file, {model.pattern} holds in "
+            f"{export.weights_on_pattern} of {export.weights} weights."
         )
-    yield "\n".join(map(_kernels, model["kernels"])) or (
+    yield "\n".join(map(_kernels, model.kernels)) or (
         f"No engine was built. {_text(words.on_gpu(model))}"
     )
-    if parts := model["parts"]:
+    if parts := model.parts:
         yield "### Where the bytes are"
         yield _table(
             ("part", "dense, MB", "pruned, MB"),
             (
-                (part, shown(dense, "B"), shown(parts["pruned"][part], "B"))
-                for part, dense in parts[DENSE].items()
+                (part, shown(dense, "B"), shown(parts.pruned[part], "B"))
+                for part, dense in parts.dense.items()
             ),
         )
-    if sample := model["sample"]:
-        yield f"### What they write after: {_text(sample['prompt'])}"
-        for who, text in sample.items():
-            if who != "prompt":
-                quote = "\n".join(f"> {_text(line)}" for line in text.strip().splitlines())
-                yield f"{_text(who)}:\n\n{quote}"
+    if sample := model.sample:
+        yield f"### What they write after: {_text(sample.prompt)}"
+        for who, text in sample.texts.items():
+            quote = "\n".join(f"> {_text(line)}" for line in text.strip().splitlines())
+            yield f"{_text(who)}:\n\n{quote}"
     yield "### What was not measured"
     yield "\n".join(
-        f"- {entry['what']}: {entry['why']}"
-        + (f"; `{entry['command']}`" if entry["command"] else "")
-        for entry in model["not_measured"]
+        f"- {gap.what}: {gap.why}" + (f"; `{gap.command}`" if gap.command else "")
+        for gap in model.not_measured
     )
     yield "### How to do it again"
-    yield "\n".join(f"    {command}" for command in model["commands"])
-    run = quoted(model)
-    environment = run["environment"] if run else model["environment"]
+    yield "\n".join(f"    {command}" for command in model.commands)
+    spoken_for = quoted(model)
+    environment = spoken_for.environment if spoken_for else model.environment
     yield (
-        f"Model: {_text(model['source']['name'])}, SHA-256 {model['source']['sha256']}. Machine: "
-        f"{_text(environment['processor'])}, {environment['cores']} cores."
+        f"Model: {_text(model.source.name)}, SHA-256 {model.source.sha256}. Machine: "
+        f"{_text(environment.processor)}, {environment.cores} cores."
     )
 
 
-def _kernels(build: Json) -> str:
-    summary = build["summary"]
+def _kernels(build: BuildRecord) -> str:
+    summary = build.summary
     return (
-        f"- {_text(build['target'])}: {summary['picked']} of {summary['layers']} layers were given "
-        f"a sparse kernel, {summary['eligible']} were eligible."
+        f"- {_text(build.target)}: {summary.picked} of {summary.layers} layers were given "
+        f"a sparse kernel, {summary.eligible} were eligible."
     )
 
 
-def _scenarios(run: Json) -> str:
+def _scenarios(run: Run) -> str:
     return _table(
-        ("scenario", "model", "median", "p90", "p99", f"ratio to {run['baseline']}"),
+        ("scenario", "model", "median", "p90", "p99", f"ratio to {run.baseline}"),
         (
             (
-                metric_title(scenario, name) + (", 1/s" if metric["unit"] == "1/s" else ", ms"),
+                metric_title(scenario, name) + (", 1/s" if metric.unit == "1/s" else ", ms"),
                 subject,
-                *(shown(metric[figure], metric["unit"]) for figure in ("median", "p90", "p99")),
-                f"{ratio['estimate']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-                if (ratio := (result.get("ratio") or {}).get(name))
+                *(shown(one, metric.unit) for one in (metric.median, metric.p90, metric.p99)),
+                f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+                if (ratio := times.ratio.get(name))
                 else "",
             )
-            for scenario in run["scenarios"]
-            for subject, result in scenario["results"].items()
-            for name, metric in result["metrics"].items()
+            for scenario in run.scenarios
+            for subject, times in scenario.results.items()
+            for name, metric in times.metrics.items()
         ),
     )
 

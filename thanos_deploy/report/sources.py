@@ -1,23 +1,24 @@
 """What a report is made from: a bundle, and its records that are too long for the manifest."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
-from thanos_deploy.bundle import names
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import MANIFEST, Bundle, StageRecord
+from exporters.onnx.record import read_record
+from thanos_deploy.bundle import layout, names
+from thanos_deploy.bundle.codec import Json
+from thanos_deploy.bundle.engine_record import BuildRecord
+from thanos_deploy.bundle.files import read_json, record_in
+from thanos_deploy.bundle.graph_record import WeightRecord
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.errors import InputError
-from thanos_deploy.report.runs import PRUNED
+from thanos_deploy.measure import run as bench
+from thanos_deploy.measure.run import BENCH, PRUNED, Run, Sample, has_named_runs
+from thanos_deploy.prune.result import PRUNE, PrunedBlock
+from thanos_deploy.shrink.result import CutBlock
 
-BENCH_FORMAT = "thanos-deploy/bench/1"
-BUILD_FORMAT = "thanos-deploy/build/1"
-
-_LAYERS = "layers.json"
-_SAMPLE = "bench/sample.json"
-_EXPORT = "onnx/export.json"
-_CONFIG = "model/config.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +40,19 @@ class Sources:
     """
 
     bundle: Bundle
-    stages: dict[str, StageRecord]
+    stages: Mapping[str, StageRecord]
     stale: tuple[str, ...]
-    blocks: list[Json]
+    blocks: tuple[PrunedBlock, ...] | tuple[CutBlock, ...]
     config: Json | None = None
-    weights: list[Json] = field(default_factory=list)
-    runs: dict[str, Json] = field(default_factory=dict)
+    weights: Sequence[WeightRecord] = ()
+    runs: Mapping[str, Run] = field(default_factory=dict)
     unrecorded: tuple[str, ...] = ()
-    sample: Json | None = None
-    engines: dict[str, Json] = field(default_factory=dict)
+    sample: Sample | None = None
+    engines: Mapping[str, BuildRecord] = field(default_factory=dict)
+
+    def has(self, stage: Stage[Options, Inputs, Result]) -> bool:
+        """The stage is finished, and about the model as it is now."""
+        return stage.name in self.stages
 
 
 def read(bundle: Bundle) -> Sources:
@@ -57,46 +62,55 @@ def read(bundle: Bundle) -> Sources:
         InputError: nothing was pruned yet, or a record is not readable.
         IntegrityError: a record was changed since it was written.
     """
-    bundle.require("prune", f"`thanos-deploy prune MODEL -o {bundle.path} --pattern 2:4`")
-    known = {
-        name: record
-        for name, record in bundle.stages.items()
-        if name != "report"
-        if name != "bench" or "runs" in record.result  # runs had no names once
-    }
+    bundle.require(layout.PRUNE, f"`thanos-deploy prune MODEL -o {bundle.path} --pattern 2:4`")
+    known = [
+        name
+        for name in bundle.stages
+        if name != layout.REPORT and (name != BENCH.name or has_named_runs(bundle))
+    ]
     stale = tuple(name for name in known if _is_stale(bundle, name))
-    stages = {name: record for name, record in known.items() if name not in stale}
+    stages = {name: bundle.stages[name] for name in known if name not in stale}
     # Without a stage there may be a run that was interrupted.
-    measured = "bench" in stages or "bench" not in bundle.stages
-    runs = _runs(bundle, stages.get("bench")) if measured else {}
+    measured = BENCH.name in stages or not bundle.has(BENCH)
+    runs = _runs(bundle, finished=BENCH.name in stages) if measured else {}
     return Sources(
         bundle=bundle,
         stages=stages,
         stale=stale,
-        blocks=_read(bundle, _LAYERS),
-        config=_read(bundle, _CONFIG) if (bundle.path / _CONFIG).is_file() else None,
-        weights=_read(bundle, _EXPORT)["weights"] if "onnx" in stages else [],
+        blocks=_read(bundle, layout.LAYERS, tuple[CutBlock, ...])
+        if bundle.options(PRUNE).cut
+        else _read(bundle, layout.LAYERS, tuple[PrunedBlock, ...]),
+        config=_read(bundle, layout.CONFIG, Json) if _is_there(bundle, layout.CONFIG) else None,
+        weights=_weights(bundle) if layout.ONNX in stages else (),
         runs=runs,
         unrecorded=tuple(name for name in runs if not bundle.recorded(name)),
-        sample=_read(bundle, _SAMPLE) if measured and (bundle.path / _SAMPLE).is_file() else None,
+        sample=_read(bundle, layout.SAMPLE, Sample)
+        if measured and _is_there(bundle, layout.SAMPLE)
+        else None,
         engines={
-            name: content
-            for name in _names(bundle, "engines/*/build.json")
+            name: record
+            for name in _names(bundle, f"{layout.ENGINES}/*/{layout.BUILD}")
             if not any(name in bundle.stages[stage].files for stage in stale)
-            if (content := _read(bundle, name)).get("format") == BUILD_FORMAT
+            if (record := _versioned(bundle, name, layout.BUILD_FORMAT, BuildRecord))
         },
     )
 
 
-def _runs(bundle: Bundle, bench: StageRecord | None) -> dict[str, Json]:
+def _weights(bundle: Bundle) -> Sequence[WeightRecord]:
+    """The weights of the exported graph."""
+    name = f"{layout.ONNX}/{layout.GRAPH_RECORD}"
+    bundle.verify_file(name)
+    return read_record(bundle.path / name).weights
+
+
+def _runs(bundle: Bundle, *, finished: bool) -> dict[str, Run]:
     """Those of the stage, in its order, and what else is in the folder."""
-    finished = [f"bench/{run}.json" for run in (bench.result["runs"] if bench else ())]
-    files = dict.fromkeys((*finished, *_names(bundle, "bench/*.json")))
-    return {
-        name: content
-        for name in files
-        if name != _SAMPLE and (content := _read(bundle, name)).get("format") == BENCH_FORMAT
-    }
+    known = [layout.run(name) for name in bundle.result(BENCH).runs] if finished else []
+    found = {}
+    for name in dict.fromkeys((*known, *_names(bundle, f"{layout.BENCH}/*.json"))):
+        if name != layout.SAMPLE and (run := _versioned(bundle, name, bench.FORMAT, Run)):
+            found[name] = run
+    return found
 
 
 def share(bundles: Sequence[Sources]) -> list[Sources]:
@@ -107,52 +121,59 @@ def share(bundles: Sequence[Sources]) -> list[Sources]:
     return [replace(one, runs={**_runs_of_others(one, bundles), **one.runs}) for one in bundles]
 
 
-def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Json]:
+def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Run]:
     found = {}
     for other in bundles:
-        if other is one or "onnx" not in one.stages or "bench" not in other.stages:
+        if other is one or layout.ONNX not in one.stages or not other.has(BENCH):
             continue
         owner = other.bundle.path.resolve().name
-        for run, graphs in other.stages["bench"].inputs.items():
-            content = other.runs[f"bench/{run}.json"]
+        for name, graphs in other.bundle.inputs(BENCH).items():
+            content = other.runs[layout.run(name)]
             for label, graph in graphs.items():
-                itself = label in (PRUNED, content["baseline"])
+                itself = label in (PRUNED, content.baseline)
                 if graph == one.bundle.graph_sha256 and not itself:
-                    found[f"{owner}/{run}"] = _seen_from(content, label, owner)
+                    found[f"{owner}/{name}"] = _seen_from(content, label, owner)
     return found
 
 
-def _seen_from(run: Json, label: str, owner: str) -> Json:
+def _seen_from(run: Run, label: str, owner: str) -> Run:
     """A run of another bundle, its owner, as one of the subject `label` beside the baseline."""
-    baseline = owner if run["baseline"] == PRUNED else run["baseline"]
-    renamed = {run["baseline"]: baseline, label: PRUNED}
+    baseline = owner if run.baseline == PRUNED else run.baseline
+    renamed = {run.baseline: baseline, label: PRUNED}
 
-    def own(values: Json) -> Json:
+    def own(values: Mapping[str, T]) -> dict[str, T]:
         return {new: values[old] for old, new in renamed.items()}
 
-    return {
-        **run,
-        "run": f"{run['run']} of {owner}",
-        "owner": owner,
-        "baseline": baseline,
-        "subjects": own(run["subjects"]),
-        "scenarios": [{**one, "results": own(one["results"])} for one in run["scenarios"]],
-    }
+    return replace(
+        run,
+        run=f"{run.run} of {owner}",
+        owner=owner,
+        baseline=baseline,
+        subjects=own(run.subjects),
+        scenarios=tuple(replace(one, results=own(one.results)) for one in run.scenarios),
+    )
 
 
 def _is_stale(bundle: Bundle, stage: str) -> bool:
     """A stage was made from another model or another graph than the bundle has now."""
-    inputs = bundle.stages[stage].inputs
-    if stage in ("prune", "report"):  # the first one reads the dense model, the last one all
+    if stage in (layout.PRUNE, layout.REPORT):  # the first one reads the dense model, the last all
         return False
-    if "model" in inputs and inputs["model"] != bundle.model_sha256:
+    if stage == BENCH.name:
+        return any(
+            not _is_current_graph(bundle, run[PRUNED]) for run in bundle.inputs(BENCH).values()
+        )
+    inputs = bundle.stages[stage].inputs
+    if inputs.get("model", bundle.model_sha256) != bundle.model_sha256:
         return True
-    graphs = [run[PRUNED] for run in inputs.values()] if stage == "bench" else []
-    graphs += [inputs["onnx"]] if "onnx" in inputs else []
-    return bool(graphs) and (
-        "onnx" not in bundle.stages
-        or _is_stale(bundle, "onnx")
-        or any(graph != bundle.graph_sha256 for graph in graphs)
+    return layout.ONNX in inputs and not _is_current_graph(bundle, inputs[layout.ONNX])
+
+
+def _is_current_graph(bundle: Bundle, hashes: Mapping[str, str]) -> bool:
+    """The graph with these hashes is the one that is there, and it is of the model."""
+    return (
+        layout.ONNX in bundle.stages
+        and not _is_stale(bundle, layout.ONNX)
+        and hashes == bundle.graph_sha256
     )
 
 
@@ -164,17 +185,34 @@ def _names(bundle: Bundle, glob: str) -> list[str]:
     )
 
 
-def _read(bundle: Bundle, name: str) -> Any:
-    """The content of a record, compared with its hash where the manifest has one."""
-    names.plain(name, bundle.path / MANIFEST, nested=True)
+def _is_there(bundle: Bundle, name: str) -> bool:
+    return (bundle.path / name).is_file()
+
+
+def _read(bundle: Bundle, name: str, cls: type[T]) -> T:
+    """A record, compared with its hash where the manifest has one."""
+    return record_in(bundle.path / name, _content(bundle, name), cls)
+
+
+def _versioned(bundle: Bundle, name: str, form: str, cls: type[T]) -> T | None:
+    """A record that says its format; None for a file of somebody else.
+
+    Raises:
+        InputError: it is of another version.
+    """
+    content = _content(bundle, name)
+    found = str(content.get("format")) if isinstance(content, dict) else ""
+    if found != form and found.startswith(form.rpartition("/")[0]):
+        raise InputError(
+            f"{bundle.path / name}: format {found!r}; this version reads {form!r}",
+            fix="use the version of thanos-deploy that wrote it, or make that stage again with "
+            "--overwrite",
+        )
+    return record_in(bundle.path / name, content, cls) if found == form else None
+
+
+def _content(bundle: Bundle, name: str) -> object:
+    names.plain(name, bundle.path / layout.MANIFEST, nested=True)
     if bundle.recorded(name):
         bundle.verify_file(name)
-    path = bundle.path / name
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not readable ({error})",
-            fix="restore the file from a copy of the bundle, or repeat the command that wrote it "
-            "with --overwrite",
-        ) from error
+    return read_json(bundle.path / name)

@@ -5,162 +5,170 @@ from typing import Any
 
 from exporters import targets
 from exporters.target import Target
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.layout import ONNX
+from thanos_deploy.bundle import layout
 from thanos_deploy.errors import UsageError
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
+from thanos_deploy.measure.run import Interval, Run
 from thanos_deploy.pattern import SemiStructured, Structured, parse
-from thanos_deploy.report.runs import CPU, processor, quoted_on_gpu, quoted_times
+from thanos_deploy.prune.result import Retry
+from thanos_deploy.report.model import (
+    CutWidths,
+    ExportSummary,
+    FileBytes,
+    Gap,
+    ModelReport,
+    Plot,
+    Quality,
+)
+from thanos_deploy.report.runs import quoted_on_gpu, quoted_times
 
 # How often a model is on the front: on every plot, on some, on none; or on no plot at all.
 _STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
 
-# What two perplexities have to share to be comparable.
-_TEXT = ("text", "segments", "length", "frame")
-
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
-    "eval": ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
-    "bench": ("latency and memory", "thanos-deploy bench OUT"),
+    layout.EVAL: ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
+    layout.BENCH: ("latency and memory", "thanos-deploy bench OUT"),
 }
 
 
-def title(models: Sequence[Json]) -> str:
+def title(models: Sequence[ModelReport]) -> str:
     """What a report is about."""
-    names = ", ".join(dict.fromkeys(model["source"]["name"] for model in models))
+    names = ", ".join(dict.fromkeys(model.source.name for model in models))
     if len(models) > 1:
         return f"{names}: {len(models)} models side by side"
-    return f"{names}, {models[0]['pattern']} with {models[0]['method']}"
+    return f"{names}, {models[0].pattern} with {models[0].method}"
 
 
-def headline(model: Json, run: Json | None) -> str:
+def headline(model: ModelReport, run: Run | None) -> str:
     """What came out, in one sentence."""
     clauses = []
-    if quality := model["quality"]:
+    if quality := model.quality:
         clauses.append(
-            f"perplexity went from {quality['dense']:.2f} to {quality['pruned']:.2f} "
-            f"({quality['ratio']:.2f}x)"
+            f"perplexity went from {quality.dense:.2f} to {quality.pruned:.2f} "
+            f"({quality.ratio:.2f}x)"
         )
     else:
         clauses.append("the perplexity was not measured")
-    size = model["bytes"].get(ONNX) or model["bytes"]["model"]
-    if size["dense"]:
-        clauses.append(f"the files take {size['pruned'] / size['dense']:.2f}x the bytes")
+    size = model.bytes.deployed
+    if size.dense:
+        clauses.append(f"the files take {size.pruned / size.dense:.2f}x the bytes")
     times = [f"{name} {_outcome(ratio)}" for name, ratio in quoted_times(run)]
     if run is None or not times:
         clauses.append("latency was not measured")
     else:
-        where = "on this CPU" if run["provider"] == CPU else f"on {processor(run)}"
+        where = "on this CPU" if run.on_cpu else f"on {run.processor}"
         clauses.append(f"{where}, {' and '.join(times)}")
-        if run["status"] != "VALID":
-            clauses.append(f"but that run is {run['status']}")
-    return f"{model['pattern']} with {model['method']}: {'; '.join(clauses)}."
+        if run.status != "VALID":
+            clauses.append(f"but that run is {run.status}")
+    return f"{model.pattern} with {model.method}: {'; '.join(clauses)}."
 
 
-def comparison(models: Sequence[Json], plots: Sequence[Json]) -> str:
+def comparison(models: Sequence[ModelReport], plots: Sequence[Plot]) -> str:
     """What came out of several models, in one sentence."""
-    points = [point for plot in plots for point in plot["points"]]
+    points = [point for plot in plots for point in plot.points]
     if not points:
         return f"{len(models)} models, of which nothing was measured that can be compared."
     said: dict[str, list[str]] = {standing: [] for standing in _STANDINGS}
     for model in models:
-        on_front = [not p["dominated_by"] for p in points if p["label"] == model["label"]]
-        said[_standing(on_front)].append(model["label"])
-    counted = all(point["valid"] for point in points)
+        on_front = [not p.dominated_by for p in points if p.label == model.label]
+        said[_standing(on_front)].append(model.label)
+    counted = all(point.valid for point in points)
     doubt = "" if counted else " (some times are from runs that do not count)"
-    costs = ", ".join(plot["cost"] for plot in plots)
+    costs = ", ".join(plot.cost for plot in plots)
     clauses = "; ".join(
         f"{standing}: {', '.join(labels)}" for standing, labels in said.items() if labels
     )
     return f"By perplexity against {costs}{doubt}, {clauses}."
 
 
-def notices(model: Json) -> Iterator[str]:
+def notices(model: ModelReport) -> Iterator[str]:
     """What must not be overlooked."""
-    for run in model["bench"]:
-        if run["status"] != "VALID" and "owner" not in run:  # whose own notice it is
-            reasons = "; ".join(run["reasons"]) or "no reason was recorded"
+    for run in model.bench:
+        if run.status != "VALID" and run.owner is None:  # whose own notice it is
+            reasons = "; ".join(run.reasons) or "no reason was recorded"
             yield (
-                f"{run['status']}: the timing run {run['run']!r} of {model['label']} does not "
+                f"{run.status}: the timing run {run.run!r} of {model.label} does not "
                 f"count ({reasons})."
             )
-    for retry in model["linear_layers"].get("retries", ()):
-        yield f"{retried(retry)} ({model['label']})."
-    for stage in model["stale"]:
+    for retry in model.linear_layers.retries or ():
+        yield f"{retried(retry)} ({model.label})."
+    for stage in model.stale:
         yield (
-            f"Stage {stage!r} of {model['label']} was made from an earlier model and is left out; "
+            f"Stage {stage!r} of {model.label} was made from an earlier model and is left out; "
             "repeat it with --overwrite."
         )
 
 
-def not_measured(model: Json) -> list[Json]:
+def not_measured(model: ModelReport) -> list[Gap]:
     """What a reader may look for in vain: what, why, and the command that changes it."""
-    return [{"what": what, "why": why, "command": command} for what, why, command in _gaps(model)]
+    return list(_gaps(model))
 
 
-def verdict(model: Json, run: Json | None) -> list[str]:
+def verdict(model: ModelReport, run: Run | None) -> list[str]:
     """What the figures of one model mean, one sentence each."""
     return [
-        *_of_quality(model["quality"]),
-        *_of_graph(model["quality"], model["graph_quality"], model["export"]),
-        *(_of_cuts(model["widths"]) if model["widths"] else ()),
+        *_of_quality(model.quality),
+        *_of_graph(model.quality, model.graph_quality, model.export),
+        *(_of_cuts(model.widths) if model.widths else ()),
         *_of_times(run),
         *_of_own_gpu(model, quoted=run),
-        *(() if model["widths"] else _of_zeros(model)),
+        *(() if model.widths else _of_zeros(model)),
         *_of_gpus(model),
-        *_of_sizes(model["bytes"]),
+        *_of_sizes(model.bytes),
     ]
 
 
-def on_gpu(model: Json) -> str:
+def on_gpu(model: ModelReport) -> str:
     """What is known of a model on a GPU: its own run, then what was published of its pattern."""
     found = [*_of_own_gpu(model), *_of_gpus(model)]
     return " ".join(found) or f"On a GPU: {NOT_MEASURED}."
 
 
-def retried(retry: Json) -> str:
+def retried(retry: Retry) -> str:
     """What became of a layer whose statistics did not allow what was asked for."""
-    layer, solver, failures = retry["layer"], retry["solver"], "; ".join(retry["failures"])
-    if retry["damping"]:
-        how = f"{layer} was solved with damping {retry['damping']:g}"
+    layer, solver, failures = retry.layer, retry.solver, "; ".join(retry.failures)
+    if retry.damping:
+        how = f"{layer} was solved with damping {retry.damping:g}"
     else:
         how = f"{layer} was not solved: {solver}, without an update of the weights that stay"
     return f"{how} ({failures})" if failures else how
 
 
-def interval(ratio: Json) -> str:
+def interval(ratio: Interval) -> str:
     """A ratio with its confidence interval."""
-    return f"{ratio['estimate']:.2f}x ({ratio['low']:.2f}x to {ratio['high']:.2f}x)"
+    return f"{ratio.estimate:.2f}x ({ratio.low:.2f}x to {ratio.high:.2f}x)"
 
 
-def _gaps(model: Json) -> Iterator[tuple[str, str, str | None]]:
+def _gaps(model: ModelReport) -> Iterator[Gap]:
     for stage, (what, command) in _STAGES.items():
-        if stage not in model["seconds"]:
-            yield what, "not measured", command
+        if stage not in model.seconds:
+            yield Gap(what, "not measured", command)
     yield from _gaps_of_targets(model)
-    runs = [run for run in model["bench"] if run["status"] != "INTERRUPTED"]
-    if all(run["provider"] == CPU for run in runs):
-        yield "latency and memory on a GPU", NOT_MEASURED, None
-    kinds = {scenario["kind"] for run in runs for scenario in run["scenarios"]}
+    runs = [run for run in model.bench if run.status != "INTERRUPTED"]
+    if all(run.on_cpu for run in runs):
+        yield Gap("latency and memory on a GPU", NOT_MEASURED, None)
+    kinds = {scenario.kind for run in runs for scenario in run.scenarios}
     for kind, what in (("generate", "whole answers"), ("open-loop", "requests that arrive freely")):
         if runs and kind not in kinds:
-            yield f"latency of {what}", "not measured", _STAGES["bench"][1]
-    command = _STAGES["eval"][1]
-    if model["quality"] and model["export"] and not model["graph_quality"]:
-        what = f"perplexity of the {model['export']['dtype']} graph itself"
-        yield what, "the perplexity is the checkpoint's, in PyTorch", f"{command} --runtime onnx"
-    if not model["tasks"]:
+            yield Gap(f"latency of {what}", "not measured", _STAGES[layout.BENCH][1])
+    command = _STAGES[layout.EVAL][1]
+    if model.quality and model.export and not model.graph_quality:
+        what = f"perplexity of the {model.export.dtype} graph itself"
+        why = "the perplexity is the checkpoint's, in PyTorch"
+        yield Gap(what, why, f"{command} --runtime onnx")
+    if not model.tasks:
         tasks = "quality on tasks: knowledge, reasoning, instructions"
         why = "perplexity only; judge the model on your own task"
-        yield tasks, why, f"{command} --tasks NAME,..."
+        yield Gap(tasks, why, f"{command} --tasks NAME,...")
 
 
-def _gaps_of_targets(model: Json) -> Iterator[tuple[str, str, str | None]]:
+def _gaps_of_targets(model: ModelReport) -> Iterator[Gap]:
     """What targets that were not exported would show, once for those that show the same."""
     known = {
         target.missing.what
-        for stage in model["seconds"]
+        for stage in model.seconds
         if (target := targets.of_stage(stage)) is not None
         if target.missing is not None and target.asked_for(stage)
     }
@@ -169,85 +177,88 @@ def _gaps_of_targets(model: Json) -> Iterator[tuple[str, str, str | None]]:
         missing = target.missing
         if missing is not None and missing.what not in known and _takes(target, model):
             known.add(missing.what)
-            yield missing.what, missing.why, f"thanos-deploy export OUT --target {target.name}"
+            command = f"thanos-deploy export OUT --target {target.name}"
+            yield Gap(missing.what, missing.why, command)
 
 
-def _takes(target: Target[Any], model: Json) -> bool:
+def _takes(target: Target[Any], model: ModelReport) -> bool:
     """The target is for such a model, as far as the report knows what its layers hold."""
-    holds = bool(model["linear_layers"].get("pattern_holds"))
+    holds = bool(model.linear_layers.pattern_holds)
     try:
-        target.refuse([parse(model["pattern"])] if holds else [])
+        target.refuse([parse(model.pattern)] if holds else [])
     except UsageError:
         return False
     return True
 
 
-def _of_quality(quality: Json | None) -> Iterator[str]:
+def _of_quality(quality: Quality | None) -> Iterator[str]:
     if quality:
-        yield f"Perplexity went from {quality['dense']:.2f} to {quality['pruned']:.2f}."
+        yield f"Perplexity went from {quality.dense:.2f} to {quality.pruned:.2f}."
 
 
-def _of_graph(quality: Json | None, graph: Json | None, export: Json | None) -> Iterator[str]:
+def _of_graph(
+    quality: Quality | None, graph: Quality | None, export: ExportSummary | None
+) -> Iterator[str]:
     """Whether the graph has the quality that its checkpoint has."""
-    if quality and graph and export and all(quality[name] == graph[name] for name in _TEXT):
+    if quality and graph and export and quality.measured_on == graph.measured_on:
         yield (
-            f"The exported {export['dtype']} graph itself, run by ONNX Runtime on the same text, "
-            f"has {graph['pruned']:.2f} ({graph['pruned'] / quality['pruned'] - 1.0:+.2%})."
+            f"The exported {export.dtype} graph itself, run by ONNX Runtime on the same text, "
+            f"has {graph.pruned:.2f} ({graph.pruned / quality.pruned - 1.0:+.2%})."
         )
 
 
-def _of_times(run: Json | None) -> Iterator[str]:
+def _of_times(run: Run | None) -> Iterator[str]:
     times = [f"{name} took {interval(ratio)}" for name, ratio in quoted_times(run)]
     if run is None or not times:
         return
     yield (
-        f"Measured with {run['backend']}, {run['provider']}, on "
-        f"{processor(run)}: {'; '.join(times)} the dense model's time."
+        f"Measured with {run.backend}, {run.provider}, on "
+        f"{run.processor}: {'; '.join(times)} the dense model's time."
     )
-    if run["status"] != "VALID":
+    if run.status != "VALID":
         yield (
-            f"That run is {run['status']} ({'; '.join(run['reasons'])}): repeat it before its "
+            f"That run is {run.status} ({'; '.join(run.reasons)}): repeat it before its "
             "times are used."
         )
 
 
-def _of_own_gpu(model: Json, *, quoted: Json | None = None) -> Iterator[str]:
+def _of_own_gpu(model: ModelReport, *, quoted: Run | None = None) -> Iterator[str]:
     """The run of this very model on a GPU, where it is not the one that was quoted already."""
     run = quoted_on_gpu(model)
-    if run is not None and (quoted is None or run["run"] != quoted["run"]):
+    if run is not None and (quoted is None or run.run != quoted.run):
         yield from _of_times(run)
 
 
-def _of_gpus(model: Json) -> Iterator[str]:
+def _of_gpus(model: ModelReport) -> Iterator[str]:
     """What was measured of the pattern on GPUs, first on the one that this model ran on."""
-    pattern, own = parse(model["pattern"]), quoted_on_gpu(model)
+    pattern, own = parse(model.pattern), quoted_on_gpu(model)
     if not _gpus_matter(model):
         return
-    here = [*gpu_figures.sentences(pattern, card=processor(own))] if own else []
+    here = [*gpu_figures.sentences(pattern, card=own.processor)] if own else []
     elsewhere = [one for one in gpu_figures.sentences(pattern) if one not in here]
     yield from here + elsewhere
     if not (own or elsewhere):
         yield f"On a GPU: {NOT_MEASURED}."
 
 
-def _gpus_matter(model: Json) -> bool:
+def _gpus_matter(model: ModelReport) -> bool:
     """A GPU can be faster by what was removed: 2:4 throughout, or parts that were cut out."""
-    match parse(model["pattern"]):
+    match parse(model.pattern):
         case SemiStructured(2, 4):
-            return bool(model["linear_layers"]["pattern_holds"])
+            return bool(model.linear_layers.pattern_holds)
         case Structured():
-            return model["widths"] is not None
+            return model.widths is not None
     return False
 
 
-def _of_cuts(widths: Json) -> Iterator[str]:
+def _of_cuts(widths: CutWidths) -> Iterator[str]:
     """What cutting heads and channels out means."""
     yield (
-        f"{widths['removed']:.1%} of the blocks' parameters are gone for good: the files, the "
+        f"{widths.removed:.1%} of the blocks' parameters are gone for good: the files, the "
         "memory and the work of every block are smaller by that, on any machine and any backend; "
         "embeddings and the output head are as they were."
     )
-    if widths["stock_config"]:
+    if widths.stock_config:
         yield "The result is an ordinary smaller checkpoint: stock loaders take it as it is."
     else:
         yield (
@@ -256,10 +267,10 @@ def _of_cuts(widths: Json) -> Iterator[str]:
         )
 
 
-def _of_zeros(model: Json) -> Iterator[str]:
+def _of_zeros(model: ModelReport) -> Iterator[str]:
     """What zeros in matrices of the dense model's shapes mean."""
-    pattern = parse(model["pattern"])
-    found = model["linear_layers"].get("patterns", {})
+    pattern = parse(model.pattern)
+    found = model.linear_layers.patterns or {}
     if len(found) > 1:
         said = ", ".join(f"{its} in {count}" for its, count in found.items())
         yield f"The linear layers differ: {said}."
@@ -275,7 +286,7 @@ def _of_zeros(model: Json) -> Iterator[str]:
     )
     yield "The files are no smaller either, because the zeros are stored like any other number."
     match pattern:
-        case SemiStructured() if not model["linear_layers"]["pattern_holds"]:
+        case SemiStructured() if not model.linear_layers.pattern_holds:
             yield (
                 "The pattern does not hold in every row (outlier rows were left dense), so sparse "
                 "tensor cores do not take these layers as they are."
@@ -293,19 +304,19 @@ def _of_zeros(model: Json) -> Iterator[str]:
             )
 
 
-def _of_sizes(sizes: Json) -> Iterator[str]:
+def _of_sizes(sizes: FileBytes) -> Iterator[str]:
     """What targets say of their bytes beside the dense model's."""
     for target in targets.every():
-        size = sizes.get(target.name)
-        if size and size["dense"] and target.size is not None and target.size.sentence:
-            yield target.size.sentence.format(ratio=size["pruned"] / size["dense"])
+        size = sizes.targets.get(target.name)
+        if size and size.dense and target.size is not None and target.size.sentence:
+            yield target.size.sentence.format(ratio=size.pruned / size.dense)
 
 
-def _outcome(ratio: Json) -> str:
+def _outcome(ratio: Interval) -> str:
     """What an interval shows."""
-    if ratio["high"] < 1.0 or ratio["low"] > 1.0:
+    if ratio.high < 1.0 or ratio.low > 1.0:
         return f"takes {interval(ratio)} the time"
-    return f"shows no difference ({ratio['low']:.2f}x to {ratio['high']:.2f}x the time)"
+    return f"shows no difference ({ratio.low:.2f}x to {ratio.high:.2f}x the time)"
 
 
 def _standing(on_front: Sequence[bool]) -> str:

@@ -1,20 +1,44 @@
 """The files of a report: in the bundle that it is about, or where several bundles are compared."""
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from thanos_deploy import __version__
-from thanos_deploy.bundle import files
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.errors import UsageError
 from thanos_deploy.report import build, card, markdown, page, sources
+from thanos_deploy.report.model import FORMAT, Report
 from thanos_deploy.report.sources import Sources
 
 
-def write_report(bundle: Bundle) -> Json:
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """What a report is made with: the format of report.json and the version of thanos-deploy."""
+
+    format: str
+    made_with: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportResult:
+    """What the manifest has of a report."""
+
+    headline: str
+    notices: tuple[str, ...]
+
+
+# A report reads what every other stage left, so its inputs are when these finished, by name; and
+# the hashes of runs that are of no stage.
+REPORT: Stage[ReportOptions, dict[str, str], ReportResult] = Stage(
+    layout.REPORT, ReportOptions, dict[str, str], ReportResult
+)
+
+
+def write_report(bundle: Bundle) -> Report:
     """Put what the finished stages say into the report and the model card; return the report.
 
     Raises:
@@ -23,26 +47,25 @@ def write_report(bundle: Bundle) -> Json:
     """
     read = sources.read(bundle)
 
-    def produce(folder: Path) -> Json:
+    def produce(folder: Path) -> ReportResult:
         content = build.build([read])
-        (folder / "report").mkdir()
-        _write(content, [read], folder / "report" / "index.html", folder / "report" / "report.md")
-        (folder / "README.md").write_text(card.write(content), encoding="utf-8")
-        return {"headline": content["headline"], "notices": content["notices"]}
+        (folder / layout.REPORT).mkdir()
+        _write(content, [read], folder / layout.REPORT_PAGE, folder / layout.REPORT_TEXT)
+        (folder / layout.CARD).write_text(card.write(content), encoding="utf-8")
+        return ReportResult(content.headline, content.notices)
 
     bundle.run(
-        "report",
+        REPORT,
         produce,
-        options={"format": build.FORMAT, "made_with": __version__},
+        options=ReportOptions(FORMAT, __version__),
         inputs={
-            **{name: record.finished for name, record in bundle.stages.items() if name != "report"},
+            **{name: one.finished for name, one in bundle.stages.items() if name != REPORT.name},
             # An interrupted benchmark is no stage.
             **{name: files.sha256(bundle.path / name) for name in read.unrecorded},
         },
         overwrite=True,
     )
-    report: Json = json.loads((bundle.path / "report" / "report.json").read_bytes())
-    return report
+    return files.read_record(bundle.path / layout.REPORT_RECORD, Report)
 
 
 def compare(
@@ -51,7 +74,7 @@ def compare(
     *,
     allow_different_models: bool = False,
     overwrite: bool = False,
-) -> Json:
+) -> Report:
     """Write one report of some bundles, as HTML and, beside it, as Markdown and JSON.
 
     Args:
@@ -93,8 +116,8 @@ def _refuse(destination: Path, overwrite: bool) -> None:
             )
 
 
-def _write(report: Json, read: Sequence[Sources], html: Path, text: Path) -> None:
+def _write(report: Report, read: Sequence[Sources], html: Path, text: Path) -> None:
     """The page, and Markdown and JSON of one name."""
     html.write_text(page.render(report, read), encoding="utf-8")
     text.write_text(markdown.render(report), encoding="utf-8")
-    files.write_json(text.with_suffix(".json"), report)
+    files.write_record(text.with_suffix(".json"), report)

@@ -12,15 +12,12 @@ because nothing reads what it made any more.
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import files
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
@@ -38,53 +35,12 @@ from thanos_deploy.model.widths import Widths
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.refit import RefittedLayer
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Plan
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class CutBlock:
-    """One block as it was cut.
-
-    Attributes:
-        before, after: its widths.
-        heads: the query heads that stayed, by their numbers in the dense model.
-        channels: the feed-forward channels that stayed, the same.
-        heads_error, channels_error: fraction of the energy of the output that the layer aims at,
-            on the calibration data, that the refitted layer misses.
-        damping: the most that was used.
-        seconds: time by activity: "collect", "solve", "forward", "journal"; see
-            `layers.PrunedBlock`.
-    """
-
-    before: Widths
-    after: Widths
-    heads: tuple[int, ...]
-    channels: tuple[int, ...]
-    heads_error: float
-    channels_error: float
-    damping: float
-    seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "CutBlock":
-        """What `to_json` made the value of."""
-        return cls(
-            **{
-                **value,
-                "before": Widths(**value["before"]),
-                "after": Widths(**value["after"]),
-                "heads": tuple(value["heads"]),
-                "channels": tuple(value["channels"]),
-            }
-        )
 
 
 def check(checkpoint: Checkpoint) -> None:

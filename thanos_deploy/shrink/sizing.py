@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model import widths
+from thanos_deploy.model.block import BlockPlan as BlockPlan
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.shrink.options import Part, Sizing
@@ -57,7 +58,7 @@ class Losses:
     Attributes:
         heads: (query heads, key-value heads) that stay -> change.
         channels: feed-forward channels that stay -> change.
-        seconds: time that it took to find out, by activity; see `layers.PrunedBlock`.
+        seconds: time that it took to find out, by activity; see `layers.ACTIVITIES`.
     """
 
     heads: Mapping[tuple[int, int], float]
@@ -82,23 +83,6 @@ class Losses:
         """What `to_json` made the value of."""
         heads = {(heads, kv_heads): loss for (heads, kv_heads), loss in value["heads"]}
         return cls(heads, dict(value["channels"]), value["seconds"])
-
-
-@dataclass(frozen=True, slots=True)
-class BlockPlan:
-    """What is to become of one block.
-
-    Attributes:
-        before, after: its widths.
-        parameters_before, parameters_after: all of its parameters.
-        predicted_loss: see `Losses`; of the block alone, in the dense model.
-    """
-
-    before: Widths
-    after: Widths
-    parameters_before: int
-    parameters_after: int
-    predicted_loss: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,28 +2,38 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporters.options import exported_with
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.text import TOKENIZER, open_tokenizer
-from thanos_deploy.bundle import manifest, names
+from thanos_deploy.bundle import layout, manifest, names
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.files import Json, write_json
+from thanos_deploy.bundle.files import write_record
+from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import differences
+from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.measure import benchmark, traffic
 from thanos_deploy.measure.options import BenchRequest
+from thanos_deploy.measure.run import (
+    BENCH,
+    DENSE,
+    PRUNED,
+    BenchResult,
+    Run,
+    Sample,
+    Subject,
+    has_named_runs,
+)
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.stages.dense import Dense, dense_folder
 from thanos_deploy.stages.export import export_dense
-
-# What a bundle and the model that it was made from are called where they are compared.
-PRUNED = "pruned"
-DENSE = "dense"
 
 
 def compared(
@@ -61,7 +71,7 @@ def compared(
                 fix="name each bundle once, in a folder of its own name; --aa compares a bundle "
                 "with itself",
             )
-        other.require("onnx", f"`thanos-deploy export {other.path} --target onnx`")
+        other.require(layout.ONNX, f"`thanos-deploy export {other.path} --target onnx`")
         if not different_models:
             _require_same_model(bundle, other)
         others[label] = other
@@ -82,7 +92,7 @@ def bench(
     *,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> Json:
+) -> Run:
     """Measure exported models in turns and keep the run in a bundle, unless that is done.
 
     Args:
@@ -93,7 +103,7 @@ def bench(
         announce: told of every piece of work.
 
     Returns:
-        the run without its raw samples; see `benchmark.measure`.
+        the run without its raw samples.
 
     Raises:
         UsageError: the models do not take the request, or a run of that name was made with other
@@ -101,53 +111,51 @@ def bench(
         PlatformError: the driver of the load is not installed.
         KeyboardInterrupt: the rounds that were complete are in `bench/RUN.interrupted.json`.
     """
-    request.check(min(one.stages["onnx"].result["max_sequence"] for one in subjects.values()))
+    request.check(min(max_sequence(one) for one in subjects.values()))
     if request.driver == "loadgen":
         traffic.loadgen_library()
     check_bench(bundle, request, list(subjects), overwrite=overwrite)
-    others = _other_runs(bundle, request.run)
+    before = _finished_runs(bundle)
+    others = _other_runs(bundle, before, request.run)
     graphs = {label: subject.graph_sha256 for label, subject in subjects.items()}
+    inputs = {**{name: run.inputs for name, run in others.items()}, request.run: graphs}
     options = {
         **{name: run.options for name, run in others.items()},
-        request.run: _bench_options(request, list(subjects)),
+        request.run: replace(request, subjects=tuple(subjects)),
     }
 
-    def produce(folder: Path) -> Json:
-        out = folder / "bench"
-        out.mkdir()
+    def produce(folder: Path) -> BenchResult:
+        (folder / layout.BENCH).mkdir()
         run = benchmark.measure(
-            subjects,
+            {label: subject.path for label, subject in subjects.items()},
+            {label: describe(subject) for label, subject in subjects.items()},
             request,
             same=len({subject.path for subject in subjects.values()}) == 1,
             on_progress=announce("Measure latency and memory in turns"),
         )
-        if run["status"] == "INTERRUPTED":
-            (bundle.path / "bench").mkdir(exist_ok=True)
-            write_json(bundle.path / "bench" / f"{request.run}.interrupted.json", run)
+        if run.status == "INTERRUPTED":
+            (bundle.path / layout.BENCH).mkdir(exist_ok=True)
+            write_record(bundle.path / layout.interrupted_run(request.run), run)
             raise KeyboardInterrupt
-        write_json(out / f"{request.run}.json", run)
+        write_record(folder / layout.run(request.run), run)
         for name in others:
-            bundle.verify_file(f"bench/{name}.json")
-            shutil.copy(bundle.path / "bench" / f"{name}.json", out)
+            bundle.verify_file(layout.run(name))
+            shutil.copy(bundle.path / layout.run(name), folder / layout.run(name))
         sample = _samples(bundle, subjects, request)
-        write_json(out / "sample.json", sample)
+        write_record(folder / layout.SAMPLE, sample)
         runs = {name: other.result for name, other in others.items()}
-        return {
-            "runs": {**runs, request.run: benchmark.without_samples(run)},
-            "sample": sample,
-        }
+        return BenchResult({**runs, request.run: run.without_samples}, sample)
 
-    before = bundle.stages.get("bench")
-    record = bundle.run(
-        "bench",
+    done = bundle.stages.get(layout.BENCH)
+    bundle.run(
+        BENCH,
         produce,
         options=options,
-        inputs={**{name: run.inputs for name, run in others.items()}, request.run: graphs},
+        inputs=inputs,
         # A run more or less is no contradiction.
-        overwrite=overwrite or (before is not None and before.options.keys() != options.keys()),
+        overwrite=overwrite or (done is not None and done.options.keys() != options.keys()),
     )
-    run: Json = record.result["runs"][request.run]
-    return run
+    return bundle.result(BENCH).runs[request.run]
 
 
 def check_bench(
@@ -159,70 +167,95 @@ def check_bench(
         UsageError: they differ and may not be overwritten.
     """
     before = _finished_runs(bundle).get(request.run)
-    now = _bench_options(request, subjects)
+    now = replace(request, subjects=tuple(subjects))
     if before is not None and before.options != now and not overwrite:
         raise UsageError(
             f"{bundle.path}: run {request.run!r} was made with other options: "
-            f"{manifest.differences(before.options, now)}",
+            f"{differences(encode(before.options), encode(now))}",
             fix="give it another name with --run, or --overwrite to redo it",
         )
 
 
-def _bench_options(request: BenchRequest, subjects: Sequence[str]) -> Json:
-    return {**request.to_json(), "subjects": list(subjects)}
+def describe(bundle: Bundle) -> Subject:
+    """What is known of an exported bundle without running it."""
+    pruned = bundle.options(PRUNE) if bundle.has(PRUNE) else None
+    graph = bundle.stages[layout.ONNX]
+    return Subject(
+        model=bundle.source.name,
+        sha256=bundle.source.sha256,
+        pattern=pruned.pattern if pruned else None,
+        method=pruned.method if pruned else None,
+        dtype=exported_with(bundle).dtype,
+        file_bytes=sum(
+            file.bytes for name, file in graph.files.items() if name.endswith((".onnx", ".data"))
+        ),
+        cache_bytes_per_token=_graph_result(bundle).cache_bytes_per_token,
+    )
+
+
+def max_sequence(bundle: Bundle) -> int:
+    """The most tokens that the exported graph of a bundle takes."""
+    return _graph_result(bundle).max_sequence
+
+
+def _graph_result(bundle: Bundle) -> GraphResult:
+    return result_of(bundle, layout.ONNX, GraphResult)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _FinishedRun:
     """A finished run of the stage bench."""
 
-    options: Json
-    inputs: Json
-    result: Json
+    options: BenchRequest
+    inputs: dict[str, dict[str, str]]
+    result: Run
 
 
-def _finished_runs(bundle: Bundle) -> dict[str, _Run]:
+def _finished_runs(bundle: Bundle) -> dict[str, _FinishedRun]:
     """The runs of the stage bench, in the order in which they were measured.
 
     There is none in a stage that is from before runs had names.
     """
-    done = bundle.stages.get("bench")
-    if done is None:
+    if not has_named_runs(bundle):
         return {}
+    options, inputs = bundle.options(BENCH), bundle.inputs(BENCH)
     return {
-        names.plain(name, bundle.path / manifest.MANIFEST): _Run(
-            done.options[name], done.inputs[name], result
+        names.plain(name, bundle.path / layout.MANIFEST): _FinishedRun(
+            options[name], inputs[name], run
         )
-        for name, result in done.result.get("runs", {}).items()
+        for name, run in bundle.result(BENCH).runs.items()
     }
 
 
-def _other_runs(bundle: Bundle, name: str) -> dict[str, _Run]:
+def _other_runs(
+    bundle: Bundle, finished: Mapping[str, _FinishedRun], name: str
+) -> dict[str, _FinishedRun]:
     """The runs of other names that are of the graph that the bundle has now."""
     return {
         other: run
-        for other, run in _finished_runs(bundle).items()
+        for other, run in finished.items()
         if other != name and run.inputs[PRUNED] == bundle.graph_sha256
     }
 
 
-def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchRequest) -> Json:
+def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchRequest) -> Sample:
     """What the subjects make of the sample prompt, beside what others made of it before."""
-    done = bundle.stages.get("bench")
-    before = done.result["sample"] if done else {}
-    return {
-        **(before if before.get("prompt") == request.sample_prompt else {}),
-        "prompt": request.sample_prompt,
-        **{
-            label: _sample(
-                subject.path,
-                # The cache has the dense model's files only where it converted them.
-                (subject if "prune" in subject.stages else bundle).path,
-                request,
-            )
-            for label, subject in subjects.items()
+    before = bundle.result(BENCH).sample if has_named_runs(bundle) else None
+    return Sample(
+        request.sample_prompt,
+        {
+            **(before.texts if before and before.prompt == request.sample_prompt else {}),
+            **{
+                label: _sample(
+                    subject.path,
+                    # The cache has the dense model's files only where it converted them.
+                    (subject if subject.has(PRUNE) else bundle).path,
+                    request,
+                )
+                for label, subject in subjects.items()
+            },
         },
-    }
+    )
 
 
 def _sample(bundle: Path, tokenized_by: Path, request: BenchRequest) -> str:
@@ -233,7 +266,7 @@ def _sample(bundle: Path, tokenized_by: Path, request: BenchRequest) -> str:
         tokenized_by: the bundle that has the tokenizer.
         request: the prompt, and how many tokens of answer.
     """
-    model = tokenized_by / "model"
+    model = tokenized_by / layout.MODEL
     tokenizer = load_tokenizer(model)
     # `generate` has no other way; a model without tokenizer.json is still to be measured.
     prompt = (
@@ -253,17 +286,17 @@ def _sample(bundle: Path, tokenized_by: Path, request: BenchRequest) -> str:
 
 def _require_same_model(bundle: Bundle, other: Bundle) -> None:
     def tokenizer(of: Bundle) -> str | None:
-        files = of.stages["prune"].files if "prune" in of.stages else {}
-        return files["model/tokenizer.json"].sha256 if "model/tokenizer.json" in files else None
+        files = of.stages[layout.PRUNE].files if of.has(PRUNE) else {}
+        return files[layout.TOKENIZER].sha256 if layout.TOKENIZER in files else None
 
     for what, own, theirs in (
-        ("base model", bundle.source["sha256"], other.source["sha256"]),
+        ("base model", bundle.source.sha256, other.source.sha256),
         ("tokenizer", tokenizer(bundle), tokenizer(other)),
     ):
         if own != theirs:
             raise UsageError(
-                f"{other.path}: made from {other.source['name']}, whose {what} is not that of "
-                f"{bundle.path}, made from {bundle.source['name']}",
+                f"{other.path}: made from {other.source.name}, whose {what} is not that of "
+                f"{bundle.path}, made from {bundle.source.name}",
                 fix="compare bundles of one model, or give --allow-different-models",
             )
 
@@ -274,13 +307,13 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
     if dense is not None:
         export_dense(dense, wanted, announce)
         return Bundle.open(dense.folder)
-    folder = dense_folder(bundle.source["sha256"])
+    folder = dense_folder(bundle.source.sha256)
     if (folder / manifest.MANIFEST).exists():
         found = Bundle.open(folder)
-        if "onnx" in found.stages and found.stages["onnx"].options == encode(wanted):
+        if layout.ONNX in found.stages and exported_with(found) == wanted:
             return found
     raise InputError(
-        f"{folder}: no export of {bundle.source['name']} there, the dense model of {bundle.path}, "
+        f"{folder}: no export of {bundle.source.name} there, the dense model of {bundle.path}, "
         f"in {wanted.dtype}",
         fix="name the model with --dense MODEL to export it now, or give another baseline with "
         "--against",

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from thanos_deploy.bundle import manifest
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import layout, manifest
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Nothing, Stage
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_packed
 from thanos_deploy.model.locate import locate
 from thanos_deploy.progress import Announce, quietly
+
+_IMPORT: Stage[Nothing, Nothing, Nothing] = Stage("import", Nothing, Nothing, Nothing)
 
 
 def dense_folder(sha256: str) -> Path:
@@ -28,42 +30,45 @@ class Dense:
 
     Attributes:
         source: where it comes from.
+        is_ordinary: a Hugging Face folder as transformers loads it, neither GGUF nor packed.
         folder: its bundle in the cache.
     """
 
     def __init__(self, model: str, *, revision: str | None = None) -> None:
         """Find a model; see `locate.locate` for what it may be and what is raised."""
-        self.source = locate(model, revision=revision)
+        located = locate(model, revision=revision)
+        self.source, self.is_ordinary = located.source, located.is_ordinary
+        self._path = located.path
         self.folder = dense_folder(self.source.sha256)
         self._checkpoint: Checkpoint | None = None
 
     def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
         """The model as a Hugging Face folder; a GGUF file or a packed folder is converted once."""
         if self._checkpoint is None:
-            if not self.source.is_ordinary:
+            if not self.is_ordinary:
                 self._convert(announce)
-                self._checkpoint = Checkpoint.open(self.folder / "model")
+                self._checkpoint = Checkpoint.open(self.folder / layout.MODEL)
             else:
-                self._checkpoint = Checkpoint.open(self.source.path)
+                self._checkpoint = Checkpoint.open(self._path)
         return self._checkpoint
 
     @contextmanager
     def claim(self) -> Iterator[Bundle]:
         """Its bundle in the cache, for this process alone; another one's turn is waited for."""
-        with manifest.claim(self.folder, self.source.to_json(), wait=True) as bundle:
+        with manifest.claim(self.folder, self.source, wait=True) as bundle:
             yield bundle
 
     def _convert(self, announce: Announce) -> None:
-        def produce(folder: Path) -> Json:
+        def produce(folder: Path) -> Nothing:
             progress = announce(f"Convert {self.source.name}")
             progress(0, 1)
             convert = convert_gguf if self.source.kind == "gguf" else convert_packed
-            convert(self.source.path, folder / "model")
+            convert(self._path, folder / layout.MODEL)
             progress(1, 1)
-            return {}
+            return Nothing()
 
         with self.claim() as bundle:
-            bundle.run("import", produce, options={}, inputs={}, overwrite=True)
+            bundle.run(_IMPORT, produce, options=Nothing(), inputs=Nothing(), overwrite=True)
 
 
 @contextmanager
@@ -77,5 +82,5 @@ def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
     """
     Bundle.open(out)  # claiming would create one
     dense = Dense(model)
-    with manifest.claim(out, dense.source.to_json()) as bundle:
+    with manifest.claim(out, dense.source) as bundle:
         yield bundle, dense

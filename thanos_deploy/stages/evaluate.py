@@ -1,23 +1,97 @@
 """The stages eval: quality of the pruned model, beside the dense one's."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, overload
 
 from exporters.options import ExportRequest, exported_with
 from runtime.graph import require_all_logits
-from thanos_deploy.bundle import files, manifest
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle import files, layout
+from thanos_deploy.bundle.codec import Json, encode
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.machine import devices
 from thanos_deploy.measure import evaluation, harness
 from thanos_deploy.measure import perplexity as quality
 from thanos_deploy.measure.options import EvalRequest, TaskRequest
+from thanos_deploy.measure.quality import (
+    EVAL,
+    TASK_STAGES,
+    TEXT_STAGES,
+    Compared,
+    TaskInputs,
+    TaskQuality,
+    TextInputs,
+    TextQuality,
+)
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge(Generic[Options, Inputs, Result]):
+    """A way to measure quality.
+
+    Attributes:
+        stage: that keeps what was measured.
+        file: of that stage, in the bundle.
+        options: what the stage is made with.
+        runtime: one of `evaluation.RUNTIMES`.
+        require: refuses what quality cannot be judged by, before anything takes time; from the
+            hash of the text that the model was calibrated on, if there is one.
+        inputs: what is read, from the model, its hash (None for a dense one), what was measured of
+            the dense model, and the hashes of the graph that is run.
+        measure: from the bundle, the model and its title in progress lines.
+    """
+
+    stage: Stage[Options, Inputs, Result]
+    file: str
+    options: Options
+    runtime: str
+    require: Callable[[str | None], None]
+    inputs: Callable[[Checkpoint, str | None, Result | None, Mapping[str, str]], Inputs]
+    measure: Callable[[Path, Checkpoint, str], Result]
+
+
+@overload
+def evaluate(
+    bundle: Bundle,
+    dense: Dense,
+    request: EvalRequest,
+    *,
+    runtime: str = "torch",
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Compared[TextQuality]: ...
+
+
+@overload
+def evaluate(
+    bundle: Bundle,
+    dense: Dense,
+    request: TaskRequest,
+    *,
+    runtime: str = "torch",
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Compared[TaskQuality]: ...
+
+
+@overload
+def evaluate(
+    bundle: Bundle,
+    dense: Dense,
+    request: EvalRequest | TaskRequest,
+    *,
+    runtime: str = "torch",
+    overwrite: bool = False,
+    announce: Announce = quietly,
+) -> Compared[TextQuality] | Compared[TaskQuality]: ...
 
 
 def evaluate(
@@ -28,7 +102,7 @@ def evaluate(
     runtime: str = "torch",
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> StageRecord:
+) -> Compared[TextQuality] | Compared[TaskQuality]:
     """Measure the quality of the dense and the pruned model, unless that is done.
 
     Args:
@@ -40,22 +114,9 @@ def evaluate(
         overwrite: redo what was made with other options.
         announce: told of every piece of work.
     """
-    pruned = bundle.require("prune", "`thanos-deploy prune`")
-    if runtime == "onnx":
-        bundle.require("onnx", f"`thanos-deploy export {bundle.path} --target onnx`")
-        require_all_logits(exported_with(bundle).logits)
-    bundle.check(evaluation.stage(request, runtime), request.to_json(), overwrite=overwrite)
-    _require_judge(request, pruned.inputs["text"])
-    if runtime == "onnx":
-        export_dense(dense, exported_with(bundle), announce)
-    reference = _evaluate_dense(dense, request, runtime, announce)
-    return _evaluate(
-        *(bundle, Checkpoint.open(bundle.path / "model"), request, runtime),
-        {"model": bundle.model_sha256, "dense": reference.result},
-        announce,
-        title="pruned model",
-        overwrite=overwrite,
-    )
+    if isinstance(request, TaskRequest):
+        return _judge_both(bundle, dense, _by_tasks(request, runtime), overwrite, announce)
+    return _judge_both(bundle, dense, _by_text(request, runtime, announce), overwrite, announce)
 
 
 def evaluate_alone(
@@ -64,120 +125,149 @@ def evaluate_alone(
     *,
     runtime: str = "torch",
     announce: Announce = quietly,
-) -> Json:
+) -> TextQuality | TaskQuality:
     """Measure the quality of one model, or of a bundle's pruned one, beside nothing else.
 
     Of a bundle nothing is kept: what it keeps is beside the dense model; see `evaluate`.
     """
-    folder = Path(model)
-    if (folder / manifest.MANIFEST).exists():
-        bundle = Bundle.open(folder)
-        pruned = bundle.require("prune", "`thanos-deploy prune`")
-        _require_judge(request, pruned.inputs["text"])
-        checked = Checkpoint.open(folder / "model")
-        return _measure(bundle, checked, request, runtime, announce, title="pruned model")
-    _require_judge(request, None)
-    alone = Dense(model)
-    if runtime == "onnx":
-        export_dense(alone, ExportRequest(), announce)
-    return _evaluate_dense(alone, request, runtime, announce).result
-
-
-def _evaluate_dense(
-    dense: Dense, request: EvalRequest | TaskRequest, runtime: str, announce: Announce
-) -> StageRecord:
-    """Quality of the dense model; for "onnx" of its graph, which must be there."""
-    checkpoint = dense.checkpoint(announce)
-    with dense.claim() as bundle:
-        return _evaluate(
-            *(bundle, checkpoint, request, runtime, {}, announce),
-            title="dense model",
-            overwrite=True,
-        )
+    if isinstance(request, TaskRequest):
+        return _judge_alone(model, _by_tasks(request, runtime), announce)
+    return _judge_alone(model, _by_text(request, runtime, announce), announce)
 
 
 def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, float]:
     """Perplexity by label, as far as it is known on the text that the bundle was judged on."""
-    own = bundle.stages.get("eval")
-    if own is None:
+    if not bundle.has(EVAL):
         return {}
-    found = {
-        label: subject.stages["eval"].result["value"]
+    options, inputs = bundle.options(EVAL), bundle.inputs(EVAL)
+    return {
+        label: subject.result(EVAL).value
         for label, subject in subjects.items()
-        if "eval" in subject.stages
-        and subject.stages["eval"].options == own.options
-        and all(
-            subject.stages["eval"].inputs.get(name) == own.inputs.get(name)
-            for name in ("text", "frame")
-        )
+        if subject.has(EVAL) and subject.options(EVAL) == options
+        if (read := subject.inputs(EVAL)).text == inputs.text and read.frame == inputs.frame
     }
-    return found
 
 
-def _require_judge(request: EvalRequest | TaskRequest, calibration_sha256: str | None) -> None:
-    """Refuse what quality cannot be judged by, before anything takes time."""
-    if isinstance(request, TaskRequest):
-        harness.require(request)
-    else:
-        text = open_text(request.text, request.text_field, held_out=True)
-        require_other_text(text, calibration_sha256)
+def _by_text(
+    request: EvalRequest, runtime: str, announce: Announce
+) -> _Judge[EvalRequest, TextInputs, TextQuality]:
+    text = open_text(request.text, request.text_field, held_out=True)
+
+    def inputs(
+        model: Checkpoint,
+        sha256: str | None,
+        dense: TextQuality | None,
+        graph: Mapping[str, str],
+    ) -> TextInputs:
+        frame = frame_for(model).ids
+        return TextInputs(model=sha256, dense=dense, text=text.sha256, frame=frame, onnx=graph)
+
+    def measure(bundle: Path, model: Checkpoint, title: str) -> TextQuality:
+        ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
+        where = "" if runtime == "torch" else "'s ONNX graph"
+        progress = announce(f"Perplexity of the {title}{where}")
+        read = evaluation.open_reader(bundle, model, runtime, devices.choose(request.device))
+        with devices.memory_for(f"{title}, {request.seqlen} tokens at once"):
+            found = quality.perplexity_of(read, ids, frame=len(frame), on_progress=progress)
+        return TextQuality(text.origin, found.value, found.segments, found.length, frame)
+
+    return _Judge(
+        stage=TEXT_STAGES[runtime],
+        file=layout.PERPLEXITY[runtime],
+        options=request.recorded,
+        runtime=runtime,
+        require=lambda calibration: require_other_text(text, calibration),
+        inputs=inputs,
+        measure=measure,
+    )
 
 
-def _evaluate(
+def _by_tasks(request: TaskRequest, runtime: str) -> _Judge[TaskRequest, TaskInputs, TaskQuality]:
+    return _Judge(
+        stage=TASK_STAGES[runtime],
+        file=layout.TASKS[runtime],
+        options=request.recorded,
+        runtime=runtime,
+        require=lambda _: harness.require(request),
+        inputs=lambda _, sha256, dense, graph: TaskInputs(
+            model=sha256, dense=dense, tasks=request.files, onnx=graph
+        ),
+        # The library shows bars of its own.
+        measure=lambda bundle, model, _: harness.score(bundle, model, request, runtime),
+    )
+
+
+def _judge_both(
+    bundle: Bundle,
+    dense: Dense,
+    judge: _Judge[Options, Inputs, Result],
+    overwrite: bool,
+    announce: Announce,
+) -> Compared[Result]:
+    bundle.require(layout.PRUNE, "`thanos-deploy prune`")
+    if judge.runtime == "onnx":
+        bundle.require(layout.ONNX, f"`thanos-deploy export {bundle.path} --target onnx`")
+        require_all_logits(exported_with(bundle).logits)
+    bundle.check(judge.stage, judge.options, overwrite=overwrite)
+    judge.require(bundle.inputs(PRUNE).text)
+    reference = _judge_dense(
+        dense, judge, exported_with(bundle) if judge.runtime == "onnx" else None, announce
+    )
+    model = Checkpoint.open(bundle.path / layout.MODEL)
+    return Compared(reference, _keep(bundle, model, judge, reference, overwrite=overwrite))
+
+
+def _judge_alone(model: str, judge: _Judge[Options, Inputs, Result], announce: Announce) -> Result:
+    folder = Path(model)
+    if (folder / layout.MANIFEST).exists():
+        bundle = Bundle.open(folder)
+        bundle.require(layout.PRUNE, "`thanos-deploy prune`")
+        judge.require(bundle.inputs(PRUNE).text)
+        return judge.measure(folder, Checkpoint.open(folder / layout.MODEL), "pruned model")
+    judge.require(None)
+    graph = ExportRequest() if judge.runtime == "onnx" else None
+    return _judge_dense(Dense(model), judge, graph, announce)
+
+
+def _judge_dense(
+    dense: Dense,
+    judge: _Judge[Options, Inputs, Result],
+    graph: ExportRequest | None,
+    announce: Announce,
+) -> Result:
+    """Quality of the dense model, or of its graph, kept in its own bundle."""
+    if graph is not None:
+        export_dense(dense, graph, announce)
+    checkpoint = dense.checkpoint(announce)
+    with dense.claim() as bundle:
+        return _keep(bundle, checkpoint, judge, None, overwrite=True)
+
+
+def _keep(
     bundle: Bundle,
     model: Checkpoint,
-    request: EvalRequest | TaskRequest,
-    runtime: str,
-    inputs: Json,
-    announce: Announce,
+    judge: _Judge[Options, Inputs, Result],
+    reference: Result | None,
     *,
-    title: str,
     overwrite: bool,
-) -> StageRecord:
-    def produce(folder: Path) -> Json:
-        result = _measure(bundle, model, request, runtime, announce, title=title)
-        (folder / "eval").mkdir()
-        files.write_json(folder / evaluation.file(request, runtime), {**result, **inputs})
+) -> Result:
+    """Quality of a model, kept in its bundle beside that of the dense one, if there is one."""
+    sha256 = None if reference is None else bundle.model_sha256
+    beside: Json = {} if reference is None else {"model": sha256, "dense": encode(reference)}
+
+    def produce(folder: Path) -> Result:
+        title = "dense model" if reference is None else "pruned model"
+        result = judge.measure(bundle.path, model, title)
+        (folder / layout.EVAL).mkdir()
+        files.write_json(folder / judge.file, {**encode(result), **beside})
         return result
 
-    judge = (
-        request.files
-        if isinstance(request, TaskRequest)
-        else open_text(request.text, request.text_field, held_out=True).sha256
-    )
-    return bundle.run(
-        evaluation.stage(request, runtime),
+    graph = bundle.graph_sha256 if judge.runtime == "onnx" else {}
+    bundle.run(
+        judge.stage,
         produce,
-        options=request.to_json(),
-        inputs={
-            **inputs,
-            "text" if isinstance(request, EvalRequest) else "tasks": judge,
-            **(frame_for(model).inputs if isinstance(request, EvalRequest) else {}),
-            **({"onnx": bundle.graph_sha256} if runtime == "onnx" else {}),
-        },
+        options=judge.options,
+        inputs=judge.inputs(model, sha256, reference, graph),
         overwrite=overwrite,
     )
-
-
-def _measure(
-    bundle: Bundle,
-    model: Checkpoint,
-    request: EvalRequest | TaskRequest,
-    runtime: str,
-    announce: Announce,
-    *,
-    title: str,
-) -> Json:
-    """Perplexity or scores of a checkpoint, or of the graph in its bundle."""
-    if isinstance(request, TaskRequest):
-        # The library shows bars of its own.
-        scores = harness.score(bundle.path, model, request, runtime)
-        return {"scores": [asdict(score) for score in scores]}
-    text = open_text(request.text, request.text_field, held_out=True)
-    ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
-    where = "" if runtime == "torch" else "'s ONNX graph"
-    progress = announce(f"Perplexity of the {title}{where}")
-    read = evaluation.open_reader(bundle.path, model, runtime, devices.choose(request.device))
-    with devices.memory_for(f"{title}, {request.seqlen} tokens at once"):
-        measured = quality.perplexity_of(read, ids, frame=len(frame), on_progress=progress)
-    return {"text": text.origin, **asdict(measured), "frame": frame.to_json()}
+    return bundle.result(judge.stage)

@@ -20,14 +20,17 @@ from typing import Any
 from exporters import preflight, targets
 from exporters.target import Target
 from thanos_deploy.bundle import manifest
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
+from thanos_deploy.measure.quality import EVAL
+from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
-from thanos_deploy.stages.bench import DENSE, PRUNED, bench, check_bench, compared
+from thanos_deploy.stages.bench import bench, check_bench, compared
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export
@@ -51,7 +54,7 @@ def prune_export(
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> Json:
+) -> Report:
     """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
 
     Args:
@@ -74,7 +77,7 @@ def prune_export(
     chosen.refuse([request.how.pattern])
     if not chosen.gpu:  # else the export may be finished where the GPU is
         preflight.require(chosen)
-    with manifest.claim(out, dense.source.to_json(), overwrite=overwrite) as bundle:
+    with manifest.claim(out, dense.source, overwrite=overwrite) as bundle:
         _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
         wanted = _exports(bundle, chosen, asked or {})
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)
@@ -119,20 +122,16 @@ def plan(
 ) -> DryRun:
     """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
     dense = Dense(model, revision=revision)
-    bundle = (
-        Bundle.open(out)
-        if (out / manifest.MANIFEST).exists()
-        else Bundle(out, dense.source.to_json())
-    )
+    bundle = Bundle.open(out) if (out / manifest.MANIFEST).exists() else Bundle(out, dense.source)
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
     parameters = dense.checkpoint(announce).parameters
     return replace(
         plan_pruning(dense, request, out, announce, evaluation),
-        eval=evaluation.to_json(),
-        bench=benchmarking.to_json(),
+        eval=evaluation.recorded,
+        bench=benchmarking,
         stages={name: "done" if name in bundle.stages else "to do" for name in STAGES},
         cache=str(dense.folder),
-        cache_bytes_needed=(4 if dense.source.is_ordinary else 8) * parameters,
+        cache_bytes_needed=(4 if dense.is_ordinary else 8) * parameters,
     )
 
 
@@ -146,11 +145,8 @@ def _refuse_beforehand(
     announce: Announce,
 ) -> None:
     """Raise now what a later stage would raise after minutes of work."""
-    for stage, options in (
-        ("prune", request.to_json()),
-        ("eval", evaluation.to_json()),
-    ):
-        bundle.check(stage, options, overwrite=overwrite)
+    bundle.check(PRUNE, request.to_json(), overwrite=overwrite)
+    bundle.check(EVAL, evaluation.recorded, overwrite=overwrite)
     check_bench(bundle, benchmarking, [DENSE, PRUNED], overwrite=overwrite)
     source = dense.checkpoint(announce)
     check(source, request)

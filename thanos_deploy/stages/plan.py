@@ -9,15 +9,17 @@ from typing import Any
 
 from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.forecast.estimate import Estimate, estimate, estimate_cutting
 from thanos_deploy.machine import devices
-from thanos_deploy.measure.options import EvalRequest
+from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.locate import locate_configuration
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.prune import layers as pruning
 from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.prune.result import WidthsSummary
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
@@ -75,7 +77,7 @@ class DryRun:
         cache_bytes_needed: there.
     """
 
-    model: Json
+    model: Source
     model_type: str
     parameters: int
     linear_layers: int
@@ -85,12 +87,12 @@ class DryRun:
     disk_bytes_needed: int
     disk_bytes_free: int
     estimate: Taken
-    widths: Json | None = field(default=None, metadata=LATER)
+    widths: WidthsSummary | None = field(default=None, metadata=LATER)
     patterns: Mapping[str, int] | None = field(default=None, metadata=LATER)
     layers_left_dense: tuple[str, ...] | None = field(default=None, metadata=LATER)
     linear_weights_removed: int | None = field(default=None, metadata=LATER)
-    eval: Json | None = field(default=None, metadata=LATER)
-    bench: Json | None = field(default=None, metadata=LATER)
+    eval: EvalRequest | None = field(default=None, metadata=LATER)
+    bench: BenchRequest | None = field(default=None, metadata=LATER)
     stages: Mapping[str, str] | None = field(default=None, metadata=LATER)
     cache: str | None = field(default=None, metadata=LATER)
     cache_bytes_needed: int | None = field(default=None, metadata=LATER)
@@ -129,7 +131,7 @@ def plan_pruning(
 
     def planned(found: Estimate, **what: Any) -> DryRun:
         return DryRun(
-            model=dense.source.to_json(),
+            model=dense.source,
             model_type=source.config.model_type,
             parameters=source.parameters,
             linear_layers=len(entries),

@@ -4,14 +4,14 @@ import math
 import shutil
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle import files
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle import files, layout
+from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import every_segment
@@ -30,9 +30,23 @@ from thanos_deploy.prune import owl
 from thanos_deploy.prune import recover as recovering
 from thanos_deploy.prune.owl import Outliers
 from thanos_deploy.prune.recipe import Owl, Recipe
+from thanos_deploy.prune.result import (
+    PRUNE,
+    LayersSummary,
+    PartBytes,
+    PrunedBlock,
+    PruneInputs,
+    PruneOptions,
+    PruneResult,
+    Recovery,
+    Retry,
+    WidthsSummary,
+    patterns_in,
+)
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.options import Cut, Fit
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver.damping import damping_of
@@ -51,8 +65,8 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
     survey: Journal[Outliers] | None = None,
-    journal: Journal[pruning.PrunedBlock] | None = None,
-) -> list[pruning.PrunedBlock]:
+    journal: Journal[PrunedBlock] | None = None,
+) -> list[PrunedBlock]:
     """Prune a checkpoint by a recipe, on given calibration tokens; see `layers.prune`.
 
     Where a walk before decides what each block loses, `survey` is the journal of that.
@@ -151,8 +165,8 @@ def shrink_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
-    journal: Journal[shrinking.CutBlock] | None = None,
-) -> list[shrinking.CutBlock]:
+    journal: Journal[CutBlock] | None = None,
+) -> list[CutBlock]:
     """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
     return shrinking.shrink(
         source,
@@ -173,7 +187,7 @@ def recover_checkpoint(
     folder: Path,
     request: PruneRequest,
     announce: Announce = quietly,
-) -> recovering.Recovery:
+) -> Recovery:
     """Train the pruned model in a folder, in place of itself, on any part of a text."""
     tokenizer = load_tokenizer(source.folder)
     trained = folder.with_name(f"{folder.name}-trained")
@@ -208,16 +222,13 @@ def prune(
     own = _sparsity_file(how) if isinstance(how, Recipe) else None
     text, ids, frame = calibration(source, request.data)
 
-    inputs = {
-        "model": dense.source.sha256,
-        "text": text.sha256,
-        **frame.inputs,
-        **({} if own is None else {"sparsity_file": own.sha256}),
-    }
-    owner = {**request.to_json(), **inputs, **_versions(device)}
+    inputs = PruneInputs(
+        dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
+    )
+    owner = {**request.to_json(), **encode(inputs), **_versions(device)}
 
-    def produce(folder: Path) -> Json:
-        model, kept = folder / "model", bundle.journal("prune")
+    def produce(folder: Path) -> PruneResult:
+        model, kept = folder / layout.MODEL, bundle.journal(layout.PRUNE)
         model.mkdir()
         activations = activation_bytes(
             source, ids.numel(), DTYPES[request.forward], with_dense=how.walks_dense
@@ -226,14 +237,15 @@ def prune(
             activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
         needed = 2 * source.bytes_in(request.dtype) + activations  # the model, and its journals
         files.require_disk(folder, needed - files.size(kept))
-        blocks: Sequence[pruning.PrunedBlock | shrinking.CutBlock]
+        blocks: Sequence[PrunedBlock | CutBlock]
+        widths: WidthsSummary | None
         surveyed: Journal[Losses] | Journal[Outliers] | None
         match how:
             case Cut():
                 surveyed = Journal(kept / "survey", owner, Losses)
                 losses = survey_blocks(source, ids, how, announce, device=device, journal=surveyed)
                 plan = plan_widths(source, losses, how)
-                blocks = shrink_checkpoint(
+                blocks = cut = shrink_checkpoint(
                     source,
                     ids,
                     model,
@@ -242,12 +254,12 @@ def prune(
                     announce,
                     dtype=dtype,
                     device=device,
-                    journal=Journal(kept / "blocks", owner, shrinking.CutBlock),
+                    journal=Journal(kept / "blocks", owner, CutBlock),
                 )
-                summary = {**_summary_of_cuts(blocks), "widths": plan_summary(plan)}
+                summary, widths = _summary_of_cuts(cut), plan_summary(plan)
             case Recipe():
                 surveyed = Journal(kept / "survey", owner, Outliers) if how.surveys else None
-                blocks = prune_checkpoint(
+                blocks = pruned = prune_checkpoint(
                     source,
                     ids,
                     model,
@@ -256,35 +268,42 @@ def prune(
                     dtype=dtype,
                     device=device,
                     survey=surveyed,
-                    journal=Journal(kept / "blocks", owner, pruning.PrunedBlock),
+                    journal=Journal(kept / "blocks", owner, PrunedBlock),
                 )
-                summary = _summary_of(blocks, how)
-        files.write_json(folder / assignment.LAYERS, [asdict(block) for block in blocks])
-        if request.recover:
-            summary["recovery"] = asdict(recover_checkpoint(source, text, model, request, announce))
-        return {
-            **summary,
-            "frame": frame.to_json(),
-            **(
-                {"survey_seconds": sum(sum(one.seconds.values()) for one in surveyed.reports)}
-                if surveyed
-                else {}
-            ),
-            **{
-                f"{activity}_seconds": sum(block.seconds.get(activity, 0.0) for block in blocks)
-                for activity in pruning.ACTIVITIES
-            },
-            "device": devices.describe(device),
-            "peak_memory_bytes": environment.peak_memory_bytes(),
-            "dense_bytes": source.bytes_in("auto"),
-            "parts": {
-                "dense": part_bytes(source),
-                "pruned": part_bytes(Checkpoint.open(model)),
-            },
-        }
+                summary, widths = _summary_of(pruned, how), None
+        files.write_record(folder / layout.LAYERS, blocks)
+        recovery = (
+            recover_checkpoint(source, text, model, request, announce) if request.recover else None
+        )
+
+        def spent(activity: str) -> float:
+            return sum((block.seconds.get(activity, 0.0) for block in blocks), 0.0)
+
+        return PruneResult(
+            **{field.name: getattr(summary, field.name) for field in fields(summary)},
+            widths=widths,
+            recovery=recovery,
+            frame=frame,
+            survey_seconds=sum(sum(one.seconds.values()) for one in surveyed.reports)
+            if surveyed
+            else None,
+            collect_seconds=spent("collect"),
+            solve_seconds=spent("solve"),
+            tune_seconds=spent("tune"),
+            forward_seconds=spent("forward"),
+            journal_seconds=spent("journal"),
+            device=devices.describe(device),
+            peak_memory_bytes=environment.peak_memory_bytes(),
+            dense_bytes=source.bytes_in("auto"),
+            parts=PartBytes(part_bytes(source), part_bytes(Checkpoint.open(model))),
+        )
 
     return bundle.run(
-        "prune", produce, options=request.to_json(), inputs=inputs, overwrite=overwrite
+        PRUNE,
+        produce,
+        options=decode(PruneOptions, request.to_json()),
+        inputs=inputs,
+        overwrite=overwrite,
     )
 
 
@@ -327,68 +346,63 @@ def _versions(device: torch.device) -> Json:
     """What else the last bit of a result depends on: code, device, number of threads."""
     made_with = environment.describe()
     return {
-        "thanos-deploy": made_with["thanos-deploy"],
-        "libraries": made_with["libraries"],
-        "processor": made_with["processor"],
+        "thanos-deploy": made_with.thanos_deploy,
+        "libraries": dict(made_with.libraries),
+        "processor": made_with.processor,
         "threads": torch.get_num_threads(),
         **({} if device.type == "cpu" else {"gpu": devices.describe(device)}),
     }
 
 
-def _summary_of(blocks: list[pruning.PrunedBlock], recipe: Recipe) -> Json:
+def _summary_of(blocks: list[PrunedBlock], recipe: Recipe) -> LayersSummary:
     layers = [layer for block in blocks for layer in block.layers]
-    patterns = assignment.recorded([asdict(block) for block in blocks], recipe.pattern)
+    patterns = patterns_in(blocks, recipe.pattern)
     pruned = [layer for layer in layers if layer.name in patterns]
     worst = max(pruned, key=lambda layer: layer.relative_error)
     weights = sum(layer.rows * layer.cols for layer in layers)
     damping = damping_of(recipe.options).damping
-    return {
-        "layers": len(layers),
-        "weights": weights,
-        "sparsity": sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
-        "patterns": assignment.counts(patterns.get(layer.name) for layer in layers),
-        "layers_left_dense": [layer.name for layer in layers if layer.name not in patterns],
-        "pattern_holds": all(layer.pattern_holds for layer in pruned),
-        "layers_off_pattern": [layer.name for layer in pruned if not layer.pattern_holds],
-        "retries": [
-            {
-                "layer": layer.name,
-                "solver": layer.solver,
-                "damping": layer.damping,
-                "failures": list(layer.failures),
-            }
+    return LayersSummary(
+        layers=len(layers),
+        weights=weights,
+        sparsity=sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
+        patterns=assignment.counts(patterns.get(layer.name) for layer in layers),
+        layers_left_dense=tuple(layer.name for layer in layers if layer.name not in patterns),
+        pattern_holds=all(layer.pattern_holds for layer in pruned),
+        layers_off_pattern=tuple(layer.name for layer in pruned if not layer.pattern_holds),
+        retries=tuple(
+            Retry(layer.name, layer.solver, layer.damping, layer.failures)
             for layer in pruned
             if layer.failures or layer.damping > damping
-        ],
-        "median_relative_error": statistics.median(layer.relative_error for layer in pruned),
-        "worst_relative_error": worst.relative_error,
-        "worst_layer": worst.name,
-        "largest_damping": max(layer.damping for layer in pruned),
-    }
+        ),
+        median_relative_error=statistics.median(layer.relative_error for layer in pruned),
+        worst_relative_error=worst.relative_error,
+        worst_layer=worst.name,
+        largest_damping=max(layer.damping for layer in pruned),
+    )
 
 
-def _summary_of_cuts(blocks: list[shrinking.CutBlock]) -> Json:
+def _summary_of_cuts(blocks: list[CutBlock]) -> LayersSummary:
     errors = {
         f"block {index}, {part}": error
         for index, block in enumerate(blocks)
         for part, error in (("heads", block.heads_error), ("ffn", block.channels_error))
     }
     worst = max(errors, key=errors.__getitem__)
-    return {
-        "median_relative_error": statistics.median(errors.values()),
-        "worst_relative_error": errors[worst],
-        "worst_layer": worst,
-        "largest_damping": max(block.damping for block in blocks),
-    }
+    return LayersSummary(
+        median_relative_error=statistics.median(errors.values()),
+        worst_relative_error=errors[worst],
+        worst_layer=worst,
+        largest_damping=max(block.damping for block in blocks),
+    )
 
 
-def plan_summary(plan: Plan) -> Json:
+def plan_summary(plan: Plan) -> WidthsSummary:
     """For people and for the manifest: one row a block, and what they come to."""
-    return {
-        "removed": plan.removed,
-        "stock_config": plan.stock,
-        "block_parameters_before": sum(block.parameters_before for block in plan.blocks),
-        "block_parameters_after": sum(block.parameters_after for block in plan.blocks),
-        "predicted_loss": sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
-        "blocks": [asdict(block) for block in plan.blocks],
-    }
+    return WidthsSummary(
+        removed=plan.removed,
+        stock_config=plan.stock,
+        block_parameters_before=sum(block.parameters_before for block in plan.blocks),
+        block_parameters_after=sum(block.parameters_after for block in plan.blocks),
+        predicted_loss=sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
+        blocks=plan.blocks,
+    )

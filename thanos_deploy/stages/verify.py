@@ -6,15 +6,13 @@ targets    what each target checks of its own stages; see `exporters.target.Targ
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from exporters import patterns, targets
-from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.engine_record import LayerProof, Summary
-from thanos_deploy.bundle.files import Json
-from thanos_deploy.bundle.layout import MODEL
+from thanos_deploy.bundle.layout import MODEL, PRUNE
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.check import Check
 from thanos_deploy.errors import IntegrityError
@@ -35,7 +33,7 @@ def verify(
             in every engine; None for no such demand.
         on_progress: told of every stage.
     """
-    bundle.require("prune", "`thanos-deploy prune`")
+    bundle.require(PRUNE, "`thanos-deploy prune`")
     checks: list[Check] = []
     stages = list(bundle.stages)
     for index, stage in enumerate(stages):
@@ -69,7 +67,7 @@ def _files(bundle: Bundle, stage: str) -> Check:
 
 
 def _contents(bundle: Bundle, stage: str) -> Iterator[Check]:
-    if stage == "prune":
+    if stage == PRUNE:
         yield patterns.check(bundle, stage, partial(_judge_checkpoint, bundle.path / MODEL))
     elif (target := targets.of_stage(stage)) is not None:
         yield from target.verify(bundle, stage)
@@ -112,12 +110,21 @@ def _demand(bundle: Bundle, fraction: float) -> Iterator[Check]:
         )
 
 
-def to_json(checks: list[Check], bundle: Bundle) -> Json:
-    """For machines: the checks, and the verdict on every layer of every engine."""
-    return {
-        "bundle": bundle.path.name,
-        "checks": [asdict(check) for check in checks],
-        "engines": {
-            stage: [encode(layer) for layer in layers] for stage, layers in proofs(bundle).items()
-        },
-    }
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found, for machines.
+
+    Attributes:
+        bundle: name of its folder.
+        checks: all of them.
+        engines: the verdict on every layer of every engine, by the name of its stage.
+    """
+
+    bundle: str
+    checks: tuple[Check, ...]
+    engines: Mapping[str, Sequence[LayerProof]]
+
+
+def verification(checks: Sequence[Check], bundle: Bundle) -> Verification:
+    """The checks, and the verdict on every layer of every engine."""
+    return Verification(bundle.path.name, tuple(checks), proofs(bundle))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thanos_deploy.bundle.codec import LATER, decode, encode
+from thanos_deploy.bundle.codec import LATER, OTHERS, called, decode, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +99,26 @@ def test_numbers_that_json_lacks_are_written_by_name() -> None:
     written = encode(replace(WHOLE, share=float("-inf")))
     assert written["share"] == "-inf"
     assert decode(Whole, written).share == float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    name: str = field(metadata=called("full-name"))
+    others: Mapping[str, int | str] = field(default_factory=dict, metadata=OTHERS)
+
+
+def test_a_record_can_take_entries_that_it_does_not_name() -> None:
+    value = {"full-name": "a", "b": 1, "c": "d"}
+    read = decode(Open, value)
+    assert read == Open("a", {"b": 1, "c": "d"})
+    assert encode(read) == value
+    with pytest.raises(ValueError, match=r"^b is"):
+        decode(Open, {**value, "b": []})
+    with pytest.raises(ValueError, match="full-name is missing"):
+        decode(Open, {"name": "a"})
+
+
+def test_a_mapping_of_records_is_read_and_written_as_one() -> None:
+    parts = {"one": Part("p", (1, 2))}
+    assert encode(parts) == {"one": {"name": "p", "size": [1, 2]}}
+    assert decode(dict[str, Part], encode(parts)) == parts

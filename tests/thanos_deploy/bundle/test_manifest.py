@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from thanos_deploy.bundle import manifest
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Nothing, Source, Stage
 from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
 
-SOURCE = {"kind": "folder", "name": "model", "revision": "", "sha256": "0" * 64}
+SOURCE = Source("folder", "model", "", "0" * 64)
 
 
 def write(content: str):  # type: ignore[no-untyped-def]
@@ -30,7 +32,7 @@ def never(folder: Path) -> Json:
 
 def run(bundle: Bundle, content: str = "abc", **changes: object) -> manifest.StageRecord:
     arguments = {"options": {"pattern": "2:4"}, "inputs": {"model": "x"}, **changes}
-    return bundle.run("prune", write(content), **arguments)  # type: ignore[arg-type]
+    return bundle.run("prune", write(content), **arguments)  # type: ignore[call-overload, no-any-return]
 
 
 def test_a_finished_stage_is_on_disk_hashed_and_read_back(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
     with manifest.claim(tmp_path, SOURCE) as bundle:
         run(bundle)
-    other = {**SOURCE, "name": "other", "sha256": "1" * 64}
+    other = replace(SOURCE, name="other", sha256="1" * 64)
     with pytest.raises(UsageError, match="made from model"), manifest.claim(tmp_path, other):
         pass
     with manifest.claim(tmp_path, other, overwrite=True) as bundle:
@@ -186,3 +188,34 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT + 1}))
     with pytest.raises(InputError, match="format 2"):
         Bundle.open(tmp_path)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    depth: int
+    names: tuple[str, ...] = ()
+
+
+CUT: Stage[Cut, Nothing, Cut] = Stage("cut", Cut, Nothing, Cut)
+
+
+def test_a_stage_is_read_as_what_it_was_written_from(tmp_path: Path) -> None:
+    def produce(folder: Path) -> Cut:
+        (folder / "file").touch()
+        return Cut(4, ("a", "b"))
+
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        assert not bundle.has(CUT)
+        bundle.run(CUT, produce, options=Cut(3), inputs=Nothing())
+    reread = Bundle.open(tmp_path)
+    assert reread.has(CUT)
+    assert (reread.options(CUT), reread.inputs(CUT)) == (Cut(3), Nothing())
+    assert reread.result(CUT) == Cut(4, ("a", "b"))
+
+
+def test_a_result_that_does_not_fit_is_refused_with_its_place(tmp_path: Path) -> None:
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+        bundle.run("cut", write("x"), options={"depth": 1}, inputs={})
+    with pytest.raises(InputError, match=r"manifest\.json: result of stage 'cut': length is unk"):
+        Bundle.open(tmp_path).result(CUT)

@@ -22,6 +22,7 @@ from tests.conftest import Invoke
 from thanos_deploy.bundle import names, onnxfile
 from thanos_deploy.bundle.files import sha256, sha256_of
 from thanos_deploy.bundle.manifest import Bundle, claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.errors import DeployError, InputError, ModelError
 from thanos_deploy.model import packed_folder
@@ -164,7 +165,7 @@ def as_hub_cache(model: Path, root: Path) -> Path:
 
 def test_a_snapshot_of_the_hubs_cache_is_a_model(model: Path, tmp_path: Path) -> None:
     snapshot = as_hub_cache(model, tmp_path / "models--a--b")
-    assert locate(str(snapshot)).sha256 == locate(str(model)).sha256
+    assert locate(str(snapshot)).source.sha256 == locate(str(model)).source.sha256
     assert Checkpoint.open(snapshot).parameters == Checkpoint.open(model).parameters
     load_model(snapshot)
     load_tokenizer(snapshot)
@@ -290,7 +291,8 @@ def test_runs_of_a_benchmark_are_files_of_the_bundle(tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text('{"format": "thanos-deploy/bench/1"}')
 
     def elsewhere(manifest: Any) -> None:
-        manifest["stages"]["bench"]["result"]["runs"] = {"../../secret": {}}
+        runs = manifest["stages"]["bench"]["result"]["runs"]
+        runs["../../secret"] = runs.pop("latency")
 
     change_manifest(out, elsewhere)
     with pytest.raises(InputError, match="begins with a dot"):
@@ -307,7 +309,7 @@ def test_a_bundle_is_not_written_through_a_link(tmp_path: Path, entry: str) -> N
     path.symlink_to(outside if "." not in entry else tmp_path / "new-file")
     for read in (
         lambda: Bundle.open(out),
-        lambda: claim(out, {"sha256": "b1" * 32, "name": "tiny"}).__enter__(),
+        lambda: claim(out, Source("folder", "tiny", "", "b1" * 32)).__enter__(),
     ):
         with pytest.raises(InputError, match="a link"):
             read()

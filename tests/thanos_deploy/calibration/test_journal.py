@@ -25,8 +25,8 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
 from thanos_deploy.prune import layers as walk
-from thanos_deploy.prune.layers import PrunedBlock
 from thanos_deploy.prune.owl import Outliers
+from thanos_deploy.prune.result import PrunedBlock
 from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
@@ -55,7 +55,7 @@ def prune(
     model: Path, out: Path, on_progress: OnProgress, pattern: str = "2:4", seed: int = 0
 ) -> None:
     dense = Dense(str(model))
-    with manifest.claim(out, dense.source.to_json()) as bundle:
+    with manifest.claim(out, dense.source) as bundle:
         request = PruneRequest.of(parse(pattern), nsamples=8, seqlen=64, seed=seed, **HOW[pattern])
         stage.prune(bundle, dense, request, announce=lambda _: on_progress)
 

@@ -13,7 +13,7 @@ from tests.gpu_rows import CARD, ROWS
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.forecast.datasheets import GPUS, SPARSE_FACTOR, Datasheet, find
 from thanos_deploy.forecast.forecast import (
-    Request,
+    Generation,
     Variant,
     architecture,
     forecast,
@@ -199,27 +199,29 @@ def test_tensor_cores_take_what_is_two_of_four(pattern: str, holds: bool) -> Non
 
 
 def test_the_verdict_is_computed(tiny_llama: Path) -> None:
-    request = Request(batches=(1,), prompt=16, new_tokens=8)
+    request = Generation(batches=(1,), prompt=16, new_tokens=8)
     patterns = [parse("2:4"), parse("structured:0.4")]
     # Of a tiny model only the launches are left to see, unless they cost nothing.
     for kernel_seconds, expected in ((1.0, "starting kernels"), (0.0, "waits for memory")):
         efficiency = replace(FITTED, kernel_seconds=kernel_seconds)
         setting = Setting(find("H100"), "fp16", efficiency=efficiency)
         result = plan(Checkpoint.open(tiny_llama), patterns, setting, request)
-        assert [sentence.split()[0] for sentence in result["verdict"]] == ["Prefill", "Decode"]
-        decode = result["verdict"][1]
+        assert [sentence.split()[0] for sentence in result.verdict] == ["Prefill", "Decode"]
+        decode = result.verdict[1]
         assert expected in decode
         assert "2:4 will not help (1.00x" in decode
         assert f"structured:0.4 {'will not' if kernel_seconds else 'will'} help" in decode
-        seconds = result["passes"][0]["seconds"]
+        seconds = result.passes[0].seconds
         for name, total in seconds["request"].items():
-            parts = seconds["prefill"][name]["likely"] + 7 * seconds["decode"][name]["likely"]
-            assert total["likely"] == pytest.approx(parts)
+            parts = seconds["prefill"][name].likely + 7 * seconds["decode"][name].likely
+            assert total.likely == pytest.approx(parts)
 
 
 def test_a_request_longer_than_the_model_allows_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(UsageError, match="the model takes 128"):
-        plan(Checkpoint.open(tiny_llama), [], Setting(find("L4"), "fp16"), Request((1,), 100, 29))
+        plan(
+            Checkpoint.open(tiny_llama), [], Setting(find("L4"), "fp16"), Generation((1,), 100, 29)
+        )
 
 
 def test_the_constants_are_what_the_published_figures_give() -> None:

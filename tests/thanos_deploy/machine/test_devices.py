@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import Invoke
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.errors import PlatformError, ResourceError, UsageError
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.precision import products_in
@@ -123,8 +124,13 @@ def test_a_dry_run_names_the_device(invoke: Invoke, tiny_llama: Path, tmp_path: 
 
 
 def test_a_manifest_says_that_a_result_is_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = PruneRequest.of(SemiStructured(2, 4), calib_forward="fp32"), EvalRequest()
+    pruning = PruneRequest.of(SemiStructured(2, 4), calib_forward="fp32")
+
+    def recorded() -> list[object]:
+        made = pruning.to_json(), encode(EvalRequest().recorded)
+        return [options.get("device") for options in made]
+
     show_gpus(monkeypatch, 0)
-    assert all("device" not in request.to_json() for request in requests)
+    assert recorded() == [None, None]
     show_gpus(monkeypatch, 1)
-    assert [request.to_json()["device"] for request in requests] == ["cuda", "cuda"]
+    assert recorded() == ["cuda", "cuda"]

@@ -1,40 +1,68 @@
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
+from tests import bundles
+from thanos_deploy.bundle.codec import decode
 from thanos_deploy.errors import UsageError
 from thanos_deploy.measure import gates
 from thanos_deploy.measure.latency import Decode, Prefill, Scenario
+from thanos_deploy.measure.run import (
+    Metric,
+    ModelTimes,
+    Run,
+    ScenarioTimes,
+    Subject,
+    WarmUpRecord,
+)
 
 SCENARIOS: list[Scenario] = [Prefill(1, 8), Decode(1, 8, 4), Decode(1, 64, 4)]
 
 
-def scenario(name: str, metric: str, dense: float, pruned: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "results": {
-            label: {"metrics": {metric: {"median": median, "p90": 2 * median, "p99": 3 * median}}}
+def scenario(name: str, metric: str, dense: float, pruned: float) -> ScenarioTimes:
+    return ScenarioTimes(
+        name=name,
+        kind=metric,
+        headline=metric,
+        batch=1,
+        prompt=0,
+        past=0,
+        new_tokens=0,
+        warmup=WarmUpRecord(1, stable=True),
+        results={
+            label: ModelTimes({metric: of_median(median)})
             for label, median in (("dense", dense), ("pruned", pruned))
         },
-    }
+    )
 
 
-RUN: dict[str, Any] = {
-    "status": "VALID",
-    "baseline": "dense",
-    "subjects": {
-        "dense": {"file_bytes": 100, "gpu_peak_bytes": None},
-        "pruned": {"file_bytes": 80, "gpu_peak_bytes": None},
+def of_median(median: float) -> Metric:
+    return Metric(unit="s", count=1, median=median, p90=2 * median, p99=3 * median)
+
+
+RUN = replace(
+    decode(Run, bundles.run()),
+    subjects={
+        label: Subject(
+            model="tiny",
+            sha256="",
+            pattern=None,
+            method=None,
+            dtype="fp32",
+            file_bytes=size,
+            cache_bytes_per_token=1,
+        )
+        for label, size in (("dense", 100), ("pruned", 80))
     },
-    "scenarios": [
+    scenarios=(
         scenario("prefill-1x8", "prefill", 0.2, 0.1),
         scenario("decode-1x8", "decode", 0.02, 0.01),
         scenario("decode-1x64", "decode", 0.02, 0.03),
-    ],
-}
+    ),
+)
 
 
-def judge(text: str, *, run: dict[str, Any] = RUN) -> list[tuple[str, float | None, bool]]:
+def judge(text: str, *, run: Run = RUN) -> list[tuple[str, float | None, bool]]:
     outcomes = gates.judge(
         [gates.parse(text)], run, subject="pruned", perplexity={"dense": 10.0, "pruned": 12.0}
     )
@@ -65,7 +93,7 @@ def test_a_gate_is_held_to_what_was_measured(
 
 
 def test_times_of_an_invalid_run_hold_no_gate_and_sizes_do() -> None:
-    invalid = {**RUN, "status": "INVALID"}
+    invalid = replace(RUN, status="INVALID")
     assert judge("prefill.p50.ratio<0.8", run=invalid) == [("prefill-1x8", 0.5, False)]
     assert judge("file_bytes.ratio<0.9", run=invalid) == [("", 0.8, True)]
 

@@ -15,10 +15,10 @@ from tests.golden import random_problem
 from tests.pages import blocks
 from thanos_deploy import cli, methods
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.pruning import Pruning
 from thanos_deploy.cli import _pruning, prune
 from thanos_deploy.errors import UsageError
 from thanos_deploy.pattern import SemiStructured, parse
+from thanos_deploy.prune.result import PRUNE
 from thanos_deploy.stages.request import PruneRequest
 
 PAGE = "docs/develop/add-a-method.md"
@@ -89,7 +89,8 @@ def test_the_commands_of_the_page_show_it_everywhere(
     bundle = Bundle.open(tmp_path / "out" / NAME)
     recorded = bundle.stages["prune"].options
     assert recorded == planned
-    assert Pruning.of(bundle) == Pruning(TWO_FOUR, NAME, cut=False, recover=0)
+    options = bundle.options(PRUNE)
+    assert (options.pattern, options.method, options.cut) == (str(TWO_FOUR), NAME, False)
     assert PruneRequest.from_json(recorded).to_json() == recorded
 
     code, _, errors = invoke(*real, *small, "--exponent", "0.75")

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from thanos_deploy.errors import InputError, UsageError
-from thanos_deploy.model.assignment import assign, counts, describe, read_file, recorded
+from thanos_deploy.model.assignment import assign, counts, describe, read_file
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
+from thanos_deploy.prune.result import PrunedBlock, PrunedLayer, patterns_in
 
 NAMES = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
 UP, DOWN, LATER_UP, LATER_DOWN = NAMES
@@ -114,12 +115,25 @@ def test_what_contradicts_itself_or_names_no_layer_is_refused(
 
 def test_what_was_recorded_is_what_was_assigned() -> None:
     patterns: dict[str, Pattern] = {UP: TWO_FOUR, LATER_DOWN: Unstructured(2 / 3)}
-    blocks = [
-        {"layers": [{"name": name, "pattern": str(patterns.get(name, "dense"))}]} for name in NAMES
-    ]
-    assert recorded(blocks, TWO_FOUR) == patterns
-    older = [{"layers": [{"name": name} for name in NAMES]}]
-    assert recorded(older, TWO_FOUR) == dict.fromkeys(NAMES, TWO_FOUR)
+    blocks = [block(name, str(patterns.get(name, "dense"))) for name in NAMES]
+    assert patterns_in(blocks, TWO_FOUR) == patterns
+    older = [block(name, None) for name in NAMES]
+    assert patterns_in(older, TWO_FOUR) == dict.fromkeys(NAMES, TWO_FOUR)
+
+
+def block(name: str, pattern: str | None) -> PrunedBlock:
+    layer = PrunedLayer(
+        name=name,
+        rows=8,
+        cols=8,
+        pattern=pattern,
+        sparsity=0.5,
+        pattern_holds=True,
+        relative_error=0.1,
+        damping=0.01,
+        seconds=0.1,
+    )
+    return PrunedBlock((layer,), {})
 
 
 def test_patterns_in_words() -> None:

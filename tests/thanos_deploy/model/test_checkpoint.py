@@ -78,11 +78,15 @@ def test_tensors_are_read_and_copied_in_pieces(
 
 def test_a_local_folder_is_known_by_its_content(model: Path) -> None:
     before = locate(str(model))
-    assert (before.kind, before.name, before.revision) == ("folder", "damaged", "")
+    assert (before.source.kind, before.source.name, before.source.revision) == (
+        "folder",
+        "damaged",
+        "",
+    )
     assert locate(str(model)) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    assert locate(str(model)).sha256 != before.sha256
+    assert locate(str(model)).source.sha256 != before.source.sha256
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./nowhere", "missing.gguf", "a/b/c"])
@@ -105,10 +109,11 @@ def test_a_hub_id_is_found_in_the_hubs_local_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    source = locate("someone/tiny")
+    found = locate("someone/tiny")
+    source = found.source
     assert (source.kind, source.name, source.revision) == ("hub", "someone/tiny", commit)
-    assert source.sha256 == locate(str(tiny_llama)).sha256
-    assert Checkpoint.open(source.path).config.model_type == "llama"
+    assert source.sha256 == locate(str(tiny_llama)).source.sha256
+    assert Checkpoint.open(found.path).config.model_type == "llama"
 
 
 def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:

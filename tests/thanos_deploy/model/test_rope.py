@@ -22,6 +22,7 @@ from tests.conftest import VOCABULARY, Invoke, MakeModel, stock_model
 from tests.store import Store
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import claim
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import InputError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.rope import Change, change_in, change_of
@@ -60,7 +61,7 @@ def scaled(make_model: MakeModel, store: Store) -> Bundles:
             )
             return {}
 
-        with claim(out, {"sha256": "", "name": "tiny"}) as bundle:
+        with claim(out, Source("folder", "tiny", "", "")) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
 
     return lambda name: store.folder(f"rope-{name}", lambda out: make(name, out))

@@ -13,6 +13,7 @@ from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Source
 from thanos_deploy.cli import _options, _targets
 from thanos_deploy.cli._pruning import prune_request
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
@@ -64,10 +65,10 @@ def test_the_pruning_command_asks_for_what_was_asked_for(
 
 
 def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
-    evaluation = EvalRequest("held out.txt", segments=5, seqlen=77).to_json()
+    evaluation = encode(EvalRequest("held out.txt", segments=5, seqlen=77).recorded)
     export = encode(ExportRequest("fp16", 64))
     lines = printed(tmp_path, eval=evaluation, onnx=export)
-    assert _options.eval_request(parsed(lines["eval"])).to_json() == evaluation
+    assert encode(_options.eval_request(parsed(lines["eval"])).recorded) == evaluation
     options = parsed(lines["export"])
     assert options["target"] == "onnx"
     assert _targets.asked(options) == {"dtype": "fp16", "max_sequence": 64}
@@ -96,7 +97,7 @@ def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
 def test_the_benchmark_command_asks_for_what_was_asked_for(
     request_: BenchRequest, subjects: list[str], tmp_path: Path
 ) -> None:
-    recorded = {request_.run: {**request_.to_json(), "subjects": subjects}}
+    recorded = {request_.run: {**encode(request_), "subjects": subjects}}
     options = parsed(printed(tmp_path, bench=recorded)["bench"])
     assert _options.bench_request(options) == request_
     assert options["aa"] == ("pruned-again" in subjects)
@@ -131,10 +132,10 @@ def test_the_engine_command_asks_for_what_was_asked_for(
 
 
 def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:
-    source = {"kind": "folder", "name": "x; rm -rf ~ $(id)", "revision": "", "sha256": "b1" * 32}
+    source = Source("folder", "x; rm -rf ~ $(id)", "", "b1" * 32)
     out = write_bundle(tmp_path / "out", source=source)
     (line, *_) = commands.of(sources.read(Bundle.open(out)))
-    assert shlex.split(line)[2] == source["name"]
+    assert shlex.split(line)[2] == source.name
 
 
 def test_every_option_that_is_printed_exists(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from selenium.webdriver.common.by import By
 
 from tests import bundles
 from tests.bundles import add_build, checked, run, write_bundle
+from thanos_deploy.bundle.codec import decode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.figures import figures, shown, shown_ratio
+from thanos_deploy.report.model import ModelReport
 from thanos_deploy.report.write import compare
 
 Browser = webdriver.Chrome
@@ -72,7 +75,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two bundles in which everything that a user or a model names is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
-    source = {**bundles.SOURCE, "name": HOSTILE, "revision": HOSTILE}
+    source = replace(bundles.SOURCE, name=HOSTILE, revision=HOSTILE)
     document = run(status="INVALID", reasons=(HOSTILE,))
     document["environment"]["processor"] = HOSTILE
     paths = [
@@ -139,14 +142,16 @@ def test_the_numbers_are_those_of_the_json(browser: Browser, one: Path) -> None:
     assert browser.find_element(By.CLASS_NAME, "headline").text == report["headline"]
     expected = [
         [f.title, shown(f.dense, f.unit), shown(f.pruned, f.unit), shown_ratio(f)]
-        for f in figures(model)
+        for f in figures(decode(ModelReport, model))
     ]
     assert table(browser, "table.figures")[: len(expected)] == expected
     values = browser.execute_script(
         "return [...document.querySelectorAll('table.figures td:last-child')]"
         ".map((cell) => cell.dataset.value)"
     )
-    assert [float(value) for value in values if value] == [f.ratio for f in figures(model)]
+    assert [float(value) for value in values if value] == [
+        f.ratio for f in figures(decode(ModelReport, model))
+    ]
     text = browser.find_element(By.TAG_NAME, "main").text
     for entry in model["not_measured"]:
         assert entry["what"] in text

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,21 @@ import pytest
 
 from tests import bundles
 from tests.bundles import SCHEMA, add_build, checked, run, write_bundle
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, IntegrityError, UsageError
 from thanos_deploy.report import build, markdown, page, sources
 from thanos_deploy.report.figures import figures
+from thanos_deploy.report.model import FORMAT, ModelReport, Report
 from thanos_deploy.report.sources import Sources
 
 
 def report_on(*paths: Path, **options: Any) -> Json:
     """The report, checked against its schema."""
     report = build.build(read(*paths), **options)
-    return checked(json.loads(json.dumps(report, allow_nan=False)))
+    written = checked(json.loads(json.dumps(encode(report), allow_nan=False)))
+    assert decode(Report, written) == report
+    return written
 
 
 def read(*paths: Path) -> list[Sources]:
@@ -26,12 +30,12 @@ def read(*paths: Path) -> list[Sources]:
 
 
 def page_of(report: Json, *paths: Path) -> str:
-    return page.render(report, read(*paths))
+    return page.render(decode(Report, report), read(*paths))
 
 
 def test_the_schema_is_one_and_names_the_format() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["properties"]["format"]["const"] == build.FORMAT
+    assert SCHEMA["properties"]["format"]["const"] == FORMAT
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured:0.5", "structured:0.2"])
@@ -41,7 +45,7 @@ def test_every_pattern_has_a_report_of_the_published_form(pattern: str, tmp_path
     (model,) = report["models"]
     assert model["label"] == pattern
     assert len(model["layer_map"]["error"]) == bundles.BLOCKS
-    by_name = {figure.name: figure for figure in figures(model)}
+    by_name = {figure.name: figure for figure in figures(decode(ModelReport, model))}
     assert by_name["perplexity"].ratio == pytest.approx(16.8 / 10.8)
     assert by_name["decode-1x128"].ratio == 0.9
     assert by_name["ONNX"].dense == 5000
@@ -80,7 +84,7 @@ def test_a_run_that_does_not_count_is_shown_loudly(status: str, tmp_path: Path) 
     text = page_of(report, tmp_path / "out")
     assert f'<div class="tile" data-status="{status}">' in text
     assert f"0.900 (0.880 to 0.920), {status}" in text
-    assert f"{status}: the timing run" in markdown.render(report)
+    assert f"{status}: the timing run" in markdown.render(decode(Report, report))
 
 
 def test_an_interrupted_run_is_found_though_the_manifest_does_not_have_it(tmp_path: Path) -> None:
@@ -123,6 +127,16 @@ def test_a_finished_run_that_the_manifest_does_not_have_does_not_count(tmp_path:
     assert "not in the manifest" in report["notices"][0]
 
 
+def test_a_run_of_another_version_is_refused_and_a_foreign_file_ignored(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out")
+    (out / "bench" / "notes.json").write_text('{"format": "mine"}')
+    assert len(report_on(out)["models"][0]["bench"]) == 1
+    newer = {**run("newer"), "format": "thanos-deploy/bench/2"}
+    (out / "bench" / "newer.json").write_text(json.dumps(newer))
+    with pytest.raises(InputError, match=r"newer\.json: .*format.*thanos-deploy/bench/2"):
+        report_on(out)
+
+
 def test_a_valid_run_speaks_for_a_model_before_a_later_one_that_is_not(tmp_path: Path) -> None:
     runs = (run("full"), run("latency", status="INVALID"), run("aa", baseline="pruned-again"))
     out = write_bundle(tmp_path / "out", runs=runs)
@@ -137,7 +151,7 @@ def test_every_kind_of_scenario_is_shown(tmp_path: Path) -> None:
     out = write_bundle(tmp_path / "out", runs=(run(kinds=kinds),))
     report = report_on(out)
     assert "open-loop-1x128, request" in page_of(report, out)
-    names = {figure.name for figure in figures(report["models"][0])}
+    names = {figure.name for figure in figures(decode(ModelReport, report["models"][0]))}
     assert "generate-1x128, tokens per second" in names
     assert not any("latency of" in e["what"] for e in report["models"][0]["not_measured"])
 
@@ -184,7 +198,7 @@ def test_what_an_engine_chose_is_the_proof(tmp_path: Path) -> None:
     (model,) = report["models"]
     assert model["kernels"][0]["summary"]["picked"] == 6
     assert "12 are eligible and 6 were given" in page_of(report, out)
-    assert "6 of 12 layers were given a sparse kernel" in markdown.render(report)
+    assert "6 of 12 layers were given a sparse kernel" in markdown.render(decode(Report, report))
     assert not any("sparse kernels" in entry["what"] for entry in model["not_measured"])
 
 
@@ -230,7 +244,10 @@ def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> N
     report = report_on(a, b)
     of_a, of_b = report["models"]
     assert (of_a["quoted_run"], of_b["quoted_run"]) == ("full", "full of a")
-    ratios = [next(f for f in figures(m) if f.name == "decode-1x128").ratio for m in (of_a, of_b)]
+    ratios = [
+        next(f for f in figures(decode(ModelReport, m)) if f.name == "decode-1x128").ratio
+        for m in (of_a, of_b)
+    ]
     assert ratios == [0.9, 0.7]
     assert {p["label"] for p in report["pareto"][0]["points"]} == {"dense", "2:4", "4:8"}
     assert "Run <q>full of a</q>" in page_of(report, a, b)
@@ -270,7 +287,7 @@ def test_one_bundle_given_twice_is_shown_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("difference", "said"),
     [
-        ({"source": {**bundles.SOURCE, "sha256": "c2" * 32}}, "different base models"),
+        ({"source": replace(bundles.SOURCE, sha256="c2" * 32)}, "different base models"),
         ({"tokenizer": "[]"}, "different tokenizers"),
     ],
 )

@@ -18,8 +18,9 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.prune.layers import prune
 from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import CutBlock, check, shrink
+from thanos_deploy.shrink.cut import check, shrink
 from thanos_deploy.shrink.options import Allocation, Fit, Part, Sizing
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Plan
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver.elimination import Elimination

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 
 from thanos_deploy import methods
-from thanos_deploy.bundle.pruning import Pruning
+from thanos_deploy.bundle.codec import decode
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import parse
 from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.prune.result import PruneOptions
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
 from thanos_deploy.stages.request import PruneRequest
 
@@ -77,8 +78,8 @@ def test_a_manifest_says_what_it_always_said_and_is_read_again(pattern: str) -> 
         request.how.pattern,
         request.how.walks_dense,
     )
-    known = Pruning.from_manifest(recorded)
-    assert (known.pattern, known.method) == (request.how.pattern, request.how.method)
+    known = decode(PruneOptions, recorded)
+    assert (known.pattern, known.method) == (str(request.how.pattern), request.how.method)
     assert (known.cut, known.recover) == (isinstance(request.how, Cut), request.recover)
 
 

@@ -1,0 +1,76 @@
+"""What a person at a terminal sees of a forecast."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from thanos_deploy.forecast.forecast import Forecast, Seconds
+from thanos_deploy.forecast.roofline import Layer
+
+
+def show_forecast(forecast: Forecast, *, layers: bool) -> None:
+    """Print a forecast and what it means; with every layer if asked for."""
+    console = Console()
+    names = list(forecast.block_parameters)
+    title = (
+        f"{forecast.gpu.product}, {forecast.dtype}, prompt {forecast.prompt}, "
+        f"{forecast.new_tokens} new tokens: forecast, ms"
+    )
+    table = Table(title=title)
+    for name in ("batch", "", *names):
+        table.add_column(name, justify="right")
+    for step in forecast.passes:
+        for phase, times in step.seconds.items():
+            dense = times["dense"].likely
+            table.add_row(
+                str(step.batch),
+                "decode, a token" if phase == "decode" else phase,
+                *(_forecast_cell(times[name], dense) for name in names),
+            )
+        memory = (
+            f"{step.memory_bytes[name] / 1e9:.1f}" + ("" if step.fits[name] else " too much")
+            for name in names
+        )
+        table.add_row(str(step.batch), "memory, GB", *memory, end_section=True)
+    console.print(table)
+    if layers:
+        for step in forecast.passes:
+            for phase, found in step.layers.items():
+                console.print(_layer_table(f"{phase}, batch {step.batch}, ms", found))
+    for sentence in (*forecast.verdict, *forecast.measured):
+        console.print(f"• {sentence}", highlight=False, markup=False)
+    origin = f"Roofline of the figures in {forecast.gpu.source}"
+    if count := forecast.measured_products:
+        origin += f"; {count} measured matrix products replace it where their sizes are similar"
+    console.print(
+        f"{origin}. 2:4 likely (at best); benchmarks/LOG.md says how far such forecasts were from "
+        "published times.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _forecast_cell(time: Seconds | Layer, dense: float) -> str:
+    cell = f"{time.likely * 1e3:.2f}"
+    if time.likely != dense:
+        cell += f", {dense / time.likely:.2f}x"
+    if time.best < time.likely:
+        cell += f" ({dense / time.best:.2f}x)"
+    return cell
+
+
+def _layer_table(title: str, found: Mapping[str, Sequence[Layer]]) -> Table:
+    names = list(found)
+    table = Table(title=title)
+    for name in ("layer", "of the dense: m x n x k", "bound by", *names):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for rows in zip(*found.values(), strict=True):
+        first = rows[0]
+        table.add_row(
+            f"{first.name} ({first.times})",
+            "" if first.shape is None else " x ".join(map(str, first.shape)),
+            f"{first.bound}, measured" if first.measured else first.bound,
+            *(_forecast_cell(row, first.likely) for row in rows),
+        )
+    return table

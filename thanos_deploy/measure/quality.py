@@ -1,0 +1,113 @@
+"""What an evaluation leaves in a bundle: perplexity on a text, or scores in tasks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.codec import LATER
+from thanos_deploy.bundle.record import Stage
+from thanos_deploy.calibration.frame import NO_FRAME, Frame
+from thanos_deploy.measure.options import EvalRequest, TaskRequest
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True, slots=True)
+class TextQuality:
+    """Perplexity on a text.
+
+    Attributes:
+        text: where it is from.
+        value: the perplexity.
+        segments: how many segments.
+        length: tokens of each.
+        frame: what each begins with; in records from before there were any, nothing.
+    """
+
+    text: str
+    value: float
+    segments: int
+    length: int
+    frame: Frame = NO_FRAME
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a model reached in one task by one metric.
+
+    Attributes:
+        task, metric: as the library calls them.
+        value: in the metric's own unit.
+        stderr: the library's estimate; None if it has none.
+        samples: how many examples.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskQuality:
+    """Scores in tasks."""
+
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextInputs:
+    """What an evaluation on a text read.
+
+    Attributes:
+        model: hash of the pruned model; None for a dense one.
+        dense: what was measured of the dense model; None for itself.
+        text: hash of the text.
+        frame: ids that segments begin with.
+        onnx: hashes of the files of the graph that was run; empty for PyTorch.
+    """
+
+    model: str | None = field(default=None, metadata=LATER)
+    dense: TextQuality | None = field(default=None, metadata=LATER)
+    text: str
+    frame: tuple[int, ...] = field(default=(), metadata=LATER)
+    onnx: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInputs:
+    """What an evaluation in tasks read; see `TextInputs`.
+
+    Attributes:
+        tasks: hashes of the files of tasks.
+    """
+
+    model: str | None = field(default=None, metadata=LATER)
+    dense: TaskQuality | None = field(default=None, metadata=LATER)
+    tasks: Mapping[str, str]
+    onnx: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared(Generic[Measured]):
+    """What was measured of the dense and of the pruned model."""
+
+    dense: Measured
+    pruned: Measured
+
+
+TextStage = Stage[EvalRequest, TextInputs, TextQuality]
+TaskStage = Stage[TaskRequest, TaskInputs, TaskQuality]
+
+EVAL: TextStage = Stage(layout.EVAL, EvalRequest, TextInputs, TextQuality)
+EVAL_ONNX: TextStage = Stage(f"{layout.EVAL}-onnx", EvalRequest, TextInputs, TextQuality)
+EVAL_TASKS: TaskStage = Stage(f"{layout.EVAL}-tasks", TaskRequest, TaskInputs, TaskQuality)
+EVAL_TASKS_ONNX: TaskStage = Stage(
+    f"{layout.EVAL}-tasks-onnx", TaskRequest, TaskInputs, TaskQuality
+)
+
+# By what runs the model; see `evaluation.RUNTIMES`.
+TEXT_STAGES: Mapping[str, TextStage] = {"torch": EVAL, "onnx": EVAL_ONNX}
+TASK_STAGES: Mapping[str, TaskStage] = {"torch": EVAL_TASKS, "onnx": EVAL_TASKS_ONNX}
