@@ -13,7 +13,7 @@ from thanos_deploy.cli._options import device_option, text_field_option
 from thanos_deploy.cli._types import PatternType, if_given, several, unset, with_default
 from thanos_deploy.methods import Walk
 from thanos_deploy.option import keywords
-from thanos_deploy.prune.recipe import METHOD, PRESET, Layers, Owl, Recipe
+from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import Sizing
 from thanos_deploy.stages.request import ALLOCATIONS, PruneRequest
 

@@ -34,7 +34,7 @@ def command(model: str, out: Path, revision: str | None, dry_run: bool, **option
     with session(options) as announce:
         from thanos_deploy.bundle import manifest
         from thanos_deploy.cli._tables import show_plan, show_pruned
-        from thanos_deploy.prune.result import PRUNE
+        from thanos_deploy.pruning.result import PRUNE
         from thanos_deploy.stages.dense import Dense
         from thanos_deploy.stages.plan import plan_prune
         from thanos_deploy.stages.prune import prune

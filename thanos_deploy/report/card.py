@@ -6,7 +6,7 @@ from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, PRUNED
-from thanos_deploy.prune.result import PruneOptions
+from thanos_deploy.pruning.result import PruneOptions
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.loaders import LoaderVerdict
 from thanos_deploy.report.model import ModelReport, Report, TaskScores

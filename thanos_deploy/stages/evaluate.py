@@ -27,7 +27,7 @@ from thanos_deploy.measure.quality import (
 )
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for

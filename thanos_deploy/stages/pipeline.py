@@ -27,7 +27,7 @@ from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages.bench import bench, check_bench, compared

@@ -17,9 +17,9 @@ from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.locate import locate_configuration
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune import layers as pruning
-from thanos_deploy.prune.recipe import Recipe
-from thanos_deploy.prune.result import WidthsSummary
+from thanos_deploy.pruning import layers as pruning
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.result import WidthsSummary
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
