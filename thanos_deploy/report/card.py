@@ -165,10 +165,9 @@ def _loading(model: ModelReport) -> str:
 `config.json` is the dense model's and `model/widths.json` declares the widths. Use the ONNX graph, or
 
 ```python
-from pathlib import Path
-from thanos_deploy.model.load import load_model
+import thanos_deploy as td
 
-model = load_model(Path("model"))
+model = td.load_model("model")
 ```"""
     stock = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
