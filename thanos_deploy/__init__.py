@@ -4,7 +4,7 @@
 
     bundle = td.prune("model", pattern="2:4", out="out/model")
     bundle.export("onnx")
-    print(bundle.evaluate("model").pruned)
+    print(bundle.evaluate("model").pruned.value)
 
 The names in `__all__` are the Python API, which mirrors the commands; see `thanos_deploy.api`. They
 are imported when they are used: this package is imported by every other one, the light runtime
@@ -17,26 +17,34 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "Benchmark",
     "Bundle",
     "CalibrationError",
     "Check",
-    "Comparison",
+    "Compared",
     "DeployError",
     "Diagnosis",
+    "DryRun",
+    "ExportOptions",
+    "Forecast",
     "GateError",
     "HessianError",
     "InputError",
     "IntegrityError",
+    "JudgedRun",
     "ModelError",
     "PatternError",
     "PlatformError",
     "Progress",
     "PruneExportOptions",
     "PruneOptions",
+    "PruneResult",
+    "Report",
     "ResourceError",
     "SemiStructured",
+    "StageRecord",
     "Structured",
+    "TaskQuality",
+    "TextQuality",
     "Unstructured",
     "UsageError",
     "Verification",
@@ -64,8 +72,14 @@ if TYPE_CHECKING:
         prune,
         prune_export,
     )
-    from thanos_deploy.api.options import Progress, PruneExportOptions, PruneOptions
-    from thanos_deploy.api.results import Benchmark, Comparison, Diagnosis, Verification
+    from thanos_deploy.api.options import (
+        ExportOptions,
+        Progress,
+        PruneExportOptions,
+        PruneOptions,
+    )
+    from thanos_deploy.api.results import Diagnosis
+    from thanos_deploy.bundle.record import StageRecord
     from thanos_deploy.check import Check
     from thanos_deploy.errors import (
         CalibrationError,
@@ -80,10 +94,21 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
+    from thanos_deploy.forecast.forecast import Forecast
+    from thanos_deploy.measure.gates import JudgedRun
+    from thanos_deploy.measure.quality import Compared, TaskQuality, TextQuality
     from thanos_deploy.pattern import SemiStructured, Structured, Unstructured
+    from thanos_deploy.pruning.result import PruneResult
+    from thanos_deploy.report.model import Report
+    from thanos_deploy.stages.plan import DryRun
+    from thanos_deploy.stages.verify import Verification
 else:
     # Where the names are, the cheapest first.
-    _HOMES = ("errors", "pattern", "check", "api.options", "api.results", "api.functions")
+    _HOMES = (
+        *("errors", "pattern", "check", "api.options", "api.results", "api.functions"),
+        *("bundle.record", "measure.quality", "measure.gates", "pruning.result"),
+        *("report.model", "forecast.forecast", "stages.plan", "stages.verify"),
+    )
 
     def __getattr__(name: str) -> object:
         if name in __all__:

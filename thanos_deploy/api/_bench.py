@@ -7,10 +7,11 @@ from typing import Any
 
 from thanos_deploy.api import _requests
 from thanos_deploy.api.options import ModelLike, Progress
-from thanos_deploy.api.results import Benchmark
-from thanos_deploy.bundle import manifest
+from thanos_deploy.bundle import layout, manifest
 from thanos_deploy.errors import UsageError
 from thanos_deploy.measure import gates as limits
+from thanos_deploy.measure.gates import JudgedRun
+from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages import bench as stage
 from thanos_deploy.stages.dense import Dense
@@ -31,7 +32,7 @@ def bench(
     request: Mapping[str, Any],
     overwrite: bool,
     progress: Progress | None,
-) -> Benchmark:
+) -> JudgedRun:
     """See `Bundle.bench`; `request` has its options that say what to time."""
     if aa and (against or dense is not None):
         raise UsageError(
@@ -47,27 +48,27 @@ def bench(
     with ExitStack() as stack:
         bundle = manifest.Bundle.open(out)  # claiming would create one
         bundle = stack.enter_context(
-            manifest.claim(out, source.source.to_json() if source else bundle.source)
+            manifest.claim(out, source.source if source else bundle.source)
         )
-        graph = bundle.require("onnx", f"`thanos-deploy export {out} --target onnx`")
-        asked.check(graph.result["max_sequence"])
+        bundle.require(layout.ONNX, f"`thanos-deploy export {out} --target onnx`")
+        asked.check(stage.max_sequence(bundle))
         if any(gate.name == limits.PERPLEXITY for gate in wanted):
-            bundle.require("eval", f"`thanos-deploy eval {out} --dense MODEL`")
+            bundle.require(layout.EVAL, f"`thanos-deploy eval {out} --dense MODEL`")
         subjects = (
-            {stage.PRUNED: bundle, f"{stage.PRUNED}-again": bundle}
+            {PRUNED: bundle, f"{PRUNED}-again": bundle}
             if aa
             else stage.compared(
                 bundle,
-                against or (stage.DENSE,),
+                against or (DENSE,),
                 source,
                 different_models=different_models,
                 announce=announce,
             )
         )
         run = stage.bench(bundle, subjects, asked, overwrite=overwrite, announce=announce)
-        if "prune" in bundle.stages:
+        if layout.PRUNE in bundle.stages:
             write_report(bundle)
         outcomes = limits.judge(
-            wanted, run, subject=stage.PRUNED, perplexity=perplexities(bundle, subjects)
+            wanted, run, subject=PRUNED, perplexity=perplexities(bundle, subjects)
         )
-    return Benchmark(run, tuple(outcomes))
+    return JudgedRun.of(run, outcomes)

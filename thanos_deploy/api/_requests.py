@@ -18,9 +18,8 @@ from thanos_deploy.pattern import Pattern, parse
 from thanos_deploy.progress import Announce, OnProgress, quietly
 
 if TYPE_CHECKING:
-    from exporters.options import EngineRequest
     from thanos_deploy.measure.options import BenchRequest, EvalRequest, TaskRequest
-    from thanos_deploy.model.locate import Source
+    from thanos_deploy.model.locate import LocatedModel
     from thanos_deploy.stages.request import PruneRequest
 
 
@@ -47,7 +46,7 @@ def pattern(value: PatternLike) -> Pattern:
     return parse(value) if isinstance(value, str) else value
 
 
-def model(value: ModelLike) -> "str | Source":
+def model(value: ModelLike) -> "str | LocatedModel":
     """A model as the stages find it; one in memory is written to the cache.
 
     Raises:
@@ -101,21 +100,21 @@ def bench_request(options: Mapping[str, Any], **defaults: Any) -> "BenchRequest"
     return BenchRequest(**{**defaults, **given})
 
 
-def engine_request(options: Mapping[str, Any]) -> "EngineRequest":
-    """What an engine is to be built for."""
-    from exporters.options import EngineRequest
+def export_request(options: Mapping[str, Any]) -> dict[str, object]:
+    """What is asked of a target, by the names of its fields; see `Target.request`."""
+    from exporters import targets
+    from exporters.options import flags
 
-    names = {
-        "max_seq": "max_sequence",
-        "seq": "prompt",
-        "sparse_form": "form",
-        "engine_compat": "compatibility",
-        "sm": "architectures",
+    known = {
+        flag.keyword: (name, flag.prefix)
+        for target in targets.every()
+        for name, flag in flags(target.options).items()
     }
-    given = {names.get(name, name): value for name, value in plain(options).items()}
-    if "architectures" in given:
-        given["architectures"] = tuple(f"sm{number}" for number in given["architectures"])
-    return EngineRequest(**given)
+    asked: dict[str, object] = {}
+    for keyword, value in plain(options).items():
+        name, prefix = known.get(keyword, (keyword, None))
+        asked[name] = value if prefix is None else tuple(f"{prefix}{one}" for one in value)
+    return asked
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,21 +159,6 @@ def quality_request(
     return TaskRequest(tuple(tasks), folder, limit, device)
 
 
-def refuse_dtype(target: str, dtype: str | None) -> None:
-    """Refuse a dtype that a target does not have.
-
-    Raises:
-        UsageError: it has not.
-    """
-    from thanos_deploy.stages.export import ENGINES
-
-    if dtype == ("int8" if target in ENGINES else "int8-qdq"):
-        raise UsageError(
-            f"--dtype {dtype} with --target {target}",
-            fix="int8 is for onnx and genai, int8-qdq for tensorrt and tensorrt-rtx",
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What `prune_export` is asked for, stage by stage."""
@@ -182,8 +166,8 @@ class Pipeline:
     prune: "PruneRequest"
     evaluation: "EvalRequest"
     benchmarking: "BenchRequest"
-    engine: "EngineRequest"
     target: str
+    asked: Mapping[str, object]
 
     @classmethod
     def of(cls, wanted: PatternLike, options: PruneExportOptions) -> "Pipeline":
@@ -200,6 +184,6 @@ class Pipeline:
             prune_request(wanted, part(*(name for name in options if name not in own))),
             eval_request({**shared, **part("text", "segments", "seqlen", prefix="eval_")}),
             bench_request(part("batch", "prompt", "past", "new_tokens", "rounds", "sample_prompt")),
-            engine_request(part("sm", "sparse_form", "engine_compat", "max_seq")),
             part("target").get("target", "onnx"),
+            export_request(part("max_seq", "logits", "seq", "sm", "sparse_form", "engine_compat")),
         )

@@ -4,15 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 from thanos_deploy.api import _requests
 from thanos_deploy.api._checks import Positive, Range, public
-from thanos_deploy.api.options import ModelLike, Progress
-from thanos_deploy.api.results import Benchmark, Comparison, Verification
+from thanos_deploy.api.options import ExportOptions, ModelLike, Progress
 
 if TYPE_CHECKING:
-    from thanos_deploy.bundle.manifest import StageRecord
+    from thanos_deploy.bundle.record import StageRecord
+    from thanos_deploy.measure.gates import JudgedRun
+    from thanos_deploy.measure.quality import Compared, TaskQuality, TextQuality
+    from thanos_deploy.pruning.result import PruneResult
+    from thanos_deploy.report.model import Report
+    from thanos_deploy.stages.verify import Verification
 
 
 class Bundle:
@@ -68,6 +72,20 @@ class Bundle:
 
         return MappingProxyType(manifest.Bundle.open(self._path).stages)
 
+    @property
+    def pruned(self) -> "PruneResult":
+        """What became of the model's layers, in numbers.
+
+        Raises:
+            InputError: nothing was pruned yet.
+        """
+        from thanos_deploy.bundle import manifest
+        from thanos_deploy.pruning.result import PRUNE
+
+        bundle = manifest.Bundle.open(self._path)
+        bundle.require(PRUNE.name, "`thanos-deploy prune`")
+        return bundle.result(PRUNE)
+
     def __repr__(self) -> str:
         return f"Bundle({str(self._path)!r})"
 
@@ -76,38 +94,17 @@ class Bundle:
         self,
         target: str = "onnx",
         *,
-        dtype: Literal["fp32", "fp16", "int8", "int8-qdq"] | None = None,
-        max_seq: Positive | None = None,
-        logits: Literal["all", "last"] | None = None,
-        batch: Sequence[Positive] | None = None,
-        seq: Sequence[Positive] | None = None,
-        sm: Sequence[Positive] | None = None,
-        sparse_form: Literal["matmul", "conv1x1", "auto"] = "matmul",
-        engine_compat: Literal["none", "version", "same-sm", "ampere+"] = "none",
         overwrite: bool = False,
         progress: Progress | None = None,
+        **options: Unpack[ExportOptions],
     ) -> "StageRecord":
         """Export the pruned model; the command `export`.
 
         Args:
             target: "onnx", "genai", "packed", "triton", "tensorrt" or "tensorrt-rtx".
-            dtype: what the graph holds its weights in. None for what the graph that is there was
-                made with, or "fp32"; for engines "fp16".
-            max_seq: the most tokens, prompt and answer together. None for what the graph that is
-                there was made with, or all that the model takes.
-            logits: "all", after every token, or "last". None for what the graph that is there was
-                made with, or "all"; for engines "last".
-            batch: engines: sequences at once, the usual number and the largest. None for (1, 8).
-            seq: engines: tokens of a prompt, the usual number and the largest. None for
-                (128, 1024), or as far as the model goes.
-            sm: tensorrt-rtx: compute capabilities to build for, such as 89. None for 80, 86, 89
-                and 120.
-            sparse_form: engines: how linear layers are written; "auto" builds both forms on the
-                GPU and keeps the faster.
-            engine_compat: engines: where else one may run beside the GPU and the version that it
-                is built for; costs speed.
             overwrite: redo what was made with other options.
             progress: told how far it is.
+            options: see `ExportOptions`.
 
         Returns:
             the record of the stage: its files by path, its result, its seconds.
@@ -118,34 +115,16 @@ class Bundle:
             PlatformError: the machine lacks what the target needs.
             ResourceError: another process writes to the bundle, or the disk or memory is full.
         """
-        from exporters.options import ExportRequest
+        from exporters import targets
         from thanos_deploy.bundle import manifest
-        from thanos_deploy.stages.export import export, exported_with
+        from thanos_deploy.stages.export import export
 
-        _requests.refuse_dtype(target, dtype)
-        engine = _requests.engine_request(
-            {
-                "dtype": dtype,
-                "max_seq": max_seq,
-                "logits": logits,
-                "batch": batch,
-                "seq": seq,
-                "sm": sm,
-                "sparse_form": sparse_form,
-                "engine_compat": engine_compat,
-            }
-        )
+        chosen, asked = targets.get(target), _requests.export_request(options)
         with manifest.claim(self._path, manifest.Bundle.open(self._path).source) as bundle:
-            before = exported_with(bundle)
             return export(
                 bundle,
                 target=target,
-                request=ExportRequest(
-                    dtype=dtype or before.dtype,
-                    max_sequence=before.max_sequence if max_seq is None else max_seq,
-                    logits=logits or before.logits,
-                ),
-                engine=engine,
+                request=chosen.request(bundle, asked),
                 overwrite=overwrite,
                 announce=_requests.announce(progress),
             )
@@ -166,7 +145,7 @@ class Bundle:
         limit: Positive | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
-    ) -> Comparison:
+    ) -> "Compared[TextQuality] | Compared[TaskQuality]":
         """Measure the pruned model beside the dense one, and keep both; the command `eval`.
 
         See `evaluate` for one model by itself.
@@ -213,7 +192,7 @@ class Bundle:
             limit=limit,
         )
         with reopen(self._path, _requests.model(dense)) as (bundle, source):
-            pruned = stage.evaluate(
+            found = stage.evaluate(
                 bundle,
                 source,
                 request,
@@ -223,7 +202,7 @@ class Bundle:
             )
             if "report" in bundle.stages:
                 write_report(bundle)
-        return Comparison(dense=pruned.inputs["dense"], pruned=pruned.result)
+        return found
 
     @public
     def bench(
@@ -255,7 +234,7 @@ class Bundle:
         overwrite: bool = False,
         check: bool = True,
         progress: Progress | None = None,
-    ) -> Benchmark:
+    ) -> "JudgedRun":
         """Time the exported model beside others, each in a process of its own; the command `bench`.
 
         Args:
@@ -280,7 +259,7 @@ class Bundle:
             threads: how many compute on a CPU; None for one for each processor.
             gate: limits, like "decode.p50.ratio<0.8"; the command's help lists what they can name.
             overwrite: redo a run of that name that was made with other options.
-            check: raise if a gate is missed; False to look at `Benchmark.gates`.
+            check: raise if a gate is missed; False to look at the run's `gates`.
             progress: told how far it is.
 
         Returns:
@@ -322,11 +301,11 @@ class Bundle:
         return done.require() if check else done
 
     @public
-    def report(self) -> Path:
+    def report(self) -> "Report":
         """Write what the finished stages say to the report and the model card; command `report`.
 
         Returns:
-            the page, `report/index.html`; `report.md` and `report.json` are beside it.
+            what is in `report/report.json`; `report/index.html` is the page.
 
         Raises:
             InputError: nothing was pruned yet, or a record is not readable.
@@ -336,8 +315,7 @@ class Bundle:
         from thanos_deploy.report.write import write_report
 
         with manifest.claim(self._path, manifest.Bundle.open(self._path).source) as bundle:
-            write_report(bundle)
-        return self._path / "report" / "index.html"
+            return write_report(bundle)
 
     @public
     def verify(
@@ -346,7 +324,7 @@ class Bundle:
         require_sparse: Annotated[float, Range(0, 1)] | None = None,
         check: bool = True,
         progress: Progress | None = None,
-    ) -> Verification:
+    ) -> "Verification":
         """Check the bundle from its bytes on: hashes, patterns, sparse layers; command `verify`.
 
         Args:
@@ -368,10 +346,7 @@ class Bundle:
         checks = stage.verify(
             bundle, require_sparse=require_sparse, on_progress=announce("Look at every file again")
         )
-        done = Verification(
-            tuple(checks),
-            {name: tuple(build["layers"]) for name, build in stage.proofs(bundle).items()},
-        )
+        done = stage.verification(checks, bundle)
         return done.require() if check else done
 
     @public

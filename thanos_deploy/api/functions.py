@@ -1,9 +1,9 @@
 """The functions of the API: commands that begin with a model, or with several bundles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from thanos_deploy.api import _requests
 from thanos_deploy.api._checks import Positive, public
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from thanos_deploy.forecast.forecast import Forecast
+    from thanos_deploy.measure.quality import TaskQuality, TextQuality
+    from thanos_deploy.report.model import Report
     from thanos_deploy.stages.plan import DryRun
 
 
@@ -69,7 +72,7 @@ def prune(
 
     request = _requests.prune_request(pattern, options)
     dense = Dense(_requests.model(model), revision=revision)
-    with manifest.claim(Path(out), dense.source.to_json(), overwrite=overwrite) as bundle:
+    with manifest.claim(Path(out), dense.source, overwrite=overwrite) as bundle:
         prune(bundle, dense, request, overwrite=overwrite, announce=_requests.announce(progress))
     return Bundle(out)
 
@@ -139,7 +142,7 @@ def prune_export(
         evaluation=asked.evaluation,
         benchmarking=asked.benchmarking,
         target=asked.target,
-        engine=asked.engine,
+        asked=asked.asked,
         revision=revision,
         overwrite=overwrite,
         announce=_requests.announce(progress),
@@ -195,7 +198,7 @@ def evaluate(
     task_folder: str | PathLike[str] | None = None,
     limit: Positive | None = None,
     progress: Progress | None = None,
-) -> Mapping[str, Any]:
+) -> "TextQuality | TaskQuality":
     """Measure the quality of one model by itself; the command `eval` without `--dense`.
 
     Of a bundle, given by its folder, nothing is kept; see `Bundle.evaluate`.
@@ -233,7 +236,7 @@ def compare(
     *,
     allow_different_models: bool = False,
     overwrite: bool = False,
-) -> Path:
+) -> "Report":
     """Write one page about several bundles side by side; the command `report` with `--output`.
 
     Args:
@@ -243,7 +246,7 @@ def compare(
         overwrite: replace FILE if it is there.
 
     Returns:
-        the page.
+        what is in FILE.json.
 
     Raises:
         UsageError: the bundles are of different models, or the files cannot be put there.
@@ -252,13 +255,12 @@ def compare(
     """
     from thanos_deploy.report.write import compare
 
-    compare(
+    return compare(
         [one.path if isinstance(one, Bundle) else Path(one) for one in bundles],
         Path(output),
         allow_different_models=allow_different_models,
         overwrite=overwrite,
     )
-    return Path(output)
 
 
 @public
@@ -274,7 +276,7 @@ def plan(
     measured: str | PathLike[str] | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
-) -> Mapping[str, Any]:
+) -> "Forecast":
     """Forecast how fast a model would be on a GPU that need not be here; the command `plan`.
 
     Only the model's configuration is read, so its weights need not be here either.
@@ -292,7 +294,7 @@ def plan(
         progress: told how far the conversion of a GGUF file is.
 
     Returns:
-        the forecast; times in seconds, memory in bytes.
+        the forecast.
 
     Raises:
         UsageError: there is no such GPU, it does not know the dtype, or the model is too short.
@@ -300,19 +302,22 @@ def plan(
         InputError: the measurements cannot be read.
     """
     from thanos_deploy.forecast import datasheets
-    from thanos_deploy.forecast.forecast import Request
+    from thanos_deploy.forecast.forecast import Generation
     from thanos_deploy.forecast.forecast import plan as forecast
     from thanos_deploy.forecast.measurements import read_measurements
     from thanos_deploy.forecast.roofline import Setting
+    from thanos_deploy.model.locate import LocatedModel
     from thanos_deploy.stages.plan import outline
 
     product = datasheets.find(gpu)
-    found = read_measurements(Path(measured), product, dtype) if measured is not None else ()
+    known = read_measurements(Path(measured), product, dtype) if measured is not None else ()
+    found = _requests.model(model)
     return forecast(
-        outline(_requests.model(model), revision=revision, announce=_requests.announce(progress)),
+        outline(found, revision=revision, announce=_requests.announce(progress)),
         [_requests.pattern(one) for one in pattern],
-        Setting(product, dtype, found),
-        Request(tuple(batch), prompt, new_tokens),
+        Setting(product, dtype, known),
+        Generation(tuple(batch), prompt, new_tokens),
+        model=found.source.name if isinstance(found, LocatedModel) else found,
     )
 
 

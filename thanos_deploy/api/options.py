@@ -102,22 +102,55 @@ class PruneOptions(TypedDict, total=False):
     dtype: Literal["auto", "fp32", "fp16", "bf16"]
 
 
+class ExportOptions(TypedDict, total=False):
+    """What a target may be asked for; see the command `export`. Each target takes some of these.
+
+    Attributes:
+        dtype: what the graph holds its weights in. Default: what the graph that is there was made
+            with, or "fp32"; for engines "fp16".
+        max_seq: the most tokens, prompt and answer together. Default: what the graph that is there
+            was made with, or all that the model takes.
+        logits: "all", after every token, or "last". Default: what the graph that is there was made
+            with, or "all"; for engines "last".
+        batch: engines: sequences at once, the usual number and the largest. Default: (1, 8).
+        seq: engines: tokens of a prompt, the usual number and the largest. Default: (128, 1024),
+            or as far as the model goes.
+        sm: engines: compute capabilities to build for, such as 89. Default: that of the GPU of this
+            machine, or all that the library builds for ahead of time.
+        sparse_form: engines: how linear layers are written; "auto" builds both forms on the GPU and
+            keeps the faster. Default: "matmul".
+        engine_compat: engines: where else one may run beside the GPU and the version that it is
+            built for; costs speed. Default: "none".
+    """
+
+    dtype: Literal["fp32", "fp16", "int8", "int8-qdq"]
+    max_seq: int
+    logits: Literal["all", "last"]
+    batch: Sequence[Positive]
+    seq: Sequence[Positive]
+    sm: Sequence[Positive]
+    sparse_form: Literal["matmul", "conv1x1", "auto"]
+    engine_compat: Literal["none", "version", "same-sm", "ampere+"]
+
+
 class PruneExportOptions(PruneOptions, total=False):
     """How to prune, export, judge and time; see the command `prune-export`.
 
     Attributes:
         target: what to export to beside ONNX; see `Bundle.export`. Default: "onnx".
-        sm, sparse_form, engine_compat, max_seq: of an engine; see `Bundle.export`.
+        max_seq, logits, seq, sm, sparse_form, engine_compat: of the target; see `ExportOptions`.
         eval_text, eval_segments, eval_seqlen: the text for perplexity; see `evaluate`.
         batch, prompt, past, new_tokens, rounds, sample_prompt: what to time; see `Bundle.bench`.
             Defaults here: a batch of 1, a prompt of 128 tokens, 20 rounds.
     """
 
     target: str
+    max_seq: int
+    logits: Literal["all", "last"]
+    seq: Sequence[Positive]
     sm: Sequence[Positive]
     sparse_form: Literal["matmul", "conv1x1", "auto"]
     engine_compat: Literal["none", "version", "same-sm", "ampere+"]
-    max_seq: int
     eval_text: str | PathLike[str]
     eval_segments: int
     eval_seqlen: int
