@@ -18,7 +18,7 @@ TRITON_BACKENDS = $(TRITON_VENV)/lib/python3.11/site-packages/pytriton/tritonser
 # agreement of exported graphs, the runtime, and the kernels in Triton's interpreter.
 OLDEST_VENV = .venv-oldest
 OLDEST_STAMP = $(OLDEST_VENV)/.installed
-OLDEST_TESTS = tests/thanos_deploy/prune/test_layers.py tests/runtime/test_engine.py \
+OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_engine.py \
 	tests/runtime/kernels/test_triton_kernels.py tests/test_cli_plan.py \
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for

@@ -30,9 +30,9 @@ from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.prune.layers import ACTIVITIES
-from thanos_deploy.prune.recipe import Recipe
-from thanos_deploy.prune.result import PrunedBlock
+from thanos_deploy.pruning.layers import ACTIVITIES
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.result import PrunedBlock
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune_checkpoint
 from thanos_deploy.stages.request import PruneRequest

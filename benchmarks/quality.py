@@ -39,7 +39,7 @@ from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
-from thanos_deploy.prune.recipe import METHOD, PRESET, Recipe
+from thanos_deploy.pruning.recipe import METHOD, PRESET, Recipe
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import (

@@ -52,7 +52,7 @@ from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured
-from thanos_deploy.prune.recover import recover
+from thanos_deploy.pruning.recover import recover
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages.dense import Dense

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from typing import Unpack, get_args, get_origin, is_typeddict
 
 import thanos_deploy
 
@@ -31,7 +32,7 @@ def page() -> str:
 def section(name: str, value: object) -> Iterator[str]:
     """A heading, the signature and the docstring of a name, and of a class its public methods."""
     yield f"## {name}\n"
-    if callable(value):
+    if callable(value) and not is_typeddict(value):
         yield f"```python\n{signature(name, value)}\n```\n"
     if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
         yield from docstring(inspect.getdoc(value) or "")
@@ -53,8 +54,10 @@ def section(name: str, value: object) -> Iterator[str]:
 def signature(name: str, value: object) -> str:
     """`name(parameters) -> result`, on one line or with a line for each parameter."""
     assert callable(value)
+    # What a protocol with a call is about is the call.
+    called = value.__call__ if getattr(value, "_is_protocol", False) else value
     try:
-        found = inspect.signature(value)
+        found = inspect.signature(called)
     except ValueError:  # some classes of the standard library have none
         return name
     parameters = [_parameter(one) for one in found.parameters.values() if one.name != "self"]
@@ -111,5 +114,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 def _annotation(annotation: object) -> str:
     """A type without the modules that its parts come from."""
+    if get_origin(annotation) is Unpack:
+        return f"Unpack[{_annotation(get_args(annotation)[0])}]"
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)

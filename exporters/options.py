@@ -37,6 +37,11 @@ class Flag:
     help: str
     prefix: str | None = None
 
+    @property
+    def keyword(self) -> str:
+        """The name as an identifier: `max_seq` for `--max-seq`."""
+        return self.name.removeprefix("--").replace("-", "_")
+
 
 def flagged(flag: Flag) -> Mapping[str, object]:
     """Metadata of a dataclass's field that the command line offers under this flag."""

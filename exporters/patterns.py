@@ -10,8 +10,8 @@ from thanos_deploy.model.assignment import describe
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.verdict import Verdict
 from thanos_deploy.pattern import Pattern
-from thanos_deploy.prune.layers import linear_shapes
-from thanos_deploy.prune.result import PRUNE, patterns_of
+from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.pruning.result import PRUNE, patterns_of
 
 Shapes = Mapping[str, tuple[int, int]]
 

@@ -32,8 +32,8 @@ from thanos_deploy.bundle.record import Source
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
-from thanos_deploy.prune.layers import prune
-from thanos_deploy.prune.result import PruneResult
+from thanos_deploy.pruning.layers import prune
+from thanos_deploy.pruning.result import PruneResult
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing

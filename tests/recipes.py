@@ -3,7 +3,7 @@
 from typing import Any
 
 from thanos_deploy.pattern import Pattern
-from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.pruning.recipe import Recipe
 
 
 def plain(pattern: Pattern, method: str = "magnitude", **given: Any) -> Recipe:

@@ -61,7 +61,7 @@ def test_widths_by_loss_are_for_onnx_and_the_card_says_so(
     (report,) = checked(json.loads(output))["models"]
     assert report["widths"]["stock_config"] is False
     assert any("widths.json declares them" in sentence for sentence in report["verdict"])
-    assert "from thanos_deploy.model.load import load_model" in (out / "README.md").read_text()
+    assert 'td.load_model("model")' in (out / "README.md").read_text()
     Bundle.open(out).verify()
 
 

@@ -37,6 +37,9 @@ PATHS = r"(benchmarks|docs|exporters|runtime|tests|thanos_deploy)/[\w./-]*"
 # Options that the pages name by themselves and that belong to `python -m benchmarks...`.
 OF_BENCHMARKS = {"--rehearse"}
 
+# Signatures without bodies.
+API = "docs/reference/api.md"
+
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -77,7 +80,8 @@ def place(demo: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != "README.md" and blocks(page, *SHELL, "python")]
+    "page",
+    [page for page in PAGES if page not in ("README.md", API) and blocks(page, *SHELL, "python")],
 )
 def test_what_a_page_shows_runs_unless_it_says_what_it_needs(
     page: str, place: Path, invoke: Invoke
@@ -141,7 +145,7 @@ def parse(arguments: Sequence[str], where: str) -> None:
 @every_page
 def test_python_compiles(page: str) -> None:
     for block in blocks(page, "python"):
-        if page != "docs/reference/api.md":  # which has signatures without bodies
+        if page != API:
             compile(block.text, str(block), "exec")
 
 

@@ -22,7 +22,7 @@ from thanos_deploy.errors import DeployError, InputError, IntegrityError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_packed
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import linear_shapes
+from thanos_deploy.pruning.layers import linear_shapes
 
 MUTATIONS = 250  # of each of four kinds of file
 

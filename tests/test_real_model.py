@@ -22,7 +22,7 @@ from tests.test_cli import COMMAND
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import linear_shapes
+from thanos_deploy.pruning.layers import linear_shapes
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,12 @@ The number is the exit code of `thanos-deploy`. Anything else that escapes is a 
 and keeps its traceback. An interrupted run exits 130 and resumes when the command is repeated.
 """
 
+import errno
+import os
 from typing import ClassVar
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class DeployError(Exception):
@@ -88,3 +93,28 @@ class IntegrityError(DeployError):
     """A file differs from the one whose hash was recorded."""
 
     exit_code = 7
+
+
+def of_system(error: Exception) -> DeployError | None:
+    """What an exception of the system or of PyTorch means; None if it is a bug."""
+    if isinstance(error, DeployError):
+        return None
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return ResourceError(
+            f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}",
+            fix="free some space and repeat the command; what is finished is kept",
+        )
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return PlatformError(
+            f"{error.filename}: {error.strerror}",
+            fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
+        )
+    # PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own.
+    allocators = ("DefaultCPUAllocator", "CUDA out of memory")
+    if isinstance(error, MemoryError) or any(name in str(error) for name in allocators):
+        return ResourceError(
+            f"out of memory ({error})",
+            fix="use fewer or shorter segments (--seqlen, --eval-seqlen), a larger machine, or "
+            "--device cpu if it was a GPU's",
+        )
+    return None

@@ -40,7 +40,7 @@ def _export(
     from runtime.engines.onnxruntime import tensorrt_build_options
     from runtime.sampling import Sampling
     from thanos_deploy.bundle.codec import encode
-    from thanos_deploy.prune.result import PRUNE
+    from thanos_deploy.pruning.result import PRUNE
 
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
     left_out = dict(_unfit(bundle))

@@ -33,7 +33,7 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.model.packing import SEMI_STRUCTURED_MULTIPLES
 from thanos_deploy.model.rounding import cast
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import prune
+from thanos_deploy.pruning.layers import prune
 
 # torch.compile's own imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")

@@ -50,8 +50,9 @@ class Source:
     """The model that a bundle is made from.
 
     Attributes:
-        kind: "hub", "folder" or "gguf".
-        name: what the user called it; for a local path, its last part.
+        kind: "hub", "folder", "gguf" or "memory".
+        name: what the user called it; for a local path, its last part; for a model in memory, what
+            it was loaded from.
         revision: commit of a hub model, else empty.
         sha256: hash over the weights, the configuration and the tokenizer.
     """

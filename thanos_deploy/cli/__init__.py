@@ -7,8 +7,6 @@ Results go to standard output, progress and errors to standard error. What is he
 the subcommand that needs it, so that `--help` answers at once.
 """
 
-import errno
-import os
 import signal
 import sys
 import traceback
@@ -19,12 +17,9 @@ import click
 
 from thanos_deploy import __version__
 from thanos_deploy.cli import _progress
-from thanos_deploy.errors import DeployError, PlatformError, ResourceError
+from thanos_deploy.errors import DeployError, of_system
 
 INTERRUPTED = 130
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,7 +62,7 @@ def _run() -> int:
         _progress.show_error("interrupted; repeat the command to continue where it stopped")
         return INTERRUPTED
     except Exception as error:
-        if known := _as_deploy_error(error):
+        if known := of_system(error):
             return _fail(known)
         traceback.print_exc()
         _progress.show_error("this is a bug in thanos-deploy; please report the lines above")
@@ -78,29 +73,6 @@ def _run() -> int:
 def _fail(error: DeployError) -> int:
     _progress.show_error(str(error))
     return error.exit_code
-
-
-def _as_deploy_error(error: Exception) -> DeployError | None:
-    """What an exception of the system or of PyTorch means, if it is not a bug."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return ResourceError(
-            f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}",
-            fix="free some space and repeat the command; what is finished is kept",
-        )
-    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
-        return PlatformError(
-            f"{error.filename}: {error.strerror}",
-            fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
-        )
-    # PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own.
-    allocators = ("DefaultCPUAllocator", "CUDA out of memory")
-    if isinstance(error, MemoryError) or any(name in str(error) for name in allocators):
-        return ResourceError(
-            f"out of memory ({error})",
-            fix="use fewer or shorter segments (--seqlen, --eval-seqlen), a larger machine, or "
-            "--device cpu if it was a GPU's",
-        )
-    return None
 
 
 def _interrupt(number: int, frame: object) -> None:

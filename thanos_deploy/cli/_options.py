@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,8 +22,8 @@ from thanos_deploy.cli._types import CountsType, F, several, with_default
 from thanos_deploy.stages.request import PruneRequest
 
 if TYPE_CHECKING:
-    from thanos_deploy.measure.options import BenchRequest, EvalRequest
-    from thanos_deploy.progress import Announce
+    from thanos_deploy.api.options import Progress
+    from thanos_deploy.progress import Announce, OnProgress
 
 Shown = TypeVar("Shown")
 
@@ -39,6 +38,9 @@ session_options = several(
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
     click.option("-v", "--verbose", is_flag=True, help="Log every block."),
 )
+# How a terminal is used, which is nothing to the Python API.
+_SESSION = ("offline", "as_json", "quiet", "verbose")
+
 common_options = several(
     click.option(
         "--overwrite/--resume",
@@ -65,7 +67,7 @@ def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
     """The text of an evaluation and how much of it; with short names too where nothing has them."""
 
     def names(name: str) -> list[str]:
-        return [f"--eval-{name}", *([f"--{name}"] if short else []), f"eval_{name}"]
+        return [f"--eval-{name}", *([f"--{name}", name] if short else [])]
 
     return several(
         click.option(
@@ -85,21 +87,18 @@ def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
 benchmark_options = several(
     click.option(
         "--batch",
-        "batches",
         type=CountsType(),
         multiple=True,
         help="Sequences at once: 1,8.  [default: 1]",
     ),
     click.option(
         "--prompt",
-        "prompts",
         type=CountsType(),
         multiple=True,
         help="Tokens of each timed prompt: 32,128.  [default: 128; of bench: 32,128]",
     ),
     click.option(
         "--past",
-        "pasts",
         type=CountsType(),
         multiple=True,
         help="Tokens before the timed steps of decode: 128,1024.  [default: those of --prompt if "
@@ -122,38 +121,24 @@ benchmark_options = several(
 )
 
 
-def eval_request(options: dict[str, Any]) -> "EvalRequest":
-    """What `evaluation_options` ask for."""
-    from thanos_deploy.measure.options import EvalRequest
-
-    return EvalRequest(
-        text=options["eval_text"],
-        text_field=options["text_field"],
-        segments=options["eval_segments"],
-        seqlen=options["eval_seqlen"],
-        device=options["device"],
-    )
-
-
-def bench_request(options: dict[str, Any], **defaults: Any) -> "BenchRequest":
-    """What `benchmark_options` ask for, and options of `bench` that are called like its fields.
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the Python API that a command was given.
 
     Args:
-        options: of the command; what was not given is None or empty.
-        defaults: where they differ from the request's own.
+        options: of the command, called as there; what was not given is None or empty.
     """
-    from thanos_deploy.measure.options import BenchRequest
-
-    grids = ("batches", "prompts", "pasts")
-    given = {
-        field.name: options[field.name]
-        for field in fields(BenchRequest)
-        if options.get(field.name) not in (None, ())
+    return {
+        name: _flat(value)
+        for name, value in options.items()
+        if name not in _SESSION and value not in (None, ())
     }
-    flat: dict[str, Any] = {name: tuple(chain(*given[name])) for name in grids if name in given}
-    if "prompts" in flat:
-        flat = {"pasts": None, **flat}
-    return BenchRequest(**{**defaults, **given, **flat})
+
+
+def _flat(value: Any) -> Any:
+    """One tuple of what an option gave that takes several numbers and may be given often."""
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return tuple(chain(*value))
+    return value
 
 
 @contextmanager
@@ -168,6 +153,18 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
     _progress.quiet_libraries()
     with _progress.announcer(quiet=options["quiet"]) as announce:
         yield announce
+
+
+def told(announce: "Announce") -> "Progress":
+    """Progress as the Python API tells it, shown by what is announced to."""
+    under_way: dict[str, OnProgress] = {}
+
+    def progress(title: str, done: int, total: int) -> None:
+        if done == 0 or title not in under_way:
+            under_way[title] = announce(title)
+        under_way[title](done, total)
+
+    return progress
 
 
 def emit(options: dict[str, Any], value: Shown, show: "Callable[[Shown], None]") -> None:

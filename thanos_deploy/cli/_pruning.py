@@ -3,8 +3,6 @@
 An option of a method stands in the method's file and nowhere else; see `thanos_deploy.methods`.
 """
 
-from typing import Any
-
 import click
 
 from thanos_deploy import methods
@@ -12,8 +10,7 @@ from thanos_deploy.calibration.data import Data
 from thanos_deploy.cli._options import device_option, text_field_option
 from thanos_deploy.cli._types import PatternType, if_given, several, unset, with_default
 from thanos_deploy.methods import Walk
-from thanos_deploy.option import keywords
-from thanos_deploy.prune.recipe import METHOD, PRESET, Layers, Owl, Recipe
+from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import Sizing
 from thanos_deploy.stages.request import ALLOCATIONS, PruneRequest
 
@@ -72,25 +69,3 @@ pruning_options = several(
     device_option,
     with_default(PruneRequest, "dtype"),
 )
-
-_KEYWORDS = {
-    "allocation",
-    "keep_shape",
-    "method",
-    "preset",
-    *keywords(Sizing, Owl, Layers, Walk, Data, Recipe, PruneRequest),
-    *(one.option.keyword for one in _method_options),
-}
-
-
-def prune_request(options: dict[str, Any]) -> PruneRequest:
-    """What `pruning_options` ask for.
-
-    Args:
-        options: of the command; what was not given is None or empty.
-
-    Raises:
-        UsageError: options have no meaning together.
-    """
-    given = {name: options[name] for name in _KEYWORDS if options[name] not in (None, ())}
-    return PruneRequest.of(options["pattern"], **given)

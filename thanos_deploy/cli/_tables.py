@@ -19,7 +19,7 @@ from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.gates import JudgedRun
 from thanos_deploy.measure.quality import Compared, Score, TaskQuality, TextQuality
 from thanos_deploy.measure.run import Run, ScenarioTimes
-from thanos_deploy.prune.result import PruneResult, Retry, WidthsSummary
+from thanos_deploy.pruning.result import PruneResult, Retry, WidthsSummary
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
 from thanos_deploy.report.words import retried

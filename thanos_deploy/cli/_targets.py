@@ -1,7 +1,7 @@
 """The options of `export` and `prune-export`, made from what the targets say of themselves."""
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
@@ -13,9 +13,6 @@ from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.cli._types import CountsType, several
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-# What a parameter is called in click, before the name of the field that it is for.
-_PREFIX = "target_"
 
 
 def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
@@ -40,17 +37,6 @@ def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
     )
 
 
-def asked(options: Mapping[str, Any]) -> dict[str, object]:
-    """By name of a target's option, what a user gave of `target_options`."""
-    given = {
-        name.removeprefix(_PREFIX): value
-        for name, value in options.items()
-        if name.startswith(_PREFIX) and value is not None
-    }
-    known = {name: flag for each in targets.every() for name, flag in flags(each.options).items()}
-    return {name: _prefixed(known[name], value) for name, value in given.items()}
-
-
 def summaries() -> str:
     """The targets for --help, one line each."""
     every = targets.every()
@@ -65,7 +51,7 @@ def _option(name: str, takers: Sequence[Target[Any]]) -> Callable[[F], F]:
     everyone = [target for target in targets.every() if flags(target.options)]
     whose = "" if takers == everyone else f"{', '.join(target.name for target in takers)}: "
     return click.option(
-        flag.name, f"{_PREFIX}{name}", type=_type(name, flag, takers), help=whose + flag.help
+        flag.name, flag.keyword, type=_type(name, flag, takers), help=whose + flag.help
     )
 
 
@@ -88,7 +74,3 @@ def _members(hint: Any) -> Iterator[Any]:
         yield from get_args(hint)
     else:
         yield hint
-
-
-def _prefixed(flag: Flag, value: Any) -> object:
-    return value if flag.prefix is None else tuple(f"{flag.prefix}{number}" for number in value)

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
+import thanos_deploy as td
 from thanos_deploy.cli._options import common_options, emit, session
-from thanos_deploy.errors import PlatformError
 
 
 @click.command("doctor")
@@ -20,21 +20,8 @@ def command(out: Path | None, **options: Any) -> None:
     Exit code 4 if something that is there would fail; what is not there is not an error.
     """
     with session(options):
-        from exporters import preflight
-        from thanos_deploy import check
-        from thanos_deploy.bundle.manifest import Bundle
         from thanos_deploy.cli._tables import show_checks
 
-        size = None
-        if out is not None:
-            graph = Bundle.open(out).require("onnx", f"`thanos-deploy export {out}`")
-            size = sum(file.bytes for file in graph.files.values())
-        checks = preflight.checks(graph_bytes=size, folder=out)
-    emit(
-        options,
-        {"checks": checks},
-        lambda _: show_checks(checks),
-    )
-    if not check.passed(checks):
-        failed = next(entry for entry in checks if entry.outcome == "FAIL")
-        raise PlatformError(f"{failed.name}: {failed.detail}", fix=failed.fix)
+        found = td.doctor(out, check=False)
+    emit(options, found, lambda value: show_checks(value.checks))
+    found.require()

@@ -2,19 +2,20 @@
 
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import thanos_deploy as td
 from thanos_deploy.cli._options import (
     common_options,
     device_option,
     emit,
-    eval_request,
     evaluation_options,
+    given,
     session,
     text_field_option,
+    told,
 )
 from thanos_deploy.cli._types import several
 
@@ -62,53 +63,24 @@ _evaluated_options = several(
 @_evaluated_options
 @common_options
 def command(
-    model: str,
-    dense: str | None,
-    runtime: str,
-    tasks: str | None,
-    task_folder: str | None,
-    limit: int | None,
-    **options: Any,
+    model: str, dense: str | None, tasks: str | None, overwrite: bool, **options: Any
 ) -> None:
     """Measure the quality of MODEL, which may be a bundle.
 
     A bundle holds one evaluation of each kind (perplexity or tasks, of the checkpoint or of the
     graph), beside the dense model's; --overwrite replaces it by one on another text or other tasks.
     """
-    if tasks is None and (task_folder or limit):
-        raise click.UsageError("--task-folder and --limit are for --tasks")
-    if runtime == "onnx":
-        if options["device"] not in ("auto", "cpu"):
-            raise click.UsageError("--device is for --runtime torch; graphs run on the processor")
-        options["device"] = "cpu"
     # The harness offers no switch for its progress bars.
     hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()
     with session(options) as announce, hushed:
-        from thanos_deploy.bundle import layout
         from thanos_deploy.cli._tables import show_quality
-        from thanos_deploy.measure.options import EvalRequest, TaskRequest
-        from thanos_deploy.report.write import write_report
-        from thanos_deploy.stages import evaluate as stage
-        from thanos_deploy.stages.dense import reopen
 
-        request: EvalRequest | TaskRequest = (
-            eval_request(options)
-            if tasks is None
-            else TaskRequest(tuple(tasks.split(",")), task_folder, limit, options["device"])
-        )
+        asked: dict[str, Any] = {**given(options), "progress": told(announce)}
+        if tasks is not None:
+            asked["tasks"] = tasks.split(",")
         result: TextQuality | TaskQuality | Compared[TextQuality] | Compared[TaskQuality]
         if dense is None:
-            result = stage.evaluate_alone(model, request, runtime=runtime, announce=announce)
+            result = td.evaluate(model, **asked)
         else:
-            with reopen(Path(model), dense) as (bundle, source):
-                result = stage.evaluate(
-                    bundle,
-                    source,
-                    request,
-                    runtime=runtime,
-                    overwrite=options["overwrite"],
-                    announce=announce,
-                )
-                if layout.REPORT in bundle.stages:
-                    write_report(bundle)
+            result = td.Bundle(model).evaluate(dense, overwrite=overwrite, **asked)
     emit(options, result, show_quality)

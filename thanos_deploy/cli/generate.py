@@ -2,14 +2,14 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from thanos_deploy.cli._options import (
-    bundle_argument,
-)
+import thanos_deploy as td
+from thanos_deploy.cli._options import bundle_argument
 from thanos_deploy.errors import InputError
 
 
@@ -52,16 +52,7 @@ from thanos_deploy.errors import InputError
     "--verify/--no-verify", default=True, show_default=True, help="Check the files' hashes first."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
-def command(
-    out: Path,
-    prompt: str,
-    new_tokens: int,
-    stop: tuple[str, ...],
-    provider: str,
-    verify: bool,
-    as_json: bool,
-    **sampling: Any,
-) -> None:
+def command(out: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with the exported model of the bundle OUT, and stream the answer.
 
     PROMPT is passed to the model as it is, without a chat template; - reads it from standard
@@ -70,22 +61,10 @@ def command(
     \b
     thanos-deploy generate out/smol "The capital of France is" --new-tokens 20
     """  # noqa: D301 - click wants the control character
-    from runtime.engine import open_engine
-    from runtime.sampling import Sampling
-    from runtime.text import open_tokenizer, stream
-
-    settings = Sampling(**sampling)
     text = _read_prompt() if prompt == "-" else prompt
-    tokenizer = open_tokenizer(out, verify=verify)
-    engine = open_engine(out, provider=provider, verify=verify)
-    answer = []
-    for piece in stream(
-        engine, tokenizer, text, new_tokens=new_tokens, sampling=settings, stop=stop
-    ):
-        answer.append(piece)
-        if not as_json:
-            click.echo(piece, nl=False)
-    click.echo(json.dumps({"prompt": text, "answer": "".join(answer)}) if as_json else "")
+    show = None if as_json else partial(click.echo, nl=False)
+    answer = td.Bundle(out).generate(text, **options, on_text=show)
+    click.echo(json.dumps({"prompt": text, "answer": answer}) if as_json else "")
 
 
 def _read_prompt() -> str:

@@ -5,12 +5,15 @@ from typing import Any
 
 import click
 
+import thanos_deploy as td
 from thanos_deploy.cli._options import (
     emit,
+    given,
     model_argument,
     revision_option,
     session,
     session_options,
+    told,
 )
 from thanos_deploy.cli._types import PatternType
 from thanos_deploy.forecast import datasheets
@@ -47,7 +50,6 @@ class Integers(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--pattern",
-    "patterns",
     type=PatternType(),
     multiple=True,
     default=(parse("2:4"), parse("structured:0.25")),
@@ -82,7 +84,7 @@ class Integers(click.ParamType[tuple[int, ...]]):
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @revision_option
 @session_options
-def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> None:
+def command(model: str, layers: bool, **options: Any) -> None:
     """Forecast MODEL on a GPU that need not be here, from published figures.
 
     Only the model's configuration is read, so its weights need not be here either.
@@ -92,16 +94,6 @@ def command(model: str, gpu: str, patterns: tuple[Any, ...], **options: Any) -> 
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from thanos_deploy.cli._forecast import show_forecast
-        from thanos_deploy.forecast.forecast import Generation, plan
-        from thanos_deploy.forecast.measurements import read_measurements
-        from thanos_deploy.forecast.roofline import Setting
-        from thanos_deploy.stages.plan import outline
 
-        product, dtype = datasheets.find(gpu), options["dtype"]
-        path = options["measured"]
-        measured = read_measurements(path, product, dtype) if path is not None else ()
-        setting = Setting(product, dtype, measured)
-        request = Generation(options["batch"], options["prompt"], options["new_tokens"])
-        checkpoint = outline(model, revision=options["revision"], announce=announce)
-        result = plan(checkpoint, patterns, setting, request, model=model)
-    emit(options, result, lambda value: show_forecast(value, layers=options["layers"]))
+        found = td.plan(model, **given(options), progress=told(announce))
+    emit(options, found, lambda value: show_forecast(value, layers=layers))

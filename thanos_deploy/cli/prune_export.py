@@ -1,26 +1,27 @@
 """`thanos-deploy prune-export`: every stage, from a dense model to its report."""
 
-from pathlib import Path
+import json
 from typing import Any
 
 import click
 
+import thanos_deploy as td
 from thanos_deploy.cli import _progress
 from thanos_deploy.cli._options import (
-    bench_request,
     benchmark_options,
     common_options,
     dry_run_option,
     emit,
-    eval_request,
     evaluation_options,
+    given,
     model_argument,
     out_option,
     revision_option,
     session,
+    told,
 )
-from thanos_deploy.cli._pruning import prune_request, pruning_options
-from thanos_deploy.cli._targets import asked, target_options
+from thanos_deploy.cli._pruning import pruning_options
+from thanos_deploy.cli._targets import target_options
 
 
 @click.command("prune-export")
@@ -33,14 +34,7 @@ from thanos_deploy.cli._targets import asked, target_options
 @revision_option
 @dry_run_option
 @common_options
-def command(
-    model: str,
-    out: Path,
-    target: str,
-    revision: str | None,
-    dry_run: bool,
-    **options: Any,
-) -> None:
+def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
     """Prune MODEL, export it, run it, measure it, and say what came out.
 
     \b
@@ -48,8 +42,10 @@ def command(
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from exporters import preflight, targets
+        from thanos_deploy.bundle import layout
+        from thanos_deploy.bundle.codec import decode
         from thanos_deploy.cli._tables import show_plan, show_report
-        from thanos_deploy.stages import pipeline
+        from thanos_deploy.report.model import Report
 
         chosen = targets.get(target)
         if chosen.gpu and not dry_run:
@@ -60,17 +56,10 @@ def command(
                         f"{check.name}: {check.detail}; every stage before the engine is finished "
                         "all the same"
                     )
-        # A plan is the same for every target.
-        requests: dict[str, Any] = {
-            "request": prune_request(options),
-            "evaluation": eval_request(options),
-            "benchmarking": bench_request(options),
-            "revision": revision,
-            "overwrite": options["overwrite"],
-            "announce": announce,
-        }
+        asked: dict[str, Any] = {**given(options), "target": target, "progress": told(announce)}
         if dry_run:
-            emit(options, pipeline.plan(model, out, **requests), show_plan)
+            emit(options, td.dry_run_prune_export(model, **asked), show_plan)
             return
-        report = pipeline.prune_export(model, out, target=target, asked=asked(options), **requests)
-    emit(options, report, show_report)
+        bundle = td.prune_export(model, **asked)
+        report = json.loads((bundle.path / layout.REPORT_RECORD).read_bytes())
+    emit(options, decode(Report, report), show_report)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+import thanos_deploy as td
 from thanos_deploy.cli._options import emit
 from thanos_deploy.errors import UsageError
 
@@ -46,19 +47,13 @@ def command(
             f"{len(bundles)} bundles and no -o: none of them is the place for a comparison",
             fix="give the page's name, such as -o compare.html",
         )
-    from thanos_deploy.bundle import manifest
     from thanos_deploy.cli._tables import show_report
-    from thanos_deploy.report.write import compare, write_report
 
     if output is not None:
-        report = compare(
-            bundles,
-            output,
-            allow_different_models=allow_different_models,
-            overwrite=overwrite,
+        report = td.compare(
+            bundles, output, allow_different_models=allow_different_models, overwrite=overwrite
         )
     else:
         (out,) = bundles
-        with manifest.claim(out, manifest.Bundle.open(out).source) as bundle:
-            report = write_report(bundle)
+        report = td.Bundle(out).report()
     emit({"as_json": as_json}, report, show_report)

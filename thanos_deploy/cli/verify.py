@@ -5,8 +5,14 @@ from typing import Any
 
 import click
 
-from thanos_deploy.cli._options import bundle_argument, common_options, emit, session
-from thanos_deploy.errors import GateError, IntegrityError
+import thanos_deploy as td
+from thanos_deploy.cli._options import (
+    bundle_argument,
+    common_options,
+    emit,
+    session,
+    told,
+)
 
 
 class Fraction(click.ParamType[float]):
@@ -44,19 +50,12 @@ def command(out: Path, require_sparse: float | None, layers: bool, **options: An
     Exit codes: 6 a pattern or a demand is missed, 7 a file is missing or changed.
     """
     with session(options) as announce:
-        from thanos_deploy.bundle.manifest import Bundle
         from thanos_deploy.cli._tables import show_checks, show_layers
-        from thanos_deploy.stages import verify
 
-        bundle = Bundle.open(out)
-        checks = verify.verify(
-            bundle, require_sparse=require_sparse, on_progress=announce("Look at every file again")
+        found = td.Bundle(out).verify(
+            require_sparse=require_sparse, check=False, progress=told(announce)
         )
-        result = verify.verification(checks, bundle)
-    emit(options, result, lambda found: show_checks(found.checks))
+    emit(options, found, lambda value: show_checks(value.checks))
     if layers and not options["as_json"]:
-        show_layers(result.engines)
-    for check in checks:
-        if check.outcome == "FAIL":
-            kind = IntegrityError if check.name.endswith(": files") else GateError
-            raise kind(f"{check.name}: {check.detail}", fix=check.fix)
+        show_layers(found.engines)
+    found.require()

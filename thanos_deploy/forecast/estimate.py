@@ -45,10 +45,10 @@ from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
-from thanos_deploy.prune.layers import gather, linear_shapes
-from thanos_deploy.prune.recipe import Recipe
-from thanos_deploy.prune.solution import aim, solve
-from thanos_deploy.prune.tune import TOKENS_PER_STEP, tune
+from thanos_deploy.pruning.layers import gather, linear_shapes
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.solution import aim, solve
+from thanos_deploy.pruning.tune import TOKENS_PER_STEP, tune
 from thanos_deploy.shrink import cut
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.sizing import Losses, Plan

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from thanos_deploy.errors import UsageError
+from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.measure.latency import KINDS, Scenario
 from thanos_deploy.measure.run import Run
 
@@ -110,6 +110,25 @@ class JudgedRun(Run):
         return cls(
             **{field.name: getattr(run, field.name) for field in fields(run)}, gates=tuple(gates)
         )
+
+    @property
+    def passed(self) -> bool:
+        """Every gate was held."""
+        return all(outcome.held for outcome in self.gates)
+
+    def require(self) -> "JudgedRun":
+        """The same run.
+
+        Raises:
+            GateError: a gate was missed.
+        """
+        if not self.passed:
+            raise GateError(
+                "a gate was missed: " + "; ".join(map(str, self.gates)),
+                fix="see above for what was measured; a run that is INVALID can be repeated with "
+                "--overwrite",
+            )
+        return self
 
 
 def parse(text: str) -> Gate:

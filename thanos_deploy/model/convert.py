@@ -1,8 +1,12 @@
-"""GGUF files and packed folders, written as ordinary Hugging Face folders."""
+"""GGUF files, packed folders and models in memory, written as ordinary Hugging Face folders."""
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
-from thanos_deploy.errors import DeployError, ModelError, PlatformError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from thanos_deploy.errors import DeployError, ModelError, PlatformError, UsageError
 from thanos_deploy.model import packed_folder, pretrained
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.families import family_of_gguf
@@ -50,3 +54,30 @@ def convert_packed(folder: Path, destination: Path) -> None:
     packed_folder.unpack_folder(folder, destination)
     copy_companions(folder, destination, None)
     (destination / packed_folder.RECORD).unlink(missing_ok=True)
+
+
+def convert_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destination: Path
+) -> None:
+    """Write a model of transformers that is in memory, and its tokenizer, each in its own dtype.
+
+    Raises:
+        UsageError: one of the two is something else, or the model has adapters beside its weights.
+    """
+    for what, value, wanted in (
+        ("model", model, PreTrainedModel),
+        ("tokenizer", tokenizer, PreTrainedTokenizerBase),
+    ):
+        if not isinstance(value, wanted):
+            raise UsageError(
+                f"the {what} in memory is of type {type(value).__name__}",
+                fix=f"give a {wanted.__name__} of transformers, or the folder of the model",
+            )
+    if getattr(model, "peft_config", None):
+        raise UsageError(
+            f"the {type(model).__name__} in memory has adapters, which are saved by themselves",
+            fix="merge them into the weights first",
+        )
+    with redirect_stderr(StringIO()):  # a progress bar
+        model.save_pretrained(destination)
+    tokenizer.save_pretrained(destination)

@@ -43,11 +43,11 @@ def locate(model: str, *, revision: str | None = None) -> LocatedModel:
     if path is None:
         folder = _download(model, revision, ["*.safetensors", INDEX, *COMPANIONS])
         names.require_own(folder, error=ModelError)
-        return LocatedModel(Source("hub", model, folder.name, _hash_folder(folder)), folder)
+        return LocatedModel(Source("hub", model, folder.name, hash_folder(folder)), folder)
     if path.is_file():
         return LocatedModel(Source("gguf", path.name, "", files.sha256(path)), path)
     names.require_own(path, error=ModelError)
-    return LocatedModel(Source("folder", path.resolve().name, "", _hash_folder(path)), path)
+    return LocatedModel(Source("folder", path.resolve().name, "", hash_folder(path)), path)
 
 
 def locate_configuration(model: str, *, revision: str | None = None) -> Path | None:
@@ -110,7 +110,8 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         ) from error
 
 
-def _hash_folder(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
+    """One hash over the weights, the configuration and the tokenizer in a folder."""
     digest = hashlib.sha256()
     weights = (path for path in folder.glob("*.safetensors") if path.is_file())
     for path in sorted({*weights, *companions(folder)}):

@@ -22,7 +22,7 @@ from thanos_deploy.measure.quality import (
 from thanos_deploy.measure.run import DENSE, Run
 from thanos_deploy.model.block import BlockPlan
 from thanos_deploy.pattern import parse
-from thanos_deploy.prune.result import PRUNE, PrunedBlock
+from thanos_deploy.pruning.result import PRUNE, PrunedBlock
 from thanos_deploy.report import commands, loaders, pareto, words
 from thanos_deploy.report.loaders import LoaderVerdict
 from thanos_deploy.report.model import (

@@ -6,7 +6,7 @@ from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, PRUNED
-from thanos_deploy.prune.result import PruneOptions
+from thanos_deploy.pruning.result import PruneOptions
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.loaders import LoaderVerdict
 from thanos_deploy.report.model import ModelReport, Report, TaskScores
@@ -165,10 +165,9 @@ def _loading(model: ModelReport) -> str:
 `config.json` is the dense model's and `model/widths.json` declares the widths. Use the ONNX graph, or
 
 ```python
-from pathlib import Path
-from thanos_deploy.model.load import load_model
+import thanos_deploy as td
 
-model = load_model(Path("model"))
+model = td.load_model("model")
 ```"""
     stock = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

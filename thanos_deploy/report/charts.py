@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from thanos_deploy.measure.run import DENSE, PRUNED, Run
-from thanos_deploy.prune.result import PartBytes
+from thanos_deploy.pruning.result import PartBytes
 from thanos_deploy.report.figures import metric_title
 from thanos_deploy.report.model import LayerMap, Plot
 

@@ -16,7 +16,7 @@ from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.measure.run import BENCH, DENSE, PRUNED
 from thanos_deploy.option import options_of
 from thanos_deploy.pattern import Structured, parse
-from thanos_deploy.prune.result import PRUNE, PruneOptions
+from thanos_deploy.pruning.result import PRUNE, PruneOptions
 from thanos_deploy.report.sources import Sources
 from thanos_deploy.shrink.options import Fit, Sizing
 

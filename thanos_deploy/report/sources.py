@@ -15,7 +15,7 @@ from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.errors import InputError
 from thanos_deploy.measure import run as bench
 from thanos_deploy.measure.run import BENCH, PRUNED, Run, Sample, has_named_runs
-from thanos_deploy.prune.result import PRUNE, PrunedBlock
+from thanos_deploy.pruning.result import PRUNE, PrunedBlock
 from thanos_deploy.shrink.result import CutBlock
 
 T = TypeVar("T")

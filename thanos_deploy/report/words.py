@@ -11,7 +11,7 @@ from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import Interval, Run
 from thanos_deploy.pattern import SemiStructured, Structured, parse
-from thanos_deploy.prune.result import Retry
+from thanos_deploy.pruning.result import Retry
 from thanos_deploy.report.model import (
     CutWidths,
     ExportSummary,

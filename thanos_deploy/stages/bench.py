@@ -31,7 +31,7 @@ from thanos_deploy.measure.run import (
 )
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.stages.dense import Dense, dense_folder
 from thanos_deploy.stages.export import export_dense
 

@@ -7,14 +7,17 @@ export and evaluate it once.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from thanos_deploy.bundle import layout, manifest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from thanos_deploy.bundle import files, layout, manifest
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.record import Nothing, Stage
+from thanos_deploy.bundle.record import Nothing, Source, Stage
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.convert import convert_gguf, convert_packed
-from thanos_deploy.model.locate import locate
+from thanos_deploy.model.convert import convert_gguf, convert_memory, convert_packed
+from thanos_deploy.model.locate import LocatedModel, hash_folder, locate
 from thanos_deploy.progress import Announce, quietly
 
 _IMPORT: Stage[Nothing, Nothing, Nothing] = Stage("import", Nothing, Nothing, Nothing)
@@ -34,9 +37,9 @@ class Dense:
         folder: its bundle in the cache.
     """
 
-    def __init__(self, model: str, *, revision: str | None = None) -> None:
+    def __init__(self, model: str | LocatedModel, *, revision: str | None = None) -> None:
         """Find a model; see `locate.locate` for what it may be and what is raised."""
-        located = locate(model, revision=revision)
+        located = model if isinstance(model, LocatedModel) else locate(model, revision=revision)
         self.source, self.is_ordinary = located.source, located.is_ordinary
         self._path = located.path
         self.folder = dense_folder(self.source.sha256)
@@ -71,8 +74,38 @@ class Dense:
             bundle.run(_IMPORT, produce, options=Nothing(), inputs=Nothing(), overwrite=True)
 
 
+def hold(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LocatedModel:
+    """Write a model that is in memory to the cache, into a folder that is named by its hash.
+
+    The same model is there once, however often it is given.
+
+    Raises:
+        UsageError: see `convert.convert_memory`.
+        ModelError: it is of a type that is not supported.
+        ResourceError: the disk is too small.
+    """
+    cache = environment.cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache, prefix=files.PARTIAL) as partial:
+        written = Path(partial) / layout.MODEL
+        convert_memory(model, tokenizer, written)
+        Checkpoint.open(written)  # or it is refused before it is kept
+        sha256 = hash_folder(written)
+        folder = dense_folder(sha256)
+        name = Path(model.name_or_path or "").name or type(model).__name__
+        source = Source("memory", name, "", sha256)
+
+        def produce(destination: Path) -> Nothing:
+            written.rename(destination / layout.MODEL)
+            return Nothing()
+
+        with manifest.claim(folder, source, wait=True) as bundle:
+            bundle.run(_IMPORT, produce, options=Nothing(), inputs=Nothing(), overwrite=True)
+    return LocatedModel(source, folder / layout.MODEL)
+
+
 @contextmanager
-def reopen(out: Path, model: str) -> Iterator[tuple[Bundle, Dense]]:
+def reopen(out: Path, model: str | LocatedModel) -> Iterator[tuple[Bundle, Dense]]:
     """A bundle for further stages, and the dense model that it was made from.
 
     Raises:

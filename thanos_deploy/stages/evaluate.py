@@ -26,8 +26,9 @@ from thanos_deploy.measure.quality import (
     TextQuality,
 )
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
@@ -120,7 +121,7 @@ def evaluate(
 
 
 def evaluate_alone(
-    model: str,
+    model: str | LocatedModel,
     request: EvalRequest | TaskRequest,
     *,
     runtime: str = "torch",
@@ -217,9 +218,11 @@ def _judge_both(
     return Compared(reference, _keep(bundle, model, judge, reference, overwrite=overwrite))
 
 
-def _judge_alone(model: str, judge: _Judge[Options, Inputs, Result], announce: Announce) -> Result:
-    folder = Path(model)
-    if (folder / layout.MANIFEST).exists():
+def _judge_alone(
+    model: str | LocatedModel, judge: _Judge[Options, Inputs, Result], announce: Announce
+) -> Result:
+    if isinstance(model, str) and (Path(model) / layout.MANIFEST).exists():
+        folder = Path(model)
         bundle = Bundle.open(folder)
         bundle.require(layout.PRUNE, "`thanos-deploy prune`")
         judge.require(bundle.inputs(PRUNE).text)

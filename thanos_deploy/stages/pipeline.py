@@ -26,8 +26,9 @@ from thanos_deploy.errors import PlatformError
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED
+from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages.bench import bench, check_bench, compared
@@ -43,7 +44,7 @@ STAGES = ("prune", "eval", ONNX, "bench", "report")
 
 
 def prune_export(
-    model: str,
+    model: str | LocatedModel,
     out: Path,
     *,
     request: PruneRequest,
@@ -110,7 +111,7 @@ def _exports(bundle: Bundle, target: Target[Any], asked: Mapping[str, object]) -
 
 
 def plan(
-    model: str,
+    model: str | LocatedModel,
     out: Path,
     *,
     request: PruneRequest,

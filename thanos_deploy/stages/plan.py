@@ -15,11 +15,11 @@ from thanos_deploy.machine import devices
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
-from thanos_deploy.model.locate import locate_configuration
+from thanos_deploy.model.locate import LocatedModel, locate_configuration
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune import layers as pruning
-from thanos_deploy.prune.recipe import Recipe
-from thanos_deploy.prune.result import WidthsSummary
+from thanos_deploy.pruning import layers as pruning
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.result import WidthsSummary
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
@@ -27,8 +27,10 @@ from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
 
 
-def outline(model: str, *, revision: str | None, announce: Announce) -> Checkpoint:
+def outline(model: str | LocatedModel, *, revision: str | None, announce: Announce) -> Checkpoint:
     """The sizes of a model, from its configuration alone; only a GGUF file is converted first."""
+    if isinstance(model, LocatedModel):
+        return Checkpoint.outline(model.path)
     folder = locate_configuration(model, revision=revision)
     if folder is None:
         return Dense(model).checkpoint(announce)
@@ -99,7 +101,7 @@ class DryRun:
 
 
 def plan_prune(
-    model: str,
+    model: str | LocatedModel,
     out: Path,
     request: PruneRequest,
     *,

@@ -25,12 +25,12 @@ from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.prune import layers as pruning
-from thanos_deploy.prune import owl
-from thanos_deploy.prune import recover as recovering
-from thanos_deploy.prune.owl import Outliers
-from thanos_deploy.prune.recipe import Owl, Recipe
-from thanos_deploy.prune.result import (
+from thanos_deploy.pruning import layers as pruning
+from thanos_deploy.pruning import owl
+from thanos_deploy.pruning import recover as recovering
+from thanos_deploy.pruning.owl import Outliers
+from thanos_deploy.pruning.recipe import Owl, Recipe
+from thanos_deploy.pruning.result import (
     PRUNE,
     LayersSummary,
     PartBytes,

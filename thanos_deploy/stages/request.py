@@ -15,7 +15,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Walk
 from thanos_deploy.option import Options, chosen, keywords, option, options_of
 from thanos_deploy.pattern import Pattern, Structured, parse
-from thanos_deploy.prune.recipe import METHOD, PRESET, Layers, Owl, Recipe
+from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
 
 if TYPE_CHECKING:

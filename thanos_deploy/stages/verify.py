@@ -14,8 +14,8 @@ from exporters import patterns, targets
 from thanos_deploy.bundle.engine_record import LayerProof, Summary
 from thanos_deploy.bundle.layout import MODEL, PRUNE
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.check import Check
-from thanos_deploy.errors import IntegrityError
+from thanos_deploy.check import Check, passed
+from thanos_deploy.errors import GateError, IntegrityError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern
@@ -123,6 +123,24 @@ class Verification:
     bundle: str
     checks: tuple[Check, ...]
     engines: Mapping[str, Sequence[LayerProof]]
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed."""
+        return passed(self.checks)
+
+    def require(self) -> "Verification":
+        """The same verification.
+
+        Raises:
+            IntegrityError: a file is missing or was changed.
+            GateError: a pattern does not hold, or a demand is missed.
+        """
+        for check in self.checks:
+            if check.outcome == "FAIL":
+                kind = IntegrityError if check.name.endswith(": files") else GateError
+                raise kind(f"{check.name}: {check.detail}", fix=check.fix)
+        return self
 
 
 def verification(checks: Sequence[Check], bundle: Bundle) -> Verification:

@@ -24,7 +24,7 @@ from thanos_deploy.errors import GateError, InputError, ModelError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import linear_shapes
+from thanos_deploy.pruning.layers import linear_shapes
 
 pytestmark = pytest.mark.slow
 

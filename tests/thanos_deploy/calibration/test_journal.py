@@ -24,9 +24,9 @@ from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress
-from thanos_deploy.prune import layers as walk
-from thanos_deploy.prune.owl import Outliers
-from thanos_deploy.prune.result import PrunedBlock
+from thanos_deploy.pruning import layers as walk
+from thanos_deploy.pruning.owl import Outliers
+from thanos_deploy.pruning.result import PrunedBlock
 from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest

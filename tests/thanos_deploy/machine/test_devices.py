@@ -81,7 +81,7 @@ def test_one_layer_is_solved_without_what_a_walk_needs() -> None:
     # In a process of its own: here everything has been imported already.
     code = (
         "import sys; sys.modules.update(greenlet=None, accelerate=None)\n"
-        "import thanos_deploy.prune.solution, thanos_deploy.calibration.blocks\n"
+        "import thanos_deploy.pruning.solution, thanos_deploy.calibration.blocks\n"
         "from thanos_deploy import methods; [methods.load(name) for name in methods.names()]\n"
         "from thanos_deploy.calibration.passes import Pass\n"
         "try: Pass(lambda: None)\n"

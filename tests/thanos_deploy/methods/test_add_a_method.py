@@ -18,7 +18,7 @@ from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.cli import _pruning, prune
 from thanos_deploy.errors import UsageError
 from thanos_deploy.pattern import SemiStructured, parse
-from thanos_deploy.prune.result import PRUNE
+from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.stages.request import PruneRequest
 
 PAGE = "docs/develop/add-a-method.md"

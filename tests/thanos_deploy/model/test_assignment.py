@@ -5,7 +5,7 @@ import pytest
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.model.assignment import assign, counts, describe, read_file
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune.result import PrunedBlock, PrunedLayer, patterns_in
+from thanos_deploy.pruning.result import PrunedBlock, PrunedLayer, patterns_in
 
 NAMES = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
 UP, DOWN, LATER_UP, LATER_DOWN = NAMES

@@ -23,7 +23,7 @@ from thanos_deploy.model.locate import locate
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.model.weights import Weights, WeightsCopy
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import prune
+from thanos_deploy.pruning.layers import prune
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing

@@ -22,10 +22,10 @@ from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.pattern import SemiStructured, Unstructured
-from thanos_deploy.prune import owl
-from thanos_deploy.prune.layers import prune
-from thanos_deploy.prune.recipe import Owl
-from thanos_deploy.prune.result import PrunedBlock
+from thanos_deploy.pruning import owl
+from thanos_deploy.pruning.layers import prune
+from thanos_deploy.pruning.recipe import Owl
+from thanos_deploy.pruning.result import PrunedBlock
 from thanos_deploy.shrink import cut
 
 SEGMENTS = torch.randint(VOCABULARY, (6, 60), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import prune
+from thanos_deploy.pruning.layers import prune
 
 # Longer than the sliding windows.
 SEGMENTS = torch.randint(VOCABULARY, (6, 60), generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
 """The commands that a report prints, read by the command line itself."""
 
+import inspect
 import shlex
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import click
 import pytest
 
+import thanos_deploy as td
 from exporters import targets
 from exporters.options import EngineRequest, ExportRequest
 from tests.bundles import add_build, write_bundle
 from thanos_deploy import cli, methods
+from thanos_deploy.api import _requests
+from thanos_deploy.api.options import ExportOptions
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Source
-from thanos_deploy.cli import _options, _targets
-from thanos_deploy.cli._pruning import prune_request
+from thanos_deploy.cli._options import given
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.pattern import parse
 from thanos_deploy.report import commands, sources
@@ -28,6 +31,12 @@ def parsed(line: str) -> dict[str, Any]:
     assert program == "thanos-deploy"
     command = cli.cli.commands[name]
     return command.make_context(name, words, resilient_parsing=False).params
+
+
+def exporting(options: dict[str, Any]) -> dict[str, object]:
+    """By name of a target's option, what it is asked for."""
+    names = inspect.get_annotations(ExportOptions)
+    return _requests.export_request({name: options[name] for name in names})
 
 
 def printed(tmp_path: Path, **options: Any) -> dict[str, str]:
@@ -60,7 +69,10 @@ def test_the_pruning_command_asks_for_what_was_asked_for(
     request_: PruneRequest, tmp_path: Path
 ) -> None:
     recorded = request_.to_json()
-    again = prune_request(parsed(printed(tmp_path, prune=recorded)["prune"]))
+    options = given(parsed(printed(tmp_path, prune=recorded)["prune"]))
+    for name in ("model", "out", "overwrite", "dry_run"):
+        options.pop(name)
+    again = _requests.prune_request(options.pop("pattern"), options)
     assert again.to_json() == recorded
 
 
@@ -68,10 +80,13 @@ def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
     evaluation = encode(EvalRequest("held out.txt", segments=5, seqlen=77).recorded)
     export = encode(ExportRequest("fp16", 64))
     lines = printed(tmp_path, eval=evaluation, onnx=export)
-    assert encode(_options.eval_request(parsed(lines["eval"])).recorded) == evaluation
+    options = parsed(lines["eval"])
+    names = ("text", "text_field", "segments", "seqlen", "device")
+    again = _requests.eval_request({name: options[name] for name in names})
+    assert encode(again.recorded) == evaluation
     options = parsed(lines["export"])
     assert options["target"] == "onnx"
-    assert _targets.asked(options) == {"dtype": "fp16", "max_sequence": 64}
+    assert exporting(options) == {"dtype": "fp16", "max_sequence": 64}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +114,12 @@ def test_the_benchmark_command_asks_for_what_was_asked_for(
 ) -> None:
     recorded = {request_.run: {**encode(request_), "subjects": subjects}}
     options = parsed(printed(tmp_path, bench=recorded)["bench"])
-    assert _options.bench_request(options) == request_
+    names = inspect.signature(td.Bundle.bench).parameters.keys() - {
+        *("self", "against", "dense", "aa", "allow_different_models", "gate", "overwrite"),
+        *("check", "progress"),
+    }
+    asked = given(options)
+    assert _requests.bench_request({name: asked.get(name) for name in names}) == request_
     assert options["aa"] == ("pruned-again" in subjects)
     against = () if options["aa"] else tuple(label for label in subjects if label != "pruned")
     assert options["against"] == against
@@ -128,7 +148,7 @@ def test_the_engine_command_asks_for_what_was_asked_for(
     read.stages["tensorrt-rtx-sm80"].options.update(encode(request_))
     options = parsed(commands.of(read)[-1])
     assert options["target"] == "tensorrt-rtx"
-    assert targets.get("tensorrt-rtx").request(read.bundle, _targets.asked(options)) == request_
+    assert targets.get("tensorrt-rtx").request(read.bundle, exporting(options)) == request_
 
 
 def test_a_hostile_name_stays_one_word(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from thanos_deploy.bundle.codec import decode
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.run import BenchGpu, Run
-from thanos_deploy.prune.result import LayersSummary
+from thanos_deploy.pruning.result import LayersSummary
 from thanos_deploy.report import words
 from thanos_deploy.report.model import FileBytes, LayerMap, ModelReport, Pair, Quality
 

@@ -16,7 +16,7 @@ from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import prune
+from thanos_deploy.pruning.layers import prune
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import check, shrink
 from thanos_deploy.shrink.options import Allocation, Fit, Part, Sizing

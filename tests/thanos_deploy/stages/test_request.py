@@ -9,8 +9,8 @@ from thanos_deploy.bundle.codec import decode
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import thanos
 from thanos_deploy.pattern import parse
-from thanos_deploy.prune.recipe import Recipe
-from thanos_deploy.prune.result import PruneOptions
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.result import PruneOptions
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
 from thanos_deploy.stages.request import PruneRequest
 

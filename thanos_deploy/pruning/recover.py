@@ -29,7 +29,7 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.prune.result import Recovery
+from thanos_deploy.pruning.result import Recovery
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import SemiStructured, Unstructured
-from thanos_deploy.prune import tune as tuning
-from thanos_deploy.prune.layers import prune
-from thanos_deploy.prune.tune import tune
+from thanos_deploy.pruning import tune as tuning
+from thanos_deploy.pruning.layers import prune
+from thanos_deploy.pruning.tune import tune
 from thanos_deploy.solver.mask import smallest_in_groups
 
 TWO_FOUR = SemiStructured(2, 4)

@@ -15,9 +15,9 @@ from thanos_deploy.errors import HessianError, ModelError, UsageError
 from thanos_deploy.methods import thanos
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern, SemiStructured, Unstructured
-from thanos_deploy.prune.layers import prune
-from thanos_deploy.prune.result import PrunedBlock
-from thanos_deploy.prune.solution import Solution, aim, solve
+from thanos_deploy.pruning.layers import prune
+from thanos_deploy.pruning.result import PrunedBlock
+from thanos_deploy.pruning.solution import Solution, aim, solve
 from thanos_deploy.solver.hessian import retarget
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.solver.mask import smallest

@@ -30,10 +30,10 @@ from thanos_deploy.model.verdict import judge
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.prune.recipe import Recipe
-from thanos_deploy.prune.result import PrunedBlock, PrunedLayer
-from thanos_deploy.prune.solution import aim, solve
-from thanos_deploy.prune.tune import tune
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.result import PrunedBlock, PrunedLayer
+from thanos_deploy.pruning.solution import aim, solve
+from thanos_deploy.pruning.tune import tune
 from thanos_deploy.solver.layer import Factor, LayerProblem
 
 # So much freed memory is worth the time that it takes to get it anew.

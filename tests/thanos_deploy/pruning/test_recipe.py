@@ -5,7 +5,7 @@ import pytest
 from exporters.options import ExportRequest
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.pattern import parse
-from thanos_deploy.prune.recipe import Recipe
+from thanos_deploy.pruning.recipe import Recipe
 
 
 @pytest.mark.parametrize(

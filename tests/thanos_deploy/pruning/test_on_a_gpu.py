@@ -30,8 +30,8 @@ from thanos_deploy.methods import sparsegpt, thanos
 from thanos_deploy.model.structure import BlockStructure
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.prune.solution import solve_by_preset
-from thanos_deploy.prune.tune import tune
+from thanos_deploy.pruning.solution import solve_by_preset
+from thanos_deploy.pruning.tune import tune
 from thanos_deploy.solver import mask as masks
 from thanos_deploy.solver.damping import Damping, DampingMode
 from thanos_deploy.solver.elimination import Elimination

@@ -56,7 +56,7 @@ class Layers(Options):
 
 @dataclass(frozen=True, slots=True)
 class Owl(Options):
-    """How OWL spreads the sparsity over the blocks; see `thanos_deploy.prune.owl`.
+    """How OWL spreads the sparsity over the blocks; see `thanos_deploy.pruning.owl`.
 
     The defaults are the paper's.
 

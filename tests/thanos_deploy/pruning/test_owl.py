@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import VOCABULARY, MakeModel, stock_model
-from tests.thanos_deploy.prune.test_layers import SEGMENTS, inputs_of
+from tests.thanos_deploy.pruning.test_layers import SEGMENTS, inputs_of
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.prune import owl
-from thanos_deploy.prune.recipe import Owl
+from thanos_deploy.pruning import owl
+from thanos_deploy.pruning.recipe import Owl
 from thanos_deploy.solver.mask import removed_count
 
 BLOCKS = st.lists(

@@ -9,9 +9,9 @@ from tests.recipes import plain
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.prune.layers import prune
-from thanos_deploy.prune.recover import _head, _order, _pull, _states, recover
-from thanos_deploy.prune.result import Recovery
+from thanos_deploy.pruning.layers import prune
+from thanos_deploy.pruning.recover import _head, _order, _pull, _states, recover
+from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Allocation, Fit, Sizing

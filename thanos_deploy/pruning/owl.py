@@ -32,7 +32,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Unstructured
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.prune.recipe import Owl
+from thanos_deploy.pruning.recipe import Owl
 from thanos_deploy.solver.mask import removed_count
 
 

@@ -1,0 +1,118 @@
+"""What every public function does with its arguments and its errors.
+
+The command line refuses a value outside a list or a range before anything runs; so does the API,
+from the annotations of its functions: a `Literal` is a list of choices, and `Range` a range.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Unpack, get_args, get_origin
+
+from thanos_deploy.errors import UsageError, of_system
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Range:
+    """Numbers from `low` to `high`, or without an upper end; `low` itself too unless `open_low`."""
+
+    low: float
+    high: float | None = None
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (self.high is None or value <= self.high)
+
+    def __repr__(self) -> str:
+        high = "" if self.high is None else f", {self.high:g}"
+        return f"Range({self.low:g}{high}{', open_low=True' if self.open_low else ''})"
+
+    def __str__(self) -> str:
+        start = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"
+        return start if self.high is None else f"{start} to {self.high:g}"
+
+
+Positive = Annotated[int, Range(1)]
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of the API: refuses bad arguments, and raises the errors that it promises.
+
+    Raises:
+        UsageError: an argument is outside its list of choices or its range.
+        TypeError: there is no such argument.
+        DeployError: what the function raises; a full disk and the like as what it means.
+    """
+    signature = inspect.signature(function)
+    known = dict(parameters(function))
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        given |= given.pop("options", {})
+        for name in known.keys() & given.keys():
+            _check(name, given[name], known[name])
+        with translated():
+            return function(*args, **kwargs)
+
+    return checked
+
+
+def parameters(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
+    """Name and annotation of every argument, those of `**options: Unpack[...]` one by one."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            assert get_origin(parameter.annotation) is Unpack
+            (options,) = get_args(parameter.annotation)
+            yield from inspect.get_annotations(options).items()
+        elif parameter.name != "self":
+            yield parameter.name, parameter.annotation
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what an error of the system means, where it means something that a user can mend."""
+    try:
+        yield
+    except Exception as error:
+        if known := of_system(error):
+            raise known from error
+        raise
+
+
+def _check(name: str, value: object, annotation: Any) -> None:
+    """Refuse a value that its annotation does not allow, as far as that is said in values."""
+    if value is None:
+        return
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(
+                f"{name} {value!r}: no such choice",
+                fix=f"give one of {', '.join(map(str, arguments))}",
+            )
+    elif origin is Annotated:
+        for limit in annotation.__metadata__:
+            if isinstance(limit, Range) and value not in limit:  # type: ignore[operator]
+                raise UsageError(f"{name} {value!r}: out of range", fix=f"give a number {limit}")
+    elif origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+        if isinstance(value, str):
+            raise UsageError(f"{name} {value!r}: one text", fix="give a list, if only of one entry")
+        for entry in value:  # type: ignore[attr-defined]
+            _check(name, entry, arguments[0])
+    elif origin is not None and not (isinstance(origin, type) and issubclass(origin, Mapping)):
+        # A union: None, which was dealt with, and what else the value may be.
+        others = [one for one in arguments if get_origin(one) in (Literal, Annotated) or _many(one)]
+        if len(others) == 1:
+            _check(name, value, others[0])
+
+
+def _many(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    return isinstance(origin, type) and issubclass(origin, Sequence) and origin is not tuple

@@ -1,0 +1,372 @@
+"""The functions of the API: commands that begin with a model, or with several bundles."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from thanos_deploy.api import _requests
+from thanos_deploy.api._checks import Positive, public
+from thanos_deploy.api.bundle import Bundle
+from thanos_deploy.api.options import (
+    ModelLike,
+    PatternLike,
+    Progress,
+    PruneExportOptions,
+    PruneOptions,
+)
+from thanos_deploy.api.results import Diagnosis
+from thanos_deploy.pattern import SemiStructured, Structured
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from thanos_deploy.forecast.forecast import Forecast
+    from thanos_deploy.measure.quality import TaskQuality, TextQuality
+    from thanos_deploy.report.model import Report
+    from thanos_deploy.stages.plan import DryRun
+
+
+@public
+def prune(
+    model: ModelLike,
+    *,
+    pattern: PatternLike,
+    out: str | PathLike[str],
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[PruneOptions],
+) -> Bundle:
+    """Prune a model into `out/model`, an ordinary checkpoint; the command `prune`.
+
+    Repeating the call continues where it was interrupted, and does no work twice.
+
+    Args:
+        model: a hub id, a local Hugging Face folder, a packed folder, a `.gguf` file, or the pair
+            of a `transformers` model and its tokenizer, which are left as they are. No code that
+            comes with a model is run.
+        pattern: "n:m", which keeps n of every m weights, "unstructured:FRACTION",
+            "structured:FRACTION", or a `Pattern`.
+        out: folder for the bundle.
+        revision: branch, tag or commit of a hub model.
+        overwrite: redo what was made with other options.
+        progress: called with the title of a piece of work, the steps done and the steps in all.
+        options: see `PruneOptions`.
+
+    Returns:
+        the bundle.
+
+    Raises:
+        UsageError: options that contradict each other, or what is in `out` already.
+        ModelError: the model is missing, not readable, not supported, or does not fit the pattern.
+        CalibrationError: the text is missing, not readable or too short.
+        HessianError: calibration statistics that no damping can save.
+        PlatformError: a package, the device or the network is not there.
+        ResourceError: memory or disk is full, or another process writes to `out`.
+    """
+    from thanos_deploy.bundle import manifest
+    from thanos_deploy.stages.dense import Dense
+    from thanos_deploy.stages.prune import prune
+
+    request = _requests.prune_request(pattern, options)
+    dense = Dense(_requests.model(model), revision=revision)
+    with manifest.claim(Path(out), dense.source, overwrite=overwrite) as bundle:
+        prune(bundle, dense, request, overwrite=overwrite, announce=_requests.announce(progress))
+    return Bundle(out)
+
+
+@public
+def dry_run_prune(
+    model: ModelLike,
+    *,
+    pattern: PatternLike,
+    out: str | PathLike[str],
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[PruneOptions],
+) -> "DryRun":
+    """What `prune` would do, and the time, memory and disk that it takes; `prune --dry-run`.
+
+    With a structured pattern this measures what each block would lose. Nothing is written to `out`.
+
+    Args:
+        model, pattern, out, revision, progress, options: see `prune`.
+
+    Raises:
+        DeployError: what `prune` would refuse.
+    """
+    from thanos_deploy.stages.plan import plan_prune
+
+    return plan_prune(
+        _requests.model(model),
+        Path(out),
+        _requests.prune_request(pattern, options),
+        revision=revision,
+        announce=_requests.announce(progress),
+    )
+
+
+@public
+def prune_export(
+    model: ModelLike,
+    *,
+    pattern: PatternLike,
+    out: str | PathLike[str],
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[PruneExportOptions],
+) -> Bundle:
+    """Prune a model, export it, judge it, time it and report; the command `prune-export`.
+
+    Args:
+        model, pattern, out, revision, overwrite, progress: see `prune`.
+        options: see `PruneExportOptions`.
+
+    Returns:
+        the bundle, with `report/` in it.
+
+    Raises:
+        DeployError: what `prune` and the methods of `Bundle` raise; whatever can be refused
+            beforehand is.
+    """
+    from thanos_deploy.stages import pipeline
+
+    asked = _requests.Pipeline.of(pattern, options)
+    pipeline.prune_export(
+        _requests.model(model),
+        Path(out),
+        request=asked.prune,
+        evaluation=asked.evaluation,
+        benchmarking=asked.benchmarking,
+        target=asked.target,
+        asked=asked.asked,
+        revision=revision,
+        overwrite=overwrite,
+        announce=_requests.announce(progress),
+    )
+    return Bundle(out)
+
+
+@public
+def dry_run_prune_export(
+    model: ModelLike,
+    *,
+    pattern: PatternLike,
+    out: str | PathLike[str],
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[PruneExportOptions],
+) -> "DryRun":
+    """What `prune_export` would do, and what that takes; `prune-export --dry-run`.
+
+    Args:
+        model, pattern, out, revision, overwrite, progress, options: see `prune_export`.
+
+    Raises:
+        DeployError: what `prune_export` would refuse.
+    """
+    from thanos_deploy.stages import pipeline
+
+    asked = _requests.Pipeline.of(pattern, options)
+    return pipeline.plan(
+        _requests.model(model),
+        Path(out),
+        request=asked.prune,
+        evaluation=asked.evaluation,
+        benchmarking=asked.benchmarking,
+        revision=revision,
+        overwrite=overwrite,
+        announce=_requests.announce(progress),
+    )
+
+
+@public
+def evaluate(
+    model: ModelLike,
+    *,
+    runtime: Literal["torch", "onnx"] = "torch",
+    device: str = "auto",
+    text: str | PathLike[str] = "builtin",
+    text_field: str = "text",
+    segments: int = 12,
+    seqlen: int = 1024,
+    tasks: Sequence[str] | None = None,
+    task_folder: str | PathLike[str] | None = None,
+    limit: Positive | None = None,
+    progress: Progress | None = None,
+) -> "TextQuality | TaskQuality":
+    """Measure the quality of one model by itself; the command `eval` without `--dense`.
+
+    Of a bundle, given by its folder, nothing is kept; see `Bundle.evaluate`.
+
+    Args:
+        model: see `prune`; or the folder of a bundle.
+        runtime, device, text, text_field, segments, seqlen, tasks, task_folder, limit, progress:
+            see `Bundle.evaluate`.
+
+    Raises:
+        DeployError: see `Bundle.evaluate`.
+    """
+    from thanos_deploy.stages.evaluate import evaluate_alone
+
+    request = _requests.quality_request(
+        runtime=runtime,
+        device=device,
+        text=text,
+        text_field=text_field,
+        segments=segments,
+        seqlen=seqlen,
+        tasks=tasks,
+        task_folder=task_folder,
+        limit=limit,
+    )
+    return evaluate_alone(
+        _requests.model(model), request, runtime=runtime, announce=_requests.announce(progress)
+    )
+
+
+@public
+def compare(
+    bundles: Sequence[str | PathLike[str] | Bundle],
+    output: str | PathLike[str],
+    *,
+    allow_different_models: bool = False,
+    overwrite: bool = False,
+) -> "Report":
+    """Write one page about several bundles side by side; the command `report` with `--output`.
+
+    Args:
+        bundles: the bundles, or their folders; nothing is written there.
+        output: the page, FILE.html; FILE.md and FILE.json are written beside it.
+        allow_different_models: put bundles of different base models or tokenizers side by side.
+        overwrite: replace FILE if it is there.
+
+    Returns:
+        what is in FILE.json.
+
+    Raises:
+        UsageError: the bundles are of different models, or the files cannot be put there.
+        InputError: a bundle has nothing pruned yet, or cannot be read.
+        IntegrityError: a record was changed since it was written.
+    """
+    from thanos_deploy.report.write import compare
+
+    return compare(
+        [one.path if isinstance(one, Bundle) else Path(one) for one in bundles],
+        Path(output),
+        allow_different_models=allow_different_models,
+        overwrite=overwrite,
+    )
+
+
+@public
+def plan(
+    model: ModelLike,
+    *,
+    gpu: str,
+    pattern: Sequence[PatternLike] = (SemiStructured(2, 4), Structured(0.25)),
+    batch: Sequence[Positive] = (1, 8),
+    prompt: Positive = 512,
+    new_tokens: Positive = 128,
+    dtype: Literal["fp16", "bf16", "int8", "fp8"] = "fp16",
+    measured: str | PathLike[str] | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> "Forecast":
+    """Forecast how fast a model would be on a GPU that need not be here; the command `plan`.
+
+    Only the model's configuration is read, so its weights need not be here either.
+
+    Args:
+        model: see `prune`.
+        gpu: name of a GPU, such as "H100".
+        pattern: what to compare with the dense model.
+        batch: sequences at once; one forecast for each.
+        prompt: tokens of each.
+        new_tokens: tokens generated after it.
+        dtype: of the blocks' linear layers.
+        measured: a file of measured matrix products of that GPU, such as `gpu-check` writes.
+        revision: branch, tag or commit of a hub model.
+        progress: told how far the conversion of a GGUF file is.
+
+    Returns:
+        the forecast.
+
+    Raises:
+        UsageError: there is no such GPU, it does not know the dtype, or the model is too short.
+        ModelError: the model is missing or not supported.
+        InputError: the measurements cannot be read.
+    """
+    from thanos_deploy.forecast import datasheets
+    from thanos_deploy.forecast.forecast import Generation
+    from thanos_deploy.forecast.forecast import plan as forecast
+    from thanos_deploy.forecast.measurements import read_measurements
+    from thanos_deploy.forecast.roofline import Setting
+    from thanos_deploy.model.locate import LocatedModel
+    from thanos_deploy.stages.plan import outline
+
+    product = datasheets.find(gpu)
+    known = read_measurements(Path(measured), product, dtype) if measured is not None else ()
+    found = _requests.model(model)
+    return forecast(
+        outline(found, revision=revision, announce=_requests.announce(progress)),
+        [_requests.pattern(one) for one in pattern],
+        Setting(product, dtype, known),
+        Generation(tuple(batch), prompt, new_tokens),
+        model=found.source.name if isinstance(found, LocatedModel) else found,
+    )
+
+
+@public
+def doctor(out: "str | PathLike[str] | Bundle | None" = None, *, check: bool = True) -> Diagnosis:
+    """Say what this machine has for each target; the command `doctor`.
+
+    Args:
+        out: a bundle, to see too whether there is enough memory and disk to build its engine.
+        check: raise for the first part that would fail; False to look at the result.
+
+    Returns:
+        a check for each part; what is not there is SKIP, with what to do about it.
+
+    Raises:
+        InputError: `out` is no bundle, or has no ONNX graph yet.
+        PlatformError: something that is there would fail, and `check`.
+    """
+    from exporters import preflight
+    from thanos_deploy.bundle import manifest
+
+    size = folder = None
+    if out is not None:
+        folder = out.path if isinstance(out, Bundle) else Path(out)
+        graph = manifest.Bundle.open(folder).require("onnx", f"`thanos-deploy export {folder}`")
+        size = sum(file.bytes for file in graph.files.values())
+    found = Diagnosis(tuple(preflight.checks(graph_bytes=size, folder=folder)))
+    return found.require() if check else found
+
+
+@public
+def load_model(
+    folder: str | PathLike[str], device: "str | torch.device" = "cpu"
+) -> "PreTrainedModel":
+    """Load the model in a folder into memory, in float32 and ready for inference.
+
+    As `AutoModelForCausalLM.from_pretrained`, which loads every checkpoint that a bundle holds but
+    one: this loads blocks of different widths as well (`allocation="loss"`).
+
+    Args:
+        folder: an ordinary checkpoint, such as `Bundle.model_path`.
+        device: a device of PyTorch.
+
+    Raises:
+        ModelError: the model does not load.
+        ResourceError: it does not fit into the GPU's memory.
+    """
+    import torch
+
+    from thanos_deploy.model.load import load_model
+
+    return load_model(Path(folder), torch.device(device))

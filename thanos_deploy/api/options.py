@@ -1,0 +1,162 @@
+"""The keyword arguments that several functions share, each called as the command's option is.
+
+`--block-size 64` on the command line is `block_size=64` here, with the same meaning and the same
+default. What may be given often there is a sequence here.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypedDict
+
+from thanos_deploy.api._checks import Positive, Range
+from thanos_deploy.pattern import Pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PatternLike = Pattern | str
+ModelLike = str | PathLike[str] | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+
+
+class Progress(Protocol):
+    """Told how far work is: called at the beginning of each piece of it, and after its steps.
+
+    Example:
+        def progress(title: str, done: int, total: int) -> None:
+            print(f"{title}: {done} of {total}")
+    """
+
+    def __call__(self, title: str, done: int, total: int, /) -> object:
+        """Take note; the first call for a title has 0 done."""
+
+
+class PruneOptions(TypedDict, total=False):
+    """How to prune, on which text, and what to leave; see the command `prune`.
+
+    Attributes:
+        method: "thanos", "sparsegpt", "wanda" or "magnitude". Default: "thanos".
+        preset: "best", "fast" or "paper", the method's settings. Default: "best".
+        block_size: columns that are solved at once (thanos, sparsegpt).
+        damp: damping of the Hessian, as a fraction (thanos, sparsegpt).
+        damp_mode: of what `damp` is a fraction: "mean", "median" or "per-channel" (thanos,
+            sparsegpt).
+        score: what chooses the weights to remove, "wanda" or "obs" (thanos).
+        refit_steps: steps of a last fit of all kept weights of a layer (thanos).
+        outlier_rows: fraction of each layer's rows that stay dense (thanos).
+        true_sequential: collect each layer's statistics after the layers before it in the block
+            are pruned; False for all of a block's at once. Default: the preset's.
+        dense_target: from 0 to 1, how far each layer aims at its output in the dense model.
+            Default: the preset's.
+        tune_steps: steps of all kept weights of a block together. Default: the preset's.
+        shrink: what to cut out with a structured pattern: "heads", "ffn" or "both", the default.
+        ffn_multiple: the number of feed-forward channels left is a multiple of this.
+        keep_shape: with a structured pattern, set columns to zero and leave all shapes. Default:
+            False.
+        allocation: "uniform", "loss" or "owl", how the sparsity is spread. Default: "uniform".
+        owl_threshold: owl: an outlier's score is this many times the block's mean. Default: 5.
+        owl_spread: owl: how far a block's sparsity may be from the pattern's. Default: 0.08.
+        include: prune only these layers: full names, or "re:" and an expression.
+        ignore: leave these layers dense, named likewise.
+        sparsity_file: path of a JSON object of layers with patterns of their own.
+        recover: segments to train what is left on, with the dense model as teacher. Default: 0.
+        calib: calibration text, a path or "builtin", the default.
+        text_field: field of a JSON Lines row with the text. Default: "text".
+        nsamples: segments of calibration text. Default: 32.
+        seqlen: tokens of each. Default: 512.
+        seed: picks the segments. Default: 0.
+        calib_forward: what blocks run in on calibration data: "auto", "fp32" or "bf16". Default:
+            "auto".
+        device: where PyTorch computes: "auto", "cpu" or "cuda[:N]". Default: "auto".
+        dtype: what to store the checkpoint in: "auto", "fp32", "fp16" or "bf16". Default: "auto",
+            each tensor's own.
+    """
+
+    method: str
+    preset: Literal["best", "fast", "paper"]
+    block_size: int
+    damp: float
+    damp_mode: Literal["mean", "median", "per-channel"]
+    score: Literal["wanda", "obs"]
+    refit_steps: int
+    outlier_rows: float
+    true_sequential: bool
+    dense_target: float
+    tune_steps: int
+    shrink: Literal["heads", "ffn", "both"]
+    ffn_multiple: int
+    keep_shape: bool
+    allocation: Literal["uniform", "loss", "owl"]
+    owl_threshold: float
+    owl_spread: float
+    include: Sequence[str]
+    ignore: Sequence[str]
+    sparsity_file: str | PathLike[str]
+    recover: int
+    calib: str | PathLike[str]
+    text_field: str
+    nsamples: int
+    seqlen: int
+    seed: int
+    calib_forward: Literal["auto", "fp32", "bf16"]
+    device: str
+    dtype: Literal["auto", "fp32", "fp16", "bf16"]
+
+
+class ExportOptions(TypedDict, total=False):
+    """What a target may be asked for; see the command `export`. Each target takes some of these.
+
+    Attributes:
+        dtype: what the graph holds its weights in. Default: what the graph that is there was made
+            with, or "fp32"; for engines "fp16".
+        max_seq: the most tokens, prompt and answer together. Default: what the graph that is there
+            was made with, or all that the model takes.
+        logits: "all", after every token, or "last". Default: what the graph that is there was made
+            with, or "all"; for engines "last".
+        batch: engines: sequences at once, the usual number and the largest. Default: (1, 8).
+        seq: engines: tokens of a prompt, the usual number and the largest. Default: (128, 1024),
+            or as far as the model goes.
+        sm: engines: compute capabilities to build for, such as 89. Default: that of the GPU of this
+            machine, or all that the library builds for ahead of time.
+        sparse_form: engines: how linear layers are written; "auto" builds both forms on the GPU and
+            keeps the faster. Default: "matmul".
+        engine_compat: engines: where else one may run beside the GPU and the version that it is
+            built for; costs speed. Default: "none".
+    """
+
+    dtype: Literal["fp32", "fp16", "int8", "int8-qdq"]
+    max_seq: int
+    logits: Literal["all", "last"]
+    batch: Sequence[Positive]
+    seq: Sequence[Positive]
+    sm: Sequence[Positive]
+    sparse_form: Literal["matmul", "conv1x1", "auto"]
+    engine_compat: Literal["none", "version", "same-sm", "ampere+"]
+
+
+class PruneExportOptions(PruneOptions, total=False):
+    """How to prune, export, judge and time; see the command `prune-export`.
+
+    Attributes:
+        target: what to export to beside ONNX; see `Bundle.export`. Default: "onnx".
+        max_seq, logits, seq, sm, sparse_form, engine_compat: of the target; see `ExportOptions`.
+        eval_text, eval_segments, eval_seqlen: the text for perplexity; see `evaluate`.
+        batch, prompt, past, new_tokens, rounds, sample_prompt: what to time; see `Bundle.bench`.
+            Defaults here: a batch of 1, a prompt of 128 tokens, 20 rounds.
+    """
+
+    target: str
+    max_seq: int
+    logits: Literal["all", "last"]
+    seq: Sequence[Positive]
+    sm: Sequence[Positive]
+    sparse_form: Literal["matmul", "conv1x1", "auto"]
+    engine_compat: Literal["none", "version", "same-sm", "ampere+"]
+    eval_text: str | PathLike[str]
+    eval_segments: int
+    eval_seqlen: int
+    batch: Sequence[Positive]
+    prompt: Sequence[Positive]
+    past: Sequence[Positive]
+    new_tokens: Annotated[int, Range(2)]
+    rounds: Annotated[int, Range(2)]
+    sample_prompt: str
