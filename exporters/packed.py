@@ -1,4 +1,4 @@
-"""The n:m weights stored as what is kept and where: a checkpoint that takes 9/16 of float16 at 2:4.
+"""A checkpoint that stores only the kept n:m weights and their places: 9/16 of float16 at 2:4.
 
 The layout is described in `thanos_deploy.model.packing`. MODEL on the command line may be such a
 folder.

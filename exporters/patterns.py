@@ -37,7 +37,9 @@ def check(
     """
     name = f"{stage}: pattern"
     if bundle.options(PRUNE).cut:
-        return Check(name, "SKIP", "heads and channels were cut out; there is nothing to hold")
+        return Check(
+            name, "SKIP", "heads and channels were cut out, so there is no pattern to check"
+        )
     shapes = linear_shapes(Checkpoint.open(bundle.path / MODEL))
     patterns = patterns_of(bundle)
     try:

@@ -1,4 +1,4 @@
-"""What this machine has for each target, before any work is done: one line each, with a fix."""
+"""Check before any work what this machine has for each target: one line each, with a fix."""
 
 import re
 import shutil
@@ -117,8 +117,8 @@ def _onnxruntime_tensorrt() -> Check:
         return Check(
             name,
             "SKIP",
-            f"{found}: not known whether they go together, because no TensorRT provider was found "
-            "that says which version it wants",
+            f"{found}: it is not known whether they fit together, because no TensorRT provider was "
+            "found that names the version it needs",
             fix=f"pip install {_WITH_CUDA} if it is missing; `thanos-deploy gpu-check` tries the "
             "provider",
         )
@@ -226,7 +226,7 @@ def _cuda_of_ort() -> str | None:
 def _memory(graph_bytes: int) -> Check:
     status = Path("/proc/meminfo")
     if not status.exists():
-        return Check("memory to build", "SKIP", "this system does not say how much is free")
+        return Check("memory to build", "SKIP", "the free memory of this system cannot be read")
     available = next(
         int(line.split()[1]) * 1024
         for line in status.read_text().splitlines()

@@ -1,1 +1,1 @@
-"""Run models: numpy and one backend; none but the backend torch needs torch or transformers."""
+"""Run exported models with numpy and one backend; only the backend torch needs PyTorch."""

@@ -205,7 +205,9 @@ def open_slots(
             for.
     """
     if slots < 1:
-        raise UsageError(f"{slots} slots: nothing could be run", fix="give at least one slot")
+        raise UsageError(
+            f"{slots} slots: no request could be answered", fix="give at least one slot"
+        )
     module = _module(backend)
     if not hasattr(module, "open_slots"):
         able = [name for name in backends() if hasattr(_module(name), "open_slots")]

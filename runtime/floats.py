@@ -1,4 +1,4 @@
-"""The types in which engines give logits and keep the kv cache, and what they are in float32."""
+"""The floating-point types of logits and kv caches, and their conversion to float32."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Memory of the device that a graph runs on: what the kv cache lies in, and how it is moved there.
+"""Memory of the device that a graph runs on, which holds the kv cache.
 
 Everything that is done to a cache is the copying or clearing of equally long lines at equal
 distances, which is what the CUDA runtime calls a 2D copy. So the host and a GPU differ in four
@@ -190,7 +190,7 @@ class CudaMemory:
         if code:
             name = self._cudart.cudaGetErrorName(code).decode()
             raise PlatformError(
-                f"CUDA: {name} where the kv cache is moved",
+                f"CUDA: {name} while the kv cache was copied",
                 fix="free memory on the GPU, or serve with fewer --slots"
                 if "Memory" in name
                 else "check the driver with nvidia-smi, and report this if it is well",

@@ -16,7 +16,7 @@ from thanos_deploy.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose; the default is greedy.
+    """How to choose the next token; the default is greedy.
 
     Attributes:
         temperature: the logits are divided by it; 0 takes the likeliest token.
@@ -25,7 +25,7 @@ class Sampling:
         min_p: only tokens at least this fraction as likely as the likeliest.
         repetition_penalty: logits of tokens that were seen are divided by it if positive, and
             multiplied by it if negative; 1 for none.
-        seed: of the draws; row i of a batch uses seed + i.
+        seed: of the random numbers; row i of a batch uses seed + i.
 
     Raises:
         UsageError: a value is out of its range.

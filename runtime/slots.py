@@ -1,4 +1,4 @@
-"""Slots on ONNX Runtime: the rows of one batch, each as long as it likes.
+"""Slots on ONNX Runtime: the rows of one batch, each with its own length.
 
 The graph takes a kv cache of one past for all rows, so shorter rows are padded on the left, and the
 mask hides the padding:

@@ -61,7 +61,7 @@ class Tokenizer:
         return text
 
     def text_of(self, token: int) -> str | None:
-        """What one id is in the middle of a text; None if that is half a character."""
+        """The text of one id within a longer text; None if it is only part of a character."""
         if token not in self._texts:  # each is decoded once: alternatives name many of them
             # Beside itself, because some tokenizers drop the space before the first word.
             once, twice = (

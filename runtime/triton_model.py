@@ -123,7 +123,7 @@ class _Answer:
             case Finish.FAILED:
                 raise RuntimeError(self._end.error)
             case reason:
-                raise ResourceError(f"not finished: {reason.value}", fix="ask again, for less")
+                raise ResourceError(f"not finished: {reason.value}", fix="ask for fewer new tokens")
 
     def _ids(self) -> Iterator[int]:
         while isinstance(news := self._news.get(), Token):

@@ -1,4 +1,4 @@
-"""Take a language model, give back a deployable sparse one, with proof.
+"""Prune language models, export them, and measure the result.
 
     import thanos_deploy as td
 

@@ -1,4 +1,4 @@
-"""Everything that can go wrong on purpose.
+"""The errors that the user can act on, and their exit codes.
 
     DeployError
     ├── UsageError             2  the command cannot mean what was asked
@@ -115,6 +115,6 @@ def of_system(error: Exception) -> DeployError | None:
         return ResourceError(
             f"out of memory ({error})",
             fix="use fewer or shorter segments (--seqlen, --eval-seqlen), a larger machine, or "
-            "--device cpu if it was a GPU's",
+            "--device cpu if the GPU ran out of memory",
         )
     return None

@@ -1,4 +1,4 @@
-"""How long work tells how far it is, without knowing who is looking."""
+"""Progress of long work, without knowing who shows it."""
 
 from collections.abc import Callable
 

@@ -37,8 +37,8 @@ def require_names(path: Path, model: PreTrainedModel) -> None:
     ]
     if lost or foreign:
         raise GateError(
-            f"{path}: without their names or shapes: {', '.join(lost) or 'none'}; matrices that "
-            f"the model does not name: {', '.join(foreign) or 'none'}",
+            f"{path}: weights without their name or shape: {', '.join(lost) or 'none'}; "
+            f"matrices that are no weights of the model: {', '.join(foreign) or 'none'}",
             fix="report this model type; its graph hides the layers",
         )
 

@@ -1,4 +1,4 @@
-"""Is the written graph the model? ONNX Runtime beside PyTorch, case by case."""
+"""Compare the written graph with the model: ONNX Runtime beside PyTorch, case by case."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -21,9 +21,9 @@ def _architectures(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
         arch = driver.require().arch
     except PlatformError as error:
         raise PlatformError(
-            f"{error.message}: TensorRT builds an engine on the GPU that is to run it. Everything "
-            f"before that is finished and kept in {bundle.path}",
-            fix="copy that folder to a machine with the GPU (it needs nothing else of this one) "
+            f"{error.message}: TensorRT builds an engine on the GPU that will run it. All stages "
+            f"before the engine are finished and kept in {bundle.path}",
+            fix="copy that folder, which is all that is needed, to a machine with the GPU "
             f"and run `thanos-deploy export {bundle.path.name} --target tensorrt` there; or build "
             "with --target tensorrt-rtx here",
         ) from error

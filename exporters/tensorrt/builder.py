@@ -85,7 +85,9 @@ def _build(order: Order) -> dict[str, Any]:
         try:
             builder = trt.Builder(logger)
         except TypeError as error:  # pybind11's way to say that the library returned a null pointer
-            raise _BuildError("machine", "no builder: no NVIDIA driver or no GPU") from error
+            raise _BuildError(
+                "machine", "TensorRT makes no builder: there is no NVIDIA driver or no GPU"
+            ) from error
         network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(order.graph):

@@ -202,7 +202,7 @@ def _matrix(initializers: Mapping[str, ir.Value], graph: Path, name: str) -> NDA
     value = initializers.get(f"{name}.weight")
     if value is None or value.const_value is None:
         raise InputError(
-            f"{graph}: the weight of {name} is not there as a matrix",
+            f"{graph}: has no matrix for the weight of {name}",
             fix="export with --dtype fp16 or fp32; ONNX Runtime's int8 is for ONNX Runtime only",
         )
     array = value.const_value.numpy()
@@ -274,7 +274,7 @@ def _error(graph: str, package: str, code: int, last: str, complaint: str) -> De
                 )
     if code == -signal.SIGKILL:
         return ResourceError(
-            f"{package}: the builder was killed, most likely for want of memory",
+            f"{package}: the builder was killed, most likely because memory ran out",
             fix=_SMALLER,
         )
     return PlatformError(

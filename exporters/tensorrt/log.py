@@ -1,4 +1,4 @@
-"""What TensorRT says of an engine while it builds it, and afterwards.
+"""Read what TensorRT reports about an engine, while it builds the engine and afterwards.
 
 Three sources, each in the wordings of several generations:
 

@@ -121,7 +121,10 @@ def verify(bundle: Bundle, stage: str, *, library: Library) -> Iterator[Check]:
     recorded = (build.engine_layers, build.layers, build.summary)
     if recorded != (engine_layers, layers, Summary.of(layers)):
         yield Check(
-            name, "FAIL", "the verdicts are not those that its own log and graph give", fix=_REBUILD
+            name,
+            "FAIL",
+            "the recorded verdicts differ from those in its log and graph",
+            fix=_REBUILD,
         )
         return
     reasons = Counter(f"{layer.verdict}: {layer.reason}" for layer in layers)
@@ -133,9 +136,9 @@ def verify(bundle: Bundle, stage: str, *, library: Library) -> Iterator[Check]:
 def _source(bundle: Bundle, stage: str, source: str) -> Check:
     name = f"{stage}: graph"
     if bundle.source_is_current(stage):
-        return Check(name, "PASS", f"built from {source}/ as it is now")
+        return Check(name, "PASS", f"built from the present {source}/")
     return Check(
-        name, "FAIL", f"built from another {source}/ than the one that is there", fix=_REBUILD
+        name, "FAIL", f"built from an earlier {source}/, not from the present one", fix=_REBUILD
     )
 
 

@@ -1,4 +1,4 @@
-"""What KServe is told: an InferenceService of a Triton model repository.
+"""Write an InferenceService for KServe that serves a Triton model repository.
 
 KServe's own runtime for Triton starts the server on the folder that `storageUri` names; of its
 models only `text` is loaded, so that an engine for another GPU is no reason to be not ready.

@@ -1,4 +1,4 @@
-"""A model repository for Triton Inference Server, and how KServe is told to serve it.
+"""A model repository for Triton Inference Server, and an InferenceService for KServe.
 
     text/              text, by `runtime` in Triton's Python backend: in pieces, as it is made
     onnx/              the graph, for Triton's ONNX Runtime backend, on a GPU with TensorRT

@@ -1,7 +1,7 @@
 """Continuous batching: the sequences of several requests take their steps together.
 
 A request waits for a slot, its prompt is read, and it becomes a row of the batch until its text
-ends. Rows come and go between two steps, so nobody waits for the end of somebody else's text. What
+ends. Rows join and leave between two steps, so no request waits for the end of another's text. What
 a row computes does not depend on the others but for the rounding of floats, and a request draws
 from a random stream of its own: the same request with the same seed gets the same tokens.
 

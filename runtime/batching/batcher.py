@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a batcher is doing.
+    """The state of a batcher.
 
     Attributes:
         waiting: requests that wait for a slot.
@@ -42,7 +42,7 @@ class State:
 
 
 class Busy(ResourceError):  # noqa: N818  # what it is, like queue.Full
-    """As many requests wait as may, or the batcher is closing."""
+    """The queue is full, or the batcher is closing."""
 
 
 class Ticket:

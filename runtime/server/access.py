@@ -75,7 +75,7 @@ EVERYBODY = Access()
 
 
 class Locked:
-    """Lets nobody in without one of the keys; where there is none, everybody."""
+    """Refuses requests without one of the keys; without keys, it refuses none."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
@@ -164,7 +164,7 @@ def read_keys(path: Path) -> list[str]:
     keys = [key for key in keys if key]
     if not keys or not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise UsageError(
-            f"{path}: no key, or one with other characters than printable ASCII without spaces",
+            f"{path}: has no key, or a key with characters other than printable ASCII",
             fix="write a key on each line",
         )
     shortest = min(map(len, keys))

@@ -17,7 +17,7 @@ from runtime.text import Decoder, StopStrings, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """More of one answer.
+    """The next piece of one answer.
 
     Attributes:
         index: of the answer.

@@ -34,7 +34,7 @@ def routes(service: Service) -> FastAPI:
 
 
 def application(service: Service, access: Access) -> ASGIApp:
-    """The whole of it.
+    """The whole application.
 
     Args:
         service: what is served.

@@ -1,4 +1,4 @@
-"""Whether anybody still waits for an answer."""
+"""Detect clients that have disconnected."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work; given up when there is nobody to have it.
+    """The result of some work, which is cancelled if its client disconnects.
 
     Args:
         request: whose body has been read.

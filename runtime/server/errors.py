@@ -3,10 +3,10 @@
 OpenAI's routes answer `{"error": {"message", "type", "param", "code"}}`, the Open Inference
 Protocol's `{"error": "message"}`. Which of our own errors is whose fault:
 
-    UsageError, InputError   400  the request
-    Busy                     503  nobody's: there is more to do than can be done
+    UsageError, InputError   400  the request is wrong
+    Busy                     503  the server is full
     the deadline             504  the request's, or the machine's: do not try again
-    anything else            500  a bug, or the engine broke down
+    anything else            500  a bug, or the engine failed
 """
 
 import json
@@ -54,7 +54,7 @@ class TensorError(BaseModel):
 
 
 class RefusedError(Exception):
-    """A request that is not answered, and why."""
+    """A request that is refused, and why."""
 
     def __init__(
         self,

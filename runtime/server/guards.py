@@ -1,4 +1,4 @@
-"""What a request passes before the routes see it.
+"""Checks that every request passes before it reaches a route.
 
     Recorded   gives it an id, and counts and logs how it ended
     Bounded    reads its body, which may be neither too large nor too slow nor compressed

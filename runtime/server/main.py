@@ -1,4 +1,4 @@
-"""Open a bundle, listen, and end without losing anything.
+"""Open a bundle, listen, and shut down without losing a request.
 
 Nothing is bound before the bundle has been verified and loaded. SIGTERM, or Ctrl-C, stops
 listening, finishes what is in flight, and returns; a second Ctrl-C ends at once.

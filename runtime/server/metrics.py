@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, slots, tokens, and how long clients wait for them."""
+"""The metrics for Prometheus: requests, slots, tokens, and waiting times."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The routes for whoever runs the server: does it answer, and what is it doing?"""
+"""The routes for whoever operates the server: health and metrics."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""What comes in and goes out on OpenAI's routes, field for field.
+"""The requests and responses of OpenAI's routes, field by field.
 
 What OpenAI's API reference defines and this server cannot do is accepted only with a value that
 asks for nothing; what it does not define is refused, as OpenAI's own servers do, unless it is null.

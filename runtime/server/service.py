@@ -1,4 +1,4 @@
-"""What is served, and what a request has to keep to."""
+"""The model that is served, and the limits of a request."""
 
 import asyncio
 import math
@@ -167,7 +167,7 @@ class Service:
         if len(prompts) * copies > self.limits.answers:
             raise RefusedError(
                 400,
-                f"{len(prompts) * copies} answers are asked for; this server takes at most "
+                f"the request asks for {len(prompts) * copies} answers; this server gives at most "
                 f"{self.limits.answers} at a time",
                 code="too_many_answers",
                 param="n",
@@ -230,7 +230,7 @@ class Service:
         if wanted and wanted > most:
             raise RefusedError(
                 400,
-                f"{wanted} tokens are asked for; this server generates at most {most} at a time",
+                f"the request asks for {wanted} tokens; this server generates at most {most}",
                 code="too_many_tokens",
                 param="max_tokens",
             )

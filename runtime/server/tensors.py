@@ -224,7 +224,7 @@ async def infer(name: str, request: Request, service: Served, version: str = _VE
         async with asyncio.timeout(service.limits.deadline_seconds):
             logits = await unless_gone(request, service.forward.logits(ids, mask))
     except TimeoutError as error:
-        raise too_late("the logits were not there in time") from error
+        raise too_late("the logits were not computed in time") from error
     return _written(asked, service.name, logits)
 
 
@@ -302,7 +302,7 @@ def _from_bytes(tensor: Input, binary: memoryview) -> Ids:
     needed = math.prod(tensor.shape) * np.dtype(np.int64).itemsize
     if tensor.parameters.binary_data_size != needed or len(binary) < needed:
         raise RefusedError(
-            400, f"{tensor.name}: shape {tensor.shape} takes {needed} bytes, which are not there"
+            400, f"{tensor.name}: shape {tensor.shape} needs {needed} bytes; the body has fewer"
         )
     return np.frombuffer(binary[:needed], dtype="<i8").reshape(tensor.shape)
 

@@ -1,4 +1,4 @@
-"""What a GPU says when its memory does not suffice, as an error that names what was needed."""
+"""Turn PyTorch's out-of-memory errors into errors that name what needed the memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

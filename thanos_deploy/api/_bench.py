@@ -36,7 +36,8 @@ def bench(
     """See `Bundle.bench`; `request` has its options that say what to time."""
     if aa and (against or dense is not None):
         raise UsageError(
-            "--aa with --against or --dense: it compares OUT with itself", fix="leave one out"
+            "--aa with --against or --dense: --aa compares OUT with itself",
+            fix="leave --aa out, or the other option",
         )
     wanted = [limits.parse(text) for text in gates]
     asked = _requests.bench_request(

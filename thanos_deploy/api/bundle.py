@@ -344,7 +344,7 @@ class Bundle:
         bundle = manifest.Bundle.open(self._path)
         announce = _requests.announce(progress)
         checks = stage.verify(
-            bundle, require_sparse=require_sparse, on_progress=announce("Look at every file again")
+            bundle, require_sparse=require_sparse, on_progress=announce("Check every file")
         )
         done = stage.verification(checks, bundle)
         return done.require() if check else done

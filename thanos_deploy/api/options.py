@@ -63,7 +63,7 @@ class PruneOptions(TypedDict, total=False):
         text_field: field of a JSON Lines row with the text. Default: "text".
         nsamples: segments of calibration text. Default: 32.
         seqlen: tokens of each. Default: 512.
-        seed: picks the segments. Default: 0.
+        seed: for choosing the segments. Default: 0.
         calib_forward: what blocks run in on calibration data: "auto", "fp32" or "bf16". Default:
             "auto".
         device: where PyTorch computes: "auto", "cpu" or "cuda[:N]". Default: "auto".

@@ -37,7 +37,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class LayerProof:
-    """What became of one linear layer.
+    """The verdict on one linear layer.
 
     Attributes:
         name: in the model.

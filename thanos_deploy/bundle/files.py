@@ -109,7 +109,7 @@ def size(folder: Path) -> int:
 
 
 def require_disk(folder: Path, needed: int) -> None:
-    """Refuse to begin what would fill the disk.
+    """Refuse work that would fill the disk.
 
     Raises:
         ResourceError: fewer than `needed` bytes are free.

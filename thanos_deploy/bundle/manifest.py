@@ -262,7 +262,7 @@ class Bundle:
         return record
 
     def journal(self, stage: str) -> Path:
-        """Where a stage keeps what lets it go on in its middle; removed once it is finished."""
+        """The folder of a stage's journal, from which it resumes; removed when it is finished."""
         return self.path / f"{_JOURNAL}{stage}"
 
     def verify(self, *stages: str) -> None:

@@ -75,7 +75,7 @@ def _below(content: memoryview, message: str, depth: int) -> Iterator[memoryview
         yield content
         return
     if depth > _DEEPEST:
-        raise ValueError(f"messages in messages, more than {_DEEPEST} deep")
+        raise ValueError(f"messages are nested more than {_DEEPEST} deep")
     inside = _MESSAGES[message]
     for number, field in _fields(content):
         if number in inside:

@@ -70,7 +70,7 @@ class StageRecord:
     `Bundle.options`, `Bundle.inputs` and `Bundle.result` read the first three as what they are.
 
     Attributes:
-        options: everything the user could have asked for otherwise.
+        options: the options that the user could have set.
         inputs: hashes of what the stage read; when one changes, the stage is stale.
         files: relative path -> record, for every file of the stage.
         result: what the stage reports.
@@ -129,7 +129,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def differences(before: Json, now: Json) -> str:
-    """What changed between two sets of options, in words."""
+    """The differences between two sets of options, as text for a message."""
     return ", ".join(
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

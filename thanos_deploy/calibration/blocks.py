@@ -19,7 +19,7 @@ from thanos_deploy.model.structure import blocks_of
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a model calls a block with besides the hidden states: attention mask, positions."""
+    """The arguments of a block besides the hidden states: attention mask, positions."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]

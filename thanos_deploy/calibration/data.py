@@ -14,7 +14,7 @@ class Data(Options):
         calib: "builtin" or the path of a text.
         text_field: the field of a JSON Lines row that holds the text.
         nsamples, seqlen: segments, and tokens of each.
-        seed: picks the segments.
+        seed: for choosing the segments.
     """
 
     calib: str = option(

@@ -1,6 +1,6 @@
 """What a tokenizer puts before a text, such as `<bos>`, and segments of a text that begin with it.
 
-A model that was trained on texts with a token in front of them is another model without it. So
+A model that was trained with a token in front of each text behaves differently without it. So
 segments for calibration and evaluation begin as the tokenizer begins a text. What it puts behind a
 text is left out: a segment is no whole text.
 """
@@ -21,7 +21,7 @@ _PROBES = ("a", "0", ".", " ", "\n")
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What is in front of every text.
+    """The tokens in front of every text.
 
     Attributes:
         ids: empty for tokenizers that put nothing there.
@@ -67,6 +67,6 @@ def frame_of(tokenizer: "PreTrainedTokenizerBase") -> Frame:
                 return Frame(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)))
     raise ModelError(
         f"{tokenizer.name_or_path}: the tokenizer's special tokens do not stand before and behind "
-        "a text, so there is no telling how a segment has to begin",
+        "a text, so it is not known how a segment has to begin",
         fix="use a model whose tokenizer.json puts them there",
     )

@@ -1,4 +1,4 @@
-"""What a walk leaves on disk after every block, so that a rerun goes on where it was killed.
+"""The journal of a walk: what is on disk after every block, so that a killed run can resume.
 
 A folder with an entry for every finished block:
 
@@ -34,7 +34,7 @@ _OWNER = "journal.json"
 
 
 class Report(Protocol):
-    """What is said of a finished block."""
+    """The report of a finished block."""
 
     def to_json(self) -> Json:
         """A JSON-ready value."""

@@ -28,7 +28,7 @@ class Pass:
             from greenlet import greenlet  # only here, so that statistics do not need it
         except ImportError as error:
             raise PlatformError(
-                "a model is walked with greenlets, and the package greenlet is not installed",
+                "pruning needs the package greenlet, which is not installed",
                 fix="pip install greenlet",
             ) from error
         self._greenlet = greenlet(forward)

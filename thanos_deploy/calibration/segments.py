@@ -21,7 +21,7 @@ def segments(
         tokenizer: the model's.
         count: how many segments to take.
         length: tokens of each, with those that the tokenizer puts in front.
-        seed: picks the segments from all over the text; None takes the first ones.
+        seed: for choosing segments from the whole text; None takes the first ones.
 
     Returns:
         int64[count, length], in the order of the text.

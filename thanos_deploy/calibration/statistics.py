@@ -22,7 +22,7 @@ def _runs(cols: int) -> list[tuple[int, int]]:
 
 @dataclass(slots=True, eq=False)
 class Statistics:
-    """What calibration saw of one layer's input x, and of the same input y in the dense model.
+    """Calibration statistics of one layer's input x, and of the same input y in the dense model.
 
     Attributes:
         mass: the number of tokens, or the sum of their weights.

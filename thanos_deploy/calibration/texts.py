@@ -133,8 +133,8 @@ def _bytes(path: Path) -> bytes:
                 kind, ("no kind of text that is known", "rename it to .txt if it is plain text")
             )
             raise CalibrationError(
-                f"{path}: {kind} is {what}; read are {', '.join(filter(None, _PLAIN + _ROWS))}, "
-                "each also with .gz",
+                f"{path}: {kind} is {what}; supported are "
+                f"{', '.join(filter(None, _PLAIN + _ROWS))}, each also with .gz",
                 fix=fix,
             )
         content = path.read_bytes()

@@ -359,7 +359,7 @@ def _copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 def activation_bytes(
     checkpoint: Checkpoint, tokens: int, forward: torch.dtype, *, with_dense: bool
 ) -> int:
-    """Disk that a walk's activations take: what entered, enters and leaves a block."""
+    """Bytes of disk for a walk's activations: those that entered, enter and leave a block."""
     width, ways = checkpoint.config.hidden_size, 1 + with_dense
     return 3 * ways * tokens * int(width) * _activation_dtype(checkpoint, forward).itemsize
 

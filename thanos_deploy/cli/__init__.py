@@ -25,11 +25,11 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Take a language model, give back a deployable sparse one, with proof.
+    """Prune a language model, export it, and measure what that costs and brings.
 
     MODEL is a hub id, a local Hugging Face folder, a packed folder, or a .gguf file. OUT is a
-    bundle: the folder that `prune` or `prune-export` made. Repeating a command continues where it
-    was interrupted and does no work twice.
+    bundle: the folder that `prune` or `prune-export` makes. Repeat a command that was interrupted,
+    and it continues; finished work is not done again.
 
     Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad input, 4 the machine lacks something, 5 no memory or
     disk, 6 a gate failed, 7 a file was changed, 130 interrupted.

@@ -57,14 +57,14 @@ revision_option = click.option("--revision", help="Branch, tag or commit of a hu
 dry_run_option = click.option(
     "--dry-run",
     is_flag=True,
-    help="Check everything and say what would be done, and what time, memory and disk it takes.",
+    help="Check everything, and print what would be done and the time, memory and disk it takes.",
 )
 text_field_option = with_default(Data, "text_field")
 device_option = with_default(PruneRequest, "device")
 
 
 def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
-    """The text of an evaluation and how much of it; with short names too where nothing has them."""
+    """Options for the evaluation text and its length, with short names too if `short`."""
 
     def names(name: str) -> list[str]:
         return [f"--eval-{name}", *([f"--{name}", name] if short else [])]
@@ -80,7 +80,9 @@ def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
         click.option(
             *names("segments"), default=12, show_default=True, help="Segments of evaluation text."
         ),
-        click.option(*names("seqlen"), default=1024, show_default=True, help="Tokens of each."),
+        click.option(
+            *names("seqlen"), default=1024, show_default=True, help="Tokens in each segment."
+        ),
     )
 
 
@@ -89,30 +91,30 @@ benchmark_options = several(
         "--batch",
         type=CountsType(),
         multiple=True,
-        help="Sequences at once: 1,8.  [default: 1]",
+        help="Batch sizes, such as 1,8.  [default: 1]",
     ),
     click.option(
         "--prompt",
         type=CountsType(),
         multiple=True,
-        help="Tokens of each timed prompt: 32,128.  [default: 128; of bench: 32,128]",
+        help="Tokens in each timed prompt, such as 32,128.  [default: 128; bench: 32,128]",
     ),
     click.option(
         "--past",
         type=CountsType(),
         multiple=True,
-        help="Tokens before the timed steps of decode: 128,1024.  [default: those of --prompt if "
-        "given, else 128; of bench: 128,512]",
+        help="Tokens in the kv cache before the timed steps of decode, such as 128,1024.  "
+        "[default: those of --prompt if given, else 128; bench: 128,512]",
     ),
     click.option(
         "--new-tokens",
         type=click.IntRange(min=2),
-        help="Steps of decode, tokens of an answer.  [default: 16]",
+        help="Number of decode steps, and of tokens in each answer.  [default: 16]",
     ),
     click.option(
         "--rounds",
         type=click.IntRange(min=2),
-        help="Timed rounds of each model.  [default: 20; of bench: 10]",
+        help="Timed rounds of each model.  [default: 20; bench: 10]",
     ),
     click.option(
         "--sample-prompt",

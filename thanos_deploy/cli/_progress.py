@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
 
 
 class Announcer:
-    """Shows the pieces of work one after the other, each with a bar and the time it still takes."""
+    """Shows the tasks one after the other, each with a bar and its remaining time."""
 
     def __init__(self, bars: Progress | None, *, quiet: bool) -> None:
         self._bars = bars
@@ -95,7 +95,7 @@ def announcer(*, quiet: bool) -> Iterator[Announcer]:
 
 
 def show_note(message: str) -> None:
-    """Print what is worth knowing before the work begins."""
+    """Print a note before the work begins."""
     print(f"Note: {message}", file=sys.stderr)
 
 

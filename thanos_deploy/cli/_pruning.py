@@ -21,18 +21,19 @@ pruning_options = several(
         "--pattern",
         type=PatternType(),
         required=True,
-        help="What to prune to: n:m keeps n of every m weights (2:4, 4:8, ...); "
-        "unstructured:FRACTION removes that fraction; structured:FRACTION cuts attention heads and "
-        "feed-forward channels out, at least that fraction of the blocks' parameters, and leaves "
-        "an ordinary smaller model.",
+        help="Sparsity pattern: n:m keeps n of every m weights (2:4, 4:8, ...); "
+        "unstructured:FRACTION removes that fraction of the weights; structured:FRACTION cuts out "
+        "attention heads and feed-forward channels, at least that fraction of the blocks' "
+        "parameters, and makes an ordinary smaller model.",
     ),
     if_given(Sizing),
     click.option(
         "--allocation",
         type=click.Choice(ALLOCATIONS),
-        help="uniform: every layer or block loses alike. structured: or by loss, each block its "
-        "own widths, which no stock config.json has, for ONNX only. unstructured: or owl, blocks "
-        "with more outliers keep more (arXiv 2310.05175).  [default: uniform]",
+        help="uniform: every layer or block loses the same fraction. loss (structured only): each "
+        "block gets its own widths; stock loaders cannot load such a model, the ONNX export runs. "
+        "owl (unstructured only): blocks with more outliers keep more (arXiv 2310.05175).  "
+        "[default: uniform]",
     ),
     if_given(Owl),
     if_given(Layers),
@@ -40,8 +41,8 @@ pruning_options = several(
     click.option(
         "--keep-shape",
         is_flag=True,
-        help="structured: set that fraction of each layer's input columns to zero instead, and "
-        "leave all shapes as they are.",
+        help="structured: set that fraction of each layer's input columns to zero, cut nothing "
+        "out, and leave all shapes as they are.",
     ),
     click.option(
         "--method",
@@ -55,8 +56,9 @@ pruning_options = several(
         type=click.Choice(methods.PRESET_NAMES),
         default=PRESET,
         show_default=True,
-        help="Defaults of the options below: what measured best on held-out text, the best of what "
-        "passes no dense model beside the pruned one, or the setting of the method's own paper.",
+        help="Defaults of the options below. best: the best perplexity on held-out text. fast: the "
+        "best without running the dense model beside the pruned one. paper: the setting of the "
+        "method's own paper.",
     ),
     if_given(Walk, default="the preset's"),
     *(unset(one.option, one.help, one.default) for one in _method_options),

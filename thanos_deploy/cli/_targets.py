@@ -31,7 +31,7 @@ def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
             type=click.Choice(targets.names()),
             default=ONNX,
             show_default=True,
-            help="What to export to.",
+            help="Target of the export.",
         ),
         *(_option(name, found) for name, found in takers.items() if name not in leave_out),
     )

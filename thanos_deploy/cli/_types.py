@@ -31,7 +31,7 @@ class PatternType(click.ParamType[pattern.Pattern]):
 
 
 class CountsType(click.ParamType[tuple[int, ...]]):
-    """Numbers from 1 on, with commas between them."""
+    """A list of positive whole numbers, separated by commas."""
 
     name = "N[,N...]"
 
@@ -48,7 +48,7 @@ class CountsType(click.ParamType[tuple[int, ...]]):
 
 
 def several(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order in which `--help` shows them."""
+    """Join several option decorators into one; `--help` shows them in this order."""
     return lambda command: reduce(lambda inner, wrap: wrap(inner), reversed(decorators), command)
 
 

@@ -25,19 +25,19 @@ _run_options = several(
         "--against",
         multiple=True,
         metavar="OUT2|dense",
-        help="What to compare with: another bundle, or the dense model that OUT was made from; may "
-        "be given often, the first is the baseline.  [default: dense]",
+        help="Compare with another bundle, or with the dense model that OUT was made from; may be "
+        "repeated, and the first one is the baseline.  [default: dense]",
     ),
     click.option(
         "--dense",
         metavar="MODEL",
-        help="The dense model, where the cache has no export of it yet.",
+        help="The dense model; needed if the cache has no export of it yet.",
     ),
     click.option(
         "--aa",
         is_flag=True,
-        help="Measure OUT against itself: the ratios should be 1, and the run is INVALID if one's "
-        "interval says otherwise.",
+        help="Measure OUT against itself: every ratio should be 1, and the run is INVALID if an "
+        "interval does not contain 1.",
     ),
     click.option(
         "--allow-different-models",
@@ -53,38 +53,42 @@ _run_options = several(
         "--scenario",
         type=click.Choice(_KINDS),
         multiple=True,
-        help="What to time; may be given often.  [default: all]",
+        help="Scenario to time; may be repeated.  [default: all]",
     ),
 )
 _load_options = several(
     click.option(
-        "--requests", type=click.IntRange(min=1), help="open-loop: in each round.  [default: 4]"
+        "--requests",
+        type=click.IntRange(min=1),
+        help="open-loop: requests in each round.  [default: 4]",
     ),
     click.option(
         "--rate",
         type=click.FloatRange(min=0, min_open=True),
-        help="open-loop: requests a second.  [default: half of what the baseline can take]",
+        help="open-loop: requests per second.  [default: half of what the baseline can answer]",
     ),
     click.option(
         "--driver",
         type=click.Choice(["poisson", "loadgen"]),
-        help="open-loop: our own client, or MLPerf LoadGen (pip install "
+        help="open-loop: the built-in client, or MLPerf LoadGen (pip install "
         "'thanos-deploy[loadgen]').  [default: poisson]",
     ),
     click.option(
-        "--provider", type=click.Choice(["cpu", "cuda"]), help="What to run on.  [default: cpu]"
+        "--provider",
+        type=click.Choice(["cpu", "cuda"]),
+        help="Execution provider of ONNX Runtime.  [default: cpu]",
     ),
     click.option(
         "--threads",
         type=click.IntRange(min=1),
-        help="That compute on a CPU.  [default: one for each processor]",
+        help="Number of threads on a CPU.  [default: one for each processor]",
     ),
     click.option(
         "--gate",
         metavar="EXPR",
         multiple=True,
-        help="A limit, like 'decode.p50.ratio<0.8' or 'ppl.ratio<1.1'; exit code 6 when it is "
-        "missed; may be given often. See above.",
+        help="A limit, such as 'decode.p50.ratio<0.8' or 'ppl.ratio<1.1'; a missed limit is exit "
+        "code 6; may be repeated. The grammar is above.",
     ),
 )
 
@@ -98,17 +102,17 @@ _load_options = several(
 def command(out: Path, **options: Any) -> None:
     """Time the bundle OUT beside others, and bring its report up to date.
 
-    Each model runs in a fresh process; they take turns at every scenario, round by round:
+    Each model runs in a process of its own. The models take turns at every scenario:
 
     \b
     prefill    a batch of prompts
-    decode     steps after a given past
+    decode     steps after a given number of tokens
     generate   a batch of prompts and answers: ttft, inter_token, total, tokens_per_second
     open-loop  requests that arrive at random while others are answered: ttft, request
 
     A gate is [SCENARIO:]METRIC.STATISTIC[.ratio] or FIGURE[.ratio], then <, <=, > or >=, then a
-    number; .ratio is OUT over the baseline. Times are in seconds. A gate on times is missed where
-    the run is INVALID.
+    number. With .ratio, the value is that of OUT divided by that of the baseline. Times are in
+    seconds. A gate on times is missed if the run is INVALID.
 
     \b
     METRIC     prefill, decode, ttft, inter_token, total, tokens_per_second, request

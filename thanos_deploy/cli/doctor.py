@@ -1,4 +1,4 @@
-"""`thanos-deploy doctor`: what this machine has for each target."""
+"""`thanos-deploy doctor`: what each target needs, and whether this machine has it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from thanos_deploy.cli._options import common_options, emit, session
 def command(out: Path | None, **options: Any) -> None:
     """Say what this machine has for each target, and what to do about what it lacks.
 
-    With a bundle OUT: also whether there is enough memory and disk to build its engine.
+    With a bundle OUT, also check that there is enough memory and disk to build its engine.
 
-    Exit code 4 if something that is there would fail; what is not there is not an error.
+    Exit code 4 if something that is installed would fail; something that is missing is no error.
     """
     with session(options):
         from thanos_deploy.cli._tables import show_checks

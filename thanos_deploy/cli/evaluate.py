@@ -27,16 +27,16 @@ _evaluated_options = several(
     click.option(
         "--dense",
         metavar="MODEL",
-        help="The dense model that the bundle was made from: measured too, and both kept in the "
-        "bundle.",
+        help="The dense model that the bundle was made from. It is measured too, and both results "
+        "are kept in the bundle.",
     ),
     click.option(
         "--runtime",
         type=click.Choice(["torch", "onnx"]),
         default="torch",
         show_default=True,
-        help="What runs the model: PyTorch, or ONNX Runtime the exported graph, in the dtype that "
-        "it was exported in.",
+        help="torch runs the checkpoint in PyTorch; onnx runs the exported graph in ONNX Runtime, "
+        "in the dtype of the export.",
     ),
     device_option,
     text_field_option,
@@ -50,11 +50,13 @@ _evaluated_options = several(
     click.option(
         "--task-folder",
         metavar="DIR",
-        help="Folder with task files that the harness does not have. They can name Python code "
-        "that is run.",
+        help="Folder with task files of your own. A task file can name Python code, and that code "
+        "is run.",
     ),
     click.option(
-        "--limit", type=click.IntRange(min=1), help="Examples of each task.  [default: all]"
+        "--limit",
+        type=click.IntRange(min=1),
+        help="Largest number of examples of each task.  [default: all]",
     ),
 )
 
@@ -67,8 +69,8 @@ def command(
 ) -> None:
     """Measure the quality of MODEL, which may be a bundle.
 
-    A bundle holds one evaluation of each kind (perplexity or tasks, of the checkpoint or of the
-    graph), beside the dense model's; --overwrite replaces it by one on another text or other tasks.
+    A bundle keeps one evaluation of each kind (perplexity or tasks, of the checkpoint or of the
+    graph), together with the dense model's. --overwrite replaces it when the text or tasks change.
     """
     # The harness offers no switch for its progress bars.
     hushed = redirect_stderr(StringIO()) if tasks and options["quiet"] else nullcontext()

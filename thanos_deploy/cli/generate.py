@@ -27,26 +27,37 @@ from thanos_deploy.errors import InputError
     "--temperature",
     default=0.0,
     show_default=True,
-    help="0 takes the likeliest token each time; above 0 tokens are drawn.",
+    help="0 takes the most likely token each time; above 0, tokens are sampled.",
 )
-@click.option("--top-k", default=0, show_default=True, help="Draw from that many; 0 for all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Draw from this much probability.")
+@click.option(
+    "--top-k", default=0, show_default=True, help="Sample from the K most likely tokens; 0: all."
+)
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens up to this probability.",
+)
 @click.option(
     "--min-p",
     default=0.0,
     show_default=True,
-    help="Draw from tokens at least this fraction as likely as the likeliest.",
+    help="Sample from tokens at least this fraction as likely as the most likely one.",
 )
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: repeat less.")
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@click.option("--stop", multiple=True, help="A text that ends the answer; may be given often.")
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    help="Above 1, repetitions become less likely.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed for sampling.")
+@click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated.")
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
-    help="What ONNX Runtime runs on, tensorrt being its TensorRT provider; an error where it is "
-    "not there.",
+    help="Execution provider of ONNX Runtime; one that is not available is an error.",
 )
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Check the files' hashes first."
@@ -55,8 +66,8 @@ from thanos_deploy.errors import InputError
 def command(out: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with the exported model of the bundle OUT, and stream the answer.
 
-    PROMPT is passed to the model as it is, without a chat template; - reads it from standard
-    input, in UTF-8. Needs numpy, tokenizers and onnxruntime only.
+    PROMPT is passed to the model as it is, without a chat template. With - it is read from standard
+    input, in UTF-8. The command needs numpy, tokenizers and onnxruntime only.
 
     \b
     thanos-deploy generate out/smol "The capital of France is" --new-tokens 20

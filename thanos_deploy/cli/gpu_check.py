@@ -1,4 +1,4 @@
-"""`thanos-deploy gpu-check`: does what is said of GPUs hold on this one?"""
+"""`thanos-deploy gpu-check`: test on this GPU what the project says about GPUs."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,13 +18,16 @@ _FILE = "gpu-check.json"
     type=click.Path(path_type=Path),
     help="A bundle pruned to 2:4 and exported to ONNX, for the steps that need one.",
 )
-@click.option("--only", metavar="STEP,...", default="", help="Do these steps or families only.")
-@click.option("--skip", metavar="STEP,...", default="", help="Leave these out.")
+@click.option(
+    "--only", metavar="STEP,...", default="", help="Run only these steps or groups of steps."
+)
+@click.option("--skip", metavar="STEP,...", default="", help="Do not run these steps or groups.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=None,
-    help="For all steps; one that no longer fits is left out and named.  [default: 1200]",
+    help="Time for all steps together; a step that no longer fits is left out and named.  "
+    "[default: 1200]",
 )
 @click.option(
     "-o",
@@ -44,11 +47,11 @@ def command(
 ) -> None:
     """Check on this GPU whether kernels and engines are right, and how fast.
 
-    What is there is looked at first. Then come, each in a process of its own: card, peaks,
-    correctness, gemm, model and pruning, which need no bundle, and ort-cuda, tensorrt,
-    ort-tensorrt and tensorrt-models. A table has PASS, FAIL or SKIP and the reason for each; the
-    figures are written as JSON row by row, and what was measured is kept whatever becomes of a
-    step.
+    Packages, drivers and GPUs are looked at first. Then these steps run, each in a process of its
+    own: card, peaks, correctness, gemm, model, pruning and tensorrt-models, which need no bundle,
+    and ort-cuda, tensorrt and ort-tensorrt, which do. A table shows PASS, FAIL or SKIP and the
+    reason for each step. The figures are written as JSON row by row, so a step that fails keeps
+    what it has measured.
 
     Exit codes: 4 nothing could run, 6 something failed.
     """

@@ -1,4 +1,4 @@
-"""`thanos-deploy plan`: how fast a model would be on a GPU, dense and pruned, before renting it."""
+"""`thanos-deploy plan`: forecast a model on a GPU, dense and pruned, before renting the GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Integers(click.ParamType[tuple[int, ...]]):
     "--gpu",
     required=True,
     metavar="NAME",
-    help=f"{', '.join(gpu.name for gpu in datasheets.GPUS)}.",
+    help=f"GPU to forecast: {', '.join(gpu.name for gpu in datasheets.GPUS)}.",
 )
 @click.option(
     "--pattern",
@@ -54,40 +54,44 @@ class Integers(click.ParamType[tuple[int, ...]]):
     multiple=True,
     default=(parse("2:4"), parse("structured:0.25")),
     show_default="2:4 and structured:0.25",
-    help="What to compare with the dense model; may be given often.",
+    help="Pattern to compare with the dense model; may be repeated.",
 )
-@click.option("--batch", type=Integers(), default="1,8", show_default=True, help="Sequences.")
+@click.option("--batch", type=Integers(), default="1,8", show_default=True, help="Batch sizes.")
 @click.option(
-    "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each."
+    "--prompt",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Tokens in each prompt.",
 )
 @click.option(
     "--new-tokens",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Tokens generated after it.",
+    help="Tokens to generate after the prompt.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
     default="fp16",
     show_default=True,
-    help="Of the blocks' linear layers.",
+    help="dtype of the blocks' linear layers.",
 )
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),
-    help="Measured matrix products of that GPU: what `gpu-check` wrote, a file of "
-    "benchmarks/results/gpu, or of benchmarks/semi_structured.py; they replace the roofline where "
-    "one of similar size is there.",
+    help="File with matrix products measured on that GPU, written by `gpu-check`, by "
+    "`python -m benchmarks.semi_structured`, or from benchmarks/results/gpu. A product of similar "
+    "size replaces the roofline.",
 )
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @revision_option
 @session_options
 def command(model: str, layers: bool, **options: Any) -> None:
-    """Forecast MODEL on a GPU that need not be here, from published figures.
+    """Forecast MODEL on a GPU from the GPU's published figures; no GPU is needed.
 
-    Only the model's configuration is read, so its weights need not be here either.
+    Only the configuration of the model is read, so its weights are not needed either.
 
     \b
     thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25

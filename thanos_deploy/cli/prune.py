@@ -1,4 +1,4 @@
-"""`thanos-deploy prune`: a checkpoint in, a sparse or smaller one out."""
+"""`thanos-deploy prune`: make a sparse or smaller checkpoint from a checkpoint."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ from thanos_deploy.cli._pruning import pruning_options
 def command(model: str, dry_run: bool, overwrite: bool, **options: Any) -> None:
     """Prune MODEL into OUT/model, an ordinary checkpoint.
 
-    --dry-run works for a moment and prints an estimate of the time, memory and disk that pruning
-    takes. With a structured pattern it first measures what each block would lose and prints the
-    heads and channels that would stay.
+    --dry-run measures for a moment and prints an estimate of the time, memory and disk that pruning
+    takes. With a structured pattern it first measures what each block would lose, and also prints
+    the heads and channels that would stay.
     """
     with session(options) as announce:
         from thanos_deploy.cli._tables import show_plan, show_pruned

@@ -35,7 +35,7 @@ from thanos_deploy.cli._targets import target_options
 @dry_run_option
 @common_options
 def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
-    """Prune MODEL, export it, run it, measure it, and say what came out.
+    """Prune MODEL, export it, run it, measure it, and write a report.
 
     \b
     thanos-deploy prune-export SmolLM2.gguf --pattern 2:4 --target onnx -o out/smol

@@ -34,9 +34,9 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Say on one page what the bundles OUT show: quality, speed, memory, size, and what is missing.
+    """Write one page about the bundles OUT: quality, speed, memory, size, and what is missing.
 
-    The page is one file that loads nothing: it can be mailed, printed, and opened from disk.
+    The page is one file that loads nothing else, so it can be mailed, printed and opened from disk.
 
     \b
     thanos-deploy report out/smol
@@ -44,8 +44,8 @@ def command(
     """  # noqa: D301 - click wants the control character
     if output is None and len(bundles) > 1:
         raise UsageError(
-            f"{len(bundles)} bundles and no -o: none of them is the place for a comparison",
-            fix="give the page's name, such as -o compare.html",
+            f"{len(bundles)} bundles and no -o: a comparison belongs to none of the bundles",
+            fix="give a file for the page, such as -o compare.html",
         )
     from thanos_deploy.cli._tables import show_report
 

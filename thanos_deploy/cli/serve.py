@@ -1,4 +1,4 @@
-"""`thanos-deploy serve`: the exported model behind HTTP."""
+"""`thanos-deploy serve`: serve the exported model over HTTP."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from runtime.server.access import Keys
 
 _listening = several(
-    click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option(
         "--port",
         type=click.IntRange(0, 65535),
         default=8000,
         show_default=True,
-        help="0 takes one that is free.",
+        help="Port to listen on; 0 takes a free one.",
     ),
     click.option(
         "--api-key-file",
@@ -46,8 +46,10 @@ _listening = several(
         help="An origin, such as https://app.example, whose pages may call this server from a "
         "browser (CORS); * for all. May be given several times.  [default: none]",
     ),
-    click.option("--name", help="Of the model, as clients call it.  [default: the folder's name]"),
-    click.option("--log-prompts", is_flag=True, help="Log what is asked and answered, too."),
+    click.option(
+        "--name", help="Name by which clients call the model.  [default: the folder's name]"
+    ),
+    click.option("--log-prompts", is_flag=True, help="Also log prompts and answers."),
 )
 _engine = several(
     click.option(
@@ -55,19 +57,20 @@ _engine = several(
         type=click.IntRange(min=1),
         default=8,
         show_default=True,
-        help="Texts that are written at the same time; each has a kv cache of its own.",
+        help="Requests that are answered at the same time; each has a kv cache of its own.",
     ),
     click.option(
         "--provider",
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="What to run on, and where the kv caches are; an error where it is not there.",
+        help="Execution provider, on whose device the kv caches lie; one that is not available "
+        "is an error.",
     ),
     click.option(
         "--threads",
         type=click.IntRange(min=1),
-        help="That compute on a CPU.  [default: one for each processor]",
+        help="Number of threads on a CPU.  [default: one for each processor]",
     ),
     click.option(
         "--verify/--no-verify",
@@ -82,19 +85,19 @@ _limits = several(
         type=click.IntRange(min=1),
         default=64,
         show_default=True,
-        help="Requests that wait for a slot; one more is answered 503 with Retry-After.",
+        help="Requests that may wait for a slot; one more is answered with 503 and Retry-After.",
     ),
     click.option(
         "--max-tokens",
         type=click.IntRange(min=1),
-        help="The most tokens of an answer.  [default: what the model takes]",
+        help="Largest number of tokens in an answer.  [default: what the model allows]",
     ),
     click.option(
         "--max-body",
         type=click.IntRange(min=1),
         default=1 << 20,
         show_default=True,
-        help="Bytes of a request's body; more is answered 413.",
+        help="Largest body of a request in bytes; a larger one is answered with 413.",
     ),
     click.option(
         "--max-connections",
@@ -126,7 +129,7 @@ _limits = several(
 @_listening
 @_engine
 @_limits
-@click.option("--json", "as_json", is_flag=True, help="Say where it listens as a JSON document.")
+@click.option("--json", "as_json", is_flag=True, help="Print the address as a JSON document.")
 def command(
     out: Path,
     host: str,
@@ -157,21 +160,22 @@ def command(
     POST /v2/models/NAME/infer    Open Inference Protocol: ids in, logits out
     GET  /v2/models/NAME, /v2/health/live, /v2/health/ready
     GET  /health, /metrics        for load balancers, and for Prometheus
-    GET  /openapi.json            all of it, described
+    GET  /openapi.json            the description of all routes
 
     \b
     thanos-deploy serve out/smol --port 8000
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
       -d '{"model": "smol", "prompt": "The capital of France is", "temperature": 0}'
 
-    Texts of several clients are written together; each client gets what it would get alone. When
-    requests are taken, one line on standard output says where: `ready http://127.0.0.1:8000`. The
-    log is on standard error, a line of JSON for each request, without a word of what was asked and
-    answered. There is no TLS: what is to be reached from elsewhere belongs behind a proxy.
+    Requests share the steps of a batch (continuous batching); each gets the answer that it would
+    get alone. When the server accepts requests, it prints its address, as in `ready
+    http://127.0.0.1:8000`. The log is on standard error, one line of JSON for each request, without
+    prompts and answers. There is no TLS; put a proxy in front of a server that other machines can
+    reach.
 
-    SIGTERM, or Ctrl-C, stops listening, finishes what is in flight, and exits with 0; a second
-    Ctrl-C does not wait. Nothing is listened to before the bundle is verified: exit code 7 if a
-    file was changed, 4 if the address is taken.
+    SIGTERM or Ctrl-C stops listening, finishes the requests in flight, and exits with 0; a second
+    Ctrl-C does not wait. The bundle is verified before the server listens: exit code 7 if a file
+    was changed, 4 if the address is taken.
     """  # noqa: D301 - click wants the control character
     try:
         from runtime.server import logs, main

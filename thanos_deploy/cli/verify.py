@@ -1,4 +1,4 @@
-"""`thanos-deploy verify`: is everything that a bundle says of itself true?"""
+"""`thanos-deploy verify`: check everything that a bundle says about itself."""
 
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,16 @@ class Fraction(click.ParamType[float]):
 @click.option(
     "--require-sparse",
     type=Fraction(),
-    help="Fail (exit code 6) unless at least that fraction of the linear layers is proven to run "
-    "on sparse tensor cores, such as 80%, in every engine.",
+    help="Fail (exit code 6) unless at least this fraction of the linear layers, such as 80%, is "
+    "proven to run on sparse tensor cores in every engine.",
 )
 @click.option("--layers", is_flag=True, help="Print every linear layer of every engine.")
 @common_options
 def command(out: Path, require_sparse: float | None, layers: bool, **options: Any) -> None:
-    """Check the bundle OUT from its bytes on: hashes, patterns, and which layers run sparse.
+    """Check the bundle OUT from its files: hashes, patterns, and which layers run sparse.
 
-    Exit codes: 6 a pattern or a demand is missed, 7 a file is missing or changed.
+    Exit codes: 6 a pattern does not hold or --require-sparse is not met, 7 a file is missing or
+    changed.
     """
     with session(options) as announce:
         from thanos_deploy.cli._tables import show_checks, show_layers

@@ -1,4 +1,4 @@
-"""What pruning a model will take on this machine, before it is pruned: seconds and memory.
+"""Estimate the seconds and the memory that pruning a model will take on this machine.
 
 Of cutting: the survey, which has been walked by then, took what it will take again; two blocks are
 cut with as many tokens as pass at once, which makes solving no quicker; and this process has held
@@ -114,7 +114,7 @@ def estimate(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> Estimate:
-    """Measure for a moment, and derive the rest.
+    """Measure pruning for a moment, and estimate the whole from it.
 
     Args:
         checkpoint: the model.
@@ -166,7 +166,7 @@ def estimate_cutting(
     *,
     device: torch.device,
 ) -> Estimate:
-    """Cut for a moment, and derive the rest.
+    """Measure cutting for a moment, and estimate the whole from it.
 
     Args:
         checkpoint: the model.

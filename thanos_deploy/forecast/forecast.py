@@ -1,4 +1,4 @@
-"""What a pattern would bring on a GPU that is not here: a model's sizes, run through `roofline`."""
+"""Forecast what a pattern brings on a GPU, from the sizes of a model and `roofline`."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
 
 
 def variant(checkpoint: Checkpoint, pattern: Pattern) -> Variant:
-    """What a pattern makes of a model.
+    """The model after pruning to a pattern.
 
     Raises:
         UsageError: structured, and nothing would be left, or the blocks differ already.

@@ -82,7 +82,7 @@ def _read(path: Path) -> Iterator[_Product]:
     if records.status != "VALID" or records.card is None:
         raise InputError(
             f"{path}: its products are {records.status} ({'; '.join(records.reasons)})",
-            fix="measure again, on a GPU that nobody else uses",
+            fix="measure again on a GPU that no other process uses",
         )
     for row in records.of(GemmRow):
         if row.seconds:

@@ -1,4 +1,4 @@
-"""How long the kernels of a model take on a GPU that is not here: a roofline.
+"""Forecast how long the kernels of a model take on a GPU: a roofline.
 
 A kernel takes as long as its arithmetic or its memory traffic, whichever is longer, and a constant
 (Williams, Waterman and Patterson, "Roofline", 2009; `Efficiency` has the factors):
@@ -33,7 +33,7 @@ _NEAR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """How much of the published figures is reached.
+    """The fractions of the published figures that real kernels reach.
 
     Attributes:
         compute16, compute8: fraction of the peak that large matrix products reach, by bits.

@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, as the driver tells. Standard library only.
+"""The NVIDIA GPUs of this machine, from the driver. Standard library only.
 
 Installed libraries say nothing about a GPU: ONNX Runtime lists its CUDA provider, and ORT-GenAI
 says that CUDA is available, on machines that have neither. So the driver itself is asked.

@@ -1,4 +1,4 @@
-"""What GPUs were measured to make of a pattern: the published figures, and the words for them.
+"""The published figures of each pattern on GPUs, and the sentences about them.
 
 The figures are worked out from the records of benchmarks/results/gpu; `python -m
 benchmarks.gpu_figures` writes them to figures.json beside this file, which is installed with
@@ -24,7 +24,7 @@ _DENSE = "dense"
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass of a pruned model beside the same pass of the dense one, each as fast as it got.
+    """One pass of a pruned model beside the same pass of the dense one, each with its best engine.
 
     Attributes:
         model: "2:4", "structured" or "structured, 2:4".

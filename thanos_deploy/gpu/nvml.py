@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says of a GPU while it works; nothing where there is none."""
+"""The state of a GPU while it works, from NVIDIA's management library."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -64,7 +64,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a GPU may do at most, and its driver.
+    """The limits of a GPU, and the version of its driver.
 
     Attributes:
         driver: its version.

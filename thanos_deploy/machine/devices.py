@@ -1,4 +1,4 @@
-"""Where tensors are computed with: the processor, or one GPU."""
+"""The device of a computation: the processor, or one GPU."""
 
 import re
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ _ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 
 def check(name: str) -> None:
-    """Refuse what is no spelling of a device.
+    """Refuse a text that names no device.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it names no device.
     """
     if not _SPELLING.fullmatch(name):
         raise UsageError(f"--device {name!r}", fix="use auto, cpu, cuda or cuda:N such as cuda:0")
@@ -54,7 +54,7 @@ def describe(device: torch.device) -> str:
 
 
 def wait(device: torch.device) -> None:
-    """Until everything that was asked of the device is done; what has no queue is never behind."""
+    """Wait until the device has finished all its work; a device without a queue always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""What matrix products multiply: float32 numbers, or rounded ones, which can be faster."""
+"""The precision of matrix products: float32 factors, or rounded ones, which can be faster."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Whether the machine held still while something was timed, from what Linux says about itself.
+"""Whether the machine was undisturbed while something was timed, from the counters of Linux.
 
 A figure that cannot be read (another system, a container without the file, no permission) is None,
 and nothing is concluded from it. Standard library only.
@@ -63,7 +63,7 @@ class Stillness:
 
     @property
     def reasons(self) -> list[str]:
-        """Why what was timed is not to be trusted; empty if nothing speaks against it."""
+        """The reasons not to trust the times; empty if there are none."""
         found = []
         if self.other_load is not None and self.other_load > _MOST_OTHER_LOAD:
             found.append(

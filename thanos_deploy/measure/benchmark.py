@@ -1,4 +1,4 @@
-"""Bundles side by side: what they take, how that compares, and whether the figures can be trusted.
+"""Measure bundles side by side, compare them, and judge whether the figures can be trusted.
 
 A run is one record. It is VALID, or INVALID with reasons when the machine moved while it was
 measured or when an engine differs from itself, or INTERRUPTED with the rounds that were complete.

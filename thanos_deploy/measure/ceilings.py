@@ -1,4 +1,4 @@
-"""What no engine can beat: bytes and operations counted in the graph, at this machine's own speed.
+"""The limit of every engine: bytes and operations counted in the graph, at this machine's speed.
 
 A step has to read every weight and the kv cache of what came before, to write the kv cache of its
 own tokens, and to multiply. It takes at least as long as the slower of the two: the roofline of
@@ -42,7 +42,7 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What this machine can do at best, measured.
+    """The bandwidth and the matrix speed of this machine, measured.
 
     Attributes:
         memory_bandwidth_bytes_per_second: reading as much memory as the graph has weights, so that

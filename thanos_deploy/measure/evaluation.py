@@ -1,4 +1,4 @@
-"""What runs a model whose quality is measured: PyTorch, or the exported graph as it is deployed."""
+"""The runtime of an evaluation: PyTorch, or ONNX Runtime with the exported graph."""
 
 from collections.abc import Iterator
 from pathlib import Path

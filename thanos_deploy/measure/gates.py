@@ -74,7 +74,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a gate in one place.
+    """The result of a gate in one scenario.
 
     Attributes:
         gate: as it was given.
@@ -135,7 +135,7 @@ def parse(text: str) -> Gate:
     """Read a gate.
 
     Raises:
-        UsageError: it is none, or nothing of that name is measured.
+        UsageError: it is not a gate, or no measurement has that name.
     """
     match = _GATE.fullmatch(text.strip())
     if match is None or (limit := _number(match.group("limit"))) is None:
@@ -182,7 +182,7 @@ def judge(
     subject: str,
     perplexity: Mapping[str, float] | None,
 ) -> list[Outcome]:
-    """What became of gates.
+    """Judge gates.
 
     Args:
         gates: that `check` has let pass.

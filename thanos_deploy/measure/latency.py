@@ -1,4 +1,4 @@
-"""Scenarios: what an engine is timed at. Each takes one turn at a time and returns raw samples.
+"""The scenarios of a benchmark. Each takes one turn at a time and returns raw samples.
 
     prefill    one batch of prompts                        prefill
     decode     some steps after a given past               decode, one for each step

@@ -34,7 +34,7 @@ class TextQuality:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a model reached in one task by one metric.
+    """The score of a model in one task by one metric.
 
     Attributes:
         task, metric: as the library calls them.

@@ -42,7 +42,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The least that a scenario can take.
+    """The shortest time that a scenario can take.
 
     Attributes:
         bytes: moved to and from memory.

@@ -1,4 +1,4 @@
-"""What samples of two things that took turns say: percentiles, a ratio with its interval, drift.
+"""Statistics of two series of samples that took turns: percentiles, ratios, intervals, drift.
 
 Samples of one round are not independent (they share the moment, the caches, the clock), so what is
 resampled is rounds, and a round's samples of both things stay together.

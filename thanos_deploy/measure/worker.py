@@ -1,4 +1,4 @@
-"""One engine in a process of its own, measured on demand.
+"""Run one engine in a process of its own, and measure it on request.
 
 `python -m thanos_deploy.measure.worker BUNDLE BACKEND PROVIDER THREADS` speaks lines of JSON. When
 the engine is loaded it says how long that took; then, for every turn of a scenario on standard
@@ -23,7 +23,7 @@ _MOST_NAPS = 100
 
 
 def main(bundle: str, backend: str, provider: str, threads: str) -> None:
-    """Load, then obey until standard input ends."""
+    """Load the engine, then answer requests until standard input ends."""
     started = time.perf_counter()
     try:
         engine = open_engine(Path(bundle), backend=backend, provider=provider, threads=int(threads))

@@ -1,8 +1,8 @@
 """Which pattern each linear layer of a model gets.
 
-A layer is called by its full name; `re:` and a regular expression call every layer whose full name
-it matches, from the first letter to the last. A layer without a pattern stays dense: it is written
-bit by bit as it was.
+A layer is selected by its full name, or by `re:` and a regular
+expression that must match the whole
+full name. A layer without a pattern stays dense: its weight is written exactly as it was.
 """
 
 import json
@@ -63,7 +63,7 @@ def read_file(path: Path) -> SparsityFile:
     patterns: dict[str, Pattern | None] = {}
     for selector, spelling in pairs:
         if selector in patterns:
-            raise InputError(f"{path}: {selector!r} is there twice", fix="leave one of them out")
+            raise InputError(f"{path}: {selector!r} appears twice", fix="leave one of them out")
         patterns[selector] = _read_pattern(f"{path}: {selector!r}", spelling)
     return SparsityFile(path.name, sha256(content).hexdigest(), patterns)
 
@@ -117,13 +117,13 @@ def assign(
                 raise UsageError(
                     f"{file.name}: {name} is {earlier or DENSE} by {before!r} and {its or DENSE} "
                     f"by {selector!r}",
-                    fix="let one entry name it, or give both the same pattern",
+                    fix="name the layer in one entry only, or give both entries the same pattern",
                 )
             if its is not None and (name in ignored or name not in included):
                 option = "--ignore names it" if name in ignored else "--include does not"
                 raise UsageError(
                     f"{file.name}: {name} is {its} by {selector!r}, but {option}",
-                    fix="say of each layer one thing: in the file or by the option",
+                    fix="name the layer in the file or in the option, not in both",
                 )
             own[name] = (selector, its)
     assigned = {
@@ -203,7 +203,7 @@ def _called(where: str, selector: str, names: Sequence[str]) -> list[str]:
     if not called:
         nearest = get_close_matches(expression, names, n=_NEAREST, cutoff=0.0)
         raise UsageError(
-            f"{where}: no linear layer of the model is called that; the nearest are "
+            f"{where}: no linear layer of the model has this name; the most similar are "
             f"{', '.join(nearest)}",
             fix="give a full name, or re: and an expression that matches the whole of it, such as "
             "re:.*down_proj; embeddings and the output head are never pruned",

@@ -20,7 +20,7 @@ class Widths:
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """What is to become of one block.
+    """The planned widths of one block.
 
     Attributes:
         before, after: its widths.

@@ -96,7 +96,7 @@ class Checkpoint:
             model = bare.skeleton()
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise ModelError(
-                f"{folder / 'config.json'}: no model can be made of it ({error})",
+                f"{folder / 'config.json'}: describes no valid model ({error})",
                 fix="restore config.json from the model's origin",
             ) from error
         shapes = _shapes(model)

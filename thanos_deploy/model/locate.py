@@ -70,7 +70,8 @@ def _local(model: str) -> Path | None:
     path = Path(model).expanduser()
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(
-            f"{path}: a file that is not .gguf", fix="give a model folder, a hub id or a .gguf"
+            f"{path}: is a file, but not a .gguf file",
+            fix="give a model folder, a hub id or a .gguf",
         )
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""How many bytes of a checkpoint are embeddings, attention, feed-forward, norms and output head."""
+"""Bytes of a checkpoint by part: embeddings, attention, feed-forward, norms and output head."""
 
 import math
 

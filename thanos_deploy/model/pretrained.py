@@ -75,8 +75,8 @@ def load_model(
     """
     if (folder / _ADAPTER).exists():
         raise ModelError(
-            f"{folder / _ADAPTER}: an adapter, whose base model would be read from wherever that "
-            "file says",
+            f"{folder / _ADAPTER}: is an adapter; its base model would be read from a place that "
+            "this file names",
             fix="merge the adapter into its base model, save that, and remove this file",
         )
     loader: Any = own or AutoModelForCausalLM

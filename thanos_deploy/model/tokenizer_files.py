@@ -222,5 +222,5 @@ def _read(path: Path) -> dict[str, Any]:
     """A file of JSON, empty where there is none."""
     content = json.loads(path.read_bytes()) if path.is_file() else {}
     if not isinstance(content, dict):
-        raise TypeError(f"{path.name}: a list or a value, and no names")
+        raise TypeError(f"{path.name}: is not a JSON object")
     return content

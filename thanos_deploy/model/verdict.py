@@ -1,4 +1,4 @@
-"""Does a weight, as it was written, keep its pattern?
+"""Judge whether a weight keeps its pattern in the file that was written.
 
 Every claim of a pattern in a bundle is read back from the tensor that was written, after the cast
 to the checkpoint's dtype and after export, and never taken from the pruning mask.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a server has no torch, and reads verdicts
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one weight holds.
+    """The verdict on one weight.
 
     Attributes:
         sparsity: fraction of the entries that are zero.

@@ -1,4 +1,4 @@
-"""OWL: how much of each block goes, by how many outliers it has. For unstructured patterns.
+"""OWL: the sparsity of each block from its number of outliers. For unstructured patterns.
 
 Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning
 LLMs to High Sparsity", arXiv 2310.05175. Let D_l be the fraction of the Wanda scores |W_ij| ||X_j||

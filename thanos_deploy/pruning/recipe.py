@@ -136,7 +136,7 @@ class Recipe(Options):
             )
         if self.layers.sparsity_file:
             raise UsageError(
-                "--allocation owl with --sparsity-file: both say how much a layer loses",
+                "--allocation owl with --sparsity-file: both set the sparsity of layers",
                 fix="leave one of them out",
             )
         self.owl.check(self.pattern.sparsity)

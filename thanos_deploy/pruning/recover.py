@@ -1,12 +1,12 @@
-"""Train what is left of a pruned model for a few minutes, with the dense model as its teacher.
+"""Train the remaining weights of a pruned model, with the dense model as the teacher.
 
 At every position of the calibration text, the pruned model learns the dense model's distribution of
 the next token (knowledge distillation: Hinton, Vinyals and Dean, arXiv 1503.02531); the token that
 really comes next plays no part. Only the weights of the blocks' linear layers learn. One that is
 zero stays zero, so every pattern survives.
 
-This is the one activity that needs whole models in memory, both of them, in float32, and for what
-learns three times as much again: gradients and the two moments of Adam. Products are taken in
+This needs both whole models in memory, in float32, and for each weight that learns also its
+gradient and the two moments of AdamW. Products are taken in
 bfloat16 where the device has instructions for matrices of it.
 """
 

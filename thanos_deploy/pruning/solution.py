@@ -1,4 +1,4 @@
-"""One layer: the best solution that its statistics allow, on the device where it is.
+"""Prune one layer as well as its statistics allow, on the device of its tensors.
 
 Nothing here knows of checkpoints or of the walk through a model, so a single layer can be solved on
 any machine with PyTorch.
@@ -22,7 +22,7 @@ from thanos_deploy.solver.mask import smallest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """A pruned layer, and what it took.
+    """A pruned layer, and how it was solved.
 
     Attributes:
         result: the layer.

@@ -1,4 +1,4 @@
-"""Which models another one beats: quality against what is paid for it.
+"""Which models dominate others: quality against cost.
 
 A cost is known exactly (bytes) or up to an interval (a ratio of times). One model dominates another
 if it is better in quality while the other is not shown to cost less, or as good while it is shown
@@ -18,7 +18,7 @@ from thanos_deploy.report.runs import quoted
 
 
 def dominates(one: PlotPoint, other: PlotPoint) -> bool:
-    """One model makes the other pointless."""
+    """Whether one model dominates the other."""
     if one.perplexity < other.perplexity:
         return not other.high < one.low
     return one.perplexity == other.perplexity and one.high < other.low

@@ -56,7 +56,7 @@ class Sources:
 
 
 def read(bundle: Bundle) -> Sources:
-    """Collect what a bundle has to say; what it has not finished is left out.
+    """Collect the records of a bundle; stages that are not finished are left out.
 
     Raises:
         InputError: nothing was pruned yet, or a record is not readable.

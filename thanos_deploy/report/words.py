@@ -42,7 +42,7 @@ def title(models: Sequence[ModelReport]) -> str:
 
 
 def headline(model: ModelReport, run: Run | None) -> str:
-    """What came out, in one sentence."""
+    """The result of one model, in one sentence."""
     clauses = []
     if quality := model.quality:
         clauses.append(
@@ -66,10 +66,10 @@ def headline(model: ModelReport, run: Run | None) -> str:
 
 
 def comparison(models: Sequence[ModelReport], plots: Sequence[Plot]) -> str:
-    """What came out of several models, in one sentence."""
+    """The result of several models, in one sentence."""
     points = [point for plot in plots for point in plot.points]
     if not points:
-        return f"{len(models)} models, of which nothing was measured that can be compared."
+        return f"{len(models)} models; nothing was measured that can be compared."
     said: dict[str, list[str]] = {standing: [] for standing in _STANDINGS}
     for model in models:
         on_front = [not p.dominated_by for p in points if p.label == model.label]
@@ -84,7 +84,7 @@ def comparison(models: Sequence[ModelReport], plots: Sequence[Plot]) -> str:
 
 
 def notices(model: ModelReport) -> Iterator[str]:
-    """What must not be overlooked."""
+    """Warnings that a reader must not overlook."""
     for run in model.bench:
         if run.status != "VALID" and run.owner is None:  # whose own notice it is
             reasons = "; ".join(run.reasons) or "no reason was recorded"
@@ -102,7 +102,7 @@ def notices(model: ModelReport) -> Iterator[str]:
 
 
 def not_measured(model: ModelReport) -> list[Gap]:
-    """What a reader may look for in vain: what, why, and the command that changes it."""
+    """What was not measured, why, and the command that measures it."""
     return list(_gaps(model))
 
 
@@ -121,13 +121,13 @@ def verdict(model: ModelReport, run: Run | None) -> list[str]:
 
 
 def on_gpu(model: ModelReport) -> str:
-    """What is known of a model on a GPU: its own run, then what was published of its pattern."""
+    """GPU figures of a model: its own run, then the published figures of its pattern."""
     found = [*_of_own_gpu(model), *_of_gpus(model)]
     return " ".join(found) or f"On a GPU: {NOT_MEASURED}."
 
 
 def retried(retry: Retry) -> str:
-    """What became of a layer whose statistics did not allow what was asked for."""
+    """How a layer was solved whose statistics did not allow what was asked for."""
     layer, solver, failures = retry.layer, retry.solver, "; ".join(retry.failures)
     if retry.damping:
         how = f"{layer} was solved with damping {retry.damping:g}"
@@ -254,9 +254,9 @@ def _gpus_matter(model: ModelReport) -> bool:
 def _of_cuts(widths: CutWidths) -> Iterator[str]:
     """What cutting heads and channels out means."""
     yield (
-        f"{widths.removed:.1%} of the blocks' parameters are gone for good: the files, the "
-        "memory and the work of every block are smaller by that, on any machine and any backend; "
-        "embeddings and the output head are as they were."
+        f"{widths.removed:.1%} of the blocks' parameters were cut out: the files, the "
+        "memory and the work of every block shrink by that fraction, on any machine and backend; "
+        "embeddings and the output head are unchanged."
     )
     if widths.stock_config:
         yield "The result is an ordinary smaller checkpoint: stock loaders take it as it is."

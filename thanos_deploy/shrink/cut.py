@@ -1,4 +1,4 @@
-"""Cut attention heads and feed-forward channels out of a model, for good, and refit the rest.
+"""Cut attention heads and feed-forward channels out of a model, and refit the rest.
 
 In every block: collect statistics, decide which heads stay and refit the layer that reads them,
 cut the layers that make them; collect again with the smaller attention, do the same with the

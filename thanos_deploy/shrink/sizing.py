@@ -87,7 +87,7 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to become of a model.
+    """The planned widths of a model.
 
     Attributes:
         blocks: one for each block.
@@ -156,8 +156,8 @@ def channel_steps(channels: int, multiple: int | None) -> range:
 
     Args:
         channels: that there are.
-        multiple: of which the number has to be; None for the largest that suits the model's own,
-            at most `FRIENDLY_MULTIPLE`.
+        multiple: the number is a multiple of this; None for the largest power of two that divides
+            the model's own number, at most `FRIENDLY_MULTIPLE`.
     """
     multiple = multiple or math.gcd(FRIENDLY_MULTIPLE, channels)
     return range((channels - 1) // multiple * multiple, 0, -multiple)

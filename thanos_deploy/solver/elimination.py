@@ -1,4 +1,4 @@
-"""Remove a layer's inputs group by group; the inputs that stay take over what they can.
+"""Remove a layer's inputs group by group, and refit the inputs that stay.
 
 Source: the multi-weight lemma of Ilin and Richtarik, arXiv 2504.05346, applied to whole columns.
 With A = H^-1 over the inputs that are left, losing the group g of columns and refitting all others

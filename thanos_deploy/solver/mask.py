@@ -1,4 +1,4 @@
-"""Which weights go, given a score for each: exact counts, and one rule for ties."""
+"""Choose the weights to remove from their scores: exact counts, and one rule for ties."""
 
 import math
 from dataclasses import dataclass

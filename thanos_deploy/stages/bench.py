@@ -67,8 +67,8 @@ def compared(
         itself = name != DENSE and (label == DENSE or other.path.samefile(bundle.path))
         if itself or label in (PRUNED, *others):
             raise UsageError(
-                f"--against {name}: two of the models would be the same, or be called {label!r}",
-                fix="name each bundle once, in a folder of its own name; --aa compares a bundle "
+                f"--against {name}: twice the same model, or two models with the name {label!r}",
+                fix="name each bundle once, in folders of different names; --aa compares a bundle "
                 "with itself",
             )
         other.require(layout.ONNX, f"`thanos-deploy export {other.path} --target onnx`")
@@ -177,7 +177,7 @@ def check_bench(
 
 
 def describe(bundle: Bundle) -> Subject:
-    """What is known of an exported bundle without running it."""
+    """The facts about an exported bundle that need no run."""
     pruned = bundle.options(PRUNE) if bundle.has(PRUNE) else None
     graph = bundle.stages[layout.ONNX]
     return Subject(

@@ -71,7 +71,7 @@ def prune_export(
         announce: told of every piece of work.
 
     Raises:
-        DeployError: of any kind; everything that can be refused beforehand is.
+        DeployError: of any kind; whatever can be refused before the work begins is refused then.
     """
     dense = Dense(model, revision=revision)
     chosen = targets.get(target)

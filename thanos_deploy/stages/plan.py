@@ -1,4 +1,4 @@
-"""What pruning would do, and what it would take, without doing it."""
+"""The plan of a pruning run: what it would do, and its time, memory and disk."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""The stage prune: a sparse or smaller checkpoint, and what became of each layer."""
+"""The stage prune: a sparse or smaller checkpoint, and a report of each layer."""
 
 import math
 import shutil
@@ -146,7 +146,7 @@ def survey_blocks(
         damping=cut.fit,
         device=device,
         journal=journal,
-        on_progress=announce("Find out what each block would lose"),
+        on_progress=announce("Measure what each block would lose"),
     )
 
 
@@ -200,7 +200,7 @@ def recover_checkpoint(
         count=request.recover,
         seed=request.data.seed,
         device=request.chosen_device,
-        on_progress=announce(f"Train what is left on {request.recover} segments"),
+        on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
     )
     shutil.rmtree(folder)
     trained.rename(folder)

@@ -31,7 +31,7 @@ class PruneRequest(Options):
     Attributes:
         how: what to set to zero, or what to cut out.
         data: what to calibrate on.
-        recover: on how many segments of the calibration text to train what is left; see
+        recover: number of segments of the calibration text to train the remaining weights on; see
             `recover.recover`.
         dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         device: where to do it; see `devices.choose`.

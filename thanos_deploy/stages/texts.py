@@ -51,7 +51,7 @@ def require_other_text(text: Text, calibration_sha256: str | None) -> None:
     """
     if text.sha256 == calibration_sha256:
         raise UsageError(
-            f"{text.origin}: the model is pruned on this very text, so its perplexity there "
+            f"{text.origin}: the model was calibrated on this text, so its perplexity on it "
             "says nothing",
             fix="give another text with --eval-text",
         )

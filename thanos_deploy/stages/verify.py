@@ -1,4 +1,4 @@
-"""Look at a bundle again, from the bytes on: is everything that it says of itself still true?
+"""Check a bundle from its files: is everything that it says about itself still true?
 
 files      every file against the hash that was recorded when it was written
 pattern    every linear layer of the checkpoint
