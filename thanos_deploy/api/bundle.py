@@ -1,4 +1,7 @@
-"""A bundle as a handle: what the commands do to one, as methods."""
+"""A bundle as a handle: what the commands do to one, as methods.
+
+More than half of the file is the documentation of these methods, so it is longer than others.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike

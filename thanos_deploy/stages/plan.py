@@ -21,8 +21,9 @@ from thanos_deploy.pruning import layers as pruning
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import WidthsSummary
 from thanos_deploy.shrink.options import Cut
+from thanos_deploy.stages import summary
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import assigned, check, plan_summary, plan_widths, survey_blocks
+from thanos_deploy.stages.prune import assigned, check, plan_widths, survey_blocks
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
 
@@ -151,7 +152,7 @@ def plan_pruning(
             losses = survey_blocks(source, ids, cut, announce, device=device)
             widths = plan_widths(source, losses, cut)
             found = estimate_cutting(source, ids, cut.fit, losses, widths, device=device)
-            return planned(found, widths=plan_summary(widths))
+            return planned(found, widths=summary.of_widths(widths))
         case Recipe() as recipe:
             patterns = assigned(source, recipe)
             dtype = DTYPES.get(request.dtype)

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -32,16 +31,13 @@ from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.pruning.result import (
     PRUNE,
-    LayersSummary,
     PartBytes,
     PrunedBlock,
     PruneInputs,
     PruneOptions,
     PruneResult,
     Recovery,
-    Retry,
     WidthsSummary,
-    patterns_in,
 )
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import sizing
@@ -49,7 +45,7 @@ from thanos_deploy.shrink.options import Cut, Fit
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
-from thanos_deploy.solver.damping import damping_of
+from thanos_deploy.stages import summary
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
@@ -256,7 +252,7 @@ def prune(
                     device=device,
                     journal=Journal(kept / "blocks", owner, CutBlock),
                 )
-                summary, widths = _summary_of_cuts(cut), plan_summary(plan)
+                summed, widths = summary.of_cuts(cut), summary.of_widths(plan)
             case Recipe():
                 surveyed = Journal(kept / "survey", owner, Outliers) if how.surveys else None
                 blocks = pruned = prune_checkpoint(
@@ -270,7 +266,7 @@ def prune(
                     survey=surveyed,
                     journal=Journal(kept / "blocks", owner, PrunedBlock),
                 )
-                summary, widths = _summary_of(pruned, how), None
+                summed, widths = summary.of_layers(pruned, how), None
         files.write_record(folder / layout.LAYERS, blocks)
         recovery = (
             recover_checkpoint(source, text, model, request, announce) if request.recover else None
@@ -280,7 +276,7 @@ def prune(
             return sum((block.seconds.get(activity, 0.0) for block in blocks), 0.0)
 
         return PruneResult(
-            **{field.name: getattr(summary, field.name) for field in fields(summary)},
+            **{field.name: getattr(summed, field.name) for field in fields(summed)},
             widths=widths,
             recovery=recovery,
             frame=frame,
@@ -352,57 +348,3 @@ def _versions(device: torch.device) -> Json:
         "threads": torch.get_num_threads(),
         **({} if device.type == "cpu" else {"gpu": devices.describe(device)}),
     }
-
-
-def _summary_of(blocks: list[PrunedBlock], recipe: Recipe) -> LayersSummary:
-    layers = [layer for block in blocks for layer in block.layers]
-    patterns = patterns_in(blocks, recipe.pattern)
-    pruned = [layer for layer in layers if layer.name in patterns]
-    worst = max(pruned, key=lambda layer: layer.relative_error)
-    weights = sum(layer.rows * layer.cols for layer in layers)
-    damping = damping_of(recipe.options).damping
-    return LayersSummary(
-        layers=len(layers),
-        weights=weights,
-        sparsity=sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights,
-        patterns=assignment.counts(patterns.get(layer.name) for layer in layers),
-        layers_left_dense=tuple(layer.name for layer in layers if layer.name not in patterns),
-        pattern_holds=all(layer.pattern_holds for layer in pruned),
-        layers_off_pattern=tuple(layer.name for layer in pruned if not layer.pattern_holds),
-        retries=tuple(
-            Retry(layer.name, layer.solver, layer.damping, layer.failures)
-            for layer in pruned
-            if layer.failures or layer.damping > damping
-        ),
-        median_relative_error=statistics.median(layer.relative_error for layer in pruned),
-        worst_relative_error=worst.relative_error,
-        worst_layer=worst.name,
-        largest_damping=max(layer.damping for layer in pruned),
-    )
-
-
-def _summary_of_cuts(blocks: list[CutBlock]) -> LayersSummary:
-    errors = {
-        f"block {index}, {part}": error
-        for index, block in enumerate(blocks)
-        for part, error in (("heads", block.heads_error), ("ffn", block.channels_error))
-    }
-    worst = max(errors, key=errors.__getitem__)
-    return LayersSummary(
-        median_relative_error=statistics.median(errors.values()),
-        worst_relative_error=errors[worst],
-        worst_layer=worst,
-        largest_damping=max(block.damping for block in blocks),
-    )
-
-
-def plan_summary(plan: Plan) -> WidthsSummary:
-    """For people and for the manifest: one row a block, and what they come to."""
-    return WidthsSummary(
-        removed=plan.removed,
-        stock_config=plan.stock,
-        block_parameters_before=sum(block.parameters_before for block in plan.blocks),
-        block_parameters_after=sum(block.parameters_after for block in plan.blocks),
-        predicted_loss=sum(block.predicted_loss for block in plan.blocks) / len(plan.blocks),
-        blocks=plan.blocks,
-    )
