@@ -84,8 +84,12 @@ class Renderer:
             raise UsageError("the server is closing", fix="send the request to another server")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "runtime.server.templates"),
-                *(str(_CHARACTERS), str(_MEMORY_BYTES)),
+                sys.executable,
+                "-P",  # nothing is imported from the folder that the server was started in
+                "-m",
+                "runtime.server.templates",
+                str(_CHARACTERS),
+                str(_MEMORY_BYTES),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
