@@ -318,7 +318,7 @@ def test_evaluating_on_the_calibration_text_is_refused(
         text,
     )
     assert code == 2
-    assert "is pruned on this very text" in errors
+    assert "the model was calibrated on this text" in errors
 
 
 @pytest.mark.slow

@@ -378,7 +378,7 @@ def test_bundles_are_compared_with_the_first_that_is_named(
     for wrong in (out, other, "dense"):
         code, _, errors = invoke("bench", out, *PREFILL, *against, "--against", wrong)
         assert code == 2
-        assert "would be the same, or be called" in errors
+        assert "twice the same model, or two models with the name" in errors
 
 
 def other_bundle(out: Path, *keys: str) -> Path:

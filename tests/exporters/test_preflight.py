@@ -61,8 +61,8 @@ def test_one_onnxruntime_is_fine_and_two_are_not(
         (None, b"", "SKIP", "no TensorRT"),
         ("10.16.1", b"libcudart.so.13\0libnvinfer.so.10\0", "PASS", "TensorRT 10.16.1"),
         ("42.0", b"libnvinfer.so.10\0", "FAIL", "linked against TensorRT 10"),
-        ("42.0", b"names nothing", "SKIP", "not known whether they go together"),
-        ("42.0", None, "SKIP", "not known whether they go together"),
+        ("42.0", b"names nothing", "SKIP", "not known whether they fit together"),
+        ("42.0", None, "SKIP", "not known whether they fit together"),
     ],
 )
 def test_tensorrt_passes_only_if_the_provider_names_its_version(

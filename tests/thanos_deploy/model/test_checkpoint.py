@@ -118,7 +118,7 @@ def test_a_hub_id_is_found_in_the_hubs_local_cache(
 
 def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"not \.gguf"):
+    with pytest.raises(ModelError, match=r"not a \.gguf file"):
         locate(str(tmp_path / "model.bin"))
 
 
