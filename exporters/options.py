@@ -55,20 +55,20 @@ def flags(options: type[Any]) -> dict[str, Flag]:
 
 _DTYPE = Flag(
     "--dtype",
-    "The type of the weights. int8 rounds those of the blocks, for ONNX Runtime only; int8-qdq "
-    "rounds weights and activations of the blocks, for engines only.  [default: what the graph was "
-    "made with, or fp32; engines: fp16]",
+    "dtype of the graph. int8 rounds the weights of the blocks, for ONNX Runtime only; int8-qdq "
+    "rounds weights and activations of the blocks, for engines only, with ranges measured on the "
+    "built-in text.  [default: that of the existing graph, or fp32; engines: fp16]",
 )
 _MAX_SEQUENCE = Flag(
     "--max-seq",
-    "The most tokens, prompt and answer together, that are promised to work.  [default: what the "
-    "graph was made with, or all that the model takes]",
+    "Longest sequence, prompt and answer together, that is promised to work.  [default: that of "
+    "the existing graph, or the model's longest]",
 )
 _LOGITS = Flag(
     "--logits",
-    "last: the graph computes logits after the last token only, which is less work for a prompt "
-    "and all that generating text needs. all: after every token, which `eval --runtime onnx` needs "
-    "too.  [default: what the graph was made with, or all; engines: last]",
+    "last: compute the logits after the last token only, which saves work in prefill and is all "
+    "that generating text needs. all: compute them after every token, which `eval --runtime onnx` "
+    "needs.  [default: those of the existing graph, or all; engines: last]",
 )
 
 
@@ -114,17 +114,15 @@ class EngineRequest:
     logits: Logits = field(default="last", metadata=flagged(_LOGITS))
     batch: tuple[int, ...] = field(
         default=(1, 8),
-        metadata=flagged(
-            Flag("--batch", "Sequences at once: the usual number and the largest.  [default: 1,8]")
-        ),
+        metadata=flagged(Flag("--batch", "The usual and the largest batch size.  [default: 1,8]")),
     )
     prompt: tuple[int, ...] | None = field(
         default=None,
         metadata=flagged(
             Flag(
                 "--seq",
-                "Tokens of a prompt: the usual number and the largest.  [default: 128,1024, or as "
-                "far as the model goes]",
+                "The usual and the largest length of a prompt in tokens.  [default: 128,1024, or "
+                "the model's longest]",
             )
         ),
     )
@@ -133,8 +131,8 @@ class EngineRequest:
         metadata=flagged(
             Flag(
                 "--sparse-form",
-                "How linear layers are written; auto builds both on the GPU and keeps the faster.  "
-                "[default: matmul]",
+                "Form of the linear layers; auto builds both forms on the GPU and keeps the faster "
+                "one.  [default: matmul]",
             )
         ),
     )
@@ -143,8 +141,8 @@ class EngineRequest:
         metadata=flagged(
             Flag(
                 "--engine-compat",
-                "Where an engine may run beside the GPU and the version that it is built for; "
-                "costs speed.  [default: none]",
+                "Let the engine run on other GPUs or versions than those it is built for, at a "
+                "cost in speed.  [default: none]",
             )
         ),
     )

@@ -309,7 +309,7 @@ def test_help_names_everything_that_a_gate_can_be_on(invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--gate", "speed<1"), 2, "nothing called 'speed' is measured"),
+        (("--gate", "speed<1"), 2, "no measurement is called 'speed'"),
         (("--gate", "decode.p50<1"), 2, "this run does not measure decode"),
         (("--prompt", "1,0"), 2, "is not a list of numbers from 1 on"),
         (("--prompt", "200"), 2, "scenario prefill-1x200: 200 tokens; the model takes 128"),

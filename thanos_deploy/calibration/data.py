@@ -24,6 +24,6 @@ class Data(Options):
         "language reference.",
     )
     text_field: str = option("text", "--text-field", "Field of a JSON Lines row with the text.")
-    nsamples: int = option(32, "--nsamples", "Segments of calibration text.")
-    seqlen: int = option(512, "--seqlen", "Tokens of each segment.")
-    seed: int = option(0, "--seed", "Which segments are picked.")
+    nsamples: int = option(32, "--nsamples", "Number of calibration segments.")
+    seqlen: int = option(512, "--seqlen", "Tokens in each segment.")
+    seed: int = option(0, "--seed", "Seed for choosing the segments.")

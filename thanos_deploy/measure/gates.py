@@ -150,7 +150,7 @@ def parse(text: str) -> Gate:
             statistic = None
         case _:
             raise UsageError(
-                f"--gate {text!r}: nothing called {called!r} is measured"
+                f"--gate {text!r}: no measurement is called {called!r}"
                 + (" in a scenario" if scenario else ""),
                 fix=f"known are {KNOWN}",
             )

@@ -49,22 +49,22 @@ class Walk(Options):
         False,
         "--true-sequential",
         "Collect each layer's statistics after the layers before it in the block are pruned, or "
-        "all of a block's at once.",
+        "the statistics of all layers of a block at once.",
         off="--block-statistics",
     )
     dense_target: float = option(
         0.0,
         "--dense-target",
-        "How far each layer aims at its output in the dense model (1) rather than at its own "
-        "output on the pruned model's activations (0).",
+        "Target of each layer: 1 is its output in the dense model, 0 its own output on the pruned "
+        "model's activations, and numbers between mix the two.",
         least=0.0,
         most=1.0,
     )
     tune_steps: int = option(
         0,
         "--tune-steps",
-        "Steps of all kept weights of a pruned block together, towards what leaves the dense "
-        "block; 0 for none. Columns of zeros take none unless it is given.",
+        "Optimisation steps of all kept weights of a pruned block together, towards the output of "
+        "the dense block; 0 for none, which is what --keep-shape takes unless it is given.",
         least=0,
     )
 

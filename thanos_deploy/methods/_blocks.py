@@ -16,7 +16,9 @@ class Blocks(Damping):
         block_columns: columns of a block; a multiple of the group of an n:m pattern.
     """
 
-    block_columns: int = option(128, "--block-size", "Columns that are solved at once.", least=1)
+    block_columns: int = option(
+        128, "--block-size", "Number of columns that are solved together.", least=1
+    )
 
     def check_pattern(self, name: str, pattern: Pattern) -> None:
         """Refuse blocks that would cut through the groups of an n:m pattern.

@@ -61,10 +61,13 @@ class Options(Blocks):
     """
 
     score: Literal["wanda", "obs"] = option(
-        "wanda", "--score", "What chooses the weights to remove."
+        "wanda", "--score", "Score that chooses the weights to remove."
     )
     refit_steps: int = option(
-        0, "--refit-steps", "Steps of a last fit of all kept weights of a layer.", least=0
+        0,
+        "--refit-steps",
+        "Conjugate-gradient steps of the final fit of all kept weights of a layer.",
+        least=0,
     )
     outlier_rows: float = option(
         0.0,

@@ -35,20 +35,20 @@ class Layers(Options):
     include: tuple[str, ...] = option(
         (),
         "--include",
-        "Prune only these layers: a full name, or re: and an expression that matches the whole of "
-        "it. Embeddings and the output head (lm_head) are never visited.",
+        "Prune only these layers: a full name, or re: and a regular expression that matches the "
+        "full name. Embeddings and the output head (lm_head) are never pruned.",
         metavar="LAYER",
     )
     ignore: tuple[str, ...] = option(
         (),
         "--ignore",
-        "Leave these layers dense, to the last bit; named as for --include.",
+        "Leave these layers exactly as they are; named as for --include.",
         metavar="LAYER",
     )
     sparsity_file: str | None = option(
         None,
         "--sparsity-file",
-        'JSON object of layers with patterns of their own: {"re:.*down_proj": "dense", '
+        'File with a JSON object from layers to their patterns: {"re:.*down_proj": "dense", '
         '"model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
         metavar="PATH",
     )
@@ -68,11 +68,11 @@ class Owl(Options):
     threshold: float = option(
         5.0,
         "--owl-threshold",
-        "owl: an outlier is a Wanda score of this many times the block's mean.",
+        "owl: a Wanda score of more than this many times the block's mean is an outlier.",
         above=0.0,
     )
     spread: float = option(
-        0.08, "--owl-spread", "owl: how far a block's sparsity may be from the pattern's."
+        0.08, "--owl-spread", "owl: largest distance of a block's sparsity from the pattern's."
     )
 
     def check(self, sparsity: float) -> None:
@@ -117,8 +117,8 @@ class Recipe(Options):
     forward: Forward = option(
         "auto",
         "--calib-forward",
-        "What blocks run in on calibration data; auto is bf16 where the processor multiplies that "
-        "natively.",
+        "Precision of the blocks on calibration data; auto is bf16 if the processor or GPU has "
+        "instructions for it.",
     )
 
     def __post_init__(self) -> None:
@@ -130,8 +130,8 @@ class Recipe(Options):
             return
         if not isinstance(self.pattern, Unstructured):
             raise UsageError(
-                f"--allocation owl with pattern {self.pattern}: it gives every block a fraction "
-                "of its own, which widths and the few steps of n:m do not have",
+                f"--allocation owl with pattern {self.pattern}: it gives each block its own "
+                "fraction, which n:m and structured patterns cannot express",
                 fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
             )
         if self.layers.sparsity_file:

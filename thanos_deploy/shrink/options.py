@@ -28,12 +28,12 @@ class Sizing(Options):
             the same number of parameters in all.
     """
 
-    part: Part = option("both", "--shrink", "structured: what to cut out.")
+    part: Part = option("both", "--shrink", "structured: what may be cut out.")
     multiple: int | None = option(
         None,
         "--ffn-multiple",
-        "structured: keep a number of feed-forward channels that is a multiple of this.  [default: "
-        "64, or the largest power of two below that divides the model's own]",
+        "structured: the number of feed-forward channels that stay is a multiple of this.  "
+        "[default: 64, or the largest smaller power of two that divides the model's own number]",
     )
     allocation: Allocation = "uniform"
 

@@ -27,14 +27,14 @@ class Damping(Options):
     damping: float = option(
         0.01,
         "--damp",
-        "Damping of the Hessian, a fraction of its diagonal.",
+        "Damping of the Hessian, as a fraction of the scale that --damp-mode names.",
         above=0.0,
     )
     damping_mode: DampingMode = option(
         "mean",
         "--damp-mode",
-        "What --damp is a fraction of: the mean or the median of the Hessian's diagonal, or each "
-        "entry of it.",
+        "Scale of --damp: the mean or the median of the Hessian's diagonal, or per-channel for "
+        "each entry's own value.",
     )
 
 

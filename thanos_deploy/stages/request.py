@@ -45,20 +45,21 @@ class PruneRequest(Options):
     recover: int = option(
         0,
         "--recover",
-        "Afterwards train what is left, with the dense model as its teacher, on this many segments "
-        "of --seqlen tokens from anywhere in the calibration text (which come again where it has "
-        "fewer; new text helps more). Zeros stay zero. Some hundreds are worth it. Takes minutes, "
-        "and memory for five models in float32 and what 2048 tokens leave in them.",
+        "Train the remaining weights after pruning, with the dense model as the teacher, on this "
+        "many segments of --seqlen tokens from anywhere in the calibration text; a text with fewer "
+        "is repeated, and new text helps more. Zeros stay zero. Several hundred segments are "
+        "worthwhile. Takes minutes, and memory for five models in float32 and for the activations "
+        "of 2048 tokens.",
         metavar="SEGMENTS",
         least=0,
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
-        "auto", "--dtype", "What to store the checkpoint in; auto keeps the model's own."
+        "auto", "--dtype", "dtype of the stored checkpoint; auto keeps the model's own."
     )
     device: str = option(
         "auto",
         "--device",
-        "Where PyTorch computes; auto is the first GPU where there is one.",
+        "Device on which PyTorch computes; auto is the first GPU, or the CPU if there is none.",
         metavar="auto|cpu|cuda[:N]",
     )
 

@@ -111,7 +111,7 @@ def test_what_is_no_gate_is_refused(text: str) -> None:
     "text", ["speed.p50<1", "decode.p95<1", "decode<1", "ppl.p50<1", "decode-1x8:ppl<1", "ratio<1"]
 )
 def test_an_unknown_metric_is_refused_with_those_that_are_known(text: str) -> None:
-    with pytest.raises(UsageError, match="nothing called") as caught:
+    with pytest.raises(UsageError, match="no measurement is called") as caught:
         gates.parse(text)
     assert all(name in caught.value.fix for name in (*gates.METRICS, *gates.FIGURES, "ppl", "p99"))
 
