@@ -332,7 +332,7 @@ def test_a_weight_that_lost_its_name_is_a_missed_gate(
         if tensor.name == "model.layers.0.mlp.up_proj.weight":
             tensor.name = "stray"
     onnx.save(graph, tmp_path / "model.onnx")
-    with pytest.raises(GateError, match=r"mlp\.up_proj\.weight; matrices .* name: stray"):
+    with pytest.raises(GateError, match=r"mlp\.up_proj\.weight; matrices .* of the model: stray"):
         judge.require_names(tmp_path / "model.onnx", model)
 
 

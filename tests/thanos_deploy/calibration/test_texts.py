@@ -102,7 +102,9 @@ def test_whatever_a_row_holds_is_what_is_read(
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / name).write_text("whatever is in it")
-    with pytest.raises(CalibrationError, match=f"{name}: .*{said}.*read are .*jsonl") as refused:
+    with pytest.raises(
+        CalibrationError, match=f"{name}: .*{said}.*supported are .*jsonl"
+    ) as refused:
         read_text(tmp_path / name)
     assert refused.value.fix
 
