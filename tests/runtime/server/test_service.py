@@ -242,7 +242,12 @@ def test_the_log_has_texts_only_where_it_may(
         for record in caplog.records
         if record.name.startswith(("runtime", "uvicorn"))  # the clients log, too
     ]
-    requests = [entry for entry in entries if entry["message"] == "request"]
+    requests = [
+        entry
+        for entry in entries
+        # Another server of these tests may log what it was asked a moment ago.
+        if entry["message"] == "request" and entry["path"] in ("/v1/completions", "/elsewhere")
+    ]
     assert [entry["status"] for entry in requests] == [200, 200, 400, 404]
     assert requests[0]["completion_tokens"] <= 20
     assert requests[0]["seconds"] > 0

@@ -80,5 +80,7 @@ def test_a_manifest_with_another_record_is_bad_input_that_names_the_place(tmp_pa
     assert exported_with(bundle) == ExportRequest()
     assert result_of(bundle, ONNX, GraphResult).worst_logits_error == 1e-6
     bundle.stages[ONNX].options["dtype"] = "fp64"
-    with pytest.raises(InputError, match=r"manifest\.json: stages\.onnx\.options: dtype is 'fp64'"):
+    with pytest.raises(
+        InputError, match=r"manifest\.json: options of stage 'onnx': dtype is 'fp64'"
+    ):
         exported_with(bundle)

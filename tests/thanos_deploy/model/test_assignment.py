@@ -56,7 +56,7 @@ def test_a_file_gives_layers_patterns_of_their_own(tmp_path: Path) -> None:
         ("\xff", "not JSON"),
         ('["2:4"]', "not a JSON object"),
         ("{}", "names no layer"),
-        ('{"a": "2:4", "a": "dense"}', "'a' is there twice"),
+        ('{"a": "2:4", "a": "dense"}', "'a' appears twice"),
         ('{"a": "2:5x"}', "'a': pattern '2:5x' is not understood"),
         ('{"a": 0.5}', "'a': pattern '0.5' is not understood"),
         ('{"a": {"b": "2:4"}}', "'a': pattern"),
@@ -82,7 +82,7 @@ def test_a_file_that_is_missing_is_bad_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "include", "ignore", "message"),
     [
-        (None, (), ("re:.*up",), "--ignore re:.*up: no linear layer ... nearest are model"),
+        (None, (), ("re:.*up",), "--ignore re:.*up: no linear layer ... most similar are model"),
         (None, ("up_proj",), (), f"--include up_proj: ... {UP}"),
         (None, (), ("lm_head",), "--ignore lm_head: no linear layer"),
         (None, (), ("re:*",), "--ignore re:*: not a regular expression"),
