@@ -118,6 +118,8 @@ def test_a_declared_model_is_built_with_its_widths_and_runs(
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    for buffer in model.buffers():  # of memory as it was found, like the parameters before
+        buffer.fill_(1)
     ids = torch.zeros(2, 5, dtype=torch.long)
     output = model(input_ids=ids)
     assert bool(output.logits.isfinite().all())
