@@ -24,7 +24,7 @@ from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.model import tokenizer_files
 
 # A long conversation takes milliseconds and a megabyte.
-_SECONDS = 5.0
+_SECONDS, _START_SECONDS = 5.0, 60.0
 _CHARACTERS = 16 << 20
 _MEMORY_BYTES = 1 << 30
 
@@ -59,12 +59,7 @@ class Renderer:
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         process = self._process or self._start()
-        timer = threading.Timer(_SECONDS, process.kill)
-        timer.start()
-        try:
-            said = _ask(process, {"messages": messages})
-        finally:
-            timer.cancel()
+        said = _ask(process, {"messages": messages}, _SECONDS)
         if said is None:
             self._kill()
             raise UsageError(
@@ -94,7 +89,10 @@ class Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        _tell(self._process, self._first)
+        # A busy machine takes a moment to start it, which no conversation is charged with.
+        if _ask(self._process, self._first, _START_SECONDS) is None:
+            self._kill()
+            raise RuntimeError("the process for the chat template did not start")
         return self._process
 
     def _kill(self) -> None:
@@ -131,19 +129,21 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
         ) from error
 
 
-def _tell(process: "subprocess.Popen[bytes]", value: object) -> None:
+def _ask(
+    process: "subprocess.Popen[bytes]", value: object, seconds: float
+) -> dict[str, object] | None:
+    """What it says; None if it broke down or was killed, which it is after that time."""
     assert process.stdin
-    process.stdin.write(json.dumps(value).encode() + b"\n")
-    process.stdin.flush()
-
-
-def _ask(process: "subprocess.Popen[bytes]", value: object) -> dict[str, object] | None:
-    """What it says; None if it broke down or was killed."""
     assert process.stdout
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
     try:
-        _tell(process, value)
+        process.stdin.write(json.dumps(value).encode() + b"\n")
+        process.stdin.flush()
         line = process.stdout.readline()
     except (BrokenPipeError, ValueError):  # a closed pipe
         return None
+    finally:
+        timer.cancel()
     said: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
     return said

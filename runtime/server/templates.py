@@ -106,20 +106,21 @@ def _raise(message: str) -> None:
 def _serve(most: int, memory: int) -> None:
     """Render what comes on standard input, a line of JSON each, until it ends."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    template: ChatTemplate | None = None
+    first = json.loads(sys.stdin.buffer.readline())
+    template = ChatTemplate(first["source"], first["tokens"])
+    _say({"ready": True})
     for line in sys.stdin.buffer:
         try:
-            asked = json.loads(line)
-            if template is None:
-                template = ChatTemplate(asked["source"], asked["tokens"])
-                continue
-            said = {"prompt": template.render(asked["messages"], most=most)}
+            _say({"prompt": template.render(json.loads(line)["messages"], most=most)})
         except UsageError as error:
-            said = {"refused": error.message}
+            _say({"refused": error.message})
         except MemoryError:
-            said = {"refused": "the model's chat template takes too much memory for these messages"}
-        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
-        sys.stdout.buffer.flush()
+            _say({"refused": "the model's chat template takes too much memory for these messages"})
+
+
+def _say(value: object) -> None:
+    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def sent_until_cut(connection: socket.socket, part: bytes, *, most: int, pause: 
 
 @pytest.fixture
 def hasty(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 1.0)
     with serve() as running:
         yield running
 
