@@ -52,6 +52,7 @@ class Connection(H11Protocol):
         self._headers_due: asyncio.TimerHandle | None = None
         self._answer_due: asyncio.TimerHandle | None = None
         self._timed: RequestResponseCycle | None = None  # what `_answer_due` belongs to
+        self._end_due: asyncio.TimerHandle | None = None  # while it lingers
         self._thrown_away: int | None = None  # bytes; None while they are read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -67,7 +68,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
-        for timer in (self._headers_due, self._answer_due):
+        for timer in (self._headers_due, self._answer_due, self._end_due):
             if timer:
                 timer.cancel()
         if self.flow is not None:  # it was let in
@@ -135,7 +136,7 @@ class Connection(H11Protocol):
             if transport.can_write_eof():
                 transport.write_eof()
             transport.resume_reading()
-            self._answer_due = self.loop.call_later(_LINGER_SECONDS, transport.abort)
+            self._end_due = self.loop.call_later(_LINGER_SECONDS, transport.abort)
         return True
 
 

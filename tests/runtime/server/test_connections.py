@@ -134,6 +134,17 @@ def test_a_refused_body_is_not_read_to_its_end(serve: Serve, what: str) -> None:
         assert sent_until_cut(client, part, most=1 << 30) < 64 << 20  # with the system's buffers
 
 
+def test_a_refused_client_that_sends_nothing_more_is_closed(serve: Serve) -> None:
+    with serve(keys=("first",)) as running, connect(running) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 401")
+        # What the server sends is at its end at once; a moment later it takes nothing any more.
+        sent_until_cut(client, b" ", most=200, pause=0.1)
+
+
 def test_a_refusal_is_read_by_a_client_that_sends_first(serve: Serve) -> None:
     with serve(limits=replace(LIMITS, body_bytes=1000)) as running, connect(running) as client:
         client.sendall(request(b" " * 200_000))
