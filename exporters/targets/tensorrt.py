@@ -1,17 +1,11 @@
 """TensorRT: an engine for the GPU of this machine."""
 
-from collections.abc import Iterator
-
-from exporters.options import EngineRequest
 from exporters.packages import Package
-from exporters.target import Target
 from exporters.tensorrt import contract
 from exporters.tensorrt.library import Library
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.check import Check
+from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import PlatformError, UsageError
 from thanos_deploy.gpu import driver
-from thanos_deploy.progress import Announce
 
 LIBRARY = Library("tensorrt", Package("tensorrt", extra="tensorrt"), ahead_of_time=False)
 
@@ -35,40 +29,9 @@ def _architectures(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
     return (arch,)
 
 
-def _export(
-    bundle: Bundle, request: EngineRequest, *, overwrite: bool, announce: Announce
-) -> StageRecord:
-    from exporters.tensorrt import stage
-
-    return stage.export(
-        bundle,
-        request,
-        library=LIBRARY,
-        architectures=lambda: _architectures(bundle, request.architectures),
-        overwrite=overwrite,
-        announce=announce,
-    )
-
-
-def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
-    from exporters.tensorrt.stage import verify
-
-    return verify(bundle, stage, library=LIBRARY)
-
-
-TARGET = Target(
-    name=LIBRARY.target,
+TARGET = contract.target(
+    LIBRARY,
     summary="an engine for the GPU of this machine",
-    writes="engines/tensorrt-ARCH",
-    options=EngineRequest,
-    dtypes=contract.DTYPES,
-    several=True,
-    packages=(LIBRARY.package,),
     gpu=True,
-    export=_export,
-    verify=_verify,
-    size=None,
-    missing=contract.MISSING,
-    show=contract.show,
-    proof=contract.proof,
+    architectures=_architectures,
 )

@@ -1,14 +1,69 @@
 """What the targets that build engines share in their contracts."""
 
-from exporters.target import Missing, Table
+from collections.abc import Callable, Iterator
+
+from exporters.options import EngineRequest
+from exporters.target import Missing, Table, Target
+from exporters.tensorrt.library import Library
 from exporters.tensorrt.record import read_build
 from thanos_deploy.bundle.codec import Json, decode
 from thanos_deploy.bundle.engine_record import EngineResult, LayerProof
 from thanos_deploy.bundle.layout import engine_folder
-from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.check import Check
+from thanos_deploy.progress import Announce
 
-DTYPES = ("fp16", "fp32", "int8-qdq")
-MISSING = Missing("which layers run on sparse kernels", why="no engine was built")
+# What an engine is built for, such as ("sm90",), of a bundle and what was asked for.
+Architectures = Callable[[Bundle, tuple[str, ...]], tuple[str, ...]]
+
+
+def target(
+    library: Library, *, summary: str, gpu: bool, architectures: Architectures
+) -> Target[EngineRequest]:
+    """The contract of a target that builds engines with a library.
+
+    Args:
+        library: the library.
+        summary: see `Target`.
+        gpu: see `Target`.
+        architectures: called when the engine is about to be built.
+    """
+
+    def export(
+        bundle: Bundle, request: EngineRequest, *, overwrite: bool, announce: Announce
+    ) -> StageRecord:
+        from exporters.tensorrt import stage
+
+        return stage.export(
+            bundle,
+            request,
+            library=library,
+            architectures=lambda: architectures(bundle, request.architectures),
+            overwrite=overwrite,
+            announce=announce,
+        )
+
+    def verify(bundle: Bundle, stage: str) -> Iterator[Check]:
+        from exporters.tensorrt import stage as stages
+
+        return stages.verify(bundle, stage, library=library)
+
+    return Target(
+        name=library.target,
+        summary=summary,
+        writes=f"engines/{library.target}-ARCH",
+        options=EngineRequest,
+        dtypes=("fp16", "fp32", "int8-qdq"),
+        several=True,
+        packages=(library.package,),
+        gpu=gpu,
+        export=export,
+        verify=verify,
+        size=None,
+        missing=Missing("which layers run on sparse kernels", why="no engine was built"),
+        show=show,
+        proof=proof,
+    )
 
 
 def proof(bundle: Bundle, stage: str) -> tuple[LayerProof, ...]:
