@@ -14,7 +14,7 @@ from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.figures import Figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.records import Records
-from thanos_deploy.gpu.rows import GemmRow, Peaks, PruningRow
+from thanos_deploy.gpu.rows import GemmRow, ModelRow, Peaks, PruningRow
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -91,6 +91,8 @@ def _run(run: Records, found: Figures) -> Iterator[str]:
                 for one in found.passes
             ),
         )
+    if held := _memory(run):
+        yield _table(("model", "engine", "most memory, GB"), held)
     if products := list(_products(run)):
         yield _table(
             ("2:4 weight", "tokens", "dense, us", "fastest 2:4, us", "times as fast"), products
@@ -108,6 +110,16 @@ def _run(run: Records, found: Figures) -> Iterator[str]:
                 for row in pruned
             ),
         )
+
+
+def _memory(run: Records) -> list[tuple[str, str, str]]:
+    """The most memory that each model took in any of its passes."""
+    most: dict[tuple[str, str], int] = {}
+    for row in run.of(ModelRow):
+        if row.memory_bytes is not None:
+            key = (f"{row.model}, {row.dtype}", row.engine)
+            most[key] = max(row.memory_bytes, most.get(key, 0))
+    return [(*key, f"{held / 1e9:.1f}") for key, held in most.items()]
 
 
 def _products(run: Records) -> Iterator[tuple[str, ...]]:

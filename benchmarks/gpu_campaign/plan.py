@@ -76,7 +76,7 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
             )
             for kernel in KERNELS
         ),
-        Step("sanitizer", 35, sanitizer.rows, sparse),
+        Step("sanitizer", 60, sanitizer.rows, sparse),
         Step("gpu-tests:kernels", 25, partial(gpu_tests.rows, gpu_tests.KERNELS), ("gpu",)),
         *(
             Step(

@@ -1,10 +1,12 @@
 """This project's kernels under compute-sanitizer: no access outside its tensors, and no race."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from thanos_deploy.gpu.rows import CheckRow, Row
@@ -20,17 +22,24 @@ _FOUND = 99
 
 
 def rows(task: Task) -> Iterator[Row]:
-    """A row for each tool; for one of them in a rehearsal, where none is real."""
-    for tool in _TOOLS if task.device == "cuda" else _TOOLS[:1]:
-        yield check(tool, task.device)
+    """A row for each tool and kernel; for one tool in a rehearsal, where none is real.
+
+    All run at once, because nothing is timed and each keeps one processor busy.
+    """
+    tools = _TOOLS if task.device == "cuda" else _TOOLS[:1]
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(
+            lambda both: check(*both, task.device), itertools.product(tools, _KERNELS)
+        )
 
 
-def check(tool: str, device: str) -> CheckRow:
-    """Small products under one tool."""
+def check(tool: str, kernel: str, device: str) -> CheckRow:
+    """Small products of one kernel under one tool."""
+    name = f"{tool}, {kernel}"
     program = shutil.which(_NAME, path=os.pathsep.join((os.environ["PATH"], *_PLACES)))
     if program is None:
-        return CheckRow("sanitizer", tool, "SKIP", f"{_NAME} is not installed")
-    watched = [sys.executable, "-m", f"{__package__}.small_products", device, *_KERNELS]
+        return CheckRow("sanitizer", name, "SKIP", f"{_NAME} is not installed")
+    watched = [sys.executable, "-m", f"{__package__}.small_products", device, kernel]
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", str(_FOUND), *watched],
         cwd=Path(__file__).parents[2],
@@ -44,13 +53,13 @@ def check(tool: str, device: str) -> CheckRow:
     print(done.stdout, flush=True)
     told = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=====")]
     if done.returncode == 0:
-        return CheckRow("sanitizer", tool, "PASS", told[-1] if told else "nothing found")
+        return CheckRow("sanitizer", name, "PASS", told[-1] if told else "nothing found")
     if done.returncode == _FOUND:
         errors = [line for line in told if line and not line.startswith("COMPUTE-SANITIZER")]
         first = errors[0] if errors else "it does not say what"
         return CheckRow(
-            "sanitizer", tool, "FAIL", first, "read log.txt; do not use the kernel that it names"
+            "sanitizer", name, "FAIL", first, "read log.txt; do not use the kernel that it names"
         )
     last = (done.stdout.strip().splitlines() or ["nothing printed"])[-1]
     detail = f"ended with exit code {done.returncode}: {last}"
-    return CheckRow("sanitizer", tool, "FAIL", detail, "read log.txt")
+    return CheckRow("sanitizer", name, "FAIL", detail, "read log.txt")

@@ -2,8 +2,11 @@
 
 The subclass always takes algorithm 0, splits nothing, and returns a transposed view, which later
 attention kernels copy or refuse. Here the library searches, by running, for the fastest algorithm
-and division of the columns, once for each shape and padded number of tokens; and it writes the
-result as [tokens, outputs].
+and division of the columns, once for each shape and power of two that the tokens are padded to.
+
+In bf16 the library writes the result as [tokens, outputs]. In fp16 it compiles every product anew
+for that, 0.25 s each on an H100, and its search ends the process with an illegal instruction
+(torch 2.11, cuSPARSELt 0.8, every size that was tried); there the result is transposed afterwards.
 """
 
 from dataclasses import dataclass
@@ -88,27 +91,35 @@ def linear(
     assert x.shape[1] == weight.columns
     dense = torch.nn.functional.pad(x, (0, 0, 0, -tokens % _TOKENS_MULTIPLE)).contiguous().T
     algorithm = _searched(dense, weight, bias) if search else Algorithm()
+    transposed = _writes_transposed(x.dtype)
     y = torch._cslt_sparse_mm(
         weight.compressed,
         dense,
         bias=bias,
-        transpose_result=True,
+        transpose_result=transposed,
         alg_id=algorithm.number,
         split_k=algorithm.split_k,
         split_k_mode=algorithm.split_k_mode,
     )
-    return y[:tokens]
+    return y[:tokens] if transposed else y.T[:tokens].contiguous()
+
+
+def _writes_transposed(dtype: torch.dtype) -> bool:
+    """The library writes [tokens, outputs], and not [outputs, tokens], without harm."""
+    return dtype != torch.float16
 
 
 def _searched(dense: Tensor, weight: CusparseltWeight, bias: Tensor | None) -> Algorithm:
     """The fastest algorithm for dense [inputs, padded tokens]."""
+    tokens = 1 << (dense.shape[1] - 1).bit_length()
     product = _Product(
-        weight.rows, weight.columns, dense.shape[1], dense.dtype, bias is not None, dense.device
+        weight.rows, weight.columns, tokens, dense.dtype, bias is not None, dense.device
     )
     if product not in _found:
         library: Any = torch._C._cusparselt  # of CUDA builds; torch types none of it
+        full = torch.nn.functional.pad(dense.T, (0, 0, 0, tokens - dense.shape[1])).contiguous().T
         number, split_k, split_k_mode, _ = library.mm_search(
-            weight.compressed, dense, bias, None, None, True
+            weight.compressed, full, bias, None, None, _writes_transposed(dense.dtype)
         )
         _found[product] = Algorithm(number, split_k, split_k_mode)
     return _found[product]

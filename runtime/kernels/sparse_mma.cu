@@ -4,14 +4,9 @@
 // A block makes 128 rows of W times 8, 16, 32 or 64 tokens, in steps of 64 columns, of which three
 // are on their way while one is multiplied (cp.async). Each of the four warps makes 32 rows for all
 // tokens or, of 64 tokens, 64 rows for half of them. Where the rows are too few to occupy the GPU,
-// several blocks share a tile, each with some of the columns. Each leaves its sums in `partial`, and
-// the last to arrive adds them up in the order of the columns, so that the result is the same each
-// time.
+// gridDim.z blocks share a tile.
 //
-//   partial   float32 [tiles, gridDim.z, sums of a tile], or null where gridDim.z is 1
-//   arrivals  32 bit [tiles], zeros before and after
-//
-// For the other arguments and the layout of W see sparse_tile.cuh.
+// For the arguments and the layout of W see sparse_tile.cuh.
 
 #include "sparse_tile.cuh"
 
@@ -19,11 +14,6 @@ namespace mma {
 
 constexpr int STAGES = 4;
 constexpr int THREADS = 128;
-
-// Four sums at once.
-struct alignas(16) Sums {
-    float of[4];
-};
 
 #ifndef SIMULATED
 
@@ -87,18 +77,6 @@ struct alignas(128) Stage {
     u16 inputs[block_tokens * BLOCK_COLUMNS];
     u32 metadata[2][BLOCK_ROWS];
 };
-
-// Say that a block's partial sums are written. True for the last of the blocks of a tile, which
-// then sees those of all.
-__device__ __forceinline__ bool arrive_last(u32* arrived) {
-    __threadfence();
-    __syncthreads();
-    // Wraps around to 0, for the next launch.
-    const bool last = threadIdx.x == 0 && atomicInc(arrived, gridDim.z - 1) == gridDim.z - 1;
-    const bool all_there = __syncthreads_or(last);
-    __threadfence();
-    return all_there;
-}
 
 template <bool bfloat, int block_tokens>
 __device__ __forceinline__ void sparse_linear(const u16* values, const u32* metadata, const u16* x,
@@ -183,29 +161,12 @@ __device__ __forceinline__ void sparse_linear(const u16* values, const u32* meta
 
     if (splits > 1) {
         const int tile = blockIdx.y * gridDim.x + blockIdx.x;
-        constexpr int of_a_thread = row_tiles * token_tiles;
-        auto partial_of = [&](int which) {
-            return partial + (i64(tile) * splits + which) * of_a_thread * THREADS + thread;
-        };
-        Sums* own = partial_of(split);
-#pragma unroll
-        for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-            for (int j = 0; j < token_tiles; ++j) {
-                float(&s)[4] = sums[i][j];
-                own[(i * token_tiles + j) * THREADS] = {{s[0], s[1], s[2], s[3]}};
-                s[0] = s[1] = s[2] = s[3] = 0;
-            }
-        if (!arrive_last(&arrivals[tile])) return;
-        for (int which = 0; which < splits; ++which)
-#pragma unroll
-            for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-                for (int j = 0; j < token_tiles; ++j) {
-                    const Sums more = partial_of(which)[(i * token_tiles + j) * THREADS];
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) sums[i][j][r] += more.of[r];
-                }
+        const Shares shares{partial, arrivals, tile, split, splits};
+        constexpr int count = row_tiles * token_tiles;
+        float(&flat)[count][4] = reinterpret_cast<float(&)[count][4]>(sums);
+        leave(shares.of(split, count, THREADS), THREADS, flat);
+        if (!shares.arrive_last()) return;
+        gather(flat, shares, THREADS);
     }
 
     // No copy is on its way any more, so the stages' memory is free once all have multiplied.
@@ -229,7 +190,7 @@ __device__ __forceinline__ void sparse_linear(const u16* values, const u32* meta
 #define KERNEL(NAME, BFLOAT, BLOCK_TOKENS)                                                       \
     extern "C" __global__ void __launch_bounds__(mma::THREADS, 2)                                \
         NAME(const u16* values, const u32* metadata, const u16* x, const u16* bias, u16* y,      \
-             mma::Sums* partial, u32* arrivals, int rows, int columns, int tokens, int inputs,   \
+             Sums* partial, u32* arrivals, int rows, int columns, int tokens, int inputs,   \
              int outputs) {                                                                      \
         mma::sparse_linear<BFLOAT, BLOCK_TOKENS>(values, metadata, x, bias, y, partial, arrivals, \
                                                  rows, columns, tokens, inputs, outputs);        \

@@ -16,6 +16,7 @@ from thanos_deploy.model.packing import to_cutlass
 # As in sparse_tile.cuh.
 BLOCK_ROWS = 128
 BLOCK_COLUMNS = 64
+_ROWS_OF_WGMMA = 64
 
 # The host pads the rows of x to this, so that they are aligned to 16 bytes.
 _INPUTS_MULTIPLE = 8
@@ -26,6 +27,17 @@ _STEPS_AT_LEAST = 4
 
 # The tiles that several blocks may share; where they are more, they fill any GPU by themselves.
 _SHARED_TILES_AT_MOST = 1024
+
+# More tokens than these go to wgmma where there is one: with fewer, reading W is all that counts.
+_TOKENS_OF_MMA = 16
+
+# In clock cycles of an H100, for the choice among the kernels for wgmma: what shared memory takes
+# in and gives out, what a multiprocessor reads of the sums that others left, and what starting a
+# block and waiting for the others costs.
+_SHARED_BYTES_A_CYCLE = 115
+_PARTIAL_BYTES_A_CYCLE = 48
+_CYCLES_TO_START = 2500
+_CYCLES_TO_SHARE = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,11 @@ class Plan:
     token_blocks: int
     splits: int
 
+    @property
+    def tiles(self) -> int:
+        """Of y."""
+        return self.row_blocks * self.token_blocks
+
 
 def plan(
     rows: int, columns: int, tokens: int, capability: tuple[int, int], multiprocessors: int
@@ -105,26 +122,48 @@ def plan(
         capability: compute capability of the GPU.
         multiprocessors: of the GPU.
     """
-    row_blocks = rows // BLOCK_ROWS
-    most = MMA[-1].tokens
-    if tokens <= most or capability != (9, 0):
-        kernel = next((each for each in MMA if tokens <= each.tokens), MMA[-1])
-        tiles = row_blocks * -(-tokens // kernel.tokens)
-        splits = min(
-            kernel.blocks_wanted * multiprocessors // tiles,
-            columns // BLOCK_COLUMNS // _STEPS_AT_LEAST,
-        )
+    row_blocks, steps = rows // BLOCK_ROWS, columns // BLOCK_COLUMNS
+
+    def of(kernel: Kernel, splits: int) -> Plan:
+        return Plan(kernel, row_blocks, -(-tokens // kernel.tokens), splits)
+
+    def most_splits(kernel: Kernel) -> int:
+        """As many as run at a time."""
+        tiles = of(kernel, 1).tiles
         if tiles > _SHARED_TILES_AT_MOST:
-            splits = 1
-        return Plan(kernel, row_blocks, -(-tokens // kernel.tokens), max(splits, 1))
+            return 1
+        return max(
+            1, min(kernel.blocks_wanted * multiprocessors // tiles, steps // _STEPS_AT_LEAST)
+        )
 
-    def bytes_of_the_busiest(kernel: Kernel) -> int:
-        """What a multiprocessor copies for one step of all its tiles."""
-        tiles = row_blocks * -(-tokens // kernel.tokens)
-        return -(-tiles // multiprocessors) * kernel.stage_bytes
+    if tokens <= _TOKENS_OF_MMA or capability != (9, 0):
+        kernel = next((each for each in MMA if tokens <= each.tokens), MMA[-1])
+        return of(kernel, most_splits(kernel))
+    return min(
+        (of(kernel, splits) for kernel in WGMMA for splits in range(1, most_splits(kernel) + 1)),
+        key=lambda plan: _cycles(plan, steps, multiprocessors),
+    )
 
-    kernel = min(WGMMA, key=bytes_of_the_busiest)
-    return Plan(kernel, row_blocks, -(-tokens // kernel.tokens), 1)
+
+def _cycles(plan: Plan, steps: int, multiprocessors: int) -> float:
+    """About what a product by wgmma takes.
+
+    Shared memory is what it waits for: a step writes its stage, and reads x for every 64 rows of W.
+
+    Args:
+        plan: the product.
+        steps: of columns, of all splits.
+        multiprocessors: of the GPU.
+    """
+    kernel = plan.kernel
+    inputs_again = (BLOCK_ROWS // _ROWS_OF_WGMMA - 1) * kernel.tokens * BLOCK_COLUMNS * 2
+    step = (2 * kernel.stage_bytes + inputs_again) / _SHARED_BYTES_A_CYCLE
+    turns = -(-plan.tiles * plan.splits // multiprocessors)
+    cycles = turns * (_CYCLES_TO_START + -(-steps // plan.splits) * step)
+    if plan.splits > 1:
+        left = plan.splits * kernel.tokens * BLOCK_ROWS * 4
+        cycles += _CYCLES_TO_SHARE + left / _PARTIAL_BYTES_A_CYCLE
+    return cycles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,16 +238,16 @@ def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Te
         launch = cuda_module.kernel(
             x.device.index, kernel.source, kernel.name(x.dtype), kernel.threads, kernel.shared_bytes
         )
+        partial = _partial(x, chosen)
         if kernel in WGMMA:
             values = cuda_module.tensor_map(weight.values, BLOCK_ROWS, BLOCK_COLUMNS // 2)
             boxes = cuda_module.tensor_map(x, kernel.tokens, BLOCK_COLUMNS)
             launch(
-                (chosen.token_blocks * chosen.row_blocks, 1, 1),
-                [values, boxes, weight.metadata, bias, y],
+                (chosen.tiles, 1, chosen.splits),
+                [values, boxes, weight.metadata, bias, y, partial, weight.arrivals],
                 [rows, columns, tokens, weight.rows],
             )
         else:
-            partial = _partial(x, chosen)
             launch(
                 (chosen.token_blocks, chosen.row_blocks, chosen.splits),
                 [weight.values, weight.metadata, x, bias, y, partial, weight.arrivals],
@@ -230,5 +269,4 @@ def _partial(x: Tensor, chosen: Plan) -> Tensor | None:
     if chosen.splits == 1:
         return None
     sums = chosen.kernel.tokens * BLOCK_ROWS
-    tiles = chosen.row_blocks * chosen.token_blocks
-    return x.new_empty(tiles, chosen.splits, sums, dtype=torch.float32)
+    return x.new_empty(chosen.tiles, chosen.splits, sums, dtype=torch.float32)

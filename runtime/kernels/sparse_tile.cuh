@@ -72,6 +72,64 @@ __device__ __forceinline__ u16 narrow(float value) {
 // the lanes of a warp write in different banks.
 constexpr int STAGED_ROW = BLOCK_ROWS + 8;
 
+// Four sums at once.
+struct alignas(16) Sums {
+    float of[4];
+};
+
+// Where the blocks that share a tile, each with some of the columns, leave their sums. The last to
+// arrive adds them up in the order of the columns, so that the result is the same each time.
+//
+//   partial   [tiles, splits, sums of a tile], or null where there is one split
+//   arrivals  [tiles], zeros before and after
+struct Shares {
+    Sums* partial;
+    u32* arrivals;
+    int tile, split, splits;
+
+    // The sums of one split, of a thread: those of one tile of 16 x 8 are `threads` apart.
+    __device__ __forceinline__ Sums* of(int which, int tiles_of_a_thread, int threads) const {
+        return partial + (i64(tile) * splits + which) * tiles_of_a_thread * threads + threadIdx.x;
+    }
+
+    // All threads say that the sums of their block are written. True in the last of the blocks,
+    // which then sees those of all.
+    __device__ __forceinline__ bool arrive_last() const {
+        __threadfence();
+        __syncthreads();
+        // Wraps around to 0, for the next launch.
+        const bool last =
+            threadIdx.x == 0 && atomicInc(&arrivals[tile], splits - 1) == u32(splits - 1);
+        const bool all_there = __syncthreads_or(last);
+        __threadfence();
+        return all_there;
+    }
+};
+
+template <int count>
+__device__ __forceinline__ void leave(Sums* own, int threads, const float (&sums)[count][4]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+        own[i * threads] = {{sums[i][0], sums[i][1], sums[i][2], sums[i][3]}};
+}
+
+template <int count>
+__device__ __forceinline__ void add(float (&sums)[count][4], const Sums* more, int threads) {
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sums[i][r] += more[i * threads].of[r];
+}
+
+// Add up what every split left, from zero, in the order of the columns.
+template <int count>
+__device__ __forceinline__ void gather(float (&sums)[count][4], const Shares& shares, int threads) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
+    for (int which = 0; which < shares.splits; ++which)
+        add(sums, shares.of(which, count, threads), threads);
+}
+
 // Where a tile of y lies.
 struct Place {
     int first_row, first_token;

@@ -5,7 +5,8 @@
 // (TMA), up to four steps ahead, and two warpgroups multiply, each 64 rows by wgmma of
 // 64 x tokens x 32, both operands in shared memory. A stage goes round between them: `full` says
 // that its copies have arrived, `empty` that every warp has multiplied it. While one warpgroup waits
-// for its products, those of the other are made.
+// for its products, those of the other are made. Where the tiles are too few to occupy the GPU,
+// gridDim.z blocks share one.
 //
 // For the layout of W see sparse_tile.cuh. A warp of wgmma takes 16 rows, and the lanes 4 g and
 // 4 g + 1 of it say where the values of rows g and g + 8 are.
@@ -114,10 +115,6 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 }
 
-__device__ __forceinline__ void synchronize_consumers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-}
-
 #define TEN(d)                                                                              \
     "%" #d "0, %" #d "1, %" #d "2, %" #d "3, %" #d "4, %" #d "5, %" #d "6, %" #d "7, %" #d \
     "8, %" #d "9, "
@@ -197,11 +194,16 @@ __device__ __forceinline__ Place place(int block, int rows, int tokens, int bloc
 template <bool bfloat, int block_tokens>
 __device__ __forceinline__ void sparse_linear(const TensorMap* values, const TensorMap* x,
                                               const u32* metadata, const u16* bias, u16* y,
-                                              int rows, int columns, int tokens, int outputs) {
+                                              Sums* partial, u32* arrivals, int rows, int columns,
+                                              int tokens, int outputs) {
     Shared<block_tokens>& shared = *reinterpret_cast<Shared<block_tokens>*>(shared_memory);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const bool consumer = thread < CONSUMERS;
     const Place at = place(blockIdx.x, rows, tokens, block_tokens);
-    const int steps = columns / BLOCK_COLUMNS;
+
+    const int all_steps = columns / BLOCK_COLUMNS, splits = gridDim.z, split = blockIdx.z;
+    const int first_step = i64(all_steps) * split / splits;
+    const int steps = i64(all_steps) * (split + 1) / splits - first_step;
 
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -212,56 +214,67 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
     }
     __syncthreads();
 
-    if (thread >= CONSUMERS) {
-        if (lane != 0) return;
-        for (int step = 0; step < steps; ++step) {
+    const int group_row = warp / 4 * 64, warp_row = warp * 16;
+    float sums[block_tokens / 8][4] = {};
+    if (!consumer) {
+        for (int step = 0; lane == 0 && step < steps; ++step) {
             Stage<block_tokens>& stage = shared.stages[step % STAGES];
             Barrier* full = &shared.full[step % STAGES];
             if (step >= STAGES) wait_for_phase(&shared.empty[step % STAGES], step / STAGES - 1);
             arrive_and_expect(full, sizeof stage.values + sizeof stage.inputs + sizeof stage.metadata);
-            copy_box(stage.values, values, step * BLOCK_COLUMNS / 2, at.first_row, full);
-            copy_box(stage.inputs, x, step * BLOCK_COLUMNS, at.first_token, full);
+            const int column = (first_step + step) * BLOCK_COLUMNS;
+            copy_box(stage.values, values, column / 2, at.first_row, full);
+            copy_box(stage.inputs, x, column, at.first_token, full);
             for (int half = 0; half < 2; ++half)
-                copy_bytes(stage.metadata[half],
-                           metadata + i64(step * 2 + half) * rows + at.first_row,
+                copy_bytes(stage.metadata[half], metadata + i64(column / 32 + half) * rows + at.first_row,
                            sizeof stage.metadata[half], full);
         }
-        return;
-    }
-
-    const int group_row = warp / 4 * 64, warp_row = warp * 16;
-    // The selector is the same for all warps, so a warp takes the two lanes' words that it needs.
-    const int word_at = warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 + lane % 2;
-    float sums[block_tokens / 8][4] = {};
-    for (int step = 0; step < steps; ++step) {
-        const Stage<block_tokens>& stage = shared.stages[step % STAGES];
-        wait_for_phase(&shared.full[step % STAGES], step / STAGES);
-        u32 words[2];
-        for (int half = 0; half < 2; ++half) words[half] = stage.metadata[half][word_at];
-        begin_products();
+    } else {
+        // The selector is the same for all warps, so a warp takes the two lanes' words that it needs.
+        const int word_at = warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 + lane % 2;
+        for (int step = 0; step < steps; ++step) {
+            const Stage<block_tokens>& stage = shared.stages[step % STAGES];
+            wait_for_phase(&shared.full[step % STAGES], step / STAGES);
+            u32 words[2];
+            for (int half = 0; half < 2; ++half) words[half] = stage.metadata[half][word_at];
+            begin_products();
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            multiply<bfloat>(
-                sums,
-                describe<BLOCK_COLUMNS>(&stage.values[group_row * (BLOCK_COLUMNS / 2) + half * 16]),
-                describe<BLOCK_COLUMNS * 2>(&stage.inputs[half * 32]), words[half]);
-        commit_products();
-        // The products read `words`, so these may not change before. Meanwhile the other warpgroup
-        // keeps the tensor cores occupied.
-        wait_for_products<0>();
-        if (lane == 0) arrive(&shared.empty[step % STAGES]);
+            for (int half = 0; half < 2; ++half)
+                multiply<bfloat>(
+                    sums,
+                    describe<BLOCK_COLUMNS>(
+                        &stage.values[group_row * (BLOCK_COLUMNS / 2) + half * 16]),
+                    describe<BLOCK_COLUMNS * 2>(&stage.inputs[half * 32]), words[half]);
+            commit_products();
+            // The products read `words`, so these may not change before: with products on their way
+            // while the next words are loaded, ptxas puts a wait behind every one (C7513). Meanwhile
+            // the other warpgroup keeps the tensor cores occupied.
+            wait_for_products<0>();
+            if (lane == 0) arrive(&shared.empty[step % STAGES]);
+        }
+    }
+    __syncwarp();
+
+    if (splits > 1) {
+        const Shares shares{partial, arrivals, int(blockIdx.x), split, splits};
+        constexpr int count = block_tokens / 8;
+        if (consumer) leave(shares.of(split, count, CONSUMERS), CONSUMERS, sums);
+        if (!shares.arrive_last()) return;
+        if (consumer) gather(sums, shares, CONSUMERS);
     }
 
     // Every copy has arrived, so the stages' memory is free once all have multiplied.
     u16* staged = reinterpret_cast<u16*>(shared_memory);
-    synchronize_consumers();
-    float offset[2];
-    load_bias<bfloat>(offset, bias, at.first_row + warp_row, outputs, lane);
+    __syncthreads();
+    if (consumer) {
+        float offset[2];
+        load_bias<bfloat>(offset, bias, at.first_row + warp_row, outputs, lane);
 #pragma unroll
-    for (int j = 0; j < block_tokens / 8; ++j)
-        stage_sums<bfloat>(staged, sums[j], warp_row, j * 8, offset, lane);
-    synchronize_consumers();
-    write_tile<block_tokens, CONSUMERS>(staged, y, at, tokens, outputs, thread);
+        for (int j = 0; j < block_tokens / 8; ++j)
+            stage_sums<bfloat>(staged, sums[j], warp_row, j * 8, offset, lane);
+    }
+    __syncthreads();
+    if (consumer) write_tile<block_tokens, CONSUMERS>(staged, y, at, tokens, outputs, thread);
 }
 
 }  // namespace wgmma
@@ -270,9 +283,10 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
     extern "C" __global__ void __launch_bounds__(wgmma::THREADS, 1)                                \
         NAME(const __grid_constant__ wgmma::TensorMap values,                                      \
              const __grid_constant__ wgmma::TensorMap x, const u32* metadata, const u16* bias,     \
-             u16* y, int rows, int columns, int tokens, int outputs) {                             \
-        wgmma::sparse_linear<BFLOAT, BLOCK_TOKENS>(&values, &x, metadata, bias, y, rows, columns,  \
-                                                   tokens, outputs);                               \
+             u16* y, Sums* partial, u32* arrivals, int rows, int columns, int tokens,              \
+             int outputs) {                                                                        \
+        wgmma::sparse_linear<BFLOAT, BLOCK_TOKENS>(&values, &x, metadata, bias, y, partial,        \
+                                                   arrivals, rows, columns, tokens, outputs);      \
     }
 
 KERNEL(sparse_wgmma_64_float16, false, 64)

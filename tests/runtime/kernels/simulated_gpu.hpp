@@ -67,7 +67,7 @@ struct Warp {
 };
 
 struct Block {
-    std::barrier<> all, consumers{256};
+    std::barrier<> all;
     std::atomic<bool> any = false;
     std::vector<Warp> warps;
     explicit Block(int threads) : all(threads), warps(threads / 32) {}
@@ -92,6 +92,8 @@ static bool __syncthreads_or(bool value) {
     __syncthreads();
     return any;
 }
+
+static void __syncwarp() { warp->meet.arrive_and_wait(); }
 
 static void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
@@ -311,8 +313,6 @@ static void wait_for_products() {
     products.wait(left, [](const std::function<void()>& product) { product(); });
     warp->meet.arrive_and_wait();
 }
-
-static void synchronize_consumers() { block->consumers.arrive_and_wait(); }
 
 // wgmma.mma_async.sp.m64nNk32, the 16 rows of one warp.
 template <bool bfloat, int tiles>

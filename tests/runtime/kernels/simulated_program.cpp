@@ -26,23 +26,25 @@ int main(int, char** arguments) {
     std::vector<u16> y(std::size_t(tokens) * outputs, 0xffff);  // NaN, should one be left out
     const int wide = (tokens + block_tokens - 1) / block_tokens, high = rows / BLOCK_ROWS;
 
+    const int tiles = splits > 1 ? wide * high : 0;
+    std::vector<Sums> partial(std::size_t(tiles) * splits * block_tokens * BLOCK_ROWS / 4,
+                              {{NAN, NAN, NAN, NAN}});
+    std::vector<u32> arrivals(tiles);
+
     if (const auto found = mma_kernels.find(name); found != mma_kernels.end()) {
-        const std::size_t sums = splits > 1 ? wide * high * splits * block_tokens * BLOCK_ROWS : 0;
-        std::vector<mma::Sums> partial(sums / 4, {{NAN, NAN, NAN, NAN}});
-        std::vector<u32> arrivals(splits > 1 ? wide * high : 0);
         run({wide, high, splits}, threads, shared_bytes, [&] {
             found->second(values.data(), metadata.data(), x.data(), bias, y.data(), partial.data(),
                           arrivals.data(), rows, columns, tokens, inputs, outputs);
         });
-        for (const u32 arrived : arrivals)
-            if (arrived) std::abort();  // the next launch counts from 0
     } else {
         const wgmma::TensorMap a{values.data(), rows, columns / 2, BLOCK_ROWS, BLOCK_COLUMNS / 2};
         const wgmma::TensorMap b{x.data(), tokens, inputs, block_tokens, BLOCK_COLUMNS};
-        run({wide * high, 1, 1}, threads, shared_bytes + MORE_BYTES, [&] {
-            wgmma_kernels.at(name)(a, b, metadata.data(), bias, y.data(), rows, columns, tokens,
-                                   outputs);
+        run({wide * high, 1, splits}, threads, shared_bytes + MORE_BYTES, [&] {
+            wgmma_kernels.at(name)(a, b, metadata.data(), bias, y.data(), partial.data(),
+                                   arrivals.data(), rows, columns, tokens, outputs);
         });
     }
+    for (const u32 arrived : arrivals)
+        if (arrived) std::abort();  // the next launch counts from 0
     std::fwrite(y.data(), sizeof(u16), y.size(), stdout);
 }

@@ -109,7 +109,8 @@ class Library:
         dtype: torch.dtype | None,
         transpose_result: bool,
     ) -> tuple[int, int, int, int]:
-        assert (alpha, dtype, transpose_result) == (None, None, True)
+        assert (alpha, dtype) == (None, None)
+        assert transpose_result == (dense.dtype == torch.bfloat16)
         self.searched.append(dense.shape[1])
         return 3, 2, 1, 9
 
@@ -124,12 +125,13 @@ class Library:
         split_k: int,
         split_k_mode: int,
     ) -> Tensor:
-        assert transpose_result
+        assert transpose_result == (dense.dtype == torch.bfloat16)
         assert dense.shape[1] % 8 == 0
         assert dense.T.is_contiguous()
         self.taken.append(Algorithm(alg_id, split_k, split_k_mode))
         product = dense.T.float() @ compressed.float().T
-        return (product + (0 if bias is None else bias.float())).to(dense.dtype)
+        y = (product + (0 if bias is None else bias.float())).to(dense.dtype)
+        return y if transpose_result else y.T.contiguous()
 
 
 @pytest.fixture
@@ -143,21 +145,22 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return stand_in
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_cusparselt_searches_once_for_each_shape_and_padded_number_of_tokens(
-    library: Library, bias: bool
+def test_cusparselt_searches_once_for_each_shape_and_power_of_two_of_tokens(
+    library: Library, bias: bool, dtype: torch.dtype
 ) -> None:
-    weight = two_four(32, 64, torch.float16)
-    other = CusparseltWeight.of(two_four(64, 64, torch.float16))
+    weight = two_four(32, 64, dtype)
+    other = CusparseltWeight.of(two_four(64, 64, dtype))
     compressed = CusparseltWeight.of(weight)
-    for tokens in (1, 5, 8, 9, 16):
-        x, b = inputs(tokens, 32, 64, torch.float16, bias=bias)
+    for tokens in (1, 5, 8, 9, 16, 17, 30):
+        x, b = inputs(tokens, 32, 64, dtype, bias=bias)
         y = cusparselt.linear(x, compressed, b)
         assert y.is_contiguous()
         require_close(y, x, weight, b)
-    assert library.searched == [8, 16]
-    cusparselt.linear(inputs(3, 64, 64, torch.float16, bias=False)[0], other)
-    assert library.searched == [8, 16, 8]
+    assert library.searched == [8, 16, 32]
+    cusparselt.linear(inputs(3, 64, 64, dtype, bias=False)[0], other)
+    assert library.searched == [8, 16, 32, 8]
     assert set(library.taken) == {Algorithm(3, 2, 1)}
 
 
@@ -168,14 +171,16 @@ def test_cusparselt_without_a_search_takes_what_torch_takes(library: Library) ->
     assert library.taken == [Algorithm(0, 1, -1)]
 
 
-def test_torch_s_operator_takes_what_is_given_and_returns_tokens_by_outputs() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_torch_s_operator_takes_what_is_given_and_returns_tokens_by_outputs(
+    dtype: torch.dtype,
+) -> None:
     # Tensors without values, on which torch's own rules of shapes and dtypes run.
     x, bias, compressed = (
-        torch.empty(shape, dtype=torch.float16, device="meta")
-        for shape in [(13, 64), (32,), (32, 36)]
+        torch.empty(shape, dtype=dtype, device="meta") for shape in [(13, 64), (32,), (32, 36)]
     )
     y = cusparselt.linear(x, CusparseltWeight(compressed, 32, 64), bias, search=False)
-    assert (y.device.type, y.shape, y.dtype) == ("meta", (13, 32), torch.float16)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (13, 32), dtype)
     assert y.is_contiguous()
 
 

@@ -120,7 +120,8 @@ SIMULATED = [
     (MMA[3], 136, 192, 64, 3, torch.bfloat16),
     (WGMMA[0], 37, 148, 1, 1, torch.float16),
     (WGMMA[0], 130, 576, 70, 1, torch.bfloat16),
-    (WGMMA[1], 136, 320, 130, 1, torch.float16),
+    (WGMMA[0], 130, 576, 33, 3, torch.float16),
+    (WGMMA[1], 136, 320, 130, 2, torch.float16),
     (WGMMA[1], 128, 64, 17, 1, torch.bfloat16),
     (WGMMA[2], 128, 576, 258, 1, torch.float16),
     (WGMMA[2], 37, 148, 20, 1, torch.bfloat16),
@@ -151,8 +152,8 @@ def test_the_kernels_on_a_simulated_gpu_give_the_product_without_race_or_stray_a
 @needs_gxx
 def test_the_host_launches_each_kernel_with_what_it_takes(tmp_path: Path) -> None:
     with simulated_gpu.driver(tmp_path):
-        # Blocks that share a tile and count themselves, a tile for each block, and wgmma.
-        for rows, columns, tokens in ((37, 1028, 5), (130, 68, 17), (37, 148, 70)):
+        # mma with blocks that share a tile and count themselves; wgmma without and with them.
+        for rows, columns, tokens in ((37, 1028, 5), (130, 68, 17), (37, 1028, 70)):
             weight = two_four(rows, columns, torch.bfloat16)
             packed = SparseMmaWeight.of(weight)
             x, bias = inputs(tokens, rows, columns, torch.bfloat16, bias=True)
@@ -200,8 +201,9 @@ def test_a_plan_covers_the_product_with_a_kernel_that_the_gpu_has(
     [
         (4096, 4096, 1, MMA[0], 256),
         (1024, 4096, 16, MMA[1], 128),
-        (4096, 14336, 64, MMA[3], 128),
-        (4096, 4096, 256, WGMMA[0], 128),
+        (1024, 4096, 64, WGMMA[0], 48),
+        (4096, 14336, 64, WGMMA[0], 128),
+        (4096, 4096, 256, WGMMA[1], 128),
         (14336, 4096, 256, WGMMA[2], 112),
         (1024, 4096, 2048, WGMMA[1], 128),
         (4096, 4096, 2048, WGMMA[2], 256),
