@@ -14,7 +14,7 @@ from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.figures import Figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.records import Records
-from thanos_deploy.gpu.rows import GemmRow, ModelRow, Peaks, PruningRow
+from thanos_deploy.gpu.rows import ModelRow, Peaks, PruningRow
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -93,9 +93,19 @@ def _run(run: Records, found: Figures) -> Iterator[str]:
         )
     if held := _memory(run):
         yield _table(("model", "engine", "most memory, GB"), held)
-    if products := list(_products(run)):
+    if found.products:
         yield _table(
-            ("2:4 weight", "tokens", "dense, us", "fastest 2:4, us", "times as fast"), products
+            ("2:4 weight", "tokens", "dense, us", "fastest 2:4, us", "times as fast"),
+            (
+                (
+                    f"{one.outputs} x {one.inputs}, {one.dtype}",
+                    str(one.tokens),
+                    f"{1e6 * one.dense_seconds:.1f}",
+                    f"{1e6 * one.seconds:.1f} ({one.kernel})",
+                    f"{one.speed:.2f}",
+                )
+                for one in found.products
+            ),
         )
     if pruned := [row for row in run.of(PruningRow) if row.seconds is not None]:
         yield _table(
@@ -120,27 +130,6 @@ def _memory(run: Records) -> list[tuple[str, str, str]]:
             key = (f"{row.model}, {row.dtype}", row.engine)
             most[key] = max(row.memory_bytes, most.get(key, 0))
     return [(*key, f"{held / 1e9:.1f}") for key, held in most.items()]
-
-
-def _products(run: Records) -> Iterator[tuple[str, ...]]:
-    """The dense product and the fastest kernel for every weight and number of tokens."""
-    timed: dict[tuple[int, int, str, int], dict[str, GemmRow]] = {}
-    for row in run.of(GemmRow):
-        if row.seconds:
-            where = (row.outputs, row.inputs, row.dtype, row.tokens)
-            timed.setdefault(where, {})[row.kernel] = row
-    for (outputs, inputs, dtype, tokens), kernels in timed.items():
-        dense = kernels.pop("dense", None)
-        if dense is None or not kernels:
-            continue
-        best = min(kernels.values(), key=lambda row: row.median)
-        yield (
-            f"{outputs} x {inputs}, {dtype}",
-            str(tokens),
-            f"{1e6 * dense.median:.1f}",
-            f"{1e6 * best.median:.1f} ({best.kernel})",
-            f"{dense.median / best.median:.2f}",
-        )
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:

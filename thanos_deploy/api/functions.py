@@ -272,7 +272,7 @@ def plan(
     batch: Sequence[Positive] = (1, 8),
     prompt: Positive = 512,
     new_tokens: Positive = 128,
-    dtype: Literal["fp16", "bf16", "int8", "fp8"] = "fp16",
+    dtype: Literal["fp16", "bf16", "int8", "fp8"] = "bf16",
     measured: str | PathLike[str] | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -289,7 +289,8 @@ def plan(
         prompt: tokens of each.
         new_tokens: tokens generated after it.
         dtype: of the blocks' linear layers.
-        measured: a file of measured matrix products of that GPU, such as `gpu-check` writes.
+        measured: a file of measured matrix products of that GPU, such as `gpu-check` writes; by
+            default the published ones, where that GPU was measured.
         revision: branch, tag or commit of a hub model.
         progress: told how far the conversion of a GGUF file is.
 
@@ -304,13 +305,17 @@ def plan(
     from thanos_deploy.forecast import datasheets
     from thanos_deploy.forecast.forecast import Generation
     from thanos_deploy.forecast.forecast import plan as forecast
-    from thanos_deploy.forecast.measurements import read_measurements
+    from thanos_deploy.forecast.measurements import published_measurements, read_measurements
     from thanos_deploy.forecast.roofline import Setting
     from thanos_deploy.model.locate import LocatedModel
     from thanos_deploy.stages.plan import outline
 
     product = datasheets.find(gpu)
-    known = read_measurements(Path(measured), product, dtype) if measured is not None else ()
+    known = (
+        published_measurements(product, dtype)
+        if measured is None
+        else read_measurements(Path(measured), product, dtype)
+    )
     found = _requests.model(model)
     return forecast(
         outline(found, revision=revision, announce=_requests.announce(progress)),

@@ -73,8 +73,8 @@ class Integers(click.ParamType[tuple[int, ...]]):
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp16", "bf16", "int8", "fp8"]),
-    default="fp16",
+    type=click.Choice(["bf16", "fp16", "int8", "fp8"]),
+    default="bf16",
     show_default=True,
     help="dtype of the blocks' linear layers.",
 )
@@ -83,7 +83,7 @@ class Integers(click.ParamType[tuple[int, ...]]):
     type=click.Path(path_type=Path),
     help="File with matrix products measured on that GPU, written by `gpu-check`, by "
     "`python -m benchmarks.semi_structured`, or from benchmarks/results/gpu. A product of similar "
-    "size replaces the roofline.",
+    "size replaces the roofline.  [default: the published products, where that GPU was measured]",
 )
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @revision_option

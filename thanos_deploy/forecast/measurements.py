@@ -1,4 +1,4 @@
-"""Matrix products that were measured on a GPU, for `plan --measured`.
+"""Matrix products that were measured on a GPU, for `plan`: those of a file, or the published ones.
 
 A file is a document of `gpu.records`, as the GPU campaign and `gpu-check` write it, or the table of
 benchmarks/semi_structured.py.
@@ -15,6 +15,7 @@ from typing import Any
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.forecast.datasheets import Datasheet, find
 from thanos_deploy.forecast.roofline import Measurement
+from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.rows import GemmRow
 
@@ -64,6 +65,27 @@ def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measureme
             fix="give the --gpu and --dtype that were measured, or leave --measured out",
         )
     return found
+
+
+def published_measurements(gpu: Datasheet, dtype: str) -> tuple[Measurement, ...]:
+    """The products of the newest published run on a GPU that counts; none if there is no such run.
+
+    Args:
+        gpu: what has to have been measured on.
+        dtype: "fp16", "bf16", ..., likewise.
+    """
+    for run in gpu_figures.published():
+        if _is(gpu, run.card) and not run.reasons:
+            found = tuple(
+                Measurement(
+                    one.tokens, one.outputs, one.inputs, one.dense_seconds, sparse=one.seconds
+                )
+                for one in run.products
+                if one.dtype == dtype
+            )
+            if found:
+                return found
+    return ()
 
 
 def _read(path: Path) -> Iterator[_Product]:

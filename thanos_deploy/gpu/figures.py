@@ -1,5 +1,7 @@
 """The published figures of each pattern on GPUs, and the sentences about them.
 
+The products among them also replace the roofline in `plan`.
+
 The figures are worked out from the records of benchmarks/results/gpu; `python -m
 benchmarks.gpu_figures` writes them to figures.json beside this file, which is installed with
 the package. So a sentence about a GPU is that of a file, or "not measured (no GPU)". Standard
@@ -14,7 +16,7 @@ from importlib import resources
 
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.records import Records
-from thanos_deploy.gpu.rows import ModelRow
+from thanos_deploy.gpu.rows import GemmRow, ModelRow
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 
 FILE = "figures.json"
@@ -60,14 +62,41 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """One matrix product [tokens, inputs] x [inputs, outputs], dense and with a 2:4 weight.
+
+    Attributes:
+        dtype: "fp16" or "bf16".
+        tokens, outputs, inputs: the sizes.
+        dense_seconds: median of the dense product.
+        kernel: the fastest for 2:4.
+        seconds: its median.
+    """
+
+    dtype: str
+    tokens: int
+    outputs: int
+    inputs: int
+    dense_seconds: float
+    kernel: str
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast as the dense product."""
+        return self.dense_seconds / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """What one run showed of whole models.
+    """What one run showed of whole models, and of matrix products.
 
     Attributes:
         card: name of the GPU.
         date, command: when and how it was measured.
         reasons: why the times are not to be trusted; empty for a valid run.
         passes: those that were timed with the dense model too.
+        products: likewise.
     """
 
     card: str
@@ -75,6 +104,7 @@ class Figures:
     command: str
     reasons: tuple[str, ...]
     passes: tuple[Pass, ...]
+    products: tuple[Product, ...]
 
 
 def figures(records: Records) -> Figures | None:
@@ -104,7 +134,23 @@ def figures(records: Records) -> Figures | None:
         for (model, *where), row in fastest.items()
         if model != _DENSE and (dense := fastest.get((_DENSE, *where)))  # type: ignore[arg-type]
     )
-    return Figures(card.name, card.date, card.command, records.reasons, passes)
+    return Figures(
+        card.name, card.date, card.command, records.reasons, passes, tuple(_products(records))
+    )
+
+
+def _products(records: Records) -> Iterator[Product]:
+    """The dense product and the fastest kernel for every weight and number of tokens."""
+    timed: dict[tuple[str, int, int, int], dict[str, GemmRow]] = {}
+    for row in records.of(GemmRow):
+        if row.seconds:
+            where = (row.dtype, row.tokens, row.outputs, row.inputs)
+            timed.setdefault(where, {})[row.kernel] = row
+    for where, kernels in timed.items():
+        dense = kernels.pop(_DENSE, None)
+        if dense is not None and kernels:
+            best = min(kernels.values(), key=lambda row: row.median)
+            yield Product(*where, dense.median, best.kernel, best.median)
 
 
 def to_json(runs: Sequence[Figures]) -> str:
@@ -120,6 +166,7 @@ def from_json(text: str) -> tuple[Figures, ...]:
             | {
                 "reasons": tuple(run["reasons"]),
                 "passes": tuple(Pass(**one) for one in run["passes"]),
+                "products": tuple(Product(**one) for one in run["products"]),
             }
         )
         for run in json.loads(text)

@@ -21,7 +21,7 @@ from thanos_deploy.forecast.forecast import (
     plan,
     variant,
 )
-from thanos_deploy.forecast.measurements import read_measurements
+from thanos_deploy.forecast.measurements import published_measurements, read_measurements
 from thanos_deploy.forecast.roofline import (
     FITTED,
     Architecture,
@@ -32,6 +32,7 @@ from thanos_deploy.forecast.roofline import (
     Setting,
     Step,
 )
+from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import StepRow
@@ -344,3 +345,19 @@ def test_a_gpu_is_found_by_either_name_and_an_unknown_one_lists_the_known() -> N
 def test_a_dtype_without_tensor_cores_is_refused() -> None:
     with pytest.raises(UsageError, match="A10 has no tensor cores for fp8"):
         Setting(find("A10"), "fp8")
+
+
+def test_published_products_are_taken_for_the_gpu_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = replace(CARD, name="NVIDIA H100 80GB HBM3")
+    run = gpu_figures.figures(Records((card, *ROWS[1:])))
+    assert run is not None
+    doubtful = replace(run, date="2027-01-01", reasons=("another process used the GPU",))
+    monkeypatch.setattr(gpu_figures, "published", lambda: (doubtful, run))
+    expected = Measurement(m=1, n=14336, k=4096, dense=4e-5, sparse=2.5e-5)
+    assert published_measurements(find("H100"), "bf16") == (expected,)
+    assert published_measurements(find("H100"), "fp16") == ()
+    assert published_measurements(find("A100"), "bf16") == ()
+    monkeypatch.setattr(gpu_figures, "published", lambda: (doubtful,))
+    assert published_measurements(find("H100"), "bf16") == ()

@@ -35,6 +35,15 @@ def test_each_pass_is_the_fastest_engine_beside_the_fastest_dense_one() -> None:
     assert cut.speed == pytest.approx(1.25)
 
 
+def test_each_product_is_the_fastest_kernel_beside_the_dense_one() -> None:
+    found = figures(RECORDS)
+    assert found is not None
+    (product,) = found.products
+    assert (product.outputs, product.inputs, product.tokens) == (14336, 4096, 1)
+    assert (product.kernel, product.dtype) == ("triton", "bf16")
+    assert product.speed == pytest.approx(40 / 25)
+
+
 def test_a_rehearsal_shows_nothing() -> None:
     assert figures(Records((replace(CARD, device="cpu"), *ROWS[1:]))) is None
     assert figures(Records(())) is None
