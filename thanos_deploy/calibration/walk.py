@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thanos_deploy.calibration import passes
 from thanos_deploy.calibration.activations import Activations, StoredInputs
 from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.calibration.journal import Journal, Report
@@ -80,7 +81,7 @@ class Visit:
         dense: the same data in the dense model, at its own copy of the block; None if that was not
             asked for.
         dtypes: name of each of its parameters -> the dtype in which it will be written.
-        can_wait: forward passes may wait inside the block; see `WAITING_BYTES`.
+        can_wait: forward passes may wait inside the block; see the function of this name.
         clock: where its time went; the walk adds "forward" and "journal" when it goes on to the
             next block.
         untouched: names of parameters that are to be written as they are in the checkpoint, to the
@@ -269,7 +270,7 @@ def _visits(
                 walk=Walk(index, running, walks["pruned"]),
                 dense=None if dense is None else Walk(index, dense, walks["dense"]),
                 dtypes=files.dtypes(block, structure.prefix),
-                can_wait=waiting_bytes(checkpoint, segments, len(walks), forward) <= WAITING_BYTES,
+                can_wait=can_wait(checkpoint, segments, len(walks), forward),
                 clock=Clock(device=device),
             )
             yield visit
@@ -368,6 +369,11 @@ def _activation_dtype(checkpoint: Checkpoint, forward: torch.dtype) -> torch.dty
     """That in which blocks run, or that of the weights if it is smaller."""
     weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
     return min(forward, weights, key=lambda dtype: dtype.itemsize)
+
+
+def can_wait(checkpoint: Checkpoint, segments: Tensor, ways: int, forward: torch.dtype) -> bool:
+    """Passes can wait inside a block; for the arguments see `waiting_bytes`."""
+    return passes.can_wait() and waiting_bytes(checkpoint, segments, ways, forward) <= WAITING_BYTES
 
 
 def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int, forward: torch.dtype) -> int:

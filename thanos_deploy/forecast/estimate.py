@@ -35,8 +35,8 @@ from thanos_deploy import methods
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import (
     TOKENS_PER_BATCH,
-    WAITING_BYTES,
     Visit,
+    can_wait,
     visits,
     waiting_bytes,
 )
@@ -338,8 +338,7 @@ def _memory(
         _FLOAT * ways * statistics + max(forward.itemsize * passing, solving),
         (_TUNING * _FLOAT + forward.itemsize) * weights if walk.tune_steps else 0,
     )
-    waiting = waiting_bytes(checkpoint, segments, ways, forward)
-    if not walk.true_sequential or waiting > WAITING_BYTES:
-        waiting = 0
+    waits = walk.true_sequential and can_wait(checkpoint, segments, ways, forward)
+    waiting = waiting_bytes(checkpoint, segments, ways, forward) if waits else 0
     embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)
     return max(waiting + held, embedding)
