@@ -8,7 +8,7 @@ FOLDER/model (2.2 GB, unless it is there), prunes it to 2:4 into FOLDER/out in a
 older FOLDER/out is removed. The last line is JSON.
 
 Weights do not matter to memory. Of calibration tokens there are by default no more than the 2048
-that go through a block at once; more add what waits inside a block, up to `walk.WAITING_BYTES`.
+that go through a block at once; more add what waits inside a block, up to `sizes.WAITING_BYTES`.
 The preset "best" holds a block of the dense model beside that which is pruned, "fast" does not.
 """
 

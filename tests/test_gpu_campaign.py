@@ -27,6 +27,7 @@ from thanos_deploy.gpu.rows import (
     Peaks,
     PruningRow,
     StepRow,
+    WalkRow,
 )
 from thanos_deploy.gpu_check import models
 from thanos_deploy.gpu_check.steps import Task
@@ -106,7 +107,9 @@ def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> N
     for name in ("onnxruntime", "gpu-tests:engines"):
         assert "onnxruntime" in ends[name].detail
 
-    kinds = (Card, Peaks, KernelRow, CheckRow, GemmRow, ModelRow, PruningRow, HessianRow)
+    kinds = (
+        *(Card, Peaks, KernelRow, CheckRow, GemmRow, ModelRow, PruningRow, HessianRow, WalkRow),
+    )
     assert [kind.__name__ for kind in kinds if not records.of(kind)] == []
     for kernel in ("triton", "mma-sp"):
         assert {row.outcome for row in records.of(KernelRow) if row.kernel == kernel} == {"PASS"}
@@ -122,12 +125,18 @@ def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> N
         if f"torch:{variant}" not in refused
     }
     assert {row.preset for row in records.of(PruningRow)} == {"paper", "fast", "best"}
+    assert {(row.preset, row.block) for row in records.of(WalkRow)} == {
+        (preset, block) for preset in ("fast", "best") for block in (0, 1)
+    }
     checks = {(row.step, row.name): row for row in records.of(CheckRow)}
     assert list(checks) == [
         ("sanitizer", "memcheck, triton"),
         ("sanitizer", "memcheck, mma-sp"),
         ("gpu-tests:kernels", "collected"),
         ("pruning", "64 x 64 against the CPU"),
+        ("walk:fast", "2 blocks of 64 against the CPU"),
+        ("walk:best", "2 blocks of 64 against the CPU"),
+        ("gpu-tests:pruning", "collected"),
     ]
     assert checks["sanitizer", "memcheck, triton"].detail == "ERROR SUMMARY: 0 errors"
     assert "tests collected" in checks["gpu-tests:kernels", "collected"].detail

@@ -16,6 +16,9 @@ transformers, numpy, safetensors, click and rich. Steps, in this order:
                         layers of the 8B and the 70B model, 5 numbers of tokens
     model:MODEL         an 8B-shaped model made on the GPU: dense, 2:4, structured, and both
     pruning             Thanos to 2:4, seconds a layer, beside the CPU; a Hessian of 262144 tokens
+    walk:PRESET         Thanos to 2:4 as `prune` does it: a small model beside the CPU; and blocks
+                        of the 8B model's sizes on 128 x 2048 tokens, with seconds and memory
+    gpu-tests:pruning   the tests of pruning and shrinking that need a GPU
     onnxruntime         ONNX Runtime on CUDA with a tiny bundle; wants onnxruntime-gpu, and to make
                         the bundle onnx and onnxscript
     gpu-tests:engines   the tests of PyTorch's and ONNX Runtime's engines that need a GPU; wants

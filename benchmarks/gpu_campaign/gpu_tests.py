@@ -48,6 +48,11 @@ KERNELS = Suite(
     ("tests/runtime/kernels",),
     options=("--confcutdir", "tests/runtime/kernels"),
 )
+PRUNING = Suite(
+    "gpu-tests:pruning",
+    ("tests/thanos_deploy/pruning/cuda",),
+    options=("--confcutdir", "tests/thanos_deploy/pruning/cuda"),
+)
 ENGINES = Suite(
     "gpu-tests:engines",
     ("tests/runtime/test_torch_engine.py",),

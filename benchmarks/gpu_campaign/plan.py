@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from benchmarks.gpu_campaign import gpu_tests, onnxruntime, rehearsal, sanitizer
-from thanos_deploy.gpu_check import card, kernels, models, pruning
+from thanos_deploy.gpu_check import card, kernels, models, pruning, walks
 from thanos_deploy.gpu_check.kernels import KERNELS, Grid
 from thanos_deploy.gpu_check.steps import Step
 from thanos_deploy.measure.latency import Decode, Prefill
@@ -19,6 +19,7 @@ class Sizes:
     gemm: Grid = field(default_factory=Grid)
     model: models.Sizes = field(default_factory=models.Sizes)
     layers: pruning.Sizes = field(default_factory=pruning.Sizes)
+    walk: walks.Sizes = field(default_factory=walks.Sizes)
 
 
 # What the steps of a kernel usually take, where that is not `_A_KERNEL`: Triton compiles and tunes,
@@ -32,6 +33,17 @@ _MODEL = {"dense": 12.0, "2:4": 42.0, "structured": 10.0, "structured, 2:4": 36.
 
 # Of a step in a rehearsal, on a machine that does other things as well.
 _REHEARSED = 60.0
+
+_TOY_MODEL = models.Sizes(
+    hidden=64,
+    channels=128,
+    heads=8,
+    kv_heads=4,
+    head_size=8,
+    blocks=2,
+    vocabulary=300,
+    dtype="fp32",
+)
 
 # Small, and with every kind of edge that the sizes of the day have.
 TOY = Sizes(
@@ -52,6 +64,7 @@ TOY = Sizes(
         warmup=1,
     ),
     layers=pruning.Sizes(layers=((16, 64), (64, 32)), compared=64, hessian=(32, 256)),
+    walk=walks.Sizes(model=_TOY_MODEL, segments=(4, 32), compared=_TOY_MODEL),
 )
 
 
@@ -97,6 +110,11 @@ def steps(command: str, *, rehearse: bool) -> list[Step]:
             for name in models.MODELS
         ),
         Step("pruning", 40, partial(pruning.rows, sizes.layers), ("gpu",)),
+        *(
+            Step(f"walk:{preset}", 40, partial(walks.rows, preset, sizes.walk), ("gpu",))
+            for preset in walks.PRESETS
+        ),
+        Step("gpu-tests:pruning", 45, partial(gpu_tests.rows, gpu_tests.PRUNING), ("gpu",)),
         Step("onnxruntime", 10, onnxruntime.rows, ("gpu",)),
         Step("gpu-tests:engines", 40, partial(gpu_tests.rows, gpu_tests.ENGINES), sparse),
     ]

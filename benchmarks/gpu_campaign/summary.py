@@ -14,6 +14,7 @@ from thanos_deploy.gpu.rows import (
     Peaks,
     PruningRow,
     StepRow,
+    WalkRow,
 )
 from thanos_deploy.gpu_check.kernels import speeds
 
@@ -142,6 +143,15 @@ def _pruning(records: Records) -> Iterator[str]:
         yield f"{row.method} {row.pattern}, {row.preset}: {row.outputs}x{row.inputs} {took}{loss}"
     for found in records.of(HessianRow):
         yield f"Hessian of {found.inputs}, {found.tokens} tokens: {found.seconds:.2f} s"
+    for block in records.of(WalkRow):
+        parts = ", ".join(f"{part} {spent:.2f}" for part, spent in block.seconds.items())
+        held = f"; {block.memory_bytes / 1e9:.1f} GB" if block.memory_bytes else ""
+        yield (
+            f"{block.method} {block.pattern}, {block.preset}: block {block.block} of "
+            f"{block.hidden} and {block.channels}, {block.tokens} tokens: "
+            f"{sum(block.seconds.values()):.2f} s ({parts}){held}, "
+            f"host {block.host_bytes / 1e9:.1f} GB"
+        )
 
 
 def _kernels(records: Records) -> Iterator[str]:

@@ -67,6 +67,8 @@ class PruneOptions(TypedDict, total=False):
         calib_forward: what blocks run in on calibration data: "auto", "fp32" or "bf16". Default:
             "auto".
         device: where PyTorch computes: "auto", "cpu" or "cuda[:N]". Default: "auto".
+        activations: where the calibration data waits between two blocks: "auto", "device", "host"
+            or "disk". Default: "auto".
         dtype: what to store the checkpoint in: "auto", "fp32", "fp16" or "bf16". Default: "auto",
             each tensor's own.
     """
@@ -99,6 +101,7 @@ class PruneOptions(TypedDict, total=False):
     seed: int
     calib_forward: Literal["auto", "fp32", "bf16"]
     device: str
+    activations: Literal["auto", "device", "host", "disk"]
     dtype: Literal["auto", "fp32", "fp16", "bf16"]
 
 

@@ -1,7 +1,7 @@
 """Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from thanos_deploy.calibration.passes import Pass, recorded
+from thanos_deploy.calibration.passes import Pass, inputs_until, recorded
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.model.families import Family
 from thanos_deploy.model.structure import blocks_of
@@ -217,13 +217,12 @@ def collect(
         targets = {}
         if dense is not None:
             beside = dense.batches[number]
-            targets = {
-                name: y
-                for name, y in _inputs_of(dense, names, beside, pause=pause or last).items()
-                if name not in routed
-            }
-            if last:
-                _leave(dense, beside)
+            read = (
+                _leave(dense, beside, names)
+                if last
+                else _inputs_of(dense, names, beside, pause=pause)
+            )
+            targets = {name: y for name, y in read.items() if name not in routed}
         for name, x in inputs.items():
             if name not in sums:
                 sums[name] = Statistics.empty(
@@ -277,22 +276,28 @@ def advance(walk: Walk) -> None:
     walk.done = True
 
 
-def _leave(walk: Walk, batch: BlockInputs) -> None:
-    """Take a batch through the block, or the rest of it."""
-    batch.leave(_pass(walk, batch).finish())
+def _leave(walk: Walk, batch: BlockInputs, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Take a batch through the block, or the rest of it.
+
+    Returns:
+        [tokens, cols] for each name, what these layers read on the way.
+    """
+    inputs: dict[str, Tensor] = {}
+    with recorded(walk.block, names, inputs):
+        batch.leave(batch.paused.finish() if batch.paused else _forward(walk, batch)())
     batch.paused = None
-
-
-def _inputs_of(
-    walk: Walk, names: list[str], batch: BlockInputs, *, pause: bool
-) -> dict[str, Tensor]:
-    """[tokens, cols] for each name, in the dtype of the pass."""
-    forward = _pass(walk, batch)
-    inputs = forward.until(walk.block, names)
-    batch.paused = forward if pause else None
     return inputs
 
 
-def _pass(walk: Walk, batch: BlockInputs) -> Pass:
-    """The pass that waits, or a new one."""
-    return batch.paused or Pass(partial(batch.forward, walk.index, walk.block))
+def _inputs_of(
+    walk: Walk, names: Sequence[str], batch: BlockInputs, *, pause: bool
+) -> dict[str, Tensor]:
+    """[tokens, cols] for each name, in the dtype of the pass."""
+    if not pause and batch.paused is None:
+        return inputs_until(_forward(walk, batch), walk.block, names)
+    batch.paused = batch.paused or Pass(_forward(walk, batch))
+    return batch.paused.until(walk.block, names)
+
+
+def _forward(walk: Walk, batch: BlockInputs) -> Callable[[], Tensor]:
+    return partial(batch.forward, walk.index, walk.block)

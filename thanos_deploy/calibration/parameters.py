@@ -26,6 +26,24 @@ class ParameterFiles:
         self._copy = copy
 
     def load(
+        self, module: nn.Module, prefix: str, *, skip: str | None = None, dtype: torch.dtype | None
+    ) -> None:
+        """Give a module its weights, on the host.
+
+        Args:
+            module: the module.
+            prefix: what its parameters' full names begin with.
+            skip: a submodule that gets none, by its full name.
+            dtype: see `read`.
+
+        Raises:
+            ModelError: see `read`.
+        """
+        module.load_state_dict(
+            self.read(module, prefix, skip=skip, dtype=dtype), strict=False, assign=True
+        )
+
+    def read(
         self,
         module: nn.Module,
         prefix: str,
@@ -33,8 +51,8 @@ class ParameterFiles:
         skip: str | None = None,
         dtype: torch.dtype | None,
         device: torch.device = CPU,
-    ) -> None:
-        """Give a module its weights.
+    ) -> dict[str, Tensor]:
+        """The weights of a module, by the names that it has for them.
 
         Args:
             module: the module.
@@ -42,7 +60,7 @@ class ParameterFiles:
             skip: a submodule that gets none, by its full name.
             dtype: of the weights; None for their own where they will be written in that, and
                 float32 for the others.
-            device: where to, buffers included.
+            device: where to.
 
         Raises:
             ModelError: a shape is not the one that config.json describes, or a tensor has NaN or
@@ -62,13 +80,10 @@ class ParameterFiles:
                     f"config.json says {shape}",
                     fix="use the config.json and the weights of the same checkpoint",
                 )
-        state = {
+        return {
             name: weights.read([source], dtype or self._own_dtype(source), device)[source]
             for name, source in sources.items()
         }
-        module.load_state_dict(state, strict=False, assign=True)
-        if skip is None:  # what was skipped has no storage to move
-            module.to(device)
 
     def dtypes(self, module: nn.Module, prefix: str) -> dict[str, torch.dtype]:
         """The dtype in which each parameter of a module will be written."""

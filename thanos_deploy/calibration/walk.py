@@ -1,13 +1,15 @@
 """Walk a checkpoint block by block with calibration data, one block's weights in memory at a time.
 
-A GPU, if there is one, holds that block, what is made of it, and the batch that passes. The file of
-weights, the embeddings and the data between two blocks stay with the host.
+A GPU, if there is one, holds that block, what is made of it, the batch that passes, and the next
+block, which is read meanwhile. The file of weights and the embeddings stay with the host, and so
+does the data between two blocks unless the GPU has plenty of memory.
 
 Each block sees the data as the blocks before it, changed or not, pass it on.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,25 +21,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_deploy.calibration.activations import Activations, StoredInputs
+from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, holder
 from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.calibration.journal import Journal, Report
 from thanos_deploy.calibration.parameters import ParameterFiles
+from thanos_deploy.calibration.sizes import TOKENS_PER_BATCH, activation_dtype, can_wait
 from thanos_deploy.machine import devices, environment
+from thanos_deploy.machine.background import Ahead, Background
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.structure import BlockStructure, blocks_of
+from thanos_deploy.model.tensorfile import Kind
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
-
-# Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
-TOKENS_PER_BATCH = 2048
-
-# What forward passes may hold that wait inside a block until a layer is pruned. Where it would be
-# more, each starts over from the block's input, which takes longer and holds one batch at a time.
-WAITING_BYTES = 768 << 20
 
 # The report on one block.
 R = TypeVar("R", bound=Report)
@@ -76,11 +74,11 @@ class Visit:
             another one, in the dtype in which they are stored if that is also the one in which they
             will be written.
         walk: the calibration data that enters it, at a copy of the block if that runs in another
-            dtype.
+            dtype than these.
         dense: the same data in the dense model, at its own copy of the block; None if that was not
             asked for.
         dtypes: name of each of its parameters -> the dtype in which it will be written.
-        can_wait: forward passes may wait inside the block; see `WAITING_BYTES`.
+        can_wait: forward passes may wait inside the block; see `sizes.can_wait`.
         clock: where its time went; the walk adds "forward" and "journal" when it goes on to the
             next block.
         untouched: names of parameters that are to be written as they are in the checkpoint, to the
@@ -141,6 +139,7 @@ def visit_blocks(
     forward: torch.dtype = torch.float32,
     journal: Journal[R] | None = None,
     device: torch.device = CPU,
+    hold: Place = "auto",
     on_progress: OnProgress = silent,
 ) -> list[R]:
     """Work on every block in order; what is done to it counts for the blocks after it.
@@ -156,6 +155,7 @@ def visit_blocks(
         journal: where to keep every finished block and its report; blocks that it has already are
             not worked on again.
         device: where blocks are while they are worked on.
+        hold: where the data between two blocks is; see `activations.holder`.
         on_progress: told of every finished block.
 
     Returns:
@@ -178,6 +178,7 @@ def visit_blocks(
         forward=forward,
         journal=journal,
         device=device,
+        hold=hold,
     ):
         reports.append(work(visit))
         on_progress(len(reports), count)
@@ -191,6 +192,7 @@ def visits(
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    hold: Place = "auto",
 ) -> Iterator[Visit]:
     """The visits of `visit_blocks`, for who may stop before the last block and writes nothing.
 
@@ -205,6 +207,7 @@ def visits(
         forward=forward,
         journal=None,
         device=device,
+        hold=hold,
     )
 
 
@@ -219,12 +222,13 @@ def _visits(
     forward: torch.dtype,
     journal: Journal[R] | None,
     device: torch.device,
+    hold: Place,
 ) -> Iterator[Visit]:
     """Visit every block in order that is not in the journal yet.
 
     Args:
         reports: with a journal, it has a report on every block once its visit has ended.
-        checkpoint, segments, copy, with_dense, forward, journal, device: see `visit_blocks`.
+        checkpoint, segments, copy, with_dense, forward, journal, device, hold: see `visit_blocks`.
     """
     family = checkpoint.family
     model = checkpoint.skeleton()
@@ -247,20 +251,34 @@ def _visits(
             with_dense=with_dense,
             forward=forward,
             device=device,
+            hold=hold,
+            filed=journal is not None,
         )
         stack.callback(activations.close)
         model.get_input_embeddings().to("meta")
         environment.return_freed_memory()
-        for index in range(first, len(blocks)):
-            block, structure = blocks[index], checkpoint.blocks[index]
+        background = Background(device)
+        stack.callback(background.close)
+
+        def read(index: int) -> dict[str, Tensor]:
             with devices.memory_for(f"block {index}"):
-                files.load(
-                    block,
-                    structure.prefix,
+                return files.read(
+                    blocks[index],
+                    checkpoint.blocks[index].prefix,
                     dtype=torch.float32 if forward is torch.float32 else None,
                     device=device,
                 )
-                running = block if forward is torch.float32 else _copy(block, forward)
+
+        coming = Ahead(read, background)
+        for index in range(first, len(blocks)):
+            block, structure = blocks[index], checkpoint.blocks[index]
+            weights = coming.take(index, index + 1 if index + 1 < len(blocks) else None)
+            background.hand_over(weights.values())
+            with devices.memory_for(f"block {index}"):
+                block.load_state_dict(weights, strict=False, assign=True)
+                del weights
+                block.to(device)  # its buffers
+                running = block if _is_in(block, forward) else _copy(block, forward)
                 dense = _copy(block, forward) if with_dense else None
             visit = Visit(
                 index=index,
@@ -269,7 +287,7 @@ def _visits(
                 walk=Walk(index, running, walks["pruned"]),
                 dense=None if dense is None else Walk(index, dense, walks["dense"]),
                 dtypes=files.dtypes(block, structure.prefix),
-                can_wait=waiting_bytes(checkpoint, segments, len(walks), forward) <= WAITING_BYTES,
+                can_wait=can_wait(checkpoint, segments, len(walks), forward),
                 clock=Clock(device=device),
             )
             yield visit
@@ -290,20 +308,32 @@ def _enter(
     with_dense: bool,
     forward: torch.dtype,
     device: torch.device,
+    hold: Place,
+    filed: bool,
 ) -> tuple[Activations, dict[str, list[BlockInputs]]]:
     """The calibration data before a block, and its batches on their ways through the models.
 
-    What enters a block that is not the first one is in the folder.
+    What enters a block that is not the first one is in the folder. If nobody goes on from there,
+    files are written only of what is not held in memory.
     """
     parts = torch.split(segments, max(1, TOKENS_PER_BATCH // segments.shape[1]))
-    dtype = _activation_dtype(checkpoint, forward)
+    dtype = activation_dtype(checkpoint, forward)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
     kinds = {
         f"{way}.{number}": (dtype, (*part.shape, checkpoint.config.hidden_size))
         for way in ways
         for number, part in enumerate(parts)
     }
-    activations = Activations(folder, index if index else -1, kinds, forward, device)
+    held_on = holder(hold, device, 2 * _bytes(kinds))
+    activations = Activations(
+        folder,
+        index if index else -1,
+        kinds,
+        forward,
+        device,
+        held_on=held_on,
+        filed=filed or held_on is None,
+    )
     walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
     for number, part in enumerate(parts):
         (data,) = block_inputs(model, checkpoint.family, [part])
@@ -352,43 +382,13 @@ def _leave(
         block.to("meta")
 
 
+def _bytes(kinds: Mapping[str, Kind]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+
+
+def _is_in(block: nn.Module, dtype: torch.dtype) -> bool:
+    return all(parameter.dtype is dtype for parameter in block.parameters())
+
+
 def _copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     return deepcopy(block).to(dtype)
-
-
-def activation_bytes(
-    checkpoint: Checkpoint, tokens: int, forward: torch.dtype, *, with_dense: bool
-) -> int:
-    """Bytes of disk for a walk's activations: those that entered, enter and leave a block."""
-    width, ways = checkpoint.config.hidden_size, 1 + with_dense
-    return 3 * ways * tokens * int(width) * _activation_dtype(checkpoint, forward).itemsize
-
-
-def _activation_dtype(checkpoint: Checkpoint, forward: torch.dtype) -> torch.dtype:
-    """That in which blocks run, or that of the weights if it is smaller."""
-    weights = checkpoint.weights.dtypes[checkpoint.stored_name(f"{checkpoint.linears[0]}.weight")]
-    return min(forward, weights, key=lambda dtype: dtype.itemsize)
-
-
-def waiting_bytes(checkpoint: Checkpoint, segments: Tensor, ways: int, forward: torch.dtype) -> int:
-    """What passes hold that wait in a block: stream, norm, queries to values, and a layer's input.
-
-    An estimate, from the shapes: what a pass holds where it holds most, at the layer that reads the
-    feed-forward channels.
-
-    Args:
-        checkpoint: the model.
-        segments: int64[count, length], what passes.
-        ways: 2 if it passes the dense model as well, else 1.
-        forward: the dtype in which blocks run.
-    """
-    widest = max(
-        max(checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight")])
-        for name in checkpoint.linears
-    )
-    return (
-        forward.itemsize
-        * ways
-        * segments.numel()
-        * (widest + 2 * int(checkpoint.config.hidden_size))
-    )

@@ -69,5 +69,6 @@ pruning_options = several(
     with_default(Data, "seed"),
     if_given(Recipe),
     device_option,
+    with_default(PruneRequest, "activations"),
     with_default(PruneRequest, "dtype"),
 )

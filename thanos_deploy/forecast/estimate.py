@@ -13,9 +13,8 @@ takes is fitted to the latter by
 
 for factoring, for updating, for choosing and block solves, and for what each column costs.
 
-And the memory: counted from the shapes, on top of what the process holds already: one block, the
-statistics of its layers and what solving the widest of them needs, or what tuning all of them does,
-and the passes that wait inside the block.
+And the memory: counted from the shapes, on top of what the process holds already; see
+`forecast.memory`.
 """
 
 import math
@@ -32,14 +31,12 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from thanos_deploy import methods
+from thanos_deploy.calibration.activations import Place
+from thanos_deploy.calibration.sizes import TOKENS_PER_BATCH
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import (
-    TOKENS_PER_BATCH,
-    WAITING_BYTES,
-    Visit,
-    visits,
-    waiting_bytes,
-)
+from thanos_deploy.calibration.walk import Visit, visits
+from thanos_deploy.forecast import memory
+from thanos_deploy.forecast.memory import Memory, Term
 from thanos_deploy.machine import environment
 from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
@@ -64,19 +61,6 @@ _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
 # The first time is a warm-up.
 _REPEATS = 2
 
-# Matrices [cols, cols] of float64, or as much memory, that are alive while a layer is solved: the
-# factor, and half of one for products while it is made, or for the last fit's copy of the Hessian.
-_SOLVING = 1.5
-
-# Numbers beside each weight of a layer while it is solved: what it was, is and will be, its scores.
-_BESIDE = 4
-
-# Float32 numbers for each weight of a block while it is tuned: its value, gradient and mask, and
-# what Adam keeps.
-_TUNING = 5
-
-_FLOAT, _DOUBLE = 4, 8
-
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -85,13 +69,13 @@ class Estimate:
     Attributes:
         seconds: by activity: "collect", "solve", "tune" and "forward" as in `layers.ACTIVITIES`;
             "survey", the walk before, of OWL or of cutting.
-        memory_bytes: the most that the process will hold, in the memory of a GPU as well.
+        memory: the most that the process will hold.
         token_seconds: one token on its way through one dense block, statistics included.
         basis: what this is derived from.
     """
 
     seconds: Mapping[str, float]
-    memory_bytes: int
+    memory: Memory
     token_seconds: float
     basis: str
 
@@ -113,6 +97,7 @@ def estimate(
     *,
     dtype: torch.dtype | None,
     device: torch.device,
+    place: Place = "auto",
 ) -> Estimate:
     """Measure pruning for a moment, and estimate the whole from it.
 
@@ -123,6 +108,7 @@ def estimate(
         patterns: of the layers that are to be pruned, by full name.
         dtype: what is to be stored; None for each tensor's own.
         device: where it is to be done.
+        place: where the calibration data is to wait between two blocks.
     """
     resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
     blocks = len(checkpoint.blocks)
@@ -149,7 +135,16 @@ def estimate(
     spent = time.perf_counter() - started
     return Estimate(
         seconds=seconds,
-        memory_bytes=resident + _memory(checkpoint, segments, linears, recipe.walk, forward, dtype),
+        memory=memory.of_pruning(
+            checkpoint,
+            segments,
+            linears,
+            recipe.walk,
+            forward=forward,
+            dtype=dtype,
+            device=device,
+            place=place,
+        ).beside(resident),
         token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
         basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
         f"{spent:.1f} s on this machine",
@@ -193,7 +188,9 @@ def estimate_cutting(
             "solve": blocks * trial.get("solve", 0.0),
             "forward": (blocks - 1) * share * trial.get("forward", 0.0),
         },
-        memory_bytes=environment.peak_memory_bytes(),
+        memory=Memory(
+            _held_on(device), (Term("this process, at most", environment.peak_memory_bytes()),)
+        ),
         token_seconds=sum(loss.seconds["collect"] for loss in losses) / blocks / segments.numel(),
         basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "
         f"cut, in {spent:.1f} s on this machine",
@@ -301,45 +298,7 @@ def _terms(rows: int, cols: int) -> NDArray[np.float64]:
     return np.array([cols**3, rows * cols**2, rows * cols, cols], dtype=np.float64)
 
 
-def _memory(
-    checkpoint: Checkpoint,
-    segments: Tensor,
-    linears: Sequence[str],
-    walk: Walk,
-    forward: torch.dtype,
-    dtype: torch.dtype | None,
-) -> int:
-    """Bytes that the walk holds at once."""
-    ways = 1 + walk.with_dense  # the pruned model's way, and the dense one's
-    config, shapes = checkpoint.config, linear_shapes(checkpoint)
-    block = max(  # the largest of those that are pruned
-        (block for block in checkpoint.blocks if not set(block.linears).isdisjoint(linears)),
-        key=lambda block: sum(math.prod(shapes[name]) for name in block.full_names),
-    )
-    pruned = [block.prefix + name for name in block.linears if name in linears]
-    weights = sum(math.prod(shapes[name]) for name in block.full_names)
-    widths = [
-        shapes[block.prefix + group[0]][1]
-        for group in block.groups
-        if not set(group).isdisjoint(linears)
-    ]
-    statistics = max(n * n for n in widths) if walk.true_sequential else sum(n * n for n in widths)
-    batch = max(TOKENS_PER_BATCH, segments.shape[1])
-    # What layers read is kept until every way has passed, what they make for a moment.
-    passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
-    solving = int(_SOLVING * max(widths) ** 2 * _DOUBLE)
-    solving += _BESIDE * _FLOAT * max(math.prod(shapes[name]) for name in pruned)
-    each = ways * forward.itemsize
-    if forward is not torch.float32:  # the block that runs is a copy
-        stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{pruned[0]}.weight")]
-        each += min(stored.itemsize, _FLOAT) if dtype is None else _FLOAT
-    held = each * weights
-    held += max(
-        _FLOAT * ways * statistics + max(forward.itemsize * passing, solving),
-        (_TUNING * _FLOAT + forward.itemsize) * weights if walk.tune_steps else 0,
-    )
-    waiting = waiting_bytes(checkpoint, segments, ways, forward)
-    if not walk.true_sequential or waiting > WAITING_BYTES:
-        waiting = 0
-    embedding = _FLOAT * int(config.vocab_size) * int(config.hidden_size)
-    return max(waiting + held, embedding)
+def _held_on(device: torch.device) -> tuple[Term, ...]:
+    if device.type == "cpu":
+        return ()
+    return (Term("tensors, at most", torch.cuda.max_memory_allocated(device)),)

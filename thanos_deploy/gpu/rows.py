@@ -234,7 +234,44 @@ class HessianRow:
     seconds: float
 
 
-Row = Card | Peaks | StepRow | CheckRow | KernelRow | GemmRow | ModelRow | PruningRow | HessianRow
+@dataclass(frozen=True, slots=True)
+class WalkRow:
+    """One block of a model, pruned from its calibration data to the next block.
+
+    Attributes:
+        method, preset, pattern: as of `PruningRow`.
+        hidden, channels: of the block, whose other sizes are those of Llama 3 8B.
+        tokens: of calibration data.
+        block: its number.
+        seconds: by activity; see `pruning.layers.ACTIVITIES`.
+        memory_bytes: the most that tensors held on the GPU, in all blocks; None where nobody says.
+        host_bytes: the most that the process held of the host's memory so far.
+    """
+
+    method: str
+    preset: str
+    pattern: str
+    hidden: int
+    channels: int
+    tokens: int
+    block: int
+    seconds: Mapping[str, float]
+    memory_bytes: int | None
+    host_bytes: int
+
+
+Row = (
+    Card
+    | Peaks
+    | StepRow
+    | CheckRow
+    | KernelRow
+    | GemmRow
+    | ModelRow
+    | PruningRow
+    | HessianRow
+    | WalkRow
+)
 
 # How each kind of row is named in files.
 KINDS: Mapping[str, type[Row]] = {
@@ -247,4 +284,5 @@ KINDS: Mapping[str, type[Row]] = {
     "model": ModelRow,
     "pruning": PruningRow,
     "hessian": HessianRow,
+    "walk": WalkRow,
 }

@@ -7,6 +7,7 @@
     gemm:KERNEL        how long they take, the dense product among them
     model:MODEL        whole models of large layers: dense, 2:4, structured, both, and compiled
     pruning            seconds a layer on the GPU, and that it prunes as the CPU does
+    walk:PRESET        the same of whole blocks of the 8B model's sizes, with their memory
     ort-cuda           ONNX Runtime on CUDA computes what it computes on the CPU
     tensorrt           dense and sparse engines of one graph: the verdict on every layer, agreement,
                        and speed
@@ -33,7 +34,7 @@ from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import CheckRow, StepRow
 from thanos_deploy.gpu_check import bundle as bundles
-from thanos_deploy.gpu_check import card, kernels, models, pruning, steps, whole_engines
+from thanos_deploy.gpu_check import card, kernels, models, pruning, steps, walks, whole_engines
 from thanos_deploy.gpu_check.kernels import KERNELS
 from thanos_deploy.gpu_check.steps import Missing, Step, Task
 from thanos_deploy.progress import Announce, quietly
@@ -86,6 +87,10 @@ STEPS: tuple[Step, ...] = (
         ("gpu",),
     ),
     Step("pruning", 60, partial(pruning.rows, pruning.Sizes()), ("gpu",)),
+    *(
+        Step(f"walk:{preset}", 60, partial(walks.rows, preset, walks.Sizes()), ("gpu",))
+        for preset in walks.PRESETS
+    ),
     Step("ort-cuda", 20, bundles.onnxruntime_cuda, ("gpu", "bundle", "onnxruntime-cuda")),
     Step("tensorrt", 120, bundles.tensorrt, ("gpu", "bundle", "tensorrt")),
     Step(

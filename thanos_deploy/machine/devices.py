@@ -59,6 +59,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody has taken, what this process has kept of freed tensors included.
+
+    Args:
+        device: a GPU.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
     """Say what a GPU's memory did not suffice for.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy import methods
+from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
@@ -57,6 +58,7 @@ def prune(
     patterns: Mapping[str, Pattern] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
+    hold: Place = "auto",
     journal: Journal[PrunedBlock] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[PrunedBlock]:
@@ -73,6 +75,7 @@ def prune(
             everywhere.
         dtype: what to store, or None to keep each tensor's own.
         device: where each block is while it is pruned.
+        hold: where the data between two blocks is; see `activations.holder`.
         journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
 
@@ -111,6 +114,7 @@ def prune(
             forward=forward,
             journal=journal,
             device=device,
+            hold=hold,
             on_progress=on_progress,
         )
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.walk import Visit, visit_blocks
@@ -66,6 +67,7 @@ def survey(
     options: Owl,
     *,
     device: torch.device = CPU,
+    hold: Place = "auto",
     journal: Journal[Outliers] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Outliers]:
@@ -77,6 +79,7 @@ def survey(
         layers: full names of the linear layers that count; a block without any has 0.
         options: M is of them.
         device: where each block is while it is surveyed.
+        hold: see `layers.prune`.
         journal: see `layers.prune`.
         on_progress: told of every finished block.
 
@@ -98,7 +101,13 @@ def survey(
         return Outliers(ratio, visit.clock.seconds)
 
     return visit_blocks(
-        checkpoint, segments, look, journal=journal, device=device, on_progress=on_progress
+        checkpoint,
+        segments,
+        look,
+        journal=journal,
+        device=device,
+        hold=hold,
+        on_progress=on_progress,
     )
 
 

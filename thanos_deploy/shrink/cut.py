@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import files
+from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
@@ -85,6 +86,7 @@ def shrink(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
+    hold: Place = "auto",
     journal: Journal[CutBlock] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[CutBlock]:
@@ -98,6 +100,7 @@ def shrink(
         fit: how to refit what is left.
         dtype: what to store, or None to keep each tensor's own.
         device: where each block is while it is cut.
+        hold: where the data between two blocks is; see `activations.holder`.
         journal: see `layers.prune`.
         on_progress: told of every finished block.
 
@@ -141,6 +144,7 @@ def shrink(
             with_dense=fit.dense_target > 0.0,
             journal=journal,
             device=device,
+            hold=hold,
             on_progress=on_progress,
         )
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect_relative
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.walk import Visit, visit_blocks
@@ -26,6 +27,7 @@ def survey(
     multiple: int | None = None,
     damping: Damping = DEFAULT,
     device: torch.device = CPU,
+    hold: Place = "auto",
     journal: Journal[Losses] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Losses]:
@@ -37,6 +39,7 @@ def survey(
         multiple: see `Sizing`.
         damping: see `thanos_deploy.solver.hessian.factor`.
         device: where each block is while it is surveyed.
+        hold: where the data between two blocks is; see `activations.holder`.
         journal: see `layers.prune`.
         on_progress: told of every finished block.
 
@@ -71,5 +74,11 @@ def survey(
         return Losses(heads, channels, visit.clock.seconds)
 
     return visit_blocks(
-        checkpoint, segments, look, journal=journal, device=device, on_progress=on_progress
+        checkpoint,
+        segments,
+        look,
+        journal=journal,
+        device=device,
+        hold=hold,
+        on_progress=on_progress,
     )

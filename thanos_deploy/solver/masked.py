@@ -22,6 +22,11 @@ _ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 _ASKING = {"cpu": 1, "cuda": 4}
 
 
+def entries_together(device: torch.device) -> int:
+    """The most weights that are solved together on a device."""
+    return _ENTRIES[device.type]
+
+
 def tolerance_of(dtype: torch.dtype, *, refitted: bool) -> float:
     """The residual at which a row counts as solved; see `solve_masked`.
 
@@ -71,7 +76,7 @@ def solve_masked(
     tolerance = _SOLVED[w.dtype] if tolerance is None else tolerance
     steps = 2 * w.shape[1] if steps is None else steps
     result = torch.empty_like(w)
-    together = max(1, _ENTRIES[w.device.type] // w.shape[1])
+    together = max(1, entries_together(w.device) // w.shape[1])
     for rows in (slice(at, at + together) for at in range(0, len(w), together)):
         keep = (~mask[rows]).to(w.dtype)
         fixed = w[rows] * (keep - 1.0)

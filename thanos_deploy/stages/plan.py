@@ -11,6 +11,7 @@ from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.forecast.estimate import Estimate, estimate, estimate_cutting
+from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.model import assignment
@@ -45,7 +46,8 @@ class Taken:
     Attributes:
         seconds: by activity of the stage prune, and of the stage eval.
         total_seconds: their sum.
-        memory_bytes: the most that the process would hold.
+        memory_bytes: the most that the process would hold of the host's memory.
+        memory: that, and the most that would be held of a GPU's memory, term by term.
         basis: what this is derived from.
         not_estimated: stages that take time as well.
     """
@@ -53,6 +55,7 @@ class Taken:
     seconds: Mapping[str, float]
     total_seconds: float
     memory_bytes: int
+    memory: Memory
     basis: str
     not_estimated: tuple[str, ...]
 
@@ -149,7 +152,9 @@ def plan_pruning(
 
     match request.how:
         case Cut() as cut:
-            losses = survey_blocks(source, ids, cut, announce, device=device)
+            losses = survey_blocks(
+                source, ids, cut, announce, device=device, hold=request.activations
+            )
             widths = plan_widths(source, losses, cut)
             found = estimate_cutting(source, ids, cut.fit, losses, widths, device=device)
             return planned(found, widths=summary.of_widths(widths))
@@ -157,7 +162,15 @@ def plan_pruning(
             patterns = assigned(source, recipe)
             dtype = DTYPES.get(request.dtype)
             return planned(
-                estimate(source, ids, recipe, patterns, dtype=dtype, device=device),
+                estimate(
+                    source,
+                    ids,
+                    recipe,
+                    patterns,
+                    dtype=dtype,
+                    device=device,
+                    place=request.activations,
+                ),
                 patterns=assignment.counts(patterns.get(name) for name in entries),
                 layers_left_dense=tuple(name for name in entries if name not in patterns),
                 linear_weights_removed=sum(
@@ -180,7 +193,8 @@ def _estimated(
     return Taken(
         seconds=seconds,
         total_seconds=sum(seconds.values()),
-        memory_bytes=found.memory_bytes,
+        memory_bytes=found.memory.host_bytes,
+        memory=found.memory,
         basis=found.basis,
         not_estimated=(
             *(["recover"] if request.recover else []),

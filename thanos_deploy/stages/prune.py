@@ -12,10 +12,11 @@ from torch import Tensor
 from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.sizes import activation_bytes
 from thanos_deploy.calibration.texts import Text
-from thanos_deploy.calibration.walk import activation_bytes
 from thanos_deploy.errors import UsageError
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.model import assignment
@@ -60,6 +61,7 @@ def prune_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
+    hold: Place = "auto",
     survey: Journal[Outliers] | None = None,
     journal: Journal[PrunedBlock] | None = None,
 ) -> list[PrunedBlock]:
@@ -75,6 +77,7 @@ def prune_checkpoint(
             patterns,
             recipe.owl,
             device=device,
+            hold=hold,
             journal=survey,
             on_progress=announce("Count the outliers of each block"),
         )
@@ -87,6 +90,7 @@ def prune_checkpoint(
         patterns=patterns,
         dtype=dtype,
         device=device,
+        hold=hold,
         journal=journal,
         on_progress=announce(f"Prune to {recipe.pattern} with {recipe.method}"),
     )
@@ -132,6 +136,7 @@ def survey_blocks(
     announce: Announce = quietly,
     *,
     device: torch.device = devices.CPU,
+    hold: Place = "auto",
     journal: Journal[Losses] | None = None,
 ) -> list[Losses]:
     """What each block would lose at which widths; the same for every fraction to remove."""
@@ -141,6 +146,7 @@ def survey_blocks(
         multiple=cut.sizing.multiple,
         damping=cut.fit,
         device=device,
+        hold=hold,
         journal=journal,
         on_progress=announce("Measure what each block would lose"),
     )
@@ -161,6 +167,7 @@ def shrink_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
+    hold: Place = "auto",
     journal: Journal[CutBlock] | None = None,
 ) -> list[CutBlock]:
     """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
@@ -172,6 +179,7 @@ def shrink_checkpoint(
         fit,
         dtype=dtype,
         device=device,
+        hold=hold,
         journal=journal,
         on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
     )
@@ -239,7 +247,15 @@ def prune(
         match how:
             case Cut():
                 surveyed = Journal(kept / "survey", owner, Losses)
-                losses = survey_blocks(source, ids, how, announce, device=device, journal=surveyed)
+                losses = survey_blocks(
+                    source,
+                    ids,
+                    how,
+                    announce,
+                    device=device,
+                    hold=request.activations,
+                    journal=surveyed,
+                )
                 plan = plan_widths(source, losses, how)
                 blocks = cut = shrink_checkpoint(
                     source,
@@ -250,6 +266,7 @@ def prune(
                     announce,
                     dtype=dtype,
                     device=device,
+                    hold=request.activations,
                     journal=Journal(kept / "blocks", owner, CutBlock),
                 )
                 summed, widths = summary.of_cuts(cut), summary.of_widths(plan)
@@ -263,6 +280,7 @@ def prune(
                     announce,
                     dtype=dtype,
                     device=device,
+                    hold=request.activations,
                     survey=surveyed,
                     journal=Journal(kept / "blocks", owner, PrunedBlock),
                 )

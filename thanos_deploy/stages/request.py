@@ -35,6 +35,8 @@ class PruneRequest(Options):
             `recover.recover`.
         dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         device: where to do it; see `devices.choose`.
+        activations: where the calibration data waits between two blocks; see `activations.holder`.
+            No result depends on it, so a manifest does not have it.
 
     Raises:
         UsageError: a value is out of range.
@@ -61,6 +63,12 @@ class PruneRequest(Options):
         "--device",
         "Device on which PyTorch computes; auto is the first GPU, or the CPU if there is none.",
         metavar="auto|cpu|cuda[:N]",
+    )
+    activations: Literal["auto", "device", "host", "disk"] = option(
+        "auto",
+        "--activations",
+        "Where the calibration data waits between two blocks; auto is the memory of a GPU that has "
+        "plenty, and else the disk. A copy is on disk in any case, for a run that goes on.",
     )
 
     @classmethod

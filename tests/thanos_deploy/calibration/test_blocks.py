@@ -1,8 +1,10 @@
+import sys
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import MakeModel, stock_model
 from thanos_deploy.calibration.blocks import Walk, advance, block_inputs, collect, collect_relative
@@ -149,6 +151,23 @@ def test_passes_that_wait_compute_every_layer_once_and_the_same(
             assert torch.equal(statistics.cross, same_statistics.cross)
     for batch, same in zip(again.batches, waiting.batches, strict=True):
         assert torch.equal(batch.hidden, same.hidden)
+
+
+def test_a_pass_that_is_not_to_wait_needs_no_greenlet(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    model, family = stock_model(make_model("llama")), family_of("llama")
+    block = model.get_submodule(family.blocks)[0]
+    calls: list[nn.Module] = []
+    block.mlp.down_proj.register_forward_hook(lambda layer, *_: calls.append(layer))
+    with torch.no_grad():
+        ids = torch.randint(257, (2, 9))
+        walk, dense = (Walk(0, block, block_inputs(model, family, [ids])) for _ in range(2))
+        for group in family.inputs:
+            collect(walk, [group[0]], dense, last=group == family.inputs[-1])
+    assert len(calls) == 1  # of the dense data, which leaves the block; the others were broken off
+    assert dense.done
 
 
 @pytest.mark.parametrize("pause", [True, False])

@@ -26,6 +26,7 @@ from thanos_deploy.gpu.rows import (
     PruningRow,
     Row,
     StepRow,
+    WalkRow,
 )
 
 ROWS: tuple[Row, ...] = (
@@ -37,6 +38,7 @@ ROWS: tuple[Row, ...] = (
     ModelRow("2:4", "torch:sparse", "bf16", 32, 8 * 10**9, "decode", 16, 512, (3e-3,), 10**10),
     PruningRow("thanos", "fast", "2:4", 4096, 14336, 2.5, 0.1),
     HessianRow(4096, 262144, 1.5),
+    WalkRow("thanos", "best", "2:4", 4096, 14336, 262144, 3, {"solve": 2.5}, 10**10, 3 * 10**9),
     CheckRow("sanitizer", "memcheck", "FAIL", "an error", "report it"),
     StepRow("gemm", "PASS", "40 rows", seconds=120.0, clocks_hz=(1.7e9, 1.98e9)),
 )

@@ -80,15 +80,11 @@ def test_products_are_rounded_only_where_that_was_asked_for() -> None:
 def test_one_layer_is_solved_without_what_a_walk_needs() -> None:
     # In a process of its own: here everything has been imported already.
     code = (
-        "import sys; sys.modules.update(greenlet=None, accelerate=None)\n"
+        "import sys; sys.modules.update(accelerate=None)\n"
         "import thanos_deploy.pruning.solution, thanos_deploy.calibration.blocks\n"
         "from thanos_deploy import methods; [methods.load(name) for name in methods.names()]\n"
-        "from thanos_deploy.calibration.passes import Pass\n"
-        "try: Pass(lambda: None)\n"
-        "except Exception as error: print(type(error).__name__, error.exit_code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "PlatformError 4"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

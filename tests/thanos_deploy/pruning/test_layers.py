@@ -366,7 +366,7 @@ def test_passes_that_may_not_wait_start_over_and_find_the_same(
 ) -> None:
     folder = make_model("llama")
     waiting = run(folder, tmp_path / "waiting", dense_target=0.4)
-    monkeypatch.setattr("thanos_deploy.calibration.walk.WAITING_BYTES", 0)
+    monkeypatch.setattr("thanos_deploy.calibration.sizes.WAITING_BYTES", 0)
     again = run(folder, tmp_path / "again", dense_target=0.4)
     one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("waiting", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)

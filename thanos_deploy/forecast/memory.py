@@ -1,0 +1,206 @@
+"""What pruning a model holds at once in the memory of the device and of the host, term by term.
+
+Counted from shapes alone, so it can be known of a model that is not here. A walk holds one block,
+what is computed of it, and a batch; which part of the work holds most decides.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.calibration.activations import Place, holder
+from thanos_deploy.calibration.sizes import (
+    TOKENS_PER_BATCH,
+    activation_bytes,
+    can_wait,
+    waiting_bytes,
+)
+from thanos_deploy.machine import background
+from thanos_deploy.methods import Walk
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.solver.masked import entries_together
+
+_FLOAT, _DOUBLE = 4, 8
+
+# Matrices [cols, cols] of float64, or as much memory, that are alive while a layer is solved: the
+# factor, and half of one for products while it is made, or for the last fit's copy of the Hessian.
+_SOLVING = 1.5
+
+# Numbers beside each weight of a layer while it is solved: what it was, is and will be, its scores.
+_BESIDE = 4
+
+# Numbers beside each weight of those rows that conjugate gradients solve together: where they are,
+# the residual, the direction and its image, what is kept and fixed, a product, the result.
+_GRADIENTS = 8
+
+# Float32 numbers for each weight of a block while it is tuned: its value, gradient and mask, and
+# what Adam keeps.
+_TUNING = 5
+
+# What cuBLAS and cuSOLVER take for themselves.
+_LIBRARIES = 192 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Something that is held in memory.
+
+    Attributes:
+        name: what it is.
+        bytes: its size.
+    """
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is held at once when most is held.
+
+    Attributes:
+        device: in the memory of a GPU; on a CPU nothing.
+        host: in the memory of the process.
+    """
+
+    device: tuple[Term, ...]
+    host: tuple[Term, ...]
+
+    def beside(self, resident: int) -> "Memory":
+        """With what the process holds already."""
+        return Memory(self.device, (Term("this process, before it begins", resident), *self.host))
+
+    @property
+    def device_bytes(self) -> int:
+        """All of the device's."""
+        return total(self.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """All of the host's."""
+        return total(self.host)
+
+
+def total(terms: Iterable[Term]) -> int:
+    """Their sum in bytes."""
+    return sum(term.bytes for term in terms)
+
+
+def of_pruning(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    linears: Sequence[str],
+    walk: Walk,
+    *,
+    forward: torch.dtype,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    place: Place,
+) -> Memory:
+    """What setting weights to zero holds.
+
+    Args:
+        checkpoint: the model; its configuration is enough.
+        segments: int64[count, length], calibration tokens; only their number counts.
+        linears: names of the layers that are pruned, seen from the block.
+        walk: how the model is walked.
+        forward: the dtype in which blocks run.
+        dtype: what is stored; None for each tensor's own.
+        device: where it is done.
+        place: where the calibration data is between two blocks.
+    """
+    ways = 1 + walk.with_dense  # the pruned model's way, and the dense one's
+    shapes = linear_shapes(checkpoint)
+    block = max(  # the largest of those that are pruned
+        (block for block in checkpoint.blocks if not set(block.linears).isdisjoint(linears)),
+        key=lambda block: sum(math.prod(shapes[name]) for name in block.full_names),
+    )
+    pruned = [block.prefix + name for name in block.linears if name in linears]
+    weights = sum(math.prod(shapes[name]) for name in block.full_names)
+    widths = [
+        shapes[block.prefix + group[0]][1]
+        for group in block.groups
+        if not set(group).isdisjoint(linears)
+    ]
+    stored = checkpoint.weights.dtypes[checkpoint.stored_name(f"{pruned[0]}.weight")]
+    own = (
+        forward
+        if forward is torch.float32
+        else (stored if dtype in (None, stored) else torch.float32)
+    )
+    held = [Term("the block", own.itemsize * weights)]
+    if own is not forward:
+        held.append(Term("a copy of it that runs", forward.itemsize * weights))
+    if walk.with_dense:
+        held.append(Term("the dense block", forward.itemsize * weights))
+    if background.has_time(device):
+        held.append(Term("the next block, read ahead", own.itemsize * weights))
+    if walk.true_sequential and can_wait(checkpoint, segments, ways, forward):
+        waiting = waiting_bytes(checkpoint, segments, ways, forward)
+        held.append(Term("passes that wait in the block", waiting))
+
+    squares = max(n * n for n in widths) if walk.true_sequential else sum(n * n for n in widths)
+    statistics = Term("statistics of inputs", _FLOAT * ways * squares)
+    batch = max(TOKENS_PER_BATCH, segments.shape[1])
+    # What layers read is kept until every way has passed, what they make for a moment.
+    passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
+    largest = max(math.prod(shapes[name]) for name in pruned)
+    beside = _BESIDE * largest + _GRADIENTS * _together(largest, device)
+    parts = [
+        [statistics, Term("a batch on its way", forward.itemsize * passing)],
+        [
+            statistics,
+            Term("the factored Hessian", int(_SOLVING * max(widths) ** 2 * _DOUBLE)),
+            Term("weights while they are solved", _FLOAT * beside),
+        ],
+    ]
+    if walk.tune_steps:
+        parts.append(
+            [
+                Term("tuning: weights, masks, gradients, moments", _TUNING * _FLOAT * weights),
+                Term("gradients in the dtype of the block", forward.itemsize * weights),
+            ]
+        )
+    return _memory(
+        checkpoint, segments, [*held, *max(parts, key=total)], ways, forward, device, place
+    )
+
+
+def _together(entries: int, device: torch.device) -> int:
+    """Weights of a layer that conjugate gradients solve together; few on a CPU."""
+    return min(entries, entries_together(device)) if device.type != "cpu" else 0
+
+
+def _memory(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    held: Sequence[Term],
+    ways: int,
+    forward: torch.dtype,
+    device: torch.device,
+    place: Place,
+) -> Memory:
+    """On a CPU the host holds what else the device does."""
+    config = checkpoint.config
+    embedding = Term(
+        "the embedding, before the first block",
+        (forward.itemsize if device.type != "cpu" else _FLOAT)
+        * int(config.vocab_size)
+        * int(config.hidden_size),
+    )
+    between = 2 * activation_bytes(checkpoint, segments.numel(), forward, with_dense=ways > 1) // 3
+    kept_on = holder(place, device, between)
+    waits = [Term("calibration data between blocks", between)] if kept_on is not None else []
+    if device.type == "cpu":
+        return Memory((), tuple(waits) + max((tuple(held), (embedding,)), key=total))
+    written = Term("the finished block, on its way to the disk", held[0].bytes)
+    moved = max(TOKENS_PER_BATCH, segments.shape[1]) * int(config.hidden_size) * forward.itemsize
+    batches = Term("batches on their way from and to the disk", 4 * ways * moved)
+    host = max([embedding], [written, batches], key=total)
+    libraries = Term("workspaces of CUDA's libraries", _LIBRARIES)
+    there = kept_on is not None and kept_on.type == device.type
+    return Memory((*held, *(waits if there else []), libraries), (*host, *([] if there else waits)))

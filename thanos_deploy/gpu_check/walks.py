@@ -1,0 +1,169 @@
+"""Pruning a whole model on the GPU: that it prunes as the CPU does, seconds a block, and memory."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.gpu.rows import CheckRow, Row, WalkRow
+from thanos_deploy.gpu_check import models
+from thanos_deploy.gpu_check.steps import Task
+from thanos_deploy.machine import environment
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.pruning.layers import prune
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.result import PrunedBlock
+
+_METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
+
+# Those that are timed.
+PRESETS = ("fast", "best")
+
+# Of the entries of all masks, those that may differ where sums in another order choose otherwise;
+# and how far the error of a layer may be from that on the CPU, relative to it.
+MASK_LIMIT, ERROR_LIMIT = 1e-2, 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is pruned.
+
+    Attributes:
+        model: the one that is timed; a small vocabulary, since embeddings stay with the host.
+        segments: number and length of its calibration segments.
+        seconds: after which no further block is begun.
+        compared: the one that the CPU prunes, too, on two segments of 64 tokens.
+    """
+
+    model: models.Sizes = field(default_factory=lambda: models.Sizes(blocks=8, vocabulary=1024))
+    segments: tuple[int, int] = (128, 2048)
+    seconds: float = 20.0
+    compared: models.Sizes = field(
+        default_factory=lambda: models.Sizes(
+            hidden=256, channels=704, heads=4, kv_heads=2, head_size=64, blocks=2, vocabulary=512,
+            dtype="fp32",
+        )
+    )  # fmt: skip
+
+
+class _TimeIsUpError(Exception):
+    """Ends a walk that has taken the time that it was given."""
+
+
+def rows(preset: str, sizes: Sizes, task: Task) -> Iterator[Row]:
+    """The comparison with the CPU, and each block of the timed model."""
+    yield compare(preset, sizes.compared, task)
+    folder = task.folder / "model"
+    make(folder, sizes.model, task.device)
+    yield from timed(preset, folder, sizes, task)
+
+
+def make(folder: Path, sizes: models.Sizes, device: str) -> None:
+    """Write a model of random weights."""
+    models.make("dense", sizes, device).save_pretrained(folder)
+
+
+def random_segments(count: int, length: int, vocabulary: int) -> Tensor:
+    """int64[count, length], always the same."""
+    return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
+    """A small model, pruned here and on the CPU: masks, and the error of every layer."""
+    dense = task.folder / "compared"
+    make(dense, sizes, "cpu")
+    segments = random_segments(8, 128, sizes.vocabulary)
+    recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset, calib_forward="fp32")
+    pruned: dict[str, tuple[Checkpoint, list[PrunedBlock]]] = {}
+    for device in ("cpu", task.device):
+        out = task.folder / f"pruned on {device} {len(pruned)}"
+        out.mkdir()
+        blocks = prune(Checkpoint.open(dense), segments, out, recipe, device=torch.device(device))
+        pruned[f"{device} {len(pruned)}"] = Checkpoint.open(out), blocks
+    (one, expected), (other, found) = pruned.values()
+    mask, error = difference(one, expected, other, found)
+    agrees = mask <= MASK_LIMIT and error <= ERROR_LIMIT
+    return CheckRow(
+        f"walk:{preset}",
+        f"{sizes.blocks} blocks of {sizes.hidden} against the CPU",
+        "PASS" if agrees else "FAIL",
+        f"{mask:.1e} of the masks differ, limit {MASK_LIMIT:g}; errors of layers by {error:.1e}, "
+        f"limit {ERROR_LIMIT:g}",
+        "" if agrees else "prune on the CPU, and report the card and the versions",
+    )
+
+
+def difference(
+    one: Checkpoint,
+    expected: Sequence[PrunedBlock],
+    other: Checkpoint,
+    found: Sequence[PrunedBlock],
+) -> tuple[float, float]:
+    """Fraction of the masks that differs, and the largest relative difference of a layer's error.
+
+    Args:
+        one, other: two pruned models with the same layers.
+        expected, found: what is said of their layers.
+    """
+    differs = entries = 0
+    for name in one.linears:
+        stored = one.stored_name(f"{name}.weight")
+        masks = [model.weights.read([stored])[stored] == 0 for model in (one, other)]
+        differs += int((masks[0] != masks[1]).sum())
+        entries += masks[0].numel()
+    errors = [
+        abs(layer.relative_error / beside.relative_error - 1.0)
+        for block, same in zip(expected, found, strict=True)
+        for beside, layer in zip(block.layers, same.layers, strict=True)
+        if beside.relative_error > 0.0
+    ]
+    return differs / entries, max(errors, default=0.0)
+
+
+def timed(preset: str, folder: Path, sizes: Sizes, task: Task) -> Iterator[WalkRow]:
+    """As many blocks of a model as there is time for, as `prune` does them, journal included."""
+    device = torch.device(task.device)
+    recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset)
+    segments = random_segments(*sizes.segments, sizes.model.vocabulary)
+    started = time.monotonic()
+
+    def stop_in_time(done: int, total: int) -> None:
+        if done and time.monotonic() - started > sizes.seconds:
+            raise _TimeIsUpError
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    out = task.folder / "pruned"
+    out.mkdir()
+    journal = Journal(task.folder / "journal", {}, PrunedBlock)
+    checkpoint = Checkpoint.open(folder)
+    with suppress(_TimeIsUpError):
+        prune(
+            checkpoint,
+            segments,
+            out,
+            recipe,
+            device=device,
+            journal=journal,
+            on_progress=stop_in_time,
+        )
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    for index, block in enumerate(journal.reports):
+        yield WalkRow(
+            method=_METHOD,
+            preset=preset,
+            pattern=str(_PATTERN),
+            hidden=sizes.model.hidden,
+            channels=sizes.model.channels,
+            tokens=segments.numel(),
+            block=index,
+            seconds=dict(block.seconds),
+            memory_bytes=held,
+            host_bytes=environment.peak_memory_bytes(),
+        )
