@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_READ = torch.ops.aten._local_scalar_dense.default
+_ATEN = torch.ops.aten
+_READ = _ATEN._local_scalar_dense.default
 
 # Numbers of device types in c10/core/DeviceType.h.
 _CUDA, _META, _TYPES = 1, 14, 20
@@ -37,7 +39,8 @@ class FakeCuda(FakeTensorMode):
     """Tensors have a shape, a dtype and a device, and no values; devices cannot be mixed.
 
     That is PyTorch's own check of every operation. What the host reads of a tensor is made up here,
-    and counted: True, 1.0, or a count of 0, which is what a layer without trouble would give.
+    and counted: True, 1.0, or a count of 0, which is what a layer without trouble would give. Of
+    what is marked or unique in a vector there is half.
 
     Attributes:
         counts: what integers are read as.
@@ -48,13 +51,33 @@ class FakeCuda(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=False)
         self.reads, self.counts = 0, 0
 
+    def __deepcopy__(self, memo: object) -> "FakeCuda":
+        return self  # what is copied with a tensor
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer a read; everything else is the base class's."""
         if func is _READ:
             self.reads += args[0].is_cuda
             dtype = args[0].dtype
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else self.counts
+        if func is _ATEN.nonzero.default and args[0].ndim == 1:
+            return self._half(args[0])[:, None]
+        if func is _ATEN._unique2.default and args[0].ndim == 1:
+            return (self._half(args[0]),) * 3
+        if func is _ATEN.index.Tensor:
+            tensor, indices = args
+            args = (
+                tensor,
+                [
+                    self._half(one) if one is not None and one.dtype is torch.bool else one
+                    for one in indices
+                ],
+            )
         return super().dispatch(func, types, args, kwargs or {})
+
+    def _half(self, vector: Tensor) -> Tensor:
+        with self:
+            return torch.arange(len(vector) // 2, device=vector.device)
 
 
 @pytest.fixture
