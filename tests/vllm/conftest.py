@@ -36,10 +36,11 @@ def command(model: Path, *options: str) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    """Without what belongs to the tests' own Python."""
+def environment(cache: Path) -> dict[str, str]:
+    """Without what belongs to the tests' own Python; with a folder for what is compiled."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {**kept, **own, "VLLM_CACHE_ROOT": str(cache / "vllm-cache")}
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def serving(model: Path, *options: str) -> Iterator[OpenAI]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command(model, "--port", str(port), *options),
-            env=environment(),
+            env=environment(model.parent),
             cwd=model.parent,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -75,7 +76,7 @@ def refusal(model: Path, *options: str) -> str:
     """What a server says that does not start."""
     done = subprocess.run(
         command(model, *options),
-        env=environment(),
+        env=environment(model.parent),
         cwd=model.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -133,7 +133,7 @@ def test_a_compiled_layer_is_one_graph_for_all_numbers_of_tokens() -> None:
 
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
     with torch.inference_mode():
-        for tokens in (2, 3, 9):
+        for tokens in (7, 3, 9):  # no other size is 7
             x, _ = inputs(tokens, 5, 24, torch.float32, bias=False)
             require_close(compiled(x), x, weight, bias)
     assert len(graphs) == 1
