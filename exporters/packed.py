@@ -74,7 +74,7 @@ def export(
         transposed=checkpoint.family.transposed,
     )
     on_progress(1, 2)
-    _require_same(checkpoint.weights, destination)
+    require_same(checkpoint.weights, destination)
     on_progress(2, 2)
     return PackedResult(
         packed=len(sizes.packed),
@@ -85,7 +85,12 @@ def export(
     )
 
 
-def _require_same(original: Weights, packed: Path) -> None:
+def require_same(original: Weights, packed: Path) -> None:
+    """Unpack a packed folder again, and compare.
+
+    Raises:
+        GateError: a tensor is not the original's.
+    """
     # Beside the packed folder, because /tmp may be small.
     with TemporaryDirectory(dir=packed.parent) as scratch:
         unpack_folder(packed, Path(scratch))

@@ -12,7 +12,6 @@ that; onnx refuses to read such a file, ONNX Runtime does not.
 """
 
 import ast
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def export(
         if (bundle / read).exists():
             _copy(bundle / read, folders[TEXT] / "bundle" / read)
     shutil.copyfile(bundle / ONNX / GRAPH, folders[ONNX] / GRAPH)
-    _link(folders[TEXT] / "bundle" / ONNX / GRAPH_DATA, folders[ONNX] / GRAPH_DATA)
+    files.link(folders[TEXT] / "bundle" / ONNX / GRAPH_DATA, folders[ONNX] / GRAPH_DATA)
     for model, engine in engines.items():
         shutil.copyfile(engine.folder / ENGINE, folders[model] / "model.plan")
     cache = _SLOTS * record.max_sequence * record.cache.bytes_per_token
@@ -289,11 +288,3 @@ def _code(module: Path) -> set[Path]:
 def _copy(source: Path, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
-
-
-def _link(source: Path, destination: Path) -> None:
-    """Give a file a second name; copy it where the file system cannot do that."""
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)

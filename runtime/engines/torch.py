@@ -11,8 +11,11 @@ Variants, given as `backend="torch:VARIANT"`:
     mma-sp            2:4 weights through this project's kernel in CUDA C++
     sparse            2:4 weights through whichever of these, or the dense product, was measured to
                       be the fastest for the layer and the tokens; see `runtime.kernels.choice`
+    blockwise         2:4 weights on a CPU, unpacked some rows at a time: less memory, more work
 
-All but the first two change the linear layers of the blocks and need an NVIDIA GPU. On the CPU
+All but the first two change the linear layers of the blocks. Those need an NVIDIA GPU, apart from
+`blockwise`, which needs a CPU. All 2:4 products are one operator of PyTorch, which the plugin for
+vLLM calls too; see `runtime.kernels.operator`. On the CPU
 weights are float32; on a GPU bfloat16, if the checkpoint's are, or else float16.
 
 On a GPU all but `compiled` run on a static kv cache, and their steps are replayed from CUDA graphs;
@@ -44,6 +47,7 @@ VARIANTS = (
     "triton",
     "mma-sp",
     "sparse",
+    "blockwise",
 )
 PROVIDERS = ("cpu", "cuda")
 
@@ -341,7 +345,7 @@ def _require_device(torch: Any, provider: str, variant: str) -> None:
         )
     if variant in ("eager", "compiled"):
         return
-    if provider != "cuda":
+    if provider != "cuda" and variant != "blockwise":
         raise PlatformError(
             f"variant {variant} runs on an NVIDIA GPU only",
             fix="open it with provider cuda on a machine that has one, or take eager or compiled",

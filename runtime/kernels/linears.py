@@ -5,26 +5,29 @@
     cusparselt-first  cuSPARSELt with its first algorithm, as torch takes it, to compare with
     triton            this project's Triton kernels
     mma-sp            this project's kernel in CUDA C++
+    blockwise         on a CPU; see `runtime.kernels.blockwise`
 
 All return contiguous [tokens, outputs], and can be captured in a CUDA graph once they were called
-for that number of tokens: the first call compiles, tunes or searches.
+for that number of tokens: the first call compiles, tunes or searches. All are called through the
+one operator of `runtime.kernels.operator`, which `torch.compile` does not look into.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from runtime.kernels.operator import Held, hold
 from thanos_deploy.errors import PlatformError
 from thanos_deploy.gpu import driver
 from thanos_deploy.model.linear import matrix
-from thanos_deploy.model.packing import require_semi_structured
 
 # x [tokens, inputs], bias [outputs] or None -> [tokens, outputs]
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
+
+# The kernel for CPUs, which is none of the makers to choose from on a GPU.
+BLOCKWISE = "blockwise"
 
 # libtorch: "Supported only on GPUs with compute capability 8.x".
 _CUTLASS_MAJOR = 8
@@ -47,12 +50,15 @@ def require(maker: str, device: torch.device) -> None:
     """Refuse a device on which the kernels of a maker do not run.
 
     Args:
-        maker: a key of `MAKERS`, or "sparse" for any of them.
+        maker: a key of `MAKERS`, "sparse" for any of them, or `BLOCKWISE`.
         device: where the weights are.
 
     Raises:
         PlatformError: it is no NVIDIA GPU, or one without such kernels, or a package is missing.
     """
+    if maker == BLOCKWISE:
+        _require_cpu(device)
+        return
     if maker == "triton":
         _require_triton()
         if device.type == "cpu" and _interprets():
@@ -81,6 +87,14 @@ def require(maker: str, device: torch.device) -> None:
         )
 
 
+def _require_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise PlatformError(
+            f"{BLOCKWISE} runs on a CPU only, and the weights are on {device}",
+            fix=f"use one of {', '.join(MAKERS)}",
+        )
+
+
 def _require_triton() -> None:
     try:
         import triton  # noqa: F401 - its absence is told here
@@ -97,84 +111,24 @@ def _interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def cutlass(weight: Tensor, name: str) -> Multiply:
-    """Multiply with torch's semi-structured tensors, by CUTLASS.
-
-    Raises:
-        ModelError: the library does not take the weight, or it is not 2:4.
-        PlatformError: see `require`.
-    """
-    require_semi_structured(weight, "cutlass", name)
-    require("cutlass", weight.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
-        held: Any = torch.sparse.SparseSemiStructuredTensorCUTLASS
-        sparse = held.from_dense(weight.contiguous())
-    # torch returns a transposed view.
-    return lambda x, bias: nn.functional.linear(x, sparse, bias).contiguous()
-
-
-def cusparselt(weight: Tensor, name: str, *, search: bool = True) -> Multiply:
-    """Multiply by cuSPARSELt.
+def make(kernel: str, weight: Tensor, name: str) -> Held:
+    """What multiplies with a weight.
 
     Args:
+        kernel: a key of `MAKERS`, or `BLOCKWISE`.
         weight: [outputs, inputs].
         name: for the message.
-        search: for the fastest algorithm; or take torch's default.
 
     Raises:
-        ModelError: the library does not take the weight, or it is not 2:4.
+        InputError: the kernel does not take the shape or dtype, or the weight is not 2:4.
         PlatformError: see `require`.
     """
-    from runtime.kernels.cusparselt import CusparseltWeight, linear
-
-    require_semi_structured(weight, "cusparselt", name)
-    require("cusparselt" if search else "cusparselt-first", weight.device)
-    compressed = CusparseltWeight.of(weight)
-    return lambda x, bias: linear(x, compressed, bias, search=search)
-
-
-def triton(weight: Tensor, name: str) -> Multiply:
-    """Multiply with the two Triton kernels: one for few tokens, one for many.
-
-    Raises:
-        InputError: the kernels do not take the dtype, or the weight is not 2:4.
-        PlatformError: see `require`.
-    """
-    require("triton", weight.device)
-    from runtime.kernels import decode, prefill
-    from runtime.kernels.packed import PackedWeight
-
-    packed = PackedWeight.of(weight, name)
-
-    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        if len(x) <= decode.MOST_TOKENS:
-            return decode.linear(x, packed, bias)
-        return prefill.linear(x, packed, bias)
-
-    return multiply
-
-
-def sparse_mma(weight: Tensor, name: str) -> Multiply:
-    """Multiply on sparse tensor cores, with the kernel in CUDA C++.
-
-    Raises:
-        InputError: the kernel does not take the dtype, or the weight is not 2:4.
-        PlatformError: see `require`.
-    """
-    require("mma-sp", weight.device)
-    from runtime.kernels.sparse_mma import SparseMmaWeight, linear
-
-    packed = SparseMmaWeight.of(weight, name)
-    return lambda x, bias: linear(x, packed, bias)
+    return hold(kernel, weight, name, before=lambda: require(kernel, weight.device))
 
 
 MAKERS: dict[str, Callable[[Tensor, str], Multiply]] = {
-    "cutlass": cutlass,
-    "cusparselt": cusparselt,
-    "cusparselt-first": partial(cusparselt, search=False),
-    "triton": triton,
-    "mma-sp": sparse_mma,
+    kernel: partial(make, kernel)
+    for kernel in ("cutlass", "cusparselt", "cusparselt-first", "triton", "mma-sp")
 }
 
 
@@ -184,14 +138,14 @@ def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
     Args:
         model: where they are.
         names: their full names.
-        maker: a key of `MAKERS`.
+        maker: a key of `MAKERS`, or `BLOCKWISE`.
 
     Raises:
         InputError: a weight is not 2:4, or of a shape or dtype that is not taken; the message
             names the layer.
         PlatformError: see `require`.
     """
-    exchange(model, names, MAKERS[maker])
+    exchange(model, names, MAKERS.get(maker) or partial(make, maker))
 
 
 def exchange(

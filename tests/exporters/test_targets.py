@@ -69,7 +69,15 @@ def help_of(command: str) -> str:
 
 
 def test_the_targets_are_the_files() -> None:
-    assert targets.names() == ["genai", "onnx", "packed", "tensorrt", "tensorrt-rtx", "triton"]
+    assert targets.names() == [
+        "genai",
+        "onnx",
+        "packed",
+        "tensorrt",
+        "tensorrt-rtx",
+        "triton",
+        "vllm",
+    ]
 
 
 def test_an_unknown_target_is_refused_with_the_nearest() -> None:

@@ -154,7 +154,7 @@ def test_a_gpu_that_is_not_there_is_an_error(exported_llama: Path) -> None:
 
 
 def test_every_variant_is_known_to_the_engine() -> None:
-    assert {"eager", "compiled", "sparse", *linears.MAKERS} == set(VARIANTS)
+    assert {"eager", "compiled", "sparse", linears.BLOCKWISE, *linears.MAKERS} == set(VARIANTS)
 
 
 def test_without_pytorch_the_message_names_what_to_install(
@@ -218,6 +218,22 @@ def test_a_model_on_our_kernels_gives_the_logits_of_the_model_itself(
         expected, actual = map(step, engines)
         # Two ways to round to float16 after every layer.
         assert np.abs(actual - expected).max() < 5e-3 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_variant_for_cpus_gives_the_logits_of_eager(
+    exported_two_four: Exported, model_type: str
+) -> None:
+    folder = exported_two_four(model_type) / "model"
+    engines = [
+        torch_engine.open_model(folder, variant=variant) for variant in ("eager", "blockwise")
+    ]
+    for step in (
+        lambda engine: engine.prefill(PROMPTS, MASK),
+        lambda engine: engine.decode(np.array([10, 6])),
+    ):
+        expected, actual = map(step, engines)
+        assert np.abs(actual - expected).max() < 1e-5 * np.ptp(expected)
 
 
 def test_attention_gets_channels_side_by_side_from_exchanged_layers(

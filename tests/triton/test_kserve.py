@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.pages import blocks
 from tests.triton.conftest import PACKAGES, needs_triton
 
 pytestmark = needs_triton
@@ -74,6 +75,16 @@ def test_the_inference_service_is_of_the_published_form(service: Any) -> None:
     model = service["spec"]["predictor"]["model"]
     assert model["modelFormat"] == {"name": "triton", "version": "2"}
     assert model["args"] == ["--model-control-mode=explicit", "--load-model=text"]
+
+
+def test_the_service_of_the_page_on_vllm_is_of_the_published_form() -> None:
+    (block,) = blocks("docs/vllm.md", "yaml")
+    service = yaml.safe_load(block.text)
+    assert (service["apiVersion"], service["kind"]) == (
+        "serving.kserve.io/v1beta1",
+        "InferenceService",
+    )
+    assert list(complaints(service, "V1beta1InferenceService")) == []
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,14 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def link(source: Path, destination: Path) -> None:
+    """Give a file a second name; copy it where the file system cannot do that."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
 def require_disk(folder: Path, needed: int) -> None:
     """Refuse work that would fill the disk.
 

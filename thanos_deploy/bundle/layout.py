@@ -9,6 +9,7 @@
     genai/                                             a folder that ORT-GenAI loads
     packed/                                            the checkpoint without the zeros of n:m
     triton/                                            a model repository
+    vllm/                                              a folder that vLLM serves
     engines/STAGE/model.engine, build.json, ...        an engine and what is known of its build
 
 A stage is called by the folder that it writes to, and the stage of an engine by its folder in

@@ -25,7 +25,7 @@ Layout = Literal["separate", "by head", "by part"]
 # key-value head; channels of all query heads.
 Width = Literal["heads", "heads per key", "channels"]
 
-# What programs that serve models demand of the sizes of some; `report.loaders` has the words.
+# What programs that serve models demand of the sizes of some; `loaders` has the words.
 Demand = Literal[
     "another model",
     "channels are 4 x hidden size",
@@ -106,7 +106,7 @@ class Reading:
     """What the source of a program that serves models states about some model types.
 
     Attributes:
-        loader: the name of the program in `report.loaders`.
+        loader: the name of the program in `loaders`.
         model_types: those for which its source was read.
         demand: what it demands of their sizes, beyond what it demands of every model; None for
             nothing.

@@ -100,6 +100,18 @@ def is_packed(folder: Path) -> bool:
     return (folder / RECORD).exists() or _is_bitmask(folder)
 
 
+def patterns_of(folder: Path) -> dict[str, SemiStructured]:
+    """By the name of a packed weight, its pattern, once every file is seen to be as it was written.
+
+    Raises:
+        IntegrityError: a file is not the one that `packed.json` names.
+        ModelError: `packed.json` is missing or cannot be read.
+    """
+    weights = _read_record(folder)["weights"]
+    patterns = {name: parse(pattern) for name, pattern in weights.items()}
+    return {name: its for name, its in patterns.items() if isinstance(its, SemiStructured)}
+
+
 def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = silent) -> None:
     """Write ordinary safetensors files, one tensor in memory at a time.
 

@@ -150,6 +150,20 @@ def unpack(values: Tensor, mask: Tensor, cols: int, name: str = "weight") -> Ten
     return weight
 
 
+def unpack_anywhere(values: Tensor, mask: Tensor, cols: int) -> Tensor:
+    """What `unpack` does, on any device and without looking whether the mask fits the values.
+
+    Args:
+        values, mask: as `pack` returned them.
+        cols: of the weight.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    keep = ((mask[:, :, None] >> shifts) & 1).reshape(len(mask), -1)[:, :cols].bool()
+    weight = values.new_zeros(len(values), cols)
+    weight[keep] = values.reshape(-1)
+    return weight
+
+
 def require_semi_structured(weight: Tensor, library: str, name: str = "weight") -> None:
     """Refuse what torch's semi-structured tensors cannot hold.
 

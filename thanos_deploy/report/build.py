@@ -20,11 +20,12 @@ from thanos_deploy.measure.quality import (
     TextStage,
 )
 from thanos_deploy.measure.run import DENSE, Run
+from thanos_deploy.model import loaders
 from thanos_deploy.model.block import BlockPlan
+from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pattern import parse
 from thanos_deploy.pruning.result import PRUNE, PrunedBlock
-from thanos_deploy.report import commands, loaders, pareto, words
-from thanos_deploy.report.loaders import LoaderVerdict
+from thanos_deploy.report import commands, pareto, words
 from thanos_deploy.report.model import (
     FORMAT,
     CutWidths,

@@ -6,9 +6,9 @@ from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, PRUNED
+from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pruning.result import PruneOptions
 from thanos_deploy.report.figures import figures, shown, shown_ratio
-from thanos_deploy.report.loaders import LoaderVerdict
 from thanos_deploy.report.model import ModelReport, Report, TaskScores
 from thanos_deploy.report.runs import quoted, quoted_on_gpu
 
@@ -194,7 +194,8 @@ def _others(model: ModelReport) -> str:
     )
     return f"""
 
-Other loaders, judged by `config.json` and the constraints in their source; none of them was run:
+Other loaders, judged by `config.json` and the constraints in their source. Tested means that shrunk
+models of this type were served by that version, with the tokens of transformers:
 
 | loader | | |
 |---|---|---|
@@ -206,6 +207,6 @@ def _compatible(entry: LoaderVerdict) -> str:
         case None:
             return "not judged"
         case True:
-            return "config-compatible"
+            return f"tested with {entry.tested}" if entry.tested else "config-compatible"
         case _:
             return "does not take it"

@@ -13,8 +13,8 @@ from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine.environment import Environment
 from thanos_deploy.measure.run import Run, Sample
+from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pruning.result import LayersSummary, PartBytes
-from thanos_deploy.report.loaders import LoaderVerdict
 
 FORMAT: Final = "thanos-deploy/report/1"
 

@@ -12,7 +12,7 @@ from tests.conftest import stock_model
 from tests.thanos_deploy.model.test_experts import MIXED, write_mixture
 from thanos_deploy.model import families
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.report.loaders import judge
+from thanos_deploy.model.loaders import judge
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing

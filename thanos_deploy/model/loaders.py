@@ -3,8 +3,9 @@
 Every demand is one that the loader's own source states, in the file that is named beside it
 (vLLM 0.33.0; llama.cpp at 7bca1fd, its quantiser at 007dbbf; text-generation-inference at the
 commits that are named). Demands on every model are here, those on some model types in the rows of
-`thanos_deploy.model.families`. No loader is run: a model that meets all demands is called
-config-compatible.
+`thanos_deploy.model.families`. A model that meets all demands is called config-compatible. Where
+the tests of this project serve shrunk models of a type with the loader itself, it is called tested,
+with the version that they run.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,19 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class Tested:
+    """What was served, and not only read.
+
+    Attributes:
+        version: of the loader.
+        model_types: of the models.
+    """
+
+    version: str
+    model_types: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Loader:
     """One that reads Hugging Face folders.
 
@@ -82,6 +96,8 @@ class Loader:
         command: that loads the folder `model`.
         constraints: what its source states about the sizes of every model.
         notes: what follows from the sizes for its options.
+        tested: the version that the tests run, and the model types that they serve with it; see
+            tests/vllm.
     """
 
     name: str
@@ -89,6 +105,7 @@ class Loader:
     command: str
     constraints: tuple[Constraint, ...]
     notes: Callable[[Dimensions], str]
+    tested: Tested | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,8 @@ class LoaderVerdict:
         loader: its name, with its version.
         command: that loads the model.
         compatible: no demand is broken; None if the loader's source was not read for it.
+        tested: the loader with the version that served models of this type in the tests; None if
+            none did, or a demand is broken.
         reasons: the demands that are broken, with their sources.
         notes: what follows for the loader's options.
     """
@@ -106,6 +125,7 @@ class LoaderVerdict:
     loader: str
     command: str
     compatible: bool | None
+    tested: str | None
     reasons: tuple[str, ...]
     notes: str
 
@@ -131,9 +151,21 @@ def judge(config: Json) -> Iterator[LoaderVerdict]:
             f"{loader.name} {loader.version}".rstrip(),
             loader.command,
             not broken if read else None,
+            _tested(loader, model_type) if read and not broken else None,
             broken,
             loader.notes(dimensions) if read and not broken else "",
         )
+
+
+def of(config: Json, loader: str) -> LoaderVerdict:
+    """What one loader would find; see `judge`."""
+    return next(one for one in judge(config) if one.loader.split()[0] == loader)
+
+
+def _tested(loader: Loader, model_type: str) -> str | None:
+    if loader.tested is None or model_type not in loader.tested.model_types:
+        return None
+    return f"{loader.name} {loader.tested.version}"
 
 
 def _constraint(demand: Demand, source: str) -> Constraint:
@@ -225,6 +257,7 @@ LOADERS = (
             ),
         ),
         notes=_splits,
+        tested=Tested("0.32", ("llama", "qwen3", "gemma3_text", "opt")),
     ),
     Loader(
         name="text-generation-inference",

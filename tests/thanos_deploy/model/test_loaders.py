@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import FAMILIES
-from thanos_deploy.report.loaders import DEMANDS, LOADERS, Dimensions, judge, tensor_parallel
+from thanos_deploy.model.loaders import DEMANDS, LOADERS, Dimensions, judge, tensor_parallel
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Part, Sizing

@@ -1,0 +1,85 @@
+"""A folder that `vllm serve` loads, with this project's plugin for 2:4 weights."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporters.options import NoOptions
+from exporters.target import Missing, Size, Target, write_stage
+from thanos_deploy.bundle.layout import MODEL
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.check import Check
+from thanos_deploy.errors import DeployError
+from thanos_deploy.progress import Announce
+
+if TYPE_CHECKING:
+    from exporters.vllm import VllmResult
+
+_NAME = "vllm"
+
+
+def _export(
+    bundle: Bundle, request: NoOptions, *, overwrite: bool, announce: Announce
+) -> StageRecord:
+    from exporters import vllm
+    from exporters.patterns import claimed
+    from thanos_deploy.model.checkpoint import Checkpoint
+
+    model = Checkpoint.open(bundle.path / MODEL)
+    vllm.require_served(model)
+
+    def write(folder: Path) -> "VllmResult":
+        return vllm.export(
+            model,
+            folder,
+            patterns=claimed(bundle),
+            on_progress=announce("Write the folder for vLLM and unpack it again to compare"),
+        )
+
+    return write_stage(
+        bundle,
+        _NAME,
+        write,
+        inputs={"model": bundle.model_sha256},
+        bytes_needed=lambda: 2 * model.bytes_in("auto"),
+        options=request,
+        overwrite=overwrite,
+    )
+
+
+def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
+    from thanos_deploy.model import quantization
+
+    name = f"{stage}: packed layers"
+    folder = bundle.path / stage
+    config = json.loads((folder / "config.json").read_bytes())
+    if "quantization_config" not in config:
+        yield Check(name, "SKIP", "no layer is 2:4, so all are stored as they are")
+        return
+    try:
+        layers = quantization.layers_of(config["quantization_config"])
+        quantization.require_intact(folder, layers)
+    except DeployError as error:
+        yield Check(name, "FAIL", error.message, fix=error.fix)
+    else:
+        yield Check(name, "PASS", f"{len(layers)}, as config.json names them")
+
+
+TARGET = Target(
+    name=_NAME,
+    summary="a folder that vLLM serves, with 2:4 weights packed for this project's plugin",
+    writes=_NAME,
+    options=NoOptions,
+    packages=(),
+    gpu=False,
+    export=_export,
+    verify=_verify,
+    size=Size(
+        "checkpoint for vLLM",
+        (".safetensors",),
+        beside="checkpoint",
+        sentence="The checkpoint that vLLM serves takes {ratio:.3f} of the dense one's bytes.",
+    ),
+    missing=Missing("the size for vLLM"),
+)

@@ -1,0 +1,145 @@
+"""A folder that vLLM serves: 2:4 weights packed for this project's plugin, others as stored.
+
+vLLM runs the layers that read the same activation as one (queries, keys and values; gate and up).
+Where not all of them are 2:4, all of them are stored dense, and so are experts.
+
+A model without 2:4 layers needs no plugin: its weights are the files of `model/` under a second
+name, so that they take no more room.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.packed import require_same
+from thanos_deploy.bundle import files
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model import loaders, packed_folder, quantization
+from thanos_deploy.model import widths as block_widths
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.companions import copy_companions
+from thanos_deploy.model.tensorfile import INDEX
+from thanos_deploy.pattern import Pattern, SemiStructured
+from thanos_deploy.progress import OnProgress, silent
+
+_CONFIG = "config.json"
+_TWO_FOUR = SemiStructured(2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmResult:
+    """What is in the folder.
+
+    Attributes:
+        packed, dense: how many linear layers are stored in which way.
+        dense_beside: layers that are 2:4 but stored dense, because vLLM runs them as one with
+            others that are not, or they are experts.
+        bytes_before, bytes_after: of all safetensors files.
+        ratio: bytes after over bytes before.
+    """
+
+    packed: int
+    dense: int
+    dense_beside: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    ratio: float
+
+
+def require_served(checkpoint: Checkpoint) -> None:
+    """Refuse a model that vLLM would refuse.
+
+    Raises:
+        UsageError: its sizes are none that vLLM takes; the message has vLLM's own demand and the
+            file of its source that states it.
+    """
+    folder = checkpoint.folder
+    if block_widths.declared(folder) is not None:
+        raise UsageError(
+            f"{folder}: its blocks differ in width, or have a number of heads that no config.json "
+            "of this type describes, and vLLM reads nothing else",
+            fix="prune again with --allocation uniform, and for families whose config.json has no "
+            "size of a head with --cut-parts ffn",
+        )
+    verdict = loaders.of(json.loads((folder / _CONFIG).read_bytes()), "vLLM")
+    if not verdict.compatible:
+        reasons = "; ".join(verdict.reasons) or "its source was not read for this type of model"
+        raise UsageError(
+            f"{folder}: {verdict.loader} does not take it: {reasons}",
+            fix="cut other numbers of heads and channels, or serve it with `thanos-deploy serve`",
+        )
+
+
+def export(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    patterns: Mapping[str, Pattern],
+    on_progress: OnProgress = silent,
+) -> VllmResult:
+    """Write the folder, and unpack it again to see that nothing changed.
+
+    Args:
+        checkpoint: the model, which `require_served` lets through.
+        destination: an empty folder.
+        patterns: by full name, what linear layers hold.
+        on_progress: told before and after.
+
+    Raises:
+        ModelError: a weight does not hold the pattern that is claimed.
+        GateError: unpacking gives other weights.
+    """
+    on_progress(0, 2)
+    found = {name for name, pattern in patterns.items() if pattern == _TWO_FOUR}
+    packed = _whole_groups(checkpoint, found)
+    copy_companions(checkpoint.folder, destination, None)
+    if packed:
+        before, after = _pack(checkpoint, destination, packed)
+        on_progress(1, 2)
+        require_same(checkpoint.weights, destination)
+    else:
+        before = after = _link(checkpoint, destination)
+    on_progress(2, 2)
+    return VllmResult(
+        packed=len(packed),
+        dense=len(checkpoint.linears) - len(packed),
+        dense_beside=tuple(sorted(found - packed)),
+        bytes_before=before,
+        bytes_after=after,
+        ratio=round(after / before, 4),
+    )
+
+
+def _whole_groups(checkpoint: Checkpoint, two_four: set[str]) -> set[str]:
+    """The 2:4 layers but for experts, and for those that vLLM runs as one with others."""
+    return {
+        name
+        for block in checkpoint.blocks
+        for group in block.groups
+        if block.routed.isdisjoint(group)
+        and two_four.issuperset(names := [block.prefix + layer for layer in group])
+        for name in names
+    }
+
+
+def _pack(checkpoint: Checkpoint, destination: Path, layers: set[str]) -> tuple[int, int]:
+    sizes = packed_folder.pack_folder(
+        checkpoint.folder,
+        destination,
+        {checkpoint.stored_name(f"{name}.weight"): _TWO_FOUR for name in sorted(layers)},
+        files=checkpoint.weights.files,
+        transposed=checkpoint.family.transposed,
+    )
+    config = json.loads((destination / _CONFIG).read_bytes())
+    config["quantization_config"] = quantization.entry(layers)
+    files.write_json(destination / _CONFIG, config)
+    return sizes.bytes_before, sizes.bytes_after
+
+
+def _link(checkpoint: Checkpoint, destination: Path) -> int:
+    """Give the files of the weights a second name; returns their bytes."""
+    shards = sorted(set(checkpoint.weights.files.values()))
+    for name in [*shards, *([INDEX] if (checkpoint.folder / INDEX).exists() else [])]:
+        files.link(checkpoint.folder / name, destination / name)
+    return sum((checkpoint.folder / name).stat().st_size for name in shards)

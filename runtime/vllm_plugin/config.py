@@ -1,0 +1,120 @@
+"""The quantisation method: which layers of a model hold packed 2:4 weights.
+
+vLLM makes a `TwoFourConfig` from the `quantization_config` of config.json, and asks it for the
+method of every layer.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.platforms import current_platform
+
+from runtime.vllm_plugin.linear import TwoFourLinearMethod
+from thanos_deploy.errors import UsageError
+from thanos_deploy.gpu import driver
+from thanos_deploy.model import quantization
+
+
+class TwoFourConfig(QuantizationConfig):
+    """What config.json says of packed layers.
+
+    Attributes:
+        layers: their full names, as vLLM calls the parts that it fuses.
+    """
+
+    def __init__(self, layers: frozenset[str]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def get_name(self) -> str:
+        """The name in config.json."""
+        return quantization.METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What the kernels of this machine multiply."""
+        on_cpu = [torch.float32] if current_platform.is_cpu() else []
+        return [torch.bfloat16, torch.float16, *on_cpu]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Compute capability, as vLLM writes it: 80 for 8.0."""
+        major, minor = driver.SPARSE_CAPABILITY
+        return 10 * major + minor
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: all is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TwoFourConfig":
+        """Read the entry of config.json.
+
+        Raises:
+            ModelError: it is not of this method.
+        """
+        return cls(quantization.layers_of(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: object = None, revision: str | None = None
+    ) -> None:
+        """Refuse a folder whose files are not as they were written, before any weight is used.
+
+        Models of the hub are fetched later, and compared with their hashes by its own client.
+
+        Raises:
+            IntegrityError: a file is not the one that was written.
+            ModelError: the packed weights are not those of the layers in config.json.
+        """
+        if Path(model_name).is_dir():
+            quantization.require_intact(Path(model_name), self.layers)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Call the layers as vLLM's model does."""
+        self.layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.layers)))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Ours for a packed layer, vLLM's own for a dense one, nothing for what is not linear.
+
+        Raises:
+            UsageError: the layer is fused from packed and dense ones, or LoRA is asked for.
+        """
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = self._parts(prefix)
+        packed = [part in self.layers for part in parts]
+        if not any(packed):
+            return UnquantizedLinearMethod()
+        if not all(packed):
+            dense = ", ".join(part for part in parts if part not in self.layers)
+            raise UsageError(
+                f"{prefix}: vLLM runs {', '.join(parts)} as one layer, and {dense} is not packed",
+                fix="export the model again with `thanos-deploy export OUT --target vllm`, which "
+                "stores the parts of such a layer alike",
+            )
+        if get_current_vllm_config().lora_config is not None:
+            raise UsageError(
+                f"{prefix}: LoRA is not supported on packed 2:4 layers",
+                fix="leave out --enable-lora, or merge the adapter into the weights before pruning",
+            )
+        return TwoFourLinearMethod(prefix)
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The layers of the checkpoint that a layer of vLLM is made of."""
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+
+def register() -> None:
+    """Make vLLM know the method by its name."""
+    register_quantization_config(quantization.METHOD)(TwoFourConfig)

@@ -1,0 +1,44 @@
+"""In which order a loaded weight is kept, and which kernels multiply with it.
+
+On a CPU there is one kernel. On a GPU it is chosen by measurement for each shape and number of
+tokens, as for the engine `torch:sparse`; see `runtime.kernels.choice`. But the dense product is
+left out, because it would need the dense weight beside the packed one.
+"""
+
+import torch
+from torch import Tensor
+
+from runtime.kernels import blockwise, choice
+from runtime.kernels.operator import Held, by_tokens, hold
+from thanos_deploy.model.packing import unpack_anywhere
+
+
+def held_by(values: Tensor, mask: Tensor, name: str) -> Held:
+    """A weight in the order that this machine's kernels read.
+
+    Args:
+        values: [outputs, inputs / 2], on the device where it is to stay.
+        mask: uint8[outputs, ceil(inputs / 8)]; see `thanos_deploy.model.packing`.
+        name: of the layer, for messages.
+    """
+    if values.device.type == "cpu":
+        return Held("blockwise", blockwise.from_packed(values, mask), len(values))
+    weight = unpack_anywhere(values, mask, 2 * values.shape[1])
+    chosen = _chosen(weight, name)
+    held = {kernel: hold(kernel, weight, name) for kernel in set(chosen)}
+    return by_tokens([held[kernel] for kernel in chosen], choice.ENDS)
+
+
+def _chosen(weight: Tensor, name: str) -> tuple[str, ...]:
+    """The kernel for each bucket of tokens, measured unless a file has it."""
+    shape = choice.Shape.of(weight, name)
+    capability = torch.cuda.get_device_capability(weight.device)
+    rows = choice.rows_for(
+        [shape],
+        choice.folder(None, "sm{}{}".format(*capability)) / choice.FILE,
+        choice.Origin.here(),
+        lambda shapes: choice.measure(
+            shapes, choice.replayed, candidates=choice.makers(), device=str(weight.device)
+        ),
+    )
+    return choice.fastest([one for one in rows[shape].timed if one.kernel != choice.DENSE])
