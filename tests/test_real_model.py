@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str,
     done = subprocess.run(
         [
             *(COMMAND, "prune-export", gguf_path(), "--pattern", "2:4", "--target", "genai"),
-            *("-o", out, "--nsamples", "8", "--seqlen", "256", "--eval-segments", "4"),
+            *("-o", out, "--nsamples", "4", "--seqlen", "256", "--eval-segments", "4"),
             *("--eval-seqlen", "512", "--rounds", "3", "--new-tokens", "8", "--json"),
         ],
         env={**os.environ, "THANOS_DEPLOY_CACHE": str(cache)},
@@ -155,7 +155,7 @@ def shrunk(
                 "--target",
                 "genai",
             ),
-            *("-o", out, "--nsamples", "8", "--seqlen", "256", "--eval-segments", "4"),
+            *("-o", out, "--nsamples", "4", "--seqlen", "256", "--eval-segments", "4"),
             *("--eval-seqlen", "512", "--rounds", "3", "--new-tokens", "8", "--json"),
         ],
         env={**os.environ, "THANOS_DEPLOY_CACHE": str(dense.parent)},

@@ -1,5 +1,6 @@
 """The graph of a causal model: traced by PyTorch's exporter, then made small."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,11 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from exporters.onnx import repeat
 from exporters.onnx import simplify as _rewrites
+from thanos_deploy.model.families import family_of
+
+logger = logging.getLogger(__name__)
 
 # What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
 OPSET = 20
@@ -86,7 +91,7 @@ def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     if key in _traced:
         bare = _traced.pop(key)
     else:
-        bare = _without_weights(_trace(model, logits), model)
+        bare = _without_weights(_whole(model, logits), model)
         while len(_traced) >= _KEPT:
             del _traced[next(iter(_traced))]
     _traced[key] = bare  # the last used comes last
@@ -141,6 +146,21 @@ def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
     graph = bare.clone()
     for value, tensor in _initializers(graph, model):
         value.const_value = ir.tensor(tensor.detach(), name=value.name)
+    return graph
+
+
+def _whole(model: PreTrainedModel, logits: str) -> ir.Model:
+    """The raw graph of a model; of blocks that are all alike, only a few are traced."""
+    if not repeat.blocks_are_alike(model):
+        return _trace(model, logits)
+    with repeat.shortened(model):
+        graph = _trace(model, logits)
+    blocks = f"{_ATTRIBUTE}{family_of(model.config.model_type).blocks}"
+    try:
+        repeat.lengthen(graph, blocks, model.config.num_hidden_layers)
+    except repeat.NotRepeatingError as error:
+        logger.info("every block is traced: %s", error)
+        return _trace(model, logits)
     return graph
 
 
