@@ -15,6 +15,9 @@ from pathlib import Path
 
 from thanos_deploy import cli
 
+# The program that is installed, for what is to be seen of a process that starts from nothing.
+COMMAND = Path(sys.executable).parent / "thanos-deploy"
+
 # Children are forked from a process that has imported everything and traced one small model. There
 # is one such server for each test process, and who asks for it first says what it imports:
 # `thanos_deploy.gpu_check.steps` needs less, so modules that use it run later (see

@@ -48,8 +48,9 @@ Invoke = Callable[..., tuple[int, str, str]]
 # Modules that take longest come first, so that no process is left with one of them at the end; and
 # those that fork commands come before those that fork less (see `tests.commands`).
 LONGEST = (
-    *("test_real_model.py", "test_cli.py", "test_gpu_campaign.py", "test_journal.py"),
-    *("test_cli_bench.py", "test_graph.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
+    *("test_real_model.py", "test_real_model_shrunk.py", "test_graph.py", "test_cli.py"),
+    *("test_gpu_campaign.py", "test_journal.py", "test_engine_build.py", "test_sparse_mma.py"),
+    *("test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
 )
 
 # Small models are of more structures than what is exported elsewhere.

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bundles import checked
-from tests.commands import Command
+from tests.commands import COMMAND, Command
 from tests.conftest import Invoke, stock_model
 from thanos_deploy import cli
 from thanos_deploy.bundle.files import sha256
@@ -29,8 +29,6 @@ from thanos_deploy.stages import pipeline
 from thanos_deploy.stages import prune as pruning
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import open_text
-
-COMMAND = Path(sys.executable).parent / "thanos-deploy"
 
 # Little enough for a two-block model to take a second a stage.
 SMALL = (
@@ -454,11 +452,10 @@ UNDER_WAY = {
 @pytest.mark.parametrize(
     ("begin", "how", "stage"),
     [
-        (start_program, signal.SIGKILL, "prune"),
-        *((start, signal.SIGKILL, stage) for stage in UNDER_WAY if stage != "prune"),
-        (start, signal.SIGINT, "prune"),
-        (start_program, signal.SIGINT, "bench"),
-        (start_program, signal.SIGTERM, "onnx"),
+        *((start, signal.SIGKILL, stage) for stage in UNDER_WAY),
+        (start_program, signal.SIGINT, "prune"),
+        (start, signal.SIGINT, "bench"),
+        (start, signal.SIGTERM, "onnx"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

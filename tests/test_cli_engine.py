@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import COMMAND
 from tests.conftest import Invoke
-from tests.test_cli import COMMAND, SMALL
+from tests.test_cli import SMALL
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.gpu import driver

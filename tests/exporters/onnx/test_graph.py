@@ -105,8 +105,8 @@ def test_one_graph_runs_batches_lengths_and_pasts_that_it_was_not_exported_with(
 
 def test_a_model_of_the_same_structure_is_not_traced_again_and_keeps_its_own_weights(
     tiny_llama: Path,
+    exported_llama: Path,
     exported_two_four: Exported,
-    make_model: MakeModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -117,26 +117,26 @@ def test_a_model_of_the_same_structure_is_not_traced_again_and_keeps_its_own_wei
         traced.append(logits)
         return really(model, logits)
 
+    def files(folder: Path) -> tuple[bytes, ...]:
+        names = ("model.onnx", "model.onnx.data", "export.json")
+        return tuple((folder / name).read_bytes() for name in names)
+
     def export(name: str, model: Path) -> tuple[bytes, ...]:
         (tmp_path / name).mkdir()
         exporters.onnx.graph.export(Checkpoint.open(model), tmp_path / name, pattern=None)
-        return tuple(
-            (tmp_path / name / file).read_bytes()
-            for file in ("model.onnx", "model.onnx.data", "export.json")
-        )
+        return files(tmp_path / name)
 
+    before, pruned = files(exported_llama / "onnx"), exported_two_four("llama") / "model"
+    # Of the pruned model's trace, the dense model's graph becomes what it was of another trace.
     monkeypatch.setattr(trace, "_trace", counted)
     monkeypatch.setattr(trace, "_traced", {})
-    pruned = exported_two_four("llama") / "model"
-    dense, shared = export("dense", tiny_llama), export("shared", pruned)
+    alone, dense = export("alone", pruned), export("dense", tiny_llama)
     assert traced == ["all"]
-    monkeypatch.setattr(trace, "_traced", {})
-    assert export("alone", pruned) == shared
-    assert traced == ["all"] * 2
-    assert export("dense again", tiny_llama) == dense
-    assert traced == ["all"] * 2
-    assert dense[0] == shared[0]
-    assert dense[1] != shared[1]
+    assert dense == before
+    assert export("alone again", pruned) == alone
+    assert traced == ["all"]
+    assert dense[0] == alone[0]
+    assert dense[1] != alone[1]
 
 
 def test_what_a_trace_depends_on_tells_graphs_apart(

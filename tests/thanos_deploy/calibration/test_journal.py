@@ -106,13 +106,19 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
     return result(out)
 
 
-@pytest.fixture
-def stopped(model: Path, tmp_path: Path) -> Path:
-    """A run that stopped in the fourth block, so that three are finished."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def stopped_run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped in the fourth block, so that three are finished. Not to be changed."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.raises(Stop):
         prune_until(model, out, stop_at(4))
     return out
+
+
+@pytest.fixture
+def stopped(stopped_run: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(stopped_run, tmp_path / "out"))
 
 
 def log_progress(log: Path, model: Path, out: Path, pattern: str) -> None:
