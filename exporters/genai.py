@@ -15,9 +15,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exporters.onnx.record import read_record
 from thanos_deploy.bundle import files, onnxfile
-from thanos_deploy.bundle.graph_record import GraphRecord
+from thanos_deploy.bundle.graph_record import GraphRecord, read_graph_record
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD
 from thanos_deploy.errors import GateError, InputError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
@@ -70,7 +69,7 @@ def export(
     """
     genai = library()
     on_progress(0, 2)
-    record = read_record(onnx / GRAPH_RECORD)
+    record = read_graph_record(onnx / GRAPH_RECORD)
     onnxfile.require_own_data(onnx / GRAPH)
     for name in (GRAPH, GRAPH_DATA):
         # Not a link: onnx refuses data with several links, and a folder that is shipped is whole.

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from thanos_deploy.bundle.codec import LATER
+from thanos_deploy.bundle.codec import LATER, Json
+from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.stage_records import options_of
+from thanos_deploy.bundle.record import Stage
 
 _FLAG = "thanos_deploy.flag"
 
@@ -159,6 +160,9 @@ class EngineRequest:
     )
 
 
+GRAPHS: Stage[ExportRequest, Json, GraphResult] = Stage(ONNX, ExportRequest, dict, GraphResult)
+
+
 def exported_with(bundle: Bundle) -> ExportRequest:
     """What the graph of a bundle was made with; the defaults if there is none."""
-    return options_of(bundle, ONNX, ExportRequest) if ONNX in bundle.stages else ExportRequest()
+    return bundle.options(GRAPHS) if ONNX in bundle.stages else ExportRequest()

@@ -13,6 +13,7 @@ from runtime.engines.onnxruntime import tensorrt_build_options
 from tests.bundles import checked
 from tests.conftest import Invoke
 from tests.test_cli import SMALL
+from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.solver.mask import removed_count
 
@@ -63,11 +64,11 @@ def test_layers_with_patterns_of_their_own_are_judged_by_these_everywhere(
     for name in dense:
         assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
     # The graph, the packed file and `verify` go by each layer's own pattern.
-    record = json.loads((out / "onnx" / "export.json").read_text())
-    graph = {weight["name"]: weight for weight in record["weights"]}
+    record = read_graph_record(out / "onnx" / "export.json")
+    graph = {weight.name: weight for weight in record.weights}
     for name, layer in layers_of(out).items():
-        assert graph[name]["pattern"] == (None if name in dense else layer["pattern"])
-        assert graph[name]["pattern_holds"] is (None if name in dense else True)
+        assert graph[name].pattern == (None if name in dense else layer["pattern"])
+        assert graph[name].pattern_holds is (None if name in dense else True)
     assert tensorrt_build_options(record)["trt_sparsity_enable"] == "1"
     assert Bundle.open(out).stages["packed"].result["packed"] == 9
     code, table, errors = invoke("verify", out)

@@ -1,18 +1,18 @@
 """The graph of a model as a stage of its bundle."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from exporters.onnx import graph as onnx
-from exporters.options import ExportRequest
+from exporters.options import GRAPHS, ExportRequest
 from exporters.patterns import check, claimed
 from exporters.target import write_stage
 from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.layout import GRAPH, MODEL, ONNX
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.check import Check
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
@@ -104,7 +104,7 @@ def export_pruned(
 def verify(bundle: Bundle, stage: str) -> Iterator[Check]:
     """Whether the graph holds its patterns, and whether it agreed with PyTorch when it was made."""
     yield check(bundle, stage, partial(onnx.judge_file, bundle.path / stage / GRAPH))
-    result = result_of(bundle, stage, GraphResult)
+    result = bundle.result(replace(GRAPHS, name=stage))
     agrees = result.worst_logits_error <= result.parity_limit
     yield Check(
         f"{stage}: parity",

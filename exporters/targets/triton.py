@@ -34,12 +34,11 @@ def _export(
     bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
 ) -> StageRecord:
     import runtime
-    from exporters.onnx.record import read_record
     from exporters.onnx.stage import export_pruned
     from exporters.triton import repository
     from runtime.engines.onnxruntime import tensorrt_build_options
     from runtime.sampling import Sampling
-    from thanos_deploy.bundle.codec import encode
+    from thanos_deploy.bundle.graph_record import read_graph_record
     from thanos_deploy.pruning.result import PRUNE
 
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
@@ -59,7 +58,7 @@ def _export(
             name=f"{bundle.source.name}-{bundle.options(PRUNE).pattern}",
             engines=engines,
             tensorrt_options=tensorrt_build_options(
-                encode(read_record(bundle.path / ONNX / GRAPH_RECORD))
+                read_graph_record(bundle.path / ONNX / GRAPH_RECORD)
             ),
             text_options={option.name: type(option.default) for option in fields(Sampling)},
             text_model=Path(runtime.__path__[0]) / "triton_model.py",

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 from exporters.options import EngineRequest
 from exporters.target import Missing, Table, Target
 from exporters.tensorrt.library import Library
-from exporters.tensorrt.record import read_build
 from thanos_deploy.bundle.codec import Json, decode
-from thanos_deploy.bundle.engine_record import EngineResult, LayerProof
+from thanos_deploy.bundle.engine_record import EngineResult, LayerProof, read_build
 from thanos_deploy.bundle.layout import engine_folder
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check

@@ -25,7 +25,6 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from exporters.onnx.record import read_record
 from exporters.tensorrt import builder, conv1x1, proof
 from exporters.tensorrt import log as _buildlog
 from exporters.tensorrt.builder import Order
@@ -34,6 +33,7 @@ from exporters.tensorrt.profiles import profiles, shapes
 from thanos_deploy.bundle import files, onnxfile
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
+from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.layout import (
     BUILD,
     BUILD_FORMAT,
@@ -94,7 +94,7 @@ def export(
         InputError: the library does not take the graph.
         ResourceError: the builder ran out of memory.
     """
-    graph = read_record(onnx / GRAPH_RECORD)
+    graph = read_graph_record(onnx / GRAPH_RECORD)
     longest = graph.max_sequence
     ways = profiles(batch, prompt or [min(size, longest) for size in _PROMPT], longest)
     source = onnx / GRAPH

@@ -11,9 +11,8 @@ from exporters.options import EngineRequest, ExportRequest, exported_with
 from exporters.target import stage_bytes, write_stage
 from exporters.tensorrt import engine
 from exporters.tensorrt.library import Library
-from exporters.tensorrt.record import read_build
 from runtime.engines import tensorrt as tensorrt_runtime
-from thanos_deploy.bundle.engine_record import BuildRecord, EngineResult, Summary
+from thanos_deploy.bundle.engine_record import BuildRecord, EngineResult, Summary, read_build
 from thanos_deploy.bundle.layout import GRAPH, ONNX, TIMING_CACHE, engine_folder
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check

@@ -21,10 +21,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporters.onnx.record import read_record
-from exporters.tensorrt.record import read_build
 from exporters.triton import kserve
 from thanos_deploy.bundle import files, manifest, onnxfile
+from thanos_deploy.bundle.engine_record import read_build
+from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.layout import ENGINE, GRAPH, GRAPH_DATA, GRAPH_RECORD, MODEL, ONNX
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.model import tokenizer_files
@@ -98,7 +98,7 @@ def export(
             they get alone; see `thanos_deploy.model.rope`.
     """
     types = library()
-    record = read_record(bundle / ONNX / GRAPH_RECORD)
+    record = read_graph_record(bundle / ONNX / GRAPH_RECORD)
     if (change := change_in(bundle)) is not None:
         change.require_never(record.max_sequence, bundle)
     if not (bundle / _TOKENIZER).is_file():

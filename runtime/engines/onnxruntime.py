@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
 from runtime.slots import OnnxRuntimeSlots
 from thanos_deploy.bundle import onnxfile
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.graph_record import CacheBlock, GraphRecord, read_graph_record
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD, ONNX
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError
@@ -175,7 +174,7 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
         session,
         ort,
         memory=memory.HostMemory() if provider == "cpu" else memory.open_cuda(ort),
-        max_sequence=_max_sequence(folder / GRAPH_RECORD),
+        max_sequence=read_graph_record(folder / GRAPH_RECORD).max_sequence,
         change=rope.change_in(bundle),
     )
 
@@ -211,7 +210,7 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
     Args:
         bundle: with the stage onnx finished.
     """
-    record = json.loads((bundle.path / ONNX / GRAPH_RECORD).read_bytes())
+    record = read_graph_record(bundle.path / ONNX / GRAPH_RECORD)
     name = bundle.stages[ONNX].files[f"{ONNX}/{GRAPH}"].sha256[:16]
     cache = str(environment.cache_folder() / "onnxruntime-tensorrt" / name)
     return {
@@ -224,7 +223,7 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
     }
 
 
-def tensorrt_build_options(record: Json) -> dict[str, str]:
+def tensorrt_build_options(record: GraphRecord) -> dict[str, str]:
     """What the engines of a graph are to be like, on any machine.
 
     Sparse kernels are allowed where a weight of the written graph is known to hold 2:4.
@@ -232,33 +231,29 @@ def tensorrt_build_options(record: Json) -> dict[str, str]:
     Args:
         record: the graph's export.json.
     """
-    sparse = any(
-        # Older graphs have one pattern for all weights.
-        weight.get("pattern", record["pattern"]) == "2:4" and weight["pattern_holds"]
-        for weight in record["weights"]
-    )
+    sparse = any(weight.pattern == "2:4" and weight.pattern_holds for weight in record.weights)
     least, usual, most = (
-        _shapes(record["cache"]["blocks"], batch, sequence, past)
+        _shapes(record.cache.blocks, batch, sequence, past)
         for batch, sequence, past in (
             (1, 1, 0),
-            (1, min(_USUAL_PROMPT, record["max_sequence"]), 0),
+            (1, min(_USUAL_PROMPT, record.max_sequence), 0),
             (
                 _MOST_SEQUENCES,
-                min(_MOST_PROMPT, record["max_sequence"]),
-                record["max_sequence"] - 1,
+                min(_MOST_PROMPT, record.max_sequence),
+                record.max_sequence - 1,
             ),
         )
     )
     return {
         "trt_sparsity_enable": str(int(sparse)),
-        "trt_fp16_enable": str(int(record["dtype"] == "fp16")),
+        "trt_fp16_enable": str(int(record.dtype == "fp16")),
         "trt_profile_min_shapes": least,
         "trt_profile_opt_shapes": usual,
         "trt_profile_max_shapes": most,
     }
 
 
-def _shapes(blocks: list[Json], batch: int, sequence: int, past: int) -> str:
+def _shapes(blocks: Sequence[CacheBlock], batch: int, sequence: int, past: int) -> str:
     """The shapes of all inputs, as the provider reads them: `name:1x2,name:3x4`."""
     shapes: dict[str, tuple[int, ...]] = {
         "input_ids": (batch, sequence),
@@ -266,13 +261,8 @@ def _shapes(blocks: list[Json], batch: int, sequence: int, past: int) -> str:
         "position_ids": (batch, sequence),
     }
     for index, block in enumerate(blocks):
-        for part in ("key", "value"):
-            shapes[f"past_key_values.{index}.{part}"] = (
-                batch,
-                block["heads"],
-                past,
-                block[f"{part}_dim"],
-            )
+        for part, width in (("key", block.key_dim), ("value", block.value_dim)):
+            shapes[f"past_key_values.{index}.{part}"] = (batch, block.heads, past, width)
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
@@ -291,17 +281,3 @@ def _require_known_graph(path: Path, session: Any) -> None:
             "of an export of thanos-deploy",
             fix="export the model with `thanos-deploy export --target onnx`",
         )
-
-
-def _max_sequence(path: Path) -> int:
-    try:
-        value = json.loads(path.read_bytes())["max_sequence"]
-        if type(value) is int and value > 0:
-            return value
-        problem = f"max_sequence is {value!r}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise InputError(
-        f"{path}: not a readable record of an export ({problem})",
-        fix="export the model again with --overwrite",
-    )

@@ -3,8 +3,6 @@
 Needs numpy, the package that built the engine (`tensorrt` or `tensorrt-rtx`) and `cuda-bindings`.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +13,10 @@ from numpy.typing import NDArray
 
 from runtime import floats
 from runtime.engine import Ids, Logits, require_readable, require_room
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.engine_record import BuildRecord, Built, EngineResult, read_build
 from thanos_deploy.bundle.layout import BUILD, ENGINE, engine_folder
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 from thanos_deploy.gpu import driver
 from thanos_deploy.gpu.driver import Gpu
@@ -45,10 +44,10 @@ class Limits:
     sequence: int
 
     @classmethod
-    def of(cls, build: Json) -> "Limits":
-        """Read them from build.json."""
-        prefill = build["profiles"][_PREFILL]
-        return cls(prefill["batch"]["most"], prefill["sequence"]["most"], build["max_sequence"])
+    def of(cls, build: BuildRecord) -> "Limits":
+        """Those that it was built with."""
+        prefill = build.profiles[_PREFILL]
+        return cls(prefill.batch.most, prefill.sequence.most, build.max_sequence)
 
     def check(self, batch: int, prompt: int) -> None:
         """Refuse what the engine does not take.
@@ -262,12 +261,12 @@ def folder(bundle: Bundle) -> str:
     """
     device = driver.require()
     built = {
-        name: record.result
+        name: bundle.result(Stage(name, dict, dict, EngineResult))
         for name, record in bundle.stages.items()
         if record.result.get("target") in _PACKAGES
     }
     # Rather an engine whose kernels were timed on this kind of GPU than one built ahead of time.
-    for name in sorted(built, key=lambda name: built[name]["target"] != "tensorrt"):
+    for name in sorted(built, key=lambda name: built[name].target != "tensorrt"):
         if runs_on(built[name], device):
             return engine_folder(name)
     raise InputError(
@@ -277,11 +276,11 @@ def folder(bundle: Bundle) -> str:
     )
 
 
-def runs_on(build: Mapping[str, Any], device: Gpu) -> bool:
+def runs_on(build: Built, device: Gpu) -> bool:
     """A GPU is of a kind that an engine was built for, by its compute capability."""
-    if build.get("compatibility") == "ampere+":
+    if build.compatibility == "ampere+":
         return device.capability >= (8, 0)
-    return device.arch in build["arch"]
+    return device.arch in build.arch
 
 
 def open_engine(
@@ -318,26 +317,25 @@ def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine
         PlatformError: there is no GPU, or a package is missing or of another version.
         InputError: the engine is for other GPUs, or cannot be loaded.
     """
-    path = folder / BUILD
-    try:
-        build = json.loads(path.read_bytes())
-        package, version = _PACKAGES[build["target"]], build["library"]
-        limits, fits = Limits.of(build), runs_on(build, driver.require())
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    build, device = read_build(folder), driver.require()
+    if not runs_on(build, device):
         raise InputError(
-            f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
-            fix="build the engine again with --overwrite",
-        ) from error
-    if not fits:
-        raise InputError(
-            f"{folder}: built for {', '.join(build['arch'])}, this is {driver.require().arch}",
+            f"{folder}: built for {', '.join(build.arch)}, this is {device.arch}",
             fix="build the engine again on this machine",
         )
+    try:
+        package, limits = _PACKAGES[build.target], Limits.of(build)
+    except LookupError as error:
+        raise InputError(
+            f"{folder / BUILD}: not the record of such an engine ({error!r})",
+            fix="build the engine again with --overwrite",
+        ) from error
     trt, cudart = _modules(package)
-    if trt.__version__ != version and build.get("compatibility") != "version":
+    if trt.__version__ != build.library and build.compatibility != "version":
         raise PlatformError(
-            f"{folder}: built with {package} {version}, {trt.__version__} is installed",
-            fix=f"pip install {package.replace('_', '-')}=={version}, or build the engine again",
+            f"{folder}: built with {package} {build.library}, {trt.__version__} is installed",
+            fix=f"pip install {package.replace('_', '-')}=={build.library}, or build the engine "
+            "again",
         )
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())

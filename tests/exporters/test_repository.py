@@ -129,7 +129,7 @@ def test_a_dense_graph_in_half_precision(tiny_llama: Path, out: Path) -> None:
         out / "triton",
         name="half",
         engines={},
-        tensorrt_options=tensorrt_build_options(encode(record)),
+        tensorrt_options=tensorrt_build_options(record),
         text_options={},
         text_model=Path(runtime.__path__[0]) / "triton_model.py",
     )

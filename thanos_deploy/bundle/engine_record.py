@@ -1,8 +1,14 @@
 """What is recorded of a TensorRT engine: build.json beside it, and the result of its stage."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
+
+from thanos_deploy.bundle.codec import decode
+from thanos_deploy.bundle.layout import BUILD, BUILD_FORMAT
+from thanos_deploy.errors import InputError
 
 Choice = Literal["picked", "eligible", "not eligible", "not reported"]
 
@@ -86,8 +92,8 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineResult:
-    """What the manifest has of an engine.
+class Built:
+    """What both records of an engine have.
 
     Attributes:
         format: of build.json.
@@ -105,7 +111,6 @@ class EngineResult:
         network_layers: layers of the graph as the library read it.
         engine_layers: layers of the finished engine; 0 where nobody listed them.
         summary: the verdicts, counted.
-        trial_seconds: by form, the time from prompt to last token; empty where one form was built.
     """
 
     format: str
@@ -123,38 +128,51 @@ class EngineResult:
     network_layers: int
     engine_layers: int
     summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult(Built):
+    """What the manifest has of an engine.
+
+    Attributes:
+        trial_seconds: by form, the time from prompt to last token; empty where one form was built.
+    """
+
     trial_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class BuildRecord:
-    """The content of build.json; for what is not named here see `EngineResult`.
+class BuildRecord(Built):
+    """The content of build.json.
 
     Attributes:
         profiles: for prefill and for decode.
         layers: the verdict on every linear layer.
     """
 
-    format: str
-    target: str
-    library: str
-    arch: tuple[str, ...]
-    dtype: str
-    sparse_weights: bool
-    sparse_form: str
-    compatibility: str
     profiles: tuple[Profile, ...]
-    max_sequence: int
-    seconds: float
-    peak_memory_bytes: int
-    engine_bytes: int
-    network_layers: int
-    engine_layers: int
     layers: tuple[LayerProof, ...]
-    summary: Summary
 
     def result(self, trial_seconds: Mapping[str, float]) -> EngineResult:
         """The short form for the manifest."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
-        del own["profiles"], own["layers"]
-        return EngineResult(**own, trial_seconds=trial_seconds)
+        shared = {each.name: getattr(self, each.name) for each in fields(Built)}
+        return EngineResult(**shared, trial_seconds=trial_seconds)
+
+
+def read_build(folder: Path) -> BuildRecord:
+    """The content of build.json.
+
+    Raises:
+        InputError: it is missing or not readable.
+    """
+    path = folder / BUILD
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != BUILD_FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        return decode(BuildRecord, content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
+            fix="build the engine again with --overwrite",
+        ) from error

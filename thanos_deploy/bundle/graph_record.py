@@ -1,7 +1,12 @@
 """What is recorded of an exported ONNX graph: export.json, and the result of its stage."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from thanos_deploy.bundle.codec import decode
+from thanos_deploy.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +134,21 @@ class GraphResult:
     def worst_logits_error(self) -> float:
         """The largest error of the logits in any comparison."""
         return max(case.logits_error for case in self.parity)
+
+
+def read_graph_record(path: Path) -> GraphRecord:
+    """The content of an export.json.
+
+    Raises:
+        InputError: it is missing or not readable.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        for weight in content["weights"]:
+            # Weights had no pattern of their own while all had the same.
+            weight.setdefault("pattern", content["pattern"])
+        return decode(GraphRecord, content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not readable ({error})", fix="export again with --target onnx --overwrite"
+        ) from error

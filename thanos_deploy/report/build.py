@@ -4,12 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from exporters import targets
-from exporters.options import exported_with
+from exporters.options import GRAPHS, exported_with
 from thanos_deploy import __version__
 from thanos_deploy.bundle import layout
-from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.manifest import StageRecord
-from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import UsageError
 from thanos_deploy.measure.quality import (
     EVAL,
@@ -296,7 +294,7 @@ def _export(sources: Sources) -> ExportSummary | None:
     dtype = _dtype(sources)
     if dtype is None:
         return None
-    graph = result_of(sources.bundle, layout.ONNX, GraphResult)
+    graph = sources.bundle.result(GRAPHS)
     weights = sources.weights
     judged = [weight.pattern_holds for weight in weights if weight.pattern_holds is not None]
     return ExportSummary(

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from exporters.onnx.record import read_record
 from thanos_deploy.bundle import layout, names
 from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.bundle.files import read_json, record_in
-from thanos_deploy.bundle.graph_record import WeightRecord
+from thanos_deploy.bundle.graph_record import WeightRecord, read_graph_record
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.errors import InputError
@@ -100,7 +99,7 @@ def _weights(bundle: Bundle) -> Sequence[WeightRecord]:
     """The weights of the exported graph."""
     name = f"{layout.ONNX}/{layout.GRAPH_RECORD}"
     bundle.verify_file(name)
-    return read_record(bundle.path / name).weights
+    return read_graph_record(bundle.path / name).weights
 
 
 def _runs(bundle: Bundle, *, finished: bool) -> dict[str, Run]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporters.options import exported_with
+from exporters.options import GRAPHS, exported_with
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from runtime.text import TOKENIZER, open_tokenizer
@@ -15,7 +15,6 @@ from thanos_deploy.bundle.files import write_record
 from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import differences
-from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.measure import benchmark, traffic
 from thanos_deploy.measure.options import BenchRequest
@@ -199,7 +198,7 @@ def max_sequence(bundle: Bundle) -> int:
 
 
 def _graph_result(bundle: Bundle) -> GraphResult:
-    return result_of(bundle, layout.ONNX, GraphResult)
+    return bundle.result(GRAPHS)
 
 
 @dataclass(frozen=True, slots=True)

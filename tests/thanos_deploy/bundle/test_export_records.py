@@ -5,16 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from exporters.onnx.record import read_record
-from exporters.options import ExportRequest, exported_with
-from exporters.tensorrt.record import read_build
+from exporters.options import GRAPHS, ExportRequest, exported_with
 from tests.bundles import build_record, write_bundle
 from thanos_deploy.bundle.codec import decode, encode
-from thanos_deploy.bundle.engine_record import BuildRecord, EngineResult
-from thanos_deploy.bundle.graph_record import GraphResult
+from thanos_deploy.bundle.engine_record import BuildRecord, EngineResult, read_build
+from thanos_deploy.bundle.graph_record import GraphResult, read_graph_record
 from thanos_deploy.bundle.layout import BUILD, GRAPH_RECORD, ONNX
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.stage_records import result_of
 from thanos_deploy.errors import InputError
 
 GRAPH = {
@@ -34,7 +31,7 @@ GRAPH = {
 def test_a_graph_from_before_layers_had_patterns_of_their_own_is_read(tmp_path: Path) -> None:
     path = tmp_path / GRAPH_RECORD
     path.write_text(json.dumps(GRAPH))
-    record = read_record(path)
+    record = read_graph_record(path)
     assert record.weights[0].pattern == "2:4"
     assert (record.logits, record.rounding, record.quantised) == ("all", {}, None)
     again = GraphResult.of(record)
@@ -50,7 +47,7 @@ def test_what_is_no_record_of_a_graph_is_bad_input(tmp_path: Path, content: str)
     path = tmp_path / GRAPH_RECORD
     path.write_text(content)
     with pytest.raises(InputError, match=r"export\.json: not readable"):
-        read_record(path)
+        read_graph_record(path)
 
 
 def test_a_build_is_what_was_written_and_its_result_has_all_but_the_long_parts(
@@ -78,7 +75,7 @@ def test_a_build_of_another_format_is_bad_input(tmp_path: Path) -> None:
 def test_a_manifest_with_another_record_is_bad_input_that_names_the_place(tmp_path: Path) -> None:
     bundle = Bundle.open(write_bundle(tmp_path / "out"))
     assert exported_with(bundle) == ExportRequest()
-    assert result_of(bundle, ONNX, GraphResult).worst_logits_error == 1e-6
+    assert bundle.result(GRAPHS).worst_logits_error == 1e-6
     bundle.stages[ONNX].options["dtype"] = "fp64"
     with pytest.raises(
         InputError, match=r"manifest\.json: options of stage 'onnx': dtype is 'fp64'"
