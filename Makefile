@@ -40,7 +40,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-# Without what takes more than five seconds a test.
+# Without what runs a whole command or takes seconds.
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 

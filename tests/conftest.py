@@ -53,6 +53,9 @@ LONGEST = (
     *("test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
 )
 
+# Fixtures that run every stage of a command; `make test-fast` leaves out what asks for one of them.
+WHOLE = {"demo", "finished", "made"}
+
 # Small models are of more structures than what is exported elsewhere.
 trace._KEPT = 32
 
@@ -88,8 +91,12 @@ PRUNED = PruneResult(
 VOCABULARY = 257
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the modules that take longest first; the others stay in their order."""
+    """Put the modules that take longest first, and mark what needs a run of a whole command."""
+    for item in items:
+        if WHOLE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
     def place(item: pytest.Item) -> int:
         return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)

@@ -31,6 +31,8 @@ from thanos_deploy.stages.export import export, export_dense
 from thanos_deploy.stages.prune import prune
 from thanos_deploy.stages.request import PruneRequest
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--prompt", "8", "--new-tokens", "3", "--rounds", "2", "--requests", "2", "-q")
 PREFILL = (*QUICK, "--scenario", "prefill")
 

@@ -305,6 +305,7 @@ ODD_WORDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "wanted", "words"),
     [
@@ -342,6 +343,7 @@ def unclocked(files: Mapping[str, object]) -> dict[str, object]:
     return {name: file for name, file in files.items() if name != "layers.json"}
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_pruned_as_its_folder_is(tiny_llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

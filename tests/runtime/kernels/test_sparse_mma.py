@@ -149,6 +149,7 @@ def test_the_kernels_on_a_simulated_gpu_give_the_product_without_race_or_stray_a
     require_close(simulate(program, kernel, splits, weight, x, bias), x, weight, bias)
 
 
+@pytest.mark.slow
 @needs_gxx
 def test_the_host_launches_each_kernel_with_what_it_takes(tmp_path: Path) -> None:
     with simulated_gpu.driver(tmp_path):
@@ -228,6 +229,7 @@ def test_x_is_copied_only_where_the_kernels_cannot_read_it() -> None:
     assert sparse_mma.readable(shifted).data_ptr() % 16 == 0
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(
     ("family", "capability", "instructions", "copies"),

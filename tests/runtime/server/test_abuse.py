@@ -88,6 +88,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @given(
     path=st.sampled_from(POSTS),
     changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
@@ -192,6 +193,7 @@ def test_ten_times_what_fits_is_answered_or_sent_away(serve: Serve) -> None:
         assert answers_still(running)
 
 
+@pytest.mark.slow
 def test_the_server_is_as_its_own_description_says(server: Running) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     checks: list[CheckFunction] = [

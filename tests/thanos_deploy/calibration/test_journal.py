@@ -31,6 +31,8 @@ from thanos_deploy.stages import prune as stage
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 5
 
 
@@ -131,7 +133,6 @@ def log_progress(log: Path, model: Path, out: Path, pattern: str) -> None:
     prune(model, out, on_progress, pattern)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pattern", HOW)
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     model: Path, tmp_path: Path, pattern: str
