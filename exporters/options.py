@@ -1,20 +1,18 @@
 """What a user may ask of an export: one frozen dataclass for each kind of target.
 
-Every field has a default and a `Flag`, so that the command line offers it and a report prints it,
+Every field is made by `option`, so that the command line offers it and a report prints it,
 for every target that takes it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from thanos_deploy.bundle.codec import LATER, Json
+from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Stage
-
-_FLAG = "thanos_deploy.flag"
+from thanos_deploy.option import option
 
 Dtype = Literal["fp32", "fp16", "int8", "int8-qdq"]
 Logits = Literal["all", "last"]
@@ -22,54 +20,19 @@ Form = Literal["matmul", "conv1x1", "auto"]
 Compatibility = Literal["none", "version", "same-sm", "ampere+"]
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """How an option is written on the command line.
-
-    Attributes:
-        name: with its dashes.
-        help: a line or two of --help, the default included.
-        prefix: what each value of a list of numbers has before it everywhere else: "sm" for
-            `--sm 80,86`, which means ("sm80", "sm86"). None for values that are written as they
-            are.
-    """
-
-    name: str
-    help: str
-    prefix: str | None = None
-
-    @property
-    def keyword(self) -> str:
-        """The name as an identifier: `max_seq` for `--max-seq`."""
-        return self.name.removeprefix("--").replace("-", "_")
-
-
-def flagged(flag: Flag) -> Mapping[str, object]:
-    """Metadata of a dataclass's field that the command line offers under this flag."""
-    return {_FLAG: flag}
-
-
-def flags(options: type[Any]) -> dict[str, Flag]:
-    """By name of a field, its flag; of fields without one nothing."""
-    return {each.name: each.metadata[_FLAG] for each in fields(options) if _FLAG in each.metadata}
-
-
-_DTYPE = Flag(
-    "--dtype",
+_DTYPE = (
     "dtype of the graph. int8 rounds the weights of the blocks, for ONNX Runtime only; int8-qdq "
     "rounds weights and activations of the blocks, for engines only, with ranges measured on the "
-    "built-in text.  [default: that of the existing graph, or fp32; engines: fp16]",
+    "built-in text.  [default: that of the existing graph, or fp32; engines: fp16]"
 )
-_MAX_SEQUENCE = Flag(
-    "--max-seq",
+_MAX_SEQUENCE = (
     "Longest sequence, prompt and answer together, that is promised to work.  [default: that of "
-    "the existing graph, or the model's longest]",
+    "the existing graph, or the model's longest]"
 )
-_LOGITS = Flag(
-    "--logits",
+_LOGITS = (
     "last: compute the logits after the last token only, which saves work in prefill and is all "
     "that generating text needs. all: compute them after every token, which `eval --runtime onnx` "
-    "needs.  [default: those of the existing graph, or all; engines: last]",
+    "needs.  [default: those of the existing graph, or all; engines: last]"
 )
 
 
@@ -88,10 +51,10 @@ class ExportRequest:
         logits: "all", after every token, or "last".
     """
 
-    dtype: Dtype = field(default="fp32", metadata=flagged(_DTYPE))
-    max_sequence: int | None = field(default=None, metadata=flagged(_MAX_SEQUENCE))
+    dtype: Dtype = option("fp32", "--dtype", _DTYPE)
+    max_sequence: int | None = option(None, "--max-seq", _MAX_SEQUENCE)
     # Graphs were made with all logits before there was a choice.
-    logits: Logits = field(default="all", metadata={**LATER, **flagged(_LOGITS)})
+    logits: Logits = option("all", "--logits", _LOGITS, later=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,53 +73,36 @@ class EngineRequest:
         architectures: the GPUs to build for, such as "sm80"; empty for the default of the target.
     """
 
-    dtype: Dtype = field(default="fp16", metadata=flagged(_DTYPE))
-    max_sequence: int | None = field(default=None, metadata=flagged(_MAX_SEQUENCE))
-    logits: Logits = field(default="last", metadata=flagged(_LOGITS))
-    batch: tuple[int, ...] = field(
-        default=(1, 8),
-        metadata=flagged(Flag("--batch", "The usual and the largest batch size.  [default: 1,8]")),
+    dtype: Dtype = option("fp16", "--dtype", _DTYPE)
+    max_sequence: int | None = option(None, "--max-seq", _MAX_SEQUENCE)
+    logits: Logits = option("last", "--logits", _LOGITS)
+    batch: tuple[int, ...] = option(
+        (1, 8), "--batch", "The usual and the largest batch size.  [default: 1,8]"
     )
-    prompt: tuple[int, ...] | None = field(
-        default=None,
-        metadata=flagged(
-            Flag(
-                "--seq",
-                "The usual and the largest length of a prompt in tokens.  [default: 128,1024, or "
-                "the model's longest]",
-            )
-        ),
+    prompt: tuple[int, ...] | None = option(
+        None,
+        "--seq",
+        "The usual and the largest length of a prompt in tokens.  [default: 128,1024, or "
+        "the model's longest]",
     )
-    form: Form = field(
-        default="matmul",
-        metadata=flagged(
-            Flag(
-                "--sparse-form",
-                "Form of the linear layers; auto builds both forms on the GPU and keeps the faster "
-                "one.  [default: matmul]",
-            )
-        ),
+    form: Form = option(
+        "matmul",
+        "--sparse-form",
+        "Form of the linear layers; auto builds both forms on the GPU and keeps the faster "
+        "one.  [default: matmul]",
     )
-    compatibility: Compatibility = field(
-        default="none",
-        metadata=flagged(
-            Flag(
-                "--engine-compat",
-                "Let the engine run on other GPUs or versions than those it is built for, at a "
-                "cost in speed.  [default: none]",
-            )
-        ),
+    compatibility: Compatibility = option(
+        "none",
+        "--engine-compat",
+        "Let the engine run on other GPUs or versions than those it is built for, at a "
+        "cost in speed.  [default: none]",
     )
-    architectures: tuple[str, ...] = field(
-        default=(),
-        metadata=flagged(
-            Flag(
-                "--sm",
-                "Compute capabilities to build for.  [default: the GPU of this machine, or all "
-                "that the library builds for ahead of time]",
-                prefix="sm",
-            )
-        ),
+    architectures: tuple[str, ...] = option(
+        (),
+        "--sm",
+        "Compute capabilities to build for.  [default: the GPU of this machine, or all "
+        "that the library builds for ahead of time]",
+        prefix="sm",
     )
 
 

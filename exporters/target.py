@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
-from exporters.options import flags
 from exporters.packages import Package
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import Json, decode, encode
@@ -20,6 +19,7 @@ from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check
 from thanos_deploy.errors import UsageError
+from thanos_deploy.option import options_by_name
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce
 
@@ -165,10 +165,10 @@ class Target(Generic[Options]):
         Raises:
             UsageError: the target has no such option, or does not take the value.
         """
-        known = flags(self.options)
+        known = options_by_name(self.options)
         for name in given:
             if name not in known:
-                takes = ", ".join(flag.name for flag in known.values()) or "no options"
+                takes = ", ".join(one.declared.flag for one in known.values()) or "no options"
                 raise UsageError(
                     f"--target {self.name} has no option {name.replace('_', ' ')!r}",
                     fix=f"leave it out; {self.name} takes {takes}",
@@ -223,7 +223,7 @@ class Target(Generic[Options]):
         if not (is_dataclass(self.options) and isinstance(self.options, type)):
             yield "options is not a dataclass"
             return
-        known = flags(self.options)
+        known = options_by_name(self.options)
         for name in (each.name for each in fields(self.options)):
             if name not in known:
                 yield f"its option {name} has no flag"

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.errors import UsageError
 
 _KEY = "thanos_deploy.option"
@@ -30,6 +31,8 @@ class Declared:
         off: for a bool, the spelling of its opposite; None where it has none.
         least, most: the smallest and the largest value; None for no bound.
         above, below: bounds that are not themselves values.
+        prefix: what each value of a list of numbers has before it everywhere but on the command
+            line: "sm" for `--sm 80,86`, which means ("sm80", "sm86").
     """
 
     flag: str
@@ -40,6 +43,7 @@ class Declared:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    prefix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +134,18 @@ def option(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    prefix: str | None = None,
+    later: bool = False,
 ) -> Any:
-    """A field of a dataclass that is an option; see `Declared`."""
-    declared = Declared(flag, help, metavar, off, least, most, above, below)
-    return field(default=default, metadata={_KEY: declared})
+    """A field of a dataclass that is an option; see `Declared`.
+
+    Args:
+        default: its default.
+        flag, help, metavar, off, least, most, above, below, prefix: see `Declared`.
+        later: there were records before there was the option; see `codec.LATER`.
+    """
+    declared = Declared(flag, help, metavar, off, least, most, above, below, prefix)
+    return field(default=default, metadata={_KEY: declared, **(LATER if later else {})})
 
 
 _known: dict[type, tuple[Option, ...]] = {}
@@ -149,6 +161,11 @@ def options_of(cls: type) -> tuple[Option, ...]:
             if _KEY in one.metadata
         )
     return _known[cls]
+
+
+def options_by_name(cls: type) -> dict[str, Option]:
+    """The same by the names of the fields."""
+    return {one.name: one for one in options_of(cls)}
 
 
 def chosen(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

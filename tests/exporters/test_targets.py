@@ -16,12 +16,13 @@ import pytest
 from click.testing import CliRunner
 
 from exporters import targets
-from exporters.options import NoOptions, flags
+from exporters.options import NoOptions
 from exporters.target import Target, no_checks
 from tests.bundles import report_of, write_bundle
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import UsageError
+from thanos_deploy.option import options_by_name, options_of
 from thanos_deploy.report.write import write_report
 
 PAGE = Path(__file__).parents[2] / "docs" / "develop" / "add-a-target.md"
@@ -44,8 +45,9 @@ class TestContract:
 
     def test_options_of_one_name_are_the_same_everywhere(self, name: str) -> None:
         for other in targets.every():
-            own, others = flags(targets.get(name).options), flags(other.options)
-            assert all(own[field] == others[field] for field in own.keys() & others.keys())
+            own, others = (options_by_name(one.options) for one in (targets.get(name), other))
+            for field in own.keys() & others.keys():
+                assert own[field].declared == others[field].declared
 
     def test_it_exports_from_a_bundle_a_request_and_nothing_else(self, name: str) -> None:
         parameters = inspect.signature(targets.get(name).export).parameters
@@ -60,7 +62,7 @@ class TestContract:
         target, shown = targets.get(name), help_of("export")
         assert f"{name} " in shown
         assert f"{target.summary}: OUT/{target.writes}" in shown
-        assert all(flag.name in shown for flag in flags(target.options).values())
+        assert all(one.declared.flag in shown for one in options_of(target.options))
 
 
 def help_of(command: str) -> str:

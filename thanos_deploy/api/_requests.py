@@ -103,12 +103,12 @@ def bench_request(options: Mapping[str, Any], **defaults: Any) -> "BenchRequest"
 def export_request(options: Mapping[str, Any]) -> dict[str, object]:
     """What is asked of a target, by the names of its fields; see `Target.request`."""
     from exporters import targets
-    from exporters.options import flags
+    from thanos_deploy.option import options_of
 
     known = {
-        flag.keyword: (name, flag.prefix)
+        one.keyword: (one.name, one.declared.prefix)
         for target in targets.every()
-        for name, flag in flags(target.options).items()
+        for one in options_of(target.options)
     }
     asked: dict[str, object] = {}
     for keyword, value in plain(options).items():

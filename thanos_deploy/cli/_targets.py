@@ -1,16 +1,15 @@
 """The options of `export` and `prune-export`, made from what the targets say of themselves."""
 
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_origin
 
 import click
 
 from exporters import targets
-from exporters.options import Flag, flags
 from exporters.target import Target
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.cli._types import CountsType, several
+from thanos_deploy.option import Option, options_by_name, options_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,8 +22,8 @@ def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
     """
     takers: dict[str, list[Target[Any]]] = {}
     for target in targets.every():
-        for name in flags(target.options):
-            takers.setdefault(name, []).append(target)
+        for one in options_of(target.options):
+            takers.setdefault(one.name, []).append(target)
     return several(
         click.option(
             "--target",
@@ -47,30 +46,20 @@ def summaries() -> str:
 
 
 def _option(name: str, takers: Sequence[Target[Any]]) -> Callable[[F], F]:
-    flag = flags(takers[0].options)[name]
-    everyone = [target for target in targets.every() if flags(target.options)]
+    one = options_by_name(takers[0].options)[name]
+    everyone = [target for target in targets.every() if options_of(target.options)]
     whose = "" if takers == everyone else f"{', '.join(target.name for target in takers)}: "
     return click.option(
-        flag.name, flag.keyword, type=_type(name, flag, takers), help=whose + flag.help
+        one.declared.flag, one.keyword, type=_type(one, takers), help=whose + one.declared.help
     )
 
 
-def _type(name: str, flag: Flag, takers: Sequence[Target[Any]]) -> Any:
+def _type(option: Option, takers: Sequence[Target[Any]]) -> Any:
     """How the values of an option are read: from its type, and dtypes from the targets."""
-    if name == "dtype":
+    if option.name == "dtype":
         return click.Choice(list(dict.fromkeys(one for each in takers for one in each.dtypes)))
-    hint = get_type_hints(takers[0].options)[name]
-    plain = next(kind for kind in _members(hint) if kind is not type(None))
-    if get_origin(plain) is Literal:
-        return click.Choice(list(get_args(plain)))
-    if flag.prefix is not None or get_origin(plain) is tuple:
+    if option.choices:
+        return click.Choice(option.choices)
+    if option.declared.prefix is not None or get_origin(option.kind) is tuple:
         return CountsType()
-    return plain
-
-
-def _members(hint: Any) -> Iterator[Any]:
-    """The types of a union, or the type itself."""
-    if get_origin(hint) in (Union, types.UnionType):
-        yield from get_args(hint)
-    else:
-        yield hint
+    return option.kind

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from exporters import targets
-from exporters.options import flags
 from exporters.target import Target
 from thanos_deploy import methods
 from thanos_deploy.bundle import layout
@@ -14,7 +13,7 @@ from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import StageRecord
 from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.measure.run import BENCH, DENSE, PRUNED
-from thanos_deploy.option import options_of
+from thanos_deploy.option import options_by_name, options_of
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.pruning.result import PRUNE, PruneOptions
 from thanos_deploy.report.sources import Sources
@@ -80,14 +79,14 @@ def of(sources: Sources) -> list[str]:
 
 def _export(target: Target[Any], record: StageRecord) -> Iterator[str]:
     """The target's options, of those that the stage was made with."""
-    known = flags(target.options)
+    known = options_by_name(target.options)
     for name, value in record.options.items():
-        flag = known.get(name)
-        if flag is None or value is None or value == []:
+        if name not in known or value is None or value == []:
             continue
-        yield flag.name
+        declared = known[name].declared
+        yield declared.flag
         values = value if isinstance(value, list) else [value]
-        yield ",".join(str(one).removeprefix(flag.prefix or "") for one in values)
+        yield ",".join(str(one).removeprefix(declared.prefix or "") for one in values)
 
 
 def _pruning(pruned: PruneOptions) -> Iterator[str]:
