@@ -21,7 +21,7 @@ def prune_real(out: Path, store: Store, pattern: str) -> tuple[Path, dict[str, A
     done = subprocess.run(
         [
             *(COMMAND, "prune-export", gguf_path(), "--pattern", pattern, "--target", "genai"),
-            *("-o", out, "--nsamples", "4", "--seqlen", "256", "--eval-segments", "4"),
+            *("-o", out, "--nsamples", "8", "--seqlen", "256", "--eval-segments", "4"),
             *("--eval-seqlen", "512", "--rounds", "3", "--new-tokens", "8", "--json"),
         ],
         env={**os.environ, "THANOS_DEPLOY_CACHE": str(cache)},
