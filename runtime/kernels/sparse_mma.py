@@ -32,10 +32,10 @@ _SHARED_TILES_AT_MOST = 1024
 _TOKENS_OF_MMA = 16
 
 # In clock cycles of an H100, for the choice among the kernels for wgmma: what shared memory takes
-# in and gives out, what a multiprocessor reads of the sums that others left, and what starting a
-# block and waiting for the others costs.
+# in and gives out, what a multiprocessor writes and reads of sums that are shared, and what it
+# costs to start a block and to wait for the others.
 _SHARED_BYTES_A_CYCLE = 115
-_PARTIAL_BYTES_A_CYCLE = 48
+_PARTIAL_BYTES_A_CYCLE = 32
 _CYCLES_TO_START = 2500
 _CYCLES_TO_SHARE = 1500
 
@@ -161,8 +161,8 @@ def _cycles(plan: Plan, steps: int, multiprocessors: int) -> float:
     turns = -(-plan.tiles * plan.splits // multiprocessors)
     cycles = turns * (_CYCLES_TO_START + -(-steps // plan.splits) * step)
     if plan.splits > 1:
-        left = plan.splits * kernel.tokens * BLOCK_ROWS * 4
-        cycles += _CYCLES_TO_SHARE + left / _PARTIAL_BYTES_A_CYCLE
+        passed_on = (1 + plan.splits) * kernel.tokens * BLOCK_ROWS * 4
+        cycles += _CYCLES_TO_SHARE + passed_on / _PARTIAL_BYTES_A_CYCLE
     return cycles
 
 

@@ -116,9 +116,11 @@ __device__ __forceinline__ void leave(Sums* own, int threads, const float (&sums
 template <int count>
 __device__ __forceinline__ void add(float (&sums)[count][4], const Sums* more, int threads) {
 #pragma unroll
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < count; ++i) {
+        const Sums part = more[i * threads];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) sums[i][r] += more[i * threads].of[r];
+        for (int r = 0; r < 4; ++r) sums[i][r] += part.of[r];
+    }
 }
 
 // Add up what every split left, from zero, in the order of the columns.
@@ -126,6 +128,10 @@ template <int count>
 __device__ __forceinline__ void gather(float (&sums)[count][4], const Shares& shares, int threads) {
 #pragma unroll
     for (int i = 0; i < count; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
+    // Several are on their way at once, as far as registers allow it: each takes the latency of the L2
+    // cache.
+    constexpr int ahead = count <= 8 ? 4 : 1;
+#pragma unroll ahead
     for (int which = 0; which < shares.splits; ++which)
         add(sums, shares.of(which, count, threads), threads);
 }

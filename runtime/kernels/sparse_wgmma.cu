@@ -250,6 +250,7 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
             // while the next words are loaded, ptxas puts a wait behind every one (C7513). Meanwhile
             // the other warpgroup keeps the tensor cores occupied.
             wait_for_products<0>();
+            __syncwarp();  // all lanes have read their words
             if (lane == 0) arrive(&shared.empty[step % STAGES]);
         }
     }
