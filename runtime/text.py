@@ -11,7 +11,7 @@ from runtime.engine import Engine, stop_ids
 from runtime.generate import generate
 from runtime.sampling import GREEDY, Sampling
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.errors import InputError, PlatformError, UsageError
+from thanos_deploy.errors import InputError, PlatformError, UsageError, boundary
 from thanos_deploy.model import tokenizer_files
 
 TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
@@ -43,7 +43,7 @@ class Tokenizer:
                 itself.
 
         Raises:
-            InputError: the text is not valid Unicode.
+            InputError: the text is not valid Unicode, or has what the tokenizer has no token for.
         """
         try:
             text.encode()
@@ -52,7 +52,12 @@ class Tokenizer:
                 f"the text has invalid UTF-8 at character {error.start}",
                 fix="give the text in UTF-8",
             ) from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=framed).ids
+        with boundary(
+            InputError,
+            "the tokenizer cannot encode the text",
+            fix="restore tokenizer.json from the model's origin, or give another text",
+        ):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=framed).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

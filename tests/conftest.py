@@ -21,6 +21,10 @@ import exporters.onnx.graph
 from exporters.onnx import trace
 from exporters.options import ExportRequest
 from tests.byte_tokenizer import save_byte_tokenizer
+from tests.model_types import CUT_TYPES as CUT_TYPES
+from tests.model_types import EVERY_TYPE as EVERY_TYPE
+from tests.model_types import MODEL_TYPES as MODEL_TYPES
+from tests.model_types import SIZES
 from tests.recipes import plain
 from tests.store import Store
 from thanos_deploy import cli
@@ -58,26 +62,6 @@ WHOLE = {"demo", "finished", "made"}
 
 # Small models are of more structures than what is exported elsewhere.
 trace._KEPT = 32
-
-# What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
-_SIZES: dict[str, dict[str, object]] = {
-    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "mistral": {"num_key_value_heads": 1, "sliding_window": None},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
-    "gemma": {"num_key_value_heads": 1, "head_dim": 12},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 16},
-    "gemma3_text": {
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
-    "gpt2": {"n_inner": 48},
-    "gpt_neox": {"use_parallel_residual": True},
-}
-MODEL_TYPES = tuple(_SIZES)
 
 # What the manifest has of a model that was pruned to 2:4.
 PRUNED = PruneResult(
@@ -178,7 +162,7 @@ def write_model(
             "bos_token_id": 256,
             "eos_token_id": 256,
             "pad_token_id": 256,
-            **_SIZES[model_type],
+            **SIZES[model_type],
             **sizes,
         },
     )

@@ -18,6 +18,8 @@ and keeps its traceback. An interrupted run exits 130 and resumes when the comma
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -118,3 +120,29 @@ def of_system(error: Exception) -> DeployError | None:
             "--device cpu if the GPU ran out of memory",
         )
     return None
+
+
+@contextmanager
+def boundary(kind: type[DeployError], what: str, *, fix: str) -> Iterator[None]:
+    """Around a call of a library: whatever it raises says what happened, where, and what to do.
+
+    Libraries index and call whatever a file says, so that a file can make them raise anything.
+
+    Args:
+        kind: what to raise in its place. Errors of this project and those of the system that
+            `of_system` knows pass as they are.
+        what: what did not work, and where.
+        fix: what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DeployError) or of_system(error) is not None:
+            raise
+        raise kind(f"{what} ({_summary(error)})", fix=fix) from error
+
+
+def _summary(error: Exception) -> str:
+    """The type of an exception and the first paragraph of its text; some have pages of it."""
+    text = str(error).strip().partition("\n\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

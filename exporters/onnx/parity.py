@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from exporters.onnx.trace import WithFlatCache, empty_cache
 from thanos_deploy.bundle.graph_record import ParityCase
-from thanos_deploy.errors import GateError
+from thanos_deploy.errors import GateError, boundary
 
 # Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
 # to the values' range.
@@ -26,7 +26,13 @@ def compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[Parity
     # ONNX Runtime turns int8 weights behind a DequantizeLinear into its own MatMulNBits, and would
     # round the activations to int8 on its own account.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with boundary(
+        GateError,
+        f"{path}: ONNX Runtime does not load the graph that was made",
+        fix="export with another --dtype, or run `model` in the bundle with transformers: it is an "
+        "ordinary folder",
+    ):
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()[3:]]
     outputs = [value.name for value in session.get_outputs()]
     stored = np.float16 if session.get_outputs()[0].type == "tensor(float16)" else np.float32

@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common_passes
 from torch import nn
 from transformers import PreTrainedModel
 
-from thanos_deploy.model.families import family_of
+from thanos_deploy.model.families import family_of, row_of
 from thanos_deploy.model.structure import blocks_of
 
 # How many blocks are traced.
@@ -32,7 +32,9 @@ class NotRepeatingError(Exception):
 
 
 def blocks_are_alike(model: PreTrainedModel) -> bool:
-    """Whether all blocks are of one structure, and more than need to be traced."""
+    """Whether all blocks are known to be of one structure, and are more than need to be traced."""
+    if row_of(model.config.model_type) is None:
+        return False
     blocks = _blocks(model)
     kinds = {_kind(block) for block in blocks}
     layer_types = getattr(model.config, "layer_types", None) or ()

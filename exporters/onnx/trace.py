@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from exporters.onnx import repeat
 from exporters.onnx import simplify as _rewrites
+from thanos_deploy.errors import ModelError, boundary
 from thanos_deploy.model.families import family_of
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,14 @@ def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
     # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
     # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
     model.set_attn_implementation("eager")
-    with scaling, warnings.catch_warnings():
+    untraceable = boundary(
+        ModelError,
+        f"{model.config.model_type}: PyTorch's exporter cannot follow what the model computes, so "
+        "there is no ONNX graph of it",
+        fix="run the pruned model with the library that it is made for; `model` in the bundle is "
+        "an ordinary Hugging Face folder",
+    )
+    with untraceable, scaling, warnings.catch_warnings():
         # The exporter warns about its own internals; the result is compared with the model below.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -123,9 +123,10 @@ class LoadedInputs(BlockInputs):
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and passes its input on."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, Arguments]]) -> None:
+    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, Arguments]], gives: int) -> None:
         super().__init__()
         self._calls = calls
+        self._gives = gives
         # Models ask their blocks for attributes, such as the kind of attention.
         self._block = (block,)  # in a tuple, so that it does not become a submodule
 
@@ -135,9 +136,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"][0], name)
 
-    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Any:
         self._calls.append((hidden, Arguments(positional, named)))
-        return hidden
+        return hidden if self._gives == 1 else (hidden, *[None] * (self._gives - 1))
 
 
 def block_inputs(
@@ -158,7 +159,7 @@ def block_inputs(
     inputs = []
     try:
         for index, block in enumerate(originals):
-            blocks[index] = _Recorder(block, calls)
+            blocks[index] = _Recorder(block, calls, family.gives)
         for ids in batches:
             calls.clear()
             model.base_model(input_ids=ids, use_cache=False)

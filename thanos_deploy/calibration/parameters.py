@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.rounding import rounded
@@ -63,8 +62,7 @@ class ParameterFiles:
             device: where to.
 
         Raises:
-            ModelError: a shape is not the one that config.json describes, or a tensor has NaN or
-                infinite entries.
+            ModelError: a tensor has NaN or infinite entries.
         """
         sources = {
             name: self._checkpoint.stored_name(prefix + name)
@@ -72,14 +70,6 @@ class ParameterFiles:
             if skip is None or not f"{prefix}{name}".startswith(f"{skip}.")
         }
         weights = self._checkpoint.weights
-        for name, source in sources.items():
-            shape = tuple(module.get_parameter(name).shape)
-            if weights.shapes[source] != shape:
-                raise ModelError(
-                    f"{self._checkpoint.folder}: {source} has shape {weights.shapes[source]}, "
-                    f"config.json says {shape}",
-                    fix="use the config.json and the weights of the same checkpoint",
-                )
         return {
             name: weights.read([source], dtype or self._own_dtype(source), device)[source]
             for name, source in sources.items()

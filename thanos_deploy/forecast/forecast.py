@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from thanos_deploy.errors import UsageError
+from thanos_deploy.errors import ModelError, UsageError
 from thanos_deploy.forecast.roofline import (
     Architecture,
     Block,
@@ -44,7 +44,17 @@ class Variant:
 
 
 def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None) -> Architecture:
-    """The sizes of a checkpoint, or of what it would be at other widths."""
+    """The sizes of a checkpoint, or of what it would be at other widths.
+
+    Raises:
+        ModelError: its model type has no row, so that the sizes of its heads are not known.
+    """
+    if checkpoint.family.discovered:
+        raise ModelError(
+            f"{checkpoint.folder}: nothing can be forecast for a {checkpoint.config.model_type} "
+            f"model: {checkpoint.family.heads.fixed}",
+            fix="use a model of a type that has a row, or add one: docs/develop/add-a-family.md",
+        )
     family, widths = checkpoint.family, widths or checkpoint.widths
     model = checkpoint.skeleton(widths)
     found: list[Block] = []
@@ -56,7 +66,8 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
             shapes = [matrix(block.get_submodule(name)).shape for name in group]
             gemms.append(Gemm(" + ".join(group), sum(rows for rows, _ in shapes), shapes[0][1]))
         # Two norms, each of which reads its input and the residual and writes both.
-        elementwise = 8 * gemms[0].inputs + (len(family.channels.producers) + 1) * width.channels
+        gated = family.channels.rows * len(family.channels.producers)
+        elementwise = 8 * gemms[0].inputs + (gated + 1) * width.channels
         found.append(Block(tuple(gemms), width, checkpoint.head_size, elementwise))
     head = matrix(model.get_output_embeddings()).shape  # type: ignore[no-untyped-call]
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -15,21 +15,27 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from thanos_deploy.bundle import names
-from thanos_deploy.errors import DeployError, ModelError
-from thanos_deploy.model import experts, pretrained
+from thanos_deploy.errors import ModelError, boundary
+from thanos_deploy.model import download, experts, pretrained
 from thanos_deploy.model import widths as block_widths
-from thanos_deploy.model.families import Family, family_of
+from thanos_deploy.model.discovery import discover
+from thanos_deploy.model.families import Family, family_of, row_of
+from thanos_deploy.model.parameters import Parameters
 from thanos_deploy.model.structure import BlockStructure, blocks_of, structures_of
-from thanos_deploy.model.weights import Outline, Parameters, Weights
+from thanos_deploy.model.weights import Outline, Weights
 from thanos_deploy.model.widths import Widths
+
+# Tokens, of a model whose configuration names no longest sequence, such as one with ALiBi.
+_WITHOUT_A_LIMIT = 32768
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -72,10 +78,10 @@ class Checkpoint:
 
         Raises:
             ModelError: a file is missing or unreadable, the model type has no family, the
-                configuration describes no model, or the row of the family does not describe that.
+                configuration describes no model, the row of the family does not describe that, or
+                the weights are not those of that model.
         """
-        outline, names = cls._outline(folder)
-        parameters = Parameters(names, outline.family)
+        outline, parameters = cls.describe(folder)
         return dataclasses.replace(outline, weights=Weights(folder, parameters))
 
     @classmethod
@@ -85,31 +91,32 @@ class Checkpoint:
         Raises:
             ModelError: see `open`.
         """
-        return cls._outline(folder)[0]
+        return cls.describe(folder)[0]
 
     @classmethod
-    def _outline(cls, folder: Path) -> tuple["Checkpoint", tuple[tuple[str, ...], ...]]:
-        """The outline, and all names of each parameter; see `weights.Parameters`."""
+    def describe(cls, folder: Path) -> tuple["Checkpoint", Parameters]:
+        """See `outline`; and what the model calls its parameters."""
         config, family, widths = _configuration(folder)
         bare = cls(folder, config, family, Outline(folder, {}), widths, ())
-        try:
+        with boundary(
+            ModelError,
+            f"{folder / 'config.json'}: describes no valid model",
+            fix="restore config.json from the model's origin",
+        ):
             model = bare.skeleton()
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise ModelError(
-                f"{folder / 'config.json'}: describes no valid model ({error})",
-                fix="restore config.json from the model's origin",
-            ) from error
         shapes = _shapes(model)
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         own = {names[0]: shape for names, shape in shapes.items()}
         outline = Outline(folder, own, dtype)
         blocks = structures_of(model, family)
-        return dataclasses.replace(bare, weights=outline, blocks=blocks), tuple(shapes)
+        ignored = tuple(sorted(model._keys_to_ignore_on_load_unexpected or ()))
+        parameters = Parameters(shapes, family, ignored)
+        return dataclasses.replace(bare, weights=outline, blocks=blocks), parameters
 
     @property
     def max_positions(self) -> int:
         """The longest sequence that the configuration allows, in tokens."""
-        return int(getattr(self.config, self.family.positions))
+        return int(getattr(self.config, self.family.positions, None) or _WITHOUT_A_LIMIT)
 
     @property
     def head_size(self) -> int:
@@ -145,16 +152,7 @@ class Checkpoint:
         return tuple(name for block in self.blocks for name in block.full_names)
 
     def stored_name(self, parameter: str) -> str:
-        """How the weights call a parameter; see `weights.Parameters`.
-
-        Raises:
-            ModelError: the weights do not have it.
-        """
-        if parameter not in self.weights.stored:
-            raise ModelError(
-                f"{self.folder}: the weights have no tensor {parameter}",
-                fix="the checkpoint is incomplete or not of the type that its config.json names",
-            )
+        """How the weights call a parameter."""
         return self.weights.stored[parameter]
 
 
@@ -172,29 +170,20 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
     """A folder's configuration, its family, and the widths of every block."""
     path = folder / "config.json"
     names.require_own(folder, error=ModelError)
-    try:
-        family = family_of(str(json.loads(path.read_bytes()).get("model_type")))
+    if not path.is_file():
+        raise _no_model(folder)
+    with boundary(
+        ModelError,
+        f"{path}: not a readable model configuration",
+        fix="restore config.json from the model's origin",
+    ):
+        model_type = str(json.loads(path.read_bytes()).get("model_type"))
+        if row_of(model_type) is None and model_type not in CONFIG_MAPPING:
+            family_of(model_type)  # refuses it, and says which types are known
         config = pretrained.load_config(folder)
-    except DeployError:
-        raise
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{path}: missing, so {folder} is not a model folder",
-            fix="give a Hugging Face model folder, a hub id or a .gguf file",
-        ) from error
-    except (
-        OSError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        StrictDataclassError,
-    ) as error:
-        raise ModelError(
-            f"{path}: not a readable model configuration ({error})",
-            fix="restore config.json from the model's origin",
-        ) from error
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            family_of(model_type)
+        family = row_of(model_type) or discover(config)
     count = config.num_hidden_layers
     declared = block_widths.declared(folder)
     if declared is not None and len(declared) != count:
@@ -210,3 +199,21 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
         )
     uniform = (block_widths.of_config(config, family),) * count
     return config, family, declared or uniform
+
+
+def _no_model(folder: Path) -> ModelError:
+    """Why a folder without config.json is no model."""
+    if (folder / pretrained.ADAPTER).exists():
+        return ModelError(
+            f"{folder}: is an adapter, not a model: {pretrained.ADAPTER} is there, and no "
+            "config.json",
+            fix="merge it into its base model first, for example with peft: "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)",
+        )
+    return ModelError(
+        f"{folder / 'config.json'}: missing, so {folder} is not a model folder"
+        + (interrupted := download.unfinished(folder)),
+        fix=download.FIX
+        if interrupted
+        else "give a Hugging Face model folder, a hub id or a .gguf file",
+    )

@@ -21,9 +21,6 @@ COMPANIONS = (
     *("LICENSE*.txt", "NOTICE*.txt"),
 )
 
-# What config.json says of weights that are stored in other ways than those that are written here.
-_STORAGE = ("quantization_config", "compression_config")
-
 
 def companions(folder: Path) -> list[Path]:
     """The files of a model besides its weights; hidden ones are none of it."""
@@ -61,7 +58,7 @@ def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None
             f"{original / 'config.json'}: not a readable model configuration ({error})",
             fix="restore config.json from the model's origin",
         ) from error
-    storage = [config.pop(key) for key in _STORAGE if key in config]
+    storage = [config.pop(key) for key in pretrained.STORAGE if key in config]
     if dtype is not None:
         config.pop("torch_dtype", None)  # the older name of the same entry
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,4 +1,7 @@
-"""GGUF files, packed folders and models in memory, written as ordinary Hugging Face folders."""
+"""GGUF files, packed folders and models in memory, written as ordinary Hugging Face folders.
+
+The language model of a model of texts and images is written by `text_part`.
+"""
 
 from contextlib import redirect_stderr
 from io import StringIO

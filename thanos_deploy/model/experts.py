@@ -75,6 +75,8 @@ class SeparateExperts(nn.ModuleList):
             [tokens, hidden size].
         """
         experts = [expert for expert in self if isinstance(expert, Expert)]
+        if torch.compiler.is_exporting():
+            return _without_choice(experts, states, chosen, weights)
         places = [torch.where(chosen == number) for number in range(len(experts))]
         read = [expert.reads(states[at[0]]) for expert, at in zip(experts, places, strict=True)]
         gated = [expert.gated(one) for expert, one in zip(experts, read, strict=True)]
@@ -84,6 +86,21 @@ class SeparateExperts(nn.ModuleList):
             made = expert.out(channels) * weights[tokens, place, None]
             total.index_add_(0, tokens, made.to(total.dtype))
         return total
+
+
+def _without_choice(
+    experts: list[Expert], states: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """The same for a graph, whose shapes cannot depend on what the router chooses.
+
+    Every expert computes every token, and counts with weight 0 where it was not chosen: exact, and
+    as much work as all experts are.
+    """
+    total = torch.zeros_like(states)
+    for number, expert in enumerate(experts):
+        weight = (weights * (chosen == number)).sum(dim=1, keepdim=True)
+        total = total + expert.out(expert.gated(states)) * weight
+    return total
 
 
 def separate(model: nn.Module, family: Family) -> None:

@@ -6,7 +6,7 @@ has from the block; see `structure`. `docs/develop/add-a-family.md` adds a famil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from thanos_deploy.errors import ModelError
@@ -21,9 +21,9 @@ EXPERT = "*"
 # query, a key and a value for each head in turn; one with all queries, then all keys, all values.
 Layout = Literal["separate", "by head", "by part"]
 
-# What an attention module keeps of its widths: the number of query heads; query heads for each
-# key-value head; channels of all query heads.
-Width = Literal["heads", "heads per key", "channels"]
+# What an attention module keeps of its widths: the number of query heads; of key-value heads; query
+# heads for each of these; channels of all query heads.
+Width = Literal["heads", "keys", "heads per key", "channels"]
 
 # What programs that serve models demand of the sizes of some; `loaders` has the words.
 Demand = Literal[
@@ -47,7 +47,9 @@ class Heads:
         kv_count: entry with the number of key-value heads; None if each query head has its own.
         free_size: the configuration states the size of a head, so the number of heads can change
             alone; otherwise it is hidden size / number of heads.
-        kept: attribute of the attention module -> the width that the module keeps there.
+        kept: attribute of the attention module -> the width that the module keeps there. With
+            "config." in front, an entry of the configuration that the module looks at.
+        fixed: why no head can go; empty if heads can.
     """
 
     producers: tuple[str, ...]
@@ -57,6 +59,7 @@ class Heads:
     kv_count: str | None = None
     free_size: bool = False
     kept: Mapping[str, Width] = field(default_factory=dict)
+    fixed: str = ""
 
     @property
     def module(self) -> str:
@@ -69,8 +72,10 @@ class Channels:
     """Where a block's feed-forward channels are.
 
     Attributes:
-        producers: the linear layers with one row for each channel.
+        producers: the linear layers with rows for each channel.
         consumer: the linear layer with one column for each.
+        rows: of each channel in a producer: 2 where one matrix has first the gates of all channels,
+            then what they gate.
         count: entry of config.json with the number of channels.
         multiple: the number as a multiple of the hidden size where the configuration leaves it
             out; None if it never does.
@@ -78,6 +83,7 @@ class Channels:
 
     producers: tuple[str, ...]
     consumer: str
+    rows: int = 1
     count: str = "intermediate_size"
     multiple: int | None = None
 
@@ -140,6 +146,10 @@ class Family:
         positions: entry of config.json with the longest sequence, in tokens.
         gguf: what GGUF calls the architecture -> the model type, where they differ.
         readings: what is known of programs that serve models of this family.
+        gives: how many things a block gives: 1 for the hidden states alone, more for a tuple that
+            begins with them.
+        discovered: it is no row: it was found by a forward pass through one model; see
+            `discovery`. Heads and channels are not known then.
     """
 
     model_types: tuple[str, ...]
@@ -154,6 +164,8 @@ class Family:
     positions: str = "max_position_embeddings"
     gguf: Mapping[str, str] = field(default_factory=dict)
     readings: tuple[Reading, ...] = ()
+    gives: int = 1
+    discovered: bool = False
 
     @property
     def base(self) -> str:
@@ -163,50 +175,127 @@ class Family:
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
-        blocks="model.layers",
-        inputs=(
-            _QKV,
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ),
-        heads=Heads(
-            producers=_QKV,
-            layout="separate",
-            consumer="self_attn.o_proj",
-            kv_count="num_key_value_heads",
-            free_size=True,
-            kept={"num_key_value_groups": "heads per key"},
-        ),
-        channels=Channels(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-        gguf={"gemma3": "gemma3_text"},
-        readings=(
-            Reading("vLLM", ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text")),
-            Reading(
-                "vLLM",
-                ("qwen2",),
-                "head size is hidden size / heads",
-                "vllm/model_executor/models/qwen2.py",
-            ),
-            Reading(
-                "text-generation-inference",
-                ("llama",),
-                "head size is hidden size / heads",
-                "custom_modeling/flash_llama_modeling.py at 0036084",
-            ),
-            Reading(
-                "text-generation-inference",
-                ("qwen3",),
-                "hidden size is a multiple of heads",
-                "custom_modeling/flash_qwen3_modeling.py at 78c236f",
-            ),
-            Reading("llama.cpp", ("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
-            Reading("llama.cpp", ("llama", "mistral"), "head size is even", "conversion/llama.py"),
-        ),
+_LLAMA_LIKE = ("smollm3", "ministral", "granite")
+
+_LLAMA = Family(
+    model_types=(
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+        *_LLAMA_LIKE,
     ),
+    blocks="model.layers",
+    inputs=(
+        _QKV,
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    heads=Heads(
+        producers=_QKV,
+        layout="separate",
+        consumer="self_attn.o_proj",
+        kv_count="num_key_value_heads",
+        free_size=True,
+        kept={"num_key_value_groups": "heads per key"},
+    ),
+    channels=Channels(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    gguf={"gemma3": "gemma3_text"},
+    readings=(
+        Reading("vLLM", ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text")),
+        Reading(
+            "vLLM",
+            ("qwen2",),
+            "head size is hidden size / heads",
+            "vllm/model_executor/models/qwen2.py",
+        ),
+        Reading(
+            "text-generation-inference",
+            ("llama",),
+            "head size is hidden size / heads",
+            "custom_modeling/flash_llama_modeling.py at 0036084",
+        ),
+        Reading(
+            "text-generation-inference",
+            ("qwen3",),
+            "hidden size is a multiple of heads",
+            "custom_modeling/flash_qwen3_modeling.py at 78c236f",
+        ),
+        Reading("llama.cpp", ("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
+        Reading("llama.cpp", ("llama", "mistral"), "head size is even", "conversion/llama.py"),
+    ),
+)
+
+_OLMO = replace(
+    _LLAMA,
+    model_types=("olmo2", "olmo3"),
+    heads=replace(
+        _LLAMA.heads, fixed="its norm of the queries goes over all heads, and so depends on each"
+    ),
+    gguf={},
+    readings=(),
+)
+
+_GLM = replace(
+    _LLAMA,
+    model_types=("glm4",),
+    inputs=(*_LLAMA.inputs[:2], ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    channels=Channels(("mlp.gate_up_proj",), "mlp.down_proj", rows=2),
+    gguf={},
+    readings=(),
+)
+
+_PHI = replace(
+    _GLM,
+    model_types=("phi3",),
+    inputs=(("self_attn.qkv_proj",), *_GLM.inputs[1:]),
+    heads=Heads(
+        producers=("self_attn.qkv_proj",),
+        layout="by part",
+        consumer="self_attn.o_proj",
+        kv_count="num_key_value_heads",
+        free_size=True,
+        kept={
+            "num_key_value_groups": "heads per key",
+            "num_key_value_heads": "keys",
+            "config.num_attention_heads": "heads",
+        },
+    ),
+)
+
+_QWEN_MOE = replace(
+    _LLAMA,
+    model_types=("qwen3_moe",),
+    inputs=(
+        *_LLAMA.inputs,
+        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        ("mlp.experts.*.down_proj",),
+    ),
+    experts=Experts("mlp.experts"),
+    gguf={},
+    readings=(),
+)
+
+_MIXTRAL = replace(
+    _LLAMA,
+    model_types=("mixtral",),
+    inputs=(
+        *_LLAMA.inputs[:2],
+        ("mlp.experts.*.w1", "mlp.experts.*.w3"),
+        ("mlp.experts.*.w2",),
+    ),
+    channels=Channels(("mlp.experts.*.w1", "mlp.experts.*.w3"), "mlp.experts.*.w2"),
+    experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
+    renamed={".block_sparse_moe.": ".mlp."},
+    gguf={},
+    readings=(),
+)
+
+FAMILIES: tuple[Family, ...] = (
+    _LLAMA,
+    _OLMO,
+    _GLM,
+    _PHI,
+    _QWEN_MOE,
+    _MIXTRAL,
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
@@ -256,15 +345,19 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def row_of(model_type: str) -> Family | None:
+    """The row that describes a model type; None if there is none."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
 def family_of(model_type: str) -> Family:
     """The row that describes a model type.
 
     Raises:
         ModelError: no row names the model type.
     """
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
+    if (family := row_of(model_type)) is not None:
+        return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise ModelError(
         f"model type {model_type!r} is not supported; supported are {known}",

@@ -17,7 +17,7 @@ from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.model import experts, pretrained
 from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.families import family_of
+from thanos_deploy.model.families import row_of
 from thanos_deploy.model.structure import blocks_of
 from thanos_deploy.model.weights import shards
 
@@ -43,7 +43,8 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
             f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
             fix="the checkpoint is incomplete or not of the type that its config.json names",
         )
-    experts.separate(model, family_of(model.config.model_type))
+    if (family := row_of(model.config.model_type)) is not None:
+        experts.separate(model, family)
     with memory_for(f"{folder}, {model.num_parameters():,} parameters in float32"):
         loaded: PreTrainedModel = model.eval().to(device)
     return loaded

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.model.families import Demand, family_of
+from thanos_deploy.model.families import Demand, family_of, row_of
 
 # As many GPUs as a machine usually has.
 _MOST_GPUS = 8
@@ -107,6 +107,11 @@ class Loader:
     notes: Callable[[Dimensions], str]
     tested: Tested | None = None
 
+    @property
+    def title(self) -> str:
+        """Its name, with its version."""
+        return f"{self.name} {self.version}".rstrip()
+
 
 @dataclass(frozen=True, slots=True)
 class LoaderVerdict:
@@ -131,13 +136,15 @@ class LoaderVerdict:
 
 
 def judge(config: Json) -> Iterator[LoaderVerdict]:
-    """What each loader would find in a config.json.
-
-    Raises:
-        ModelError: the model type is not supported.
-    """
-    dimensions, model_type = Dimensions.of(config), config["model_type"]
-    readings = [one for one in family_of(model_type).readings if model_type in one.model_types]
+    """What each loader would find in a config.json; nothing is known of a type without a row."""
+    model_type = config["model_type"]
+    family = row_of(model_type)
+    if family is None:
+        for loader in LOADERS:
+            yield LoaderVerdict(loader.title, loader.command, None, None, (), "")
+        return
+    dimensions = Dimensions.of(config)
+    readings = [one for one in family.readings if model_type in one.model_types]
     for loader in LOADERS:
         read = [reading for reading in readings if reading.loader == loader.name]
         demands = [*loader.constraints] if read else []
@@ -148,7 +155,7 @@ def judge(config: Json) -> Iterator[LoaderVerdict]:
             if not constraint.holds(dimensions)
         )
         yield LoaderVerdict(
-            f"{loader.name} {loader.version}".rstrip(),
+            loader.title,
             loader.command,
             not broken if read else None,
             _tested(loader, model_type) if read and not broken else None,

@@ -1,17 +1,19 @@
-"""Find a model by what the user calls it: a hub id, a folder, or a GGUF file."""
+"""Find a model by what the user calls it: a hub id, a folder, a bundle, or a file."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thanos_deploy.bundle import files, names
+from thanos_deploy.bundle import files, layout, names
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import packed_folder
 from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.companions import COMPANIONS, companions
 from thanos_deploy.model.tensorfile import INDEX
+from thanos_deploy.model.text_part import wrapper_of
+from thanos_deploy.model.weights import shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,18 @@ class LocatedModel:
 
     @property
     def is_ordinary(self) -> bool:
-        """A Hugging Face folder as transformers loads it, neither GGUF nor packed."""
-        return self.source.kind != "gguf" and not packed_folder.is_packed(self.path)
+        """A language model's Hugging Face folder as transformers loads it."""
+        return (
+            self.source.kind != "gguf"
+            and not packed_folder.is_packed(self.path)
+            and wrapper_of(self.path) is None
+        )
 
 
 def locate(model: str, *, revision: str | None = None) -> LocatedModel:
-    """Find a model: a `.gguf` file, a local folder, or a hub id, downloaded unless it is cached.
+    """Find a model: a file, a folder, a bundle, or a hub id, downloaded unless it is cached.
+
+    A file is a `.gguf`, or a `.safetensors` beside its config.json.
 
     Raises:
         ModelError: there is no such model, or it has no safetensors weights.
@@ -68,11 +76,15 @@ def locate_configuration(model: str, *, revision: str | None = None) -> Path | N
 def _local(model: str) -> Path | None:
     """The file or folder that a user names; None if it can only be a hub id."""
     path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return _folder_of(path)
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(
             f"{path}: is a file, but not a .gguf file",
-            fix="give a model folder, a hub id or a .gguf",
+            fix="give a model folder, a hub id, a .gguf, or a .safetensors beside its config.json",
         )
+    if (path / layout.MANIFEST).is_file() and (path / layout.MODEL).is_dir():
+        return path / layout.MODEL  # a bundle's
     if path.exists():
         return path
     if (
@@ -83,6 +95,27 @@ def _local(model: str) -> Path | None:
     ):
         raise ModelError(f"{model}: no such file or folder", fix="check the path")
     return None
+
+
+def _folder_of(weights: Path) -> Path:
+    """The folder of a file of weights.
+
+    Raises:
+        ModelError: it has no config.json, or its weights are in other files.
+    """
+    folder = weights.parent
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{weights}: there is no config.json beside it, so it is not known what it holds",
+            fix="put the model's config.json and its tokenizer's files there",
+        )
+    if weights.name not in (found := shards(folder)):
+        raise ModelError(
+            f"{weights}: the weights of {folder} are in {', '.join(found)}",
+            fix=f"give {folder}, or put this file into a folder of its own, as model.safetensors, "
+            "beside its config.json",
+        )
+    return folder
 
 
 def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -1,5 +1,7 @@
 """The one place where transformers reads a model: its code never runs, and nothing is downloaded.
 
+Data sets of a hub are read here too, whose code does not run either; these may be downloaded.
+
 A checkpoint can bring Python of its own (`auto_map` in its JSON files, `custom_generate/`), or name
 attention kernels that a library fetches from a hub and runs. transformers asks on the terminal
 whether to run the former unless it is told not to. All that is called here is told so. A model
@@ -30,17 +32,21 @@ from transformers import (
 
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.errors import DeployError, ModelError
+from thanos_deploy.errors import CalibrationError, DeployError, ModelError, PlatformError, boundary
 from thanos_deploy.model import tokenizer_files
 
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
+
+# What config.json says of weights that are stored in other ways than in floats.
+STORAGE = ("quantization_config", "compression_config")
 
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The configuration in a model folder.
 
-    What computes attention is left to the library's choice, whatever the configuration says: there
-    it may name a kernel on a hub.
+    It says nothing of how weights are stored, as only floats are read. What computes attention is
+    left to the library's choice, whatever the configuration says: there it may name a kernel on a
+    hub.
 
     Raises:
         OSError, ValueError and others of the library: it is missing or not readable.
@@ -49,6 +55,10 @@ def load_config(folder: Path) -> PretrainedConfig:
         folder, trust_remote_code=False, local_files_only=True
     )
     config._attn_implementation = None
+    # Left over from the checkpoint that the floats were made from; other weights are refused.
+    for key in STORAGE:
+        if hasattr(config, key):
+            delattr(config, key)
     return config
 
 
@@ -73,9 +83,9 @@ def load_model(
     Raises:
         ModelError: it does not load, or not without code of its own.
     """
-    if (folder / _ADAPTER).exists():
+    if (folder / ADAPTER).exists():
         raise ModelError(
-            f"{folder / _ADAPTER}: is an adapter; its base model would be read from a place that "
+            f"{folder / ADAPTER}: is an adapter; its base model would be read from a place that "
             "this file names",
             fix="merge the adapter into its base model, save that, and remove this file",
         )
@@ -94,22 +104,51 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+    """The tokenizer in a folder, of the package tokenizers.
 
     Where it names a class of its own, tokenizer.json is what the library's class is made from.
+    Where there is no tokenizer.json, the library makes it from the older files.
 
     Raises:
         ModelError: there is none that loads without code of its own.
+        PlatformError: the older files are read by a package that is not installed.
     """
-    alone = (
-        _code(folder / "tokenizer_config.json") and (folder / tokenizer_files.TOKENIZER).is_file()
-    )
+    own = (folder / tokenizer_files.TOKENIZER).is_file()
+    alone = own and _code(folder / "tokenizer_config.json")
+    if not own and (pieces := sorted(folder.glob("*.model"))):
+        _require_sentencepiece(pieces[0])
     loader: Any = PreTrainedTokenizerFast if alone else AutoTokenizer
     with _refusing(folder, "no tokenizer that can be loaded", "tokenizer_config.json"):
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        raise ModelError(
+            f"{folder}: the tokenizer is a {type(tokenizer).__name__}, which the library does not "
+            "make with the package tokenizers, so that no tokenizer.json can be written",
+            fix="put the model's tokenizer.json there",
+        )
     return tokenizer
+
+
+def _require_sentencepiece(path: Path) -> None:
+    """Refuse a SentencePiece model that cannot be read here.
+
+    The library would take it for another format then, and miss the package for that.
+
+    Raises:
+        PlatformError: a package is missing, or does not fit another one.
+    """
+    with boundary(
+        PlatformError,
+        f"{path}: the tokenizer is a SentencePiece model, and there is no tokenizer.json; the "
+        "packages sentencepiece and protobuf, which read it, cannot be used",
+        fix="pip install 'thanos-deploy[sentencepiece]', or put the model's tokenizer.json there",
+    ):
+        import sentencepiece  # noqa: F401
+        from transformers.convert_slow_tokenizer import import_protobuf
+
+        import_protobuf()
 
 
 def settle_tokenizer(folder: Path) -> None:
@@ -118,22 +157,22 @@ def settle_tokenizer(folder: Path) -> None:
     The library builds some tokenizers anew, after a class that tokenizer_config.json or the type
     of the model names, with rules and special tokens that are in no file. Whoever reads the files
     without it, as `tokenizer_files` does, is to come to the same ids. So tokenizer.json and
-    tokenizer_config.json are written again where that would not be so, and where tokenizer.json
-    cuts or pads texts. A tokenizer that does not load is left to whoever needs it.
+    tokenizer_config.json are written again where that would not be so, where tokenizer.json cuts or
+    pads texts, and where there are only the files that are older than it, such as merges.txt. A
+    tokenizer that does not load is left to whoever needs it.
     """
     path = folder / tokenizer_files.TOKENIZER
-    if not path.is_file():
-        return
     try:
         tokenizer = load_tokenizer(folder)
-    except ModelError:
+    except (ModelError, PlatformError):
         return
     whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     whole.no_truncation()
     whole.no_padding()
-    written = json.loads(path.read_bytes())
+    written = json.loads(path.read_bytes()) if path.is_file() else None
     if (
-        written.get("truncation")
+        written is None
+        or written.get("truncation")
         or written.get("padding")
         or _rules(tokenizer_files.load(folder)) != _rules(whole)
     ):
@@ -179,6 +218,42 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             alone, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
         )
     return model, tokenizer
+
+
+def load_rows(name: str, config: str, split: str, file: str) -> list[object]:
+    """The rows of a data set of the hub, from the local cache where they are there.
+
+    Args:
+        name: of its repository, or a folder.
+        config: one of its configurations; empty for its own.
+        split: the part of it.
+        file: the one that is read; empty for all of the part.
+
+    Raises:
+        PlatformError: the package datasets is not installed.
+        CalibrationError: there is no such data set, or it cannot be had here.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise PlatformError(
+            f"{name}: reading data sets of the hub needs the package datasets",
+            fix="pip install 'thanos-deploy[data]', or give a file",
+        ) from error
+    with boundary(
+        CalibrationError,
+        f"{name}: its part {split} {f'of {config} ' if config else ''}cannot be read",
+        fix="check the name; without a network it has to be in the local cache of the hub",
+    ):
+        return list(
+            load_dataset(
+                name,
+                config or None,
+                split=split,
+                data_files={split: file} if file else None,
+                trust_remote_code=False,
+            )
+        )
 
 
 @contextmanager

@@ -98,7 +98,9 @@ def _block(block: nn.Module, prefix: str, family: Family) -> BlockStructure:
             fix="use a model whose blocks the row describes, or add them to its `inputs`",
         )
     if stacked := [
-        f"{name} {list(one.shape)}" for name, one in block.named_parameters() if one.ndim > 2
+        f"{name} {list(one.shape)}"
+        for name, one in block.named_parameters()
+        if one.ndim > 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
     ]:
         raise ModelError(
             f"{prefix.rstrip('.')}: several matrices in one parameter, which {where} does not "

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from thanos_deploy.errors import ModelError
+from thanos_deploy.model import download
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,6 +74,10 @@ def entries(path: Path) -> dict[str, Entry]:
             names = list(file.keys())
         found = _read_head(path)
     except (SafetensorError, OSError) as error:
+        if path.is_file() and download.is_pointer(path):
+            raise ModelError(
+                f"{path}: is a pointer of Git LFS, not the weights", fix=download.FIX
+            ) from error
         raise ModelError(
             f"{path}: not a readable safetensors file ({error})",
             fix="the file is missing, truncated or corrupt; fetch it again and compare its hash",

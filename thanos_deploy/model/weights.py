@@ -8,7 +8,6 @@ neither counted nor read nor written, as the library's loader makes them itself.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from thanos_deploy.bundle import files, names
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
-from thanos_deploy.model.families import Family
+from thanos_deploy.model import download
+from thanos_deploy.model.parameters import Parameters
 from thanos_deploy.model.tensorfile import DTYPES, INDEX, Entry, TensorFile, entries
 
 _SINGLE = "model.safetensors"
@@ -28,47 +28,6 @@ _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_po
 
 # Entries of a piece.
 _ENTRIES_AT_ONCE = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """What a model calls its parameters.
-
-    Attributes:
-        names: of each parameter every name, the first being the one that it goes by; a tied one
-            has several.
-        family: says what files may call them.
-    """
-
-    names: tuple[tuple[str, ...], ...]
-    family: Family
-
-    def stored(self, found: Iterable[str]) -> dict[str, list[str]]:
-        """The stored tensors of each parameter, by the name that it goes by; others are left out.
-
-        Args:
-            found: the names in the files.
-        """
-        first = {name: same[0] for same in self.names for name in same}
-        tensors: dict[str, list[str]] = {}
-        for name in found:
-            if (own := self._own_name(name, first)) is not None:
-                tensors.setdefault(first[own], []).append(name)
-        return tensors
-
-    def _own_name(self, stored: str, known: Mapping[str, str]) -> str | None:
-        """The model's name of a stored tensor; None if it has none.
-
-        The base model's name is taken away or put in front where that makes it a name of the model.
-
-        Source: `rename_source_key` of the library's loader.
-        """
-        base = self.family.base
-        for part, own in self.family.renamed.items():
-            stored = stored.replace(part, own)
-        bare = stored.removeprefix(f"{base}.")
-        candidates = ([] if bare == stored else [bare]) + [f"{base}.{stored}", stored]
-        return next((name for name in candidates if name in known), None)
 
 
 class Weights:
@@ -82,7 +41,8 @@ class Weights:
 
     Raises:
         ModelError: a file is missing or corrupt, or a parameter is stored in another dtype than
-            float64, float32, float16 or bfloat16, or twice with different values.
+            float64, float32, float16 or bfloat16, or twice with different values; or what is stored
+            is not the model's, see `Parameters.require`.
     """
 
     def __init__(self, folder: Path, parameters: Parameters | None = None) -> None:
@@ -99,6 +59,7 @@ class Weights:
         )
         if parameters is not None:
             self._refuse_quantised(found, files, parameters, tensors)
+            parameters.require(folder, found, tensors)
         self.stored = {name: same[0] for name, same in tensors.items()}
         own = set(self.stored.values())
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -123,7 +84,8 @@ class Weights:
             path = self.folder / shard
             if not path.exists():
                 raise ModelError(
-                    f"{path}: missing, though {INDEX} names it", fix="fetch the checkpoint again"
+                    f"{path}: missing, though {INDEX} names it" + download.unfinished(self.folder),
+                    fix=download.FIX,
                 )
             stored = entries(path)
             found.update(stored)
@@ -145,7 +107,7 @@ class Weights:
         base = f"{parameters.family.base}."
         missing = {
             name.removeprefix(base).rpartition(".")[0]
-            for name, *_ in parameters.names
+            for name, *_ in parameters.shapes
             if name not in tensors
         }
         for name, entry in found.items():
@@ -266,8 +228,9 @@ def shards(folder: Path) -> list[str]:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     raise ModelError(
         f"{folder}: no {_SINGLE} and no {INDEX}"
-        + (f", only {', '.join(pickled)}, which may run code when loaded" if pickled else ""),
-        fix="use a checkpoint with safetensors weights",
+        + (f", only {', '.join(pickled)}, which may run code when loaded" if pickled else "")
+        + (interrupted := download.unfinished(folder)),
+        fix=download.FIX if interrupted else "use a checkpoint with safetensors weights",
     )
 
 

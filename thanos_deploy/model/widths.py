@@ -8,8 +8,10 @@ because the shapes of its weights differ, and `load.load_model` reads it.
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -21,11 +23,15 @@ from thanos_deploy.model.block import Widths as Widths
 from thanos_deploy.model.families import Family, Width
 
 FILE = "widths.json"
+
+_CONFIG = "config."
 FORMAT = 1
 
 
 def of_config(config: PretrainedConfig, family: Family) -> Widths:
-    """What a stock configuration says of every block."""
+    """What a stock configuration says of every block; 1 of each where heads are not known."""
+    if family.discovered:
+        return Widths(heads=1, kv_heads=1, channels=1)
     heads = int(getattr(config, family.heads.count))
     kv_count = family.heads.kv_count
     return Widths(
@@ -122,7 +128,7 @@ def resize(blocks: nn.ModuleList, family: Family, widths: Sequence[Widths], size
     for block, width in zip(blocks, widths, strict=True):
         for name, outputs in (
             *zip(family.heads.producers, producer_rows(family, width, size), strict=True),
-            *((name, width.channels) for name in family.channels.producers),
+            *((name, family.channels.rows * width.channels) for name in family.channels.producers),
         ):
             layer = block.get_submodule(name)
             linear.resize(layer, outputs, linear.matrix(layer).shape[1])
@@ -145,11 +151,15 @@ def producer_rows(family: Family, width: Widths, size: int) -> tuple[int, ...]:
 
 def fit_attention(block: nn.Module, family: Family, width: Widths, size: int) -> None:
     """Tell an attention module how many heads it has now."""
-    attention = block.get_submodule(family.heads.module)
+    attention: Any = block.get_submodule(family.heads.module)
     values: dict[Width, int] = {
         "heads": width.heads,
+        "keys": width.kv_heads,
         "heads per key": width.heads // width.kv_heads,
         "channels": width.heads * size,
     }
     for attribute, kept in family.heads.kept.items():
-        setattr(attention, attribute, values[kept])
+        holder: Any = attention
+        if attribute.startswith(_CONFIG):
+            holder = attention.config = copy(attention.config)  # other blocks share it
+        setattr(holder, attribute.removeprefix(_CONFIG), values[kept])

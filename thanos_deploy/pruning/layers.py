@@ -294,11 +294,7 @@ def check(checkpoint: Checkpoint, recipe: Recipe, patterns: Mapping[str, Pattern
 
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Full name -> (rows, cols) of every linear layer that pruning visits, from the headers.
-
-    Raises:
-        ModelError: the weights lack one.
-    """
+    """Full name -> (rows, cols) of every linear layer that pruning visits, from the headers."""
     shapes = {}
     for name in checkpoint.linears:
         rows, cols = checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight")]

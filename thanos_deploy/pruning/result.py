@@ -220,6 +220,8 @@ class PruneResult(LayersSummary):
         peak_memory_bytes: of the process.
         dense_bytes: of the dense model's weights.
         parts: bytes of both models by part; None in records from before they were counted.
+        discovered: what the blocks of the model are was found by a forward pass, as its type has
+            no row; see `thanos_deploy.model.discovery`.
     """
 
     widths: WidthsSummary | None = field(default=None, metadata=LATER)
@@ -235,6 +237,7 @@ class PruneResult(LayersSummary):
     peak_memory_bytes: int | None = None
     dense_bytes: int
     parts: PartBytes | None = None
+    discovered: bool = field(default=False, metadata=LATER)
 
     @property
     def linear_layers(self) -> LayersSummary:

@@ -57,6 +57,13 @@ def check(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: {routed[0]} has experts, which cannot be cut",
             fix="prune it to a pattern that keeps shapes, such as --pattern 2:4",
         )
+    if family.discovered:
+        raise ModelError(
+            f"{checkpoint.folder}: nothing can be cut out of a {checkpoint.config.model_type} "
+            f"model: {family.heads.fixed}",
+            fix="prune it to a pattern that keeps shapes, such as --pattern 2:4, or add a row: "
+            "docs/develop/add-a-family.md",
+        )
     if len(set(checkpoint.widths)) > 1:
         raise ModelError(
             f"{checkpoint.folder}: its blocks have different widths already",
@@ -226,8 +233,11 @@ class _Cutter:
             fitted.drop_channels(self._after.channels)
             self.channels = fitted.left.nonzero().flatten()
             self.channels_error = layer.write(fitted.weight, fitted.left)
-            for name in self._family.channels.producers:
-                keep_outputs(self._visit.block.get_submodule(name), self.channels)
+            channels = self._family.channels
+            starts = [part * self._before.channels for part in range(channels.rows)]
+            rows = torch.cat([start + self.channels for start in starts])
+            for name in channels.producers:
+                keep_outputs(self._visit.block.get_submodule(name), rows)
 
     def _start(self, name: str) -> tuple[RefittedLayer, Elimination]:
         statistics = self._collect(name)
@@ -259,15 +269,16 @@ def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Ten
         within = torch.arange(length, device=numbers.device)
         return (numbers[:, None] * length + within).flatten()
 
+    queries = rows(kept, size)
+    keys = rows(torch.unique(kept // (before.heads // before.kv_heads)), size)
     match heads.layout:
         case "separate":
-            kv_heads = torch.unique(kept // (before.heads // before.kv_heads))
-            return [rows(kept, size), rows(kv_heads, size), rows(kv_heads, size)]
+            return [queries, keys, keys]
         case "by head":
             return [rows(kept, 3 * size)]
         case "by part":
-            part = before.heads * size
-            return [torch.cat([start + rows(kept, size) for start in (0, part, 2 * part)])]
+            first, second = before.heads * size, (before.heads + before.kv_heads) * size
+            return [torch.cat([queries, first + keys, second + keys])]
 
 
 def _describe(checkpoint: Checkpoint, destination: Path, plan: Plan) -> None:

@@ -110,11 +110,7 @@ class Plan:
 
 
 def cost(checkpoint: Checkpoint, index: int) -> Cost:
-    """What the parts of one block cost, from the headers of its weights.
-
-    Raises:
-        ModelError: the weights do not have the layout that the family describes.
-    """
+    """What the parts of one block cost, from the headers of its weights."""
     family, width = checkpoint.family, checkpoint.widths[index]
     prefix = f"{family.blocks}.{index}."
     sizes = {
@@ -125,19 +121,22 @@ def cost(checkpoint: Checkpoint, index: int) -> Cost:
 
     def parameters(layer: str, of: int, *, bias: bool = True) -> int:
         """Parameters of a layer for each of `of` equal parts."""
-        checkpoint.stored_name(f"{prefix}{layer}.weight")  # or says that it is missing
         names = [f"{prefix}{layer}.weight", *([f"{prefix}{layer}.bias"] if bias else [])]
         return sum(sizes.get(name, 0) for name in names) // of
 
     heads, channels = family.heads, family.channels
     query, *others = heads.producers
+    if others:
+        queries = parameters(query, width.heads)
+        keys = sum(parameters(name, width.kv_heads) for name in others)
+    else:  # one matrix for queries, keys and values
+        queries = parameters(query, width.heads + 2 * width.kv_heads)
+        keys = 2 * queries
     own = heads.kv_count is None
     return Cost(
         block=sum(sizes.values()),
-        head=parameters(query, width.heads)
-        + parameters(heads.consumer, width.heads, bias=False)
-        + (sum(parameters(name, width.heads) for name in others) if own else 0),
-        kv_head=0 if own else sum(parameters(name, width.kv_heads) for name in others),
+        head=queries + parameters(heads.consumer, width.heads, bias=False) + (keys if own else 0),
+        kv_head=0 if own else keys,
         channel=sum(parameters(name, width.channels) for name in channels.producers)
         + parameters(channels.consumer, width.channels, bias=False),
     )
@@ -171,7 +170,8 @@ def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[
     Args:
         checkpoint: the model, all of whose blocks have the same widths.
         fraction: of a block's parameters.
-        sizing: what may be cut; with its allocation "uniform" only what a stock config.json can
+        sizing: what may be cut, but no head where the family says that none can go; with its
+            allocation "uniform" only what a stock config.json can
             describe, unless heads are cut of a family for which it cannot.
 
     Raises:
@@ -181,7 +181,8 @@ def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[
     stock, steps = _stock_only(checkpoint, sizing), channel_steps(width.channels, sizing.multiple)
     wanted = math.ceil(fraction * prices.block - 1e-6)
     found, nearest = [], 0
-    for heads, kv_heads in layouts(width) if part != "ffn" else [(width.heads, width.kv_heads)]:
+    stay = part == "ffn" or checkpoint.family.heads.fixed
+    for heads, kv_heads in [(width.heads, width.kv_heads)] if stay else layouts(width):
         uncut = Widths(heads, kv_heads, width.channels)
         if stock and widths.describe(checkpoint.config, checkpoint.family, [uncut]) is None:
             continue
@@ -225,8 +226,13 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
 
     Raises:
         UsageError: nothing would be left, or there are fewer channels than they are to be a
-            multiple of.
+            multiple of; or heads alone are to go, of a family whose heads have to stay.
     """
+    if sizing.part == "heads" and (reason := checkpoint.family.heads.fixed):
+        raise UsageError(
+            f"{checkpoint.folder}: no attention head can be cut out: {reason}",
+            fix="use --shrink ffn",
+        )
     channels = checkpoint.widths[0].channels
     if sizing.multiple is not None and not 0 < sizing.multiple <= channels:
         raise UsageError(
@@ -286,7 +292,7 @@ def _by_loss(
 
     def narrower(index: int) -> Iterator[Widths]:
         width = after[index]
-        if part != "ffn":
+        if part != "ffn" and not checkpoint.family.heads.fixed:
             for heads, kv_heads in losses[index].heads:
                 fits = heads <= width.heads and kv_heads <= width.kv_heads
                 if fits and (heads, kv_heads) != (width.heads, width.kv_heads):

@@ -4,7 +4,7 @@ It is itself a bundle, in a cache folder named after its hash, so several runs o
 export and evaluate it once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,8 @@ from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_memory, convert_packed
 from thanos_deploy.model.locate import LocatedModel, hash_folder, locate
+from thanos_deploy.model.packed_folder import is_packed
+from thanos_deploy.model.text_part import write_text_part
 from thanos_deploy.progress import Announce, quietly
 
 _IMPORT: Stage[Nothing, Nothing, Nothing] = Stage("import", Nothing, Nothing, Nothing)
@@ -33,7 +35,7 @@ class Dense:
 
     Attributes:
         source: where it comes from.
-        is_ordinary: a Hugging Face folder as transformers loads it, neither GGUF nor packed.
+        is_ordinary: see `LocatedModel.is_ordinary`.
         folder: its bundle in the cache.
     """
 
@@ -46,7 +48,7 @@ class Dense:
         self._checkpoint: Checkpoint | None = None
 
     def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
-        """The model as a Hugging Face folder; a GGUF file or a packed folder is converted once."""
+        """The language model as a Hugging Face folder; anything else is converted once."""
         if self._checkpoint is None:
             if not self.is_ordinary:
                 self._convert(announce)
@@ -65,7 +67,11 @@ class Dense:
         def produce(folder: Path) -> Nothing:
             progress = announce(f"Convert {self.source.name}")
             progress(0, 1)
-            convert = convert_gguf if self.source.kind == "gguf" else convert_packed
+            convert: Callable[[Path, Path], None] = write_text_part
+            if self.source.kind == "gguf":
+                convert = convert_gguf
+            elif is_packed(self._path):
+                convert = convert_packed
             convert(self._path, folder / layout.MODEL)
             progress(1, 1)
             return Nothing()

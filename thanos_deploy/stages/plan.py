@@ -66,7 +66,7 @@ class DryRun:
 
     Attributes:
         model: the dense model.
-        model_type: of its configuration.
+        model_type: of its configuration; "(discovered)" behind it if it has no row.
         parameters: of the dense model.
         linear_layers, linear_weights: that pruning visits.
         prune: the options of the stage, as a manifest would have them.
@@ -138,7 +138,8 @@ def plan_pruning(
     def planned(found: Estimate, **what: Any) -> DryRun:
         return DryRun(
             model=dense.source,
-            model_type=source.config.model_type,
+            model_type=source.config.model_type
+            + (" (discovered)" if source.family.discovered else ""),
             parameters=source.parameters,
             linear_layers=len(entries),
             linear_weights=sum(entries.values()),

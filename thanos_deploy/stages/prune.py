@@ -310,6 +310,7 @@ def prune(
             peak_memory_bytes=environment.peak_memory_bytes(),
             dense_bytes=source.bytes_in("auto"),
             parts=PartBytes(part_bytes(source), part_bytes(Checkpoint.open(model))),
+            discovered=source.family.discovered,
         )
 
     return bundle.run(

@@ -128,7 +128,8 @@ def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
         (None, "missing"),
         ("{", "not a readable model configuration"),
         ("[]", "not a readable model configuration"),
-        ('{"model_type": "mamba"}', "'mamba' is not supported; supported are .*llama"),
+        ('{"model_type": "nobody"}', "'nobody' is not supported; supported are .*llama"),
+        ('{"model_type": "mamba"}', r"'mamba' is not supported: .* does not call mixer\.dt_proj"),
         ("{}", "'None' is not supported"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a readable model configuration"),
     ],
@@ -185,9 +186,8 @@ def test_a_missing_tensor_is_named(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors")
-    checkpoint = Checkpoint.open(model)
-    with pytest.raises(ModelError, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
-        checkpoint.stored_name("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ModelError, match=r"lack 1 of 20 tensors \(model.layers.1.mlp.up_proj.weig"):
+        Checkpoint.open(model)
 
 
 def test_quantised_tensors_are_refused(model: Path) -> None:
@@ -289,8 +289,6 @@ def test_only_parameters_count_whatever_else_the_files_hold(
     assert part_bytes(found) == part_bytes(expected)
     assert [cost(found, block) for block in range(2)] == [cost(expected, block) for block in (0, 1)]
     assert found.weights.stored.keys() == expected.weights.stored.keys()
-    with pytest.raises(ModelError, match=r"no tensor .*bias2"):
-        found.stored_name(f"{found.linears[0]}.bias2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

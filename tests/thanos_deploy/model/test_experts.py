@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import VOCABULARY, stock_model
+from tests.model_types import MIXTURES
 from tests.recipes import plain
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.walk import visits
@@ -17,7 +18,7 @@ from thanos_deploy.errors import ModelError
 from thanos_deploy.model import families
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.experts import SeparateExperts, separate
-from thanos_deploy.model.families import Channels, Experts, Family
+from thanos_deploy.model.families import Experts, Family
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model
 from thanos_deploy.model.parts import part_bytes
@@ -32,32 +33,11 @@ SEGMENTS = torch.randint(VOCABULARY, (6, 60), generator=torch.Generator().manual
 TWO_FOUR = SemiStructured(2, 4)
 
 _LLAMA = families.family_of("llama")
-_ATTENTION = _LLAMA.inputs[:2]
-QWEN = replace(
-    _LLAMA,
-    model_types=("qwen3_moe",),
-    inputs=(
-        *_LLAMA.inputs,
-        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
-        ("mlp.experts.*.down_proj",),
-    ),
-    experts=Experts("mlp.experts"),
-)
-MIXTRAL = replace(
-    _LLAMA,
-    model_types=("mixtral",),
-    inputs=(*_ATTENTION, ("mlp.experts.*.w1", "mlp.experts.*.w3"), ("mlp.experts.*.w2",)),
-    channels=Channels(("mlp.experts.*.w1", "mlp.experts.*.w3"), "mlp.experts.*.w2"),
-    experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
-    renamed={".block_sparse_moe.": ".mlp."},
-)
+QWEN, MIXTRAL = families.family_of("qwen3_moe"), families.family_of("mixtral")
 OSS = replace(_LLAMA, model_types=("gpt_oss",), experts=Experts("mlp.experts"))
 
 EXPERTS = 4
-ROUTED = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "num_local_experts": EXPERTS}
-QWEN_SIZES = {**ROUTED, "head_dim": 12, "moe_intermediate_size": 24}
-# The first block of this one has a dense feed-forward network.
-MIXED = {**QWEN_SIZES, "mlp_only_layers": [0]}
+ROUTED, MIXED = MIXTURES["mixtral"], MIXTURES["qwen3_moe"]
 
 every_mixture = pytest.mark.parametrize(
     ("family", "sizes"), [(MIXTRAL, ROUTED), (QWEN, MIXED)], ids=["mixtral", "qwen3_moe"]
@@ -66,7 +46,7 @@ every_mixture = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, QWEN, MIXTRAL, OSS))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, OSS))
 
 
 def write_mixture(folder: Path, family: Family, sizes: dict[str, Any]) -> Path:

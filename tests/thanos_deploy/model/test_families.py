@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.conftest import EVERY_TYPE, VOCABULARY, MakeModel, stock_model
 from tests.recipes import plain
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
@@ -19,7 +19,7 @@ SEGMENTS = torch.randint(VOCABULARY, (6, 60), generator=torch.Generator().manual
 
 # What the row of a family leaves to the configuration and the weights.
 LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
-    **{model_type: (model_type, {}) for model_type in MODEL_TYPES},
+    **{model_type: (model_type, {}) for model_type in EVERY_TYPE},
     "llama, a head for each query": ("llama", {"num_key_value_heads": 4}),
     "llama, one key for all queries": ("llama", {"num_key_value_heads": 1, "head_dim": 12}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),

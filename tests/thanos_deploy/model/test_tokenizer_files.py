@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from transformers import AutoTokenizer
 from runtime.server.templates import ChatTemplate
 from tests.conftest import MODEL_TYPES
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.errors import PlatformError
 from thanos_deploy.model import tokenizer_files
 from thanos_deploy.model.companions import copy_companions
+from thanos_deploy.model.load import load_tokenizer
 
 TEXTS = (
     "",
@@ -282,3 +285,44 @@ def test_a_conversation_begins_as_transformers_begins_it(
             else:
                 ours = ChatTemplate(source, tokenizer_files.special_tokens(folder))
                 assert ours.render(messages) == stock.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_the_files_before_tokenizer_json_make_one(tmp_path: Path, add_bos: bool) -> None:
+    """As OPT's official files have it: a vocabulary, merges, and a token in front of each text."""
+    folder, copy = tmp_path / "model", tmp_path / "copy"
+    for path in (folder, copy):
+        path.mkdir()
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *symbols, "on", "th"]
+    write(folder / "vocab.json", {token: id_ for id_, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\no n\nt h\n")
+    end = {"content": "</s>", "lstrip": False, "normalized": True, "rstrip": False}
+    named = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": "<pad>"}
+    own = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "add_bos_token": add_bos}
+    write(folder / tokenizer_files.CONFIGURATION, {**own, **named})
+    write(folder / tokenizer_files.SPECIAL_TOKENS, named)
+    write(folder / "config.json", {"model_type": "opt"})
+    copy_companions(folder, copy, None)
+    library, ours = AutoTokenizer.from_pretrained(folder), tokenizer_files.load(copy)
+    assert (copy / tokenizer_files.TOKENIZER).is_file()
+    for text in TEXTS:
+        ids = library(text)["input_ids"]
+        assert ours.encode(text).ids == ids == AutoTokenizer.from_pretrained(copy)(text).input_ids
+        assert ids[:1] == ([2] if add_bos else ids[:1])
+    assert len(library("on")["input_ids"]) == 1 + add_bos
+
+
+def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    write(tmp_path / "config.json", {"model_type": "llama"})
+    with pytest.raises(PlatformError, match=r"tokenizer\.model: .* SentencePiece") as raised:
+        load_tokenizer(tmp_path)
+    assert "thanos-deploy[sentencepiece]" in raised.value.fix
+
+
+def write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")

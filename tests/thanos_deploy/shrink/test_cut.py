@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import exporters.onnx.graph
-from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.conftest import CUT_TYPES, VOCABULARY, MakeModel, stock_model
 from tests.recipes import plain
-from thanos_deploy.errors import ModelError
+from thanos_deploy.errors import ModelError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
@@ -73,7 +73,7 @@ def masked_model(dense: Path, shrunk: Path, reports: list[CutBlock]) -> Any:
 
 
 @pytest.mark.parametrize("part", ["heads", "ffn", "both"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", CUT_TYPES)
 def test_cutting_changes_nothing_that_masking_has_not_changed(
     make_model: MakeModel, tmp_path: Path, model_type: str, part: Part
 ) -> None:
@@ -90,7 +90,7 @@ def test_cutting_changes_nothing_that_masking_has_not_changed(
     assert small < dense
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", CUT_TYPES)
 def test_a_stock_plan_loads_with_the_stock_loader_and_generates(
     make_model: MakeModel, tmp_path: Path, model_type: str
 ) -> None:
@@ -317,3 +317,20 @@ def test_a_model_whose_blocks_differ_already_is_refused(
     assert len(set(widths)) == 2
     with pytest.raises(ModelError, match="different widths already"):
         check(Checkpoint.open(tmp_path / "shrunk"))
+
+
+def test_heads_that_share_a_norm_stay_and_channels_go(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("olmo2")
+    plan, reports = run(folder, tmp_path / "shrunk", 0.2)
+    assert {block.after.heads for block in plan.blocks} == {4}
+    assert all(block.after.channels < 48 for block in plan.blocks)
+    masked = masked_model(folder, tmp_path / "shrunk", reports)
+    with torch.no_grad():
+        expected, actual = (
+            model(SEGMENTS).logits for model in (masked, load_model(tmp_path / "shrunk"))
+        )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="no attention head can be cut out: its norm"):
+        sizing.check(Checkpoint.open(folder), 0.1, Sizing("heads"))

@@ -1,0 +1,64 @@
+"""Small sizes for a model of each type, and which tests go over which types.
+
+`docs/models.md` is written from these.
+"""
+
+# What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
+_SIZES: dict[str, dict[str, object]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 1, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 12},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 16},
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {"use_parallel_residual": True},
+}
+MODEL_TYPES = tuple(_SIZES)
+
+# Of structures that pruning alone sees, or that are those of other types outside the blocks.
+_MORE_SIZES: dict[str, dict[str, object]] = {
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0]},
+    "ministral": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 16},
+    "granite": {
+        "num_key_value_heads": 2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {"num_key_value_heads": 2},
+    "olmo3": {
+        "num_key_value_heads": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm4": {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
+    "phi3": {"num_key_value_heads": 2},
+}
+SIZES = {**_SIZES, **_MORE_SIZES}
+
+# All that are pruned, apart from those with experts.
+EVERY_TYPE = (*MODEL_TYPES, *_MORE_SIZES)
+
+# Those with experts: how many, and what else makes them small.
+_ROUTED: dict[str, object] = {
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+}
+MIXTURES: dict[str, dict[str, object]] = {
+    "mixtral": _ROUTED,
+    # The first block of this one has a dense feed-forward network.
+    "qwen3_moe": {**_ROUTED, "head_dim": 12, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+}
+
+# Every way in which heads and channels that can be cut out are laid out.
+CUT_TYPES = (*MODEL_TYPES, "glm4", "phi3")
