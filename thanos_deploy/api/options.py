@@ -59,8 +59,12 @@ class PruneOptions(TypedDict, total=False):
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
         recover: segments to train what is left on, with the dense model as teacher. Default: 0.
-        calib: calibration text, a path or "builtin", the default.
-        text_field: field of a JSON Lines row with the text. Default: "text".
+        calib: calibration text: a path, a data set, several with weights, or "builtin", the
+            default; see the command `prune`.
+        text_field: field of a row with the text. Default: "text".
+        calib_rows: rows of each data set, chosen by the seed. Default: all.
+        calib_cut: "packed", rows are joined and cut, or "row", each segment begins a row. Default:
+            "packed".
         nsamples: segments of calibration text. Default: 32.
         seqlen: tokens of each. Default: 512.
         seed: for choosing the segments. Default: 0.
@@ -96,6 +100,8 @@ class PruneOptions(TypedDict, total=False):
     recover: int
     calib: str | PathLike[str]
     text_field: str
+    calib_rows: int
+    calib_cut: Literal["packed", "row"]
     nsamples: int
     seqlen: int
     seed: int

@@ -1,6 +1,7 @@
 """Which text a model is calibrated on, and how much of it: values that need no PyTorch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from thanos_deploy.calibration.texts import BUILTIN
 from thanos_deploy.option import Options, option
@@ -11,8 +12,11 @@ class Data(Options):
     """Calibration data.
 
     Attributes:
-        calib: "builtin" or the path of a text.
-        text_field: the field of a JSON Lines row that holds the text.
+        calib: "builtin", or what `mixture` describes.
+        text_field: the field of a row that holds the text.
+        calib_rows: so many rows of a data set, chosen by the seed; None for all.
+        calib_cut: what segments are cut from: all rows joined, or each from the beginning of a row
+            that is long enough.
         nsamples, seqlen: segments, and tokens of each.
         seed: for choosing the segments.
     """
@@ -20,10 +24,29 @@ class Data(Options):
     calib: str = option(
         BUILTIN,
         "--calib",
-        "Calibration text: a .txt or .md, or a .jsonl, each also with .gz; or builtin, the Python "
-        "language reference.",
+        "Calibration text: a .txt or .md, rows in a .jsonl or .json, each also with .gz, or in a "
+        ".parquet; wikitext, c4, ultrachat or hub:NAME[:CONFIG][:SPLIT] for a data set of the hub; "
+        "several with weights, as in '3*chat.jsonl + c4'; or builtin, the Python language "
+        "reference.",
     )
-    text_field: str = option("text", "--text-field", "Field of a JSON Lines row with the text.")
+    text_field: str = option(
+        "text",
+        "--text-field",
+        "Field of a row with the text. Rows without it may have messages, conversations, or prompt "
+        "and completion; conversations are written with the model's chat template.",
+    )
+    calib_rows: int | None = option(
+        None,
+        "--calib-rows",
+        "Take so many rows of each data set, chosen by --seed.  [default: all]",
+        least=1,
+    )
+    calib_cut: Literal["packed", "row"] = option(
+        "packed",
+        "--calib-cut",
+        "packed: rows are joined and cut into segments. row: each segment is the beginning of one "
+        "row; rows that are too short are left out.",
+    )
     nsamples: int = option(32, "--nsamples", "Number of calibration segments.")
     seqlen: int = option(512, "--seqlen", "Tokens in each segment.")
     seed: int = option(0, "--seed", "Seed for choosing the segments.")

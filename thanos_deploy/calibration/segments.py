@@ -6,11 +6,17 @@ from transformers import PreTrainedTokenizerBase
 
 from thanos_deploy.calibration.frame import frame_of
 from thanos_deploy.calibration.texts import Text
-from thanos_deploy.errors import CalibrationError
+from thanos_deploy.errors import CalibrationError, ModelError, boundary
 
 
 def segments(
-    text: Text, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int | None
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    length: int,
+    seed: int | None,
+    by_row: bool = False,
 ) -> Tensor:
     """Cut a text into segments of equal length, without overlap.
 
@@ -22,6 +28,7 @@ def segments(
         count: how many segments to take.
         length: tokens of each, with those that the tokenizer puts in front.
         seed: for choosing segments from the whole text; None takes the first ones.
+        by_row: each is the beginning of a row that is long enough.
 
     Returns:
         int64[count, length], in the order of the text.
@@ -29,7 +36,14 @@ def segments(
     Raises:
         CalibrationError: the text is too short, or a segment would be.
     """
-    every = every_segment(text, tokenizer, length=length)
+    every = every_segment(text, tokenizer, length=length, by_row=by_row)
+    if len(every) < count and by_row:
+        raise CalibrationError(
+            f"{text.origin}: {len(every)} of {len(text.rows)} rows have the {length} tokens of a "
+            f"segment, {count} are needed",
+            fix="give longer rows, fewer or shorter segments, or join the rows with --calib-cut "
+            "packed",
+        )
     if len(every) < count:
         own = length - len(frame_of(tokenizer))
         raise CalibrationError(
@@ -43,7 +57,9 @@ def segments(
     return every[picked.sort().values]
 
 
-def every_segment(text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Tensor:
+def every_segment(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int, by_row: bool = False
+) -> Tensor:
     """All the segments that `segments` picks from; int64[available, length]."""
     frame = frame_of(tokenizer)
     if length <= len(frame):
@@ -51,10 +67,24 @@ def every_segment(text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int
             f"segments of {length} tokens: the tokenizer puts {len(frame)} before each",
             fix="use longer segments",
         )
-    return frame.before(_cut(_tokens(text, tokenizer), length - len(frame)))
+    own = length - len(frame)
+    if not by_row:
+        return frame.before(_cut(_tokens(text, tokenizer), own))
+    rows = [_tokens(Text(text.origin, row), tokenizer)[:own] for row in text.rows]
+    long = [row for row in rows if len(row) == own]
+    return frame.before(torch.stack(long) if long else torch.empty(0, own, dtype=torch.int64))
 
 
 def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    with boundary(
+        ModelError,
+        f"{tokenizer.name_or_path}: its tokenizer cannot encode {text.origin}",
+        fix="restore the model's tokenizer from its origin, or give another text",
+    ):
+        return _encoded(text, tokenizer)
+
+
+def _encoded(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     # verbose=False: that the text as a whole is longer than the model's context is intended.
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)

@@ -2,20 +2,25 @@
 
 The suffix of a file says how it is read, in capital letters or not, and `.gz` behind it that it is
 compressed. What has no text to be read as it stands is refused, so that nothing is calibrated on
-the syntax of a format.
+the syntax of a format. What rows may hold, `rows` says.
 """
 
 import gzip
 import hashlib
 import json
+import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from thanos_deploy.errors import CalibrationError
+from thanos_deploy.calibration.rows import RowError, Template, text_of
+from thanos_deploy.errors import CalibrationError, PlatformError, boundary
 
 BUILTIN = "builtin"
+
+# Between two rows.
+_JOIN = "\n\n"
 
 # Every so many-th topic of the built-in text is kept for evaluation.
 _HELD_OUT_EVERY = 4
@@ -23,10 +28,43 @@ _HELD_OUT_EVERY = 4
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text and where it came from, for messages and for the manifest."""
+    """A text and where it came from, for messages and for the manifest.
+
+    Attributes:
+        origin: where it came from.
+        content: all of it; rows are joined by blank lines.
+        rows: those of a data set; none where the text has none.
+    """
 
     origin: str
     content: str
+    rows: tuple[str, ...] = ()
+
+    @classmethod
+    def of_rows(cls, origin: str, rows: Iterable[str]) -> "Text":
+        """The text of a data set.
+
+        Raises:
+            CalibrationError: there is nothing in it.
+        """
+        rows = tuple(rows)
+        content = _JOIN.join(rows)
+        if not content.strip():
+            raise CalibrationError(f"{origin}: has no text", fix="give a file with text in it")
+        return cls(origin, content, rows)
+
+    def sample(self, count: int, seed: int) -> "Text":
+        """Some of its rows, in an order that the seed decides.
+
+        Raises:
+            CalibrationError: it has fewer.
+        """
+        if len(self.rows) < count:
+            raise CalibrationError(
+                f"{self.origin}: {count} rows were asked for, it has {len(self.rows) or 'none'}",
+                fix="ask for fewer with --calib-rows, or leave it out to take all of the text",
+            )
+        return Text.of_rows(self.origin, random.Random(seed).sample(self.rows, count))
 
     @property
     def sha256(self) -> str:
@@ -56,9 +94,12 @@ def builtin_text(*, held_out: bool = False) -> Text:
     return Text(f"{BUILTIN} ({'held-out' if held_out else 'calibration'} part)", "\n\n".join(parts))
 
 
-# Files that are nothing but text, and files with one JSON object in every line.
+# Files that are nothing but text; with one JSON object in every line; with a list of them; tables.
 _PLAIN = ("", ".txt", ".text", ".md", ".rst", ".raw")
-_ROWS = (".jsonl", ".ndjson")
+_LINES = (".jsonl", ".ndjson")
+_LIST = (".json",)
+_TABLES = (".parquet",)
+_READ = (*_PLAIN, *_LINES, *_LIST)
 
 _TABLE = "write its texts to a .jsonl, one JSON object per line with the text in a field"
 _ARCHIVE = "unpack it; a .txt or .jsonl may be compressed with gzip"
@@ -66,9 +107,8 @@ _DOCUMENT = "write the text alone to a .txt"
 
 # Other suffixes: what such a file is, and what to do.
 _OTHERS = {
-    ".json": ("one JSON value, not one in every line", _TABLE),
     **dict.fromkeys((".csv", ".tsv", ".xlsx"), ("a table", _TABLE)),
-    **dict.fromkeys((".parquet", ".arrow", ".feather"), ("a binary table", _TABLE)),
+    **dict.fromkeys((".arrow", ".feather"), ("a binary table", _TABLE)),
     **dict.fromkeys(
         (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), ("an archive", _ARCHIVE)
     ),
@@ -80,7 +120,7 @@ _OTHERS = {
 # What a file begins with that is no UTF-8 text, whatever its name says.
 _BEGINNINGS = (
     (b"\x1f\x8b", "gzip data", "let its name end with .gz"),
-    (b"PAR1", "a Parquet table", _TABLE),
+    (b"PAR1", "a Parquet table", "let its name end with .parquet"),
     (b"ARROW1", "an Arrow table", _TABLE),
     (b"PK\x03\x04", "a zip archive", _ARCHIVE),
     (b"\x28\xb5\x2f\xfd", "Zstandard data", _ARCHIVE),
@@ -93,24 +133,56 @@ _BEGINNINGS = (
     (b"\xfe\xff", "UTF-16 text", "convert the file to UTF-8"),
 )
 
-_JSON_TYPES = {bool: "a truth value", int: "a number", float: "a number", list: "a list"}
 
+def read_text(path: Path, *, text_field: str = "text", template: Template | None = None) -> Text:
+    """A text file as it is, or the rows of a data set, joined by blank lines.
 
-def read_text(path: Path, *, text_field: str = "text") -> Text:
-    """A text file as it is, or the named field of every row of JSON Lines, joined by blank lines.
+    Rows are those of JSON Lines, of a list in JSON, or of Parquet; see `rows` for what they hold. A
+    byte order mark at the beginning is not part of the text.
 
-    A byte order mark at the beginning is not part of the text.
+    Args:
+        path: the file.
+        text_field: of a row, that holds its text.
+        template: of the model, for conversations; None if it has none.
 
     Raises:
         CalibrationError: the file is missing or empty, of a kind that is not read, not UTF-8, or
-            not JSON Lines with a text in the field of every row.
+            has a row without a text.
+        PlatformError: the package that reads Parquet is not installed.
     """
-    content = _decoded(path, _bytes(path))
-    if _kind(path) in _ROWS:
-        content = "\n\n".join(_rows(path, content, text_field))
-    if not content.strip():
-        raise CalibrationError(f"{path}: has no text", fix="give a file with text in it")
-    return Text(path.name, content)
+    kind = _kind(path)
+    if kind in _TABLES and path.is_file():
+        found: Iterator[tuple[str, object]] = _table(path)
+    else:
+        content = _decoded(path, _bytes(path))
+        if kind in _LINES:
+            found = _lines(path, content)
+        elif kind in _LIST:
+            found = _list(path, content)
+        elif content.strip():
+            return Text(path.name, content)
+        else:
+            raise CalibrationError(f"{path}: has no text", fix="give a file with text in it")
+    return Text.of_rows(path.name, texts_of(found, text_field, template))
+
+
+def texts_of(
+    found: Iterable[tuple[str, object]], text_field: str, template: Template | None
+) -> Iterator[str]:
+    """The text of every row.
+
+    Args:
+        found: where each row is, in words, and what it holds.
+        text_field, template: see `read_text`.
+
+    Raises:
+        CalibrationError: a row has none.
+    """
+    for place, row in found:
+        try:
+            yield text_of(row, text_field, template)
+        except RowError as error:
+            raise CalibrationError(f"{place}: {error.said}", fix=error.fix) from error
 
 
 def _kind(path: Path) -> str:
@@ -128,13 +200,13 @@ def _bytes(path: Path) -> bytes:
     try:
         path.stat()  # a file that is missing is that above all
         kind = _kind(path)
-        if kind not in (*_PLAIN, *_ROWS) and not path.is_dir():
+        if kind not in _READ and not path.is_dir():
             what, fix = _OTHERS.get(
                 kind, ("no kind of text that is known", "rename it to .txt if it is plain text")
             )
             raise CalibrationError(
                 f"{path}: {kind} is {what}; supported are "
-                f"{', '.join(filter(None, _PLAIN + _ROWS))}, each also with .gz",
+                f"{', '.join(filter(None, _READ))}, each also with .gz, and .parquet",
                 fix=fix,
             )
         content = path.read_bytes()
@@ -177,40 +249,45 @@ def _decoded(path: Path, content: bytes) -> str:
         ) from error
 
 
-def _rows(path: Path, content: str, text_field: str) -> Iterator[str]:
+def _lines(path: Path, content: str) -> Iterator[tuple[str, object]]:
     # Not splitlines: texts may hold U+2028, U+0085 and others that it takes for ends of lines.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip(" \t\r"):
             continue
         try:
-            row = json.loads(line)
+            yield f"{path}, line {number}", json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CalibrationError(
                 f"{path}, line {number}: not JSON ({error})", fix="give one JSON object per line"
             ) from error
-        if not isinstance(row, dict) or text_field not in row:
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise CalibrationError(
-                f"{path}, line {number}: no text field {text_field!r}; found {fields or 'none'}",
-                fix="name the field that holds the text with --text-field",
-            )
-        if problem := _no_text(row[text_field]):
-            raise CalibrationError(
-                f"{path}, line {number}: the field {text_field!r} {problem}",
-                fix="remove or mend such rows, or name another field with --text-field",
-            )
-        yield row[text_field]
 
 
-def _no_text(value: object) -> str:
-    """What a field holds instead of a text, in words; empty if it is one."""
-    if value is None:
-        return "is null, not a text"
-    if not isinstance(value, str):
-        what, shown = _JSON_TYPES.get(type(value), "an object"), json.dumps(value)
-        return f"is {what}, not a text: {shown if len(shown) <= 60 else f'{shown[:60]}...'}"
+def _list(path: Path, content: str) -> Iterator[tuple[str, object]]:
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"has half of a surrogate pair, {value[error.start]!a}, which is no character"
-    return ""
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(
+            f"{path}: not JSON ({error})",
+            fix="give a list of objects; one object in every line is a .jsonl",
+        ) from error
+    if not isinstance(rows, list):
+        raise CalibrationError(
+            f"{path}: is one JSON value, and no list of rows",
+            fix="give a list of objects, each with a text or a conversation",
+        )
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _table(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise PlatformError(
+            f"{path}: reading Parquet needs the package pyarrow",
+            fix="pip install 'thanos-deploy[data]'",
+        ) from error
+    with boundary(
+        CalibrationError, f"{path}: not a readable Parquet table", fix="fetch the file again"
+    ):
+        rows = parquet.read_table(path).to_pylist()
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

@@ -10,11 +10,13 @@ from thanos_deploy.calibration.data import Data
 from thanos_deploy.cli._options import device_option, text_field_option
 from thanos_deploy.cli._types import PatternType, if_given, several, unset, with_default
 from thanos_deploy.methods import Walk
+from thanos_deploy.option import options_of
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import Sizing
 from thanos_deploy.stages.request import ALLOCATIONS, PruneRequest
 
 _method_options = methods.method_options()
+(_rows,) = (one for one in options_of(Data) if one.name == "calib_rows")
 
 pruning_options = several(
     click.option(
@@ -64,6 +66,8 @@ pruning_options = several(
     *(unset(one.option, one.help, one.default) for one in _method_options),
     with_default(Data, "calib"),
     text_field_option,
+    unset(_rows, _rows.declared.help, None),
+    with_default(Data, "calib_cut"),
     with_default(Data, "nsamples"),
     with_default(Data, "seqlen"),
     with_default(Data, "seed"),

@@ -117,7 +117,8 @@ def evaluate(
     """
     if isinstance(request, TaskRequest):
         return _judge_both(bundle, dense, _by_tasks(request, runtime), overwrite, announce)
-    return _judge_both(bundle, dense, _by_text(request, runtime, announce), overwrite, announce)
+    judge = _by_text(request, runtime, announce, dense.checkpoint(announce))
+    return _judge_both(bundle, dense, judge, overwrite, announce)
 
 
 def evaluate_alone(
@@ -150,9 +151,9 @@ def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, fl
 
 
 def _by_text(
-    request: EvalRequest, runtime: str, announce: Announce
+    request: EvalRequest, runtime: str, announce: Announce, source: Checkpoint | None = None
 ) -> _Judge[EvalRequest, TextInputs, TextQuality]:
-    text = open_text(request.text, request.text_field, held_out=True)
+    text = open_text(request.text, request.text_field, held_out=True, source=source)
 
     def inputs(
         model: Checkpoint,

@@ -153,6 +153,6 @@ def _refuse_beforehand(
     check(source, request)
     benchmarking.check(source.max_positions)
     seen, *_ = calibration(source, request.data)
-    text = open_text(evaluation.text, evaluation.text_field, held_out=True)
+    text = open_text(evaluation.text, evaluation.text_field, held_out=True, source=source)
     segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
     require_other_text(text, seen.sha256)

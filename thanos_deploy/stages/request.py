@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from thanos_deploy import methods
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration import mixture
 from thanos_deploy.calibration.data import Data
 from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Walk
@@ -152,8 +153,7 @@ class PruneRequest(Options):
                     how["sparsity_file"] = Path(layers.sparsity_file).name
         return {
             **how,
-            **encode(self.data),
-            "calib": Path(self.data.calib).name,
+            **_recorded(self.data),
             "dtype": self.dtype,
             **({"recover": self.recover} if self.recover else {}),
             **devices.recorded(self.device),
@@ -192,6 +192,14 @@ class PruneRequest(Options):
 
 
 _OWL = "owl_"
+
+
+def _recorded(data: Data) -> Json:
+    """Calibration data for the manifest; what older records do not have, only where it counts."""
+    usual = encode(Data())
+    newer = {name for name in ("calib_rows", "calib_cut") if getattr(data, name) == usual[name]}
+    found = {name: value for name, value in encode(data).items() if name not in newer}
+    return {**found, "calib": mixture.title(data.calib)}
 
 
 def _part(cls: type[Any], options: Mapping[str, Any]) -> Any:

@@ -1,32 +1,91 @@
 """The texts that a request names: read, cut, and kept apart."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from thanos_deploy.calibration import segments
 from thanos_deploy.calibration.data import Data
 from thanos_deploy.calibration.frame import Frame, frame_of
-from thanos_deploy.calibration.texts import BUILTIN, Text, builtin_text, read_text
-from thanos_deploy.errors import UsageError
+from thanos_deploy.calibration.mixture import Part, parse, shares
+from thanos_deploy.calibration.rows import Template
+from thanos_deploy.calibration.texts import BUILTIN, Text, builtin_text, read_text, texts_of
+from thanos_deploy.errors import CalibrationError, ModelError, UsageError, boundary
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.model.pretrained import load_rows
 
 
-def open_text(name: str, text_field: str, *, held_out: bool) -> Text:
-    """The text of that name: a file, or one of the two parts of the built-in text.
+def open_texts(
+    name: str, text_field: str, *, held_out: bool, source: Checkpoint | None
+) -> list[tuple[Part, Text]]:
+    """The texts of that name, each with its share; see `mixture`.
 
     Args:
-        name: "builtin" or a path.
+        name: "builtin", a path, a data set, or several.
         text_field: see `texts.read_text`.
-        held_out: of the built-in text the part to judge on, not the one to calibrate on.
+        held_out: of the built-in text and of data sets with a short name, the part to judge on.
+        source: the model, whose chat template conversations are written with; None to refuse them.
 
     Raises:
-        CalibrationError: see `texts.read_text`.
+        CalibrationError, PlatformError, UsageError: see `texts.read_text`, `pretrained.load_rows`
+            and `mixture.parse`.
     """
-    if name == BUILTIN:
-        return builtin_text(held_out=held_out)
-    return read_text(Path(name).expanduser(), text_field=text_field)
+    template = None if source is None else _template(source)
+
+    def opened(part: Part) -> Text:
+        if part.name == BUILTIN:
+            return builtin_text(held_out=held_out)
+        if part.data_set is None:
+            path = Path(part.name).expanduser()
+            return read_text(path, text_field=text_field, template=template)
+        its = part.data_set
+        rows = load_rows(its.name, its.config, its.split, its.files)
+        found = ((f"{its}, row {number}", row) for number, row in enumerate(rows, start=1))
+        return Text.of_rows(str(its), texts_of(found, text_field, template))
+
+    return [(part, opened(part)) for part in parse(name, held_out=held_out)]
+
+
+def _template(source: Checkpoint) -> Template | None:
+    """How the model writes a conversation; None if it has no chat template."""
+    tokenizer = load_tokenizer(source.folder)
+    if not tokenizer.chat_template:
+        return None
+
+    def write(messages: Sequence[Mapping[str, str]]) -> str:
+        with boundary(
+            CalibrationError,
+            f"{source.folder}: its chat template does not take a conversation of the roles "
+            f"{', '.join(message['role'] for message in messages)}",
+            fix="remove or mend such rows",
+        ):
+            return str(tokenizer.apply_chat_template([*map(dict, messages)], tokenize=False))
+
+    return write
+
+
+def open_text(
+    name: str, text_field: str, *, held_out: bool, source: Checkpoint | None = None
+) -> Text:
+    """All of the texts of that name as one; see `open_texts`."""
+    return joined(
+        [text for _, text in open_texts(name, text_field, held_out=held_out, source=source)]
+    )
+
+
+def joined(texts: Sequence[Text]) -> Text:
+    """Several texts as one."""
+    if len(texts) == 1:
+        return texts[0]
+    return Text(
+        " + ".join(text.origin for text in texts),
+        "\n\n".join(text.content for text in texts),
+        tuple(row for text in texts for row in text.rows),
+    )
 
 
 def calibration(source: Checkpoint, data: Data) -> tuple[Text, Tensor, Frame]:
@@ -36,11 +95,22 @@ def calibration(source: Checkpoint, data: Data) -> tuple[Text, Tensor, Frame]:
         the text; int64[count, length]; what each of these begins with.
 
     Raises:
-        CalibrationError, UsageError: see `open_text` and `segments_for`.
+        CalibrationError, UsageError: see `open_texts` and `segments_for`.
     """
-    text = open_text(data.calib, data.text_field, held_out=False)
-    ids, frame = segments_for(source, text, data.nsamples, data.seqlen, seed=data.seed)
-    return text, ids, frame
+    found = open_texts(data.calib, data.text_field, held_out=False, source=source)
+    texts = [
+        text if data.calib_rows is None else text.sample(data.calib_rows, data.seed)
+        for _, text in found
+    ]
+    counts = shares([part.weight for part, _ in found], data.nsamples)
+    cut = [
+        segments_for(
+            source, text, count, data.seqlen, seed=data.seed, by_row=data.calib_cut == "row"
+        )
+        for text, count in zip(texts, counts, strict=True)
+        if count or len(texts) == 1
+    ]
+    return joined(texts), torch.cat([ids for ids, _ in cut]), cut[0][1]
 
 
 def require_other_text(text: Text, calibration_sha256: str | None) -> None:
@@ -58,7 +128,13 @@ def require_other_text(text: Text, calibration_sha256: str | None) -> None:
 
 
 def segments_for(
-    source: Checkpoint, text: Text, count: int, length: int, *, seed: int | None
+    source: Checkpoint,
+    text: Text,
+    count: int,
+    length: int,
+    *,
+    seed: int | None,
+    by_row: bool = False,
 ) -> tuple[Tensor, Frame]:
     """Cut a text into segments for a model; see `segments.segments`.
 
@@ -67,6 +143,7 @@ def segments_for(
 
     Raises:
         CalibrationError: the text is too short.
+        ModelError: the tokenizer makes tokens that the model has no embedding for.
         UsageError: the model does not take segments of that length.
     """
     tokenizer = load_tokenizer(source.folder)
@@ -78,7 +155,30 @@ def segments_for(
             f"{source.max_positions} tokens at once",
             fix="use at least one segment, of a length that the model takes",
         )
-    return segments.segments(text, tokenizer, count=count, length=length, seed=seed), frame
+    ids = segments.segments(text, tokenizer, count=count, length=length, seed=seed, by_row=by_row)
+    _require_embeddings(source, ids, tokenizer)
+    return ids, frame
+
+
+def _require_embeddings(
+    source: Checkpoint, ids: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Only those that occur: many tokenizers have tokens beyond it that no text has.
+
+    Raises:
+        ModelError: there are such.
+    """
+    largest, rows = int(ids.max()), int(source.config.vocab_size)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"{source.folder}: its tokenizer makes the token {token!r} with id {largest} of this "
+            f"text; the model has embeddings for ids below {rows}",
+            fix="use the tokenizer that the model was trained with, or give the model the missing "
+            "embeddings (resize_token_embeddings of transformers) and train them",
+        )
 
 
 def frame_for(source: Checkpoint) -> Frame:

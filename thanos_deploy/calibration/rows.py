@@ -1,0 +1,117 @@
+"""Rows of data sets as texts: what a row may hold, and how a conversation becomes a text.
+
+A row is an object with fields. It has a text in the field that is named for it, or else, under the
+names that data sets have for them, a conversation (`messages`, or ShareGPT's `conversations`) or a
+`prompt` and its `completion`. A conversation is written by the model's own chat template.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# {"role": ..., "content": ...} for every message -> the text.
+Template = Callable[[Sequence[Mapping[str, str]]], str]
+
+_MESSAGES = ("messages", "conversations")
+_PROMPT, _COMPLETION = "prompt", "completion"
+
+# What ShareGPT calls the roles.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+
+_JSON_TYPES = {bool: "a truth value", int: "a number", float: "a number", list: "a list"}
+
+
+class RowError(ValueError):
+    """A row that has no text; says what it has instead, and what to do.
+
+    Attributes:
+        said: what the row has.
+        fix: what to do.
+    """
+
+    def __init__(self, said: str, fix: str) -> None:
+        super().__init__(said)
+        self.said, self.fix = said, fix
+
+
+def text_of(row: object, field: str, template: Template | None) -> str:
+    """The text of a row.
+
+    Args:
+        row: what was read.
+        field: that holds the text, or a conversation.
+        template: of the model; None if it has none.
+
+    Raises:
+        RowError: it has none.
+    """
+    if not isinstance(row, dict):
+        raise RowError(
+            f"no text field {field!r}; found {type(row).__name__}",
+            "name the field that holds the text with --text-field",
+        )
+    if field in row:
+        value = row[field]
+        return _conversation(value, template) if _is_conversation(value) else _text(field, value)
+    for name in _MESSAGES:
+        if name in row and _is_conversation(row[name]):
+            return _conversation(row[name], template)
+    if _PROMPT in row and _COMPLETION in row:
+        prompt, completion = row[_PROMPT], row[_COMPLETION]
+        if _is_conversation(prompt) and _is_conversation(completion):
+            return _conversation([*prompt, *completion], template)
+        return _text(_PROMPT, prompt) + _text(_COMPLETION, completion)
+    raise RowError(
+        f"no text field {field!r}; found {', '.join(row) or 'none'}",
+        "name the field that holds the text, or the messages of a conversation, with --text-field",
+    )
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]], template: Template | None) -> str:
+    if template is None:
+        raise RowError(
+            "it is a conversation, and there is no chat template to write it with",
+            "give rows with a text, or a model with a chat template",
+        )
+    return template([_message(number, one) for number, one in enumerate(messages, start=1)])
+
+
+def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, str]:
+    """A message by the names that templates know."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RowError(
+            f"message {number} has no role and text, as role and content or as from and value: "
+            f"found {', '.join(message) or 'nothing'}",
+            "remove or mend such rows",
+        )
+    return {"role": _ROLES.get(role, role), "content": _text("content", content)}
+
+
+def _text(field: str, value: object) -> str:
+    if problem := _no_text(value):
+        raise RowError(
+            f"the field {field!r} {problem}",
+            "remove or mend such rows, or name another field with --text-field",
+        )
+    assert isinstance(value, str)
+    return value
+
+
+def _no_text(value: object) -> str:
+    """What a field holds instead of a text, in words; empty if it is one."""
+    if value is None:
+        return "is null, not a text"
+    if not isinstance(value, str):
+        what, shown = _JSON_TYPES.get(type(value), "an object"), json.dumps(value, default=str)
+        return f"is {what}, not a text: {shown if len(shown) <= 60 else f'{shown[:60]}...'}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"has half of a surrogate pair, {value[error.start]!a}, which is no character"
+    return ""
