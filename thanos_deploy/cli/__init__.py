@@ -7,10 +7,13 @@ Results go to standard output, progress and errors to standard error. What is he
 the subcommand that needs it, so that `--help` answers at once.
 """
 
+import os
+import select
 import signal
 import sys
 import traceback
 from importlib import import_module
+from io import TextIOWrapper
 from pkgutil import iter_modules
 
 import click
@@ -21,18 +24,49 @@ from thanos_deploy.errors import DeployError, of_system
 
 INTERRUPTED = 130
 
+# What a shell shows of a command that SIGPIPE ends.
+UNREAD = 141
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _UnreadError(Exception):
+    """Nobody reads the standard output any more, as after `| head`."""
+
+
+class _Commands(click.Group):
+    """The subcommands."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run one; click would end the program with exit code 1 where nobody reads."""
+        try:
+            done = super().invoke(ctx)
+            if sys.stdout is not None:  # as after `>&-`
+                sys.stdout.flush()
+        except BrokenPipeError as error:
+            if not _is_read(sys.stdout.fileno()):
+                raise _UnreadError from error
+            raise  # another pipe's
+        return done
+
+
+def _is_read(descriptor: int) -> bool:
+    """Whether what is written to a file descriptor has a reader; only a pipe can lose it."""
+    watched = select.poll()
+    watched.register(descriptor, 0)
+    return not any(event & select.POLLERR for _, event in watched.poll(0))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Prune a language model, export it, and measure what that costs and brings.
 
-    MODEL is a hub id, a local Hugging Face folder, a packed folder, or a .gguf file. OUT is a
-    bundle: the folder that `prune` or `prune-export` makes. Repeat a command that was interrupted,
-    and it continues; finished work is not done again.
+    MODEL is a hub id, a local Hugging Face folder, a packed folder, a bundle, a .gguf file, or a
+    .safetensors file beside its config.json. OUT is a bundle: the folder that `prune` or
+    `prune-export` makes. Repeat a command that was interrupted, and it continues; finished work is
+    not done again.
 
     Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad input, 4 the machine lacks something, 5 no memory or
-    disk, 6 a gate failed, 7 a file was changed, 130 interrupted.
+    disk, 6 a gate failed, 7 a file was changed, 130 interrupted, 141 nobody reads the output.
     """
 
 
@@ -45,6 +79,9 @@ def main() -> None:
     """Run the command and turn every outcome into its exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what its encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_run())
 
 
@@ -58,6 +95,10 @@ def _run() -> int:
         return error.exit_code
     except DeployError as error:
         return _fail(error)
+    except _UnreadError:
+        # Or the interpreter would complain of what it cannot write at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except (KeyboardInterrupt, click.Abort):
         _progress.show_error("interrupted; repeat the command to continue where it stopped")
         return INTERRUPTED
