@@ -9,7 +9,7 @@ committed differs from that text.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs import api, commands, picture
+from docs import api, commands, models, picture
 
 ROOT = Path(__file__).parent
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent
 GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/commands.md": commands.page,
     "reference/api.md": api.page,
+    "models.md": models.page,
     "images/patterns.svg": picture.draw,
 }
 

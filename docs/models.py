@@ -1,0 +1,101 @@
+"""The table of model types, from the rows of the families and from what the tests go over."""
+
+from collections.abc import Iterable, Iterator
+
+from tests.model_types import CUT_TYPES, EVERY_TYPE, MIXTURES
+from tests.test_published import REPOSITORIES
+from thanos_deploy.model.families import FAMILIES, Family
+from thanos_deploy.model.loaders import LOADERS, Loader
+from thanos_deploy.model.text_part import WRAPPERS
+
+_HEAD = """# Models
+
+This page is written by `python -m docs.generate` from the rows of
+`thanos_deploy/model/families.py` and from what the tests go over: "yes" stands where a test does it
+with a random model of two blocks.
+
+- Zeros: pruned to 2:4, saved, and loaded by transformers; the error that was reported for each
+  layer is the one that the whole model shows. Other `n:m` and `unstructured` go the same way.
+- Heads, channels: cut out with `structured`; the smaller model computes what the masked one does.
+- ONNX: exported, and ONNX Runtime agrees with PyTorch. Every target but `packed` and `vllm` is made
+  from this graph, and `thanos-deploy serve` runs it.
+- The other programs: whether their sources were read for this type, and whether a test serves it.
+"""
+
+_EXPERTS = """## Experts
+
+Statistics of a layer of an expert count the tokens that the router sends to it. An expert that saw
+none is pruned by magnitude, and the report says so. Neither experts nor their channels are cut out.
+In an ONNX graph every expert computes every token, because shapes cannot depend on what the router
+chooses: the results are exact, and the work is that of all experts.
+"""
+
+_DISCOVERED = """## Any other type
+
+For a type that transformers has, and this table has not, one forward pass that computes shapes
+alone shows the blocks, their linear layers, and which of them read the same input. Such a model can
+be pruned to `n:m` and `unstructured`; the dry run says "(discovered)", and the manifest
+`discovered`. `structured` is refused, because the pass does not show which rows are a head. A model
+is refused, with the reason, if the pass fails, if it computes something between two blocks, or if
+several matrices are in one parameter, as with most mixtures of experts.
+[Add a model family](develop/add-a-family.md) says how to write a row.
+"""
+
+_IMAGES = """## Models of texts and images
+
+The language model is taken out, and goes by its own type; on text it computes what the whole does.
+The tower for images and the projection are left out.
+"""
+
+_PUBLISHED = """## Published repositories
+
+A test writes the exact files and tensor names of these repositories, with tiny random weights, and
+prunes, exports and generates. Nothing is downloaded.
+"""
+
+
+def page() -> str:
+    """models.md."""
+    loaders = [loader.name for loader in LOADERS]
+    head = ["model type", "zeros", "heads", "channels", "ONNX", *loaders]
+    rows = [row for family in FAMILIES for row in _rows(family)]
+    wrapped = [(f"`{name}`", f"`{its.text}`") for name, its in sorted(WRAPPERS.items())]
+    parts = [
+        _HEAD,
+        _table(head, sorted(rows)),
+        _EXPERTS,
+        _DISCOVERED,
+        _IMAGES,
+        _table(("model type", "its language model"), wrapped),
+        _PUBLISHED,
+        "\n".join(f"- `{name}`" for name in REPOSITORIES) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _rows(family: Family) -> Iterator[tuple[str, ...]]:
+    """Of the table, for each model type; what is cut depends on the row of the family alone."""
+    cut = any(name in CUT_TYPES for name in family.model_types)
+    for name in family.model_types:
+        pruned = name in EVERY_TYPE or name in MIXTURES
+        heads = "no" if family.experts or family.heads.fixed else "yes" if cut else "no test"
+        channels = "no" if family.experts else "yes" if cut or family.heads.fixed else "no test"
+        said = "yes" if pruned else "no test"
+        others = (_loader(family, name, loader) for loader in LOADERS)
+        yield (f"`{name}`", said, heads, channels, said, *others)
+
+
+def _loader(family: Family, name: str, loader: Loader) -> str:
+    """What is known of a program and a type."""
+    read = [one for one in family.readings if one.loader == loader.name and name in one.model_types]
+    if any(one.demand == "another model" for one in read):
+        return "no"
+    if loader.tested is not None and name in loader.tested.model_types:
+        return "served"
+    return "read" if read else "not read"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
