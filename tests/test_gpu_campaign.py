@@ -134,6 +134,7 @@ def test_on_the_bare_image_every_step_goes_through_on_a_cpu(tmp_path: Path) -> N
         ("sanitizer", "memcheck, mma-sp"),
         ("gpu-tests:kernels", "collected"),
         ("pruning", "64 x 64 against the CPU"),
+        ("pruning", "factoring 64 columns"),
         ("walk:fast", "2 blocks of 64 against the CPU"),
         ("walk:best", "2 blocks of 64 against the CPU"),
         ("gpu-tests:pruning", "collected"),

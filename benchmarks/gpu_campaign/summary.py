@@ -143,6 +143,9 @@ def _pruning(records: Records) -> Iterator[str]:
         yield f"{row.method} {row.pattern}, {row.preset}: {row.outputs}x{row.inputs} {took}{loss}"
     for found in records.of(HessianRow):
         yield f"Hessian of {found.inputs}, {found.tokens} tokens: {found.seconds:.2f} s"
+    for check in records.of(CheckRow):
+        if check.step.startswith(("pruning", "walk:")) and check.outcome == "PASS":
+            yield f"{check.step}, {check.name}: {check.detail}"
     for block in records.of(WalkRow):
         parts = ", ".join(f"{part} {spent:.2f}" for part, spent in block.seconds.items())
         held = f"; {block.memory_bytes / 1e9:.1f} GB" if block.memory_bytes else ""

@@ -42,7 +42,7 @@ _GRADIENTS = 8
 _TUNING = 5
 
 # What cuBLAS and cuSOLVER take for themselves.
-_LIBRARIES = 192 << 20
+LIBRARIES = 192 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +201,6 @@ def _memory(
     moved = max(TOKENS_PER_BATCH, segments.shape[1]) * int(config.hidden_size) * forward.itemsize
     batches = Term("batches on their way from and to the disk", 4 * ways * moved)
     host = max([embedding], [written, batches], key=total)
-    libraries = Term("workspaces of CUDA's libraries", _LIBRARIES)
+    libraries = Term("workspaces of CUDA's libraries", LIBRARIES)
     there = kept_on is not None and kept_on.type == device.type
     return Memory((*held, *(waits if there else []), libraries), (*host, *([] if there else waits)))

@@ -14,6 +14,7 @@ from thanos_deploy.gpu_check.steps import Task
 from thanos_deploy.machine import devices
 from thanos_deploy.methods import PRESET_NAMES
 from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
 _METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
@@ -42,9 +43,11 @@ class Sizes:
 
 
 def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
-    """The comparison with the CPU, the Hessian, and the seconds of each layer and preset."""
+    """The comparison with the CPU, the Hessian, its factoring, each layer and preset in seconds."""
     yield compare(sizes.compared, task.device)
     yield accumulate(*sizes.hessian, task.device)
+    widest = max(inputs for _, inputs in sizes.layers)
+    yield factoring(widest, task.device)
     for preset in PRESET_NAMES:
         for outputs, inputs in sizes.layers:
             layer = problem(outputs, inputs, task.device)
@@ -97,6 +100,18 @@ def accumulate(columns: int, tokens: int, device: str) -> HessianRow:
     statistics.complete()
     devices.wait(torch.device(device))
     return HessianRow(columns, tokens // at_once * at_once, time.perf_counter() - started)
+
+
+def factoring(columns: int, device: str) -> CheckRow:
+    """How much of the time of the widest layer its factorisation in float64 takes; the second."""
+    layer = problem(1, columns, device)
+    for _ in range(2):
+        devices.wait(torch.device(device))
+        started = time.perf_counter()
+        factor(layer)
+        devices.wait(torch.device(device))
+        spent = time.perf_counter() - started
+    return CheckRow("pruning", f"factoring {columns} columns", "PASS", f"{spent:.3f} s")
 
 
 def compare(size: int, device: str) -> CheckRow:

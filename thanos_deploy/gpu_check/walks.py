@@ -41,7 +41,7 @@ class Sizes:
         compared: the one that the CPU prunes, too, on two segments of 64 tokens.
     """
 
-    model: models.Sizes = field(default_factory=lambda: models.Sizes(blocks=8, vocabulary=1024))
+    model: models.Sizes = field(default_factory=lambda: models.Sizes(blocks=4, vocabulary=1024))
     segments: tuple[int, int] = (128, 2048)
     seconds: float = 20.0
     compared: models.Sizes = field(

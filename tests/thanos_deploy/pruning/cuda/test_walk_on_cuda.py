@@ -198,7 +198,10 @@ def test_the_memory_that_is_counted_holds_what_is_allocated(
     torch.cuda.reset_peak_memory_stats(CUDA)
     prune(checkpoint, segments, made(tmp_path / "out"), recipe, device=CUDA, hold="disk")
     held = torch.cuda.max_memory_allocated(CUDA)
-    assert held <= counted.device_bytes <= 2.5 * held, counted
+    # Of models as small as these the libraries may take more than the walk.
+    of_the_walk = counted.device_bytes - memory.LIBRARIES
+    assert held <= counted.device_bytes, counted
+    assert of_the_walk <= 2.5 * held, counted
 
 
 def test_a_gpu_without_memory_for_a_block_is_refused(tmp_path: Path) -> None:
