@@ -28,7 +28,7 @@ from thanos_deploy.model.tensorfile import Kind, TensorFile
 Place = Literal["auto", "device", "host", "disk"]
 
 # Of a GPU's free memory, what "auto" takes at most.
-_SHARE = 1 / 4
+_SHARE = 1 / 8
 
 # Batches that may wait for being written while a GPU computes others.
 _WAITING = 2

@@ -286,6 +286,13 @@ def show_plan(plan: "DryRun") -> None:
         "estimated seconds": f"{estimate.total_seconds:.0f} ({parts})",
         "not estimated": list(estimate.not_estimated),
         "estimated memory, MB": f"{estimate.memory_bytes / 1e6:.0f}",
+        **{
+            f"{where} memory, MB": ", ".join(
+                f"{term.name} {term.bytes / 1e6:.0f}" for term in terms
+            )
+            for where, terms in (("host", estimate.memory.host), ("GPU", estimate.memory.device))
+            if terms
+        },
         "estimated from": estimate.basis,
     }
     del values["estimate"]

@@ -42,7 +42,7 @@ from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
-from thanos_deploy.pruning.layers import gather, linear_shapes
+from thanos_deploy.pruning.layers import gather, linear_shapes, short_names
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.solution import aim, solve
 from thanos_deploy.pruning.tune import TOKENS_PER_STEP, tune
@@ -113,8 +113,7 @@ def estimate(
     resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
     blocks = len(checkpoint.blocks)
     # What is pruned of any block stands for all.
-    every = _every_linear(checkpoint)
-    linears = [n for n in every if any(full.endswith(f".{n}") for full in patterns)]
+    linears = short_names(checkpoint, patterns)
     visited = [
         block for block in checkpoint.blocks if not patterns.keys().isdisjoint(block.full_names)
     ]
@@ -130,6 +129,7 @@ def estimate(
         "forward": (blocks - 1) * share * trial.seconds.get("forward", 0.0),
     }
     if recipe.surveys:
+        every = short_names(checkpoint, checkpoint.linears)
         survey = _walk(checkpoint, few, every, Walk(), forward=torch.float32, device=device)
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     spent = time.perf_counter() - started
@@ -195,11 +195,6 @@ def estimate_cutting(
         basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "
         f"cut, in {spent:.1f} s on this machine",
     )
-
-
-def _every_linear(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The names of the linear layers that blocks have, seen from the block."""
-    return tuple(dict.fromkeys(name for block in checkpoint.blocks for name in block.linears))
 
 
 def _few(checkpoint: Checkpoint, segments: Tensor) -> Tensor:

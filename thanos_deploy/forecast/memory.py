@@ -18,10 +18,13 @@ from thanos_deploy.calibration.sizes import (
     can_wait,
     waiting_bytes,
 )
-from thanos_deploy.machine import background
+from thanos_deploy.errors import ResourceError
+from thanos_deploy.machine import background, devices
 from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.pruning.tune import TOKENS_PER_STEP
+from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
 
 _FLOAT, _DOUBLE = 4, 8
@@ -40,6 +43,18 @@ _GRADIENTS = 8
 # Float32 numbers for each weight of a block while it is tuned: its value, gradient and mask, and
 # what Adam keeps.
 _TUNING = 5
+
+# Matrices [cols, cols] of float64 that are alive while inputs are eliminated from a layer: Hessian,
+# that of the dense model's input, factor, inverse, the inverse of a trial, a product.
+_ELIMINATING = 6
+
+# Terms that an option makes smaller.
+_TUNED = "tuning: weights, masks, gradients, moments"
+_DENSE = "the dense block"
+_WAITING = "calibration data between blocks"
+
+# Float32 vectors as wide as the hidden states that are kept for each token while it is tuned on.
+_NORMS = 6
 
 # What cuBLAS and cuSOLVER take for themselves.
 LIBRARIES = 192 << 20
@@ -136,7 +151,7 @@ def of_pruning(
     if own is not forward:
         held.append(Term("a copy of it that runs", forward.itemsize * weights))
     if walk.with_dense:
-        held.append(Term("the dense block", forward.itemsize * weights))
+        held.append(Term(_DENSE, forward.itemsize * weights))
     if background.has_time(device):
         held.append(Term("the next block, read ahead", own.itemsize * weights))
     if walk.true_sequential and can_wait(checkpoint, segments, ways, forward):
@@ -159,14 +174,89 @@ def of_pruning(
         ],
     ]
     if walk.tune_steps:
+        # What layers read and make, and float32 numbers of norms and of the loss.
+        step = max(TOKENS_PER_STEP, segments.shape[1])
+        made = sum(widths) + sum(shapes[name][0] for name in block.full_names)
+        stream = _FLOAT * _NORMS * int(checkpoint.config.hidden_size)
         parts.append(
             [
-                Term("tuning: weights, masks, gradients, moments", _TUNING * _FLOAT * weights),
+                Term(_TUNED, _TUNING * _FLOAT * weights),
                 Term("gradients in the dtype of the block", forward.itemsize * weights),
+                Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
             ]
         )
     return _memory(
         checkpoint, segments, [*held, *max(parts, key=total)], ways, forward, device, place
+    )
+
+
+def of_cutting(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    fit: Fit,
+    *,
+    device: torch.device,
+    place: Place,
+) -> Memory:
+    """What cutting heads and channels out holds, in float32; for the arguments see `of_pruning`."""
+    ways = 1 + (fit.dense_target > 0.0)
+    shapes = linear_shapes(checkpoint)
+    block = checkpoint.blocks[0]  # they are all alike
+    weights = sum(math.prod(shapes[name]) for name in block.full_names)
+    widest = max(shapes[name][1] for name in block.full_names)
+    held = [Term("the block", _FLOAT * weights)]
+    if ways > 1:
+        held.append(Term(_DENSE, _FLOAT * weights))
+    if background.has_time(device):
+        held.append(Term("the next block, read ahead", _FLOAT * weights))
+    batch = max(TOKENS_PER_BATCH, segments.shape[1])
+    read = sum(shapes[block.prefix + group[0]][1] for group in block.groups)
+    passing = batch * (ways * read + sum(shapes[name][0] for name in block.full_names))
+    statistics = Term("statistics of inputs", _FLOAT * ways * widest**2)
+    largest = max(math.prod(shapes[name]) for name in block.full_names)
+    parts = [
+        [statistics, Term("a batch on its way", _FLOAT * passing)],
+        [
+            statistics,
+            Term("inputs that are eliminated", _ELIMINATING * _DOUBLE * widest**2),
+            Term("weights while they are fitted", _BESIDE * _DOUBLE * largest),
+        ],
+    ]
+    held += max(parts, key=total)
+    return _memory(checkpoint, segments, held, ways, torch.float32, device, place)
+
+
+def require(memory: Memory, device: torch.device) -> None:
+    """Refuse a GPU that has less free memory than is needed, before anything is computed.
+
+    Args:
+        memory: that will be held.
+        device: where.
+
+    Raises:
+        ResourceError: there is less.
+    """
+    if device.type == "cpu" or memory.device_bytes <= (free := devices.free_bytes(device)):
+        return
+    largest = sorted(memory.device, key=lambda term: -term.bytes)
+    told = ", ".join(f"{term.name} {term.bytes / 1e9:.1f}" for term in largest)
+    there = {term.name for term in memory.device}
+    options = [
+        option
+        for name, option in (
+            (_WAITING, "--activations disk"),
+            (_TUNED, "--tune-steps 0"),
+            (_DENSE, "--preset fast, or --dense-target 0 and --tune-steps 0"),
+            ("a batch on its way", "a shorter --seqlen"),
+        )
+        if name in there
+    ]
+    raise ResourceError(
+        f"{device}: {memory.device_bytes / 1e9:.1f} GB of memory are needed, and "
+        f"{free / 1e9:.1f} GB are free ({told})",
+        fix=f"use {'; '.join(options)}" * bool(options)
+        + "; or " * bool(options)
+        + "end other programs on the GPU, or use a larger one or --device cpu",
     )
 
 
@@ -194,7 +284,7 @@ def _memory(
     )
     between = 2 * activation_bytes(checkpoint, segments.numel(), forward, with_dense=ways > 1) // 3
     kept_on = holder(place, device, between)
-    waits = [Term("calibration data between blocks", between)] if kept_on is not None else []
+    waits = [Term(_WAITING, between)] if kept_on is not None else []
     if device.type == "cpu":
         return Memory((), tuple(waits) + max((tuple(held), (embedding,)), key=total))
     written = Term("the finished block, on its way to the disk", held[0].bytes)

@@ -293,6 +293,19 @@ def check(checkpoint: Checkpoint, recipe: Recipe, patterns: Mapping[str, Pattern
         method.check(name, shapes[name][1], pattern, recipe.options)
 
 
+def short_names(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
+    """What blocks call their linear layers of which some are to be pruned, in any block.
+
+    Args:
+        checkpoint: the model.
+        layers: full names of the layers that are to be pruned.
+    """
+    every = dict.fromkeys(name for block in checkpoint.blocks for name in block.linears)
+    return [
+        name for name in every if any(block.prefix + name in layers for block in checkpoint.blocks)
+    ]
+
+
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Full name -> (rows, cols) of every linear layer that pruning visits, from the headers."""
     shapes = {}

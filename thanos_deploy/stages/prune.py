@@ -18,6 +18,8 @@ from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.sizes import activation_bytes
 from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
+from thanos_deploy.forecast import memory
+from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
@@ -226,6 +228,8 @@ def prune(
     own = _sparsity_file(how) if isinstance(how, Recipe) else None
     text, ids, frame = calibration(source, request.data)
 
+    memory.require(memory_of(source, ids, request, device), device)
+
     inputs = PruneInputs(
         dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
     )
@@ -339,6 +343,27 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
             patterns = assigned(source, recipe)
             _check_columns(recipe, patterns)
             pruning.check(source, recipe, patterns)
+
+
+def memory_of(
+    source: Checkpoint, ids: Tensor, request: PruneRequest, device: torch.device
+) -> Memory:
+    """What the stage will hold at once."""
+    match request.how:
+        case Cut(fit=fit):
+            return memory.of_cutting(source, ids, fit, device=device, place=request.activations)
+        case Recipe() as recipe:
+            patterns = assigned(source, recipe)
+            return memory.of_pruning(
+                source,
+                ids,
+                pruning.short_names(source, patterns),
+                recipe.walk,
+                forward=DTYPES[recipe.forward_on(device)],
+                dtype=DTYPES.get(request.dtype),
+                device=device,
+                place=request.activations,
+            )
 
 
 def _check_columns(recipe: Recipe, patterns: Mapping[str, Pattern]) -> None:

@@ -1,0 +1,184 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from thanos_deploy.calibration.activations import Place
+from thanos_deploy.errors import ResourceError
+from thanos_deploy.forecast import memory
+from thanos_deploy.gpu_check import models, walks
+from thanos_deploy.machine import devices
+from thanos_deploy.methods import load
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pruning.layers import short_names
+from thanos_deploy.shrink.options import Fit
+
+CUDA = torch.device("cuda", 0)
+
+# 128 segments of 2048 tokens, of which only the shape counts.
+SEGMENTS = torch.empty(128, 2048, dtype=torch.int64, device="meta")
+
+# The sizes of Llama 3, as its config.json has them.
+EIGHT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+SEVENTY = {
+    **EIGHT,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+
+
+@pytest.fixture(autouse=True)
+def _a_large_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 80 * 10**9)
+
+
+def outline(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    (folder / "config.json").write_text(json.dumps(config))
+    return Checkpoint.outline(folder)
+
+
+def counted(
+    checkpoint: Checkpoint, preset: str, place: Place = "disk", device: torch.device = CUDA
+) -> memory.Memory:
+    return memory.of_pruning(
+        checkpoint,
+        SEGMENTS,
+        short_names(checkpoint, checkpoint.linears),
+        load("thanos").preset(preset).walk,
+        forward=torch.bfloat16,
+        dtype=None,
+        device=device,
+        place=place,
+    )
+
+
+@pytest.mark.parametrize("place", ["auto", "disk"])
+@pytest.mark.parametrize(
+    ("config", "preset", "most"),
+    [(EIGHT, "fast", 12), (EIGHT, "best", 24), (SEVENTY, "fast", 40), (SEVENTY, "best", 40)],
+    ids=["8B-fast", "8B-best", "70B-fast", "70B-best"],
+)
+def test_large_models_fit_into_the_memory_that_they_are_promised_to_need(
+    tmp_path: Path, config: dict[str, Any], preset: str, most: int, place: Place
+) -> None:
+    found = counted(outline(tmp_path, config), preset, place)
+    assert found.device_bytes <= most * 10**9, found
+    # Python, PyTorch and CUDA take some 2 GB beside it.
+    assert found.host_bytes <= 6 * 10**9, found
+
+
+def test_each_term_is_what_its_name_says(tmp_path: Path) -> None:
+    weights = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+    terms = {term.name: term.bytes for term in counted(outline(tmp_path, EIGHT), "best").device}
+    assert terms["the block"] == terms["the dense block"] == 2 * weights  # bfloat16
+    assert terms["the next block, read ahead"] == 2 * weights
+    assert terms["statistics of inputs"] == 2 * 4 * 14336**2  # with those of the dense model
+    assert terms["the factored Hessian"] == 1.5 * 8 * 14336**2
+    assert sum(terms.values()) == counted(outline(tmp_path, EIGHT), "best").device_bytes
+
+
+# In a process of its own, since the most that is resident is a process's.
+_PEAK = """
+import sys, torch
+from pathlib import Path
+from thanos_deploy.forecast import memory
+from thanos_deploy.gpu_check import models, walks
+from thanos_deploy.machine import environment
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pattern import parse
+from thanos_deploy.pruning.layers import prune, short_names
+from thanos_deploy.pruning.recipe import Recipe
+folder, hidden, channels = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+checkpoint = Checkpoint.open(folder / "dense")
+segments = walks.random_segments(8, 256, 300)
+recipe = Recipe.of(parse("2:4"), preset=sys.argv[4], calib_forward="fp32")
+names = short_names(checkpoint, checkpoint.linears)
+found = memory.of_pruning(checkpoint, segments, names, recipe.walk, forward=torch.float32,
+                          dtype=None, device=torch.device("cpu"), place="auto")
+for name in ("small", "dense"):  # the first one loads the code
+    before = environment.resident_memory_bytes()
+    out = folder / f"{name} pruned"
+    out.mkdir()
+    prune(Checkpoint.open(folder / name), segments, out, recipe)
+print(environment.peak_memory_bytes() - before, found.host_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize(("hidden", "channels"), [(512, 2048), (1024, 1536)])
+def test_on_a_cpu_what_is_counted_becomes_resident(
+    tmp_path: Path, hidden: int, channels: int, preset: str
+) -> None:
+    sizes = models.Sizes(
+        hidden=hidden, channels=channels, heads=8, kv_heads=4, head_size=hidden // 8, blocks=2,
+        vocabulary=300, dtype="fp32",
+    )  # fmt: skip
+    walks.make(tmp_path / "dense", sizes, "cpu")
+    walks.make(tmp_path / "small", replace(sizes, hidden=64, channels=96, head_size=8), "cpu")
+    words = [sys.executable, "-c", _PEAK, tmp_path, str(hidden), str(channels), preset]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    held, counted_bytes = map(int, done.stdout.split())
+    # Holes of the heap, and what the libraries keep.
+    assert counted_bytes / 1.5 <= held <= counted_bytes + 64 * 2**20, (held, counted_bytes)
+
+
+@pytest.mark.parametrize(("place", "where"), [("device", "device"), ("host", "host")])
+def test_the_data_between_two_blocks_counts_where_it_is_held(
+    tmp_path: Path, place: Place, where: str
+) -> None:
+    checkpoint = outline(tmp_path, EIGHT)
+    on_disk, held = counted(checkpoint, "fast"), counted(checkpoint, "fast", place)
+    data = 2 * SEGMENTS.numel() * 4096 * 2  # what enters a block and what leaves it
+    more = {
+        "device": held.device_bytes - on_disk.device_bytes,
+        "host": held.host_bytes - on_disk.host_bytes,
+    }
+    assert more.pop(where) == data
+    assert set(more.values()) == {0}
+
+
+def test_on_a_cpu_the_host_holds_it_all(tmp_path: Path) -> None:
+    found = counted(outline(tmp_path, EIGHT), "best", device=torch.device("cpu"))
+    assert found.device == ()
+    assert {"the block", "statistics of inputs"} <= {term.name for term in found.host}
+
+
+def test_cutting_is_counted(tmp_path: Path) -> None:
+    found = memory.of_cutting(outline(tmp_path, EIGHT), SEGMENTS, Fit(), device=CUDA, place="disk")
+    terms = {term.name: term.bytes for term in found.device}
+    assert terms["inputs that are eliminated"] == 6 * 8 * 14336**2
+
+
+def test_too_small_a_gpu_is_refused_with_what_is_needed_and_what_lowers_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = counted(outline(tmp_path, EIGHT), "best", "device")
+    memory.require(found, CUDA)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 8 * 10**9)
+    with pytest.raises(
+        ResourceError, match=r"cuda:0: \d+\.\d GB .* needed, and 8\.0 GB are free"
+    ) as caught:
+        memory.require(found, CUDA)
+    assert caught.value.exit_code == 5
+    assert "the factored Hessian 2.5" in caught.value.message
+    assert "--activations disk" in caught.value.fix
+    assert "--preset fast" in caught.value.fix
+    memory.require(found, torch.device("cpu"))
