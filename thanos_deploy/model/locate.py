@@ -13,7 +13,7 @@ from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.companions import COMPANIONS, companions
 from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.model.text_part import wrapper_of
-from thanos_deploy.model.weights import shards
+from thanos_deploy.model.weights import SINGLE, shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,12 @@ def locate(model: str, *, revision: str | None = None) -> LocatedModel:
 
     Raises:
         ModelError: there is no such model, or it has no safetensors weights.
-        PlatformError: the hub cannot be reached and the model is not in its local cache.
+        PlatformError: the hub cannot be reached and the model is not in its local cache, or the
+            hub does not give it to this user.
     """
     path = _local(model)
     if path is None:
-        folder = _download(model, revision, ["*.safetensors", INDEX, *COMPANIONS])
+        folder = _fetch(model, revision)
         names.require_own(folder, error=ModelError)
         return LocatedModel(Source("hub", model, folder.name, hash_folder(folder)), folder)
     if path.is_file():
@@ -118,9 +119,34 @@ def _folder_of(weights: Path) -> Path:
     return folder
 
 
+def _fetch(repository: str, revision: str | None) -> Path:
+    """Download the files that make up a model, and no other copy of its weights.
+
+    What is cached is not fetched again, and a file that was cut off is gone on with.
+
+    Raises:
+        ModelError, PlatformError: see `locate`.
+    """
+    folder = _download(repository, revision, [INDEX, *COMPANIONS])
+    if packed_folder.is_packed(folder):
+        needed = ["*.safetensors"]
+    else:
+        needed = shards(folder) if (folder / INDEX).exists() else [SINGLE]
+    # Of the same commit, whatever is pushed meanwhile.
+    folder = _download(repository, folder.name, needed)
+    if missing := [name for name in needed if len(needed) > 1 and not (folder / name).exists()]:
+        raise PlatformError(
+            f"{repository}: {len(missing)} of {len(needed)} files of weights, such as "
+            f"{missing[0]}, are not in the hub's local cache",
+            fix="run it again with a network and without --offline; what is there is kept",
+        )
+    return folder
+
+
 def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -130,11 +156,19 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise PlatformError(
+            f"{repository}: a gated model, and the hub gives it to nobody without a token that has "
+            "access",
+            fix=f"ask for access on https://huggingface.co/{repository}, and set HF_TOKEN to a "
+            "token of that account, or log in with `hf auth login`",
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"{repository}: neither a local path nor a model on the hub"
             + (f" with revision {revision}" if revision else ""),
-            fix="check the spelling; for a private model log in with `hf auth login`",
+            fix="check the spelling; for a private model set HF_TOKEN, or log in with "
+            "`hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise PlatformError(

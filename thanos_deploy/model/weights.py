@@ -21,7 +21,7 @@ from thanos_deploy.model import download
 from thanos_deploy.model.parameters import Parameters
 from thanos_deploy.model.tensorfile import DTYPES, INDEX, Entry, TensorFile, entries
 
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 
 # What a weight may be stored in.
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
@@ -216,18 +216,18 @@ def shards(folder: Path) -> list[str]:
         for name in found:
             names.plain(name, index, suffix=".safetensors", error=ModelError)
         names.distinct(found, index, error=ModelError)
-        if (folder / _SINGLE).exists() and found != [_SINGLE]:
+        if (folder / SINGLE).exists() and found != [SINGLE]:
             raise ModelError(
-                f"{folder}: two sets of weights: {_SINGLE}, which transformers would load, and "
+                f"{folder}: two sets of weights: {SINGLE}, which transformers would load, and "
                 f"{len(found)} files in {INDEX}, such as {found[0]}",
-                fix=f"remove {_SINGLE}, or {INDEX} and the files that it names",
+                fix=f"remove {SINGLE}, or {INDEX} and the files that it names",
             )
         return found
-    if (folder / _SINGLE).exists():
-        return [_SINGLE]
+    if (folder / SINGLE).exists():
+        return [SINGLE]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     raise ModelError(
-        f"{folder}: no {_SINGLE} and no {INDEX}"
+        f"{folder}: no {SINGLE} and no {INDEX}"
         + (f", only {', '.join(pickled)}, which may run code when loaded" if pickled else "")
         + (interrupted := download.unfinished(folder)),
         fix=download.FIX if interrupted else "use a checkpoint with safetensors weights",

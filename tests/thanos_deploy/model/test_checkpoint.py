@@ -1,10 +1,12 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,7 @@ from thanos_deploy.model.convert import convert_gguf, convert_packed
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.locate import locate
 from thanos_deploy.model.parts import part_bytes
+from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.model.weights import Weights, WeightsCopy
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.pruning.layers import prune
@@ -114,6 +117,50 @@ def test_a_hub_id_is_found_in_the_hubs_local_cache(
     assert (source.kind, source.name, source.revision) == ("hub", "someone/tiny", commit)
     assert source.sha256 == locate(str(tiny_llama)).source.sha256
     assert Checkpoint.open(found.path).config.model_type == "llama"
+
+
+def test_of_a_hub_model_only_the_weights_that_it_is_made_of_are_fetched(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tmp_path / "origin"
+    shutil.copytree(make_model("llama"), origin)
+    stock_model(origin).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    (origin / "model.safetensors").unlink()
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    for path in (*shards, tmp_path / "sharded" / INDEX):
+        shutil.copy(path, origin)
+    (origin / "consolidated.safetensors").write_bytes(b"another copy")
+    asked: list[str | None] = []
+    fetched = tmp_path / "cache" / "0123abcd"
+    fetched.mkdir(parents=True)
+
+    def snapshot(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        for path in origin.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns) and path != lost:
+                shutil.copy(path, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    lost: Path | None = origin / shards[-1].name
+    with pytest.raises(PlatformError, match=f"1 of {len(shards)} files .* {shards[-1].name}"):
+        locate("someone/tiny", revision="v2")
+    lost = None
+    found = locate("someone/tiny", revision="v2")
+    assert asked == ["v2", "0123abcd"] * 2
+    assert not (fetched / "consolidated.safetensors").exists()
+    assert len(Checkpoint.open(found.path).linears) == 14
+
+
+def test_a_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        response: Any = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise GatedRepoError("403", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(PlatformError, match="meta-llama/Llama-3-8B: a gated model") as caught:
+        locate("meta-llama/Llama-3-8B")
+    assert "HF_TOKEN" in caught.value.fix
 
 
 def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
