@@ -23,6 +23,7 @@ def test_what_leaves_a_block_enters_the_next_one_as_the_file_has_it(
             if before:  # what enters a block stays while others leave it
                 assert torch.equal(activations.read(name), before[name])
         file = activations.advance()
+        assert file is not None
         before = {name: activations.read(name) for name in names}
         assert file.path == tmp_path / f"inputs-{index:04d}.safetensors"
         again = Activations(tmp_path, index, kinds, torch.float32)

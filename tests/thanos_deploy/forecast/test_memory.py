@@ -133,7 +133,7 @@ def test_on_a_cpu_what_is_counted_becomes_resident(
     )  # fmt: skip
     walks.make(tmp_path / "dense", sizes, "cpu")
     walks.make(tmp_path / "small", replace(sizes, hidden=64, channels=96, head_size=8), "cpu")
-    words = [sys.executable, "-c", _PEAK, tmp_path, str(hidden), str(channels), preset]
+    words = [sys.executable, "-c", _PEAK, str(tmp_path), str(hidden), str(channels), preset]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     held, counted_bytes = map(int, done.stdout.split())
     # Holes of the heap, and what the libraries keep.
