@@ -122,11 +122,8 @@ print(environment.peak_memory_bytes() - before, found.host_bytes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["fast", "best"])
-@pytest.mark.parametrize(("hidden", "channels"), [(512, 2048), (1024, 1536)])
-def test_on_a_cpu_what_is_counted_becomes_resident(
-    tmp_path: Path, hidden: int, channels: int, preset: str
-) -> None:
+def test_on_a_cpu_what_is_counted_becomes_resident(tmp_path: Path) -> None:
+    hidden, channels, preset = 512, 2048, "fast"
     sizes = models.Sizes(
         hidden=hidden, channels=channels, heads=8, kv_heads=4, head_size=hidden // 8, blocks=2,
         vocabulary=300, dtype="fp32",
