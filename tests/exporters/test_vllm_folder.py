@@ -11,6 +11,7 @@ import torch
 
 import runtime.vllm_plugin
 from exporters import vllm
+from tests.bitmask import bitmask_folder
 from tests.conftest import Exported, Invoke, MakeModel
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import IntegrityError, ModelError, UsageError
@@ -106,6 +107,28 @@ def test_a_bundle_is_exported_verified_and_its_bytes_are_reported(
     layers = quantization.layers_of(config_of(out / "vllm")["quantization_config"])
     with pytest.raises(IntegrityError, match="SHA-256"):
         quantization.require_intact(out / "vllm", layers)
+
+
+def test_a_bitmask_checkpoint_becomes_a_folder_for_vllm(
+    exported_two_four: Exported, tmp_path: Path, invoke: Invoke
+) -> None:
+    """As docs/vllm.md says: magnitude pruning leaves a model as it is that is 2:4 already."""
+    model = exported_two_four("llama") / "model"
+    bitmask_folder(model, tmp_path / "old", keep_weight=True)
+    for path in model.glob("token*.json"):
+        shutil.copy(path, tmp_path / "old")
+    out = tmp_path / "out"
+    options = ("--pattern", "2:4", "--method", "magnitude", "--nsamples", "4", "--seqlen", "64")
+    code, _, said = invoke("prune", tmp_path / "old", *options, "-o", out)
+    assert code == 0, said
+    code, _, said = invoke("export", out, "--target", "vllm")
+    assert code == 0, said
+    assert Bundle.open(out).stages["prune"].result["worst_relative_error"] == 0
+    (tmp_path / "again").mkdir()
+    unpack_folder(out / "vllm", tmp_path / "again")
+    before, after = (Weights(folder) for folder in (model, tmp_path / "again"))
+    for name in before.shapes:
+        assert torch.equal(before.read([name])[name], after.read([name])[name])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.kernels.packed import PackedWeight
+from tests.bitmask import bitmask_folder
 from tests.conftest import Exported
 from thanos_deploy.bundle.files import sha256_of
 from thanos_deploy.errors import IntegrityError, ModelError
@@ -275,34 +276,6 @@ def test_a_mask_that_does_not_fit_is_bad_input() -> None:
             unpack(values, wrong, 16)
     with pytest.raises(ModelError):
         unpack(values, mask, 12)
-
-
-def bitmask_folder(source: Path, destination: Path, *, keep_weight: bool) -> None:
-    """A checkpoint as compressed-tensors wrote it: the reference, straight from its layout."""
-    destination.mkdir()
-    tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if not name.endswith("proj.weight"):
-            tensors[name] = tensor
-            continue
-        stem = name if keep_weight else name.removesuffix(".weight")
-        # Of every four the two largest, also where only one is not zero.
-        where = torch.zeros(tensor.numel() // 4, 4, dtype=torch.bool)
-        where.scatter_(1, tensor.reshape(-1, 4).abs().topk(2, dim=1).indices, True)
-        where = where.reshape(tensor.shape)
-        tensors[f"{stem}.compressed"] = tensor[where].reshape(len(tensor), -1)
-        tensors[f"{stem}.shape"] = torch.tensor(tensor.shape).reshape(-1, 1)
-        tensors[f"{stem}.bitmask"] = torch.from_numpy(
-            np.packbits(where.numpy(), axis=1, bitorder="little")
-        )
-    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "dense",
-        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"},
-    }
-    (destination / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("keep_weight", [True, False])
