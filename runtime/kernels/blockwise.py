@@ -23,8 +23,8 @@ _KEPT = 2
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
-# Entries that are unpacked at once: about what a core's second cache holds in 32 bits.
-_ENTRIES_AT_ONCE = 1 << 18
+# Of unpacked rows. Fewer take longer in calls of operators, more leave the cache of a core.
+_BYTES_AT_ONCE = 1 << 20
 
 
 def hold(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def linear(x: Tensor, planes: Tensor, codes: Tensor, bias: Tensor | None = None)
     tokens = len(x)
     by_plane = x.reshape(tokens, groups, GROUP).transpose(1, 2).reshape(tokens, -1)
     y = x.new_empty(tokens, rows)
-    step = max(1, min(rows, _ENTRIES_AT_ONCE // (GROUP * groups)))
+    step = max(1, min(rows, _BYTES_AT_ONCE // (GROUP * groups * x.itemsize)))
     dense = x.new_empty(step, GROUP, groups)
     for start in range(0, rows, step):
         stop = min(start + step, rows)

@@ -23,7 +23,7 @@ def test_the_blockwise_product_is_the_product(
 ) -> None:
     # A few rows at a time, the last time fewer.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "_ENTRIES_AT_ONCE", 7 * 4 * groups)
+        patch.setattr(blockwise, "_BYTES_AT_ONCE", 7 * 4 * groups * 4)
         weight = two_four(rows, 4 * groups, torch.float32)
         x, b = inputs(tokens, rows, 4 * groups, torch.float32, bias=bias)
         require_close(blockwise.linear(x, *blockwise.hold(weight), b), x, weight, b)
@@ -40,7 +40,7 @@ def test_a_weight_takes_its_kept_half_and_a_bit_for_each_entry(dtype: torch.dtyp
 def test_never_more_than_some_rows_are_dense(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "_ENTRIES_AT_ONCE", 1 << 12)
+    monkeypatch.setattr(blockwise, "_BYTES_AT_ONCE", dtype.itemsize << 12)
     seen = []
     unpack = blockwise._unpack
 
