@@ -28,9 +28,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=4096)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| dtype | tokens | dense, ms | 2:4 blockwise, ms | times the dense |\n|---|---|---|---|---|"
-    )
+    print("| dtype | tokens | dense, ms | 2:4 blockwise, ms | times the dense |")
+    print("|---|---|---|---|---|")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         weight = timing.random_two_four(arguments.outputs, arguments.inputs, dtype, device="cpu")
         products = [
