@@ -92,6 +92,17 @@ def test_a_broken_constraint_is_named_with_its_source(
     assert any(part in reason and ".py" in reason for reason in verdict.reasons)
 
 
+@pytest.mark.parametrize(
+    ("change", "tested"),
+    [({}, "vLLM 0.32"), ({"model_type": "mistral"}, None), ({"num_key_value_heads": 2}, None)],
+    ids=["served", "only read", "refused"],
+)
+def test_a_loader_is_tested_with_what_the_tests_serve(
+    change: dict[str, Any], tested: str | None
+) -> None:
+    assert [one.tested for one in judge({**LLAMA, **change})] == [tested, None, None]
+
+
 def test_a_loader_whose_source_was_not_read_for_a_model_type_is_not_judged() -> None:
     seen = verdicts({**LLAMA, "model_type": "mistral"})
     assert seen == {"vLLM": True, "text-generation-inference": None, "llama.cpp": True}
