@@ -30,7 +30,7 @@ OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_eng
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for
 
-.PHONY: demo test test-fast test-oldest test-triton test-vllm check format bench clean
+.PHONY: demo test test-fast test-oldest test-triton test-vllm test-vllm-fast check format bench clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -55,6 +55,10 @@ test-triton: $(STAMP) $(TRITON_STAMP)
 # A real vLLM serves shrunk models, and 2:4 models with the plugin.
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	$(BIN)/python -m pytest tests/vllm
+
+# One family shrunk, two at 2:4, and a damaged file.
+test-vllm-fast: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python -m pytest tests/vllm -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -54,7 +54,13 @@ def expected(folder: Path) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("model_type", TESTED.model_types)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(each, marks=[] if each == "llama" else pytest.mark.slow)
+        for each in TESTED.model_types
+    ],
+)
 def test_vllm_answers_with_a_shrunk_model_as_transformers_does(
     make_model: MakeModel, model_type: str, tmp_path: Path
 ) -> None:
@@ -123,6 +129,7 @@ def test_a_flipped_byte_is_refused_before_weights_are_used(packed: Path, tmp_pat
     assert "fetch the checkpoint again" in said
 
 
+@pytest.mark.slow
 def test_lora_and_another_quantisation_are_refused(packed: Path) -> None:
     assert "LoRA is not supported on packed 2:4 layers" in refusal(
         packed, "--enable-lora", "--enforce-eager"
