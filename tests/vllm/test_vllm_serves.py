@@ -130,8 +130,5 @@ def test_a_flipped_byte_is_refused_before_weights_are_used(packed: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_lora_and_another_quantisation_are_refused(packed: Path) -> None:
-    assert "LoRA is not supported on packed 2:4 layers" in refusal(
-        packed, "--enable-lora", "--enforce-eager"
-    )
+def test_another_quantisation_is_refused(packed: Path) -> None:
     assert "does not match the quantization" in refusal(packed, "--quantization", "awq")
