@@ -30,7 +30,10 @@ PROMPTS = [[10, 60, 200, 4, 77], [5, 9, 31]]
 
 # vLLM's attention on a CPU takes heads of 32; OPT has no size of a head beside the others.
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
-SIZES_OF_OPT = {"hidden_size": 128, "word_embed_proj_dim": 128, "num_attention_heads": 4}
+SIZES_OF_OPT = {
+    **{"hidden_size": 128, "word_embed_proj_dim": 128, "num_attention_heads": 4},
+    "ffn_dim": 512,
+}
 
 
 def model_of(make_model: MakeModel, model_type: str) -> Path:
