@@ -61,7 +61,7 @@ def expected(folder: Path) -> list[list[int]]:
     "model_type",
     [
         pytest.param(each, marks=[] if each == "llama" else pytest.mark.slow)
-        for each in TESTED.model_types
+        for each in (*TESTED.model_types, "opt")
     ],
 )
 def test_vllm_answers_with_a_shrunk_model_as_transformers_does(
