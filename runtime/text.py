@@ -10,11 +10,10 @@ from typing import Any
 from runtime.engine import Engine, stop_ids
 from runtime.generate import generate
 from runtime.sampling import GREEDY, Sampling
+from thanos_deploy.bundle.layout import MODEL, TOKENIZER
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError, boundary
 from thanos_deploy.model import tokenizer_files
-
-TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
 
 # Ids before the first one that it is decoded with.
 _CONTEXT = 8
@@ -95,7 +94,7 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
         opened.verify_file(TOKENIZER)
         verify_texts(opened)
     try:
-        return Tokenizer(tokenizer_files.load(bundle / "model"), stop_ids(bundle / "model"))
+        return Tokenizer(tokenizer_files.load(bundle / MODEL), stop_ids(bundle / MODEL))
     except ImportError as error:
         raise PlatformError(
             "the package tokenizers is not installed", fix="pip install tokenizers"
@@ -116,15 +115,20 @@ def verify_texts(bundle: Bundle, *, templates: bool = False) -> None:
         templates: the chat templates, too.
 
     Raises:
-        IntegrityError: a file was changed, or is missing.
+        IntegrityError: a file was changed, is missing, or is one that no stage wrote.
     """
-    read = {*tokenizer_files.TOKENS, "config.json", "generation_config.json"}
-    for name in [name for stage in bundle.stages.values() for name in stage.files]:
+
+    def is_read(name: str) -> bool:
         folder, _, file = name.partition("/")
-        if folder == "model" and (
-            file in read or (templates and tokenizer_files.is_template(file))
-        ):
+        return folder == MODEL and (
+            file in (*tokenizer_files.TOKENS, "config.json", "generation_config.json")
+            or (templates and tokenizer_files.is_template(file))
+        )
+
+    for name in [name for stage in bundle.stages.values() for name in stage.files]:
+        if is_read(name):
             bundle.verify_file(name)
+    bundle.refuse(filter(is_read, bundle.unrecorded(MODEL)))
 
 
 def stream(

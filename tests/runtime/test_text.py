@@ -188,3 +188,23 @@ def test_what_names_special_tokens_is_checked(exported_llama: Path, tmp_path: Pa
     open_tokenizer(bundle)
     with pytest.raises(IntegrityError, match=r"default\.jinja"):
         open_chat_template(bundle)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/default.jinja"],
+)
+def test_a_text_file_that_no_stage_wrote_is_refused(
+    exported_llama: Path, tmp_path: Path, name: str
+) -> None:
+    bundle = Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+    path = bundle / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(IntegrityError, match=f"{name}: no stage"):
+        open_chat_template(bundle)
+    if "template" in name:
+        open_tokenizer(bundle)  # which reads none
+    else:
+        with pytest.raises(IntegrityError, match=f"{name}: no stage"):
+            open_tokenizer(bundle)

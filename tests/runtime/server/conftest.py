@@ -19,6 +19,7 @@ from runtime.engine import Ids, Logits, open_slots
 from runtime.server import main
 from runtime.server.access import Access, Keys
 from runtime.server.service import Limits, Service
+from tests.bundles import add_to_model
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -133,7 +134,7 @@ def serving(
 def bundle(exported_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny LLaMA with a chat template. Not to be changed."""
     out = Path(shutil.copytree(exported_llama, tmp_path_factory.mktemp("chat") / "bundle"))
-    (out / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    add_to_model(out, "chat_template.jinja", TEMPLATE)
     return out
 
 

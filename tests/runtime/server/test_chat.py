@@ -68,10 +68,9 @@ def test_what_a_template_refuses_is_a_usage_error(source: str) -> None:
         ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
 
 
-def test_a_template_is_found_where_tokenizers_keep_it(bundle: Path, tmp_path: Path) -> None:
+def test_a_template_is_found_where_tokenizers_keep_it(exported_llama: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "x"}]
-    out = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    (out / "model" / "chat_template.jinja").unlink()
+    out = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     assert open_chat_template(out) is None
     configuration = out / "model" / "tokenizer_config.json"
     token = {"content": "<s>", "lstrip": False}
@@ -98,10 +97,9 @@ def test_a_template_is_found_where_tokenizers_keep_it(bundle: Path, tmp_path: Pa
     ],
 )
 def test_an_unreadable_template_is_bad_input(
-    bundle: Path, tmp_path: Path, name: str, content: str
+    exported_llama: Path, tmp_path: Path, name: str, content: str
 ) -> None:
-    out = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    (out / "model" / "chat_template.jinja").unlink()
+    out = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     (out / "model" / name).write_text(content)
     with pytest.raises(InputError, match="not a readable chat template"):
         open_chat_template(out, verify=False)
