@@ -84,7 +84,12 @@ def open_engine(
 
 
 def open_slots(
-    bundle: Path, *, slots: int, provider: str = "cpu", threads: int | None = None
+    bundle: Path,
+    *,
+    slots: int,
+    provider: str = "cpu",
+    threads: int | None = None,
+    prefix_bytes: int = 0,
 ) -> OnnxRuntimeSlots:
     """Load `onnx/model.onnx` of a bundle for several sequences that come and go.
 
@@ -92,6 +97,7 @@ def open_slots(
         bundle: its folder.
         slots: the most sequences at a time, at least 1.
         provider, threads: see `open_graph`.
+        prefix_bytes: see `runtime.engine.open_slots`.
 
     Raises:
         InputError: see `open_graph`; or the graph's rows would not get what they get alone, see
@@ -101,7 +107,7 @@ def open_slots(
     graph = open_graph(bundle, provider=provider, threads=threads)
     if graph.change is not None:
         graph.change.require_never(graph.max_sequence, bundle)
-    return OnnxRuntimeSlots(graph, slots=slots)
+    return OnnxRuntimeSlots(graph, slots=slots, prefix_bytes=prefix_bytes)
 
 
 def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = None) -> Graph:

@@ -85,7 +85,7 @@ class Answers:
                     with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                         loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
 
-                self._tickets.append(batcher.submit(request, deliver))
+                self._tickets.append(batcher.submit(request, deliver, owner=self))
         except BaseException:
             self.give_up()
             raise
