@@ -3,7 +3,9 @@
 The tokenizer is the model's; see `thanos_deploy.model.tokenizer_files`.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,12 @@ _CONTEXT = 8
 
 
 class Tokenizer:
-    """A tokenizer, and the ids that end a text."""
+    """A tokenizer, and the ids that end a text.
+
+    Attributes:
+        stop: ids that end a text.
+        specials: texts that stand for special tokens.
+    """
 
     def __init__(self, tokenizer: Any, stop: frozenset[int]) -> None:
         """Wrap a tokenizer.
@@ -32,6 +39,11 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._texts: dict[int, str | None] = {}
         self.stop = stop
+        self.specials = tuple(
+            token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        )
 
     def encode(self, text: str, *, framed: bool = True) -> list[int]:
         """The ids of a text.
@@ -59,10 +71,27 @@ class Tokenizer:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=framed).ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def encode_literally(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are text like any other."""
+        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _literal(self) -> Any:
+        # Another one, because what it makes of special tokens is a property of a tokenizer.
+        other = copy.deepcopy(self._tokenizer)
+        other.encode_special_tokens = True
+        return other
+
+    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
+        """The text of ids, with or without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not specials)
         return text
+
+    def serialized(self) -> str:
+        """All of it, as JSON that other libraries read."""
+        content: str = self._tokenizer.to_str()
+        return content
 
     def text_of(self, token: int) -> str | None:
         """The text of one id within a longer text; None if it is only part of a character."""
@@ -75,6 +104,11 @@ class Tokenizer:
             text = twice[len(once) :]
             self._texts[token] = None if "\ufffd" in text else text
         return self._texts[token]
+
+    def name_of(self, token: int) -> str:
+        """Its text, or "token_id:NUMBER" where it is none by itself."""
+        text = self.text_of(token)
+        return f"token_id:{token}" if text is None else text
 
 
 def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:

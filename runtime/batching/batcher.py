@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.batching.logprobs import token_of
 from runtime.batching.requests import Deliver, End, Finish, Request, Token
 from runtime.engine import Logits, Reading, SlotEngine, require_readable
 from runtime.sampling import Sampler
@@ -78,7 +79,8 @@ class _Sequence:
         self.end: End | None = None
         self._deliver = deliver
         self._left = min(request.new_tokens, most)
-        self._sampler = Sampler(request.sampling, request.prompt)
+        self._generated = 0
+        self._sampler = Sampler(request.sampling, request.prompt, bias=request.bias)
 
     def extend(self, logits: NDArray[np.float32]) -> bool:
         """Choose a token and deliver it; False if the text ends before it.
@@ -89,15 +91,29 @@ class _Sequence:
         if not np.isfinite(logits.max()):  # which is NaN if one of them is
             self.end = End(Finish.FAILED, "the model's logits are not finite")
             return False
-        self.last = self._sampler.choose(logits)
+        self.last = self._sampler.choose(logits, self._allowed(len(logits)))
         if self.last in self.request.stop:
             self.end = End(Finish.STOP)
             return False
+        if self.request.constraint is not None:
+            self.request.constraint.take(self.last)
+        self._generated += 1
         self._left -= 1
         if not self._left:
             self.end = End(Finish.LENGTH)
-        self._tell(_token(self.last, logits, self.request.alternatives))
+        self._tell(token_of(self.last, logits, self.request.alternatives))
         return True
+
+    def _allowed(self, vocabulary: int) -> NDArray[np.bool_] | None:
+        """bool[vocabulary], what may come next; None if everything may."""
+        constraint = self.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        if self._generated >= self.request.min_tokens or not self.request.stop:
+            return allowed
+        longer = np.ones(vocabulary, bool) if allowed is None else allowed.copy()
+        longer[list(self.request.stop)] = False
+        # Where the form of the answer allows nothing but its end, it ends.
+        return longer if longer.any() else allowed
 
     def give_up(self, now: float, *, closed: bool) -> None:
         """End if nobody waits for more, unless it has ended."""
@@ -129,30 +145,6 @@ class _Group:
 
     reading: Reading
     sequences: list[_Sequence]
-
-
-def _token(chosen: int, logits: NDArray[np.float32], alternatives: int | None) -> Token:
-    if alternatives is None:
-        return Token(chosen, None)
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    logprobs = scores - np.log(np.exp(scores).sum())
-    return Token(
-        chosen,
-        float(logprobs[chosen]),
-        tuple((token, float(logprobs[token])) for token in _likeliest(logprobs, alternatives)),
-    )
-
-
-def _likeliest(logprobs: NDArray[np.float64], count: int) -> list[int]:
-    """That many ids, the likeliest first; of equals, the smaller first."""
-    if count == 0:
-        return []
-    least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf
-    candidates = np.flatnonzero(logprobs >= least)  # sorting all of them would take milliseconds
-    order = np.argsort(-logprobs[candidates], kind="stable")
-    ids: list[int] = candidates[order[:count]].tolist()
-    return ids
 
 
 class Batcher:

@@ -22,8 +22,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from runtime.batching import Busy
+from runtime.server.bodies import UNSUPPORTED
 from runtime.server.logs import Record, record_of
-from runtime.server.schemas import UNSUPPORTED
 from thanos_deploy.errors import DeployError, InputError, UsageError
 
 # What nginx calls a request whose client did not wait; nobody reads it but the log.

@@ -10,7 +10,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,10 @@ def open_service(
     slots: int,
     queue: int,
     limits: Limits,
-    name: str | None = None,
+    names: Sequence[str] = (),
     provider: str = "cpu",
     threads: int | None = None,
+    prefix_bytes: int = 0,
     verify: bool = True,
     log_prompts: bool = False,
 ) -> Iterator[Service]:
@@ -58,8 +59,8 @@ def open_service(
         slots: texts that are written at the same time.
         queue: requests that wait for a slot.
         limits: of a request.
-        name: of the model, as clients call it; None for that of the folder.
-        provider, threads, verify: as in `runtime.engine.open_slots`.
+        names: of the model, as clients call it; without any, that of the folder.
+        provider, threads, prefix_bytes, verify: as in `runtime.engine.open_slots`.
         log_prompts: texts may be written to the log.
 
     Raises:
@@ -67,12 +68,19 @@ def open_service(
     """
     tokenizer = open_tokenizer(bundle, verify=verify)
     template = open_chat_template(bundle, verify=verify)
-    engine = open_slots(bundle, slots=slots, provider=provider, threads=threads, verify=verify)
+    engine = open_slots(
+        bundle,
+        slots=slots,
+        provider=provider,
+        threads=threads,
+        prefix_bytes=prefix_bytes,
+        verify=verify,
+    )
     batcher, forward = Batcher(engine, queue=queue), Forward(engine, queue=queue)
     renderer = None if template is None else Renderer(template)
     try:
         yield Service(
-            name=name or bundle.absolute().name or bundle.resolve().name,
+            names=tuple(names) or (bundle.absolute().name or bundle.resolve().name,),
             engine=engine,
             batcher=batcher,
             forward=forward,

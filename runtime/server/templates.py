@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +23,28 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thanos_deploy.errors import UsageError
+
+# Marks a place in a text; no text of Unicode's assigned characters has it.
+_END = "\ufdd0end\ufdd1"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is to be written down.
+
+    Attributes:
+        messages: with `role` and `content`.
+        begin: the beginning of the answer follows them.
+        go_on: the last of them is not ended, so that the answer goes on with it.
+        tools: functions that the model may call, as OpenAI's API describes them; None for none.
+        variables: whatever else the template understands.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    begin: bool = True
+    go_on: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
@@ -52,30 +75,44 @@ class ChatTemplate:
         self.source = source
         self.tokens = dict(tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, most: int | None = None) -> str:
-        """The prompt, as far as the beginning of the answer.
+    def render(self, conversation: Conversation, *, most: int | None = None) -> str:
+        """The prompt.
 
         Args:
-            messages: with `role` and `content`.
+            conversation: what to write down.
             most: characters that it may have; None for any number.
 
         Raises:
             UsageError: the template does not take such messages, or makes more of them.
         """
+        messages = list(conversation.messages)
+        if conversation.go_on:
+            # The template may strip a text, so its end has to be marked.
+            last = messages[-1]
+            messages[-1] = {**last, "content": f"{last.get('content') or ''}{_END}"}
         try:
             parts, length = [], 0
             for part in self._template.generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.tokens,
+                **{
+                    **conversation.variables,
+                    "messages": messages,
+                    "tools": conversation.tools,
+                    "documents": None,
+                    "add_generation_prompt": conversation.begin,
+                    **self.tokens,
+                }
             ):
                 parts.append(part)
                 length += len(part)
                 if most is not None and length > most:
                     raise ValueError(f"they become more than {most} characters")
-            return "".join(parts)
+            text = "".join(parts)
+            if not conversation.go_on:
+                return text
+            before, found, _ = text.rpartition(_END)
+            if not found:
+                raise ValueError("it leaves the last message out, which is to be continued")
+            return before
         # A template runs what its author wrote: a TypeError is as likely as a TemplateError.
         except Exception as error:
             raise UsageError(
@@ -111,7 +148,7 @@ def _serve(most: int, memory: int) -> None:
     _say({"ready": True})
     for line in sys.stdin.buffer:
         try:
-            _say({"prompt": template.render(json.loads(line)["messages"], most=most)})
+            _say({"prompt": template.render(Conversation(**json.loads(line)), most=most)})
         except UsageError as error:
             _say({"refused": error.message})
         except MemoryError:

@@ -137,9 +137,9 @@ def test_a_row_computes_what_it_computes_alone_whoever_comes_and_goes(
             agree(rows, slots.decode(ids))
         elif event == "leave" or (event == "abandon" and groups):
             assert isinstance(value, int)
-            reading, texts = groups[0] if event == "abandon" else (None, rows)
+            texts = groups[0][1] if event == "abandon" else rows
             if value < len(texts):
-                slots.leave(value) if reading is None else reading.abandon(value)
+                (groups[0][0].abandon if event == "abandon" else slots.leave)(value)
                 texts[value] = texts[-1]
                 texts.pop()
                 groups = [group for group in groups if group[1]]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runtime.engine import open_engine
 from runtime.sampling import Sampling
 from runtime.server.chat import open_chat_template
+from runtime.server.templates import Conversation
 from runtime.text import Tokenizer, open_tokenizer, pieces, stream, until
 from tests.conftest import stock_model
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
@@ -172,7 +173,7 @@ def test_a_token_that_only_the_older_file_names_is_special(
     (model / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     template = open_chat_template(bundle, verify=False)
     assert template is not None
-    assert template.render([{"role": "user", "content": "x"}]) == "<end>x"
+    assert template.render(Conversation([{"role": "user", "content": "x"}])) == "<end>x"
 
 
 def test_what_names_special_tokens_is_checked(exported_llama: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ TEMPLATE = """\
   {%- if message.role == 'tool' -%}{{ raise_exception('no tools here') }}{%- endif -%}
   {{ message.role[0] }}:{{ message.content }}|
 {%- endfor -%}
+{%- if mood is defined -%}{{ mood }}|{%- endif -%}
 {%- if add_generation_prompt -%}a:{%- endif -%}
 """
 LIMITS = Limits(answers=16, new_tokens=None, body_bytes=1 << 16, deadline_seconds=60)
@@ -106,7 +107,11 @@ def serving(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "open_slots", lambda *some, **more: Gate(open_slots(*some, **more)))
         with main.open_service(
-            bundle, slots=slots, queue=limits.answers, limits=limits, **{"name": "tiny", **options}
+            bundle,
+            slots=slots,
+            queue=limits.answers,
+            limits=limits,
+            **{"names": ("tiny",), **options},
         ) as service:
             ready: SimpleQueue[str] = SimpleQueue()
             server = main.Server(

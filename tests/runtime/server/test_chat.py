@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from runtime.server.chat import open_chat_template
-from runtime.server.templates import ChatTemplate
+from runtime.server.templates import ChatTemplate, Conversation
 from tests.byte_tokenizer import save_byte_tokenizer
 from thanos_deploy.errors import InputError, UsageError
 
@@ -47,7 +47,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_prompt_is_that_of_transformers(
     stock: Any, source: str, messages: list[dict[str, str]]
 ) -> None:
-    ours = ChatTemplate(source, {"eos_token": "<end>"}).render(messages)
+    ours = ChatTemplate(source, {"eos_token": "<end>"}).render(Conversation(messages))
     assert ours == stock.apply_chat_template(
         messages, chat_template=source, tokenize=False, add_generation_prompt=True
     )
@@ -65,7 +65,7 @@ def test_a_prompt_is_that_of_transformers(
 )
 def test_what_a_template_refuses_is_a_usage_error(source: str) -> None:
     with pytest.raises(UsageError, match="chat template does not take these messages"):
-        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+        ChatTemplate(source, {}).render(Conversation([{"role": "user", "content": "x"}]))
 
 
 def test_a_template_is_found_where_tokenizers_keep_it(exported_llama: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_template_is_found_where_tokenizers_keep_it(exported_llama: Path, tmp_
         configuration.write_text(json.dumps({"chat_template": template, "bos_token": token}))
         found = open_chat_template(out, verify=False)
         assert found is not None
-        assert found.render(messages) == "<s>x"
+        assert found.render(Conversation(messages)) == "<s>x"
 
 
 @pytest.mark.parametrize(
