@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from thanos_deploy.errors import InputError, UsageError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+
+# Where the weights are while a model runs: in memory, or in their file, mapped into memory.
+Weights = Literal["memory", "map"]
 
 
 class Engine(Protocol):
@@ -223,6 +226,7 @@ def open_slots(
     provider: str = "cpu",
     threads: int | None = None,
     prefix_bytes: int = 0,
+    weights: Weights = "map",
     verify: bool = True,
 ) -> ServingEngine:
     """Load the model of a bundle for several sequences that come and go.
@@ -235,6 +239,8 @@ def open_slots(
         threads: how many compute on a CPU; None for the backend's own choice.
         prefix_bytes: of the provider's memory, to keep beginnings of prompts in; see
             `runtime.prefixes`.
+        weights: what is mapped takes memory once for all processes that map it, and must not be
+            written to; see `runtime.server.watched`.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
@@ -258,7 +264,12 @@ def open_slots(
         )
     require_stage(bundle, module, verify=verify)
     opened: ServingEngine = module.open_slots(
-        bundle, slots=slots, provider=provider, threads=threads, prefix_bytes=prefix_bytes
+        bundle,
+        slots=slots,
+        provider=provider,
+        threads=threads,
+        prefix_bytes=prefix_bytes,
+        weights=weights,
     )
     return opened
 

@@ -88,6 +88,12 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not specials)
         return text
 
+    @property
+    def size(self) -> int:
+        """How many ids it knows."""
+        known: int = self._tokenizer.get_vocab_size()
+        return known
+
     def serialized(self) -> str:
         """All of it, as JSON that other libraries read."""
         content: str = self._tokenizer.to_str()

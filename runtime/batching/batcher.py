@@ -374,6 +374,8 @@ class Batcher:
         for sequence, row in zip(sequences, logits, strict=True):
             try:
                 self._tokens += sequence.extend(row)
+            except UsageError as error:
+                sequence.end = End(Finish.REFUSED, error.message)
             except Exception as error:  # of this row: the others have nothing to do with it
                 _log.exception("a row failed; its request ends")
                 sequence.end = End(Finish.FAILED, f"{type(error).__name__}: {error}")

@@ -16,10 +16,14 @@ class Constraint(Protocol):
     """The form that one text has to have; it goes along with the tokens of that text."""
 
     def allowed(self) -> NDArray[np.bool_]:
-        """bool[vocabulary], which tokens may be next, those that end the text included."""
+        """bool[vocabulary], which tokens may be next, those that end the text included.
+
+        Raises:
+            UsageError: the form cannot be kept to.
+        """
 
     def take(self, token: int) -> None:
-        """This one is next."""
+        """This one is next; see `allowed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Finish(enum.Enum):
     CANCELLED = "cancelled"
     DEADLINE = "its deadline passed"
     FAILED = "the engine failed"
+    REFUSED = "its form cannot be kept to"
     CLOSED = "the batcher closed"
 
 
@@ -96,7 +101,7 @@ class End:
 
     Attributes:
         reason: why.
-        error: what the engine said, with FAILED only.
+        error: what the engine said, with FAILED, or what is wrong with the form, with REFUSED.
     """
 
     reason: Finish

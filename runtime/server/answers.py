@@ -219,6 +219,8 @@ def _reason(end: End) -> FinishReason:
             return "length"
         case Finish.DEADLINE:
             raise too_late("the answer was not finished in time")
+        case Finish.REFUSED:
+            raise RefusedError(400, str(end.error), code="form")
         case Finish.CLOSED:
             raise RefusedError(503, "the server is shutting down", code="closing")
         case _:

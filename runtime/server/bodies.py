@@ -6,30 +6,37 @@ Fields that are not OpenAI's are vLLM's, under the names that they have there.
 """
 
 import secrets
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from runtime.sampling import Sampling
+from runtime.server import tools
 from runtime.server.asked import Asked
+from runtime.server.formats import Formed
+from runtime.server.messages import (
+    FunctionName,
+    Ignored,
+    Message,
+    NamedTool,
+    Nothing,
+    Strict,
+    Text,
+    Tool,
+)
 from runtime.server.templates import Conversation
 
 _INT64 = 1 << 63
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
-Text = Annotated[str, Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Nothing = Annotated[None, Field(description="Not supported.")]
-Ignored = Annotated[Any, Field(description="Without effect.")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream has beside the answer."""
 
     include_usage: bool | None = None
@@ -53,12 +60,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 UNSUPPORTED = frozenset(
     {
         *("suffix", "best_of", "audio", "function_call", "functions", "modalities"),
-        *("response_format", "tool_choice", "tools", "prediction", "length_penalty"),
+        *("prediction", "length_penalty"),
     }
 )
 
 
-class Generation(_Strict):
+class Generation(Formed):
     """What both routes for text understand."""
 
     model: str
@@ -219,46 +226,7 @@ class CompletionRequest(Generation):
                 return [self.prompt]
 
 
-class TextPart(_Strict):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
-
-    annotations: Ignored = None
-    audio: Nothing = None
-    function_call: Nothing = None
-    refusal: Nothing = None
-    tool_calls: Nothing = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: one text, `system` for `developer`, nothing that is None."""
-        message = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True)
-        if self.role == "developer":
-            message["role"] = "system"
-        if isinstance(self.content, list):
-            message["content"] = "".join(part.text for part in self.content)
-        elif self.content is not None:
-            message["content"] = self.content
-        return message
-
-
-class ResponseFormat(_Strict):
-    """The form of an answer."""
-
-    type: Literal["text"]
-
-
-class Chat(_Strict):
+class Chat(Strict):
     """A conversation, and how it is to be written down."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -275,6 +243,11 @@ class Chat(_Strict):
             )
         return self
 
+    @property
+    def offers(self) -> list[dict[str, Any]]:
+        """The functions that the model may call, as chat templates expect them."""
+        return []
+
     def conversation(self) -> Conversation:
         """What the chat template is given."""
         return Conversation(
@@ -285,7 +258,7 @@ class Chat(_Strict):
         )
 
 
-class TokenizeText(_Strict):
+class TokenizeText(Strict):
     """The body of POST /tokenize for a text."""
 
     model: str | None = None
@@ -301,7 +274,7 @@ class TokenizeConversation(Chat):
     return_token_strs: bool | None = None
 
 
-class Detokenize(_Strict):
+class Detokenize(Strict):
     """The body of POST /detokenize."""
 
     model: str | None = None
@@ -319,11 +292,10 @@ class ChatRequest(Generation, Chat):
     function_call: Nothing = None
     functions: Nothing = None
     modalities: list[Literal["text"]] | None = None
-    response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     metadata: Ignored = None
-    parallel_tool_calls: Ignored = None
+    parallel_tool_calls: bool | None = None
     prompt_cache_key: Ignored = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
@@ -344,3 +316,38 @@ class ChatRequest(Generation, Chat):
     def alternatives(self) -> int | None:
         """See `Generation`."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _the_tool_that_is_named_is_there(self) -> Self:
+        if isinstance(self.tool_choice, NamedTool) and not self._offered():
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice: required needs tools")
+        return self
+
+    @property
+    def offers(self) -> list[dict[str, Any]]:
+        """See `Chat`."""
+        return [tool.model_dump(exclude_none=True) for tool in self._offered()]
+
+    def _offered(self) -> list[Tool]:
+        tools = self.tools or []
+        match self.tool_choice:
+            case "none":
+                return []
+            case NamedTool(function=FunctionName(name=name)):
+                return [tool for tool in tools if tool.function.name == name]
+            case _:
+                return tools
+
+    def forms(self) -> list[Callable[[], str]]:
+        """See `Formed`."""
+        forms = super().forms()
+        if not (offers := self.offers):
+            return forms
+        named = isinstance(self.tool_choice, NamedTool)
+        required = named or self.tool_choice == "required"
+        if forms and not required:
+            return forms  # an answer of that form calls nothing
+        most = 1 if named or self.parallel_tool_calls is False else None
+        return [*forms, partial(tools.grammar, offers, required=required, most=most)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jinja2
 
@@ -33,12 +34,20 @@ _MEMORY_BYTES = 1 << 30
 _MARK = "\ufdd2"
 
 
+T = TypeVar("T")
+
+
 class Renderer:
-    """Renders the chat template of a model, in a process of its own."""
+    """Renders the chat template of a model, in a process of its own.
+
+    Attributes:
+        takes_tools: see `ChatTemplate`.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         """Prepare; the process is started with the first conversation."""
         self._first = {"source": template.source, "tokens": template.tokens}
+        self.takes_tools = template.takes_tools
         self._worker = ThreadPoolExecutor(1, "template")
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -103,7 +112,7 @@ class Renderer:
             process.communicate()
 
 
-def as_text(value: object, specials: Sequence[str]) -> object:
+def as_text(value: T, specials: Sequence[str]) -> T:
     """A conversation's part in which special tokens cannot be taken for those of the template.
 
     Args:
@@ -119,7 +128,7 @@ def as_text(value: object, specials: Sequence[str]) -> object:
     # Of those that begin alike, the longest counts.
     any_of = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
 
-    def mark(part: object) -> object:
+    def mark(part: Any) -> Any:
         match part:
             case str():
                 plain = part.replace(_MARK, "")  # what looks like a mark is none
@@ -131,7 +140,8 @@ def as_text(value: object, specials: Sequence[str]) -> object:
             case _:
                 return part
 
-    return mark(value)
+    marked: T = mark(value)
+    return marked
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from runtime.batching import Token
+from runtime.grammars import Grammar
 from runtime.server import bodies, schemas
 from runtime.server.answers import Answers, Piece
 from runtime.server.clients import unless_gone
@@ -84,6 +85,14 @@ async def chat(body: bodies.ChatRequest, request: Request, service: Served) -> R
     return await _respond(request, service, body, [prompt], ChatForm(service.tokenizer, body))
 
 
+async def _grammar(request: Request, service: Service, body: bodies.Generation) -> Grammar | None:
+    """What the answers have to be like; None if they may be anything."""
+    if (written := body.grammar()) is None:
+        return None
+    async with before_the_deadline(request, service, "the form was not compiled in time"):
+        return await unless_gone(request, service.compiler.compile(written))
+
+
 def _model(service: Service, name: str) -> schemas.Model:
     return schemas.Model(
         id=name, created=service.started, max_model_len=service.engine.max_sequence
@@ -110,6 +119,7 @@ async def _respond(
     echoed: Sequence[Sequence[Token]] = (),
 ) -> Response:
     record = record_of(request.scope)
+    grammar = await _grammar(request, service, body)
     head = {
         "id": f"{form.prefix}-{record.request_id}",
         "created": int(time.time()),
@@ -117,7 +127,9 @@ async def _respond(
     }
     with ExitStack() as stack:
         answers = stack.enter_context(
-            service.answer(prompts, body.asked(), arrived=record.started, echoed=echoed)
+            service.answer(
+                prompts, body.asked(), arrived=record.started, echoed=echoed, grammar=grammar
+            )
         )
         stack.callback(lambda: record.fields.update(_usage(answers)))
         if body.stream:

@@ -1,5 +1,7 @@
 """How the answers of OpenAI's routes are written down: whole, or piece by piece."""
 
+import secrets
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -7,6 +9,7 @@ from pydantic import BaseModel
 
 from runtime.server import bodies, schemas
 from runtime.server.answers import Piece
+from runtime.server.tools import Call, Calls
 from runtime.text import Tokenizer
 
 _CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -104,37 +107,72 @@ class ChatForm:
     def __init__(self, tokenizer: Tokenizer, body: bodies.ChatRequest) -> None:
         self._tokenizer = tokenizer
         self._wanted = body.alternatives is not None
+        self._has_tools = bool(body.offers)
+        # Of each answer of a stream: what reads its calls, and how many there were.
+        self._readers: defaultdict[int, Calls] = defaultdict(Calls)
+        self._called: Counter[int] = Counter()
 
     def document(
         self, head: dict[str, Any], pieces: Sequence[Piece], usage: schemas.Usage
     ) -> schemas.ChatCompletion:
         """See `Form`."""
-        choices = [
-            schemas.ChatChoice(
-                index=piece.index,
-                message=schemas.Answer(content=piece.text),
-                logprobs=self._logprobs(piece),
-                finish_reason=piece.finish,
-            )
-            for piece in pieces
-            if piece.finish  # they all have one: for the types
-        ]
         return schemas.ChatCompletion(
-            **head, object="chat.completion", choices=choices, usage=usage
+            **head,
+            object="chat.completion",
+            choices=[self._choice(piece) for piece in pieces],
+            usage=usage,
+        )
+
+    def _choice(self, piece: Piece) -> schemas.ChatChoice:
+        assert piece.finish  # every whole answer has one
+        text, calls = self._read(piece)
+        return schemas.ChatChoice(
+            index=piece.index,
+            message=schemas.Answer(
+                content=text or (None if calls else ""),
+                tool_calls=[
+                    schemas.ToolCall(id=_call_id(), function=_function(call)) for call in calls
+                ]
+                or None,
+            ),
+            logprobs=self._logprobs(piece),
+            finish_reason=self._finish(piece) or piece.finish,
         )
 
     def chunk(self, head: dict[str, Any], piece: Piece, start: int) -> schemas.ChatCompletionChunk:
         """See `Form`."""
-        delta: dict[str, Any] = (
-            {"content": piece.text} if start else {"role": "assistant", "content": piece.text}
-        )
+        first = self._called[piece.index]
+        text, calls = self._read(piece)
+        delta: dict[str, Any] = {} if start else {"role": "assistant"}
+        if text or not self._has_tools:
+            delta["content"] = text
+        if calls:
+            delta["tool_calls"] = [
+                schemas.ToolCallDelta(
+                    index=first + place, id=_call_id(), type="function", function=_function(call)
+                )
+                for place, call in enumerate(calls)
+            ]
         choice = schemas.ChunkChoice(
             index=piece.index,
             delta=schemas.Delta(**delta),
             logprobs=self._logprobs(piece),
-            finish_reason=piece.finish,
+            finish_reason=self._finish(piece),
         )
         return schemas.ChatCompletionChunk(**head, object=_CHUNK, choices=[choice])
+
+    def _read(self, piece: Piece) -> tuple[str, list[Call]]:
+        """The text of a piece, and the calls that are whole with it."""
+        if not self._has_tools:
+            return piece.text, []
+        reader = self._readers[piece.index]
+        text, calls = reader.push(piece.text)
+        self._called[piece.index] += len(calls)
+        return text + (reader.finish() if piece.finish else ""), calls
+
+    def _finish(self, piece: Piece) -> schemas.FinishReason | None:
+        calls = piece.finish == "stop" and self._called[piece.index]
+        return "tool_calls" if calls else piece.finish
 
     def last_chunk(self, head: dict[str, Any], usage: schemas.Usage) -> schemas.ChatCompletionChunk:
         """See `Form`."""
@@ -168,3 +206,11 @@ class ChatForm:
 def _finite(logprob: float) -> float:
     """A log probability that JSON can hold: OpenAI, too, has -9999 for the impossible."""
     return max(logprob, _IMPOSSIBLE)
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _function(call: Call) -> schemas.CalledFunction:
+    return schemas.CalledFunction(name=call.name, arguments=call.arguments)

@@ -29,6 +29,13 @@ async def health() -> Health:
     return Health(status="ok")
 
 
+@router.get("/health/ready")
+async def ready(service: Served) -> Health:
+    """The same, and the model's files are those that were loaded."""
+    service.require_ready()
+    return Health(status="ok")
+
+
 class Version(BaseModel):
     """What /version says."""
 

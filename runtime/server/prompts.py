@@ -20,6 +20,7 @@ from runtime.server.clients import unless_gone
 from runtime.server.errors import ErrorBody, RefusedError, too_late
 from runtime.server.logs import record_of
 from runtime.server.service import Prompt, Served, Service
+from runtime.server.tools import offered
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}}
 router = APIRouter(responses=_ERRORS, tags=["Tokens"])
@@ -95,10 +96,14 @@ async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Pr
             code="no_chat_template",
             param="messages",
         )
-    tokenizer, conversation = service.tokenizer, body.conversation()
+    tokenizer = service.tokenizer
+    conversation = offered(body.conversation(), body.offers, native=service.renderer.takes_tools)
     if not body.allow_special_tokens:
-        messages: Any = as_text(list(conversation.messages), tokenizer.specials)
-        conversation = replace(conversation, messages=messages)
+        conversation = replace(
+            conversation,
+            messages=as_text(conversation.messages, tokenizer.specials),
+            tools=as_text(conversation.tools, tokenizer.specials),
+        )
     async with before_the_deadline(
         request, service, "the conversation was not written down in time"
     ):

@@ -12,14 +12,17 @@ from typing import Annotated, TypeVar
 from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 
-from runtime.batching import Batcher, Busy, Constraint, Request, Token, token_of
+from runtime.batching import Batcher, Busy, Request, Token, token_of
 from runtime.engine import Ids, Logits, ServingEngine
+from runtime.grammars import Grammar, Grammars
 from runtime.server.answers import Answers
 from runtime.server.asked import Asked
 from runtime.server.chat import Renderer
 from runtime.server.errors import RefusedError
 from runtime.server.metrics import Metrics
+from runtime.server.watched import Watched
 from runtime.text import Tokenizer
+from thanos_deploy.errors import UsageError
 
 # Of one response: that many are some 50 MB of JSON.
 _LOGPROBS = 400_000
@@ -123,6 +126,47 @@ class Forward:
         self._worker.shutdown(cancel_futures=True)
 
 
+class Compiler:
+    """Compiles grammars, one at a time; the others wait in line."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, *, queue: int) -> None:
+        """Take grammars; see `Grammars`, which is made with the first one."""
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._grammars: Grammars | None = None
+        self._room = threading.Semaphore(queue + 1)
+        self._worker = ThreadPoolExecutor(1, "grammar")
+
+    async def compile(self, grammar: Callable[[], str]) -> Grammar:
+        """Make a grammar, and compile it.
+
+        Raises:
+            Busy: too many wait already.
+            UsageError: see `Grammars.compile`.
+            PlatformError, InputError: see `Grammars`.
+        """
+        if not self._room.acquire(blocking=False):
+            raise Busy("too many forms of answers wait to be compiled", fix="try again later")
+        future = self._worker.submit(self._compile, grammar)
+        future.add_done_callback(lambda _: self._room.release())
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Take no more; what runs is not waited for."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, grammar: Callable[[], str]) -> Grammar:
+        if self._grammars is None:
+            self._grammars = Grammars(self._tokenizer, self._vocabulary)
+        try:
+            written = grammar()
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"the form of the answer cannot be read: {error}", fix="send valid JSON"
+            ) from error
+        return self._grammars.compile(written)
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """One model behind HTTP.
@@ -134,6 +178,8 @@ class Service:
         forward: what computes logits for whoever wants no text.
         tokenizer: of the same bundle.
         renderer: writes conversations down; None if the model has no chat template.
+        compiler: of the forms that answers have to have.
+        watched: the files that are read for as long as it runs.
         limits: of a request.
         metrics: what is counted.
         log_prompts: texts may be written to the log.
@@ -146,8 +192,10 @@ class Service:
     forward: Forward
     tokenizer: Tokenizer
     renderer: Renderer | None
+    compiler: "Compiler"
     limits: Limits
     metrics: Metrics
+    watched: Watched = field(default_factory=Watched)
     log_prompts: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -166,6 +214,19 @@ class Service:
                 param="model",
             )
 
+    def require_ready(self) -> None:
+        """Refuse to be sent requests when what is served is not what is on the disk any more.
+
+        Raises:
+            RefusedError: a file that was mapped has changed.
+        """
+        if (path := self.watched.changed()) is not None:
+            raise RefusedError(
+                503,
+                f"{path.name} is not the file that was loaded: restart the server",
+                code="changed_on_disk",
+            )
+
     @property
     def name(self) -> str:
         """Its own name."""
@@ -178,7 +239,7 @@ class Service:
         *,
         arrived: float,
         echoed: Sequence[Sequence[Token]] = (),
-        constraint: Callable[[], Constraint] | None = None,
+        grammar: Grammar | None = None,
     ) -> Answers:
         """Begin to answer.
 
@@ -187,7 +248,7 @@ class Service:
             asked: what is asked for.
             arrived: when the request did, on the clock `time.monotonic`.
             echoed: the tokens of each prompt, if they come before its answers.
-            constraint: makes what holds one answer to its form; None for any form.
+            grammar: of every answer; None for any text.
 
         Raises:
             RefusedError: it asks for more than the limits or the model allow.
@@ -201,12 +262,12 @@ class Service:
                 prompt,
                 most,
                 sampling=replace(asked.sampling, seed=asked.sampling.seed + copy),
-                stop=self._stop(asked),
+                stop=self._stop(asked) if grammar is None else asked.stop_ids | self.tokenizer.stop,
                 deadline=arrived + self.limits.deadline_seconds,
                 alternatives=asked.alternatives,
                 bias=asked.bias,
                 min_tokens=min(asked.min_tokens, most),
-                constraint=None if constraint is None else constraint(),
+                constraint=None if grammar is None else grammar.begin(),
             )
             if most
             else None

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -53,6 +53,7 @@ class ChatTemplate:
     Attributes:
         source: of the template.
         tokens: special tokens by the names that templates have for them.
+        takes_tools: it describes functions that the model may call.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -72,6 +73,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
+        self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         self.source = source
         self.tokens = dict(tokens)
 

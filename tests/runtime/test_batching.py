@@ -341,6 +341,35 @@ def test_a_row_whose_token_cannot_be_chosen_ends_alone(
     assert bad.ids() == [8]
 
 
+class Only:
+    """Allows one token after the other, and then nothing more."""
+
+    def __init__(self, *tokens: int) -> None:
+        self._tokens = list(tokens)
+
+    def allowed(self) -> np.ndarray:
+        if not self._tokens:
+            raise UsageError("too complex", fix="make it simpler")
+        allowed = np.zeros(1000, bool)
+        allowed[self._tokens[0]] = True
+        return allowed
+
+    def take(self, token: int) -> None:
+        assert token == self._tokens.pop(0)
+
+
+def test_a_constraint_decides_and_ends_its_own_request_only(start: Start) -> None:
+    batcher, formed, ended, free = start(Counting(3)), Answer(), Answer(), Answer()
+    batcher.submit(Request((7,), 5, constraint=Only(50, 3)), formed)
+    stop = frozenset({9})
+    batcher.submit(Request((7,), 5, constraint=Only(50, 9), stop=stop, min_tokens=4), ended)
+    batcher.submit(Request((70,), 5), free)
+    assert free.ids() == [71, 72, 73, 74, 75]
+    assert (formed.ids(), formed.end()) == ([50, 3], End(Finish.REFUSED, "too complex"))
+    # Where only the end is allowed it ends, whatever the least number of tokens.
+    assert (ended.ids(), ended.end()) == ([50], End(Finish.STOP))
+
+
 def test_logits_that_are_not_finite_end_their_own_request_only(start: Start) -> None:
     class Overflowing(Counting):
         def _logits(self, last: Sequence[int]) -> np.ndarray:

@@ -13,6 +13,7 @@ from thanos_deploy.cli._types import several
 from thanos_deploy.errors import DeployError, PlatformError
 
 if TYPE_CHECKING:
+    from runtime.engine import Weights
     from runtime.server.access import Keys
 
 _listening = several(
@@ -75,6 +76,14 @@ _engine = several(
         "--threads",
         type=click.IntRange(min=1),
         help="Number of threads on a CPU.  [default: one for each processor]",
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(["map", "memory"]),
+        default="map",
+        show_default=True,
+        help="Map the file with the weights into memory, which replicas share and nothing may "
+        "write to, or read it into memory of the server's own.",
     ),
     click.option(
         "--prefix-memory",
@@ -155,6 +164,7 @@ def command(
     slots: int,
     provider: str,
     threads: int | None,
+    weights: "Weights",
     prefix_memory: int,
     verify: bool,
     queue: int,
@@ -174,7 +184,8 @@ def command(
     POST /v2/models/NAME/infer    Open Inference Protocol: ids in, logits out
     GET  /v2/models/NAME, /v2/health/live, /v2/health/ready
     POST /tokenize, /detokenize   ids of texts or conversations, and back, as vLLM's
-    GET  /health, /metrics        for load balancers, and for Prometheus
+    GET  /health, /health/ready   for load balancers
+    GET  /metrics                 for Prometheus
     GET  /version
     GET  /openapi.json            the description of all routes
 
@@ -225,6 +236,7 @@ def command(
         provider=provider,
         threads=threads,
         prefix_bytes=prefix_memory << 20,
+        weights=weights,
         verify=verify,
         log_prompts=log_prompts,
     ) as service:

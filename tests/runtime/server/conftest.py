@@ -22,9 +22,14 @@ from runtime.server.service import Limits, Service
 from tests.bundles import add_to_model
 
 TEMPLATE = """\
+{%- for tool in tools or [] -%}{{ tool.function.name }};{%- endfor -%}
 {%- for message in messages -%}
-  {%- if message.role == 'tool' -%}{{ raise_exception('no tools here') }}{%- endif -%}
-  {{ message.role[0] }}:{{ message.content }}|
+  {%- if message.role == 'tool' and not tools -%}{{ raise_exception('no tools here') }}{%- endif -%}
+  {{ message.role[0] }}:{{ message.content }}
+  {%- for call in message.tool_calls or [] -%}
+    {{ call.function.name }}({{ call.function.arguments.n }})
+  {%- endfor -%}
+  |
 {%- endfor -%}
 {%- if mood is defined -%}{{ mood }}|{%- endif -%}
 {%- if add_generation_prompt -%}a:{%- endif -%}

@@ -36,7 +36,8 @@ def logprobs(engine: Engine, text: list[int]) -> NDArray[np.float64]:
     rows += [engine.decode(np.array([token])) for token in text[1:-1]]
     logits = np.concatenate(rows).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return logits
 
 
 def ids_of(running: Running, **asked: Any) -> list[int]:
@@ -100,7 +101,7 @@ def test_an_echo_has_the_prompt_and_its_log_probabilities(
     prompts = ["Once upon", "x"]
     asked: Any = {**GREEDY, "prompt": prompts, "max_tokens": most, "logprobs": 2, "echo": True}
     answer = server.openai().completions.create(**asked, stream=stream, n=2)
-    events = list(answer) if stream else [answer]
+    events: list[Any] = list(answer) if stream else [answer]
     for index, prompt in enumerate([prompts[0], prompts[0], prompts[1], prompts[1]]):
         choices = [one for event in events for one in event.choices if one.index == index]
         text = "".join(choice.text for choice in choices)
@@ -214,7 +215,9 @@ def test_a_template_is_given_its_variables(serve: Serve, bundle: Path) -> None:
         with running.http() as http:
             body = {"messages": [{"role": "user", "content": "x"}]}
             texts = [
-                running.service.tokenizer.decode(http.post("/tokenize", json=asked).json()["tokens"])
+                running.service.tokenizer.decode(
+                    http.post("/tokenize", json=asked).json()["tokens"]
+                )
                 for asked in (body, {**body, "chat_template_kwargs": {"mood": "glad", "tools": 1}})
             ]
         assert texts == ["u:x|a:", "u:x|glad|a:"]

@@ -316,7 +316,8 @@ def test_fields_that_ask_for_nothing_are_taken(server: Running, fields: dict[str
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"tools": [{"type": "function"}]}, "tools: not supported"),
+        ({"tools": [{"type": "function"}]}, "function: Field required"),
+        ({"functions": [{"name": "x"}]}, "functions: not supported"),
         ({"prediction": {"type": "content"}}, "prediction: not supported"),
         ({"best_of": 3}, "best_of: not supported"),
         ({"anything_at_all": 1}, "Unrecognized request argument supplied: anything_at_all"),
