@@ -43,8 +43,9 @@ def post(running: Running, body: object, path: str = "/v1/completions") -> socke
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_slots(serve: Serve, stream: bool) -> None:
-    with serve(slots=2) as running:
+    with serve(slots=3) as running:
         running.gate.open.clear()
+        # The last free slot is not for another answer of the same request.
         asked = {**ASKED, "n": 3, "stream": stream, "ignore_eos": True}
         connection = post(running, asked)
         running.wait_until(active=2, waiting=1)
@@ -87,15 +88,19 @@ def test_whoever_finds_no_room_is_told_when_to_come_back(serve: Serve) -> None:
 def test_answers_to_one_request_come_all_or_none(serve: Serve) -> None:
     with (
         serve(slots=1, limits=replace(LIMITS, answers=3)) as running,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(3) as pool,
     ):
         running.gate.open.clear()
-        first = pool.submit(complete, running, n=2)
-        running.wait_until(active=1, waiting=1)
+        taken = []
+        for waiting, copies in ((2, 3), (5, 3), (6, 1)):
+            taken.append(pool.submit(complete, running, n=copies))
+            running.wait_until(active=1, waiting=waiting)
+        # Three requests wait, one of them for its other answers.
         with pytest.raises(openai.InternalServerError):
             running.openai().completions.create(**ASKED, n=3)
+        running.wait_until(active=1, waiting=6)
         running.gate.open.set()
-        assert len(first.result().choices) == 2
+        assert [len(answer.result().choices) for answer in taken] == [3, 3, 1]
 
 
 def test_an_answer_that_is_late_is_given_up(serve: Serve) -> None:
