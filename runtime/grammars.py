@@ -36,6 +36,17 @@ _LIMITS = {
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+# Keywords of JSON Schema below which there are schemas, and those that say more of an object.
+_SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions"})
+_SCHEMAS = frozenset({"anyOf", "oneOf", "prefixItems"})
+_SAY_MORE = frozenset(
+    {
+        *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
+        *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas"),
+    }
+)
+
+
 class Grammars:
     """Compiles grammars for one tokenizer; from any thread."""
 
@@ -140,9 +151,9 @@ class Match:
 
 
 def of_schema(schema: Mapping[str, Any]) -> str:
-    """The grammar of JSON that a schema describes."""
+    """The grammar of JSON that a schema describes; see `closed`."""
     grammar: str = _library().LLMatcher.grammar_from_json_schema(
-        json.dumps(schema), overrides=_JSON
+        json.dumps(closed(schema)), overrides=_JSON
     )
     return grammar
 
@@ -175,8 +186,33 @@ def of_grammar(text: str) -> str:
 
 
 def json_within(schema: Mapping[str, Any]) -> str:
-    """The part of a grammar that is JSON of a schema."""
-    return "%json " + json.dumps({**schema, "x-guidance": _JSON})
+    """The part of a grammar that is JSON of a schema; see `closed`."""
+    return "%json " + json.dumps({**closed(schema), "x-guidance": _JSON})
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have the properties that it names, and no others.
+
+    To JSON Schema any others are welcome where nothing is said of them, and a model that may invent
+    some does not come to an end. Where the schema says something of them, that holds.
+    """
+    inner = {
+        key: {name: _closed(part) for name, part in value.items()}
+        if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping)
+        else [_closed(part) for part in value]
+        if key in _SCHEMAS and isinstance(value, list)
+        else _closed(value)
+        if key == "items"
+        else value
+        for key, value in schema.items()
+    }
+    if "properties" in inner and not _SAY_MORE & inner.keys():
+        inner["additionalProperties"] = False
+    return inner
+
+
+def _closed(part: Any) -> Any:
+    return closed(part) if isinstance(part, Mapping) else part
 
 
 def _library() -> Any:

@@ -10,6 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from runtime.grammars import closed
 from runtime.server.templates import Conversation
 from runtime.server.tools import Call, Calls, grammar, offered
 from tests.runtime.server.conftest import Running
@@ -123,6 +124,26 @@ def test_vllms_fields_are_kept_to_on_both_routes(
 def test_a_form_that_cannot_be_kept_to_is_refused(server: Running, fields: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError):
         chat(server, extra_body=fields)
+
+
+def test_objects_have_no_other_properties_unless_the_schema_says_so() -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "null"}}}
+    shut = {**inner, "additionalProperties": False}
+    assert closed({"properties": {"a": inner}}) == {
+        "properties": {"a": shut},
+        "additionalProperties": False,
+    }
+    assert closed({"anyOf": [inner, {"type": "array", "items": inner}], "$defs": {"x": inner}}) == {
+        "anyOf": [shut, {"type": "array", "items": shut}],
+        "$defs": {"x": shut},
+    }
+    for said in (
+        {"properties": {}, "additionalProperties": True},
+        {"properties": {}, "allOf": [inner]},
+        {"type": "object"},
+        {"enum": [{"properties": 1}]},
+    ):
+        assert closed(said) == said
 
 
 def test_a_form_that_is_too_large_is_refused(
