@@ -7,7 +7,8 @@ size and what it may cost, when it is compiled and at every token, are limited.
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -98,11 +99,14 @@ class Grammars:
         with self._lock:
             matcher = self._kept.get(grammar)
             if matcher is None:
-                matcher = self._library.LLMatcher(
-                    self._tokenizer, grammar, log_level=0, limits=self._limits
-                )
-                if not matcher.is_error():
-                    matcher.deep_copy().compute_bitmask()  # what it costs is counted, too
+                with _guarded():
+                    matcher = self._library.LLMatcher(
+                        self._tokenizer, grammar, log_level=0, limits=self._limits
+                    )
+                    if not matcher.is_error():
+                        first = matcher.deep_copy()
+                        first.compute_bitmask()  # some are found out by the first token only
+                        matcher = first if first.is_error() else matcher
                 if matcher.is_error():
                     raise _refused(matcher.get_error())
                 self._kept[grammar] = matcher
@@ -137,7 +141,8 @@ class Match:
         Raises:
             UsageError: to go on would be too complex.
         """
-        mask = self._matcher.compute_bitmask()
+        with _guarded():
+            mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise _refused(self._matcher.get_error())
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
@@ -146,7 +151,9 @@ class Match:
 
     def take(self, token: int) -> None:
         """See `Constraint.take`."""
-        if not self._matcher.consume_token(token):
+        with _guarded():
+            taken = self._matcher.consume_token(token)
+        if not taken:
             raise _refused(self._matcher.get_error())
 
 
@@ -224,6 +231,21 @@ def _library() -> Any:
             fix="pip install 'thanos-deploy[structured]'",
         ) from error
     return llguidance
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """Whatever the library stumbles with, a panic of its Rust part included, is the form's fault.
+
+    Raises:
+        UsageError: it stumbled.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as a panic is: it must end neither a thread nor the server
+        raise _refused(f"{type(error).__name__}: {error}") from error
 
 
 def _refused(problem: str) -> UsageError:

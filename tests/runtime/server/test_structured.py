@@ -76,6 +76,7 @@ def test_a_parsed_answer_is_one_of_the_clients_types(server: Running) -> None:
     [
         ({"guided_regex": "[ab]{3}-[0-9]{2}"}, "[ab]{3}-[0-9]{2}"),
         ({"guided_choice": ["one", 'tw"o\n']}, 'one|tw"o\n'),
+        ({"guided_choice": ["é\u2028"]}, "é\u2028"),
         ({"guided_json": json.dumps(SCHEMA)}, r'\{"n": \d+, "word": "(yes|no)"\}'),
         ({"guided_grammar": 'root ::= "a" | "b" root'}, "b*a"),
         ({"guided_grammar": 'start: "a" | "b" start'}, "b*a"),
@@ -109,6 +110,8 @@ def test_vllms_fields_are_kept_to_on_both_routes(
         {"guided_json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
         {"guided_grammar": "start: nothing"},
         {"guided_grammar": "::="},
+        {"guided_grammar": 'start: "\ud800"'},
+        {"guided_regex": "\ud800"},
         {"guided_choice": []},
         {"guided_choice": ["a"], "guided_regex": "a"},
         {"structured_outputs": {"regex": "a", "nonsense": 1}},
