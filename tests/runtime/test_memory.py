@@ -143,6 +143,13 @@ def session(exported_llama: Path) -> ort.InferenceSession:
     )
 
 
+@pytest.fixture
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beginnings of prompts are found again, as short as they are here."""
+    monkeypatch.setattr("runtime.prefixes._TOKENS", 4)
+
+
+@pytest.mark.usefixtures("_short_blocks")
 @given(events=events)
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
