@@ -311,6 +311,19 @@ class Batcher:
             admitted = self._next()
             self._waiting = [one for one in self._waiting if one not in admitted]
             self._active += len(admitted)
+        begun = 0
+        try:
+            for group in self._grouped(admitted):
+                reading = self._engine.join([one.request.prompt for one in group])
+                self._groups.append(_Group(reading, group))
+                begun += len(group)
+        except BaseException:
+            # Whoever was admitted counts as in the engine, and ends with it.
+            self._rows += admitted[begun:]
+            raise
+
+    def _grouped(self, admitted: Sequence[_Sequence]) -> list[list[_Sequence]]:
+        """Those that are read together, in their order."""
         groups: list[list[_Sequence]] = []
         longest = 0
         for sequence in admitted:
@@ -322,14 +335,7 @@ class Batcher:
             else:
                 groups.append([sequence])
                 longest = unread
-        for place, group in enumerate(groups):
-            try:
-                reading = self._engine.join([sequence.request.prompt for sequence in group])
-            except BaseException:
-                # Whoever was admitted is in the engine, and ends with it.
-                self._rows += [one for later in groups[place:] for one in later]
-                raise
-            self._groups.append(_Group(reading, group))
+        return groups
 
     def _next(self) -> list[_Sequence]:
         """Who gets the free slots: in turn, whose owner has the fewest, and came first."""

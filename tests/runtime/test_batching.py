@@ -37,6 +37,8 @@ class Counting:
         self._permits.release(steps)
 
     def remembered(self, prompt: Sequence[int]) -> int:
+        if "remembered" in self.broken:
+            raise RuntimeError("remembered broke")
         return 0
 
     def join(self, prompts: Sequence[Sequence[int]]) -> "CountingReading":
@@ -300,7 +302,7 @@ def test_a_request_is_given_up_at_its_deadline(
     assert (early.tokens, waiting.tokens, len(first.tokens)) == ([], [], 2)
 
 
-@pytest.mark.parametrize("call", ["join", "read", "decode", "leave"])
+@pytest.mark.parametrize("call", ["remembered", "join", "read", "decode", "leave"])
 def test_when_the_engine_fails_its_requests_end_and_the_next_one_works(
     start: Start, call: str
 ) -> None:
