@@ -40,11 +40,11 @@ class Text:
 
 
 class Clocked:
-    """Slots that add up the seconds spent in each of their methods."""
+    """Slots that add up the seconds spent in each of their methods, and of their readings'."""
 
-    def __init__(self, slots: Any) -> None:
+    def __init__(self, slots: Any, seconds: defaultdict[str, float] | None = None) -> None:
         self._slots = slots
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float) if seconds is None else seconds
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._slots, name)
@@ -55,7 +55,7 @@ class Clocked:
             started = time.perf_counter()
             result = call(*arguments)
             self.seconds[name] += time.perf_counter() - started
-            return result
+            return Clocked(result, self.seconds) if name == "join" else result
 
         return run
 

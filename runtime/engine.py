@@ -7,11 +7,11 @@ steps; a backend has one if its module has `open_slots`.
 
 import json
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from thanos_deploy.errors import InputError, UsageError
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+
+# Where the weights are while a model runs: in memory, or in their file, mapped into memory.
+Weights = Literal["memory", "map"]
 
 
 class Engine(Protocol):
@@ -63,6 +66,33 @@ class Engine(Protocol):
         """
 
 
+class Reading(Protocol):
+    """Prompts of newcomers, which are read together until they are rows of the batch.
+
+    Attributes:
+        reused: tokens of the prompts that were read before, and need not be read again.
+    """
+
+    reused: int
+
+    @property
+    def left(self) -> int:
+        """Tokens to read, padding included."""
+
+    def read(self, tokens: int) -> Logits | None:
+        """Read on; once all is read, the newcomers are the last rows, in their order.
+
+        Args:
+            tokens: about how many, of all prompts together.
+
+        Returns:
+            float32[newcomers, vocabulary], what follows the prompts; None if some is left to read.
+        """
+
+    def abandon(self, newcomer: int) -> None:
+        """Forget a newcomer; the last one takes its place."""
+
+
 class SlotEngine(Protocol):
     """A model that continues the rows of a batch, which join and leave between steps.
 
@@ -76,18 +106,11 @@ class SlotEngine(Protocol):
     vocabulary: int
     slots: int
 
-    def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Take newcomers, at most as many as slots are free; there must be none already."""
+    def remembered(self, prompt: Sequence[int]) -> int:
+        """How many tokens at the beginning of a prompt need not be read, as it is now."""
 
-    def read(self, tokens: int) -> Logits | None:
-        """Read on in the prompts of the newcomers; once all is read, they are the last rows.
-
-        Args:
-            tokens: about how many, of all prompts together.
-
-        Returns:
-            float32[newcomers, vocabulary], what follows the prompts; None if some is left to read.
-        """
+    def join(self, prompts: Sequence[Sequence[int]]) -> Reading:
+        """Take newcomers, at most as many as slots are free, to be read together."""
 
     def decode(self, ids: Ids) -> Logits:
         """Append one token to every row and return what follows it.
@@ -102,11 +125,11 @@ class SlotEngine(Protocol):
     def leave(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
 
-    def abandon(self, newcomer: int) -> None:
-        """Forget a newcomer; the last one takes its place."""
-
     def clear(self) -> None:
-        """Forget everything, in whatever state an exception has left it; raises nothing."""
+        """Forget everything, in whatever state an exception has left it; raises nothing.
+
+        No reading goes on after it.
+        """
 
 
 class ServingEngine(SlotEngine, Protocol):
@@ -125,6 +148,24 @@ class ServingEngine(SlotEngine, Protocol):
             float32[batch, vocabulary].
 
         Raises:
+            UsageError: as `Engine.prefill`.
+            CancelledError: it was given up.
+        """
+
+    def score(
+        self, ids: Sequence[int], given_up: Callable[[], bool] = lambda: False
+    ) -> Iterator[Logits]:
+        """What follows every token of a text, which leaves no trace; on any thread, at any time.
+
+        Args:
+            ids: the text, as it stands.
+            given_up: as in `logits`.
+
+        Yields:
+            float32[part, vocabulary], the logits after every token, in order.
+
+        Raises:
+            InputError: the model gives the logits after the last token only.
             UsageError: as `Engine.prefill`.
             CancelledError: it was given up.
         """
@@ -184,6 +225,8 @@ def open_slots(
     backend: str = "onnxruntime",
     provider: str = "cpu",
     threads: int | None = None,
+    prefix_bytes: int = 0,
+    weights: Weights = "map",
     verify: bool = True,
 ) -> ServingEngine:
     """Load the model of a bundle for several sequences that come and go.
@@ -194,6 +237,10 @@ def open_slots(
         backend: one of `backends()` that has slots.
         provider: what the backend is to run on, and whose memory the kv cache is in.
         threads: how many compute on a CPU; None for the backend's own choice.
+        prefix_bytes: of the provider's memory, to keep beginnings of prompts in; see
+            `runtime.prefixes`.
+        weights: what is mapped takes memory once for all processes that map it, and must not be
+            written to; see `runtime.server.watched`.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
@@ -217,7 +264,12 @@ def open_slots(
         )
     require_stage(bundle, module, verify=verify)
     opened: ServingEngine = module.open_slots(
-        bundle, slots=slots, provider=provider, threads=threads
+        bundle,
+        slots=slots,
+        provider=provider,
+        threads=threads,
+        prefix_bytes=prefix_bytes,
+        weights=weights,
     )
     return opened
 

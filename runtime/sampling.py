@@ -1,11 +1,13 @@
 """Choose the next token from its logits. Knows ids only.
 
 The steps and their order are those of transformers' `generate`: repetition penalty, temperature,
-top-k, top-p, min-p, then a draw. Every finite logit with every allowed value gives a token: the
+top-k, top-p, min-p, then a draw. OpenAI's frequency and presence penalties and biases come after
+the repetition penalty. Every finite logit with every allowed value gives a token: the
 likeliest token always stays, and what overflows is as unlikely, or as likely, as can be.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,8 @@ class Sampling:
         min_p: only tokens at least this fraction as likely as the likeliest.
         repetition_penalty: logits of tokens that were seen are divided by it if positive, and
             multiplied by it if negative; 1 for none.
+        frequency_penalty: taken from the logit of a token for each time that it was generated.
+        presence_penalty: taken from the logit of every token that was generated.
         seed: of the random numbers; row i of a batch uses seed + i.
 
     Raises:
@@ -36,6 +40,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +51,8 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("frequency_penalty", np.isfinite(self.frequency_penalty), "from -2 to 2"),
+            ("presence_penalty", np.isfinite(self.presence_penalty), "from -2 to 2"),
             ("seed", self.seed >= 0, "0 or more"),
         ):
             if not holds:  # NaN is in no range
@@ -62,25 +70,39 @@ _LARGEST = np.finfo(np.float64).max / 4
 class Sampler:
     """Chooses the tokens of one sequence, and remembers which were seen."""
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int], row: int = 0) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Iterable[int],
+        row: int = 0,
+        *,
+        bias: Mapping[int, float] | None = None,
+    ) -> None:
         """Start after a prompt.
 
         Args:
             sampling: how to choose.
             prompt: its ids; they count as seen.
             row: of the batch.
+            bias: added to the logits of these ids.
         """
         self._sampling = sampling
         self._seen = set(prompt)
+        self._counts: Counter[int] = Counter()
+        self._bias = dict(bias or {})
         self._random = np.random.default_rng(sampling.seed + row)
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
+    def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
         """The next token.
 
         Args:
             logits: float32[vocabulary].
+            allowed: bool[vocabulary], at least one of them; None for all.
         """
         scores = penalise(logits, self._seen, self._sampling.repetition_penalty)
+        self._shift(scores)
+        if allowed is not None:
+            scores[~allowed] = -np.inf
         if self._sampling.temperature == 0:
             token = int(scores.argmax())
         else:
@@ -91,7 +113,17 @@ class Sampler:
             drawn = min(drawn, np.nextafter(cumulative[-1], 0))
             token = int(np.searchsorted(cumulative, drawn, side="right"))
         self._seen.add(token)
+        self._counts[token] += 1
         return token
+
+    def _shift(self, scores: NDArray[np.float64]) -> None:
+        """Penalise what was generated, and add the biases; in place."""
+        frequency, presence = self._sampling.frequency_penalty, self._sampling.presence_penalty
+        if (frequency or presence) and self._counts:
+            counts = np.array(list(self._counts.values()))
+            scores[list(self._counts)] -= frequency * counts + presence
+        if self._bias:
+            scores[list(self._bias)] += list(self._bias.values())
 
 
 def penalise(

@@ -14,15 +14,18 @@ for a longer prompt, and to cut common padding off once that has cost as much as
 buffers are in the memory of the device that the graph runs on; see `runtime.memory`.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from runtime.engine import Ids, Logits, require_readable
 from runtime.graph import Graph
 from runtime.memory import Tensor
+from runtime.prefixes import Block, Prefixes, covered
 
 # Tokens of each sequence that are read at once where nobody says how many.
 _PIECE = 128
@@ -38,13 +41,15 @@ class Rows:
         lengths: int64[rows], the tokens of each row; the rest of the past is padding.
     """
 
-    def __init__(self, graph: Graph, most: int) -> None:
+    def __init__(self, graph: Graph, most: int, *, room: int = 0) -> None:
         """Begin without rows.
 
         Args:
             graph: what reads tokens.
             most: rows that may come.
+            room: tokens of a row that are sure to come.
         """
+        self._least_room = room
         self._graph = graph
         self._memory = graph.memory
         self._most = most
@@ -82,6 +87,47 @@ class Rows:
                 tensor.lines(range(old, old + more), tokens),
                 other.lines(range(more), range(others._past)),
             )
+
+    def recall(self, beginnings: Sequence[Sequence[Block]], lengths: Ids) -> None:
+        """Give rows, of which none has any token yet, what was read before.
+
+        Args:
+            beginnings: of each row.
+            lengths: int64[rows], the tokens of these that are taken.
+        """
+        if not lengths.any():
+            return
+        self._move(int(lengths.max()))
+        self.lengths = lengths.copy()
+        for row, (blocks, length) in enumerate(zip(beginnings, lengths.tolist(), strict=True)):
+            start = 0
+            for block in blocks:
+                taken = min(length - start, len(block.ids))
+                if taken <= 0:
+                    break
+                place = self._past - length + start
+                for tensor, kept in zip(self._tensors(), block.cache, strict=True):
+                    self._memory.copy(
+                        tensor.lines(range(row, row + 1), range(place, place + taken)),
+                        kept.lines(range(1), range(taken)),
+                    )
+                start += taken
+
+    def copy(self, row: int, tokens: range) -> list[Tensor]:
+        """The cache of some tokens of a row, in memory of its own: each [1, heads, tokens, dim]."""
+        padding = self._past - int(self.lengths[row])
+        copied = []
+        for tensor in self._tensors():
+            shape = (1, tensor.shape[1], len(tokens), tensor.shape[3])
+            flat = self._memory.allocate(math.prod(shape), tensor.type)
+            copied.append(replace(flat, shape=shape))
+            self._memory.copy(
+                copied[-1].lines(range(1), range(len(tokens))),
+                tensor.lines(
+                    range(row, row + 1), range(padding + tokens.start, padding + tokens.stop)
+                ),
+            )
+        return copied
 
     def remove(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
@@ -138,7 +184,7 @@ class Rows:
     def _room(self, past: int) -> list[Tensor]:
         """The same of another past, to be written before `_turn`."""
         if self._spare_room < past:
-            self._spare_room = int(_HEADROOM * past) + 1
+            self._spare_room = max(int(_HEADROOM * past) + 1, self._least_room)
             # The past may be long, and the rows may be many: the smaller ones go first.
             self._spare = []
             self._spare = [
@@ -171,35 +217,28 @@ class OnnxRuntimeSlots:
         slots: the most rows, newcomers included.
     """
 
-    def __init__(self, graph: Graph, *, slots: int) -> None:
+    def __init__(self, graph: Graph, *, slots: int, prefix_bytes: int = 0) -> None:
+        """Begin without rows.
+
+        Args:
+            graph: what reads tokens.
+            slots: the most rows.
+            prefix_bytes: of the device's memory, to keep the beginnings of prompts in.
+        """
         self.max_sequence = graph.max_sequence
         self.vocabulary = graph.vocabulary
         self.slots = slots
         self._graph = graph
         self._rows = Rows(graph, slots)
-        self._newcomers = Rows(graph, slots)
-        self._prompts = np.zeros(0, np.int64)  # lengths
-        self._unread = np.zeros((0, 0), np.int64)  # the right part of the padded prompts
+        self._prefixes = Prefixes(graph, prefix_bytes)
 
-    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+    def remembered(self, prompt: Sequence[int]) -> int:
+        """See `SlotEngine.remembered`."""
+        return covered(self._prefixes.find(prompt))
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> "PromptReading":
         """See `SlotEngine.join`."""
-        self._prompts = np.array([len(prompt) for prompt in prompts])
-        self._unread = np.zeros((len(prompts), self._prompts.max()), np.int64)
-        for row, prompt in enumerate(prompts):
-            self._unread[row, -len(prompt) :] = prompt
-        self._newcomers.add(len(prompts))
-
-    def read(self, tokens: int) -> Logits | None:
-        """See `SlotEngine.read`."""
-        columns = max(1, tokens // len(self._unread))
-        piece, self._unread = self._unread[:, :columns], self._unread[:, columns:]
-        left = self._unread.shape[1]
-        logits = self._newcomers.read(piece, np.maximum(self._prompts - left, 0))
-        if left:
-            return None
-        self._rows.extend(self._newcomers)
-        self._newcomers.clear()
-        return logits
+        return PromptReading(self._graph, prompts, self._prefixes, self._rows)
 
     def decode(self, ids: Ids) -> Logits:
         """See `SlotEngine.decode`."""
@@ -209,17 +248,9 @@ class OnnxRuntimeSlots:
         """See `SlotEngine.leave`."""
         self._rows.remove(row)
 
-    def abandon(self, newcomer: int) -> None:
-        """See `SlotEngine.abandon`."""
-        self._newcomers.remove(newcomer)
-        for values in (self._prompts, self._unread):
-            values[newcomer] = values[-1]
-        self._prompts, self._unread = self._prompts[:-1], self._unread[:-1]
-
     def clear(self) -> None:
         """See `SlotEngine.clear`."""
         self._rows.clear()
-        self._newcomers.clear()
 
     def logits(
         self, ids: Ids, mask: Ids | None = None, given_up: Callable[[], bool] = lambda: False
@@ -236,3 +267,67 @@ class OnnxRuntimeSlots:
             end = start + _PIECE
             last, cache = self._graph.run(ids[:, start:end], mask[:, :end], cache)
         return last
+
+    def score(
+        self, ids: Sequence[int], given_up: Callable[[], bool] = lambda: False
+    ) -> Iterator[Logits]:
+        """See `ServingEngine.score`."""
+        for part in self._graph.read(np.array(ids)):
+            if given_up():
+                raise CancelledError
+            yield part
+
+
+class PromptReading:
+    """See `runtime.engine.Reading`."""
+
+    def __init__(
+        self, graph: Graph, prompts: Sequence[Sequence[int]], prefixes: Prefixes, rows: Rows
+    ) -> None:
+        """Begin with what is remembered of the prompts."""
+        self._prompts = list(map(tuple, prompts))
+        self._prefixes = prefixes
+        self._rows = rows
+        known = [prefixes.find(prompt) for prompt in prompts]
+        self._lengths = np.array(list(map(len, prompts)))
+        columns = max(
+            len(prompt) - covered(its) for prompt, its in zip(prompts, known, strict=True)
+        )
+        # Whoever remembers more reads as much all the same: padding is on the left of a row only.
+        beginnings = np.maximum(self._lengths - columns, 0)
+        self.reused = int(beginnings.sum())
+        self._unread = np.zeros((len(prompts), columns), np.int64)
+        for row, (prompt, beginning) in enumerate(zip(prompts, beginnings, strict=True)):
+            unread = prompt[beginning:]
+            self._unread[row, -len(unread) :] = unread
+        # They need no room beyond the prompts.
+        self._newcomers = Rows(graph, len(prompts), room=int(self._lengths.max()))
+        self._newcomers.add(len(prompts))
+        self._newcomers.recall(known, beginnings)
+
+    @property
+    def left(self) -> int:
+        """See `Reading.left`."""
+        return self._unread.size
+
+    def read(self, tokens: int) -> Logits | None:
+        """See `Reading.read`."""
+        columns = max(1, tokens // len(self._unread))
+        piece, self._unread = self._unread[:, :columns], self._unread[:, columns:]
+        left = self._unread.shape[1]
+        logits = self._newcomers.read(piece, np.maximum(self._lengths - left, 0))
+        if left:
+            return None
+        for row, prompt in enumerate(self._prompts):
+            self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
+        self._rows.extend(self._newcomers)
+        return logits
+
+    def abandon(self, newcomer: int) -> None:
+        """See `Reading.abandon`."""
+        self._newcomers.remove(newcomer)
+        self._prompts[newcomer] = self._prompts[-1]
+        self._prompts.pop()
+        for values in (self._lengths, self._unread):
+            values[newcomer] = values[-1]
+        self._lengths, self._unread = self._lengths[:-1], self._unread[:-1]

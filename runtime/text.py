@@ -3,25 +3,31 @@
 The tokenizer is the model's; see `thanos_deploy.model.tokenizer_files`.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from runtime.engine import Engine, stop_ids
 from runtime.generate import generate
 from runtime.sampling import GREEDY, Sampling
+from thanos_deploy.bundle.layout import MODEL, TOKENIZER
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError, boundary
 from thanos_deploy.model import tokenizer_files
-
-TOKENIZER = f"model/{tokenizer_files.TOKENIZER}"
 
 # Ids before the first one that it is decoded with.
 _CONTEXT = 8
 
 
 class Tokenizer:
-    """A tokenizer, and the ids that end a text."""
+    """A tokenizer, and the ids that end a text.
+
+    Attributes:
+        stop: ids that end a text.
+        specials: texts that stand for special tokens.
+    """
 
     def __init__(self, tokenizer: Any, stop: frozenset[int]) -> None:
         """Wrap a tokenizer.
@@ -33,6 +39,11 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._texts: dict[int, str | None] = {}
         self.stop = stop
+        self.specials = tuple(
+            token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        )
 
     def encode(self, text: str, *, framed: bool = True) -> list[int]:
         """The ids of a text.
@@ -60,10 +71,33 @@ class Tokenizer:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=framed).ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def encode_literally(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are text like any other."""
+        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _literal(self) -> Any:
+        # Another one, because what it makes of special tokens is a property of a tokenizer.
+        other = copy.deepcopy(self._tokenizer)
+        other.encode_special_tokens = True
+        return other
+
+    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
+        """The text of ids, with or without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not specials)
         return text
+
+    @property
+    def size(self) -> int:
+        """How many ids it knows."""
+        known: int = self._tokenizer.get_vocab_size()
+        return known
+
+    def serialized(self) -> str:
+        """All of it, as JSON that other libraries read."""
+        content: str = self._tokenizer.to_str()
+        return content
 
     def text_of(self, token: int) -> str | None:
         """The text of one id within a longer text; None if it is only part of a character."""
@@ -76,6 +110,11 @@ class Tokenizer:
             text = twice[len(once) :]
             self._texts[token] = None if "\ufffd" in text else text
         return self._texts[token]
+
+    def name_of(self, token: int) -> str:
+        """Its text, or "token_id:NUMBER" where it is none by itself."""
+        text = self.text_of(token)
+        return f"token_id:{token}" if text is None else text
 
 
 def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
@@ -95,7 +134,7 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
         opened.verify_file(TOKENIZER)
         verify_texts(opened)
     try:
-        return Tokenizer(tokenizer_files.load(bundle / "model"), stop_ids(bundle / "model"))
+        return Tokenizer(tokenizer_files.load(bundle / MODEL), stop_ids(bundle / MODEL))
     except ImportError as error:
         raise PlatformError(
             "the package tokenizers is not installed", fix="pip install tokenizers"
@@ -116,15 +155,20 @@ def verify_texts(bundle: Bundle, *, templates: bool = False) -> None:
         templates: the chat templates, too.
 
     Raises:
-        IntegrityError: a file was changed, or is missing.
+        IntegrityError: a file was changed, is missing, or is one that no stage wrote.
     """
-    read = {*tokenizer_files.TOKENS, "config.json", "generation_config.json"}
-    for name in [name for stage in bundle.stages.values() for name in stage.files]:
+
+    def is_read(name: str) -> bool:
         folder, _, file = name.partition("/")
-        if folder == "model" and (
-            file in read or (templates and tokenizer_files.is_template(file))
-        ):
+        return folder == MODEL and (
+            file in (*tokenizer_files.TOKENS, "config.json", "generation_config.json")
+            or (templates and tokenizer_files.is_template(file))
+        )
+
+    for name in [name for stage in bundle.stages.values() for name in stage.files]:
+        if is_read(name):
             bundle.verify_file(name)
+    bundle.refuse(filter(is_read, bundle.unrecorded(MODEL)))
 
 
 def stream(

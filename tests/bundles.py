@@ -126,6 +126,19 @@ def build_record(target: str = "tensorrt-rtx") -> BuildRecord:
     )
 
 
+def add_to_model(path: Path, name: str, content: str) -> None:
+    """Add a text file to the model of a bundle, as a stage of its own would have written it."""
+
+    def produce(folder: Path) -> Json:
+        place = folder / layout.MODEL / name
+        place.parent.mkdir(parents=True)
+        place.write_text(content)
+        return {}
+
+    with manifest.claim(path, Bundle.open(path).source) as bundle:
+        bundle.run(name.replace("/", "-"), produce, options={}, inputs={}, overwrite=True)
+
+
 def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
     """Add the record of an engine."""
     stage, record = f"{target}-sm80", build_record(target)

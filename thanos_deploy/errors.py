@@ -107,6 +107,11 @@ def of_system(error: Exception) -> DeployError | None:
             fix="free some space and repeat the command; what is finished is kept",
         )
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        if _is_unreadable(error.filename):
+            return PlatformError(
+                f"{error.filename}: this user may not read it ({error.strerror})",
+                fix="let it be read, with chmod or chown, or run this as the user who owns it",
+            )
         return PlatformError(
             f"{error.filename}: {error.strerror}",
             fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
@@ -146,3 +151,13 @@ def _summary(error: Exception) -> str:
     """The type of an exception and the first paragraph of its text; some have pages of it."""
     text = str(error).strip().partition("\n\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_unreadable(path: str | bytes | None) -> bool:
+    """There is such a file or folder, or the way to it is barred."""
+    if not path:
+        return False
+    if os.path.exists(path):
+        return not os.access(path, os.R_OK)
+    folder = os.path.dirname(path)
+    return bool(folder) and os.path.isdir(folder) and not os.access(folder, os.X_OK)

@@ -25,7 +25,15 @@ from exporters.triton import kserve
 from thanos_deploy.bundle import files, manifest, onnxfile
 from thanos_deploy.bundle.engine_record import read_build
 from thanos_deploy.bundle.graph_record import read_graph_record
-from thanos_deploy.bundle.layout import ENGINE, GRAPH, GRAPH_DATA, GRAPH_RECORD, MODEL, ONNX
+from thanos_deploy.bundle.layout import (
+    ENGINE,
+    GRAPH,
+    GRAPH_DATA,
+    GRAPH_RECORD,
+    MODEL,
+    ONNX,
+    TOKENIZER,
+)
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.model import tokenizer_files
 from thanos_deploy.model.rope import change_in
@@ -38,7 +46,6 @@ KSERVE = "kserve.yaml"
 # Texts that `text` makes at once, and texts that may wait; its config.pbtxt can be changed.
 _SLOTS, _QUEUE = 8, 64
 _PACKAGES = ("runtime", "thanos_deploy")  # whose modules go with its model
-_TOKENIZER = f"{MODEL}/{tokenizer_files.TOKENIZER}"
 _READ_BY_TEXT = (
     manifest.MANIFEST,
     *(f"{ONNX}/{name}" for name in (GRAPH, GRAPH_DATA, GRAPH_RECORD)),
@@ -101,9 +108,9 @@ def export(
     record = read_graph_record(bundle / ONNX / GRAPH_RECORD)
     if (change := change_in(bundle)) is not None:
         change.require_never(record.max_sequence, bundle)
-    if not (bundle / _TOKENIZER).is_file():
+    if not (bundle / TOKENIZER).is_file():
         raise InputError(
-            f"{bundle / _TOKENIZER}: missing",
+            f"{bundle / TOKENIZER}: missing",
             fix="save the model's tokenizer as tokenizer.json before pruning it",
         )
     configs = {
@@ -117,7 +124,8 @@ def export(
         _copy(path, folders[TEXT] / path.relative_to(text_model.parent.parent))
     shutil.copyfile(text_model, folders[TEXT] / "model.py")
     texts = (f"{MODEL}/{name}" for name in tokenizer_files.files_in(bundle / MODEL))
-    for read in (*_READ_BY_TEXT, *texts):
+    recorded = manifest.Bundle.open(bundle).recorded
+    for read in (*_READ_BY_TEXT, *filter(recorded, texts)):
         if (bundle / read).exists():
             _copy(bundle / read, folders[TEXT] / "bundle" / read)
     shutil.copyfile(bundle / ONNX / GRAPH, folders[ONNX] / GRAPH)

@@ -12,12 +12,14 @@ CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
 """
 
 from runtime.batching.batcher import PROMPT_TOKENS, Batcher, Busy, State, Ticket
-from runtime.batching.requests import Deliver, End, Finish, Request, Token
+from runtime.batching.logprobs import token_of
+from runtime.batching.requests import Constraint, Deliver, End, Finish, Request, Token
 
 __all__ = [
     "PROMPT_TOKENS",
     "Batcher",
     "Busy",
+    "Constraint",
     "Deliver",
     "End",
     "Finish",
@@ -25,4 +27,5 @@ __all__ = [
     "State",
     "Ticket",
     "Token",
+    "token_of",
 ]

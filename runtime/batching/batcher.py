@@ -3,14 +3,16 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.batching.logprobs import token_of
 from runtime.batching.requests import Deliver, End, Finish, Request, Token
-from runtime.engine import Logits, SlotEngine, require_readable
+from runtime.engine import Logits, Reading, SlotEngine, require_readable
 from runtime.sampling import Sampler
 from thanos_deploy.errors import ResourceError, UsageError
 
@@ -30,7 +32,8 @@ class State:
         slots: the most requests that can.
         steps: of all rows, a token each, since the start.
         tokens: delivered since the start.
-        prompt_tokens: read since the start.
+        prompt_tokens: of the prompts that were read since the start.
+        reused_tokens: of these, how many were remembered from earlier prompts.
     """
 
     waiting: int
@@ -39,6 +42,7 @@ class State:
     steps: int
     tokens: int
     prompt_tokens: int
+    reused_tokens: int
 
 
 class Busy(ResourceError):  # noqa: N818  # what it is, like queue.Full
@@ -59,21 +63,24 @@ class Ticket:
 class _Sequence:
     """A request on its way."""
 
-    def __init__(self, request: Request, deliver: Deliver, most: int) -> None:
+    def __init__(self, request: Request, deliver: Deliver, most: int, owner: Hashable) -> None:
         """Begin.
 
         Args:
             request: what is asked for.
             deliver: who is told.
             most: the tokens that fit in the engine after the prompt.
+            owner: see `Batcher.submit`; None for nobody else.
         """
         self.request = request
+        self.owner: Hashable = self if owner is None else owner
         self.ticket = Ticket()
         self.last = 0
         self.end: End | None = None
         self._deliver = deliver
         self._left = min(request.new_tokens, most)
-        self._sampler = Sampler(request.sampling, request.prompt)
+        self._generated = 0
+        self._sampler = Sampler(request.sampling, request.prompt, bias=request.bias)
 
     def extend(self, logits: NDArray[np.float32]) -> bool:
         """Choose a token and deliver it; False if the text ends before it.
@@ -84,15 +91,29 @@ class _Sequence:
         if not np.isfinite(logits.max()):  # which is NaN if one of them is
             self.end = End(Finish.FAILED, "the model's logits are not finite")
             return False
-        self.last = self._sampler.choose(logits)
+        self.last = self._sampler.choose(logits, self._allowed(len(logits)))
         if self.last in self.request.stop:
             self.end = End(Finish.STOP)
             return False
+        if self.request.constraint is not None:
+            self.request.constraint.take(self.last)
+        self._generated += 1
         self._left -= 1
         if not self._left:
             self.end = End(Finish.LENGTH)
-        self._tell(_token(self.last, logits, self.request.alternatives))
+        self._tell(token_of(self.last, logits, self.request.alternatives))
         return True
+
+    def _allowed(self, vocabulary: int) -> NDArray[np.bool_] | None:
+        """bool[vocabulary], what may come next; None if everything may."""
+        constraint = self.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        if self._generated >= self.request.min_tokens or not self.request.stop:
+            return allowed
+        longer = np.ones(vocabulary, bool) if allowed is None else allowed.copy()
+        longer[list(self.request.stop)] = False
+        # Where the form of the answer allows nothing but its end, it ends.
+        return longer if longer.any() else allowed
 
     def give_up(self, now: float, *, closed: bool) -> None:
         """End if nobody waits for more, unless it has ended."""
@@ -118,28 +139,12 @@ class _Sequence:
             self.ticket.cancel()
 
 
-def _token(chosen: int, logits: NDArray[np.float32], alternatives: int | None) -> Token:
-    if alternatives is None:
-        return Token(chosen, None)
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    logprobs = scores - np.log(np.exp(scores).sum())
-    return Token(
-        chosen,
-        float(logprobs[chosen]),
-        tuple((token, float(logprobs[token])) for token in _likeliest(logprobs, alternatives)),
-    )
+@dataclass(slots=True)
+class _Group:
+    """Requests whose prompts are read together."""
 
-
-def _likeliest(logprobs: NDArray[np.float64], count: int) -> list[int]:
-    """That many ids, the likeliest first; of equals, the smaller first."""
-    if count == 0:
-        return []
-    least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf
-    candidates = np.flatnonzero(logprobs >= least)  # sorting all of them would take milliseconds
-    order = np.argsort(-logprobs[candidates], kind="stable")
-    ids: list[int] = candidates[order[:count]].tolist()
-    return ids
+    reading: Reading
+    sequences: list[_Sequence]
 
 
 class Batcher:
@@ -160,23 +165,28 @@ class Batcher:
         self._prompt_tokens_per_step = prompt_tokens_per_step
         self._lock = threading.Condition()
         self._waiting: list[_Sequence] = []
-        self._newcomers: list[_Sequence] = []  # their prompts are being read
+        self._groups: deque[_Group] = deque()  # read in turn, the first one next
         self._rows: list[_Sequence] = []
+        self._active = 0  # sequences in groups and rows
         self._closing = False
         self._abandoned = False
-        self._steps = self._tokens = self._prompt_tokens = 0
+        self._steps = self._tokens = self._prompt_tokens = self._reused_tokens = 0
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, deliver: Deliver) -> Ticket:
+    def submit(
+        self, request: Request, deliver: Deliver, *, owner: Hashable | None = None
+    ) -> Ticket:
         """Take a request.
 
         Args:
             request: what to continue.
             deliver: called with every token, and then with the end.
+            owner: who asks, if for more than this: of those that wait, the one whose owner has the
+                fewest slots is next, and nobody takes the last free slot beside another of his.
 
         Raises:
-            Busy: no slot is free and enough requests wait for one, or the batcher is closing.
+            Busy: no slot is free and enough owners wait for one, or the batcher is closing.
             UsageError: the engine cannot read the prompt.
         """
         require_readable(np.array([request.prompt]), self._engine.vocabulary)
@@ -188,11 +198,12 @@ class Batcher:
                 f"{self._engine.max_sequence}",
                 fix="use a shorter prompt, or export with a larger --max-seq",
             )
-        sequence = _Sequence(request, deliver, most)
+        sequence = _Sequence(request, deliver, most, owner)
         with self._lock:
             if self._closing:
                 raise Busy("the batcher is closing", fix="send the request to another server")
-            if len(self._waiting) >= self._queue + self._free():
+            owners = {other.owner for other in self._waiting}
+            if sequence.owner not in owners and len(owners) >= self._queue + self._free():
                 raise Busy(
                     f"all slots are taken, and {self._queue} requests wait for one",
                     fix="try again later, or allow a longer queue",
@@ -206,11 +217,12 @@ class Batcher:
         with self._lock:
             return State(
                 waiting=len(self._waiting),
-                active=self._engine.slots - self._free(),
+                active=self._active,
                 slots=self._engine.slots,
                 steps=self._steps,
                 tokens=self._tokens,
                 prompt_tokens=self._prompt_tokens,
+                reused_tokens=self._reused_tokens,
             )
 
     def close(self, *, timeout: float | None = None) -> bool:
@@ -234,7 +246,7 @@ class Batcher:
         return finished
 
     def _free(self) -> int:
-        return self._engine.slots - len(self._newcomers) - len(self._rows)
+        return self._engine.slots - self._active
 
     def _work(self) -> None:
         while self._wait():
@@ -253,7 +265,7 @@ class Batcher:
         """Sleep until there is something to do; False if there never will be."""
 
         def busy() -> bool:
-            return bool(self._waiting or self._newcomers or self._rows)
+            return bool(self._waiting or self._active)
 
         with self._lock:
             self._lock.wait_for(lambda: busy() or self._closing)
@@ -263,41 +275,82 @@ class Batcher:
         """End what was cancelled or is too late, wherever it is."""
         now = time.monotonic()
         with self._lock:
-            for sequence in (*self._waiting, *self._newcomers, *self._rows):
+            for sequence in (*self._waiting, *self._in_engine()):
                 sequence.give_up(now, closed=self._abandoned)
             ended = [sequence for sequence in self._waiting if sequence.end]
             self._waiting = [sequence for sequence in self._waiting if not sequence.end]
         for sequence in ended:
             sequence.finish()
 
+    def _in_engine(self) -> list[_Sequence]:
+        return [*(one for group in self._groups for one in group.sequences), *self._rows]
+
     def _release(self) -> None:
         """Free the slots of those that have ended."""
-        for sequences, forget in (
-            (self._rows, self._engine.leave),
-            (self._newcomers, self._engine.abandon),
-        ):
-            for place in reversed(range(len(sequences))):
-                sequence = sequences[place]
-                if sequence.end:
-                    forget(place)
-                    sequences[place] = sequences[-1]
-                    sequences.pop()
-                    sequence.finish()
+        self._forget(self._rows, self._engine.leave)
+        for group in self._groups:
+            self._forget(group.sequences, group.reading.abandon)
+        self._groups = deque(group for group in self._groups if group.sequences)
+
+    def _forget(self, sequences: list[_Sequence], forget: Callable[[int], None]) -> None:
+        for place in reversed(range(len(sequences))):
+            sequence = sequences[place]
+            if sequence.end:
+                forget(place)
+                sequences[place] = sequences[-1]
+                sequences.pop()
+                self._active -= 1
+                sequence.finish()
 
     def _admit(self) -> None:
-        """Let those in who are read together next, in the order in which they came."""
-        if self._newcomers:
-            return
+        """Give free slots to those that wait; short prompts that come together are read together.
+
+        What is remembered of a prompt does not count: only the rest is read.
+        """
         with self._lock:
-            count = longest = 0
-            for sequence in self._waiting[: self._free()]:
-                longest = max(longest, len(sequence.request.prompt))
-                if count and (count + 1) * longest > self._prompt_tokens_per_step:
-                    break
-                count += 1
-            self._newcomers, self._waiting = self._waiting[:count], self._waiting[count:]
-        if self._newcomers:
-            self._engine.join([sequence.request.prompt for sequence in self._newcomers])
+            admitted = self._next()
+            self._waiting = [one for one in self._waiting if one not in admitted]
+            self._active += len(admitted)
+        begun = 0
+        try:
+            for group in self._grouped(admitted):
+                reading = self._engine.join([one.request.prompt for one in group])
+                self._groups.append(_Group(reading, group))
+                begun += len(group)
+        except BaseException:
+            # Whoever was admitted counts as in the engine, and ends with it.
+            self._rows += admitted[begun:]
+            raise
+
+    def _grouped(self, admitted: Sequence[_Sequence]) -> list[list[_Sequence]]:
+        """Those that are read together, in their order."""
+        groups: list[list[_Sequence]] = []
+        longest = 0
+        for sequence in admitted:
+            prompt = sequence.request.prompt
+            unread = len(prompt) - self._engine.remembered(prompt)
+            longest = max(longest, unread)
+            if groups and (len(groups[-1]) + 1) * longest <= self._prompt_tokens_per_step:
+                groups[-1].append(sequence)
+            else:
+                groups.append([sequence])
+                longest = unread
+        return groups
+
+    def _next(self) -> list[_Sequence]:
+        """Who gets the free slots: in turn, whose owner has the fewest, and came first."""
+        slots = Counter(sequence.owner for sequence in self._in_engine())
+        waiting, chosen = list(self._waiting), []
+        for free in range(self._free(), 0, -1):
+            if not waiting:
+                break
+            sequence = min(waiting, key=lambda one: slots[one.owner])
+            if free == 1 and slots[sequence.owner]:
+                break  # it is for somebody else, who would have to wait for the end of an answer
+            waiting.remove(sequence)
+            slots[sequence.owner] += 1
+            chosen.append(sequence)
+        return chosen
 
     def _decode(self) -> None:
         if self._rows:
@@ -306,21 +359,29 @@ class Batcher:
             self._steps += 1
 
     def _read(self) -> None:
-        if not self._newcomers:
-            return
-        logits = self._engine.read(self._prompt_tokens_per_step)
-        if logits is None:
-            return
-        arrived = self._newcomers
-        with self._lock:
-            self._rows, self._newcomers = self._rows + arrived, []
-        self._prompt_tokens += sum(len(sequence.request.prompt) for sequence in arrived)
-        self._extend(arrived, logits)
+        """Read on in prompts, group by group in turn: a short one does not wait for long ones."""
+        left = self._prompt_tokens_per_step
+        for _ in range(len(self._groups)):
+            group = self._groups.popleft()
+            self._groups.append(group)  # it stays there if reading fails
+            tokens = min(left, group.reading.left)
+            logits = group.reading.read(tokens)
+            if logits is not None:
+                self._groups.pop()
+                self._rows += group.sequences
+                self._prompt_tokens += sum(len(one.request.prompt) for one in group.sequences)
+                self._reused_tokens += group.reading.reused
+                self._extend(group.sequences, logits)
+            left -= tokens
+            if left <= 0:
+                break
 
     def _extend(self, sequences: Sequence[_Sequence], logits: Logits) -> None:
         for sequence, row in zip(sequences, logits, strict=True):
             try:
                 self._tokens += sequence.extend(row)
+            except UsageError as error:
+                sequence.end = End(Finish.REFUSED, error.message)
             except Exception as error:  # of this row: the others have nothing to do with it
                 _log.exception("a row failed; its request ends")
                 sequence.end = End(Finish.FAILED, f"{type(error).__name__}: {error}")
@@ -328,9 +389,10 @@ class Batcher:
     def _fail(self, error: str) -> None:
         """End everything that is in the engine."""
         self._engine.clear()
-        with self._lock:
-            failed = [*self._newcomers, *self._rows]
-            self._newcomers, self._rows = [], []
+        failed = self._in_engine()
+        self._groups.clear()
+        self._rows = []
+        self._active = 0
         for sequence in failed:
             sequence.end = sequence.end or End(Finish.FAILED, error)
             sequence.finish()

@@ -1,11 +1,29 @@
 """What is asked of a batcher, and what it delivers."""
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime.sampling import GREEDY, Sampling
 from thanos_deploy.errors import UsageError
+
+
+class Constraint(Protocol):
+    """The form that one text has to have; it goes along with the tokens of that text."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """bool[vocabulary], which tokens may be next, those that end the text included.
+
+        Raises:
+            UsageError: the form cannot be kept to.
+        """
+
+    def take(self, token: int) -> None:
+        """This one is next; see `allowed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +39,9 @@ class Request:
         deadline: of `time.monotonic()`; from the next step after it the request is given up.
         alternatives: how many of the likeliest tokens are reported beside each; None to compute no
             log probabilities.
+        bias: added to the logits of these ids.
+        min_tokens: before so many tokens, none of `stop` is chosen.
+        constraint: the form of the text; None for any.
 
     Raises:
         UsageError: a value is out of its range.
@@ -32,11 +53,15 @@ class Request:
     stop: frozenset[int] = frozenset()
     deadline: float | None = None
     alternatives: int | None = None
+    bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("new_tokens", self.new_tokens, 1),
             ("alternatives", self.alternatives or 0, 0),
+            ("min_tokens", self.min_tokens, 0),
         ):
             if value < least:
                 raise UsageError(f"{name} {value}: out of range", fix=f"give at least {least}")
@@ -66,6 +91,7 @@ class Finish(enum.Enum):
     CANCELLED = "cancelled"
     DEADLINE = "its deadline passed"
     FAILED = "the engine failed"
+    REFUSED = "its form cannot be kept to"
     CLOSED = "the batcher closed"
 
 
@@ -75,7 +101,7 @@ class End:
 
     Attributes:
         reason: why.
-        error: what the engine said, with FAILED only.
+        error: what the engine said, with FAILED, or what is wrong with the form, with REFUSED.
     """
 
     reason: Finish

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtime import memory
-from runtime.engine import Ids, Logits, require_readable
+from runtime.engine import Ids, Logits, Weights, require_readable
 from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
 from runtime.memory import Tensor
 from runtime.slots import OnnxRuntimeSlots
@@ -84,7 +84,13 @@ def open_engine(
 
 
 def open_slots(
-    bundle: Path, *, slots: int, provider: str = "cpu", threads: int | None = None
+    bundle: Path,
+    *,
+    slots: int,
+    provider: str = "cpu",
+    threads: int | None = None,
+    prefix_bytes: int = 0,
+    weights: Weights = "map",
 ) -> OnnxRuntimeSlots:
     """Load `onnx/model.onnx` of a bundle for several sequences that come and go.
 
@@ -92,25 +98,33 @@ def open_slots(
         bundle: its folder.
         slots: the most sequences at a time, at least 1.
         provider, threads: see `open_graph`.
+        prefix_bytes, weights: see `runtime.engine.open_slots`.
 
     Raises:
         InputError: see `open_graph`; or the graph's rows would not get what they get alone, see
             `thanos_deploy.model.rope`.
         PlatformError, UsageError: see `open_graph`.
     """
-    graph = open_graph(bundle, provider=provider, threads=threads)
+    graph = open_graph(bundle, provider=provider, threads=threads, weights=weights)
     if graph.change is not None:
         graph.change.require_never(graph.max_sequence, bundle)
-    return OnnxRuntimeSlots(graph, slots=slots)
+    return OnnxRuntimeSlots(graph, slots=slots, prefix_bytes=prefix_bytes)
 
 
-def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = None) -> Graph:
+def open_graph(
+    bundle: Path,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    weights: Weights = "map",
+) -> Graph:
     """Load `onnx/model.onnx` of a bundle.
 
     Args:
         bundle: its folder.
         provider: a key of `PROVIDERS`.
         threads: how many work on one operator; None for one on each physical core.
+        weights: see `runtime.engine.open_slots`.
 
     Raises:
         PlatformError: onnxruntime is not installed, or it gave another provider than asked for.
@@ -140,6 +154,11 @@ def open_graph(bundle: Path, *, provider: str = "cpu", threads: int | None = Non
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:
         options.intra_op_num_threads = threads
+    if weights == "memory":
+        content = (folder / GRAPH_DATA).read_bytes()
+        options.add_external_initializers_from_files_in_memory(
+            [GRAPH_DATA], [content], [len(content)]
+        )
     unloaded = ""
     if provider != "cpu":
         driver.require()

@@ -25,7 +25,7 @@ from thanos_deploy.errors import UsageError
 _log = logging.getLogger(__name__)
 
 # What load balancers and kubelets ask, who have no key.
-_OPEN = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
+_OPEN = frozenset({"/health", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 
 # Below that, a key can be guessed over a network within days.
 _LEAST_KEY = 16

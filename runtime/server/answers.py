@@ -46,8 +46,10 @@ class Answers:
         self,
         batcher: Batcher,
         tokenizer: Tokenizer,
-        requests: Sequence[Request],
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[Request | None],
         *,
+        echoed: Sequence[Sequence[Token]] = (),
         prompt_tokens: int,
         stop: Sequence[str],
         metrics: Metrics,
@@ -57,7 +59,9 @@ class Answers:
         Args:
             batcher: what makes the answers.
             tokenizer: makes text of them.
-            requests: one for each answer.
+            prompts: of each answer.
+            requests: one for each answer; None for one without a token.
+            echoed: the tokens of each answer's prompt, if they come before it.
             prompt_tokens: of all prompts, each once.
             stop: texts that end an answer.
             metrics: is told when tokens come.
@@ -71,12 +75,17 @@ class Answers:
         self._metrics = metrics
         self._started = time.monotonic()
         self._news: asyncio.Queue[tuple[int, Token | End]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._tickets: dict[int, Ticket] = {}
         self._last: list[float | None] = [None] * len(requests)
         self._writers = [
-            _Writer(index, tokenizer, request.prompt, stop)
-            for index, request in enumerate(requests)
+            _Writer(index, tokenizer, prompt, stop, request.min_tokens if request else 0)
+            for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
+        self._first = [
+            Piece(index, tokenizer.decode(prompt, specials=True), tuple(tokens), None)
+            for index, (prompt, tokens) in enumerate(zip(prompts, echoed, strict=bool(echoed)))
+        ]
+        self._empty = [index for index, request in enumerate(requests) if request is None]
         loop = asyncio.get_running_loop()
         try:
             for index, request in enumerate(requests):
@@ -85,14 +94,15 @@ class Answers:
                     with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
                         loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
 
-                self._tickets.append(batcher.submit(request, deliver))
+                if request is not None:
+                    self._tickets[index] = batcher.submit(request, deliver, owner=self)
         except BaseException:
             self.give_up()
             raise
 
     def give_up(self) -> None:
         """End what is not finished."""
-        for ticket in self._tickets:
+        for ticket in self._tickets.values():
             ticket.cancel()
 
     def __enter__(self) -> Self:
@@ -112,7 +122,11 @@ class Answers:
         Raises:
             RefusedError: one cannot be finished: too late, or the engine or the server stopped.
         """
-        unfinished = set(range(len(self._writers)))
+        for piece in self._first:
+            yield piece
+        for index in self._empty:
+            yield Piece(index, "", (), "length")
+        unfinished = set(self._tickets)
         while unfinished:
             index, news = await self._news.get()
             if index not in unfinished:  # it ended with a stop string
@@ -160,11 +174,17 @@ class _Writer:
     """Writes one answer."""
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        min_tokens: int,
     ) -> None:
         self._index = index
         self._decoder = Decoder(tokenizer, prompt)
         self._stop = StopStrings(stop)
+        self._unstoppable = min_tokens  # tokens that no stop string ends the text within
         self._tokens: list[Token] = []
 
     def write(self, news: Token | End) -> Piece:
@@ -176,7 +196,10 @@ class _Writer:
         finish: FinishReason | None = None
         if isinstance(news, Token):
             self._tokens.append(news)
-            text = self._stop.push(self._decoder.push(news.id))
+            self._unstoppable -= 1
+            text = self._decoder.push(news.id)
+            if self._unstoppable < 0:
+                text = self._stop.push(text)
         else:
             finish = _reason(news)
             text = self._stop.push(self._decoder.finish()) + self._stop.finish()
@@ -196,6 +219,8 @@ def _reason(end: End) -> FinishReason:
             return "length"
         case Finish.DEADLINE:
             raise too_late("the answer was not finished in time")
+        case Finish.REFUSED:
+            raise RefusedError(400, str(end.error), code="form")
         case Finish.CLOSED:
             raise RefusedError(503, "the server is shutting down", code="closing")
         case _:

@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from runtime.server import completions, errors, operations, tensors
+from runtime.server import completions, errors, operations, prompts, tensors
 from runtime.server.access import Access, Addressed, Locked
 from runtime.server.guards import Bounded, Recorded
 from runtime.server.logs import REQUEST_ID
@@ -27,7 +27,7 @@ def routes(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     api.state.service = service
-    for part in (completions, tensors, operations):
+    for part in (completions, tensors, prompts, operations):
         api.include_router(part.router)
     errors.install(api, service.retry_after)
     return api

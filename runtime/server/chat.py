@@ -7,18 +7,20 @@ for the next conversation. One is rendered at a time; those that wait do not hol
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 
-from runtime.server.templates import ChatTemplate
-from runtime.text import verify_texts
+from runtime.server.templates import ChatTemplate, Conversation
+from runtime.text import Tokenizer, verify_texts
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.model import tokenizer_files
@@ -28,27 +30,35 @@ _SECONDS, _START_SECONDS = 5.0, 60.0
 _CHARACTERS = 16 << 20
 _MEMORY_BYTES = 1 << 30
 
+# Around the number of a special token that is to be text; Unicode assigns no character to it.
+_MARK = "\ufdd2"
+
+
+T = TypeVar("T")
+
 
 class Renderer:
-    """Renders the chat template of a model, in a process of its own."""
+    """Renders the chat template of a model, in a process of its own.
+
+    Attributes:
+        takes_tools: see `ChatTemplate`.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         """Prepare; the process is started with the first conversation."""
         self._first = {"source": template.source, "tokens": template.tokens}
+        self.takes_tools = template.takes_tools
         self._worker = ThreadPoolExecutor(1, "template")
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
-    async def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt, as far as the beginning of the answer.
-
-        Args:
-            messages: with `role` and `content`.
+    async def render(self, conversation: Conversation) -> str:
+        """The prompt.
 
         Raises:
             UsageError: the template does not take such messages, or not within its limits.
         """
-        return await asyncio.wrap_future(self._worker.submit(self._render, messages))
+        return await asyncio.wrap_future(self._worker.submit(self._render, conversation))
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -57,9 +67,9 @@ class Renderer:
         self._worker.shutdown(cancel_futures=True)
         self._kill()
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render(self, conversation: Conversation) -> str:
         process = self._process or self._start()
-        said = _ask(process, {"messages": messages}, _SECONDS)
+        said = _ask(process, asdict(conversation), _SECONDS)
         if said is None:
             self._kill()
             raise UsageError(
@@ -100,6 +110,49 @@ class Renderer:
         if process is not None:
             process.kill()
             process.communicate()
+
+
+def as_text(value: T, specials: Sequence[str]) -> T:
+    """A conversation's part in which special tokens cannot be taken for those of the template.
+
+    Args:
+        value: text, or what JSON makes of texts.
+        specials: texts that stand for special tokens.
+
+    Returns:
+        the same with marks in their places, for `encode`.
+    """
+    if not specials:
+        return value
+    numbers = {special: number for number, special in enumerate(specials)}
+    # Of those that begin alike, the longest counts.
+    any_of = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
+
+    def mark(part: Any) -> Any:
+        match part:
+            case str():
+                plain = part.replace(_MARK, "")  # what looks like a mark is none
+                return any_of.sub(lambda found: f"{_MARK}{numbers[found[0]]}{_MARK}", plain)
+            case dict():
+                return {key: mark(inner) for key, inner in part.items()}
+            case list():
+                return [mark(inner) for inner in part]
+            case _:
+                return part
+
+    marked: T = mark(value)
+    return marked
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a conversation that was written down, with `as_text`'s marks in it or not."""
+    ids: list[int] = []
+    for place, part in enumerate(text.split(_MARK)):
+        if place % 2:
+            ids += tokenizer.encode_literally(tokenizer.specials[int(part)])
+        elif part:
+            ids += tokenizer.encode(part, framed=False)
+    return ids
 
 
 def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | None:

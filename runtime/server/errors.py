@@ -4,6 +4,7 @@ OpenAI's routes answer `{"error": {"message", "type", "param", "code"}}`, the Op
 Protocol's `{"error": "message"}`. Which of our own errors is whose fault:
 
     UsageError, InputError   400  the request is wrong
+    PlatformError            400  it needs a package that is not installed
     Busy                     503  the server is full
     the deadline             504  the request's, or the machine's: do not try again
     anything else            500  a bug, or the engine failed
@@ -22,9 +23,9 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from runtime.batching import Busy
+from runtime.server.bodies import UNSUPPORTED
 from runtime.server.logs import Record, record_of
-from runtime.server.schemas import UNSUPPORTED
-from thanos_deploy.errors import DeployError, InputError, UsageError
+from thanos_deploy.errors import DeployError, InputError, PlatformError, UsageError
 
 # What nginx calls a request whose client did not wait; nobody reads it but the log.
 CLIENT_GONE = 499
@@ -141,6 +142,8 @@ def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
         match error:
             case Busy():
                 return await refused(request, RefusedError(503, message, code="overloaded"))
+            case PlatformError():  # a package that only this request needs
+                return await refused(request, RefusedError(400, message, code="not_installed"))
             case UsageError() | InputError():
                 return await refused(request, RefusedError(400, message, code="invalid"))
             case _:

@@ -10,7 +10,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from typing import Any
 import uvicorn
 
 from runtime.batching import Batcher
-from runtime.engine import open_slots
+from runtime.engine import Weights, open_slots
 from runtime.server.access import EVERYBODY, Access
 from runtime.server.app import application
 from runtime.server.chat import Renderer, open_chat_template
 from runtime.server.connections import most_connections, protocol
 from runtime.server.metrics import Metrics
-from runtime.server.service import Forward, Limits, Service
+from runtime.server.service import Compiler, Forward, Limits, Service
+from runtime.server.watched import Watched
 from runtime.text import open_tokenizer
+from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, ONNX
 from thanos_deploy.errors import PlatformError
 
 # Connections that the system holds for us; asyncio tries as often as that to accept one when there
@@ -45,9 +47,11 @@ def open_service(
     slots: int,
     queue: int,
     limits: Limits,
-    name: str | None = None,
+    names: Sequence[str] = (),
     provider: str = "cpu",
     threads: int | None = None,
+    prefix_bytes: int = 0,
+    weights: Weights = "map",
     verify: bool = True,
     log_prompts: bool = False,
 ) -> Iterator[Service]:
@@ -58,26 +62,39 @@ def open_service(
         slots: texts that are written at the same time.
         queue: requests that wait for a slot.
         limits: of a request.
-        name: of the model, as clients call it; None for that of the folder.
-        provider, threads, verify: as in `runtime.engine.open_slots`.
+        names: of the model, as clients call it; without any, that of the folder.
+        provider, threads, prefix_bytes, weights, verify: as in `runtime.engine.open_slots`.
         log_prompts: texts may be written to the log.
 
     Raises:
         DeployError: the bundle cannot be loaded; see `open_slots` and `open_tokenizer`.
     """
+    graph = (bundle / ONNX / name for name in (GRAPH, GRAPH_DATA))
+    watched = Watched(tuple(graph) if weights == "map" else ())
     tokenizer = open_tokenizer(bundle, verify=verify)
     template = open_chat_template(bundle, verify=verify)
-    engine = open_slots(bundle, slots=slots, provider=provider, threads=threads, verify=verify)
+    engine = open_slots(
+        bundle,
+        slots=slots,
+        provider=provider,
+        threads=threads,
+        prefix_bytes=prefix_bytes,
+        weights=weights,
+        verify=verify,
+    )
     batcher, forward = Batcher(engine, queue=queue), Forward(engine, queue=queue)
     renderer = None if template is None else Renderer(template)
+    compiler = Compiler(tokenizer, engine.vocabulary, queue=queue)
     try:
         yield Service(
-            name=name or bundle.absolute().name or bundle.resolve().name,
+            names=tuple(names) or (bundle.absolute().name or bundle.resolve().name,),
             engine=engine,
             batcher=batcher,
             forward=forward,
             tokenizer=tokenizer,
             renderer=renderer,
+            compiler=compiler,
+            watched=watched,
             limits=limits,
             metrics=Metrics(batcher),
             log_prompts=log_prompts,
@@ -85,6 +102,7 @@ def open_service(
     finally:
         if renderer is not None:
             renderer.close()
+        compiler.close()
         forward.close()
         batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
 

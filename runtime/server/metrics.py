@@ -75,5 +75,10 @@ class _Batching(Collector):
         yield GaugeMetricFamily("thanos_active_slots", "Slots that are in use", state.active)
         yield GaugeMetricFamily("thanos_slots", "Slots in all", state.slots)
         yield CounterMetricFamily("thanos_steps", "Steps of the batch", state.steps)
-        yield CounterMetricFamily("thanos_prompt_tokens", "Tokens read", state.prompt_tokens)
+        yield CounterMetricFamily("thanos_prompt_tokens", "Tokens of prompts", state.prompt_tokens)
+        yield CounterMetricFamily(
+            "thanos_reused_prompt_tokens",
+            "Tokens of prompts that were remembered from earlier ones",
+            state.reused_tokens,
+        )
         yield CounterMetricFamily("thanos_tokens", "Tokens generated", state.tokens)

@@ -10,6 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from runtime.server.errors import ErrorBody
 from runtime.server.service import Served
+from thanos_deploy import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}}
 router = APIRouter(responses=_ERRORS, tags=["Operations"])
@@ -26,6 +27,25 @@ class Health(BaseModel):
 async def health() -> Health:
     """The model is loaded and requests are taken."""
     return Health(status="ok")
+
+
+@router.get("/health/ready")
+async def ready(service: Served) -> Health:
+    """The same, and the model's files are those that were loaded."""
+    service.require_ready()
+    return Health(status="ok")
+
+
+class Version(BaseModel):
+    """What /version says."""
+
+    version: str
+
+
+@router.get("/version")
+async def version() -> Version:
+    """Of thanos-deploy."""
+    return Version(version=__version__)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

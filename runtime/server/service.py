@@ -4,25 +4,30 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 
-from runtime.batching import Batcher, Busy, Request
+from runtime.batching import Batcher, Busy, Request, Token, token_of
 from runtime.engine import Ids, Logits, ServingEngine
-from runtime.sampling import Sampling
+from runtime.grammars import Grammar, Grammars
 from runtime.server.answers import Answers
+from runtime.server.asked import Asked
 from runtime.server.chat import Renderer
 from runtime.server.errors import RefusedError
 from runtime.server.metrics import Metrics
+from runtime.server.watched import Watched
 from runtime.text import Tokenizer
+from thanos_deploy.errors import UsageError
 
 # Of one response: that many are some 50 MB of JSON.
 _LOGPROBS = 400_000
+
+T = TypeVar("T")
 
 # Ids of one.
 Prompt = tuple[int, ...]
@@ -72,12 +77,42 @@ class Forward:
             Busy: too many wait already.
             UsageError: the engine cannot read them.
         """
+        return await self._run(lambda given_up: self._engine.logits(ids, mask, given_up))
+
+    async def score(self, prompts: Sequence[Prompt], alternatives: int) -> list[list[Token]]:
+        """The log probabilities of prompts: of each its tokens, the first without any.
+
+        Args:
+            prompts: each at least one id.
+            alternatives: how many of the likeliest tokens are given beside each.
+
+        Raises:
+            Busy: too many wait already.
+            InputError: the graph gives the logits after the last token only.
+            UsageError: the engine cannot read them.
+        """
+
+        def score(given_up: Callable[[], bool]) -> list[list[Token]]:
+            scored = []
+            for prompt in prompts:
+                tokens, following = [Token(prompt[0], None)], iter(prompt[1:])
+                for part in self._engine.score(prompt, given_up):
+                    # What follows the last token is not in the prompt.
+                    tokens += [
+                        token_of(token, row, alternatives)
+                        for row, token in zip(part, following, strict=False)
+                    ]
+                scored.append(tokens)
+            return scored
+
+        return await self._run(score)
+
+    async def _run(self, work: Callable[[Callable[[], bool]], T]) -> T:
+        """Do some work when its turn comes; it is told when nobody waits for it any more."""
         if not self._room.acquire(blocking=False):
             raise Busy("too many requests wait for a forward pass", fix="try again later")
         gone = threading.Event()
-        future = self._worker.submit(
-            self._engine.logits, ids, mask, lambda: gone.is_set() or self._closing.is_set()
-        )
+        future = self._worker.submit(work, lambda: gone.is_set() or self._closing.is_set())
         # Whoever gives up leaves the line at once, and the worker before its next piece.
         future.add_done_callback(lambda _: self._room.release())
         try:
@@ -91,31 +126,76 @@ class Forward:
         self._worker.shutdown(cancel_futures=True)
 
 
+class Compiler:
+    """Compiles grammars, one at a time; the others wait in line."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, *, queue: int) -> None:
+        """Take grammars; see `Grammars`, which is made with the first one."""
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._grammars: Grammars | None = None
+        self._room = threading.Semaphore(queue + 1)
+        self._worker = ThreadPoolExecutor(1, "grammar")
+
+    async def compile(self, grammar: Callable[[], str]) -> Grammar:
+        """Make a grammar, and compile it.
+
+        Raises:
+            Busy: too many wait already.
+            UsageError: see `Grammars.compile`.
+            PlatformError, InputError: see `Grammars`.
+        """
+        if not self._room.acquire(blocking=False):
+            raise Busy("too many forms of answers wait to be compiled", fix="try again later")
+        future = self._worker.submit(self._compile, grammar)
+        future.add_done_callback(lambda _: self._room.release())
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Take no more; what runs is not waited for."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, grammar: Callable[[], str]) -> Grammar:
+        if self._grammars is None:
+            self._grammars = Grammars(self._tokenizer, self._vocabulary)
+        try:
+            written = grammar()
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"the form of the answer cannot be read: {error}", fix="send valid JSON"
+            ) from error
+        return self._grammars.compile(written)
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """One model behind HTTP.
 
     Attributes:
-        name: of the model, as clients call it.
+        names: of the model, as clients call it; the first is its own.
         engine: holds the model.
         batcher: what makes it answer.
         forward: what computes logits for whoever wants no text.
         tokenizer: of the same bundle.
         renderer: writes conversations down; None if the model has no chat template.
+        compiler: of the forms that answers have to have.
+        watched: the files that are read for as long as it runs.
         limits: of a request.
         metrics: what is counted.
         log_prompts: texts may be written to the log.
         started: when, in seconds of Unix time.
     """
 
-    name: str
+    names: tuple[str, ...]
     engine: ServingEngine
     batcher: Batcher
     forward: Forward
     tokenizer: Tokenizer
     renderer: Renderer | None
+    compiler: "Compiler"
     limits: Limits
     metrics: Metrics
+    watched: Watched = field(default_factory=Watched)
     log_prompts: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -125,100 +205,154 @@ class Service:
         Raises:
             RefusedError: it is not the one that is served.
         """
-        if model != self.name:
+        if model not in self.names:
             raise RefusedError(
                 404,
-                f"The model {model!r} does not exist; this server has {self.name!r}",
+                f"The model {model!r} does not exist; this server has "
+                f"{' and '.join(map(repr, self.names))}",
                 code="model_not_found",
                 param="model",
             )
 
+    def require_ready(self) -> None:
+        """Refuse to be sent requests when what is served is not what is on the disk any more.
+
+        Raises:
+            RefusedError: a file that was mapped has changed.
+        """
+        if (path := self.watched.changed()) is not None:
+            raise RefusedError(
+                503,
+                f"{path.name} is not the file that was loaded: restart the server",
+                code="changed_on_disk",
+            )
+
+    @property
+    def name(self) -> str:
+        """Its own name."""
+        return self.names[0]
+
     def answer(
         self,
         prompts: Sequence[Prompt],
+        asked: Asked,
         *,
-        copies: int,
-        new_tokens: int | None,
-        usual_tokens: int | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-        alternatives: int | None,
-        ignore_eos: bool,
         arrived: float,
+        echoed: Sequence[Sequence[Token]] = (),
+        grammar: Grammar | None = None,
     ) -> Answers:
         """Begin to answer.
 
         Args:
-            prompts: at least one.
-            copies: answers to each, drawn with seeds that count up.
-            new_tokens: the most for each answer; None for the usual.
-            usual_tokens: fewer where there is less room; None for as many as there is room for.
-            sampling: how to choose.
-            stop: texts that end an answer.
-            alternatives: log probabilities beside each token's; None for none.
-            ignore_eos: go on after the token that ends a text.
+            prompts: at least one; see `require_prompts`.
+            asked: what is asked for.
             arrived: when the request did, on the clock `time.monotonic`.
+            echoed: the tokens of each prompt, if they come before its answers.
+            grammar: of every answer; None for any text.
 
         Raises:
             RefusedError: it asks for more than the limits or the model allow.
             Busy: there is no room now.
             UsageError: a prompt cannot be read.
         """
-        if len(prompts) * copies > self.limits.answers:
+        self.require_prompts(prompts, asked)
+        wanted = [self._new_tokens(len(prompt), asked) for prompt in prompts]
+        requests = [
+            Request(
+                prompt,
+                most,
+                sampling=replace(asked.sampling, seed=asked.sampling.seed + copy),
+                stop=self._stop(asked) if grammar is None else asked.stop_ids | self.tokenizer.stop,
+                deadline=arrived + self.limits.deadline_seconds,
+                alternatives=asked.alternatives,
+                bias=asked.bias,
+                min_tokens=min(asked.min_tokens, most),
+                constraint=None if grammar is None else grammar.begin(),
+            )
+            if most
+            else None
+            for prompt, most in zip(prompts, wanted, strict=True)
+            for copy in range(asked.copies)
+        ]
+        return Answers(
+            self.batcher,
+            self.tokenizer,
+            [prompt for prompt in prompts for _ in range(asked.copies)],
+            requests,
+            echoed=[tokens for tokens in echoed for _ in range(asked.copies)],
+            prompt_tokens=sum(map(len, prompts)),
+            stop=asked.stop,
+            metrics=self.metrics,
+        )
+
+    def require_prompts(self, prompts: Sequence[Prompt], asked: Asked) -> None:
+        """Refuse what is not to be begun.
+
+        Raises:
+            RefusedError: it asks for more than the limits or the model allow.
+        """
+        answers = len(prompts) * asked.copies
+        if answers > self.limits.answers:
             raise RefusedError(
                 400,
-                f"the request asks for {len(prompts) * copies} answers; this server gives at most "
+                f"the request asks for {answers} answers; this server gives at most "
                 f"{self.limits.answers} at a time",
                 code="too_many_answers",
                 param="n",
             )
-        deadline = arrived + self.limits.deadline_seconds
+        self.require_ids(asked.bias, "logit_bias")
+        self.require_ids(asked.stop_ids, "stop_token_ids")
         for prompt in prompts:
-            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.engine.vocabulary:
+            if not prompt:
                 raise RefusedError(
                     400,
                     f"prompt: at least one id, and ids from 0 to {self.engine.vocabulary - 1}",
                     code="invalid",
                     param="prompt",
                 )
-        wanted = [self._new_tokens(len(prompt), new_tokens, usual_tokens) for prompt in prompts]
-        if alternatives is not None and sum(wanted) * copies * (1 + alternatives) > _LOGPROBS:
+            self.require_ids(prompt, "prompt")
+        tokens = sum(self._new_tokens(len(prompt), asked) for prompt in prompts) * asked.copies
+        if asked.echo:
+            tokens += sum(map(len, prompts)) * asked.copies
+        alternatives = asked.alternatives
+        if alternatives is not None and tokens * (1 + alternatives) > _LOGPROBS:
             raise RefusedError(
                 400,
-                f"{sum(wanted) * copies} tokens with {alternatives} alternatives each: this server "
-                f"gives at most {_LOGPROBS} log probabilities at a time",
+                f"{tokens} tokens with {alternatives} alternatives each: this server gives at most "
+                f"{_LOGPROBS} log probabilities at a time",
                 code="too_many_logprobs",
                 param="logprobs",
             )
-        requests = [
-            Request(
-                prompt,
-                most,
-                sampling=replace(sampling, seed=sampling.seed + copy),
-                stop=frozenset() if ignore_eos else self.tokenizer.stop,
-                deadline=deadline,
-                alternatives=alternatives,
+
+    def require_ids(self, ids: Iterable[int], field: str) -> None:
+        """Refuse ids that are outside of the vocabulary.
+
+        Raises:
+            RefusedError: one is.
+        """
+        if not all(0 <= token < self.engine.vocabulary for token in ids):
+            raise RefusedError(
+                400,
+                f"{field}: at least one id, and ids from 0 to {self.engine.vocabulary - 1}"
+                if field == "prompt"
+                else f"{field}: ids from 0 to {self.engine.vocabulary - 1}",
+                code="invalid",
+                param=field,
             )
-            for prompt, most in zip(prompts, wanted, strict=True)
-            for copy in range(copies)
-        ]
-        return Answers(
-            self.batcher,
-            self.tokenizer,
-            requests,
-            prompt_tokens=sum(map(len, prompts)),
-            stop=stop,
-            metrics=self.metrics,
-        )
+
+    def _stop(self, asked: Asked) -> frozenset[int]:
+        return asked.stop_ids | (frozenset() if asked.ignore_eos else self.tokenizer.stop)
 
     def retry_after(self) -> int:
         """Seconds in which a slot is likely to become free, at least 1."""
         return max(1, math.ceil(self.metrics.mean_answer_seconds / self.engine.slots))
 
-    def _new_tokens(self, prompt: int, wanted: int | None, usual: int | None) -> int:
+    def _new_tokens(self, prompt: int, asked: Asked) -> int:
+        """The most tokens of an answer to a prompt of so many."""
+        wanted, usual = asked.new_tokens, asked.usual_tokens
         # The last token is not read any more.
         room = self.engine.max_sequence - prompt + 1
-        if room < (wanted or 1):
+        if room < (1 if wanted is None else wanted):
             raise RefusedError(
                 400,
                 f"This model's maximum context length is {self.engine.max_sequence} tokens; the "
@@ -234,7 +368,7 @@ class Service:
                 code="too_many_tokens",
                 param="max_tokens",
             )
-        return wanted or min(usual or most, most)
+        return min(usual or most, most) if wanted is None else wanted
 
 
 def _served(request: HttpRequest) -> Service:

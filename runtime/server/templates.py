@@ -12,16 +12,39 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thanos_deploy.errors import UsageError
+
+# Marks a place in a text; no text of Unicode's assigned characters has it.
+_END = "\ufdd0end\ufdd1"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is to be written down.
+
+    Attributes:
+        messages: with `role` and `content`.
+        begin: the beginning of the answer follows them.
+        go_on: the last of them is not ended, so that the answer goes on with it.
+        tools: functions that the model may call, as OpenAI's API describes them; None for none.
+        variables: whatever else the template understands.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    begin: bool = True
+    go_on: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
@@ -30,6 +53,7 @@ class ChatTemplate:
     Attributes:
         source: of the template.
         tokens: special tokens by the names that templates have for them.
+        takes_tools: it describes functions that the model may call.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -49,33 +73,48 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
+        self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         self.source = source
         self.tokens = dict(tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, most: int | None = None) -> str:
-        """The prompt, as far as the beginning of the answer.
+    def render(self, conversation: Conversation, *, most: int | None = None) -> str:
+        """The prompt.
 
         Args:
-            messages: with `role` and `content`.
+            conversation: what to write down.
             most: characters that it may have; None for any number.
 
         Raises:
             UsageError: the template does not take such messages, or makes more of them.
         """
+        messages = list(conversation.messages)
+        if conversation.go_on:
+            # The template may strip a text, so its end has to be marked.
+            last = messages[-1]
+            messages[-1] = {**last, "content": f"{last.get('content') or ''}{_END}"}
         try:
             parts, length = [], 0
             for part in self._template.generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.tokens,
+                **{
+                    **conversation.variables,
+                    "messages": messages,
+                    "tools": conversation.tools,
+                    "documents": None,
+                    "add_generation_prompt": conversation.begin,
+                    **self.tokens,
+                }
             ):
                 parts.append(part)
                 length += len(part)
                 if most is not None and length > most:
                     raise ValueError(f"they become more than {most} characters")
-            return "".join(parts)
+            text = "".join(parts)
+            if not conversation.go_on:
+                return text
+            before, found, _ = text.rpartition(_END)
+            if not found:
+                raise ValueError("it leaves the last message out, which is to be continued")
+            return before
         # A template runs what its author wrote: a TypeError is as likely as a TemplateError.
         except Exception as error:
             raise UsageError(
@@ -111,7 +150,7 @@ def _serve(most: int, memory: int) -> None:
     _say({"ready": True})
     for line in sys.stdin.buffer:
         try:
-            _say({"prompt": template.render(json.loads(line)["messages"], most=most)})
+            _say({"prompt": template.render(Conversation(**json.loads(line)), most=most)})
         except UsageError as error:
             _say({"refused": error.message})
         except MemoryError:

@@ -182,8 +182,9 @@ async def live() -> Live:
 
 
 @router.get("/health/ready")
-async def ready() -> Ready:
-    """The model is loaded and requests are taken."""
+async def ready(service: Served) -> Ready:
+    """The model is loaded, and requests are taken."""
+    service.require_ready()
     return Ready(ready=True)
 
 
@@ -192,6 +193,7 @@ async def ready() -> Ready:
 async def model_ready(name: str, service: Served, version: str = _VERSION) -> ModelReady:
     """Likewise, of a model."""
     _require(service, name, version)
+    service.require_ready()
     return ModelReady(name=name, ready=True)
 
 

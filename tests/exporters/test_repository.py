@@ -16,7 +16,7 @@ import exporters.onnx.graph
 import runtime
 from exporters.triton import kserve, repository
 from runtime.engines.onnxruntime import tensorrt_build_options
-from tests.bundles import build_record
+from tests.bundles import add_to_model, build_record
 from tests.conftest import Invoke
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_json
@@ -138,6 +138,15 @@ def test_a_dense_graph_in_half_precision(tiny_llama: Path, out: Path) -> None:
     assert ("logits", "TYPE_FP16") in [found[:2] for found in tensors(config(out, "onnx").output)]
     assert accelerator(out)["precision_mode"] == "FP16"
     assert accelerator(out)["trt_sparsity_enable"] == "0"
+
+
+def test_what_no_stage_wrote_is_left_out(out: Path) -> None:
+    add_to_model(out, "special_tokens_map.json", "{}")
+    (out / "model" / "added_tokens.json").write_text("{}")
+    exported(out)
+    served = out / "triton" / "text" / "1" / "bundle" / "model"
+    assert (served / "special_tokens_map.json").is_file()
+    assert not (served / "added_tokens.json").exists()
 
 
 def test_a_model_without_a_tokenizer_is_bad_input(out: Path) -> None:

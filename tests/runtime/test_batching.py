@@ -31,51 +31,48 @@ class Counting:
         self.decoding = threading.Event()
         self._permits = threading.Semaphore(permits)
         self._rows: list[int] = []
-        self._newcomers: list[list[int]] = []
-        self._read = 0
+        self._reading = 0  # prompts
 
     def permit(self, steps: int = 1_000_000) -> None:
         self._permits.release(steps)
 
-    def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._call(f"join {' '.join(str(len(prompt)) for prompt in prompts)}")
-        assert not self._newcomers
-        assert len(self._rows) + len(prompts) <= self.slots
-        self._newcomers = [list(prompt) for prompt in prompts]
-        self._read = 0
+    def remembered(self, prompt: Sequence[int]) -> int:
+        if "remembered" in self.broken:
+            raise RuntimeError("remembered broke")
+        return 0
 
-    def read(self, tokens: int) -> np.ndarray | None:
-        self._call("read")
-        self._read += max(1, tokens // len(self._newcomers))
-        if self._read < max(map(len, self._newcomers)):
-            return None
-        arrived = [prompt[-1] for prompt in self._newcomers]
-        self._newcomers = []
-        self._rows += arrived
-        return self._logits(arrived)
+    def join(self, prompts: Sequence[Sequence[int]]) -> "CountingReading":
+        self.call(f"join {' '.join(str(len(prompt)) for prompt in prompts)}")
+        self._reading += len(prompts)
+        assert len(self._rows) + self._reading <= self.slots
+        return CountingReading(self, prompts)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         self.decoding.set()
         assert self._permits.acquire(timeout=PATIENCE)
-        self._call(f"decode {len(ids)}")
+        self.call(f"decode {len(ids)}")
         assert len(ids) == len(self._rows)
         self._rows = ids.tolist()
         return self._logits(self._rows)
 
     def leave(self, row: int) -> None:
-        self._call("leave")
+        self.call("leave")
         self._rows[row] = self._rows[-1]
         self._rows.pop()
 
-    def abandon(self, newcomer: int) -> None:
-        self._call("abandon")
-        self._newcomers[newcomer] = self._newcomers[-1]
-        self._newcomers.pop()
-
     def clear(self) -> None:
-        self._rows, self._newcomers = [], []
+        self._rows, self._reading = [], 0
 
-    def _call(self, call: str) -> None:
+    def arrive(self, last: Sequence[int]) -> np.ndarray:
+        self._reading -= len(last)
+        self._rows += last
+        return self._logits(last)
+
+    def give_up(self) -> None:
+        self.call("abandon")
+        self._reading -= 1
+
+    def call(self, call: str) -> None:
         self.calls.append(call)
         if call.split()[0] in self.broken:
             raise RuntimeError(f"{call} broke")
@@ -83,6 +80,33 @@ class Counting:
     def _logits(self, last: Sequence[int]) -> np.ndarray:
         logits: np.ndarray = np.eye(self.vocabulary, dtype=np.float32)[np.array(last) + 1]
         return logits
+
+
+class CountingReading:
+    """Prompts of `Counting`."""
+
+    reused = 0
+
+    def __init__(self, engine: Counting, prompts: Sequence[Sequence[int]]) -> None:
+        self._engine = engine
+        self._prompts = list(prompts)
+        self._columns = max(map(len, prompts))
+
+    @property
+    def left(self) -> int:
+        return self._columns * len(self._prompts)
+
+    def read(self, tokens: int) -> np.ndarray | None:
+        self._engine.call("read")
+        self._columns -= max(1, tokens // len(self._prompts))
+        if self._columns > 0:
+            return None
+        return self._engine.arrive([prompt[-1] for prompt in self._prompts])
+
+    def abandon(self, newcomer: int) -> None:
+        self._engine.give_up()
+        self._prompts[newcomer] = self._prompts[-1]
+        self._prompts.pop()
 
 
 class Answer:
@@ -278,7 +302,7 @@ def test_a_request_is_given_up_at_its_deadline(
     assert (early.tokens, waiting.tokens, len(first.tokens)) == ([], [], 2)
 
 
-@pytest.mark.parametrize("call", ["join", "read", "decode", "leave"])
+@pytest.mark.parametrize("call", ["remembered", "join", "read", "decode", "leave"])
 def test_when_the_engine_fails_its_requests_end_and_the_next_one_works(
     start: Start, call: str
 ) -> None:
@@ -303,8 +327,8 @@ def test_a_row_whose_token_cannot_be_chosen_ends_alone(
 ) -> None:
     choose = Sampler.choose
 
-    def fragile(self: Sampler, logits: np.ndarray) -> int:
-        token = choose(self, logits)
+    def fragile(self: Sampler, *given: np.ndarray) -> int:
+        token = choose(self, *given)
         if token == 9:
             raise IndexError("out of range")
         return token
@@ -317,6 +341,35 @@ def test_a_row_whose_token_cannot_be_chosen_ends_alone(
     end = bad.end()
     assert (end.reason, end.error) == (Finish.FAILED, "IndexError: out of range")
     assert bad.ids() == [8]
+
+
+class Only:
+    """Allows one token after the other, and then nothing more."""
+
+    def __init__(self, *tokens: int) -> None:
+        self._tokens = list(tokens)
+
+    def allowed(self) -> np.ndarray:
+        if not self._tokens:
+            raise UsageError("too complex", fix="make it simpler")
+        allowed = np.zeros(1000, bool)
+        allowed[self._tokens[0]] = True
+        return allowed
+
+    def take(self, token: int) -> None:
+        assert token == self._tokens.pop(0)
+
+
+def test_a_constraint_decides_and_ends_its_own_request_only(start: Start) -> None:
+    batcher, formed, ended, free = start(Counting(3)), Answer(), Answer(), Answer()
+    batcher.submit(Request((7,), 5, constraint=Only(50, 3)), formed)
+    stop = frozenset({9})
+    batcher.submit(Request((7,), 5, constraint=Only(50, 9), stop=stop, min_tokens=4), ended)
+    batcher.submit(Request((70,), 5), free)
+    assert free.ids() == [71, 72, 73, 74, 75]
+    assert (formed.ids(), formed.end()) == ([50, 3], End(Finish.REFUSED, "too complex"))
+    # Where only the end is allowed it ends, whatever the least number of tokens.
+    assert (ended.ids(), ended.end()) == ([50], End(Finish.STOP))
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(start: Start) -> None:
@@ -453,3 +506,76 @@ def test_of_equally_likely_alternatives_the_smaller_ids_come_first(
     others = [number for number in range(1000) if number != 8]
     assert [number for number, _ in token.alternatives] == [8, *others][:count]
     assert token.alternatives[0] == (8, token.logprob)
+
+
+def test_a_short_prompt_is_answered_while_long_ones_are_being_read(start: Start) -> None:
+    engine = Counting(5, permits=0)
+    batcher, first = occupied(start, engine, prompt_tokens_per_step=4)
+    long = [Answer() for _ in range(3)]
+    for answer in long:
+        batcher.submit(Request((7,) * 400, 1), answer)
+    short = Answer()
+    batcher.submit(Request((70,) * 3, 2), short)
+    engine.permit()
+    assert short.ids() == [71, 72]
+    # A piece of each of the others may come before it, and all go on in turn.
+    joined = engine.calls.index("join 3")
+    assert engine.calls[joined : joined + 10].count("decode 2") == 1
+    for answer in (*long, first):
+        answer.end()
+
+
+def test_a_stream_of_short_prompts_does_not_hold_up_a_long_one(start: Start) -> None:
+    batcher, long = start(Counting(4), prompt_tokens_per_step=4), Answer()
+    more = True
+    shorts = []
+
+    def again(news: Token | End) -> None:
+        if isinstance(news, End) and more:
+            shorts.append(news)
+            batcher.submit(Request((7,) * 4, 1), again)
+
+    for _ in range(2):
+        batcher.submit(Request((7,) * 4, 1), again)
+    batcher.submit(Request((7,) * 400, 1), long)
+    assert long.ids() == [8]
+    more = False
+    assert shorts
+
+
+def test_of_those_that_wait_whoever_has_fewest_slots_is_next(start: Start) -> None:
+    engine = Counting(3, permits=0)
+    batcher, first = occupied(start, engine)
+    order: list[str] = []
+
+    def named(name: str) -> Callable[[Token | End], None]:
+        return lambda news: order.append(name) if isinstance(news, End) else None
+
+    for count in range(4):
+        batcher.submit(Request((7,), 2), named(f"many {count}"), owner="many")
+    last = Answer()
+    batcher.submit(Request((7,), 2), named("other"), owner="other")
+    batcher.submit(Request((7,), 40), last)
+    engine.permit()
+    last.end()
+    first.end()
+    # One of each owner's at first, then whatever is left.
+    assert sorted(order[:2]) == ["many 0", "other"]
+    assert order[2:] == ["many 1", "many 2", "many 3"]
+
+
+def test_the_answers_of_one_owner_leave_a_slot_and_the_queue_to_others(start: Start) -> None:
+    engine = Counting(3, permits=0)
+    batcher = start(engine, queue=1)
+    many = [Answer() for _ in range(8)]
+    for answer in many:
+        batcher.submit(Request((7,), 300), answer, owner="many")
+    assert engine.decoding.wait(PATIENCE)
+    assert batcher.state().active == 2
+    other = Answer()
+    batcher.submit(Request((70,), 2), other, owner="other")
+    engine.permit()
+    assert other.ids() == [71, 72]
+    assert batcher.state().waiting
+    for answer in many:
+        answer.end()

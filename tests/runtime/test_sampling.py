@@ -166,3 +166,34 @@ def test_a_draw_at_the_very_end_is_the_last_possible_token(
 
     monkeypatch.setattr(sampler, "_random", Last())
     assert sampler.choose(np.array([1, 1, 0, 0], dtype=np.float32)) == 1
+
+
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
+    allowed=st.lists(st.booleans(), min_size=8, max_size=8).filter(any),
+    temperature=st.sampled_from([0.0, 1e-300, 0.7, 2.0]),
+    penalty=st.floats(-2, 2),
+    bias=st.dictionaries(st.integers(0, 7), st.floats(-100, 100), max_size=8),
+    top_k=st.integers(0, 9),
+    top_p=st.floats(0.01, 1),
+)
+def test_only_what_is_allowed_is_chosen(
+    logits: list[float],
+    allowed: list[bool],
+    temperature: float,
+    penalty: float,
+    bias: dict[int, float],
+    top_k: int,
+    top_p: float,
+) -> None:
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=1.3,
+        frequency_penalty=penalty,
+        presence_penalty=penalty,
+    )
+    sampler = Sampler(sampling, [1, 2], bias=bias)
+    for _ in range(3):
+        assert allowed[sampler.choose(np.array(logits, np.float32), np.array(allowed))]

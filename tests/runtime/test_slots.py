@@ -1,3 +1,4 @@
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.batching import Batcher, Request
-from runtime.engine import open_engine, open_slots
+from runtime.engine import Reading, open_engine, open_slots
 from runtime.generate import generate
 from runtime.graph import Graph
 from runtime.memory import HostMemory
+from runtime.prefixes import Prefixes, covered
 from runtime.sampling import Sampling
 from runtime.slots import OnnxRuntimeSlots
 from tests.conftest import VOCABULARY, Exported
@@ -68,12 +70,18 @@ def _dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 tokens = st.integers(0, VOCABULARY - 1)
-prompts = st.lists(st.lists(tokens, min_size=1, max_size=24), min_size=1, max_size=SLOTS)
+# Many begin alike.
+prompt = st.builds(
+    lambda common, own: [*range(common), *own],
+    st.integers(0, 20),
+    st.lists(tokens, min_size=1, max_size=24),
+)
+prompts = st.lists(prompt, min_size=1, max_size=SLOTS)
 events = st.lists(
     st.one_of(
         st.tuples(st.just("join"), prompts),
         st.tuples(st.just("read"), st.integers(1, 40)),
-        st.tuples(st.just("read"), st.just(100)),
+        st.tuples(st.just("read"), st.just(200)),
         st.tuples(st.just("decode"), tokens),
         st.tuples(st.just("leave"), st.integers(0, SLOTS - 1)),
         st.tuples(st.just("abandon"), st.integers(0, SLOTS - 1)),
@@ -81,6 +89,11 @@ events = st.lists(
     min_size=30,
     max_size=30,
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.prefixes._TOKENS", 4)
 
 
 @pytest.mark.usefixtures("_dirty_memory")
@@ -93,9 +106,9 @@ def test_a_row_computes_what_it_computes_alone_whoever_comes_and_goes(
     graph: Open, name: str, events: list[tuple[str, object]]
 ) -> None:
     model = graph(name)
-    slots = OnnxRuntimeSlots(model, slots=SLOTS)
+    slots = OnnxRuntimeSlots(model, slots=SLOTS, prefix_bytes=12 * block_bytes(model))
     rows: list[list[int]] = []
-    newcomers: list[list[int]] = []
+    groups: list[tuple[Reading, list[list[int]]]] = []  # read in turn
 
     def agree(texts: list[list[int]], logits: np.ndarray) -> None:
         for text, row in zip(texts, logits, strict=True):
@@ -103,41 +116,95 @@ def test_a_row_computes_what_it_computes_alone_whoever_comes_and_goes(
             np.testing.assert_allclose(row, expected, atol=1e-5 * float(np.ptp(expected)))
 
     for event, value in events:
-        if event == "join" and not newcomers:
+        if event == "join":
             assert isinstance(value, list)
-            newcomers = [list(prompt) for prompt in value[: SLOTS - len(rows)]]
-            if newcomers:
-                slots.join(newcomers)
-        elif event == "read" and newcomers:
+            taken = len(rows) + sum(len(newcomers) for _, newcomers in groups)
+            if newcomers := [list(prompt) for prompt in value[: SLOTS - taken]]:
+                groups.append((slots.join(newcomers), newcomers))
+        elif event == "read" and groups:
             assert isinstance(value, int)
-            logits = slots.read(value)
-            if logits is not None:
+            reading, newcomers = groups.pop(0)
+            logits = reading.read(value)
+            if logits is None:
+                groups.append((reading, newcomers))
+            else:
                 agree(newcomers, logits)
-                rows, newcomers = rows + newcomers, []
+                rows = rows + newcomers
         elif event == "decode" and rows:
             assert isinstance(value, int)
             ids = (np.arange(len(rows)) + value) % VOCABULARY
             rows = [[*text, int(token)] for text, token in zip(rows, ids, strict=True)]
             agree(rows, slots.decode(ids))
-        elif event in ("leave", "abandon"):
+        elif event == "leave" or (event == "abandon" and groups):
             assert isinstance(value, int)
-            texts = rows if event == "leave" else newcomers
+            texts = groups[0][1] if event == "abandon" else rows
             if value < len(texts):
-                (slots.leave if event == "leave" else slots.abandon)(value)
+                (groups[0][0].abandon if event == "abandon" else slots.leave)(value)
                 texts[value] = texts[-1]
                 texts.pop()
+                groups = [group for group in groups if group[1]]
+
+
+def block_bytes(graph: Graph) -> int:
+    """Of as many tokens as a block of a prefix has here."""
+    return sum(
+        math.prod(tensor.shape[1::2]) * 4 * tensor.type.bytes for tensor in graph.empty_cache(1)
+    )
+
+
+def test_a_beginning_that_was_read_is_not_read_again_and_the_rest_is_the_same(graph: Open) -> None:
+    model = graph("llama")
+    slots = OnnxRuntimeSlots(model, slots=4, prefix_bytes=1 << 20)
+    common = list(range(30))
+
+    def read(*prompts: list[int]) -> Reading:
+        reading = slots.join(prompts)
+        logits = reading.read(1000)
+        assert logits is not None
+        for prompt, row in zip(prompts, logits, strict=True):
+            expected = alone(model, prompt)
+            np.testing.assert_allclose(row, expected, atol=1e-5 * float(np.ptp(expected)))
+            slots.leave(0)
+        return reading
+
+    assert read([*common, 99]).reused == 0
+    assert slots.remembered([*common, 98, 97]) == 28  # in blocks of 4
+    assert slots.remembered(common[:28]) == 24  # the last token is always read
+    # Read together, each reads as much as the one that knows least.
+    assert read([*common, 98, 97], [*common[:10], 96]).reused == 32 - 4 + 11 - 4
+    assert read([*common, 98]).reused == 28
+    assert slots.remembered([1, *common]) == 0
+
+
+def test_what_was_not_used_for_longest_is_forgotten_first(graph: Open) -> None:
+    model = graph("llama")
+    prefixes = Prefixes(model, 4 * block_bytes(model) + 1)
+    first, second = list(range(9)), list(range(50, 62))
+
+    def known(ids: list[int]) -> int:
+        return covered(prefixes.find([*ids, 0]))
+
+    prefixes.keep(first, lambda tokens: ())
+    assert known(first) == 8
+    prefixes.keep(second[:4], lambda tokens: ())
+    assert known(first) == 8  # now the latest
+    prefixes.keep(second, lambda tokens: ())
+    assert (known(second), known(first)) == (12, 4)  # its end went before its beginning
+    prefixes.keep(list(range(100, 200)), lambda tokens: ())
+    assert (known(second), known(first), known(list(range(100, 200)))) == (0, 0, 16)
+    nothing = Prefixes(model, block_bytes(model) - 1)
+    nothing.keep(first, lambda tokens: ())
+    assert nothing.find(first) == []
 
 
 def test_the_cache_stays_as_long_as_the_longest_text_needs(graph: Open) -> None:
     slots = OnnxRuntimeSlots(graph("llama"), slots=2)
-    slots.join([[1, 2, 3]])
-    slots.read(100)
+    slots.join([[1, 2, 3]]).read(100)
     longest = 0
     for step in range(300):  # there is always one row, and none is longer than 14 tokens
         slots.decode(np.full(len(slots._rows.lengths), 5))
         if step % 10 == 0:
-            slots.join([[7, 8, 9]])
-            slots.read(100)
+            slots.join([[7, 8, 9]]).read(100)
             if len(slots._rows.lengths) == 2:
                 slots.leave(0)
         longest = max(longest, slots._rows._past)

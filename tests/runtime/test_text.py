@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runtime.engine import open_engine
 from runtime.sampling import Sampling
 from runtime.server.chat import open_chat_template
+from runtime.server.templates import Conversation
 from runtime.text import Tokenizer, open_tokenizer, pieces, stream, until
 from tests.conftest import stock_model
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
@@ -172,7 +173,7 @@ def test_a_token_that_only_the_older_file_names_is_special(
     (model / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     template = open_chat_template(bundle, verify=False)
     assert template is not None
-    assert template.render([{"role": "user", "content": "x"}]) == "<end>x"
+    assert template.render(Conversation([{"role": "user", "content": "x"}])) == "<end>x"
 
 
 def test_what_names_special_tokens_is_checked(exported_llama: Path, tmp_path: Path) -> None:
@@ -188,3 +189,23 @@ def test_what_names_special_tokens_is_checked(exported_llama: Path, tmp_path: Pa
     open_tokenizer(bundle)
     with pytest.raises(IntegrityError, match=r"default\.jinja"):
         open_chat_template(bundle)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/default.jinja"],
+)
+def test_a_text_file_that_no_stage_wrote_is_refused(
+    exported_llama: Path, tmp_path: Path, name: str
+) -> None:
+    bundle = Path(shutil.copytree(exported_llama, tmp_path / "copy"))
+    path = bundle / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(IntegrityError, match=f"{name}: no stage"):
+        open_chat_template(bundle)
+    if "template" in name:
+        open_tokenizer(bundle)  # which reads none
+    else:
+        with pytest.raises(IntegrityError, match=f"{name}: no stage"):
+            open_tokenizer(bundle)

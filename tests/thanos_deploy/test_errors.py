@@ -1,10 +1,19 @@
 """What a library raises comes out as an error that says what to do, and nothing else is touched."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
-from thanos_deploy.errors import InputError, ModelError, ResourceError, boundary
+from thanos_deploy.errors import (
+    InputError,
+    ModelError,
+    PlatformError,
+    ResourceError,
+    boundary,
+    of_system,
+)
 
 
 def test_an_exception_of_a_library_says_what_happened_and_what_to_do() -> None:
@@ -41,3 +50,20 @@ def test_what_is_known_already_passes_as_it_is(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, boundary(ModelError, "what", fix="x"):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("inner", ["", "file"])
+def test_what_may_not_be_read_is_told_apart_from_what_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    place = tmp_path / inner
+    error = PermissionError(errno.EACCES, "Permission denied", str(place))
+    written = of_system(error)
+    assert isinstance(written, PlatformError)
+    assert "-o" in written.fix
+    # As for a user who is not root.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    read = of_system(error)
+    assert isinstance(read, PlatformError)
+    assert f"{place}: this user may not read it" in read.message
+    assert "chmod" in read.fix

@@ -70,3 +70,14 @@ def interrupted_run(name: str) -> str:
 def engine_folder(stage: str) -> str:
     """The folder of an engine by the name of its stage."""
     return f"{ENGINES}/{stage}"
+
+
+def read_as_a_whole(name: str) -> str | None:
+    """The folder of a file that is loaded as one: a model, a graph, an engine, a repository.
+
+    None for a file of the top folder, and for records: those are read one by one, by their names.
+    """
+    folder, *inner = name.split("/")
+    if not inner or folder in (EVAL, BENCH, REPORT):
+        return None
+    return f"{folder}/{inner[0]}" if folder == ENGINES and inner[1:] else folder

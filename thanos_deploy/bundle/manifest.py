@@ -12,7 +12,7 @@ Nothing in a manifest is an absolute path, so a bundle can be moved.
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -161,6 +161,20 @@ class Bundle:
         """A finished stage wrote this file, so its hash is known."""
         return any(name in record.files for record in self.stages.values())
 
+    def unrecorded(self, folder: str) -> list[str]:
+        """The files below a folder of the bundle that no finished stage wrote, sorted.
+
+        Hidden ones do not count: nothing in a bundle is called like that, and nothing reads them.
+        """
+        found = (path.relative_to(self.path) for path in (self.path / folder).rglob("*"))
+        return sorted(
+            name.as_posix()
+            for name in found
+            if (self.path / name).is_file()
+            and not any(part.startswith(".") for part in name.parts)
+            and not self.recorded(name.as_posix())
+        )
+
     def check(
         self, stage: Stage[Options, Inputs, Result] | str, options: object, *, overwrite: bool
     ) -> None:
@@ -269,11 +283,29 @@ class Bundle:
         """Hash the files of the named stages, or of all, and compare.
 
         Raises:
-            IntegrityError: a file is missing or differs; the message names it.
+            IntegrityError: a file is missing or differs, or no stage wrote it and it lies where a
+                model, a graph or an engine is read from; the message names it.
         """
         for stage in stages or tuple(self.stages):
-            for name, recorded in self.stages[stage].files.items():
+            files = self.stages[stage].files
+            for name, recorded in files.items():
                 self._compare(stage, name, recorded)
+            for folder in dict.fromkeys(filter(None, map(layout.read_as_a_whole, files))):
+                self.refuse(self.unrecorded(folder))
+
+    def refuse(self, unrecorded: Iterable[str]) -> None:
+        """Refuse files that no stage wrote, where there are any.
+
+        Raises:
+            IntegrityError: there are; the message names the first.
+        """
+        for name in unrecorded:
+            raise IntegrityError(
+                f"{self.path / name}: no stage of the bundle wrote it, and it would be read with "
+                "the files there that one did write",
+                fix="remove it; if the model is to have it, put it into the model that the bundle "
+                "was made from, and make the bundle again",
+            )
 
     def verify_file(self, name: str) -> None:
         """Hash one file of whichever stage wrote it, and compare.

@@ -13,6 +13,7 @@ from thanos_deploy.cli._types import several
 from thanos_deploy.errors import DeployError, PlatformError
 
 if TYPE_CHECKING:
+    from runtime.engine import Weights
     from runtime.server.access import Keys
 
 _listening = several(
@@ -47,7 +48,11 @@ _listening = several(
         "browser (CORS); * for all. May be given several times.  [default: none]",
     ),
     click.option(
-        "--name", help="Name by which clients call the model.  [default: the folder's name]"
+        "--name",
+        "served_names",
+        multiple=True,
+        help="Name by which clients call the model; may be given several times.  [default: the "
+        "folder's name]",
     ),
     click.option("--log-prompts", is_flag=True, help="Also log prompts and answers."),
 )
@@ -71,6 +76,23 @@ _engine = several(
         "--threads",
         type=click.IntRange(min=1),
         help="Number of threads on a CPU.  [default: one for each processor]",
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(["map", "memory"]),
+        default="map",
+        show_default=True,
+        help="Map the file with the weights into memory, which replicas share and nothing may "
+        "write to, or read it into memory of the server's own.",
+    ),
+    click.option(
+        "--prefix-memory",
+        type=click.IntRange(min=0),
+        default=256,
+        show_default=True,
+        metavar="MIB",
+        help="Memory for beginnings of prompts, such as a system prompt, that are not read again "
+        "when another prompt has them; 0 keeps none.",
     ),
     click.option(
         "--verify/--no-verify",
@@ -137,11 +159,13 @@ def command(
     api_key_file: Path | None,
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
-    name: str | None,
+    served_names: tuple[str, ...],
     log_prompts: bool,
     slots: int,
     provider: str,
     threads: int | None,
+    weights: "Weights",
+    prefix_memory: int,
     verify: bool,
     queue: int,
     max_tokens: int | None,
@@ -159,7 +183,10 @@ def command(
     GET  /v1/models
     POST /v2/models/NAME/infer    Open Inference Protocol: ids in, logits out
     GET  /v2/models/NAME, /v2/health/live, /v2/health/ready
-    GET  /health, /metrics        for load balancers, and for Prometheus
+    POST /tokenize, /detokenize   ids of texts or conversations, and back, as vLLM's
+    GET  /health, /health/ready   for load balancers
+    GET  /metrics                 for Prometheus
+    GET  /version
     GET  /openapi.json            the description of all routes
 
     \b
@@ -205,9 +232,11 @@ def command(
         slots=slots,
         queue=queue,
         limits=limits,
-        name=name,
+        names=served_names,
         provider=provider,
         threads=threads,
+        prefix_bytes=prefix_memory << 20,
+        weights=weights,
         verify=verify,
         log_prompts=log_prompts,
     ) as service:

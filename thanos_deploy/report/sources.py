@@ -89,7 +89,8 @@ def read(bundle: Bundle) -> Sources:
         engines={
             name: record
             for name in _names(bundle, f"{layout.ENGINES}/*/{layout.BUILD}")
-            if not any(name in bundle.stages[stage].files for stage in stale)
+            if bundle.recorded(name)
+            and not any(name in bundle.stages[stage].files for stage in stale)
             if (record := _versioned(bundle, name, layout.BUILD_FORMAT, BuildRecord))
         },
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from exporters.options import GRAPHS, exported_with
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
-from runtime.text import TOKENIZER, open_tokenizer
+from runtime.text import open_tokenizer
 from thanos_deploy.bundle import layout, manifest, names
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import write_record
@@ -270,7 +270,7 @@ def _sample(bundle: Path, tokenized_by: Path, request: BenchRequest) -> str:
     # `generate` has no other way; a model without tokenizer.json is still to be measured.
     prompt = (
         open_tokenizer(tokenized_by, verify=False).encode(request.sample_prompt)
-        if (tokenized_by / TOKENIZER).is_file()
+        if (tokenized_by / layout.TOKENIZER).is_file()
         else tokenizer(request.sample_prompt)["input_ids"]
     )
     ids = generate(

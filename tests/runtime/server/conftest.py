@@ -19,12 +19,19 @@ from runtime.engine import Ids, Logits, open_slots
 from runtime.server import main
 from runtime.server.access import Access, Keys
 from runtime.server.service import Limits, Service
+from tests.bundles import add_to_model
 
 TEMPLATE = """\
+{%- for tool in tools or [] -%}{{ tool.function.name }};{%- endfor -%}
 {%- for message in messages -%}
-  {%- if message.role == 'tool' -%}{{ raise_exception('no tools here') }}{%- endif -%}
-  {{ message.role[0] }}:{{ message.content }}|
+  {%- if message.role == 'tool' and not tools -%}{{ raise_exception('no tools here') }}{%- endif -%}
+  {{ message.role[0] }}:{{ message.content }}
+  {%- for call in message.tool_calls or [] -%}
+    {{ call.function.name }}({{ call.function.arguments.n }})
+  {%- endfor -%}
+  |
 {%- endfor -%}
+{%- if mood is defined -%}{{ mood }}|{%- endif -%}
 {%- if add_generation_prompt -%}a:{%- endif -%}
 """
 LIMITS = Limits(answers=16, new_tokens=None, body_bytes=1 << 16, deadline_seconds=60)
@@ -105,7 +112,11 @@ def serving(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "open_slots", lambda *some, **more: Gate(open_slots(*some, **more)))
         with main.open_service(
-            bundle, slots=slots, queue=limits.answers, limits=limits, **{"name": "tiny", **options}
+            bundle,
+            slots=slots,
+            queue=limits.answers,
+            limits=limits,
+            **{"names": ("tiny",), **options},
         ) as service:
             ready: SimpleQueue[str] = SimpleQueue()
             server = main.Server(
@@ -133,7 +144,7 @@ def serving(
 def bundle(exported_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny LLaMA with a chat template. Not to be changed."""
     out = Path(shutil.copytree(exported_llama, tmp_path_factory.mktemp("chat") / "bundle"))
-    (out / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    add_to_model(out, "chat_template.jinja", TEMPLATE)
     return out
 
 

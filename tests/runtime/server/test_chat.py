@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from runtime.server.chat import open_chat_template
-from runtime.server.templates import ChatTemplate
+from runtime.server.templates import ChatTemplate, Conversation
 from tests.byte_tokenizer import save_byte_tokenizer
 from thanos_deploy.errors import InputError, UsageError
 
@@ -47,7 +47,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_prompt_is_that_of_transformers(
     stock: Any, source: str, messages: list[dict[str, str]]
 ) -> None:
-    ours = ChatTemplate(source, {"eos_token": "<end>"}).render(messages)
+    ours = ChatTemplate(source, {"eos_token": "<end>"}).render(Conversation(messages))
     assert ours == stock.apply_chat_template(
         messages, chat_template=source, tokenize=False, add_generation_prompt=True
     )
@@ -65,13 +65,12 @@ def test_a_prompt_is_that_of_transformers(
 )
 def test_what_a_template_refuses_is_a_usage_error(source: str) -> None:
     with pytest.raises(UsageError, match="chat template does not take these messages"):
-        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+        ChatTemplate(source, {}).render(Conversation([{"role": "user", "content": "x"}]))
 
 
-def test_a_template_is_found_where_tokenizers_keep_it(bundle: Path, tmp_path: Path) -> None:
+def test_a_template_is_found_where_tokenizers_keep_it(exported_llama: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "x"}]
-    out = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    (out / "model" / "chat_template.jinja").unlink()
+    out = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     assert open_chat_template(out) is None
     configuration = out / "model" / "tokenizer_config.json"
     token = {"content": "<s>", "lstrip": False}
@@ -85,7 +84,7 @@ def test_a_template_is_found_where_tokenizers_keep_it(bundle: Path, tmp_path: Pa
         configuration.write_text(json.dumps({"chat_template": template, "bos_token": token}))
         found = open_chat_template(out, verify=False)
         assert found is not None
-        assert found.render(messages) == "<s>x"
+        assert found.render(Conversation(messages)) == "<s>x"
 
 
 @pytest.mark.parametrize(
@@ -98,10 +97,9 @@ def test_a_template_is_found_where_tokenizers_keep_it(bundle: Path, tmp_path: Pa
     ],
 )
 def test_an_unreadable_template_is_bad_input(
-    bundle: Path, tmp_path: Path, name: str, content: str
+    exported_llama: Path, tmp_path: Path, name: str, content: str
 ) -> None:
-    out = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    (out / "model" / "chat_template.jinja").unlink()
+    out = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     (out / "model" / name).write_text(content)
     with pytest.raises(InputError, match="not a readable chat template"):
         open_chat_template(out, verify=False)

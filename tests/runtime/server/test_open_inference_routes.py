@@ -120,7 +120,7 @@ def test_forward_passes_wait_in_line_and_not_for_ever(
 
 
 def test_the_name_of_a_model_may_have_a_slash(bundle: Path) -> None:
-    with serving(bundle, name="org/tiny") as running, running.http(headers=JSON) as http:
+    with serving(bundle, names=("org/tiny",)) as running, running.http(headers=JSON) as http:
         assert http.get("/v1/models/org/tiny").json()["id"] == "org/tiny"
         for path in ("org%2Ftiny", "org/tiny"):
             assert http.get(f"/v2/models/{path}").json()["name"] == "org/tiny"

@@ -13,7 +13,7 @@ import pytest
 
 from runtime.engine import Engine, open_engine
 from runtime.sampling import Sampling
-from runtime.server.templates import ChatTemplate
+from runtime.server.templates import ChatTemplate, Conversation
 from runtime.text import Tokenizer, open_tokenizer, stream
 from tests.runtime.server.conftest import TEMPLATE, Running, serving
 
@@ -53,7 +53,7 @@ def test_greedy_text_is_that_of_the_runtime(
 def test_an_answer_in_a_conversation_is_that_to_the_template(
     server: Running, engine: Engine, tokenizer: Tokenizer
 ) -> None:
-    prompt = ChatTemplate(TEMPLATE, {}).render(MESSAGES)
+    prompt = ChatTemplate(TEMPLATE, {}).render(Conversation(MESSAGES))
     assert prompt == "s:Be|u:Hi|a:"
     expected = "".join(stream(engine, tokenizer, prompt, new_tokens=40))
     answer = server.openai().chat.completions.create(
@@ -266,9 +266,15 @@ def test_without_a_limit_a_text_is_as_long_as_the_model_takes(server: Running) -
         ({"prompt": "a", "temperature": "hot"}, "float_type", "temperature"),
         ({"prompt": "a", "top_p": 0}, "greater_than", "top_p"),
         ({"prompt": "a", "max_tokens": 1 << 70}, "less_than", "max_tokens"),
-        ({"prompt": "a", "frequency_penalty": 1.0}, "less_than_equal", "frequency_penalty"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "too_long", "logit_bias"),
-        ({"prompt": "a", "echo": True}, "literal_error", "echo"),
+        ({"prompt": "a", "frequency_penalty": 2.5}, "less_than_equal", "frequency_penalty"),
+        ({"prompt": "a", "presence_penalty": -3}, "greater_than_equal", "presence_penalty"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "less_than_equal", "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"a": 1}}, "value_error", None),
+        ({"prompt": "a", "logit_bias": {"257": 1}}, "invalid", "logit_bias"),
+        ({"prompt": "a", "stop_token_ids": [257]}, "invalid", "stop_token_ids"),
+        ({"prompt": "a", "stop_token_ids": [-1]}, "greater_than_equal", "stop_token_ids"),
+        ({"prompt": "a", "min_tokens": 5, "max_tokens": 4}, "value_error", None),
+        ({"prompt": "a", "max_tokens": 0}, "value_error", None),
         ({"prompt": "a", "stop": [""]}, "string_type", "stop"),
         ({"prompt": "a", "stream_options": {}}, "value_error", None),
         ({"prompt": [1, -1]}, "string_type", "prompt"),
@@ -310,10 +316,10 @@ def test_fields_that_ask_for_nothing_are_taken(server: Running, fields: dict[str
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"tools": [{"type": "function"}]}, "tools: not supported"),
-        ({"presence_penalty": 1.0}, "presence_penalty: not supported"),
+        ({"tools": [{"type": "function"}]}, "function: Field required"),
+        ({"functions": [{"name": "x"}]}, "functions: not supported"),
         ({"prediction": {"type": "content"}}, "prediction: not supported"),
-        ({"min_tokens": 3}, "min_tokens: not supported"),
+        ({"best_of": 3}, "best_of: not supported"),
         ({"anything_at_all": 1}, "Unrecognized request argument supplied: anything_at_all"),
     ],
     ids=str,

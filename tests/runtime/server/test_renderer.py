@@ -11,7 +11,7 @@ import pytest
 
 from runtime.server import chat
 from runtime.server.chat import Renderer
-from runtime.server.templates import ChatTemplate
+from runtime.server.templates import ChatTemplate, Conversation
 from tests.runtime.server.conftest import TEMPLATE, serving
 from thanos_deploy.errors import UsageError
 
@@ -36,15 +36,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_conversation_is_rendered_as_in_this_process_and_after_one_that_breaks() -> None:
     template = ChatTemplate(WHEN, {"bos_token": "<s>"})
     renderer = Renderer(template)
-    said = [{"role": "user", "content": "häh\u2028\ud800"}]
+    said = Conversation([{"role": "user", "content": "häh\u2028\ud800"}])
     try:
         for _ in range(2):
             assert asyncio.run(renderer.render(said)) == template.render(said)
         with pytest.raises(UsageError, match="did not finish within 1 s"):
-            asyncio.run(renderer.render([{"role": "user", "content": "break"}]))
+            asyncio.run(renderer.render(Conversation([{"role": "user", "content": "break"}])))
         assert asyncio.run(renderer.render(said)) == template.render(said)
         with pytest.raises(UsageError, match="no tools here"):
-            asyncio.run(renderer.render([{"role": "tool", "content": "x"}]))
+            asyncio.run(renderer.render(Conversation([{"role": "tool", "content": "x"}])))
     finally:
         renderer.close()
 
@@ -59,7 +59,7 @@ def test_time_and_memory_of_a_template_are_limited(
     renderer = Renderer(ChatTemplate(source, {}))
     try:
         with pytest.raises(UsageError, match="chat template"):
-            asyncio.run(renderer.render([{"role": "user", "content": "x"}]))
+            asyncio.run(renderer.render(Conversation([{"role": "user", "content": "x"}])))
     finally:
         renderer.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.server.access import read_keys
 from runtime.server.logs import JsonLines
-from tests.runtime.server.conftest import LIMITS, Running, Serve
+from tests.runtime.server.conftest import LIMITS, Running, Serve, serving
 from thanos_deploy.errors import UsageError
 
 ASKED: dict[str, Any] = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 20}
@@ -42,8 +43,9 @@ def post(running: Running, body: object, path: str = "/v1/completions") -> socke
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_slots(serve: Serve, stream: bool) -> None:
-    with serve(slots=2) as running:
+    with serve(slots=3) as running:
         running.gate.open.clear()
+        # The last free slot is not for another answer of the same request.
         asked = {**ASKED, "n": 3, "stream": stream, "ignore_eos": True}
         connection = post(running, asked)
         running.wait_until(active=2, waiting=1)
@@ -86,15 +88,19 @@ def test_whoever_finds_no_room_is_told_when_to_come_back(serve: Serve) -> None:
 def test_answers_to_one_request_come_all_or_none(serve: Serve) -> None:
     with (
         serve(slots=1, limits=replace(LIMITS, answers=3)) as running,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(3) as pool,
     ):
         running.gate.open.clear()
-        first = pool.submit(complete, running, n=2)
-        running.wait_until(active=1, waiting=1)
+        taken = []
+        for waiting, copies in ((2, 3), (5, 3), (6, 1)):
+            taken.append(pool.submit(complete, running, n=copies))
+            running.wait_until(active=1, waiting=waiting)
+        # Three requests wait, one of them for its other answers.
         with pytest.raises(openai.InternalServerError):
             running.openai().completions.create(**ASKED, n=3)
+        running.wait_until(active=1, waiting=6)
         running.gate.open.set()
-        assert len(first.result().choices) == 2
+        assert [len(answer.result().choices) for answer in taken] == [3, 3, 1]
 
 
 def test_an_answer_that_is_late_is_given_up(serve: Serve) -> None:
@@ -298,6 +304,59 @@ def test_the_metrics_add_up(serve: Serve) -> None:
     assert samples["thanos_answer_seconds_count", None] == 6
     assert samples["thanos_active_slots", None] == samples["thanos_queue", None] == 0
     assert samples["thanos_slots", None] == 4
+
+
+def test_a_common_beginning_is_read_once_and_the_answers_are_the_same(
+    bundle: Path, server: Running
+) -> None:
+    """The second of two prompts with a common beginning is not read from its start."""
+    common = "You are a helpful assistant, and this is the system prompt. "
+    with serving(bundle, prefix_bytes=1 << 20) as running:
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+        for end in ("One", "Another", "One", "A third"):
+            texts = [
+                one.openai().completions.create(prompt=common + end, **asked).choices[0].text
+                for one in (running, server)
+            ]
+            assert texts[0] == texts[1]
+        state = running.service.batcher.state()
+        assert state.reused_tokens == 3 * (len(common) // 32 * 32)
+        with running.http() as http:
+            said = http.get("/metrics").text
+        assert f"thanos_reused_prompt_tokens_total {float(state.reused_tokens)}" in said
+        assert f"thanos_prompt_tokens_total {float(state.prompt_tokens)}" in said
+
+
+@pytest.mark.parametrize("change", ["written", "cut", "replaced", "gone"])
+def test_a_file_that_changes_under_a_server_is_noticed(
+    bundle: Path, tmp_path: Path, change: str
+) -> None:
+    out = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    data = out / "onnx" / "model.onnx.data"
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "temperature": 0}
+    paths = ("/health/ready", "/v2/health/ready", "/v2/models/tiny/ready")
+    with serving(out) as mapped, serving(out, weights="memory") as copied:
+        before = copied.openai().completions.create(**asked).choices[0].text
+        with mapped.http() as http, copied.http() as other:
+            assert [http.get(path).status_code for path in paths] == [200] * 3
+            content = data.read_bytes()
+            match change:
+                case "written":
+                    data.write_bytes(content[::-1])
+                case "cut":
+                    data.write_bytes(content[:100])
+                case "replaced":
+                    (tmp_path / "new").write_bytes(content)
+                    (tmp_path / "new").replace(data)
+                case "gone":
+                    data.unlink()
+            answers = [http.get(path) for path in paths]
+            assert [answer.status_code for answer in answers] == [503] * 3
+            assert "model.onnx.data is not the file that was loaded" in answers[0].text
+            assert http.get("/health").status_code == 200
+            # What is in memory does not change, whatever the file does.
+            assert [other.get(path).status_code for path in paths] == [200] * 3
+        assert copied.openai().completions.create(**asked).choices[0].text == before
 
 
 def test_an_engine_that_fails_fails_its_requests_only(

@@ -89,6 +89,29 @@ def test_a_changed_file_is_an_integrity_error_and_can_be_made_again(
         bundle.verify()
 
 
+@pytest.mark.parametrize("name", ["model/more", "model/deep/more", "engines/a/more"])
+def test_a_file_that_no_stage_wrote_is_refused_where_it_would_be_read(
+    tmp_path: Path, name: str
+) -> None:
+    def produce(folder: Path) -> Json:
+        for written in ("model/weights", "engines/a/model.engine", "bench/run.json", "card"):
+            (folder / written).parent.mkdir(parents=True, exist_ok=True)
+            (folder / written).write_text("written")
+        return {}
+
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        bundle.run("prune", produce, options={}, inputs={})
+        for beside in ("bench/interrupted.json", "notes", "engines/b/notes", "model/.DS_Store"):
+            (tmp_path / beside).parent.mkdir(exist_ok=True)
+            (tmp_path / beside).write_text("somebody's own")
+        bundle.verify()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("unrecorded")
+        assert bundle.unrecorded(name.rpartition("/")[0]) == [name]
+        with pytest.raises(IntegrityError, match=f"{name}: no stage"):
+            bundle.verify("prune")
+
+
 def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> Json:
         (folder / "half").write_text("written")

@@ -108,8 +108,7 @@ def test_up_to_the_change_rows_get_what_they_get_alone(scaled: Bundles) -> None:
     slots = open_slots(bundle, slots=2)
     assert slots.max_sequence == TRAINED
     texts = [text(TRAINED), text(5, seed=1)]
-    slots.join([row.tolist() for row in texts])
-    together = slots.read(1000)
+    together = slots.join([row.tolist() for row in texts]).read(1000)
     assert together is not None
     for row, logits in zip(texts, together, strict=True):
         np.testing.assert_allclose(logits, expected(bundle, row)[-1], atol=2e-5)

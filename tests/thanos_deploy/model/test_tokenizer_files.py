@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from runtime.server.templates import ChatTemplate
+from runtime.server.templates import ChatTemplate, Conversation
 from tests.conftest import MODEL_TYPES
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import PlatformError
@@ -284,7 +284,9 @@ def test_a_conversation_begins_as_transformers_begins_it(
                     stock.apply_chat_template(messages, tokenize=False)
             else:
                 ours = ChatTemplate(source, tokenizer_files.special_tokens(folder))
-                assert ours.render(messages) == stock.apply_chat_template(messages, tokenize=False)
+                assert ours.render(Conversation(messages)) == stock.apply_chat_template(
+                    messages, tokenize=False
+                )
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

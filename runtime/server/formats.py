@@ -1,0 +1,94 @@
+"""What an answer has to be like, as OpenAI's and vLLM's fields say it."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from runtime import grammars
+from runtime.server.messages import Strict, Text
+
+
+class JsonSchema(Strict):
+    """A schema, and what it is called."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class PlainFormat(Strict):
+    """Any text, or any object of JSON."""
+
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StructuredOutputs(Strict):
+    """vLLM's ways to say what an answer is like; one of them."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class Formed(Strict):
+    """The fields of a request for an answer of some form."""
+
+    response_format: PlainFormat | SchemaFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _an_answer_has_one_form(self) -> Self:
+        if len(self.forms()) > 1:
+            raise ValueError("the form of the answer is given more than once")
+        return self
+
+    def grammar(self) -> Callable[[], str] | None:
+        """What makes the grammar of the answer; None for any text."""
+        forms = self.forms()
+        return forms[0] if forms else None
+
+    def forms(self) -> list[Callable[[], str]]:
+        """What makes the grammar, for every field that asks for one."""
+        other = self.structured_outputs or StructuredOutputs()
+        forms: list[Callable[[], str]] = []
+        match self.response_format:
+            case PlainFormat(type="json_object"):
+                forms.append(partial(grammars.of_schema, {"type": "object"}))
+            case SchemaFormat(json_schema=form):
+                forms.append(partial(grammars.of_schema, form.schema_ or {}))
+        for schema in (self.guided_json, other.json_):
+            if schema is not None:
+                forms.append(partial(_of_schema, schema))
+        for regex in (self.guided_regex, other.regex):
+            if regex is not None:
+                forms.append(partial(grammars.of_regex, regex))
+        for choice in (self.guided_choice, other.choice):
+            if choice is not None:
+                forms.append(partial(grammars.of_choice, choice))
+        for grammar in (self.guided_grammar, other.grammar):
+            if grammar is not None:
+                forms.append(partial(grammars.of_grammar, grammar))
+        if other.json_object:
+            forms.append(partial(grammars.of_schema, {"type": "object"}))
+        return forms
+
+
+def _of_schema(schema: dict[str, Any] | str) -> str:
+    return grammars.of_schema(json.loads(schema) if isinstance(schema, str) else schema)

@@ -1,0 +1,134 @@
+"""From the body of a request to the ids of its prompt, and the routes that do only that.
+
+The routes, /tokenize and /detokenize, are vLLM's.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Discriminator, Tag
+from starlette.requests import Request
+
+from runtime.server import bodies
+from runtime.server.chat import as_text, encode
+from runtime.server.clients import unless_gone
+from runtime.server.errors import ErrorBody, RefusedError, too_late
+from runtime.server.logs import record_of
+from runtime.server.service import Prompt, Served, Service
+from runtime.server.tools import offered
+
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}}
+router = APIRouter(responses=_ERRORS, tags=["Tokens"])
+
+
+class Tokens(BaseModel):
+    """The ids of a text."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(BaseModel):
+    """The text of ids."""
+
+    prompt: str
+
+
+def _kind(body: Any) -> str:
+    given = body if isinstance(body, dict) else {}
+    return "conversation" if "messages" in given else "text"
+
+
+@router.post("/tokenize")
+async def tokenize(
+    body: Annotated[
+        Annotated[bodies.TokenizeText, Tag("text")]
+        | Annotated[bodies.TokenizeConversation, Tag("conversation")],
+        Discriminator(_kind),
+    ],
+    request: Request,
+    service: Served,
+) -> Tokens:
+    """The ids of a text, or of a conversation as the chat template writes it down."""
+    if body.model is not None:
+        service.require(body.model)
+    if isinstance(body, bodies.TokenizeConversation):
+        ids = await prompt_of(request, service, body)
+    else:
+        text, framed = body.prompt, body.add_special_tokens is not False
+        ids = await asyncio.to_thread(lambda: tuple(service.tokenizer.encode(text, framed=framed)))
+    names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
+    return Tokens(
+        count=len(ids),
+        max_model_len=service.engine.max_sequence,
+        tokens=list(ids),
+        token_strs=names,
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(body: bodies.Detokenize, service: Served) -> Detokenized:
+    """The text of ids, special tokens included."""
+    if body.model is not None:
+        service.require(body.model)
+    service.require_ids(body.tokens, "tokens")
+    return Detokenized(prompt=service.tokenizer.decode(body.tokens, specials=True))
+
+
+async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Prompt:
+    """The ids of a conversation.
+
+    Raises:
+        RefusedError: the model has no chat template, or it did not come to an end in time.
+        UsageError: the template does not take such a conversation.
+    """
+    if service.renderer is None:
+        raise RefusedError(
+            400,
+            "the model has no chat template; use /v1/completions",
+            code="no_chat_template",
+            param="messages",
+        )
+    tokenizer = service.tokenizer
+    conversation = offered(body.conversation(), body.offers, native=service.renderer.takes_tools)
+    if not body.allow_special_tokens:
+        conversation = replace(
+            conversation,
+            messages=as_text(conversation.messages, tokenizer.specials),
+            tools=as_text(conversation.tools, tokenizer.specials),
+        )
+    async with before_the_deadline(
+        request, service, "the conversation was not written down in time"
+    ):
+        text = await unless_gone(request, service.renderer.render(conversation))
+    return await asyncio.to_thread(lambda: tuple(encode(tokenizer, text)))
+
+
+@asynccontextmanager
+async def before_the_deadline(
+    request: Request, service: Service, late: str
+) -> AsyncGenerator[None, None]:
+    """What is done here ends with the deadline of a request.
+
+    Raises:
+        RefusedError: it is not finished then.
+    """
+    left = record_of(request.scope).started + service.limits.deadline_seconds - time.monotonic()
+    try:
+        async with asyncio.timeout(left):
+            yield
+    except TimeoutError as error:
+        raise too_late(late) from error
+
+
+def note_prompts(request: Request, service: Service, prompts: Sequence[object]) -> None:
+    """Have the prompts in the log, where they may be."""
+    if service.log_prompts:
+        record_of(request.scope).fields["prompts"] = prompts
