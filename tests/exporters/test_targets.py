@@ -73,6 +73,7 @@ def help_of(command: str) -> str:
 def test_the_targets_are_the_files() -> None:
     assert targets.names() == [
         "genai",
+        "gguf",
         "onnx",
         "packed",
         "tensorrt",

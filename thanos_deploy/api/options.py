@@ -116,7 +116,7 @@ class ExportOptions(TypedDict, total=False):
 
     Attributes:
         dtype: what the graph holds its weights in. Default: what the graph that is there was made
-            with, or "fp32"; for engines "fp16".
+            with, or "fp32"; for engines "fp16", for gguf "q8_0".
         max_seq: the most tokens, prompt and answer together. Default: what the graph that is there
             was made with, or all that the model takes.
         logits: "all", after every token, or "last". Default: what the graph that is there was made
@@ -132,7 +132,7 @@ class ExportOptions(TypedDict, total=False):
             built for; costs speed. Default: "none".
     """
 
-    dtype: Literal["fp32", "fp16", "int8", "int8-qdq"]
+    dtype: Literal["fp32", "fp16", "int8", "int8-qdq", "bf16", "q8_0", "q4_k_m", "q4_0"]
     max_seq: int
     logits: Literal["all", "last"]
     batch: Sequence[Positive]

@@ -7,6 +7,7 @@
     onnx/model.onnx, model.onnx.data, export.json      the graph, its weights, how it was exported
     onnx-DTYPE..., the same                            a graph of another kind, for engines
     genai/                                             a folder that ORT-GenAI loads
+    gguf/model.gguf                                    one file for llama.cpp
     packed/                                            the checkpoint without the zeros of n:m
     triton/                                            a model repository
     vllm/                                              a folder that vLLM serves
