@@ -59,6 +59,8 @@ class PruneOptions(TypedDict, total=False):
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
         recover: segments to train what is left on, with the dense model as teacher. Default: 0.
+        quantize: "int8" or "int4", with ":GROUP" and ":asym": what to quantise the linear layers
+            of the blocks to. Default: "none".
         calib: calibration text: a path, a data set, several with weights, or "builtin", the
             default; see the command `prune`.
         text_field: field of a row with the text. Default: "text".
@@ -98,6 +100,7 @@ class PruneOptions(TypedDict, total=False):
     ignore: Sequence[str]
     sparsity_file: str | PathLike[str]
     recover: int
+    quantize: str
     calib: str | PathLike[str]
     text_field: str
     calib_rows: int

@@ -1,6 +1,7 @@
 """Where everything is in a bundle: the names of its folders and files, each written down once here.
 
     model/, layers.json, README.md                     the checkpoint, its layers, the model card
+    scales.safetensors                                 of a quantised checkpoint
     eval/perplexity.json, tasks.json, ...              its quality
     bench/RUN.json, sample.json                        its speed, and what it writes
     report/                                            all of it on a page
@@ -24,6 +25,7 @@ CARD = "README.md"
 PRUNE = "prune"
 MODEL = "model"
 LAYERS = "layers.json"
+SCALES = "scales.safetensors"  # of a quantised model
 CONFIG = f"{MODEL}/config.json"
 TOKENIZER = f"{MODEL}/tokenizer.json"
 

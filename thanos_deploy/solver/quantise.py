@@ -1,10 +1,10 @@
 """Quantise a layer column by column: the columns to the right absorb the error of each.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", arXiv 2210.17323, in the factor of `solver.hessian`: the error of column j, divided by
-V_jj, times row j of V is what the columns from j on lose. A weight that was pruned is quantised to
-zero like any other column's value, so that zeros stay zero and what compensation puts there goes on
-to the right.
+Transformers", arXiv 2210.17323, in the factor of `solver.hessian`: the error of column j, divided
+by V_jj, times row j of V is what the columns from j on lose. A weight that was pruned is quantised
+to zero like any other column's value, so that zeros stay zero and what compensation puts there goes
+on to the right.
 
 Each group's scale is chosen when its first column is reached, from the weights as they are then, as
 the one of least error where that of column j costs its square over V_jj^2. Cost for a [rows, cols]

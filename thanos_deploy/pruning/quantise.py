@@ -1,0 +1,177 @@
+"""Quantise a model block by block: the last step, once every weight has its final value.
+
+A walk of its own, after pruning, cutting, tuning and training, each of which would leave the grid.
+Each layer sees its inputs as the quantised layers before it make them.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.errors import HessianError
+from thanos_deploy.machine import devices
+from thanos_deploy.machine.devices import CPU
+from thanos_deploy.machine.precision import products_in
+from thanos_deploy.methods import Walk
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.companions import copy_companions
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.layers import gather
+from thanos_deploy.pruning.result import Quantisation
+from thanos_deploy.solver.damping import DEFAULT, Damping
+from thanos_deploy.solver.grid import Grid
+from thanos_deploy.solver.layer import Factor, LayerProblem
+from thanos_deploy.solver.quantise import Quantised, quantise, round_to
+
+# Of the parameters in the file of scales.
+SCALE, ZERO = ".scale", ".zero"
+GRID = "grid"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One linear layer as it was quantised.
+
+    Attributes:
+        name: full name in the model.
+        relative_error: fraction of the energy of its output that is lost; None where the
+            statistics could not be used.
+        rounding_error: the same if it had been rounded.
+        failure: why the statistics could not be used, and it was rounded; empty if they could.
+    """
+
+    name: str
+    relative_error: float | None
+    rounding_error: float | None
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """The layers of one block, in the order of the forward pass."""
+
+    layers: tuple[LayerReport, ...]
+
+    def to_json(self) -> Json:
+        """As a record."""
+        return encode(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "BlockReport":
+        """What `to_json` made the value of."""
+        return decode(cls, value)
+
+
+def quantise_model(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    destination: Path,
+    scales: Path,
+    grid: Grid,
+    *,
+    damping: Damping = DEFAULT,
+    forward: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    on_progress: OnProgress = silent,
+) -> Quantisation:
+    """Quantise the linear layers of every block, and write an ordinary model folder.
+
+    The folder has the values that the codes stand for, in the dtypes of the checkpoint. The file of
+    scales has what is needed to find the codes again: `NAME.scale`, float16[rows, groups], and for
+    an asymmetric grid `NAME.zero`, uint8[rows, groups], of each layer; its metadata names the grid.
+
+    Args:
+        checkpoint: the model, pruned or not.
+        segments: int64[count, length], calibration tokens.
+        destination: an empty folder.
+        scales: the file of scales to write.
+        grid: what to quantise to.
+        damping: of the Hessians.
+        forward: the dtype in which blocks run, float32 or bfloat16.
+        device: where each block is while it is quantised.
+        on_progress: told of every finished block.
+
+    Raises:
+        ModelError: weights are missing or have NaN, or a value does not fit their dtype.
+        ResourceError: a block does not fit into the GPU's memory.
+    """
+    tables: dict[str, Tensor] = {}
+    copy_companions(checkpoint.folder, destination, None)
+
+    def work(visit: Visit) -> BlockReport:
+        with devices.memory_for(f"block {visit.index}"):
+            return BlockReport(tuple(_layers(visit, grid, damping, tables)))
+
+    with (
+        torch.no_grad(),
+        products_in(torch.float32),
+        WeightsCopy(checkpoint.weights, destination, None) as copy,
+    ):
+        blocks = visit_blocks(
+            checkpoint,
+            segments,
+            work,
+            copy=copy,
+            forward=forward,
+            device=device,
+            on_progress=on_progress,
+        )
+    save_file(tables, scales, metadata={GRID: str(grid)})
+    return _summary(grid, blocks)
+
+
+def _layers(
+    visit: Visit, grid: Grid, damping: Damping, tables: dict[str, Tensor]
+) -> Iterator[LayerReport]:
+    """Quantise, in place, the layers of a block, those that read one input after another."""
+    names = {visit.prefix + linear for linear in visit.structure.linears}
+    for groups, collected in gather(visit, names, Walk(true_sequential=True)):
+        for group in groups:
+            hessian = collected.pop(group[0]).hessian
+            factors: dict[tuple[float, str], Factor] = {}
+            for linear in group:
+                name = visit.prefix + linear
+                weight = matrix(visit.block.get_submodule(linear)).float()
+                problem = LayerProblem(weight, hessian, name, factors)
+                found, report = _solve(problem, grid, damping)
+                visit.write(linear, found.weight)
+                tables[name + SCALE] = found.scale.to("cpu", torch.float16)
+                if not grid.symmetric:
+                    tables[name + ZERO] = found.zero.to("cpu", torch.uint8)
+                yield report
+
+
+def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantised, LayerReport]:
+    """With compensation if the statistics allow it, else rounded."""
+    try:
+        solved = quantise(problem, grid, damping)
+    except HessianError as error:
+        if not bool(problem.weight.isfinite().all()):
+            raise
+        report = LayerReport(problem.name, None, None, error.message)
+        return round_to(problem.weight, grid), report
+    return solved.quantised, LayerReport(problem.name, solved.relative_error, solved.rounding_error)
+
+
+def _summary(grid: Grid, blocks: Sequence[BlockReport]) -> Quantisation:
+    layers = [layer for block in blocks for layer in block.layers]
+    known = [one for one in layers if one.relative_error is not None]
+    return Quantisation(
+        grid=str(grid),
+        median_relative_error=statistics.median(one.relative_error or 0.0 for one in known)
+        if known
+        else None,
+        median_rounding_error=statistics.median(one.rounding_error or 0.0 for one in known)
+        if known
+        else None,
+        rounded={one.name: one.failure for one in layers if one.failure},
+    )
