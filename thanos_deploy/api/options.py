@@ -135,7 +135,7 @@ class ExportOptions(TypedDict, total=False):
             built for; costs speed. Default: "none".
     """
 
-    dtype: Literal["fp32", "fp16", "int8", "int8-qdq", "bf16", "q8_0", "q4_k_m", "q4_0"]
+    dtype: Literal["fp32", "fp16", "int8", "int4", "int8-qdq", "bf16", "q8_0", "q4_k_m", "q4_0"]
     max_seq: int
     logits: Literal["all", "last"]
     batch: Sequence[Positive]

@@ -5,17 +5,18 @@ Each layer sees its inputs as the quantised layers before it make them.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.walk import Visit, visit_blocks
-from thanos_deploy.errors import HessianError
+from thanos_deploy.errors import HessianError, InputError, UsageError
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.machine.precision import products_in
@@ -28,9 +29,9 @@ from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.layers import gather
 from thanos_deploy.pruning.result import Quantisation
 from thanos_deploy.solver.damping import DEFAULT, Damping
-from thanos_deploy.solver.grid import Grid
+from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import Factor, LayerProblem
-from thanos_deploy.solver.quantise import Quantised, quantise, round_to
+from thanos_deploy.solver.quantise import Quantised, quantise, recovered, round_to
 
 # Of the parameters in the file of scales.
 SCALE, ZERO = ".scale", ".zero"
@@ -127,6 +128,58 @@ def quantise_model(
         )
     save_file(tables, scales, metadata={GRID: str(grid)})
     return _summary(grid, blocks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scales:
+    """What the codes of a quantised model are found with.
+
+    Attributes:
+        path: of the file.
+        grid: what the model was quantised to.
+        tensors: see `quantise_model`.
+    """
+
+    path: Path
+    grid: Grid
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> "Scales":
+        """From the file that `quantise_model` wrote.
+
+        Raises:
+            InputError: it is not readable.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                grid = parse(file.metadata()[GRID])
+                return cls(path, grid, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError, TypeError, KeyError, UsageError) as error:
+            raise InputError(
+                f"{path}: not a readable file of scales ({error})",
+                fix="restore it from a copy of the bundle, or prune again with --overwrite",
+            ) from error
+
+    def codes(self, name: str, weight: Tensor) -> Quantised:
+        """The codes of a layer.
+
+        Args:
+            name: its full name.
+            weight: float32[rows, cols].
+
+        Raises:
+            InputError: the file has no scales of it, or it has other values than the codes'.
+        """
+        try:
+            scale = self.tensors[name + SCALE].to(weight.dtype)
+            zero = self.tensors.get(name + ZERO, torch.zeros(())).to(weight.dtype)
+            return recovered(weight, self.grid, scale, zero.expand_as(scale))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{self.path}: does not describe {name} ({error})",
+                fix="restore it from a copy of the bundle, or prune again with --overwrite",
+            ) from error
 
 
 def _layers(

@@ -77,9 +77,7 @@ def test_the_model_is_nearer_to_itself_than_when_it_is_rounded(
         weight = matrix(rounded.get_submodule(name))
         weight.data.copy_(round_to(weight.detach(), Grid(4)).weight)
     with torch.inference_mode():
-        wanted, ours, others = (
-            model(SEGMENTS).logits for model in (dense, quantised, rounded)
-        )
+        wanted, ours, others = (model(SEGMENTS).logits for model in (dense, quantised, rounded))
     assert (ours - wanted).square().mean() < 0.8 * (others - wanted).square().mean()
 
 
