@@ -43,7 +43,7 @@ from thanos_deploy.stages.prune import (
 from thanos_deploy.stages.request import PruneRequest
 
 PATTERNS = ("dense", "structured:0.2", "2:4")
-GRIDS = ("int8", "int4", "int4:128", "int4:asym", "int4:128:asym")
+GRIDS = ("int8", "int4", "int4:128", "int4:asym")
 
 
 @dataclass(frozen=True, slots=True)

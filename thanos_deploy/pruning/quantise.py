@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.errors import HessianError, InputError, UsageError
 from thanos_deploy.machine import devices
@@ -82,6 +83,7 @@ def quantise_model(
     damping: Damping = DEFAULT,
     forward: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    hold: Place = "auto",
     on_progress: OnProgress = silent,
 ) -> Quantisation:
     """Quantise the linear layers of every block, and write an ordinary model folder.
@@ -99,6 +101,7 @@ def quantise_model(
         damping: of the Hessians.
         forward: the dtype in which blocks run, float32 or bfloat16.
         device: where each block is while it is quantised.
+        hold: see `walk.visit_blocks`.
         on_progress: told of every finished block.
 
     Raises:
@@ -124,6 +127,7 @@ def quantise_model(
             copy=copy,
             forward=forward,
             device=device,
+            hold=hold,
             on_progress=on_progress,
         )
     save_file(tables, scales, metadata={GRID: str(grid)})

@@ -17,7 +17,8 @@ class Grid:
     """Integers of a few bits, and a scale for each group of neighbouring inputs of an output.
 
     A weight is scale * (code - zero), where the zero point is a code, so that 0 is always on the
-    grid. Scales are numbers of float16, which every format that is written can hold.
+    grid. Scales are numbers that bfloat16 and float16 both have, so that every format and every
+    dtype of a model can hold them.
 
     Attributes:
         bits: 4 or 8.

@@ -27,6 +27,10 @@ _SHRINKS = tuple(1.0 - 0.025 * step for step in range(17))
 # So far from a code a value may be: bfloat16 rounds 127 to the nearest 1/2.
 _OFF_THE_GRID = 0.3
 
+# Relative; of bfloat16. And its largest number that float16 has too.
+_HALF_A_STEP = 2**-8
+_LARGEST = 65280.0
+
 # Columns whose updates to the right are applied together: at least so many, in whole groups.
 _BLOCK = 128
 
@@ -38,7 +42,8 @@ class Quantised:
     Attributes:
         grid: what they are codes of.
         codes: int16[rows, cols].
-        scale: [rows, groups], positive numbers of float16, in the dtype of the weight.
+        scale: [rows, groups], positive numbers that bfloat16 and float16 have, in the dtype of the
+            weight.
         zero: the same shape and dtype, whole numbers; zeros if the grid is symmetric.
     """
 
@@ -220,10 +225,10 @@ def _range(part: Tensor, grid: Grid, shrink: float) -> tuple[Tensor, Tensor]:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """The nearest number of float16; 1 for a group of zeros, which any scale fits."""
-    least = torch.finfo(torch.float16).smallest_normal
-    near = scale.clamp(least, torch.finfo(torch.float16).max).to(torch.float16).to(scale.dtype)
-    return torch.where(scale > 0, near, 1.0)
+    """The next larger number of bfloat16 in the range of float16; 1 for a group of zeros."""
+    up = (scale * (1 + _HALF_A_STEP)).to(torch.bfloat16).to(scale.dtype)
+    half = torch.finfo(torch.float16)
+    return torch.where(scale > 0, up.clamp(half.smallest_normal, _LARGEST), 1.0)
 
 
 def _codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

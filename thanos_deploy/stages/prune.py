@@ -236,6 +236,7 @@ def quantise_checkpoint(
         grid,
         forward=DTYPES[request.forward],
         device=request.chosen_device,
+        hold=request.activations,
         on_progress=announce(f"Quantise to {grid}"),
     )
     shutil.rmtree(folder)
