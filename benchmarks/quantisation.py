@@ -122,10 +122,11 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
             folder = model.folder
             if way == "compensated":
-                folder = Path(scratch) / "model"
+                folder, codes = (Path(scratch) / name for name in ("model", "codes"))
                 folder.mkdir()
-                started, path = time.perf_counter(), Path(scratch) / "scales.safetensors"
-                done = quantise_model(model, self.calib, folder, path, grids.parse(grid))
+                codes.mkdir()
+                started = time.perf_counter()
+                done = quantise_model(model, self.calib, folder, codes, grids.parse(grid))
                 seconds, error = time.perf_counter() - started, done.median_relative_error
             loaded = load_model(folder)
         if way == "rounded":

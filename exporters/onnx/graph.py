@@ -47,7 +47,7 @@ from thanos_deploy.model.rounding import cast
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.pruning.quantise import Scales
+from thanos_deploy.pruning.quantise import Codes
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.quantise import Quantised, round_to
 
@@ -80,7 +80,7 @@ def export(
     dtype: str = "fp32",
     max_sequence: int | None = None,
     logits: str = "all",
-    scales: Scales | None = None,
+    codes: Codes | None = None,
     origin: Mapping[str, str] | None = None,
     on_progress: OnProgress = silent,
 ) -> GraphRecord:
@@ -97,8 +97,8 @@ def export(
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
-        scales: of a model that was quantised, whose codes int8 and int4 take; None where they are
-            to round its weights.
+        codes: those of a model that was quantised, for int8 and int4; None where they are to round
+            its weights.
         origin: what else the graph's metadata says of where it comes from.
         on_progress: told of every finished step.
 
@@ -136,10 +136,10 @@ def export(
     rounding: dict[str, float] = {}
     ranges: dict[str, qdq.Ranges] = {}
     if dtype in GRIDS:
-        codes = _codes(model, checkpoint, GRIDS[dtype], scales)
-        nbits.write(destination / GRAPH, {f"{name}.weight": one for name, one in codes.items()})
+        found = _codes(model, checkpoint, GRIDS[dtype], codes)
+        nbits.write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
         rounding = _rounded(
-            destination / GRAPH, model, {name: one.weight for name, one in codes.items()}
+            destination / GRAPH, model, {name: one.weight for name, one in found.items()}
         )
     if dtype == "int8-qdq":
         ranges = _observe(model, checkpoint)
@@ -209,22 +209,30 @@ def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, qdq.Ra
 
 
 def _codes(
-    model: PreTrainedModel, checkpoint: Checkpoint, grid: Grid, scales: Scales | None
+    model: PreTrainedModel, checkpoint: Checkpoint, grid: Grid, codes: Codes | None
 ) -> dict[str, Quantised]:
     """By full name, the codes of every linear layer of the blocks.
 
     Raises:
         UsageError: the model was quantised to another number of bits.
     """
-    weights = {name: matrix(model.get_submodule(name)).detach() for name in checkpoint.linears}
-    if scales is None:
-        return {name: round_to(weight, grid) for name, weight in weights.items()}
-    if scales.grid.bits != grid.bits:
+    if codes is None:
+        return {
+            name: round_to(matrix(model.get_submodule(name)).detach(), grid)
+            for name in checkpoint.linears
+        }
+    if codes.grid.bits != grid.bits:
         raise UsageError(
-            f"--dtype int{grid.bits} with a model that was quantised to {scales.grid}",
-            fix=f"use --dtype int{scales.grid.bits}, which keeps its codes; or fp32 or fp16",
+            f"--dtype int{grid.bits} with a model that was quantised to {codes.grid}",
+            fix=f"use --dtype int{codes.grid.bits}, which keeps its codes; or fp32 or fp16",
         )
-    return {name: scales.codes(name, weight) for name, weight in weights.items()}
+    return {name: codes.of(name, _stored(checkpoint, name)) for name in checkpoint.linears}
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
+    """[outputs, inputs], the weight of a linear layer in the dtype that it is stored in."""
+    (weight,) = checkpoint.weights.read([checkpoint.stored_name(f"{name}.weight")]).values()
+    return weight.T if checkpoint.family.transposed else weight
 
 
 def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from exporters import bits
 from thanos_deploy.solver.quantise import Quantised
 
 DOMAIN = "com.microsoft"
@@ -78,15 +79,15 @@ def levels(
         weight: its name before.
         inputs: its number of inputs; the last block may be longer.
     """
-    bits = 4 if f"{weight}{_CODES[4]}" in initializers else 8
-    packed, scales = (initializers[f"{weight}{part}"] for part in (_CODES[bits], _SCALES))
+    width = 4 if f"{weight}{_CODES[4]}" in initializers else 8
+    packed, scales = (initializers[f"{weight}{part}"] for part in (_CODES[width], _SCALES))
     rows, blocks = scales.shape
-    codes = _unpacked(packed.reshape(rows, -1), bits)
+    codes = bits.unpack(packed.reshape(rows, -1), width)
     group = codes.shape[1] // blocks
     zeros = initializers.get(f"{weight}{_ZEROS}")
     if zeros is None:
-        return codes[:, :inputs] - 2 ** (bits - 1)
-    each = _unpacked(zeros.reshape(rows, -1), bits)[:, :blocks].repeat(group, axis=1)
+        return codes[:, :inputs] - 2 ** (width - 1)
+    each = bits.unpack(zeros.reshape(rows, -1), width)[:, :blocks].repeat(group, axis=1)
     return (codes - each)[:, :inputs]
 
 
@@ -112,28 +113,9 @@ def _initializers(name: str, quantised: Quantised) -> list[onnx.TensorProto]:
     # What is added to the last block counts for nothing.
     padded = np.pad(codes, ((0, 0), (0, blocks * grid.group - cols)), constant_values=middle)
     found = {
-        _CODES[grid.bits]: _packed(padded, grid.bits).reshape(rows, blocks, -1),
+        _CODES[grid.bits]: bits.pack(padded, grid.bits).reshape(rows, blocks, -1),
         _SCALES: quantised.scale.numpy().astype(np.float32),
     }
     if not grid.symmetric:
-        found[_ZEROS] = _packed(zeros, grid.bits)
+        found[_ZEROS] = bits.pack(zeros, grid.bits)
     return [numpy_helper.from_array(array, f"{name}{part}") for part, array in found.items()]
-
-
-def _packed(codes: NDArray[np.int16], bits: int) -> NDArray[np.uint8]:
-    """uint8[rows, bytes]; codes of 4 bits in pairs, the first in the lower half."""
-    values = codes.astype(np.uint8)
-    if bits == 8:
-        return values
-    even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    joined: NDArray[np.uint8] = even[:, ::2] | (even[:, 1::2] << 4)
-    return joined
-
-
-def _unpacked(packed: NDArray[np.generic], bits: int) -> NDArray[np.int16]:
-    """int16[rows, codes], the reverse of `_packed`."""
-    values = packed.astype(np.int16)
-    if bits == 8:
-        return values
-    pairs = np.stack([values & 15, values >> 4], axis=2)
-    return pairs.reshape(len(values), -1)

@@ -11,14 +11,14 @@ from exporters.patterns import check, claimed
 from exporters.target import write_stage
 from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.graph_record import GraphResult
-from thanos_deploy.bundle.layout import GRAPH, MODEL, ONNX, SCALES
+from thanos_deploy.bundle.layout import GRAPH, MODEL, ONNX
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce
-from thanos_deploy.pruning.quantise import Scales
-from thanos_deploy.pruning.result import PRUNE
+from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.result import PRUNE, codes_of
 
 
 def export(
@@ -30,7 +30,7 @@ def export(
     origin: Mapping[str, str],
     inputs: Json,
     title: str,
-    scales: Path | None = None,
+    codes: Path | None = None,
     stage: str = ONNX,
     overwrite: bool,
     announce: Announce,
@@ -45,7 +45,7 @@ def export(
         origin: what the graph's metadata says of where it comes from.
         inputs: hashes of what the stage reads.
         title: what the model is called in progress lines.
-        scales: the file of scales of a quantised model; None for one that is not.
+        codes: the folder with the codes of a quantised model; None for one that is not.
         stage: the name of the stage.
         overwrite: redo what was made with other options.
         announce: told of the work.
@@ -62,7 +62,7 @@ def export(
             dtype=request.dtype,
             max_sequence=request.max_sequence,
             logits=request.logits,
-            scales=None if scales is None else Scales.read(scales),
+            codes=None if codes is None else Codes.open(codes),
             origin=origin,
             on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
         )
@@ -98,7 +98,7 @@ def export_pruned(
             "model_sha256": bundle.model_sha256,
         },
         inputs={"model": bundle.model_sha256},
-        scales=bundle.path / SCALES if SCALES in bundle.stages[PRUNE.name].files else None,
+        codes=codes_of(bundle),
         title="pruned model" if stage == ONNX else f"pruned model in {request.dtype}",
         stage=stage,
         overwrite=overwrite,

@@ -1,7 +1,7 @@
 """Where everything is in a bundle: the names of its folders and files, each written down once here.
 
     model/, layers.json, README.md                     the checkpoint, its layers, the model card
-    scales.safetensors                                 of a quantised checkpoint
+    codes/                                             the codes of a quantised checkpoint
     eval/perplexity.json, tasks.json, ...              its quality
     bench/RUN.json, sample.json                        its speed, and what it writes
     report/                                            all of it on a page
@@ -25,7 +25,7 @@ CARD = "README.md"
 PRUNE = "prune"
 MODEL = "model"
 LAYERS = "layers.json"
-SCALES = "scales.safetensors"  # of a quantised model
+CODES = "codes"  # of a quantised model, a file for each block
 CONFIG = f"{MODEL}/config.json"
 TOKENIZER = f"{MODEL}/tokenizer.json"
 

@@ -25,6 +25,7 @@ from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.layers import gather
@@ -32,11 +33,11 @@ from thanos_deploy.pruning.result import Quantisation
 from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import Factor, LayerProblem
-from thanos_deploy.solver.quantise import Quantised, quantise, recovered, round_to
+from thanos_deploy.solver.quantise import Quantised, quantise, round_to
 
-# Of the parameters in the file of scales.
-SCALE, ZERO = ".scale", ".zero"
-GRID = "grid"
+# Of the tensors of a layer in the files of codes, and the entry of the files' metadata.
+_CODES, _SCALE, _ZERO = ".codes", ".scale", ".zero"
+_GRID = "grid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def quantise_model(
     checkpoint: Checkpoint,
     segments: Tensor,
     destination: Path,
-    scales: Path,
+    codes: Path,
     grid: Grid,
     *,
     damping: Damping = DEFAULT,
@@ -88,15 +89,16 @@ def quantise_model(
 ) -> Quantisation:
     """Quantise the linear layers of every block, and write an ordinary model folder.
 
-    The folder has the values that the codes stand for, in the dtypes of the checkpoint. The file of
-    scales has what is needed to find the codes again: `NAME.scale`, float16[rows, groups], and for
-    an asymmetric grid `NAME.zero`, uint8[rows, groups], of each layer; its metadata names the grid.
+    The folder has the values that the codes stand for, rounded to the dtypes of the checkpoint. The
+    codes themselves go to one file for each block: of each layer `NAME.codes`, int8[rows, cols] or,
+    for an asymmetric grid, uint8; `NAME.scale`, float16[rows, groups]; and for an asymmetric grid
+    `NAME.zero`, uint8[rows, groups]. The files' metadata name the grid.
 
     Args:
         checkpoint: the model, pruned or not.
         segments: int64[count, length], calibration tokens.
         destination: an empty folder.
-        scales: the file of scales to write.
+        codes: an empty folder for the files of codes.
         grid: what to quantise to.
         damping: of the Hessians.
         forward: the dtype in which blocks run, float32 or bfloat16.
@@ -108,12 +110,14 @@ def quantise_model(
         ModelError: weights are missing or have NaN, or a value does not fit their dtype.
         ResourceError: a block does not fit into the GPU's memory.
     """
-    tables: dict[str, Tensor] = {}
     copy_companions(checkpoint.folder, destination, None)
 
     def work(visit: Visit) -> BlockReport:
+        found: dict[str, Tensor] = {}
         with devices.memory_for(f"block {visit.index}"):
-            return BlockReport(tuple(_layers(visit, grid, damping, tables)))
+            layers = tuple(_layers(visit, grid, damping, found))
+        save_file(found, codes / f"{visit.index:05}.safetensors", metadata={_GRID: str(grid)})
+        return BlockReport(layers)
 
     with (
         torch.no_grad(),
@@ -130,64 +134,77 @@ def quantise_model(
             hold=hold,
             on_progress=on_progress,
         )
-    save_file(tables, scales, metadata={GRID: str(grid)})
     return _summary(grid, blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scales:
-    """What the codes of a quantised model are found with.
+class Codes:
+    """The codes of a quantised model, one layer in memory at a time.
 
     Attributes:
-        path: of the file.
+        folder: with the files that `quantise_model` wrote.
         grid: what the model was quantised to.
-        tensors: see `quantise_model`.
+        files: name of a tensor -> the file that has it.
     """
 
-    path: Path
+    folder: Path
     grid: Grid
-    tensors: Mapping[str, Tensor]
+    files: Mapping[str, Path]
 
     @classmethod
-    def read(cls, path: Path) -> "Scales":
-        """From the file that `quantise_model` wrote.
+    def open(cls, folder: Path) -> "Codes":
+        """Read what there is, and no tensor.
 
         Raises:
-            InputError: it is not readable.
+            InputError: a file is not readable, or there is none.
         """
+        grids, found = set(), {}
         try:
-            with safe_open(path, framework="pt") as file:
-                grid = parse(file.metadata()[GRID])
-                return cls(path, grid, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, TypeError, KeyError, UsageError) as error:
-            raise InputError(
-                f"{path}: not a readable file of scales ({error})",
-                fix="restore it from a copy of the bundle, or prune again with --overwrite",
-            ) from error
+            for path in sorted(folder.glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    grids.add(parse(file.metadata()[_GRID]))
+                    found.update(dict.fromkeys(file.keys(), path))
+            (grid,) = grids
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, UsageError) as error:
+            raise _unreadable(folder, f"not readable: {error}") from error
+        return cls(folder, grid, found)
 
-    def codes(self, name: str, weight: Tensor) -> Quantised:
-        """The codes of a layer.
+    def of(self, name: str, weight: Tensor) -> Quantised:
+        """The codes of a layer, with scales in float32.
 
         Args:
             name: its full name.
-            weight: float32[rows, cols].
+            weight: [rows, cols], as it is stored.
 
         Raises:
-            InputError: the file has no scales of it, or it has other values than the codes'.
+            InputError: the layer is not there, or its weight has other values than the codes.
         """
         try:
-            scale = self.tensors[name + SCALE].to(weight.dtype)
-            zero = self.tensors.get(name + ZERO, torch.zeros(())).to(weight.dtype)
-            return recovered(weight, self.grid, scale, zero.expand_as(scale))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{self.path}: does not describe {name} ({error})",
-                fix="restore it from a copy of the bundle, or prune again with --overwrite",
-            ) from error
+            codes, scale = (self._read(name + part) for part in (_CODES, _SCALE))
+            zero = torch.zeros_like(scale) if self.grid.symmetric else self._read(name + _ZERO)
+            quantised = Quantised(self.grid, codes.to(torch.int16), scale.float(), zero.float())
+            same = rounded(quantised.weight, weight.dtype, name).equal(weight)
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise _unreadable(self.folder, f"{name} is not there: {error}") from error
+        if not same:
+            raise _unreadable(self.folder, f"the codes of {name} are not those of its weight")
+        return quantised
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def _unreadable(folder: Path, what: str) -> InputError:
+    return InputError(
+        f"{folder}: {what}",
+        fix="restore it from a copy of the bundle, or prune again with --overwrite",
+    )
 
 
 def _layers(
-    visit: Visit, grid: Grid, damping: Damping, tables: dict[str, Tensor]
+    visit: Visit, grid: Grid, damping: Damping, found: dict[str, Tensor]
 ) -> Iterator[LayerReport]:
     """Quantise, in place, the layers of a block, those that read one input after another."""
     names = {visit.prefix + linear for linear in visit.structure.linears}
@@ -199,11 +216,13 @@ def _layers(
                 name = visit.prefix + linear
                 weight = matrix(visit.block.get_submodule(linear)).float()
                 problem = LayerProblem(weight, hessian, name, factors)
-                found, report = _solve(problem, grid, damping)
-                visit.write(linear, found.weight)
-                tables[name + SCALE] = found.scale.to("cpu", torch.float16)
+                solved, report = _solve(problem, grid, damping)
+                visit.write(linear, solved.weight)
+                kind = torch.int8 if grid.symmetric else torch.uint8
+                found[name + _CODES] = solved.codes.to("cpu", kind)
+                found[name + _SCALE] = solved.scale.to("cpu", torch.float16)
                 if not grid.symmetric:
-                    tables[name + ZERO] = found.zero.to("cpu", torch.uint8)
+                    found[name + _ZERO] = solved.zero.to("cpu", torch.uint8)
                 yield report
 
 

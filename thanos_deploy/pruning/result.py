@@ -5,6 +5,7 @@ Standard library only, so that a report needs no PyTorch.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import LATER, OTHERS, Json, decode, encode
@@ -272,6 +273,12 @@ class PruneResult(LayersSummary):
 PRUNE: Stage[PruneOptions, PruneInputs, PruneResult] = Stage(
     layout.PRUNE, PruneOptions, PruneInputs, PruneResult
 )
+
+
+def codes_of(bundle: Bundle) -> Path | None:
+    """The folder with the codes of a bundle's model; None if it was not quantised."""
+    quantised = bundle.options(PRUNE).quantize is not None
+    return bundle.path / layout.CODES if quantised else None
 
 
 def patterns_of(bundle: Bundle) -> dict[str, Pattern]:

@@ -24,9 +24,6 @@ from thanos_deploy.solver.layer import LayerProblem, output_energy
 # Scales that are tried for a group, as fractions of the one that clips nothing.
 _SHRINKS = tuple(1.0 - 0.025 * step for step in range(17))
 
-# So far from a code a value may be: bfloat16 rounds 127 to the nearest 1/2.
-_OFF_THE_GRID = 0.3
-
 # Relative; of bfloat16. And its largest number that float16 has too.
 _HALF_A_STEP = 2**-8
 _LARGEST = 65280.0
@@ -96,26 +93,6 @@ def round_to(weight: Tensor, grid: Grid) -> Quantised:
         torch.cat([scale for scale, _ in fitted], dim=1),
         torch.cat([zero for _, zero in fitted], dim=1),
     )
-
-
-def recovered(weight: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> Quantised:
-    """The codes of a weight that has their values, each rounded to the dtype it was stored in.
-
-    Args:
-        weight: [rows, cols].
-        grid: what it was quantised to.
-        scale, zero: see `Quantised`.
-
-    Raises:
-        ValueError: it has other values.
-    """
-    blank = torch.zeros_like(weight, dtype=torch.int16)
-    step, shift = (Quantised(grid, blank, each, each)._by_column(each) for each in (scale, zero))
-    codes = weight / step + shift
-    nearest = codes.round().clamp(grid.lowest, grid.highest)
-    if bool(((codes - nearest).abs() > _OFF_THE_GRID).any()):
-        raise ValueError(f"values that are no codes of {grid}")
-    return Quantised(grid, nearest.to(torch.int16), scale, zero)
 
 
 def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> QuantisedLayer:

@@ -218,7 +218,7 @@ def recover_checkpoint(
 def quantise_checkpoint(
     folder: Path,
     ids: Tensor,
-    scales: Path,
+    codes: Path,
     request: PruneRequest,
     announce: Announce = quietly,
 ) -> Quantisation | None:
@@ -228,11 +228,12 @@ def quantise_checkpoint(
         return None
     quantised = folder.with_name(f"{folder.name}-quantised")
     quantised.mkdir()
+    codes.mkdir()
     quantisation = quantise_model(
         Checkpoint.open(folder),
         ids,
         quantised,
-        scales,
+        codes,
         grid,
         forward=DTYPES[request.forward],
         device=request.chosen_device,
@@ -324,8 +325,8 @@ def prune(
         recovery = (
             recover_checkpoint(source, text, model, request, announce) if request.recover else None
         )
-        scales = folder / layout.SCALES
-        quantisation = quantise_checkpoint(model, ids, scales, request, announce)
+        codes = folder / layout.CODES
+        quantisation = quantise_checkpoint(model, ids, codes, request, announce)
 
         def spent(activity: str) -> float:
             return sum((block.seconds.get(activity, 0.0) for block in blocks), 0.0)

@@ -25,7 +25,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.pruning.layers import linear_shapes
-from thanos_deploy.pruning.quantise import Scales, quantise_model
+from thanos_deploy.pruning.quantise import Codes, quantise_model
 from thanos_deploy.solver.grid import parse as parse_grid
 
 pytestmark = pytest.mark.slow
@@ -408,14 +408,14 @@ def test_the_codes_of_a_quantised_model_are_those_of_the_file(
 ) -> None:
     """What the graph holds is the checkpoint's weight itself, and it computes what that does."""
     grid, onnx_folder = parse_grid(spelling), tmp_path / "onnx"
-    (tmp_path / "model").mkdir()
-    onnx_folder.mkdir()
+    for name in ("model", "codes", "onnx"):
+        (tmp_path / name).mkdir()
     segments = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "scales.safetensors"
+    path = tmp_path / "codes"
     quantise_model(Checkpoint.open(tiny_llama), segments, tmp_path / "model", path, grid)
-    checkpoint, scales = Checkpoint.open(tmp_path / "model"), Scales.read(path)
+    checkpoint, codes = Checkpoint.open(tmp_path / "model"), Codes.open(path)
     record = exporters.onnx.graph.export(
-        checkpoint, onnx_folder, pattern=None, dtype=f"int{grid.bits}", scales=scales
+        checkpoint, onnx_folder, pattern=None, dtype=f"int{grid.bits}", codes=codes
     )
     assert record.rounding["weights"] < 1e-5  # nothing is rounded again
     assert max(max(c.logits_error, c.cache_error) for c in record.parity) < 1e-5
@@ -429,9 +429,7 @@ def test_the_codes_of_a_quantised_model_are_those_of_the_file(
         np.testing.assert_allclose(levels * steps, weight, rtol=1e-6, atol=1e-7)
     wrong = "int8" if grid.bits == 4 else "int4"
     with pytest.raises(UsageError, match=f"{wrong} with a model that was quantised to {grid}"):
-        exporters.onnx.graph.export(
-            checkpoint, onnx_folder, pattern=None, dtype=wrong, scales=scales
-        )
+        exporters.onnx.graph.export(checkpoint, onnx_folder, pattern=None, dtype=wrong, codes=codes)
 
 
 def test_int4_without_a_quantised_model_rounds(tiny_llama: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 import thanos_deploy as td
 from tests.conftest import VOCABULARY, MakeModel, stock_model
@@ -15,7 +13,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pruning import quantise
-from thanos_deploy.pruning.quantise import quantise_model
+from thanos_deploy.pruning.quantise import Codes, quantise_model
 from thanos_deploy.pruning.result import PRUNE, Quantisation
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import LayerProblem
@@ -24,34 +22,28 @@ from thanos_deploy.solver.quantise import round_to
 SEGMENTS = torch.randint(VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(0))
 
 
-def run(model: Path, out: Path, grid: Grid) -> tuple[Quantisation, dict[str, Tensor]]:
-    (out / "model").mkdir(parents=True)
-    path = out / "scales.safetensors"
-    done = quantise_model(Checkpoint.open(model), SEGMENTS, out / "model", path, grid)
-    with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"grid": str(grid)}
-        return done, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def run(model: Path, out: Path, grid: Grid) -> tuple[Quantisation, Codes]:
+    for name in ("model", "codes"):
+        (out / name).mkdir(parents=True)
+    checkpoint = Checkpoint.open(model)
+    done = quantise_model(checkpoint, SEGMENTS, out / "model", out / "codes", grid)
+    return done, Codes.open(out / "codes")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("spelling", ["int4:16", "int8:16:asym"])
-def test_the_weights_are_whole_multiples_of_the_scales(
+def test_the_weights_are_the_values_of_the_codes(
     make_model: MakeModel, tmp_path: Path, model_type: str, spelling: str
 ) -> None:
     grid, source = parse(spelling), make_model(model_type)
-    done, scales = run(source, tmp_path, grid)
+    done, codes = run(source, tmp_path, grid)
     checkpoint, model = Checkpoint.open(source), load_model(tmp_path / "model")
-    assert set(scales) == {
-        f"{name}{kind}"
-        for name in checkpoint.linears
-        for kind in ((".scale",) if grid.symmetric else (".scale", ".zero"))
-    }
+    assert codes.grid == grid
     for name in checkpoint.linears:
         weight = matrix(model.get_submodule(name)).detach()
-        step = scales[f"{name}.scale"].float().repeat_interleave(16, dim=1)[:, : weight.shape[1]]
-        codes = weight / step
-        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
-        assert codes.unique().numel() > 8
+        found = codes.of(name, weight)
+        assert found.weight.equal(weight)
+        assert found.codes.unique().numel() > 8
     assert done.grid == spelling
     assert done.median_relative_error is not None
     assert done.median_rounding_error is not None
@@ -112,16 +104,14 @@ def test_prune_quantises_what_it_pruned(tiny_llama: Path, tmp_path: Path, patter
     inner = Bundle.open(out)
     assert inner.options(PRUNE).quantize == "int4:16"
     assert inner.result(PRUNE).quantisation == bundle.pruned.quantisation
-    assert "scales.safetensors" in inner.stages["prune"].files
+    assert "codes/00000.safetensors" in inner.stages["prune"].files
     model, checkpoint = load_model(out / "model"), Checkpoint.open(out / "model")
-    with safe_open(out / "scales.safetensors", framework="pt") as file:
-        for name in checkpoint.linears:
-            weight = matrix(model.get_submodule(name)).detach()
-            scale = file.get_tensor(f"{name}.scale").float()
-            step = scale.repeat_interleave(16, dim=1)[:, : weight.shape[1]]
-            torch.testing.assert_close(weight / step, (weight / step).round(), rtol=0, atol=1e-4)
-            if pattern == "2:4":
-                assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
+    codes = Codes.open(out / "codes")
+    for name in checkpoint.linears:
+        weight = matrix(model.get_submodule(name)).detach()
+        assert codes.of(name, weight).weight.equal(weight)
+        if pattern == "2:4":
+            assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
 
 
 def test_what_no_grid_is_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
