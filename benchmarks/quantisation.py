@@ -27,7 +27,7 @@ from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.pattern import parse
+from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.progress import quietly
 from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.shrink.options import Cut
@@ -107,7 +107,9 @@ class Bench:
         if pattern == "dense":
             return self.source
         folder.mkdir()
-        request = PruneRequest.of(parse(pattern), **({"preset": "fast"} if ":" in pattern else {}))
+        wanted = parse(pattern)
+        preset = "best" if isinstance(wanted, Structured) else "fast"
+        request = PruneRequest.of(wanted, preset=preset)
         if isinstance(request.how, Cut):
             losses = survey_blocks(self.source, self.calib, request.how, quietly)
             plan = plan_widths(self.source, losses, request.how)

@@ -15,7 +15,7 @@ def pack(codes: NDArray[np.int16], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return values
     even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    joined: NDArray[np.uint8] = even[:, ::2] | (even[:, 1::2] << 4)
+    joined: NDArray[np.uint8] = np.bitwise_or(even[:, ::2], even[:, 1::2] * np.uint8(16))
     return joined
 
 

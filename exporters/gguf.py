@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporters import llama_cpp
+from exporters import gguf_blocks, llama_cpp
 from exporters.packages import load
 from runtime.engine import stop_ids
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
@@ -31,6 +31,7 @@ from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.widths import Widths, of_config
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.pruning.quantise import Codes
 
 FILE = "model.gguf"
 
@@ -59,6 +60,7 @@ class GgufResult:
         architecture: what GGUF calls the kind of model.
         types: what its tensors are stored in -> how many are.
         own_widths: each block has widths of its own in the file.
+        kept_codes: how many layers have the codes that the model was quantised to.
         conversion_error: largest difference of llama.cpp's logits of the float32 file from those of
             PyTorch, relative to their range.
         limit: the largest that is accepted.
@@ -69,6 +71,7 @@ class GgufResult:
     architecture: str
     types: Mapping[str, int]
     own_widths: bool
+    kept_codes: int
     conversion_error: float
     limit: float
     stored_error: float
@@ -79,6 +82,7 @@ def export(
     destination: Path,
     *,
     dtype: str,
+    codes: Codes | None = None,
     on_progress: OnProgress = silent,
 ) -> GgufResult:
     """Write the model and its tokenizer as one GGUF file.
@@ -87,6 +91,7 @@ def export(
         checkpoint: the model.
         destination: an existing folder.
         dtype: one of `llama_cpp.FILE_TYPES`.
+        codes: those of a model that was quantised, for the dtype that holds them.
         on_progress: told of every finished step.
 
     Raises:
@@ -113,10 +118,13 @@ def export(
             fix=f"report the model and the versions of {CONVERTER_PACKAGE} and {llama_cpp.PACKAGE}",
         )
     on_progress(2, 3)
+    kept = 0
     if dtype == "fp32":
         exact.rename(stored)
     else:
         llama_cpp.store(exact, stored, dtype)
+        if codes is not None and gguf_blocks.holds(dtype, codes.grid):
+            kept = gguf_blocks.put(exact, stored, checkpoint, codes, dtype)
         exact.unlink()
         stored_error = _difference(wanted, _read(stored, checkpoint, ids).logits)
     on_progress(3, 3)
@@ -125,6 +133,7 @@ def export(
         architecture=architecture(stored),
         types=types(stored),
         own_widths=_has_own_widths(checkpoint),
+        kept_codes=kept,
         conversion_error=error,
         limit=LIMIT,
         stored_error=stored_error,

@@ -226,13 +226,7 @@ def _codes(
             f"--dtype int{grid.bits} with a model that was quantised to {codes.grid}",
             fix=f"use --dtype int{codes.grid.bits}, which keeps its codes; or fp32 or fp16",
         )
-    return {name: codes.of(name, _stored(checkpoint, name)) for name in checkpoint.linears}
-
-
-def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
-    """[outputs, inputs], the weight of a linear layer in the dtype that it is stored in."""
-    (weight,) = checkpoint.weights.read([checkpoint.stored_name(f"{name}.weight")]).values()
-    return weight.T if checkpoint.family.transposed else weight
+    return {name: codes.of(name, checkpoint.linear(name)) for name in checkpoint.linears}
 
 
 def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ an operator of ONNX Runtime (com.microsoft), which TensorRT does not read.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,9 +87,10 @@ def levels(
     group = codes.shape[1] // blocks
     zeros = initializers.get(f"{weight}{_ZEROS}")
     if zeros is None:
-        return codes[:, :inputs] - 2 ** (width - 1)
-    each = bits.unpack(zeros.reshape(rows, -1), width)[:, :blocks].repeat(group, axis=1)
-    return (codes - each)[:, :inputs]
+        codes -= 2 ** (width - 1)
+    else:
+        codes -= bits.unpack(zeros.reshape(rows, -1), width)[:, :blocks].repeat(group, axis=1)
+    return codes[:, :inputs]
 
 
 def _replace(node: onnx.NodeProto, quantised: Quantised) -> None:
@@ -112,7 +114,7 @@ def _initializers(name: str, quantised: Quantised) -> list[onnx.TensorProto]:
     zeros = (quantised.zero.numpy() + middle).astype(np.int16)
     # What is added to the last block counts for nothing.
     padded = np.pad(codes, ((0, 0), (0, blocks * grid.group - cols)), constant_values=middle)
-    found = {
+    found: dict[str, NDArray[Any]] = {
         _CODES[grid.bits]: bits.pack(padded, grid.bits).reshape(rows, blocks, -1),
         _SCALES: quantised.scale.numpy().astype(np.float32),
     }

@@ -37,14 +37,17 @@ def _export(
 ) -> StageRecord:
     from exporters import gguf
     from thanos_deploy.model.checkpoint import Checkpoint
+    from thanos_deploy.pruning.quantise import Codes
+    from thanos_deploy.pruning.result import codes_of
 
-    model = Checkpoint.open(bundle.path / MODEL)
+    model, folder_of_codes = Checkpoint.open(bundle.path / MODEL), codes_of(bundle)
 
     def write(folder: Path) -> gguf.GgufResult:
         return gguf.export(
             model,
             folder,
             dtype=request.dtype,
+            codes=None if folder_of_codes is None else Codes.open(folder_of_codes),
             on_progress=announce("Write GGUF and compare llama.cpp with PyTorch"),
         )
 

@@ -24,6 +24,8 @@ from thanos_deploy.bundle import manifest
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.solver.grid import parse
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +132,31 @@ def test_zeros_stay_zero(make_model: MakeModel, tmp_path: Path, dtype: str) -> N
             values = dequantize(tensor.data, tensor.tensor_type)
             assert not values[:, ::2].any()
             assert np.count_nonzero(values[:, 1::2]) > 0.8 * values[:, 1::2].size
+
+
+@pytest.mark.parametrize(("dtype", "spelling"), [("q8_0", "int8"), ("q4_0", "int4")])
+def test_a_quantised_model_keeps_its_codes(
+    make_model: MakeModel, tmp_path: Path, dtype: str, spelling: str
+) -> None:
+    """Row by row, in the order that the converter gives them."""
+    for name in ("model", "codes", "gguf"):
+        (tmp_path / name).mkdir()
+    source = make_model("llama", intermediate_size=64)
+    segments = torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))
+    quantise_model(
+        *(Checkpoint.open(source), segments, tmp_path / "model", tmp_path / "codes"),
+        parse(spelling),
+    )
+    checkpoint, codes = Checkpoint.open(tmp_path / "model"), Codes.open(tmp_path / "codes")
+    result = exporters.gguf.export(checkpoint, tmp_path / "gguf", dtype=dtype, codes=codes)
+    assert result.kept_codes == len(checkpoint.linears) == 14
+    exact = tmp_path / "exact.gguf"
+    exporters.gguf.convert(checkpoint, exact)
+    wanted = {one.name: one for one in gguf.GGUFReader(exact).tensors}
+    for tensor in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            values = dequantize(tensor.data, tensor.tensor_type)
+            np.testing.assert_array_equal(values, wanted[tensor.name].data)
 
 
 def test_rows_that_are_no_multiple_of_a_block_are_refused(

@@ -41,7 +41,7 @@ class Grid:
     @property
     def highest(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - self.symmetric) - 1
+        return (1 << (self.bits - int(self.symmetric))) - 1
 
     def groups(self, cols: int) -> int:
         """How many groups a row of so many inputs has."""

@@ -84,7 +84,7 @@ def round_to(weight: Tensor, grid: Grid) -> Quantised:
         weight: [rows, cols], finite.
         grid: what to round to.
     """
-    parts = weight.split(grid.group, dim=1)
+    parts = torch.split(weight, grid.group, dim=1)
     fitted = [_range(part, grid, 1.0) for part in parts]
     codes = [_codes(part, *each, grid) for part, each in zip(parts, fitted, strict=True)]
     return Quantised(

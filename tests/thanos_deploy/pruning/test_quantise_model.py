@@ -15,6 +15,7 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.pruning import quantise
 from thanos_deploy.pruning.quantise import Codes, quantise_model
 from thanos_deploy.pruning.result import PRUNE, Quantisation
+from thanos_deploy.solver import quantise as solver
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.solver.quantise import round_to
@@ -76,7 +77,7 @@ def test_the_model_is_nearer_to_itself_than_when_it_is_rounded(
 def test_a_layer_whose_statistics_cannot_be_used_is_rounded_with_a_notice(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = quantise.quantise
+    solve = solver.quantise
 
     def failing(problem: LayerProblem, *others: object) -> object:
         if problem.name.endswith("0.mlp.up_proj"):
