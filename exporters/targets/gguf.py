@@ -10,7 +10,7 @@ from exporters.packages import Package
 from exporters.target import Missing, Size, Target, write_stage
 from thanos_deploy.bundle.layout import MODEL
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.bundle.stage_records import result_of
+from thanos_deploy.bundle.record import Stage
 from thanos_deploy.check import Check
 from thanos_deploy.errors import DeployError
 from thanos_deploy.option import option
@@ -67,7 +67,7 @@ def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
     from exporters import gguf
 
     name, fix = f"{stage}: tensors", "export again with --overwrite"
-    recorded = result_of(bundle, stage, gguf.GgufResult)
+    recorded = bundle.result(Stage(stage, GgufRequest, dict, gguf.GgufResult))
     try:
         found = gguf.types(bundle.path / stage / gguf.FILE)
     except DeployError as error:
