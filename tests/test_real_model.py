@@ -141,7 +141,7 @@ def test_llama_cpp_gets_the_tokenizer_its_template_and_where_texts_end(
     out, _, _ = run
     result = exporters.gguf.export(Checkpoint.open(out / "model"), tmp_path, dtype="q4_k_m")
     assert result.conversion_error < 1e-4
-    assert result.stored_error < 0.2
+    assert result.stored_error < 0.5
     ends = sorted(stop_ids(out / "model"))
     reading = llama_cpp.read(
         tmp_path / "model.gguf", text="<|im_start|>user", ids=range(5, 25), prompt=8, ends=ends
