@@ -25,7 +25,7 @@ CONFIG = "genai_config.json"
 
 # The same kernels on the same graph: only the order of steps differs (a prefill and decode steps
 # instead of a prefill for each).
-AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4}
+AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int4": 1e-4}
 
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt")
 _PROMPT, _TOKENS = 8, 24

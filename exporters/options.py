@@ -14,16 +14,18 @@ from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Stage
 from thanos_deploy.option import option
 
-Dtype = Literal["fp32", "fp16", "int8", "int8-qdq"]
+Dtype = Literal["fp32", "fp16", "int8", "int4", "int8-qdq"]
 Logits = Literal["all", "last"]
 Form = Literal["matmul", "conv1x1", "auto"]
 Compatibility = Literal["none", "version", "same-sm", "ampere+"]
 
 
-_DTYPE = (
-    "dtype of the graph. int8 rounds the weights of the blocks, for ONNX Runtime only; int8-qdq "
-    "rounds weights and activations of the blocks, for engines only, with ranges measured on the "
-    "built-in text.  [default: that of the existing graph, or fp32; engines: fp16]"
+DTYPE = (
+    "dtype of the graph. int8 and int4, for ONNX Runtime only, hold the weights of the blocks in "
+    "so many bits, as `prune --quantize` chose them, or rounded. int8-qdq rounds weights and "
+    "activations of the blocks, for engines only, with ranges measured on the built-in text. q8_0, "
+    "q4_k_m and q4_0 are llama.cpp's types, for GGUF only.  [default: that of the existing graph, "
+    "or fp32; engines: fp16; gguf: q8_0]"
 )
 _MAX_SEQUENCE = (
     "Longest sequence, prompt and answer together, that is promised to work.  [default: that of "
@@ -51,7 +53,7 @@ class ExportRequest:
         logits: "all", after every token, or "last".
     """
 
-    dtype: Dtype = option("fp32", "--dtype", _DTYPE)
+    dtype: Dtype = option("fp32", "--dtype", DTYPE)
     max_sequence: int | None = option(None, "--max-seq", _MAX_SEQUENCE)
     # Graphs were made with all logits before there was a choice.
     logits: Logits = option("all", "--logits", _LOGITS, later=True)
@@ -73,7 +75,7 @@ class EngineRequest:
         architectures: the GPUs to build for, such as "sm80"; empty for the default of the target.
     """
 
-    dtype: Dtype = option("fp16", "--dtype", _DTYPE)
+    dtype: Dtype = option("fp16", "--dtype", DTYPE)
     max_sequence: int | None = option(None, "--max-seq", _MAX_SEQUENCE)
     logits: Logits = option("last", "--logits", _LOGITS)
     batch: tuple[int, ...] = option(

@@ -5,13 +5,18 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+# The bytes C0, C1 and FF are in no text. llama.cpp loads no tokenizer of this kind without merges,
+# so two of them make a pair, which has the place of the third.
+_PAIR = ("À", "Á")
+_PLACE = "ÿ"
+
 
 def save_byte_tokenizer(folder: Path) -> None:
     """One token a byte, and one that ends a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[])
-    )
+    alphabet[alphabet.index(_PLACE)] = "".join(_PAIR)
+    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[_PAIR]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import exporters.gguf
 import exporters.packed
+from exporters import llama_cpp
 from runtime.engine import open_engine, stop_ids
 from runtime.generate import generate
 from tests.conftest import stock_model
@@ -130,3 +132,20 @@ def test_an_engine_of_the_real_model_holds_every_linear_layer(
     run: tuple[Path, Path, dict[str, object]],
 ) -> None:
     require_engine(run[0], sparse=True)
+
+
+def test_llama_cpp_gets_the_tokenizer_its_template_and_where_texts_end(
+    run: tuple[Path, Path, dict[str, object]], tmp_path: Path
+) -> None:
+    """The real tokenizer is one that the converter knows; the gates of the export compare it."""
+    out, _, _ = run
+    result = exporters.gguf.export(Checkpoint.open(out / "model"), tmp_path, dtype="q4_k_m")
+    assert result.conversion_error < 1e-4
+    assert result.stored_error < 0.5
+    ends = sorted(stop_ids(out / "model"))
+    reading = llama_cpp.read(
+        tmp_path / "model.gguf", text="<|im_start|>user", ids=range(5, 25), prompt=8, ends=ends
+    )
+    assert reading.stops == set(ends) != set()
+    assert reading.tokens == (1, 4093)
+    assert "im_start" in reading.chat_template

@@ -24,14 +24,14 @@ each need settings of their own.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from exporters.onnx import int8, parity, qdq, trace
 from exporters.onnx import judge as _weights
+from exporters.onnx import nbits, parity, qdq, trace
 from thanos_deploy.bundle import files, onnxfile
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.graph_record import CacheBlock, CacheRecord, GraphRecord
@@ -47,6 +47,9 @@ from thanos_deploy.model.rounding import cast
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.solver.grid import Grid
+from thanos_deploy.solver.quantise import Quantised, round_to
 
 # After which tokens there are logits: after every one, or after the last only.
 LOGITS = ("all", "last")
@@ -56,6 +59,7 @@ _FLOATS = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "int8": torch.float32,
+    "int4": torch.float32,
     "int8-qdq": torch.float16,
 }
 
@@ -63,6 +67,9 @@ _FLOATS = {
 _SEGMENTS, _TOKENS = 8, 256
 
 _STEPS = 4
+
+# What weights of these dtypes are rounded to where the model was not quantised.
+GRIDS = {"int8": Grid(8), "int4": Grid(4)}
 
 
 def export(
@@ -73,6 +80,7 @@ def export(
     dtype: str = "fp32",
     max_sequence: int | None = None,
     logits: str = "all",
+    codes: Codes | None = None,
     origin: Mapping[str, str] | None = None,
     on_progress: OnProgress = silent,
 ) -> GraphRecord:
@@ -84,11 +92,13 @@ def export(
         pattern: what all linear layers are claimed to hold, or each by its full name, or None for
             nothing.
         dtype: one of `parity.LIMITS`, of the weights; the cache and the logits are float16 for
-            fp16 and int8-qdq, else float32. int8 (for ONNX Runtime, see `int8`) and int8-qdq (for
-            engines, see `qdq`) are for the linear layers of the blocks.
+            fp16 and int8-qdq, else float32. int8 and int4 (for ONNX Runtime, see `nbits`) and
+            int8-qdq (for engines, see `qdq`) are for the linear layers of the blocks.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
+        codes: those of a model that was quantised, for int8 and int4; None where they are to round
+            its weights.
         origin: what else the graph's metadata says of where it comes from.
         on_progress: told of every finished step.
 
@@ -125,17 +135,21 @@ def export(
     cast(model, torch.float32)
     rounding: dict[str, float] = {}
     ranges: dict[str, qdq.Ranges] = {}
-    if dtype == "int8":
-        rounding = _quantise(destination / GRAPH, model, checkpoint.linears, int8)
+    if dtype in GRIDS:
+        found = _codes(model, checkpoint, GRIDS[dtype], codes)
+        nbits.write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
+        rounding = _rounded(
+            destination / GRAPH, model, {name: one.weight for name, one in found.items()}
+        )
     if dtype == "int8-qdq":
         ranges = _observe(model, checkpoint)
-        rounding = _quantise(destination / GRAPH, model, list(ranges), qdq)
+        rounding = _quantise(destination / GRAPH, model, list(ranges))
     weights = _weights.read(destination / GRAPH, model, checkpoint.linears, patterns)
     on_progress(3, _STEPS)
     limit = parity.LIMITS[dtype]
     cases = list(parity.compare(destination / GRAPH, model, limit))
-    if dtype == "int8":
-        int8.use_integer_kernels(destination / GRAPH)
+    if dtype in GRIDS:
+        nbits.use_integer_kernels(destination / GRAPH)
     if dtype == "int8-qdq":
         sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
         qdq.quantise_activations(destination / GRAPH, ranges, results=sparse)
@@ -194,25 +208,51 @@ def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, qdq.Ra
     return {name: ranges for name, ranges in seen.items() if ranges.input.fits}
 
 
-def _quantise(
-    path: Path, model: PreTrainedModel, names: Sequence[str], quantisation: ModuleType
-) -> dict[str, float]:
-    """Round the blocks' linear layers to int8, in the file and in the model.
+def _codes(
+    model: PreTrainedModel, checkpoint: Checkpoint, grid: Grid, codes: Codes | None
+) -> dict[str, Quantised]:
+    """By full name, the codes of every linear layer of the blocks.
 
-    Returns:
-        "weights": how far that moves the logits, relative to their range.
+    Raises:
+        UsageError: the model was quantised to another number of bits.
     """
-    quantisation.quantise(path, {f"{name}.weight" for name in names})
-    moved = _worst_logits(path, model)
+    if codes is None:
+        return {
+            name: round_to(matrix(model.get_submodule(name)).detach(), grid)
+            for name in checkpoint.linears
+        }
+    if codes.grid.bits != grid.bits:
+        raise UsageError(
+            f"--dtype int{grid.bits} with a model that was quantised to {codes.grid}",
+            fix=f"use --dtype int{codes.grid.bits}, which keeps its codes; or fp32 or fp16",
+        )
+    return {name: codes.of(name, checkpoint.linear(name)) for name in checkpoint.linears}
+
+
+def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
+    """Round linear layers for engines, in the file and in the model; see `_rounded`."""
+    qdq.quantise(path, {f"{name}.weight" for name in names})
     initializers = {
         name: value.const_value.numpy()
         for name, value in _weights.initializers_of(path).items()
         if value.const_value is not None
     }
+    weights = {}
     for name in names:
-        weight = matrix(model.get_submodule(name))
-        rounded = quantisation.read(initializers, f"{name}.weight", weight.shape[1])
-        weight.data.copy_(torch.from_numpy(rounded))
+        inputs = matrix(model.get_submodule(name)).shape[1]
+        weights[name] = torch.from_numpy(qdq.read(initializers, f"{name}.weight", inputs))
+    return _rounded(path, model, weights)
+
+
+def _rounded(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Give the model the weights that the file has.
+
+    Returns:
+        "weights": how far that moves the logits, relative to their range.
+    """
+    moved = _worst_logits(path, model)
+    for name, weight in weights.items():
+        matrix(model.get_submodule(name)).data.copy_(weight)
     return {"weights": moved}
 
 

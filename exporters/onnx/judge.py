@@ -8,7 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from exporters.onnx import int8
+from exporters.onnx import nbits
 from thanos_deploy.bundle.graph_record import WeightRecord
 from thanos_deploy.errors import GateError
 from thanos_deploy.model.linear import matrix
@@ -92,7 +92,10 @@ def nonzero(
             )
         array = value.const_value.numpy()
         return array.shape, 0, (array != 0).T
-    quantised = initializers[f"{weight}_Q8"].const_value
-    assert quantised is not None
-    array = quantised.numpy()
-    return array.shape, 1, array.reshape(len(array), -1)[:, :inputs] != int8.ZERO
+    found = {
+        part: initializers[part].const_value.numpy()  # type: ignore[union-attr]
+        for part in nbits.parts(weight)
+        if part in initializers
+    }
+    kept = nbits.levels(found, weight, inputs) != 0
+    return kept.shape, 1, kept

@@ -16,7 +16,7 @@ from thanos_deploy.errors import GateError, boundary
 
 # Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
 # to the values' range.
-LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int8-qdq": 5e-3}
+LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int4": 1e-4, "int8-qdq": 5e-3}
 
 
 def compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[ParityCase]:

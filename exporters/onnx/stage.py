@@ -17,7 +17,8 @@ from thanos_deploy.check import Check
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce
-from thanos_deploy.pruning.result import PRUNE
+from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.result import PRUNE, codes_of
 
 
 def export(
@@ -29,6 +30,7 @@ def export(
     origin: Mapping[str, str],
     inputs: Json,
     title: str,
+    codes: Path | None = None,
     stage: str = ONNX,
     overwrite: bool,
     announce: Announce,
@@ -43,6 +45,7 @@ def export(
         origin: what the graph's metadata says of where it comes from.
         inputs: hashes of what the stage reads.
         title: what the model is called in progress lines.
+        codes: the folder with the codes of a quantised model; None for one that is not.
         stage: the name of the stage.
         overwrite: redo what was made with other options.
         announce: told of the work.
@@ -59,6 +62,7 @@ def export(
             dtype=request.dtype,
             max_sequence=request.max_sequence,
             logits=request.logits,
+            codes=None if codes is None else Codes.open(codes),
             origin=origin,
             on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),
         )
@@ -94,6 +98,7 @@ def export_pruned(
             "model_sha256": bundle.model_sha256,
         },
         inputs={"model": bundle.model_sha256},
+        codes=codes_of(bundle),
         title="pruned model" if stage == ONNX else f"pruned model in {request.dtype}",
         stage=stage,
         overwrite=overwrite,

@@ -44,7 +44,7 @@ TARGET = Target(
     summary="the graph as a folder that ORT-GenAI loads",
     writes=_NAME,
     options=ExportRequest,
-    dtypes=("fp32", "fp16", "int8"),
+    dtypes=("fp32", "fp16", "int8", "int4"),
     defaults=exported_with,
     packages=(Package("onnxruntime_genai", extra="genai"),),
     gpu=False,

@@ -101,7 +101,7 @@ TARGET = Target(
     summary="the graph, the engines and a text model for Triton, and KServe",
     writes=_NAME,
     options=ExportRequest,
-    dtypes=("fp32", "fp16", "int8"),
+    dtypes=("fp32", "fp16", "int8", "int4"),
     defaults=exported_with,
     packages=(Package("tritonclient.grpc", extra="triton"),),
     gpu=False,

@@ -72,7 +72,9 @@ def help_of(command: str) -> str:
 
 def test_the_targets_are_the_files() -> None:
     assert targets.names() == [
+        "compressed-tensors",
         "genai",
+        "gguf",
         "onnx",
         "packed",
         "tensorrt",

@@ -104,7 +104,8 @@ class Bundle:
         """Export the pruned model; the command `export`.
 
         Args:
-            target: "onnx", "genai", "packed", "triton", "vllm", "tensorrt" or "tensorrt-rtx".
+            target: "onnx", "genai", "gguf", "packed", "triton", "vllm", "tensorrt" or
+                "tensorrt-rtx".
             overwrite: redo what was made with other options.
             progress: told how far it is.
             options: see `ExportOptions`.

@@ -59,6 +59,8 @@ class PruneOptions(TypedDict, total=False):
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
         recover: segments to train what is left on, with the dense model as teacher. Default: 0.
+        quantize: "int8" or "int4", with ":GROUP" and ":asym": what to quantise the linear layers
+            of the blocks to. Default: "none".
         calib: calibration text: a path, a data set, several with weights, or "builtin", the
             default; see the command `prune`.
         text_field: field of a row with the text. Default: "text".
@@ -98,6 +100,7 @@ class PruneOptions(TypedDict, total=False):
     ignore: Sequence[str]
     sparsity_file: str | PathLike[str]
     recover: int
+    quantize: str
     calib: str | PathLike[str]
     text_field: str
     calib_rows: int
@@ -116,7 +119,7 @@ class ExportOptions(TypedDict, total=False):
 
     Attributes:
         dtype: what the graph holds its weights in. Default: what the graph that is there was made
-            with, or "fp32"; for engines "fp16".
+            with, or "fp32"; for engines "fp16", for gguf "q8_0".
         max_seq: the most tokens, prompt and answer together. Default: what the graph that is there
             was made with, or all that the model takes.
         logits: "all", after every token, or "last". Default: what the graph that is there was made
@@ -132,7 +135,7 @@ class ExportOptions(TypedDict, total=False):
             built for; costs speed. Default: "none".
     """
 
-    dtype: Literal["fp32", "fp16", "int8", "int8-qdq"]
+    dtype: Literal["fp32", "fp16", "int8", "int4", "int8-qdq", "bf16", "q8_0", "q4_k_m", "q4_0"]
     max_seq: int
     logits: Literal["all", "last"]
     batch: Sequence[Positive]

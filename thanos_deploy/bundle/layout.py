@@ -1,12 +1,14 @@
 """Where everything is in a bundle: the names of its folders and files, each written down once here.
 
     model/, layers.json, README.md                     the checkpoint, its layers, the model card
+    codes/                                             the codes of a quantised checkpoint
     eval/perplexity.json, tasks.json, ...              its quality
     bench/RUN.json, sample.json                        its speed, and what it writes
     report/                                            all of it on a page
     onnx/model.onnx, model.onnx.data, export.json      the graph, its weights, how it was exported
     onnx-DTYPE..., the same                            a graph of another kind, for engines
     genai/                                             a folder that ORT-GenAI loads
+    gguf/model.gguf                                    one file for llama.cpp
     packed/                                            the checkpoint without the zeros of n:m
     triton/                                            a model repository
     vllm/                                              a folder that vLLM serves
@@ -23,6 +25,7 @@ CARD = "README.md"
 PRUNE = "prune"
 MODEL = "model"
 LAYERS = "layers.json"
+CODES = "codes"  # of a quantised model, a file for each block
 CONFIG = f"{MODEL}/config.json"
 TOKENIZER = f"{MODEL}/tokenizer.json"
 

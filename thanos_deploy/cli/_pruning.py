@@ -74,5 +74,6 @@ pruning_options = several(
     if_given(Recipe),
     device_option,
     with_default(PruneRequest, "activations"),
+    with_default(PruneRequest, "quantize"),
     with_default(PruneRequest, "dtype"),
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -150,6 +150,16 @@ class Checkpoint:
     def linears(self) -> tuple[str, ...]:
         """Full names of the linear layers of all blocks, in the order of the forward pass."""
         return tuple(name for block in self.blocks for name in block.full_names)
+
+    def linear(self, name: str) -> Tensor:
+        """[outputs, inputs], the weight of a linear layer by its full name, as it is stored.
+
+        Raises:
+            ModelError: the weights do not have it, or it has NaN.
+        """
+        stored = self.stored_name(f"{name}.weight")
+        weight = self.weights.read([stored])[stored]
+        return weight.T if self.family.transposed else weight
 
     def stored_name(self, parameter: str) -> str:
         """How the weights call a parameter."""

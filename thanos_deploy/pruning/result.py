@@ -5,6 +5,7 @@ Standard library only, so that a report needs no PyTorch.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import LATER, OTHERS, Json, decode, encode
@@ -80,6 +81,7 @@ class PruneOptions:
         method: name of the method.
         cut: heads and channels were cut out.
         recover: on how many segments what is left was trained.
+        quantize: what was quantised to; None for nothing.
         others: everything else; which there is depends on the method.
     """
 
@@ -87,6 +89,7 @@ class PruneOptions:
     method: str
     cut: bool = field(default=False, metadata=LATER)
     recover: int = field(default=0, metadata=LATER)
+    quantize: str | None = field(default=None, metadata=LATER)
     others: Json = field(default_factory=dict, metadata=OTHERS)
 
 
@@ -105,6 +108,24 @@ class PruneInputs:
     text: str | None = field(default=None, metadata=LATER)
     frame: tuple[int, ...] = field(default=(), metadata=LATER)
     sparsity_file: str | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How the linear layers of the blocks were quantised.
+
+    Attributes:
+        grid: what to; see `solver.grid`.
+        median_relative_error: over the layers, fraction of the energy of the output that is lost;
+            None if no layer had statistics.
+        median_rounding_error: the same if every weight had been rounded.
+        rounded: layers whose statistics could not be used, and why; they were rounded.
+    """
+
+    grid: str
+    median_relative_error: float | None
+    median_rounding_error: float | None
+    rounded: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +233,7 @@ class PruneResult(LayersSummary):
     Attributes:
         widths: what was cut out; None if all shapes are the dense model's.
         recovery: what training what is left did; None if there was none.
+        quantisation: what quantising did; None if there was none.
         frame: what calibration segments begin with.
         survey_seconds: of a walk through the dense model; None if there was none.
         collect_seconds, solve_seconds, tune_seconds, forward_seconds, journal_seconds: of all
@@ -226,6 +248,7 @@ class PruneResult(LayersSummary):
 
     widths: WidthsSummary | None = field(default=None, metadata=LATER)
     recovery: Recovery | None = field(default=None, metadata=LATER)
+    quantisation: Quantisation | None = field(default=None, metadata=LATER)
     frame: Frame = NO_FRAME
     survey_seconds: float | None = field(default=None, metadata=LATER)
     collect_seconds: float = 0.0
@@ -250,6 +273,12 @@ class PruneResult(LayersSummary):
 PRUNE: Stage[PruneOptions, PruneInputs, PruneResult] = Stage(
     layout.PRUNE, PruneOptions, PruneInputs, PruneResult
 )
+
+
+def codes_of(bundle: Bundle) -> Path | None:
+    """The folder with the codes of a bundle's model; None if it was not quantised."""
+    quantised = bundle.options(PRUNE).quantize is not None
+    return bundle.path / layout.CODES if quantised else None
 
 
 def patterns_of(bundle: Bundle) -> dict[str, Pattern]:

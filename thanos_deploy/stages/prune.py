@@ -31,6 +31,7 @@ from thanos_deploy.pruning import layers as pruning
 from thanos_deploy.pruning import owl
 from thanos_deploy.pruning import recover as recovering
 from thanos_deploy.pruning.owl import Outliers
+from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.pruning.result import (
     PRUNE,
@@ -39,6 +40,7 @@ from thanos_deploy.pruning.result import (
     PruneInputs,
     PruneOptions,
     PruneResult,
+    Quantisation,
     Recovery,
     WidthsSummary,
 )
@@ -213,6 +215,36 @@ def recover_checkpoint(
     return recovery
 
 
+def quantise_checkpoint(
+    folder: Path,
+    ids: Tensor,
+    codes: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> Quantisation | None:
+    """Quantise the model in a folder, in place of itself, if that is asked for."""
+    grid = request.grid
+    if grid is None:
+        return None
+    quantised = folder.with_name(f"{folder.name}-quantised")
+    quantised.mkdir()
+    codes.mkdir()
+    quantisation = quantise_model(
+        Checkpoint.open(folder),
+        ids,
+        quantised,
+        codes,
+        grid,
+        forward=DTYPES[request.forward],
+        device=request.chosen_device,
+        hold=request.activations,
+        on_progress=announce(f"Quantise to {grid}"),
+    )
+    shutil.rmtree(folder)
+    quantised.rename(folder)
+    return quantisation
+
+
 def prune(
     bundle: Bundle,
     dense: Dense,
@@ -293,6 +325,8 @@ def prune(
         recovery = (
             recover_checkpoint(source, text, model, request, announce) if request.recover else None
         )
+        codes = folder / layout.CODES
+        quantisation = quantise_checkpoint(model, ids, codes, request, announce)
 
         def spent(activity: str) -> float:
             return sum((block.seconds.get(activity, 0.0) for block in blocks), 0.0)
@@ -301,6 +335,7 @@ def prune(
             **{field.name: getattr(summed, field.name) for field in fields(summed)},
             widths=widths,
             recovery=recovery,
+            quantisation=quantisation,
             frame=frame,
             survey_seconds=sum(sum(one.seconds.values()) for one in surveyed.reports)
             if surveyed

@@ -18,6 +18,8 @@ from thanos_deploy.option import Options, chosen, keywords, option, options_of
 from thanos_deploy.pattern import Pattern, Structured, parse
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
+from thanos_deploy.solver.grid import Grid
+from thanos_deploy.solver.grid import parse as parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ class PruneRequest(Options):
         data: what to calibrate on.
         recover: number of segments of the calibration text to train the remaining weights on; see
             `recover.recover`.
+        quantize: what to quantise to, see `solver.grid`; "none" for nothing.
         dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         device: where to do it; see `devices.choose`.
         activations: where the calibration data waits between two blocks; see `activations.holder`.
@@ -55,6 +58,15 @@ class PruneRequest(Options):
         "of 2048 tokens.",
         metavar="SEGMENTS",
         least=0,
+    )
+    quantize: str = option(
+        "none",
+        "--quantize",
+        "Quantise the linear layers of the blocks at last, each column's error made up for by the "
+        "columns after it; zeros stay zero. GROUP inputs of an output share a scale; :asym gives "
+        "each group a zero point. The checkpoint has the values that the integers stand for.  "
+        "[default: none; GROUP 32]",
+        metavar="int8|int4[:GROUP][:asym]",
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
         "auto", "--dtype", "dtype of the stored checkpoint; auto keeps the model's own."
@@ -119,6 +131,17 @@ class PruneRequest(Options):
             )
         return cls(how, Data(**chosen(Data, given)), **chosen(cls, given))
 
+    def __post_init__(self) -> None:
+        """Refuse what no option has."""
+        Options.__post_init__(self)
+        if self.quantize != "none":
+            parse_grid(self.quantize)
+
+    @property
+    def grid(self) -> Grid | None:
+        """What to quantise to; None for nothing."""
+        return None if self.quantize == "none" else parse_grid(self.quantize)
+
     @property
     def chosen_device(self) -> torch.device:
         """The device of this machine.
@@ -156,6 +179,7 @@ class PruneRequest(Options):
             **_recorded(self.data),
             "dtype": self.dtype,
             **({"recover": self.recover} if self.recover else {}),
+            **({} if self.grid is None else {"quantize": str(self.grid)}),
             **devices.recorded(self.device),
         }
 
@@ -186,6 +210,7 @@ class PruneRequest(Options):
             how,
             _part(Data, options),
             recover=options.get("recover", 0),
+            quantize=options.get("quantize", "none"),
             dtype=options["dtype"],
             device=options.get("device", "cpu"),
         )

@@ -1,0 +1,185 @@
+"""Perplexity of quantised models: with error compensation beside rounding.
+
+Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt -o RESULTS
+
+Takes SmolLM2-135M-Instruct as it is, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
+quantises the linear layers of its blocks to every grid of the table. The first segments of both
+texts are taken, without a seed, so that others can take the same.
+
+Writes RESULTS/quantisation.json after every row, and prints a table. What is there already is not
+measured again: repeating the command continues.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import texts
+from benchmarks.smollm2 import gguf_path
+from thanos_deploy.calibration.frame import frame_of
+from thanos_deploy.measure.perplexity import perplexity
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.progress import quietly
+from thanos_deploy.pruning.quantise import quantise_model
+from thanos_deploy.shrink.options import Cut
+from thanos_deploy.solver import grid as grids
+from thanos_deploy.solver.quantise import round_to
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune import (
+    plan_widths,
+    prune_checkpoint,
+    shrink_checkpoint,
+    survey_blocks,
+)
+from thanos_deploy.stages.request import PruneRequest
+
+PATTERNS = ("dense", "structured:0.2", "2:4")
+GRIDS = ("int8", "int4", "int4:128", "int4:asym")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model.
+
+    Attributes:
+        pattern: what was pruned before.
+        grid: what it was quantised to; "none" for not at all.
+        way: "compensated", "rounded" or "none".
+        perplexity: on the text to judge on.
+        seconds: of the walk that quantised it.
+        layer_error: the median over the layers, of the calibration text; None where it was not
+            looked at.
+    """
+
+    pattern: str
+    grid: str
+    way: str
+    perplexity: float
+    seconds: float = 0.0
+    layer_error: float | None = None
+
+
+class Bench:
+    """The texts, and the rows that are there."""
+
+    def __init__(self, arguments: argparse.Namespace, source: Checkpoint) -> None:
+        tokenizer = load_tokenizer(source.folder)
+        self.source = source
+        self.frame = len(frame_of(tokenizer))
+        self.calib = texts.calibration(arguments, tokenizer, count=arguments.calib_segments)
+        self.judge: Tensor = texts.evaluation(arguments, tokenizer)
+        self.path: Path = arguments.out / "quantisation.json"
+        self.rows = (
+            [Row(**row) for row in json.loads(self.path.read_text())["rows"]]
+            if self.path.exists()
+            else []
+        )
+
+    def missing(self, pattern: str) -> list[tuple[str, str]]:
+        """Grids and ways that were not measured yet."""
+        wanted = [("none", "none")]
+        wanted += [(grid, way) for grid in GRIDS for way in ("rounded", "compensated")]
+        there = {(row.grid, row.way) for row in self.rows if row.pattern == pattern}
+        return [one for one in wanted if one not in there]
+
+    def add(self, row: Row) -> None:
+        """Keep a row and tell of it."""
+        self.rows.append(row)
+        document = {
+            "calibration": list(self.calib.shape),
+            "evaluation": list(self.judge.shape),
+            "rows": [asdict(one) for one in self.rows],
+        }
+        self.path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        print(f"{row.pattern:15} {row.grid:14} {row.way:12} {row.perplexity:9.3f}", flush=True)
+
+    def prune(self, pattern: str, folder: Path) -> Checkpoint:
+        """The model, pruned."""
+        if pattern == "dense":
+            return self.source
+        folder.mkdir()
+        wanted = parse(pattern)
+        preset = "best" if isinstance(wanted, Structured) else "fast"
+        request = PruneRequest.of(wanted, preset=preset)
+        if isinstance(request.how, Cut):
+            losses = survey_blocks(self.source, self.calib, request.how, quietly)
+            plan = plan_widths(self.source, losses, request.how)
+            shrink_checkpoint(self.source, self.calib, folder, plan, request.how.fit, quietly)
+        else:
+            prune_checkpoint(self.source, self.calib, folder, request.how, quietly)
+        return Checkpoint.open(folder)
+
+    def measure(self, pattern: str, model: Checkpoint, grid: str, way: str) -> Row:
+        """The perplexity of a model that is quantised so."""
+        seconds, error = 0.0, None
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
+            folder = model.folder
+            if way == "compensated":
+                folder, codes = (Path(scratch) / name for name in ("model", "codes"))
+                folder.mkdir()
+                codes.mkdir()
+                started = time.perf_counter()
+                done = quantise_model(model, self.calib, folder, codes, grids.parse(grid))
+                seconds, error = time.perf_counter() - started, done.median_relative_error
+            loaded = load_model(folder)
+        if way == "rounded":
+            for name in model.linears:
+                weight = matrix(loaded.get_submodule(name))
+                weight.copy_(round_to(weight, grids.parse(grid)).weight)
+        found = perplexity(loaded, self.judge, frame=self.frame).value
+        return Row(pattern, grid, way, found, seconds, error)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    texts.add_options(parser)
+    parser.add_argument("--calib-segments", type=int, default=32)
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments, Dense(str(gguf_path())).checkpoint(quietly))
+    for pattern in arguments.patterns:
+        if not bench.missing(pattern):
+            continue
+        with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
+            model = bench.prune(pattern, Path(scratch) / "model")
+            for grid, way in bench.missing(pattern):
+                bench.add(bench.measure(pattern, model, grid, way))
+    print(table(bench.rows))
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each grid, and for each pattern both ways beside the unquantised."""
+    known = {(row.pattern, row.grid, row.way): row.perplexity for row in rows}
+    patterns = [one for one in PATTERNS if (one, "none", "none") in known]
+    lines = [
+        "| grid | " + " | ".join(f"{one}, rounded | {one}, compensated" for one in patterns) + " |",
+        "|---|" + "---:|---:|" * len(patterns),
+    ]
+    for grid in ("none", *GRIDS):
+        cells = []
+        for pattern in patterns:
+            plain = known[pattern, "none", "none"]
+            for way in ("rounded", "compensated"):
+                value = plain if grid == "none" else known.get((pattern, grid, way))
+                cells.append(
+                    "-" if value is None else f"{value:.2f} ({100 * (value / plain - 1):+.2f} %)"
+                )
+        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The codes of a quantised model in the blocks of a GGUF file, instead of codes rounded anew.
+
+A block of ggml (ggml/src/ggml-common.h) has 32 neighbouring inputs: a float16 scale, then for Q8_0
+32 signed bytes, and for Q4_0 16 bytes with the codes plus 8, those of inputs 0 to 15 in the lower
+halves and those of inputs 16 to 31 in the upper ones. Both are exactly a symmetric grid in groups
+of 32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.packages import load
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.solver.grid import Grid
+from thanos_deploy.solver.quantise import Quantised
+
+# dtype of the file -> the type of its tensors, and the grid that this type holds exactly.
+_HOLDS = {"q8_0": ("Q8_0", Grid(8, 32)), "q4_0": ("Q4_0", Grid(4, 32))}
+
+
+def holds(dtype: str, grid: Grid) -> bool:
+    """A file of this dtype can have the codes of this grid."""
+    return dtype in _HOLDS and _HOLDS[dtype][1] == grid
+
+
+def put(exact: Path, stored: Path, checkpoint: Checkpoint, codes: Codes, dtype: str) -> int:
+    """Write the codes over those that were rounded.
+
+    The converter puts rows into another order for some models. Where each went is seen in the file
+    of values: rows of one value are rows of one code.
+
+    Args:
+        exact: the file in float32.
+        stored: the same in a dtype that `holds` the grid; changed in place.
+        checkpoint: the model.
+        codes: its codes.
+        dtype: of the stored file.
+
+    Returns:
+        how many layers have their codes now; the others are stored in another type.
+    """
+    gguf = load("gguf")
+    values, file = gguf.GGUFReader(exact), gguf.GGUFReader(stored, "r+")
+    kind = str(values.get_field("general.architecture").contents())
+    (architecture,) = (one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(architecture, len(checkpoint.blocks))
+    before, after = ({one.name: one for one in each.tensors} for each in (values, file))
+    done = 0
+    for name in checkpoint.linears:
+        there = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        if after[there].tensor_type.name != _HOLDS[dtype][0]:
+            continue
+        weight = checkpoint.linear(name)
+        order = _order(weight.float().numpy(), before[there].data)
+        after[there].data[:] = blocks(codes.of(name, weight), dtype)[order]
+        done += 1
+    file.data.flush()
+    return done
+
+
+def blocks(quantised: Quantised, dtype: str) -> NDArray[np.uint8]:
+    """uint8[rows, bytes], a matrix as ggml stores it."""
+    rows, cols = quantised.codes.shape
+    codes = quantised.codes.numpy().reshape(rows, cols // 32, 32)
+    scale = quantised.scale.numpy().astype("<f2").reshape(rows, cols // 32, 1).view(np.uint8)
+    if dtype == "q8_0":
+        inputs = codes.astype(np.int8).view(np.uint8)
+    else:
+        lifted = (codes + 8).astype(np.uint8)
+        inputs = lifted[:, :, :16] | (lifted[:, :, 16:] * np.uint8(16))
+    return np.concatenate([scale, inputs], axis=2).reshape(rows, -1)
+
+
+def _order(rows: NDArray[np.float32], permuted: Any) -> list[int]:
+    """Of each row of a permuted matrix, where it was."""
+    places = {row.tobytes(): place for place, row in enumerate(rows)}
+    return [places[np.asarray(row, dtype=np.float32).tobytes()] for row in permuted]

@@ -1,0 +1,217 @@
+"""llama.cpp, by the package cyllama: run a GGUF file, and store it in fewer bits.
+
+llama.cpp ends its process where an assertion fails, so it gets one of its own for each task: this
+module is also the program that runs there. It reads a task as JSON from standard input, does it,
+and writes the answer as JSON to standard output.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.packages import load
+from thanos_deploy.errors import GateError, PlatformError
+
+PACKAGE = "cyllama"
+_MODULE = "cyllama.llama.llama_cpp"
+
+# `enum llama_ftype` of include/llama.h: what most matrices of a file are stored in.
+FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bf16": 32}
+
+# `GGML_TYPE_F32`, `LLAMA_FLASH_ATTN_TYPE_DISABLED` and `GGML_LOG_LEVEL_ERROR` of its headers.
+_F32 = 0
+_NO_FLASH_ATTENTION = 0
+_ERROR = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What llama.cpp makes of a GGUF file.
+
+    Attributes:
+        tokens: the ids of a text, with those that the tokenizer adds at its ends.
+        stops: of some ids, those at which generating stops.
+        chat_template: the Jinja text that renders a conversation; empty for none.
+        logits: float32[steps, vocabulary], after a prompt and after each token that follows it.
+    """
+
+    tokens: tuple[int, ...]
+    stops: frozenset[int]
+    chat_template: str
+    logits: NDArray[np.float32]
+
+
+def require() -> None:
+    """Refuse a machine without llama.cpp.
+
+    Raises:
+        PlatformError: the package is not installed, or not for this system.
+    """
+    try:
+        load(PACKAGE)
+    except (ImportError, OSError) as error:
+        raise PlatformError(
+            f"the target gguf needs the package {PACKAGE} ({error})",
+            fix="pip install 'thanos-deploy[gguf]'",
+        ) from error
+
+
+def read(path: Path, *, text: str, ids: Sequence[int], prompt: int, ends: Sequence[int]) -> Reading:
+    """Load a GGUF file, and compute with it in float32 as far as its weights are.
+
+    Args:
+        path: the file.
+        text: to make tokens of.
+        ids: tokens to compute logits of.
+        prompt: how many of them are passed at once; the others follow one by one.
+        ends: ids that end a text.
+
+    Raises:
+        GateError: llama.cpp does not load or run the file; the message has its own words.
+    """
+    with TemporaryDirectory() as scratch:
+        logits = Path(scratch) / "logits.npy"
+        answer = _run(
+            path,
+            {
+                "task": "read",
+                "path": str(path),
+                "text": text,
+                "ids": list(ids),
+                "prompt": prompt,
+                "ends": list(ends),
+                "logits": str(logits),
+            },
+        )
+        return Reading(
+            tokens=tuple(answer["tokens"]),
+            stops=frozenset(answer["stops"]),
+            chat_template=answer["chat_template"],
+            logits=np.load(logits),
+        )
+
+
+def store(source: Path, destination: Path, dtype: str) -> None:
+    """Write a GGUF file again with its matrices in another type, as `llama-quantize` does.
+
+    Rows that are no multiple of a type's block get the nearest type that they fit.
+
+    Args:
+        source: with all matrices in float32.
+        destination: the file to write.
+        dtype: one of `FILE_TYPES`.
+
+    Raises:
+        GateError: llama.cpp does not write it; the message has its own words.
+    """
+    _run(
+        destination,
+        {
+            "task": "store",
+            "path": str(source),
+            "destination": str(destination),
+            "type": FILE_TYPES[dtype],
+        },
+    )
+
+
+def _run(path: Path, task: dict[str, object]) -> Any:
+    """Do a task in a process of its own.
+
+    Raises:
+        GateError: it ended with an error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "exporters.llama_cpp"],
+        input=json.dumps(task),
+        # Else a failed assertion attaches a debugger.
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-3:]
+        raise GateError(
+            f"{path}: llama.cpp fails to {task['task']} it: {' / '.join(said) or done.returncode}",
+            fix=f"report the model and the version of {PACKAGE}",
+        )
+    return json.loads(done.stdout)
+
+
+def _read(module: Any, task: dict[str, Any]) -> dict[str, object]:
+    class Model(module.LlamaModel):  # type: ignore[misc]  # without types
+        """Has what cyllama's contexts look for when they hand out logits, and its models lack."""
+
+        @property
+        def n_vocab(self) -> int:
+            return int(self.get_vocab().n_vocab)
+
+    settings = module.LlamaModelParams()
+    settings.n_gpu_layers = 0
+    model = Model(task["path"], settings)
+    np.save(task["logits"], _logits(module, model, task["ids"], task["prompt"]))
+    vocabulary = model.get_vocab()
+    return {
+        "tokens": [int(token) for token in vocabulary.tokenize(task["text"], True, True)],
+        "stops": [token for token in task["ends"] if vocabulary.is_eog(token)],
+        "chat_template": model.get_default_chat_template() or "",
+    }
+
+
+def _logits(module: Any, model: Any, ids: Sequence[int], prompt: int) -> NDArray[np.float32]:
+    settings = module.LlamaContextParams()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = len(ids)
+    # The cache is in float16 unless it is asked otherwise, which would be the largest error.
+    settings.type_k = settings.type_v = _F32
+    settings.flash_attn_type = _NO_FLASH_ATTENTION
+    context = module.LlamaContext(model, settings)
+    rows = []
+    for start, stop in pairwise([0, *range(prompt, len(ids) + 1)]):
+        batch = module.LlamaBatch(n_tokens=stop - start, embd=0, n_seq_max=1)
+        for place in range(start, stop):
+            batch.add(ids[place], place, [0], place == stop - 1)
+        context.decode(batch)
+        rows.append(np.asarray(context.get_logits(), dtype=np.float32))
+    return np.stack(rows)
+
+
+def _store(module: Any, task: dict[str, Any]) -> dict[str, object]:
+    settings = module.LlamaModelQuantizeParams()
+    settings.ftype = task["type"]
+    settings.nthread = len(os.sched_getaffinity(0))
+    module.model_quantize(task["path"], task["destination"], settings)
+    return {}
+
+
+def _main() -> int:
+    """Do the task on standard input; llama.cpp's errors go to standard error."""
+    module: Any = load(_MODULE)
+
+    def listen(level: int, text: str) -> None:
+        if level == _ERROR and text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    module.set_log_callback(listen)
+    task = json.load(sys.stdin)
+    try:
+        answer = {"read": _read, "store": _store}[task["task"]](module, task)
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,123 @@
+"""Weights of 8 and 4 bits in an exported graph: ONNX Runtime's operator for them.
+
+before: MatMul(x, W) with W float32 [in, out]
+after:  MatMulNBits(x, Q, S) or MatMulNBits(x, Q, S, Z) with S float32[out, blocks],
+        W[i, o] = (Q[o, i] - Z[o, i // group]) * S[o, i // group]
+
+Q is uint8[out, blocks, group * bits / 8] and Z uint8[out, blocks * bits / 8, rounded up]; of two
+codes of 4 bits in a byte the first is the lower half. Without Z it is 2^(bits - 1). MatMulNBits is
+an operator of ONNX Runtime (com.microsoft), which TensorRT does not read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from exporters import bits
+from thanos_deploy.solver.quantise import Quantised
+
+DOMAIN = "com.microsoft"
+OPERATOR = "MatMulNBits"
+
+# Of the parts of a weight, after its name.
+_CODES = {8: "_Q8", 4: "_Q4"}
+_SCALES, _ZEROS = "_scales", "_zero_points"
+
+# accuracy_level: 4 rounds the activations to int8 too. With float32 activations the CPU kernel was
+# slower than the one for float32 weights (benchmarks/LOG.md).
+_INTEGER_KERNELS = 4
+
+
+def write(path: Path, weights: Mapping[str, Quantised]) -> None:
+    """Replace weights of a written graph, with activations that stay in float32.
+
+    Args:
+        path: the ONNX file, with its data beside it.
+        weights: by the name of a weight that MatMul reads.
+    """
+    model = onnx.load(path)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            _replace(node, weights[node.input[1]])
+    for name, quantised in weights.items():
+        model.graph.initializer.remove(initializers[name])
+        model.graph.initializer.extend(_initializers(name, quantised))
+    if all(one.domain != DOMAIN for one in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    data = path.with_name(f"{path.name}.data")
+    data.unlink()
+    # Small tensors stay in the graph: ONNX Runtime needs shapes there.
+    onnx.save(model, path, save_as_external_data=True, location=data.name)
+
+
+def use_integer_kernels(path: Path) -> None:
+    """Let the activations be rounded to int8 as well, which is what makes the graph fast."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == OPERATOR:
+            node.attribute.append(helper.make_attribute("accuracy_level", _INTEGER_KERNELS))
+    onnx.save(model, path)
+
+
+def parts(weight: str) -> tuple[str, ...]:
+    """The names that the parts of a quantised weight can have."""
+    return tuple(f"{weight}{part}" for part in (*_CODES.values(), _SCALES, _ZEROS))
+
+
+def levels(
+    initializers: Mapping[str, NDArray[np.generic]], weight: str, inputs: int
+) -> NDArray[np.int16]:
+    """int16[out, in]: how many scales each entry of a quantised weight is; 0 for a zero.
+
+    Args:
+        initializers: of the graph.
+        weight: its name before.
+        inputs: its number of inputs; the last block may be longer.
+    """
+    width = 4 if f"{weight}{_CODES[4]}" in initializers else 8
+    packed, scales = (initializers[f"{weight}{part}"] for part in (_CODES[width], _SCALES))
+    rows, blocks = scales.shape
+    codes = bits.unpack(packed.reshape(rows, -1), width)
+    group = codes.shape[1] // blocks
+    zeros = initializers.get(f"{weight}{_ZEROS}")
+    if zeros is None:
+        codes -= 2 ** (width - 1)
+    else:
+        codes -= bits.unpack(zeros.reshape(rows, -1), width)[:, :blocks].repeat(group, axis=1)
+    return codes[:, :inputs]
+
+
+def _replace(node: onnx.NodeProto, quantised: Quantised) -> None:
+    """Turn a MatMul into the operator."""
+    name, grid = node.input[1], quantised.grid
+    outputs, inputs = quantised.codes.shape
+    parts = [_CODES[grid.bits], _SCALES, *([] if grid.symmetric else [_ZEROS])]
+    del node.input[1]
+    node.input.extend(f"{name}{part}" for part in parts)
+    node.op_type, node.domain = OPERATOR, DOMAIN
+    attributes = {"K": inputs, "N": outputs, "bits": grid.bits, "block_size": grid.group}
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+
+
+def _initializers(name: str, quantised: Quantised) -> list[onnx.TensorProto]:
+    grid = quantised.grid
+    middle = 2 ** (grid.bits - 1) if grid.symmetric else 0
+    codes = quantised.codes.numpy() + middle
+    rows, cols = codes.shape
+    blocks = grid.groups(cols)
+    zeros = (quantised.zero.numpy() + middle).astype(np.int16)
+    # What is added to the last block counts for nothing.
+    padded = np.pad(codes, ((0, 0), (0, blocks * grid.group - cols)), constant_values=middle)
+    found: dict[str, NDArray[Any]] = {
+        _CODES[grid.bits]: bits.pack(padded, grid.bits).reshape(rows, blocks, -1),
+        _SCALES: quantised.scale.numpy().astype(np.float32),
+    }
+    if not grid.symmetric:
+        found[_ZEROS] = bits.pack(zeros, grid.bits)
+    return [numpy_helper.from_array(array, f"{name}{part}") for part, array in found.items()]

