@@ -88,7 +88,7 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
     """
     dense, rounded = task.folder / "compared", task.folder / "rounded"
     make(dense, sizes, "cpu")
-    _round_embeddings(dense, rounded)
+    round_embeddings(dense, rounded)
     segments = random_segments(8, 128, sizes.vocabulary)
     recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset, calib_forward="fp32")
 
@@ -101,26 +101,36 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
     expected = pruned(dense, "cpu", "pruned on the CPU")
     mask, error = difference(*expected, *pruned(dense, task.device, "pruned here"))
     usual = difference(*expected, *pruned(rounded, "cpu", "pruned after rounding"))
-    limits = [max(_ALLOWED, _TIMES * found) for found in usual]
-    agrees = mask <= limits[0] and error <= limits[1]
+    most = limits(usual)
+    agrees = mask <= most[0] and error <= most[1]
     return CheckRow(
         f"walk:{preset}",
         f"{sizes.blocks} blocks of {sizes.hidden} against the CPU",
         "PASS" if agrees else "FAIL",
-        f"{mask:.1e} of the masks differ, limit {limits[0]:.1e}; errors of layers by {error:.1e}, "
-        f"limit {limits[1]:.1e}",
+        f"{mask:.1e} of the masks differ, limit {most[0]:.1e}; errors of layers by {error:.1e}, "
+        f"limit {most[1]:.1e}",
         "" if agrees else "prune on the CPU, and report the card and the versions",
     )
 
 
-def _round_embeddings(model: Path, to: Path) -> None:
+def round_embeddings(model: Path, to: Path) -> None:
     """Copy a model, with embeddings that differ as much as rounding makes inputs differ."""
     changed = LlamaForCausalLM.from_pretrained(model)
-    generator = torch.Generator().manual_seed(0)
+    weight = changed.model.embed_tokens.weight
+    noise = torch.randn_like(weight, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        weight = changed.get_input_embeddings().weight
-        weight.mul_(1 + _ROUNDING * torch.randn(weight.shape, generator=generator))
+        weight.mul_(1 + _ROUNDING * noise)
     changed.save_pretrained(to)
+
+
+def limits(usual: tuple[float, float]) -> tuple[float, float]:
+    """How far two prunings of a model may be apart, given how far rounding alone puts them.
+
+    Args:
+        usual: as `difference` has it, of a model and its copy by `round_embeddings`.
+    """
+    mask, error = (max(_ALLOWED, _TIMES * found) for found in usual)
+    return mask, error
 
 
 def difference(
