@@ -36,8 +36,8 @@ from thanos_deploy.solver.damping import DEFAULT
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem
+from thanos_deploy.stages.checkpoints import plan_widths, shrink_checkpoint, survey_blocks
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
 BATCH = 4
 

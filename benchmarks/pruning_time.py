@@ -22,7 +22,6 @@ from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods, pattern
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.calibration import sizes
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import segments
 from thanos_deploy.calibration.texts import builtin_text
@@ -33,8 +32,9 @@ from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pruning.layers import ACTIVITIES
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock
+from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
+from thanos_deploy.stages.checkpoints import prune_checkpoint
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import prune_checkpoint
 from thanos_deploy.stages.request import PruneRequest
 
 
@@ -120,7 +120,7 @@ def measure(checkpoint: Checkpoint, ids: torch.Tensor, recipe: Recipe) -> Json:
 def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> tuple[float, float]:
     """Seconds, and processor seconds, of the calibration tokens' way through the dense model."""
     model = load_model(checkpoint.folder)
-    batch = max(1, sizes.TOKENS_PER_BATCH // ids.shape[1])
+    batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
     started, processor = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         for part in (*ids.split(batch), *ids.split(batch)):

@@ -41,13 +41,13 @@ from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Recipe
 from thanos_deploy.shrink.options import Cut
-from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import (
+from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 
 PATTERNS = ("unstructured:0.5", "2:4", "structured:0.3")

@@ -55,8 +55,8 @@ from thanos_deploy.pattern import Structured
 from thanos_deploy.pruning.recover import recover
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.sizing import Losses
+from thanos_deploy.stages.checkpoints import plan_widths, shrink_checkpoint, survey_blocks
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import plan_widths, shrink_checkpoint, survey_blocks
 
 LATENCY_SLACK = 1.1  # times the ratio of parameters
 

@@ -66,7 +66,7 @@ COMMANDS = {
     "plan": ("plan",),
     "doctor": ("doctor",),
 }
-OF_THE_TERMINAL = {"json", "quiet", "verbose", "offline", "layers", "dry_run"}
+OF_THE_TERMINAL = {"json", "quiet", "verbose", "offline", "layers", "dry_run", "processes"}
 OF_THE_API = {"progress", "check", "on_text"}
 # A bundle's methods have it already, and `doctor` and `report` do nothing that is kept.
 LEFT_OUT = {"doctor": {"overwrite"}, "verify": {"overwrite"}}

@@ -41,7 +41,9 @@ def prune(
 ) -> Bundle:
     """Prune a model into `out/model`, an ordinary checkpoint; the command `prune`.
 
-    Repeating the call continues where it was interrupted, and does no work twice.
+    Repeating the call continues where it was interrupted, and does no work twice. In a program that
+    torchrun has started, its processes prune together; only the first one writes, and calls
+    `progress`.
 
     Args:
         model: a hub id, a local Hugging Face folder, a packed folder, a `.gguf` file, or the pair
@@ -67,13 +69,19 @@ def prune(
         ResourceError: memory or disk is full, or another process writes to `out`.
     """
     from thanos_deploy.bundle import manifest
+    from thanos_deploy.ranks.start import together
     from thanos_deploy.stages.dense import Dense
-    from thanos_deploy.stages.prune import prune
+    from thanos_deploy.stages.prune import follow, prune
 
     request = _requests.prune_request(pattern, options)
-    dense = Dense(_requests.model(model), revision=revision)
-    with manifest.claim(Path(out), dense.source, overwrite=overwrite) as bundle:
-        prune(bundle, dense, request, overwrite=overwrite, announce=_requests.announce(progress))
+    told = _requests.announce(progress)
+    with together() as ranks:
+        dense = Dense(_requests.model(model), revision=revision)
+        if ranks.first:
+            with manifest.claim(Path(out), dense.source, overwrite=overwrite) as bundle:
+                prune(bundle, dense, request, overwrite=overwrite, announce=told)
+        else:
+            follow(dense, request)
     return Bundle(out)
 
 

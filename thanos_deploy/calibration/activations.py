@@ -1,9 +1,9 @@
 """The calibration data between two blocks: on disk, and in memory where there is enough of it.
 
-What enters a block is one safetensors file, and what leaves it the next. On disk alone, memory
-holds a batch or two, however much calibration data there is; what fits is in the system's page
-cache, from which reading it costs a copy. A GPU that has room for all of it is not made to wait for
-that. The journal of a walk keeps the files as they are.
+What enters a block is a safetensors file for each shard, and what leaves it the next ones. On disk
+alone, memory holds a batch or two, however much calibration data there is; what fits is in the
+system's page cache, from which reading it costs a copy. A GPU that has room for all of it is not
+made to wait for that. The journal of a walk keeps the files as they are.
 """
 
 from collections import deque
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.calibration.blocks import Arguments, BlockInputs
+from thanos_deploy.calibration.shardfiles import ShardFiles, remove
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.background import Ahead, Background
@@ -69,6 +70,7 @@ class Activations:
         *,
         held_on: torch.device | None = None,
         filed: bool = True,
+        shards: Mapping[str, int] | None = None,
     ) -> None:
         """Begin at a block.
 
@@ -80,23 +82,30 @@ class Activations:
             device: where they run.
             held_on: keep it in the memory of this device as well; None for on disk alone.
             filed: write files; without them it must be held.
+            shards: which tensors are this rank's, and in which shard each is; see `ShardFiles`.
+                None for all of them, in one.
         """
         assert filed or held_on is not None
         self._device, self._held_on, self._filed = device, held_on, filed
         self._folder, self._index, self._kinds = folder, index, kinds
         self._forward = forward
-        self._entering: TensorFile | None = None
-        self._leaving: TensorFile | None = None
+        self._shards = dict.fromkeys(kinds, 0) if shards is None else shards
+        self._entering: ShardFiles | None = None
+        self._leaving: ShardFiles | None = None
         self._held_entering: dict[str, Tensor] = {}
         self._held_leaving: dict[str, Tensor] = {}
         self._background = Background(device)
         self._ahead = Ahead(self._from_file, self._background)
-        self._following = dict(pairwise(kinds))
+        self._following = dict(pairwise(self._shards))
         self._writing: deque[Future[None]] = deque()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """That of a tensor, which is not read for it."""
         return self._kinds[name][1]
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a shape, as `read` would have it."""
+        return torch.empty(shape, dtype=self._forward, device=self._device)
 
     def read(self, name: str) -> Tensor:
         """What enters the block, in the dtype in which blocks run."""
@@ -132,25 +141,27 @@ class Activations:
             rounded = self._held_leaving[name] = rounded.to(self._held_on)
         if self._filed:
             if self._leaving is None:
-                self._leaving = TensorFile.create(self._path(self._index + 1), self._kinds)
+                self._leaving = ShardFiles.create(
+                    self._folder, self._index + 1, self._kinds, self._shards
+                )
             self._writing.append(
                 self._background.start(partial(self._leaving.write, name, rounded))
             )
             if len(self._writing) > _WAITING:
                 self._writing.popleft().result()
 
-    def advance(self) -> TensorFile | None:
-        """Go on to the next block, which what left this one enters; return its file, if any."""
+    def advance(self) -> list[TensorFile]:
+        """Go on to the next block, which what left this one enters; return its files, if any."""
         self._finish_writing()
         self._ahead.forget()
         if self._entering is not None:
             self._entering.close()
         # Kept as long as the block might have had to be done again.
-        self._path(self._index - 1).unlink(missing_ok=True)
+        remove(self._folder, self._index - 1, self._shards)
         self._entering, self._leaving = self._leaving, None
         self._held_entering, self._held_leaving = self._held_leaving, {}
         self._index += 1
-        return self._entering
+        return [] if self._entering is None else self._entering.files
 
     def close(self) -> None:
         """Close the files."""
@@ -162,11 +173,11 @@ class Activations:
     def _from_file(self, name: str) -> Tensor:
         """What enters the block, on the host."""
         if self._entering is None:
-            self._entering = TensorFile.open(self._path(self._index))
+            self._entering = ShardFiles.open(self._folder, self._index, self._shards)
         return self._read(self._entering, name)
 
-    def _read(self, file: TensorFile, name: str) -> Tensor:
-        tensor = file.read(name).reshape(self.shape(name))
+    def _read(self, files: ShardFiles, name: str) -> Tensor:
+        tensor = files.read(name).reshape(self.shape(name))
         return tensor.pin_memory() if self._background.parallel else tensor
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -176,9 +187,6 @@ class Activations:
         while self._writing:
             self._writing.popleft().result()
 
-    def _path(self, index: int) -> Path:
-        return self._folder / f"inputs-{index:04d}.safetensors"
-
 
 class StoredInputs(BlockInputs):
     """A batch of one model whose hidden states are in `Activations`.
@@ -186,15 +194,17 @@ class StoredInputs(BlockInputs):
     What leaves a block is read as `left`, and becomes `hidden` when the activations advance.
     """
 
-    def __init__(self, activations: Activations, name: str, arguments: list[Arguments]) -> None:
+    def __init__(
+        self, activations: Activations, name: str, arguments: list[Arguments], shard: int = 0
+    ) -> None:
         """Begin before the block at which the activations are.
 
         Args:
             activations: of all batches.
             name: of this batch's tensor.
-            arguments: see `BlockInputs`.
+            arguments, shard: see `BlockInputs`.
         """
-        super().__init__(arguments)
+        super().__init__(arguments, shard)
         self._activations, self._name = activations, name
 
     @property
@@ -206,6 +216,10 @@ class StoredInputs(BlockInputs):
     def left(self) -> Tensor:
         """See `BlockInputs.left`."""
         return self._activations.read_leaving(self._name)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """See `BlockInputs.empty`."""
+        return self._activations.empty(shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from thanos_deploy.calibration.passes import Pass, inputs_until, recorded
-from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.statistics import ShardSums, Statistics
 from thanos_deploy.model.families import Family
 from thanos_deploy.model.structure import blocks_of
+from thanos_deploy.ranks.group import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,13 @@ class BlockInputs(ABC):
     Attributes:
         arguments: the other arguments of every block; families with several kinds of blocks pass
             each kind its own. They are taken to the block's device when the batch passes it.
+        shard: number of the shard that it belongs to; see `thanos_deploy.ranks.shards`. Only the
+            rank that has the shard has its hidden states.
         paused: its forward pass through the next block, if one waits at a layer.
     """
 
-    def __init__(self, arguments: list[Arguments]) -> None:
-        self.arguments = arguments
+    def __init__(self, arguments: list[Arguments], shard: int = 0) -> None:
+        self.arguments, self.shard = arguments, shard
         self.paused: Pass | None = None
 
     @property
@@ -71,6 +74,10 @@ class BlockInputs(ABC):
         """[batch, tokens, width] of the hidden states."""
 
     @abstractmethod
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a shape, in the dtype and on the device of the hidden states."""
+
+    @abstractmethod
     def leave(self, hidden: Tensor) -> None:
         """Leave the block.
 
@@ -80,9 +87,19 @@ class BlockInputs(ABC):
 
     def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
         """What the block makes of this batch, or of some of its sequences."""
-        hidden = self.hidden
-        arguments = self.arguments[index].of(rows, len(hidden), hidden.device)
-        output = block(hidden[rows], *arguments.positional, **arguments.named)
+        return self.forward_of(self.hidden[rows], index, block, rows)
+
+    def forward_of(self, hidden: Tensor, index: int, block: nn.Module, rows: slice) -> Tensor:
+        """What the block makes of some of its sequences, which need not be on this rank.
+
+        Args:
+            hidden: [sequences, tokens, width], what enters the block of them.
+            index: number of the block.
+            block: the block.
+            rows: which sequences.
+        """
+        arguments = self.arguments[index].of(rows, self.shape[0], hidden.device)
+        output = block(hidden, *arguments.positional, **arguments.named)
         left: Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
@@ -114,6 +131,10 @@ class LoadedInputs(BlockInputs):
     def shape(self) -> tuple[int, ...]:
         """See `BlockInputs.shape`."""
         return tuple(self._hidden.shape)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """See `BlockInputs.empty`."""
+        return self._hidden.new_empty(shape)
 
     def leave(self, hidden: Tensor) -> None:
         """See `BlockInputs.leave`."""
@@ -177,7 +198,7 @@ class Walk:
     Attributes:
         index: number of the next block.
         block: that block, with weights.
-        batches: what enters it, in the dtype of the weights.
+        batches: what enters it, in the dtype of the weights, of all ranks.
         done: all of them have left it.
     """
 
@@ -185,6 +206,15 @@ class Walk:
     block: nn.Module
     batches: Sequence[BlockInputs]
     done: bool = False
+
+    @property
+    def own(self) -> list[BlockInputs]:
+        """The batches of this rank."""
+        return [batch for batch in self.batches if current().has(batch.shard)]
+
+    def sums(self, names: Sequence[str]) -> ShardSums:
+        """For statistics of the batches at some layers."""
+        return ShardSums(current(), 1 + max(batch.shard for batch in self.batches), names)
 
 
 def collect(
@@ -212,31 +242,34 @@ def collect(
     Returns:
         layer name -> statistics.
     """
-    sums: dict[str, Statistics] = {}
-    for number, batch in enumerate(walk.batches):
-        inputs = _inputs_of(walk, names, batch, pause=pause)
-        targets = {}
-        if dense is not None:
-            beside = dense.batches[number]
-            read = (
-                _leave(dense, beside, names)
-                if last
-                else _inputs_of(dense, names, beside, pause=pause)
-            )
-            targets = {name: y for name, y in read.items() if name not in routed}
-        for name, x in inputs.items():
-            if name not in sums:
-                sums[name] = Statistics.empty(
-                    x.shape[1],
-                    targets[name].shape[1] if name in targets else None,
-                    device=x.device,
+    sums = walk.sums(names)
+    for shard in sums.shards:
+        counted: dict[str, Statistics] = {}
+        for number, batch in enumerate(walk.batches):
+            if batch.shard != shard:
+                continue
+            inputs = _inputs_of(walk, names, batch, pause=pause)
+            targets = {}
+            if dense is not None:
+                beside = dense.batches[number]
+                read = (
+                    _leave(dense, beside, names)
+                    if last
+                    else _inputs_of(dense, names, beside, pause=pause)
                 )
-            sums[name].add(x, targets.get(name))
-    for statistics in sums.values():
-        statistics.complete()
+                targets = {name: y for name, y in read.items() if name not in routed}
+            for name, x in inputs.items():
+                if name not in counted:
+                    counted[name] = Statistics.empty(
+                        x.shape[1],
+                        targets[name].shape[1] if name in targets else None,
+                        device=x.device,
+                    )
+                counted[name].add(x, targets.get(name))
+        sums.add(counted)
     if dense is not None and last:
         dense.done = True
-    return sums
+    return sums.finish()
 
 
 def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
@@ -253,26 +286,29 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
     Returns:
         layer name -> statistics.
     """
-    sums: dict[str, Statistics] = {}
-    for batch in walk.batches:
-        inputs: dict[str, Tensor] = {}
-        with recorded(walk.block, names, inputs):
-            hidden = batch.forward(walk.index, walk.block)
-        weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
-        for name, x in inputs.items():
-            if name not in sums:
-                sums[name] = Statistics.empty(x.shape[1], device=x.device)
-            sums[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
-    for statistics in sums.values():
-        statistics.complete()
-    return sums
+    sums = walk.sums(names)
+    for shard in sums.shards:
+        counted: dict[str, Statistics] = {}
+        for batch in walk.batches:
+            if batch.shard != shard:
+                continue
+            inputs: dict[str, Tensor] = {}
+            with recorded(walk.block, names, inputs):
+                hidden = batch.forward(walk.index, walk.block)
+            weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
+            for name, x in inputs.items():
+                if name not in counted:
+                    counted[name] = Statistics.empty(x.shape[1], device=x.device)
+                counted[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
+        sums.add(counted)
+    return sums.finish()
 
 
 def advance(walk: Walk) -> None:
     """Run the data through the block, or through the rest of it where passes wait, once."""
     if walk.done:
         return
-    for batch in walk.batches:
+    for batch in walk.own:
         _leave(walk, batch)
     walk.done = True
 

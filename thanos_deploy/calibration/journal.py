@@ -4,7 +4,8 @@ A folder with an entry for every finished block:
 
     block-0007.json          its report, and size and SHA-256 of the files of the entry
     block-0007.safetensors   its parameters as they will be written, where the walk writes any
-    inputs-0008.safetensors  the calibration data that enters the next block; see `activations`
+    inputs-0008-03.safetensors  the calibration data of shard 3 that enters the next block; see
+                             `activations`
 
 The JSON is flushed and renamed into place last, so an entry counts as a whole or not at all; damage
 that comes later shows in the hashes. Of the inputs only the newest have to be there: those before
@@ -12,12 +13,15 @@ them are dropped when the next ones are written.
 
 A journal belongs to one model, one calibration text, one set of options and versions. For any
 other it is discarded.
+
+Where several ranks walk, they share the folder: each writes the inputs of its own shards, and the
+first one everything else. Files are by shard, not by rank, so another number of ranks can go on.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
@@ -27,6 +31,7 @@ from torch import Tensor
 from thanos_deploy.bundle import names, record
 from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
 from thanos_deploy.model.tensorfile import TensorFile
+from thanos_deploy.ranks.group import current
 
 logger = logging.getLogger(__name__)
 
@@ -68,24 +73,30 @@ class Journal(Generic[R]):
         Raises:
             InputError: an entry of the journal names a file outside its folder.
         """
-        self.folder = folder
+        self.folder, self._ranks = folder, current()
+        opened = {"entries": self._opened(owner)} if self._ranks.first else {}
+        entries = self._ranks.share(opened)["entries"]
+        self.reports = [report.from_json(entry["report"]) for entry in entries]
+
+    def _opened(self, owner: Json) -> list[Json]:
+        """The intact entries; everything else in the folder is removed."""
         self._claim(owner)
-        found = len(list(folder.glob("block-*.json")))
+        found = len(list(self.folder.glob("block-*.json")))
         entries = list(self._intact_entries())
         while entries and not self._intact(entries[-1]["inputs"]):
             entries.pop()
         if len(entries) < found:
             logger.warning(
                 "%s: %d of %d finished blocks are done again, from block %d on",
-                folder,
+                self.folder,
                 found - len(entries),
                 found,
                 len(entries),
             )
         elif entries:
-            logger.info("%s: going on after %d finished blocks", folder, found)
+            logger.info("%s: going on after %d finished blocks", self.folder, found)
         self._drop_all_but(entries)
-        self.reports = [report.from_json(entry["report"]) for entry in entries]
+        return entries
 
     def parameters(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Names and values of what was written of a finished block."""
@@ -93,17 +104,19 @@ class Journal(Generic[R]):
             for name, (_, shape) in file.kinds.items():
                 yield name, file.read(name).reshape(shape)
 
-    def keep(self, parameters: Mapping[str, Tensor], inputs: TensorFile | None) -> Json:
+    def keep(self, parameters: Mapping[str, Tensor], inputs: Sequence[TensorFile]) -> Json:
         """Flush and hash what belongs to the next block besides its report.
 
         Args:
-            parameters: as they will be written; none if the walk writes nothing.
-            inputs: what enters the next block; None after the last one.
+            parameters: as they will be written; none if this rank or the walk writes nothing.
+            inputs: what enters the next block, of this rank's shards; none after the last one.
 
         Returns:
             what `add` wants to know of it.
         """
-        files: Json = {"parameters": {}, "inputs": {} if inputs is None else _record(inputs)}
+        own = {name: entry for file in inputs for name, entry in _record(file).items()}
+        every = {name: entry for files in self._ranks.gather(own) for name, entry in files.items()}
+        files: Json = {"parameters": {}, "inputs": dict(sorted(every.items()))}
         if parameters:
             kinds = {name: (one.dtype, tuple(one.shape)) for name, one in parameters.items()}
             with TensorFile.create(self._parameters(len(self.reports)), kinds) as file:
@@ -119,9 +132,12 @@ class Journal(Generic[R]):
             report: on it.
             files: what `keep` said of its files.
         """
-        entry = {**files, "report": report.to_json()}
-        content = {"entry": entry, "sha256": sha256_of(entry)}
-        replace_json(self._entry(len(self.reports)), content)
+        if self._ranks.first:
+            entry = {**files, "report": report.to_json()}
+            content = {"entry": entry, "sha256": sha256_of(entry)}
+            replace_json(self._entry(len(self.reports)), content)
+        # Not before it counts as finished may anybody remove what it began with.
+        self._ranks.wait()
         self.reports.append(report)
 
     def _claim(self, owner: Json) -> None:
@@ -185,6 +201,15 @@ class Journal(Generic[R]):
 
     def _parameters(self, index: int) -> Path:
         return self._entry(index).with_suffix(".safetensors")
+
+
+def owner_of(folder: Path) -> Json:
+    """What the results of a journal depend on; nothing if there is no journal, or none to read."""
+    try:
+        owner = json.loads((folder / _OWNER).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _record(file: TensorFile) -> dict[str, Json]:

@@ -89,7 +89,7 @@ class ParameterFiles:
 
         Those to skip are left to `copy_rest`.
         """
-        if self._copy is None:
+        if not self._writes:
             return {}
         return {
             target: rounded(parameter, self._dtype(target), target).cpu()
@@ -100,7 +100,7 @@ class ParameterFiles:
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensors by the names that they have in the checkpoint."""
-        if self._copy is not None:
+        if self._copy is not None and self._writes:
             for name, tensor in tensors:
                 self._copy.write(name, tensor)
 
@@ -118,6 +118,10 @@ class ParameterFiles:
                     for start, piece in self._checkpoint.weights.pieces(name)
                 ),
             )
+
+    @property
+    def _writes(self) -> bool:
+        return self._copy is not None and self._copy.writes
 
     def _own_dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype if it is read and written in the same one of 32 bits or less."""

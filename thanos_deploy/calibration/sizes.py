@@ -6,9 +6,6 @@ from torch import Tensor
 from thanos_deploy.calibration import passes
 from thanos_deploy.model.checkpoint import Checkpoint
 
-# Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
-TOKENS_PER_BATCH = 2048
-
 # What forward passes may hold that wait inside a block until a layer is pruned. Where it would be
 # more, each starts over from the block's input, which takes longer and holds one batch at a time.
 WAITING_BYTES = 768 << 20

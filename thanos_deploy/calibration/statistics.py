@@ -1,5 +1,6 @@
 """What calibration keeps of the inputs of a linear layer: sums that can be added up."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.machine.precision import products_in
+from thanos_deploy.ranks.group import Ranks
+from thanos_deploy.ranks.sums import OrderedSum
 
 # Columns of a Gram matrix that are multiplied at once: few enough to spare most of what lies below
 # the diagonal, enough for the product to run at full speed.
@@ -81,6 +84,12 @@ class Statistics:
         for start, stop in _runs(right.shape[1]):
             self.hessian[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:])
 
+    @property
+    def _sums(self) -> list[Tensor]:
+        """Everything that is added up, but for the mass."""
+        found = (self.hessian, self.total, self.cross, self.dense_total)
+        return [tensor for tensor in found if tensor is not None]
+
     def complete(self) -> None:
         """Fill in what is below the diagonal of the Hessian, when all tokens have been counted."""
         for start, stop in _runs(len(self.hessian)):
@@ -96,3 +105,57 @@ class Statistics:
             cross = cross - torch.outer(self.dense_total, self.total) / self.mass
         hessian = self.hessian - torch.outer(self.total, self.total) / self.mass
         return replace(self, hessian=hessian, cross=cross)
+
+
+class ShardSums:
+    """Statistics of layers, summed shard by shard in one order, whichever rank counts a shard."""
+
+    def __init__(self, ranks: Ranks, shards: int, names: Sequence[str]) -> None:
+        """Begin with no shard.
+
+        Args:
+            ranks: those that count.
+            shards: how many there are.
+            names: of the layers, in the order of the result.
+        """
+        self._ranks, self._names = ranks, names
+        self._order = OrderedSum(ranks, shards)
+        self._sums: dict[str, OrderedSum] = {}
+        self._latest: dict[str, Statistics] = {}
+        self._masses: dict[str, list[float]] = {}
+
+    @property
+    def shards(self) -> list[int | None]:
+        """This rank's shard in each turn; None where it has none."""
+        return [self._order.mine(turn) for turn in range(self._order.turns)]
+
+    def add(self, part: Mapping[str, Statistics]) -> None:
+        """Add what this rank counted in the next turn; nothing where it had no shard."""
+        counted = bool(part)
+        if counted:
+            self._latest = dict(part)
+        for name in self._names:
+            statistics = self._latest[name]
+            if name not in self._sums:
+                self._sums[name] = OrderedSum(self._ranks, self._order.count)
+                self._masses[name] = []
+            if counted:
+                self._masses[name].append(statistics.mass)
+            self._sums[name].add(statistics._sums)
+
+    def finish(self) -> dict[str, Statistics]:
+        """The statistics of all shards, on every rank."""
+        self._latest = {}
+        by_rank = self._ranks.gather(self._masses)
+        finished = {}
+        for name, sums in self._sums.items():
+            turns = [masses[name] for masses in by_rank]
+            mass = 0.0
+            for number in range(self._order.count):
+                turn, rank = divmod(number, self._ranks.size)
+                mass += turns[rank][turn]
+            hessian, total, *dense = sums.finish()
+            cross, dense_total = dense if dense else (None, None)
+            finished[name] = Statistics(mass, hessian, total, cross, dense_total)
+            finished[name].complete()
+        return finished

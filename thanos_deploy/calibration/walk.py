@@ -9,7 +9,7 @@ Each block sees the data as the blocks before it, changed or not, pass it on.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from thanos_deploy.calibration.activations import Activations, Place, StoredInpu
 from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs
 from thanos_deploy.calibration.journal import Journal, Report
 from thanos_deploy.calibration.parameters import ParameterFiles
-from thanos_deploy.calibration.sizes import TOKENS_PER_BATCH, activation_dtype, can_wait
+from thanos_deploy.calibration.sizes import activation_dtype, can_wait
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.machine.background import Ahead, Background
 from thanos_deploy.machine.devices import CPU
@@ -33,9 +33,11 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.structure import BlockStructure, blocks_of
-from thanos_deploy.model.tensorfile import Kind
+from thanos_deploy.model.tensorfile import Kind, TensorFile
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.ranks.group import current
+from thanos_deploy.ranks.shards import Layout
 
 # The report on one block.
 R = TypeVar("R", bound=Report)
@@ -105,19 +107,24 @@ class Visit:
         """The data on its ways through the block and, if it was asked for, the dense one."""
         return [self.walk] if self.dense is None else [self.walk, self.dense]
 
-    def write(self, linear: str, weight: Tensor) -> Tensor:
+    def write(self, linear: str, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """Give a linear layer another matrix of the same shape, here and in the block that runs.
 
+        Args:
+            linear: its name, seen from the block.
+            weight: [outputs, inputs], or some of its rows.
+            rows: which.
+
         Returns:
-            [outputs, inputs], the values that will be stored; a view of the layer's own.
+            [outputs, inputs], the values that will be stored; a view of the layer's own rows.
 
         Raises:
             ModelError: a value does not fit the dtype.
         """
-        own = matrix(self.block.get_submodule(linear))
+        own = matrix(self.block.get_submodule(linear))[rows]
         own.copy_(self.stored(f"{linear}.weight", weight))
         if self.walk.block is not self.block:
-            matrix(self.walk.block.get_submodule(linear)).copy_(own)
+            matrix(self.walk.block.get_submodule(linear))[rows].copy_(own)
         return own
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
@@ -316,15 +323,18 @@ def _enter(
     What enters a block that is not the first one is in the folder. If nobody goes on from there,
     files are written only of what is not held in memory.
     """
-    parts = torch.split(segments, max(1, TOKENS_PER_BATCH // segments.shape[1]))
+    batches = Layout.of(*segments.shape).batches
     dtype = activation_dtype(checkpoint, forward)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
-    kinds = {
-        f"{way}.{number}": (dtype, (*part.shape, checkpoint.config.hidden_size))
-        for way in ways
-        for number, part in enumerate(parts)
-    }
-    held_on = holder(hold, device, 2 * _bytes(kinds))
+    kinds: dict[str, Kind] = {}
+    shards: dict[str, int] = {}
+    for number, one in enumerate(batches):
+        shape = (one.stop - one.first, segments.shape[1], int(checkpoint.config.hidden_size))
+        for way in ways:
+            kinds[f"{way}.{number}"] = (dtype, shape)
+            if current().has(one.shard):
+                shards[f"{way}.{number}"] = one.shard
+    held_on = holder(hold, device, 2 * _bytes(kinds[name] for name in shards))
     activations = Activations(
         folder,
         index if index else -1,
@@ -333,13 +343,14 @@ def _enter(
         device,
         held_on=held_on,
         filed=filed or held_on is None,
+        shards=shards,
     )
     walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
-    for number, part in enumerate(parts):
-        (data,) = block_inputs(model, checkpoint.family, [part])
+    for number, one in enumerate(batches):
+        (data,) = block_inputs(model, checkpoint.family, [segments[one.first : one.stop]])
         for way in ways:
-            batch = StoredInputs(activations, f"{way}.{number}", data.arguments)
-            if index == 0:
+            batch = StoredInputs(activations, f"{way}.{number}", data.arguments, one.shard)
+            if index == 0 and current().has(one.shard):
                 batch.leave(data.hidden)
             walks[way].append(batch)
     if index == 0:
@@ -363,7 +374,7 @@ def _leave(
         journal: where to keep it as well.
         reports: with a journal, on every block as far as this one.
     """
-    leaving = None
+    leaving: Sequence[TensorFile] = ()
     with visit.clock.measure("forward"):
         if activations is not None:
             for path in visit.walks:
@@ -382,8 +393,8 @@ def _leave(
         block.to("meta")
 
 
-def _bytes(kinds: Mapping[str, Kind]) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+def _bytes(kinds: Iterable[Kind]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds)
 
 
 def _is_in(block: nn.Module, dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ import click
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.calibration.data import Data
 from thanos_deploy.cli import _progress
+from thanos_deploy.cli._processes import speaks, spread_over
 from thanos_deploy.cli._types import CountsType, F, several, with_default
 from thanos_deploy.stages.request import PruneRequest
 
@@ -39,7 +40,7 @@ session_options = several(
     click.option("-v", "--verbose", is_flag=True, help="Log every block."),
 )
 # How a terminal is used, which is nothing to the Python API.
-_SESSION = ("offline", "as_json", "quiet", "verbose")
+_SESSION = ("offline", "as_json", "quiet", "verbose", "processes")
 
 common_options = several(
     click.option(
@@ -148,12 +149,12 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
     """What every command that works needs: quiet libraries, logging, progress."""
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+    spread_over(options.get("processes"))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("thanos_deploy").setLevel(
-        logging.INFO if options["verbose"] else logging.WARNING
-    )
+    level = logging.INFO if options["verbose"] else logging.WARNING
+    logging.getLogger("thanos_deploy").setLevel(level if speaks() else logging.ERROR)
     _progress.quiet_libraries()
-    with _progress.announcer(quiet=options["quiet"]) as announce:
+    with _progress.announcer(quiet=options["quiet"] or not speaks()) as announce:
         yield announce
 
 

@@ -16,6 +16,7 @@ from thanos_deploy.cli._options import (
     session,
     told,
 )
+from thanos_deploy.cli._processes import processes_option, speaks
 from thanos_deploy.cli._pruning import pruning_options
 
 
@@ -24,6 +25,7 @@ from thanos_deploy.cli._pruning import pruning_options
 @out_option
 @pruning_options
 @revision_option
+@processes_option
 @dry_run_option
 @common_options
 def command(model: str, dry_run: bool, overwrite: bool, **options: Any) -> None:
@@ -41,4 +43,5 @@ def command(model: str, dry_run: bool, overwrite: bool, **options: Any) -> None:
             emit(options, td.dry_run_prune(model, **asked), show_plan)
             return
         bundle = td.prune(model, overwrite=overwrite, **asked)
-    emit(options, bundle.pruned, show_pruned)
+    if speaks():
+        emit(options, bundle.pruned, show_pruned)

@@ -20,6 +20,7 @@ from thanos_deploy.cli._options import (
     session,
     told,
 )
+from thanos_deploy.cli._processes import processes_option, speaks
 from thanos_deploy.cli._pruning import pruning_options
 from thanos_deploy.cli._targets import target_options
 
@@ -32,6 +33,7 @@ from thanos_deploy.cli._targets import target_options
 @evaluation_options()
 @benchmark_options
 @revision_option
+@processes_option
 @dry_run_option
 @common_options
 def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
@@ -61,5 +63,7 @@ def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
             emit(options, td.dry_run_prune_export(model, **asked), show_plan)
             return
         bundle = td.prune_export(model, **asked)
+        if not speaks():
+            return
         report = json.loads((bundle.path / layout.REPORT_RECORD).read_bytes())
     emit(options, decode(Report, report), show_report)

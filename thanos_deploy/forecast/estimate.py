@@ -32,7 +32,6 @@ from torch import Tensor
 
 from thanos_deploy import methods
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.sizes import TOKENS_PER_BATCH
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Visit, visits
 from thanos_deploy.forecast import memory
@@ -46,6 +45,7 @@ from thanos_deploy.pruning.layers import gather, linear_shapes, short_names
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.solution import aim, solve
 from thanos_deploy.pruning.tune import TOKENS_PER_STEP, tune
+from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
 from thanos_deploy.shrink import cut
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.sizing import Losses, Plan

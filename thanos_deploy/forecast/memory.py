@@ -13,7 +13,6 @@ from torch import Tensor
 
 from thanos_deploy.calibration.activations import Place, holder
 from thanos_deploy.calibration.sizes import (
-    TOKENS_PER_BATCH,
     activation_bytes,
     can_wait,
     waiting_bytes,
@@ -24,6 +23,7 @@ from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
 from thanos_deploy.pruning.tune import TOKENS_PER_STEP
+from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
 
@@ -160,13 +160,18 @@ def of_pruning(
 
     squares = max(n * n for n in widths) if walk.true_sequential else sum(n * n for n in widths)
     statistics = Term("statistics of inputs", _FLOAT * ways * squares)
+    shards = Layout.of(*segments.shape).shards
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     # What layers read is kept until every way has passed, what they make for a moment.
     passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
     largest = max(math.prod(shapes[name]) for name in pruned)
     beside = _BESIDE * largest + _GRADIENTS * _together(largest, device)
     parts = [
-        [statistics, Term("a batch on its way", forward.itemsize * passing)],
+        [
+            statistics,
+            Term("statistics of one shard", statistics.bytes if shards > 1 else 0),
+            Term("a batch on its way", forward.itemsize * passing),
+        ],
         [
             statistics,
             Term("the factored Hessian", int(_SOLVING * max(widths) ** 2 * _DOUBLE)),
@@ -183,6 +188,7 @@ def of_pruning(
                 Term(_TUNED, _TUNING * _FLOAT * weights),
                 Term("gradients in the dtype of the block", forward.itemsize * weights),
                 Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
+                Term("gradients of one part of a step", _FLOAT * weights),
             ]
         )
     return _memory(

@@ -1,5 +1,6 @@
 """The device of a computation: the processor, or one GPU."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ def check(name: str) -> None:
 def choose(name: str) -> torch.device:
     """The device that a user asks for: "auto" is the first GPU where there is one.
 
+    For one of several processes that torchrun has started it is the GPU of its number.
+
     Raises:
         UsageError: it is no spelling of a device.
         PlatformError: that GPU is not there.
@@ -35,7 +38,13 @@ def choose(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return CPU
-    device = torch.device("cuda", 0 if name in ("auto", "cuda") else int(name.partition(":")[2]))
+    own = _local_rank()
+    if own is not None and name.startswith("cuda:"):
+        raise UsageError(
+            f"--device {name} with several processes, each of which needs a GPU of its own",
+            fix="use --device cuda, and CUDA_VISIBLE_DEVICES to say which GPUs there are",
+        )
+    device = torch.device("cuda", int(name[5:]) if name.startswith("cuda:") else own or 0)
     if device.index >= count:
         raise PlatformError(
             f"--device {name}: PyTorch {torch.__version__} sees {count} GPUs"
@@ -44,6 +53,13 @@ def choose(name: str) -> torch.device:
             "driver, and that number of GPUs in CUDA_VISIBLE_DEVICES",
         )
     return device
+
+
+def _local_rank() -> int | None:
+    """The number on this machine of one of several processes; None for a process by itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def describe(device: torch.device) -> str:

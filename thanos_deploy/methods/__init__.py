@@ -95,6 +95,8 @@ class Method:
         prune: prunes one linear layer.
         check: refuses what `prune` could not do for a layer: its name, its number of inputs, the
             pattern, the options.
+        independent_rows: for a pattern and options, whether what becomes of a row depends on no
+            other row of its layer, so that a layer can be pruned in parts; a file need not have it.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Method:
     presets: Mapping[str, Preset]
     prune: Callable[[LayerProblem, Pattern, Any], LayerResult]
     check: Callable[[str, int, Pattern, Any], None]
+    independent_rows: Callable[[Pattern, Any], bool]
 
     def preset(self, which: str) -> Preset:
         """A preset; the paper's setting where no better one is known."""
@@ -138,7 +141,12 @@ def load(name: str) -> Method:
     module = import_module(f"{__name__}.{name}")
     if faults := list(_faults(module)):
         raise TypeError(f"{module.__file__} is not a method: {'; '.join(faults)}")
-    return Method(name, module.Options, module.PRESETS, module.prune, module.check)
+    parts = getattr(module, "independent_rows", _never)
+    return Method(name, module.Options, module.PRESETS, module.prune, module.check, parts)
+
+
+def _never(pattern: Pattern, options: Any) -> bool:
+    return False
 
 
 def _faults(module: ModuleType) -> list[str]:

@@ -162,7 +162,13 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
         mask=mask,
         relative_error=relative_error(weight, new_weight, hessian, energy=energy),
         damping=used,
+        energy=energy.sum().item(),
     )
+
+
+def independent_rows(pattern: Pattern, options: Options) -> bool:
+    """What becomes of a row does not depend on the other rows of its layer."""
+    return isinstance(pattern, SemiStructured) and not options.outlier_rows
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:

@@ -286,7 +286,7 @@ class WeightsCopy:
     def __init__(
         self,
         original: Weights,
-        destination: Path,
+        destination: Path | None,
         dtype: torch.dtype | None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
@@ -294,17 +294,21 @@ class WeightsCopy:
 
         Args:
             original: the checkpoint to copy.
-            destination: the folder to write to.
+            destination: the folder to write to; None to write nothing, where another process does.
             dtype: what to store, or None to keep each tensor's own.
             shapes: name -> shape of the tensors that will have another shape.
         """
         shapes = {**original.shapes, **(shapes or {})}
+        self._dtypes = {name: dtype or own for name, own in original.dtypes.items()}
         self._missing = dict.fromkeys(original.shapes)
         self._files: dict[str, TensorFile] = {}
         self.bytes = 0
+        if destination is None:
+            self._missing.clear()
+            return
         for shard in dict.fromkeys(original.files.values()):
             kinds = {
-                name: (dtype or original.dtypes[name], shapes[name])
+                name: (self._dtypes[name], shapes[name])
                 for name, file in original.files.items()
                 if file == shard
             }
@@ -322,7 +326,12 @@ class WeightsCopy:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is written."""
-        return self._files[name].kinds[name][0]
+        return self._dtypes[name]
+
+    @property
+    def writes(self) -> bool:
+        """There is a folder to write to; else nothing may be written."""
+        return bool(self._files)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""

@@ -5,8 +5,7 @@ block's weights are in memory at a time.
 """
 
 import logging
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Visit, visit_blocks
-from thanos_deploy.machine import devices, environment
+from thanos_deploy.machine import devices
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.machine.precision import products_in
 from thanos_deploy.methods import Walk
@@ -33,12 +32,8 @@ from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock, PrunedLayer
-from thanos_deploy.pruning.solution import aim, solve
 from thanos_deploy.pruning.tune import tune
-from thanos_deploy.solver.layer import Factor, LayerProblem
-
-# So much freed memory is worth the time that it takes to get it anew.
-_FREED_BYTES = 128 << 20
+from thanos_deploy.pruning.turn import prune_turn
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +47,7 @@ ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
 def prune(
     checkpoint: Checkpoint,
     segments: Tensor,
-    destination: Path,
+    destination: Path | None,
     recipe: Recipe,
     *,
     patterns: Mapping[str, Pattern] | None = None,
@@ -69,7 +64,7 @@ def prune(
     Args:
         checkpoint: the dense model.
         segments: int64[count, length], calibration tokens.
-        destination: an empty folder for the pruned model.
+        destination: an empty folder for the pruned model; None for a rank that writes nothing.
         recipe: how to prune.
         patterns: what each layer is pruned to, by its full name; None for the recipe's pattern
             everywhere.
@@ -87,7 +82,8 @@ def prune(
         patterns = every(checkpoint.linears, recipe.pattern)
     check(checkpoint, recipe, patterns)
     forward = DTYPES[recipe.forward_on(device)]
-    copy_companions(checkpoint.folder, destination, dtype)
+    if destination is not None:
+        copy_companions(checkpoint.folder, destination, dtype)
 
     def work(visit: Visit) -> PrunedBlock:
         with devices.memory_for(f"block {visit.index}"):
@@ -129,14 +125,7 @@ def _prune_block(
     layers: dict[str, PrunedLayer] = {}
     for groups, statistics in gather(visit, patterns, recipe.walk):
         with visit.clock.measure("solve"):
-            for group in groups:
-                # What glibc takes from the system would be beside what it has kept of freed memory.
-                if 8 * statistics[group[0]].hessian.numel() > environment.HEAP_TENSOR_BYTES:
-                    environment.return_freed_memory()
-                layers |= _prune_group(
-                    visit, group, statistics.pop(group[0]), patterns, recipe, products
-                )
-            environment.return_freed_memory(at_least=_FREED_BYTES)
+            layers |= prune_turn(visit, groups, statistics, patterns, recipe, products)
     if recipe.walk.tune_steps and layers:
         with visit.clock.measure("tune"):
             tune(visit, layers, recipe.walk.tune_steps)
@@ -188,66 +177,6 @@ def gather(
                     routed=visit.structure.routed,
                 )
             yield together, statistics
-
-
-def _prune_group(
-    visit: Visit,
-    group: Sequence[str],
-    statistics: Statistics,
-    patterns: Mapping[str, Pattern],
-    recipe: Recipe,
-    products: torch.dtype,
-) -> dict[str, PrunedLayer]:
-    """Prune, in place, layers that read the same input; their reports by name, seen from the block.
-
-    What the following layers and blocks see is what is written, rounding included.
-    """
-    method = methods.load(recipe.method)
-    weights = [matrix(visit.block.get_submodule(linear)) for linear in group]
-    # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again.
-    again = len(group) > 1 or statistics.cross is not None
-    factors: dict[tuple[float, str], Factor] | None = {} if again else None
-    aimed: Sequence[Tensor | None] = [None] * len(group)
-    hessian = statistics.hessian
-    failures: tuple[str, ...] = ()
-    if not statistics.mass:  # an expert to which the router sent nothing
-        hessian = torch.eye(len(hessian), device=hessian.device)
-        failures = ("no token of the calibration text reached it, so all inputs count alike",)
-    if statistics.cross is not None:
-        rows, name = torch.cat(weights).float(), visit.prefix + group[0]
-        together = LayerProblem(rows, hessian, name, factors)
-        wanted, failures = aim(together, statistics.cross, recipe.walk.dense_target, recipe.options)
-        if wanted is not None:
-            aimed = wanted.split([len(weight) for weight in weights])
-    reports = {}
-    for linear, dense, target in zip(group, weights, aimed, strict=True):
-        started = time.perf_counter()
-        name = visit.prefix + linear
-        solution = solve(
-            LayerProblem(dense.float(), hessian, name, factors, products),
-            patterns[name],
-            method,
-            recipe.options,
-            aimed=target,
-            failures=failures,
-        )
-        seconds = time.perf_counter() - started
-        weight = visit.write(linear, solution.result.weight)
-        verdict = judge(weight != 0, patterns[name])
-        reports[linear] = PrunedLayer(
-            name=name,
-            rows=weight.shape[0],
-            cols=weight.shape[1],
-            pattern=str(patterns[name]),
-            sparsity=verdict.sparsity,
-            pattern_holds=verdict.holds,
-            relative_error=solution.result.relative_error,
-            damping=solution.result.damping,
-            solver=solution.solver,
-            failures=solution.failures,
-            seconds=seconds,
-        )
-    return reports
 
 
 def _judged_again(visit: Visit, linear: str, report: PrunedLayer, pattern: Pattern) -> PrunedLayer:

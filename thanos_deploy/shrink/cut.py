@@ -87,7 +87,7 @@ def check(checkpoint: Checkpoint) -> None:
 def shrink(
     checkpoint: Checkpoint,
     segments: Tensor,
-    destination: Path,
+    destination: Path | None,
     plan: Plan,
     fit: Fit,
     *,
@@ -102,7 +102,7 @@ def shrink(
     Args:
         checkpoint: the dense model.
         segments: int64[count, length], calibration tokens.
-        destination: an empty folder.
+        destination: an empty folder; None for a rank that writes nothing.
         plan: the widths of each block.
         fit: how to refit what is left.
         dtype: what to store, or None to keep each tensor's own.
@@ -117,8 +117,9 @@ def shrink(
     """
     check(checkpoint)
     family = checkpoint.family
-    copy_companions(checkpoint.folder, destination, dtype)
-    _describe(checkpoint, destination, plan)
+    if destination is not None:
+        copy_companions(checkpoint.folder, destination, dtype)
+        _describe(checkpoint, destination, plan)
     shapes = {
         checkpoint.stored_name(name): tuple(parameter.shape)
         for name, parameter in checkpoint.skeleton(plan.widths).named_parameters()

@@ -77,12 +77,14 @@ class LayerResult:
         relative_error: fraction of the output's energy that changed, see `relative_error`.
         damping: fraction that was added to the Hessian's diagonal to factor it; 0 where the
             method factors nothing.
+        energy: of the output, which `relative_error` is a fraction of; None where it is not known.
     """
 
     weight: Tensor
     mask: Tensor
     relative_error: float
     damping: float
+    energy: float | None = None
 
 
 def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:

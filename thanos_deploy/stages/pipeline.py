@@ -13,6 +13,7 @@ Each is a file of `thanos_deploy.stages`; here they are in a row.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,16 @@ from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning.result import PRUNE
+from thanos_deploy.ranks.start import together
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages.bench import bench, check_bench, compared
+from thanos_deploy.stages.checkpoints import check
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import evaluate
 from thanos_deploy.stages.export import export
 from thanos_deploy.stages.plan import DryRun, plan_pruning
-from thanos_deploy.stages.prune import check, prune
+from thanos_deploy.stages.prune import follow, prune
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration, open_text, require_other_text, segments_for
 
@@ -55,8 +58,11 @@ def prune_export(
     revision: str | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> Report:
+) -> Report | None:
     """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
+
+    Where there are several ranks, they prune together, and the first one does the rest; the others
+    have no report.
 
     Args:
         model, revision: the dense model; see `Dense`.
@@ -73,12 +79,16 @@ def prune_export(
     Raises:
         DeployError: of any kind; whatever can be refused before the work begins is refused then.
     """
-    dense = Dense(model, revision=revision)
     chosen = targets.get(target)
     chosen.refuse([request.how.pattern])
     if not chosen.gpu:  # else the export may be finished where the GPU is
         preflight.require(chosen)
-    with manifest.claim(out, dense.source, overwrite=overwrite) as bundle:
+    with together() as ranks, ExitStack() as stack:
+        dense = Dense(model, revision=revision)
+        if not ranks.first:
+            follow(dense, request)
+            return None
+        bundle = stack.enter_context(manifest.claim(out, dense.source, overwrite=overwrite))
         _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
         wanted = _exports(bundle, chosen, asked or {})
         prune(bundle, dense, request, overwrite=overwrite, announce=announce)

@@ -23,8 +23,8 @@ from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import WidthsSummary
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages import summary
+from thanos_deploy.stages.checkpoints import assigned, check, plan_widths, survey_blocks
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import assigned, check, plan_widths, survey_blocks
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
 

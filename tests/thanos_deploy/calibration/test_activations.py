@@ -22,10 +22,9 @@ def test_what_leaves_a_block_enters_the_next_one_as_the_file_has_it(
             activations.write(name, hidden)
             if before:  # what enters a block stays while others leave it
                 assert torch.equal(activations.read(name), before[name])
-        file = activations.advance()
-        assert file is not None
+        (file,) = activations.advance()
         before = {name: activations.read(name) for name in names}
-        assert file.path == tmp_path / f"inputs-{index:04d}.safetensors"
+        assert file.path == tmp_path / f"inputs-{index:04d}-00.safetensors"
         again = Activations(tmp_path, index, kinds, torch.float32)
         assert all(torch.equal(again.read(name), before[name]) for name in names)
         again.close()

@@ -85,7 +85,7 @@ def test_a_gpu_prunes_as_the_cpu_does(
     recipe = Recipe.of(pattern, method=method, preset="best", calib_forward="fp32")
     one, expected = pruned(dense, tmp_path / "cpu", recipe, CPU)
     other, found = pruned(dense, tmp_path / "cuda", recipe, CUDA)
-    walks.round_embeddings(dense.path, tmp_path / "rounded")
+    walks.round_embeddings(dense.folder, tmp_path / "rounded")
     usual = pruned(Checkpoint.open(tmp_path / "rounded"), tmp_path / "usual", recipe, CPU)
     most = walks.limits(walks.difference(one, expected, *usual))
     differing, error = walks.difference(one, expected, other, found)

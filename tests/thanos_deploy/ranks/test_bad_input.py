@@ -1,0 +1,90 @@
+"""What can be wrong with several ranks is refused, and no rank is left waiting."""
+
+import errno
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RunningRanks, command
+
+OPTIONS = ("--pattern", "2:4", "--preset", "paper", "--seqlen", "64", "--device", "cpu", "-q")
+
+
+def differing(*arguments: str) -> None:
+    """Other options for rank 1."""
+    rank = os.environ["RANK"]
+    command(*arguments, "--seed", rank)
+
+
+def without_access(*arguments: str) -> None:
+    """Rank 1 may write nowhere."""
+
+    def refused(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    if os.environ["RANK"] == "1":
+        Path.touch = refused  # type: ignore[method-assign]
+    command(*arguments)
+
+
+def with_a_full_disk(*arguments: str) -> None:
+    """Rank 1 can write no file of more than a few bytes."""
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    command(*arguments)
+
+
+def run(folder: Path, work: Any, model: Path, nsamples: int = 6) -> tuple[list[int | None], str]:
+    """Two ranks: exit codes, and what both wrote to standard error."""
+    arguments = ("prune", str(model), "-o", str(folder / "out"), "--nsamples", str(nsamples))
+    errors = folder / "errors"
+    running = RunningRanks(2, work, *arguments, *OPTIONS, errors=errors)
+    codes = running.wait(120)
+    return codes, "".join((errors / str(rank)).read_text() for rank in range(2))
+
+
+def test_ranks_with_other_options_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    codes, errors = run(tmp_path, differing, tiny_llama)
+    assert codes == [2, 2]
+    assert "rank 0 (there) and rank 1 (here) differ: seed is 0 there and 1 here" in errors
+
+
+def test_fewer_segments_than_ranks_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    codes, errors = run(tmp_path, command, tiny_llama, nsamples=2)
+    assert codes == [2, 2]
+    assert "2 processes, but 2 calibration segments, in batches of up to 128 tokens" in errors
+
+
+def test_a_rank_without_write_access_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
+    codes, errors = run(tmp_path, without_access, tiny_llama)
+    assert codes == [4, 4]
+    assert errors.count("Error: ") == 1
+    assert ".rank-1: Permission denied" in errors
+
+
+def test_a_full_disk_on_one_rank_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
+    codes, errors = run(tmp_path, with_a_full_disk, tiny_llama)
+    assert codes == [5, 5]
+    assert errors.count("Error: ") == 1
+    assert "inputs-0000-01.safetensors: file too large" in errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_waited_for_in_vain_for_a_while(
+    tiny_llama: Path, tmp_path: Path, rank: int
+) -> None:
+    running = RunningRanks(
+        2,
+        command,
+        *("prune", str(tiny_llama), "-o", str(tmp_path / "out"), *OPTIONS),
+        errors=tmp_path,
+        environment={"THANOS_DEPLOY_CONNECT_SECONDS": "2"},
+        only=rank,
+    )
+    assert running.wait(120) == [4]
+    errors = (tmp_path / str(rank)).read_text()
+    assert f"rank {rank} of 2: the other ranks were not reached within 2 s" in errors
+    assert running.address in errors

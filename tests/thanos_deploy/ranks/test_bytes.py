@@ -1,0 +1,85 @@
+"""The bytes of a pruned model do not depend on the number of ranks."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import thanos_deploy as td
+from tests.conftest import write_model
+from tests.ranks import RunningRanks, make_small, write_text
+from thanos_deploy import methods
+
+RANKS = (1, 2, 4)
+
+# Options of `prune`, by a name for the case.
+ZEROS: dict[str, dict[str, Any]] = {
+    f"{method} {pattern}": {
+        "method": method,
+        "pattern": pattern,
+        "keep_shape": pattern.startswith("struct"),
+    }
+    for method in methods.names()
+    for pattern in ("2:4", "4:8", "unstructured:0.5", "structured:0.3")
+}
+CASES: dict[str, dict[str, Any]] = {
+    **ZEROS,
+    "fast": {"pattern": "2:4", "preset": "fast"},
+    "paper, statistics of a whole block": {
+        "pattern": "2:4",
+        "preset": "paper",
+        "true_sequential": False,
+    },
+    "outlier rows": {"pattern": "2:4", "outlier_rows": 0.1},
+    "bf16": {"pattern": "2:4", "calib_forward": "bf16", "dtype": "bf16"},
+    "some layers": {"pattern": "2:4", "ignore": ["re:.*down_proj"]},
+    "owl": {"pattern": "unstructured:0.5", "allocation": "owl", "preset": "fast"},
+    "heads and channels": {"pattern": "structured:0.2"},
+    "widths of each block's own": {"pattern": "structured:0.2", "allocation": "loss"},
+    "transposed": {"model": "gpt2", "pattern": "2:4", "preset": "best"},
+}
+
+
+def prune_all(models: Path, out: Path) -> None:
+    """Prune by every case, and write the hashes of the files."""
+    make_small()
+    hashes = {}
+    for number, (name, options) in enumerate(CASES.items()):
+        text = str(models / "text.txt")
+        given = {"calib": text, "nsamples": 9, "seqlen": 64, "model": "llama", **options}
+        bundle = td.prune(
+            str(models / given.pop("model")), out=out / str(number), device="cpu", **given
+        )
+        weights = (bundle.path / "model" / "model.safetensors").read_bytes()
+        hashes[name] = hashlib.sha256(weights).hexdigest()
+    (out / "hashes.json").write_text(json.dumps(hashes))
+
+
+@pytest.fixture(scope="module")
+def hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
+    """What every number of ranks makes of every case."""
+    models = tmp_path_factory.mktemp("models")
+    for model_type in ("llama", "gpt2"):
+        write_model(models / model_type, model_type)
+    write_text(models / "text.txt")
+    made = {}
+    for count in RANKS:
+        out = tmp_path_factory.mktemp(f"ranks-{count}")
+        running = RunningRanks(count, prune_all, models, out, errors=out / "errors")
+        assert running.wait(300) == [0] * count, (out / "errors" / "0").read_text()
+        made[count] = json.loads((out / "hashes.json").read_text())
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_number_of_ranks_gives_the_same_bytes(
+    hashes: dict[int, dict[str, str]], case: str
+) -> None:
+    assert len({hashes[count][case] for count in RANKS}) == 1
+
+
+def test_what_is_compared_differs_where_it_should(hashes: dict[int, dict[str, str]]) -> None:
+    """Else the test above could not fail."""
+    assert len(set(hashes[1].values())) > len(CASES) * 2 / 3

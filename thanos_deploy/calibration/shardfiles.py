@@ -1,0 +1,71 @@
+"""Tensors in a file for each shard, so that another number of ranks can go on with them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from thanos_deploy.model.tensorfile import Kind, TensorFile
+
+
+class ShardFiles:
+    """What enters one block, of this rank's shards; read and written by the names of its tensors.
+
+    Attributes:
+        files: one for each shard, in their order.
+    """
+
+    def __init__(self, files: Mapping[int, TensorFile]) -> None:
+        self.files = list(files.values())
+        self._owner = {name: file for file in self.files for name in file.kinds}
+
+    @classmethod
+    def create(
+        cls, folder: Path, index: int, kinds: Mapping[str, Kind], shards: Mapping[str, int]
+    ) -> "ShardFiles":
+        """Begin the files; those that are there are overwritten.
+
+        Args:
+            folder: for them.
+            index: number of the block.
+            kinds: dtype and shape of each tensor.
+            shards: which tensors are this rank's, and in which shard each is.
+        """
+        return cls(
+            {
+                shard: TensorFile.create(
+                    _path(folder, index, shard),
+                    {name: kinds[name] for name, own in shards.items() if own == shard},
+                )
+                for shard in sorted(set(shards.values()))
+            }
+        )
+
+    @classmethod
+    def open(cls, folder: Path, index: int, shards: Mapping[str, int]) -> "ShardFiles":
+        """Open the files for reading; see `create`."""
+        numbers = sorted(set(shards.values()))
+        return cls({shard: TensorFile.open(_path(folder, index, shard)) for shard in numbers})
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorFile.read`."""
+        return self._owner[name].read(name)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """See `TensorFile.write`."""
+        self._owner[name].write(name, tensor)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+
+def remove(folder: Path, index: int, shards: Mapping[str, int]) -> None:
+    """Remove the files of a block if they are there; see `ShardFiles.create`."""
+    for shard in set(shards.values()):
+        _path(folder, index, shard).unlink(missing_ok=True)
+
+
+def _path(folder: Path, index: int, shard: int) -> Path:
+    return folder / f"inputs-{index:04d}-{shard:02d}.safetensors"

@@ -1,0 +1,47 @@
+"""Several processes for one command."""
+
+import sys
+
+import click
+
+from thanos_deploy.errors import UsageError
+
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Processes that prune together on this machine, one for each GPU, or with an equal share "
+    "of the cores each. The result is the same for every number of them, as long as each has as "
+    "many threads. For several machines start the command with torchrun.  [default: 1]",
+)
+
+
+def spread_over(processes: int | None) -> None:
+    """Run this command in several processes, if that is asked for and this is none of them.
+
+    Raises:
+        click.exceptions.Exit: they have done it; with their exit code.
+        UsageError: torchrun has started another number of processes.
+        DeployError: see `launch.launch`.
+    """
+    from thanos_deploy.ranks.start import place
+
+    found = place()
+    if found is not None:
+        if processes not in (None, found.size):
+            raise UsageError(
+                f"--processes {processes}, but torchrun has started {found.size}",
+                fix="leave --processes out where torchrun starts them",
+            )
+    elif processes is not None and processes > 1:
+        import torch
+
+        from thanos_deploy.ranks.launch import launch
+
+        raise click.exceptions.Exit(launch(sys.argv[1:], processes, torch.get_num_threads()))
+
+
+def speaks() -> bool:
+    """This process may print: it is the only one, or the first of several."""
+    from thanos_deploy.ranks.start import follows
+
+    return not follows()

@@ -1,0 +1,71 @@
+"""Starting ranks on this machine, by PyTorch's own launcher, which `torchrun` is as well."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from thanos_deploy.errors import PlatformError, ResourceError
+from thanos_deploy.ranks.start import ALL_THREADS
+
+# What torchrun logs of a worker that has failed is said by the worker itself.
+_LOGGERS = "torch.distributed.elastic"
+
+
+def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
+    """Run this command in several processes; return its exit code.
+
+    Args:
+        arguments: of `thanos-deploy`.
+        processes: how many.
+        threads: that PyTorch takes in this process, which are divided among them.
+
+    Raises:
+        ResourceError: all processes were killed at once, so that none could say so.
+        PlatformError: PyTorch was built without `torch.distributed`.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise PlatformError(
+            "this build of PyTorch has no torch.distributed",
+            fix="use --processes 1, or another build",
+        )
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger(_LOGGERS).setLevel(logging.CRITICAL)
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ[ALL_THREADS] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // processes))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"thanos-deploy-{os.getpid()}",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "thanos_deploy", *arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        killed = [rank for rank, code in codes.items() if code == -signal.SIGKILL]
+        if not killed:
+            # Those that another one's end has ended have its exit code.
+            return next((code for code in codes.values() if code > 0), 1)
+        if ResourceError.exit_code not in codes.values():  # nobody was there yet who could say it
+            raise ResourceError(
+                f"rank {killed[0]} of {processes} was killed by SIGKILL",
+                fix="repeat the command: what is finished is kept. If it was for memory, use fewer "
+                "processes",
+            ) from error
+        return ResourceError.exit_code
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+    return 0

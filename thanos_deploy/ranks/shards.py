@@ -1,0 +1,77 @@
+"""How calibration segments are cut into batches, and batches into shards that are summed as one.
+
+A batch passes a block as one. The statistics of a shard's batches are added up by whoever has the
+shard, and those of all shards in the order of their numbers. Both depend on the segments alone, not
+on how many ranks there are.
+"""
+
+from dataclasses import dataclass
+
+from thanos_deploy.errors import UsageError
+
+# Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
+TOKENS_PER_BATCH = 2048
+
+# As many shards as ranks can have work. Each costs one addition of the statistics.
+_MOST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some segments that pass a block together.
+
+    Attributes:
+        shard: which is summed as one.
+        first, stop: number of the first segment, and of the one after the last.
+    """
+
+    shard: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The batches of calibration data.
+
+    Attributes:
+        batches: in the order of the segments, and so of the shards.
+    """
+
+    batches: tuple[Batch, ...]
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return self.batches[-1].shard + 1
+
+    @classmethod
+    def of(cls, count: int, length: int) -> "Layout":
+        """That of some segments.
+
+        Args:
+            count: segments, at least one.
+            length: tokens of each.
+        """
+        together = max(1, TOKENS_PER_BATCH // length)
+        shards = min(_MOST, -(-count // together))
+        firsts = range(0, count, together)
+        return cls(
+            tuple(
+                Batch(number * shards // len(firsts), first, min(first + together, count))
+                for number, first in enumerate(firsts)
+            )
+        )
+
+    def require(self, ranks: int) -> None:
+        """Refuse more ranks than there are shards, some of which would have nothing to do.
+
+        Raises:
+            UsageError: there are more.
+        """
+        if ranks > self.shards:
+            raise UsageError(
+                f"{ranks} processes, but {self.batches[-1].stop} calibration segments, in batches "
+                f"of up to {TOKENS_PER_BATCH} tokens, are work for {self.shards} at most",
+                fix=f"start at most {self.shards} processes, or use more segments (--nsamples)",
+            )

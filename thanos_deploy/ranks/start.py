@@ -1,0 +1,213 @@
+"""Meeting the other ranks, as torchrun's environment says, and parting from them.
+
+    with together():
+        ...  # `group.current()` is what this process works with
+
+Where torchrun did not start the process, it works alone.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from thanos_deploy.bundle.codec import Json
+from thanos_deploy.errors import DeployError, PlatformError, UsageError, of_system
+from thanos_deploy.ranks import group
+from thanos_deploy.ranks.group import Ranks
+from thanos_deploy.ranks.watch import Watch
+
+# So long ranks wait for each other in the beginning; the environment may name other seconds.
+_SECONDS = "THANOS_DEPLOY_CONNECT_SECONDS"
+_CONNECT = 60.0
+
+# And afterwards, as one may have to solve a wide layer: `watch` sees who has ended.
+_WORK = timedelta(days=7)
+
+# What `launch` has divided among the ranks of this machine, where the user had not said a number.
+ALL_THREADS = "THANOS_DEPLOY_ALL_THREADS"
+
+# That of this process while it works together with others.
+_watches: list[Watch] = []
+
+# Where this process has met others, by address, and how often: each time under another name.
+_stores: dict[str, Store] = {}
+_meetings = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where torchrun has put this process.
+
+    Attributes:
+        rank, size: its number, and of how many.
+        local_rank: its number on this machine, which is that of its GPU.
+        address: where the ranks meet, HOST:PORT.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+
+
+def place() -> Place | None:
+    """Where torchrun has put this process; None if it did not start it, or started it alone.
+
+    Raises:
+        UsageError: its environment lacks something, or has what is no number.
+    """
+    environment = os.environ
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    try:
+        found = Place(
+            int(environment["RANK"]),
+            int(environment["WORLD_SIZE"]),
+            int(environment.get("LOCAL_RANK", "0")),
+            f"{environment['MASTER_ADDR']}:{int(environment['MASTER_PORT'])}",
+        )
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"RANK is set, so this is one of several processes, but the rest of the environment is "
+            f"not what torchrun sets: {error}",
+            fix="start the processes with torchrun, or with --processes; or unset RANK",
+        ) from error
+    return found if found.size > 1 else None
+
+
+def follows() -> bool:
+    """This process is one of several, and another one speaks and writes."""
+    found = place()
+    return found is not None and found.rank != 0
+
+
+@contextmanager
+def together() -> Iterator[Ranks]:
+    """Work together with the other ranks, if torchrun has started any, until `part`.
+
+    A rank whose work fails or is interrupted ends all others, which take over its exit code; that a
+    rank was killed is said by another one, whose exit code is 5.
+
+    Raises:
+        PlatformError: the other ranks cannot be reached.
+        ResourceError: a rank was killed.
+    """
+    found = place()
+    if found is None or _watches:
+        yield group.current()
+        return
+    if dist.is_initialized():
+        raise UsageError(
+            "torch.distributed is in use by this program already",
+            fix="call dist.destroy_process_group() before",
+        )
+    ranks = Ranks(found.rank, found.size)
+    with _meet(found, ranks) as watch:
+        group.enter(ranks)
+        _watches.append(watch)
+        try:
+            yield ranks
+            part()
+        except BaseException as error:
+            if _watches:
+                watch.explain(error, _exit_code(error))
+            raise
+        finally:
+            if _watches:
+                _watches.clear()
+                group.leave()
+
+
+def part() -> None:
+    """The ranks have nothing more to do together: each goes on, or ends, by itself."""
+    if not _watches:
+        return
+    group.current().wait()
+    _watches.pop().close()
+    group.leave()
+    dist.destroy_process_group()
+    if own := os.environ.pop(ALL_THREADS, None):
+        torch.set_num_threads(int(own))
+        del os.environ["OMP_NUM_THREADS"]
+
+
+def _meet(found: Place, ranks: Ranks) -> Watch:
+    """Connect all ranks with each other, and look after the others from now on."""
+    global _meetings
+    _meetings += 1
+    seconds = float(os.environ.get(_SECONDS, _CONNECT))
+    limit = timedelta(seconds=seconds)
+    try:
+        if found.address not in _stores:
+            met = rendezvous("env://", found.rank, found.size, timeout=limit)
+            _stores[found.address], *_ = next(iter(met))
+        store = _stores[found.address]
+        named = PrefixStore(f"thanos-deploy-{_meetings}", store)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(found.local_rank % torch.cuda.device_count())
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("group", named),
+            rank=found.rank,
+            world_size=found.size,
+            timeout=limit,
+        )
+        dist.distributed_c10d._set_pg_timeout(_WORK)
+        return Watch(ranks, named.clone())  # type: ignore[attr-defined]  # missing in the stubs
+    except (dist.DistError, RuntimeError, OSError) as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise PlatformError(
+            f"rank {found.rank} of {found.size}: the other ranks were not reached within "
+            f"{seconds:g} s by way of {found.address} ({_first_line(error)})",
+            fix="check that all of them were started, that this address can be reached from every "
+            "machine, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if they are set, name "
+            f"the right network; {_SECONDS} sets another limit",
+        ) from error
+
+
+def same_everywhere(values: Mapping[str, Json]) -> None:
+    """Refuse ranks for which something differs that results depend on.
+
+    Args:
+        values: what it is for this rank.
+
+    Raises:
+        UsageError: it differs; the message says what and where.
+    """
+    first, *others = group.current().gather(dict(values))
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            differences = [
+                f"{name} is {first.get(name)} there and {other.get(name)} here"
+                for name in sorted(first.keys() | other.keys())
+                if first.get(name) != other.get(name)
+            ]
+            raise UsageError(
+                f"rank 0 (there) and rank {rank} (here) differ: {'; '.join(differences)}",
+                fix="start all ranks with the same options, the same model and text, and the same "
+                "versions, on machines of one kind",
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).strip()
+
+
+def _exit_code(error: BaseException) -> int:
+    """What this process will end with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    known = error if isinstance(error, DeployError) else None
+    if known is None and isinstance(error, Exception):
+        known = of_system(error)
+    return 1 if known is None else known.exit_code

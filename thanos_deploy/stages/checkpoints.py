@@ -1,0 +1,283 @@
+"""What the stage prune does to a checkpoint, each part of it by itself."""
+
+import math
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.calibration.activations import Place
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.texts import Text
+from thanos_deploy.errors import UsageError
+from thanos_deploy.forecast import memory
+from thanos_deploy.forecast.memory import Memory
+from thanos_deploy.machine import devices
+from thanos_deploy.model import assignment
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
+from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.pattern import Pattern, Structured
+from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.pruning import layers as pruning
+from thanos_deploy.pruning import owl
+from thanos_deploy.pruning import recover as recovering
+from thanos_deploy.pruning.owl import Outliers
+from thanos_deploy.pruning.quantise import quantise_model
+from thanos_deploy.pruning.recipe import Owl, Recipe
+from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
+from thanos_deploy.shrink import cut as shrinking
+from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink.options import Cut, Fit
+from thanos_deploy.shrink.result import CutBlock
+from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.shrink.survey import survey
+from thanos_deploy.stages.request import PruneRequest
+
+
+def prune_checkpoint(
+    source: Checkpoint,
+    ids: Tensor,
+    destination: Path | None,
+    recipe: Recipe,
+    announce: Announce = quietly,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = devices.CPU,
+    hold: Place = "auto",
+    survey: Journal[Outliers] | None = None,
+    journal: Journal[PrunedBlock] | None = None,
+) -> list[PrunedBlock]:
+    """Prune a checkpoint by a recipe, on given calibration tokens; see `layers.prune`.
+
+    Where a walk before decides what each block loses, `survey` is the journal of that.
+    """
+    patterns: Mapping[str, Pattern] = assigned(source, recipe)
+    if recipe.owl is not None:
+        outliers = owl.survey(
+            source,
+            ids,
+            patterns,
+            recipe.owl,
+            device=device,
+            hold=hold,
+            journal=survey,
+            on_progress=announce("Count the outliers of each block"),
+        )
+        patterns = _allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, outliers)
+    return pruning.prune(
+        source,
+        ids,
+        destination,
+        recipe,
+        patterns=patterns,
+        dtype=dtype,
+        device=device,
+        hold=hold,
+        journal=journal,
+        on_progress=announce(f"Prune to {recipe.pattern} with {recipe.method}"),
+    )
+
+
+def assigned(source: Checkpoint, recipe: Recipe) -> dict[str, Pattern]:
+    """What is asked of every linear layer that is to be pruned, by its full name."""
+    return assignment.assign(
+        source.linears,
+        recipe.pattern,
+        include=recipe.layers.include,
+        ignore=recipe.layers.ignore,
+        file=sparsity_file(recipe),
+    )
+
+
+def sparsity_file(recipe: Recipe) -> assignment.SparsityFile | None:
+    """The file of layers with patterns of their own, if a recipe names one."""
+    if recipe.layers.sparsity_file is None:
+        return None
+    return assignment.read_file(Path(recipe.layers.sparsity_file).expanduser())
+
+
+def _allocated(
+    source: Checkpoint,
+    how: Owl,
+    sparsity: float,
+    layers: Collection[str],
+    outliers: Sequence[Outliers],
+) -> Mapping[str, Pattern]:
+    """The pattern of every layer, by how many outliers each block has."""
+    shapes = pruning.linear_shapes(source)
+    blocks = [
+        {name: math.prod(shapes[name]) for name in block.full_names if name in layers}
+        for block in source.blocks
+    ]
+    return owl.allocate([block.ratio for block in outliers], blocks, sparsity, how)
+
+
+def survey_blocks(
+    source: Checkpoint,
+    ids: Tensor,
+    cut: Cut,
+    announce: Announce = quietly,
+    *,
+    device: torch.device = devices.CPU,
+    hold: Place = "auto",
+    journal: Journal[Losses] | None = None,
+) -> list[Losses]:
+    """What each block would lose at which widths; the same for every fraction to remove."""
+    return survey(
+        source,
+        ids,
+        multiple=cut.sizing.multiple,
+        damping=cut.fit,
+        device=device,
+        hold=hold,
+        journal=journal,
+        on_progress=announce("Measure what each block would lose"),
+    )
+
+
+def plan_widths(source: Checkpoint, losses: Sequence[Losses], cut: Cut) -> Plan:
+    """How wide the blocks of a shrunk model will be."""
+    return sizing.plan(source, losses, cut.pattern.sparsity, cut.sizing)
+
+
+def shrink_checkpoint(
+    source: Checkpoint,
+    ids: Tensor,
+    destination: Path | None,
+    plan: Plan,
+    fit: Fit,
+    announce: Announce = quietly,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = devices.CPU,
+    hold: Place = "auto",
+    journal: Journal[CutBlock] | None = None,
+) -> list[CutBlock]:
+    """Cut heads and channels out of a checkpoint as planned; see `cut.shrink`."""
+    return shrinking.shrink(
+        source,
+        ids,
+        destination,
+        plan,
+        fit,
+        dtype=dtype,
+        device=device,
+        hold=hold,
+        journal=journal,
+        on_progress=announce(f"Cut {plan.removed:.1%} out of the blocks and refit the rest"),
+    )
+
+
+def recover_checkpoint(
+    source: Checkpoint,
+    text: Text,
+    folder: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> Recovery:
+    """Train the pruned model in a folder, in place of itself, on any part of a text."""
+    tokenizer = load_tokenizer(source.folder)
+    trained = folder.with_name(f"{folder.name}-trained")
+    trained.mkdir()
+    recovery = recovering.recover(
+        Checkpoint.open(folder),
+        source,
+        every_segment(text, tokenizer, length=request.data.seqlen),
+        trained,
+        count=request.recover,
+        seed=request.data.seed,
+        device=request.chosen_device,
+        on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
+    )
+    shutil.rmtree(folder)
+    trained.rename(folder)
+    return recovery
+
+
+def quantise_checkpoint(
+    folder: Path,
+    ids: Tensor,
+    codes: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> Quantisation | None:
+    """Quantise the model in a folder, in place of itself, if that is asked for."""
+    grid = request.grid
+    if grid is None:
+        return None
+    quantised = folder.with_name(f"{folder.name}-quantised")
+    quantised.mkdir()
+    codes.mkdir()
+    quantisation = quantise_model(
+        Checkpoint.open(folder),
+        ids,
+        quantised,
+        codes,
+        grid,
+        forward=DTYPES[request.forward],
+        device=request.chosen_device,
+        hold=request.activations,
+        on_progress=announce(f"Quantise to {grid}"),
+    )
+    shutil.rmtree(folder)
+    quantised.rename(folder)
+    return quantisation
+
+
+def check(source: Checkpoint, request: PruneRequest) -> None:
+    """Refuse what `prune` would refuse, as far as configuration and headers show it.
+
+    Raises:
+        UsageError: the options do not fit the model.
+        ModelError: the model cannot be pruned so.
+        PlatformError: the device is not there.
+    """
+    devices.choose(request.device)
+    match request.how:
+        case Cut(pattern, how, _):
+            shrinking.check(source)
+            sizing.check(source, pattern.sparsity, how)
+        case Recipe() as recipe:
+            patterns = assigned(source, recipe)
+            _check_columns(recipe, patterns)
+            pruning.check(source, recipe, patterns)
+
+
+def memory_of(
+    source: Checkpoint, ids: Tensor, request: PruneRequest, device: torch.device
+) -> Memory:
+    """What the stage will hold at once."""
+    match request.how:
+        case Cut(fit=fit):
+            return memory.of_cutting(source, ids, fit, device=device, place=request.activations)
+        case Recipe() as recipe:
+            patterns = assigned(source, recipe)
+            return memory.of_pruning(
+                source,
+                ids,
+                pruning.short_names(source, patterns),
+                recipe.walk,
+                forward=DTYPES[recipe.forward_on(device)],
+                dtype=DTYPES.get(request.dtype),
+                device=device,
+                place=request.activations,
+            )
+
+
+def _check_columns(recipe: Recipe, patterns: Mapping[str, Pattern]) -> None:
+    """Refuse a file that asks for columns of zeros where the rest has none.
+
+    Raises:
+        UsageError: it does.
+    """
+    columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
+    if columns and not isinstance(recipe.pattern, Structured):
+        raise UsageError(
+            f"{recipe.layers.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
+            "pattern of one layer: heads and channels go from every layer that makes or reads them",
+            fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION with "
+            "--keep-shape, for columns of zeros",
+        )
