@@ -34,7 +34,7 @@ from thanos_deploy.shrink.options import Cut
 from thanos_deploy.solver import grid as grids
 from thanos_deploy.solver.quantise import round_to
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.prune import (
+from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
     shrink_checkpoint,
