@@ -33,13 +33,13 @@ from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.solver import grid as grids
 from thanos_deploy.solver.quantise import round_to
-from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
+from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 
 PATTERNS = ("dense", "structured:0.2", "2:4")

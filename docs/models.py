@@ -1,8 +1,8 @@
 """The table of model types, from the rows of the families and from what the tests go over."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from tests.model_types import CUT_TYPES, EVERY_TYPE, MIXTURES
+from tests.model_types import CHANNEL_TYPES, CUT_TYPES, EVERY_TYPE, MIXTURES
 from tests.test_published import REPOSITORIES
 from thanos_deploy.model.families import FAMILIES, Family
 from thanos_deploy.model.loaders import LOADERS, Loader
@@ -17,6 +17,8 @@ with a random model of two blocks.
 - Zeros: pruned to 2:4, saved, and loaded by transformers; the error that was reported for each
   layer is the one that the whole model shows. Other `n:m` and `unstructured` go the same way.
 - Heads, channels: cut out with `structured`; the smaller model computes what the masked one does.
+  "As its family" stands where another type is tested that is cut in the same way, and "no test"
+  where none is.
 - ONNX: exported, and ONNX Runtime agrees with PyTorch. Every target but `packed` and `vllm` is made
   from this graph, and `thanos-deploy serve` runs it.
 - The other programs: whether their sources were read for this type, and whether a test serves it.
@@ -74,15 +76,22 @@ def page() -> str:
 
 
 def _rows(family: Family) -> Iterator[tuple[str, ...]]:
-    """Of the table, for each model type; what is cut depends on the row of the family alone."""
-    cut = any(name in CUT_TYPES for name in family.model_types)
+    """Of the table, for each model type."""
     for name in family.model_types:
         pruned = name in EVERY_TYPE or name in MIXTURES
-        heads = "no" if family.experts or family.heads.fixed else "yes" if cut else "no test"
-        channels = "no" if family.experts else "yes" if cut or family.heads.fixed else "no test"
+        heads = "no" if family.experts or family.heads.fixed else _cut(family, name, CUT_TYPES)
+        parted = (*CUT_TYPES, *CHANNEL_TYPES)
+        channels = "no" if family.experts else _cut(family, name, parted)
         said = "yes" if pruned else "no test"
         others = (_loader(family, name, loader) for loader in LOADERS)
         yield (f"`{name}`", said, heads, channels, said, *others)
+
+
+def _cut(family: Family, name: str, tested: Collection[str]) -> str:
+    """Whether a test cuts a type, or another one of its family."""
+    if name in tested:
+        return "yes"
+    return "as its family" if any(one in tested for one in family.model_types) else "no test"
 
 
 def _loader(family: Family, name: str, loader: Loader) -> str:

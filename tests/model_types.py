@@ -62,3 +62,6 @@ MIXTURES: dict[str, dict[str, object]] = {
 
 # Every way in which heads and channels that can be cut out are laid out.
 CUT_TYPES = (*MODEL_TYPES, "glm4", "phi3")
+
+# Those whose channels are cut out and whose heads cannot be.
+CHANNEL_TYPES = ("olmo2",)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import exporters.onnx.graph
 from tests.conftest import CUT_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.model_types import CHANNEL_TYPES
 from tests.recipes import plain
 from thanos_deploy.errors import ModelError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -322,7 +323,8 @@ def test_a_model_whose_blocks_differ_already_is_refused(
 def test_heads_that_share_a_norm_stay_and_channels_go(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
-    folder = make_model("olmo2")
+    (name,) = CHANNEL_TYPES
+    folder = make_model(name)
     plan, reports = run(folder, tmp_path / "shrunk", 0.2)
     assert {block.after.heads for block in plan.blocks} == {4}
     assert all(block.after.channels < 48 for block in plan.blocks)
