@@ -30,7 +30,7 @@ OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_eng
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for
 
-.PHONY: demo test test-fast test-oldest test-triton test-vllm test-vllm-fast check format bench clean
+.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast check format bench clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -38,11 +38,15 @@ demo: $(STAMP)
 		--pattern 2:4 --target onnx -o out/demo
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) -m "not thorough"
 
 # Without what runs a whole command or takes seconds.
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not thorough"
+
+# More of the same: what would take the other tests' time again.
+test-thorough: $(STAMP)
+	$(PYTEST) -m thorough
 
 # With the oldest versions that are promised to work.
 test-oldest: $(OLDEST_STAMP)

@@ -21,7 +21,7 @@ def test_a_configuration_is_enough(configuration: Path, invoke: Invoke) -> None:
         "plan",
         configuration,
         "--gpu",
-        "H100",
+        "A100",
         "--batch",
         "1,256",
         "--json",
@@ -50,6 +50,23 @@ def test_a_configuration_is_enough(configuration: Path, invoke: Invoke) -> None:
     assert alone["fits"]["dense"]
     cache = 255 * 640 * 2 * 32 * 8 * 128 * 2
     assert many["memory_bytes"]["dense"] - alone["memory_bytes"]["dense"] == cache
+
+
+def test_products_that_were_published_replace_the_roofline(
+    configuration: Path, invoke: Invoke
+) -> None:
+    code, output, errors = invoke(
+        "plan", configuration, "--gpu", "H100", "--json", "--pattern", "2:4"
+    )
+    assert code == 0, errors
+    result = json.loads(output)
+    assert result["measured_products"] == 40
+    # The kernels read 9/16 of the bytes, which the roofline of an engine does not expect.
+    assert "2:4 will help" in result["verdict"][0]
+    code, output, errors = invoke(
+        "plan", configuration, "--gpu", "H100", "--json", "--dtype", "fp16", "--pattern", "2:4"
+    )
+    assert json.loads(output)["measured_products"] == 0
 
 
 def test_the_table_shows_every_layer_if_asked_for(tiny_llama: Path, invoke: Invoke) -> None:

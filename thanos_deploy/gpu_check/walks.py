@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.gpu.rows import CheckRow, Row, WalkRow
@@ -88,7 +87,7 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
     """
     dense, rounded = task.folder / "compared", task.folder / "rounded"
     make(dense, sizes, "cpu")
-    round_embeddings(dense, rounded)
+    make_rounded(rounded, sizes)
     segments = random_segments(8, 128, sizes.vocabulary)
     recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset, calib_forward="fp32")
 
@@ -113,21 +112,22 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
     )
 
 
-def round_embeddings(model: Path, to: Path) -> None:
-    """Copy a model, with embeddings that differ as much as rounding makes inputs differ."""
-    changed = LlamaForCausalLM.from_pretrained(model)
-    weight = changed.model.embed_tokens.weight
-    noise = torch.randn_like(weight, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        weight.mul_(1 + _ROUNDING * noise)
-    changed.save_pretrained(to)
+def make_rounded(folder: Path, sizes: models.Sizes) -> None:
+    """Write what `make` writes, with embeddings that differ as rounding makes inputs differ."""
+    model = models.make("dense", sizes, "cpu")
+    weight = model.model.embed_tokens.weight
+    noise = torch.randn(
+        weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(0)
+    )
+    weight.mul_(1 + _ROUNDING * noise)
+    model.save_pretrained(folder)
 
 
 def limits(usual: tuple[float, float]) -> tuple[float, float]:
     """How far two prunings of a model may be apart, given how far rounding alone puts them.
 
     Args:
-        usual: as `difference` has it, of a model and its copy by `round_embeddings`.
+        usual: as `difference` has it, of what `make` and `make_rounded` wrote.
     """
     mask, error = (max(_ALLOWED, _TIMES * found) for found in usual)
     return mask, error

@@ -92,7 +92,7 @@ def test_a_kill_at_any_moment_ends_all_ranks_and_loses_nothing(
     assert sum(hits) >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_forty_kills(model: Path, tmp_path: Path, whole: tuple[bytes, float]) -> None:
     hits = [kill_one(model, tmp_path / str(number), whole, number) for number in range(100, 140)]
     assert sum(hits) >= 20

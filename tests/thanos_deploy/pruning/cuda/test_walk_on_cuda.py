@@ -31,7 +31,10 @@ from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver import mask as masks
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
 
 CUDA = torch.device("cuda", 0)
 SMALL = models.Sizes(
@@ -85,7 +88,7 @@ def test_a_gpu_prunes_as_the_cpu_does(
     recipe = Recipe.of(pattern, method=method, preset="best", calib_forward="fp32")
     one, expected = pruned(dense, tmp_path / "cpu", recipe, CPU)
     other, found = pruned(dense, tmp_path / "cuda", recipe, CUDA)
-    walks.round_embeddings(dense.folder, tmp_path / "rounded")
+    walks.make_rounded(tmp_path / "rounded", SMALL)
     usual = pruned(Checkpoint.open(tmp_path / "rounded"), tmp_path / "usual", recipe, CPU)
     most = walks.limits(walks.difference(one, expected, *usual))
     differing, error = walks.difference(one, expected, other, found)
