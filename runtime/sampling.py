@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from thanos_deploy.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How to choose the next token; the default is greedy.
 

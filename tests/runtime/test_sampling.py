@@ -59,7 +59,13 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(
     penalty: float,
     seen: list[int],
 ) -> None:
-    sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+    )
     scores = penalise(logits(seed), set(seen), penalty)
     np.testing.assert_allclose(
         probabilities(scores, sampling), by_transformers(logits(seed), seen, sampling), atol=1e-12
@@ -152,13 +158,13 @@ def test_every_finite_logit_and_every_allowed_value_give_a_token(
 def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
     for seed in range(20):
         row = logits(seed)
-        assert Sampler(Sampling(temperature), []).choose(row) == row.argmax()
+        assert Sampler(Sampling(temperature=temperature), []).choose(row) == row.argmax()
 
 
 def test_a_draw_at_the_very_end_is_the_last_possible_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sampler = Sampler(Sampling(1.0, top_k=2), [])
+    sampler = Sampler(Sampling(temperature=1.0, top_k=2), [])
 
     class Last:
         def random(self) -> float:

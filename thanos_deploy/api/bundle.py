@@ -401,7 +401,14 @@ class Bundle:
         from runtime.sampling import Sampling
         from runtime.text import open_tokenizer, stream
 
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
         tokenizer = open_tokenizer(self._path, verify=verify)
         engine = open_engine(self._path, provider=provider, verify=verify)
         answer = []

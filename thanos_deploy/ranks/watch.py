@@ -122,6 +122,9 @@ class Watch:
         killed = [rank for rank, code in ended.items() if code is None]
         if not killed:
             return next(code for code in ended.values() if code is not None), None
+        if 0 in killed:
+            # It keeps the store, so what the others end with is no longer known.
+            killed = [0]
         who = " and ".join(self._names[rank] for rank in killed)
         return ResourceError.exit_code, ResourceError(
             f"{who} of {self._ranks.size} ended without a word, as a process does that is killed "
@@ -132,6 +135,8 @@ class Watch:
 
     def _speaks(self, ended: dict[int, int | None]) -> bool:
         """This is the first rank of those that are left, so that it is said once."""
+        if 0 in ended and ended[0] is None:
+            return self._ranks.rank == 1
         return all(rank in ended and ended[rank] is None for rank in range(self._ranks.rank))
 
     def _leave(self, code: int) -> None:

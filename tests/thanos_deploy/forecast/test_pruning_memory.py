@@ -153,7 +153,7 @@ def test_the_data_between_two_blocks_counts_where_it_is_held(
 
 
 def test_on_a_cpu_the_host_holds_it_all(tmp_path: Path) -> None:
-    found = counted(outline(tmp_path, EIGHT), "best", device=torch.device("cpu"))
+    found = counted(outline(tmp_path, EIGHT), "fast", device=torch.device("cpu"))
     assert found.device == ()
     assert {"the block", "statistics of inputs"} <= {term.name for term in found.host}
 

@@ -8,7 +8,7 @@ from tests.commands import Command
 from tests.conftest import Invoke
 from tests.ranks import write_text
 
-OPTIONS = ("--pattern", "2:4", "--preset", "paper", "--nsamples", 64, "--seqlen", 64)
+OPTIONS = ("--pattern", "2:4", "--preset", "paper", "--nsamples", 40, "--seqlen", 64)
 
 
 def test_processes_make_the_bytes_that_one_makes(

@@ -100,9 +100,9 @@ def test_what_was_not_measured_is_not_said_to_be_anything() -> None:
     headline = words.headline(model, None)
     assert "the perplexity was not measured" in headline
     assert "latency was not measured" in headline
-    assert not any(
-        "Measured" in line or "Perplexity" in line for line in words.verdict(model, None)
-    )
+    # What was measured of the pattern on GPUs is said of another model, and names it.
+    own = [line for line in words.verdict(model, None) if "billion parameters" not in line]
+    assert not any("Measured" in line or "Perplexity" in line for line in own)
 
 
 def on_a_gpu(**changes: Any) -> Run:
