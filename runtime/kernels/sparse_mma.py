@@ -5,6 +5,7 @@ is for many tokens on Hopper. Both read the same packed weight.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -111,10 +112,13 @@ class Plan:
         return self.row_blocks * self.token_blocks
 
 
+@cache
 def plan(
     rows: int, columns: int, tokens: int, capability: tuple[int, int], multiprocessors: int
 ) -> Plan:
     """Choose a kernel by the number of tokens, and occupy the GPU.
+
+    Every product asks, and the answer is that of the sizes alone, so it is worked out once.
 
     Args:
         rows, columns: of the padded weight.
