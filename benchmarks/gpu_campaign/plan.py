@@ -51,14 +51,9 @@ TOY = Sizes(
     # One with columns enough for blocks that share a tile, and tokens enough for wgmma.
     correctness=Grid(shapes=((37, 148), (8, 516)), tokens=(1, 17, 70), dtypes=("fp16", "bf16")),
     gemm=Grid(shapes=((8, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
-    model=models.Sizes(
-        hidden=64,
-        channels=128,
-        heads=8,
-        kv_heads=4,
-        head_size=8,
-        blocks=2,
-        vocabulary=300,
+    model=replace(
+        _TOY_MODEL,
+        dtype="bf16",
         scenarios=(Decode(1, 8, 4), Decode(4, 8, 4), Prefill(1, 16), Prefill(2, 8)),
         turns=1,
         warmup=1,
