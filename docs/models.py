@@ -19,8 +19,8 @@ with a random model of two blocks.
 - Heads, channels: cut out with `structured`; the smaller model computes what the masked one does.
   "As its family" stands where another type is tested that is cut in the same way, and "no test"
   where none is.
-- ONNX: exported, and ONNX Runtime agrees with PyTorch. Every target but `packed` and `vllm` is made
-  from this graph, and `thanos-deploy serve` runs it.
+- ONNX: exported, and ONNX Runtime agrees with PyTorch. `thanos-deploy serve` runs this graph,
+  and the targets `genai`, `tensorrt`, `tensorrt-rtx` and `triton` are made from it.
 - The other programs: whether their sources were read for this type, and whether a test serves it.
 """
 
