@@ -20,6 +20,9 @@ from thanos_deploy.model import tokenizer_files
 # Ids before the first one that it is decoded with.
 _CONTEXT = 8
 
+# Ids that are held back for a character to be finished, which has at most four bytes.
+_HELD = 16
+
 
 class Tokenizer:
     """A tokenizer, and the ids that end a text.
@@ -68,13 +71,11 @@ class Tokenizer:
             "the tokenizer cannot encode the text",
             fix="restore tokenizer.json from the model's origin, or give another text",
         ):
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=framed).ids
-        return ids
+            return _encoded(self._tokenizer, text, framed=framed)
 
     def encode_literally(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are text like any other."""
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encoded(self._literal, text, framed=False)
 
     @cached_property
     def _literal(self) -> Any:
@@ -85,8 +86,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
         """The text of ids, with or without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not specials)
-        return text
+        # As a batch of one, which leaves Python to other threads meanwhile; see `_encoded`.
+        (text,) = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=not specials)
+        return str(text)
 
     @property
     def size(self) -> int:
@@ -115,6 +117,17 @@ class Tokenizer:
         """Its text, or "token_id:NUMBER" where it is none by itself."""
         text = self.text_of(token)
         return f"token_id:{token}" if text is None else text
+
+
+def _encoded(tokenizer: Any, text: str, *, framed: bool) -> list[int]:
+    """The ids of a text, without stopping the other threads of this process meanwhile.
+
+    `Tokenizer.encode` keeps Python's lock, for seconds where a text has a megabyte;
+    `Tokenizer.encode_batch` gives it back.
+    """
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=framed)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
@@ -257,23 +270,40 @@ class Decoder:
     def push(self, token: int) -> str:
         """The text that is certain with one more id; it may be empty."""
         self._fresh.append(token)
-        text = self._text()
+        text = self._text(self._fresh)
         if not text or text.endswith("\ufffd"):
-            return ""
+            return self._part(text) if len(self._fresh) > _HELD else ""
         self._before, self._fresh = self._fresh, []
+        return text
+
+    def _part(self, text: str) -> str:
+        """What is given out of a text that has not come to the end of a character for long.
+
+        The last of its characters may still be finished; all before it stay what they are.
+        """
+        for cut in range(1, 5):  # ids that the last character has so far
+            before, fresh = self._fresh[:-cut], self._fresh[-cut:]
+            certain = self._text(before)
+            if certain + "\ufffd" == text:
+                self._before, self._fresh = before[-_CONTEXT:], fresh
+                return certain
+        self._before, self._fresh = self._fresh[-_CONTEXT:], []
         return text
 
     def finish(self) -> str:
         """The text of what was held back, at the end of the ids."""
-        return self._text()
+        return self._text(self._fresh)
 
-    def _text(self) -> str:
+    def _text(self, fresh: Sequence[int]) -> str:
         known = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode(self._before + self._fresh)[len(known) :]
+        return self._tokenizer.decode([*self._before, *fresh])[len(known) :]
 
 
 class StopStrings:
     """Passes text on as far as the first stop string, and holds back what may begin one.
+
+    The first is the one that ends first, and of those that end together the longest. However long
+    the strings are, a character costs the same (Knuth, Morris and Pratt, 1977).
 
     Attributes:
         found: there was one, so nothing that comes later counts.
@@ -281,33 +311,59 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str]) -> None:
         """Look for any of these strings, none of them empty."""
-        self._stop = stop
+        self._stop = [_Search(end) for end in stop]
         self._held = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """What can be passed on with some more text; it may be empty."""
+        begin = len(self._held)
         self._held += text
-        places = [place for end in self._stop if (place := self._held.find(end)) >= 0]
-        self.found = bool(places)
-        return self._release(min(places) if places else len(self._held) - self._doubtful())
+        for place, character in enumerate(text, begin + 1):
+            ended = [search.length for search in self._stop if search.push(character)]
+            if ended:
+                self.found = True
+                return self._release(place - max(ended))
+        doubtful = max((search.matched for search in self._stop), default=0)
+        return self._release(len(self._held) - doubtful)
 
     def finish(self) -> str:
         """What was held back, at the end of a text without a stop string."""
         return "" if self.found else self._release(len(self._held))
 
-    def _doubtful(self) -> int:
-        """How many characters at the end may begin a stop string."""
-        return max(
-            (
-                length
-                for end in self._stop
-                for length in range(1, min(len(end), len(self._held) + 1))
-                if self._held.endswith(end[:length])
-            ),
-            default=0,
-        )
-
     def _release(self, length: int) -> str:
         passed, self._held = self._held[:length], self._held[length:]
         return passed
+
+
+class _Search:
+    """Looks for one string in a text that comes character by character.
+
+    Attributes:
+        length: of the string.
+        matched: characters with which the string begins and the text, so far, ends.
+    """
+
+    def __init__(self, wanted: str) -> None:
+        self.length = len(wanted)
+        self.matched = 0
+        self._wanted = wanted
+        # Of every beginning of the string that was seen so far: the longest shorter beginning with
+        # which it ends.
+        self._borders: list[int] = []
+
+    def push(self, character: str) -> bool:
+        """The text ends with the string now."""
+        if self.matched == self.length:
+            self.matched = self._borders[-1]
+        self.matched = self._longer(self.matched, character)
+        if self.matched > len(self._borders):
+            border = self._longer(self._borders[-1], character) if self._borders else 0
+            self._borders.append(border)
+        return self.matched == self.length
+
+    def _longer(self, matched: int, character: str) -> int:
+        """The characters that match with one more, of a text where so many did."""
+        while matched and self._wanted[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self._wanted[matched] == character)

@@ -11,9 +11,10 @@ reports no log probabilities; its dynamic batching wants a graph of paged attent
 CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
 """
 
-from runtime.batching.batcher import PROMPT_TOKENS, Batcher, Busy, State, Ticket
+from runtime.batching.batcher import PROMPT_TOKENS, Batcher, Busy, State
 from runtime.batching.logprobs import token_of
 from runtime.batching.requests import Constraint, Deliver, End, Finish, Request, Token
+from runtime.batching.texts import Ticket
 
 __all__ = [
     "PROMPT_TOKENS",

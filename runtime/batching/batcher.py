@@ -8,12 +8,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from runtime.batching.logprobs import token_of
-from runtime.batching.requests import Deliver, End, Finish, Request, Token
+from runtime.batching.requests import Deliver, End, Finish, Request
+from runtime.batching.texts import Text, Ticket
 from runtime.engine import Logits, Reading, SlotEngine, require_readable
-from runtime.sampling import Sampler
 from thanos_deploy.errors import ResourceError, UsageError
 
 # Read between two steps; for so long the texts wait that are being written.
@@ -49,102 +47,12 @@ class Busy(ResourceError):  # noqa: N818  # what it is, like queue.Full
     """The queue is full, or the batcher is closing."""
 
 
-class Ticket:
-    """A request that was taken."""
-
-    def __init__(self) -> None:
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        """Give the request up before its next step; without effect when it has ended."""
-        self.cancelled = True
-
-
-class _Sequence:
-    """A request on its way."""
-
-    def __init__(self, request: Request, deliver: Deliver, most: int, owner: Hashable) -> None:
-        """Begin.
-
-        Args:
-            request: what is asked for.
-            deliver: who is told.
-            most: the tokens that fit in the engine after the prompt.
-            owner: see `Batcher.submit`; None for nobody else.
-        """
-        self.request = request
-        self.owner: Hashable = self if owner is None else owner
-        self.ticket = Ticket()
-        self.last = 0
-        self.end: End | None = None
-        self._deliver = deliver
-        self._left = min(request.new_tokens, most)
-        self._generated = 0
-        self._sampler = Sampler(request.sampling, request.prompt, bias=request.bias)
-
-    def extend(self, logits: NDArray[np.float32]) -> bool:
-        """Choose a token and deliver it; False if the text ends before it.
-
-        Args:
-            logits: float32[vocabulary].
-        """
-        if not np.isfinite(logits.max()):  # which is NaN if one of them is
-            self.end = End(Finish.FAILED, "the model's logits are not finite")
-            return False
-        self.last = self._sampler.choose(logits, self._allowed(len(logits)))
-        if self.last in self.request.stop:
-            self.end = End(Finish.STOP)
-            return False
-        if self.request.constraint is not None:
-            self.request.constraint.take(self.last)
-        self._generated += 1
-        self._left -= 1
-        if not self._left:
-            self.end = End(Finish.LENGTH)
-        self._tell(token_of(self.last, logits, self.request.alternatives))
-        return True
-
-    def _allowed(self, vocabulary: int) -> NDArray[np.bool_] | None:
-        """bool[vocabulary], what may come next; None if everything may."""
-        constraint = self.request.constraint
-        allowed = None if constraint is None else constraint.allowed()
-        if self._generated >= self.request.min_tokens or not self.request.stop:
-            return allowed
-        longer = np.ones(vocabulary, bool) if allowed is None else allowed.copy()
-        longer[list(self.request.stop)] = False
-        # Where the form of the answer allows nothing but its end, it ends.
-        return longer if longer.any() else allowed
-
-    def give_up(self, now: float, *, closed: bool) -> None:
-        """End if nobody waits for more, unless it has ended."""
-        if self.end:
-            return
-        if self.ticket.cancelled:
-            self.end = End(Finish.CANCELLED)
-        elif self.request.deadline is not None and now >= self.request.deadline:
-            self.end = End(Finish.DEADLINE)
-        elif closed:
-            self.end = End(Finish.CLOSED)
-
-    def finish(self) -> None:
-        """Deliver the end."""
-        assert self.end
-        self._tell(self.end)
-
-    def _tell(self, news: Token | End) -> None:
-        try:
-            self._deliver(news)
-        except Exception:
-            _log.exception("a callback raised; its request is cancelled")
-            self.ticket.cancel()
-
-
 @dataclass(slots=True)
 class _Group:
     """Requests whose prompts are read together."""
 
     reading: Reading
-    sequences: list[_Sequence]
+    sequences: list[Text]
 
 
 class Batcher:
@@ -164,10 +72,11 @@ class Batcher:
         self._queue = queue
         self._prompt_tokens_per_step = prompt_tokens_per_step
         self._lock = threading.Condition()
-        self._waiting: list[_Sequence] = []
+        self._waiting: list[Text] = []
+        self._admitted: list[Text] = []  # with a slot, before their prompts are begun
         self._groups: deque[_Group] = deque()  # read in turn, the first one next
-        self._rows: list[_Sequence] = []
-        self._active = 0  # sequences in groups and rows
+        self._rows: list[Text] = []
+        self._active = 0  # sequences with a slot
         self._closing = False
         self._abandoned = False
         self._steps = self._tokens = self._prompt_tokens = self._reused_tokens = 0
@@ -198,7 +107,7 @@ class Batcher:
                 f"{self._engine.max_sequence}",
                 fix="use a shorter prompt, or export with a larger --max-seq",
             )
-        sequence = _Sequence(request, deliver, most, owner)
+        sequence = Text(request, deliver, most, owner)
         with self._lock:
             if self._closing:
                 raise Busy("the batcher is closing", fix="send the request to another server")
@@ -254,6 +163,7 @@ class Batcher:
                 self._give_up()
                 self._release()
                 self._admit()
+                self._begin()
                 self._read()
                 self._release()  # a text may end with its first token
                 self._decode()
@@ -275,24 +185,26 @@ class Batcher:
         """End what was cancelled or is too late, wherever it is."""
         now = time.monotonic()
         with self._lock:
-            for sequence in (*self._waiting, *self._in_engine()):
+            for sequence in (*self._waiting, *self._with_slots()):
                 sequence.give_up(now, closed=self._abandoned)
             ended = [sequence for sequence in self._waiting if sequence.end]
             self._waiting = [sequence for sequence in self._waiting if not sequence.end]
         for sequence in ended:
             sequence.finish()
 
-    def _in_engine(self) -> list[_Sequence]:
-        return [*(one for group in self._groups for one in group.sequences), *self._rows]
+    def _with_slots(self) -> list[Text]:
+        read = (one for group in self._groups for one in group.sequences)
+        return [*self._admitted, *read, *self._rows]
 
     def _release(self) -> None:
         """Free the slots of those that have ended."""
+        self._forget(self._admitted, lambda _: None)
         self._forget(self._rows, self._engine.leave)
         for group in self._groups:
             self._forget(group.sequences, group.reading.abandon)
         self._groups = deque(group for group in self._groups if group.sequences)
 
-    def _forget(self, sequences: list[_Sequence], forget: Callable[[int], None]) -> None:
+    def _forget(self, sequences: list[Text], forget: Callable[[int], None]) -> None:
         for place in reversed(range(len(sequences))):
             sequence = sequences[place]
             if sequence.end:
@@ -303,32 +215,59 @@ class Batcher:
                 sequence.finish()
 
     def _admit(self) -> None:
-        """Give free slots to those that wait; short prompts that come together are read together.
-
-        What is remembered of a prompt does not count: only the rest is read.
-        """
+        """Give free slots to those that wait."""
         with self._lock:
             admitted = self._next()
             self._waiting = [one for one in self._waiting if one not in admitted]
+            self._admitted += admitted
             self._active += len(admitted)
-        begun = 0
-        try:
-            for group in self._grouped(admitted):
-                reading = self._engine.join([one.request.prompt for one in group])
-                self._groups.append(_Group(reading, group))
-                begun += len(group)
-        except BaseException:
-            # Whoever was admitted counts as in the engine, and ends with it.
-            self._rows += admitted[begun:]
-            raise
 
-    def _grouped(self, admitted: Sequence[_Sequence]) -> list[list[_Sequence]]:
+    def _begin(self) -> None:
+        """Begin to read prompts; short ones that come together are read together.
+
+        What is remembered of a prompt does not count: only the rest is read. So a long one, of
+        which much is being read for somebody else at the moment, such as for another answer of the
+        same request, is not begun before that is done.
+        """
+        begun: list[Text] = []
+        for sequence in self._admitted:
+            if not self._is_being_read(sequence, begun):
+                begun.append(sequence)
+        for group in self._grouped(begun):
+            reading = self._engine.join([one.request.prompt for one in group])
+            self._groups.append(_Group(reading, group))
+            self._admitted = [one for one in self._admitted if one not in group]
+
+    def _is_being_read(self, sequence: Text, begun: Sequence[Text]) -> bool:
+        """To wait until another prompt is read saves at least as much reading as it costs."""
+        prompt = sequence.request.prompt
+        unread = self._unread(prompt)
+        if unread <= self._prompt_tokens_per_step:
+            return False
+        others = [(one, self._unread(one.request.prompt)) for one in begun]
+        for group in self._groups:
+            others += [(one, group.reading.left) for one in group.sequences]
+        for other, left in others:
+            # Less than a piece is not worth it.
+            saved = len(prompt) - unread + max(left, self._prompt_tokens_per_step)
+            if (
+                other.number < sequence.number  # so that it waits for some, and not for ever
+                and left <= unread
+                and prompt[:saved] == other.request.prompt[:saved]
+            ):
+                return True
+        return False
+
+    def _unread(self, prompt: Sequence[int]) -> int:
+        """The tokens of a prompt that are not remembered."""
+        return len(prompt) - self._engine.remembered(prompt)
+
+    def _grouped(self, sequences: Sequence[Text]) -> list[list[Text]]:
         """Those that are read together, in their order."""
-        groups: list[list[_Sequence]] = []
+        groups: list[list[Text]] = []
         longest = 0
-        for sequence in admitted:
-            prompt = sequence.request.prompt
-            unread = len(prompt) - self._engine.remembered(prompt)
+        for sequence in sequences:
+            unread = self._unread(sequence.request.prompt)
             longest = max(longest, unread)
             if groups and (len(groups[-1]) + 1) * longest <= self._prompt_tokens_per_step:
                 groups[-1].append(sequence)
@@ -337,9 +276,9 @@ class Batcher:
                 longest = unread
         return groups
 
-    def _next(self) -> list[_Sequence]:
+    def _next(self) -> list[Text]:
         """Who gets the free slots: in turn, whose owner has the fewest, and came first."""
-        slots = Counter(sequence.owner for sequence in self._in_engine())
+        slots = Counter(sequence.owner for sequence in self._with_slots())
         waiting, chosen = list(self._waiting), []
         for free in range(self._free(), 0, -1):
             if not waiting:
@@ -376,7 +315,7 @@ class Batcher:
             if left <= 0:
                 break
 
-    def _extend(self, sequences: Sequence[_Sequence], logits: Logits) -> None:
+    def _extend(self, sequences: Sequence[Text], logits: Logits) -> None:
         for sequence, row in zip(sequences, logits, strict=True):
             try:
                 self._tokens += sequence.extend(row)
@@ -387,9 +326,10 @@ class Batcher:
                 sequence.end = End(Finish.FAILED, f"{type(error).__name__}: {error}")
 
     def _fail(self, error: str) -> None:
-        """End everything that is in the engine."""
+        """End everything that has a slot."""
         self._engine.clear()
-        failed = self._in_engine()
+        failed = self._with_slots()
+        self._admitted = []
         self._groups.clear()
         self._rows = []
         self._active = 0

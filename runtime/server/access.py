@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ _OPEN = frozenset({"/health", "/health/ready", "/v2/health/live", "/v2/health/re
 
 # Below that, a key can be guessed over a network within days.
 _LEAST_KEY = 16
+
+# A name, or a number of IPv6 in brackets, and a port (RFC 9110, section 7.2).
+_HOST = re.compile(r"(\[(?P<number>[^][]*)\]|(?P<name>[^][:]+))(:[0-9]*)?")
 
 _KINDS = frozenset({"application/json", "application/octet-stream"})
 
@@ -119,6 +123,7 @@ class Addressed:
     def _refusal(self, scope: Scope) -> RefusedError | None:
         headers = Headers(scope=scope)
         host = _host(headers.get("host", ""))
+        # Without any, as from clients of HTTP/1.0, no page of another name asks.
         if self._hosts is not None and host and not (host in self._hosts or is_loopback(host)):
             return RefusedError(
                 421,
@@ -180,8 +185,8 @@ def read_keys(path: Path) -> list[str]:
 
 def _host(header: str) -> str:
     """The name in a Host header, without the port and the brackets of an IPv6 number."""
-    name = header.rpartition(":")[0] if header.rpartition(":")[2].isdecimal() else header
-    return (name if name.count(":") < 2 or header.startswith("[") else header).strip("[]").lower()
+    found = _HOST.fullmatch(header)
+    return (found["number"] or found["name"] if found else header).lower()
 
 
 def _digest(key: str) -> bytes:

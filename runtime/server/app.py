@@ -6,7 +6,7 @@ from starlette.types import ASGIApp
 
 from runtime.server import completions, errors, operations, prompts, tensors
 from runtime.server.access import Access, Addressed, Locked
-from runtime.server.guards import Bounded, Recorded
+from runtime.server.guards import Bounded, Headed, Recorded
 from runtime.server.logs import REQUEST_ID
 from runtime.server.service import Service
 from thanos_deploy import __version__
@@ -41,7 +41,7 @@ def application(service: Service, access: Access) -> ASGIApp:
         access: who may ask.
     """
     bounded = Bounded(
-        routes(service),
+        Headed(routes(service)),
         body_bytes=service.limits.body_bytes,
         seconds=min(service.limits.deadline_seconds, _BODY_SECONDS),
     )

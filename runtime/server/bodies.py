@@ -5,13 +5,14 @@ asks for nothing; what it does not define is refused, as OpenAI's own servers do
 Fields that are not OpenAI's are vLLM's, under the names that they have there.
 """
 
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from runtime.sampling import Sampling
 from runtime.server import tools
@@ -22,14 +23,22 @@ from runtime.server.messages import (
     Ignored,
     Message,
     NamedTool,
+    Neutral,
     Nothing,
+    Object,
     Strict,
     Text,
     Tool,
+    one_of,
 )
 from runtime.server.templates import Conversation
 
 _INT64 = 1 << 63
+
+T = TypeVar("T")
+
+# One or more. What is wrong with the first of them that is no such thing is enough to know.
+Many = Annotated[list[T], Field(min_length=1, fail_fast=True)]
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -39,28 +48,22 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class StreamOptions(Strict):
     """What a stream has beside the answer."""
 
+    neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
+
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
 
 
-# Values with which a field of OpenAI's or vLLM's asks for nothing that is not done anyway.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "detokenize": (True,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "stop": ("",),
-    "suffix": ("",),
-    "top_k": (-1,),
-    "use_beam_search": (False,),
-}
-
-# Of OpenAI's, and not done here: refused in these words, unless the value asks for nothing.
+# Of OpenAI's and vLLM's, and not done here: refused in these words, unless the value asks for
+# nothing.
 UNSUPPORTED = frozenset(
     {
-        *("suffix", "best_of", "audio", "function_call", "functions", "modalities"),
-        *("prediction", "length_penalty"),
+        *("allowed_token_ids", "audio", "bad_words", "best_of", "chat_template", "documents"),
+        *("function_call", "functions", "guided_decoding_backend", "guided_whitespace_pattern"),
+        *("kv_transfer_params", "length_penalty", "logits_processors", "mm_processor_kwargs"),
+        *("modalities", "prediction", "prompt_logprobs", "reasoning_effort", "structural_tag"),
+        *("suffix", "truncate_prompt_tokens", "use_beam_search", "verbosity", "vllm_xargs"),
+        "web_search_options",
     }
 )
 
@@ -68,12 +71,33 @@ UNSUPPORTED = frozenset(
 class Generation(Formed):
     """What both routes for text understand."""
 
+    neutral: ClassVar[Neutral] = {
+        "bad_words": ([],),
+        "detokenize": (True,),
+        "include_stop_str_in_output": (False,),
+        "kv_transfer_params": ({},),
+        "length_penalty": (1,),
+        "logits_processors": ([],),
+        "logprobs": (False,),
+        "mm_processor_kwargs": ({},),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "skip_special_tokens": (True,),
+        "stop": ("",),
+        "suffix": ("",),
+        "top_k": (-1,),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+    }
+
     model: str
     max_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Annotated[
+        Text | Annotated[list[Text], Field(max_length=4)] | None, one_of("a text, or at most four")
+    ] = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -98,27 +122,14 @@ class Generation(Formed):
     request_id: Ignored = None
     spaces_between_special_tokens: Ignored = None
 
-    @model_validator(mode="before")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _what_asks_for_nothing_is_left_out(cls, given: object) -> object:
-        if not isinstance(given, dict):
-            return given
-        known = cls.model_fields.keys()
-        return {
-            name: value
-            for name, value in given.items()
-            if not (
-                (value is None and name not in known)
-                or any(
-                    value == neutral and type(value) is type(neutral)
-                    for neutral in _NEUTRAL.get(name, ())
-                )
-            )
-        }
+    def _an_empty_text_stops_nothing(cls, given: object) -> object:
+        return [text for text in given if text != ""] if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _stream_options_belong_to_streams(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise ValueError("stream_options are for requests with stream: true")
         return self
 
@@ -135,7 +146,8 @@ class Generation(Formed):
 
     @model_validator(mode="after")
     def _biases_are_for_ids(self) -> Self:
-        if not all(token.isascii() and token.isdecimal() for token in self.logit_bias or ()):
+        # No id has more digits, and Python reads no number of thousands of them.
+        if not all(re.fullmatch("[0-9]{1,10}", token) for token in self.logit_bias or ()):
             raise ValueError("logit_bias: its keys are ids of tokens, in decimal digits")
         return self
 
@@ -184,20 +196,25 @@ class Generation(Formed):
 class CompletionRequest(Generation):
     """The body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        str | Many[str] | Many[Id] | Many[Many[Id]],
+        one_of("a text or several, or the ids of one or of several (whole numbers from 0 on)"),
+    ]
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
 
-    best_of: Literal[1] | None = None
+    best_of: int | None = None
     suffix: Nothing = None
 
     usual_tokens: ClassVar[int | None] = 16  # OpenAI's default
+
+    @field_validator("best_of")
+    @classmethod
+    def _all_that_are_written_are_given(cls, given: int | None, info: ValidationInfo) -> int | None:
+        if given not in (None, 1, info.data.get("n")):
+            raise ValueError("the best of more answers than are given")
+        return given
 
     @model_validator(mode="after")
     def _an_answer_has_something(self) -> Self:
@@ -232,7 +249,7 @@ class Chat(Strict):
     messages: Annotated[list[Message], Field(min_length=1)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Object | None = None
     allow_special_tokens: bool | None = None  # not vLLM's, which always allows them
 
     @model_validator(mode="after")
@@ -284,6 +301,18 @@ class Detokenize(Strict):
 class ChatRequest(Generation, Chat):
     """The body of POST /v1/chat/completions."""
 
+    neutral: ClassVar[Neutral] = {
+        **Generation.neutral,
+        "documents": ([],),
+        "echo": (False,),
+        "function_call": ("auto", "none"),
+        "functions": ([],),
+        "include_reasoning": (True, False),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+    }
+
+    add_special_tokens: Literal[False] | None = None  # the chat template writes them
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -292,18 +321,22 @@ class ChatRequest(Generation, Chat):
     function_call: Nothing = None
     functions: Nothing = None
     modalities: list[Literal["text"]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None,
+        one_of("none, auto, required, or the name of a function"),
+    ] = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     metadata: Ignored = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
     store: Ignored = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 

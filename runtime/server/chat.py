@@ -7,10 +7,12 @@ for the next conversation. One is rendered at a time; those that wait do not hol
 
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
+from runtime.batching import Busy
 from runtime.server.templates import ChatTemplate, Conversation
 from runtime.text import Tokenizer, verify_texts
 from thanos_deploy.bundle.manifest import Bundle
@@ -51,14 +54,20 @@ class Renderer:
         self._worker = ThreadPoolExecutor(1, "template")
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._until = math.inf  # on the clock `time.monotonic`
 
     async def render(self, conversation: Conversation) -> str:
         """The prompt.
 
         Raises:
             UsageError: the template does not take such messages, or not within its limits.
+            Busy: the server is closing.
         """
         return await asyncio.wrap_future(self._worker.submit(self._render, conversation))
+
+    def hurry(self) -> None:
+        """Let what waits be rendered, but not for longer than one conversation may take."""
+        self._until = time.monotonic() + _SECONDS
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -68,8 +77,10 @@ class Renderer:
         self._kill()
 
     def _render(self, conversation: Conversation) -> str:
+        if (left := self._until - time.monotonic()) <= 0:
+            raise Busy("the server is closing", fix="send the request to another server")
         process = self._process or self._start()
-        said = _ask(process, asdict(conversation), _SECONDS)
+        said = _ask(process, asdict(conversation), min(_SECONDS, left))
         if said is None:
             self._kill()
             raise UsageError(
@@ -86,7 +97,7 @@ class Renderer:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         if self._closed:
-            raise UsageError("the server is closing", fix="send the request to another server")
+            raise Busy("the server is closing", fix="send the request to another server")
         self._process = subprocess.Popen(
             [
                 sys.executable,

@@ -33,6 +33,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Too much to do; see Retry-After"},
     504: {"model": ErrorBody, "description": "Not finished before the deadline"},
 }
+
+# Tokens of a piece, more than which are not written down on the event loop.
+_MANY = 64
+
 router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI"])
 
 
@@ -66,7 +70,7 @@ async def completions(
             for prompt in body.prompts
         ]
     )
-    note_prompts(request, service, body.prompts)
+    note_prompts(request, service, lambda: body.prompts)
     asked = body.asked()
     echoed: list[list[Token]] = []
     if asked.echo:
@@ -81,7 +85,7 @@ async def chat(body: bodies.ChatRequest, request: Request, service: Served) -> R
     """Answer in a conversation."""
     service.require(body.model)
     prompt = await prompt_of(request, service, body)
-    note_prompts(request, service, [message.for_template() for message in body.messages])
+    note_prompts(request, service, lambda: [message.for_template() for message in body.messages])
     return await _respond(request, service, body, [prompt], ChatForm(service.tokenizer, body))
 
 
@@ -181,10 +185,15 @@ async def _events(
         texts[piece.index] += piece.text
         return _event(chunk)
 
+    async def written(piece: Piece) -> str:
+        # What was held back for long, or a whole prompt, may have thousands of log probabilities.
+        many = len(piece.tokens) > _MANY
+        return await asyncio.to_thread(event, piece) if many else event(piece)
+
     try:
-        yield event(first)
+        yield await written(first)
         async for piece in pieces:
-            yield event(piece)
+            yield await written(piece)
         if usage:
             yield _event(form.last_chunk(head, _usage(answers)))
     except RefusedError as refused:

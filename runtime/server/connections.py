@@ -3,10 +3,12 @@
 uvicorn waits for ever for a client that connects and says nothing, that sends half of its headers,
 or that does not read its answer, and it reads the whole of a body that has been refused. Here:
 
-    too many connections    the newest is answered 503 and closed
+    too many connections    one that keeps the server waiting makes room; without any such, the
+                            newest is answered 503 and closed
     headers                 have HEADER_SECONDS, from the first byte or from connecting
     an answer               has to be read `answer_seconds` after its request at the latest
     a refused body          is not read on: the connection is closed once the refusal is sent
+    a body in crumbs        is refused: reading a chunk takes much longer than sending it
 """
 
 import asyncio
@@ -32,7 +34,31 @@ _FULL = (
     b"Content-Length: 0\r\n\r\n"
 )
 
+# Chunks of a body that may be small, and bytes that each further one brings on average.
+_CHUNKS, _CHUNK_BYTES = 1000, 256
+
 _log = logging.getLogger(__name__)
+
+
+class _Wire(h11.Connection):
+    """Refuses a body in crumbs."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER)
+        self._chunks = self._bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """See `h11.Connection.next_event`."""
+        event = super().next_event()
+        match event:
+            case h11.Request():
+                self._chunks = self._bytes = 0
+            case h11.Data():
+                self._chunks += event.chunk_end
+                self._bytes += len(event.data)
+                if self._chunks > _CHUNKS + self._bytes / _CHUNK_BYTES:
+                    raise h11.RemoteProtocolError("the chunks of the body are too small")
+        return event
 
 
 class Connection(H11Protocol):
@@ -49,6 +75,8 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """See `H11Protocol`."""
         super().__init__(*arguments, **options)
+        self.conn = _Wire()
+        self._since = self.loop.time()  # the last time that something began or ended here
         self._headers_due: asyncio.TimerHandle | None = None
         self._answer_due: asyncio.TimerHandle | None = None
         self._timed: RequestResponseCycle | None = None  # what `_answer_due` belongs to
@@ -57,7 +85,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there."""
-        if len(self.connections) >= self.most:
+        if len(self.connections) >= self.most and not self._make_room():
             self.transport = transport
             transport.write(_FULL)
             transport.close()
@@ -97,6 +125,7 @@ class Connection(H11Protocol):
         if self._is_idle() or self.cycle is self._timed:
             return
         self._timed = self.cycle
+        self._since = self.loop.time()
         for timer in (self._headers_due, self._answer_due):
             if timer:
                 timer.cancel()
@@ -105,6 +134,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """The answer is sent, or waits in a buffer for a client that does not read."""
+        self._since = self.loop.time()
         if self._answer_due and not self.transport.get_write_buffer_size():
             self._answer_due.cancel()
             self._answer_due = None
@@ -112,6 +142,23 @@ class Connection(H11Protocol):
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def waits(self) -> bool:
+        """It is the client's turn: to ask, to send the rest of a body, or to leave."""
+        return self._is_idle() or self.conn.their_state is h11.SEND_BODY
+
+    def _make_room(self) -> bool:
+        """Close the connection that has waited for its client the longest; False without any."""
+        waiting = [
+            other for other in self.connections if isinstance(other, Connection) and other.waits
+        ]
+        if not waiting:
+            return False
+        longest = min(waiting, key=lambda other: other._since)
+        self.connections.discard(longest)
+        longest._give_up("room")
+        return True
 
     def _await_headers(self) -> None:
         self._headers_due = self.loop.call_later(HEADER_SECONDS, self._give_up, "headers")

@@ -192,9 +192,11 @@ def misread(problem: Mapping[str, Any]) -> RefusedError:
             code="unknown_parameter",
             param=place[0],
         )
+    # What our own validators say of several fields names them.
+    said, ours = problem["msg"].removeprefix("Value error, "), problem["type"] == "value_error"
     return RefusedError(
         400,
-        f"{'.'.join(place) or 'body'}: {problem['msg']}",
+        said if ours and not place else f"{'.'.join(place) or 'body'}: {said}",
         code=problem["type"],
         param=place[0] if place else None,
     )

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from runtime import grammars
-from runtime.server.messages import Strict, Text
+from runtime.server.messages import Neutral, Object, Strict, Text
 
 
 class JsonSchema(Strict):
@@ -16,7 +16,7 @@ class JsonSchema(Strict):
 
     name: str | None = None
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[Object | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -36,7 +36,11 @@ class SchemaFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's ways to say what an answer is like; one of them."""
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    neutral: ClassVar[Neutral] = dict.fromkeys(
+        ("disable_additional_properties", "disable_any_whitespace", "disable_fallback"), (False,)
+    )
+
+    json_: Annotated[Object | str | None, Field(alias="json")] = None
     regex: str | None = None
     choice: Annotated[list[Text], Field(min_length=1)] | None = None
     grammar: str | None = None
@@ -46,8 +50,10 @@ class StructuredOutputs(Strict):
 class Formed(Strict):
     """The fields of a request for an answer of some form."""
 
-    response_format: PlainFormat | SchemaFormat | None = None
-    guided_json: dict[str, Any] | str | None = None
+    response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
+    guided_json: Object | str | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
@@ -91,4 +97,7 @@ class Formed(Strict):
 
 
 def _of_schema(schema: dict[str, Any] | str) -> str:
-    return grammars.of_schema(json.loads(schema) if isinstance(schema, str) else schema)
+    read = json.loads(schema) if isinstance(schema, str) else schema
+    if not isinstance(read, dict):
+        raise ValueError("a schema is an object")
+    return grammars.of_schema(read)

@@ -2,9 +2,10 @@
 
     Recorded   gives it an id, and counts and logs how it ended
     Bounded    reads its body, which may be neither too large nor too slow nor compressed
+    Headed     answers HEAD wherever GET is answered
 
-Between the two stand those of `access`. Each wraps an ASGI application. None of them waits for the
-response, so streams pass through.
+Between the first two stand those of `access`. Each wraps an ASGI application. None of them waits
+for the response, so streams pass through.
 """
 
 import asyncio
@@ -119,3 +120,20 @@ class Bounded:
         return RefusedError(
             413, f"the body has more than {self._most} bytes", code="body_too_large"
         )
+
+
+class Headed:
+    """Lets routes answer HEAD as they answer GET; what is sent then has no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope.get("method") != "HEAD":
+            return await self._app(scope, receive, send)
+        asked = {**scope, "method": "GET"}
+        try:
+            await self._app(asked, receive, send)
+        finally:
+            scope["route"] = asked.get("route")  # for `Recorded`

@@ -187,6 +187,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(service.limits.deadline_seconds) + 1,
             )
         )
+        self._service = service
         self._listener = listener
         self._on_ready = on_ready
         self._on_hangup = on_hangup
@@ -211,6 +212,12 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         await super().startup(sockets)
         self._on_ready(url(self._listener))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server.shutdown`."""
+        if self._service.renderer is not None:
+            self._service.renderer.hurry()
+        await super().shutdown(sockets)
 
 
 class _OnceAMinute:

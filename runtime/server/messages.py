@@ -1,19 +1,92 @@
 """The messages of a conversation and the functions that a model may call, field by field."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+# Whatever walks through a value of any form, by recursion, goes as deep as that.
+_LEVELS = 64
+
+
+def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is nested deeper than anything that somebody means."""
+    level: list[Any] = [value]
+    for _ in range(_LEVELS):
+        level = [
+            inner
+            for part in level
+            if isinstance(part, dict | list)
+            for inner in (part.values() if isinstance(part, dict) else part)
+        ]
+    if any(isinstance(part, dict | list) for part in level):
+        raise ValueError(f"nested more than {_LEVELS} levels deep")
+    return value
+
+
+def one_of(what: str) -> WrapValidator:
+    """Where a value may have several forms and has none of them, say which there are."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(f"give {what}") from error
+
+    return WrapValidator(validate)
+
+
+# An object of any form.
+Object = Annotated[dict[str, Any], AfterValidator(_not_too_deep)]
 Text = Annotated[str, Field(min_length=1)]
 Nothing = Annotated[None, Field(description="Not supported.")]
 Ignored = Annotated[Any, Field(description="Without effect.")]
 
 
+# Of fields, by name.
+Neutral = Mapping[str, Sequence[object]]
+
+
 class Strict(BaseModel):
-    """A part of a body in which every field is known."""
+    """A part of a body in which every field is known, or asks for nothing.
+
+    Attributes:
+        neutral: values with which a field, known or not, asks for nothing that is not done anyway.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    neutral: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_asks_for_nothing_is_left_out(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {
+            name: value
+            for name, value in given.items()
+            if not (
+                (value is None and name not in known)
+                or any(_same(value, neutral) for neutral in cls.neutral.get(name, ()))
+            )
+        }
+
+
+def _same(one: object, other: object) -> bool:
+    """Equal as JSON has it: 1 is 1.0, and true is no number."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 class TextPart(Strict):
@@ -28,6 +101,7 @@ class CalledFunction(Strict):
 
     name: str
     arguments: str
+    parsed_arguments: Ignored = None  # what OpenAI's client makes of them
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> Self:
@@ -37,6 +111,7 @@ class CalledFunction(Strict):
             raise ValueError(f"arguments: not readable as JSON ({error})") from error
         if not isinstance(given, dict):
             raise ValueError("arguments: JSON of an object")
+        _not_too_deep(given)
         return self
 
 
@@ -53,13 +128,16 @@ class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[
+        str | list[TextPart] | None, one_of("a text, or parts of the type text alone")
+    ] = None
     name: str | None = None
     tool_call_id: str | None = None
 
     annotations: Ignored = None
     audio: Nothing = None
     function_call: Nothing = None
+    parsed: Ignored = None  # what OpenAI's client makes of the content
     refusal: Nothing = None
     tool_calls: list[ToolCall] | None = None
 
@@ -92,7 +170,7 @@ class Function(Strict):
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Object | None = None
     strict: bool | None = None
 
 

@@ -22,7 +22,6 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
-@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Health:
     """The model is loaded and requests are taken."""

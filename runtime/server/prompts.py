@@ -5,7 +5,7 @@ The routes, /tokenize and /detokenize, are vLLM's.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from runtime.server.clients import unless_gone
 from runtime.server.errors import ErrorBody, RefusedError, too_late
 from runtime.server.logs import record_of
 from runtime.server.service import Prompt, Served, Service
+from runtime.server.templates import Conversation
 from runtime.server.tools import offered
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}}
@@ -64,12 +65,13 @@ async def tokenize(
     else:
         text, framed = body.prompt, body.add_special_tokens is not False
         ids = await asyncio.to_thread(lambda: tuple(service.tokenizer.encode(text, framed=framed)))
-    names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
     return Tokens(
         count=len(ids),
         max_model_len=service.engine.max_sequence,
         tokens=list(ids),
-        token_strs=names,
+        token_strs=await asyncio.to_thread(lambda: list(map(service.tokenizer.name_of, ids)))
+        if body.return_token_strs
+        else None,
     )
 
 
@@ -79,7 +81,8 @@ async def detokenize(body: bodies.Detokenize, service: Served) -> Detokenized:
     if body.model is not None:
         service.require(body.model)
     service.require_ids(body.tokens, "tokens")
-    return Detokenized(prompt=service.tokenizer.decode(body.tokens, specials=True))
+    decode = service.tokenizer.decode
+    return Detokenized(prompt=await asyncio.to_thread(decode, body.tokens, specials=True))
 
 
 async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Prompt:
@@ -96,18 +99,23 @@ async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Pr
             code="no_chat_template",
             param="messages",
         )
-    tokenizer = service.tokenizer
-    conversation = offered(body.conversation(), body.offers, native=service.renderer.takes_tools)
-    if not body.allow_special_tokens:
-        conversation = replace(
+    tokenizer, renderer = service.tokenizer, service.renderer
+
+    def told() -> Conversation:
+        conversation = offered(body.conversation(), body.offers, native=renderer.takes_tools)
+        if body.allow_special_tokens:
+            return conversation
+        return replace(
             conversation,
             messages=as_text(conversation.messages, tokenizer.specials),
             tools=as_text(conversation.tools, tokenizer.specials),
         )
+
     async with before_the_deadline(
         request, service, "the conversation was not written down in time"
     ):
-        text = await unless_gone(request, service.renderer.render(conversation))
+        conversation = await asyncio.to_thread(told)
+        text = await unless_gone(request, renderer.render(conversation))
     return await asyncio.to_thread(lambda: tuple(encode(tokenizer, text)))
 
 
@@ -128,7 +136,9 @@ async def before_the_deadline(
         raise too_late(late) from error
 
 
-def note_prompts(request: Request, service: Service, prompts: Sequence[object]) -> None:
+def note_prompts(
+    request: Request, service: Service, prompts: Callable[[], Sequence[object]]
+) -> None:
     """Have the prompts in the log, where they may be."""
     if service.log_prompts:
-        record_of(request.scope).fields["prompts"] = prompts
+        record_of(request.scope).fields["prompts"] = prompts()

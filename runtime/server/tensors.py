@@ -25,7 +25,9 @@ from starlette.responses import Response
 
 from runtime.engine import Ids, Logits
 from runtime.server.clients import unless_gone
-from runtime.server.errors import RefusedError, TensorError, misread, too_late
+from runtime.server.errors import RefusedError, TensorError, misread
+from runtime.server.messages import one_of
+from runtime.server.prompts import before_the_deadline
 from runtime.server.service import Served, Service
 from thanos_deploy import __version__
 
@@ -33,6 +35,9 @@ from thanos_deploy import __version__
 _VERSION = "1"
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
+
+# What is wrong with the first number that is none is enough to know.
+_FAST = Field(fail_fast=True)
 
 Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
@@ -55,7 +60,12 @@ class Input(_Loose):
     name: Literal["input_ids", "attention_mask"]
     datatype: Literal["INT64"]
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
-    data: list[Number] | list[list[Number]] | None = None
+    data: Annotated[
+        Annotated[list[Number], _FAST]
+        | Annotated[list[Annotated[list[Number], _FAST]], _FAST]
+        | None,
+        one_of("whole numbers of 64 bits, in one list or in rows"),
+    ] = None
     parameters: InputParameters = InputParameters()
 
 
@@ -222,12 +232,10 @@ async def infer(name: str, request: Request, service: Served, version: str = _VE
             f"{most} at a time",
             code="too_many_tokens",
         )
-    try:
-        async with asyncio.timeout(service.limits.deadline_seconds):
-            logits = await unless_gone(request, service.forward.logits(ids, mask))
-    except TimeoutError as error:
-        raise too_late("the logits were not computed in time") from error
-    return _written(asked, service.name, logits)
+    async with before_the_deadline(request, service, "the logits were not computed in time"):
+        logits = await unless_gone(request, service.forward.logits(ids, mask))
+    # A vocabulary of numbers for each sequence: nobody else is to wait until they are written.
+    return await asyncio.to_thread(_written, asked, service.name, logits)
 
 
 @router.get("/models/{name:path}/versions/{version}")

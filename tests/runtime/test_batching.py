@@ -1,7 +1,9 @@
+"""What a batcher delivers, whatever happens to requests and to the engine."""
+
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,160 +11,8 @@ import pytest
 
 from runtime.batching import Batcher, Busy, End, Finish, Request, Ticket, Token
 from runtime.sampling import Sampler
+from tests.runtime.counting import PATIENCE, Answer, Counting, Start, occupied
 from thanos_deploy.errors import UsageError
-
-PATIENCE = 60.0  # for what must happen; nothing here waits for as long
-
-
-class Counting:
-    """Slots without a model: a row goes on with its last token plus one, and ends at no token.
-
-    Decoding waits for a permit. `calls` is what was asked for; a call whose name is in `broken`
-    raises.
-    """
-
-    max_sequence = 1000
-    vocabulary = 1000
-
-    def __init__(self, slots: int = 2, *, permits: int = 1_000_000) -> None:
-        self.slots = slots
-        self.calls: list[str] = []
-        self.broken: set[str] = set()
-        self.decoding = threading.Event()
-        self._permits = threading.Semaphore(permits)
-        self._rows: list[int] = []
-        self._reading = 0  # prompts
-
-    def permit(self, steps: int = 1_000_000) -> None:
-        self._permits.release(steps)
-
-    def remembered(self, prompt: Sequence[int]) -> int:
-        if "remembered" in self.broken:
-            raise RuntimeError("remembered broke")
-        return 0
-
-    def join(self, prompts: Sequence[Sequence[int]]) -> "CountingReading":
-        self.call(f"join {' '.join(str(len(prompt)) for prompt in prompts)}")
-        self._reading += len(prompts)
-        assert len(self._rows) + self._reading <= self.slots
-        return CountingReading(self, prompts)
-
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        self.decoding.set()
-        assert self._permits.acquire(timeout=PATIENCE)
-        self.call(f"decode {len(ids)}")
-        assert len(ids) == len(self._rows)
-        self._rows = ids.tolist()
-        return self._logits(self._rows)
-
-    def leave(self, row: int) -> None:
-        self.call("leave")
-        self._rows[row] = self._rows[-1]
-        self._rows.pop()
-
-    def clear(self) -> None:
-        self._rows, self._reading = [], 0
-
-    def arrive(self, last: Sequence[int]) -> np.ndarray:
-        self._reading -= len(last)
-        self._rows += last
-        return self._logits(last)
-
-    def give_up(self) -> None:
-        self.call("abandon")
-        self._reading -= 1
-
-    def call(self, call: str) -> None:
-        self.calls.append(call)
-        if call.split()[0] in self.broken:
-            raise RuntimeError(f"{call} broke")
-
-    def _logits(self, last: Sequence[int]) -> np.ndarray:
-        logits: np.ndarray = np.eye(self.vocabulary, dtype=np.float32)[np.array(last) + 1]
-        return logits
-
-
-class CountingReading:
-    """Prompts of `Counting`."""
-
-    reused = 0
-
-    def __init__(self, engine: Counting, prompts: Sequence[Sequence[int]]) -> None:
-        self._engine = engine
-        self._prompts = list(prompts)
-        self._columns = max(map(len, prompts))
-
-    @property
-    def left(self) -> int:
-        return self._columns * len(self._prompts)
-
-    def read(self, tokens: int) -> np.ndarray | None:
-        self._engine.call("read")
-        self._columns -= max(1, tokens // len(self._prompts))
-        if self._columns > 0:
-            return None
-        return self._engine.arrive([prompt[-1] for prompt in self._prompts])
-
-    def abandon(self, newcomer: int) -> None:
-        self._engine.give_up()
-        self._prompts[newcomer] = self._prompts[-1]
-        self._prompts.pop()
-
-
-class Answer:
-    """Keeps what is delivered of one request, and checks that the end comes last."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Token] = []
-        self._end: End | None = None
-        self._first = threading.Event()
-        self._ended = threading.Event()
-
-    def __call__(self, news: Token | End) -> None:
-        assert self._end is None
-        if isinstance(news, Token):
-            self.tokens.append(news)
-            self._first.set()
-        else:
-            self._end = news
-            self._ended.set()
-
-    def begun(self) -> None:
-        assert self._first.wait(PATIENCE)
-
-    def end(self) -> End:
-        assert self._ended.wait(PATIENCE)
-        assert self._end is not None
-        return self._end
-
-    def ids(self) -> list[int]:
-        self.end()
-        return [token.id for token in self.tokens]
-
-
-Start = Callable[..., Batcher]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Makes batchers that are closed after the test."""
-    batchers = []
-
-    def make(engine: Counting, *, queue: int = 8, **options: int) -> Batcher:
-        batchers.append(Batcher(engine, queue=queue, **options))
-        return batchers[-1]
-
-    yield make
-    for batcher in batchers:
-        batcher.close(timeout=0)
-
-
-def occupied(start: Start, engine: Counting, **options: int) -> tuple[Batcher, Answer]:
-    """A batcher with one long text, which waits for permission to go on."""
-    batcher, answer = start(engine, **options), Answer()
-    batcher.submit(Request((500,), 100), answer)
-    assert engine.decoding.wait(PATIENCE)
-    return batcher, answer
 
 
 def test_a_text_ends_at_its_length_before_a_stop_token_or_where_the_engine_takes_no_more(
@@ -468,33 +318,6 @@ def test_what_is_not_finished_in_time_ends_when_the_batcher_closes(start: Start)
     assert batcher.state().active == 0
 
 
-def test_long_prompts_are_read_in_pieces_between_the_steps_of_others(start: Start) -> None:
-    engine = Counting(2, permits=0)
-    batcher, first = occupied(start, engine, prompt_tokens_per_step=4)
-    second = Answer()
-    batcher.submit(Request((7,) * 10, 2), second)
-    engine.permit()
-    assert second.ids() == [8, 9]
-    first.end()
-    begin = engine.calls.index("join 10")
-    assert engine.calls[begin : begin + 7] == [
-        *("join 10", "read", "decode 1", "read", "decode 1", "read", "decode 2")
-    ]
-
-
-def test_short_prompts_are_read_together_as_far_as_the_limit_allows(start: Start) -> None:
-    engine = Counting(8, permits=0)
-    batcher, first = occupied(start, engine, prompt_tokens_per_step=6)
-    answers = [Answer() for _ in range(6)]
-    for answer, length in zip(answers, (2, 3, 1, 9, 1, 4), strict=True):
-        batcher.submit(Request((7,) * length, 1), answer)
-    engine.permit()
-    for answer in (first, *answers):
-        answer.end()
-    joins = [call for call in engine.calls if call.startswith("join")]
-    assert joins == ["join 1", "join 2 3", "join 1", "join 9", "join 1", "join 4"]
-
-
 @pytest.mark.parametrize("count", [1, 3, 999, 1000, 5000])
 def test_of_equally_likely_alternatives_the_smaller_ids_come_first(
     start: Start, count: int
@@ -506,76 +329,3 @@ def test_of_equally_likely_alternatives_the_smaller_ids_come_first(
     others = [number for number in range(1000) if number != 8]
     assert [number for number, _ in token.alternatives] == [8, *others][:count]
     assert token.alternatives[0] == (8, token.logprob)
-
-
-def test_a_short_prompt_is_answered_while_long_ones_are_being_read(start: Start) -> None:
-    engine = Counting(5, permits=0)
-    batcher, first = occupied(start, engine, prompt_tokens_per_step=4)
-    long = [Answer() for _ in range(3)]
-    for answer in long:
-        batcher.submit(Request((7,) * 400, 1), answer)
-    short = Answer()
-    batcher.submit(Request((70,) * 3, 2), short)
-    engine.permit()
-    assert short.ids() == [71, 72]
-    # A piece of each of the others may come before it, and all go on in turn.
-    joined = engine.calls.index("join 3")
-    assert engine.calls[joined : joined + 10].count("decode 2") == 1
-    for answer in (*long, first):
-        answer.end()
-
-
-def test_a_stream_of_short_prompts_does_not_hold_up_a_long_one(start: Start) -> None:
-    batcher, long = start(Counting(4), prompt_tokens_per_step=4), Answer()
-    more = True
-    shorts = []
-
-    def again(news: Token | End) -> None:
-        if isinstance(news, End) and more:
-            shorts.append(news)
-            batcher.submit(Request((7,) * 4, 1), again)
-
-    for _ in range(2):
-        batcher.submit(Request((7,) * 4, 1), again)
-    batcher.submit(Request((7,) * 400, 1), long)
-    assert long.ids() == [8]
-    more = False
-    assert shorts
-
-
-def test_of_those_that_wait_whoever_has_fewest_slots_is_next(start: Start) -> None:
-    engine = Counting(3, permits=0)
-    batcher, first = occupied(start, engine)
-    order: list[str] = []
-
-    def named(name: str) -> Callable[[Token | End], None]:
-        return lambda news: order.append(name) if isinstance(news, End) else None
-
-    for count in range(4):
-        batcher.submit(Request((7,), 2), named(f"many {count}"), owner="many")
-    last = Answer()
-    batcher.submit(Request((7,), 2), named("other"), owner="other")
-    batcher.submit(Request((7,), 40), last)
-    engine.permit()
-    last.end()
-    first.end()
-    # One of each owner's at first, then whatever is left.
-    assert sorted(order[:2]) == ["many 0", "other"]
-    assert order[2:] == ["many 1", "many 2", "many 3"]
-
-
-def test_the_answers_of_one_owner_leave_a_slot_and_the_queue_to_others(start: Start) -> None:
-    engine = Counting(3, permits=0)
-    batcher = start(engine, queue=1)
-    many = [Answer() for _ in range(8)]
-    for answer in many:
-        batcher.submit(Request((7,), 300), answer, owner="many")
-    assert engine.decoding.wait(PATIENCE)
-    assert batcher.state().active == 2
-    other = Answer()
-    batcher.submit(Request((70,), 2), other, owner="other")
-    engine.permit()
-    assert other.ids() == [71, 72]
-    assert batcher.state().waiting
-    for answer in many:
-        answer.end()

@@ -21,7 +21,7 @@ from runtime.prefixes import Prefixes, covered
 from runtime.sampling import Sampling
 from runtime.slots import OnnxRuntimeSlots
 from tests.conftest import VOCABULARY, Exported
-from tests.runtime.test_batching import Answer
+from tests.runtime.counting import Answer
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 from thanos_deploy.gpu import driver
 

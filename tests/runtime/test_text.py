@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from runtime.engine import open_engine
 from runtime.sampling import Sampling
 from runtime.server.chat import open_chat_template
 from runtime.server.templates import Conversation
-from runtime.text import Tokenizer, open_tokenizer, pieces, stream, until
+from runtime.text import StopStrings, Tokenizer, open_tokenizer, pieces, stream, until
 from tests.conftest import stock_model
 from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 from thanos_deploy.model.load import load_tokenizer
@@ -45,20 +46,88 @@ def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
 
 
 @given(
-    st.lists(st.text("abc", max_size=3)),
-    st.lists(st.text("abc", min_size=1, max_size=3), max_size=3),
+    st.lists(st.text("ab", max_size=3)),
+    st.lists(st.text("ab", min_size=1, max_size=6), max_size=3),
 )
+@settings(max_examples=500)
 def test_text_ends_before_the_first_stop_string(texts: list[str], stop: list[str]) -> None:
+    """However the text is cut, it is that before the stop string that ends first."""
     whole = "".join(texts)
-    cuts = [whole.find(end) for end in stop if end in whole]
-    passed = "".join(until(iter(texts), stop))
-    # The text may be cut at a stop string that ends earlier though it begins later.
-    assert whole.startswith(passed)
-    if cuts:
-        assert not any(end in passed for end in stop)
-        assert any(whole[len(passed) :].startswith(end) for end in stop)
-    else:
-        assert passed == whole
+    ends = [
+        place - len(end)
+        for place in range(len(whole) + 1)
+        for end in sorted(stop, key=len, reverse=True)
+        if whole[:place].endswith(end)
+    ]
+    assert "".join(until(iter(texts), stop)) == (whole[: ends[0]] if ends else whole)
+
+
+def test_the_work_on_a_character_does_not_grow_with_the_stop_strings() -> None:
+    class Counted(str):
+        compared = 0
+
+        def __getitem__(self, place: object) -> str:
+            Counted.compared += 1
+            return super().__getitem__(place)  # type: ignore[index]
+
+    strings = StopStrings([Counted("a" * 1000), Counted("a" * 999 + "b")])
+    text = ("a" * 900 + "c") * 2
+    assert "".join(map(strings.push, text)) == text
+    assert Counted.compared < 20 * len(text)
+
+
+def byte_id(tokenizer: Tokenizer, byte: int) -> int:
+    """The id of a byte: byte-level tokenizers have a character for each."""
+    same = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = sorted(set(range(256)) - same)
+    symbol = chr(byte) if byte in same else chr(256 + others.index(byte))
+    found: int = tokenizer._tokenizer.token_to_id(symbol)
+    return found
+
+
+class Counting(Tokenizer):
+    """Counts the ids that it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
+        self.decoded += len(ids)
+        return super().decode(ids, specials=specials)
+
+
+@given(st.lists(st.sampled_from([0x61, 0x80, 0xE2, 0x82, 0xAC, 0xF0, 0x9F]), max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_bytes_that_are_no_text_are_given_out_as_they_are_decoded(
+    tokenizer: Tokenizer, content: list[int]
+) -> None:
+    ids = [byte_id(tokenizer, byte) for byte in content]
+    assert "".join(pieces(tokenizer, ids)) == bytes(content).decode(errors="replace")
+
+
+def test_what_never_becomes_a_character_is_decoded_in_short_pieces(
+    tokenizer: Tokenizer,
+) -> None:
+    counting = Counting(tokenizer._tokenizer, tokenizer.stop)
+    continuing = byte_id(tokenizer, 0x80)
+    special = next(iter(tokenizer.stop))
+    for token, text in ((continuing, "\ufffd" * 500), (special, "")):
+        counting.decoded = 0
+        assert "".join(pieces(counting, [token] * 500)) == text
+        assert counting.decoded < 500 * 100
+
+
+def test_a_long_text_is_encoded_and_decoded_while_other_threads_go_on(
+    tokenizer: Tokenizer,
+) -> None:
+    """Python's lock is given back: only batches do that, so that nothing else may be called."""
+
+    class Batches:
+        def __getattr__(self, name: str) -> object:
+            assert name not in ("encode", "decode")
+            return getattr(tokenizer._tokenizer, name)
+
+    batched = Tokenizer(Batches(), tokenizer.stop)
+    assert batched.decode(batched.encode("a<|b"), specials=True) == "a<|b"
 
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:

@@ -71,6 +71,37 @@ def test_a_body_of_another_kind_is_refused(server: Running, media_type: str) -> 
             assert "send Content-Type: application/json" in answer.text
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(600):
+    DEEP = {"a": DEEP}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": DEEP}}
+CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps(DEEP)}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": DEEP}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"chat_template_kwargs": DEEP},
+        {"chat_template_kwargs": {"mood": [[DEEP]]}},
+        {"response_format": SCHEMA},
+        {"guided_json": DEEP},
+        {"structured_outputs": {"json": DEEP}},
+        {"messages": [{"role": "assistant", "tool_calls": [CALLED]}]},
+    ],
+    ids=lambda fields: str(fields)[:50],
+)
+def test_what_may_have_any_form_may_not_be_nested_without_end(
+    server: Running, fields: dict[str, Any]
+) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", json={**asked, **fields})
+    assert (answer.status_code, "more than 64 levels deep" in answer.text) == (400, True)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

@@ -31,6 +31,10 @@ ASKED = {"model": "tiny", "prompt": "a", "max_tokens": 1}
         ("192.168.0.1", 421),
         ("[::2]:8000", 421),
         ("0.0.0.0:8000", 421),
+        ("localhost:", 200),
+        ("2130706433", 421),
+        ("localhost:80:80", 421),
+        ("user@localhost", 421),
     ],
 )
 def test_on_a_loopback_address_only_known_names_are_answered(
@@ -125,9 +129,22 @@ def test_a_file_of_keys_that_others_can_read_is_warned_about(
     assert f"{path}: other users of this machine can read the keys" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_health_can_be_asked_without_its_body(server: Running, method: str) -> None:
-    with server.http() as http:
-        answer = http.request(method, "/health")
-    assert answer.status_code == 200
-    assert bool(answer.content) == (method == "GET")
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/health", "/health/ready", "/version", "/metrics", "/openapi.json", "/v1/models"),
+        *("/v1/models/tiny", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/tiny"),
+    ],
+)
+def test_whatever_can_be_got_can_be_asked_for_without_its_body(
+    server: Running, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), server.http() as http:
+        got, head = http.get(path), http.head(path)
+        assert (got.status_code, head.status_code, head.content) == (200, 200, b"")
+        assert got.headers["content-type"] == head.headers["content-type"]
+        assert [http.head(other).status_code for other in ("/x", "/v1/completions")] == [404, 405]
+    lines = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    asked = [(line["method"], line["route"]) for line in lines if line["path"] == path]
+    assert asked[0][1] == asked[1][1]
+    assert [method for method, _ in asked] == ["GET", "HEAD"]

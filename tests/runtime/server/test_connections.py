@@ -91,21 +91,61 @@ def test_a_long_answer_is_not_cut_off_by_the_time_for_headers(hasty: Running) ->
 
 
 def test_more_connections_than_allowed_are_answered_503(serve: Serve) -> None:
+    """Where all of them wait for their answers; without any that does not, there is no room."""
     with serve(limits=replace(LIMITS, connections=3)) as running, ExitStack() as stack:
+        running.gate.open.clear()
         held = [stack.enter_context(connect(running)) for _ in range(3)]
-        for one in held:  # so that they are there before the next
-            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        for count, one in enumerate(held, 1):
+            one.sendall(request(json.dumps({**ASKED, "ignore_eos": True}).encode()))
+            running.wait_until(active=1, waiting=count - 1)
         with connect(running) as refused:
-            assert everything(refused).startswith(b"HTTP/1.1 503")
-        held[0].close()
-        for _ in range(100):
-            with connect(running) as another:
-                another.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                if another.recv(1 << 16).startswith(b"HTTP/1.1 200"):
-                    return
-            time.sleep(0.05)
-        raise AssertionError("the place of the client that left is never free")
+            answer = everything(refused)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"Retry-After: 1" in answer
+        running.gate.open.set()
+        assert all(one.recv(1 << 16).startswith(b"HTTP/1.1 200") for one in held)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /health HTTP/1.1\r\nHost: l",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half of the headers", "a request, and then nothing", "half of a body"],
+)
+def test_who_keeps_the_server_waiting_makes_room_the_longest_waiting_first(
+    serve: Serve, sent: bytes
+) -> None:
+    with serve(limits=replace(LIMITS, connections=3)) as running, ExitStack() as stack:
+        health = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        idle = []
+        for _ in range(4):
+            idle.append(stack.enter_context(connect(running)))
+            idle[-1].sendall(sent)
+            if len(idle) < 3:  # there is room for it, and it is seen after what came before
+                with connect(running) as other:
+                    other.sendall(health)
+                    assert everything(other).startswith(b"HTTP/1.1 200")
+        with suppress(ConnectionResetError):
+            assert not everything(idle[0]).startswith(b"HTTP/1.1 503")
+        for one in idle[1:]:
+            one.setblocking(False)
+            with suppress(BlockingIOError):
+                assert one.recv(1 << 16)  # an answer, and not the end
+
+
+def test_a_body_in_crumbs_is_refused_and_one_in_chunks_is_read(server: Running) -> None:
+    head = request(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    body = json.dumps(ASKED).encode()
+    for crumbs, status in ((900, b"200"), (60_000, b"400")):
+        with connect(server) as client:
+            client.sendall(head + b"1\r\n \r\n" * crumbs)
+            client.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+            assert client.recv(1 << 16)[9:12] == status
 
 
 def test_who_does_not_read_is_cut_off_after_the_deadline(

@@ -5,6 +5,7 @@ import logging
 import shutil
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 from openai.types import Completion
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.server import tensors
 from runtime.server.access import read_keys
+from runtime.server.forms import CompletionForm
 from runtime.server.logs import JsonLines
 from tests.runtime.server.conftest import LIMITS, Running, Serve, serving
 from thanos_deploy.errors import UsageError
@@ -357,6 +360,33 @@ def test_a_file_that_changes_under_a_server_is_noticed(
             # What is in memory does not change, whatever the file does.
             assert [other.get(path).status_code for path in paths] == [200] * 3
         assert copied.openai().completions.create(**asked).choices[0].text == before
+
+
+def test_long_answers_are_written_beside_the_event_loop(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever else asks something meanwhile is answered."""
+    where: list[str] = []
+
+    def noted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def do(*given: Any) -> Any:
+            where.append(threading.current_thread().name)
+            return work(*given)
+
+        return do
+
+    monkeypatch.setattr(tensors, "_written", noted(tensors._written))
+    monkeypatch.setattr(CompletionForm, "chunk", noted(CompletionForm.chunk))
+    monkeypatch.setattr(CompletionForm, "document", noted(CompletionForm.document))
+    tensor = {"name": "input_ids", "datatype": "INT64", "shape": [1, 1], "data": [1]}
+    with server.http() as http:
+        assert http.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+        asked = {"model": "tiny", "prompt": "a" * 100, "echo": True, "logprobs": 5, "max_tokens": 1}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        assert http.post("/v1/completions", json={**asked, "stream": True}).status_code == 200
+    assert len(where) >= 4
+    # The one token after the prompt is short.
+    assert sum(name.startswith("asyncio") for name in where) == 3
 
 
 def test_an_engine_that_fails_fails_its_requests_only(

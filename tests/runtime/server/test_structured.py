@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from openai import pydantic_function_tool
 from pydantic import BaseModel, Field
 
 from runtime.grammars import closed
@@ -220,6 +221,24 @@ def test_a_call_and_its_result_are_in_the_conversation(server: Running) -> None:
     call["function"] = {"name": "add", "arguments": "[1"}
     with pytest.raises(openai.BadRequestError, match="arguments"):
         chat(server, messages=messages, tools=TOOLS)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own
+def test_what_the_client_made_of_an_answer_may_be_in_the_conversation(server: Running) -> None:
+    client = server.openai()
+    ask: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 99}
+    tool = pydantic_function_tool(Count, name="add")
+    parsed = client.chat.completions.parse(**ask, response_format=Count).choices[0].message
+    called = client.chat.completions.parse(
+        **ask, tools=[tool], tool_choice="required", parallel_tool_calls=False
+    ).choices[0]
+    assert parsed.parsed
+    assert called.message.tool_calls
+    result: Any = {"role": "tool", "tool_call_id": called.message.tool_calls[0].id, "content": "4"}
+    said: Any = [*MESSAGES, parsed, called.message, result]
+    answer = client.chat.completions.create(model="tiny", messages=said, tools=[tool], max_tokens=2)
+    assert answer.usage
+    assert answer.usage.prompt_tokens > 20
 
 
 def test_a_template_without_tools_is_told_of_them_in_a_system_message() -> None:
