@@ -280,7 +280,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         samples = list(watch(server, tally, seconds))
         over.set()
         pool.shutdown()
-        left = settled(server)
+        left = settled(lambda: request(server.url, "GET", "/metrics")[2].decode())
         reasons = judge(tally.outcomes(), left, samples)
     return {
         "format": "thanos-deploy/soak/1",
@@ -329,15 +329,18 @@ def watch(server: Server, tally: Tally, seconds: float) -> Iterator[Sample]:
         yield Sample(time.monotonic() - started, tally.requests, server.resident_bytes)
 
 
-def settled(server: Server) -> dict[str, float]:
-    """What is in use once everybody is gone and the server had time to notice."""
+def settled(metrics: Callable[[], str]) -> dict[str, float]:
+    """What is in use once everybody is gone and the server had time to notice.
+
+    Args:
+        metrics: asks the server for them.
+    """
     deadline = time.monotonic() + SECONDS_TO_SETTLE
     while True:
-        _, _, body = request(server.url, "GET", "/metrics")
-        metrics = dict(
-            line.rsplit(" ", 1) for line in body.decode().splitlines() if not line.startswith("#")
+        values = dict(
+            line.rsplit(" ", 1) for line in metrics().splitlines() if not line.startswith("#")
         )
-        left = {name: float(metrics[f"thanos_{name}"]) for name in ("active_slots", "queue")}
+        left = {name: float(values[f"thanos_{name}"]) for name in ("active_slots", "queue")}
         if not any(left.values()) or time.monotonic() > deadline:
             return left
         time.sleep(0.1)

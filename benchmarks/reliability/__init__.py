@@ -1,0 +1,8 @@
+"""A campaign against what the project promises: nothing lost, and nothing let in.
+
+__main__    the command: which parts, how long, and what is done already
+part        what a part is, and what it finds
+record      the results as JSON, and as a table in docs/reliability.md
+server      the part "server": attacks on `thanos-deploy serve` while others use it
+attacks     those attacks, one function each
+"""

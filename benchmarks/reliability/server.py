@@ -1,0 +1,271 @@
+"""Attacks on `thanos-deploy serve` while others use it.
+
+Two good clients ask for texts, one request after the other, and compare each answer with what
+`runtime.generate` makes of the same prompt. They do so for a while in quiet, and then under each
+attack of `benchmarks.reliability.attacks`, after a round of all attacks in which memory is
+allocated that stays. A good client that is sent away (503) comes back after a moment, as it is
+told to; its clock starts with the request that is answered.
+"""
+
+import json
+import random
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from http.client import HTTPConnection, HTTPException
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.reliability.attacks import ATTACKS, LOADS, Attack, Target, repeat
+from benchmarks.reliability.part import Figure, Part, Setting
+from benchmarks.server import Server, free_port, running, serve
+from benchmarks.soak import settled
+from runtime.engine import open_engine
+from runtime.generate import generate
+from runtime.text import Tokenizer, open_tokenizer, pieces
+
+MODEL = "attacked"
+SLOTS, QUEUE = 4, 16
+PROMPTS, NEW_TOKENS, CLIENTS = 20, 8, 2
+MOST_MEMORY, MOST_SLOWER = 0.05, 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A prompt, and the text that has to follow."""
+
+    prompt: tuple[int, ...]
+    text: str
+
+
+@dataclass(slots=True)
+class Seen:
+    """What good clients and attackers saw, from many threads."""
+
+    seconds: list[float] = field(default_factory=list)
+    good: Counter[str] = field(default_factory=Counter)
+    attacks: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def goldens(bundle: Path, chance: random.Random) -> list[Golden]:
+    """Prompts at random, and what the runtime makes of them."""
+    engine, tokenizer = open_engine(bundle, threads=1), open_tokenizer(bundle)
+    found = []
+    for _ in range(PROMPTS):
+        prompt = tuple(chance.randrange(200) for _ in range(chance.randint(1, 60)))
+        ids = generate(engine, prompt, new_tokens=NEW_TOKENS, stop=tokenizer.stop)
+        found.append(Golden(prompt, _text(tokenizer, prompt, list(ids))))
+    return found
+
+
+def _text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    return "".join(pieces(tokenizer, ids, prompt))
+
+
+def use(target: Target, golden: Sequence[Golden], over: threading.Event, seen: Seen) -> None:
+    """Ask until it is over."""
+    while not over.is_set():
+        one = target.chance.choice(golden)
+        started = time.monotonic()
+        how = _answered(target, one)
+        with seen.lock:
+            seen.good[how] += 1
+            if how == "right":
+                seen.seconds.append(time.monotonic() - started)
+        if how != "right":
+            over.wait(0.1)
+
+
+def _answered(target: Target, one: Golden) -> str:
+    connection = HTTPConnection(*target.address, timeout=60)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {target.key}"}
+    body = target.asked(prompt=list(one.prompt), max_tokens=NEW_TOKENS)
+    try:
+        connection.request("POST", "/v1/completions", body, headers)
+        response = connection.getresponse()
+        content = response.read()
+    except (OSError, HTTPException):
+        return "broken"
+    finally:
+        connection.close()
+    if response.status != 200:
+        away = response.status == 503 and "Retry-After" in response.headers
+        return "503" if away else f"{response.status} without Retry-After"
+    return "right" if json.loads(content)["choices"][0]["text"] == one.text else "wrong"
+
+
+def during(
+    attack: Attack | None,
+    targets: Sequence[Target],
+    golden: Sequence[Golden],
+    seconds: float,
+    attackers: Executor,
+) -> Seen:
+    """What is seen in so many seconds of an attack, or without one.
+
+    Args:
+        attack: what the attackers do; None for nothing.
+        targets: of the good clients, and of each attacker.
+        golden: what the good clients ask for.
+        seconds: how long.
+        attackers: processes of their own, which take nothing from the good clients' clocks.
+    """
+    seen, over = Seen(), threading.Event()
+    good, *others = targets
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for _ in range(CLIENTS):
+            chance = random.Random(good.chance.random())
+            pool.submit(use, replace(good, chance=chance), golden, over, seen)
+        running = [attackers.submit(repeat, attack, target, seconds) for target in others if attack]
+        time.sleep(seconds)
+        for one in running:
+            seen.attacks.update(one.result())
+        over.set()
+    return seen
+
+
+def run(setting: Setting) -> list[Figure]:
+    """See `Part`."""
+    chance, key = random.Random(setting.seed), secrets.token_hex(16)
+    golden = goldens(setting.bundle, chance)
+    keys, log = setting.folder / "keys", setting.folder / "server.log"
+    keys.touch(mode=0o600)
+    keys.write_text(key)
+    port = free_port()
+    command = serve(setting.bundle, port=port, name=MODEL, slots=SLOTS, queue=QUEUE)
+    command += ["--api-key-file", keys, "--threads", 1]
+    targets = [
+        Target(("127.0.0.1", port), key, MODEL, random.Random(f"{setting.seed} {number}"))
+        for number in range(3)
+    ]
+    kinds = (*ATTACKS, *LOADS)
+    # Quiet lasts as long as two attacks, and the first round of all as long as four.
+    share = setting.seconds / (len(kinds) + 6)
+    with (
+        running(command, port=port, log=log) as server,
+        ProcessPoolExecutor(len(targets) - 1, get_context("spawn")) as attackers,
+    ):
+        for attack in kinds:
+            during(attack, targets, golden, 4 * share / len(kinds), attackers)
+        _settle(server, key)
+        series = _series(server, key)
+        before = server.resident_bytes
+        quiet = during(None, targets, golden, 2 * share, attackers)
+        seen = {attack: during(attack, targets, golden, share, attackers) for attack in kinds}
+        left = _settle(server, key)
+        after = server.resident_bytes
+        new_series = _series(server, key) - series
+    return judged(quiet, seen, (before, after), left, new_series, log.read_bytes(), key)
+
+
+def judged(
+    quiet: Seen,
+    seen: dict[Attack, Seen],
+    memory: tuple[int, int],
+    left: float,
+    new_series: int,
+    log: bytes,
+    key: str,
+) -> list[Figure]:
+    """The figures of a run.
+
+    Args:
+        quiet: what was seen without an attack.
+        seen: what was seen under each.
+        memory: bytes of the server before and after.
+        left: slots and places in the queue that are taken in the end.
+        new_series: of metrics, since the first round.
+        log: of the server.
+        key: a good one.
+    """
+    good: Counter[str] = sum((one.good for one in (quiet, *seen.values())), Counter())
+    answers: Counter[str] = sum((one.attacks for one in seen.values()), Counter())
+    wrong = [how for how in good if how not in ("right", "503", "broken")]
+    other = [how for how in answers if how[0] == "5" and how != "503"]
+    grown = memory[1] / memory[0] - 1
+    lines = log.splitlines()
+    unread = sum(not _is_entry(line) for line in lines)
+    figures = [
+        Figure("requests of good clients", sum(good.values())),
+        Figure("answers that are not the golden ones", good["wrong"], "0", not good["wrong"]),
+        Figure(
+            "good requests that were refused otherwise than by 503 with Retry-After, or broke off",
+            sum(good[how] for how in (*wrong, "broken")) - good["wrong"],
+            "0",
+            not good["broken"] and set(wrong) <= {"wrong"},
+        ),
+        Figure("actions of attackers", sum(answers.values())),
+        Figure(
+            "5xx to attackers other than 503 with Retry-After",
+            sum(answers[how] for how in other),
+            "0",
+            not other,
+        ),
+        Figure("growth of memory", grown, f"at most {MOST_MEMORY:g}", grown <= MOST_MEMORY),
+        Figure("slots and places taken in the end", left, "0", not left),
+        Figure("series of metrics that attackers added", new_series, "0", not new_series),
+        Figure("lines of the log that are no JSON", unread, "0", not unread),
+        Figure(
+            "lines of the log with the key", log.count(key.encode()), "0", key.encode() not in log
+        ),
+        Figure("p99 of good requests in quiet, ms", 1000 * _p99(quiet)),
+    ]
+    for attack, one in seen.items():
+        slower = _p99(one) / _p99(quiet) if one.seconds else np.inf
+        name = attack.__name__.replace("_", " ")
+        bounded = attack not in LOADS
+        figures.append(
+            Figure(
+                f"p99 under {name}, times that in quiet",
+                min(slower, 1e9),
+                f"at most {MOST_SLOWER:g}" if bounded else "",
+                not bounded or slower <= MOST_SLOWER,
+            )
+        )
+    return figures
+
+
+def _p99(seen: Seen) -> float:
+    return float(np.percentile(seen.seconds, 99)) if seen.seconds else 0.0
+
+
+def _is_entry(line: bytes) -> bool:
+    """A line of the log; the address is printed to the same file."""
+    if line.startswith(b"ready http"):
+        return True
+    try:
+        return {"time", "level", "message"} <= json.loads(line).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+def _metrics(server: Server, key: str) -> list[str]:
+    connection = HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    try:
+        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {key}"})
+        return connection.getresponse().read().decode().splitlines()
+    finally:
+        connection.close()
+
+
+def _series(server: Server, key: str) -> int:
+    return sum(not line.startswith("#") for line in _metrics(server, key))
+
+
+def _settle(server: Server, key: str) -> float:
+    """What is taken once everybody is gone, and the server had time to notice."""
+    return sum(settled(lambda: "\n".join(_metrics(server, key))).values())
+
+
+PART = Part(
+    "server",
+    "`thanos-deploy serve` answers good requests rightly and in time while it is attacked.",
+    run,
+)
