@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.reliability import server
 from benchmarks.reliability.__main__ import PARTS
-from benchmarks.reliability.attacks import guessed_keys, half_closed, malformed, overload
+from benchmarks.reliability.attacks import Attack, guessed_keys, half_closed, malformed, overload
 from benchmarks.reliability.part import Figure, Setting
 from benchmarks.reliability.record import BEGIN, END, Result, Results, publish, table
 from benchmarks.reliability.server import Seen
@@ -28,7 +28,7 @@ def broken(
 ) -> list[str]:
     """What is found in a run that is fine but for this."""
     quiet = Seen([0.01] * 100, Counter(right=100))
-    seen = {
+    seen: dict[Attack, Seen] = {
         guessed_keys: Seen([0.01 * slower] * 100, Counter({"right": 99, good: 1})),
         overload: Seen([5.0], Counter({"right": 1, "503": 9}), Counter({"503": 5})),
     }

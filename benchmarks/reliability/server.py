@@ -241,7 +241,7 @@ def _is_entry(line: bytes) -> bool:
     if line.startswith(b"ready http"):
         return True
     try:
-        return {"time", "level", "message"} <= json.loads(line).keys()
+        return bool({"time", "level", "message"} <= json.loads(line).keys())
     except (ValueError, AttributeError):
         return False
 
