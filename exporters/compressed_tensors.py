@@ -110,7 +110,8 @@ def require_held(checkpoint: Checkpoint, grid: Grid) -> None:
 
     Raises:
         UsageError: stock loaders do not take the model or the grid, its weights lie
-            [inputs, outputs], or its inputs do not divide into whole groups.
+            [inputs, outputs] or are those of all experts in one tensor, or its inputs do not
+            divide into whole groups.
     """
     if not grid.symmetric:
         raise UsageError(
@@ -122,6 +123,12 @@ def require_held(checkpoint: Checkpoint, grid: Grid) -> None:
         raise UsageError(
             f"{checkpoint.folder}: its blocks differ in width, which stock loaders do not take",
             fix="prune again with --allocation uniform",
+        )
+    if checkpoint.weights.parts:
+        raise UsageError(
+            f"{checkpoint.folder}: files of type {checkpoint.config.model_type} keep the matrices "
+            "of all experts in one tensor, which compressed-tensors does not know",
+            fix="use --target onnx",
         )
     if checkpoint.family.transposed:
         raise UsageError(

@@ -28,7 +28,7 @@ from runtime.engine import stop_ids
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.model.widths import Widths, of_config
+from thanos_deploy.model.widths import Widths, declared
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.layers import linear_shapes
 from thanos_deploy.pruning.quantise import Codes
@@ -246,8 +246,7 @@ def _older_entries(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _has_own_widths(checkpoint: Checkpoint) -> bool:
     """The blocks have widths that config.json does not state."""
-    stated = of_config(checkpoint.config, checkpoint.family)
-    return any(widths != stated for widths in checkpoint.widths)
+    return declared(checkpoint.folder) is not None
 
 
 def _with_own_widths(writer: Any, checkpoint: Checkpoint, gguf: Any) -> Any:

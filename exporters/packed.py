@@ -10,11 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporters.targets.packed import refuse
-from thanos_deploy.errors import GateError
+from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.model.assignment import describe, every
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.packed_folder import pack_folder, unpack_folder
+from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.model.weights import Weights
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
@@ -54,12 +55,18 @@ def export(
         on_progress: told of every finished step.
 
     Raises:
-        UsageError: no layer holds n:m.
+        UsageError: no layer holds n:m, or the files have the matrices of all experts in one tensor.
         ModelError: a weight does not hold the pattern.
         GateError: what is unpacked differs from the checkpoint.
     """
     patterns = every(checkpoint.linears, pattern)
     refuse(patterns.values())
+    if checkpoint.weights.parts:
+        raise UsageError(
+            f"{checkpoint.folder}: files of type {checkpoint.config.model_type} keep the matrices "
+            "of all experts in one tensor, which cannot be packed",
+            fix="use --target onnx, or the folder of the model as it is",
+        )
     on_progress(0, 2)
     copy_companions(checkpoint.folder, destination, None)
     sizes = pack_folder(
@@ -70,7 +77,7 @@ def export(
             for name, its in patterns.items()
             if isinstance(its, SemiStructured)
         },
-        files=checkpoint.weights.files,
+        files=checkpoint.weights.tensors,
         transposed=checkpoint.family.transposed,
     )
     on_progress(1, 2)
@@ -95,10 +102,9 @@ def require_same(original: Weights, packed: Path) -> None:
     with TemporaryDirectory(dir=packed.parent) as scratch:
         unpack_folder(packed, Path(scratch))
         unpacked = Weights(Path(scratch))
-        for name in original.shapes:
-            (before,), (after,) = (
-                weights.read([name]).values() for weights in (original, unpacked)
-            )
+        for name, shard in original.tensors.items():
+            with TensorFile.open(original.folder / shard) as file:
+                before, after = file.read(name), unpacked.read([name])[name].flatten()
             if before.dtype != after.dtype or not before.equal(after):
                 raise GateError(
                     f"{packed}: {name} is not the same after packing and unpacking",

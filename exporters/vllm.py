@@ -128,7 +128,7 @@ def _pack(checkpoint: Checkpoint, destination: Path, layers: set[str]) -> tuple[
         checkpoint.folder,
         destination,
         {checkpoint.stored_name(f"{name}.weight"): _TWO_FOUR for name in sorted(layers)},
-        files=checkpoint.weights.files,
+        files=checkpoint.weights.tensors,
         transposed=checkpoint.family.transposed,
     )
     config = json.loads((destination / _CONFIG).read_bytes())

@@ -58,6 +58,20 @@ MIXTURES: dict[str, dict[str, object]] = {
     "mixtral": _ROUTED,
     # The first block of this one has a dense feed-forward network.
     "qwen3_moe": {**_ROUTED, "head_dim": 12, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    "gpt_oss": {
+        **_ROUTED,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4,
+            "rope_theta": 150000.0,
+        },
+    },
 }
 
 # Every way in which heads and channels that can be cut out are laid out.

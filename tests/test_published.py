@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import Invoke, stock_model
+from tests.mxfp4 import packed
 from thanos_deploy.model.load import load_tokenizer
 
 BLOCKS, EXPERTS = 2, 4
@@ -54,6 +55,8 @@ class Repository:
         buffers: tensors that are no parameters, by name in the block.
         base: what the library puts before the names, and the files do not.
         renamed: what the library calls a part of a name -> the files.
+        first_shard: number of the first of the shards, as their names have it.
+        mxfp4: the matrices of experts are stored in MXFP4.
     """
 
     config: dict[str, Any]
@@ -67,6 +70,8 @@ class Repository:
     base: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
+    first_shard: int = 1
+    mxfp4: bool = False
 
 
 MASK = torch.ones(1, 1, 128, 128).tril()
@@ -246,6 +251,62 @@ REPOSITORIES = {
             *("model.safetensors.index.json", *_TOKENS, "vocab.json"),
         ),
     ),
+    "openai/gpt-oss-20b": Repository(
+        config={
+            "model_type": "gpt_oss",
+            "architectures": ["GptOssForCausalLM"],
+            "attention_bias": True,
+            "experts_per_token": 2,
+            "head_dim": 8,
+            "initial_context_length": 4,
+            "intermediate_size": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 2,
+            "num_local_experts": EXPERTS,
+            "pad_token_id": 0,
+            "quantization_config": {
+                "modules_to_not_convert": [
+                    *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
+                    *("model.embed_tokens", "lm_head"),
+                ],
+                "quant_method": "mxfp4",
+            },
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "rope_theta": 150000,
+            "router_aux_loss_coef": 0.9,
+            "sliding_window": 16,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": None,
+        },
+        outside=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+        block=(
+            *_pairs(*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.router"),
+            *("self_attn.sinks", "input_layernorm.weight", "post_attention_layernorm.weight"),
+            *(
+                f"mlp.experts.{matrix}_{part}"
+                for matrix in ("gate_up_proj", "down_proj")
+                for part in ("blocks", "scales", "bias")
+            ),
+        ),
+        shards=3,
+        first_shard=0,
+        mxfp4=True,
+        files=(
+            *(".gitattributes", "LICENSE", "README.md", "USAGE_POLICY", "chat_template.jinja"),
+            *(*_JSON, "metal/model.bin", "model.safetensors.index.json", "original/config.json"),
+            *("original/dtypes.json", "original/model.safetensors", "special_tokens_map.json"),
+            *_TOKENS,
+        ),
+    ),
 }
 
 
@@ -283,7 +344,10 @@ def publish(folder: Path, its: Repository) -> None:
         if name in its.files:
             write(folder / name, {"eos_token_id": 0})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    if its.mxfp4:
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / "made")
@@ -299,11 +363,14 @@ def stock_tensors(made: Path) -> dict[str, torch.Tensor]:
 
 
 def write_weights(folder: Path, its: Repository, stock: dict[str, torch.Tensor]) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in stock.items():
         for own, published in its.renamed.items():
             name = name.replace(own, published)
-        tensors[name.removeprefix(its.base)] = tensor.to(its.dtype)
+        if its.mxfp4 and name.endswith((".gate_up_proj", ".down_proj")):
+            tensors |= packed(name, tensor)
+        else:
+            tensors[name.removeprefix(its.base)] = tensor.to(its.dtype)
     if "lm_head.weight" in its.outside and "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # stored twice
     for block in range(BLOCKS):
@@ -312,8 +379,9 @@ def write_weights(folder: Path, its: Repository, stock: dict[str, torch.Tensor])
     if its.shards == 1:
         save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
         return
+    last = its.shards + its.first_shard - 1
     places = {
-        name: f"model-{number % its.shards + 1:05}-of-{its.shards:05}.safetensors"
+        name: f"model-{number % its.shards + its.first_shard:05}-of-{last:05}.safetensors"
         for number, name in enumerate(names(its))
     }
     for shard in sorted(set(places.values())):

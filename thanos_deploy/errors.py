@@ -144,12 +144,12 @@ def boundary(kind: type[DeployError], what: str, *, fix: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, DeployError) or of_system(error) is not None:
             raise
-        raise kind(f"{what} ({_summary(error)})", fix=fix) from error
+        raise kind(f"{what} ({summary(error)})", fix=fix) from error
 
 
-def _summary(error: Exception) -> str:
-    """The type of an exception and the first paragraph of its text; some have pages of it."""
-    text = str(error).strip().partition("\n\n")[0]
+def summary(error: Exception) -> str:
+    """The type of an exception and the first paragraph of its text, in one line."""
+    text = " ".join(str(error).strip().partition("\n\n")[0].split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

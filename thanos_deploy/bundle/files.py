@@ -43,6 +43,19 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def glanced(path: Path) -> Json:
+    """The object in a JSON file of somebody else's, to see what kind of thing it describes.
+
+    Empty where the file cannot be read or holds something else: whoever reads it in earnest says
+    what is wrong with it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_record(path: Path, cls: type[T]) -> T:
     """The record in a JSON file; see `codec.decode` for what its type may be.
 

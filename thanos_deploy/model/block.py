@@ -1,6 +1,8 @@
 """How wide one block of a model is, and was. Standard library only, so that records can be read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from thanos_deploy.bundle.codec import LATER
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,12 +12,14 @@ class Widths:
     Attributes:
         heads: query heads.
         kv_heads: key-value heads; divides `heads`.
-        channels: feed-forward channels.
+        channels: feed-forward channels; of each expert, where there are any.
+        experts: how many there are; 0 for a dense feed-forward network.
     """
 
     heads: int
     kv_heads: int
     channels: int
+    experts: int = field(default=0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)

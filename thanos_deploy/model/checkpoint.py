@@ -111,7 +111,12 @@ class Checkpoint:
         blocks = structures_of(model, family)
         ignored = tuple(sorted(model._keys_to_ignore_on_load_unexpected or ()))
         parameters = Parameters(shapes, family, ignored)
-        return dataclasses.replace(bare, weights=outline, blocks=blocks), parameters
+        if family.experts is not None:
+            widths = tuple(
+                block_widths.with_experts(config, family, bool(block.routed)) for block in blocks
+            )
+        described = dataclasses.replace(bare, weights=outline, widths=widths, blocks=blocks)
+        return described, parameters
 
     @property
     def max_positions(self) -> int:
@@ -135,12 +140,17 @@ class Checkpoint:
             ModelError: its blocks or their experts are not where the row of the family says.
         """
         widths = widths or self.widths
+        config = deepcopy(self.config)  # which it writes to
+        if self.family.experts is not None and widths != self.widths:
+            entries = block_widths.describe(config, self.family, widths) or {}
+            for name, number in entries.items():
+                setattr(config, name, number)
         with init_empty_weights(include_buffers=False):
-            model = pretrained.make_model(deepcopy(self.config))  # which it writes to
+            model = pretrained.make_model(config)
         model.tie_weights()  # without storage every parameter has become one of its own
         experts.separate(model, self.family)
         stock = block_widths.of_config(self.config, self.family)
-        if any(block != stock for block in widths):
+        if self.family.experts is None and any(block != stock for block in widths):
             blocks = blocks_of(model, self.family)
             block_widths.resize(blocks, self.family, widths, self.head_size)
         model.eval()

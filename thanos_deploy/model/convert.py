@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from thanos_deploy.errors import DeployError, ModelError, PlatformError, UsageError
+from thanos_deploy.errors import DeployError, ModelError, PlatformError, UsageError, summary
 from thanos_deploy.model import packed_folder, pretrained
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.families import family_of_gguf
@@ -39,7 +39,7 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
     # The readers index and reshape whatever the file says, so a corrupt one raises anything.
     except Exception as error:
         raise ModelError(
-            f"{gguf}: not a readable GGUF file ({type(error).__name__}: {error})",
+            f"{gguf}: not a readable GGUF file ({summary(error)})",
             fix="download the file again and compare its hash",
         ) from error
     model.save_pretrained(destination)

@@ -6,6 +6,10 @@ multiplies slices of them, so that there is no layer to name, to prune or to ask
 layer for every matrix. Their weights are views of the slices: writing to one changes the parameter.
 """
 
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,36 +17,38 @@ from thanos_deploy.errors import ModelError
 from thanos_deploy.model.families import Experts, Family
 from thanos_deploy.model.structure import blocks_of
 
-_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+BIAS = "_bias"
+
+# [tokens, channels] of the gate and of what it gates -> [tokens, channels].
+Gate = Callable[[Tensor, Tensor], Tensor]
 
 
 class Expert(nn.Module):
-    """One expert: down(activation(gate(x)) * up(x)).
+    """One expert: down(gated(gate(x), up(x))).
 
-    `reads` and `channels` compute nothing. They are called with what gate and up read, and with
-    what down reads, of all experts before any layer of the step multiplies: so all statistics of a
-    step can be had before one of its layers changes.
+    `reads`, `channels` and `gives` compute nothing. The first two are called with what gate and up
+    read, and with what down reads, of all experts before any layer of the step multiplies: so all
+    statistics of a step can be had before one of its layers changes. The third is called with what
+    the expert adds to the hidden states, weights of the router included.
     """
 
-    def __init__(
-        self, names: Experts, gate_up: Tensor, down: Tensor, activation: nn.Module
-    ) -> None:
-        """Make layers of views.
+    def __init__(self, layers: Mapping[str, nn.Linear], names: Experts, gate: Gate) -> None:
+        """Take layers.
 
         Args:
-            names: of the layers.
-            gate_up: [2 x channels, hidden size].
-            down: [hidden size, channels].
-            activation: of the gate.
+            layers: of it, by their names.
+            names: which is which.
+            gate: what joins the two that make channels.
         """
         super().__init__()
-        gate, up = gate_up.chunk(2)
-        for name, weight in ((names.gate, gate), (names.up, up), (names.down, down)):
-            self.add_module(name, _linear(weight))
+        for name, layer in layers.items():
+            self.add_module(name, layer)
         self._names = names
-        self.activation = activation
+        self._gate = gate
         self.reads = nn.Identity()
         self.channels = nn.Identity()
+        self.gives = nn.Identity()
 
     def entrance(self, layer: str) -> nn.Module:
         """What is called with the input of a layer, as its one argument."""
@@ -51,8 +57,7 @@ class Expert(nn.Module):
     def gated(self, states: Tensor) -> Tensor:
         """[tokens, hidden size] -> [tokens, channels]."""
         gate, up = (self.get_submodule(name) for name in (self._names.gate, self._names.up))
-        gated: Tensor = self.activation(gate(states)) * up(states)
-        return gated
+        return self._gate(gate(states), up(states))
 
     def out(self, channels: Tensor) -> Tensor:
         """[tokens, channels] -> [tokens, hidden size]."""
@@ -83,7 +88,7 @@ class SeparateExperts(nn.ModuleList):
         gated = [expert.channels(one) for expert, one in zip(experts, gated, strict=True)]
         total = torch.zeros_like(states)
         for expert, (tokens, place), channels in zip(experts, places, gated, strict=True):
-            made = expert.out(channels) * weights[tokens, place, None]
+            made = expert.gives(expert.out(channels) * weights[tokens, place, None])
             total.index_add_(0, tokens, made.to(total.dtype))
         return total
 
@@ -126,17 +131,55 @@ def separate(model: nn.Module, family: Family) -> None:
 
 
 def _separated(held: nn.Module, names: Experts, place: str) -> SeparateExperts:
-    _require_known(held, place)
-    gate_up, down = held.get_parameter(_GATE_UP), held.get_parameter(_DOWN)
-    activation = held.get_submodule("act_fn")
+    _require_known(held, names, place)
+    gate = _interleaved(held) if names.fused else _activated(held)
+    parameters = {name: one.detach() for name, one in held.named_parameters()}
+    count = len(parameters[DOWN])
     return SeparateExperts(
-        Expert(names, rows, columns, activation)
-        for rows, columns in zip(gate_up.detach(), down.detach(), strict=True)
+        Expert(_layers({name: one[number] for name, one in parameters.items()}, names), names, gate)
+        for number in range(count)
     )
 
 
-def _require_known(held: nn.Module, place: str) -> None:
-    """Refuse experts of another kind.
+def _layers(own: Mapping[str, Tensor], names: Experts) -> dict[str, nn.Linear]:
+    """The layers of one expert, of views of its part of each parameter."""
+    if not names.fused:
+        gate, up = own[GATE_UP].chunk(2)
+        return {names.gate: _linear(gate), names.up: _linear(up), names.down: _linear(own[DOWN])}
+    return {
+        name: _linear(matrix.T[rows], bias[rows])
+        for name, matrix, bias, rows in (
+            (names.gate, own[GATE_UP], own[GATE_UP + BIAS], slice(0, None, 2)),
+            (names.up, own[GATE_UP], own[GATE_UP + BIAS], slice(1, None, 2)),
+            (names.down, own[DOWN], own[DOWN + BIAS], slice(None)),
+        )
+    }
+
+
+def _activated(held: nn.Module) -> Gate:
+    """The gate of most experts: activation(gate) * up."""
+    activation = held.get_submodule("act_fn")
+
+    def gate(gates: Tensor, ups: Tensor) -> Tensor:
+        gated: Tensor = activation(gates) * ups
+        return gated
+
+    return gate
+
+
+def _interleaved(held: Any) -> Gate:
+    """A gate that the library has for the module alone, of gates and what they gate in turns."""
+    rule, numbers = type(held)._apply_gate, {"alpha": held.alpha, "limit": held.limit}
+
+    def gate(gates: Tensor, ups: Tensor) -> Tensor:
+        gated: Tensor = rule(SimpleNamespace(**numbers), torch.stack((gates, ups), -1).flatten(-2))
+        return gated
+
+    return gate
+
+
+def _require_known(held: nn.Module, names: Experts, place: str) -> None:
+    """Refuse experts of another kind than the row of the family says.
 
     The library says of what kind its experts are by attributes, which `use_experts_implementation`
     sets, and by `_apply_gate`, which it adds to classes that have none of their own.
@@ -147,10 +190,10 @@ def _require_known(held: nn.Module, place: str) -> None:
     shapes = {name: tuple(one.shape) for name, one in held.named_parameters()}
     kinds = {
         "has_gate": True,
-        "has_bias": False,
+        "has_bias": names.fused,
         "has_post_expert_norm": False,
-        "is_transposed": False,
-        "is_concatenated": True,
+        "is_transposed": names.fused,
+        "is_concatenated": not names.fused,
     }
     odd = [
         f"{kind} is {seen}"
@@ -158,16 +201,17 @@ def _require_known(held: nn.Module, place: str) -> None:
         if (seen := getattr(held, kind, wanted)) is not wanted
     ]
     gate = getattr(type(held), "_apply_gate", None)
-    if gate is not None and gate.__module__ == type(held).__module__:
-        odd.append("its gate is of its own")
-    if set(shapes) != {_GATE_UP, _DOWN}:
+    own = gate is not None and gate.__module__ == type(held).__module__
+    if own is not names.fused:
+        odd.append(f"its gate is {'' if own else 'not '}of its own")
+    matrices = {GATE_UP, DOWN}
+    if set(shapes) != matrices | ({one + BIAS for one in matrices} if names.fused else set()):
         odd.append(f"its parameters are {shapes}")
-    elif not (
-        len(shapes[_GATE_UP]) == len(shapes[_DOWN]) == 3
-        and shapes[_GATE_UP] == (shapes[_DOWN][0], 2 * shapes[_DOWN][2], shapes[_DOWN][1])
-    ):
+    elif not len(shapes[GATE_UP]) == len(shapes[DOWN]) == 3 or _sizes(
+        shapes[GATE_UP], names
+    ) != _doubled(_sizes(shapes[DOWN], names)):
         odd.append(f"its parameters have the shapes {shapes}")
-    if not isinstance(getattr(held, "act_fn", None), nn.Module):
+    if not names.fused and not isinstance(getattr(held, "act_fn", None), nn.Module):
         odd.append("it has no activation `act_fn`")
     if odd:
         raise ModelError(
@@ -177,9 +221,24 @@ def _require_known(held: nn.Module, place: str) -> None:
         )
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """A layer whose weight is a view, [outputs, inputs]."""
+def _sizes(shape: tuple[int, ...], names: Experts) -> tuple[int, int, int]:
+    """Experts, outputs and inputs of a parameter."""
+    experts, *sides = shape
+    inputs, outputs = sides if names.fused else reversed(sides)
+    return experts, outputs, inputs
+
+
+def _doubled(down: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The sizes of `gate_up_proj` that go with those of `down_proj`."""
+    experts, hidden, channels = down
+    return experts, 2 * channels, hidden
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer whose weight is a view, [outputs, inputs], and so is its bias."""
     outputs, inputs = weight.shape
-    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer

@@ -7,7 +7,7 @@ has from the block; see `structure`. `docs/develop/add-a-family.md` adds a famil
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from thanos_deploy.errors import ModelError
 
@@ -92,19 +92,34 @@ class Channels:
 class Experts:
     """Feed-forward networks among which a router chooses for each token.
 
-    The library keeps the matrices of all experts of a block in two parameters: `gate_up_proj`,
-    [experts, 2 x channels, hidden size], and `down_proj`, [experts, hidden size, channels]. Files
-    keep every matrix by itself, and so does this project; see `experts`.
+    The library keeps the matrices of all experts of a block in two parameters, `gate_up_proj` and
+    `down_proj`. This project keeps every matrix by itself, as most files do; see `experts`.
 
     Attributes:
         module: the module with these parameters, seen from the block.
-        gate, up, down: what files call the three linear layers of an expert.
+        gate, up, down: what the three linear layers of an expert are called.
+        router: the module whose weight has a row for each expert, seen from the block.
+        count: entry of config.json with the number of experts.
+        channels: entry with the channels of an expert.
+        fused: files keep the matrices as the library does, and biases beside them; see `fused`.
     """
 
     module: str
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "mlp.gate"
+    count: str = "num_experts"
+    channels: str = "intermediate_size"
+    fused: bool = False
+
+    def producers(self, expert: object) -> tuple[str, str]:
+        """The layers of an expert, by its number or `EXPERT`, with a row for each channel."""
+        return f"{self.module}.{expert}.{self.gate}", f"{self.module}.{expert}.{self.up}"
+
+    def consumer(self, expert: object) -> str:
+        """The layer with a column for each channel."""
+        return f"{self.module}.{expert}.{self.down}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,32 +276,47 @@ _PHI = replace(
     ),
 )
 
+_QWEN_EXPERTS = Experts("mlp.experts", channels="moe_intermediate_size")
+
 _QWEN_MOE = replace(
     _LLAMA,
     model_types=("qwen3_moe",),
+    # Some blocks have a dense feed-forward network.
     inputs=(
         *_LLAMA.inputs,
-        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
-        ("mlp.experts.*.down_proj",),
+        _QWEN_EXPERTS.producers(EXPERT),
+        (_QWEN_EXPERTS.consumer(EXPERT),),
     ),
-    experts=Experts("mlp.experts"),
+    experts=_QWEN_EXPERTS,
     gguf={},
     readings=(),
 )
 
-_MIXTRAL = replace(
-    _LLAMA,
-    model_types=("mixtral",),
-    inputs=(
-        *_LLAMA.inputs[:2],
-        ("mlp.experts.*.w1", "mlp.experts.*.w3"),
-        ("mlp.experts.*.w2",),
-    ),
-    channels=Channels(("mlp.experts.*.w1", "mlp.experts.*.w3"), "mlp.experts.*.w2"),
-    experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
+
+def _of_experts(model_type: str, experts: Experts, **others: Any) -> Family:
+    """A row like llama's whose blocks have experts alone."""
+    producers, consumer = experts.producers(EXPERT), experts.consumer(EXPERT)
+    return replace(
+        _LLAMA,
+        model_types=(model_type,),
+        inputs=(*_LLAMA.inputs[:2], producers, (consumer,)),
+        channels=Channels(producers, consumer),
+        experts=experts,
+        gguf={},
+        readings=(),
+        **others,
+    )
+
+
+_MIXTRAL = _of_experts(
+    "mixtral",
+    Experts("mlp.experts", gate="w1", up="w3", down="w2", count="num_local_experts"),
     renamed={".block_sparse_moe.": ".mlp."},
-    gguf={},
-    readings=(),
+)
+
+_GPT_OSS = _of_experts(
+    "gpt_oss",
+    Experts("mlp.experts", router="mlp.router", count="num_local_experts", fused=True),
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -296,6 +326,7 @@ FAMILIES: tuple[Family, ...] = (
     _PHI,
     _QWEN_MOE,
     _MIXTRAL,
+    _GPT_OSS,
     Family(
         model_types=("opt",),
         blocks="model.decoder.layers",

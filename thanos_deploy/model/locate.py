@@ -11,6 +11,7 @@ from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import packed_folder
 from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.companions import COMPANIONS, companions
+from thanos_deploy.model.mxfp4 import is_mxfp4
 from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.model.text_part import wrapper_of
 from thanos_deploy.model.weights import SINGLE, shards
@@ -35,6 +36,7 @@ class LocatedModel:
             self.source.kind != "gguf"
             and not packed_folder.is_packed(self.path)
             and wrapper_of(self.path) is None
+            and not is_mxfp4(self.path)
         )
 
 

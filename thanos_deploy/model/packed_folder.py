@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import names
-from thanos_deploy.bundle.files import Json, sha256, sha256_of, write_json
+from thanos_deploy.bundle.files import Json, glanced, sha256, sha256_of, write_json
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.model import weights
 from thanos_deploy.model.packing import pack, unpack
@@ -310,12 +310,7 @@ def _require_known(path: Path, name: str, dtype: str) -> None:
 
 
 def _is_bitmask(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False  # whoever opens the folder says what is wrong with it
-    if not isinstance(config, dict):
-        return False
+    config = glanced(folder / "config.json")
     for key in ("quantization_config", "compression_config"):
         settings = config.get(key)
         sparsity = settings.get("sparsity_config") if isinstance(settings, dict) else None

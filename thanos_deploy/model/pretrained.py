@@ -32,7 +32,14 @@ from transformers import (
 
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.errors import CalibrationError, DeployError, ModelError, PlatformError, boundary
+from thanos_deploy.errors import (
+    CalibrationError,
+    DeployError,
+    ModelError,
+    PlatformError,
+    boundary,
+    summary,
+)
 from thanos_deploy.model import tokenizer_files
 
 ADAPTER = "adapter_config.json"
@@ -83,12 +90,7 @@ def load_model(
     Raises:
         ModelError: it does not load, or not without code of its own.
     """
-    if (folder / ADAPTER).exists():
-        raise ModelError(
-            f"{folder / ADAPTER}: is an adapter; its base model would be read from a place that "
-            "this file names",
-            fix="merge the adapter into its base model, save that, and remove this file",
-        )
+    require_no_adapter(folder)
     loader: Any = own or AutoModelForCausalLM
     with _refusing(folder, "the model does not load", "config.json"):
         model, information = loader.from_pretrained(
@@ -101,6 +103,20 @@ def load_model(
             local_files_only=True,
         )
     return model, sorted(information["missing_keys"])
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter, which the library would follow to another model.
+
+    Raises:
+        ModelError: it has one.
+    """
+    if (folder / ADAPTER).exists():
+        raise ModelError(
+            f"{folder / ADAPTER}: is an adapter; its base model would be read from a place that "
+            "this file names",
+            fix="merge the adapter into its base model, save that, and remove this file",
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -272,7 +288,7 @@ def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
                 fix="use a model of a supported type whose tokenizer is saved as tokenizer.json",
             ) from error
         raise ModelError(
-            f"{folder}: {what} ({type(error).__name__}: {error})",
+            f"{folder}: {what} ({summary(error)})",
             fix="put the model's tokenizer.json and tokenizer_config.json there"
             if file.startswith("tokenizer")
             else "check the folder with `thanos-deploy prune --dry-run`, or fetch it again",
@@ -281,12 +297,5 @@ def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
 
 def _code(path: Path) -> str:
     """What a JSON file names as code of its own; empty if there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return ""  # whoever reads the file says what is wrong with it
-    return (
-        json.dumps(content["auto_map"])
-        if isinstance(content, dict) and content.get("auto_map")
-        else ""
-    )
+    named = files.glanced(path).get("auto_map")
+    return json.dumps(named) if named else ""

@@ -157,6 +157,10 @@ class TensorFile:
         """Size of all tensors."""
         return sum(math.prod(shape) * kind.itemsize for kind, shape in self.kinds.values())
 
+    def fill(self) -> None:
+        """Give a file that was created its final size; what is not written yet reads as zeros."""
+        os.ftruncate(self._descriptor, min(self._begins.values()) + self.size)
+
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Write a tensor, or a piece of it from its entry number `start` on; in its dtype."""
         dtype, shape = self.kinds[name]

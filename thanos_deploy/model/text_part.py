@@ -5,7 +5,6 @@ those of a known type do. On text alone its positions are those of a text too. S
 is taken out, under the names that the known type has, and everything else goes by that type.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,11 +57,7 @@ _OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")
 
 def wrapper_of(folder: Path) -> Wrapper | None:
     """The kind of model of texts and images that a folder has; None if it has none."""
-    try:
-        content = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None  # whoever opens the model says what is wrong
-    return WRAPPERS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
+    return WRAPPERS.get(str(files.glanced(folder / "config.json").get("model_type")))
 
 
 def write_text_part(folder: Path, destination: Path) -> None:

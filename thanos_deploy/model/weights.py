@@ -7,7 +7,7 @@ neither counted nor read nor written, as the library's loader makes them itself.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +18,7 @@ from thanos_deploy.bundle import files, names
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model import download
+from thanos_deploy.model.fused import Part, parts_of, whole_shapes
 from thanos_deploy.model.parameters import Parameters
 from thanos_deploy.model.tensorfile import DTYPES, INDEX, Entry, TensorFile, entries
 
@@ -38,6 +39,8 @@ class Weights:
         shapes: stored name -> shape.
         dtypes: stored name -> dtype as stored.
         files: stored name -> file name of its shard.
+        parts: stored name -> where it is, for what is part of a tensor; such a name is made up, and
+            stands for the part everywhere else.
 
     Raises:
         ModelError: a file is missing or corrupt, or a parameter is stored in another dtype than
@@ -54,6 +57,11 @@ class Weights:
         """
         self.folder = folder
         found, files = self._entries()
+        experts = None if parameters is None else parameters.family.experts
+        self.parts: Mapping[str, Part] = {}
+        if experts is not None and experts.fused:
+            self.parts = parts_of(found, experts)
+            found, files = _in_parts(found, files, self.parts)
         tensors = (
             {name: [name] for name in found} if parameters is None else parameters.stored(found)
         )
@@ -75,7 +83,17 @@ class Weights:
             self.files[name] = files[name]
         for first, *others in tensors.values():
             for other in others:
-                self._require_same(found[first], found[other], files)
+                if first not in self.parts:  # no part is tied
+                    self._require_same(found[first], found[other], files)
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Name -> file name of its shard, of the tensors that the files really have."""
+        return {self.stored_in(name): file for name, file in self.files.items()}
+
+    def stored_in(self, name: str) -> str:
+        """The name of the tensor that a stored name is, or is part of."""
+        return self.parts[name].tensor if name in self.parts else name
 
     def _entries(self) -> tuple[dict[str, Entry], dict[str, str]]:
         """What is stored, by name, in the order of the files, and the file name of each."""
@@ -180,8 +198,7 @@ class Weights:
         entries, bad = math.prod(self.shapes[name]), 0
         path = self.folder / self.files[name]
         with TensorFile.open(path) as file:
-            for start, stop in _bounds(self.shapes[name]):
-                piece = file.read(name, start, stop)
+            for start, piece in self._pieces(file, name):
                 bad += int((~piece.isfinite()).sum())
                 yield start, piece
         if bad:
@@ -189,6 +206,32 @@ class Weights:
                 f"{path}: {bad} of {entries} entries of {name} are NaN or infinite",
                 fix="the checkpoint is damaged; fetch it again or use another one",
             )
+
+    def _pieces(self, file: TensorFile, name: str) -> Iterator[tuple[int, Tensor]]:
+        if name in self.parts:
+            yield 0, self.parts[name].read(file).flatten()
+            return
+        for start, stop in _bounds(self.shapes[name]):
+            yield start, file.read(name, start, stop)
+
+
+def _in_parts(
+    found: Mapping[str, Entry], files: Mapping[str, str], parts: Mapping[str, Part]
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and their files, with parts in the places of the tensors that they are of."""
+    of_tensor: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        of_tensor.setdefault(part.tensor, []).append(name)
+    entries_, places = {}, {}
+    for tensor, entry in found.items():
+        for name in of_tensor.get(tensor, [tensor]):
+            places[name] = files[tensor]
+            if name in parts:
+                shape = parts[name].shape(entry.shape)
+                entries_[name] = Entry(name, entry.dtype, shape, entry.begin, entry.end)
+            else:
+                entries_[name] = entry
+    return entries_, places
 
 
 def _bounds(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -258,6 +301,7 @@ class Outline(Weights):
         self.shapes = shapes
         self.dtypes = dict.fromkeys(shapes, dtype)
         self.files = {}
+        self.parts = {}
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device = CPU
@@ -289,6 +333,7 @@ class WeightsCopy:
         destination: Path | None,
         dtype: torch.dtype | None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        gone: Collection[str] = (),
     ) -> None:
         """Create the files.
 
@@ -297,26 +342,39 @@ class WeightsCopy:
             destination: the folder to write to; None to write nothing, where another process does.
             dtype: what to store, or None to keep each tensor's own.
             shapes: name -> shape of the tensors that will have another shape.
+            gone: names of the tensors that the copy does not have.
         """
         shapes = {**original.shapes, **(shapes or {})}
         self._dtypes = {name: dtype or own for name, own in original.dtypes.items()}
-        self._missing = dict.fromkeys(original.shapes)
+        self._shapes = {name: shapes[name] for name in original.shapes if name not in gone}
+        self._parts = original.parts
+        self._missing = dict.fromkeys(self._shapes)
         self._files: dict[str, TensorFile] = {}
         self.bytes = 0
         if destination is None:
             self._missing.clear()
             return
+        fused = whole_shapes(
+            (its, shapes[name]) for name, its in self._parts.items() if name in self._shapes
+        )
+        places: dict[str, str] = {}
         for shard in dict.fromkeys(original.files.values()):
+            own = [name for name in self._shapes if original.files[name] == shard]
+            stored = {name: original.stored_in(name) for name in own}
             kinds = {
-                name: (self._dtypes[name], shapes[name])
-                for name, file in original.files.items()
-                if file == shard
+                stored[name]: (self._dtypes[name], fused.get(stored[name], shapes[name]))
+                for name in own
             }
+            if not kinds:
+                continue
             file = TensorFile.create(destination / shard, kinds)
-            self._files.update(dict.fromkeys(kinds, file))
+            if fused:
+                file.fill()
+            self._files.update(dict.fromkeys(own, file))
+            places.update(dict.fromkeys(kinds, shard))
             self.bytes += file.size
         if (original.folder / INDEX).exists():
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": original.files}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": places}
             files.write_json(destination / INDEX, index)
 
     @property
@@ -335,7 +393,7 @@ class WeightsCopy:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""
-        kind, expected = (tensor.dtype, tuple(tensor.shape)), self._files[name].kinds[name]
+        kind, expected = (tensor.dtype, tuple(tensor.shape)), (self.dtype(name), self._shapes[name])
         assert kind == expected, f"{name}: {kind} instead of {expected}"
         self.write_pieces(name, [(0, tensor)])
 
@@ -343,7 +401,11 @@ class WeightsCopy:
         """Write one tensor in pieces; see `Weights.pieces`."""
         del self._missing[name]
         for start, piece in pieces:
-            self._files[name].write(name, piece, start)
+            if name in self._parts:  # which are read and written whole
+                whole = piece.detach().cpu().reshape(self._shapes[name])
+                self._parts[name].write(self._files[name], whole)
+            else:
+                self._files[name].write(name, piece, start)
 
     def __enter__(self) -> "WeightsCopy":
         return self

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
 from thanos_deploy.model.block import Widths as Widths
-from thanos_deploy.model.families import Family, Width
+from thanos_deploy.model.families import Experts, Family, Width
 
 FILE = "widths.json"
 
@@ -44,6 +44,16 @@ def of_config(config: PretrainedConfig, family: Family) -> Widths:
     )
 
 
+def with_experts(config: PretrainedConfig, family: Family, routed: bool) -> Widths:
+    """The same for a block of a family with experts: one that has some, or a dense one."""
+    dense = of_config(config, family)
+    if not routed or family.experts is None:
+        return dense
+    names = family.experts
+    channels, count = (int(getattr(config, entry)) for entry in (names.channels, names.count))
+    return Widths(dense.heads, dense.kv_heads, channels, count)
+
+
 def head_size(config: PretrainedConfig) -> int:
     """Channels of one attention head."""
     stated = getattr(config, "head_dim", None)
@@ -60,6 +70,8 @@ def describe(
         differ, the family has no entry for the size of a head, or its own check refuses the
         numbers.
     """
+    if family.experts is not None:
+        return _of_experts(config, family.experts, blocks)
     old, new = of_config(config, family), blocks[0]
     if any(block != new for block in blocks):
         return None
@@ -75,6 +87,20 @@ def describe(
     except StrictDataclassError:
         return None
     return entries
+
+
+def _of_experts(
+    config: PretrainedConfig, names: Experts, blocks: Sequence[Widths]
+) -> dict[str, int] | None:
+    """The entries for experts: how many, and their channels, alike in all blocks that have some."""
+    found = {(block.experts, block.channels) for block in blocks if block.experts}
+    if len(found) != 1:
+        return None
+    ((count, channels),) = found
+    known = config.attribute_map or {}
+    aliases = {one for pair in known.items() if names.count in pair for one in pair}
+    written = {name: count for name in (names.count, *sorted(aliases))}
+    return {**written, names.channels: channels}
 
 
 def declare(folder: Path, blocks: Sequence[Widths]) -> None:

@@ -18,6 +18,7 @@ from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_memory, convert_packed
 from thanos_deploy.model.locate import LocatedModel, hash_folder, locate
+from thanos_deploy.model.mxfp4 import is_mxfp4, write_bfloat16
 from thanos_deploy.model.packed_folder import is_packed
 from thanos_deploy.model.text_part import write_text_part
 from thanos_deploy.progress import Announce, quietly
@@ -72,6 +73,8 @@ class Dense:
                 convert = convert_gguf
             elif is_packed(self._path):
                 convert = convert_packed
+            elif is_mxfp4(self._path):
+                convert = write_bfloat16
             convert(self._path, folder / layout.MODEL)
             progress(1, 1)
             return Nothing()

@@ -28,6 +28,7 @@ from thanos_deploy.measure.options import BenchRequest, EvalRequest
 from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.model.locate import LocatedModel
+from thanos_deploy.model.pretrained import require_no_adapter
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.ranks.start import together
@@ -160,6 +161,7 @@ def _refuse_beforehand(
     bundle.check(EVAL, evaluation.recorded, overwrite=overwrite)
     check_bench(bundle, benchmarking, [DENSE, PRUNED], overwrite=overwrite)
     source = dense.checkpoint(announce)
+    require_no_adapter(source.folder)
     check(source, request)
     benchmarking.check(source.max_positions)
     seen, *_ = calibration(source, request.data)

@@ -9,14 +9,20 @@ import exporters.onnx.graph
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.conftest import EVERY_TYPE, MODEL_TYPES, MakeModel
 from tests.model_types import MIXTURES
+from tests.test_published import REPOSITORIES
 from tests.thanos_deploy.model.test_experts import write_mixture
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 
+# Exported by tests/test_published.py, which holds the same limit.
+PUBLISHED = {str(its.config["model_type"]) for its in REPOSITORIES.values()}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted({*EVERY_TYPE, *MIXTURES} - {*MODEL_TYPES}))
+@pytest.mark.parametrize(
+    "model_type", sorted({*EVERY_TYPE, *MIXTURES} - {*MODEL_TYPES} - PUBLISHED)
+)
 def test_a_graph_computes_what_the_model_does(
     make_model: MakeModel, tmp_path: Path, model_type: str
 ) -> None:

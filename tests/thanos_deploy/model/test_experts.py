@@ -27,26 +27,22 @@ from thanos_deploy.pruning import owl
 from thanos_deploy.pruning.layers import prune
 from thanos_deploy.pruning.recipe import Owl
 from thanos_deploy.pruning.result import PrunedBlock
-from thanos_deploy.shrink import cut
 
 SEGMENTS = torch.randint(VOCABULARY, (6, 60), generator=torch.Generator().manual_seed(0))
 TWO_FOUR = SemiStructured(2, 4)
 
 _LLAMA = families.family_of("llama")
 QWEN, MIXTRAL = families.family_of("qwen3_moe"), families.family_of("mixtral")
-OSS = replace(_LLAMA, model_types=("gpt_oss",), experts=Experts("mlp.experts"))
+OSS = families.family_of("gpt_oss")
 
 EXPERTS = 4
 ROUTED, MIXED = MIXTURES["mixtral"], MIXTURES["qwen3_moe"]
 
 every_mixture = pytest.mark.parametrize(
-    ("family", "sizes"), [(MIXTRAL, ROUTED), (QWEN, MIXED)], ids=["mixtral", "qwen3_moe"]
+    ("family", "sizes"),
+    [(families.family_of(name), sizes) for name, sizes in MIXTURES.items()],
+    ids=list(MIXTURES),
 )
-
-
-@pytest.fixture(autouse=True)
-def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, OSS))
 
 
 def write_mixture(folder: Path, family: Family, sizes: dict[str, Any]) -> Path:
@@ -69,6 +65,29 @@ def write_mixture(folder: Path, family: Family, sizes: dict[str, Any]) -> Path:
     return folder
 
 
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the files, with those of gpt_oss that hold all experts taken apart, entry by entry."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        place, _, end = name.rpartition(".")
+        if not end.startswith(("gate_up_proj", "down_proj")) or end.endswith("weight"):
+            found[name] = tensor
+            continue
+        if not place.endswith("experts"):
+            found[name] = tensor
+            continue
+        kind = "bias" if end.endswith("_bias") else "weight"
+        for expert, own in enumerate(tensor):
+            rows = own.T if kind == "weight" else own  # outputs first
+            if end.startswith("down"):
+                found[f"{place}.{expert}.down_proj.{kind}"] = rows
+                continue
+            for first, layer in enumerate(("gate_proj", "up_proj")):
+                picked = [rows[row] for row in range(first, len(rows), 2)]
+                found[f"{place}.{expert}.{layer}.{kind}"] = torch.stack(picked)
+    return found
+
+
 def test_each_block_has_the_linear_layers_that_it_has(tmp_path: Path) -> None:
     first, second = Checkpoint.open(write_mixture(tmp_path, QWEN, MIXED)).blocks
     attention = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -89,16 +108,19 @@ def test_every_weight_that_files_keep_goes_by_one_name(
     tmp_path: Path, family: Family, sizes: dict[str, Any]
 ) -> None:
     checkpoint = Checkpoint.open(write_mixture(tmp_path, family, sizes))
-    stored = load_file(tmp_path / "model.safetensors")
+    stored = tensors_of(tmp_path)
     assert set(checkpoint.weights.stored.values()) == set(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(checkpoint.weights.read([name])[name], tensor), name
     pruned = {checkpoint.stored_name(f"{name}.weight") for name in checkpoint.linears}
     in_blocks = {name for name, one in stored.items() if ".layers." in name and one.ndim == 2}
     routers = in_blocks - pruned
-    assert all(name.endswith(".gate.weight") for name in routers)
+    assert all(name.endswith((".gate.weight", ".router.weight")) for name in routers)
     parts = part_bytes(checkpoint)
     assert sum(parts.values()) == sum(one.nbytes for one in stored.values())
     attention = {name for name in in_blocks if ".self_attn." in name}
-    assert parts["mlp"] == sum(stored[name].nbytes for name in in_blocks - attention)
+    biases = {name for name in stored if ".experts." in name and name.endswith(".bias")}
+    assert parts["mlp"] == sum(stored[one].nbytes for one in (in_blocks - attention) | biases)
 
 
 def test_a_matrix_is_a_slice_of_what_the_library_keeps(tmp_path: Path) -> None:
@@ -176,9 +198,7 @@ def test_every_expert_is_pruned_and_the_stock_loader_takes_it(
     checkpoint = Checkpoint.open(write_mixture(tmp_path / "dense", family, sizes))
     blocks = pruned(checkpoint, tmp_path / "pruned", method)
     assert [layer.name for block in blocks for layer in block.layers] == list(checkpoint.linears)
-    before, after = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("dense", "pruned")
-    )
+    before, after = (tensors_of(tmp_path / name) for name in ("dense", "pruned"))
     assert before.keys() == after.keys()
     matrices = {checkpoint.stored_name(f"{name}.weight") for name in checkpoint.linears}
     for name, weight in after.items():
@@ -186,7 +206,11 @@ def test_every_expert_is_pruned_and_the_stock_loader_takes_it(
             assert bool(((weight != 0).reshape(-1, 4).sum(dim=1) == 2).all()), name
         kept = weight != 0 if name in matrices else torch.ones_like(weight, dtype=torch.bool)
         assert torch.equal(weight[kept], before[name][kept]), name
-    model = stock_model(tmp_path / "pruned", experts_implementation="eager")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pruned", experts_implementation="eager", output_loading_info=True
+    )
+    model, information = loaded
+    assert not any(information.values()), information
     wanted = load_model(tmp_path / "pruned")(SEGMENTS).logits
     torch.testing.assert_close(model(SEGMENTS).logits, wanted, rtol=1e-4, atol=1e-5)
     assert model.generate(SEGMENTS[:1, :3], max_new_tokens=4, do_sample=False).shape[1] > 3
@@ -245,8 +269,12 @@ def test_outliers_of_experts_are_counted(tmp_path: Path) -> None:
     assert isinstance(owl.allocate(ratios, layers, 0.5, Owl())[checkpoint.linears[0]], Unstructured)
 
 
-def test_experts_of_another_kind_are_refused_with_the_reason(tmp_path: Path) -> None:
-    folder = write_mixture(tmp_path, OSS, {**ROUTED, "head_dim": 8, "rope_parameters": None})
+def test_experts_of_another_kind_are_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_mixture(tmp_path, OSS, MIXTURES["gpt_oss"])
+    other = replace(OSS, experts=Experts("mlp.experts"))
+    monkeypatch.setattr(families, "FAMILIES", (other,))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts.*has_bias is True.*gate"):
         Checkpoint.open(folder)
 
@@ -267,8 +295,3 @@ def test_a_row_that_leaves_a_linear_layer_out_is_refused(
     monkeypatch.setattr(families, "FAMILIES", (replace(QWEN, inputs=QWEN.inputs[:-1]),))
     with pytest.raises(ModelError, match=r"does not name: mlp\.experts\.0\.down_proj"):
         Checkpoint.open(folder)
-
-
-def test_experts_cannot_be_cut(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="experts"):
-        cut.check(Checkpoint.open(write_mixture(tmp_path, MIXTRAL, ROUTED)))

@@ -101,6 +101,18 @@ def test_a_folder_with_an_adapter_alone_says_to_merge_it(
     assert "merge_and_unload" in errors
 
 
+def test_an_adapter_beside_a_model_is_found_before_the_work(
+    tmp_path: Path, tiny_llama: Path, invoke: Invoke
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    code, _, errors = invoke(
+        "prune-export", model, "--pattern", "2:4", "-o", tmp_path / "o", "--dry-run"
+    )
+    assert code == 3
+    assert "adapter_config.json: is an adapter" in errors
+
+
 def test_tokens_that_the_model_has_no_embedding_for_are_found_by_a_dry_run(
     make_model: MakeModel, tmp_path: Path, invoke: Invoke
 ) -> None:
