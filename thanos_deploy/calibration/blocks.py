@@ -1,7 +1,7 @@
 """Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -300,6 +300,38 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
                 if name not in counted:
                     counted[name] = Statistics.empty(x.shape[1], device=x.device)
                 counted[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
+        sums.add(counted)
+    return sums.finish()
+
+
+def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, Statistics]:
+    """Run the data through a block, and add up the norms of what some modules are called with.
+
+    Args:
+        walk: the model.
+        entrances: by a name, a module of the block whose argument is [tokens, cols].
+
+    Returns:
+        by the same names: of one column, the Euclidean norm of each token.
+    """
+    sums = walk.sums(list(entrances))
+    for shard in sums.shards:
+        counted: dict[str, Statistics] = {}
+
+        def count(name: str, x: Tensor, counted: dict[str, Statistics] = counted) -> None:
+            if name not in counted:
+                counted[name] = Statistics.empty(1, device=x.device)
+            counted[name].add(x.float().norm(dim=-1, keepdim=True), None)
+
+        handles = [
+            module.register_forward_pre_hook(lambda _, seen, name=name: count(name, seen[0]))
+            for name, module in entrances.items()
+        ]
+        for batch in walk.batches:
+            if batch.shard == shard:
+                batch.forward(walk.index, walk.block)
+        for handle in handles:
+            handle.remove()
         sums.add(counted)
     return sums.finish()
 

@@ -16,6 +16,10 @@ from thanos_deploy.ranks.sums import OrderedSum
 # the diagonal, enough for the product to run at full speed.
 _COLUMNS = 512
 
+# Of the calibration text, for each input of an expert's layer. With fewer, its Hessian has no
+# inverse but by damping, and what is fitted to few tokens harms all others: so nothing is fitted.
+LEAST_TOKENS = 1
+
 
 def _runs(cols: int) -> list[tuple[int, int]]:
     """Columns in runs of about as many as are multiplied at once: first, and one after the last."""
@@ -96,6 +100,22 @@ class Statistics:
             block = self.hessian[start:stop, start:stop]
             block.copy_(block.triu() + block.triu(1).T)
             self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
+
+    @property
+    def too_few(self) -> str:
+        """Why nothing can be fitted to so few tokens; empty if something can.
+
+        Only the tokens that a router sends to an expert can be so few.
+        """
+        tokens, inputs = int(self.mass), len(self.hessian)
+        if not tokens:
+            return "no token of the calibration text reached it, so all inputs count alike"
+        if tokens < inputs * LEAST_TOKENS:
+            return (
+                f"{tokens} tokens of the calibration text reached it, fewer than its {inputs} "
+                "inputs"
+            )
+        return ""
 
     def centred(self) -> "Statistics":
         """The same around the means: what is left for a weight to explain beside a free bias."""

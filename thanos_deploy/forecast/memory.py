@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.calibration.activations import Place, holder
+from thanos_deploy.calibration.order import hessian_bytes, turns
 from thanos_deploy.calibration.sizes import (
     activation_bytes,
     can_wait,
@@ -158,8 +159,12 @@ def of_pruning(
         waiting = waiting_bytes(checkpoint, segments, ways, forward)
         held.append(Term("passes that wait in the block", waiting))
 
-    squares = max(n * n for n in widths) if walk.true_sequential else sum(n * n for n in widths)
-    statistics = Term("statistics of inputs", _FLOAT * ways * squares)
+    inputs = {name: shapes[block.prefix + name][1] for name in block.linears if name in linears}
+    most = max(
+        hessian_bytes(turn, inputs)
+        for turn in turns(block, inputs, true_sequential=walk.true_sequential)
+    )
+    statistics = Term("statistics of inputs", ways * most)
     shards = Layout.of(*segments.shape).shards
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     # What layers read is kept until every way has passed, what they make for a moment.
@@ -207,9 +212,18 @@ def of_cutting(
     """What cutting heads and channels out holds, in float32; for the arguments see `of_pruning`."""
     ways = 1 + (fit.dense_target > 0.0)
     shapes = linear_shapes(checkpoint)
-    block = checkpoint.blocks[0]  # they are all alike
+    block = max(  # without experts, they are all alike
+        checkpoint.blocks,
+        key=lambda block: sum(math.prod(shapes[name]) for name in block.full_names),
+    )
     weights = sum(math.prod(shapes[name]) for name in block.full_names)
     widest = max(shapes[name][1] for name in block.full_names)
+    most = _FLOAT * widest**2
+    if block.routed:
+        inputs = {name: shapes[block.prefix + name][1] for name in block.routed}
+        most = max(
+            hessian_bytes(turn, inputs) for turn in turns(block, inputs, true_sequential=True)
+        )
     held = [Term("the block", _FLOAT * weights)]
     if ways > 1:
         held.append(Term(_DENSE, _FLOAT * weights))
@@ -218,7 +232,7 @@ def of_cutting(
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     read = sum(shapes[block.prefix + group[0]][1] for group in block.groups)
     passing = batch * (ways * read + sum(shapes[name][0] for name in block.full_names))
-    statistics = Term("statistics of inputs", _FLOAT * ways * widest**2)
+    statistics = Term("statistics of inputs", ways * most)
     largest = max(math.prod(shapes[name]) for name in block.full_names)
     parts = [
         [statistics, Term("a batch on its way", _FLOAT * passing)],

@@ -16,6 +16,7 @@ from thanos_deploy import methods
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine import devices
@@ -26,6 +27,7 @@ from thanos_deploy.model.assignment import DENSE, every
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
+from thanos_deploy.model.structure import Group
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.pattern import Pattern
@@ -143,7 +145,7 @@ def gather(
     visit: Visit,
     layers: Collection[str],
     walk: Walk,
-) -> Iterator[tuple[list[list[str]], dict[str, Statistics]]]:
+) -> Iterator[tuple[list[Group], dict[str, Statistics]]]:
     """The groups of a block's layers that are pruned at a time, and their inputs' statistics.
 
     A group is what reads one input, seen from the block; its first layer's name is the statistics'.
@@ -152,31 +154,26 @@ def gather(
     Args:
         visit: the block.
         layers: full names of the layers that are to be pruned.
-        walk: whether a group at a time, or that group of every expert; and whether with
-            `Statistics.cross`, but for layers of experts.
+        walk: whether a group at a time, or that group of every expert, see `order.turns`; and
+            whether with `Statistics.cross`, but for layers of experts.
     """
-    steps = [
-        [
-            names
-            for group in step
-            if (names := [name for name in group if visit.prefix + name in layers])
-        ]
-        for step in visit.structure.steps
-    ]
-    steps = [step for step in steps if step]
-    turns = steps if walk.true_sequential else [[group for step in steps for group in step]]
-    for turn, together in enumerate(turns, start=1):
-        if together:
-            with visit.clock.measure("collect"):
-                statistics = collect(
-                    visit.walk,
-                    [group[0] for group in together],
-                    visit.dense if walk.dense_target else None,
-                    pause=walk.true_sequential and visit.can_wait,
-                    last=turn == len(turns),
-                    routed=visit.structure.routed,
-                )
-            yield together, statistics
+    inputs = {
+        name: matrix(visit.block.get_submodule(name)).shape[1]
+        for name in visit.structure.linears
+        if visit.prefix + name in layers
+    }
+    taken = turns(visit.structure, inputs, true_sequential=walk.true_sequential)
+    for turn, together in enumerate(taken, start=1):
+        with visit.clock.measure("collect"):
+            statistics = collect(
+                visit.walk,
+                [group[0] for group in together],
+                visit.dense if walk.dense_target else None,
+                pause=walk.true_sequential and visit.can_wait,
+                last=turn == len(taken),
+                routed=visit.structure.routed,
+            )
+        yield together, statistics
 
 
 def _judged_again(visit: Visit, linear: str, report: PrunedLayer, pattern: Pattern) -> PrunedLayer:

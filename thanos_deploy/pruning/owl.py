@@ -26,6 +26,7 @@ from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.errors import HessianError
 from thanos_deploy.machine.devices import CPU, memory_for
@@ -88,15 +89,20 @@ def survey(
     """
 
     def look(visit: Visit) -> Outliers:
-        with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
-            statistics = collect(visit.walk, [group[0] for group in visit.structure.groups])
-        scores = [
-            (matrix(visit.block.get_submodule(name)).abs() * norms).flatten()
-            for group in visit.structure.groups
-            for norms in [statistics[group[0]].hessian.diagonal().sqrt()]
-            for name in group
-            if visit.prefix + name in layers
-        ]
+        structure, scores = visit.structure, []
+        inputs = {
+            name: matrix(visit.block.get_submodule(name)).shape[1] for name in structure.linears
+        }
+        for turn in turns(structure, inputs, true_sequential=False):
+            with memory_for(f"block {visit.index}"), visit.clock.measure("collect"):
+                statistics = collect(visit.walk, [group[0] for group in turn])
+            scores += [
+                (matrix(visit.block.get_submodule(name)).abs() * norms).flatten()
+                for group in turn
+                for norms in [statistics[group[0]].hessian.diagonal().sqrt()]
+                for name in group
+                if visit.prefix + name in layers
+            ]
         ratio = _ratio(torch.cat(scores), visit.prefix, options.threshold) if scores else 0.0
         return Outliers(ratio, visit.clock.seconds)
 

@@ -100,10 +100,10 @@ def solve(
             if not bool(problem.weight.isfinite().all()):
                 raise
             failures = (*failures, error.message)
-    return _mask_only(problem, pattern, failures)
+    return mask_only(problem, pattern, failures)
 
 
-def _mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]) -> Solution:
+def mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]) -> Solution:
     """The third rung of `solve`; its error is of what is finite of the Hessian."""
     # In float64, in which no product of float32 numbers overflows.
     weight, hessian = problem.weight.double(), problem.hessian.double()

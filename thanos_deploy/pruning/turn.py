@@ -21,10 +21,11 @@ from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedLayer
-from thanos_deploy.pruning.solution import Solution, aim, solve
+from thanos_deploy.pruning.solution import Solution, aim, mask_only, solve
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.spread import Job
+from thanos_deploy.solver.damping import Damping
 from thanos_deploy.solver.layer import Factor, LayerProblem, output_energy
 
 # So much freed memory is worth the time that it takes to get it anew.
@@ -157,25 +158,28 @@ def _solve(
     # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again.
     again = len(jobs) > 1 or cross is not None
     factors: dict[tuple[float, str], Factor] | None = {} if again else None
-    unseen: tuple[str, ...] = ()
-    if not statistics.mass:  # an expert to which the router sent nothing
+    linears = {rows.linear for rows in jobs.values()}
+    few = statistics.too_few if not linears.isdisjoint(visit.structure.routed) else ""
+    if not statistics.mass:
         hessian = torch.eye(len(hessian), device=hessian.device)
-        unseen = ("no token of the calibration text reached it, so all inputs count alike",)
     solved = {}
     for place, rows in jobs.items():
         started = time.perf_counter()
         name = visit.prefix + rows.linear
         whole = matrix(visit.block.get_submodule(rows.linear))
         problem = LayerProblem(whole[rows.slice].float(), hessian, name, factors, products)
-        aimed, failures = aim(problem, cross, recipe.walk.dense_target, recipe.options)
-        solution = solve(
-            problem,
-            patterns[name],
-            method,
-            recipe.options,
-            aimed=aimed,
-            failures=unseen + failures,
-        )
+        if few and isinstance(recipe.options, Damping):  # a method that updates by the Hessian
+            solution = mask_only(problem, patterns[name], (few,))
+        else:
+            aimed, failures = aim(problem, cross, recipe.walk.dense_target, recipe.options)
+            solution = solve(
+                problem,
+                patterns[name],
+                method,
+                recipe.options,
+                aimed=aimed,
+                failures=(few, *failures) if few and not statistics.mass else failures,
+            )
         energy = 1.0
         if rows.stop - rows.start < len(whole):
             energy = _energy(solution, problem)
