@@ -16,9 +16,9 @@ with a random model of two blocks.
 
 - Zeros: pruned to 2:4, saved, and loaded by transformers; the error that was reported for each
   layer is the one that the whole model shows. Other `n:m` and `unstructured` go the same way.
-- Heads, channels: cut out with `structured`; the smaller model computes what the masked one does.
-  "As its family" stands where another type is tested that is cut in the same way, and "no test"
-  where none is.
+- Heads, channels, experts: cut out with `structured`; the smaller model computes what the masked
+  one does. "As its family" stands where another type is tested that is cut in the same way, "no
+  test" where none is, and "-" where a type has none.
 - ONNX: exported, and ONNX Runtime agrees with PyTorch. `thanos-deploy serve` runs this graph,
   and the targets `genai`, `tensorrt`, `tensorrt-rtx` and `triton` are made from it.
 - The other programs: whether their sources were read for this type, and whether a test serves it.
@@ -26,10 +26,22 @@ with a random model of two blocks.
 
 _EXPERTS = """## Experts
 
-Statistics of a layer of an expert count the tokens that the router sends to it. An expert that saw
-none is pruned by magnitude, and the report says so. Neither experts nor their channels are cut out.
-In an ONNX graph every expert computes every token, because shapes cannot depend on what the router
-chooses: the results are exact, and the work is that of all experts.
+- Zeros: statistics of a layer of an expert count the tokens that the router sends to it. A layer
+  that read fewer tokens than it has inputs gets the mask of Wanda and no update, and one that read
+  none the mask of magnitude; the command and the report name them. The statistics of all experts of
+  a block are not held at once, but of as many as take 1 GiB.
+- Experts: `--pattern structured:FRACTION` drops those with the lowest score of REAP
+  ([arXiv 2510.13999](https://arxiv.org/abs/2510.13999)): the mean, over the tokens that are sent to
+  an expert, of its weight times the Euclidean norm of its output. The same number stays in every
+  block, at least as many as a token is sent to, and only that number changes in `config.json`.
+- Channels: with `--shrink ffn` channels of every expert are cut out, the same number of each, and
+  the layer that reads them is refitted, if its expert read as many tokens as it has inputs.
+- Heads of these models stay.
+- In an ONNX graph every expert computes every token, because shapes cannot depend on what the
+  router chooses: the results are exact, and the work is that of all experts.
+- gpt_oss in MXFP4, as it is published, is dequantised to bfloat16 when it is read, into the cache.
+  What is written is bfloat16 too, without `quantization_config`. Its files keep the matrices of all
+  experts in one tensor, so that the targets `packed` and `compressed-tensors` refuse it.
 """
 
 _DISCOVERED = """## Any other type
@@ -59,7 +71,7 @@ prunes, exports and generates. Nothing is downloaded.
 def page() -> str:
     """models.md."""
     loaders = [loader.name for loader in LOADERS]
-    head = ["model type", "zeros", "heads", "channels", "ONNX", *loaders]
+    head = ["model type", "zeros", "heads", "channels", "experts", "ONNX", *loaders]
     rows = [row for family in FAMILIES for row in _rows(family)]
     wrapped = [(f"`{name}`", f"`{its.text}`") for name, its in sorted(WRAPPERS.items())]
     parts = [
@@ -80,11 +92,11 @@ def _rows(family: Family) -> Iterator[tuple[str, ...]]:
     for name in family.model_types:
         pruned = name in EVERY_TYPE or name in MIXTURES
         heads = "no" if family.experts or family.heads.fixed else _cut(family, name, CUT_TYPES)
-        parted = (*CUT_TYPES, *CHANNEL_TYPES)
-        channels = "no" if family.experts else _cut(family, name, parted)
+        channels = _cut(family, name, (*CUT_TYPES, *CHANNEL_TYPES, *MIXTURES))
+        experts = _cut(family, name, MIXTURES) if family.experts else "-"
         said = "yes" if pruned else "no test"
         others = (_loader(family, name, loader) for loader in LOADERS)
-        yield (f"`{name}`", said, heads, channels, said, *others)
+        yield (f"`{name}`", said, heads, channels, experts, said, *others)
 
 
 def _cut(family: Family, name: str, tested: Collection[str]) -> str:

@@ -5,6 +5,7 @@ It brings numpy, so commands import it when they have something to show.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -304,7 +305,9 @@ def show_plan(plan: "DryRun") -> None:
 
 def _show_widths(widths: WidthsSummary) -> None:
     table = Table(title="What stays of each block")
-    for name in ("block", "heads", "kv heads", "channels", "parameters", "predicted loss"):
+    routed = any(block.before.experts for block in widths.blocks)
+    parts = ["heads", "kv heads", "channels", *(["experts"] if routed else [])]
+    for name in ("block", *parts, "parameters", "predicted loss"):
         table.add_column(name, justify="right")
     for index, block in enumerate(widths.blocks):
         before, after = block.before, block.after
@@ -313,8 +316,9 @@ def _show_widths(widths: WidthsSummary) -> None:
             f"{after.heads} of {before.heads}",
             f"{after.kv_heads} of {before.kv_heads}",
             f"{after.channels} of {before.channels}",
+            *([f"{after.experts} of {before.experts}"] if routed else []),
             f"{block.parameters_after:,} of {block.parameters_before:,}",
-            f"{block.predicted_loss:.4f}",
+            "not measured" if isnan(block.predicted_loss) else f"{block.predicted_loss:.4f}",
         )
     Console().print(table)
 

@@ -174,11 +174,12 @@ def estimate_cutting(
     started, blocks = time.perf_counter(), len(losses)
     few = segments[: max(1, TOKENS_PER_BATCH // segments.shape[1])]
     share = segments.numel() / few.numel()
-    # What becomes of one block stands for all.
+    # What becomes of one block stands for all, where they are alike.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
+    alike = checkpoint.family.experts is None
     trial = _quicker(
         visits(checkpoint, few, with_dense=fit.dense_target > 0.0, device=device),
-        lambda visit: cut.cut(visit, checkpoint, after, fit),
+        lambda visit: cut.cut(visit, checkpoint, after if alike else plan.widths[visit.index], fit),
     )
     spent = time.perf_counter() - started
     return Estimate(

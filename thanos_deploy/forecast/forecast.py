@@ -82,12 +82,12 @@ def variant(checkpoint: Checkpoint, pattern: Pattern) -> Variant:
     """
     if not isinstance(pattern, Structured):
         return Variant(str(pattern), architecture(checkpoint), is_two_of_four(pattern))
-    if len(set(checkpoint.widths)) > 1:
+    if checkpoint.family.experts is None and len(set(checkpoint.widths)) > 1:
         raise UsageError(
             f"{pattern} of a model whose blocks differ in width",
             fix="give the model that it was cut from",
         )
-    widths = [sizing.even(checkpoint, pattern.sparsity)] * len(checkpoint.widths)
+    widths = sizing.even(checkpoint, pattern.sparsity)
     return Variant(str(pattern), architecture(checkpoint, widths), sparse=False)
 
 

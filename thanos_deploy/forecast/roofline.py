@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast.datasheets import SPARSE_FACTOR, Datasheet
 from thanos_deploy.model.widths import Widths
-from thanos_deploy.shrink.sizing import FRIENDLY_MULTIPLE
+from thanos_deploy.shrink.steps import FRIENDLY_MULTIPLE
 
 BITS = {"fp16": 16, "bf16": 16, "int8": 8, "fp8": 8}
 

@@ -234,6 +234,7 @@ def _widths(sources: Sources) -> CutWidths | None:
     widths = sources.bundle.result(PRUNE).widths
     if widths is None:
         return None
+    routed = [block for block in widths.blocks if block.before.experts]
     return CutWidths(
         removed=widths.removed,
         stock_config=widths.stock_config,
@@ -242,6 +243,7 @@ def _widths(sources: Sources) -> CutWidths | None:
         heads=_range(widths.blocks, "heads"),
         kv_heads=_range(widths.blocks, "kv_heads"),
         channels=_range(widths.blocks, "channels"),
+        experts=_range(routed, "experts") if routed else None,
     )
 
 

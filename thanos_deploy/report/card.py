@@ -142,16 +142,22 @@ layer.{left} Embeddings, norms, biases and the output head are unchanged."""
             (widths.heads, "attention heads"),
             (widths.kv_heads, "key-value heads"),
             (widths.channels, "feed-forward channels"),
+            *([] if widths.experts is None else [(widths.experts, "experts")]),
         )
     )
+    fitted = (
+        "the experts that are left are as they were"
+        if widths.drops_experts
+        else "the layers that read what is left were refitted by least squares"
+    )
     return f"""{widths.removed:.2%} of the blocks' parameters are gone ({widths.block_parameters_before:,} before,
-{widths.block_parameters_after:,} after); the layers that read what is left were refitted by least squares.
+{widths.block_parameters_after:,} after); {fitted}.
 
 | in each block | dense | pruned |
 |---|---|---|
 {rows}
 
-`layers.json` says which heads and channels stayed. Embeddings, norms and the output head are unchanged."""
+`layers.json` says which {"experts" if widths.drops_experts else "heads and channels"} stayed. Embeddings, norms and the output head are unchanged."""
 
 
 def _range(numbers: Sequence[int]) -> str:

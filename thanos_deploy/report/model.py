@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from thanos_deploy.bundle.codec import OTHERS, Json
+from thanos_deploy.bundle.codec import LATER, OTHERS, Json
 from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.record import Source
@@ -108,6 +108,7 @@ class CutWidths:
         stock_config: a stock config.json describes the result.
         block_parameters_before, block_parameters_after: of all blocks together.
         heads, kv_heads, channels: the widths.
+        experts: the same, of the blocks that have some; None if none does.
     """
 
     removed: float
@@ -117,6 +118,12 @@ class CutWidths:
     heads: WidthRange
     kv_heads: WidthRange
     channels: WidthRange
+    experts: WidthRange | None = field(default=None, metadata=LATER)
+
+    @property
+    def drops_experts(self) -> bool:
+        """Experts were cut out, and not channels or heads."""
+        return self.experts is not None and self.experts.before != self.experts.after
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,11 +253,19 @@ def _gpus_matter(model: ModelReport) -> bool:
 
 def _of_cuts(widths: CutWidths) -> Iterator[str]:
     """What cutting heads and channels out means."""
-    yield (
-        f"{widths.removed:.1%} of the blocks' parameters were cut out: the files, the "
-        "memory and the work of every block shrink by that fraction, on any machine and backend; "
-        "embeddings and the output head are unchanged."
-    )
+    if widths.drops_experts:
+        yield (
+            f"{widths.removed:.1%} of the blocks' parameters were cut out, as whole experts: the "
+            "files and the memory shrink by that fraction. A token is still sent to as many "
+            "experts as before, so that only what computes all of them, as the ONNX graph does, "
+            "has less work."
+        )
+    else:
+        yield (
+            f"{widths.removed:.1%} of the blocks' parameters were cut out: the files, the "
+            "memory and the work of every block shrink by that fraction, on any machine and "
+            "backend; embeddings and the output head are unchanged."
+        )
     if widths.stock_config:
         yield "The result is an ordinary smaller checkpoint: stock loaders take it as it is."
     else:

@@ -34,6 +34,7 @@ from thanos_deploy.model.linear import keep_outputs
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.shrink import experts
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.refit import RefittedLayer
 from thanos_deploy.shrink.result import CutBlock
@@ -52,11 +53,6 @@ def check(checkpoint: Checkpoint) -> None:
             blocks already differ.
     """
     family, size = checkpoint.family, checkpoint.head_size
-    if routed := [block.prefix.rstrip(".") for block in checkpoint.blocks if block.routed]:
-        raise ModelError(
-            f"{checkpoint.folder}: {routed[0]} has experts, which cannot be cut",
-            fix="prune it to a pattern that keeps shapes, such as --pattern 2:4",
-        )
     if family.discovered:
         raise ModelError(
             f"{checkpoint.folder}: nothing can be cut out of a {checkpoint.config.model_type} "
@@ -64,6 +60,8 @@ def check(checkpoint: Checkpoint) -> None:
             fix="prune it to a pattern that keeps shapes, such as --pattern 2:4, or add a row: "
             "docs/develop/add-a-family.md",
         )
+    if family.experts is not None:
+        return
     if len(set(checkpoint.widths)) > 1:
         raise ModelError(
             f"{checkpoint.folder}: its blocks have different widths already",
@@ -125,6 +123,11 @@ def shrink(
         for name, parameter in checkpoint.skeleton(plan.widths).named_parameters()
         if name.startswith(f"{family.blocks}.")
     }
+    gone = {
+        stored
+        for name, stored in checkpoint.weights.stored.items()
+        if name.startswith(f"{family.blocks}.") and stored not in shapes
+    }
 
     def work(visit: Visit) -> CutBlock:
         with memory_for(f"block {visit.index}"):
@@ -142,7 +145,7 @@ def shrink(
     with (
         torch.no_grad(),
         products_in(torch.float32),
-        WeightsCopy(checkpoint.weights, destination, dtype, shapes) as copy,
+        WeightsCopy(checkpoint.weights, destination, dtype, shapes, gone) as copy,
     ):
         return visit_blocks(
             checkpoint,
@@ -159,6 +162,8 @@ def shrink(
 
 def cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
     """Cut one block down to a width, in place; see `shrink`."""
+    if checkpoint.family.experts is not None:
+        return experts.cut(visit, checkpoint, after, fit)
     before = checkpoint.widths[visit.index]
     cutter = _Cutter(visit, checkpoint.family, before, after, fit)
     cutter.run(checkpoint.head_size)
@@ -290,4 +295,12 @@ def _describe(checkpoint: Checkpoint, destination: Path, plan: Plan) -> None:
         widths.declare(destination, plan.widths)
     else:
         path = destination / "config.json"
-        files.write_json(path, {**json.loads(path.read_bytes()), **entries})
+        written = json.loads(path.read_bytes())
+        # Of the names that the library has for one entry, those that stand there.
+        known = checkpoint.config.attribute_map or {}
+        aliases = {one for pair in known.items() for one in pair if written.keys() & set(pair)}
+        unsaid = {name for name in entries if name in aliases and name not in written}
+        files.write_json(
+            path,
+            {**written, **{name: one for name, one in entries.items() if name not in unsaid}},
+        )

@@ -12,7 +12,7 @@ from thanos_deploy.solver.damping import Damping
 if TYPE_CHECKING:
     import torch
 
-Part = Literal["heads", "ffn", "both"]
+Part = Literal["heads", "ffn", "both", "experts"]
 Allocation = Literal["uniform", "loss"]
 
 
@@ -23,12 +23,17 @@ class Sizing(Options):
     Attributes:
         part: what may be cut.
         multiple: what the number of feed-forward channels of a block is a multiple of; None for
-            the largest power of two up to `sizing.FRIENDLY_MULTIPLE` that divides the model's own.
+            the largest power of two up to `steps.FRIENDLY_MULTIPLE` that divides the model's own.
         allocation: "uniform", the same widths in every block; or "loss", each block its own, for
             the same number of parameters in all.
     """
 
-    part: Part = option("both", "--shrink", "structured: what may be cut out.")
+    part: Part = option(
+        "both",
+        "--shrink",
+        "structured: what may be cut out. Of a model with experts, both means experts, and ffn "
+        "channels of every expert.",
+    )
     multiple: int | None = option(
         None,
         "--ffn-multiple",

@@ -4,9 +4,9 @@ Standard library only, so that a report needs no PyTorch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.bundle.codec import LATER, Json, decode, encode
 from thanos_deploy.model.block import Widths
 
 
@@ -23,6 +23,12 @@ class CutBlock:
         damping: the most that was used.
         seconds: time by activity: "collect", "solve", "forward", "journal"; see
             `layers.ACTIVITIES`.
+        experts: the experts that stayed, by their numbers in the dense model; empty where none
+            went. `channels_error` is the share of what all experts add to the hidden states that
+            went with the others then; see `experts.dropped`.
+        expert_channels: of every expert the channels that stayed; empty where none went.
+            `channels_error` is the largest of all experts then.
+        unfitted: layers of experts that were not refitted -> why.
     """
 
     before: Widths
@@ -33,6 +39,9 @@ class CutBlock:
     channels_error: float
     damping: float
     seconds: Mapping[str, float]
+    experts: tuple[int, ...] = field(default=(), metadata=LATER)
+    expert_channels: tuple[tuple[int, ...], ...] = field(default=(), metadata=LATER)
+    unfitted: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
 
     def to_json(self) -> Json:
         """For the journal."""

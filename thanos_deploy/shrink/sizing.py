@@ -6,7 +6,7 @@ The widths are chosen by what each block would lose, before anything is cut; see
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
@@ -14,10 +14,9 @@ from thanos_deploy.model import widths
 from thanos_deploy.model.block import BlockPlan as BlockPlan
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.widths import Widths
+from thanos_deploy.shrink import experts
 from thanos_deploy.shrink.options import Part, Sizing
-
-# Matrix sizes that tensor cores and sparse kernels take without padding.
-FRIENDLY_MULTIPLE = 64
+from thanos_deploy.shrink.steps import channel_steps
 
 # What a change of the attention's output does to a model, as a multiple of what an equal change of
 # the feed-forward network's output does: 1.5 to 2.2 measured; see benchmarks/LOG.md.
@@ -59,14 +58,19 @@ class Losses:
         heads: (query heads, key-value heads) that stay -> change.
         channels: feed-forward channels that stay -> change.
         seconds: time that it took to find out, by activity; see `layers.ACTIVITIES`.
+        experts: of a block with experts, those that stay -> the share of what all experts add to
+            the hidden states that goes; see `experts.dropped`. The others are empty then.
     """
 
     heads: Mapping[tuple[int, int], float]
     channels: Mapping[int, float]
     seconds: Mapping[str, float]
+    experts: Mapping[int, float] = field(default_factory=dict)
 
     def of(self, width: Widths) -> float:
-        """The loss at a width, both parts together."""
+        """The loss at a width, both parts together; NaN where nobody has measured it."""
+        if not self.heads:
+            return self.experts.get(width.experts, math.nan)
         attention = self.heads[width.heads, width.kv_heads]
         return HEADS_WEIGHT * attention + self.channels[width.channels]
 
@@ -76,13 +80,15 @@ class Losses:
             "heads": list(self.heads.items()),
             "channels": list(self.channels.items()),
             "seconds": self.seconds,
+            "experts": list(self.experts.items()),
         }
 
     @classmethod
     def from_json(cls, value: Json) -> "Losses":
         """What `to_json` made the value of."""
         heads = {(heads, kv_heads): loss for (heads, kv_heads), loss in value["heads"]}
-        return cls(heads, dict(value["channels"]), value["seconds"])
+        experts_ = dict(value.get("experts", ()))
+        return cls(heads, dict(value["channels"]), value["seconds"], experts_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +156,6 @@ def layouts(width: Widths) -> list[tuple[int, int]]:
     return sorted(same_groups | smaller_groups, reverse=True)
 
 
-def channel_steps(channels: int, multiple: int | None) -> range:
-    """Numbers of feed-forward channels that can stay, falling, from the most down.
-
-    Args:
-        channels: that there are.
-        multiple: the number is a multiple of this; None for the largest power of two that divides
-            the model's own number, at most `FRIENDLY_MULTIPLE`.
-    """
-    multiple = multiple or math.gcd(FRIENDLY_MULTIPLE, channels)
-    return range((channels - 1) // multiple * multiple, 0, -multiple)
-
-
 def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[Widths]:
     """Widths at which at least a fraction of a block's parameters is gone, and no more than needed.
 
@@ -207,18 +201,21 @@ def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[
     return found
 
 
-def even(checkpoint: Checkpoint, fraction: float) -> Widths:
-    """The candidate that cuts heads and channels most alike: a guess, with nothing measured yet.
+def even(checkpoint: Checkpoint, fraction: float) -> tuple[Widths, ...]:
+    """Of each block, the candidate that cuts heads and channels most alike, with nothing measured.
 
     Raises:
         UsageError: see `candidates`.
     """
+    if checkpoint.family.experts is not None:
+        return experts.planned(checkpoint, fraction, Sizing())
     found = candidates(checkpoint, fraction, Sizing())
     before = checkpoint.widths[0]
-    return min(
+    chosen = min(
         found,
         key=lambda after: abs(after.heads / before.heads - after.channels / before.channels),
     )
+    return (chosen,) * len(checkpoint.widths)
 
 
 def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
@@ -226,8 +223,17 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
 
     Raises:
         UsageError: nothing would be left, or there are fewer channels than they are to be a
-            multiple of; or heads alone are to go, of a family whose heads have to stay.
+            multiple of; or heads alone are to go, of a family whose heads have to stay; or experts
+            of a model without.
     """
+    if checkpoint.family.experts is not None:
+        experts.planned(checkpoint, fraction, sizing)
+        return
+    if sizing.part == "experts":
+        raise UsageError(
+            f"{checkpoint.folder}: a {checkpoint.config.model_type} model has no experts",
+            fix="use --shrink heads, ffn or both",
+        )
     if sizing.part == "heads" and (reason := checkpoint.family.heads.fixed):
         raise UsageError(
             f"{checkpoint.folder}: no attention head can be cut out: {reason}",
@@ -266,6 +272,8 @@ def plan(
         UsageError: see `check`.
     """
     check(checkpoint, fraction, sizing)
+    if checkpoint.family.experts is not None:
+        return _of_experts(checkpoint, losses, experts.planned(checkpoint, fraction, sizing))
     if sizing.allocation == "uniform":
         found = candidates(checkpoint, fraction, sizing)
         after = [min(found, key=lambda width: sum(loss.of(width) for loss in losses))] * len(losses)
@@ -278,6 +286,24 @@ def plan(
         price = cost(checkpoint, index)
         left = price.block - price.removed(before, width)
         blocks.append(BlockPlan(before, width, price.block, left, loss.of(width)))
+    stock = widths.describe(checkpoint.config, checkpoint.family, after) is not None
+    return Plan(tuple(blocks), stock)
+
+
+def _of_experts(checkpoint: Checkpoint, losses: Sequence[Losses], after: Sequence[Widths]) -> Plan:
+    """A plan of widths that depend on no loss; a block that keeps its width loses nothing."""
+    blocks = [
+        BlockPlan(
+            before,
+            width,
+            experts.block_parameters(checkpoint, before, index),
+            experts.block_parameters(checkpoint, width, index),
+            0.0 if width == before else loss.of(width),
+        )
+        for index, (before, width, loss) in enumerate(
+            zip(checkpoint.widths, after, losses, strict=True)
+        )
+    ]
     stock = widths.describe(checkpoint.config, checkpoint.family, after) is not None
     return Plan(tuple(blocks), stock)
 

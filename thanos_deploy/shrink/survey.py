@@ -12,8 +12,10 @@ from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.shrink import experts
 from thanos_deploy.shrink.refit import RefittedLayer
-from thanos_deploy.shrink.sizing import Losses, channel_steps, layouts
+from thanos_deploy.shrink.sizing import Losses, layouts
+from thanos_deploy.shrink.steps import channel_steps
 from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
@@ -49,6 +51,8 @@ def survey(
     family = checkpoint.family
 
     def look(visit: Visit) -> Losses:
+        if family.experts is not None:
+            return _of_experts(visit, checkpoint)
         width = checkpoint.widths[visit.index]
         consumers = [family.heads.consumer, family.channels.consumer]
         with visit.clock.measure("collect"):
@@ -82,3 +86,14 @@ def survey(
         hold=hold,
         on_progress=on_progress,
     )
+
+
+def _of_experts(visit: Visit, checkpoint: Checkpoint) -> Losses:
+    """What a block would lose with each number of experts."""
+    names, width = checkpoint.family.experts, checkpoint.widths[visit.index]
+    if names is None or not width.experts:
+        visit.clock.seconds.setdefault("collect", 0.0)
+        return Losses({}, {}, visit.clock.seconds)
+    found = experts.scores(visit, names)
+    lost = {left: experts.dropped(found, left) for left in range(width.experts, 0, -1)}
+    return Losses({}, {}, visit.clock.seconds, lost)

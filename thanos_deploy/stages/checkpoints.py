@@ -29,7 +29,7 @@ from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
 from thanos_deploy.shrink import cut as shrinking
-from thanos_deploy.shrink import sizing
+from thanos_deploy.shrink import experts, sizing
 from thanos_deploy.shrink.options import Cut, Fit
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
@@ -237,9 +237,11 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
     """
     devices.choose(request.device)
     match request.how:
-        case Cut(pattern, how, _):
+        case Cut(pattern, how, fit):
             shrinking.check(source)
             sizing.check(source, pattern.sparsity, how)
+            if source.family.experts is not None:
+                experts.check(source, pattern.sparsity, how, fit)
         case Recipe() as recipe:
             patterns = assigned(source, recipe)
             _check_columns(recipe, patterns)

@@ -47,18 +47,32 @@ def of_layers(blocks: Sequence[PrunedBlock], recipe: Recipe) -> LayersSummary:
 
 def of_cuts(blocks: Sequence[CutBlock]) -> LayersSummary:
     """Of a model that was cut: how far off its blocks are."""
+    routed = any(block.before.experts for block in blocks)
     errors = {
         f"block {index}, {part}": error
         for index, block in enumerate(blocks)
-        for part, error in (("heads", block.heads_error), ("ffn", block.channels_error))
+        for part, error in _errors(block)
+        if block.before != block.after or not routed
     }
     worst = max(errors, key=errors.__getitem__)
+    unfitted = [
+        Retry(layer, "channels by Wanda's score", 0.0, (why,))
+        for block in blocks
+        for layer, why in block.unfitted.items()
+    ]
     return LayersSummary(
+        retries=tuple(unfitted) or None,
         median_relative_error=statistics.median(errors.values()),
         worst_relative_error=errors[worst],
         worst_layer=worst,
         largest_damping=max(block.damping for block in blocks),
     )
+
+
+def _errors(block: CutBlock) -> tuple[tuple[str, float], ...]:
+    if block.experts or block.expert_channels:
+        return (("experts", block.channels_error),)
+    return ("heads", block.heads_error), ("ffn", block.channels_error)
 
 
 def of_widths(plan: Plan) -> WidthsSummary:

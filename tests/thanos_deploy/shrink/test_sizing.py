@@ -10,7 +10,8 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.options import Allocation, Part, Sizing
-from thanos_deploy.shrink.sizing import Losses, candidates, channel_steps, cost, layouts, plan
+from thanos_deploy.shrink.sizing import Losses, candidates, cost, layouts, plan
+from thanos_deploy.shrink.steps import channel_steps
 
 
 def parameters(checkpoint: Checkpoint, width: Widths) -> int:

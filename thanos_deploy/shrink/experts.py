@@ -1,0 +1,279 @@
+"""Cut experts out of a model, or channels out of its experts.
+
+Experts go by REAP's score, the mean of what an expert adds to the tokens that the router sends it:
+
+    S_j = 1 / |X_j| * sum over x in X_j of g_j(x) * |f_j(x)|
+
+with X_j the tokens that expert j is chosen for, g_j(x) its weight as the model takes it, f_j its
+output and |.| the Euclidean norm; 0 where there is no token. Source: "REAP the Experts" (Lasby and
+others, 2025, arXiv 2510.13999), equation 9. In every block the same number stays, with the rows of
+the router that belong to them, so that only the number of experts changes in config.json. Nothing
+is refitted. Scores are taken in the model as far as it is cut, block by block.
+
+Channels go from every expert by the price that `cut` has for those of a dense network, with the
+Hessian of the tokens that the expert saw, and the layer that reads them is refitted. The same
+number stays in every expert of every block.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from thanos_deploy.calibration.blocks import collect, collect_norms
+from thanos_deploy.calibration.order import turns
+from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.walk import Visit
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.experts import Expert, SeparateExperts
+from thanos_deploy.model.families import Experts
+from thanos_deploy.model.linear import keep_outputs, matrix, replace
+from thanos_deploy.model.widths import Widths
+from thanos_deploy.shrink.options import Fit, Part, Sizing
+from thanos_deploy.shrink.refit import RefittedLayer
+from thanos_deploy.shrink.result import CutBlock
+from thanos_deploy.shrink.steps import channel_steps
+from thanos_deploy.solver.elimination import Elimination
+from thanos_deploy.solver.hessian import factor
+
+
+def planned(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> tuple[Widths, ...]:
+    """The widths at which at least a fraction of all blocks' parameters is gone, and no more.
+
+    Args:
+        checkpoint: a model with experts.
+        fraction: of the parameters of all blocks.
+        sizing: what goes: experts, or with the part "ffn" channels of every expert.
+
+    Raises:
+        UsageError: too little would be left, or what is asked for has no meaning with experts; the
+            message has the nearest valid choice.
+    """
+    names = _names(checkpoint)
+    if sizing.part == "heads" or sizing.allocation != "uniform":
+        raise UsageError(
+            f"{checkpoint.folder}: of a model with experts, neither heads are cut out, nor from "
+            "each block another number: the experts hold nearly all of its parameters, and a stock "
+            "config.json has one number for all blocks",
+            fix="use --shrink experts or --shrink ffn, with --allocation uniform",
+        )
+    routed = [width for width in checkpoint.widths if width.experts]
+    before, chosen = routed[0], int(checkpoint.config.num_experts_per_tok)
+    whole, one, channel = _prices(checkpoint, names)
+    missing = math.ceil(fraction * whole - 1e-6) / len(routed)
+    steps: Sequence[int]
+    if _cuts_experts(sizing.part):
+        price, steps, there = one, range(before.experts - 1, chosen - 1, -1), before.experts
+        what, least = "experts", f"a token has {chosen} of them"
+    else:
+        price, steps = before.experts * channel, channel_steps(before.channels, sizing.multiple)
+        what, there, least = "channels", before.channels, f"they go in steps of {-steps.step}"
+    enough = [left for left in steps if (there - left) * price >= missing]
+    if not enough:
+        nearest = (there - steps[-1]) * price * len(routed) / whole if steps else 0.0
+        raise UsageError(
+            f"{checkpoint.folder}: too few {what} would be left with {fraction:.1%} of the blocks' "
+            f"parameters removed: there are {there}, and {least}",
+            fix=f"remove at most structured:{math.floor(1000 * nearest) / 1000:g}, or use "
+            f"--shrink {'ffn' if what == 'experts' else 'experts'}",
+        )
+    return tuple(
+        width
+        if not width.experts
+        else Widths(width.heads, width.kv_heads, width.channels, enough[0])
+        if what == "experts"
+        else Widths(width.heads, width.kv_heads, enough[0], width.experts)
+        for width in checkpoint.widths
+    )
+
+
+def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing, fit: Fit) -> None:
+    """Refuse what could not be done, before anything is computed.
+
+    Raises:
+        UsageError: see `planned`; or layers are to aim at the dense model's outputs.
+    """
+    planned(checkpoint, fraction, sizing)
+    if fit.dense_target:
+        raise UsageError(
+            f"{checkpoint.folder}: --dense-target {fit.dense_target:g} has no meaning where "
+            "experts are cut: in the dense model the router sends other tokens to each",
+            fix="leave --dense-target out",
+        )
+
+
+def block_parameters(checkpoint: Checkpoint, width: Widths, index: int) -> int:
+    """Parameters of a block, at its own width or at a smaller one."""
+    names, before = _names(checkpoint), checkpoint.widths[index]
+    own = _sizes(checkpoint, index)
+    if not before.experts:
+        return sum(own.values())
+    _, one, channel = _prices(checkpoint, names)
+    gone = (before.experts - width.experts) * one
+    return sum(own.values()) - gone - width.experts * (before.channels - width.channels) * channel
+
+
+def scores(visit: Visit, names: Experts) -> list[Statistics]:
+    """What each expert adds to its tokens: `mass` counts them, `total` sums g * |f|."""
+    experts = _experts(visit, names)
+    entrances = {str(number): expert.gives for number, expert in enumerate(experts)}
+    with visit.clock.measure("collect"):
+        return list(collect_norms(visit.walk, entrances).values())
+
+
+def cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
+    """Cut one block down to a width, in place; see `shrink`."""
+    names, before = _names(checkpoint), checkpoint.widths[visit.index]
+    experts: tuple[int, ...] = ()
+    channels: tuple[tuple[int, ...], ...] = ()
+    unfitted: dict[str, str] = {}
+    error = damping = 0.0
+    if after.experts < before.experts:
+        found = scores(visit, names)
+        experts = _keep(visit, names, found, after.experts)
+        error = dropped(found, after.experts)
+    elif after.channels < before.channels:
+        narrower = _Narrower(visit, names, after.channels, fit)
+        narrower.run()
+        channels, unfitted = tuple(narrower.channels), narrower.unfitted
+        error, damping = narrower.error, narrower.damping
+    return CutBlock(
+        before=before,
+        after=after,
+        heads=tuple(range(before.heads)),
+        channels=(),
+        heads_error=0.0,
+        channels_error=error,
+        damping=damping,
+        seconds=visit.clock.seconds,
+        experts=experts,
+        expert_channels=channels,
+        unfitted=unfitted,
+    )
+
+
+def score(one: Statistics) -> float:
+    """REAP's S_j."""
+    return one.total.item() / one.mass if one.mass else 0.0
+
+
+def dropped(found: Sequence[Statistics], left: int) -> float:
+    """The share of the sum of g * |f| that goes with the experts that score lowest."""
+    by_score = sorted(found, key=score, reverse=True)
+    whole = sum(one.total.item() for one in found)
+    return sum(one.total.item() for one in by_score[left:]) / whole if whole else 0.0
+
+
+def _keep(visit: Visit, names: Experts, found: Sequence[Statistics], count: int) -> tuple[int, ...]:
+    """Keep the experts that score highest, and the rows of the router that are theirs."""
+    experts = _experts(visit, names)
+    order = sorted(range(len(experts)), key=lambda number: (-score(found[number]), number))
+    kept = sorted(order[:count])
+    parent, _, name = names.module.rpartition(".")
+    left = SeparateExperts([experts[number] for number in kept])
+    setattr(visit.block.get_submodule(parent), name, left)
+    router = visit.block.get_submodule(names.router)
+    for parameter, rows in list(router.named_parameters()):
+        setattr(router, parameter, nn.Parameter(rows.detach()[kept], requires_grad=False))
+    return tuple(kept)
+
+
+class _Narrower:
+    """Cuts channels out of every expert of a block.
+
+    Attributes:
+        channels: those that stay, of each expert in turn.
+        error: the largest relative error of a layer that was refitted.
+        damping: the most that was used.
+        unfitted: name of a layer that was not refitted -> why.
+    """
+
+    def __init__(self, visit: Visit, names: Experts, left: int, fit: Fit) -> None:
+        self._visit, self._names, self._left, self._fit = visit, names, left, fit
+        self.channels: list[tuple[int, ...]] = []
+        self.unfitted: dict[str, str] = {}
+        self.error = self.damping = 0.0
+
+    def run(self) -> None:
+        """Expert by expert; what one reads does not depend on another one."""
+        visit, names = self._visit, self._names
+        consumers = {names.consumer(number) for number in range(len(_experts(visit, names)))}
+        inputs = {
+            name: matrix(visit.block.get_submodule(name)).shape[1]
+            for name in visit.structure.linears
+            if name in consumers
+        }
+        number = 0
+        for turn in turns(visit.structure, inputs, true_sequential=True):
+            with visit.clock.measure("collect"):
+                statistics = collect(visit.walk, [name for (name,) in turn])
+            with visit.clock.measure("solve"):
+                for (name,) in turn:
+                    self._cut(number, name, statistics.pop(name))
+                    number += 1
+
+    def _cut(self, number: int, consumer: str, statistics: Statistics) -> None:
+        if why := statistics.too_few:
+            kept = self._without_fit(consumer, statistics)
+            self.unfitted[self._visit.prefix + consumer] = why
+        else:
+            layer = RefittedLayer(self._visit, consumer, statistics)
+            factored = factor(layer.problem, self._fit)
+            fitted = Elimination(layer.problem.weight, factored)
+            fitted.drop_channels(self._left)
+            kept = fitted.left.nonzero().flatten()
+            self.error = max(self.error, layer.write(fitted.weight, fitted.left))
+            self.damping = max(self.damping, factored.damping)
+        for producer in self._names.producers(number):
+            keep_outputs(self._visit.block.get_submodule(producer), kept)
+        self.channels.append(tuple(kept.tolist()))
+
+    def _without_fit(self, consumer: str, statistics: Statistics) -> Tensor:
+        """Keep the channels with the most energy of weight times input, as Wanda scores them."""
+        layer = self._visit.block.get_submodule(consumer)
+        weight = matrix(layer)
+        energy = statistics.hessian.diagonal() if statistics.mass else torch.ones_like(weight[0])
+        price = weight.double().square().sum(dim=0) * energy
+        kept = price.argsort(descending=True, stable=True)[: self._left].sort().values
+        replace(layer, weight[:, kept], getattr(layer, "bias", None))
+        return kept
+
+
+def _cuts_experts(part: Part) -> bool:
+    return part != "ffn"
+
+
+def _names(checkpoint: Checkpoint) -> Experts:
+    names = checkpoint.family.experts
+    assert names is not None
+    return names
+
+
+def _experts(visit: Visit, names: Experts) -> list[Expert]:
+    held = visit.block.get_submodule(names.module)
+    return [one for one in held.children() if isinstance(one, Expert)]
+
+
+def _sizes(checkpoint: Checkpoint, index: int) -> dict[str, int]:
+    """Parameter -> its numbers, of a block."""
+    weights, prefix = checkpoint.weights, f"{checkpoint.family.blocks}.{index}."
+    return {
+        name.removeprefix(prefix): math.prod(weights.shapes[stored])
+        for name, stored in weights.stored.items()
+        if name.startswith(prefix)
+    }
+
+
+def _prices(checkpoint: Checkpoint, names: Experts) -> tuple[int, int, int]:
+    """Parameters of all blocks, of one expert with what the router has for it, of its channels."""
+    indices = range(len(checkpoint.widths))
+    whole = sum(sum(_sizes(checkpoint, index).values()) for index in indices)
+    index = next(index for index in indices if checkpoint.widths[index].experts)
+    before, sizes = checkpoint.widths[index], _sizes(checkpoint, index)
+    first = {name: size for name, size in sizes.items() if name.startswith(f"{names.module}.0.")}
+    router = sum(size for name, size in sizes.items() if name.startswith(f"{names.router}."))
+    kept = sum(size for name, size in first.items() if name == f"{names.consumer(0)}.bias")
+    one = sum(first.values()) + router // before.experts
+    return whole, one, (sum(first.values()) - kept) // before.channels
