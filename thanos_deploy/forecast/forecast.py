@@ -19,7 +19,7 @@ from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
-from thanos_deploy.model.structure import blocks_of
+from thanos_deploy.model.structure import blocks_of, structures_of
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 from thanos_deploy.shrink import sizing
@@ -59,7 +59,7 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
     model = checkpoint.skeleton(widths)
     found: list[Block] = []
     for block, structure, width in zip(
-        blocks_of(model, family), checkpoint.blocks, widths, strict=True
+        blocks_of(model, family), structures_of(model, family), widths, strict=True
     ):
         gemms = []
         for group in structure.groups:

@@ -247,7 +247,7 @@ def _gpus_matter(model: ModelReport) -> bool:
         case SemiStructured(2, 4):
             return bool(model.linear_layers.pattern_holds)
         case Structured():
-            return model.widths is not None
+            return model.widths is not None and not model.widths.drops_experts
     return False
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from benchmarks.forecast import fit, sizes
 from tests.conftest import MODEL_TYPES, MakeModel
 from tests.gpu_rows import CARD, ROWS
+from tests.model_types import MIXTURES
+from tests.thanos_deploy.model.test_experts import write_mixture
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.forecast.datasheets import GPUS, SPARSE_FACTOR, Datasheet, find
 from thanos_deploy.forecast.forecast import (
@@ -38,6 +40,7 @@ from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import StepRow
 from thanos_deploy.model import linear
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.families import family_of
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.pattern import parse
 
@@ -150,6 +153,16 @@ def test_a_smaller_model_is_never_slower(make_model: MakeModel, model_type: str)
             assert all(after.likely <= before.likely for before, after in layers)
     linears = [model.memory("fp16", 0) for model in (dense, small.architecture)]
     assert linears[1] < linears[0]
+
+
+def test_a_mixture_is_forecast_with_the_experts_that_stay(tmp_path: Path) -> None:
+    family = family_of("qwen3_moe")
+    checkpoint = Checkpoint.outline(write_mixture(tmp_path, family, MIXTURES["qwen3_moe"]))
+    cut = variant(checkpoint, parse("structured:0.1")).architecture
+    left = sorted(block.widths.experts for block, _ in cut.blocks)
+    assert left == [0, 3]
+    dense = architecture(checkpoint)
+    assert dense.parameters - cut.parameters == 3 * 24 * 32 + 32
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
