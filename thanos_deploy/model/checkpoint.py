@@ -214,7 +214,7 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
     if declared is not None and family.experts is not None:
         raise ModelError(
             f"{folder / block_widths.FILE}: widths of blocks, of a model type with experts, whose "
-            "blocks cannot be cut",
+            "widths config.json states",
             fix="restore the folder from the model's origin",
         )
     uniform = (block_widths.of_config(config, family),) * count

@@ -9,7 +9,6 @@ because the shapes of its weights differ, and `load.load_model` reads it.
 import json
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
 from thanos_deploy.model.block import Widths as Widths
@@ -105,7 +105,7 @@ def _of_experts(
 
 def declare(folder: Path, blocks: Sequence[Widths]) -> None:
     """Write widths.json."""
-    content = {"format": FORMAT, "blocks": [asdict(block) for block in blocks]}
+    content = {"format": FORMAT, "blocks": [encode(block) for block in blocks]}
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -134,7 +134,7 @@ def declared(folder: Path) -> tuple[Widths, ...] | None:
     if not all(
         isinstance(number, int) and number > 0
         for block in blocks
-        for number in asdict(block).values()
+        for number in encode(block).values()
     ):
         raise ModelError(
             f"{path}: a width that is not a positive number", fix="restore it from its origin"

@@ -11,7 +11,15 @@ from thanos_deploy.machine import environment
 from thanos_deploy.measure.run import BenchGpu, Run
 from thanos_deploy.pruning.result import LayersSummary
 from thanos_deploy.report import words
-from thanos_deploy.report.model import FileBytes, LayerMap, ModelReport, Pair, Quality
+from thanos_deploy.report.model import (
+    CutWidths,
+    FileBytes,
+    LayerMap,
+    ModelReport,
+    Pair,
+    Quality,
+    WidthRange,
+)
 
 QUALITY = Quality("builtin", 2, 64, (), dense=10.0, pruned=20.0, ratio=2.0)
 MODEL = ModelReport(
@@ -71,6 +79,26 @@ def test_the_verdict_promises_sparse_tensor_cores_only_where_they_apply(
     assert (f"{pattern} brings no speed on a CPU" in text) == (pattern != "structured:0.3")
     assert "prefill-1x128 took 0.99x (0.96x to 1.02x)" in text
     assert "from 10.00 to 20.00" in text
+
+
+@pytest.mark.parametrize(
+    ("experts", "said"),
+    [
+        (WidthRange((8,), (6,)), "as whole experts: the files and the memory shrink"),
+        (WidthRange((8,), (8,)), "the memory and the work of every block shrink"),
+        (None, "the memory and the work of every block shrink"),
+    ],
+    ids=["experts", "channels of experts", "dense"],
+)
+def test_experts_that_are_gone_are_not_said_to_spare_work(
+    experts: WidthRange | None, said: str
+) -> None:
+    same, fewer = WidthRange((4,), (4,)), WidthRange((48,), (48 if experts else 32,))
+    widths = CutWidths(0.25, True, 400, 300, same, same, fewer, experts)
+    model = replace(MODEL, pattern="structured:0.25", widths=widths)
+    text = " ".join(words.verdict(model, None))
+    assert said in text
+    assert ("1.23x as fast" in text) is not widths.drops_experts
 
 
 @pytest.mark.parametrize(
