@@ -108,7 +108,6 @@ def _gradients(
     parts = [slice(first + one.start, first + one.stop) for one in even(stop - first, _PARTS)]
     sums = OrderedSum(ranks, len(parts), holder)
     for turn in range(sums.turns):
-        part: list[Tensor] = [torch.zeros_like(run, dtype=torch.float32) for run in running]
         data = _handed_over(batch, beside, parts, turn, holder)
         if (own := sums.mine(turn)) is not None:
             assert data is not None
@@ -119,8 +118,9 @@ def _gradients(
                 error = (left.float() - target).square().sum(dim=-1)
                 relative = error / target.square().sum(dim=-1).clamp(min=1e-30)
                 loss = relative.sum() / ((stop - first) * batch.shape[1])
-                part = [one.float() for one in torch.autograd.grad(loss, running)]
-        sums.add(part)
+                sums.add([one.float() for one in torch.autograd.grad(loss, running)])
+        else:
+            sums.add([torch.zeros_like(run, dtype=torch.float32) for run in running])
     return sums.finish()
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Rows of a layer that are solved as one. Fewer, and products run below full speed; a GPU needs more
-# of them to be busy, and only the widest layers of the largest models are cut for it.
-_ROWS = {"cpu": 256, "cuda": 8192}
+# Rows of a layer that are solved as one at most. Of fewer, products run below full speed; a GPU
+# needs more of them to be busy, and only the widest layers of the largest models are cut for it.
+_ROWS = {"cpu": 512, "cuda": 16384}
 
 # Pieces that a layer is cut into at most.
 _PIECES = 8
@@ -18,7 +18,7 @@ def pieces(rows: int, device: str) -> tuple[slice, ...]:
         rows: of the layer.
         device: type of the device of its tensors.
     """
-    count = max(1, min(_PIECES, rows // _ROWS.get(device, _ROWS["cuda"])))
+    count = min(_PIECES, -(-rows // _ROWS.get(device, _ROWS["cuda"])))
     return tuple(even(rows, count))
 
 
