@@ -279,6 +279,8 @@ class Outline(Weights):
 class WeightsCopy:
     """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
 
+    One file is open at a time: large checkpoints have hundreds, and processes may open few.
+
     The files have the names of the original ones, and the model's own tensors by the same names in
     the same order; only the dtype may differ.
     """
@@ -302,6 +304,7 @@ class WeightsCopy:
         self._dtypes = {name: dtype or own for name, own in original.dtypes.items()}
         self._missing = dict.fromkeys(original.shapes)
         self._files: dict[str, TensorFile] = {}
+        self._open: TensorFile | None = None
         self.bytes = 0
         if destination is None:
             self._missing.clear()
@@ -313,6 +316,7 @@ class WeightsCopy:
                 if file == shard
             }
             file = TensorFile.create(destination / shard, kinds)
+            file.close()
             self._files.update(dict.fromkeys(kinds, file))
             self.bytes += file.size
         if (original.folder / INDEX).exists():
@@ -342,8 +346,18 @@ class WeightsCopy:
     def write_pieces(self, name: str, pieces: Iterable[tuple[int, Tensor]]) -> None:
         """Write one tensor in pieces; see `Weights.pieces`."""
         del self._missing[name]
+        file = self._files[name]
+        if file is not self._open:
+            self._close()
+            file.reopen()
+            self._open = file
         for start, piece in pieces:
-            self._files[name].write(name, piece, start)
+            file.write(name, piece, start)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def __enter__(self) -> "WeightsCopy":
         return self
@@ -354,6 +368,5 @@ class WeightsCopy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in set(self._files.values()):
-            file.close()
+        self._close()
         assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"
