@@ -11,7 +11,7 @@ layer's kept weights, so that it fits models of any scale.
 
 The sequences of a step are cut into parts, the same for every number of ranks. A rank that has none
 of them gets its part from the rank that has; their gradients are added up in one order, and every
-rank takes the step.
+rank takes the step for some of the weights.
 
 Source of the idea: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv
 2402.12419.
@@ -27,7 +27,7 @@ from thanos_deploy.calibration.walk import Visit
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.spread import even
-from thanos_deploy.ranks.sums import OrderedSum
+from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
 # Tokens that a step looks at; a segment at least.
 TOKENS_PER_STEP = 1024
@@ -60,11 +60,16 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
     for batch in walk.batches:
         batch.paused = None  # what waits in the block has passed layers that change now
     own = [visit.block.get_submodule(name).get_parameter("weight") for name in linears]
+    ranks = current()
     weights = [weight.float() for weight in own]  # in which steps add up
+    shares = [run_of(ranks, weight) for weight in weights]
     running = [walk.block.get_submodule(name).get_parameter("weight") for name in linears]
-    kept = [(weight != 0).to(weight.dtype) for weight in weights]
+    kept = [(share != 0).to(share.dtype) for share in shares]
     optimizer = torch.optim.Adam(
-        [{"params": [weight], "lr": _RATE * _root_mean_square(weight)} for weight in weights],
+        [
+            {"params": [share], "lr": _RATE * _root_mean_square(weight)}
+            for share, weight in zip(shares, weights, strict=True)
+        ],
         betas=_BETAS,
         eps=1e-12,
         fused=True,
@@ -75,25 +80,24 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
         run.requires_grad_(True)
     for number, rows in _parts(walk.batches, steps):
         gradients = _gradients(visit, dense, number, rows, running)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
+        for share, gradient in zip(shares, gradients, strict=True):
+            share.grad = gradient
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        for weight, run, keep in zip(weights, running, kept, strict=True):
-            weight.mul_(keep)
-            if run is not weight:
-                run.copy_(weight)
-    for name, stored, weight, run in zip(linears, own, weights, running, strict=True):
+        for share, run, keep in zip(shares, running, kept, strict=True):
+            share.mul_(keep)
+            run.copy_(whole_of(ranks, share, run.shape))
+    for name, stored, share, run in zip(linears, own, shares, running, strict=True):
         run.requires_grad_(False)
-        stored.copy_(weight)
+        stored.copy_(whole_of(ranks, share, stored.shape))
         visit.write(name, matrix(visit.block.get_submodule(name)))
 
 
 def _gradients(
     visit: Visit, dense: Walk, number: int, rows: slice, running: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradient of a step's loss by each weight, on every rank; float32.
+    """This rank's run of the gradient of a step's loss by each weight; float32.
 
     Args:
         visit: the block.
@@ -121,7 +125,7 @@ def _gradients(
                 sums.add([one.float() for one in torch.autograd.grad(loss, running)])
         else:
             sums.add([torch.zeros_like(run, dtype=torch.float32) for run in running])
-    return sums.finish()
+    return sums.runs()
 
 
 def _handed_over(

@@ -11,7 +11,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.ranks.group import Ranks
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.ranks.spread import Job, even, factor_cost, job_cost, owners, pieces
-from thanos_deploy.ranks.sums import OrderedSum
+from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
 jobs = st.builds(
     Job,
@@ -68,6 +68,19 @@ def test_a_rank_by_itself_adds_in_the_order_of_the_parts() -> None:
     whole, few = sums.finish()
     assert torch.equal(whole, wanted)
     assert torch.equal(few, wanted[:3])
+
+
+@given(entries=st.integers(1, 1000), size=st.integers(1, 9))
+def test_runs_cover_a_tensor_and_end_where_no_vector_does(entries: int, size: int) -> None:
+    tensor = torch.arange(1, entries + 1)
+    runs = [run_of(Ranks(rank, size), tensor) for rank in range(size)]
+    assert {len(run) % 64 for run in runs} == {0}
+    assert len({len(run) for run in runs}) == 1
+    together = torch.cat(runs)
+    assert torch.equal(together[:entries], tensor)
+    assert not together[entries:].any()
+    if size == 1:
+        assert torch.equal(whole_of(Ranks(0, 1), runs[0], tensor.shape), tensor)
 
 
 @given(count=st.integers(1, 100), parts=st.integers(1, 20))
