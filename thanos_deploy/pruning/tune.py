@@ -87,7 +87,8 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
         optimizer.zero_grad()
         for share, run, keep in zip(shares, running, kept, strict=True):
             share.mul_(keep)
-            run.copy_(whole_of(ranks, share, run.shape))
+            if ranks.size > 1 or not _share_memory(share, run):
+                run.copy_(whole_of(ranks, share, run.shape))
     for name, stored, share, run in zip(linears, own, shares, running, strict=True):
         run.requires_grad_(False)
         stored.copy_(whole_of(ranks, share, stored.shape))
@@ -163,6 +164,11 @@ def _parts(batches: Sequence[BlockInputs], steps: int) -> Iterator[tuple[int, sl
     stride = max(1, len(parts) // steps)
     for step in range(steps):
         yield parts[step * stride % len(parts)]
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """What is written to one is in the other, as for a rank by itself that runs in float32."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _root_mean_square(weight: Tensor) -> float:
