@@ -112,8 +112,9 @@ def _gradients(
     holder = batch.shard % ranks.size
     parts = [slice(first + one.start, first + one.stop) for one in even(stop - first, _PARTS)]
     sums = OrderedSum(ranks, len(parts), holder)
+    whole = (batch.hidden, beside.left) if ranks.rank == holder else None
     for turn in range(sums.turns):
-        data = _handed_over(batch, beside, parts, turn, holder)
+        data = _handed_over(batch, whole, parts, turn, holder)
         if (own := sums.mine(turn)) is not None:
             assert data is not None
             hidden, target = data
@@ -130,18 +131,29 @@ def _gradients(
 
 
 def _handed_over(
-    batch: BlockInputs, beside: BlockInputs, parts: Sequence[slice], turn: int, holder: int
+    batch: BlockInputs,
+    whole: tuple[Tensor, Tensor] | None,
+    parts: Sequence[slice],
+    turn: int,
+    holder: int,
 ) -> tuple[Tensor, Tensor] | None:
     """What enters the block and what should leave it of this rank's part in a turn.
 
     The rank that has the batch gives the others theirs.
+
+    Args:
+        batch: that all parts are of.
+        whole: the same of the batch; None on ranks that do not have it.
+        parts: the sequences of each.
+        turn: see `OrderedSum`.
+        holder: the rank that has the batch.
     """
     ranks = current()
     mine = None
     for number in range(turn * ranks.size, min((turn + 1) * ranks.size, len(parts))):
         reader = (holder + number) % ranks.size
-        if ranks.rank == holder:
-            data = batch.hidden[parts[number]], beside.left[parts[number]]
+        if whole is not None:
+            data = whole[0][parts[number]], whole[1][parts[number]]
         elif ranks.rank == reader:
             shape = (parts[number].stop - parts[number].start, *batch.shape[1:])
             data = batch.empty(shape), batch.empty(shape)

@@ -94,14 +94,15 @@ def test_even_runs_cover_everything_and_differ_by_one(count: int, parts: int) ->
 
 @given(rows=st.integers(1, 100_000), device=st.sampled_from(["cpu", "cuda"]))
 def test_pieces_are_wide_enough_to_be_worth_it(rows: int, device: str) -> None:
-    most = {"cpu": 512, "cuda": 16384}[device]
+    whole, most = {"cpu": (512, 1024), "cuda": (16384, 16384)}[device]
     found = pieces(rows, device)
     assert [n for one in found for n in (one.start, one.stop)][1:-1:2] == [
         one.start for one in found[1:]
     ]
     assert (found[0].start, found[-1].stop) == (0, rows)
     assert len(found) <= 8
-    assert len(found) == 1 or min(one.stop - one.start for one in found) >= most // 2
+    assert (len(found) == 1) == (rows <= whole)
+    assert len(found) == 1 or min(one.stop - one.start for one in found) >= whole // 2
     assert len(found) == 8 or max(one.stop - one.start for one in found) <= most
 
 
