@@ -87,18 +87,23 @@ def main() -> None:
 
 
 def _shortened(model: str, blocks: int, folder: Path) -> str:
-    """The first blocks of a model, as a model; the weights of the others are there, and unused."""
-    whole = Dense(model).checkpoint().folder
+    """The first blocks of a model, as a model."""
+    from safetensors.torch import save_file
+
+    whole = Dense(model).checkpoint()
+    left_out = tuple(block.prefix for block in whole.blocks[blocks:])
     short = folder / "model"
     short.mkdir()
-    for path in whole.iterdir():
-        if path.name != "config.json":
+    for path in whole.folder.iterdir():
+        if path.name != "config.json" and "safetensors" not in path.name:
             shutil.copy(path, short / path.name)
-    config = json.loads((whole / "config.json").read_bytes())
+    config = json.loads((whole.folder / "config.json").read_bytes())
     config["num_hidden_layers"] = blocks
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:blocks]
     (short / "config.json").write_text(json.dumps(config))
+    names = [name for name in whole.weights.shapes if not name.startswith(left_out)]
+    save_file(whole.weights.read(names), short / "model.safetensors", {"format": "pt"})
     return str(short)
 
 

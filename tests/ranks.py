@@ -12,6 +12,7 @@ import torch
 
 from tests.commands import FORKS
 from thanos_deploy import cli
+from thanos_deploy.pruning import quantise
 from thanos_deploy.ranks import shards, spread
 
 
@@ -75,7 +76,7 @@ def write_text(path: Path) -> Path:
 def make_small() -> None:
     """Cut what is small into as many parts as what is large, and compute with one thread."""
     shards.TOKENS_PER_BATCH = 128
-    spread._ROWS["cpu"] = 16
+    spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
     torch.set_num_threads(1)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.forecast import MODELS
 from tests.conftest import Invoke
+from thanos_deploy.gpu.figures import published
 
 
 @pytest.fixture
@@ -69,6 +70,36 @@ def test_products_that_were_published_replace_the_roofline(
     assert json.loads(output)["measured_products"] == 0
 
 
+def test_what_pruning_takes_is_forecast_from_layers_that_were_pruned(
+    configuration: Path, invoke: Invoke
+) -> None:
+    """Of the sizes that were measured, three of a block's seven layers, no less and no more."""
+    run = next(one for one in published() if one.layers)
+    told = {}
+    for gpus in ("1", "8"):
+        code, output, errors = invoke(
+            "plan", configuration, "--gpu", "H100", "--prune", "--gpus", gpus, "--json"
+        )
+        assert code == 0, errors
+        told[gpus] = {one["preset"]: one for one in json.loads(output)["pruning"]}
+    for preset in ("fast", "best"):
+        alone, many = (told[gpus][preset] for gpus in ("1", "8"))
+        measured = {
+            (one.outputs, one.inputs): one.seconds for one in run.layers if one.preset == preset
+        }
+        # q and o; gate and up; down. k and v are of a size that was not measured.
+        known = 2 * measured[4096, 4096] + 2 * measured[14336, 4096] + measured[4096, 14336]
+        assert 32 * known * 0.8 < alone["seconds"]["solver"] < 32 * known * 1.5
+        assert many["total_seconds"] < alone["total_seconds"] < 600
+        assert alone["seconds"]["exchange"] == 0.0 < many["seconds"]["exchange"]
+        assert alone["fits"]
+        assert "measured on one NVIDIA H100" in alone["basis"]
+    assert told["1"]["best"]["device_bytes"] > told["1"]["fast"]["device_bytes"]
+    code, output, errors = invoke("plan", configuration, "--gpu", "H100", "--prune")
+    assert code == 0, errors
+    assert "Pruning to 2:4 on 1 x NVIDIA H100" in output
+
+
 def test_the_table_shows_every_layer_if_asked_for(tiny_llama: Path, invoke: Invoke) -> None:
     arguments = ("plan", tiny_llama, "--gpu", "l40s", "--prompt", "16", "--new-tokens", "4")
     code, short, errors = invoke(*arguments)
@@ -91,6 +122,8 @@ def test_the_table_shows_every_layer_if_asked_for(tiny_llama: Path, invoke: Invo
         (("--gpu", "A100", "--pattern", "structured:0.999"), 2, "remove at most structured:"),
         (("--gpu", "A100", "--prompt", "9000"), 2, "the model takes 8192"),
         (("--gpu", "A100", "--measured", "nowhere.json"), 3, "not a readable table"),
+        (("--gpu", "A100", "--prune"), 2, "no layer was pruned on it"),
+        (("--gpu", "H100", "--prune", "--gpus", "64"), 2, "work for 32 at most"),
     ],
 )
 def test_a_mistake_is_explained(

@@ -40,7 +40,7 @@ class FakeCuda(FakeTensorMode):
 
     That is PyTorch's own check of every operation. What the host reads of a tensor is made up here,
     and counted: True, 1.0, or a count of 0, which is what a layer without trouble would give. Of
-    what is marked or unique in a vector there is half.
+    what is marked or unique in a vector there is half; to learn how many is a read as well.
 
     Attributes:
         counts: what integers are read as.
@@ -76,6 +76,7 @@ class FakeCuda(FakeTensorMode):
         return super().dispatch(func, types, args, kwargs or {})
 
     def _half(self, vector: Tensor) -> Tensor:
+        self.reads += vector.is_cuda
         with self:
             return torch.arange(len(vector) // 2, device=vector.device)
 

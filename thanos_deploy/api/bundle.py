@@ -147,6 +147,7 @@ class Bundle:
         tasks: Sequence[str] | None = None,
         task_folder: str | PathLike[str] | None = None,
         limit: Positive | None = None,
+        revision: str | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> "Compared[TextQuality] | Compared[TaskQuality]":
@@ -168,6 +169,7 @@ class Bundle:
             task_folder: a folder of task files that the harness does not have. They can name
                 Python code that is run.
             limit: the most examples of each task; None for all.
+            revision: branch, tag or commit of the dense model, if it is of the hub.
             overwrite: replace what was measured on another text or other tasks.
             progress: told how far it is.
 
@@ -195,7 +197,7 @@ class Bundle:
             task_folder=task_folder,
             limit=limit,
         )
-        with reopen(self._path, _requests.model(dense)) as (bundle, source):
+        with reopen(self._path, _requests.model(dense), revision=revision) as (bundle, source):
             found = stage.evaluate(
                 bundle,
                 source,

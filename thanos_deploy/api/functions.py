@@ -1,6 +1,7 @@
 """The functions of the API: commands that begin with a model, or with several bundles."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -205,6 +206,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     task_folder: str | PathLike[str] | None = None,
     limit: Positive | None = None,
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> "TextQuality | TaskQuality":
     """Measure the quality of one model by itself; the command `eval` without `--dense`.
@@ -215,6 +217,7 @@ def evaluate(
         model: see `prune`; or the folder of a bundle.
         runtime, device, text, text_field, segments, seqlen, tasks, task_folder, limit, progress:
             see `Bundle.evaluate`.
+        revision: branch, tag or commit of a hub model.
 
     Raises:
         DeployError: see `Bundle.evaluate`.
@@ -233,7 +236,11 @@ def evaluate(
         limit=limit,
     )
     return evaluate_alone(
-        _requests.model(model), request, runtime=runtime, announce=_requests.announce(progress)
+        _requests.model(model),
+        request,
+        runtime=runtime,
+        revision=revision,
+        announce=_requests.announce(progress),
     )
 
 
@@ -282,6 +289,10 @@ def plan(
     new_tokens: Positive = 128,
     dtype: Literal["fp16", "bf16", "int8", "fp8"] = "bf16",
     measured: str | PathLike[str] | None = None,
+    prune: bool = False,
+    gpus: Positive = 1,
+    nsamples: Positive = 128,
+    seqlen: Positive = 2048,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> "Forecast":
@@ -299,6 +310,10 @@ def plan(
         dtype: of the blocks' linear layers.
         measured: a file of measured matrix products of that GPU, such as `gpu-check` writes; by
             default the published ones, where that GPU was measured.
+        prune: forecast too what pruning the model to 2:4 takes there, by each preset.
+        gpus: that prune together.
+        nsamples: calibration segments for pruning.
+        seqlen: tokens of each.
         revision: branch, tag or commit of a hub model.
         progress: told how far the conversion of a GGUF file is.
 
@@ -306,11 +321,13 @@ def plan(
         the forecast.
 
     Raises:
-        UsageError: there is no such GPU, it does not know the dtype, or the model is too short.
+        UsageError: there is no such GPU, it does not know the dtype, the model is too short, or
+            no layer was pruned on that GPU, so that pruning cannot be forecast.
         ModelError: the model is missing or not supported.
         InputError: the measurements cannot be read.
     """
     from thanos_deploy.forecast import datasheets
+    from thanos_deploy.forecast import pruning as pruning_forecast
     from thanos_deploy.forecast.forecast import Generation
     from thanos_deploy.forecast.forecast import plan as forecast
     from thanos_deploy.forecast.measurements import published_measurements, read_measurements
@@ -325,13 +342,18 @@ def plan(
         else read_measurements(Path(measured), product, dtype)
     )
     found = _requests.model(model)
-    return forecast(
-        outline(found, revision=revision, announce=_requests.announce(progress)),
+    sizes = outline(found, revision=revision, announce=_requests.announce(progress))
+    outcome = forecast(
+        sizes,
         [_requests.pattern(one) for one in pattern],
         Setting(product, dtype, known),
         Generation(tuple(batch), prompt, new_tokens),
         model=found.source.name if isinstance(found, LocatedModel) else found,
     )
+    if prune:
+        pruning = pruning_forecast.plan(sizes, product, gpus=gpus, nsamples=nsamples, seqlen=seqlen)
+        outcome = replace(outcome, pruning=pruning)
+    return outcome
 
 
 @public

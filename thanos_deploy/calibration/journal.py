@@ -22,10 +22,12 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import names, record
@@ -114,7 +116,9 @@ class Journal(Generic[R]):
         Returns:
             what `add` wants to know of it.
         """
-        own = {name: entry for file in inputs for name, entry in _record(file).items()}
+        # As many at a time as there are cores: what enters a block of a large model is gigabytes.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            own = {name: entry for one in pool.map(_record, inputs) for name, entry in one.items()}
         every = {name: entry for files in self._ranks.gather(own) for name, entry in files.items()}
         files: Json = {"parameters": {}, "inputs": dict(sorted(every.items()))}
         if parameters:

@@ -107,6 +107,11 @@ class Visit:
         """The data on its ways through the block and, if it was asked for, the dense one."""
         return [self.walk] if self.dense is None else [self.walk, self.dense]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block is."""
+        return self.clock.device
+
     def write(self, linear: str, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """Give a linear layer another matrix of the same shape, here and in the block that runs.
 

@@ -40,6 +40,8 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
                 console.print(_layer_table(f"{phase}, batch {step.batch}, ms", found))
     for sentence in (*forecast.verdict, *forecast.measured):
         console.print(f"• {sentence}", highlight=False, markup=False)
+    if forecast.pruning:
+        _show_pruning(console, forecast)
     origin = f"Roofline of the figures in {forecast.gpu.source}"
     if count := forecast.measured_products:
         origin += f"; {count} measured matrix products replace it where their sizes are similar"
@@ -49,6 +51,27 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _show_pruning(console: Console, forecast: Forecast) -> None:
+    first = forecast.pruning[0]
+    table = Table(
+        title=f"Pruning to 2:4 on {first.gpus} x {forecast.gpu.product}, {first.nsamples} segments "
+        f"of {first.seqlen} tokens: forecast"
+    )
+    for name in ("preset", "minutes", *first.seconds, "GPU, GB", "host, GB"):
+        table.add_column(name, justify="right")
+    for one in forecast.pruning:
+        table.add_row(
+            one.preset,
+            f"{one.total_seconds / 60:.1f}",
+            *(f"{seconds:.0f} s" for seconds in one.seconds.values()),
+            f"{one.device_bytes / 1e9:.1f}" + ("" if one.fits else " too much"),
+            f"{one.host_bytes / 1e9:.1f}",
+        )
+    console.print(table)
+    for one in forecast.pruning:
+        console.print(f"• {one.preset}: {one.basis}.", highlight=False, markup=False)
 
 
 def _forecast_cell(time: Seconds | Layer, dense: float) -> str:

@@ -13,6 +13,7 @@ from thanos_deploy.cli._options import (
     emit,
     evaluation_options,
     given,
+    revision_option,
     session,
     text_field_option,
     told,
@@ -38,6 +39,7 @@ _evaluated_options = several(
         help="torch runs the checkpoint in PyTorch; onnx runs the exported graph in ONNX Runtime, "
         "in the dtype of the export.",
     ),
+    revision_option,
     device_option,
     text_field_option,
     evaluation_options(short=True),

@@ -85,6 +85,30 @@ class Integers(click.ParamType[tuple[int, ...]]):
     "`python -m benchmarks.semi_structured`, or from benchmarks/results/gpu. A product of similar "
     "size replaces the roofline.  [default: the published products, where that GPU was measured]",
 )
+@click.option(
+    "--prune", is_flag=True, help="Forecast too what pruning to 2:4 takes there, by each preset."
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="GPUs that prune together, with --prune.",
+)
+@click.option(
+    "--nsamples",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Calibration segments, with --prune.",
+)
+@click.option(
+    "--seqlen",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens in each of them, with --prune.",
+)
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @revision_option
 @session_options

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thanos_deploy.errors import ModelError, UsageError
+from thanos_deploy.forecast.pruning import PruningForecast
 from thanos_deploy.forecast.roofline import (
     Architecture,
     Block,
@@ -189,6 +190,7 @@ class Forecast:
         passes: one for each batch.
         measured: what was measured of the patterns on that GPU, in sentences.
         verdict: what every pattern brings to each pass, in sentences.
+        pruning: what pruning the model takes there, by preset; empty if that was not asked for.
     """
 
     model: str
@@ -202,6 +204,7 @@ class Forecast:
     passes: tuple[BatchForecast, ...]
     measured: tuple[str, ...]
     verdict: tuple[str, ...]
+    pruning: tuple[PruningForecast, ...] = ()
 
 
 def plan(

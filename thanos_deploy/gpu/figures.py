@@ -16,7 +16,7 @@ from importlib import resources
 
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.records import Records
-from thanos_deploy.gpu.rows import GemmRow, ModelRow
+from thanos_deploy.gpu.rows import GemmRow, HessianRow, ModelRow, PruningRow
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 
 FILE = "figures.json"
@@ -88,8 +88,24 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTime:
+    """One layer, pruned to 2:4 by Thanos.
+
+    Attributes:
+        preset: whose options were used.
+        outputs, inputs: of the layer.
+        seconds: of the solver.
+    """
+
+    preset: str
+    outputs: int
+    inputs: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """What one run showed of whole models, and of matrix products.
+    """What one run showed of whole models, of matrix products, and of pruning.
 
     Attributes:
         card: name of the GPU.
@@ -97,6 +113,9 @@ class Figures:
         reasons: why the times are not to be trusted; empty for a valid run.
         passes: those that were timed with the dense model too.
         products: likewise.
+        layers: that were pruned.
+        gram_seconds: of a Hessian, for each token and squared number of inputs; None if none was
+            summed up.
     """
 
     card: str
@@ -105,6 +124,8 @@ class Figures:
     reasons: tuple[str, ...]
     passes: tuple[Pass, ...]
     products: tuple[Product, ...]
+    layers: tuple[LayerTime, ...] = ()
+    gram_seconds: float | None = None
 
 
 def figures(records: Records) -> Figures | None:
@@ -135,7 +156,21 @@ def figures(records: Records) -> Figures | None:
         if model != _DENSE and (dense := fastest.get((_DENSE, *where)))  # type: ignore[arg-type]
     )
     return Figures(
-        card.name, card.date, card.command, records.reasons, passes, tuple(_products(records))
+        card.name,
+        card.date,
+        card.command,
+        records.reasons,
+        passes,
+        tuple(_products(records)),
+        tuple(
+            LayerTime(row.preset, row.outputs, row.inputs, row.seconds)
+            for row in records.of(PruningRow)
+            if row.seconds and (row.method, row.pattern) == ("thanos", "2:4")
+        ),
+        min(
+            (row.seconds / (row.tokens * row.inputs**2) for row in records.of(HessianRow)),
+            default=None,
+        ),
     )
 
 
@@ -167,6 +202,7 @@ def from_json(text: str) -> tuple[Figures, ...]:
                 "reasons": tuple(run["reasons"]),
                 "passes": tuple(Pass(**one) for one in run["passes"]),
                 "products": tuple(Product(**one) for one in run["products"]),
+                "layers": tuple(LayerTime(**one) for one in run["layers"]),
             }
         )
         for run in json.loads(text)

@@ -132,7 +132,7 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
         columns = min(weight.shape[1], math.ceil(entries / len(W)))
         pruned, removed = _prune_columns(W, norms, factored, columns)
     else:
-        pruned, removed = _prune_blocks(W, norms, factored, pattern, options)
+        pruned, removed = _prune_until_solved(W, norms, factored, pattern, options)
         diagonal = factored.diagonal
         del factored  # which may be the last that is known of it
         if options.refit_steps:
@@ -193,14 +193,39 @@ def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
         )
 
 
-def _prune_blocks(
+def _prune_until_solved(
     W: Tensor,
     norms: Tensor | None,
     H: Factor,
     pattern: Unstructured | SemiStructured,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """The block loop. Returns the new weights and the mask, both [rows, cols]."""
+    """Prune block by block; returns the new weights and the mask, both [rows, cols]."""
+    import torch
+
+    from thanos_deploy.solver.masked import attempts
+
+    # Asked once, after all blocks, so that no block waits for the one before.
+    refitted = options.refit_steps > 0
+    unsolved = torch.zeros((), dtype=torch.int64, device=W.device)
+    *first, last = attempts(W.device, options.block_columns, refitted=refitted)
+    for steps in first:
+        found = _prune_blocks(W, norms, H, pattern, options, steps, unsolved.zero_())
+        if not int(unsolved):
+            return found
+    return _prune_blocks(W, norms, H, pattern, options, last, unsolved)
+
+
+def _prune_blocks(
+    W: Tensor,
+    norms: Tensor | None,
+    H: Factor,
+    pattern: Unstructured | SemiStructured,
+    options: Options,
+    steps: int,
+    unsolved: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The block loop; `steps` and `unsolved` are those of `solve_masked`."""
     import torch
 
     from thanos_deploy.solver.mask import removed_count, smallest_in_groups, threshold
@@ -230,7 +255,14 @@ def _prune_blocks(
                 mask = threshold(scores, budget).mark(scores[:, : stop - start])
                 budget = budget - mask.sum()
         U_block = H.upper(slice(start, stop))
-        change = solve_masked(W[:, start:stop], mask, U_block @ U_block.T, tolerance=tolerance)
+        change = solve_masked(
+            W[:, start:stop],
+            mask,
+            U_block @ U_block.T,
+            steps=min(steps, 2 * (stop - start)),
+            tolerance=tolerance,
+            unsolved=unsolved,
+        )
         W[:, stop:].addmm_(change @ U_block, H.V[start:stop, stop:])
         W[:, start:stop] += change  # +0.0 where it takes a weight away
         M[:, start:stop] = mask
@@ -249,6 +281,7 @@ def _prune_columns(W: Tensor, norms: Tensor | None, H: Factor, count: int) -> tu
     else:
         scores = W.square().sum(dim=0) * norms.square()
         elimination.remove(cheapest(scores, count))
+    elimination.require_solved()
     removed = ~elimination.left
     return elimination.weight.to(W.dtype), removed.expand_as(W).clone()
 

@@ -124,7 +124,8 @@ def _folder_of(weights: Path) -> Path:
 def _fetch(repository: str, revision: str | None) -> Path:
     """Download the files that make up a model, and no other copy of its weights.
 
-    What is cached is not fetched again, and a file that was cut off is gone on with.
+    What is cached is not fetched again, and where a connection is cut off, the file is gone on with
+    by another one. Of a process that was killed, whole files are kept.
 
     Raises:
         ModelError, PlatformError: see `locate`.

@@ -190,6 +190,10 @@ class TensorFile:
         """Close the file."""
         os.close(self._descriptor)
 
+    def reopen(self) -> None:
+        """Open a file again that was closed, to go on writing it."""
+        self._descriptor = os.open(self.path, os.O_RDWR)
+
     def __enter__(self) -> "TensorFile":
         return self
 

@@ -323,6 +323,8 @@ class Outline(Weights):
 class WeightsCopy:
     """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
 
+    One file is open at a time: large checkpoints have hundreds, and processes may open few.
+
     The files have the names of the original ones, and the model's own tensors by the same names in
     the same order; only the dtype may differ.
     """
@@ -350,6 +352,7 @@ class WeightsCopy:
         self._parts = original.parts
         self._missing = dict.fromkeys(self._shapes)
         self._files: dict[str, TensorFile] = {}
+        self._open: TensorFile | None = None
         self.bytes = 0
         if destination is None:
             self._missing.clear()
@@ -370,6 +373,7 @@ class WeightsCopy:
             file = TensorFile.create(destination / shard, kinds)
             if fused:
                 file.fill()
+            file.close()
             self._files.update(dict.fromkeys(own, file))
             places.update(dict.fromkeys(kinds, shard))
             self.bytes += file.size
@@ -400,12 +404,22 @@ class WeightsCopy:
     def write_pieces(self, name: str, pieces: Iterable[tuple[int, Tensor]]) -> None:
         """Write one tensor in pieces; see `Weights.pieces`."""
         del self._missing[name]
+        file = self._files[name]
+        if file is not self._open:
+            self._close()
+            file.reopen()
+            self._open = file
         for start, piece in pieces:
             if name in self._parts:  # which are read and written whole
                 whole = piece.detach().cpu().reshape(self._shapes[name])
-                self._parts[name].write(self._files[name], whole)
+                self._parts[name].write(file, whole)
             else:
-                self._files[name].write(name, piece, start)
+                file.write(name, piece, start)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def __enter__(self) -> "WeightsCopy":
         return self
@@ -416,6 +430,5 @@ class WeightsCopy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in set(self._files.values()):
-            file.close()
+        self._close()
         assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"

@@ -28,8 +28,11 @@ from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.jobs import Jobs
 from thanos_deploy.pruning.layers import gather
 from thanos_deploy.pruning.result import Quantisation
+from thanos_deploy.ranks import spread
+from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import Factor, LayerProblem
@@ -38,6 +41,10 @@ from thanos_deploy.solver.quantise import Quantised, quantise, round_to
 # Of the tensors of a layer in the files of codes, and the entry of the files' metadata.
 _CODES, _SCALE, _ZERO = ".codes", ".scale", ".zero"
 _GRID = "grid"
+
+# Rows of a layer that are quantised as one at least: columns go one by one, and each takes as long
+# as a few hundred rows do.
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,8 @@ class BlockReport:
 def quantise_model(
     checkpoint: Checkpoint,
     segments: Tensor,
-    destination: Path,
-    codes: Path,
+    destination: Path | None,
+    codes: Path | None,
     grid: Grid,
     *,
     damping: Damping = DEFAULT,
@@ -97,8 +104,8 @@ def quantise_model(
     Args:
         checkpoint: the model, pruned or not.
         segments: int64[count, length], calibration tokens.
-        destination: an empty folder.
-        codes: an empty folder for the files of codes.
+        destination: an empty folder; None for a rank that writes nothing.
+        codes: an empty folder for the files of codes; likewise.
         grid: what to quantise to.
         damping: of the Hessians.
         forward: the dtype in which blocks run, float32 or bfloat16.
@@ -110,13 +117,15 @@ def quantise_model(
         ModelError: weights are missing or have NaN, or a value does not fit their dtype.
         ResourceError: a block does not fit into the GPU's memory.
     """
-    copy_companions(checkpoint.folder, destination, None)
+    if destination is not None:
+        copy_companions(checkpoint.folder, destination, None)
 
     def work(visit: Visit) -> BlockReport:
         found: dict[str, Tensor] = {}
         with devices.memory_for(f"block {visit.index}"):
             layers = tuple(_layers(visit, grid, damping, found))
-        save_file(found, codes / f"{visit.index:05}.safetensors", metadata={_GRID: str(grid)})
+        if codes is not None:
+            save_file(found, codes / f"{visit.index:05}.safetensors", metadata={_GRID: str(grid)})
         return BlockReport(layers)
 
     with (
@@ -209,33 +218,103 @@ def _layers(
     """Quantise, in place, the layers of a block, those that read one input after another."""
     names = {visit.prefix + linear for linear in visit.structure.linears}
     for groups, collected in gather(visit, names, Walk(true_sequential=True)):
-        for group in groups:
+        jobs = Jobs(visit, groups, lambda _, rows: spread.even(rows, max(1, rows // _ROWS)))
+        solved: dict[int, Quantised] = {}
+        said: dict[int, _Solved] = {}
+        for number, group in enumerate(groups):
             hessian = collected.pop(group[0]).hessian
             factors: dict[tuple[float, str], Factor] = {}
+            for place, rows in jobs.own(number).items():
+                weight = matrix(visit.block.get_submodule(rows.linear))[rows.slice].float()
+                problem = LayerProblem(weight, hessian, visit.prefix + rows.linear, factors)
+                solved[place], said[place] = _solve(problem, grid, damping)
+        every = jobs.gather(said, _Solved)
+        for group in groups:
             for linear in group:
-                name = visit.prefix + linear
-                weight = matrix(visit.block.get_submodule(linear)).float()
-                problem = LayerProblem(weight, hessian, name, factors)
-                solved, report = _solve(problem, grid, damping)
-                visit.write(linear, solved.weight)
-                kind = torch.int8 if grid.symmetric else torch.uint8
-                found[name + _CODES] = solved.codes.to("cpu", kind)
-                found[name + _SCALE] = solved.scale.to("cpu", torch.float16)
+                places = [place for place, rows in enumerate(jobs.rows) if rows.linear == linear]
+                whole = _joined(
+                    [_spread(visit, jobs, place, grid, solved.pop(place, None)) for place in places]
+                )
+                visit.write(linear, whole.weight)
+                name, kind = visit.prefix + linear, torch.int8 if grid.symmetric else torch.uint8
+                found[name + _CODES] = whole.codes.to("cpu", kind)
+                found[name + _SCALE] = whole.scale.to("cpu", torch.float16)
                 if not grid.symmetric:
-                    found[name + _ZERO] = solved.zero.to("cpu", torch.uint8)
-                yield report
+                    found[name + _ZERO] = whole.zero.to("cpu", torch.uint8)
+                yield _report(name, [every[place] for place in places])
 
 
-def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantised, LayerReport]:
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """What became of a job, but for the codes.
+
+    Attributes:
+        energy: of the output of these rows.
+        lost, lost_by_rounding: of it, by the codes, and if every weight had been rounded; None
+            where the statistics could not be used.
+        failure: why they could not.
+    """
+
+    energy: float
+    lost: float | None
+    lost_by_rounding: float | None
+    failure: str
+
+
+def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantised, _Solved]:
     """With compensation if the statistics allow it, else rounded."""
     try:
         solved = quantise(problem, grid, damping)
     except HessianError as error:
         if not bool(problem.weight.isfinite().all()):
             raise
-        report = LayerReport(problem.name, None, None, error.message)
-        return round_to(problem.weight, grid), report
-    return solved.quantised, LayerReport(problem.name, solved.relative_error, solved.rounding_error)
+        return round_to(problem.weight, grid), _Solved(0.0, None, None, error.message)
+    energy = solved.energy
+    return solved.quantised, _Solved(
+        energy, solved.relative_error * energy, solved.rounding_error * energy, ""
+    )
+
+
+def _spread(
+    visit: Visit, jobs: Jobs, place: int, grid: Grid, solved: Quantised | None
+) -> Quantised:
+    """On all ranks what one has solved; `solved` is None on the others."""
+    rows, owner = jobs.rows[place], jobs.owners[place]
+    if solved is None:
+        count, cols = (
+            rows.stop - rows.start,
+            matrix(visit.block.get_submodule(rows.linear)).shape[1],
+        )
+        codes = torch.empty(count, cols, dtype=torch.int16, device=visit.device)
+        scale, zero = (torch.empty(count, grid.groups(cols), device=visit.device) for _ in range(2))
+        solved = Quantised(grid, codes, scale, zero)
+    for tensor in (solved.codes, solved.scale, solved.zero):
+        current().spread(tensor, owner)
+    return solved
+
+
+def _joined(parts: Sequence[Quantised]) -> Quantised:
+    """A layer from its rows."""
+    return Quantised(
+        parts[0].grid,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.zero for part in parts]),
+    )
+
+
+def _report(name: str, parts: Sequence[_Solved]) -> LayerReport:
+    """The report of a layer from those of its jobs, whose statistics are the same."""
+    lost = [part.lost for part in parts if part.lost is not None]
+    rounding = [part.lost_by_rounding for part in parts if part.lost_by_rounding is not None]
+    if len(lost) < len(parts):
+        return LayerReport(name, None, None, next(one.failure for one in parts if one.failure))
+    energy = sum(part.energy for part in parts)
+    return LayerReport(
+        name,
+        sum(lost) / energy if energy else 0.0,
+        sum(rounding) / energy if energy else 0.0,
+    )
 
 
 def _summary(grid: Grid, blocks: Sequence[BlockReport]) -> Quantisation:

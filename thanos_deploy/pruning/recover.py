@@ -5,20 +5,25 @@ the next token (knowledge distillation: Hinton, Vinyals and Dean, arXiv 1503.025
 really comes next plays no part. Only the weights of the blocks' linear layers learn. One that is
 zero stays zero, so every pattern survives.
 
-This needs both whole models in memory, in float32, and for each weight that learns also its
-gradient and the two moments of AdamW. Products are taken in
-bfloat16 where the device has instructions for matrices of it.
+This needs both models in memory, in float32, and for each weight that learns also its gradient and
+the two moments of AdamW. Several ranks share the blocks of both (`ranks.sharded`). Products are
+taken in bfloat16 where the device has instructions for matrices of it.
+
+The sequences of a step are cut into parts, the same for every number of ranks, which compute them
+side by side; the gradients of the parts are added up in their order, and each rank takes the step
+for its share of the weights.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from thanos_deploy.machine.devices import CPU, memory_for
@@ -30,6 +35,9 @@ from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.result import Recovery
+from thanos_deploy.ranks.group import current
+from thanos_deploy.ranks.sharded import Sharded
+from thanos_deploy.ranks.spread import even
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,9 @@ LEARNING_RATE = 4e-4
 _TOKENS_A_STEP = 2048
 _WARM_UP = 0.1  # of the steps
 
+# Parts of a step, if it looks at so many sequences.
+_PARTS = 4
+
 # Logits of so many tokens at once: a vocabulary of floats each. Beyond 32 MB glibc fetches every
 # tensor from the system anew.
 _TOKENS_AT_ONCE = 128
@@ -49,7 +60,7 @@ def recover(
     pruned: Checkpoint,
     dense: Checkpoint,
     segments: Tensor,
-    destination: Path,
+    destination: Path | None,
     *,
     count: int,
     seed: int = 0,
@@ -62,7 +73,7 @@ def recover(
         pruned: the model that learns.
         dense: the model that it was made from.
         segments: int64[available, length], calibration tokens.
-        destination: an empty folder.
+        destination: an empty folder; None for a rank that writes nothing.
         count: of segments to learn from; where it is more than there are, they come again.
         seed: of their order.
         device: where both models are.
@@ -73,19 +84,25 @@ def recover(
         ResourceError: both models do not fit into the GPU's memory.
     """
     started = time.perf_counter()
+    names = [f"{one}.weight" for one in pruned.linears]
     model, teacher = (load_model(one.folder, device) for one in (pruned, dense))
-    learning = {
-        name: model.get_parameter(name) for name in (f"{one}.weight" for one in pruned.linears)
-    }
+    model.requires_grad_(False)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    learner, _ = (
+        Sharded(one, [one.get_submodule(block.prefix.rstrip(".")) for block in checkpoint.blocks])
+        for one, checkpoint in ((model, pruned), (teacher, dense))
+    )
     steps = _order(len(segments), count, seed).split(max(1, _TOKENS_A_STEP // segments.shape[1]))
     dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     with memory_for("training what is left, with its teacher"):
         divergence = _train(
-            model, learning, teacher, [segments[step] for step in steps], dtype, told=on_progress
+            learner, names, teacher, [segments[step] for step in steps], dtype, told=on_progress
         )
-    copy_companions(pruned.folder, destination, None)
+    if destination is not None:
+        copy_companions(pruned.folder, destination, None)
     with WeightsCopy(pruned.weights, destination, None) as copy:
-        _write(learning, pruned, copy)
+        _write(learner, names, pruned, copy)
     return Recovery(
         divergence=tuple(mean(part) for part in _tenths(divergence)),
         tokens=count * segments.shape[1],
@@ -102,8 +119,8 @@ def _order(available: int, count: int, seed: int) -> Tensor:
 
 
 def _train(
-    model: PreTrainedModel,
-    learning: Mapping[str, nn.Parameter],
+    learner: Sharded,
+    names: Sequence[str],
     teacher: PreTrainedModel,
     batches: Sequence[Tensor],
     dtype: torch.dtype,
@@ -111,16 +128,10 @@ def _train(
     told: OnProgress,
 ) -> list[float]:
     """Train in place; returns the mean divergence of each step, in nats per token."""
-    model.requires_grad_(False)
-    for parameter in learning.values():
-        parameter.requires_grad_(True)
-        kept = parameter.detach() != 0
-        if not bool(kept.all()):
-            # With a gradient of zero Adam's moments are zero too, and nothing moves.
-            parameter.register_hook(kept.mul)
-    optimiser = torch.optim.AdamW(
-        learning.values(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    ranks, model = current(), learner.model
+    weights = [learner.own(name) for name in names]
+    kept = [weight != 0 for weight in weights]
+    optimiser = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         LEARNING_RATE,
@@ -129,25 +140,50 @@ def _train(
         cycle_momentum=False,
     )
     heads = _head(model), _head(teacher)
-    divergence = []
+    divergence: list[Tensor] = []  # of this rank's parts, which the host reads at the end
     told(0, len(batches))
     for step, batch in enumerate(batches):
-        ids = batch.to(model.device)
-        optimiser.zero_grad()
-        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-            with torch.no_grad():
-                wanted = _states(teacher, ids)
-            divergence.append(_pull(_states(model, ids), wanted, heads))
-        torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
+        parts = even(len(batch), _PARTS)
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
+        for turn in learner.turns(len(parts)):
+            # Whoever has no part computes one whose gradient is not added.
+            ids = batch[parts[len(parts) - 1 if turn is None else turn]].to(model.device)
+            with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+                with torch.no_grad():
+                    wanted = _states(teacher, ids)
+                found = _pull(_states(model, ids), wanted, heads, batch.numel())
+            if turn is not None:
+                total += found
+        divergence.append(total)
+        gradients = [learner.gradient(name) for name in names]
+        for weight, gradient, keep in zip(weights, gradients, kept, strict=True):
+            # With a gradient of zero Adam's moments are zero too, and nothing moves.
+            weight.grad = gradient.mul_(keep)
+        _clip(learner, names, 1.0)
         optimiser.step()
         schedule.step()
-        logger.debug("step %d: %.4f nats per token from the dense model", step, divergence[-1])
+        learner.forget_gradients()
         told(step + 1, len(batches))
-    return divergence
+    told_by_ranks = ranks.gather({"nats": torch.stack(divergence).tolist()})
+    by_rank: list[list[float]] = [one["nats"] for one in told_by_ranks]
+    nats = [math.fsum(parts) for parts in zip(*by_rank, strict=True)]
+    logger.debug("nats per token from the dense model, by step: %s", nats)
+    return nats
 
 
-def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head]) -> float:
-    """Add the gradient of the mean divergence to the parameters; return that divergence.
+def _clip(learner: Sharded, names: Sequence[str], most: float) -> None:
+    """Scale the gradients so that their norm, of all weights together, is at most so much."""
+    rows = [
+        learner.whole(learner.gradient(name).double().square().sum(dim=1), name) for name in names
+    ]
+    norm = torch.cat(rows).sum().sqrt()
+    scale = (most / (norm + 1e-6)).clamp(max=1.0).float()
+    for name in names:
+        learner.gradient(name).mul_(scale)
+
+
+def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head], tokens: int) -> Tensor:
+    """Add the gradient of a part of the mean divergence to the parameters; return that part.
 
     The gradient of KL(q || p) by the logits that p is the softmax of is p - q, so the vocabulary
     appears in no graph but that of the head, a few tokens at a time.
@@ -156,6 +192,10 @@ def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head]) -> float:
         learned: [tokens, hidden], what the head of the model that learns reads, with its graph.
         wanted: [tokens, hidden], the same of its teacher.
         heads: of both.
+        tokens: of which it is the mean, these among them.
+
+    Returns:
+        float64, a scalar on the device.
     """
     states = learned.detach().requires_grad_()
     total = torch.zeros((), dtype=torch.float64, device=states.device)
@@ -168,10 +208,10 @@ def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head]) -> float:
             log_q = heads[1](other).float().log_softmax(dim=-1)
             q = log_q.exp()
             total += (q * (log_q - log_p)).sum()
-            gradient = (log_p.exp_() - q) / len(states)
+            gradient = (log_p.exp_() - q) / tokens
         logits.backward(gradient.to(logits.dtype))
     learned.backward(states.grad)
-    return total.item() / len(states)
+    return total / tokens
 
 
 def _tenths(values: Sequence[float]) -> list[Sequence[float]]:
@@ -194,10 +234,11 @@ def _head(model: PreTrainedModel) -> Head:
     return lambda states: linear(states) if cap is None else cap * (linear(states) / cap).tanh()
 
 
-def _write(learning: Mapping[str, nn.Parameter], pruned: Checkpoint, copy: WeightsCopy) -> None:
-    learned = {pruned.stored_name(name): parameter for name, parameter in learning.items()}
+def _write(learner: Sharded, names: Sequence[str], pruned: Checkpoint, copy: WeightsCopy) -> None:
+    """Write what was learned, and the rest as it is; all ranks take part, and one writes."""
+    for name in names:
+        learned, stored = learner.whole(learner.own(name), name), pruned.stored_name(name)
+        if copy.writes:
+            copy.write(stored, rounded(learned, copy.dtype(stored), stored))
     for name in copy.missing:
-        if name in learned:
-            copy.write(name, rounded(learned[name].detach(), copy.dtype(name), name))
-        else:
-            copy.write(name, pruned.weights.read([name])[name])
+        copy.write(name, pruned.weights.read([name])[name])

@@ -11,7 +11,7 @@ layer's kept weights, so that it fits models of any scale.
 
 The sequences of a step are cut into parts, the same for every number of ranks. A rank that has none
 of them gets its part from the rank that has; their gradients are added up in one order, and every
-rank takes the step.
+rank takes the step for some of the weights.
 
 Source of the idea: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv
 2402.12419.
@@ -27,7 +27,7 @@ from thanos_deploy.calibration.walk import Visit
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.spread import even
-from thanos_deploy.ranks.sums import OrderedSum
+from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
 # Tokens that a step looks at; a segment at least.
 TOKENS_PER_STEP = 1024
@@ -60,11 +60,16 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
     for batch in walk.batches:
         batch.paused = None  # what waits in the block has passed layers that change now
     own = [visit.block.get_submodule(name).get_parameter("weight") for name in linears]
+    ranks = current()
     weights = [weight.float() for weight in own]  # in which steps add up
+    shares = [run_of(ranks, weight) for weight in weights]
     running = [walk.block.get_submodule(name).get_parameter("weight") for name in linears]
-    kept = [(weight != 0).to(weight.dtype) for weight in weights]
+    kept = [(share != 0).to(share.dtype) for share in shares]
     optimizer = torch.optim.Adam(
-        [{"params": [weight], "lr": _RATE * _root_mean_square(weight)} for weight in weights],
+        [
+            {"params": [share], "lr": _RATE * _root_mean_square(weight)}
+            for share, weight in zip(shares, weights, strict=True)
+        ],
         betas=_BETAS,
         eps=1e-12,
         fused=True,
@@ -75,25 +80,25 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
         run.requires_grad_(True)
     for number, rows in _parts(walk.batches, steps):
         gradients = _gradients(visit, dense, number, rows, running)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
+        for share, gradient in zip(shares, gradients, strict=True):
+            share.grad = gradient
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        for weight, run, keep in zip(weights, running, kept, strict=True):
-            weight.mul_(keep)
-            if run is not weight:
-                run.copy_(weight)
-    for name, stored, weight, run in zip(linears, own, weights, running, strict=True):
+        for share, run, keep in zip(shares, running, kept, strict=True):
+            share.mul_(keep)
+            if ranks.size > 1 or not _share_memory(share, run):
+                run.copy_(whole_of(ranks, share, run.shape))
+    for name, stored, share, run in zip(linears, own, shares, running, strict=True):
         run.requires_grad_(False)
-        stored.copy_(weight)
+        stored.copy_(whole_of(ranks, share, stored.shape))
         visit.write(name, matrix(visit.block.get_submodule(name)))
 
 
 def _gradients(
     visit: Visit, dense: Walk, number: int, rows: slice, running: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradient of a step's loss by each weight, on every rank; float32.
+    """This rank's run of the gradient of a step's loss by each weight; float32.
 
     Args:
         visit: the block.
@@ -107,9 +112,9 @@ def _gradients(
     holder = batch.shard % ranks.size
     parts = [slice(first + one.start, first + one.stop) for one in even(stop - first, _PARTS)]
     sums = OrderedSum(ranks, len(parts), holder)
+    whole = (batch.hidden, beside.left) if ranks.rank == holder else None
     for turn in range(sums.turns):
-        part: list[Tensor] = [torch.zeros_like(run, dtype=torch.float32) for run in running]
-        data = _handed_over(batch, beside, parts, turn, holder)
+        data = _handed_over(batch, whole, parts, turn, holder)
         if (own := sums.mine(turn)) is not None:
             assert data is not None
             hidden, target = data
@@ -119,24 +124,36 @@ def _gradients(
                 error = (left.float() - target).square().sum(dim=-1)
                 relative = error / target.square().sum(dim=-1).clamp(min=1e-30)
                 loss = relative.sum() / ((stop - first) * batch.shape[1])
-                part = [one.float() for one in torch.autograd.grad(loss, running)]
-        sums.add(part)
-    return sums.finish()
+                sums.add([one.float() for one in torch.autograd.grad(loss, running)])
+        else:
+            sums.add([torch.zeros_like(run, dtype=torch.float32) for run in running])
+    return sums.runs()
 
 
 def _handed_over(
-    batch: BlockInputs, beside: BlockInputs, parts: Sequence[slice], turn: int, holder: int
+    batch: BlockInputs,
+    whole: tuple[Tensor, Tensor] | None,
+    parts: Sequence[slice],
+    turn: int,
+    holder: int,
 ) -> tuple[Tensor, Tensor] | None:
     """What enters the block and what should leave it of this rank's part in a turn.
 
     The rank that has the batch gives the others theirs.
+
+    Args:
+        batch: that all parts are of.
+        whole: the same of the batch; None on ranks that do not have it.
+        parts: the sequences of each.
+        turn: see `OrderedSum`.
+        holder: the rank that has the batch.
     """
     ranks = current()
     mine = None
     for number in range(turn * ranks.size, min((turn + 1) * ranks.size, len(parts))):
         reader = (holder + number) % ranks.size
-        if ranks.rank == holder:
-            data = batch.hidden[parts[number]], beside.left[parts[number]]
+        if whole is not None:
+            data = whole[0][parts[number]], whole[1][parts[number]]
         elif ranks.rank == reader:
             shape = (parts[number].stop - parts[number].start, *batch.shape[1:])
             data = batch.empty(shape), batch.empty(shape)
@@ -159,6 +176,11 @@ def _parts(batches: Sequence[BlockInputs], steps: int) -> Iterator[tuple[int, sl
     stride = max(1, len(parts) // steps)
     for step in range(steps):
         yield parts[step * stride % len(parts)]
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """What is written to one is in the other, as for a rank by itself that runs in float32."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _root_mean_square(weight: Tensor) -> float:

@@ -1,8 +1,6 @@
 """Prune the layers whose turn it is, each by the rank that it falls to.
 
-A layer is one job, or several where its rows do not depend on each other: a job is of the same rows
-for every number of ranks, so that it has the same result whoever does it. Afterwards every rank has
-every layer.
+Afterwards every rank has every layer.
 """
 
 import time
@@ -12,43 +10,23 @@ from dataclasses import dataclass
 import torch
 
 from thanos_deploy import methods
-from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Visit
 from thanos_deploy.machine import environment
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern
+from thanos_deploy.pruning.jobs import Jobs, Rows
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedLayer
 from thanos_deploy.pruning.solution import Solution, aim, mask_only, solve
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.group import current
-from thanos_deploy.ranks.spread import Job
 from thanos_deploy.solver.damping import Damping
 from thanos_deploy.solver.layer import Factor, LayerProblem, output_energy
 
 # So much freed memory is worth the time that it takes to get it anew.
 _FREED_BYTES = 128 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Some rows of a layer.
-
-    Attributes:
-        linear: its name, seen from the block.
-        start, stop: number of the first row, and of the one after the last.
-    """
-
-    linear: str
-    start: int
-    stop: int
-
-    @property
-    def slice(self) -> slice:
-        """Where they are."""
-        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,65 +66,36 @@ def prune_turn(
         recipe: how to prune.
         products: see `LayerProblem`.
     """
-    ranks = current()
-    jobs = [
-        (number, rows)
-        for number, group in enumerate(groups)
-        for name in group
-        for rows in _rows(visit, name, patterns[visit.prefix + name], recipe)
-    ]
-    owners = spread.owners(
-        [
-            Job(number, rows.stop - rows.start, _shape(visit, rows.linear)[1])
-            for number, rows in jobs
-        ],
-        ranks.size,
-    )
+    method, device = methods.load(recipe.method), visit.device
+
+    def cut(linear: str, rows: int) -> Sequence[slice]:
+        if method.independent_rows(patterns[visit.prefix + linear], recipe.options):
+            return spread.pieces(rows, device.type)
+        return [slice(0, rows)]
+
+    jobs = Jobs(visit, groups, cut)
     solved: dict[int, _Solved] = {}
     for number, group in enumerate(groups):
         seen = statistics.pop(group[0])
         # What glibc takes from the system would be beside what it has kept of freed memory.
         if 8 * seen.hessian.numel() > environment.HEAP_TENSOR_BYTES:
             environment.return_freed_memory()
-        own = {
-            place: rows
-            for place, (its_group, rows) in enumerate(jobs)
-            if its_group == number and owners[place] == ranks.rank
-        }
-        solved |= _solve(visit, own, seen, patterns, recipe, products)
+        solved |= _solve(visit, jobs.own(number), seen, patterns, recipe, products)
         del seen
     environment.return_freed_memory(at_least=_FREED_BYTES)
-    told = ranks.gather({str(place): encode(one) for place, one in solved.items()})
-    every = {int(place): decode(_Solved, one) for said in told for place, one in said.items()}
     parts: dict[str, list[_Solved]] = {}
-    for place, (_, rows) in enumerate(jobs):
-        _spread(visit, rows, owners[place])
-        parts.setdefault(rows.linear, []).append(every[place])
+    for rows, owner, one in zip(jobs.rows, jobs.owners, jobs.gather(solved, _Solved), strict=True):
+        _spread(visit, rows, owner)
+        parts.setdefault(rows.linear, []).append(one)
     return {
         linear: _report(visit, linear, patterns[visit.prefix + linear], its)
         for linear, its in parts.items()
     }
 
 
-def _shape(visit: Visit, linear: str) -> tuple[int, int]:
-    rows, cols = matrix(visit.block.get_submodule(linear)).shape
-    return rows, cols
-
-
-def _rows(visit: Visit, linear: str, pattern: Pattern, recipe: Recipe) -> list[_Rows]:
-    """The jobs of a layer."""
-    weight = matrix(visit.block.get_submodule(linear))
-    if not methods.load(recipe.method).independent_rows(pattern, recipe.options):
-        return [_Rows(linear, 0, len(weight))]
-    return [
-        _Rows(linear, part.start, part.stop)
-        for part in spread.pieces(len(weight), weight.device.type)
-    ]
-
-
 def _solve(
     visit: Visit,
-    jobs: Mapping[int, _Rows],
+    jobs: Mapping[int, Rows],
     statistics: Statistics,
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
@@ -203,7 +152,7 @@ def _energy(solution: Solution, problem: LayerProblem) -> float:
     return energy if abs(energy) < float("inf") else 0.0
 
 
-def _spread(visit: Visit, rows: _Rows, owner: int) -> None:
+def _spread(visit: Visit, rows: Rows, owner: int) -> None:
     """Give all ranks the weights that one has solved."""
     ranks = current()
     if ranks.size == 1:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Rows of a layer that are solved as one. Fewer, and products run below full speed; a GPU needs more
-# of them to be busy, and only the widest layers of the largest models are cut for it.
-_ROWS = {"cpu": 256, "cuda": 8192}
+# A layer of more rows than the first is cut in two, and so that no piece has more than the second.
+# Each piece more takes time, and of few rows products run below full speed; a GPU needs more of
+# them to be busy, and only the widest layers of the largest models are cut for it.
+_CUT = {"cpu": (512, 1024), "cuda": (16384, 16384)}
 
 # Pieces that a layer is cut into at most.
 _PIECES = 8
@@ -18,7 +19,8 @@ def pieces(rows: int, device: str) -> tuple[slice, ...]:
         rows: of the layer.
         device: type of the device of its tensors.
     """
-    count = max(1, min(_PIECES, rows // _ROWS.get(device, _ROWS["cuda"])))
+    whole, most = _CUT.get(device, _CUT["cuda"])
+    count = 1 if rows <= whole else min(_PIECES, max(2, -(-rows // most)))
     return tuple(even(rows, count))
 
 

@@ -8,6 +8,42 @@ from torch import Tensor
 
 from thanos_deploy.ranks.group import Ranks
 
+# Entries of which a run is a multiple, so that none ends within what is computed at once, where the
+# last bit could depend on it.
+_TOGETHER = 64
+
+
+def run_of(ranks: Ranks, tensor: Tensor) -> Tensor:
+    """This rank's run of the entries of a tensor that every rank has; a view or a copy.
+
+    Args:
+        ranks: those that have runs, in their order.
+        tensor: of any shape.
+    """
+    return _padded(ranks, tensor).reshape(ranks.size, -1)[ranks.rank]
+
+
+def whole_of(ranks: Ranks, run: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor whose runs the ranks have, on all of them.
+
+    Args:
+        ranks: see `run_of`.
+        run: that of this rank.
+        shape: of the tensor.
+    """
+    flat = run
+    if ranks.size > 1:
+        flat = run.new_empty(len(run) * ranks.size)
+        dist.all_gather_into_tensor(flat, run.contiguous())
+    return flat[: shape.numel()].reshape(shape)
+
+
+def _padded(ranks: Ranks, tensor: Tensor) -> Tensor:
+    """Its entries, and zeros, so that they make runs."""
+    flat = tensor.reshape(-1)
+    missing = -len(flat) % (_TOGETHER * ranks.size)
+    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+
 
 class OrderedSum:
     """The sum of numbered parts, each computed by one rank, added in the order of their numbers.
@@ -53,41 +89,36 @@ class OrderedSum:
             part: contiguous, and not to be changed afterwards. From a rank that has no part in this
                 turn, anything of the same shapes.
         """
+        alone = self._ranks.size == 1
         present = range(self._done, min(self._done + self._ranks.size, self.count))
         self._done += self._ranks.size
         if not self._shapes:
             self._shapes = [tensor.shape for tensor in part]
         for place, tensor in enumerate(part):
-            rows = [tensor] if self._ranks.size == 1 else self._exchanged(tensor)
+            rows = [_padded(self._ranks, tensor)] if alone else self._exchanged(tensor)
             for number in present:
                 row = rows[(self._first + number) % self._ranks.size]
                 if number == 0:  # of what was received more than this is not wanted
-                    self._sums.append(row if self._ranks.size == 1 else row.clone())
+                    self._sums.append(row if alone else row.clone())
                 else:
                     self._sums[place] += row
 
     def finish(self) -> list[Tensor]:
         """The sum, on every rank."""
-        assert self._done >= self.count
-        if self._ranks.size == 1:
-            return self._sums
         return [
-            self._whole(run, shape) for run, shape in zip(self._sums, self._shapes, strict=True)
+            whole_of(self._ranks, run, shape)
+            for run, shape in zip(self.runs(), self._shapes, strict=True)
         ]
+
+    def runs(self) -> list[Tensor]:
+        """This rank's run of each tensor of the sum; see `run_of`."""
+        assert self._done >= self.count
+        return self._sums
 
     def _exchanged(self, tensor: Tensor) -> Sequence[Tensor]:
         """This rank's run of every rank's tensor."""
         size = self._ranks.size
-        flat = tensor.reshape(-1)
-        missing = -len(flat) % size
-        if missing:
-            flat = torch.cat([flat, flat.new_zeros(missing)])
+        flat = _padded(self._ranks, tensor)
         received = torch.empty_like(flat)
         dist.all_to_all_single(received, flat)
         return received.reshape(size, -1).unbind()
-
-    def _whole(self, run: Tensor, shape: torch.Size) -> Tensor:
-        """The tensor whose runs the ranks have."""
-        flat = run.new_empty(len(run) * self._ranks.size)
-        dist.all_gather_into_tensor(flat, run.contiguous())
-        return flat[: shape.numel()].reshape(shape)

@@ -1,10 +1,13 @@
 """What every block of the dense model would lose at which widths: one walk before the cut."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from thanos_deploy.bundle.codec import Json
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect_relative
 from thanos_deploy.calibration.journal import Journal
@@ -12,6 +15,7 @@ from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import experts
 from thanos_deploy.shrink.refit import RefittedLayer
 from thanos_deploy.shrink.sizing import Losses, layouts
@@ -53,28 +57,47 @@ def survey(
     def look(visit: Visit) -> Losses:
         if family.experts is not None:
             return _of_experts(visit, checkpoint)
-        width = checkpoint.widths[visit.index]
+        width, ranks = checkpoint.widths[visit.index], current()
         consumers = [family.heads.consumer, family.channels.consumer]
         with visit.clock.measure("collect"):
             statistics = collect_relative(visit.walk, consumers)
+
+        @cache
+        def fitted(name: str) -> Elimination:
+            layer = RefittedLayer(visit, name, statistics[name])
+            return Elimination(layer.problem.weight, factor(layer.problem, damping))
+
+        def of_heads(*, fewer_keys: bool) -> list[tuple[tuple[int, int], float]]:
+            trial, found = deepcopy(fitted(family.heads.consumer)), []
+            for layout in layouts(width):
+                if (layout[1] < width.kv_heads) == fewer_keys:
+                    trial.drop_heads((width.heads, width.kv_heads), keep=layout)
+                    found.append((layout, trial.loss / segments.numel()))
+            return found
+
+        def of_channels() -> list[tuple[int, float]]:
+            by_count = fitted(family.channels.consumer).channel_losses() / segments.numel()
+            lost = by_count.tolist()
+            steps = channel_steps(width.channels, multiple)
+            return [(left, lost[width.channels - left]) for left in (width.channels, *steps)]
+
         with visit.clock.measure("solve"):
-            fitted = {}
-            for name in consumers:
-                layer = RefittedLayer(visit, name, statistics[name])
-                factored = factor(layer.problem, damping)
-                fitted[name] = Elimination(layer.problem.weight, factored)
-            heads = {}
-            for fewer_keys in (False, True):  # two ways, on each of which the heads go one by one
-                trial = deepcopy(fitted[family.heads.consumer])
-                for layout in layouts(width):
-                    if (layout[1] < width.kv_heads) == fewer_keys:
-                        trial.drop_heads((width.heads, width.kv_heads), keep=layout)
-                        heads[layout] = trial.loss / segments.numel()
-            by_count = fitted[family.channels.consumer].channel_losses() / segments.numel()
-        channels = {
-            left: by_count[width.channels - left].item()
-            for left in (width.channels, *channel_steps(width.channels, multiple))
-        }
+            # Heads go one by one, in two ways. Each of the three by the rank that it falls to.
+            ways: tuple[Callable[[], object], ...] = (
+                of_channels,
+                partial(of_heads, fewer_keys=False),
+                partial(of_heads, fewer_keys=True),
+            )
+            own = {
+                str(number): way()
+                for number, way in enumerate(ways)
+                if number % ranks.size == ranks.rank
+            }
+            said: Json = {}
+            for one in ranks.gather(own):
+                said |= one
+            heads = {(heads, kv): loss for way in "12" for (heads, kv), loss in said[way]}
+            channels = {left: loss for left, loss in said["0"]}
         return Losses(heads, channels, visit.clock.seconds)
 
     return visit_blocks(

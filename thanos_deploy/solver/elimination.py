@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from thanos_deploy.errors import HessianError
 from thanos_deploy.solver.layer import Factor
 from thanos_deploy.solver.mask import cheapest
 
@@ -23,7 +24,6 @@ class Elimination:
     Attributes:
         weight: float64[rows, cols], refitted; zero in the columns that are gone.
         left: bool[cols], the inputs that are still there.
-        loss: output energy lost so far, in the scale of the Hessian, damping included.
     """
 
     def __init__(self, weight: Tensor, H: Factor) -> None:
@@ -35,9 +35,29 @@ class Elimination:
         """
         self.weight = weight.double()
         self.left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        self.loss = 0.0
         V = H.V.double()
         self._inverse = V.T @ V
+        # Of these the host reads nothing before it is asked, so that no removal waits for another.
+        self._loss = self.weight.new_zeros(())
+        self._solved = torch.ones((), dtype=torch.bool, device=weight.device)
+
+    @property
+    def loss(self) -> float:
+        """Output energy lost so far, in the scale of the Hessian, damping included."""
+        return float(self._loss)
+
+    def require_solved(self) -> None:
+        """Refuse what was made of inputs that depend on each other too much.
+
+        Raises:
+            HessianError: some of those that were removed do.
+        """
+        if not bool(self._solved):
+            raise HessianError(
+                f"some of the {len(self.left)} inputs of a layer depend on each other so much that "
+                "what losing them costs is unknown",
+                fix="use more calibration samples (--nsamples) or more damping (--damp)",
+            )
 
     def costs(self) -> Tensor:
         """What losing each single input would cost now; float64[cols], infinite for one gone."""
@@ -54,7 +74,12 @@ class Elimination:
 
     def _cost(self, columns: Tensor) -> Tensor:
         W = self.weight[:, columns]
-        return (_solve(self._inverse[columns][:, columns], W.T) * W.T).sum()
+        return (self._solve(self._inverse[columns][:, columns], W.T) * W.T).sum()
+
+    def _solve(self, positive: Tensor, right: Tensor) -> Tensor:
+        lower, failed = torch.linalg.cholesky_ex(positive)
+        self._solved &= failed == 0
+        return torch.cholesky_solve(right, lower)
 
     def remove(self, columns: Tensor) -> None:
         """Take inputs away and refit the others.
@@ -63,11 +88,11 @@ class Elimination:
             columns: int64[count].
         """
         W, A = self.weight[:, columns], self._inverse[columns]
-        shared = _solve(A[:, columns], A)  # A_gg^-1 A_g, float64[count, cols]
-        self.loss += self.cost(columns)
+        shared = self._solve(A[:, columns], A)  # A_gg^-1 A_g, float64[count, cols]
+        self._loss = self._loss + self._cost(columns)
         self.weight = self.weight - W @ shared
         self._inverse = self._inverse - A.T @ shared
-        self.left[columns] = False
+        self.left.index_fill_(0, columns, False)
         # What is zero but for rounding; an identity keeps the rest of the algebra as it is.
         gone = ~self.left
         self.weight.masked_fill_(gone, 0.0)
@@ -90,8 +115,13 @@ class Elimination:
         return nn.functional.pad(rows.square().sum(dim=1).cumsum(dim=0), (1, 0))
 
     def drop_channels(self, count: int) -> None:
-        """Remove single inputs, the cheapest at this moment, until so many are left."""
+        """Remove single inputs, the cheapest at this moment, until so many are left.
+
+        Raises:
+            HessianError: see `require_solved`.
+        """
         self.remove(cheapest(self.costs(), int(self.left.sum()) - count))
+        self.require_solved()
 
     def drop_heads(self, there: tuple[int, int], *, keep: tuple[int, int]) -> Tensor:
         """Remove attention heads, the cheapest first, priced anew each time.
@@ -108,6 +138,9 @@ class Elimination:
 
         Returns:
             int64[kept query heads], those that stay, rising.
+
+        Raises:
+            HessianError: see `require_solved`.
         """
         (heads, kv_heads), (keep_heads, keep_kv_heads) = there, keep
         group, size = heads // kv_heads, len(self.left) // heads
@@ -116,22 +149,15 @@ class Elimination:
         else:  # every group is a pool, from which the same number of heads goes
             length, pool, target = size, group, keep_heads // keep_kv_heads
         runs = torch.arange(len(self.left), device=self.left.device).reshape(-1, length)
-        there_still = self.left[runs[:, 0]].cpu()
-        while (most := int(there_still.reshape(-1, pool).sum(dim=1).max())) > target:
-            quota = there_still.reshape(-1, pool).sum(dim=1) - (most - 1)
-            while bool(quota.any()):
-                offered = [
-                    run
-                    for run in there_still.nonzero().flatten().tolist()
-                    if quota[run // pool] > 0
-                ]
-                prices = torch.stack([self._cost(runs[run]) for run in offered]).tolist()
-                gone = offered[prices.index(min(prices))]
-                self.remove(runs[gone])
-                there_still[gone] = False
-                quota[gone // pool] -= 1
+        # All pools have the same number of runs, so the host knows how often one goes from each.
+        most = int(self.left[runs[:, 0]].reshape(-1, pool).sum(dim=1).max())
+        for _ in range(most - target):
+            ended = self.left[runs[:, 0]].reshape(-1, pool).sum(dim=1, keepdim=True) - 1
+            for _ in range(len(ended)):
+                there_still = self.left[runs[:, 0]].reshape(-1, pool)
+                offered = there_still & (there_still.sum(dim=1, keepdim=True) > ended)
+                prices = torch.stack([self._cost(run) for run in runs])
+                prices = torch.where(offered.flatten(), prices, math.inf)
+                self.remove(runs.index_select(0, cheapest(prices, 1)).flatten())
+        self.require_solved()
         return self.left[::size].nonzero().flatten()
-
-
-def _solve(positive: Tensor, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right, torch.linalg.cholesky(positive))

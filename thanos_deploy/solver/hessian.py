@@ -36,10 +36,11 @@ def factor(problem: LayerProblem, damping: Damping = DEFAULT) -> Factor:
     Raises:
         HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
     """
-    require_finite(problem)
+    _require_finite(problem, "weight", problem.weight)
     kept = {} if problem.factors is None else problem.factors
     key = damping.damping, damping.damping_mode
     if key not in kept:
+        _require_finite(problem, "Hessian", problem.hessian)
         kept[key] = _factor(problem, *key)
     return kept[key]
 
@@ -82,16 +83,19 @@ def require_finite(problem: LayerProblem) -> None:
     Raises:
         HessianError: it has; the message says where and how many.
     """
-    for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
-        # A part at a time: what torch needs beside it to look takes as much memory as it.
-        parts = torch.split(tensor, _ROWS)
-        bad = int(sum(torch.count_nonzero(~part.isfinite()) for part in parts))
-        if bad:
-            raise HessianError(
-                f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or "
-                "infinite",
-                fix="check the checkpoint for NaN; if it is clean, use other calibration text",
-            )
+    _require_finite(problem, "weight", problem.weight)
+    _require_finite(problem, "Hessian", problem.hessian)
+
+
+def _require_finite(problem: LayerProblem, what: str, tensor: Tensor) -> None:
+    # A part at a time: what torch needs beside it to look takes as much memory as it.
+    parts = torch.split(tensor, _ROWS)
+    bad = int(sum(torch.count_nonzero(~part.isfinite()) for part in parts))
+    if bad:
+        raise HessianError(
+            f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or infinite",
+            fix="check the checkpoint for NaN; if it is clean, use other calibration text",
+        )
 
 
 def retarget(

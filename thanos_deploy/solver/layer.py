@@ -1,6 +1,6 @@
 """One linear layer as a pruning problem, and its solution."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Factor:
     diagonal: Tensor
     V: Tensor
     damping: float
+    _diagonals: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def upper(self, columns: slice) -> Tensor:
         """U = V^-1, for which U U^T is H with its damping: some of its rows, in these columns.
@@ -39,8 +40,10 @@ class Factor:
         Returns:
             [ceil(cols / step), cols]; of row k, the entries from column k step on count.
         """
-        sums = [rows.square().sum(dim=0) for rows in self.V.split(step)]
-        return torch.stack(sums).flip(0).cumsum(dim=0).flip(0)
+        if step not in self._diagonals:
+            sums = [rows.square().sum(dim=0) for rows in self.V.split(step)]
+            self._diagonals[step] = torch.stack(sums).flip(0).cumsum(dim=0).flip(0)
+        return self._diagonals[step]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

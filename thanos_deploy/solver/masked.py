@@ -16,10 +16,11 @@ _REFITTED = {torch.float32: 0.1, torch.float64: 1e-12}
 # many as fit into the caches of a processor; a GPU needs more, to be busy.
 _ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
-# Steps after which the host asks whether all rows are solved. A processor knows at once; a GPU has
-# to be waited for, which takes as long as some steps of one block. Rows that are solved stay as
-# they are, so this changes no result.
-_ASKING = {"cpu": 1, "cuda": 4}
+# Steps that a GPU takes, which nobody waits for to ask whether all rows are solved: so many where
+# all kept weights are fitted once more afterwards (the blocks of SmolLM2-135M took 2 or 3 mostly,
+# and 9 at most), and else so many at first. Rows that are solved stay as they are, so steps that
+# were not wanted change no result. A processor knows without waiting, so it asks before each step.
+_REFITTED_STEPS, _FIRST_STEPS = 8, 32
 
 
 def entries_together(device: torch.device) -> int:
@@ -37,6 +38,26 @@ def tolerance_of(dtype: torch.dtype, *, refitted: bool) -> float:
     return (_REFITTED if refitted else _SOLVED)[dtype]
 
 
+def attempts(device: torch.device, columns: int, *, refitted: bool) -> list[int]:
+    """The most steps of every block: at first, and if rows were left unsolved, in each new attempt.
+
+    Args:
+        device: of the weights.
+        columns: of a block.
+        refitted: all kept weights are fitted once more afterwards, for which a row that is nearly
+            solved is as good.
+    """
+    enough = 2 * columns
+    if device.type == "cpu":
+        return [enough]
+    if refitted:
+        return [min(_REFITTED_STEPS, enough)]
+    steps = [_FIRST_STEPS]
+    while steps[-1] < enough:
+        steps.append(4 * steps[-1])
+    return [min(one, enough) for one in steps]
+
+
 def solve_masked(
     w: Tensor,
     mask: Tensor,
@@ -47,6 +68,7 @@ def solve_masked(
     steps: int | None = None,
     tolerance: float | None = None,
     products: torch.dtype = torch.float32,
+    unsolved: Tensor | None = None,
 ) -> Tensor:
     """For every row, the d with d = -w on the mask that minimises d S d^T.
 
@@ -65,6 +87,8 @@ def solve_masked(
             that of the dtype.
         products: bfloat16 lets the steps round what they multiply where that is faster. It is the
             change from `start` that is rounded, which another step makes up for in less time.
+        unsolved: int64, a scalar on the device, to which the rows are added that were not solved
+            in so many steps.
 
     Returns:
         [rows, B], exactly -w on the mask.
@@ -81,14 +105,16 @@ def solve_masked(
         keep = (~mask[rows]).to(w.dtype)
         fixed = w[rows] * (keep - 1.0)
         d = (fixed if start is None else fixed + start[rows] * keep).div(unit)
-        _conjugate_gradients(d, keep, S, steps, tolerance, products)
+        missed = _conjugate_gradients(d, keep, S, steps, tolerance, products)
+        if unsolved is not None:
+            unsolved += missed.sum()
         torch.mul(d, unit, out=result[rows]).mul_(keep).add_(fixed)
     return result
 
 
 def _conjugate_gradients(
     d: Tensor, keep: Tensor, S: Tensor, steps: int, tolerance: float, products: torch.dtype
-) -> None:
+) -> Tensor:
     """Minimise d S d^T on the kept entries, in place, from the values that they have.
 
     Args:
@@ -97,15 +123,18 @@ def _conjugate_gradients(
         S: [cols, cols], with ones on its diagonal.
         steps: the most steps.
         tolerance, products: see `solve_masked`.
+
+    Returns:
+        bool[rows, 1], the rows that are not solved.
     """
     residual = torch.mm(d, S).mul_(keep).neg_()
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)
     rr = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
     solved = rr * tolerance**2
-    every = _ASKING[d.device.type]
+    asks = d.device.type == "cpu"
     with products_in(products):
-        for number in range(1, steps + 1):
-            if number % every == 0 and bool((rr <= solved).all()):
+        for _ in range(steps):
+            if asks and bool((rr <= solved).all()):
                 break
             torch.mm(direction, S, out=image).mul_(keep)
             curvature = torch.mul(direction, image, out=product).sum(dim=1, keepdim=True)
@@ -115,3 +144,4 @@ def _conjugate_gradients(
             rr_next = torch.mul(residual, residual, out=product).sum(dim=1, keepdim=True)
             direction.mul_(torch.where(rr > solved, rr_next / rr, 0.0)).add_(residual)
             rr = rr_next
+    return rr > solved

@@ -69,12 +69,14 @@ class QuantisedLayer:
         rounding_error: the same if every weight had been rounded to the nearest multiple.
         compensated: fraction of the rows that compensation made better than rounding; the others
             are rounded.
+        energy: of the output.
     """
 
     quantised: Quantised
     relative_error: float
     rounding_error: float
     compensated: float
+    energy: float
 
 
 def round_to(weight: Tensor, grid: Grid) -> Quantised:
@@ -130,6 +132,7 @@ def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> Q
         relative_error=torch.minimum(lost, lost_best).sum().item() / whole if whole > 0 else 0.0,
         rounding_error=lost.sum().item() / whole if whole > 0 else 0.0,
         compensated=1.0 - worse.double().mean().item(),
+        energy=whole,
     )
 
 

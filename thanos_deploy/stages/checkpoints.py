@@ -28,6 +28,7 @@ from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
+from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import experts, sizing
 from thanos_deploy.shrink.options import Cut, Fit
@@ -178,22 +179,25 @@ def recover_checkpoint(
     request: PruneRequest,
     announce: Announce = quietly,
 ) -> Recovery:
-    """Train the pruned model in a folder, in place of itself, on any part of a text."""
-    tokenizer = load_tokenizer(source.folder)
+    """Train the pruned model in a folder, in place of itself, on any part of a text.
+
+    All ranks do it, and the first one writes.
+    """
+    tokenizer, first = load_tokenizer(source.folder), current().first
     trained = folder.with_name(f"{folder.name}-trained")
-    trained.mkdir()
+    if first:
+        trained.mkdir()
     recovery = recovering.recover(
         Checkpoint.open(folder),
         source,
         every_segment(text, tokenizer, length=request.data.seqlen),
-        trained,
+        trained if first else None,
         count=request.recover,
         seed=request.data.seed,
         device=request.chosen_device,
         on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
     )
-    shutil.rmtree(folder)
-    trained.rename(folder)
+    _replace(folder, trained)
     return recovery
 
 
@@ -204,27 +208,39 @@ def quantise_checkpoint(
     request: PruneRequest,
     announce: Announce = quietly,
 ) -> Quantisation | None:
-    """Quantise the model in a folder, in place of itself, if that is asked for."""
-    grid = request.grid
+    """Quantise the model in a folder, in place of itself, if that is asked for.
+
+    All ranks do it, and the first one writes.
+    """
+    grid, first = request.grid, current().first
     if grid is None:
         return None
     quantised = folder.with_name(f"{folder.name}-quantised")
-    quantised.mkdir()
-    codes.mkdir()
+    if first:
+        quantised.mkdir()
+        codes.mkdir()
     quantisation = quantise_model(
         Checkpoint.open(folder),
         ids,
-        quantised,
-        codes,
+        quantised if first else None,
+        codes if first else None,
         grid,
         forward=DTYPES[request.forward],
         device=request.chosen_device,
         hold=request.activations,
         on_progress=announce(f"Quantise to {grid}"),
     )
-    shutil.rmtree(folder)
-    quantised.rename(folder)
+    _replace(folder, quantised)
     return quantisation
+
+
+def _replace(folder: Path, finished: Path) -> None:
+    """Put a finished model in the place of the one that all ranks have read."""
+    current().wait()
+    if current().first:
+        shutil.rmtree(folder)
+        finished.rename(folder)
+    current().wait()
 
 
 def check(source: Checkpoint, request: PruneRequest) -> None:

@@ -114,8 +114,10 @@ def hold(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LocatedM
 
 
 @contextmanager
-def reopen(out: Path, model: str | LocatedModel) -> Iterator[tuple[Bundle, Dense]]:
-    """A bundle for further stages, and the dense model that it was made from.
+def reopen(
+    out: Path, model: str | LocatedModel, *, revision: str | None = None
+) -> Iterator[tuple[Bundle, Dense]]:
+    """A bundle for further stages, and the dense model that it was made from; see `Dense`.
 
     Raises:
         InputError: there is no bundle.
@@ -123,6 +125,6 @@ def reopen(out: Path, model: str | LocatedModel) -> Iterator[tuple[Bundle, Dense
         ResourceError: another process is writing there.
     """
     Bundle.open(out)  # claiming would create one
-    dense = Dense(model)
+    dense = Dense(model, revision=revision)
     with manifest.claim(out, dense.source) as bundle:
         yield bundle, dense

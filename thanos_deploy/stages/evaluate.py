@@ -126,15 +126,17 @@ def evaluate_alone(
     request: EvalRequest | TaskRequest,
     *,
     runtime: str = "torch",
+    revision: str | None = None,
     announce: Announce = quietly,
 ) -> TextQuality | TaskQuality:
     """Measure the quality of one model, or of a bundle's pruned one, beside nothing else.
 
-    Of a bundle nothing is kept: what it keeps is beside the dense model; see `evaluate`.
+    Of a bundle nothing is kept: what it keeps is beside the dense model; see `evaluate`. For the
+    revision see `Dense`.
     """
     if isinstance(request, TaskRequest):
-        return _judge_alone(model, _by_tasks(request, runtime), announce)
-    return _judge_alone(model, _by_text(request, runtime, announce), announce)
+        return _judge_alone(model, revision, _by_tasks(request, runtime), announce)
+    return _judge_alone(model, revision, _by_text(request, runtime, announce), announce)
 
 
 def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, float]:
@@ -220,7 +222,10 @@ def _judge_both(
 
 
 def _judge_alone(
-    model: str | LocatedModel, judge: _Judge[Options, Inputs, Result], announce: Announce
+    model: str | LocatedModel,
+    revision: str | None,
+    judge: _Judge[Options, Inputs, Result],
+    announce: Announce,
 ) -> Result:
     if isinstance(model, str) and (Path(model) / layout.MANIFEST).exists():
         folder = Path(model)
@@ -230,7 +235,7 @@ def _judge_alone(
         return judge.measure(folder, Checkpoint.open(folder / layout.MODEL), "pruned model")
     judge.require(None)
     graph = ExportRequest() if judge.runtime == "onnx" else None
-    return _judge_dense(Dense(model), judge, graph, announce)
+    return _judge_dense(Dense(model, revision=revision), judge, graph, announce)
 
 
 def _judge_dense(

@@ -97,12 +97,12 @@ def _prune(
         model.mkdir()
         kept.mkdir(exist_ok=True)
         files.require_disk(folder, work.disk_bytes - files.size(kept))
-        told = bool(current().share({"journal": str(kept.absolute())}))
+        told = bool(
+            current().share({"journal": str(kept.absolute()), "folder": str(folder.absolute())})
+        )
         pruned = work.run(model, kept, announce)
         files.write_record(folder / layout.LAYERS, pruned.blocks)
-        recovery = work.recover(model, announce) if request.recover else None
-        codes = folder / layout.CODES
-        quantisation = quantise_checkpoint(model, work.ids, codes, request, announce)
+        recovery, quantisation = work.finish(folder, announce)
         return _result(work, pruned, recovery, quantisation, model)
 
     record = bundle.run(
@@ -141,8 +141,7 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
             )
         (kept / f".rank-{current().rank}").touch()  # now rather than after a block
         work.run(None, kept, quietly)
-        if request.recover:
-            current().wait()
+        work.finish(Path(told["folder"]), quietly)
     part()
 
 
@@ -212,16 +211,10 @@ class _Work:
         """Read what there is to read, and refuse ranks for which it differs.
 
         Raises:
-            UsageError: several ranks are to quantise.
             DeployError: see `check`, `calibration`, `same_everywhere` and `Layout.require`.
         """
         source = dense.checkpoint(announce)
         check(source, request)
-        if request.grid is not None and current().size > 1:
-            raise UsageError(
-                f"--quantize {request.grid} runs in one process, and there are {current().size}",
-                fix="leave --processes (or torchrun) out, or --quantize",
-            )
         own = sparsity_file(request.how) if isinstance(request.how, Recipe) else None
         text, ids, frame = calibration(source, request.data)
         Layout.of(*ids.shape).require(current().size)
@@ -305,11 +298,22 @@ class _Work:
                 )
                 return _Pruned(pruned, summary.of_layers(pruned, how), None, outliers)
 
-    def recover(self, model: Path, announce: Announce) -> Recovery:
-        """Train what is left, while other ranks wait."""
-        recovery = recover_checkpoint(self.source, self.text, model, self.request, announce)
-        current().wait()
-        return recovery
+    def finish(
+        self, folder: Path, announce: Announce
+    ) -> tuple[Recovery | None, Quantisation | None]:
+        """Train what is left and quantise it, where that is asked for; all ranks together.
+
+        Args:
+            folder: of the stage, in which the first rank has written the pruned model.
+            announce: told of every piece of work.
+        """
+        request, model = self.request, folder / layout.MODEL
+        current().wait()  # until it is written
+        recovery = None
+        if request.recover:
+            recovery = recover_checkpoint(self.source, self.text, model, request, announce)
+        codes = folder / layout.CODES
+        return recovery, quantise_checkpoint(model, self.ids, codes, request, announce)
 
 
 def _result(

@@ -5,6 +5,7 @@ values; see `FakeCuda`. What the host reads is counted, since each read waits fo
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -26,7 +27,7 @@ from thanos_deploy.calibration.blocks import (
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Clock, Visit
 from thanos_deploy.measure.perplexity import perplexity_of
-from thanos_deploy.methods import sparsegpt, thanos
+from thanos_deploy.methods import thanos
 from thanos_deploy.model.structure import BlockStructure
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
@@ -80,25 +81,45 @@ def test_a_method_prunes_there(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
-def test_thanos_waits_for_no_block_but_to_know_whether_it_is_solved(
-    fake_cuda: FakeCuda, pattern: Pattern
+@pytest.mark.parametrize("refit_steps", [0, 8])
+def test_thanos_waits_for_no_block_of_columns(
+    fake_cuda: FakeCuda, pattern: Pattern, refit_steps: int
 ) -> None:
-    options = thanos.Options(score="obs", block_columns=8, refit_steps=8)
+    options = thanos.Options(score="obs", block_columns=8, refit_steps=refit_steps)
+    assert reads_of(fake_cuda, lambda cols: thanos.prune(problem(cols=cols), pattern, options)) <= 8
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("method", methods.names())
+def test_the_host_reads_as_often_of_a_wide_layer_as_of_a_narrow_one(
+    fake_cuda: FakeCuda, method: str, pattern: Pattern
+) -> None:
+    chosen = methods.load(method)
+    options = chosen.preset("best").options
+    assert reads_of(fake_cuda, lambda cols: chosen.prune(problem(cols=cols), pattern, options)) <= 8
+
+
+def test_no_head_is_waited_for(fake_cuda: FakeCuda) -> None:
+    layer = problem(dtype=torch.float64)
+    factored = factor(layer)
+    fake_cuda.counts = 16  # heads that are there
     reads = []
-    for cols in (64, 128):
+    for keep in (15, 4):
         before = fake_cuda.reads
-        thanos.prune(problem(cols=cols), pattern, options)
+        Elimination(layer.weight, factored).drop_heads((16, 16), keep=(keep, keep))
         reads.append(fake_cuda.reads - before)
-    assert reads[1] - reads[0] == 8  # one for each block of columns more
+    assert reads[0] == reads[1] <= 3
 
 
-def test_sparsegpt_waits_for_no_column(fake_cuda: FakeCuda) -> None:
+def reads_of(fake_cuda: FakeCuda, work: Callable[[int], object]) -> int:
+    """How often the host reads, which must not depend on the number of columns."""
     reads = []
-    for cols in (64, 128):
+    for cols in (64, 192):
         before = fake_cuda.reads
-        sparsegpt.prune(problem(cols=cols), SemiStructured(2, 4), sparsegpt.Options())
+        work(cols)
         reads.append(fake_cuda.reads - before)
     assert reads[0] == reads[1]
+    return reads[0]
 
 
 def test_outlier_rows_stay_there(fake_cuda: FakeCuda) -> None:

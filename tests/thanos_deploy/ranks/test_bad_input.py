@@ -2,21 +2,35 @@
 
 import errno
 import os
+import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.ranks import RunningRanks, command
+from thanos_deploy.stages import prune as stage
 
 OPTIONS = ("--pattern", "2:4", "--preset", "paper", "--seqlen", "64", "--device", "cpu", "-q")
 
 
-def differing(*arguments: str) -> None:
-    """Other options for rank 1."""
+def differing(command_name: str, model: str, *arguments: str) -> None:
+    """Another seed, another text, another model and another version for rank 1."""
     rank = os.environ["RANK"]
-    command(*arguments, "--seed", rank)
+    text = Path(model).parent / f"text-{rank}.txt"
+    text.write_text(" ".join(str(number + int(rank)) for number in range(500)))
+    if rank == "1":
+        here, versions = Path(model).parent / "model", stage._versions
+        shutil.copytree(model, here)
+        weights = load_file(here / "model.safetensors")
+        weights["model.norm.weight"] += 1.0
+        save_file(weights, here / "model.safetensors", {"format": "pt"})
+        model = str(here)
+        stage._versions = lambda device: {**versions(device), "thanos-deploy": "0.0.1"}
+    command(command_name, model, *arguments, "--calib", str(text), "--seed", rank)
 
 
 def without_access(*arguments: str) -> None:
@@ -46,10 +60,17 @@ def run(folder: Path, work: Any, model: Path, nsamples: int = 6) -> tuple[list[i
     return codes, "".join((errors / str(rank)).read_text() for rank in range(2))
 
 
-def test_ranks_with_other_options_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    codes, errors = run(tmp_path, differing, tiny_llama)
+def test_ranks_with_other_options_files_or_versions_are_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "dense"))
+    codes, errors = run(tmp_path, differing, model)
     assert codes == [2, 2]
-    assert "rank 0 (there) and rank 1 (here) differ: seed is 0 there and 1 here" in errors
+    said = " ".join(errors.split())
+    assert "rank 0 (there) and rank 1 (here) differ: " in said
+    for what in (r"seed is 0 there and 1 here", r"text is \w{64} there", r"model is \w{64} there"):
+        assert re.search(what, said), said
+    assert re.search(r"thanos-deploy is \S+ there and 0\.0\.1 here", said)
 
 
 def test_fewer_segments_than_ranks_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ CASES: dict[str, dict[str, Any]] = {
     "heads and channels": {"pattern": "structured:0.2"},
     "widths of each block's own": {"pattern": "structured:0.2", "allocation": "loss"},
     "transposed": {"model": "gpt2", "pattern": "2:4", "preset": "best"},
+    "quantised": {"pattern": "2:4", "preset": "fast", "quantize": "int4:16:asym"},
+    "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
+    "heads and channels, trained and quantised": {
+        "pattern": "structured:0.2",
+        "recover": 40,
+        "quantize": "int8",
+    },
 }
 
 
@@ -52,8 +59,10 @@ def prune_all(models: Path, out: Path) -> None:
         bundle = td.prune(
             str(models / given.pop("model")), out=out / str(number), device="cpu", **given
         )
-        weights = (bundle.path / "model" / "model.safetensors").read_bytes()
-        hashes[name] = hashlib.sha256(weights).hexdigest()
+        digest = hashlib.sha256((bundle.path / "model" / "model.safetensors").read_bytes())
+        for codes in sorted((bundle.path / "codes").glob("*.safetensors")):
+            digest.update(codes.read_bytes())
+        hashes[name] = digest.hexdigest()
     (out / "hashes.json").write_text(json.dumps(hashes))
 
 

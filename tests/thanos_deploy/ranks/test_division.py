@@ -11,7 +11,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.ranks.group import Ranks
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.ranks.spread import Job, even, factor_cost, job_cost, owners, pieces
-from thanos_deploy.ranks.sums import OrderedSum
+from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
 jobs = st.builds(
     Job,
@@ -70,6 +70,19 @@ def test_a_rank_by_itself_adds_in_the_order_of_the_parts() -> None:
     assert torch.equal(few, wanted[:3])
 
 
+@given(entries=st.integers(1, 1000), size=st.integers(1, 9))
+def test_runs_cover_a_tensor_and_end_where_no_vector_does(entries: int, size: int) -> None:
+    tensor = torch.arange(1, entries + 1)
+    runs = [run_of(Ranks(rank, size), tensor) for rank in range(size)]
+    assert {len(run) % 64 for run in runs} == {0}
+    assert len({len(run) for run in runs}) == 1
+    together = torch.cat(runs)
+    assert torch.equal(together[:entries], tensor)
+    assert not together[entries:].any()
+    if size == 1:
+        assert torch.equal(whole_of(Ranks(0, 1), runs[0], tensor.shape), tensor)
+
+
 @given(count=st.integers(1, 100), parts=st.integers(1, 20))
 def test_even_runs_cover_everything_and_differ_by_one(count: int, parts: int) -> None:
     runs = even(count, parts)
@@ -81,14 +94,16 @@ def test_even_runs_cover_everything_and_differ_by_one(count: int, parts: int) ->
 
 @given(rows=st.integers(1, 100_000), device=st.sampled_from(["cpu", "cuda"]))
 def test_pieces_are_wide_enough_to_be_worth_it(rows: int, device: str) -> None:
-    least = {"cpu": 256, "cuda": 8192}[device]
+    whole, most = {"cpu": (512, 1024), "cuda": (16384, 16384)}[device]
     found = pieces(rows, device)
     assert [n for one in found for n in (one.start, one.stop)][1:-1:2] == [
         one.start for one in found[1:]
     ]
     assert (found[0].start, found[-1].stop) == (0, rows)
     assert len(found) <= 8
-    assert len(found) == 1 or min(one.stop - one.start for one in found) >= least
+    assert (len(found) == 1) == (rows <= whole)
+    assert len(found) == 1 or min(one.stop - one.start for one in found) >= whole // 2
+    assert len(found) == 8 or max(one.stop - one.start for one in found) <= most
 
 
 @given(work=st.lists(jobs, max_size=12), ranks=st.integers(1, 5))

@@ -15,7 +15,10 @@ from tests.ranks import RunningRanks, command, write_text
 # How long a rank may take to notice, and a run of a small model on a busy machine.
 LIMIT, PATIENCE = 60.0, 240.0
 
-OPTIONS = ("--pattern", "2:4", "--nsamples", "9", "--seqlen", "64", "--device", "cpu")
+OPTIONS = (
+    *("--pattern", "2:4", "--nsamples", "9", "--seqlen", "64", "--device", "cpu"),
+    *("--recover", "40", "--quantize", "int8"),
+)
 
 
 def start(model: Path, out: Path, ranks: int, errors: Path) -> RunningRanks:

@@ -1,0 +1,271 @@
+"""Forecast what pruning a model to 2:4 takes on GPUs, from what one GPU took for single layers.
+
+- Measured: the solver's seconds for a layer, to which a cols^3 + b rows cols^2 + c rows cols +
+  d cols is fitted; and the seconds of one Hessian, which grow with tokens x cols^2.
+- As the code does it: which rank solves which rows (`ranks.spread`), how the segments are shared
+  (`ranks.shards`), the bytes that ranks exchange, and what is held in memory (`forecast.memory`).
+- From data sheets: the peak of bfloat16 products, of which forward and backward passes are assumed
+  to reach 40 %; NVLink's 450 GB/s in each direction within a node, and 50 GB/s for each GPU
+  between nodes (NVIDIA DGX H100: eight ConnectX-7 of 400 Gb/s).
+- Assumed: three passes through a block where passes do not wait in it, for the pruned model and, by
+  preset `best`, for the dense one.
+- Left out: reading and writing the model, the host's work between products.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from thanos_deploy import methods
+from thanos_deploy.errors import UsageError
+from thanos_deploy.forecast import memory
+from thanos_deploy.forecast.datasheets import Datasheet
+from thanos_deploy.gpu import figures as gpu_figures
+from thanos_deploy.gpu.figures import LayerTime
+from thanos_deploy.methods import Walk
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pruning.layers import linear_shapes, short_names
+from thanos_deploy.pruning.tune import TOKENS_PER_STEP
+from thanos_deploy.ranks import spread
+from thanos_deploy.ranks.shards import Layout
+from thanos_deploy.ranks.spread import Job
+
+PRESETS = ("fast", "best")
+
+_REACHED = 0.4
+_PASSES = 3
+_NVLINK, _NETWORK = 450e9, 50e9
+_GPUS_OF_A_NODE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """Seconds of the solver on one GPU: factors of cols^3, rows cols^2, rows cols and cols."""
+
+    factors: tuple[float, float, float, float]
+
+    @classmethod
+    def fit(cls, measured: Sequence[LayerTime]) -> "LayerCost":
+        """The factors, none below 0, with which the relative errors are smallest.
+
+        Least squares for every choice of the factors that are not 0; few enough to try them all.
+        """
+        terms = np.array([_terms(one.outputs, one.inputs) / one.seconds for one in measured])
+        best, least = np.zeros(4), float(len(measured))
+        for count in range(1, 5):
+            for chosen in combinations(range(4), count):
+                columns = list(chosen)
+                # Of columns of one size, or small ones would be taken for nothing.
+                sizes = np.linalg.norm(terms[:, columns], axis=0)
+                found, *_ = np.linalg.lstsq(terms[:, columns] / sizes, np.ones(len(measured)))
+                error = float(np.square(terms[:, columns] / sizes @ found - 1).sum())
+                if (found >= 0).all() and error < least * (1 - 1e-9):
+                    best, least = np.zeros(4), error
+                    best[columns] = found / sizes
+        a, b, c, d = (float(one) for one in best)
+        return cls((a, b, c, d))
+
+    def factor(self, cols: int) -> float:
+        """Of factoring a Hessian."""
+        return self.factors[0] * cols**3
+
+    def job(self, job: Job) -> float:
+        """Of solving some rows when that is done."""
+        return float(_terms(job.rows, job.cols)[1:] @ np.array(self.factors[1:]))
+
+    def layer(self, rows: int, cols: int) -> float:
+        """Of a layer by itself."""
+        return self.factor(cols) + self.job(Job(0, rows, cols))
+
+
+def _terms(rows: int, cols: int) -> NDArray[np.float64]:
+    return np.array([cols**3, rows * cols**2, rows * cols, cols], dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is forecast: the GPUs, and the calibration data.
+
+    Attributes:
+        gpus: of all nodes together.
+        nsamples, seqlen: segments, and tokens of each.
+        cost: of the solver on one of the GPUs.
+        gram: seconds of one Hessian for each token and squared input.
+        peak: bfloat16 operations per second.
+    """
+
+    gpus: int
+    nsamples: int
+    seqlen: int
+    cost: LayerCost
+    gram: float
+    peak: float
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration data."""
+        return self.nsamples * self.seqlen
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that one GPU sends to the others."""
+        return _NVLINK if self.gpus <= _GPUS_OF_A_NODE else _NETWORK
+
+
+@dataclass(frozen=True, slots=True)
+class PruningForecast:
+    """What pruning a whole model to 2:4 takes.
+
+    Attributes:
+        preset: of the method Thanos.
+        gpus: how many.
+        nsamples, seqlen: calibration segments, and tokens of each.
+        seconds: by what they go to: "statistics", "passes", "solver", "tuning" and "exchange".
+        total_seconds: their sum.
+        device_bytes, host_bytes: the most that each GPU and its process hold, with the data between
+            two blocks on disk.
+        fits: whether the GPU has that much.
+        basis: what was measured of it, and how far the fit is from that.
+    """
+
+    preset: str
+    gpus: int
+    nsamples: int
+    seqlen: int
+    seconds: Mapping[str, float]
+    total_seconds: float
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+    basis: str
+
+
+def plan(
+    checkpoint: Checkpoint, gpu: Datasheet, *, gpus: int, nsamples: int, seqlen: int
+) -> tuple[PruningForecast, ...]:
+    """What pruning a model to 2:4 takes by each preset.
+
+    Args:
+        checkpoint: its sizes.
+        gpu: what each rank has.
+        gpus: how many there are.
+        nsamples, seqlen: calibration segments, and tokens of each.
+
+    Raises:
+        UsageError: no solver was measured on that GPU, or there are more GPUs than batches.
+    """
+    Layout.of(nsamples, seqlen).require(gpus)
+    run = next(
+        (one for one in gpu_figures.published() if one.card == gpu.product and one.layers), None
+    )
+    if run is None or run.gram_seconds is None:
+        known = {one.card for one in gpu_figures.published() if one.layers}
+        raise UsageError(
+            f"pruning on {gpu.name} cannot be forecast: no layer was pruned on it",
+            fix=f"use a GPU on which layers were: {', '.join(sorted(known)) or 'none yet'}",
+        )
+    return tuple(
+        _of_preset(checkpoint, preset, gpu, gpus, nsamples, seqlen, run.layers, run.gram_seconds)
+        for preset in PRESETS
+    )
+
+
+def _of_preset(
+    checkpoint: Checkpoint,
+    preset: str,
+    gpu: Datasheet,
+    gpus: int,
+    nsamples: int,
+    seqlen: int,
+    layers: Sequence[LayerTime],
+    gram: float,
+) -> PruningForecast:
+    measured = [one for one in layers if one.preset == preset]
+    cost = LayerCost.fit(measured)
+    walk = methods.load("thanos").preset(preset).walk
+    setting = Setting(gpus, nsamples, seqlen, cost, gram, gpu.peak["bf16"])
+    seconds = of_walk(checkpoint, walk, setting)
+    held = memory.of_pruning(
+        checkpoint,
+        torch.empty(nsamples, seqlen, dtype=torch.int64, device="meta"),
+        short_names(checkpoint, checkpoint.linears),
+        walk,
+        forward=torch.bfloat16,
+        dtype=None,
+        device=torch.device("cuda"),
+        place="disk",
+    )
+    furthest = max(abs(cost.layer(one.outputs, one.inputs) / one.seconds - 1) for one in measured)
+    sizes = ", ".join(f"{one.outputs} x {one.inputs} in {one.seconds:.2f} s" for one in measured)
+    return PruningForecast(
+        preset=preset,
+        gpus=gpus,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seconds=seconds,
+        total_seconds=sum(seconds.values()),
+        device_bytes=held.device_bytes,
+        host_bytes=held.host_bytes,
+        fits=held.device_bytes <= gpu.memory,
+        basis=f"measured on one {gpu.product}: {sizes}. The fit to these {len(measured)} layers is "
+        f"{furthest:.0%} off at most; that of other sizes, and everything else, is computed",
+    )
+
+
+def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, float]:
+    """Seconds that pruning to 2:4 takes, by activity; every block is taken for the first one."""
+    shapes, block, gpus = linear_shapes(checkpoint), checkpoint.blocks[0], setting.gpus
+    shards = Layout.of(setting.nsamples, setting.seqlen).shards
+    share = math.ceil(shards / gpus) / shards  # of the data, that the busiest rank has
+    ways = 1 + walk.with_dense
+    statistics = solver = exchange = 0.0
+    for step in block.steps:
+        jobs: list[Job] = []
+        for number, group in enumerate(step):
+            cols = shapes[block.prefix + group[0]][1]
+            sums = 1 + bool(walk.dense_target)
+            # The Hessian is symmetric, so it takes half of what the cross-Gram matrix takes.
+            statistics += share * setting.tokens * cols**2 * setting.gram * (2 * sums - 1)
+            exchanged = 4 * sums * cols**2 * (math.ceil(shards / gpus) + 1) * (gpus - 1) / gpus
+            exchange += exchanged / setting.bandwidth
+            for name in group:
+                rows = shapes[block.prefix + name][0]
+                jobs += [
+                    Job(number, part.stop - part.start, cols)
+                    for part in spread.pieces(rows, "cuda")
+                ]
+                if gpus > 1:
+                    exchange += 2 * rows * cols / setting.bandwidth
+        solver += _slowest(jobs, setting)
+    weights = sum(math.prod(shapes[block.prefix + name]) for name in block.linears)
+    operations = 2 * weights * setting.tokens * _PASSES * ways * share
+    steps = walk.tune_steps * 6 * weights * max(TOKENS_PER_STEP, setting.seqlen)
+    parts = min(gpus, max(1, TOKENS_PER_STEP // setting.seqlen))
+    if gpus > 1:
+        exchange += walk.tune_steps * 2 * 4 * weights / setting.bandwidth
+    times = len(checkpoint.blocks)
+    reached = _REACHED * setting.peak
+    return {
+        "statistics": times * statistics,
+        "passes": times * operations / reached,
+        "solver": times * solver,
+        "tuning": times * steps / parts / reached,
+        "exchange": times * exchange,
+    }
+
+
+def _slowest(jobs: list[Job], setting: Setting) -> float:
+    """Seconds of the rank that solves longest."""
+    busy = [0.0] * setting.gpus
+    factored: set[tuple[int, int]] = set()
+    for job, rank in zip(jobs, spread.owners(jobs, setting.gpus), strict=True):
+        busy[rank] += setting.cost.job(job)
+        if (rank, job.group) not in factored:
+            factored.add((rank, job.group))
+            busy[rank] += setting.cost.factor(job.cols)
+    return max(busy)
