@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from thanos_deploy.bundle import names
 from thanos_deploy.errors import ModelError, boundary
@@ -135,7 +136,8 @@ class Checkpoint:
             ModelError: its blocks or their experts are not where the row of the family says.
         """
         widths = widths or self.widths
-        with init_empty_weights(include_buffers=False):
+        # What has no storage needs no initial values, and computing them takes most of the time.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = pretrained.make_model(deepcopy(self.config))  # which it writes to
         model.tie_weights()  # without storage every parameter has become one of its own
         experts.separate(model, self.family)
