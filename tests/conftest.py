@@ -1,5 +1,6 @@
 """Small random models, and an environment in which nothing is downloaded or left behind."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
@@ -18,8 +19,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
 import exporters.onnx.graph
-from exporters.onnx import trace
 from exporters.options import ExportRequest
+from tests import traced
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.model_types import CUT_TYPES as CUT_TYPES
 from tests.model_types import EVERY_TYPE as EVERY_TYPE
@@ -33,6 +34,7 @@ from thanos_deploy.bundle.files import Json, write_record
 from thanos_deploy.bundle.layout import LAYERS
 from thanos_deploy.bundle.manifest import claim
 from thanos_deploy.bundle.record import Source
+from thanos_deploy.measure import ceilings
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
@@ -60,8 +62,11 @@ LONGEST = (
 # Fixtures that run every stage of a command; `make test-fast` leaves out what asks for one of them.
 WHOLE = {"demo", "finished", "made"}
 
-# Small models are of more structures than what is exported elsewhere.
-trace._KEPT = 32
+# No test switches the machine off, and waiting for its disk adds up.
+setattr(os, "fsync", lambda descriptor: None)  # noqa: B010  # assigned, it would need os's own type
+
+# The machine's own speed is measured in every benchmark; next to small models, by small products.
+ceilings._MATRIX["cpu"] = 128
 
 # What the manifest has of a model that was pruned to 2:4.
 PRUNED = PruneResult(
@@ -88,10 +93,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_collection() -> None:
+    """Importing the tests makes no garbage, and looking for it takes a fifth of the time."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From now on there is some."""
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """What all test processes share."""
     return Store(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(store: Store) -> None:
+    """Every structure is traced once in a run, whichever process comes first."""
+    traced.share(store.folder("traces", lambda folder: None))
 
 
 @pytest.fixture(autouse=True)
