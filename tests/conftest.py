@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,16 +52,22 @@ MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]
 Invoke = Callable[..., tuple[int, str, str]]
 
-# Modules that take longest come first, so that no process is left with one of them at the end; and
-# those that fork commands come before those that fork less (see `tests.commands`).
+# Modules that take longest come first, so that no process is left with one of them at the end. The
+# first process gets every other one of the first four: both of the real model, whose dense one is
+# made once, so that nobody waits for it. Those that fork commands come before those that fork less
+# (see `tests.commands`). `pytest -p tests.costs` says what takes long.
 LONGEST = (
-    *("test_real_model.py", "test_real_model_shrunk.py", "test_graph.py", "test_cli.py"),
-    *("test_gpu_campaign.py", "test_journal.py", "test_engine_build.py", "test_sparse_mma.py"),
-    *("test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
+    *("test_real_model.py", "test_graph.py", "test_real_model_shrunk.py", "test_cli.py"),
+    *("test_bytes.py", "test_gpu_campaign.py", "test_journal.py", "test_engine_build.py"),
+    *("test_sparse_mma.py", "test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
 )
 
 # Fixtures that run every stage of a command; `make test-fast` leaves out what asks for one of them.
 WHOLE = {"demo", "finished", "made"}
+
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # No test switches the machine off, and waiting for its disk adds up.
 setattr(os, "fsync", lambda descriptor: None)  # noqa: B010  # assigned, it would need os's own type
