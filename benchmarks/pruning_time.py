@@ -23,12 +23,10 @@ from thanos_deploy import methods, pattern
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.segments import segments
-from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.model.load import load_model
 from thanos_deploy.pruning.layers import ACTIVITIES
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock
@@ -36,6 +34,7 @@ from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
 from thanos_deploy.stages.checkpoints import prune_checkpoint
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
+from thanos_deploy.stages.texts import calibration
 
 
 def main() -> None:
@@ -56,13 +55,6 @@ def main() -> None:
     _progress.quiet_libraries()
 
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
-    ids = segments(
-        builtin_text(),
-        load_tokenizer(checkpoint.folder),
-        count=arguments.nsamples,
-        length=arguments.seqlen,
-        seed=0,
-    )
     records = []
     for chosen in arguments.pattern:
         request = PruneRequest.of(
@@ -73,6 +65,7 @@ def main() -> None:
             calib_forward=arguments.calib_forward,
         )
         assert isinstance(request.how, Recipe)
+        _, ids, _ = calibration(checkpoint, request.data)  # the same for every pattern
         records.append({**request.to_json(), **measure(checkpoint, ids, request.how)})
     bare = two_forward_passes(checkpoint, ids)
     print(f"two bare forward passes through the blocks: {bare[0]:.1f} s, {bare[1]:.1f} s processor")

@@ -146,15 +146,13 @@ def _work(arguments: argparse.Namespace) -> None:
 
     from thanos_deploy.calibration import walk
     from thanos_deploy.calibration.journal import Journal
-    from thanos_deploy.calibration.segments import segments
-    from thanos_deploy.calibration.texts import builtin_text
     from thanos_deploy.cli import _progress
-    from thanos_deploy.model.load import load_tokenizer
     from thanos_deploy.pruning.recipe import Recipe
     from thanos_deploy.pruning.result import PrunedBlock
     from thanos_deploy.ranks.start import together
     from thanos_deploy.stages.checkpoints import prune_checkpoint
     from thanos_deploy.stages.request import PruneRequest
+    from thanos_deploy.stages.texts import calibration
 
     torch.set_num_threads(1)
     _progress.quiet_libraries()
@@ -174,19 +172,14 @@ def _work(arguments: argparse.Namespace) -> None:
 
     walk.Clock = Clock  # type: ignore[misc]
     checkpoint = Dense(arguments.model).checkpoint()
-    ids = segments(
-        builtin_text(),
-        load_tokenizer(checkpoint.folder),
-        count=arguments.nsamples,
-        length=arguments.seqlen,
-        seed=0,
-    )
-    how = PruneRequest.of(
+    request = PruneRequest.of(
         pattern.parse(arguments.pattern),
         preset=arguments.preset,
         nsamples=arguments.nsamples,
         seqlen=arguments.seqlen,
-    ).how
+    )
+    _, ids, _ = calibration(checkpoint, request.data)
+    how = request.how
     assert isinstance(how, Recipe)
     model = arguments.worker / "model"
     with together() as ranks, measured(WHOLE):

@@ -29,7 +29,7 @@ FORKS.set_forkserver_preload(
         "exporters.onnx.graph",
         "torch.onnx._internal.exporter._core",
         "transformers.models.llama.modeling_llama",
-        "tests.traced",
+        "tests.preloaded",
     ]
 )
 

@@ -1,5 +1,6 @@
 """Small random models, and an environment in which nothing is downloaded or left behind."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,8 +20,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it runs on the CPU
 
 import exporters.onnx.graph
-from exporters.onnx import trace
 from exporters.options import ExportRequest
+from tests import traced
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.model_types import CUT_TYPES as CUT_TYPES
 from tests.model_types import EVERY_TYPE as EVERY_TYPE
@@ -33,6 +35,7 @@ from thanos_deploy.bundle.files import Json, write_record
 from thanos_deploy.bundle.layout import LAYERS
 from thanos_deploy.bundle.manifest import claim
 from thanos_deploy.bundle.record import Source
+from thanos_deploy.measure import ceilings
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.progress import quietly
@@ -49,19 +52,28 @@ MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]
 Invoke = Callable[..., tuple[int, str, str]]
 
-# Modules that take longest come first, so that no process is left with one of them at the end; and
-# those that fork commands come before those that fork less (see `tests.commands`).
+# Modules that take longest come first, so that no process is left with one of them at the end. The
+# first process gets every other one of the first four: both of the real model, whose dense one is
+# made once, so that nobody waits for it. Those that fork commands come before those that fork less
+# (see `tests.commands`). `pytest -p tests.costs` says what takes long.
 LONGEST = (
-    *("test_real_model.py", "test_real_model_shrunk.py", "test_graph.py", "test_cli.py"),
-    *("test_gpu_campaign.py", "test_journal.py", "test_engine_build.py", "test_sparse_mma.py"),
-    *("test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
+    *("test_real_model.py", "test_graph.py", "test_real_model_shrunk.py", "test_cli.py"),
+    *("test_bytes.py", "test_gpu_campaign.py", "test_journal.py", "test_engine_build.py"),
+    *("test_sparse_mma.py", "test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
 )
 
 # Fixtures that run every stage of a command; `make test-fast` leaves out what asks for one of them.
 WHOLE = {"demo", "finished", "made"}
 
-# Small models are of more structures than what is exported elsewhere.
-trace._KEPT = 32
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+# No test switches the machine off, and waiting for its disk adds up.
+setattr(os, "fsync", lambda descriptor: None)  # noqa: B010  # assigned, it would need os's own type
+
+# The machine's own speed is measured in every benchmark; next to small models, by small products.
+ceilings._MATRIX["cpu"] = 128
 
 # What the manifest has of a model that was pruned to 2:4.
 PRUNED = PruneResult(
@@ -88,10 +100,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_collection() -> None:
+    """Importing the tests makes no garbage, and looking for it takes a fifth of the time."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From now on there is some."""
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """What all test processes share."""
     return Store(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(store: Store) -> None:
+    """Every structure is traced once in a run, whichever process comes first."""
+    traced.share(store.folder("traces", lambda folder: None))
 
 
 @pytest.fixture(autouse=True)

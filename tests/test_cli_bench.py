@@ -20,7 +20,7 @@ from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.manifest import Bundle, claim
 from thanos_deploy.gpu import nvml
 from thanos_deploy.machine import stillness
-from thanos_deploy.measure import ceilings, gates, paired
+from thanos_deploy.measure import gates, paired
 from thanos_deploy.measure.options import EvalRequest
 from thanos_deploy.measure.run import Run
 from thanos_deploy.pattern import SemiStructured
@@ -56,12 +56,6 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THANOS_DEPLOY_CACHE", str(cache))
         return make_bundle(tiny_llama, tmp_path_factory.mktemp("bench") / "out"), cache
-
-
-@pytest.fixture(autouse=True)
-def _small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peak of this machine takes a second to measure and is not what these tests are about."""
-    monkeypatch.setattr(ceilings, "_MATRIX", {"cpu": 64})
 
 
 @pytest.fixture

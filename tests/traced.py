@@ -1,20 +1,72 @@
-"""What the server of `tests.commands` does beside importing: it traces the tiny LLaMA.
+"""Graphs that were traced, shared by all processes of a run of the tests.
 
-Processes that are forked from it export that model, dense or pruned, without tracing it again.
+A trace takes several seconds of a processor, far longer than all else in the export of a tiny
+model, and many tests export models of one structure: in the processes of pytest-xdist, and in those
+that are forked by `tests.commands`. Whichever comes first traces it for all.
+
+A test that is about tracing itself empties `exporters.onnx.trace._traced` for its own time.
 """
 
-import tempfile
+import hashlib
+import os
 from pathlib import Path
 
-import torch
+import onnx
+import onnx_ir as ir
 
 from exporters.onnx import trace
-from tests.conftest import write_model
-from thanos_deploy.model.load import load_model
 
-_threads = torch.get_num_threads()
-torch.set_num_threads(1)  # of several, none would live on in a process that is forked
-with tempfile.TemporaryDirectory() as _folder:
-    write_model(Path(_folder), "llama")
-    trace.trace(load_model(Path(_folder)), logits="all")
-torch.set_num_threads(_threads)
+# The folder of the graphs, for processes that are forked from a server; see `tests.commands`.
+VARIABLE = "THANOS_DEPLOY_TEST_TRACES"
+
+# What of a graph's inputs are weights, which a file of a graph without weights could not say.
+_WEIGHTS = "weights"
+
+
+class Traced(dict[str, ir.Model]):
+    """What `exporters.onnx.trace` keeps: in memory what this process used, the rest in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __contains__(self, key: object) -> bool:
+        if not super().__contains__(key) and (path := self._path(str(key))).exists():
+            super().__setitem__(str(key), _read(path))
+        return super().__contains__(key)
+
+    def __setitem__(self, key: str, graph: ir.Model) -> None:
+        super().__setitem__(key, graph)
+        if not (path := self._path(key)).exists():
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            _write(graph, unfinished)
+            unfinished.rename(path)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
+
+
+def share(folder: Path) -> None:
+    """Take traces from a folder, and leave those there that it lacks, in this process and below."""
+    os.environ[VARIABLE] = str(folder)
+    trace._traced = Traced(folder)
+
+
+def _write(graph: ir.Model, path: Path) -> None:
+    """A file has no initializers without values, so weights are inputs in it."""
+    copy = graph.clone()
+    weights = [value for value in copy.graph.initializers.values() if value.const_value is None]
+    for value in weights:
+        del copy.graph.initializers[str(value.name)]
+        copy.graph.inputs.append(value)
+    copy.metadata_props[_WEIGHTS] = str(len(weights))
+    path.write_bytes(ir.to_proto(copy).SerializeToString())
+
+
+def _read(path: Path) -> ir.Model:
+    graph = ir.from_proto(onnx.ModelProto.FromString(path.read_bytes()))
+    assert isinstance(graph, ir.Model)
+    count = int(graph.metadata_props.pop(_WEIGHTS))
+    for value in [graph.graph.inputs.pop() for _ in range(count)][::-1]:
+        graph.graph.initializers[str(value.name)] = value
+    return graph

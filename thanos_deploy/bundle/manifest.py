@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar, overload
 
-from thanos_deploy.bundle import layout, names
+from thanos_deploy.bundle import layout, names, written
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import (
     PARTIAL,
@@ -28,7 +28,6 @@ from thanos_deploy.bundle.files import (
     file_record,
     replace_json,
     sha256_of,
-    sync,
 )
 from thanos_deploy.bundle.layout import MANIFEST as MANIFEST
 from thanos_deploy.bundle.record import FORMAT as FORMAT
@@ -260,7 +259,7 @@ class Bundle:
             record = StageRecord(
                 options=made_with,
                 inputs=made_from,
-                files=_record_files(partial),
+                files=written.flushed(partial),
                 result=encode(result),
                 seconds=round(time.perf_counter() - started, 3),
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -342,27 +341,13 @@ class Bundle:
         # While entries are being moved the stage must not count as done.
         if self.stages.pop(stage, None) is not None:
             self._save()
-        for entry in sorted(partial.iterdir()):
-            self._move(entry, Path(entry.name))
+        others = {name for other in self.stages.values() for name in other.files}
+        written.move(partial, self.path, others)
         self.stages[stage] = record
         self._save()
 
-    def _move(self, entry: Path, name: Path) -> None:
-        destination = self.path / name
-        shared = f"{name.as_posix()}/"
-        if any(file.startswith(shared) for record in self.stages.values() for file in record.files):
-            # Other stages keep their files in a folder of this name: theirs stay.
-            for part in sorted(entry.iterdir()):
-                self._move(part, name / part.name)
-            return
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        destination.parent.mkdir(exist_ok=True)
-        entry.replace(destination)
-
     def _save(self) -> None:
-        manifest = Manifest(FORMAT, self.source, self.stages)
-        replace_json(self.path / MANIFEST, encode(manifest))
+        replace_json(self.path / MANIFEST, encode(Manifest(FORMAT, self.source, self.stages)))
 
 
 @contextmanager
@@ -414,14 +399,3 @@ def claim(
                 )
             bundle = Bundle(path, source)
         yield bundle
-
-
-def _record_files(folder: Path) -> dict[str, FileRecord]:
-    records = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            sync(path)
-            records[path.relative_to(folder).as_posix()] = file_record(path)
-        else:
-            sync(path)
-    return records

@@ -7,7 +7,6 @@ benchmarks/semi_structured.py.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,20 +16,8 @@ from thanos_deploy.forecast.datasheets import Datasheet, find
 from thanos_deploy.forecast.roofline import Measurement
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu import records as gpu_records
+from thanos_deploy.gpu.products import KernelTime, beside_dense
 from thanos_deploy.gpu.rows import GemmRow
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """One kernel's product [tokens, inputs] x [inputs, outputs]."""
-
-    gpu: str
-    dtype: str
-    kernel: str
-    tokens: int
-    outputs: int
-    inputs: int
-    seconds: float
 
 
 def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measurement, ...]:
@@ -45,20 +32,20 @@ def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measureme
         InputError: the file cannot be understood, its times do not count, or it has none of them.
     """
     products = list(_read(path))
-    times: dict[tuple[int, int, int], dict[str, float]] = {}
-    for one in products:
-        if one.dtype == dtype and _is(gpu, one.gpu):
-            times.setdefault((one.tokens, one.outputs, one.inputs), {})[one.kernel] = one.seconds
+    times = (one for name, one in products if one.dtype == dtype and _is(gpu, name))
     found = tuple(
         Measurement(
-            *sizes, dense=kernels.pop("dense"), sparse=min(kernels.values(), default=math.inf)
+            dense.tokens,
+            dense.outputs,
+            dense.inputs,
+            dense=dense.seconds,
+            sparse=math.inf if best is None else best.seconds,
         )
-        for sizes, kernels in times.items()
-        if "dense" in kernels
+        for dense, best in beside_dense(times)
     )
     positive = (size for known in found for size in (known.m, known.n, known.k, known.dense))
     if not found or min(positive) <= 0:
-        there = sorted({f"{one.gpu} in {one.dtype}" for one in products})
+        there = sorted({f"{name} in {one.dtype}" for name, one in products})
         raise InputError(
             f"{path}: no product with positive sizes and times of {gpu.name} in {dtype}; it has "
             f"those of {', '.join(there) or 'nothing'}",
@@ -88,8 +75,8 @@ def published_measurements(gpu: Datasheet, dtype: str) -> tuple[Measurement, ...
     return ()
 
 
-def _read(path: Path) -> Iterator[_Product]:
-    """The products of a file, of either kind."""
+def _read(path: Path) -> Iterator[tuple[str, KernelTime]]:
+    """The products of a file, of either kind, each with the name of its GPU."""
     try:
         document = json.loads(path.read_bytes())
         if "rows" not in document:
@@ -108,30 +95,27 @@ def _read(path: Path) -> Iterator[_Product]:
         )
     for row in records.of(GemmRow):
         if row.seconds:
-            yield _Product(
-                gpu=records.card.name,
-                dtype=row.dtype,
-                kernel=row.kernel,
-                tokens=row.tokens,
-                outputs=row.outputs,
-                inputs=row.inputs,
-                seconds=row.median,
+            yield (
+                records.card.name,
+                KernelTime(row.dtype, row.kernel, row.tokens, row.outputs, row.inputs, row.median),
             )
 
 
-def _of_table(document: Any) -> Iterator[_Product]:
+def _of_table(document: Any) -> Iterator[tuple[str, KernelTime]]:
     """Those of benchmarks/semi_structured.py, and of `gpu-check` before it wrote records."""
     table = document.get("steps", {}).get("gemm", document)
     for record in table["records"]:
         if record["seconds"]:
-            yield _Product(
-                gpu=str(table["gpu"]),
-                dtype=str(table["dtype"]),
-                kernel=record["kernel"],
-                tokens=int(record["tokens"]),
-                outputs=int(record["outputs"]),
-                inputs=int(record["inputs"]),
-                seconds=median(map(float, record["seconds"])),
+            yield (
+                str(table["gpu"]),
+                KernelTime(
+                    dtype=str(table["dtype"]),
+                    kernel=record["kernel"],
+                    tokens=int(record["tokens"]),
+                    outputs=int(record["outputs"]),
+                    inputs=int(record["inputs"]),
+                    seconds=median(map(float, record["seconds"])),
+                ),
             )
 
 

@@ -15,13 +15,12 @@ from functools import cache
 from importlib import resources
 
 from thanos_deploy.gpu.nvml import NOT_MEASURED
+from thanos_deploy.gpu.products import DENSE, KernelTime, beside_dense
 from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import GemmRow, HessianRow, ModelRow, PruningRow
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 
 FILE = "figures.json"
-
-_DENSE = "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ def figures(records: Records) -> Figures | None:
             seconds=row.median,
         )
         for (model, *where), row in fastest.items()
-        if model != _DENSE and (dense := fastest.get((_DENSE, *where)))  # type: ignore[arg-type]
+        if model != DENSE and (dense := fastest.get((DENSE, *where)))  # type: ignore[arg-type]
     )
     return Figures(
         card.name,
@@ -176,16 +175,22 @@ def figures(records: Records) -> Figures | None:
 
 def _products(records: Records) -> Iterator[Product]:
     """The dense product and the fastest kernel for every weight and number of tokens."""
-    timed: dict[tuple[str, int, int, int], dict[str, GemmRow]] = {}
-    for row in records.of(GemmRow):
-        if row.seconds:
-            where = (row.dtype, row.tokens, row.outputs, row.inputs)
-            timed.setdefault(where, {})[row.kernel] = row
-    for where, kernels in timed.items():
-        dense = kernels.pop(_DENSE, None)
-        if dense is not None and kernels:
-            best = min(kernels.values(), key=lambda row: row.median)
-            yield Product(*where, dense.median, best.kernel, best.median)
+    times = (
+        KernelTime(row.dtype, row.kernel, row.tokens, row.outputs, row.inputs, row.median)
+        for row in records.of(GemmRow)
+        if row.seconds
+    )
+    for dense, best in beside_dense(times):
+        if best is not None:
+            yield Product(
+                dense.dtype,
+                dense.tokens,
+                dense.outputs,
+                dense.inputs,
+                dense.seconds,
+                best.kernel,
+                best.seconds,
+            )
 
 
 def to_json(runs: Sequence[Figures]) -> str:

@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from thanos_deploy.bundle import names
 from thanos_deploy.errors import ModelError, boundary
@@ -145,7 +146,8 @@ class Checkpoint:
             entries = block_widths.describe(config, self.family, widths) or {}
             for name, number in entries.items():
                 setattr(config, name, number)
-        with init_empty_weights(include_buffers=False):
+        # What has no storage needs no initial values, and computing them takes most of the time.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = pretrained.make_model(config)
         model.tie_weights()  # without storage every parameter has become one of its own
         experts.separate(model, self.family)
