@@ -51,6 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the environment with vLLM [default: the one that `make test-vllm` makes]",
     )
+    parser.add_argument(
+        "--vllm-threads", type=int, help="that compute in vLLM [default: its own choice]"
+    )
 
 
 def load_of(arguments: argparse.Namespace) -> Load:

@@ -6,7 +6,6 @@ All of them are started and asked once, and then take turns; those whose turn it
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -122,7 +121,7 @@ def batching(load: Load) -> list[object]:
     ]
 
 
-def vllm(folder: Path, environment: Path, load: Load, *, dtype: str) -> Peer:
+def vllm(folder: Path, environment: Path, load: Load, *, dtype: str, threads: int | None) -> Peer:
     """`vllm serve` on the CPU, of a folder for vLLM or a checkpoint.
 
     Args:
@@ -130,6 +129,8 @@ def vllm(folder: Path, environment: Path, load: Load, *, dtype: str) -> Peer:
         environment: with vLLM, such as `make test-vllm` installs.
         load: what it is to be ready for.
         dtype: of weights, activations and cache.
+        threads: that compute, on any core; None for vLLM's own choice, which is one on each core
+            but one: that is left to its scheduler, which does not sleep.
 
     Raises:
         FileNotFoundError: there is no vLLM.
@@ -153,9 +154,11 @@ def vllm(folder: Path, environment: Path, load: Load, *, dtype: str) -> Peer:
         variables={
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, taken whole at the start
-            # All cores, as the other servers have them; by itself it leaves one idle.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            **(
+                {}
+                if threads is None
+                else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+            ),
         },
     )
 

@@ -65,6 +65,7 @@ def main() -> None:
             slots=arguments.slots,
             queue=max(*load.clients, arguments.offered),
             environment=arguments.vllm.absolute(),
+            threads=arguments.vllm_threads,
         ),
         load,
         prompts=peers.texts(arguments.out, count=arguments.offered, tokens=load.prompt),
@@ -82,7 +83,14 @@ def main() -> None:
 
 
 def servers(
-    bundle: Path, load: Load, chosen: Sequence[str], *, slots: int, queue: int, environment: Path
+    bundle: Path,
+    load: Load,
+    chosen: Sequence[str],
+    *,
+    slots: int,
+    queue: int,
+    environment: Path,
+    threads: int | None,
 ) -> dict[str, Peer]:
     """By name; ours are there always."""
     found = {
@@ -96,7 +104,7 @@ def servers(
         found[THEIR_BATCHING] = peers.transformers(model, *batching)
     if "vllm" in chosen:
         folder = bundle / layout.VLLM
-        found[VLLM] = peers.vllm(folder, environment, load, dtype="float32")
+        found[VLLM] = peers.vllm(folder, environment, load, dtype="float32", threads=threads)
     return found
 
 

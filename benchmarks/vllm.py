@@ -62,7 +62,14 @@ def main() -> None:
     with _progress.announcer(quiet=False) as announce:
         dense = Dense(str(arguments.gguf or gguf_path()))
         models = made(dense, arguments.out.resolve(), arguments.patterns, announce)
-    groups = groups_of(models, load, arguments.dtypes, arguments.slots, arguments.vllm.absolute())
+    groups = groups_of(
+        models,
+        load,
+        arguments.dtypes,
+        slots=arguments.slots,
+        environment=arguments.vllm.absolute(),
+        threads=arguments.vllm_threads,
+    )
     prompt = peers.texts(models[DENSE][0], count=1, tokens=load.prompt)[0]
     result = {
         "format": "thanos-deploy/vllm/1",
@@ -98,8 +105,10 @@ def groups_of(
     models: dict[str, tuple[Path, Path]],
     load: Load,
     dtypes: Sequence[str],
+    *,
     slots: int,
     environment: Path,
+    threads: int | None,
 ) -> list[dict[str, Peer]]:
     """Every model on every server, by name; ours and vLLM in its first dtype are one group.
 
@@ -110,7 +119,7 @@ def groups_of(
         ours = peers.thanos(bundle, slots=slots, queue=max(load.clients))
         groups[0][OURS.format(name)] = ours
         for group, dtype in zip(groups, dtypes, strict=True):
-            served = peers.vllm(folder, environment, load, dtype=dtype)
+            served = peers.vllm(folder, environment, load, dtype=dtype, threads=threads)
             group[f"vllm serve, {dtype}: {name}"] = served
     return groups
 

@@ -75,10 +75,11 @@ def test_work_that_was_not_done_makes_a_run_invalid() -> None:
 def test_peers_write_greedily_and_have_room_for_all_clients(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "vllm").touch()
-    peer = peers.vllm(tmp_path / "model", tmp_path, LOAD, dtype="float32")
+    peer = peers.vllm(tmp_path / "model", tmp_path, LOAD, dtype="float32", threads=2)
     words = list(map(str, peer.command))
     assert words[words.index("--max-num-seqs") + 1] == "2"
     assert words[words.index("--max-model-len") + 1] == "24"
+    assert peer.variables["OMP_NUM_THREADS"] == "2"
     assert peer.greedy == peers.thanos(tmp_path, slots=2, queue=2).greedy
     theirs = peers.transformers(tmp_path, *peers.batching(LOAD)).greedy
     assert json.loads(theirs["generation_config"])["do_sample"] is False
@@ -86,4 +87,4 @@ def test_peers_write_greedily_and_have_room_for_all_clients(tmp_path: Path) -> N
 
 def test_a_missing_vllm_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"make \.venv-vllm"):
-        peers.vllm(tmp_path, tmp_path / "none", LOAD, dtype="float32")
+        peers.vllm(tmp_path, tmp_path / "none", LOAD, dtype="float32", threads=2)

@@ -1,4 +1,7 @@
-"""The functions of the API: commands that begin with a model, or with several bundles."""
+"""The functions of the API: commands that begin with a model, or with several bundles.
+
+More than half of the file is the documentation of these functions, so it is longer than others.
+"""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
