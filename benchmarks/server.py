@@ -11,15 +11,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Loading a model on a busy machine.
-_READY_SECONDS = 300.0
+# Loading a model, and compiling it, on a busy machine.
+_READY_SECONDS = 600.0
 
 # Longer than any answer here takes.
 _ANSWER_SECONDS = 600.0
@@ -44,7 +44,7 @@ class Server:
 
     Attributes:
         url: without a path.
-        process: that listens.
+        process: that was started; it leads a group, to which those belong that it starts.
     """
 
     url: str
@@ -52,36 +52,56 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time that it has used so far, with that of its ended children."""
-        return sum(int(ticks) for ticks in self._stat()[11:15]) / _TICKS
+        """Processor time that its processes have used so far, with that of ended children."""
+        own = [stat for stat in _stats() if int(stat[2]) == self.process.pid]
+        return sum(int(ticks) for stat in own for ticks in stat[11:15]) / _TICKS
 
     @property
     def resident_bytes(self) -> int:
-        """Its memory now."""
-        return int(self._stat()[21]) * _PAGE
+        """The memory of the process that was started, now."""
+        return int(_stat(Path(f"/proc/{self.process.pid}"))[21]) * _PAGE
 
     def freeze(self) -> None:
         """Stop it where it is, so that it takes no time from others."""
-        self.process.send_signal(signal.SIGSTOP)
+        self._send(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let it go on."""
-        self.process.send_signal(signal.SIGCONT)
+        self._send(signal.SIGCONT)
 
-    def _stat(self) -> list[str]:
-        """The fields after the name, which may have spaces in it; see proc_pid_stat(5)."""
-        text = Path(f"/proc/{self.process.pid}/stat").read_text()
-        return text.rpartition(")")[2].split()
+    def kill(self) -> None:
+        """End whatever is left of it."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        """A signal to all of its processes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def _stat(folder: Path) -> list[str]:
+    """The fields after the name, which may have spaces in it; see proc_pid_stat(5)."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
+def _stats() -> Iterator[list[str]]:
+    """Those of every process."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            yield _stat(folder)
 
 
 @contextmanager
-def running(command: Sequence[object], *, port: int, log: Path) -> Iterator[Server]:
+def running(
+    command: Sequence[object], *, port: int, log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Start a server, wait until it is healthy, end it with SIGTERM.
 
     Args:
         command: of a server that listens on 127.0.0.1 and answers GET /health.
         port: where.
         log: gets its standard output and error.
+        variables: of its environment, beside those that are there.
 
     Raises:
         RuntimeError: it ended, or was not ready in time.
@@ -89,6 +109,7 @@ def running(command: Sequence[object], *, port: int, log: Path) -> Iterator[Serv
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(part) for part in command],
+            env={**os.environ, **(variables or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
             # Out of reach of what a shell or a terminal sends its jobs, which may be frozen.
@@ -108,8 +129,9 @@ def running(command: Sequence[object], *, port: int, log: Path) -> Iterator[Serv
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            server.kill()
             process.wait()
+        server.kill()
 
 
 def serve(bundle: Path, *, port: int, name: str, slots: int, queue: int) -> list[object]:

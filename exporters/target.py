@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 from exporters.packages import Package
 from thanos_deploy.bundle import files
@@ -22,6 +22,9 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.option import options_by_name
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce
+
+if TYPE_CHECKING:
+    from thanos_deploy.model.checkpoint import Checkpoint
 
 Options = TypeVar("Options")
 Asked = TypeVar("Asked", contravariant=True)
@@ -127,6 +130,9 @@ class Target(Generic[Options]):
         show: what the command line prints of a stage's result; None for its names and values.
         proof: the verdict on every linear layer of a finished stage: does a sparse kernel run it?
             None for a target of which nobody says.
+        convert: writes its empty folder from a checkpoint that is sparse already and has no bundle,
+            and returns what a stage's result would be, a dataclass; None for a target that only
+            takes bundles.
     """
 
     name: str
@@ -145,6 +151,7 @@ class Target(Generic[Options]):
     refuse: Callable[[Iterable[Pattern]], None] = field(default=takes_everything)
     show: Callable[[Json], Table] | None = None
     proof: Callable[[Bundle, str], Sequence[LayerProof]] | None = None
+    convert: "Callable[[Checkpoint, Path, Announce], object] | None" = None
 
     def __post_init__(self) -> None:
         """Refuse a target that does not keep the contract.

@@ -20,6 +20,7 @@ from thanos_deploy.model import widths as block_widths
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.tensorfile import INDEX
+from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
 
@@ -60,7 +61,7 @@ def require_served(checkpoint: Checkpoint) -> None:
             f"{folder}: its blocks differ in width, or have a number of heads that no config.json "
             "of this type describes, and vLLM reads nothing else",
             fix="prune again with --allocation uniform, and for families whose config.json has no "
-            "size of a head with --cut-parts ffn",
+            "size of a head with --shrink ffn",
         )
     verdict = loaders.of(json.loads((folder / _CONFIG).read_bytes()), "vLLM")
     if not verdict.compatible:
@@ -109,6 +110,25 @@ def export(
         bytes_after=after,
         ratio=round(after / before, 4),
     )
+
+
+def found_in(checkpoint: Checkpoint) -> dict[str, Pattern]:
+    """The linear layers whose weights are 2:4, whoever pruned them, by full name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found: dict[str, Pattern] = {
+        name: _TWO_FOUR
+        for name in checkpoint.linears
+        if judge(checkpoint.linear(name) != 0, _TWO_FOUR).holds
+    }
+    if not found:
+        raise UsageError(
+            f"{checkpoint.folder}: no linear layer is 2:4, so there is nothing to pack",
+            fix="serve the model as it is, or prune it first: `thanos-deploy prune`",
+        )
+    return found
 
 
 def _whole_groups(checkpoint: Checkpoint, two_four: set[str]) -> set[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporters.options import NoOptions
 from exporters.target import Missing, Size, Target, write_stage
-from thanos_deploy.bundle.layout import MODEL
+from thanos_deploy.bundle.layout import MODEL, VLLM
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check
 from thanos_deploy.errors import DeployError
@@ -15,8 +15,9 @@ from thanos_deploy.progress import Announce
 
 if TYPE_CHECKING:
     from exporters.vllm import VllmResult
+    from thanos_deploy.model.checkpoint import Checkpoint
 
-_NAME = "vllm"
+_NAME = VLLM
 
 
 def _export(
@@ -45,6 +46,18 @@ def _export(
         bytes_needed=lambda: 2 * model.bytes_in("auto"),
         options=request,
         overwrite=overwrite,
+    )
+
+
+def _convert(checkpoint: "Checkpoint", folder: Path, announce: Announce) -> "VllmResult":
+    from exporters import vllm
+
+    vllm.require_served(checkpoint)
+    return vllm.export(
+        checkpoint,
+        folder,
+        patterns=vllm.found_in(checkpoint),
+        on_progress=announce("Write the folder for vLLM and unpack it again to compare"),
     )
 
 
@@ -82,4 +95,5 @@ TARGET = Target(
         sentence="The checkpoint that vLLM serves takes {ratio:.3f} of the dense one's bytes.",
     ),
     missing=Missing("the size for vLLM"),
+    convert=_convert,
 )

@@ -115,23 +115,40 @@ def test_a_bundle_is_exported_and_verified(
 def test_a_bitmask_checkpoint_becomes_a_folder_for_vllm(
     exported_two_four: Exported, tmp_path: Path, invoke: Invoke
 ) -> None:
-    """As docs/vllm.md says: magnitude pruning leaves a model as it is that is 2:4 already."""
     model = exported_two_four("llama") / "model"
     bitmask_folder(model, tmp_path / "old", keep_weight=True)
     for path in model.glob("token*.json"):
         shutil.copy(path, tmp_path / "old")
-    out = tmp_path / "out"
-    options = ("--pattern", "2:4", "--method", "magnitude", "--nsamples", "4", "--seqlen", "64")
-    code, _, said = invoke("prune", tmp_path / "old", *options, "-o", out)
+    new = tmp_path / "new" / "vllm"
+    convert = ("export", tmp_path / "old", "--target", "vllm", "--to", new)
+    code, printed, said = invoke(*convert, "--json")
     assert code == 0, said
-    code, _, said = invoke("export", out, "--target", "vllm")
-    assert code == 0, said
-    assert Bundle.open(out).stages["prune"].result["worst_relative_error"] == 0
+    assert (json.loads(printed)["packed"], json.loads(printed)["dense"]) == (14, 0)
     (tmp_path / "again").mkdir()
-    unpack_folder(out / "vllm", tmp_path / "again")
+    unpack_folder(new, tmp_path / "again")
     before, after = (Weights(folder) for folder in (model, tmp_path / "again"))
     for name in before.shapes:
         assert torch.equal(before.read([name])[name], after.read([name])[name])
+    layers = quantization.layers_of(config_of(new)["quantization_config"])
+    quantization.require_intact(new, layers)
+    code, _, said = invoke(*convert)
+    assert (code, "is there already" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "vllm"), "no linear layer is 2:4"),
+        (("--target", "onnx"), "is made from a bundle only"),
+        (("--target", "vllm", "--overwrite"), "options of a bundle"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke, options: tuple[str, ...], message: str
+) -> None:
+    code, _, said = invoke("export", tiny_llama, *options, "--to", tmp_path / "vllm")
+    assert (code, message in said) == (2, True)
+    assert not (tmp_path / "vllm").exists()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ FUNCTIONS = {
 COMMANDS = {
     "prune": ("prune",),
     "prune-export": ("prune_export",),
-    "export": ("Bundle.export",),
+    "export": ("Bundle.export", "export"),
     "eval": ("Bundle.evaluate", "evaluate"),
     "bench": ("Bundle.bench",),
     "report": ("Bundle.report", "compare"),
@@ -235,7 +235,7 @@ def test_options_have_the_same_defaults(command: str) -> None:
             for name in names & set(signature.parameters):
                 here, there = signature.parameters[name].default, default(option)
                 if here is inspect.Parameter.empty:  # where a command chooses by it what to do
-                    assert option.required or name in ("dense", "output")
+                    assert option.required or name in ("dense", "output", "to", "target")
                     continue
                 # A command may tell its own default in words only.
                 spelled = ",".join(map(str, here)) if isinstance(here, tuple) else str(here)

@@ -11,13 +11,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear
+from vllm.platforms.cpu import CpuPlatform
 
 from runtime.vllm_plugin import config as plugin
 from runtime.vllm_plugin import register
 from runtime.vllm_plugin.config import TwoFourConfig
 from runtime.vllm_plugin.linear import TwoFourLinearMethod
+from thanos_deploy.model import quantization
 from thanos_deploy.model.packing import pack
 from thanos_deploy.pattern import SemiStructured
 
@@ -159,6 +161,19 @@ def with_lora() -> Any:
         return on(0, 1, lambda: projection(ALL))
 
 
+def on_a_gpu_of(capability: int) -> Any:
+    """What vLLM makes of the method on such a GPU."""
+    its = SimpleNamespace(to_int=lambda: capability)
+    with (
+        mock.patch.object(CpuPlatform, "get_device_capability", return_value=its),
+        mock.patch(
+            "vllm.model_executor.model_loader.weight_utils.get_quant_config", return_value=ALL
+        ),
+    ):
+        model: Any = SimpleNamespace(quantization=quantization.METHOD)
+        return VllmConfig._get_quantization_config(model, LoadConfig())
+
+
 def main() -> None:
     """Print what was found."""
     register()
@@ -173,6 +188,7 @@ def main() -> None:
             "mixed": refusal(lambda: on(0, 1, lambda: fused(method("q_proj")))),
             "cut": refusal(lambda: on(0, RANKS, lambda: projection(ALL, columns=24))),
             "lora": refusal(with_lora),
+            "capability": refusal(lambda: on_a_gpu_of(75)),
             "dense": type(on(0, 1, lambda: projection(method("fc"))).quant_method).__name__,
         }
     print(json.dumps(found))

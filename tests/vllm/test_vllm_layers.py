@@ -7,7 +7,7 @@ import pytest
 
 from tests.vllm.conftest import ENVIRONMENT, environment, needs_vllm
 
-pytestmark = needs_vllm
+pytestmark = [*needs_vllm, pytest.mark.xdist_group("layers")]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,11 @@ def test_ranks_that_would_cut_through_a_byte_of_the_mask_are_refused(found: Any)
 
 def test_a_layer_that_is_not_named_is_vllm_s_own(found: Any) -> None:
     assert found["dense"] == "UnquantizedLinearMethod"
+
+
+def test_a_gpu_without_sparse_tensor_cores_is_refused(found: Any) -> None:
+    assert "thanos-2of4 is not supported for the current GPU" in found["capability"]
+    assert "Minimum capability: 80. Current capability: 75." in found["capability"]
 
 
 def test_lora_on_a_packed_layer_is_refused(found: Any) -> None:

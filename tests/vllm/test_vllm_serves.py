@@ -1,32 +1,25 @@
 """`vllm serve` on shrunk and on 2:4 models, beside transformers: the same greedy tokens."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import PRUNED, VOCABULARY, MakeModel, stock_model
-from tests.recipes import plain
-from tests.vllm.conftest import exported, greedy, needs_vllm, refusal, serving
-from thanos_deploy.bundle.codec import Json, encode
-from thanos_deploy.bundle.files import write_record
-from thanos_deploy.bundle.layout import LAYERS
-from thanos_deploy.bundle.manifest import claim
-from thanos_deploy.bundle.record import Source
-from thanos_deploy.model.checkpoint import Checkpoint
+import thanos_deploy as td
+from tests.bitmask import bitmask_folder
+from tests.conftest import MakeModel, stock_model
+from tests.vllm.conftest import TWO_RANKS, greedy, needs_vllm, refusal, serving
+from thanos_deploy.measure.quality import TextQuality
 from thanos_deploy.model.loaders import LOADERS
-from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.pruning.layers import prune
-from thanos_deploy.shrink import sizing
-from thanos_deploy.shrink.cut import shrink
-from thanos_deploy.shrink.options import Fit, Sizing
-from thanos_deploy.shrink.survey import survey
 
 pytestmark = needs_vllm
 
 PROMPTS = [[10, 60, 200, 4, 77], [5, 9, 31]]
 (TESTED,) = (loader.tested for loader in LOADERS if loader.tested is not None)
+SMALL: td.PruneOptions = {"nsamples": 4, "seqlen": 64}
+TWO_FOUR: td.PruneOptions = {**SMALL, "method": "magnitude"}
 
 # vLLM's attention on a CPU takes heads of 32; OPT has no size of a head beside the others.
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
@@ -40,8 +33,10 @@ def model_of(make_model: MakeModel, model_type: str) -> Path:
     return make_model(model_type, **(SIZES_OF_OPT if model_type == "opt" else SIZES))
 
 
-def segments() -> torch.Tensor:
-    return torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))
+def exported(bundle: td.Bundle) -> Path:
+    """The folder for vLLM."""
+    bundle.export("vllm")
+    return bundle.path / "vllm"
 
 
 def expected(folder: Path) -> list[list[int]]:
@@ -61,68 +56,75 @@ def expected(folder: Path) -> list[list[int]]:
     "model_type",
     [
         pytest.param(each, marks=[] if each == "llama" else pytest.mark.slow)
-        for each in (*TESTED.model_types, "opt")
+        for each in TESTED.model_types
     ],
 )
 def test_vllm_answers_with_a_shrunk_model_as_transformers_does(
     make_model: MakeModel, model_type: str, tmp_path: Path
 ) -> None:
-    checkpoint = Checkpoint.open(model_of(make_model, model_type))
-    part = Sizing("both" if checkpoint.family.heads.free_size else "ffn")
-    model = tmp_path / "model"
-    model.mkdir()
-    plan = sizing.plan(checkpoint, survey(checkpoint, segments()), 0.3, part)
-    shrink(checkpoint, segments(), model, plan, Fit())
-    with serving(model, "--enforce-eager") as client:
-        assert greedy(client, model, PROMPTS) == expected(model)
+    model = model_of(make_model, model_type)
+    how: td.PruneOptions = {**SMALL, "shrink": "ffn" if model_type == "opt" else "both"}
+    bundle = td.prune(model, pattern="structured:0.3", out=tmp_path / "out", **how)
+    folder = exported(bundle)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    with serving(folder, "--enforce-eager") as client:
+        assert greedy(client, folder, PROMPTS) == expected(bundle.model_path)
 
 
-def two_four(make_model: MakeModel, model_type: str, out: Path, *, dense: str = "") -> Path:
-    """A bundle at 2:4, but for the layers whose name has a part."""
-    checkpoint = Checkpoint.open(model_of(make_model, model_type))
-    patterns = {
-        name: SemiStructured(2, 4) for name in checkpoint.linears if not dense or dense not in name
-    }
-
-    def produce(folder: Path) -> Json:
-        (folder / "model").mkdir()
-        recipe = plain(SemiStructured(2, 4))
-        blocks = prune(checkpoint, segments(), folder / "model", recipe, patterns=patterns)
-        write_record(folder / LAYERS, blocks)
-        return encode(PRUNED)
-
-    with claim(out, Source("folder", model_type, "", "")) as bundle:
-        options = {"pattern": "2:4", "method": "magnitude"}
-        bundle.run("prune", produce, options=options, inputs={})
-    return out
-
-
-# Compiled, unless it is said otherwise. OPT has biases; one fused layer of the LLaMA is dense.
-@pytest.mark.parametrize(
-    ("model_type", "dense", "options"),
-    [
-        ("llama", "layers.1.mlp.gate", ("--enforce-eager",)),
-        ("opt", "", ()),
-    ],
-    ids=["a dense layer", "biases"],
-)
-def test_vllm_multiplies_with_packed_weights(
-    make_model: MakeModel, tmp_path: Path, model_type: str, dense: str, options: tuple[str, ...]
+def test_vllm_multiplies_with_the_packed_layers_of_a_mixed_model(
+    make_model: MakeModel, tmp_path: Path
 ) -> None:
-    out = two_four(make_model, model_type, tmp_path / "out", dense=dense)
-    folder = exported(out)
-    with serving(folder, *options) as client:
-        assert greedy(client, folder, PROMPTS) == expected(out / "model")
+    """Some layers are ignored, others have other patterns; the quality is PyTorch's."""
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"re:.*layers.1.mlp.gate_proj": "unstructured:0.6"}))
+    how: td.PruneOptions = {
+        **TWO_FOUR,
+        "ignore": ["re:.*layers.0.mlp.down_proj"],
+        "sparsity_file": str(own),
+    }
+    bundle = td.prune(model_of(make_model, "llama"), pattern="2:4", out=tmp_path / "out", **how)
+    folder = exported(bundle)
+    packed = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    # Gate and up are one layer in vLLM.
+    assert len(packed) == 14 - 3
+    with serving(folder, "--enforce-eager") as client:
+        assert greedy(client, folder, PROMPTS) == expected(bundle.model_path)
+        url = str(client.base_url).removesuffix("/v1/")
+        served = td.evaluate(bundle.path, runtime="vllm", url=url, segments=3, seqlen=60)
+    by_torch = td.evaluate(bundle.path, segments=3, seqlen=60)
+    assert isinstance(served, TextQuality)
+    assert isinstance(by_torch, TextQuality)
+    assert served.value == pytest.approx(by_torch.value, rel=1e-4)
 
 
-@pytest.fixture(scope="module")
-def packed(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for vLLM. Not to be changed."""
-    return exported(two_four(make_model, "llama", tmp_path_factory.mktemp("bad") / "out"))
+def test_vllm_compiles_a_packed_model_with_biases(make_model: MakeModel, tmp_path: Path) -> None:
+    model = model_of(make_model, "opt")
+    bundle = td.prune(model, pattern="2:4", out=tmp_path / "out", **TWO_FOUR)
+    folder = exported(bundle)
+    with serving(folder) as client:
+        assert greedy(client, folder, PROMPTS) == expected(bundle.model_path)
 
 
-def test_a_flipped_byte_is_refused_before_weights_are_used(packed: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(packed, tmp_path / "vllm"))
+@pytest.fixture
+def two_four(make_model: MakeModel, tmp_path: Path) -> td.Bundle:
+    model = model_of(make_model, "llama")
+    return td.prune(model, pattern="2:4", out=tmp_path / "out", **TWO_FOUR)
+
+
+@pytest.mark.slow
+def test_two_ranks_serve_a_converted_checkpoint(two_four: td.Bundle, tmp_path: Path) -> None:
+    """Each has its rows and columns of the packed weights; the checkpoint is sparse-24-bitmask."""
+    old, folder = tmp_path / "old", tmp_path / "new"
+    bitmask_folder(two_four.model_path, old, keep_weight=True)
+    for path in two_four.model_path.glob("token*.json"):
+        shutil.copy(path, old)
+    td.export(old, "vllm", to=folder)
+    with serving(folder, "--enforce-eager", *TWO_RANKS) as client:
+        assert greedy(client, folder, PROMPTS) == expected(two_four.model_path)
+
+
+def test_a_flipped_byte_is_refused_before_weights_are_used(two_four: td.Bundle) -> None:
+    folder = exported(two_four)
     (weights,) = folder.glob("*.safetensors")
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
@@ -133,5 +135,6 @@ def test_a_flipped_byte_is_refused_before_weights_are_used(packed: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_another_quantisation_is_refused(packed: Path) -> None:
-    assert "does not match the quantization" in refusal(packed, "--quantization", "awq")
+def test_another_quantisation_is_refused(two_four: td.Bundle) -> None:
+    said = refusal(exported(two_four), "--quantization", "awq")
+    assert "does not match the quantization" in said

@@ -146,10 +146,11 @@ def quality_request(
 
     if tasks is None and (task_folder is not None or limit is not None):
         raise UsageError("--task-folder and --limit are for --tasks", fix="leave them out")
-    if runtime == "onnx":
+    if runtime != "torch":
         if device not in ("auto", "cpu"):
             raise UsageError(
-                "--device is for --runtime torch; graphs run on the processor",
+                "--device is for --runtime torch; graphs run on the processor, and a server where "
+                "it was started",
                 fix="leave it out",
             )
         device = "cpu"
@@ -157,6 +158,22 @@ def quality_request(
         return EvalRequest(**plain(text), device=device)
     folder = None if task_folder is None else os.fspath(task_folder)
     return TaskRequest(tuple(tasks), folder, limit, device)
+
+
+def server(runtime: str, url: str | None) -> str | None:
+    """The address of the server that runs a model; None where none does.
+
+    Raises:
+        UsageError: there is an address without a server, or a server without one.
+    """
+    if (runtime == "vllm") != (url is not None):
+        raise UsageError(
+            "--runtime vllm and --url go together"
+            if url is None
+            else f"--url {url} with --runtime {runtime}",
+            fix="give --runtime vllm --url with the address of the server, or neither",
+        )
+    return url
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,9 @@
-"""The functions of the API: commands that begin with a model, or with several bundles."""
+"""The functions of the API: commands that begin with a model, or with several bundles.
 
-from collections.abc import Sequence
+More than half of the file is the documentation of these functions, so it is longer than others.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -194,10 +197,45 @@ def dry_run_prune_export(
 
 
 @public
+def export(
+    model: ModelLike,
+    target: str,
+    *,
+    to: str | PathLike[str],
+    progress: Progress | None = None,
+) -> "Mapping[str, object]":
+    """Export a model that is sparse already and has no bundle; the command `export` with `--to`.
+
+    See `Bundle.export` for what was pruned here.
+
+    Args:
+        model: see `prune`; also a checkpoint of compressed-tensors in the format sparse-24-bitmask.
+        target: "vllm".
+        to: the folder to write, which must not be there yet.
+        progress: told how far it is.
+
+    Returns:
+        what was written, in names and values.
+
+    Raises:
+        UsageError: the target takes bundles only, the folder is there, no layer is 2:4, or what
+            loads the folder would refuse the model.
+        ModelError: the model is missing, not readable or not supported.
+        ResourceError: the disk is too small.
+    """
+    from thanos_deploy.stages.export import convert
+
+    return convert(
+        _requests.model(model), Path(to), target=target, announce=_requests.announce(progress)
+    )
+
+
+@public
 def evaluate(
     model: ModelLike,
     *,
-    runtime: Literal["torch", "onnx"] = "torch",
+    runtime: Literal["torch", "onnx", "vllm"] = "torch",
+    url: str | None = None,
     device: str = "auto",
     text: str | PathLike[str] = "builtin",
     text_field: str = "text",
@@ -215,14 +253,16 @@ def evaluate(
 
     Args:
         model: see `prune`; or the folder of a bundle.
-        runtime, device, text, text_field, segments, seqlen, tasks, task_folder, limit, progress:
+        runtime: see `Bundle.evaluate`; or "vllm" for a running server.
+        url: of that server, such as "http://127.0.0.1:8000"; for "vllm" only.
+        device, text, text_field, segments, seqlen, tasks, task_folder, limit, progress:
             see `Bundle.evaluate`.
         revision: branch, tag or commit of a hub model.
 
     Raises:
         DeployError: see `Bundle.evaluate`.
     """
-    from thanos_deploy.stages.evaluate import evaluate_alone
+    from thanos_deploy.stages.evaluate import evaluate_alone, evaluate_served
 
     request = _requests.quality_request(
         runtime=runtime,
@@ -235,13 +275,11 @@ def evaluate(
         task_folder=task_folder,
         limit=limit,
     )
-    return evaluate_alone(
-        _requests.model(model),
-        request,
-        runtime=runtime,
-        revision=revision,
-        announce=_requests.announce(progress),
-    )
+    server = _requests.server(runtime, url)
+    found, told = _requests.model(model), _requests.announce(progress)
+    if server is None:
+        return evaluate_alone(found, request, runtime=runtime, revision=revision, announce=told)
+    return evaluate_served(found, request, server, revision=revision, announce=told)
 
 
 @public

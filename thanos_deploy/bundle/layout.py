@@ -34,6 +34,9 @@ EVAL = "eval"
 PERPLEXITY = {"torch": f"{EVAL}/perplexity.json", "onnx": f"{EVAL}/perplexity-onnx.json"}
 TASKS = {"torch": f"{EVAL}/tasks.json", "onnx": f"{EVAL}/tasks-onnx.json"}
 
+# The folder that vLLM serves.
+VLLM = "vllm"
+
 # The graph that everything else is made from: its stage, its folder and the files there.
 ONNX = "onnx"
 GRAPH = "model.onnx"

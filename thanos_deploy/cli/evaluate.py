@@ -33,11 +33,16 @@ _evaluated_options = several(
     ),
     click.option(
         "--runtime",
-        type=click.Choice(["torch", "onnx"]),
+        type=click.Choice(["torch", "onnx", "vllm"]),
         default="torch",
         show_default=True,
         help="torch runs the checkpoint in PyTorch; onnx runs the exported graph in ONNX Runtime, "
-        "in the dtype of the export.",
+        "in the dtype of the export; vllm asks the server at --url.",
+    ),
+    click.option(
+        "--url",
+        help="vllm: address of a running `vllm serve` that has the model, such as "
+        "http://127.0.0.1:8000.",
     ),
     revision_option,
     device_option,
@@ -85,6 +90,11 @@ def command(
         result: TextQuality | TaskQuality | Compared[TextQuality] | Compared[TaskQuality]
         if dense is None:
             result = td.evaluate(model, **asked)
+        elif options["runtime"] == "vllm":
+            raise td.UsageError(
+                "--dense with --runtime vllm: a server has one model",
+                fix="measure one model after the other, each without --dense",
+            )
         else:
             result = td.Bundle(model).evaluate(dense, overwrite=overwrite, **asked)
     emit(options, result, show_quality)

@@ -1,5 +1,6 @@
 """`thanos-deploy export`: the pruned model of a bundle, for one target."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import click
 import thanos_deploy as td
 from exporters import targets
 from thanos_deploy.cli._options import (
-    bundle_argument,
     common_options,
     emit,
     given,
@@ -23,19 +23,37 @@ _HELP = f"""Export the pruned model of the bundle OUT.
 {summaries()}
 
 Nothing but OUT is needed, so that it can be copied to the machine with the GPU and finished there.
+
+With --to, OUT is a model that is sparse already and has no bundle, for the targets
+{", ".join(each.name for each in targets.every() if each.convert is not None)}.
 """
 
 
 @click.command("export", help=_HELP)
-@bundle_argument
+@click.argument("model", metavar="OUT", type=click.Path(path_type=Path))
 @target_options()
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Take OUT for a model without a bundle, and write this new folder.",
+)
 @common_options
-def command(out: Path, target: str, **options: Any) -> None:
+def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
     """Export the pruned model of the bundle OUT; see `_HELP`."""
+    asked = given(options)
     with session(options) as announce:
         from thanos_deploy.cli._tables import show_table, show_values
 
-        record = td.Bundle(out).export(target, **given(options), progress=told(announce))
+        if to is not None:
+            if asked.pop("overwrite") or asked:
+                raise td.UsageError(
+                    "--to with options of a bundle", fix="give --target and --to alone"
+                )
+            written = td.export(os.fspath(model), target, to=to, progress=told(announce))
+            emit(options, dict(written), show_values)
+            return
+        record = td.Bundle(model).export(target, **asked, progress=told(announce))
     show = targets.get(target).show
     if show is None:
         emit(options, record.result, show_values)

@@ -1,4 +1,7 @@
-"""The runtime of an evaluation: PyTorch, or ONNX Runtime with the exported graph."""
+"""The runtime of an evaluation: PyTorch, or ONNX Runtime with the exported graph.
+
+What a server runs is measured by `thanos_deploy.measure.served`.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

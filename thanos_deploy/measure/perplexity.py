@@ -14,11 +14,12 @@ from thanos_deploy.progress import OnProgress, silent
 # at a time, float[part, vocabulary].
 Read = Callable[[Tensor], Iterable[Tensor]]
 
+# From the tokens of a segment, int64[tokens], to minus the log-probability of each but the first,
+# in order and a part at a time, float[part].
+Losses = Callable[[Tensor], Iterable[Tensor]]
+
 # Positions whose log-probabilities are held at once: a row of logits is vocabulary-sized.
 _POSITIONS_AT_ONCE = 256
-
-# In place of a token that is not to be predicted.
-_NOT_SCORED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def perplexity(
     model: PreTrainedModel, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
 ) -> Perplexity:
     """Measure a model of PyTorch; see `perplexity_of`."""
-    return perplexity_of(reader(model), segments, frame=frame, on_progress=on_progress)
+    return perplexity_of(losses_of(reader(model)), segments, frame=frame, on_progress=on_progress)
 
 
 def reader(model: PreTrainedModel) -> Read:
@@ -54,10 +55,24 @@ def reader(model: PreTrainedModel) -> Read:
     return read
 
 
+def losses_of(read: Read) -> Losses:
+    """What a model's logits say of the tokens that it reads."""
+
+    def losses(ids: Tensor) -> Iterable[Tensor]:
+        following = ids[1:]
+        for logits in read(ids):
+            targets, following = following[: len(logits)], following[len(logits) :]
+            yield torch.nn.functional.cross_entropy(
+                logits[: len(targets)].float(), targets.to(logits.device), reduction="none"
+            )
+
+    return losses
+
+
 def perplexity_of(
-    read: Read, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
+    losses: Losses, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
 ) -> Perplexity:
-    """Measure whatever reads segments, one at a time.
+    """Measure whatever knows the losses of segments, one segment at a time.
 
     This is the protocol of the SparseGPT, Wanda and Thanos papers: windows that do not overlap,
     each scored on its own. Scored is every token of the text that something precedes: all that
@@ -67,26 +82,19 @@ def perplexity_of(
     half of the window only.
 
     Args:
-        read: the model.
+        losses: of the model; see `losses_of`.
         segments: int64[count, length].
         frame: how many tokens at the beginning of each are its frame. 0 and 1 come to the same.
         on_progress: told of every finished segment.
     """
     count, length = segments.shape
     first = max(frame, 1)
-    total: float | Tensor = 0.0  # on the device of the logits, which is read at the end
+    total: float | Tensor = 0.0  # on the device of the losses, which is read at the end
     on_progress(0, count)
     for done, ids in enumerate(segments, start=1):
-        following = ids[1:].clone()
-        following[: first - 1] = _NOT_SCORED
-        for logits in read(ids):
-            targets, following = following[: len(logits)], following[len(logits) :]
-            loss = torch.nn.functional.cross_entropy(
-                logits[: len(targets)].float(),
-                targets.to(logits.device),
-                ignore_index=_NOT_SCORED,
-                reduction="sum",
-            )
-            total = total + loss.double()
+        unscored = first - 1
+        for part in losses(ids):
+            total = total + part[unscored:].double().sum()
+            unscored = max(0, unscored - len(part))
         on_progress(done, count)
     return Perplexity(math.exp(float(total) / (count * (length - first))), count, length)

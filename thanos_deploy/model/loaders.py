@@ -264,7 +264,7 @@ LOADERS = (
             ),
         ),
         notes=_splits,
-        tested=Tested("0.32", ("llama", "qwen3", "gemma3_text")),
+        tested=Tested("0.32", ("llama", "qwen3", "gemma3_text", "opt")),
     ),
     Loader(
         name="text-generation-inference",

@@ -11,10 +11,12 @@ from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
+from thanos_deploy.calibration.texts import Text
+from thanos_deploy.errors import UsageError
 from thanos_deploy.machine import devices
 from thanos_deploy.measure import evaluation, harness
-from thanos_deploy.measure import perplexity as quality
 from thanos_deploy.measure.options import EvalRequest, TaskRequest
+from thanos_deploy.measure.perplexity import Losses, losses_of, perplexity_of
 from thanos_deploy.measure.quality import (
     EVAL,
     TASK_STAGES,
@@ -25,9 +27,10 @@ from thanos_deploy.measure.quality import (
     TextInputs,
     TextQuality,
 )
+from thanos_deploy.measure.served import Served
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.locate import LocatedModel
-from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.progress import Announce, OnProgress, quietly
 from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
@@ -139,6 +142,51 @@ def evaluate_alone(
     return _judge_alone(model, revision, _by_text(request, runtime, announce), announce)
 
 
+def evaluate_served(
+    model: str | LocatedModel,
+    request: EvalRequest | TaskRequest,
+    url: str,
+    *,
+    revision: str | None = None,
+    announce: Announce = quietly,
+) -> TextQuality:
+    """Measure what a server of vLLM makes of a model, beside nothing else; nothing is kept.
+
+    Args:
+        model: that is served, or a bundle of which it is the folder for vLLM or the model.
+        request: which text.
+        url: of the server.
+        revision: see `Dense`.
+        announce: told of every segment.
+
+    Raises:
+        UsageError: tasks are asked for, the server has another model, or it takes no segments of
+            that length.
+        DeployError: see `Served` and `evaluate_alone`.
+    """
+    if isinstance(request, TaskRequest):
+        raise UsageError(
+            "--tasks with --runtime vllm: a server is measured on a text",
+            fix="run lm-evaluation-harness itself, with its model local-completions and the "
+            "server's address",
+        )
+    served = Served.at(url)
+    calibration = None
+    if isinstance(model, str) and (Path(model) / layout.MANIFEST).exists():
+        bundle = Bundle.open(Path(model))
+        bundle.require(layout.PRUNE, "`thanos-deploy prune`")
+        calibration = bundle.inputs(PRUNE).text
+        checkpoint = Checkpoint.open(bundle.path / layout.MODEL)
+        served.require(bundle.path / layout.VLLM, checkpoint.folder)
+    else:
+        checkpoint = Dense(model, revision=revision).checkpoint(announce)
+        served.require(*([Path(model)] if isinstance(model, str) else []), checkpoint.folder)
+    text = open_text(request.text, request.text_field, held_out=True)
+    require_other_text(text, calibration)
+    progress = announce(f"Perplexity of {served.model} at {served.url}")
+    return _text_quality(lambda ids: [served.losses(ids)], checkpoint, text, request, progress)
+
+
 def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, float]:
     """Perplexity by label, as far as it is known on the text that the bundle was judged on."""
     if not bundle.has(EVAL):
@@ -167,13 +215,11 @@ def _by_text(
         return TextInputs(model=sha256, dense=dense, text=text.sha256, frame=frame, onnx=graph)
 
     def measure(bundle: Path, model: Checkpoint, title: str) -> TextQuality:
-        ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
         where = "" if runtime == "torch" else "'s ONNX graph"
         progress = announce(f"Perplexity of the {title}{where}")
         read = evaluation.open_reader(bundle, model, runtime, devices.choose(request.device))
         with devices.memory_for(f"{title}, {request.seqlen} tokens at once"):
-            found = quality.perplexity_of(read, ids, frame=len(frame), on_progress=progress)
-        return TextQuality(text.origin, found.value, found.segments, found.length, frame)
+            return _text_quality(losses_of(read), model, text, request, progress)
 
     return _Judge(
         stage=TEXT_STAGES[runtime],
@@ -184,6 +230,15 @@ def _by_text(
         inputs=inputs,
         measure=measure,
     )
+
+
+def _text_quality(
+    losses: Losses, model: Checkpoint, text: Text, request: EvalRequest, on_progress: OnProgress
+) -> TextQuality:
+    """Perplexity of whatever runs a model, on segments that its tokenizer cuts."""
+    ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
+    found = perplexity_of(losses, ids, frame=len(frame), on_progress=on_progress)
+    return TextQuality(text.origin, found.value, found.segments, found.length, frame)
 
 
 def _by_tasks(request: TaskRequest, runtime: str) -> _Judge[TaskRequest, TaskInputs, TaskQuality]:

@@ -4,11 +4,18 @@ An export needs nothing but the bundle: the folder can be copied to the machine 
 finished there.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from exporters import targets
 from exporters.onnx import stage as graph
 from exporters.options import ExportRequest
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.stages.dense import Dense
 
@@ -41,6 +48,48 @@ def export(
         request = chosen.request(bundle, {})
     chosen.check(request)
     return chosen.export(bundle, request, overwrite=overwrite, announce=announce)
+
+
+def convert(
+    model: str | LocatedModel,
+    destination: Path,
+    *,
+    target: str,
+    announce: Announce = quietly,
+) -> Json:
+    """Write a target's folder from a model that is sparse already, without a bundle.
+
+    Args:
+        model: see `locate.locate`.
+        destination: the folder, which must not be there yet.
+        target: one of those with `convert`.
+        announce: told of every piece of work.
+
+    Returns:
+        what the stage of a bundle would have for its result.
+
+    Raises:
+        UsageError: the target takes bundles only, or the folder is there.
+        DeployError: see `Target.convert` and `locate.locate`.
+    """
+    write = targets.get(target).convert
+    if write is None:
+        able = [one.name for one in targets.every() if one.convert is not None]
+        raise UsageError(
+            f"--target {target}: is made from a bundle only",
+            fix=f"leave --to out, or use --target {' or '.join(able)}",
+        )
+    if destination.exists():
+        raise UsageError(f"--to {destination}: is there already", fix="name a new folder")
+    checkpoint = Dense(model).checkpoint(announce)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=destination.parent, prefix=files.PARTIAL) as scratch:
+        partial = Path(scratch) / destination.name
+        partial.mkdir()
+        files.require_disk(partial, 2 * checkpoint.bytes_in("auto"))
+        result = encode(write(checkpoint, partial, announce))
+        partial.rename(destination)
+    return result
 
 
 def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> StageRecord:

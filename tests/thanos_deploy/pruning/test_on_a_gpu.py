@@ -26,7 +26,7 @@ from thanos_deploy.calibration.blocks import (
 )
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Clock, Visit
-from thanos_deploy.measure.perplexity import perplexity_of
+from thanos_deploy.measure.perplexity import losses_of, perplexity_of
 from thanos_deploy.methods import thanos
 from thanos_deploy.model.structure import BlockStructure
 from thanos_deploy.model.verdict import judge
@@ -226,7 +226,7 @@ def test_a_block_is_tuned_there(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyP
 def test_perplexity_is_measured_there(fake_cuda: FakeCuda) -> None:
     logits = torch.randn(12, 50, device=CUDA)
     segments = torch.zeros(3, 12, dtype=torch.int64)
-    perplexity_of(lambda ids: torch.split(logits, 5), segments)
+    perplexity_of(losses_of(lambda ids: torch.split(logits, 5)), segments)
     assert fake_cuda.reads == 1  # at the end
 
 

@@ -1,0 +1,216 @@
+"""Clients of a server, played by AIPerf (PyPI `aiperf`, in an environment of its own).
+
+What it measures is kept request by request, and summed up by this project's statistics.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import venv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.peers import Load, Subject, reading, say
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.machine import environment, stillness
+from thanos_deploy.measure import statistics
+
+VERSION = "0.13.0"
+
+# AIPerf's names of what is kept of every request, in milliseconds there.
+METRICS = {
+    "ttft": "time_to_first_token",
+    "inter_token": "inter_token_latency",
+    "request": "request_latency",
+}
+
+# Heads of tables, in the order of `METRICS`.
+SPREAD = ("first token, ms", "between tokens, ms", "whole answer, ms")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of a `Load`, and the two environments."""
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--per-client", type=int, default=2, help="requests of a client")
+    parser.add_argument("--least", type=int, default=6, help="requests of a closed loop")
+    parser.add_argument(
+        "--aiperf",
+        type=Path,
+        default=environment.cache_folder() / f"aiperf-{VERSION}",
+        metavar="DIR",
+        help="where AIPerf is, or is to be installed",
+    )
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        default=Path(__file__).parents[1] / ".venv-vllm",
+        metavar="DIR",
+        help="the environment with vLLM [default: the one that `make test-vllm` makes]",
+    )
+    parser.add_argument(
+        "--vllm-threads", type=int, help="that compute in vLLM [default: its own choice]"
+    )
+
+
+def load_of(arguments: argparse.Namespace) -> Load:
+    """What the options ask for."""
+    return Load(
+        prompt=arguments.prompt,
+        new_tokens=arguments.new_tokens,
+        clients=tuple(arguments.clients),
+        per_client=arguments.per_client,
+        least=arguments.least,
+    )
+
+
+def installed(folder: Path) -> Path:
+    """The command of AIPerf, installed into a virtual environment where it is not there yet."""
+    command = folder / "bin" / "aiperf"
+    if not command.exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run(
+            [folder / "bin" / "pip", "install", "--quiet", f"aiperf=={VERSION}"], check=True
+        )
+    return command
+
+
+def closed_loops(
+    aiperf: Path, subjects: Mapping[str, Subject], load: Load, work: Path
+) -> tuple[list[Json], list[stillness.Reading]]:
+    """Every number of clients for every server, in turns.
+
+    Args:
+        aiperf: its command.
+        subjects: by name.
+        load: what is asked.
+        work: a folder for AIPerf's own records.
+
+    Returns:
+        what `closed_loop` found, with the name of the server and the clients; and the machine's
+        counters before and after each.
+    """
+    closed: list[Json] = []
+    readings = [reading(subjects.values())]
+    for clients in load.clients:
+        for name, subject in subjects.items():
+            with subject.turn():
+                found = closed_loop(aiperf, subject, load, clients, work / f"loop-{len(closed)}")
+            closed.append({"server": name, "clients": clients, **found})
+            readings.append(reading(subjects.values()))
+            say(f"{name}, {clients} clients: {found['requests_per_second']:.2f} requests/s")
+    return closed, readings
+
+
+def closed_loop(aiperf: Path, subject: Subject, load: Load, clients: int, folder: Path) -> Json:
+    """Let some clients each ask again when they are answered.
+
+    Args:
+        aiperf: its command.
+        subject: who is asked.
+        load: what is asked.
+        clients: how many.
+        folder: to be made, for AIPerf's own records.
+    """
+    command = [
+        *(aiperf, "profile", "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"),
+        *("--url", subject.server.url, "--model", subject.peer.model),
+        *("--endpoint-type", "completions", "--streaming", "--use-server-token-count"),
+        *("--tokenizer", subject.peer.tokenizer),
+        *("--extra-inputs", json.dumps(subject.peer.greedy)),
+        *("--prompt-input-tokens-mean", load.prompt, "--prompt-input-tokens-stddev", 0),
+        *("--prompt-output-tokens-mean", load.new_tokens, "--prompt-output-tokens-stddev", 0),
+        *("--concurrency", clients, "--request-count", load.requests(clients)),
+        # Other prompts for another number of clients: servers keep common beginnings.
+        *("--warmup-request-count", 1, "--random-seed", clients),
+        *("--workers-max", 1, "--record-processors", 1, "--output-artifact-dir", folder),
+    ]
+    # A local tokenizer is found only where AIPerf believes to be online; nothing is downloaded.
+    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"AIPerf failed:\n{done.stdout[-3000:]}")
+    summary = json.loads((folder / "profile_export_aiperf.json").read_bytes())
+    lines = map(json.loads, (folder / "profile_export.jsonl").read_text().splitlines())
+    asked = [line for line in lines if line["metadata"]["benchmark_phase"] == "profiling"]
+    records = [line["metrics"] for line in asked if not line.get("error")]
+    return {
+        "requests": len(records),
+        "errors": [line["error"] for line in asked if line.get("error")],
+        "requests_per_second": summary["request_throughput"]["avg"],
+        "tokens_per_second": summary["output_token_throughput"]["avg"],
+        "tokens": [int(record["output_sequence_length"]["value"]) for record in records],
+        "seconds": {
+            name: summarised([record[theirs]["value"] / 1e3 for record in records])
+            for name, theirs in METRICS.items()
+        },
+    }
+
+
+def differences(closed: Iterable[Json], load: Load) -> list[str]:
+    """Where a server did not do all of the work."""
+    found = []
+    for one in closed:
+        wanted = load.requests(one["clients"])
+        written = sum(one["tokens"])
+        if (one["requests"], written) != (wanted, wanted * load.new_tokens):
+            found.append(
+                f"{one['server']}, {one['clients']} clients: answered {one['requests']} of "
+                f"{wanted} requests with {written} tokens instead of {wanted * load.new_tokens}"
+            )
+    return found
+
+
+def summarised(samples: list[float]) -> Json:
+    """Samples with their percentiles."""
+    return {"samples": samples, **asdict(statistics.summarise(samples))}
+
+
+def milliseconds(summary: Json) -> str:
+    """Median and tail."""
+    return f"{summary['median'] * 1e3:.0f} ({summary['p99'] * 1e3:.0f})"
+
+
+def table(closed: Sequence[Json], baseline: str) -> str:
+    """The closed loops, with tokens per second also beside those of one server.
+
+    Args:
+        closed: what `closed_loop` found, with "server" and "clients".
+        baseline: the name of that server; the column is left out where it was not measured.
+    """
+    against = {
+        one["clients"]: one["tokens_per_second"] for one in closed if one["server"] == baseline
+    }
+    rows = [
+        (
+            str(one["clients"]),
+            one["server"],
+            f"{one['tokens_per_second']:.1f}",
+            *([f"{one['tokens_per_second'] / against[one['clients']]:.2f}"] if against else []),
+            *(milliseconds(one["seconds"][name]) for name in METRICS),
+        )
+        for one in closed
+    ]
+    ratio = [f"times `{baseline}`"] if against else []
+    return markdown(("clients", "server", "tokens/s", *ratio, *SPREAD), rows)
+
+
+def footnote(result: Json) -> str:
+    """What is to be known of the figures."""
+    note = "Times are the median and, in parentheses, the 99th percentile."
+    return f"{note} {result['status']}: {'; '.join(result['reasons']) or 'nothing disturbed them'}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,138 @@
+"""What a running server of vLLM says of a text: the log-probability of each of its tokens."""
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from http import client
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.errors import InputError, PlatformError, UsageError
+
+# Longer than one segment takes on a CPU.
+_SECONDS = 600.0
+
+_SCHEMES = {"http": client.HTTPConnection, "https": client.HTTPSConnection}
+
+_START = "start it with `vllm serve FOLDER`, and give its address, such as http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that a server of vLLM has.
+
+    Attributes:
+        url: of the server, without a path.
+        model: what the server calls the model.
+        root: what the server was started with: a folder on its machine, or a name.
+        longest: tokens of a prompt and its answer, at most.
+    """
+
+    url: str
+    model: str
+    root: str
+    longest: int
+
+    @classmethod
+    def at(cls, url: str) -> "Served":
+        """The one model of a server.
+
+        Raises:
+            UsageError: the address is none, or the server has another number of models.
+            PlatformError: nothing answers there.
+            InputError: what answers is not vLLM.
+        """
+        models = _asked(url, "/v1/models", None).get("data")
+        if not isinstance(models, list) or len(models) != 1:
+            raise UsageError(
+                f"{url}: serves {len(models) if isinstance(models, list) else 'no'} models, and "
+                "it has to be one",
+                fix="start a server for this model alone, without LoRA adapters",
+            )
+        name, root, longest = (models[0].get(key) for key in ("id", "root", "max_model_len"))
+        if not (isinstance(name, str) and isinstance(root, str) and isinstance(longest, int)):
+            raise InputError(f"{url}: answers, but not as vLLM does", fix=_START)
+        return cls(url, name, root, longest)
+
+    def require(self, *folders: Path) -> None:
+        """Refuse a server of another model, as far as that can be seen from here.
+
+        Args:
+            folders: those that hold the model; a server on another machine may call them otherwise.
+
+        Raises:
+            UsageError: it serves another folder of this machine.
+        """
+        root = Path(self.root)
+        if root.is_dir() and root.resolve() not in {folder.resolve() for folder in folders}:
+            raise UsageError(
+                f"{self.url}: serves {root}, which is not of the model that is to be measured",
+                fix=f"serve {' or '.join(map(str, folders))}, or name the model that is served",
+            )
+
+    def losses(self, ids: Tensor) -> Tensor:
+        """Minus the log-probability of every token but the first.
+
+        Args:
+            ids: int64[tokens].
+
+        Returns:
+            float64[tokens - 1].
+
+        Raises:
+            UsageError: the server takes no prompt of that length.
+            PlatformError: it does not answer any more.
+            InputError: it does not take the tokens, or answers otherwise than vLLM does.
+        """
+        if len(ids) >= self.longest:
+            raise UsageError(
+                f"{self.url}: takes {self.longest} tokens with the answer's first, and a segment "
+                f"has {len(ids)}",
+                fix="use a shorter --seqlen, or start the server with a larger --max-model-len",
+            )
+        prompt: list[int] = ids.tolist()
+        asked = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        answer = _asked(self.url, "/v1/completions", {**asked, "prompt_logprobs": 0})
+        try:
+            # A dictionary for every token, of the likeliest and of the one that is there.
+            told = answer["choices"][0]["prompt_logprobs"]
+            pairs = list(zip(told, prompt, strict=True))
+            found = [of[str(token)]["logprob"] for of, token in pairs[1:]]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.url}: does not tell the log-probabilities of a prompt ({error!r})",
+                fix="use a server of vLLM, which takes `prompt_logprobs`",
+            ) from error
+        return -torch.tensor(found, dtype=torch.float64)
+
+
+def _asked(url: str, path: str, body: Json | None) -> Json:
+    """The JSON that a server answers with; see `Served`."""
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES or not parts.netloc or parts.path.strip("/"):
+        raise UsageError(f"--url {url}: not the address of a server", fix=_START)
+    try:
+        with closing(_SCHEMES[parts.scheme](parts.netloc, timeout=_SECONDS)) as connection:
+            content = None if body is None else json.dumps(body)
+            headers = {"Content-Type": "application/json"}
+            connection.request("GET" if body is None else "POST", path, content, headers)
+            response = connection.getresponse()
+            status, said = response.status, response.read()
+    except (OSError, client.HTTPException) as error:
+        raise PlatformError(f"{url}: no answer ({error})", fix=_START) from error
+    if status != client.OK:
+        raise InputError(
+            f"{url}{path}: answered with {status}: {said[:300].decode(errors='replace')}",
+            fix="see what the server has logged",
+        )
+    try:
+        answer = json.loads(said)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise InputError(f"{url}{path}: answered with no JSON object", fix=_START)
+    return answer
