@@ -67,8 +67,14 @@ def run(name: str, seconds: int, kept: Path) -> Outcome:
         max((int(one or other) for one, other in inputs), default=0),
         int(edges[-1]) if edges else 0,
         float(took[-1]) if took else 0.0,
-        "" if done.returncode == 0 else "\n".join((done.stdout + done.stderr).splitlines()[-40:]),
+        "" if done.returncode == 0 else _said(done),
     )
+
+
+def _said(done: "subprocess.CompletedProcess[str]") -> str:
+    """How a process ended that should not have."""
+    lines = [f"exit code {done.returncode}", *(done.stdout + done.stderr).splitlines()[-40:]]
+    return "\n".join(lines)
 
 
 def main() -> int:
