@@ -1,25 +1,30 @@
 """A disk that is full at every size, from nothing to what a command needs.
 
-The output folder is on a tmpfs of a limited size, in steps of a page: so every write that takes new
-space is the one that fails, once. Each time the command has to end with exit code 5, to leave the
-model as it was, and, after the disk has grown, to finish with the bytes of a run that was left alone.
-Needs the right to mount.
+The output folder is on a tmpfs of a limited size, in steps of a page from nothing to what the
+command needs: so every write that takes new space is the one that fails, once. Each time the command
+has to end with exit code 5 and without a traceback, to leave the model as it was, and, after the disk
+has grown, to finish with the bytes of a run that was left alone. Needs the right to mount.
 """
 
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability.kills import Undisturbed, difference
-from benchmarks.reliability.works import Work
+from benchmarks.reliability.kills import Undisturbed, difference, undisturbed
+from benchmarks.reliability.part import Figure, Part, Setting
+from benchmarks.reliability.works import WORKS, Work, small_model
 
 _FULL = 5
 PAGE = 4096
+
+# Those that write much in different ways; what is written by several is tried with the first.
+_WORKS = tuple(work for work in WORKS if work.name in ("prune-best", "shrink", "prune-export"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,65 @@ class Filled:
     enough: bool
     seconds: float
     fault: str
+
+
+def run(setting: Setting) -> list[Figure]:
+    """Fill the disk of one command after the other, at sizes spread over what each needs.
+
+    All sizes if there is time for them, else as many as there is time for.
+    """
+    if not _can_mount():
+        return [Figure("disks that could be mounted", 0, "as root", holds=False)]
+    os.environ["THANOS_DEPLOY_CACHE"] = str(setting.folder / "cache")
+    model = small_model(setting.folder / "model")
+    share = setting.seconds / len(_WORKS)
+    sizes, filled = 0, []
+    for work in _WORKS:
+        end = time.monotonic() + share
+        prepared, disk = setting.folder / f"prepared-{work.name}", setting.folder / "disk"
+        work.prepare(model, prepared)
+        alone = undisturbed(work, model, prepared, setting.folder)
+        needed = _needed(work, model, prepared, disk, alone)
+        sizes += needed // PAGE
+        for size in _spread(needed):
+            filled.append(fill(work, model, prepared, disk, size, alone))
+            if filled[-1].fault:
+                print(filled[-1], file=sys.stderr, flush=True)
+            if time.monotonic() > end:
+                break
+    faults = sum(bool(one.fault) for one in filled)
+    return [
+        Figure("commands", len(_WORKS)),
+        Figure("sizes of disks, in pages, that are too small", sizes),
+        Figure("of these, tried", sum(not one.enough for one in filled)),
+        Figure("other ends than exit code 5, or other bytes afterwards", faults, "0", faults == 0),
+    ]
+
+
+def _needed(work: Work, model: Path, prepared: Path, disk: Path, alone: Undisturbed) -> int:
+    """The smallest disk that is enough, in bytes beside what is prepared."""
+    too_small, enough = -PAGE, PAGE
+    while not fill(work, model, prepared, disk, enough, alone).enough:
+        too_small, enough = enough, 4 * enough
+    while enough - too_small > PAGE:
+        middle = (too_small + enough) // 2 // PAGE * PAGE
+        if fill(work, model, prepared, disk, middle, alone).enough:
+            enough = middle
+        else:
+            too_small = middle
+    return enough
+
+
+def _spread(needed: int) -> Iterator[int]:
+    """All multiples of a page below, such that the first ones are far from each other."""
+    pages = needed // PAGE
+    step, seen = 1 << max(pages - 1, 0).bit_length(), set()
+    while step:
+        for page in range(0, pages, step):
+            if page not in seen:
+                seen.add(page)
+                yield page * PAGE
+        step //= 2
 
 
 def fill(
@@ -89,7 +153,7 @@ def mounted(disk: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", disk], check=True, capture_output=True)
 
 
-def can_mount() -> bool:
+def _can_mount() -> bool:
     """This process may mount."""
     return os.geteuid() == 0 and shutil.which("mount") is not None
 
@@ -103,3 +167,10 @@ def _used(folder: Path) -> int:
     if not folder.exists():
         return PAGE
     return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*")) + PAGE
+
+
+PART = Part(
+    "disk-full",
+    "A disk that is full at any write ends a command with exit code 5, and nothing is lost.",
+    run,
+)

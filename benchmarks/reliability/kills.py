@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from benchmarks.reliability.works import Work
+from benchmarks.reliability.part import Figure, Part, Setting
+from benchmarks.reliability.works import WORKS, Work, small_model
 from thanos_deploy.bundle.manifest import Bundle
 
 # A little longer than the command takes, so that its last moments are hit too.
@@ -57,6 +59,38 @@ class Killed:
     entries: int
     again: int
     fault: str
+
+
+def run(setting: Setting) -> list[Figure]:
+    """Kill one command after the other, as often as there is time for, and each at least once."""
+    os.environ["THANOS_DEPLOY_CACHE"] = str(setting.folder / "cache")
+    model = small_model(setting.folder / "model")
+    draw, end = random.Random(setting.seed), time.monotonic() + setting.seconds
+    ready = []
+    for work in WORKS:
+        prepared = setting.folder / f"prepared-{work.name}"
+        work.prepare(model, prepared)
+        ready.append((work, prepared, undisturbed(work, model, prepared, setting.folder)))
+    killed: list[Killed] = []
+    while not killed or time.monotonic() < end:
+        for work, prepared, alone in ready:
+            killed.append(kill(work, model, prepared, setting.folder, alone, draw))
+            if killed[-1].fault:
+                print(killed[-1], file=sys.stderr, flush=True)
+    faults = sum(bool(one.fault) for one in killed)
+    return [
+        Figure("commands, each killed in turn", len(WORKS)),
+        Figure("kills", len(killed)),
+        Figure("kills of commands that had ended", sum(one.finished for one in killed)),
+        Figure("second runs that ended otherwise, or with other bytes", faults, "0", faults == 0),
+        Figure("blocks in a journal when the first run was killed", sum(k.entries for k in killed)),
+        Figure(
+            "of these, done again",
+            sum(k.again for k in killed),
+            "0",
+            not any(k.again for k in killed),
+        ),
+    ]
 
 
 def undisturbed(work: Work, model: Path, prepared: Path, folder: Path) -> Undisturbed:
@@ -154,3 +188,10 @@ def _watched(out: Path) -> Iterator[set[tuple[str, int]]]:
     finally:
         over.set()
         thread.join()
+
+
+PART = Part(
+    "kills",
+    "A command that is killed at any moment goes on when it is repeated, to the same bytes.",
+    run,
+)

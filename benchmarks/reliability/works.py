@@ -64,8 +64,10 @@ WORKS = (
     _after_pruning("eval", "eval", "{out}", *_EVAL),
     Work(
         "prune-export",
-        ("prune-export", "{model}", "--pattern", "2:4", "--method", "wanda", *_TEXT)
-        + ("--target", "onnx", *_EVAL, *_BENCH, "-o", "{out}"),
+        (
+            *("prune-export", "{model}", "--pattern", "2:4", "--method", "wanda", *_TEXT),
+            *("--target", "onnx", *_EVAL, *_BENCH, "-o", "{out}"),
+        ),
     ),
 )
 
