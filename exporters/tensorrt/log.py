@@ -20,21 +20,24 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from thanos_deploy.errors import InputError, boundary
+
 # The names of kernels that use sparse tensor cores: sm80_xmma_sparse_gemm..., ...spgemm..., spmma.
 _SPARSE_KERNEL = re.compile(r"spars|spgemm|spmma|sptensor", re.IGNORECASE)
 
 _ELIGIBLE = re.compile(
     r"\(Sparsity\) (?:Layers eligible for sparse math:"
-    r"|Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics:?)(?P<names>.*)"
+    r"|Found (?P<count>\d{1,9}) layer\(s\) eligible to use sparse tactics:?)(?P<names>.*)"
 )
 _CHOSEN = re.compile(
     r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers:"
-    r"|Chose (?P<count>\d+) layer\(s\) using sparse tactics:?)(?P<names>.*)"
+    r"|Chose (?P<count>\d{1,9}) layer\(s\) using sparse tactics:?)(?P<names>.*)"
 )
 _RUNNER = re.compile(r"-{3,} Timing Runner: (?P<layer>.*) \(\w+(?:\[\w+\])?\)")
 _NAMED_LATER = re.compile(r"Set Tactic Name: (?P<kernel>\S+)(?: Tactic: (?P<id>\S+))?")
 _TIMED = re.compile(
-    r"Tactic(?: Name: (?P<kernel>\S+) Tactic)?: (?P<id>\S+) [Tt]ime:? (?P<milliseconds>[\d.]+)"
+    r"Tactic(?: Name: (?P<kernel>\S+) Tactic)?: (?P<id>\S+) "
+    r"[Tt]ime:? (?P<milliseconds>\d+(?:\.\d+)?)"
 )
 _LISTED = re.compile(r"^(?:\[\w\] )?Name: (?P<name>.*?), LayerType: (?P<kind>\w+), ")
 _KERNEL = re.compile(r"TacticName: (?P<kernel>[^,]*), ")
@@ -140,17 +143,26 @@ def listed_layers(log: Iterable[str]) -> list[EngineLayer]:
 
 
 def inspected_layers(text: str) -> list[EngineLayer]:
-    """The layers from the JSON of TensorRT's engine inspector, at detailed verbosity."""
-    return [
-        _layer(
-            layer["Name"],
-            layer.get("LayerType", ""),
-            layer.get("TacticName", ""),
-            metadata=layer.get("Metadata", ""),
-        )
-        for layer in json.loads(text)["Layers"]
-        if isinstance(layer, dict)  # only names where the engine was built without detail
-    ]
+    """The layers from the JSON of TensorRT's engine inspector, at detailed verbosity.
+
+    Raises:
+        InputError: it is something else.
+    """
+    with boundary(
+        InputError,
+        "what TensorRT's engine inspector wrote cannot be read",
+        fix="build the engine again, with --overwrite",
+    ):
+        return [
+            _layer(
+                layer["Name"],
+                layer.get("LayerType", ""),
+                layer.get("TacticName", ""),
+                metadata=layer.get("Metadata", ""),
+            )
+            for layer in json.loads(text)["Layers"]
+            if isinstance(layer, dict)  # only names where the engine was built without detail
+        ]
 
 
 def nodes_of(name: str) -> frozenset[str]:

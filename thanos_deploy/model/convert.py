@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thanos_deploy.errors import DeployError, ModelError, PlatformError, UsageError, summary
-from thanos_deploy.model import packed_folder, pretrained
+from thanos_deploy.model import gguf_head, packed_folder, pretrained
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.families import family_of_gguf
 
@@ -31,6 +31,7 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
         ) from error
 
     try:
+        gguf_head.require_whole(gguf)
         field = GGUFReader(gguf).get_field("general.architecture")
         family_of_gguf("" if field is None else str(field.contents()))
         model, tokenizer = pretrained.load_gguf(gguf)

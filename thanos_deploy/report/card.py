@@ -8,6 +8,7 @@ from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pruning.result import PruneOptions
+from thanos_deploy.report.escape import literal, quote
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report, TaskScores
 from thanos_deploy.report.runs import quoted, quoted_on_gpu
@@ -21,11 +22,12 @@ def write(report: Report) -> str:
         f"{shown(figure.pruned, figure.unit)} | {shown_ratio(figure)} |"
         for figure in figures(model)
     )
-    verdict = "\n".join(f"- {sentence}" for sentence in (*report.notices, *model.verdict))
+    verdict = "\n".join(f"- {literal(said)}" for said in (*report.notices, *model.verdict))
     source, layers = model.source, model.linear_layers
-    return f"""# {source.name}, pruned to {model.pattern} with {model.method}
+    name = literal(source.name)
+    return f"""# {name}, pruned to {model.pattern} with {model.method}
 
-Made by thanos-deploy {report.made_with} from {source.name} (SHA-256 `{source.sha256}`
+Made by thanos-deploy {report.made_with} from {name} (SHA-256 `{source.sha256}`
 over its weights, configuration and tokenizer). The base model's licence and its limits apply.
 
 | | dense | pruned | pruned / dense |
@@ -40,7 +42,7 @@ over its weights, configuration and tokenizer). The base model's licence and its
 
 {_what(model)} On the calibration text a layer misses {layers.median_relative_error:.2%} of the
 energy of the output that it aims at in the median and {layers.worst_relative_error:.2%} at worst
-({layers.worst_layer}).
+({literal(layers.worst_layer)}).
 
 ## How to load it
 
@@ -57,11 +59,11 @@ def _how(model: ModelReport) -> Iterator[str]:
     if quality := model.quality:
         yield (
             f"Perplexity: {quality.segments} segments of {quality.length} tokens of "
-            f"{quality.text}, with {' '.join(quality.frame) or 'nothing'} before each."
+            f"{literal(quality.text)}, with {literal(' '.join(quality.frame)) or 'nothing'} before each."
         )
     if tasks := model.tasks:
         yield (
-            f"Tasks: lm-evaluation-harness, zero-shot, with {', '.join(_examples(tasks))} examples."
+            f"Tasks: lm-evaluation-harness, zero-shot, with {literal(', '.join(_examples(tasks)))} examples."
         )
     run = quoted(model)
     if run is None:
@@ -70,7 +72,7 @@ def _how(model: ModelReport) -> Iterator[str]:
     environment = run.environment
     yield (
         f"Latency (median, and ratio with its interval) and memory: {run.backend}, "
-        f"{run.provider}, {run.processor}, {environment.cores} CPU cores."
+        f"{run.provider}, {literal(run.processor)}, {environment.cores} CPU cores."
     )
     if quoted_on_gpu(model) is None:
         yield f"This model on a GPU: {NOT_MEASURED}."
@@ -96,8 +98,8 @@ def _sample(model: ModelReport) -> str:
     sample = model.sample
     if sample is None or PRUNED not in sample.texts:
         return ""
-    texts = {who: "> " + text.strip().replace("\n", "\n> ") for who, text in sample.texts.items()}
-    said = f"""From the prompt "{sample.prompt}" it continues (greedily, the exported model):
+    texts = {who: quote(text) for who, text in sample.texts.items()}
+    said = f"""From the prompt "{literal(sample.prompt)}" it continues (greedily, the exported model):
 
 {texts[PRUNED]}
 """
@@ -132,7 +134,9 @@ def _pruned(model: ModelReport) -> str:
             else f"does not hold in {len(layers.layers_off_pattern or ())} layers"
         )
         dense = layers.layers_left_dense or ()
-        left = f" Left dense, bit by bit as they were: {', '.join(dense)}." if dense else ""
+        left = (
+            f" Left dense, bit by bit as they were: {literal(', '.join(dense))}." if dense else ""
+        )
         return f"""{layers.layers} linear layers with {layers.weights:,} weights, {layers.sparsity:.2%} of them zero. The
 pattern {holds}, read back from the files. `layers.json` has every
 layer.{left} Embeddings, norms, biases and the output head are unchanged."""

@@ -1,11 +1,11 @@
 """The report as Markdown: the page's sentences and tables, without its pictures."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.measure.run import Run
 from thanos_deploy.report import words
+from thanos_deploy.report.escape import code, code_block, literal, quote
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
 from thanos_deploy.report.runs import quoted
@@ -15,15 +15,15 @@ def render(report: Report) -> str:
     """Markdown of a report."""
     models = report.models
     blocks = [
-        f"# {_text(report.title)}",
-        _text(report.headline),
-        *(f"> **{_text(notice)}**" for notice in report.notices),
+        f"# {literal(report.title)}",
+        literal(report.headline),
+        *(f"> **{literal(notice)}**" for notice in report.notices),
     ]
     if len(models) > 1:
         blocks += ["## Side by side", *_comparison(report)]
     for model in models:
         if len(models) > 1:
-            blocks.append(f"## {_text(model.label)}")
+            blocks.append(f"## {literal(model.label)}")
         blocks += _model(model)
     blocks.append(f"Made by thanos-deploy {report.made_with}.")
     return "\n\n".join(blocks) + "\n"
@@ -61,9 +61,9 @@ def _model(model: ModelReport) -> Iterator[str]:
             for figure in figures(model)
         ),
     )
-    yield "\n".join(f"- {_text(sentence)}" for sentence in model.verdict)
+    yield "\n".join(f"- {literal(sentence)}" for sentence in model.verdict)
     for run in model.bench:
-        yield f"### Run {_text(run.run)}: {run.status}"
+        yield f"### Run {literal(run.run)}: {run.status}"
         yield _scenarios(run)
     yield "### Sparse kernels"
     if (export := model.export) and export.weights_on_pattern is not None:
@@ -72,7 +72,7 @@ def _model(model: ModelReport) -> Iterator[str]:
             f"{export.weights_on_pattern} of {export.weights} weights."
         )
     yield "\n".join(map(_kernels, model.kernels)) or (
-        f"No engine was built. {_text(words.on_gpu(model))}"
+        f"No engine was built. {literal(words.on_gpu(model))}"
     )
     if parts := model.parts:
         yield "### Where the bytes are"
@@ -84,29 +84,29 @@ def _model(model: ModelReport) -> Iterator[str]:
             ),
         )
     if sample := model.sample:
-        yield f"### What they write after: {_text(sample.prompt)}"
+        yield f"### What they write after: {literal(sample.prompt)}"
         for who, text in sample.texts.items():
-            quote = "\n".join(f"> {_text(line)}" for line in text.strip().splitlines())
-            yield f"{_text(who)}:\n\n{quote}"
+            yield f"{literal(who)}:\n\n{quote(text)}"
     yield "### What was not measured"
     yield "\n".join(
-        f"- {gap.what}: {gap.why}" + (f"; `{gap.command}`" if gap.command else "")
+        f"- {literal(gap.what)}: {literal(gap.why)}"
+        + (f"; {code(gap.command)}" if gap.command else "")
         for gap in model.not_measured
     )
     yield "### How to do it again"
-    yield "\n".join(f"    {command}" for command in model.commands)
+    yield "\n".join(map(code_block, model.commands))
     spoken_for = quoted(model)
     environment = spoken_for.environment if spoken_for else model.environment
     yield (
-        f"Model: {_text(model.source.name)}, SHA-256 {model.source.sha256}. Machine: "
-        f"{_text(environment.processor)}, {environment.cores} cores."
+        f"Model: {literal(model.source.name)}, SHA-256 {model.source.sha256}. Machine: "
+        f"{literal(environment.processor)}, {environment.cores} cores."
     )
 
 
 def _kernels(build: BuildRecord) -> str:
     summary = build.summary
     return (
-        f"- {_text(build.target)}: {summary.picked} of {summary.layers} layers were given "
+        f"- {literal(build.target)}: {summary.picked} of {summary.layers} layers were given "
         f"a sparse kernel, {summary.eligible} were eligible."
     )
 
@@ -133,12 +133,6 @@ def _scenarios(run: Run) -> str:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     return "\n".join(
-        f"| {' | '.join(map(_text, line))} |" if number != 1 else f"|{'|'.join(line)}|"
+        f"| {' | '.join(map(literal, line))} |" if number != 1 else f"|{'|'.join(line)}|"
         for number, line in enumerate([*lines, *rows])
     )
-
-
-def _text(text: str) -> str:
-    """Text that Markdown takes literally, on one line."""
-    escaped = re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", text)
-    return " ".join(escaped.split())

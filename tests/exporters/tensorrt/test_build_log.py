@@ -10,6 +10,7 @@ import pytest
 
 from exporters.tensorrt import log as _buildlog
 from exporters.tensorrt.log import Timing
+from thanos_deploy.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -157,3 +158,24 @@ def test_a_kernel_that_is_chosen_later_has_no_name() -> None:
 
 def test_an_engine_without_detail_shows_only_names() -> None:
     assert _buildlog.inspected_layers(json.dumps({"Layers": ["a", "b"]})) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"Layers": [{"Name": "a", "Metadata": "[ONpe": }]}', "{}", "[]", '{"Layers": [{}]}',
+     '{"Layers": [{"Name": 1}]}', '{"Layers": [{"Name": "a", "TacticName": null}]}',
+     '{"Layers": 1}', "[" * 100_000],
+    ids=["cut", "empty", "list", "no name", "number", "null", "no list", "deep"],
+)  # fmt: skip
+def test_a_damaged_inspection_is_refused(text: str) -> None:
+    """The first was found by fuzzing."""
+    with pytest.raises(InputError, match="engine inspector"):
+        _buildlog.inspected_layers(text)
+
+
+def test_numbers_that_are_none_are_passed_over() -> None:
+    """Found by fuzzing."""
+    log = ["--- Timing Runner: a (X[0x1])", "Tactic: 0x1 Time: ..01", "Tactic: 0x1 Time: 2.5"]
+    assert _buildlog.timings(log) == {"a": Timing(0.0025, None)}
+    counted = f"(Sparsity) Found {'9' * 5000} layer(s) eligible to use sparse tactics"
+    assert _buildlog.sparsity_lines([counted]).eligible_count is None

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from selenium.webdriver.common.by import By
 
 from tests import bundles
 from tests.bundles import add_build, checked, run, write_bundle
+from tests.hostile import HOSTILE, HOSTILE_LINES, write_hostile_bundle
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.figures import figures, shown, shown_ratio
@@ -22,12 +22,6 @@ from thanos_deploy.report.model import ModelReport
 from thanos_deploy.report.write import compare
 
 Browser = webdriver.Chrome
-
-# Markup, quotes, an entity, a template's braces, mathematics, right-to-left text.
-HOSTILE = (
-    "$\\frac{1}{2}$ אבג <script>document.title='run'</script><img src=x onerror=alert(1)> "
-    "\"quoted\" 'single' &amp; {{ 7 * 7 }}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +69,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two bundles in which everything that a user or a model names is hostile."""
     folder = tmp_path_factory.mktemp("hostile")
-    source = replace(bundles.SOURCE, name=HOSTILE, revision=HOSTILE)
-    document = run(status="INVALID", reasons=(HOSTILE,))
-    document["environment"]["processor"] = HOSTILE
     paths = [
-        write_bundle(
-            folder / name.replace("/", "\\"), source=source, text=HOSTILE, runs=(document,)
-        )
-        for name in (HOSTILE, f"{HOSTILE}2")
+        write_hostile_bundle(folder / name.replace("/", "\\")) for name in (HOSTILE, f"{HOSTILE}2")
     ]
-    for path in paths:
-        (path / "bench" / "sample.json").unlink()
-        manifest = json.loads((path / "manifest.json").read_text())
-        del manifest["stages"]["bench"]["files"]["bench/sample.json"]
-        (path / "manifest.json").write_text(json.dumps(manifest))
-        sample = {"prompt": HOSTILE, "dense": HOSTILE, "pruned": HOSTILE, HOSTILE: HOSTILE}
-        (path / "bench" / "sample.json").write_text(json.dumps(sample))
     compare(paths, folder / "page.html")
     return folder / "page.html"
 
@@ -235,7 +216,7 @@ def test_a_hostile_name_is_shown_and_not_run(browser: Browser, hostile: Path) ->
     assert browser.title.startswith(HOSTILE)
     assert HOSTILE in browser.find_element(By.TAG_NAME, "h1").text
     quotes = [quote.text for quote in browser.find_elements(By.TAG_NAME, "blockquote")]
-    assert quotes == [HOSTILE] * 6
+    assert quotes == [HOSTILE, HOSTILE_LINES, HOSTILE] * 2
     assert HOSTILE in browser.find_element(By.CSS_SELECTOR, ".environment").text
     labels = "".join(
         browser.execute_script(

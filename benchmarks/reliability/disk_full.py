@@ -1,0 +1,176 @@
+"""A disk that is full at every size, from nothing to what a command needs.
+
+The output folder is on a tmpfs of a limited size, in steps of a page from nothing to what the
+command needs: so every write that takes new space is the one that fails, once. Each time the command
+has to end with exit code 5 and without a traceback, to leave the model as it was, and, after the disk
+has grown, to finish with the bytes of a run that was left alone. Needs the right to mount.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.reliability.kills import Undisturbed, difference, undisturbed
+from benchmarks.reliability.part import Figure, Part, Setting
+from benchmarks.reliability.works import WORKS, Work, small_model
+
+_FULL = 5
+PAGE = 4096
+
+# Those that write much in different ways; what is written by several is tried with the first.
+_WORKS = tuple(work for work in WORKS if work.name in ("prune-best", "shrink", "prune-export"))
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """One command on a disk that was too small.
+
+    Attributes:
+        size: of the disk, in bytes.
+        enough: the command finished on it.
+        fault: what was wrong; empty if nothing was.
+    """
+
+    work: str
+    size: int
+    enough: bool
+    seconds: float
+    fault: str
+
+
+def run(setting: Setting) -> list[Figure]:
+    """Fill the disk of one command after the other, at sizes spread over what each needs.
+
+    All sizes if there is time for them, else as many as there is time for.
+    """
+    if not _can_mount():
+        return [Figure("disks that could be mounted", 0, "as root", holds=False)]
+    os.environ["THANOS_DEPLOY_CACHE"] = str(setting.folder / "cache")
+    model = small_model(setting.folder / "model")
+    share = setting.seconds / len(_WORKS)
+    sizes, filled = 0, []
+    for work in _WORKS:
+        end = time.monotonic() + share
+        prepared, disk = setting.folder / f"prepared-{work.name}", setting.folder / "disk"
+        work.prepare(model, prepared)
+        alone = undisturbed(work, model, prepared, setting.folder)
+        needed = _needed(work, model, prepared, disk, alone)
+        sizes += needed // PAGE
+        for size in _spread(needed):
+            filled.append(fill(work, model, prepared, disk, size, alone))
+            if filled[-1].fault:
+                print(filled[-1], file=sys.stderr, flush=True)
+            if time.monotonic() > end:
+                break
+    faults = sum(bool(one.fault) for one in filled)
+    return [
+        Figure("commands", len(_WORKS)),
+        Figure("sizes of disks, in pages, that are too small", sizes),
+        Figure("of these, tried", sum(not one.enough for one in filled)),
+        Figure("other ends than exit code 5, or other bytes afterwards", faults, "0", faults == 0),
+    ]
+
+
+def _needed(work: Work, model: Path, prepared: Path, disk: Path, alone: Undisturbed) -> int:
+    """The smallest disk that is enough, in bytes beside what is prepared."""
+    too_small, enough = -PAGE, PAGE
+    while not fill(work, model, prepared, disk, enough, alone).enough:
+        too_small, enough = enough, 4 * enough
+    while enough - too_small > PAGE:
+        middle = (too_small + enough) // 2 // PAGE * PAGE
+        if fill(work, model, prepared, disk, middle, alone).enough:
+            enough = middle
+        else:
+            too_small = middle
+    return enough
+
+
+def _spread(needed: int) -> Iterator[int]:
+    """All multiples of a page below, such that the first ones are far from each other."""
+    pages = needed // PAGE
+    step, seen = 1 << max(pages - 1, 0).bit_length(), set()
+    while step:
+        for page in range(0, pages, step):
+            if page not in seen:
+                seen.add(page)
+                yield page * PAGE
+        step //= 2
+
+
+def fill(
+    work: Work, model: Path, prepared: Path, disk: Path, size: int, alone: Undisturbed
+) -> Filled:
+    """Run a command on a disk of a size, and again when it has grown.
+
+    Args:
+        disk: a folder to mount the disk at.
+        size: bytes of it beside those of the prepared folder.
+    """
+    begin = time.monotonic()
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    with mounted(disk, _used(prepared) + size):
+        out = disk / "out"
+        if prepared.exists():
+            shutil.copytree(prepared, out)
+        command = work.begin(model, out)
+        _, errors = command.communicate()
+        fault, enough = "", command.returncode == 0
+        if command.returncode not in (0, _FULL):
+            said = errors.decode(errors="replace")[-1000:]
+            fault = f"exit code {command.returncode}: {said}"
+        elif b"Traceback" in errors:
+            fault = "a traceback"
+        elif {path: path.read_bytes() for path in model.iterdir()} != before:
+            fault = "the model was changed"
+        else:
+            _resize(disk, 1 << 30)
+            try:
+                work.finish(model, out)
+                fault = difference(out, alone)
+            except RuntimeError as error:
+                fault = f"after it has grown: {error}"
+    return Filled(work.name, size, enough, time.monotonic() - begin, fault)
+
+
+@contextmanager
+def mounted(disk: Path, size: int) -> Iterator[None]:
+    """A tmpfs of a size at a folder."""
+    disk.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk],
+        check=True,
+        capture_output=True,
+    )
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", disk], check=True, capture_output=True)
+
+
+def _can_mount() -> bool:
+    """This process may mount."""
+    return os.geteuid() == 0 and shutil.which("mount") is not None
+
+
+def _resize(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True, capture_output=True)
+
+
+def _used(folder: Path) -> int:
+    """Bytes that a folder takes on a tmpfs, its folders included."""
+    if not folder.exists():
+        return PAGE
+    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*")) + PAGE
+
+
+PART = Part(
+    "disk-full",
+    "A disk that is full at any write ends a command with exit code 5, and nothing is lost.",
+    run,
+)

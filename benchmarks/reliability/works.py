@@ -1,0 +1,98 @@
+"""The commands that are disturbed, on a small model of random weights."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.commands import Command
+from tests.conftest import write_model
+
+BLOCKS = 4
+_TEXT = ("--nsamples", "8", "--seqlen", "64")
+_EVAL = ("--eval-segments", "2", "--eval-seqlen", "64")
+_BENCH = ("--prompt", "8", "--past", "8", "--new-tokens", "2", "--rounds", "2")
+_PRUNE = ("prune", "{model}", "--pattern", "2:4", "--method", "magnitude", *_TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One command, and those that have to be done before.
+
+    Attributes:
+        name: of it.
+        arguments: of `thanos-deploy`, with {model} for the model and {out} for the bundle.
+        before: likewise.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    before: tuple[tuple[str, ...], ...] = ()
+
+    def prepare(self, model: Path, out: Path) -> None:
+        """Do what has to be done before."""
+        for arguments in self.before:
+            run(arguments, model, out)
+
+    def begin(self, model: Path, out: Path) -> Command:
+        """Start it."""
+        return Command(*filled(self.arguments, model, out))
+
+    def finish(self, model: Path, out: Path) -> None:
+        """Do it, or go on with it."""
+        run(self.arguments, model, out)
+
+
+def _to_zeros(name: str, *options: str) -> Work:
+    return Work(name, ("prune", "{model}", *options, *_TEXT, "-o", "{out}"))
+
+
+def _after_pruning(name: str, *arguments: str) -> Work:
+    return Work(name, arguments, ((*_PRUNE, "-o", "{out}"),))
+
+
+WORKS = (
+    _to_zeros("prune-fast", "--pattern", "2:4", "--preset", "fast"),
+    _to_zeros("prune-best", "--pattern", "2:4", "--preset", "best"),
+    _to_zeros("prune-owl", "--pattern", "unstructured:0.5", "--allocation", "owl"),
+    _to_zeros("shrink", "--pattern", "structured:0.25"),
+    _to_zeros("recover", "--pattern", "2:4", "--preset", "fast", "--recover", "16"),
+    _to_zeros("quantize", "--pattern", "2:4", "--preset", "fast", "--quantize", "int8"),
+    _after_pruning("export-onnx", "export", "{out}", "--target", "onnx"),
+    _after_pruning("export-packed", "export", "{out}", "--target", "packed"),
+    _after_pruning("export-triton", "export", "{out}", "--target", "triton"),
+    _after_pruning("eval", "eval", "{out}", *_EVAL),
+    Work(
+        "prune-export",
+        (
+            *("prune-export", "{model}", "--pattern", "2:4", "--method", "wanda", *_TEXT),
+            *("--target", "onnx", *_EVAL, *_BENCH, "-o", "{out}"),
+        ),
+    ),
+)
+
+
+def filled(arguments: Sequence[str], model: Path, out: Path) -> list[str]:
+    """Arguments with the two folders in their places."""
+    return [one.format(model=model, out=out) for one in arguments]
+
+
+def run(arguments: Sequence[str], model: Path, out: Path) -> None:
+    """Do a command that has to work.
+
+    Raises:
+        RuntimeError: it ended with another exit code than 0.
+    """
+    command = Command(*filled(arguments, model, out))
+    _, errors = command.communicate()
+    if command.returncode != 0:
+        said = errors.decode(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(arguments)}: exit code {command.returncode}\n{said}")
+
+
+def small_model(folder: Path) -> Path:
+    """A LLaMA of four blocks."""
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_model(folder, "llama", num_hidden_layers=BLOCKS)
+    return folder

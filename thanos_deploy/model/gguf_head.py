@@ -1,0 +1,98 @@
+"""The head of a GGUF file, checked before a library reads it.
+
+The format is ggml's (docs/gguf.md of ggml-org/ggml): the magic, a version, the numbers of tensors
+and of values, the values by name, the tensors by name. The package gguf loops over whatever number
+stands there, so that a count of 2^60 in a damaged file would keep it busy for good.
+"""
+
+import os
+import struct
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+from thanos_deploy.errors import ModelError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+# Bytes of a value, by its type.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Arrays of arrays are allowed by the format, and used by nobody to any depth.
+_DEPTH = 8
+
+
+def require_whole(path: Path) -> None:
+    """Refuse a file whose head claims more than the file has.
+
+    Raises:
+        ModelError: it does, or it is no GGUF of a version that is read.
+        OSError: the file cannot be read.
+    """
+    if os.path.getsize(path) < len(_MAGIC) + 20:
+        raise _refusal(path, "it ends within its head")
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        head = _Head(path, content)
+        if head.take(len(_MAGIC)) != _MAGIC:
+            raise _refusal(path, "it does not begin with GGUF")
+        if (version := head.number("<I")) not in _VERSIONS:
+            raise _refusal(path, f"version {version}, and versions 2 and 3 are read")
+        tensors, values = head.number("<Q"), head.number("<Q")
+        for _ in range(values):
+            head.string()
+            head.value(head.number("<I"))
+        for _ in range(tensors):
+            head.string()
+            dimensions = head.number("<I")
+            head.skip(8 * dimensions + 4 + 8)
+
+
+class _Head:
+    """A place in a file that moves forward and never beyond the end."""
+
+    def __init__(self, path: Path, content: mmap) -> None:
+        self._path, self._content, self._at = path, content, 0
+
+    def skip(self, count: int) -> None:
+        if count > len(self._content) - self._at:
+            raise _refusal(
+                self._path,
+                f"at byte {self._at} it claims {count} more, and it has {len(self._content)} bytes",
+            )
+        self._at += count
+
+    def take(self, count: int) -> bytes:
+        begin = self._at
+        self.skip(count)
+        return self._content[begin : self._at]
+
+    def number(self, form: str) -> int:
+        (found,) = struct.unpack(form, self.take(struct.calcsize(form)))
+        return int(found)
+
+    def string(self) -> None:
+        self.skip(self.number("<Q"))
+
+    def value(self, kind: int, depth: int = 0) -> None:
+        if kind in _SIZES:
+            self.skip(_SIZES[kind])
+        elif kind == _STRING:
+            self.string()
+        elif kind == _ARRAY and depth < _DEPTH:
+            self._array(depth)
+        else:
+            raise _refusal(self._path, f"a value of type {kind} at byte {self._at}")
+
+    def _array(self, depth: int) -> None:
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind in _SIZES:
+            self.skip(_SIZES[kind] * count)
+            return
+        for _ in range(count):  # each takes 8 bytes at least, so the end of the file ends this
+            self.value(kind, depth + 1)
+
+
+def _refusal(path: Path, why: str) -> ModelError:
+    return ModelError(
+        f"{path}: not a readable GGUF file ({why})",
+        fix="download the file again and compare its hash",
+    )
