@@ -1,9 +1,10 @@
 """A disk that is full at every size, from nothing to what a command needs.
 
 The output folder is on a tmpfs of a limited size, in steps of a page from nothing to what the
-command needs: so every write that takes new space is the one that fails, once. Each time the command
-has to end with exit code 5 and without a traceback, to leave the model as it was, and, after the disk
-has grown, to finish with the bytes of a run that was left alone. Needs the right to mount.
+command needs: so every write that takes new space is the one that fails, once. Each time the
+command has to end with exit code 5 and without a traceback, to leave the model as it was, and,
+after the disk has grown, to finish with the bytes of a run that was left alone. Needs the right
+to mount.
 """
 
 import os
