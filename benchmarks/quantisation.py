@@ -32,7 +32,7 @@ from thanos_deploy.progress import quietly
 from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.solver import grid as grids
-from thanos_deploy.solver.quantise import round_to
+from thanos_deploy.solver.codes import round_to
 from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from exporters.packages import load
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid
-from thanos_deploy.solver.quantise import Quantised
 
 # dtype of the file -> the type of its tensors, and the grid that this type holds exactly.
 _HOLDS = {"q8_0": ("Q8_0", Grid(8, 32)), "q4_0": ("Q4_0", Grid(4, 32))}

@@ -48,8 +48,8 @@ from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.grid import Grid
-from thanos_deploy.solver.quantise import Quantised, round_to
 
 # After which tokens there are logits: after every one, or after the last only.
 LOGITS = ("all", "last")

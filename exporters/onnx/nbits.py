@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from exporters import bits
-from thanos_deploy.solver.quantise import Quantised
+from thanos_deploy.solver.codes import Quantised
 
 DOMAIN = "com.microsoft"
 OPERATOR = "MatMulNBits"

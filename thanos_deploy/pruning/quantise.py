@@ -33,10 +33,11 @@ from thanos_deploy.pruning.layers import gather
 from thanos_deploy.pruning.result import Quantisation
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.group import current
+from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import Factor, LayerProblem
-from thanos_deploy.solver.quantise import Quantised, quantise, round_to
+from thanos_deploy.solver.quantise import quantise
 
 # Of the tensors of a layer in the files of codes, and the entry of the files' metadata.
 _CODES, _SCALE, _ZERO = ".codes", ".scale", ".zero"

@@ -16,9 +16,9 @@ from thanos_deploy.pruning import quantise
 from thanos_deploy.pruning.quantise import Codes, quantise_model
 from thanos_deploy.pruning.result import PRUNE, Quantisation
 from thanos_deploy.solver import quantise as solver
+from thanos_deploy.solver.codes import round_to
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import LayerProblem
-from thanos_deploy.solver.quantise import round_to
 
 SEGMENTS = torch.randint(VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(0))
 
