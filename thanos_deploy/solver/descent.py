@@ -30,7 +30,7 @@ def descend(weight: Tensor, hessian: Tensor, start: Quantised, *, passes: int) -
     Returns:
         codes that lose no more, but for the rounding errors of the sums.
     """
-    grid, group = start.grid, start.grid.group
+    grid, group = start.grid, start.grid.width(weight.shape[1])
     kept = weight != 0
     codes, scales, zeros = start.codes.to(weight.dtype), start.scale.clone(), start.zero.clone()
     for _ in range(passes):
@@ -88,7 +88,7 @@ class _Group:
         """The best scale of its sign, of those that every format can hold."""
         along = self.codes - zero[:, None]
         slope, bend, through = self._quadratic(along)
-        wanted = holdable(scale - slope / bend)
+        wanted = holdable(scale - slope / bend, self.grid)
         step = torch.where(wanted * scale > 0, wanted - scale, 0.0)
         return scale + self._take(step, slope, bend, through)
 

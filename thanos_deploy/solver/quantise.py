@@ -30,7 +30,7 @@ from thanos_deploy.solver.layer import LayerProblem, output_energy
 _BLOCK = 128
 
 # Of the descent; see benchmarks/LOG.md.
-_PASSES = 2
+PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +53,9 @@ class QuantisedLayer:
     energy: float
 
 
-def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> QuantisedLayer:
+def quantise(
+    problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT, *, passes: int = PASSES
+) -> QuantisedLayer:
     """Quantise a layer with compensation and descent; where that is worse for a row, round it.
 
     Rows do not depend on each other, so the choice is made for each.
@@ -62,6 +64,7 @@ def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> Q
         problem: the layer, pruned or not; its zeros stay zero.
         grid: what to quantise to.
         damping: of the Hessian.
+        passes: of the descent.
 
     Raises:
         HessianError: the statistics are not finite or cannot be factored.
@@ -74,7 +77,7 @@ def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> Q
     )
     damped = hessian.clone()
     damped.diagonal()[order] = factored.diagonal
-    best = descend(weight, damped, compensate(weight, factored.V, order, grid), passes=_PASSES)
+    best = descend(weight, damped, compensate(weight, factored.V, order, grid), passes=passes)
     rounded = round_to(weight, grid)
     lost = output_energy(weight - rounded.weight, hessian)
     lost_best = output_energy(weight - best.weight, hessian)
@@ -82,7 +85,7 @@ def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> Q
     chosen = Quantised(
         grid,
         *(
-            torch.where(worse[:, None], ours, others)
+            torch.where(worse[:, None], ours, others).contiguous()
             for ours, others in (
                 (rounded.codes, best.codes),
                 (rounded.scale, best.scale),
