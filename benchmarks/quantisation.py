@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy.calibration.frame import frame_of
+from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
@@ -32,7 +33,7 @@ from thanos_deploy.progress import quietly
 from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.solver import grid as grids
-from thanos_deploy.solver.quantise import round_to
+from thanos_deploy.solver.codes import round_to
 from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
@@ -74,6 +75,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, source: Checkpoint) -> None:
         tokenizer = load_tokenizer(source.folder)
         self.source = source
+        self.grids: list[str] = arguments.grids
         self.frame = len(frame_of(tokenizer))
         self.calib = texts.calibration(arguments, tokenizer, count=arguments.calib_segments)
         self.judge: Tensor = texts.evaluation(arguments, tokenizer)
@@ -87,7 +89,7 @@ class Bench:
     def missing(self, pattern: str) -> list[tuple[str, str]]:
         """Grids and ways that were not measured yet."""
         wanted = [("none", "none")]
-        wanted += [(grid, way) for grid in GRIDS for way in ("rounded", "compensated")]
+        wanted += [(grid, way) for grid in self.grids for way in ("rounded", "compensated")]
         there = {(row.grid, row.way) for row in self.rows if row.pattern == pattern}
         return [one for one in wanted if one not in there]
 
@@ -97,6 +99,7 @@ class Bench:
         document = {
             "calibration": list(self.calib.shape),
             "evaluation": list(self.judge.shape),
+            "processor": environment.describe().processor,
             "rows": [asdict(one) for one in self.rows],
         }
         self.path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -146,6 +149,7 @@ def main() -> None:
     texts.add_options(parser)
     parser.add_argument("--calib-segments", type=int, default=32)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--grids", nargs="+", default=GRIDS)
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,8 @@ from thanos_deploy.model.families import HEAD
 from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid
-from thanos_deploy.solver.quantise import Quantised
 
 _WEIGHT = ".weight"
 
@@ -138,7 +138,7 @@ def require_held(checkpoint: Checkpoint, grid: Grid) -> None:
         )
     for name in checkpoint.linears:
         _, cols = checkpoint.weights.shapes[checkpoint.stored_name(f"{name}{_WEIGHT}")]
-        if cols % grid.group:
+        if cols % grid.width(cols):
             raise UsageError(
                 f"{name}: {cols} inputs do not divide into the groups of {grid.group} of {grid}, "
                 "which compressed-tensors demands",
@@ -162,7 +162,7 @@ def _entry(grid: Grid) -> Json:
                     "num_bits": grid.bits,
                     "type": "int",
                     "symmetric": True,
-                    "strategy": "group",
+                    "strategy": "channel" if grid.group is None else "group",
                     "group_size": grid.group,
                     "dynamic": False,
                 },

@@ -10,6 +10,7 @@ for all: `deci.feed_forward_length`, `deci.attention.head_count` and
 `deci.attention.head_count_kv`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
@@ -33,6 +34,8 @@ from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.layers import linear_shapes
 from thanos_deploy.pruning.quantise import Codes
 
+logger = logging.getLogger(__name__)
+
 FILE = "model.gguf"
 
 # The converter's module, and the name of its package on PyPI.
@@ -47,7 +50,10 @@ LIMIT = 1e-3
 _TOKENS, _PROMPT = 32, 8
 
 # These types store so many numbers of a row together, and no other type stands in for them.
-_BLOCKS = {"q8_0": 32, "q4_0": 32}
+_BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_1": 32}
+
+# These have the values that the codes stand for.
+_FLOATS = ("fp32", "fp16", "bf16")
 _TEXT = "The café sold 1,234 croissants in 2024; naïve? \N{SNOWMAN} def f(x): return x ** 2\n"
 
 
@@ -123,8 +129,8 @@ def export(
         exact.rename(stored)
     else:
         llama_cpp.store(exact, stored, dtype)
-        if codes is not None and gguf_blocks.holds(dtype, codes.grid):
-            kept = gguf_blocks.put(exact, stored, checkpoint, codes, dtype)
+        if codes is not None:
+            kept = _put(codes, exact, stored, checkpoint, dtype)
         exact.unlink()
         stored_error = _difference(wanted, _read(stored, checkpoint, ids).logits)
     on_progress(3, 3)
@@ -138,6 +144,22 @@ def export(
         limit=LIMIT,
         stored_error=stored_error,
     )
+
+
+def _put(codes: Codes, exact: Path, stored: Path, checkpoint: Checkpoint, dtype: str) -> int:
+    """Keep the codes of a quantised model where the type can, and say where it cannot."""
+    if gguf_blocks.holds(dtype, codes.grid):
+        return gguf_blocks.put(exact, stored, checkpoint, codes, dtype)
+    if dtype not in _FLOATS:
+        other = gguf_blocks.smallest(codes.grid)
+        logger.warning(
+            "%s does not hold the codes of %s: llama.cpp rounds the weights anew, and what made up "
+            "for the errors of quantising is lost; %s",
+            dtype,
+            codes.grid,
+            f"--dtype {other} keeps the codes" if other else "no type of GGUF keeps the codes",
+        )
+    return 0
 
 
 def convert(checkpoint: Checkpoint, path: Path) -> None:

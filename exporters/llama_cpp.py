@@ -26,7 +26,7 @@ PACKAGE = "cyllama"
 _MODULE = "cyllama.llama.llama_cpp"
 
 # `enum llama_ftype` of include/llama.h: what most matrices of a file are stored in.
-FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bf16": 32}
+FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q4_k_m": 15, "bf16": 32}
 
 # `GGML_TYPE_F32`, `LLAMA_FLASH_ATTN_TYPE_DISABLED` and `GGML_LOG_LEVEL_ERROR` of its headers.
 _F32 = 0

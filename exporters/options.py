@@ -22,10 +22,11 @@ Compatibility = Literal["none", "version", "same-sm", "ampere+"]
 
 DTYPE = (
     "dtype of the graph. int8 and int4, for ONNX Runtime only, hold the weights of the blocks in "
-    "so many bits, as `prune --quantize` chose them, or rounded. int8-qdq rounds weights and "
-    "activations of the blocks, for engines only, with ranges measured on the built-in text. q8_0, "
-    "q4_k_m and q4_0 are llama.cpp's types, for GGUF only.  [default: that of the existing graph, "
-    "or fp32; engines: fp16; gguf: q8_0]"
+    "so many bits, as `prune --quantize` chose them, or rounded. int8-qdq does so for engines, "
+    "where the activations of the blocks are rounded too, with ranges measured on the built-in "
+    "text. q8_0, q4_k_m, q4_0 and q4_1 are llama.cpp's types, for GGUF only.  [default: that of "
+    "the existing graph, or fp32; engines: fp16; gguf: what keeps the codes of `prune --quantize`, "
+    "or q8_0]"
 )
 _MAX_SEQUENCE = (
     "Longest sequence, prompt and answer together, that is promised to work.  [default: that of "

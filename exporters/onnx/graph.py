@@ -48,8 +48,8 @@ from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.grid import Grid
-from thanos_deploy.solver.quantise import Quantised, round_to
 
 # After which tokens there are logits: after every one, or after the last only.
 LOGITS = ("all", "last")
@@ -69,7 +69,7 @@ _SEGMENTS, _TOKENS = 8, 256
 _STEPS = 4
 
 # What weights of these dtypes are rounded to where the model was not quantised.
-GRIDS = {"int8": Grid(8), "int4": Grid(4)}
+GRIDS = {"int8": Grid(8), "int4": Grid(4), "int8-qdq": Grid(8, None)}
 
 
 def export(
@@ -97,8 +97,8 @@ def export(
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
-        codes: those of a model that was quantised, for int8 and int4; None where they are to round
-            its weights.
+        codes: those of a model that was quantised, for int8, int4 and int8-qdq; None where they
+            are to round its weights.
         origin: what else the graph's metadata says of where it comes from.
         on_progress: told of every finished step.
 
@@ -136,19 +136,21 @@ def export(
     rounding: dict[str, float] = {}
     ranges: dict[str, qdq.Ranges] = {}
     if dtype in GRIDS:
-        found = _codes(model, checkpoint, GRIDS[dtype], codes)
-        nbits.write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
-        rounding = _rounded(
-            destination / GRAPH, model, {name: one.weight for name, one in found.items()}
-        )
-    if dtype == "int8-qdq":
-        ranges = _observe(model, checkpoint)
-        rounding = _quantise(destination / GRAPH, model, list(ranges))
+        names = checkpoint.linears
+        if dtype == "int8-qdq":
+            ranges = _observe(model, checkpoint)
+            names = tuple(ranges)
+        found = _codes(model, names, dtype, checkpoint, codes)
+        write = qdq.quantise if dtype == "int8-qdq" else nbits.write
+        write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
+        # A float16 graph rounds what it makes of the codes.
+        values = {name: one.weight.to(_FLOATS[dtype]) for name, one in found.items()}
+        rounding = _rounded(destination / GRAPH, model, values)
     weights = _weights.read(destination / GRAPH, model, checkpoint.linears, patterns)
     on_progress(3, _STEPS)
     limit = parity.LIMITS[dtype]
     cases = list(parity.compare(destination / GRAPH, model, limit))
-    if dtype in GRIDS:
+    if dtype in ("int8", "int4"):
         nbits.use_integer_kernels(destination / GRAPH)
     if dtype == "int8-qdq":
         sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
@@ -209,39 +211,32 @@ def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, qdq.Ra
 
 
 def _codes(
-    model: PreTrainedModel, checkpoint: Checkpoint, grid: Grid, codes: Codes | None
+    model: PreTrainedModel,
+    names: Sequence[str],
+    dtype: str,
+    checkpoint: Checkpoint,
+    codes: Codes | None,
 ) -> dict[str, Quantised]:
-    """By full name, the codes of every linear layer of the blocks.
+    """By full name, the codes of linear layers.
 
     Raises:
-        UsageError: the model was quantised to another number of bits.
+        UsageError: the model was quantised to something that the dtype does not hold.
     """
+    grid = GRIDS[dtype]
     if codes is None:
-        return {
-            name: round_to(matrix(model.get_submodule(name)).detach(), grid)
-            for name in checkpoint.linears
-        }
+        return {name: round_to(matrix(model.get_submodule(name)).detach(), grid) for name in names}
+    if dtype == "int8-qdq" and codes.grid != grid:
+        raise UsageError(
+            f"--dtype {dtype} with a model that was quantised to {codes.grid}: engines multiply "
+            "int8 by int8 where an output has one scale",
+            fix=f"prune again with --quantize {grid}; or use --dtype fp16",
+        )
     if codes.grid.bits != grid.bits:
         raise UsageError(
             f"--dtype int{grid.bits} with a model that was quantised to {codes.grid}",
             fix=f"use --dtype int{codes.grid.bits}, which keeps its codes; or fp32 or fp16",
         )
-    return {name: codes.of(name, checkpoint.linear(name)) for name in checkpoint.linears}
-
-
-def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[str, float]:
-    """Round linear layers for engines, in the file and in the model; see `_rounded`."""
-    qdq.quantise(path, {f"{name}.weight" for name in names})
-    initializers = {
-        name: value.const_value.numpy()
-        for name, value in _weights.initializers_of(path).items()
-        if value.const_value is not None
-    }
-    weights = {}
-    for name in names:
-        inputs = matrix(model.get_submodule(name)).shape[1]
-        weights[name] = torch.from_numpy(qdq.read(initializers, f"{name}.weight", inputs))
-    return _rounded(path, model, weights)
+    return {name: codes.of(name, checkpoint.linear(name)) for name in names}
 
 
 def _rounded(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, float]:

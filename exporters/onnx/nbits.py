@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from exporters import bits
-from thanos_deploy.solver.quantise import Quantised
+from thanos_deploy.solver.codes import Quantised
 
 DOMAIN = "com.microsoft"
 OPERATOR = "MatMulNBits"
@@ -33,6 +33,10 @@ _SCALES, _ZEROS = "_scales", "_zero_points"
 _INTEGER_KERNELS = 4
 
 
+# Inputs in a block of a weight whose rows have one scale each, which the operator does not know.
+_BLOCK = 128
+
+
 def write(path: Path, weights: Mapping[str, Quantised]) -> None:
     """Replace weights of a written graph, with activations that stay in float32.
 
@@ -40,6 +44,10 @@ def write(path: Path, weights: Mapping[str, Quantised]) -> None:
         path: the ONNX file, with its data beside it.
         weights: by the name of a weight that MatMul reads.
     """
+    weights = {
+        name: one.grouped(_BLOCK) if one.grid.group is None else one
+        for name, one in weights.items()
+    }
     model = onnx.load(path)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -101,7 +109,8 @@ def _replace(node: onnx.NodeProto, quantised: Quantised) -> None:
     del node.input[1]
     node.input.extend(f"{name}{part}" for part in parts)
     node.op_type, node.domain = OPERATOR, DOMAIN
-    attributes = {"K": inputs, "N": outputs, "bits": grid.bits, "block_size": grid.group}
+    group = grid.width(inputs)
+    attributes = {"K": inputs, "N": outputs, "bits": grid.bits, "block_size": group}
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
 
 
@@ -110,10 +119,10 @@ def _initializers(name: str, quantised: Quantised) -> list[onnx.TensorProto]:
     middle = 2 ** (grid.bits - 1) if grid.symmetric else 0
     codes = quantised.codes.numpy() + middle
     rows, cols = codes.shape
-    blocks = grid.groups(cols)
+    blocks, group = grid.groups(cols), grid.width(cols)
     zeros = (quantised.zero.numpy() + middle).astype(np.int16)
     # What is added to the last block counts for nothing.
-    padded = np.pad(codes, ((0, 0), (0, blocks * grid.group - cols)), constant_values=middle)
+    padded = np.pad(codes, ((0, 0), (0, blocks * group - cols)), constant_values=middle)
     found: dict[str, NDArray[Any]] = {
         _CODES[grid.bits]: bits.pack(padded, grid.bits).reshape(rows, blocks, -1),
         _SCALES: quantised.scale.numpy().astype(np.float32),

@@ -4,7 +4,8 @@ before: MatMul(x, W) with W float16 [in, out]
 after:  MatMul(DQ(Q(x)), DQ(W8)) with W8 int8[in, out] and a scale for each output, and, for 2:4
         weights, DQ(Q(.)) around the result as well
 
-Scales are symmetric, so a zero stays exactly zero and n:m patterns survive. Those of activations
+Scales are symmetric, so a zero stays exactly zero and n:m patterns survive. The codes are those of
+a model that was quantised with one scale for each output, or else rounded. Scales of activations
 are one number a tensor, from the largest magnitude that was seen on the calibration part of the
 built-in text, whatever text the model was pruned with: engines multiply int8 by int8 and
 scale once, afterwards. Language models have a few activations that are larger than all others by
@@ -25,6 +26,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from thanos_deploy.solver.codes import Quantised
 
 LARGEST = 127
 
@@ -112,18 +115,22 @@ def _hook(
     return hook
 
 
-def quantise(path: Path, weights: Collection[str]) -> None:
-    """Quantise the named weights of a written graph in place, still with float activations."""
+def quantise(path: Path, weights: Mapping[str, Quantised]) -> None:
+    """Put codes for weights of a written graph, in place, still with float activations.
+
+    Args:
+        path: the graph.
+        weights: by name, with symmetric codes of 8 bits and one scale for each row, whose numbers
+            every float dtype has.
+    """
     model = ir.load(path)
-    for name in weights:
+    for name, quantised in weights.items():
         weight = model.graph.initializers[name]
         assert weight.const_value is not None
-        values = weight.const_value.numpy()
-        scales = np.abs(values).max(axis=0).astype(np.float32) / LARGEST
-        scales = np.where(scales == 0, 1, scales).astype(values.dtype)
-        rounded = np.clip(np.rint(values / scales), -LARGEST, LARGEST).astype(np.int8)
+        scales = quantised.scale[:, 0].numpy().astype(weight.const_value.dtype.numpy())
+        codes = np.ascontiguousarray(quantised.codes.numpy().T.astype(np.int8))
         (product,) = (use.node for use in weight.uses())
-        weight.const_value = ir.Tensor(rounded, name=name)
+        weight.const_value = ir.Tensor(codes, name=name)
         weight.dtype = ir.DataType.INT8
         scale = _constant(model.graph, f"{name}.scale", scales)
         back = ir.node("DequantizeLinear", [weight, scale], attributes={"axis": 1})
@@ -162,23 +169,6 @@ def quantise_activations(
             ir.convenience.replace_all_uses_with(result, pair[-1].outputs[0])
             pair[0].replace_input_with(0, result)
     _save(model, path)
-
-
-def read(
-    initializers: Mapping[str, NDArray[np.generic]], weight: str, inputs: int
-) -> NDArray[np.float32]:
-    """float32[out, in]: what a quantised weight stands for.
-
-    Args:
-        initializers: of the graph.
-        weight: its name.
-        inputs: its number of inputs.
-    """
-    scales = initializers[f"{weight}.scale"]
-    # DequantizeLinear rounds to the dtype of the scales.
-    values = (initializers[weight] * scales.astype(np.float32)).astype(scales.dtype)
-    assert len(values) == inputs
-    return values.T.astype(np.float32)
 
 
 def _pair(graph: ir.Graph, name: str, source: ir.Value, largest: float) -> list[ir.Node]:

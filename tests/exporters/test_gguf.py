@@ -134,7 +134,15 @@ def test_zeros_stay_zero(make_model: MakeModel, tmp_path: Path, dtype: str) -> N
             assert np.count_nonzero(values[:, 1::2]) > 0.8 * values[:, 1::2].size
 
 
-@pytest.mark.parametrize(("dtype", "spelling"), [("q8_0", "int8"), ("q4_0", "int4")])
+@pytest.mark.parametrize(
+    ("dtype", "spelling"),
+    [
+        ("q8_0", "int8:row"),
+        ("q4_0", "int4"),
+        ("q8_0", "int4:64"),
+        ("q4_1", "int4:asym"),
+    ],
+)
 def test_a_quantised_model_keeps_its_codes(
     make_model: MakeModel, tmp_path: Path, dtype: str, spelling: str
 ) -> None:

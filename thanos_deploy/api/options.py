@@ -59,8 +59,8 @@ class PruneOptions(TypedDict, total=False):
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
         recover: segments to train what is left on, with the dense model as teacher. Default: 0.
-        quantize: "int8" or "int4", with ":GROUP" and ":asym": what to quantise the linear layers
-            of the blocks to. Default: "none".
+        quantize: "int8" or "int4", with ":GROUP" or ":row", and ":asym": what to quantise the
+            linear layers of the blocks to. Default: "none".
         calib: calibration text: a path, a data set, several with weights, or "builtin", the
             default; see the command `prune`.
         text_field: field of a row with the text. Default: "text".
@@ -135,7 +135,9 @@ class ExportOptions(TypedDict, total=False):
             built for; costs speed. Default: "none".
     """
 
-    dtype: Literal["fp32", "fp16", "int8", "int4", "int8-qdq", "bf16", "q8_0", "q4_k_m", "q4_0"]
+    dtype: Literal[
+        "fp32", "fp16", "int8", "int4", "int8-qdq", "bf16", "q8_0", "q4_k_m", "q4_0", "q4_1"
+    ]
     max_seq: int
     logits: Literal["all", "last"]
     batch: Sequence[Positive]

@@ -20,7 +20,7 @@ from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.gates import JudgedRun
 from thanos_deploy.measure.quality import Compared, Score, TaskQuality, TextQuality
 from thanos_deploy.measure.run import Run, ScenarioTimes
-from thanos_deploy.pruning.result import PruneResult, Retry, WidthsSummary
+from thanos_deploy.pruning.result import PruneResult, Quantisation, Retry, WidthsSummary
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
 from thanos_deploy.report.words import retried
@@ -271,12 +271,17 @@ def _score(score: Score) -> str:
 
 def show_pruned(result: PruneResult) -> None:
     """Print what was pruned; of a shrunk model with the widths of its blocks."""
-    values = encode(replace(result, widths=None, retries=None))
+    values = encode(replace(result, widths=None, retries=None, quantisation=None))
     if result.widths is not None:
         _show_widths(result.widths)
         values |= _of_widths(result.widths)
+    if result.quantisation is not None:
+        values |= _of_quantisation(result.quantisation)
     show_values(values)
     _show_retries(result.retries or ())
+    if result.quantisation is not None:
+        for name, why in result.quantisation.rounded.items():
+            _show_notice(f"{name} was rounded without compensation: {why}.")
 
 
 def show_plan(plan: "DryRun") -> None:
@@ -330,6 +335,20 @@ def _of_widths(widths: WidthsSummary) -> dict[str, str]:
     }
 
 
+def _of_quantisation(quantisation: Quantisation) -> dict[str, str]:
+    values = {"quantised to": quantisation.grid}
+    if quantisation.median_relative_error is not None:
+        values["lost of a layer's output, median"] = (
+            f"{quantisation.median_relative_error:.2e}; "
+            f"by rounding {quantisation.median_rounding_error:.2e}"
+        )
+    return values
+
+
 def _show_retries(retries: Sequence[Retry]) -> None:
     for retry in retries:
-        Console().print(f"{retried(retry)}.", style="bold red", highlight=False, markup=False)
+        _show_notice(f"{retried(retry)}.")
+
+
+def _show_notice(text: str) -> None:
+    Console().print(text, style="bold red", highlight=False, markup=False)

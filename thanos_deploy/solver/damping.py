@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from thanos_deploy.option import Options, option
 
 DampingMode = Literal["mean", "median", "per-channel"]
-DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
+DAMPING_MODES: tuple[DampingMode, ...] = get_args(DampingMode)
 
 
 @dataclass(frozen=True, slots=True)

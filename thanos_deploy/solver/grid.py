@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from thanos_deploy.errors import UsageError
 
-_SPELLING = re.compile(r"int(?P<bits>[48])(:(?P<group>[0-9]+))?(?P<asymmetric>:asym)?")
+_SPELLING = re.compile(r"int(?P<bits>[48])(:(?P<group>[0-9]+|row))?(?P<asymmetric>:asym)?")
+_ROW = "row"
 
 # What ONNX Runtime's MatMulNBits takes.
 GROUPS = (16, 32, 64, 128, 256)
@@ -22,13 +23,14 @@ class Grid:
 
     Attributes:
         bits: 4 or 8.
-        group: inputs that share a scale; the last group of a row may be shorter.
+        group: inputs that share a scale, of which the last ones of a row may be fewer; None if all
+            inputs of an output do, as engines want it that multiply int8 by int8.
         symmetric: the zero point is 0, and codes are from -2^(bits-1) on (-127 for 8 bits);
             otherwise each group has its own, and codes are from 0 on.
     """
 
     bits: int
-    group: int = _GROUP
+    group: int | None = _GROUP
     symmetric: bool = True
 
     @property
@@ -43,28 +45,33 @@ class Grid:
         """The largest code."""
         return (1 << (self.bits - int(self.symmetric))) - 1
 
+    def width(self, cols: int) -> int:
+        """How many of a row of so many inputs share a scale."""
+        return cols if self.group is None else self.group
+
     def groups(self, cols: int) -> int:
         """How many groups a row of so many inputs has."""
-        return -(-cols // self.group)
+        return -(-cols // self.width(cols))
 
     def __str__(self) -> str:
         """As `parse` reads it."""
-        return f"int{self.bits}:{self.group}{'' if self.symmetric else ':asym'}"
+        return f"int{self.bits}:{self.group or _ROW}{'' if self.symmetric else ':asym'}"
 
 
 def parse(spelling: str) -> Grid:
-    """A grid as it is written on the command line: int4, int8, int4:128, int4:32:asym.
+    """A grid as it is written on the command line: int4, int8:row, int4:128, int4:32:asym.
 
     Raises:
         UsageError: it is none, or ONNX Runtime has no groups of that size.
     """
     found = _SPELLING.fullmatch(spelling)
-    group = int((found and found["group"]) or _GROUP)
-    if found is None or group not in GROUPS:
+    written = (found and found["group"]) or str(_GROUP)
+    group = None if written == _ROW else int(written)
+    if found is None or group not in (None, *GROUPS):
         raise UsageError(
             f"--quantize {spelling!r}",
             fix="use int8 or int4; with the inputs that share a scale, 32 unless they are given, "
-            f"one of {', '.join(map(str, GROUPS))}: int4:128; and :asym for a zero point in "
-            "each group",
+            f"one of {', '.join(map(str, GROUPS))} or {_ROW} for all: int4:128; and :asym for a "
+            "zero point in each group",
         )
     return Grid(int(found["bits"]), group, not found["asymmetric"])

@@ -1,14 +1,17 @@
-"""Quantise a layer column by column: the columns to the right absorb the error of each.
+"""Quantise a layer so that its output changes least: compensation, then descent.
 
-Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", arXiv 2210.17323, in the factor of `solver.hessian`: the error of column j, divided
-by V_jj, times row j of V is what the columns from j on lose. A weight that was pruned is quantised
-to zero like any other column's value, so that zeros stay zero and what compensation puts there goes
-on to the right.
+Compensation goes column by column, and the columns that follow absorb the error of each. Source:
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv 2210.17323, in the factor of `solver.hessian`: the error of column j, divided by V_jj, times
+row j of V is what the columns from j on lose. Columns of large inputs come first (the authors'
+later `act-order`), while groups stay those of neighbouring columns and their scales are chosen
+beforehand, so that every format can hold the result. A group's scale is the one of least error
+where that of column j costs its square over V_jj^2, which is what no later column can make up for.
 
-Each group's scale is chosen when its first column is reached, from the weights as they are then, as
-the one of least error where that of column j costs its square over V_jj^2. Cost for a [rows, cols]
-layer: rows cols^2 to update.
+Descent then improves codes, scales and zero points in turn; see `solver.descent`. A weight that was
+pruned is quantised to zero like any other column's value, so that zeros stay zero and what
+compensation puts there goes on. Cost for a [rows, cols] layer: rows cols^2 to update, and twice as
+much for each pass of the descent.
 """
 
 from dataclasses import dataclass
@@ -16,47 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thanos_deploy.solver.codes import Quantised, by_column, fit, nearest, round_to
 from thanos_deploy.solver.damping import DEFAULT, Damping
+from thanos_deploy.solver.descent import descend
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem, output_energy
 
-# Scales that are tried for a group, as fractions of the one that clips nothing.
-_SHRINKS = tuple(1.0 - 0.025 * step for step in range(17))
-
-# Relative; of bfloat16. And its largest number that float16 has too.
-_HALF_A_STEP = 2**-8
-_LARGEST = 65280.0
-
-# Columns whose updates to the right are applied together: at least so many, in whole groups.
+# Columns whose updates of those that follow are applied together.
 _BLOCK = 128
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Quantised:
-    """A matrix of codes.
-
-    Attributes:
-        grid: what they are codes of.
-        codes: int16[rows, cols].
-        scale: [rows, groups], positive numbers that bfloat16 and float16 have, in the dtype of the
-            weight.
-        zero: the same shape and dtype, whole numbers; zeros if the grid is symmetric.
-    """
-
-    grid: Grid
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """[rows, cols], the values, in the dtype of the scales."""
-        scale, zero = (self._by_column(each) for each in (self.scale, self.zero))
-        return (self.codes.to(scale.dtype) - zero) * scale
-
-    def _by_column(self, each: Tensor) -> Tensor:
-        return each.repeat_interleave(self.grid.group, dim=1)[:, : self.codes.shape[1]]
+# Of the descent; see benchmarks/LOG.md.
+PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +41,8 @@ class QuantisedLayer:
         quantised: its weight.
         relative_error: fraction of the energy of the output that is lost.
         rounding_error: the same if every weight had been rounded to the nearest multiple.
-        compensated: fraction of the rows that compensation made better than rounding; the others
-            are rounded.
+        compensated: fraction of the rows that became better than by rounding; the others are
+            rounded.
         energy: of the output.
     """
 
@@ -79,26 +53,10 @@ class QuantisedLayer:
     energy: float
 
 
-def round_to(weight: Tensor, grid: Grid) -> Quantised:
-    """Every weight to the nearest multiple; the scales clip nothing.
-
-    Args:
-        weight: [rows, cols], finite.
-        grid: what to round to.
-    """
-    parts = torch.split(weight, grid.group, dim=1)
-    fitted = [_range(part, grid, 1.0) for part in parts]
-    codes = [_codes(part, *each, grid) for part, each in zip(parts, fitted, strict=True)]
-    return Quantised(
-        grid,
-        torch.cat(codes, dim=1).to(torch.int16),
-        torch.cat([scale for scale, _ in fitted], dim=1),
-        torch.cat([zero for _, zero in fitted], dim=1),
-    )
-
-
-def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> QuantisedLayer:
-    """Quantise a layer with error compensation; where that is worse for a row, round it.
+def quantise(
+    problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT, *, passes: int = PASSES
+) -> QuantisedLayer:
+    """Quantise a layer with compensation and descent; where that is worse for a row, round it.
 
     Rows do not depend on each other, so the choice is made for each.
 
@@ -106,19 +64,28 @@ def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> Q
         problem: the layer, pruned or not; its zeros stay zero.
         grid: what to quantise to.
         damping: of the Hessian.
+        passes: of the descent.
 
     Raises:
         HessianError: the statistics are not finite or cannot be factored.
     """
-    V = factor(problem, damping).V
-    rounded, best = round_to(problem.weight, grid), compensate(problem.weight, V, grid)
-    lost = output_energy(problem.weight - rounded.weight, problem.hessian)
-    lost_best = output_energy(problem.weight - best.weight, problem.hessian)
-    worse = lost_best > lost
+    weight, hessian = problem.weight, problem.hessian
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factored = factor(
+        LayerProblem(weight[:, order], hessian[order][:, order], problem.name, problem.factors),
+        damping,
+    )
+    damped = hessian.clone()
+    damped.diagonal()[order] = factored.diagonal
+    best = descend(weight, damped, compensate(weight, factored.V, order, grid), passes=passes)
+    rounded = round_to(weight, grid)
+    lost = output_energy(weight - rounded.weight, hessian)
+    lost_best = output_energy(weight - best.weight, hessian)
+    worse = ~(lost_best <= lost)  # written so that NaN is worse
     chosen = Quantised(
         grid,
         *(
-            torch.where(worse[:, None], ours, others)
+            torch.where(worse[:, None], ours, others).contiguous()
             for ours, others in (
                 (rounded.codes, best.codes),
                 (rounded.scale, best.scale),
@@ -126,91 +93,45 @@ def quantise(problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT) -> Q
             )
         ),
     )
-    whole = output_energy(problem.weight, problem.hessian).sum().item()
+    whole = output_energy(weight, hessian).sum().item()
     return QuantisedLayer(
         chosen,
-        relative_error=torch.minimum(lost, lost_best).sum().item() / whole if whole > 0 else 0.0,
+        relative_error=torch.where(worse, lost, lost_best).sum().item() / whole
+        if whole > 0
+        else 0.0,
         rounding_error=lost.sum().item() / whole if whole > 0 else 0.0,
         compensated=1.0 - worse.double().mean().item(),
         energy=whole,
     )
 
 
-def compensate(weight: Tensor, V: Tensor, grid: Grid) -> Quantised:
-    """Quantise column by column; the columns to the right absorb the error of each.
+def compensate(weight: Tensor, V: Tensor, order: Tensor, grid: Grid) -> Quantised:
+    """Quantise column by column; the columns that follow absorb the error of each.
 
     Args:
         weight: [rows, cols], finite; its zeros stay zero.
-        V: [cols, cols], see `solver.layer.Factor`.
+        V: [cols, cols], see `solver.layer.Factor`, of the columns in their order.
+        order: int64[cols], the columns as they come.
         grid: what to quantise to.
     """
-    rows, cols = weight.shape
-    W, keep = weight.clone(), weight != 0
-    codes = torch.empty_like(W, dtype=torch.int16)
-    scales, zeros = (W.new_empty(rows, grid.groups(cols)) for _ in range(2))
-    block = max(_BLOCK // grid.group, 1) * grid.group
-    for start in range(0, cols, block):
-        stop = min(start + block, cols)
+    cols = weight.shape[1]
+    prices = torch.empty_like(weight[0])
+    prices[order] = V.diagonal().square().reciprocal()
+    scale, zero = fit(weight, prices, grid)
+    W = weight[:, order]
+    keep = W != 0
+    scales, zeros = (by_column(each, grid, cols)[:, order] for each in (scale, zero))
+    found = torch.empty_like(W)
+    for start in range(0, cols, _BLOCK):
+        stop = min(start + _BLOCK, cols)
         errors = torch.empty_like(W[:, start:stop])
         for j in range(start, stop):
-            group = j // grid.group
-            if j % grid.group == 0:
-                part = slice(j, min(j + grid.group, stop))
-                prices = V.diagonal()[part].square().reciprocal()
-                fitted = fit_scale(W[:, part], keep[:, part], prices, grid)
-                scales[:, group], zeros[:, group] = fitted[0][:, 0], fitted[1][:, 0]
-            scale, zero = scales[:, group], zeros[:, group]
-            code = torch.where(keep[:, j], _codes(W[:, j], scale, zero, grid), zero)
-            error = (W[:, j] - (code - zero) * scale) / V[j, j]
+            code = nearest(W[:, j], scales[:, j], zeros[:, j], grid)
+            code = torch.where(keep[:, j], code, zeros[:, j])
+            error = (W[:, j] - (code - zeros[:, j]) * scales[:, j]) / V[j, j]
             W[:, j + 1 : stop] -= error[:, None] * V[j, j + 1 : stop]
-            codes[:, j], errors[:, j - start] = code, error
+            found[:, j], errors[:, j - start] = code, error
         W[:, stop:] -= errors @ V[start:stop, stop:]
-    return Quantised(grid, codes, scales, zeros)
-
-
-def fit_scale(part: Tensor, keep: Tensor, prices: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The scale and zero point of one group, of least price.
-
-    Args:
-        part: [rows, inputs], the weights of the group.
-        keep: bool[rows, inputs], those that are not to be zero.
-        prices: [inputs], of a squared error of 1.
-        grid: what to quantise to.
-
-    Returns:
-        [rows, 1] each.
-    """
-    kept = torch.where(keep, part, 0.0)
-    scale, zero = _range(kept, grid, 1.0)
-    least = kept.new_full((len(part), 1), torch.inf)
-    for shrink in _SHRINKS:
-        tried, its_zero = _range(kept, grid, shrink)
-        error = kept - (_codes(kept, tried, its_zero, grid) - its_zero) * tried
-        price = (error.square() @ prices)[:, None]
-        better = price < least
-        least = torch.where(better, price, least)
-        scale, zero = torch.where(better, tried, scale), torch.where(better, its_zero, zero)
-    return scale, zero
-
-
-def _range(part: Tensor, grid: Grid, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for a fraction of the range of a group; [rows, 1] each."""
-    if grid.symmetric:
-        scale = part.abs().amax(dim=1, keepdim=True) * (shrink / grid.highest)
-        return _positive(scale), torch.zeros_like(scale)
-    low = part.amin(dim=1, keepdim=True).clamp(max=0.0) * shrink
-    high = part.amax(dim=1, keepdim=True).clamp(min=0.0) * shrink
-    scale = _positive((high - low) / grid.highest)
-    return scale, (-low / scale).round_().clamp_(grid.lowest, grid.highest)
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """The next larger number of bfloat16 in the range of float16; 1 for a group of zeros."""
-    up = (scale * (1 + _HALF_A_STEP)).to(torch.bfloat16).to(scale.dtype)
-    half = torch.finfo(torch.float16)
-    return torch.where(scale > 0, up.clamp(half.smallest_normal, _LARGEST), 1.0)
-
-
-def _codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """The nearest codes, in the dtype of the values."""
-    return (values / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest)
+    codes = torch.empty_like(weight, dtype=torch.int16)
+    codes[:, order] = found.to(torch.int16)
+    return Quantised(grid, codes, scale, zero)

@@ -402,7 +402,9 @@ def test_a_limit_that_the_model_does_not_take_is_refused(
         )
 
 
-@pytest.mark.parametrize("spelling", ["int4:16", "int4:16:asym", "int8", "int8:64:asym"])
+@pytest.mark.parametrize(
+    "spelling", ["int4:16", "int4:16:asym", "int8", "int8:64:asym", "int8:row"]
+)
 def test_the_codes_of_a_quantised_model_are_those_of_the_file(
     tiny_llama: Path, tmp_path: Path, spelling: str
 ) -> None:
@@ -425,7 +427,8 @@ def test_the_codes_of_a_quantised_model_are_those_of_the_file(
     for name in checkpoint.linears:
         weight = in_model[f"{name}.weight"].numpy()
         levels = nbits.levels(tensors, f"{name}.weight", weight.shape[1])
-        steps = tensors[f"{name}.weight_scales"].repeat(grid.group, axis=1)[:, : weight.shape[1]]
+        scales = tensors[f"{name}.weight_scales"]
+        steps = scales.repeat(grid.group or 128, axis=1)[:, : weight.shape[1]]
         np.testing.assert_allclose(levels * steps, weight, rtol=1e-6, atol=1e-7)
     wrong = "int8" if grid.bits == 4 else "int4"
     with pytest.raises(UsageError, match=f"{wrong} with a model that was quantised to {grid}"):

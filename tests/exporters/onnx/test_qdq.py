@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from safetensors.torch import load_file
 import exporters.onnx.graph
 from exporters.onnx import qdq
 from exporters.tensorrt import conv1x1
-from tests.conftest import Exported, stock_model
+from tests.conftest import VOCABULARY, Exported, stock_model
+from thanos_deploy.errors import UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.solver.grid import parse
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +80,35 @@ def test_every_product_is_int8_by_int8_and_its_result_int8_where_the_weights_are
         Checkpoint.open(tiny_llama), tmp_path, pattern=None, dtype="int8-qdq"
     )
     assert around(tmp_path / "model.onnx") == (14, 0, 8)
+
+
+def test_the_codes_of_a_quantised_model_are_those_of_the_file(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Nothing is rounded again; a model with scales for groups has no such codes."""
+    for name in ("model", "codes", "other", "onnx"):
+        (tmp_path / name).mkdir()
+    segments = torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))
+    source, grid = Checkpoint.open(tiny_llama), parse("int8:row")
+    quantise_model(source, segments, tmp_path / "model", tmp_path / "codes", grid)
+    checkpoint, codes = Checkpoint.open(tmp_path / "model"), Codes.open(tmp_path / "codes")
+    record = exporters.onnx.graph.export(
+        checkpoint, tmp_path / "onnx", pattern=None, dtype="int8-qdq", codes=codes
+    )
+    assert record.quantised == checkpoint.linears
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for name in checkpoint.linears:
+        wanted = codes.of(name, checkpoint.linear(name))
+        assert np.abs(tensors[f"{name}.weight"]).max() > 100
+        np.testing.assert_array_equal(tensors[f"{name}.weight"].T, wanted.codes.numpy())
+        scales = tensors[f"{name}.weight.scale"].astype(np.float32)
+        np.testing.assert_array_equal(scales, wanted.scale[:, 0].numpy())
+    other = replace(codes, grid=parse("int8"))
+    with pytest.raises(UsageError, match="quantised to int8:32: engines"):
+        exporters.onnx.graph.export(
+            checkpoint, tmp_path / "other", pattern=None, dtype="int8-qdq", codes=other
+        )
 
 
 def test_ranges_are_the_largest_magnitudes_of_all_segments(tiny_llama: Path) -> None:

@@ -1,5 +1,6 @@
 """A whole model on a grid."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import thanos_deploy as td
 from tests.conftest import VOCABULARY, MakeModel, stock_model
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.cli._tables import show_pruned
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
@@ -16,9 +18,9 @@ from thanos_deploy.pruning import quantise
 from thanos_deploy.pruning.quantise import Codes, quantise_model
 from thanos_deploy.pruning.result import PRUNE, Quantisation
 from thanos_deploy.solver import quantise as solver
+from thanos_deploy.solver.codes import round_to
 from thanos_deploy.solver.grid import Grid, parse
 from thanos_deploy.solver.layer import LayerProblem
-from thanos_deploy.solver.quantise import round_to
 
 SEGMENTS = torch.randint(VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(0))
 
@@ -96,12 +98,19 @@ def test_a_layer_whose_statistics_cannot_be_used_is_rounded_with_a_notice(
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "structured:0.2"])
-def test_prune_quantises_what_it_pruned(tiny_llama: Path, tmp_path: Path, pattern: str) -> None:
+def test_prune_quantises_what_it_pruned(
+    tiny_llama: Path, tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     bundle = td.prune(
         tiny_llama, pattern=pattern, quantize="int4:16", out=out, nsamples=2, seqlen=64
     )
     assert bundle.pruned.quantisation is not None
+    failed = replace(bundle.pruned.quantisation, rounded={"layer.0": "no use"})
+    show_pruned(replace(bundle.pruned, quantisation=failed))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "quantised to │ int4:16" in said
+    assert "layer.0 was rounded without compensation: no use." in said
     inner = Bundle.open(out)
     assert inner.options(PRUNE).quantize == "int4:16"
     assert inner.result(PRUNE).quantisation == bundle.pruned.quantisation
