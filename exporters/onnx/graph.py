@@ -10,7 +10,15 @@
              present.0.value          the same; and so on for every block
 
 Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 or float16, as asked
-for. `heads` and `dim` may differ from block to block; they are taken from the cache that the model
+for. That is a neutral graph; where it has padding, that is on the left of a row.
+
+A graph for ONNX Runtime alone ("ort", see `exporters.onnx.attention`) has the same inputs and
+outputs, with padding on the right: `attention_mask` has as many ones as a row has tokens, and a row's
+new tokens are written to the cache behind its last one. The cache may be one buffer of any length
+for past and present, and is then written in place; else present is as above. Where there are several
+rows, either all begin, or each gets one token.
+
+`heads` and `dim` may differ from block to block; they are taken from the cache that the model
 itself makes, never from its configuration. Every weight keeps its name in the model, and the
 pattern is judged on the file that was written.
 
@@ -30,8 +38,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from exporters.onnx import attention, nbits, parity, qdq, trace
 from exporters.onnx import judge as _weights
-from exporters.onnx import nbits, parity, qdq, trace
 from thanos_deploy.bundle import files, onnxfile
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.graph_record import CacheBlock, CacheRecord, GraphRecord
@@ -80,6 +88,7 @@ def export(
     dtype: str = "fp32",
     max_sequence: int | None = None,
     logits: str = "all",
+    graph: str = "neutral",
     codes: Codes | None = None,
     origin: Mapping[str, str] | None = None,
     on_progress: OnProgress = silent,
@@ -97,6 +106,8 @@ def export(
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
+        graph: "neutral", or "ort" for ONNX Runtime's own attention where it fits the model; where
+            it does not, the graph is neutral and the record says why.
         codes: those of a model that was quantised, for int8 and int4; None where they are to round
             its weights.
         origin: what else the graph's metadata says of where it comes from.
@@ -118,18 +129,21 @@ def export(
     model = load_model(checkpoint.folder)
     cast(model, _FLOATS[dtype])
     on_progress(1, _STEPS)
-    graph = trace.trace(model, logits=logits)
-    trace.simplify(graph, model)
+    plan, unfit = _plan(model, dtype, longest) if graph == "ort" else (None, None)
+    graph = "neutral" if plan is None else "ort"
+    traced = trace.trace(model, logits=logits, plan=plan)
+    trace.simplify(traced, model)
     claims = {
         "pattern": claimed or "none",
         "dtype": dtype,
         "max_sequence": str(longest),
         "logits": logits,
+        **({} if plan is None else {"graph": graph}),
         **(origin or {}),
     }
-    graph.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
-    ir.save(graph, destination / GRAPH, external_data=GRAPH_DATA)
-    del graph
+    traced.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
+    ir.save(traced, destination / GRAPH, external_data=GRAPH_DATA)
+    del traced
     on_progress(2, _STEPS)
     _weights.require_names(destination / GRAPH, model)
     cast(model, torch.float32)
@@ -139,7 +153,7 @@ def export(
         found = _codes(model, checkpoint, GRIDS[dtype], codes)
         nbits.write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
         rounding = _rounded(
-            destination / GRAPH, model, {name: one.weight for name, one in found.items()}
+            destination / GRAPH, model, {name: one.weight for name, one in found.items()}, graph
         )
     if dtype == "int8-qdq":
         ranges = _observe(model, checkpoint)
@@ -147,20 +161,22 @@ def export(
     weights = _weights.read(destination / GRAPH, model, checkpoint.linears, patterns)
     on_progress(3, _STEPS)
     limit = parity.LIMITS[dtype]
-    cases = list(parity.compare(destination / GRAPH, model, limit))
+    cases = list(parity.compare(destination / GRAPH, model, limit, graph=graph))
     if dtype in GRIDS:
         nbits.use_integer_kernels(destination / GRAPH)
     if dtype == "int8-qdq":
         sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
         qdq.quantise_activations(destination / GRAPH, ranges, results=sparse)
     if rounding:
-        rounding["activations"] = _worst_logits(destination / GRAPH, model)
+        rounding["activations"] = _worst_logits(destination / GRAPH, model, graph)
     record = GraphRecord(
         opset=trace.OPSET,
         dtype=dtype,
         pattern=claimed,
         max_sequence=longest,
         logits=logits,
+        graph=graph,
+        neutral_because=unfit,
         cache=_cache_record(model, _FLOATS[dtype]),
         rounding=rounding,
         quantised=tuple(ranges) if dtype == "int8-qdq" else None,
@@ -241,23 +257,38 @@ def _quantise(path: Path, model: PreTrainedModel, names: Sequence[str]) -> dict[
     for name in names:
         inputs = matrix(model.get_submodule(name)).shape[1]
         weights[name] = torch.from_numpy(qdq.read(initializers, f"{name}.weight", inputs))
-    return _rounded(path, model, weights)
+    return _rounded(path, model, weights, "neutral")
 
 
-def _rounded(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def _rounded(
+    path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], graph: str
+) -> dict[str, float]:
     """Give the model the weights that the file has.
 
     Returns:
         "weights": how far that moves the logits, relative to their range.
     """
-    moved = _worst_logits(path, model)
+    moved = _worst_logits(path, model, graph)
     for name, weight in weights.items():
         matrix(model.get_submodule(name)).data.copy_(weight)
     return {"weights": moved}
 
 
-def _worst_logits(path: Path, model: PreTrainedModel) -> float:
-    return max(case.logits_error for case in parity.compare(path, model, float("inf")))
+def _worst_logits(path: Path, model: PreTrainedModel, graph: str) -> float:
+    cases = parity.compare(path, model, float("inf"), graph=graph)
+    return max(case.logits_error for case in cases)
+
+
+def _plan(
+    model: PreTrainedModel, dtype: str, longest: int
+) -> tuple[attention.Plan | None, str | None]:
+    """How ONNX Runtime's attention is to compute the model's; or None, and why it is not to."""
+    if _FLOATS[dtype] is not torch.float32:
+        return None, f"{dtype} is for GPUs, and ONNX Runtime's attention is used on CPUs"
+    try:
+        return attention.plan(model, longest), None
+    except attention.UnfitError as error:
+        return None, str(error)
 
 
 def _longest(checkpoint: Checkpoint, asked: int | None) -> int:

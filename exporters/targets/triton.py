@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from exporters import targets
-from exporters.options import ExportRequest, NoOptions, exported_with
+from exporters.options import ExportRequest, NoOptions, neutral_like
 from exporters.packages import Package
 from exporters.target import Target, no_checks, stage_bytes, write_stage
 from exporters.targets import tensorrt, tensorrt_rtx
 from thanos_deploy.bundle.layout import GRAPH_RECORD, ONNX, engine_folder
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.errors import UsageError
 from thanos_deploy.progress import Announce
 
 _NAME = "triton"
@@ -41,6 +42,12 @@ def _export(
     from thanos_deploy.bundle.graph_record import read_graph_record
     from thanos_deploy.pruning.result import PRUNE
 
+    if request.graph == "ort":
+        raise UsageError(
+            "--graph ort with --target triton: Triton's ONNX Runtime backend has GPUs to run the "
+            "graph, and its attention is of the CPU provider",
+            fix="use --graph neutral, with --overwrite where the bundle has another graph",
+        )
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
     left_out = dict(_unfit(bundle))
     engines = {
@@ -102,7 +109,7 @@ TARGET = Target(
     writes=_NAME,
     options=ExportRequest,
     dtypes=("fp32", "fp16", "int8", "int4"),
-    defaults=exported_with,
+    defaults=neutral_like,
     packages=(Package("tritonclient.grpc", extra="triton"),),
     gpu=False,
     export=_export,
