@@ -13,10 +13,10 @@ Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 o
 for. That is a neutral graph; where it has padding, that is on the left of a row.
 
 A graph for ONNX Runtime alone ("ort", see `exporters.onnx.attention`) has the same inputs and
-outputs, with padding on the right: `attention_mask` has as many ones as a row has tokens, and a row's
-new tokens are written to the cache behind its last one. The cache may be one buffer of any length
-for past and present, and is then written in place; else present is as above. Where there are several
-rows, either all begin, or each gets one token.
+outputs, with padding on the right: `attention_mask` has as many ones as a row has tokens, and the
+new tokens of a row are written to the cache behind its last one. The cache may be one buffer of any
+length for past and present, and is then written in place; else present is as above. Where there are
+several rows, either all begin, or each gets one token.
 
 `heads` and `dim` may differ from block to block; they are taken from the cache that the model
 itself makes, never from its configuration. Every weight keeps its name in the model, and the
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exporters.onnx import attention, nbits, parity, qdq, trace
@@ -79,6 +79,9 @@ _STEPS = 4
 # What weights of these dtypes are rounded to where the model was not quantised.
 GRIDS = {"int8": Grid(8), "int4": Grid(4)}
 
+# What the output head is rounded to in both, where the graph is for ONNX Runtime alone.
+_HEAD = Grid(8)
+
 
 def export(
     checkpoint: Checkpoint,
@@ -102,7 +105,8 @@ def export(
             nothing.
         dtype: one of `parity.LIMITS`, of the weights; the cache and the logits are float16 for
             fp16 and int8-qdq, else float32. int8 and int4 (for ONNX Runtime, see `nbits`) and
-            int8-qdq (for engines, see `qdq`) are for the linear layers of the blocks.
+            int8-qdq (for engines, see `qdq`) are for the linear layers of the blocks; in a graph
+            for ONNX Runtime alone the output head has 8 bits too.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
@@ -151,6 +155,8 @@ def export(
     ranges: dict[str, qdq.Ranges] = {}
     if dtype in GRIDS:
         found = _codes(model, checkpoint, GRIDS[dtype], codes)
+        if graph == "ort" and (head := _head(model)) is not None:
+            found[head] = round_to(_matrix(model.get_submodule(head)).detach(), _HEAD)
         nbits.write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
         rounding = _rounded(
             destination / GRAPH, model, {name: one.weight for name, one in found.items()}, graph
@@ -270,8 +276,26 @@ def _rounded(
     """
     moved = _worst_logits(path, model, graph)
     for name, weight in weights.items():
-        matrix(model.get_submodule(name)).data.copy_(weight)
+        _matrix(model.get_submodule(name)).data.copy_(weight)
     return {"weights": moved}
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    """The module with the weight of the output head, which may be the embedding; None for none.
+
+    Once the blocks are of few bits it is the largest weight that a token reads.
+    """
+    output: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = output.weight is model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    if tied and output.weight.shape[1] % _HEAD.group:
+        return None  # rows of an embedding are looked up in whole groups only
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    return names[id(output.weight)].removesuffix(".weight")
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """[out, in], or [tokens, in] of an embedding."""
+    return module.weight if isinstance(module, nn.Embedding) else matrix(module)
 
 
 def _worst_logits(path: Path, model: PreTrainedModel, graph: str) -> float:
