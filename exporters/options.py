@@ -40,8 +40,8 @@ _LOGITS = (
 _GRAPH = (
     "ort: attention is ONNX Runtime's own operator, which writes the kv cache in place; for the "
     "CPU, in fp32, int8 and int4. Where it does not fit, the graph is neutral, and the reason is "
-    "said. neutral: operators that every runtime has, for TensorRT and GPUs.  [default: that of "
-    "the existing graph, or ort; triton: neutral]"
+    "said. neutral: operators that every runtime has, for GPUs.  [default: that of the existing "
+    "graph, or ort]"
 )
 
 

@@ -286,7 +286,7 @@ def _head(model: PreTrainedModel) -> str | None:
     Once the blocks are of few bits it is the largest weight that a token reads.
     """
     output: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tied = output.weight is model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    tied = output.weight is model.get_input_embeddings().weight
     if tied and output.weight.shape[1] % _HEAD.group:
         return None  # rows of an embedding are looked up in whole groups only
     names = {id(weight): name for name, weight in model.named_parameters()}

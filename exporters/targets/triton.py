@@ -1,18 +1,17 @@
 """A model repository for Triton: the graph, the engines that Triton loads, and a text model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from exporters import targets
-from exporters.options import ExportRequest, NoOptions, neutral_like
+from exporters.options import ExportRequest, NoOptions, exported_with
 from exporters.packages import Package
 from exporters.target import Target, no_checks, stage_bytes, write_stage
 from exporters.targets import tensorrt, tensorrt_rtx
 from thanos_deploy.bundle.layout import GRAPH_RECORD, ONNX, engine_folder
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.errors import UsageError
 from thanos_deploy.progress import Announce
 
 _NAME = "triton"
@@ -42,13 +41,9 @@ def _export(
     from thanos_deploy.bundle.graph_record import read_graph_record
     from thanos_deploy.pruning.result import PRUNE
 
-    if request.graph == "ort":
-        raise UsageError(
-            "--graph ort with --target triton: Triton's ONNX Runtime backend has GPUs to run the "
-            "graph, and its attention is of the CPU provider",
-            fix="use --graph neutral, with --overwrite where the bundle has another graph",
-        )
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
+    # The text model runs on this project's runtime, the graph on whatever Triton has.
+    graph = _neutral_graph(bundle, request, overwrite=overwrite, announce=announce)
     left_out = dict(_unfit(bundle))
     engines = {
         stage: repository.Engine(
@@ -63,9 +58,10 @@ def _export(
             bundle.path,
             folder,
             name=f"{bundle.source.name}-{bundle.options(PRUNE).pattern}",
+            graph=graph,
             engines=engines,
             tensorrt_options=tensorrt_build_options(
-                read_graph_record(bundle.path / ONNX / GRAPH_RECORD)
+                read_graph_record(bundle.path / graph / GRAPH_RECORD)
             ),
             text_options={option.name: type(option.default) for option in fields(Sampling)},
             text_model=Path(runtime.__path__[0]) / "triton_model.py",
@@ -79,14 +75,28 @@ def _export(
         write,
         inputs={
             "model": bundle.model_sha256,
-            ONNX: bundle.graph_sha256,
-            **{stage: bundle.hashes(stage) for stage in engines},
+            **{stage: bundle.hashes(stage) for stage in (ONNX, graph, *engines)},
         },
         # Twice the graph, where a file cannot have two names.
-        bytes_needed=lambda: 2 * sum(stage_bytes(bundle, stage) for stage in (ONNX, *engines)),
+        bytes_needed=lambda: 2 * sum(stage_bytes(bundle, one) for one in (ONNX, graph, *engines)),
         options=NoOptions(),
         overwrite=overwrite,
     )
+
+
+def _neutral_graph(
+    bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
+) -> str:
+    """The stage with a neutral graph, which is exported now if that of the bundle is not."""
+    from exporters.onnx.stage import export_pruned
+    from thanos_deploy.bundle.graph_record import read_graph_record
+
+    if read_graph_record(bundle.path / ONNX / GRAPH_RECORD).graph == "neutral":
+        return ONNX
+    stage = f"{ONNX}-neutral"
+    wanted = replace(request, graph="neutral")
+    export_pruned(bundle, wanted, stage=stage, overwrite=overwrite, announce=announce)
+    return stage
 
 
 def _unfit(bundle: Bundle) -> Iterator[tuple[str, str]]:
@@ -109,7 +119,7 @@ TARGET = Target(
     writes=_NAME,
     options=ExportRequest,
     dtypes=("fp32", "fp16", "int8", "int4"),
-    defaults=neutral_like,
+    defaults=exported_with,
     packages=(Package("tritonclient.grpc", extra="triton"),),
     gpu=False,
     export=_export,

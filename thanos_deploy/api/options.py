@@ -125,7 +125,7 @@ class ExportOptions(TypedDict, total=False):
         logits: "all", after every token, or "last". Default: what the graph that is there was made
             with, or "all"; for engines "last".
         graph: "ort", with ONNX Runtime's own attention where it fits the model, or "neutral".
-            Default: what the graph that is there was made with, or "ort"; for triton "neutral".
+            Default: what the graph that is there was made with, or "ort".
         batch: engines: sequences at once, the usual number and the largest. Default: (1, 8).
         seq: engines: tokens of a prompt, the usual number and the largest. Default: (128, 1024),
             or as far as the model goes.
