@@ -234,6 +234,25 @@ def test_attention_of_another_kind_does_not_fit(tiny_llama: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_quantised_graph_has_one_set_of_codes_for_embedding_and_head(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(make_model(hidden_size=64))
+    record = exporters.onnx.graph.export(
+        checkpoint, tmp_path, pattern=None, dtype="int4", graph="ort"
+    )
+    # Against PyTorch with the rounded weights, those of the embedding and the head included.
+    assert max(max(c.logits_error, c.cache_error) for c in record.parity) < 1e-5
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("MatMulNBits") == len(record.weights) + 1
+    assert kinds.count("GatherBlockQuantized") == 1
+    assert "MatMul" not in kinds
+    codes = next(one for one in graph.initializer if one.name == "model.embed_tokens.weight_Q8")
+    assert list(codes.dims) == [257, 2, 32]
+
+
+@pytest.mark.slow
 def test_a_graph_that_stays_neutral_is_recorded_with_the_reason(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
