@@ -1,9 +1,9 @@
 """Prefill and decode of one model in several runtimes, in turns, in one process.
 
-`python -m benchmarks.runtimes SUBJECT...` where a subject is a bundle with the target onnx (ours), a
-GGUF file (llama.cpp, by the package cyllama), a folder of ORT-GenAI, or `openvino:MODEL.onnx` with
-a graph of the target onnx. Every subject gets the same ids and continues them greedily. Prints the
-medians, and the ratio of each to the first subject, round by round; `--json FILE` keeps them.
+`python -m benchmarks.runtimes SUBJECT...` where a subject is a bundle with the target onnx (ours),
+a GGUF file (llama.cpp, by the package cyllama), a folder of ORT-GenAI, or `openvino:MODEL.onnx`
+with a graph of the target onnx. Every subject gets the same ids and continues them greedily. Prints
+the medians, and the ratio of each to the first subject, round by round; `--json FILE` keeps them.
 
 The machine has to be idle for the times to mean anything. Threads of ONNX Runtime spin for a while
 after a run, so there is a pause before each turn.
