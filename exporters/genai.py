@@ -155,8 +155,8 @@ def _config(model: Path, record: GraphRecord, session: Any) -> files.Json:
         "search": {
             "max_length": record.max_sequence,
             "do_sample": False,
-            # The graph appends to the cache that it is given and returns a longer one.
-            "past_present_share_buffer": False,
+            # A neutral graph appends to the cache that it is given and returns a longer one.
+            "past_present_share_buffer": record.graph == "ort",
         },
     }
 

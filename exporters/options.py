@@ -16,6 +16,7 @@ from thanos_deploy.option import option
 
 Dtype = Literal["fp32", "fp16", "int8", "int4", "int8-qdq"]
 Logits = Literal["all", "last"]
+Graph = Literal["neutral", "ort"]
 Form = Literal["matmul", "conv1x1", "auto"]
 Compatibility = Literal["none", "version", "same-sm", "ampere+"]
 
@@ -37,6 +38,12 @@ _LOGITS = (
     "that generating text needs. all: compute them after every token, which `eval --runtime onnx` "
     "needs.  [default: those of the existing graph, or all; engines: last]"
 )
+_GRAPH = (
+    "ort: attention is ONNX Runtime's own operator, which writes the kv cache in place; for the "
+    "CPU, in fp32, int8 and int4. Where it does not fit, the graph is neutral, and the reason is "
+    "said. neutral: operators that every runtime has, for GPUs.  [default: that of the existing "
+    "graph, or ort]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +59,15 @@ class ExportRequest:
         dtype: see `exporters.onnx.graph.export`.
         max_sequence: prompt and answer together; None for all that the model takes.
         logits: "all", after every token, or "last".
+        graph: "neutral", or "ort" where that fits the model; see `exporters.onnx.graph.export`.
     """
 
     dtype: Dtype = option("fp32", "--dtype", DTYPE)
     max_sequence: int | None = option(None, "--max-seq", _MAX_SEQUENCE)
     # Graphs were made with all logits before there was a choice.
     logits: Logits = option("all", "--logits", _LOGITS, later=True)
+    # All were neutral, likewise.
+    graph: Graph = option("neutral", "--graph", _GRAPH, later=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,4 +124,9 @@ GRAPHS: Stage[ExportRequest, Json, GraphResult] = Stage(ONNX, ExportRequest, dic
 
 def exported_with(bundle: Bundle) -> ExportRequest:
     """What the graph of a bundle was made with; the defaults if there is none."""
+    return bundle.options(GRAPHS) if ONNX in bundle.stages else ExportRequest(graph="ort")
+
+
+def neutral_like(bundle: Bundle) -> ExportRequest:
+    """The same, for a target that takes no graph but a neutral one."""
     return bundle.options(GRAPHS) if ONNX in bundle.stages else ExportRequest()

@@ -1,7 +1,7 @@
 """The graph that `exporters.onnx` describes, in a session of ONNX Runtime."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from thanos_deploy.model.rope import Change
 
 # Tokens of a text that are read at once: a row of logits is vocabulary-sized.
 _TOKENS_AT_ONCE = 256
+
+# Where a graph says in its metadata which operators it has; see `exporters.onnx.graph`.
+_GRAPH = "thanos_deploy.graph"
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = "logits"
@@ -33,6 +36,8 @@ class Graph:
         logits: "all" or "last"; see `exporters.onnx`.
         memory: of the device.
         change: where rows begin to depend on the longest one; see `thanos_deploy.model.rope`.
+        in_place: the graph has ONNX Runtime's own attention: padding is on the right of a row, and
+            `append` writes the cache in place.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class Graph:
         self._logits_type = floats.named(logits.type, tensor=logits.name)
         self.logits = "last" if logits.shape[1] == 1 else "all"
         self.vocabulary: int = logits.shape[2]
+        described = session.get_modelmeta().custom_metadata_map
+        self.in_place: bool = described.get(_GRAPH) == "ort"
 
     def empty_cache(self, batch: int) -> list[Tensor]:
         """The cache of sequences of which nothing has been read, each [batch, heads, 0, dim]."""
@@ -105,6 +112,58 @@ class Graph:
         logits, longer = self._append(ids, mask, cache, into)
         return self._rows(logits, tokens=1), longer
 
+    def bind(self, cache: Sequence[Tensor]) -> "Binding":
+        """Let one buffer be the past and the present of the runs of a graph `in_place`.
+
+        Args:
+            cache: each [batch, heads, room, dim].
+        """
+        binding = self._session.io_binding()
+        for entry, present, tensor in zip(self._past, self._present, cache, strict=True):
+            place = (self.memory.device, 0, tensor.type.onnx, tensor.shape, tensor.address)
+            binding.bind_input(entry.name, *place)
+            binding.bind_output(present, *place)
+        return Binding(binding, cache)
+
+    def append(self, bound: "Binding", ids: Ids, before: Ids, after: Ids) -> Logits:
+        """Append tokens to every sequence, in place.
+
+        Args:
+            bound: the cache. Where there is more than one token, it is of one sequence, or of
+                such as have none yet.
+            ids: int64[batch, tokens], with padding on the right.
+            before, after: int64[batch], the tokens of each sequence, padding left out.
+
+        Returns:
+            float32[batch, vocabulary], the logits after the last token of each.
+        """
+        total = int(after.max())
+        mask = (np.arange(total) < after[:, None]).astype(np.int64)
+        positions = before[:, None] + np.arange(ids.shape[1])
+        self._bind_tokens(bound.binding, ids, mask, positions)
+        batch, given = len(ids), 1 if self.logits == "last" else ids.shape[1]
+        flat = self.memory.allocate(batch * given * self.vocabulary, self._logits_type)
+        logits = replace(flat, shape=(batch, 1, given, self.vocabulary))
+        bound.binding.bind_output(
+            LOGITS,
+            self.memory.device,
+            0,
+            logits.type.onnx,
+            (batch, given, self.vocabulary),
+            logits.address,
+        )
+        self._run(bound.binding)
+        if given == 1:
+            lines = [logits.lines(range(batch), range(1))]
+        else:
+            last = (after - before - 1).tolist()
+            lines = [
+                logits.lines(range(row, row + 1), range(place, place + 1))
+                for row, place in enumerate(last)
+            ]
+        raw = np.concatenate(list(map(self.memory.read, lines)))
+        return logits.type.widen(raw.view(logits.type.bits))
+
     def read(self, ids: Ids) -> Iterator[Logits]:
         """Read one text from its beginning, a part at a time, as chunked prefill does.
 
@@ -139,12 +198,7 @@ class Graph:
         device = self.memory.device
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         binding = self._session.io_binding()
-        tokens = [
-            self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
-            for array in (ids, mask, positions)
-        ]
-        for name, value in zip(TOKEN_INPUTS, tokens, strict=True):
-            binding.bind_ortvalue_input(name, value)
+        self._bind_tokens(binding, ids, mask, positions)
         for entry, past in zip(self._past, cache, strict=True):
             binding.bind_input(entry.name, device, 0, past.type.onnx, past.shape, past.address)
         binding.bind_output(LOGITS, device)
@@ -154,13 +208,24 @@ class Graph:
             else:
                 room = into[index]
                 binding.bind_output(name, device, 0, room.type.onnx, room.shape, room.address)
-        binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        self._run(binding)
         logits, *longer = binding.get_outputs()
         if into is None:
             into = [_tensor(value, its) for value, its in zip(longer, self._types, strict=True)]
         return _tensor(logits, self._logits_type), into
+
+    def _bind_tokens(self, binding: Any, *arrays: Ids) -> None:
+        """Bind the inputs that are not the cache, in their order."""
+        for name, array in zip(TOKEN_INPUTS, arrays, strict=True):
+            value = self._ort.OrtValue.ortvalue_from_numpy(
+                np.ascontiguousarray(array), self.memory.device
+            )
+            binding.bind_ortvalue_input(name, value)
+
+    def _run(self, binding: Any) -> None:
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
 
     def _rows(self, logits: Tensor, *, tokens: int) -> Logits:
         """float32[batch * tokens, vocabulary], the last of the logits of every sequence."""
@@ -181,6 +246,19 @@ class Graph:
             taker="the export is made for",
             fix="use a shorter prompt or fewer new tokens, or export with a larger --max-seq",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A kv cache that the runs of a graph read and write in place.
+
+    Attributes:
+        binding: an `onnxruntime.IOBinding`.
+        cache: what is bound, which has to live as long.
+    """
+
+    binding: Any
+    cache: Sequence[Tensor]
 
 
 def _tensor(value: Any, type_: Float) -> Tensor:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,33 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
     return lambda model_type: store.folder(
         f"{model_type}-two-four", lambda folder: make(model_type, folder)
     )
+
+
+@pytest.fixture(scope="session")
+def exported_ort(make_model: MakeModel, store: Store) -> Exported:
+    """Makes a bundle with a small model of a type, and its graph `onnx` for ONNX Runtime alone."""
+
+    def produce(folder: Path, model_type: str) -> Json:
+        # Channels of a head that ONNX Runtime's attention can rotate.
+        wider: dict[str, dict[str, object]] = {
+            "opt": {"hidden_size": 64, "word_embed_proj_dim": 64},
+            "gemma2": {"head_dim": 16},
+            "glm4": {"head_dim": 32},
+        }
+        model = make_model(model_type, **wider.get(model_type, {"hidden_size": 64}))
+        shutil.copytree(model, folder / "model")
+        (folder / "onnx").mkdir()
+        record = exporters.onnx.graph.export(
+            Checkpoint.open(model), folder / "onnx", pattern=None, graph="ort"
+        )
+        assert record.graph == "ort"
+        return {}
+
+    def make(model_type: str, out: Path) -> None:
+        with claim(out, Source("folder", "tiny", "", "")) as bundle:
+            bundle.run("onnx", partial(produce, model_type=model_type), options={}, inputs={})
+
+    return lambda model_type: store.folder(f"{model_type}-ort", lambda out: make(model_type, out))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,15 @@
              present.0.value          the same; and so on for every block
 
 Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 or float16, as asked
-for. `heads` and `dim` may differ from block to block; they are taken from the cache that the model
+for. That is a neutral graph; where it has padding, that is on the left of a row.
+
+A graph for ONNX Runtime alone ("ort", see `exporters.onnx.attention`) has the same inputs and
+outputs, with padding on the right: `attention_mask` has as many ones as a row has tokens, and the
+new tokens of a row are written to the cache behind its last one. The cache may be one buffer of any
+length for past and present, and is then written in place; else present is as above. Where there are
+several rows, either all begin, or each gets one token.
+
+`heads` and `dim` may differ from block to block; they are taken from the cache that the model
 itself makes, never from its configuration. Every weight keeps its name in the model, and the
 pattern is judged on the file that was written.
 
@@ -27,11 +35,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from exporters.onnx import attention, nbits, parity, qdq, trace
 from exporters.onnx import judge as _weights
-from exporters.onnx import nbits, parity, qdq, trace
 from thanos_deploy.bundle import files, onnxfile
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.graph_record import CacheBlock, CacheRecord, GraphRecord
@@ -71,6 +79,9 @@ _STEPS = 4
 # What weights of these dtypes are rounded to where the model was not quantised.
 GRIDS = {"int8": Grid(8), "int4": Grid(4), "int8-qdq": Grid(8, None)}
 
+# What the output head is rounded to in both, where the graph is for ONNX Runtime alone.
+_HEAD = Grid(8)
+
 
 def export(
     checkpoint: Checkpoint,
@@ -80,6 +91,7 @@ def export(
     dtype: str = "fp32",
     max_sequence: int | None = None,
     logits: str = "all",
+    graph: str = "neutral",
     codes: Codes | None = None,
     origin: Mapping[str, str] | None = None,
     on_progress: OnProgress = silent,
@@ -93,10 +105,13 @@ def export(
             nothing.
         dtype: one of `parity.LIMITS`, of the weights; the cache and the logits are float16 for
             fp16 and int8-qdq, else float32. int8 and int4 (for ONNX Runtime, see `nbits`) and
-            int8-qdq (for engines, see `qdq`) are for the linear layers of the blocks.
+            int8-qdq (for engines, see `qdq`) are for the linear layers of the blocks; in a graph
+            for ONNX Runtime alone the output head has 8 bits too.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
+        graph: "neutral", or "ort" for ONNX Runtime's own attention where it fits the model; where
+            it does not, the graph is neutral and the record says why.
         codes: those of a model that was quantised, for int8, int4 and int8-qdq; None where they
             are to round its weights.
         origin: what else the graph's metadata says of where it comes from.
@@ -118,18 +133,21 @@ def export(
     model = load_model(checkpoint.folder)
     cast(model, _FLOATS[dtype])
     on_progress(1, _STEPS)
-    graph = trace.trace(model, logits=logits)
-    trace.simplify(graph, model)
+    plan, unfit = _plan(model, dtype, longest) if graph == "ort" else (None, None)
+    graph = "neutral" if plan is None else "ort"
+    traced = trace.trace(model, logits=logits, plan=plan)
+    trace.simplify(traced, model)
     claims = {
         "pattern": claimed or "none",
         "dtype": dtype,
         "max_sequence": str(longest),
         "logits": logits,
+        **({} if plan is None else {"graph": graph}),
         **(origin or {}),
     }
-    graph.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
-    ir.save(graph, destination / GRAPH, external_data=GRAPH_DATA)
-    del graph
+    traced.metadata_props.update({f"thanos_deploy.{key}": text for key, text in claims.items()})
+    ir.save(traced, destination / GRAPH, external_data=GRAPH_DATA)
+    del traced
     on_progress(2, _STEPS)
     _weights.require_names(destination / GRAPH, model)
     cast(model, torch.float32)
@@ -141,28 +159,32 @@ def export(
             ranges = _observe(model, checkpoint)
             names = tuple(ranges)
         found = _codes(model, names, dtype, checkpoint, codes)
+        if graph == "ort" and (head := _head(model)) is not None:
+            found[head] = round_to(_matrix(model.get_submodule(head)).detach(), _HEAD)
         write = qdq.quantise if dtype == "int8-qdq" else nbits.write
         write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
         # A float16 graph rounds what it makes of the codes.
         values = {name: one.weight.to(_FLOATS[dtype]) for name, one in found.items()}
-        rounding = _rounded(destination / GRAPH, model, values)
+        rounding = _rounded(destination / GRAPH, model, values, graph)
     weights = _weights.read(destination / GRAPH, model, checkpoint.linears, patterns)
     on_progress(3, _STEPS)
     limit = parity.LIMITS[dtype]
-    cases = list(parity.compare(destination / GRAPH, model, limit))
+    cases = list(parity.compare(destination / GRAPH, model, limit, graph=graph))
     if dtype in ("int8", "int4"):
         nbits.use_integer_kernels(destination / GRAPH)
     if dtype == "int8-qdq":
         sparse = {name for name, its in patterns.items() if its == SemiStructured(2, 4)}
         qdq.quantise_activations(destination / GRAPH, ranges, results=sparse)
     if rounding:
-        rounding["activations"] = _worst_logits(destination / GRAPH, model)
+        rounding["activations"] = _worst_logits(destination / GRAPH, model, graph)
     record = GraphRecord(
         opset=trace.OPSET,
         dtype=dtype,
         pattern=claimed,
         max_sequence=longest,
         logits=logits,
+        graph=graph,
+        neutral_because=unfit,
         cache=_cache_record(model, _FLOATS[dtype]),
         rounding=rounding,
         quantised=tuple(ranges) if dtype == "int8-qdq" else None,
@@ -239,20 +261,54 @@ def _codes(
     return {name: codes.of(name, checkpoint.linear(name)) for name in names}
 
 
-def _rounded(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def _rounded(
+    path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], graph: str
+) -> dict[str, float]:
     """Give the model the weights that the file has.
 
     Returns:
         "weights": how far that moves the logits, relative to their range.
     """
-    moved = _worst_logits(path, model)
+    moved = _worst_logits(path, model, graph)
     for name, weight in weights.items():
-        matrix(model.get_submodule(name)).data.copy_(weight)
+        _matrix(model.get_submodule(name)).data.copy_(weight)
     return {"weights": moved}
 
 
-def _worst_logits(path: Path, model: PreTrainedModel) -> float:
-    return max(case.logits_error for case in parity.compare(path, model, float("inf")))
+def _head(model: PreTrainedModel) -> str | None:
+    """The module with the weight of the output head, which may be the embedding; None for none.
+
+    Once the blocks are of few bits it is the largest weight that a token reads.
+    """
+    output: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = output.weight is model.get_input_embeddings().weight
+    cols = output.weight.shape[1]
+    if tied and cols % _HEAD.width(cols):
+        return None  # rows of an embedding are looked up in whole groups only
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    return names[id(output.weight)].removesuffix(".weight")
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """[out, in], or [tokens, in] of an embedding."""
+    return module.weight if isinstance(module, nn.Embedding) else matrix(module)
+
+
+def _worst_logits(path: Path, model: PreTrainedModel, graph: str) -> float:
+    cases = parity.compare(path, model, float("inf"), graph=graph)
+    return max(case.logits_error for case in cases)
+
+
+def _plan(
+    model: PreTrainedModel, dtype: str, longest: int
+) -> tuple[attention.Plan | None, str | None]:
+    """How ONNX Runtime's attention is to compute the model's; or None, and why it is not to."""
+    if _FLOATS[dtype] is not torch.float32:
+        return None, f"{dtype} is for GPUs, and ONNX Runtime's attention is used on CPUs"
+    try:
+        return attention.plan(model, longest), None
+    except attention.UnfitError as error:
+        return None, str(error)
 
 
 def _longest(checkpoint: Checkpoint, asked: int | None) -> int:

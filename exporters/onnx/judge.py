@@ -8,7 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from exporters.onnx import nbits
+from exporters.onnx import nbits, rotary
 from thanos_deploy.bundle.graph_record import WeightRecord
 from thanos_deploy.errors import GateError
 from thanos_deploy.model.linear import matrix
@@ -29,6 +29,7 @@ def require_names(path: Path, model: PreTrainedModel) -> None:
         if shapes.get(name) not in (list(parameter.shape), list(parameter.shape)[::-1])
     ]
     known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    known |= {name for name in shapes if rotary.is_table(name)}
     # A vector stays one with axes of length 1 about it: rotary frequencies are broadcast like that.
     foreign = [
         name

@@ -7,6 +7,11 @@ after:  MatMulNBits(x, Q, S) or MatMulNBits(x, Q, S, Z) with S float32[out, bloc
 Q is uint8[out, blocks, group * bits / 8] and Z uint8[out, blocks * bits / 8, rounded up]; of two
 codes of 4 bits in a byte the first is the lower half. Without Z it is 2^(bits - 1). MatMulNBits is
 an operator of ONNX Runtime (com.microsoft), which TensorRT does not read.
+
+An output head that is the embedding transposed shares its codes, which are of 8 bits, with it:
+
+before: Gather(W, ids), MatMul(x, Transpose(W)) with W float32 [tokens, in]
+after:  GatherBlockQuantized(Reshape(Q), ids, S), MatMulNBits(x, Q, S)
 """
 
 from collections.abc import Mapping
@@ -42,7 +47,7 @@ def write(path: Path, weights: Mapping[str, Quantised]) -> None:
 
     Args:
         path: the ONNX file, with its data beside it.
-        weights: by the name of a weight that MatMul reads.
+        weights: by the name of a weight that MatMul reads, as it is or transposed.
     """
     weights = {
         name: one.grouped(_BLOCK) if one.grid.group is None else one
@@ -50,9 +55,20 @@ def write(path: Path, weights: Mapping[str, Quantised]) -> None:
     }
     model = onnx.load(path)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    turned = {
+        node.output[0]: node
+        for node in model.graph.node
+        if node.op_type == "Transpose" and node.input[0] in weights
+    }
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            _replace(node, weights[node.input[1]])
+        if node.op_type == "MatMul":
+            if node.input[1] in turned:
+                node.input[1] = turned[node.input[1]].input[0]
+            if node.input[1] in weights:
+                _replace(node, weights[node.input[1]])
+    for transpose in turned.values():
+        model.graph.node.remove(transpose)
+        _share_rows(model.graph, transpose.input[0], weights[transpose.input[0]])
     for name, quantised in weights.items():
         model.graph.initializer.remove(initializers[name])
         model.graph.initializer.extend(_initializers(name, quantised))
@@ -112,6 +128,25 @@ def _replace(node: onnx.NodeProto, quantised: Quantised) -> None:
     group = grid.width(inputs)
     attributes = {"K": inputs, "N": outputs, "bits": grid.bits, "block_size": group}
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+
+
+def _share_rows(graph: onnx.GraphProto, name: str, quantised: Quantised) -> None:
+    """Let an embedding look its rows up in the codes of the output head."""
+    grid = quantised.grid
+    codes, scales = f"{name}{_CODES[grid.bits]}", f"{name}{_SCALES}"
+    rows, shape = f"{codes}_rows", f"{codes}_rows_shape"
+    sizes = np.array(quantised.codes.shape, np.int64)
+    graph.initializer.append(numpy_helper.from_array(sizes, shape))
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] == name:
+            ids = node.input[1]
+            del node.input[:], node.attribute[:]
+            node.input.extend([rows, ids, scales])
+            node.op_type, node.domain = "GatherBlockQuantized", DOMAIN
+            attributes = {"bits": grid.bits, "block_size": grid.group}
+            attributes |= {"gather_axis": 0, "quantize_axis": 1}
+            node.attribute.extend(helper.make_attribute(*one) for one in attributes.items())
+    graph.node.insert(0, helper.make_node("Reshape", [codes, shape], [rows]))
 
 
 def _initializers(name: str, quantised: Quantised) -> list[onnx.TensorProto]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,63 +20,52 @@ from thanos_deploy.errors import GateError, boundary
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int4": 1e-4, "int8-qdq": 5e-3}
 
 
-def compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[ParityCase]:
-    """Run ONNX Runtime beside PyTorch through prefill, chunked prefill, decode and left padding."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # ONNX Runtime turns int8 weights behind a DequantizeLinear into its own MatMulNBits, and would
-    # round the activations to int8 on its own account.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    with boundary(
-        GateError,
-        f"{path}: ONNX Runtime does not load the graph that was made",
-        fix="export with another --dtype, or run `model` in the bundle with transformers: it is an "
-        "ordinary folder",
-    ):
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()[3:]]
-    outputs = [value.name for value in session.get_outputs()]
-    stored = np.float16 if session.get_outputs()[0].type == "tensor(float16)" else np.float32
+def compare(
+    path: Path, model: PreTrainedModel, limit: float, *, graph: str = "neutral"
+) -> Iterator[ParityCase]:
+    """Run ONNX Runtime beside PyTorch: prefill, chunked prefill, decode, and rows that differ.
+
+    Args:
+        path: the ONNX file.
+        model: in float32.
+        limit: the largest error, relative to the spread of the expected values.
+        graph: "neutral", which has padding on the left, or "ort", which has it on the right and
+            writes the cache of the padded rows in place; see `exporters.onnx.graph`.
+    """
+    run = _Session(path)
     text = _sample(model, rows=3, length=12)
     wrapped = WithFlatCache(model).eval()
 
     def case(
-        name: str, sequence: int, past: list[Tensor], mask: Tensor
+        name: str, sequence: int, past: list[Tensor], mask: Tensor, *, in_place: bool = False
     ) -> tuple[ParityCase, list[Tensor]]:
         batch, total = mask.shape
         ids = text[:batch, total - sequence : total]
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -sequence:]
         with torch.inference_mode():
             expected = wrapped(ids, mask, positions, past)
-        feeds = {
-            name: entry.numpy().astype(stored) for name, entry in zip(names, past, strict=True)
-        }
-        actual = session.run(
-            None,
-            {
-                "input_ids": ids.numpy(),
-                "attention_mask": mask.numpy(),
-                "position_ids": positions.numpy(),
-                **feeds,
-            },
-        )
+        given = (ids.numpy(), mask.numpy(), positions.numpy(), [one.numpy() for one in past])
+        if graph == "ort":
+            actual = run.padded_on_the_right(*given, in_place=in_place)
+        else:
+            actual = run(*given)
         real = mask.bool()
         # The graph may give the logits after the last token only; PyTorch's are all there.
         kept = actual[0].shape[1]
         seen = real[:, -kept:]
         errors = {"logits": _relative(expected[0][:, -kept:][seen], actual[0][seen.numpy()])}
-        for output, want, got in zip(outputs[1:], expected[1:], actual[1:], strict=True):
+        for output, want, got in zip(run.present, expected[1:], actual[1:], strict=True):
             # [batch, heads, total, dim]: bring the token axis beside the batch axis.
             errors[output] = _relative(want.transpose(1, 2)[real], got.swapaxes(1, 2)[real.numpy()])
         # Written so that NaN is beyond the limit.
-        beyond = [output for output in (*outputs[1:], "logits") if not errors[output] <= limit]
+        beyond = [output for output in (*run.present, "logits") if not errors[output] <= limit]
         compared = ParityCase(
             name,
             batch,
             past[0].shape[2],
             sequence,
             logits_error=errors["logits"],
-            cache_error=float(np.max([errors[output] for output in outputs[1:]])),
+            cache_error=float(np.max([errors[output] for output in run.present])),
             first_differing=beyond[0] if beyond else None,
         )
         return compared, [tensor.clone() for tensor in expected[1:]]
@@ -90,9 +80,104 @@ def compare(path: Path, model: PreTrainedModel, limit: float) -> Iterator[Parity
     padded = torch.ones(3, 6, dtype=torch.long)
     padded[1, :2] = 0
     padded[2, :5] = 0
-    compared, cache = case("left-padded batch", 6, empty_cache(model, 3, 0), padded)
+    compared, cache = case("padded batch", 6, empty_cache(model, 3, 0), padded, in_place=True)
     yield compared
-    yield case("decode of that batch", 1, cache, nn.functional.pad(padded, (0, 1), value=1))[0]
+    longer = nn.functional.pad(padded, (0, 1), value=1)
+    yield case("decode of that batch", 1, cache, longer, in_place=True)[0]
+
+
+Array = NDArray[Any]
+
+
+class _Session:
+    """A graph on ONNX Runtime's CPU provider.
+
+    Attributes:
+        present: names of the outputs with the cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # ONNX Runtime turns int8 weights behind a DequantizeLinear into its own MatMulNBits, and
+        # would round the activations to int8 on its own account.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        with boundary(
+            GateError,
+            f"{path}: ONNX Runtime does not load the graph that was made",
+            fix="export with another --dtype or --graph, or run `model` in the bundle with "
+            "transformers: it is an ordinary folder",
+        ):
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        logits, *present = self._session.get_outputs()
+        self.present = [value.name for value in present]
+        self._stored = np.float16 if logits.type == "tensor(float16)" else np.float32
+
+    def __call__(
+        self, ids: Array, mask: Array, positions: Array, past: Sequence[Array]
+    ) -> list[Array]:
+        """The logits and the longer cache."""
+        cache = [one.astype(self._stored) for one in past]
+        feeds = dict(zip(self._inputs, (ids, mask, positions, *cache), strict=True))
+        outputs: list[Array] = self._session.run(None, feeds)
+        return outputs
+
+    def padded_on_the_right(
+        self,
+        ids: Array,
+        mask: Array,
+        positions: Array,
+        past: Sequence[Array],
+        *,
+        in_place: bool,
+    ) -> list[Array]:
+        """The same of rows whose padding is on the left in all that is given and in the result.
+
+        Args:
+            ids, mask, positions, past: as for a call.
+            in_place: past and present are one buffer, with more room than is needed.
+        """
+        sizes = (mask == 0).sum(axis=1)
+        ids, positions = (
+            _rolled(one, -np.minimum(sizes, one.shape[1] - 1), axis=1) for one in (ids, positions)
+        )
+        mask = _rolled(mask, -sizes, axis=1)
+        past = [_rolled(one, -sizes, axis=2) for one in past]
+        if in_place:
+            logits, *present = self._in_place(ids, mask, positions, past)
+        else:
+            logits, *present = self(ids, mask, positions, past)
+        if logits.shape[1] > 1:
+            logits = _rolled(logits, sizes, axis=1)
+        return [logits, *(_rolled(one, sizes, axis=2) for one in present)]
+
+    def _in_place(
+        self, ids: Array, mask: Array, positions: Array, past: Sequence[Array]
+    ) -> list[Array]:
+        total = mask.shape[1]
+        binding = self._session.io_binding()
+        for name, array in zip(self._inputs, (ids, mask, positions), strict=False):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits", "cpu")
+        buffers = []
+        for before, after, one in zip(self._inputs[3:], self.present, past, strict=True):
+            batch, heads, length, dim = one.shape
+            # What is nobody's may be anything.
+            buffer = np.full((batch, heads, total + 3, dim), np.nan, self._stored)
+            buffer[:, :, :length] = one
+            bound = ("cpu", 0, self._stored, buffer.shape, buffer.ctypes.data)
+            binding.bind_input(before, *bound)
+            binding.bind_output(after, *bound)
+            buffers.append(buffer)
+        self._session.run_with_iobinding(binding)
+        return [binding.get_outputs()[0].numpy(), *(buffer[:, :, :total] for buffer in buffers)]
+
+
+def _rolled(array: Array, by: NDArray[np.integer[Any]], *, axis: int) -> Array:
+    """Every row of a batch rolled by its own number of tokens."""
+    rows = [np.roll(row, int(shift), axis - 1) for row, shift in zip(array, by, strict=True)]
+    return np.stack(rows)
 
 
 def _sample(model: PreTrainedModel, *, rows: int, length: int) -> Tensor:

@@ -87,6 +87,23 @@ def _with_heads(op: Any, tensor: Any, heads: int | None) -> Any:
     return op.Reshape(tensor, op.Constant(value=shape))
 
 
+def _turned_twice(op: Any, x: Any) -> Any:
+    """Heads that are brought to the front for attention, and back again for its operator."""
+    return op.Transpose(op.Transpose(x, perm=[0, 2, 1, 3]), perm=[0, 2, 1, 3])
+
+
+def _reshaped_twice(op: Any, x: Any, first: Any, second: Any) -> Any:
+    return op.Reshape(op.Reshape(x, first), second, _outputs=["back"])
+
+
+def _itself(op: Any, x: ir.Value, **_: Any) -> Any:
+    return op.Identity(x)
+
+
+def _is_as_before(context: Any, x: ir.Value, back: ir.Value, **_: Any) -> bool:
+    return x.shape is not None and x.shape == back.shape
+
+
 def _masked_by_lowest(op: Any, visible: Any, zero: Any, lowest: Any) -> Any:
     return op.Where(visible, zero, lowest)
 
@@ -121,7 +138,9 @@ def apply(graph: ir.Model) -> None:
             RewriteRule(_with_repeated_keys, _with_keys, _know_their_heads),
             RewriteRule(_with_repeated_values, _with_values, _know_their_heads),
             RewriteRule(_masked_by_lowest, _masked_by_half, _is_lowest),
+            RewriteRule(_turned_twice, _itself),
         ),
+        (RewriteRule(_reshaped_twice, _itself, _is_as_before),),
     ):
         RewritePass(rules)(graph)
         common_passes.IdentityEliminationPass()(graph)

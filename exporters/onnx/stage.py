@@ -62,6 +62,7 @@ def export(
             dtype=request.dtype,
             max_sequence=request.max_sequence,
             logits=request.logits,
+            graph=request.graph,
             codes=None if codes is None else Codes.open(codes),
             origin=origin,
             on_progress=announce(f"Export the {title} to ONNX and compare it with PyTorch"),

@@ -3,8 +3,6 @@
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -13,7 +11,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from exporters.onnx import repeat
+from exporters.onnx import attention, repeat, rotary
 from exporters.onnx import simplify as _rewrites
 from thanos_deploy.errors import ModelError, boundary
 from thanos_deploy.model.families import family_of
@@ -77,7 +75,7 @@ _KEPT = 2
 _traced: dict[str, ir.Model] = {}
 
 
-def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
+def trace(model: PreTrainedModel, *, logits: str, plan: attention.Plan | None = None) -> ir.Model:
     """The exporter's raw graph, with the inputs and outputs that `exporters.onnx` describes.
 
     A trace sees the configuration and the shapes of the weights, and never their values. So a model
@@ -87,20 +85,23 @@ def trace(model: PreTrainedModel, *, logits: str) -> ir.Model:
     Args:
         model: the model.
         logits: as for `WithFlatCache`.
+        plan: for a graph with ONNX Runtime's attention; None for a neutral one.
     """
-    key = _structure(model, logits)
+    key = _structure(model, logits, plan)
     if key in _traced:
         bare = _traced.pop(key)
     else:
-        bare = _without_weights(_whole(model, logits), model)
+        bare = _without_weights(_whole(model, logits, plan), model)
         while len(_traced) >= _KEPT:
             del _traced[next(iter(_traced))]
     _traced[key] = bare  # the last used comes last
     return _with_weights(bare, model)
 
 
-def _structure(model: PreTrainedModel, logits: str) -> str:
+def _structure(model: PreTrainedModel, logits: str, plan: attention.Plan | None = None) -> str:
     """All that a trace depends on."""
+    # What else a plan holds follows from the configuration.
+    positions = plan and [len(cosines) for cosines, _ in plan.tables]
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     owners: dict[int, str] = {}
@@ -108,7 +109,7 @@ def _structure(model: PreTrainedModel, logits: str) -> str:
         (name, tuple(tensor.shape), tensor.dtype, owners.setdefault(id(tensor), name))
         for name, tensor in _tensors(model).items()
     ]
-    return repr((type(model), logits, config, tensors))
+    return repr((type(model), logits, plan is None, positions, config, tensors))
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -150,22 +151,22 @@ def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
     return graph
 
 
-def _whole(model: PreTrainedModel, logits: str) -> ir.Model:
+def _whole(model: PreTrainedModel, logits: str, plan: attention.Plan | None) -> ir.Model:
     """The raw graph of a model; of blocks that are all alike, only a few are traced."""
     if not repeat.blocks_are_alike(model):
-        return _trace(model, logits)
+        return _trace(model, logits, plan)
     with repeat.shortened(model):
-        graph = _trace(model, logits)
+        graph = _trace(model, logits, plan)
     blocks = f"{_ATTRIBUTE}{family_of(model.config.model_type).blocks}"
     try:
         repeat.lengthen(graph, blocks, model.config.num_hidden_layers)
     except repeat.NotRepeatingError as error:
         logger.info("every block is traced: %s", error)
-        return _trace(model, logits)
+        return _trace(model, logits, plan)
     return graph
 
 
-def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
+def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = None) -> ir.Model:
     # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
     batch, past, sequence = 2, 5, 3
     seen = empty_cache(model, batch, past)
@@ -176,11 +177,16 @@ def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
         seen,
     )
     cache = [f"{layer}.{part}" for layer in range(len(seen) // 2) for part in ("key", "value")]
-    usual = model.config._attn_implementation
-    scaling = _without_dynamic_scaling(model)
-    # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
-    # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
-    model.set_attn_implementation("eager")
+    scaling = rotary.without_dynamic_scaling(model)
+    wrapped: nn.Module
+    if plan is None:
+        # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
+        # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
+        implemented = attention.implemented(model, "eager")
+        wrapped = WithFlatCache(model, logits=logits)
+    else:
+        implemented = attention.implemented(model, attention.NAME)
+        wrapped = attention.WithCacheInPlace(model, plan, logits=logits)
     untraceable = boundary(
         ModelError,
         f"{model.config.model_type}: PyTorch's exporter cannot follow what the model computes, so "
@@ -188,11 +194,11 @@ def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
         fix="run the pruned model with the library that it is made for; `model` in the bundle is "
         "an ordinary Hugging Face folder",
     )
-    with untraceable, scaling, warnings.catch_warnings():
+    with untraceable, scaling, implemented, warnings.catch_warnings():
         # The exporter warns about its own internals; the result is compared with the model below.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            WithFlatCache(model, logits=logits).eval(),
+            wrapped.eval(),
             example,
             dynamo=True,
             optimize=False,
@@ -212,34 +218,13 @@ def _trace(model: PreTrainedModel, logits: str) -> ir.Model:
             ],
             output_names=["logits", *(f"present.{name}" for name in cache)],
         )
-    model.set_attn_implementation(usual)
     assert program is not None
+    if plan is not None:
+        for value in program.model.graph.outputs[1:]:
+            assert value.shape is not None
+            # Not past and sequence together, where past and present are one buffer.
+            value.shape = ir.Shape([*value.shape[:2], "present", value.shape[3]])
     return program.model
-
-
-@contextmanager
-def _without_dynamic_scaling(model: PreTrainedModel) -> Iterator[None]:
-    """Leave dynamic NTK scaling out, which begins beyond `max_position_embeddings`.
-
-    No graph is made for texts of such a length, and a trace cannot follow what it decides on them.
-    """
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
-    kinds: list[Any] = [module.rope_type for module in modules]
-    for module, kind in zip(modules, kinds, strict=True):
-        module.rope_type = (
-            {layer: _static(its) for layer, its in kind.items()}
-            if isinstance(kind, dict)
-            else _static(kind)
-        )
-    try:
-        yield
-    finally:
-        for module, kind in zip(modules, kinds, strict=True):
-            module.rope_type = kind
-
-
-def _static(kind: str) -> str:
-    return "default" if "dynamic" in kind else kind
 
 
 def simplify(graph: ir.Model, model: PreTrainedModel) -> None:

@@ -29,8 +29,11 @@ def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
 def _show(result: Json) -> Table:
     """How far ONNX Runtime and PyTorch are apart."""
     graph = decode(GraphResult, result)
+    kind = f"{graph.graph} graph"
+    if graph.neutral_because is not None:
+        kind += f" ({graph.neutral_because})"
     return Table(
-        f"ONNX Runtime against PyTorch, limit {graph.parity_limit:g}",
+        f"{kind}: ONNX Runtime against PyTorch, limit {graph.parity_limit:g}",
         ("case", "batch", "past", "sequence", "logits", "kv cache"),
         tuple(
             (

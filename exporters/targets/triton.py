@@ -1,7 +1,7 @@
 """A model repository for Triton: the graph, the engines that Triton loads, and a text model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ def _export(
     from thanos_deploy.pruning.result import PRUNE
 
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
+    # The text model runs on this project's runtime, the graph on whatever Triton has.
+    graph = _neutral_graph(bundle, request, overwrite=overwrite, announce=announce)
     left_out = dict(_unfit(bundle))
     engines = {
         stage: repository.Engine(
@@ -56,9 +58,10 @@ def _export(
             bundle.path,
             folder,
             name=f"{bundle.source.name}-{bundle.options(PRUNE).pattern}",
+            graph=graph,
             engines=engines,
             tensorrt_options=tensorrt_build_options(
-                read_graph_record(bundle.path / ONNX / GRAPH_RECORD)
+                read_graph_record(bundle.path / graph / GRAPH_RECORD)
             ),
             text_options={option.name: type(option.default) for option in fields(Sampling)},
             text_model=Path(runtime.__path__[0]) / "triton_model.py",
@@ -72,14 +75,28 @@ def _export(
         write,
         inputs={
             "model": bundle.model_sha256,
-            ONNX: bundle.graph_sha256,
-            **{stage: bundle.hashes(stage) for stage in engines},
+            **{stage: bundle.hashes(stage) for stage in (ONNX, graph, *engines)},
         },
         # Twice the graph, where a file cannot have two names.
-        bytes_needed=lambda: 2 * sum(stage_bytes(bundle, stage) for stage in (ONNX, *engines)),
+        bytes_needed=lambda: 2 * sum(stage_bytes(bundle, one) for one in (ONNX, graph, *engines)),
         options=NoOptions(),
         overwrite=overwrite,
     )
+
+
+def _neutral_graph(
+    bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
+) -> str:
+    """The stage with a neutral graph, which is exported now if that of the bundle is not."""
+    from exporters.onnx.stage import export_pruned
+    from thanos_deploy.bundle.graph_record import read_graph_record
+
+    if read_graph_record(bundle.path / ONNX / GRAPH_RECORD).graph == "neutral":
+        return ONNX
+    stage = f"{ONNX}-neutral"
+    wanted = replace(request, graph="neutral")
+    export_pruned(bundle, wanted, stage=stage, overwrite=overwrite, announce=announce)
+    return stage
 
 
 def _unfit(bundle: Bundle) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from exporters.onnx.stage import export_pruned
-from exporters.options import EngineRequest, ExportRequest, exported_with
+from exporters.options import EngineRequest, ExportRequest, neutral_like
 from exporters.target import stage_bytes, write_stage
 from exporters.tensorrt import engine
 from exporters.tensorrt.library import Library
@@ -96,7 +96,7 @@ def export_graph(
     announce: Announce = quietly,
 ) -> str:
     """The stage with the graph that an engine is made from, which is exported now if need be."""
-    own = exported_with(bundle)
+    own = neutral_like(bundle)
     wanted = ExportRequest(request.dtype, request.max_sequence or own.max_sequence, request.logits)
     # The graph of the bundle serves as it is, if it is of the right kind.
     last = "-last" if request.logits == "last" else ""

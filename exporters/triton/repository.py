@@ -78,6 +78,7 @@ def export(
     destination: Path,
     *,
     name: str,
+    graph: str = ONNX,
     engines: Mapping[str, Engine],
     tensorrt_options: Mapping[str, str],
     text_options: Mapping[str, type],
@@ -90,6 +91,7 @@ def export(
         bundle: its folder, with a graph and a tokenizer.
         destination: an existing folder.
         name: of the InferenceService.
+        graph: the folder of the bundle with the neutral graph; the text model has that in `onnx`.
         engines: by the name of their model.
         tensorrt_options: of ONNX Runtime's TensorRT provider, for the graph.
         text_options: what a request for text may set beside the prompt, and of which type it is.
@@ -115,7 +117,7 @@ def export(
         )
     configs = {
         TEXT: _text(types, text_options),
-        ONNX: _graph(types, bundle / ONNX / GRAPH, tensorrt_options),
+        ONNX: _graph(types, bundle / graph / GRAPH, tensorrt_options),
         **{model: _engine(types, engine) for model, engine in engines.items()},
     }
     on_progress(0, len(configs))
@@ -128,8 +130,10 @@ def export(
     for read in (*_READ_BY_TEXT, *filter(recorded, texts)):
         if (bundle / read).exists():
             _copy(bundle / read, folders[TEXT] / "bundle" / read)
-    shutil.copyfile(bundle / ONNX / GRAPH, folders[ONNX] / GRAPH)
-    files.link(folders[TEXT] / "bundle" / ONNX / GRAPH_DATA, folders[ONNX] / GRAPH_DATA)
+    shutil.copyfile(bundle / graph / GRAPH, folders[ONNX] / GRAPH)
+    read_by_text = folders[TEXT] / "bundle" / graph / GRAPH_DATA
+    data = read_by_text if read_by_text.exists() else bundle / graph / GRAPH_DATA
+    files.link(data, folders[ONNX] / GRAPH_DATA)
     for model, engine in engines.items():
         shutil.copyfile(engine.folder / ENGINE, folders[model] / "model.plan")
     cache = _SLOTS * record.max_sequence * record.cache.bytes_per_token

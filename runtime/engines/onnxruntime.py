@@ -12,6 +12,7 @@ import numpy as np
 from runtime import memory
 from runtime.engine import Ids, Logits, Weights, require_readable
 from runtime.graph import LOGITS, TOKEN_INPUTS, Graph
+from runtime.in_place import InPlaceRows
 from runtime.memory import Tensor
 from runtime.slots import OnnxRuntimeSlots
 from thanos_deploy.bundle import onnxfile
@@ -71,6 +72,39 @@ class OnnxRuntimeEngine:
         return logits
 
 
+class OnnxRuntimeInPlaceEngine:
+    """A graph that writes the kv cache in place, and that cache.
+
+    Attributes:
+        max_sequence: the most tokens, prompt and answer together.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.max_sequence = graph.max_sequence
+        self._graph = graph
+        self._rows = InPlaceRows(graph, 0)
+        self._columns = 0  # of the longest sequence
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
+        """See `Engine.prefill`."""
+        require_readable(ids, self._graph.vocabulary)
+        self._graph.require_room(ids.shape[1])
+        batch, self._columns = ids.shape
+        counts = np.full(batch, self._columns) if mask is None else mask.sum(axis=1)
+        to_the_right = np.stack(
+            [np.roll(row, count) for row, count in zip(ids, counts.tolist(), strict=True)]
+        )
+        self._rows = InPlaceRows(self._graph, batch)
+        self._rows.add(np.zeros(batch, np.int64))
+        return self._rows.read(range(batch), to_the_right, counts)
+
+    def decode(self, ids: Ids) -> Logits:
+        """See `Engine.decode`."""
+        self._columns += 1
+        self._graph.require_room(self._columns)
+        return self._rows.decode(ids)
+
+
 def folder(bundle: Bundle) -> str:
     """The part of a bundle with the graph."""
     return ONNX
@@ -78,9 +112,10 @@ def folder(bundle: Bundle) -> str:
 
 def open_engine(
     bundle: Path, *, provider: str = "cpu", threads: int | None = None
-) -> OnnxRuntimeEngine:
+) -> OnnxRuntimeEngine | OnnxRuntimeInPlaceEngine:
     """Load `onnx/model.onnx` of a bundle; see `open_graph`."""
-    return OnnxRuntimeEngine(open_graph(bundle, provider=provider, threads=threads))
+    graph = open_graph(bundle, provider=provider, threads=threads)
+    return (OnnxRuntimeInPlaceEngine if graph.in_place else OnnxRuntimeEngine)(graph)
 
 
 def open_slots(
@@ -130,7 +165,7 @@ def open_graph(
         PlatformError: onnxruntime is not installed, or it gave another provider than asked for.
         InputError: there is no such model, ONNX Runtime cannot load it, or its inputs are not
             those of `exporters.onnx`.
-        UsageError: there is no such provider.
+        UsageError: there is no such provider, or the graph is for another one.
     """
     if provider not in PROVIDERS:
         raise UsageError(
@@ -150,6 +185,13 @@ def open_graph(
                 f"{needed}: missing", fix=f"run `thanos-deploy export {bundle} --target onnx` first"
             )
     onnxfile.require_own_data(path)
+    record = read_graph_record(folder / GRAPH_RECORD)
+    if provider != "cpu" and record.graph == "ort":
+        raise UsageError(
+            f"{path}: a graph with operators of ONNX Runtime's CPU provider, on {provider}",
+            fix=f"run `thanos-deploy export {bundle} --target onnx --graph neutral --overwrite` "
+            "first",
+        )
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:
@@ -193,7 +235,7 @@ def open_graph(
         session,
         ort,
         memory=memory.HostMemory() if provider == "cpu" else memory.open_cuda(ort),
-        max_sequence=read_graph_record(folder / GRAPH_RECORD).max_sequence,
+        max_sequence=record.max_sequence,
         change=rope.change_in(bundle),
     )
 

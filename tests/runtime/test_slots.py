@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from runtime.batching import Batcher, Request
 from runtime.engine import Reading, open_engine, open_slots
-from runtime.generate import generate
+from runtime.generate import generate, generate_batch
 from runtime.graph import Graph
 from runtime.memory import HostMemory
+from runtime.padded import PaddedRows
 from runtime.prefixes import Prefixes, covered
 from runtime.sampling import Sampling
 from runtime.slots import OnnxRuntimeSlots
@@ -31,13 +32,17 @@ Open = Callable[[str], Graph]
 
 
 @pytest.fixture(scope="module")
-def graph(exported_two_four: Exported, exported_shrunk: Exported) -> Open:
-    """Opens the graph of a small model of a type; of one whose blocks differ, "shrunk llama"."""
+def graph(exported_two_four: Exported, exported_shrunk: Exported, exported_ort: Exported) -> Open:
+    """Opens the graph of a small model of a type.
+
+    "shrunk llama" is one whose blocks differ, "ort llama" a graph that writes its cache in place.
+    """
+    kinds = {"": exported_two_four, "shrunk": exported_shrunk, "ort": exported_ort}
 
     @cache
     def make(name: str) -> Graph:
-        shrunk, _, model_type = name.rpartition(" ")
-        folder = (exported_shrunk if shrunk else exported_two_four)(model_type)
+        kind, _, model_type = name.rpartition(" ")
+        folder = kinds[kind](model_type)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = ort.InferenceSession(
@@ -97,7 +102,9 @@ def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_dirty_memory")
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2", "shrunk llama"])
+@pytest.mark.parametrize(
+    "name", ["llama", "opt", "gpt2", "gemma2", "shrunk llama", "ort llama", "ort opt"]
+)
 @given(events=events)
 @settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -199,6 +206,7 @@ def test_what_was_not_used_for_longest_is_forgotten_first(graph: Open) -> None:
 
 def test_the_cache_stays_as_long_as_the_longest_text_needs(graph: Open) -> None:
     slots = OnnxRuntimeSlots(graph("llama"), slots=2)
+    assert isinstance(slots._rows, PaddedRows)
     slots.join([[1, 2, 3]]).read(100)
     longest = 0
     for step in range(300):  # there is always one row, and none is longer than 14 tokens
@@ -214,15 +222,53 @@ def test_the_cache_stays_as_long_as_the_longest_text_needs(graph: Open) -> None:
     assert slots._rows._present_room == slots._rows._spare_room == 0
 
 
+def test_a_step_in_place_copies_nothing(graph: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = OnnxRuntimeSlots(graph("ort llama"), slots=3)
+    slots.join([list(range(40)), [7, 8]]).read(100)
+    monkeypatch.setattr(HostMemory, "copy", lambda *_: pytest.fail("copied"))
+    for _ in range(8):
+        slots.decode(np.array([1, 2]))
+
+
+def test_sequences_beside_the_rows_leave_no_trace(graph: Open) -> None:
+    model = graph("ort llama")
+    slots = OnnxRuntimeSlots(model, slots=1)
+    text = list(range(30))
+    ids = np.array([text, [0] * 27 + text[:3]])
+    mask = np.array([[1] * 30, [0] * 27 + [1] * 3])
+    for row, expected in zip(slots.logits(ids, mask), (text, text[:3]), strict=True):
+        np.testing.assert_allclose(row, alone(model, expected), atol=1e-4)
+    (whole,) = slots.score(text)
+    np.testing.assert_allclose(whole[-1], alone(model, text), atol=1e-4)
+
+
+def test_an_engine_in_place_continues_prompts_of_any_lengths(exported_ort: Exported) -> None:
+    engine = open_engine(exported_ort("llama"))
+    prompts = PROMPTS[:4]
+    together = list(generate_batch(engine, prompts, new_tokens=6))
+    for row, prompt in enumerate(prompts):
+        expected = list(generate(engine, prompt, new_tokens=6))
+        assert [step[row] for step in together] == expected
+
+
+def test_a_graph_for_the_cpu_is_refused_by_other_providers(exported_ort: Exported) -> None:
+    with pytest.raises(UsageError, match="operators of ONNX Runtime's CPU provider") as caught:
+        open_engine(exported_ort("llama"), provider="cuda")
+    assert "--graph neutral --overwrite" in str(caught.value.fix)
+
+
 PROMPTS = [(72, 101, 108, 108, 111), (7,), tuple(range(1, 13)), (3, 4), (200, 100), (9,) * 30]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("temperature", "graph"), [(0.0, "neutral"), (1.0, "neutral"), (1.0, "ort")]
+)
 def test_requests_that_share_steps_get_the_tokens_that_they_get_alone(
-    exported_llama: Path, temperature: float
+    exported_llama: Path, exported_ort: Exported, temperature: float, graph: str
 ) -> None:
-    engine = open_engine(exported_llama)
-    batcher = Batcher(open_slots(exported_llama, slots=3), queue=8, prompt_tokens_per_step=7)
+    bundle = exported_ort("llama") if graph == "ort" else exported_llama
+    engine = open_engine(bundle)
+    batcher = Batcher(open_slots(bundle, slots=3), queue=8, prompt_tokens_per_step=7)
     requests = [
         Request(
             prompt,

@@ -202,5 +202,7 @@ class Pipeline:
             eval_request({**shared, **part("text", "segments", "seqlen", prefix="eval_")}),
             bench_request(part("batch", "prompt", "past", "new_tokens", "rounds", "sample_prompt")),
             part("target").get("target", "onnx"),
-            export_request(part("max_seq", "logits", "seq", "sm", "sparse_form", "engine_compat")),
+            export_request(
+                part("max_seq", "logits", "graph", "seq", "sm", "sparse_form", "engine_compat")
+            ),
         )

@@ -124,6 +124,8 @@ class ExportOptions(TypedDict, total=False):
             was made with, or all that the model takes.
         logits: "all", after every token, or "last". Default: what the graph that is there was made
             with, or "all"; for engines "last".
+        graph: "ort", with ONNX Runtime's own attention where it fits the model, or "neutral".
+            Default: what the graph that is there was made with, or "ort".
         batch: engines: sequences at once, the usual number and the largest. Default: (1, 8).
         seq: engines: tokens of a prompt, the usual number and the largest. Default: (128, 1024),
             or as far as the model goes.
@@ -140,6 +142,7 @@ class ExportOptions(TypedDict, total=False):
     ]
     max_seq: int
     logits: Literal["all", "last"]
+    graph: Literal["neutral", "ort"]
     batch: Sequence[Positive]
     seq: Sequence[Positive]
     sm: Sequence[Positive]
@@ -152,7 +155,8 @@ class PruneExportOptions(PruneOptions, total=False):
 
     Attributes:
         target: what to export to beside ONNX; see `Bundle.export`. Default: "onnx".
-        max_seq, logits, seq, sm, sparse_form, engine_compat: of the target; see `ExportOptions`.
+        max_seq, logits, graph, seq, sm, sparse_form, engine_compat: of the target; see
+            `ExportOptions`.
         eval_text, eval_segments, eval_seqlen: the text for perplexity; see `evaluate`.
         batch, prompt, past, new_tokens, rounds, sample_prompt: what to time; see `Bundle.bench`.
             Defaults here: a batch of 1, a prompt of 128 tokens, 20 rounds.
@@ -161,6 +165,7 @@ class PruneExportOptions(PruneOptions, total=False):
     target: str
     max_seq: int
     logits: Literal["all", "last"]
+    graph: Literal["neutral", "ort"]
     seq: Sequence[Positive]
     sm: Sequence[Positive]
     sparse_form: Literal["matmul", "conv1x1", "auto"]

@@ -79,6 +79,8 @@ class GraphRecord:
         pattern: what the linear layers are claimed to hold, in words; None for nothing.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for.
         logits: "all" or "last".
+        graph: "neutral", or "ort" with operators of ONNX Runtime alone; see `exporters.onnx.graph`.
+        neutral_because: why it is neutral though "ort" was asked for; None if it was not.
         cache: the kv cache.
         rounding: how far int8 moves the logits, relative to their range: "weights", "activations".
         quantised: names of the layers whose activations are int8 too; None where none can be.
@@ -91,7 +93,9 @@ class GraphRecord:
     dtype: str
     pattern: str | None
     max_sequence: int
-    logits: str = "all"  # the first graphs have all and do not say so; likewise the next two
+    logits: str = "all"  # the first graphs have all and do not say so; likewise what has a default
+    graph: str = "neutral"
+    neutral_because: str | None = None
     cache: CacheRecord
     rounding: Mapping[str, float] = field(default_factory=dict)
     quantised: tuple[str, ...] | None = None
@@ -111,6 +115,8 @@ class GraphResult:
 
     max_sequence: int
     logits: str = "all"
+    graph: str = "neutral"
+    neutral_because: str | None = None
     cache_bytes_per_token: int
     rounding: Mapping[str, float] = field(default_factory=dict)
     parity_limit: float
@@ -127,6 +133,8 @@ class GraphResult:
             parity=record.parity,
             weights=len(record.weights),
             logits=record.logits,
+            graph=record.graph,
+            neutral_because=record.neutral_because,
             rounding=record.rounding,
         )
 

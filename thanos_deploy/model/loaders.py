@@ -169,6 +169,19 @@ def of(config: Json, loader: str) -> LoaderVerdict:
     return next(one for one in judge(config) if one.loader.split()[0] == loader)
 
 
+def openvino(model_type: str) -> LoaderVerdict:
+    """What OpenVINO would find: it reads the exported graph in fp32, and not the checkpoint."""
+    version = "OpenVINO 2026.4"
+    return LoaderVerdict(
+        version,
+        'openvino.Core().compile_model("onnx/model.onnx")',
+        True,
+        version if model_type == "llama" else None,  # tests/exporters/onnx/test_openvino.py
+        (),
+        "reads the exported graph",
+    )
+
+
 def _tested(loader: Loader, model_type: str) -> str | None:
     if loader.tested is None or model_type not in loader.tested.model_types:
         return None

@@ -259,7 +259,10 @@ def _loaders(sources: Sources) -> tuple[LoaderVerdict, ...]:
     widths = sources.bundle.result(PRUNE).widths
     if sources.config is None or (widths is not None and not widths.stock_config):
         return ()
-    return tuple(loaders.judge(sources.config))
+    found = tuple(loaders.judge(sources.config))
+    if _dtype(sources) == "fp32":
+        found += (loaders.openvino(sources.config["model_type"]),)
+    return found
 
 
 def _bytes(sources: Sources) -> FileBytes:

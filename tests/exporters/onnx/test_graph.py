@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import exporters.onnx.graph
-from exporters.onnx import judge, nbits, parity, trace
+from exporters.onnx import attention, judge, nbits, parity, trace
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.graph import Graph
 from runtime.memory import HostMemory
@@ -115,9 +115,11 @@ def test_a_model_of_the_same_structure_is_not_traced_again_and_keeps_its_own_wei
     traced: list[str] = []
     really = trace._trace
 
-    def counted(model: PreTrainedModel, logits: str) -> ir.Model:
+    def counted(
+        model: PreTrainedModel, logits: str, plan: attention.Plan | None = None
+    ) -> ir.Model:
         traced.append(logits)
-        return really(model, logits)
+        return really(model, logits, plan)
 
     def files(folder: Path) -> tuple[bytes, ...]:
         names = ("model.onnx", "model.onnx.data", "export.json")

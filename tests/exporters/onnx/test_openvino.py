@@ -23,12 +23,13 @@ def feeds(
     }
 
 
-@pytest.mark.parametrize("kind", ["two_four", "shrunk"])
+@pytest.mark.parametrize("kind", ["two_four", "shrunk", "ort"])
 def test_it_computes_the_logits_of_onnx_runtime(
-    exported_two_four: Exported, exported_shrunk: Exported, kind: str
+    exported_two_four: Exported, exported_shrunk: Exported, exported_ort: Exported, kind: str
 ) -> None:
-    """A prefill of 8 tokens and four decode steps, of equal and of different widths of blocks."""
-    folder = (exported_two_four if kind == "two_four" else exported_shrunk)("llama") / "onnx"
+    """A prefill of 8 tokens and four decode steps; "shrunk" has blocks of different widths."""
+    kinds = {"two_four": exported_two_four, "shrunk": exported_shrunk, "ort": exported_ort}
+    folder = kinds[kind]("llama") / "onnx"
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     compiled = openvino.Core().compile_model(
         folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}

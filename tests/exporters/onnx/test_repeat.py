@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import exporters.onnx.graph
-from exporters.onnx import repeat, trace
+from exporters.onnx import attention, repeat, trace
 from tests.conftest import MakeModel
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
@@ -37,14 +37,16 @@ def rows(graph: ir.Model) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_a_lengthened_graph_is_that_of_a_whole_trace(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("graph", ["neutral", "ort"])
+def test_a_lengthened_graph_is_that_of_a_whole_trace(make_model: MakeModel, graph: str) -> None:
     model = load_model(make_model(num_hidden_layers=5))
-    whole, lengthened = trace._trace(model, "all"), trace._whole(model, "all")
+    plan = attention.plan(model, 64) if graph == "ort" else None
+    whole, lengthened = trace._trace(model, "all", plan), trace._whole(model, "all", plan)
     assert model.config.num_hidden_layers == 5
     assert len(model.model.layers) == 5
     found = []
-    for graph in (whole, lengthened):
-        bare = trace._without_weights(graph, model)
+    for traced in (whole, lengthened):
+        bare = trace._without_weights(traced, model)
         complete = trace._with_weights(bare, model)
         trace.simplify(complete, model)
         assert [value.name for value in complete.graph.inputs][-2:] == [
@@ -60,12 +62,12 @@ def test_blocks_that_cannot_be_continued_are_all_traced(
     model = load_model(make_model(num_hidden_layers=5))
     traced = []
 
-    def count(model: Any, logits: str) -> ir.Model:
+    def count(model: Any, logits: str, plan: None) -> ir.Model:
         traced.append((len(model.model.layers), model.config.num_hidden_layers, logits))
         return ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
 
     monkeypatch.setattr(trace, "_trace", count)
-    trace._whole(model, "last")
+    trace._whole(model, "last", None)
     assert traced == [(3, 3, "last"), (5, 5, "last")]
 
 

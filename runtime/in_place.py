@@ -1,0 +1,270 @@
+"""Rows of a graph with ONNX Runtime's own attention, which writes the kv cache in place.
+
+The cache is one buffer for each tensor, [rows, heads, room, dim]. Every row begins at its left end
+and has a length of its own:
+
+    row 0   a b c d e . . . . .
+    row 1   f g h . . . . . . .      room = 10
+    row 2   i j k l . . . . . .
+
+The buffers are both the past and the present of a step, which writes the new token of each row
+behind its last one: nothing else of the cache is written, and nothing copied. A row is copied when
+its prompt was read, when it takes the place of one that has left, and when the room becomes too
+small. Whatever lies beyond a row's length is never read.
+
+ONNX Runtime's attention reads the beginnings of several prompts together; what comes later of a
+prompt, after what is remembered of it or after a first piece, it reads of one row at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.engine import Ids, Logits
+from runtime.graph import Binding, Graph
+from runtime.memory import Tensor
+from runtime.prefixes import Block, Prefixes, covered
+
+# Tokens of a sequence that are read at once where nobody says how many.
+_PIECE = 128
+
+# Of the room that is made, beyond what is needed now.
+_HEADROOM = 1.25
+
+
+def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
+    """See `ServingEngine.logits`."""
+    prompts = [row[real == 1].tolist() for row, real in zip(ids, mask, strict=True)]
+    rows = InPlaceRows(graph, len(prompts))
+    reading = rows.join(prompts, Prefixes(graph, 0))
+    while (logits := reading.read(_PIECE * len(prompts))) is None:
+        if given_up():
+            raise CancelledError
+    return logits
+
+
+class InPlaceRows:
+    """Sequences side by side, and their kv cache.
+
+    Attributes:
+        lengths: int64[rows], the tokens of each row.
+    """
+
+    def __init__(self, graph: Graph, most: int, *, room: int = 0) -> None:
+        """Begin without rows.
+
+        Args:
+            graph: what reads tokens.
+            most: rows that may come.
+            room: tokens of a row that are sure to come.
+        """
+        self._least_room = room
+        self._graph = graph
+        self._memory = graph.memory
+        self._most = most
+        self._like = graph.empty_cache(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and free the memory."""
+        self.lengths = np.zeros(0, np.int64)
+        self._room = 0
+        self._buffers: Sequence[Tensor] = self._like
+        self._bound: dict[range, Binding] = {}
+
+    def join(self, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> "InPlaceReading":
+        """Begin to read the prompts of newcomers."""
+        return InPlaceReading(self._graph, prompts, prefixes, self)
+
+    def decode(self, ids: Ids) -> Logits:
+        """See `SlotEngine.decode`."""
+        return self.read(range(len(ids)), ids[:, None], np.ones_like(ids))
+
+    def read(self, rows: range, ids: Ids, counts: Ids) -> Logits:
+        """Append tokens to some rows.
+
+        Args:
+            rows: which; only one, or only such as have no tokens, where there is more than one
+                token.
+            ids: int64[rows, tokens], with padding on the right.
+            counts: int64[rows], how many of them are no padding.
+
+        Returns:
+            float32[rows, vocabulary], what follows.
+        """
+        before = self.lengths[rows.start : rows.stop]
+        after = before + counts
+        self._make_room(int(after.max()))
+        if rows not in self._bound:
+            # The number of rows changes now and then; the binding of one number serves many steps.
+            self._bound[rows] = self._graph.bind(self._tensors(rows))
+        logits = self._graph.append(self._bound[rows], ids, before, after)
+        self.lengths[rows.start : rows.stop] = after
+        return logits
+
+    def add(self, lengths: Ids) -> None:
+        """Put rows below the others, whose tokens are still to be written."""
+        assert len(self.lengths) + len(lengths) <= self._most
+        self._make_room(int(lengths.max()))
+        self.lengths = np.concatenate([self.lengths, lengths])
+
+    def extend(self, others: "InPlaceRows") -> None:
+        """Put the rows of others below the own ones."""
+        old, more = len(self.lengths), len(others.lengths)
+        self.add(others.lengths)
+        tokens = range(int(others.lengths.max()))
+        for tensor, other in zip(
+            self._tensors(range(old, old + more)), others.tensors, strict=True
+        ):
+            self._memory.copy(tensor.lines(range(more), tokens), other.lines(range(more), tokens))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The cache, each [rows, heads, room, dim]."""
+        return self._tensors(range(len(self.lengths)))
+
+    def recall(self, row: int, blocks: Sequence[Block]) -> None:
+        """Give a row without tokens what was read before."""
+        self._make_room(covered(blocks))
+        for block in blocks:
+            start = int(self.lengths[row])
+            self.lengths[row] += len(block.ids)
+            for tensor, kept in zip(self._tensors(range(row, row + 1)), block.cache, strict=True):
+                self._memory.copy(
+                    tensor.lines(range(1), range(start, start + len(block.ids))),
+                    kept.lines(range(1), range(len(block.ids))),
+                )
+
+    def copy(self, row: int, tokens: range) -> list[Tensor]:
+        """The cache of some tokens of a row, in memory of its own: each [1, heads, tokens, dim]."""
+        copied = []
+        for tensor in self._tensors(range(row, row + 1)):
+            _, heads, _, dim = tensor.shape
+            flat = self._memory.allocate(heads * len(tokens) * dim, tensor.type)
+            copied.append(replace(flat, shape=(1, heads, len(tokens), dim)))
+            self._memory.copy(
+                copied[-1].lines(range(1), range(len(tokens))), tensor.lines(range(1), tokens)
+            )
+        return copied
+
+    def remove(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            tokens = range(int(self.lengths[last]))
+            for tensor in self.tensors:
+                one, other = (tensor.lines(range(at, at + 1), tokens) for at in (row, last))
+                self._memory.copy(one, other)
+            self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:-1]
+        if not len(self.lengths):
+            self.clear()
+
+    def _make_room(self, tokens: int) -> None:
+        if tokens <= self._room:
+            return
+        old, kept = self._buffers, self._room
+        wanted = max(int(_HEADROOM * tokens), self._least_room)
+        self._room = max(min(wanted, self._graph.max_sequence), tokens)
+        self._bound.clear()
+        self._buffers = [
+            self._memory.allocate(
+                self._most * like.shape[1] * self._room * like.shape[3], like.type
+            )
+            for like in self._like
+        ]
+        used = range(int(self.lengths.max(initial=0)))
+        rows = range(len(self.lengths))
+        if used:
+            before = self._shaped(old, kept)
+            for new, earlier in zip(self.tensors, before, strict=True):
+                self._memory.copy(new.lines(rows, used), earlier.lines(rows, used))
+
+    def _tensors(self, rows: range) -> list[Tensor]:
+        """The cache of some rows."""
+        found = []
+        for tensor in self._shaped(self._buffers, self._room):
+            address = tensor.lines(rows, range(self._room)).address
+            shape = (len(rows), *tensor.shape[1:])
+            found.append(replace(tensor, address=address, shape=shape))
+        return found
+
+    def _shaped(self, buffers: Sequence[Tensor], room: int) -> list[Tensor]:
+        return [
+            replace(buffer, shape=(self._most, like.shape[1], room, like.shape[3]))
+            for buffer, like in zip(buffers, self._like, strict=True)
+        ]
+
+
+class InPlaceReading:
+    """See `runtime.engine.Reading`."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Prefixes,
+        rows: InPlaceRows,
+    ) -> None:
+        """Begin with what is remembered of the prompts."""
+        self._prompts = list(map(tuple, prompts))
+        self._prefixes = prefixes
+        self._rows = rows
+        # What follows a prompt, once it is known.
+        self._logits: list[NDArray[np.float32] | None] = [None] * len(prompts)
+        # They need no room beyond the prompts.
+        self._newcomers = InPlaceRows(graph, len(prompts), room=max(map(len, prompts)))
+        self._newcomers.add(np.zeros(len(prompts), np.int64))
+        for row, prompt in enumerate(self._prompts):
+            self._newcomers.recall(row, prefixes.find(prompt))
+        self.reused = int(self._newcomers.lengths.sum())
+
+    @property
+    def left(self) -> int:
+        """See `Reading.left`."""
+        return sum(map(len, self._prompts)) - int(self._newcomers.lengths.sum())
+
+    def read(self, tokens: int) -> Logits | None:
+        """See `Reading.read`."""
+        longest = max(map(len, self._prompts))
+        if not self._newcomers.lengths.any() and len(self._prompts) * longest <= tokens:
+            self._read_together(longest)
+        else:
+            self._read_one_by_one(tokens)
+        if self.left:
+            return None
+        for row, prompt in enumerate(self._prompts):
+            self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
+        self._rows.extend(self._newcomers)
+        return np.stack([one for one in self._logits if one is not None])
+
+    def _read_together(self, longest: int) -> None:
+        ids = np.zeros((len(self._prompts), longest), np.int64)
+        for row, prompt in enumerate(self._prompts):
+            ids[row, : len(prompt)] = prompt
+        counts = np.array(list(map(len, self._prompts)))
+        self._logits = list(self._newcomers.read(range(len(ids)), ids, counts))
+
+    def _read_one_by_one(self, tokens: int) -> None:
+        budget = max(tokens, 1)
+        for row, prompt in enumerate(self._prompts):
+            start = int(self._newcomers.lengths[row])
+            piece = np.array([prompt[start : start + budget]], np.int64)
+            if not piece.size:
+                continue
+            count = np.array([piece.size])
+            self._logits[row] = self._newcomers.read(range(row, row + 1), piece, count)[0]
+            budget -= piece.size
+            if not budget:
+                return
+
+    def abandon(self, newcomer: int) -> None:
+        """See `Reading.abandon`."""
+        self._newcomers.remove(newcomer)
+        self._prompts[newcomer], self._logits[newcomer] = self._prompts[-1], self._logits[-1]
+        self._prompts.pop()
+        self._logits.pop()

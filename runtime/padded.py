@@ -1,0 +1,283 @@
+"""Rows of a neutral graph: each has its own length, and all have the same past.
+
+The graph takes a kv cache of one past for all rows, so shorter rows are padded on the left, and the
+mask hides the padding:
+
+    row 0   . . . a b c d e
+    row 1   . . . . . f g h      past = 8, padding common to all = 3
+    row 2   . . . . i j k l
+
+The cache lies in two sets of buffers, which take turns: a step reads the past from one and writes
+the present into the other. Every tensor begins where its buffer begins, so the last row can be cut
+off, and rows can be put below it, without moving the others. All rows are copied only to make room
+for a longer prompt, and to cut common padding off once that has cost as much as the copy will. The
+buffers are in the memory of the device that the graph runs on; see `runtime.memory`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from runtime.engine import Ids, Logits
+from runtime.graph import Graph
+from runtime.memory import Tensor
+from runtime.prefixes import Block, Prefixes, covered
+
+# Tokens of each sequence that are read at once where nobody says how many.
+_PIECE = 128
+
+# Of the past that a buffer is made for, beyond what is needed now.
+_HEADROOM = 1.25
+
+
+def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
+    """See `ServingEngine.logits`."""
+    cache: Sequence[Tensor] = graph.empty_cache(len(ids))
+    # In pieces, because a run gives the logits of all its positions.
+    for start in range(0, ids.shape[1], _PIECE):
+        if given_up():
+            raise CancelledError
+        end = start + _PIECE
+        last, cache = graph.run(ids[:, start:end], mask[:, :end], cache)
+    return last
+
+
+class PaddedRows:
+    """Sequences side by side, and their kv cache.
+
+    Attributes:
+        lengths: int64[rows], the tokens of each row; the rest of the past is padding.
+    """
+
+    def __init__(self, graph: Graph, most: int, *, room: int = 0) -> None:
+        """Begin without rows.
+
+        Args:
+            graph: what reads tokens.
+            most: rows that may come.
+            room: tokens of a row that are sure to come.
+        """
+        self._least_room = room
+        self._graph = graph
+        self._memory = graph.memory
+        self._most = most
+        self._like = graph.empty_cache(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and free the memory."""
+        self.lengths = np.zeros(0, np.int64)
+        self._past = 0
+        self._padding_copied = 0  # tokens of common padding, since it was last cut off
+        # Of the buffers, the tokens that they have room for in every row.
+        self._present_room = self._spare_room = 0
+        self._present = self._spare = self._like
+
+    def join(self, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> "PaddedReading":
+        """Begin to read the prompts of newcomers."""
+        return PaddedReading(self._graph, prompts, prefixes, self)
+
+    def decode(self, ids: Ids) -> Logits:
+        """See `SlotEngine.decode`."""
+        return self.read(ids[:, None], self.lengths + 1)
+
+    def add(self, rows: int) -> None:
+        """Put rows without tokens below the others."""
+        old = len(self.lengths)
+        assert old + rows <= self._most
+        self.lengths = np.pad(self.lengths, (0, rows))
+        for tensor in self._tensors():
+            # Whatever lay there might be NaN, which no mask hides.
+            self._memory.zero(tensor.lines(range(old, old + rows), range(self._past)))
+
+    def extend(self, others: "PaddedRows") -> None:
+        """Put the rows of others below the own ones."""
+        if others._past > self._past:
+            self._move(others._past)
+        old, more = len(self.lengths), len(others.lengths)
+        self.add(more)
+        self.lengths[old:] = others.lengths
+        tokens = range(self._past - others._past, self._past)
+        for tensor, other in zip(self._tensors(), others._tensors(), strict=True):
+            self._memory.copy(
+                tensor.lines(range(old, old + more), tokens),
+                other.lines(range(more), range(others._past)),
+            )
+
+    def recall(self, beginnings: Sequence[Sequence[Block]], lengths: Ids) -> None:
+        """Give rows, of which none has any token yet, what was read before.
+
+        Args:
+            beginnings: of each row.
+            lengths: int64[rows], the tokens of these that are taken.
+        """
+        if not lengths.any():
+            return
+        self._move(int(lengths.max()))
+        self.lengths = lengths.copy()
+        for row, (blocks, length) in enumerate(zip(beginnings, lengths.tolist(), strict=True)):
+            start = 0
+            for block in blocks:
+                taken = min(length - start, len(block.ids))
+                if taken <= 0:
+                    break
+                place = self._past - length + start
+                for tensor, kept in zip(self._tensors(), block.cache, strict=True):
+                    self._memory.copy(
+                        tensor.lines(range(row, row + 1), range(place, place + taken)),
+                        kept.lines(range(1), range(taken)),
+                    )
+                start += taken
+
+    def copy(self, row: int, tokens: range) -> list[Tensor]:
+        """The cache of some tokens of a row, in memory of its own: each [1, heads, tokens, dim]."""
+        padding = self._past - int(self.lengths[row])
+        copied = []
+        for tensor in self._tensors():
+            shape = (1, tensor.shape[1], len(tokens), tensor.shape[3])
+            flat = self._memory.allocate(math.prod(shape), tensor.type)
+            copied.append(replace(flat, shape=shape))
+            self._memory.copy(
+                copied[-1].lines(range(1), range(len(tokens))),
+                tensor.lines(
+                    range(row, row + 1), range(padding + tokens.start, padding + tokens.stop)
+                ),
+            )
+        return copied
+
+    def remove(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        last = len(self.lengths) - 1
+        self.lengths[row] = self.lengths[last]
+        if row != last:
+            for tensor in self._tensors():
+                one, other = (
+                    tensor.lines(range(place, place + 1), range(self._past))
+                    for place in (row, last)
+                )
+                self._memory.copy(one, other)
+        self.lengths = self.lengths[:-1]
+        if not len(self.lengths):
+            self.clear()
+
+    def read(self, ids: Ids, lengths: Ids) -> Logits:
+        """Append tokens to every row.
+
+        Args:
+            ids: int64[rows, tokens], with padding on the left.
+            lengths: int64[rows], of the rows afterwards.
+
+        Returns:
+            float32[rows, vocabulary], what follows.
+        """
+        longest = int(self.lengths.max())
+        self._padding_copied += self._past - longest
+        if self._padding_copied > longest:
+            self._move(longest)
+        total = self._past + ids.shape[1]
+        mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
+        logits, _ = self._graph.run(ids, mask, self._tensors(), into=self._room(total))
+        self._turn(total)
+        self.lengths = lengths
+        return logits
+
+    def _move(self, past: int) -> None:
+        """Make the past longer or shorter, on its left, where there is only padding."""
+        rows, kept = range(len(self.lengths)), min(past, self._past)
+        for new, old in zip(self._room(past), self._tensors(), strict=True):
+            self._memory.zero(new.lines(rows, range(past - kept)))
+            self._memory.copy(
+                new.lines(rows, range(past - kept, past)),
+                old.lines(rows, range(self._past - kept, self._past)),
+            )
+        self._turn(past)
+        self._padding_copied = 0
+
+    def _tensors(self) -> list[Tensor]:
+        """The cache, each [rows, heads, past, dim]."""
+        return self._cut(self._present, self._past)
+
+    def _room(self, past: int) -> list[Tensor]:
+        """The same of another past, to be written before `_turn`."""
+        if self._spare_room < past:
+            self._spare_room = max(int(_HEADROOM * past) + 1, self._least_room)
+            # The past may be long, and the rows may be many: the smaller ones go first.
+            self._spare = []
+            self._spare = [
+                self._memory.allocate(
+                    self._most * like.shape[1] * self._spare_room * like.shape[3], like.type
+                )
+                for like in self._like
+            ]
+        return self._cut(self._spare, past)
+
+    def _cut(self, buffers: list[Tensor], past: int) -> list[Tensor]:
+        rows = len(self.lengths)
+        return [
+            replace(buffer, shape=(rows, like.shape[1], past, like.shape[3]))
+            for buffer, like in zip(buffers, self._like, strict=True)
+        ]
+
+    def _turn(self, past: int) -> None:
+        self._present, self._spare = self._spare, self._present
+        self._present_room, self._spare_room = self._spare_room, self._present_room
+        self._past = past
+
+
+class PaddedReading:
+    """See `runtime.engine.Reading`."""
+
+    def __init__(
+        self, graph: Graph, prompts: Sequence[Sequence[int]], prefixes: Prefixes, rows: PaddedRows
+    ) -> None:
+        """Begin with what is remembered of the prompts."""
+        self._prompts = list(map(tuple, prompts))
+        self._prefixes = prefixes
+        self._rows = rows
+        known = [prefixes.find(prompt) for prompt in prompts]
+        self._lengths = np.array(list(map(len, prompts)))
+        columns = max(
+            len(prompt) - covered(its) for prompt, its in zip(prompts, known, strict=True)
+        )
+        # Whoever remembers more reads as much all the same: padding is on the left of a row only.
+        beginnings = np.maximum(self._lengths - columns, 0)
+        self.reused = int(beginnings.sum())
+        self._unread = np.zeros((len(prompts), columns), np.int64)
+        for row, (prompt, beginning) in enumerate(zip(prompts, beginnings, strict=True)):
+            unread = prompt[beginning:]
+            self._unread[row, -len(unread) :] = unread
+        # They need no room beyond the prompts.
+        self._newcomers = PaddedRows(graph, len(prompts), room=int(self._lengths.max()))
+        self._newcomers.add(len(prompts))
+        self._newcomers.recall(known, beginnings)
+
+    @property
+    def left(self) -> int:
+        """See `Reading.left`."""
+        return self._unread.size
+
+    def read(self, tokens: int) -> Logits | None:
+        """See `Reading.read`."""
+        columns = max(1, tokens // len(self._unread))
+        piece, self._unread = self._unread[:, :columns], self._unread[:, columns:]
+        left = self._unread.shape[1]
+        logits = self._newcomers.read(piece, np.maximum(self._lengths - left, 0))
+        if left:
+            return None
+        for row, prompt in enumerate(self._prompts):
+            self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
+        self._rows.extend(self._newcomers)
+        return logits
+
+    def abandon(self, newcomer: int) -> None:
+        """See `Reading.abandon`."""
+        self._newcomers.remove(newcomer)
+        self._prompts[newcomer] = self._prompts[-1]
+        self._prompts.pop()
+        for values in (self._lengths, self._unread):
+            values[newcomer] = values[-1]
+        self._lengths, self._unread = self._lengths[:-1], self._unread[:-1]
