@@ -22,6 +22,10 @@ VLLM_STAMP = $(VLLM_VENV)/.installed
 # Most of a server's start is one thread, so two start beside each other.
 VLLM_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup tests/vllm
 
+# Libraries that call the server. They pin versions of what the tests use.
+CLIENTS_VENV = .venv-clients
+CLIENTS_STAMP = $(CLIENTS_VENV)/.installed
+
 # What looks at the installed packages from outside.
 AUDIT_VENV = .venv-audit
 AUDIT_STAMP = $(AUDIT_VENV)/.installed
@@ -35,7 +39,7 @@ OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_eng
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for
 
-.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast check format bench audit licences wheel clean
+.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast test-clients check format bench audit licences wheel clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report.
 demo: $(STAMP)
@@ -68,6 +72,10 @@ test-vllm: $(STAMP) $(VLLM_STAMP)
 # One family shrunk, a mixed model at 2:4, one with biases compiled, and a damaged file.
 test-vllm-fast: $(STAMP) $(VLLM_STAMP)
 	$(VLLM_TESTS) -m "not slow"
+
+# LangChain, LiteLLM, instructor and LlamaIndex call a real server.
+test-clients: $(STAMP) $(CLIENTS_STAMP)
+	$(BIN)/python -m pytest tests/clients
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -146,10 +154,17 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 		--editable ".[kernels]" hypothesis pytest pytest-timeout pytest-xdist
 	touch $(OLDEST_STAMP)
 
+# Without constraints: they have to work in the versions that people get.
+$(CLIENTS_STAMP): docs/libraries.md
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/pip install --quiet \
+		langchain-openai litellm instructor llama-index-llms-openai-like
+	touch $(CLIENTS_STAMP)
+
 $(AUDIT_STAMP): constraints.txt
 	$(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/pip install --quiet --constraint constraints.txt pip-audit pip-licenses
 	touch $(AUDIT_STAMP)
 
 clean:
-	rm -rf $(VENV) $(AUDIT_VENV) $(OLDEST_VENV) $(TRITON_VENV) $(VLLM_VENV) out
+	rm -rf $(VENV) $(AUDIT_VENV) $(CLIENTS_VENV) $(OLDEST_VENV) $(TRITON_VENV) $(VLLM_VENV) out
