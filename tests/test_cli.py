@@ -25,6 +25,7 @@ from thanos_deploy import cli
 from thanos_deploy.bundle.files import sha256
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.model.load import load_tokenizer
+from thanos_deploy.report.escape import literal
 from thanos_deploy.stages import pipeline
 from thanos_deploy.stages import prune as pruning
 from thanos_deploy.stages.dense import Dense
@@ -120,7 +121,7 @@ def test_the_model_card_quotes_the_report(finished: tuple[Path, Path, str]) -> N
     for who in ("dense", "pruned"):
         assert f"{report['quality'][who]:.2f}" in card
     for sentence in report["verdict"]:
-        assert sentence in card
+        assert literal(sentence) in card
 
 
 def test_the_pruned_perplexity_is_that_of_the_files(
