@@ -23,7 +23,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import names, record
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
 from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.ranks.group import current
@@ -56,6 +57,45 @@ class Report(Protocol):
 R = TypeVar("R", bound=Report)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The files that belong to a finished block, by name.
+
+    Attributes:
+        parameters: its own, as they will be written; none where the walk writes nothing.
+        inputs: what enters the next block; none after the last one.
+    """
+
+    parameters: Mapping[str, FileRecord]
+    inputs: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry(Kept):
+    """An entry of the journal; see `Kept`.
+
+    Attributes:
+        report: on the block.
+    """
+
+    report: Json
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """As one rank tells the others."""
+
+    entries: tuple[_Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The JSON of an entry, and its SHA-256."""
+
+    entry: Json
+    sha256: str
+
+
 class Journal(Generic[R]):
     """The journal of one walk.
 
@@ -76,16 +116,16 @@ class Journal(Generic[R]):
             InputError: an entry of the journal names a file outside its folder.
         """
         self.folder, self._ranks = folder, current()
-        opened = {"entries": self._opened(owner)} if self._ranks.first else {}
-        entries = self._ranks.share(opened)["entries"]
-        self.reports = [report.from_json(entry["report"]) for entry in entries]
+        opened = _Entries(tuple(self._opened(owner)) if self._ranks.first else ())
+        shared = decode(_Entries, self._ranks.share(encode(opened)))
+        self.reports = [report.from_json(entry.report) for entry in shared.entries]
 
-    def _opened(self, owner: Json) -> list[Json]:
+    def _opened(self, owner: Json) -> list[_Entry]:
         """The intact entries; everything else in the folder is removed."""
         self._claim(owner)
         found = len(list(self.folder.glob("block-*.json")))
         entries = list(self._intact_entries())
-        while entries and not self._intact(entries[-1]["inputs"]):
+        while entries and not self._intact(entries[-1].inputs):
             entries.pop()
         if len(entries) < found:
             logger.warning(
@@ -106,7 +146,7 @@ class Journal(Generic[R]):
             for name, (_, shape) in file.kinds.items():
                 yield name, file.read(name).reshape(shape)
 
-    def keep(self, parameters: Mapping[str, Tensor], inputs: Sequence[TensorFile]) -> Json:
+    def keep(self, parameters: Mapping[str, Tensor], inputs: Sequence[TensorFile]) -> Kept:
         """Flush and hash what belongs to the next block besides its report.
 
         Args:
@@ -119,17 +159,21 @@ class Journal(Generic[R]):
         # As many at a time as there are cores: what enters a block of a large model is gigabytes.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             own = {name: entry for one in pool.map(_record, inputs) for name, entry in one.items()}
-        every = {name: entry for files in self._ranks.gather(own) for name, entry in files.items()}
-        files: Json = {"parameters": {}, "inputs": dict(sorted(every.items()))}
+        every = {
+            name: decode(FileRecord, entry)
+            for files in self._ranks.gather(encode(own))
+            for name, entry in files.items()
+        }
+        written: Mapping[str, FileRecord] = {}
         if parameters:
             kinds = {name: (one.dtype, tuple(one.shape)) for name, one in parameters.items()}
             with TensorFile.create(self._parameters(len(self.reports)), kinds) as file:
                 for name, tensor in parameters.items():
                     file.write(name, tensor)
-                files["parameters"] = _record(file)
-        return files
+                written = _record(file)
+        return Kept(written, dict(sorted(every.items())))
 
-    def add(self, report: R, files: Json) -> None:
+    def add(self, report: R, files: Kept) -> None:
         """Count the next block as finished.
 
         Args:
@@ -137,9 +181,9 @@ class Journal(Generic[R]):
             files: what `keep` said of its files.
         """
         if self._ranks.first:
-            entry = {**files, "report": report.to_json()}
-            content = {"entry": entry, "sha256": sha256_of(entry)}
-            replace_json(self._entry(len(self.reports)), content)
+            entry = encode(_Entry(files.parameters, files.inputs, report.to_json()))
+            content = _Content(entry, sha256_of(entry))
+            replace_json(self._entry(len(self.reports)), encode(content))
         # Not before it counts as finished may anybody remove what it began with.
         self._ranks.wait()
         self.reports.append(report)
@@ -159,43 +203,43 @@ class Journal(Generic[R]):
         self.folder.mkdir(parents=True)
         replace_json(path, owner)
 
-    def _intact_entries(self) -> Iterator[Json]:
+    def _intact_entries(self) -> Iterator[_Entry]:
         """The entries from the first on, as long as they and their parameters are intact."""
         index = 0
         while (path := self._entry(index)).exists():
             try:
-                content = json.loads(path.read_bytes())
-                entry: Json = content["entry"]
-                intact = content["sha256"] == sha256_of(entry)
-            except (ValueError, KeyError, TypeError):
-                intact = False
-            if not intact:
+                content = decode(_Content, json.loads(path.read_bytes()))
+                if content.sha256 != sha256_of(content.entry):
+                    raise ValueError(f"SHA-256 {content.sha256}")
+                entry = decode(_Entry, content.entry)
+            except ValueError:
                 logger.warning("%s: damaged", path)
-            if not intact or not self._intact(entry["parameters"]):
+                return
+            if not self._intact(entry.parameters):
                 return
             yield entry
             index += 1
 
-    def _intact(self, files: Mapping[str, Json]) -> bool:
+    def _intact(self, files: Mapping[str, FileRecord]) -> bool:
         for name, recorded in files.items():
             path = self.folder / names.plain(name, self.folder)
             if not path.exists():
                 return False
-            if (seen := file_record(path)) != FileRecord(**recorded):
+            if (seen := file_record(path)) != recorded:
                 logger.warning(
                     "%s: damaged; %d bytes, SHA-256 %s; %d bytes, SHA-256 %s were written",
                     path,
                     seen.bytes,
                     seen.sha256,
-                    recorded["bytes"],
-                    recorded["sha256"],
+                    recorded.bytes,
+                    recorded.sha256,
                 )
                 return False
         return True
 
-    def _drop_all_but(self, entries: list[Json]) -> None:
+    def _drop_all_but(self, entries: Sequence[_Entry]) -> None:
         kept = {_OWNER, *(self._entry(index).name for index in range(len(entries)))}
-        kept.update(name for entry in entries for name in (*entry["parameters"], *entry["inputs"]))
+        kept.update(name for entry in entries for name in (*entry.parameters, *entry.inputs))
         for path in self.folder.iterdir():
             if path.name not in kept:
                 path.unlink()
@@ -216,6 +260,6 @@ def owner_of(folder: Path) -> Json:
     return owner if isinstance(owner, dict) else {}
 
 
-def _record(file: TensorFile) -> dict[str, Json]:
+def _record(file: TensorFile) -> dict[str, FileRecord]:
     file.sync()
-    return {file.path.name: asdict(file_record(file.path))}
+    return {file.path.name: file_record(file.path)}

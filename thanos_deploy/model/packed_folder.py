@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import names
-from thanos_deploy.bundle.files import Json, glanced, sha256, sha256_of, write_json
+from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.files import (
+    FileRecord,
+    Json,
+    file_record,
+    glanced,
+    sha256_of,
+    write_json,
+)
 from thanos_deploy.errors import IntegrityError, ModelError
 from thanos_deploy.model import weights
 from thanos_deploy.model.packing import pack, unpack
@@ -22,6 +30,23 @@ FORMAT = 1
 RECORD = "packed.json"
 
 _SUFFIX = ".packed.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What `packed.json` holds, beside the SHA-256 of all that.
+
+    Attributes:
+        format: of the folder.
+        transposed: the packed weights are stored [inputs, outputs].
+        weights: by name, the pattern of each packed one.
+        files: by name, those with the tensors.
+    """
+
+    format: int
+    transposed: bool
+    weights: Mapping[str, str]
+    files: Mapping[str, FileRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +107,13 @@ def pack_folder(
         _write(target, outputs, _packed(file, patterns, transposed=transposed))
         after += target.stat().st_size
         on_progress(number, len(shards))
-    record = {
-        "format": FORMAT,
-        "transposed": transposed,
-        "weights": {name: str(pattern) for name, pattern in patterns.items()},
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(destination.glob(f"*{_SUFFIX}"))
-        },
-    }
-    write_json(destination / RECORD, {**record, "sha256": sha256_of(record)})
+    record = _Record(
+        FORMAT,
+        transposed,
+        weights={name: str(pattern) for name, pattern in patterns.items()},
+        files={path.name: file_record(path) for path in sorted(destination.glob(f"*{_SUFFIX}"))},
+    )
+    write_json(destination / RECORD, {**encode(record), "sha256": sha256_of(encode(record))})
     return Sizes(tuple(patterns), before, after)
 
 
@@ -107,7 +129,7 @@ def patterns_of(folder: Path) -> dict[str, SemiStructured]:
         IntegrityError: a file is not the one that `packed.json` names.
         ModelError: `packed.json` is missing or cannot be read.
     """
-    weights = _read_record(folder)["weights"]
+    weights = _read_record(folder).weights
     patterns = {name: parse(pattern) for name, pattern in weights.items()}
     return {name: its for name, its in patterns.items() if isinstance(its, SemiStructured)}
 
@@ -129,7 +151,7 @@ def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = 
     shards = (
         [source / name for name in weights.shards(source)]
         if record is None
-        else [source / name for name in record["files"]]
+        else [source / name for name in record.files]
     )
     names.distinct((shard.name for shard in shards), source, error=ModelError)
     weight_map = {}
@@ -217,17 +239,17 @@ def _packed(
             yield tensor
 
 
-def _packed_readers(file: _File, record: Json) -> list[_Reader]:
+def _packed_readers(file: _File, record: _Record) -> list[_Reader]:
     """How to read every tensor of a file that `pack_folder` wrote."""
-    transposed = record["transposed"]
+    transposed = record.transposed
 
     def reader(entry: Entry) -> _Reader:
         weight = entry.name.removesuffix(".values")
-        if weight == entry.name or weight not in record["weights"]:
+        if weight == entry.name or weight not in record.weights:
             return _Output(entry.name, entry.dtype, entry.shape), lambda: file.read(entry.name)
         if f"{weight}.mask" not in file.entries:
             raise _missing(f"{weight}.mask")
-        pattern = parse(record["weights"][weight])
+        pattern = parse(record.weights[weight])
         if (
             not isinstance(pattern, SemiStructured)
             or len(entry.shape) != 2
@@ -243,7 +265,7 @@ def _packed_readers(file: _File, record: Json) -> list[_Reader]:
 
         return _Output(weight, entry.dtype, (cols, rows) if transposed else (rows, cols)), read
 
-    masks = {f"{weight}.mask" for weight in record["weights"]}
+    masks = {f"{weight}.mask" for weight in record.weights}
     return [reader(entry) for name, entry in file.entries.items() if name not in masks]
 
 
@@ -319,38 +341,42 @@ def _is_bitmask(folder: Path) -> bool:
     return False
 
 
-def _read_record(folder: Path) -> Json:
+def _read_record(folder: Path) -> _Record:
     path = folder / RECORD
     try:
-        record: Json = json.loads(path.read_bytes())
-        if record["format"] != FORMAT:
+        content: Json = json.loads(path.read_bytes())
+        if (found := content.get("format")) != FORMAT:
             raise ModelError(
-                f"{path}: packed format {record['format']!r}; this version reads format {FORMAT}",
+                f"{path}: packed format {found!r}; this version reads format {FORMAT}",
                 fix="use a newer version of thanos-deploy",
             )
-        written = record.pop("sha256")
-        if sha256_of(record) != written:
+        written = content.pop("sha256")
+        if sha256_of(content) != written:
             raise IntegrityError(
                 f"{path}: its content is not the one whose SHA-256 it states, {written}",
                 fix="fetch the checkpoint again",
             )
-        for pattern in record["weights"].values():
+        record = decode(_Record, content)
+        for pattern in record.weights.values():
             parse(pattern)
-        if type(record["transposed"]) is not bool or not record["files"]:
-            raise ValueError("transposed is no truth value, or there are no files")
-        files = {name: (file["bytes"], file["sha256"]) for name, file in record["files"].items()}
+        if not record.files:
+            raise ValueError("there are no files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path}: not a readable record ({type(error).__name__}: {error})",
             fix="fetch the checkpoint again",
         ) from error
-    for name, recorded in files.items():
+    for name, recorded in record.files.items():
         shard = folder / names.plain(name, path, suffix=_SUFFIX, error=ModelError)
-        seen = (shard.stat().st_size, sha256(shard)) if shard.is_file() else None
+        seen = file_record(shard) if shard.is_file() else None
         if seen != recorded:
             raise IntegrityError(
-                f"{shard}: {'missing' if seen is None else f'{seen[0]} bytes, SHA-256 {seen[1]}'}; "
-                f"{RECORD} says {recorded[0]} bytes, SHA-256 {recorded[1]}",
+                f"{shard}: {'missing' if seen is None else _said(seen)}; {RECORD} says "
+                f"{_said(recorded)}",
                 fix="fetch the checkpoint again",
             )
     return record
+
+
+def _said(file: FileRecord) -> str:
+    return f"{file.bytes} bytes, SHA-256 {file.sha256}"
