@@ -15,6 +15,7 @@ from tests.conftest import Invoke
 from tests.test_cli import SMALL
 from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.report import escape
 from thanos_deploy.solver.mask import removed_count
 
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
@@ -57,9 +58,8 @@ def test_layers_with_patterns_of_their_own_are_judged_by_these_everywhere(
     assert found["pattern_holds"] is True
     assert found["retries"] == []
     assert any("The linear layers differ: 2:4 in 7" in said for said in report["verdict"])
-    assert f"bit by bit as they were: {', '.join(found['layers_left_dense'])}" in (
-        (out / "README.md").read_text()
-    )
+    left = ", ".join(map(escape.code, found["layers_left_dense"]))
+    assert f"bit by bit as they were: {left}." in (out / "README.md").read_text()
     before, after = (load_file(path / "model.safetensors") for path in (tiny_llama, out / "model"))
     for name in dense:
         assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])

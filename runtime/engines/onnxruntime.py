@@ -186,6 +186,8 @@ def open_graph(
             )
     onnxfile.require_own_data(path)
     record = read_graph_record(folder / GRAPH_RECORD)
+    if provider != "cpu":
+        driver.require()
     if provider != "cpu" and record.graph == "ort":
         raise UsageError(
             f"{path}: a graph with operators of ONNX Runtime's CPU provider, on {provider}",
@@ -203,7 +205,6 @@ def open_graph(
         )
     unloaded = ""
     if provider != "cpu":
-        driver.require()
         unloaded = _load_cuda(ort)
     wanted: list[Any] = [PROVIDERS[provider]]
     if provider == "tensorrt":

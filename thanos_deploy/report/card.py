@@ -8,7 +8,7 @@ from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pruning.result import PruneOptions
-from thanos_deploy.report.escape import literal, quote
+from thanos_deploy.report.escape import code, literal, quote
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report, TaskScores
 from thanos_deploy.report.runs import quoted, quoted_on_gpu
@@ -42,7 +42,7 @@ over its weights, configuration and tokenizer). The base model's licence and its
 
 {_what(model)} On the calibration text a layer misses {layers.median_relative_error:.2%} of the
 energy of the output that it aims at in the median and {layers.worst_relative_error:.2%} at worst
-({literal(layers.worst_layer)}).
+({code(layers.worst_layer)}).
 
 ## How to load it
 
@@ -59,7 +59,7 @@ def _how(model: ModelReport) -> Iterator[str]:
     if quality := model.quality:
         yield (
             f"Perplexity: {quality.segments} segments of {quality.length} tokens of "
-            f"{literal(quality.text)}, with {literal(' '.join(quality.frame)) or 'nothing'} before each."
+            f"{literal(quality.text)}, with {' '.join(map(code, quality.frame)) or 'nothing'} before each."
         )
     if tasks := model.tasks:
         yield (
@@ -135,7 +135,7 @@ def _pruned(model: ModelReport) -> str:
         )
         dense = layers.layers_left_dense or ()
         left = (
-            f" Left dense, bit by bit as they were: {literal(', '.join(dense))}." if dense else ""
+            f" Left dense, bit by bit as they were: {', '.join(map(code, dense))}." if dense else ""
         )
         return f"""{layers.layers} linear layers with {layers.weights:,} weights, {layers.sparsity:.2%} of them zero. The
 pattern {holds}, read back from the files. `layers.json` has every

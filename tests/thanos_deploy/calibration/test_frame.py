@@ -183,7 +183,7 @@ def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
     )
     (model,) = checked(json.loads(printed))["models"]
     assert model["quality"]["frame"] == (["<begin>"] if frame else [])
-    before = "<begin>" if frame else "nothing"
+    before = "`<begin>`" if frame else "nothing"
     assert f"with {before} before each" in (out / "README.md").read_text()
     # The sample goes on where `generate` goes on.
     ids = torch.tensor([open_tokenizer(out).encode("The capital of France is")])

@@ -124,7 +124,6 @@ def test_the_command_marks_it_and_cuts_nothing_out(tmp_path: Path, invoke: Invok
 @pytest.mark.parametrize(
     ("model_type", "sizes", "reason"),
     [
-        ("gpt_oss", {}, r"block 0 has several matrices in one parameter, mlp\.experts\.gate_up"),
         ("olmoe", {}, r"block 0 has several matrices in one parameter, mlp\.experts\.gate_up"),
         ("zamba2", {}, "there is no row for it, and"),
         ("t5", {}, "'t5' is not supported; supported are"),
