@@ -85,7 +85,9 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
     from benchmarks.gpu_campaign import plan
 
-    command = f"python -m benchmarks.gpu_campaign {shlex.join(sys.argv[1:])}"
+    # Published with the figures, where nobody needs to know of folders of that machine.
+    words = ["OUT" if word == str(arguments.out) else word for word in sys.argv[1:]]
+    command = f"python -m benchmarks.gpu_campaign {shlex.join(words)}"
     every = plan.steps(command, rehearse=arguments.rehearse)
     chosen = steps.choose(every, only=arguments.only, skip=arguments.skip)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,8 @@ class PruneOptions(TypedDict, total=False):
         dense_target: from 0 to 1, how far each layer aims at its output in the dense model.
             Default: the preset's.
         tune_steps: steps of all kept weights of a block together. Default: the preset's.
-        shrink: what to cut out with a structured pattern: "heads", "ffn" or "both", the default.
+        shrink: what to cut out with a structured pattern: "heads", "ffn" or "both", the default;
+            of a model with experts "experts", which is the default there, or "ffn".
         ffn_multiple: the number of feed-forward channels left is a multiple of this.
         keep_shape: with a structured pattern, set columns to zero and leave all shapes. Default:
             False.
@@ -90,7 +91,7 @@ class PruneOptions(TypedDict, total=False):
     true_sequential: bool
     dense_target: float
     tune_steps: int
-    shrink: Literal["heads", "ffn", "both"]
+    shrink: Literal["heads", "ffn", "both", "experts"]
     ffn_multiple: int
     keep_shape: bool
     allocation: Literal["uniform", "loss", "owl"]
