@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters.llama_cpp import batch_of, model_of
 from runtime.engine import open_engine
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import encode
@@ -65,17 +66,7 @@ def llama_cpp(path: Path, threads: int, most: int) -> Begin:
     """llama.cpp with its own defaults for cache and attention."""
     module: Any = importlib.import_module("cyllama.llama.llama_cpp")
     module.set_log_callback(lambda level, text: None)
-
-    class Model(module.LlamaModel):  # type: ignore[misc]  # without types
-        """Has what cyllama's contexts look for, and its models lack."""
-
-        @property
-        def n_vocab(self) -> int:
-            return int(self.get_vocab().n_vocab)
-
-    settings = module.LlamaModelParams()
-    settings.n_gpu_layers = 0
-    model = Model(str(path), settings)
+    model = model_of(module, str(path))
     context_settings = module.LlamaContextParams()
     context_settings.n_ctx = context_settings.n_batch = context_settings.n_ubatch = most
     context_settings.n_threads = context_settings.n_threads_batch = threads
@@ -86,10 +77,7 @@ def llama_cpp(path: Path, threads: int, most: int) -> Begin:
 
         def step(ids: Sequence[int]) -> Any:
             nonlocal past
-            batch = module.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-            for place, token in enumerate(ids):
-                batch.add(token, past + place, [0], place == len(ids) - 1)
-            context.decode(batch)
+            context.decode(batch_of(module, ids, past))
             past += len(ids)
             return np.asarray(context.get_logits(), dtype=np.float32)
 

@@ -149,7 +149,14 @@ def _run(path: Path, task: dict[str, object]) -> Any:
     return json.loads(done.stdout)
 
 
-def _read(module: Any, task: dict[str, Any]) -> dict[str, object]:
+def model_of(module: Any, path: str) -> Any:
+    """A model on the CPU, which gives logits.
+
+    Args:
+        module: cyllama's `llama.llama_cpp`.
+        path: of the GGUF file.
+    """
+
     class Model(module.LlamaModel):  # type: ignore[misc]  # without types
         """Has what cyllama's contexts look for when they hand out logits, and its models lack."""
 
@@ -159,7 +166,19 @@ def _read(module: Any, task: dict[str, Any]) -> dict[str, object]:
 
     settings = module.LlamaModelParams()
     settings.n_gpu_layers = 0
-    model = Model(task["path"], settings)
+    return Model(path, settings)
+
+
+def batch_of(module: Any, ids: Sequence[int], past: int) -> Any:
+    """Tokens of one text behind those before, with logits after the last one."""
+    batch = module.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+    for place, token in enumerate(ids):
+        batch.add(token, past + place, [0], place == len(ids) - 1)
+    return batch
+
+
+def _read(module: Any, task: dict[str, Any]) -> dict[str, object]:
+    model = model_of(module, task["path"])
     np.save(task["logits"], _logits(module, model, task["ids"], task["prompt"]))
     vocabulary = model.get_vocab()
     return {
@@ -178,10 +197,7 @@ def _logits(module: Any, model: Any, ids: Sequence[int], prompt: int) -> NDArray
     context = module.LlamaContext(model, settings)
     rows = []
     for start, stop in pairwise([0, *range(prompt, len(ids) + 1)]):
-        batch = module.LlamaBatch(n_tokens=stop - start, embd=0, n_seq_max=1)
-        for place in range(start, stop):
-            batch.add(ids[place], place, [0], place == stop - 1)
-        context.decode(batch)
+        context.decode(batch_of(module, ids[start:stop], start))
         rows.append(np.asarray(context.get_logits(), dtype=np.float32))
     return np.stack(rows)
 

@@ -35,6 +35,9 @@ from thanos_deploy.model.structure import BlockStructure, blocks_of, structures_
 from thanos_deploy.model.weights import Outline, Weights
 from thanos_deploy.model.widths import Widths
 
+# More is damage, and would take memory for a module each before anything else can show it.
+_MOST_BLOCKS, _MOST_EXPERTS = 4096, 4096
+
 # Tokens, of a model whose configuration names no longest sequence, such as one with ALiBi.
 _WITHOUT_A_LIMIT = 32768
 
@@ -205,8 +208,13 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
         config = pretrained.load_config(folder)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             family_of(model_type)
+        count = config.num_hidden_layers
+        if count > _MOST_BLOCKS:
+            raise ValueError(f"num_hidden_layers is {count:,}, more than {_MOST_BLOCKS:,}")
         family = row_of(model_type) or discover(config)
-    count = config.num_hidden_layers
+        if family.experts is not None and getattr(config, family.experts.count) > _MOST_EXPERTS:
+            raise ValueError(f"{family.experts.count} is more than {_MOST_EXPERTS:,}")
+    pretrained.require_generation_config(folder)
     declared = block_widths.declared(folder)
     if declared is not None and len(declared) != count:
         raise ModelError(

@@ -48,6 +48,29 @@ ADAPTER = "adapter_config.json"
 STORAGE = ("quantization_config", "compression_config")
 
 
+def require_generation_config(folder: Path) -> None:
+    """Refuse a generation_config.json that nothing could generate by.
+
+    Raises:
+        ModelError: it is no JSON object, or its ends of a text are no ids of tokens.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    with boundary(
+        ModelError,
+        f"{path}: not a readable generation configuration",
+        fix="restore the file from the model's origin, or remove it",
+    ):
+        entries = json.loads(path.read_bytes())
+        if not isinstance(entries, dict):
+            raise ValueError(f"a {type(entries).__name__} in place of an object")
+        ends = entries.get("eos_token_id")
+        for end in ends if isinstance(ends, list) else [ends]:
+            if end is not None and type(end) is not int:
+                raise ValueError(f"eos_token_id is {ends!r}")
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """The configuration in a model folder.
 

@@ -170,6 +170,18 @@ def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}']
+)
+def test_an_unusable_generation_configuration_is_bad_input(
+    tiny_llama: Path, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"generation_config\.json: not a readable generation"):
+        Checkpoint.outline(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "missing"),
@@ -179,6 +191,8 @@ def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
         ('{"model_type": "mamba"}', r"'mamba' is not supported: .* does not call mixer\.dt_proj"),
         ("{}", "'None' is not supported"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a readable model configuration"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "is 1,000,000,000, more than"),
+        ('{"model_type": "mixtral", "num_local_experts": 1000000000}', "num_local_experts is more"),
     ],
 )
 def test_an_unusable_configuration_is_bad_input(
