@@ -7,6 +7,9 @@ STAMP = $(VENV)/.installed
 # begin in the order of tests/conftest.py instead of by the number of their tests.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
+# What needs an environment of its own has a target of its own, and is not run twice.
+HERE = not triton and not vllm and not clients
+
 # The Triton Inference Server in the wheel of pytriton runs with Debian's CPython 3.11, and its
 # Python backend with numpy 1.
 TRITON_PYTHON ?= /usr/bin/python3
@@ -47,11 +50,11 @@ demo: $(STAMP)
 		--pattern 2:4 --target onnx -o out/demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not thorough"
+	$(PYTEST) -m "$(HERE) and not thorough"
 
 # Without what runs a whole command or takes seconds.
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not thorough"
+	$(PYTEST) -m "$(HERE) and not slow and not thorough"
 
 # More of the same: what would take the other tests' time again.
 test-thorough: $(STAMP)
