@@ -86,7 +86,7 @@ def made(
     dense: Dense, out: Path, patterns: Sequence[str], announce: Announce
 ) -> dict[str, tuple[Path, Path]]:
     """By name of a model: the bundle with its graph, and what vLLM serves."""
-    export_dense(dense, ExportRequest(), announce)
+    export_dense(dense, ExportRequest(graph="ort"), announce)
     found = {DENSE: (dense.folder, dense.checkpoint(announce).folder)}
     for spelling in patterns:
         pattern = parse(spelling)
