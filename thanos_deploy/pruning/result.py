@@ -185,10 +185,18 @@ class WidthsSummary:
 
 @dataclass(frozen=True, slots=True)
 class PartBytes:
-    """Bytes of a checkpoint by part; see `parts`."""
+    """Bytes of a checkpoint by part; see `parts`.
+
+    Raises:
+        ValueError: the two models have other parts.
+    """
 
     dense: Mapping[str, int]
     pruned: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if self.dense.keys() != self.pruned.keys():
+            raise ValueError(f"parts {', '.join(self.dense)} and {', '.join(self.pruned)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

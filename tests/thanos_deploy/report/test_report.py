@@ -308,3 +308,12 @@ def test_perplexities_of_different_texts_share_no_plot(tmp_path: Path) -> None:
     )
     assert "different texts" in report["notices"][0]
     assert all(plot["left_out"] == ["1:4"] for plot in report["pareto"])
+
+
+def test_parts_that_differ_are_refused(tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    out = write_bundle(tmp_path / "out")
+    path = out / "manifest.json"
+    path.write_text(path.read_text().replace('"attention"', '"a+ttention"', 1))
+    with pytest.raises(InputError, match=r"parts .*a\+ttention"):
+        report_on(out)
