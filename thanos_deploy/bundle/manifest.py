@@ -338,8 +338,9 @@ class Bundle:
             )
 
     def _replace(self, stage: str, partial: Path, record: StageRecord) -> None:
-        # While entries are being moved the stage must not count as done.
-        if self.stages.pop(stage, None) is not None:
+        # While entries are being moved the stage must not count as done, and without a manifest
+        # nobody would take the folder for a bundle.
+        if self.stages.pop(stage, None) is not None or not (self.path / MANIFEST).exists():
             self._save()
         others = {name for other in self.stages.values() for name in other.files}
         written.move(partial, self.path, others)

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from thanos_deploy.bundle import manifest
+from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Nothing, Source, Stage
@@ -242,3 +243,26 @@ def test_a_result_that_does_not_fit_is_refused_with_its_place(tmp_path: Path) ->
         bundle.run("cut", write("x"), options={"depth": 1}, inputs={})
     with pytest.raises(InputError, match=r"manifest\.json: result of stage 'cut': length is unk"):
         Bundle.open(tmp_path).result(CUT)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_full_disk_at_any_manifest_of_the_first_stage_leaves_a_bundle(
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by a disk that was full at every size: files were there, and nothing named them."""
+    written: list[Path] = []
+    replace_json = files.replace_json
+
+    def full(path: Path, value: object) -> None:
+        written.append(path)
+        if len(written) == which + 1:
+            raise OSError(errno.ENOSPC, "full", str(path))
+        replace_json(path, value)
+
+    monkeypatch.setattr(manifest, "replace_json", full)
+    with pytest.raises(OSError, match="full"), manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+    monkeypatch.undo()
+    with manifest.claim(tmp_path, SOURCE) as bundle:
+        run(bundle)
+    Bundle.open(tmp_path).verify()
