@@ -1,6 +1,6 @@
 """One parser under Atheris, in this process, until its time is over or something is found.
 
-Usage: python -m benchmarks.fuzzing.one NAME FOLDER SEEDS FOUND [libFuzzer's options]
+Usage: python -m benchmarks.fuzzing.one NAME FOLDER CORPUS [libFuzzer's options]
 """
 
 import os

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability.kills import Undisturbed, difference, undisturbed
 from benchmarks.reliability.part import Figure, Part, Setting
-from benchmarks.reliability.works import WORKS, Work, small_model
+from benchmarks.reliability.undisturbed import Undisturbed, undisturbed
+from benchmarks.reliability.works import WORKS
 
 _FULL = 5
 PAGE = 4096
+_LARGE = 1 << 30
 
 # Those that write much in different ways; what is written by several is tried with the first.
 _WORKS = tuple(work for work in WORKS if work.name in ("prune-best", "shrink", "prune-export"))
@@ -52,23 +53,23 @@ def run(setting: Setting) -> list[Figure]:
     """
     if not _can_mount():
         return [Figure("disks that could be mounted", 0, "as root", holds=False)]
-    os.environ["THANOS_DEPLOY_CACHE"] = str(setting.folder / "cache")
-    model = small_model(setting.folder / "model")
-    share = setting.seconds / len(_WORKS)
+    share, disk = setting.seconds / len(_WORKS), setting.folder / "disk"
     sizes, filled = 0, []
-    for work in _WORKS:
+    for alone in undisturbed(_WORKS, setting):
         end = time.monotonic() + share
-        prepared, disk = setting.folder / f"prepared-{work.name}", setting.folder / "disk"
-        work.prepare(model, prepared)
-        alone = undisturbed(work, model, prepared, setting.folder)
-        needed = _needed(work, model, prepared, disk, alone)
+        looked = list(_until_enough(alone, disk))
+        needed = min(one.size for one in looked if one.enough)
         sizes += needed // PAGE
+        filled += looked
+        tried = {one.size for one in looked}
         for size in _spread(needed):
-            filled.append(fill(work, model, prepared, disk, size, alone))
-            if filled[-1].fault:
-                print(filled[-1], file=sys.stderr, flush=True)
             if time.monotonic() > end:
                 break
+            if size not in tried:
+                filled.append(fill(alone, disk, size))
+    for one in filled:
+        if one.fault:
+            print(one, file=sys.stderr, flush=True)
     faults = sum(bool(one.fault) for one in filled)
     return [
         Figure("commands", len(_WORKS)),
@@ -78,18 +79,26 @@ def run(setting: Setting) -> list[Figure]:
     ]
 
 
-def _needed(work: Work, model: Path, prepared: Path, disk: Path, alone: Undisturbed) -> int:
-    """The smallest disk that is enough, in bytes beside what is prepared."""
+def _until_enough(alone: Undisturbed, disk: Path) -> Iterator[Filled]:
+    """Disks of which the smallest that is enough is one, by bisection.
+
+    Raises:
+        RuntimeError: the command fails on the largest one, too.
+    """
     too_small, enough = -PAGE, PAGE
-    while not fill(work, model, prepared, disk, enough, alone).enough:
+    while not (tried := fill(alone, disk, enough)).enough:
+        yield tried
+        if enough > _LARGE:
+            raise RuntimeError(f"{alone.work.name} on a disk of {enough} bytes: {tried.fault}")
         too_small, enough = enough, 4 * enough
+    yield tried
     while enough - too_small > PAGE:
-        middle = (too_small + enough) // 2 // PAGE * PAGE
-        if fill(work, model, prepared, disk, middle, alone).enough:
-            enough = middle
+        tried = fill(alone, disk, (too_small + enough) // 2 // PAGE * PAGE)
+        yield tried
+        if tried.enough:
+            enough = tried.size
         else:
-            too_small = middle
-    return enough
+            too_small = tried.size
 
 
 def _spread(needed: int) -> Iterator[int]:
@@ -104,24 +113,20 @@ def _spread(needed: int) -> Iterator[int]:
         step //= 2
 
 
-def fill(
-    work: Work, model: Path, prepared: Path, disk: Path, size: int, alone: Undisturbed
-) -> Filled:
+def fill(alone: Undisturbed, disk: Path, size: int) -> Filled:
     """Run a command on a disk of a size, and again when it has grown.
 
     Args:
+        alone: the command.
         disk: a folder to mount the disk at.
-        size: bytes of it beside those of the prepared folder.
+        size: bytes of it beside those of what the command begins with.
     """
-    begin = time.monotonic()
+    begin, model = time.monotonic(), alone.model
     before = {path: path.read_bytes() for path in model.iterdir()}
-    with mounted(disk, _used(prepared) + size):
-        out = disk / "out"
-        if prepared.exists():
-            shutil.copytree(prepared, out)
-        command = work.begin(model, out)
+    with mounted(disk, _used(alone.prepared) + size):
+        out = alone.copy(disk / "out")
+        command = alone.work.begin(model, out)
         _, errors = command.communicate()
-        fault, enough = "", command.returncode == 0
         if command.returncode not in (0, _FULL):
             said = errors.decode(errors="replace")[-1000:]
             fault = f"exit code {command.returncode}: {said}"
@@ -130,13 +135,10 @@ def fill(
         elif {path: path.read_bytes() for path in model.iterdir()} != before:
             fault = "the model was changed"
         else:
-            _resize(disk, 1 << 30)
-            try:
-                work.finish(model, out)
-                fault = difference(out, alone)
-            except RuntimeError as error:
-                fault = f"after it has grown: {error}"
-    return Filled(work.name, size, enough, time.monotonic() - begin, fault)
+            _resize(disk, _LARGE)
+            fault = alone.fault_of_repeating(out)
+    took = time.monotonic() - begin
+    return Filled(alone.work.name, size, command.returncode == 0, took, fault)
 
 
 @contextmanager

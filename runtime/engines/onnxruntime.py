@@ -188,12 +188,12 @@ def open_graph(
     record = read_graph_record(folder / GRAPH_RECORD)
     if provider != "cpu":
         driver.require()
-    if provider != "cpu" and record.graph == "ort":
-        raise UsageError(
-            f"{path}: a graph with operators of ONNX Runtime's CPU provider, on {provider}",
-            fix=f"run `thanos-deploy export {bundle} --target onnx --graph neutral --overwrite` "
-            "first",
-        )
+        if record.graph == "ort":
+            raise UsageError(
+                f"{path}: a graph with operators of ONNX Runtime's CPU provider, on {provider}",
+                fix=f"run `thanos-deploy export {bundle} --target onnx --graph neutral "
+                "--overwrite` first",
+            )
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
     if threads is not None:
