@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import get_current_vllm_config
+from vllm.config import LoRAConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -102,10 +102,7 @@ class TwoFourConfig(QuantizationConfig):
                 "stores the parts of such a layer alike",
             )
         if get_current_vllm_config().lora_config is not None:
-            raise UsageError(
-                f"{prefix}: LoRA is not supported on packed 2:4 layers",
-                fix="leave out --enable-lora, or merge the adapter into the weights before pruning",
-            )
+            raise _lora_refused(prefix)
         return TwoFourLinearMethod(prefix)
 
     def _parts(self, prefix: str) -> list[str]:
@@ -116,5 +113,30 @@ class TwoFourConfig(QuantizationConfig):
 
 
 def register() -> None:
-    """Make vLLM know the method by its name."""
+    """Make vLLM know the method by its name, and what it cannot do before it starts an engine."""
     register_quantization_config(quantization.METHOD)(TwoFourConfig)
+    if LoRAConfig.verify_with_model_config is not _verify_adapters:
+        LoRAConfig.verify_with_model_config = _verify_adapters
+
+
+_verify = LoRAConfig.verify_with_model_config
+
+
+def _verify_adapters(self: LoRAConfig, model_config: Any) -> None:
+    """What vLLM asks where it has adapters and a model, before any other process begins.
+
+    A layer refuses adapters as well, but in a worker, whose words are far from the last line.
+
+    Raises:
+        UsageError: layers of the model are packed.
+    """
+    if model_config.quantization == quantization.METHOD:
+        raise _lora_refused(model_config.model)
+    _verify(self, model_config)
+
+
+def _lora_refused(where: str) -> UsageError:
+    return UsageError(
+        f"{where}: LoRA is not supported on packed 2:4 layers",
+        fix="leave out --enable-lora, or merge the adapter into the weights before pruning",
+    )

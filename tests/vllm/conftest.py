@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from openai import APIConnectionError, OpenAI
 
-ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = ROOT / ".venv-vllm"
 
 needs_vllm = [
     pytest.mark.vllm,
@@ -37,15 +38,15 @@ def command(model: Path, *options: str) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Without what belongs to the tests' own Python; with a folder for what is compiled."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """With the plugin of this tree, and a folder for what is compiled."""
     own = {
+        "PYTHONPATH": str(ROOT),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         # By itself vLLM wants a NUMA node for each rank.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    return {**kept, **own, "VLLM_CACHE_ROOT": str(cache / "vllm-cache")}
+    return {**os.environ, **own, "VLLM_CACHE_ROOT": str(cache / "vllm-cache")}
 
 
 @contextmanager

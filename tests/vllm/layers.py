@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear
 from vllm.platforms.cpu import CpuPlatform
 
@@ -161,6 +161,14 @@ def with_lora() -> Any:
         return on(0, 1, lambda: projection(ALL))
 
 
+def with_adapters(method_name: str) -> None:
+    """What vLLM asks of adapters and a model before it starts anything."""
+    model = SimpleNamespace(
+        quantization=method_name, model="folder", dtype=torch.float32, architectures=[]
+    )
+    LoRAConfig().verify_with_model_config(model)
+
+
 def on_a_gpu_of(capability: int) -> Any:
     """What vLLM makes of the method on such a GPU."""
     its = SimpleNamespace(to_int=lambda: capability)
@@ -188,6 +196,8 @@ def main() -> None:
             "mixed": refusal(lambda: on(0, 1, lambda: fused(method("q_proj")))),
             "cut": refusal(lambda: on(0, RANKS, lambda: projection(ALL, columns=24))),
             "lora": refusal(with_lora),
+            "adapters": refusal(lambda: with_adapters(quantization.METHOD)),
+            "adapters of others": refusal(lambda: with_adapters("awq")),
             "capability": refusal(lambda: on_a_gpu_of(75)),
             "dense": type(on(0, 1, lambda: projection(method("fc"))).quant_method).__name__,
         }

@@ -49,3 +49,5 @@ def test_a_gpu_without_sparse_tensor_cores_is_refused(found: Any) -> None:
 
 def test_lora_on_a_packed_layer_is_refused(found: Any) -> None:
     assert "b.o_proj: LoRA is not supported on packed 2:4 layers" in found["lora"]
+    assert "folder: LoRA is not supported on packed 2:4 layers" in found["adapters"]
+    assert found["adapters of others"] == "nothing"

@@ -135,6 +135,15 @@ def test_a_flipped_byte_is_refused_before_weights_are_used(two_four: td.Bundle) 
 
 
 @pytest.mark.slow
+def test_adapters_are_refused_before_an_engine_starts(two_four: td.Bundle) -> None:
+    said = refusal(exported(two_four), "--enable-lora")
+    *_, error, fix = said.strip().splitlines()
+    assert "LoRA is not supported on packed 2:4 layers" in error
+    assert "leave out --enable-lora" in fix
+    assert "EngineCore" not in said
+
+
+@pytest.mark.slow
 def test_another_quantisation_is_refused(two_four: td.Bundle) -> None:
     said = refusal(exported(two_four), "--quantization", "awq")
     assert "does not match the quantization" in said
