@@ -102,7 +102,8 @@ def memory_for(what: str) -> Iterator[None]:
         raise ResourceError(
             f"{what}: the GPU ran out of memory when {asked[1] if asked else 'more'} was asked for",
             fix="use shorter segments (--seqlen, --eval-seqlen), since at least one passes a block "
-            "at a time; end other programs on the GPU; or use --device cpu. Blocks that are "
+            "at a time; for pruning, --activations disk or --preset fast, and --dry-run to see "
+            "what each needs; end other programs on the GPU; or use --device cpu. Blocks that are "
             "finished are kept",
         ) from error
 

@@ -16,12 +16,13 @@ from tests.conftest import MakeModel
 from tests.thanos_deploy.conftest import FakeCuda
 from thanos_deploy import methods
 from thanos_deploy.calibration.activations import Place
+from thanos_deploy.errors import ResourceError
 from thanos_deploy.machine import background, devices
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
-from thanos_deploy.pruning import owl
+from thanos_deploy.pruning import layers, owl
 from thanos_deploy.pruning.layers import prune
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.shrink.cut import shrink
@@ -111,6 +112,21 @@ def test_the_data_between_two_blocks_may_be_held(
     recipe = Recipe.of(SemiStructured(2, 4), calib_forward="bf16")
     out = made(tmp_path / "out")
     assert len(prune(dense, segments(), out, recipe, device=CUDA, hold=place)) == 2
+
+
+def test_a_gpu_without_memory_is_not_replaced_by_the_processor(
+    dense: Checkpoint, tmp_path: Path, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.53 GiB. GPU 0 has")
+
+    monkeypatch.setattr(layers, "prune_turn", full)
+    out, recipe = made(tmp_path / "out"), Recipe.of(SemiStructured(2, 4), calib_forward="fp32")
+    with pytest.raises(ResourceError, match=r"block 0: .* 1\.53 GiB was asked for") as caught:
+        prune(dense, segments(), out, recipe, device=CUDA, hold="disk")
+    assert caught.value.exit_code == 5
+    for option in ("--seqlen", "--activations disk", "--preset fast", "--device cpu"):
+        assert option in caught.value.fix
 
 
 def test_outliers_are_counted_there(dense: Checkpoint, fake_cuda: FakeCuda) -> None:
