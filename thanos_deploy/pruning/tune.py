@@ -88,7 +88,7 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> None:
         for share, run, keep in zip(shares, running, kept, strict=True):
             share.mul_(keep)
             if ranks.size > 1 or not _share_memory(share, run):
-                run.copy_(whole_of(ranks, share, run.shape))
+                run.copy_(whole_of(ranks, share.to(run.dtype), run.shape))
     for name, stored, share, run in zip(linears, own, shares, running, strict=True):
         run.requires_grad_(False)
         stored.copy_(whole_of(ranks, share, stored.shape))
@@ -124,9 +124,9 @@ def _gradients(
                 error = (left.float() - target).square().sum(dim=-1)
                 relative = error / target.square().sum(dim=-1).clamp(min=1e-30)
                 loss = relative.sum() / ((stop - first) * batch.shape[1])
-                sums.add([one.float() for one in torch.autograd.grad(loss, running)])
+                sums.add(torch.autograd.grad(loss, running))
         else:
-            sums.add([torch.zeros_like(run, dtype=torch.float32) for run in running])
+            sums.add([torch.zeros_like(run) for run in running])
     return sums.runs()
 
 

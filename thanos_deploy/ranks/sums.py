@@ -52,7 +52,7 @@ class OrderedSum:
     After each turn every rank gets, of the parts of all ranks, one run of entries, and adds it up;
     at the end the runs are put together. So beside its own part a rank holds a part once more while
     it is exchanged, and its run of the sum; and each part is sent once, whatever the number of
-    ranks.
+    ranks. Sums are in float32; parts are sent as they are, bfloat16 in half as many bytes.
 
     Attributes:
         count: of the parts.
@@ -99,7 +99,7 @@ class OrderedSum:
             for number in present:
                 row = rows[(self._first + number) % self._ranks.size]
                 if number == 0:  # of what was received more than this is not wanted
-                    self._sums.append(row if alone else row.clone())
+                    self._sums.append(row.to(torch.float32, copy=not alone))
                 else:
                     self._sums[place] += row
 
