@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import hypothesis
@@ -107,7 +108,8 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From now on there is some."""
+    """From now on there is some; what was imported is none, and need not be looked through."""
+    gc.freeze()
     gc.enable()
 
 
@@ -130,10 +132,13 @@ def _own_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cache of the test's own, in which the tiny model, where it is used, is exported already."""
-    cache = tmp_path_factory.mktemp("cache")
+    # Not among the tests' own folders, which pytest lists whenever it makes one.
+    caches = tmp_path_factory.getbasetemp() / "caches"
+    caches.mkdir(exist_ok=True)
+    cache = mkdtemp(dir=caches)
     if "tiny_llama" in request.fixturenames:
         shutil.copytree(request.getfixturevalue("tiny_cache"), cache, dirs_exist_ok=True)
-    monkeypatch.setenv("THANOS_DEPLOY_CACHE", str(cache))
+    monkeypatch.setenv("THANOS_DEPLOY_CACHE", cache)
 
 
 @pytest.fixture(scope="session")
