@@ -34,7 +34,8 @@ from tests.store import Store
 from thanos_deploy import cli
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_record
-from thanos_deploy.bundle.layout import LAYERS
+from thanos_deploy.bundle.graph_record import GraphResult, read_graph_record
+from thanos_deploy.bundle.layout import GRAPH_RECORD, LAYERS
 from thanos_deploy.bundle.manifest import claim
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.measure import ceilings
@@ -306,7 +307,8 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
             shutil.copytree(folder / part, destination / part)
             if part == "model":
                 shutil.copy(folder / LAYERS, destination)
-            return encode(PRUNED) if part == "model" else {}
+                return encode(PRUNED)
+            return encode(GraphResult.of(read_graph_record(folder / part / GRAPH_RECORD)))
 
         return produce
 

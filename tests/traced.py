@@ -54,7 +54,7 @@ def share(folder: Path) -> None:
     trace._traced = Traced(folder)
     # PyTorch reads the sources of some 500 functions for every trace; nothing here adds to them.
     kept = staticmethod(cache(ONNXRegistry.from_torchlib))
-    ONNXRegistry.from_torchlib = kept  # type: ignore[assignment]
+    ONNXRegistry.from_torchlib = kept  # type: ignore[method-assign]
 
 
 def _write(graph: ir.Model, path: Path) -> None:
