@@ -66,7 +66,7 @@ def llama_cpp(path: Path, threads: int, most: int) -> Begin:
     """llama.cpp with its own defaults for cache and attention."""
     module: Any = importlib.import_module("cyllama.llama.llama_cpp")
     module.set_log_callback(lambda level, text: None)
-    model = model_of(module, str(path))
+    model = model_of(module, path)
     context_settings = module.LlamaContextParams()
     context_settings.n_ctx = context_settings.n_batch = context_settings.n_ubatch = most
     context_settings.n_threads = context_settings.n_threads_batch = threads

@@ -7,7 +7,6 @@ The codes are those that the model was quantised to; nothing is rounded again.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exporters import bits
+from exporters.targets.compressed_tensors import CompressedResult
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
@@ -31,24 +31,6 @@ from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid
 
 _WEIGHT = ".weight"
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedResult:
-    """What is in the folder.
-
-    Attributes:
-        grid: what the layers are quantised to.
-        layers: how many are.
-        bytes_before, bytes_after: of all safetensors files.
-        ratio: bytes after over bytes before.
-    """
-
-    grid: str
-    layers: int
-    bytes_before: int
-    bytes_after: int
-    ratio: float
 
 
 def export(

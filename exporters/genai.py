@@ -7,7 +7,6 @@ same graph before the folder counts.
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from exporters.targets.genai import GenaiResult
 from thanos_deploy.bundle import files, onnxfile
 from thanos_deploy.bundle.graph_record import GraphRecord, read_graph_record
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD
@@ -29,23 +29,6 @@ AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int4": 1e-4}
 
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt")
 _PROMPT, _TOKENS = 8, 24
-
-
-@dataclass(frozen=True, slots=True)
-class GenaiResult:
-    """How far ORT-GenAI and ONNX Runtime are apart.
-
-    Attributes:
-        dtype: of the graph.
-        logits_error: largest difference of the logits, relative to their range.
-        limit: the largest that is accepted.
-        tokens: that were compared.
-    """
-
-    dtype: str
-    logits_error: float
-    limit: float
-    tokens: int
 
 
 def export(

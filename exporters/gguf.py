@@ -12,9 +12,8 @@ for all: `deci.feed_forward_length`, `deci.attention.head_count` and
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from exporters import gguf_blocks, llama_cpp
 from exporters.packages import load
+from exporters.targets.gguf import GgufResult
 from runtime.engine import stop_ids
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -55,32 +55,6 @@ _BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_1": 32}
 # These have the values that the codes stand for.
 _FLOATS = ("fp32", "fp16", "bf16")
 _TEXT = "The café sold 1,234 croissants in 2024; naïve? \N{SNOWMAN} def f(x): return x ** 2\n"
-
-
-@dataclass(frozen=True, slots=True)
-class GgufResult:
-    """What was written, and how near it is to PyTorch.
-
-    Attributes:
-        dtype: that was asked for.
-        architecture: what GGUF calls the kind of model.
-        types: what its tensors are stored in -> how many are.
-        own_widths: each block has widths of its own in the file.
-        kept_codes: how many layers have the codes that the model was quantised to.
-        conversion_error: largest difference of llama.cpp's logits of the float32 file from those of
-            PyTorch, relative to their range.
-        limit: the largest that is accepted.
-        stored_error: the same of the file as it is stored.
-    """
-
-    dtype: str
-    architecture: str
-    types: Mapping[str, int]
-    own_widths: bool
-    kept_codes: int
-    conversion_error: float
-    limit: float
-    stored_error: float
 
 
 def export(

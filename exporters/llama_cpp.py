@@ -1,8 +1,8 @@
 """llama.cpp, by the package cyllama: run a GGUF file, and store it in fewer bits.
 
 llama.cpp ends its process where an assertion fails, so it gets one of its own for each task: this
-module is also the program that runs there. It reads a task as JSON from standard input, does it,
-and writes the answer as JSON to standard output.
+module is also the program that runs there. It reads a `_Task` as JSON from standard input, does it,
+and writes the `_Answer` as JSON to standard output.
 """
 
 import json
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporters.packages import load
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.errors import GateError, PlatformError
 
 PACKAGE = "cyllama"
@@ -49,6 +50,62 @@ class Reading:
     stops: frozenset[int]
     chat_template: str
     logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Load a file and compute with it; for the other attributes see `read`.
+
+    Attributes:
+        logits: file to write the logits to, with `numpy.save`.
+    """
+
+    verb: ClassVar[str] = "read"
+
+    path: Path
+    text: str
+    ids: tuple[int, ...]
+    prompt: int
+    ends: tuple[int, ...]
+    logits: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """Write a file again; see `store`.
+
+    Attributes:
+        type: a value of `FILE_TYPES`.
+    """
+
+    verb: ClassVar[str] = "store"
+
+    path: Path
+    destination: Path
+    type: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What to do; the two have different fields."""
+
+    task: _Read | _Store
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was read, but for the logits; see `Reading`."""
+
+    tokens: tuple[int, ...]
+    stops: tuple[int, ...]
+    chat_template: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What was read; None where something was to be written."""
+
+    found: _Found | None
 
 
 def require() -> None:
@@ -81,22 +138,12 @@ def read(path: Path, *, text: str, ids: Sequence[int], prompt: int, ends: Sequen
     """
     with TemporaryDirectory() as scratch:
         logits = Path(scratch) / "logits.npy"
-        answer = _run(
-            path,
-            {
-                "task": "read",
-                "path": str(path),
-                "text": text,
-                "ids": list(ids),
-                "prompt": prompt,
-                "ends": list(ends),
-                "logits": str(logits),
-            },
-        )
+        found = _run(path, _Read(path, text, tuple(ids), prompt, tuple(ends), logits)).found
+        assert found is not None
         return Reading(
-            tokens=tuple(answer["tokens"]),
-            stops=frozenset(answer["stops"]),
-            chat_template=answer["chat_template"],
+            tokens=found.tokens,
+            stops=frozenset(found.stops),
+            chat_template=found.chat_template,
             logits=np.load(logits),
         )
 
@@ -114,18 +161,10 @@ def store(source: Path, destination: Path, dtype: str) -> None:
     Raises:
         GateError: llama.cpp does not write it; the message has its own words.
     """
-    _run(
-        destination,
-        {
-            "task": "store",
-            "path": str(source),
-            "destination": str(destination),
-            "type": FILE_TYPES[dtype],
-        },
-    )
+    _run(destination, _Store(source, destination, FILE_TYPES[dtype]))
 
 
-def _run(path: Path, task: dict[str, object]) -> Any:
+def _run(path: Path, task: _Read | _Store) -> _Answer:
     """Do a task in a process of its own.
 
     Raises:
@@ -133,7 +172,7 @@ def _run(path: Path, task: dict[str, object]) -> Any:
     """
     done = subprocess.run(
         [sys.executable, "-m", "exporters.llama_cpp"],
-        input=json.dumps(task),
+        input=json.dumps(encode(_Task(task))),
         # Else a failed assertion attaches a debugger.
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         capture_output=True,
@@ -143,13 +182,13 @@ def _run(path: Path, task: dict[str, object]) -> Any:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-3:]
         raise GateError(
-            f"{path}: llama.cpp fails to {task['task']} it: {' / '.join(said) or done.returncode}",
+            f"{path}: llama.cpp fails to {task.verb} it: {' / '.join(said) or done.returncode}",
             fix=f"report the model and the version of {PACKAGE}",
         )
-    return json.loads(done.stdout)
+    return decode(_Answer, json.loads(done.stdout))
 
 
-def model_of(module: Any, path: str) -> Any:
+def model_of(module: Any, path: Path) -> Any:
     """A model on the CPU, which gives logits.
 
     Args:
@@ -166,7 +205,7 @@ def model_of(module: Any, path: str) -> Any:
 
     settings = module.LlamaModelParams()
     settings.n_gpu_layers = 0
-    return Model(path, settings)
+    return Model(str(path), settings)
 
 
 def batch_of(module: Any, ids: Sequence[int], past: int) -> Any:
@@ -177,15 +216,15 @@ def batch_of(module: Any, ids: Sequence[int], past: int) -> Any:
     return batch
 
 
-def _read(module: Any, task: dict[str, Any]) -> dict[str, object]:
-    model = model_of(module, task["path"])
-    np.save(task["logits"], _logits(module, model, task["ids"], task["prompt"]))
+def _read(module: Any, task: _Read) -> _Found:
+    model = model_of(module, task.path)
+    np.save(task.logits, _logits(module, model, task.ids, task.prompt))
     vocabulary = model.get_vocab()
-    return {
-        "tokens": [int(token) for token in vocabulary.tokenize(task["text"], True, True)],
-        "stops": [token for token in task["ends"] if vocabulary.is_eog(token)],
-        "chat_template": model.get_default_chat_template() or "",
-    }
+    return _Found(
+        tokens=tuple(int(token) for token in vocabulary.tokenize(task.text, True, True)),
+        stops=tuple(token for token in task.ends if vocabulary.is_eog(token)),
+        chat_template=model.get_default_chat_template() or "",
+    )
 
 
 def _logits(module: Any, model: Any, ids: Sequence[int], prompt: int) -> NDArray[np.float32]:
@@ -202,12 +241,11 @@ def _logits(module: Any, model: Any, ids: Sequence[int], prompt: int) -> NDArray
     return np.stack(rows)
 
 
-def _store(module: Any, task: dict[str, Any]) -> dict[str, object]:
+def _store(module: Any, task: _Store) -> None:
     settings = module.LlamaModelQuantizeParams()
-    settings.ftype = task["type"]
+    settings.ftype = task.type
     settings.nthread = len(os.sched_getaffinity(0))
-    module.model_quantize(task["path"], task["destination"], settings)
-    return {}
+    module.model_quantize(str(task.path), str(task.destination), settings)
 
 
 def _main() -> int:
@@ -219,13 +257,16 @@ def _main() -> int:
             print(text.strip(), file=sys.stderr)
 
     module.set_log_callback(listen)
-    task = json.load(sys.stdin)
+    task, found = decode(_Task, json.load(sys.stdin)).task, None
     try:
-        answer = {"read": _read, "store": _store}[task["task"]](module, task)
+        if isinstance(task, _Read):
+            found = _read(module, task)
+        else:
+            _store(module, task)
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(answer))
+    print(json.dumps(encode(_Answer(found))))
     return 0
 
 

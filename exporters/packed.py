@@ -5,11 +5,10 @@ folder.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from exporters.targets.packed import refuse
+from exporters.targets.packed import PackedResult, refuse
 from thanos_deploy.errors import GateError, UsageError
 from thanos_deploy.model.assignment import describe, every
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -19,24 +18,6 @@ from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.model.weights import Weights
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
-
-
-@dataclass(frozen=True, slots=True)
-class PackedResult:
-    """What packing a checkpoint did.
-
-    Attributes:
-        packed: how many weights were packed.
-        bytes_before, bytes_after: of all safetensors files.
-        pattern: what the linear layers hold, in words; None for nothing.
-        ratio: bytes after over bytes before.
-    """
-
-    packed: int
-    bytes_before: int
-    bytes_after: int
-    pattern: str | None
-    ratio: float
 
 
 def export(

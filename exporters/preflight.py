@@ -43,12 +43,12 @@ def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> lis
     return found
 
 
-def of_target(target: Target[Any]) -> list[Check]:
+def of_target(target: Target[Any, Any]) -> list[Check]:
     """What a target needs of this machine: its packages, and where it works on a GPU, that GPU."""
     return [*_packages(target), *(_gpus() if target.gpu else ())]
 
 
-def require(target: Target[Any]) -> None:
+def require(target: Target[Any, Any]) -> None:
     """Refuse what cannot be exported here.
 
     Raises:
@@ -85,7 +85,7 @@ def _onnxruntime() -> Iterator[Check]:
             )
 
 
-def _packages(target: Target[Any]) -> Iterator[Check]:
+def _packages(target: Target[Any, Any]) -> Iterator[Check]:
     """Whether what the target needs beside thanos-deploy is installed and works."""
     for package in target.packages:
         try:

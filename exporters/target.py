@@ -16,7 +16,8 @@ from exporters.packages import Package
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.engine_record import LayerProof
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported, Stage
 from thanos_deploy.check import Check
 from thanos_deploy.errors import UsageError
 from thanos_deploy.option import options_by_name
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
     from thanos_deploy.model.checkpoint import Checkpoint
 
 Options = TypeVar("Options")
+Result = TypeVar("Result")
 Asked = TypeVar("Asked", contravariant=True)
+Said = TypeVar("Said")
 
 _NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
 _DTYPE = "dtype"
 
 
-class Export(Protocol[Asked]):
+class Export(Protocol[Asked, Said]):
     """Writes the stage of a target, unless it is there already.
 
     Args:
@@ -49,7 +52,7 @@ class Export(Protocol[Asked]):
 
     def __call__(
         self, bundle: Bundle, request: Asked, *, overwrite: bool, announce: Announce
-    ) -> StageRecord:
+    ) -> Exported[Said]:
         """Export."""
 
 
@@ -103,7 +106,7 @@ def takes_everything(patterns: Iterable[Pattern]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target(Generic[Options]):
+class Target(Generic[Options, Result]):
     """One format to export to.
 
     Its stages are called by its name, or, where there can be several, by its name and a suffix:
@@ -114,6 +117,7 @@ class Target(Generic[Options]):
         summary: one line of --help, without a full stop.
         writes: where in the bundle, for --help, such as "onnx".
         options: the dataclass of what a user may ask; see `exporters.options`.
+        result: the dataclass of what is said of a finished stage.
         packages: what has to be installed beside thanos-deploy itself.
         gpu: it works on the GPU that is to run the result, so that a bundle may be finished on
             another machine.
@@ -131,17 +135,17 @@ class Target(Generic[Options]):
         proof: the verdict on every linear layer of a finished stage: does a sparse kernel run it?
             None for a target of which nobody says.
         convert: writes its empty folder from a checkpoint that is sparse already and has no bundle,
-            and returns what a stage's result would be, a dataclass; None for a target that only
-            takes bundles.
+            and returns what a stage's result would be; None for a target that only takes bundles.
     """
 
     name: str
     summary: str
     writes: str
     options: type[Options]
+    result: type[Result]
     packages: tuple[Package, ...]
     gpu: bool
-    export: Export[Options]
+    export: Export[Options, Result]
     verify: Callable[[Bundle, str], Iterator[Check]]
     size: Size | None
     missing: Missing | None
@@ -149,9 +153,9 @@ class Target(Generic[Options]):
     several: bool = False
     defaults: Callable[[Bundle], Options] | None = None
     refuse: Callable[[Iterable[Pattern]], None] = field(default=takes_everything)
-    show: Callable[[Json], Table] | None = None
+    show: Callable[[Result], Table] | None = None
     proof: Callable[[Bundle, str], Sequence[LayerProof]] | None = None
-    convert: "Callable[[Checkpoint, Path, Announce], object] | None" = None
+    convert: "Callable[[Checkpoint, Path, Announce], Result] | None" = None
 
     def __post_init__(self) -> None:
         """Refuse a target that does not keep the contract.
@@ -227,6 +231,8 @@ class Target(Generic[Options]):
         for name in ("export", "verify", "refuse"):
             if not callable(getattr(self, name)):
                 yield f"{name} is not a function"
+        if not (is_dataclass(self.result) and isinstance(self.result, type)):
+            yield "result is not a dataclass"
         if not (is_dataclass(self.options) and isinstance(self.options, type)):
             yield "options is not a dataclass"
             return
@@ -243,20 +249,22 @@ class Target(Generic[Options]):
 def write_stage(
     bundle: Bundle,
     stage: str,
-    write: Callable[[Path], object],
+    write: Callable[[Path], Result],
     *,
+    result: type[Result],
     inputs: Json,
     bytes_needed: Callable[[], int],
     options: object,
     folder: str | None = None,
     overwrite: bool = False,
-) -> StageRecord:
+) -> Exported[Result]:
     """A stage of a bundle that is one folder, written now unless it is there and intact.
 
     Args:
         bundle: claimed for writing.
         stage: its name.
-        write: fills the empty folder that it is given and returns the result, a dataclass.
+        write: fills the empty folder that it is given and returns the result.
+        result: the type of that, a dataclass.
         inputs: hashes of what it reads.
         bytes_needed: on the disk, at most; asked for only if there is something to write.
         options: a dataclass: what the stage is made with.
@@ -268,13 +276,15 @@ def write_stage(
         UsageError, IntegrityError: see `Bundle.run`.
     """
 
-    def produce(partial: Path) -> Json:
+    def produce(partial: Path) -> Result:
         files.require_disk(partial, bytes_needed())
         destination = partial / (folder or stage)
         destination.mkdir(parents=True)
-        return encode(write(destination))
+        return write(destination)
 
-    return bundle.run(stage, produce, options=encode(options), inputs=inputs, overwrite=overwrite)
+    kind = Stage(stage, type(options), dict, result)
+    record = bundle.run(kind, produce, options=options, inputs=inputs, overwrite=overwrite)
+    return Exported(stage, bundle.result(kind), record.files, record.seconds)
 
 
 def stage_bytes(bundle: Bundle, stage: str) -> int:

@@ -9,10 +9,10 @@ name, so that they take no more room.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.packed import require_same
+from exporters.targets.vllm import VllmResult
 from thanos_deploy.bundle import files
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model import loaders, packed_folder, quantization
@@ -26,26 +26,6 @@ from thanos_deploy.progress import OnProgress, silent
 
 _CONFIG = "config.json"
 _TWO_FOUR = SemiStructured(2, 4)
-
-
-@dataclass(frozen=True, slots=True)
-class VllmResult:
-    """What is in the folder.
-
-    Attributes:
-        packed, dense: how many linear layers are stored in which way.
-        dense_beside: layers that are 2:4 but stored dense, because vLLM runs them as one with
-            others that are not, or they are experts.
-        bytes_before, bytes_after: of all safetensors files.
-        ratio: bytes after over bytes before.
-    """
-
-    packed: int
-    dense: int
-    dense_beside: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
-    ratio: float
 
 
 def require_served(checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import hypothesis
@@ -33,7 +34,8 @@ from tests.store import Store
 from thanos_deploy import cli
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json, write_record
-from thanos_deploy.bundle.layout import LAYERS
+from thanos_deploy.bundle.graph_record import GraphResult, read_graph_record
+from thanos_deploy.bundle.layout import GRAPH_RECORD, LAYERS
 from thanos_deploy.bundle.manifest import claim
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.measure import ceilings
@@ -107,7 +109,8 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From now on there is some."""
+    """From now on there is some; what was imported is none, and need not be looked through."""
+    gc.freeze()
     gc.enable()
 
 
@@ -130,10 +133,13 @@ def _own_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cache of the test's own, in which the tiny model, where it is used, is exported already."""
-    cache = tmp_path_factory.mktemp("cache")
+    # Not among the tests' own folders, which pytest lists whenever it makes one.
+    caches = tmp_path_factory.getbasetemp() / "caches"
+    caches.mkdir(exist_ok=True)
+    cache = mkdtemp(dir=caches)
     if "tiny_llama" in request.fixturenames:
         shutil.copytree(request.getfixturevalue("tiny_cache"), cache, dirs_exist_ok=True)
-    monkeypatch.setenv("THANOS_DEPLOY_CACHE", str(cache))
+    monkeypatch.setenv("THANOS_DEPLOY_CACHE", cache)
 
 
 @pytest.fixture(scope="session")
@@ -301,7 +307,8 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
             shutil.copytree(folder / part, destination / part)
             if part == "model":
                 shutil.copy(folder / LAYERS, destination)
-            return encode(PRUNED) if part == "model" else {}
+                return encode(PRUNED)
+            return encode(GraphResult.of(read_graph_record(folder / part / GRAPH_RECORD)))
 
         return produce
 

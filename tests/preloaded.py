@@ -4,6 +4,7 @@ Processes that are forked from it export that model, dense or pruned, without tr
 they share all other traces.
 """
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -22,3 +23,4 @@ with tempfile.TemporaryDirectory() as _folder:
     write_model(Path(_folder), "llama")
     trace.trace(load_model(Path(_folder)), logits="all")
 torch.set_num_threads(_threads)
+gc.freeze()  # or every process would look through all that was imported

@@ -9,10 +9,12 @@ A test that is about tracing itself empties `exporters.onnx.trace._traced` for i
 
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from exporters.onnx import trace
 
@@ -50,6 +52,9 @@ def share(folder: Path) -> None:
     """Take traces from a folder, and leave those there that it lacks, in this process and below."""
     os.environ[VARIABLE] = str(folder)
     trace._traced = Traced(folder)
+    # PyTorch reads the sources of some 500 functions for every trace; nothing here adds to them.
+    kept = staticmethod(cache(ONNXRegistry.from_torchlib))
+    ONNXRegistry.from_torchlib = kept  # type: ignore[method-assign]
 
 
 def _write(graph: ir.Model, path: Path) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "Diagnosis",
     "DryRun",
     "ExportOptions",
+    "Exported",
     "Forecast",
     "GateError",
     "HessianError",
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
         PruneOptions,
     )
     from thanos_deploy.api.results import Diagnosis
-    from thanos_deploy.bundle.record import StageRecord
+    from thanos_deploy.bundle.record import Exported, StageRecord
     from thanos_deploy.check import Check
     from thanos_deploy.errors import (
         CalibrationError,

@@ -12,7 +12,8 @@ from exporters.target import write_stage
 from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.layout import GRAPH, MODEL, ONNX
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.check import Check
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
@@ -34,7 +35,7 @@ def export(
     stage: str = ONNX,
     overwrite: bool,
     announce: Announce,
-) -> StageRecord:
+) -> Exported[GraphResult]:
     """The ONNX graph of a model, dense or pruned, in a folder that is called like its stage.
 
     Args:
@@ -73,6 +74,7 @@ def export(
         bundle,
         stage,
         write,
+        result=GraphResult,
         inputs=inputs,
         bytes_needed=lambda: 4 * model.parameters,
         options=request,
@@ -87,7 +89,7 @@ def export_pruned(
     stage: str = ONNX,
     overwrite: bool,
     announce: Announce,
-) -> StageRecord:
+) -> Exported[GraphResult]:
     """The graph of the pruned model of a bundle; see `export`."""
     return export(
         bundle,

@@ -1,8 +1,10 @@
 """The graph of a causal model: traced by PyTorch's exporter, then made small."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -194,7 +196,7 @@ def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = No
         fix="run the pruned model with the library that it is made for; `model` in the bundle is "
         "an ordinary Hugging Face folder",
     )
-    with untraceable, scaling, implemented, warnings.catch_warnings():
+    with untraceable, scaling, implemented, _quickly(), warnings.catch_warnings():
         # The exporter warns about its own internals; the result is compared with the model below.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -225,6 +227,26 @@ def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = No
             # Not past and sequence together, where past and present are one buffer.
             value.shape = ir.Shape([*value.shape[:2], "present", value.shape[3]])
     return program.model
+
+
+@contextmanager
+def _quickly() -> Iterator[None]:
+    """Within the `with` statement PyTorch traces in two thirds of the time.
+
+    It looks every operation up in a cache, by sizes that are formulas here: their comparison takes
+    longer than what is looked up. And the many small objects of a trace are looked through for
+    garbage again and again, together with all that was imported.
+    """
+    from torch._dynamo import config as dynamo_config  # takes long, and not everybody traces
+
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with dynamo_config.patch(fake_tensor_cache_enabled=False):
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def simplify(graph: ir.Model, model: PreTrainedModel) -> None:

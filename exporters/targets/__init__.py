@@ -18,7 +18,7 @@ def names() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
-def get(name: str) -> Target[Any]:
+def get(name: str) -> Target[Any, Any]:
     """A target by its name.
 
     Raises:
@@ -39,12 +39,12 @@ def get(name: str) -> Target[Any]:
     return found
 
 
-def every() -> list[Target[Any]]:
+def every() -> list[Target[Any, Any]]:
     """All targets, sorted by name."""
     return [get(name) for name in names()]
 
 
-def of_stage(stage: str) -> Target[Any] | None:
+def of_stage(stage: str) -> Target[Any, Any] | None:
     """The target that a stage of a bundle is of; None for a stage that exports nothing."""
     owners = [target for target in every() if target.owns(stage)]
     return max(owners, key=lambda target: len(target.name), default=None)

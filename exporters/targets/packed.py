@@ -1,17 +1,37 @@
 """The checkpoint with its n:m weights stored without their zeros."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.options import NoOptions
 from exporters.target import Missing, Size, Target, no_checks, write_stage
 from thanos_deploy.bundle.layout import MODEL
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.errors import UsageError
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import Announce
 
 _NAME = "packed"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedResult:
+    """What packing a checkpoint did.
+
+    Attributes:
+        packed: how many weights were packed.
+        bytes_before, bytes_after: of all safetensors files.
+        pattern: what the linear layers hold, in words; None for nothing.
+        ratio: bytes after over bytes before.
+    """
+
+    packed: int
+    bytes_before: int
+    bytes_after: int
+    pattern: str | None
+    ratio: float
 
 
 def refuse(patterns: Iterable[Pattern]) -> None:
@@ -34,7 +54,7 @@ def refuse(patterns: Iterable[Pattern]) -> None:
 
 def _export(
     bundle: Bundle, request: NoOptions, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[PackedResult]:
     from exporters import packed
     from exporters.patterns import claimed
     from thanos_deploy.model.checkpoint import Checkpoint
@@ -43,7 +63,7 @@ def _export(
     refuse(patterns.values())
     model = Checkpoint.open(bundle.path / MODEL)
 
-    def write(folder: Path) -> packed.PackedResult:
+    def write(folder: Path) -> PackedResult:
         return packed.export(
             model,
             folder,
@@ -55,6 +75,7 @@ def _export(
         bundle,
         _NAME,
         write,
+        result=PackedResult,
         inputs={"model": bundle.model_sha256},
         bytes_needed=lambda: 2 * model.bytes_in("auto"),
         options=request,
@@ -67,6 +88,7 @@ TARGET = Target(
     summary="the checkpoint with n:m weights stored without their zeros",
     writes=_NAME,
     options=NoOptions,
+    result=PackedResult,
     packages=(),
     gpu=False,
     export=_export,

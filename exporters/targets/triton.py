@@ -11,7 +11,8 @@ from exporters.packages import Package
 from exporters.target import Target, no_checks, stage_bytes, write_stage
 from exporters.targets import tensorrt, tensorrt_rtx
 from thanos_deploy.bundle.layout import GRAPH_RECORD, ONNX, engine_folder
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.progress import Announce
 
 _NAME = "triton"
@@ -32,7 +33,7 @@ class TritonResult:
 
 def _export(
     bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[TritonResult]:
     import runtime
     from exporters.onnx.stage import export_pruned
     from exporters.triton import repository
@@ -73,6 +74,7 @@ def _export(
         bundle,
         _NAME,
         write,
+        result=TritonResult,
         inputs={
             "model": bundle.model_sha256,
             **{stage: bundle.hashes(stage) for stage in (ONNX, graph, *engines)},
@@ -109,7 +111,7 @@ def _unfit(bundle: Bundle) -> Iterator[tuple[str, str]]:
             yield stage, f"built from an earlier {source}/, not from the present one"
 
 
-def _stages(bundle: Bundle, target: Target[Any]) -> list[str]:
+def _stages(bundle: Bundle, target: Target[Any, Any]) -> list[str]:
     return [stage for stage in bundle.stages if targets.of_stage(stage) is target]
 
 
@@ -118,6 +120,7 @@ TARGET = Target(
     summary="the graph, the engines and a text model for Triton, and KServe",
     writes=_NAME,
     options=ExportRequest,
+    result=TritonResult,
     dtypes=("fp32", "fp16", "int8", "int4"),
     defaults=exported_with,
     packages=(Package("tritonclient.grpc", extra="triton"),),

@@ -2,27 +2,48 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.options import NoOptions
 from exporters.target import Missing, Size, Target, write_stage
 from thanos_deploy.bundle.layout import MODEL, VLLM
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.check import Check
 from thanos_deploy.errors import DeployError
 from thanos_deploy.progress import Announce
 
 if TYPE_CHECKING:
-    from exporters.vllm import VllmResult
     from thanos_deploy.model.checkpoint import Checkpoint
 
 _NAME = VLLM
 
 
+@dataclass(frozen=True, slots=True)
+class VllmResult:
+    """What is in the folder.
+
+    Attributes:
+        packed, dense: how many linear layers are stored in which way.
+        dense_beside: layers that are 2:4 but stored dense, because vLLM runs them as one with
+            others that are not, or they are experts.
+        bytes_before, bytes_after: of all safetensors files.
+        ratio: bytes after over bytes before.
+    """
+
+    packed: int
+    dense: int
+    dense_beside: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    ratio: float
+
+
 def _export(
     bundle: Bundle, request: NoOptions, *, overwrite: bool, announce: Announce
-) -> StageRecord:
+) -> Exported[VllmResult]:
     from exporters import vllm
     from exporters.patterns import claimed
     from thanos_deploy.model.checkpoint import Checkpoint
@@ -30,7 +51,7 @@ def _export(
     model = Checkpoint.open(bundle.path / MODEL)
     vllm.require_served(model)
 
-    def write(folder: Path) -> "VllmResult":
+    def write(folder: Path) -> VllmResult:
         return vllm.export(
             model,
             folder,
@@ -42,6 +63,7 @@ def _export(
         bundle,
         _NAME,
         write,
+        result=VllmResult,
         inputs={"model": bundle.model_sha256},
         bytes_needed=lambda: 2 * model.bytes_in("auto"),
         options=request,
@@ -49,7 +71,7 @@ def _export(
     )
 
 
-def _convert(checkpoint: "Checkpoint", folder: Path, announce: Announce) -> "VllmResult":
+def _convert(checkpoint: "Checkpoint", folder: Path, announce: Announce) -> VllmResult:
     from exporters import vllm
 
     vllm.require_served(checkpoint)
@@ -84,6 +106,7 @@ TARGET = Target(
     summary="a folder that vLLM serves, with 2:4 weights packed for this project's plugin",
     writes=_NAME,
     options=NoOptions,
+    result=VllmResult,
     packages=(),
     gpu=False,
     export=_export,

@@ -8,20 +8,22 @@ packages `tensorrt` (10.13 and later, 11.x) and `tensorrt_rtx` is the same but f
 up with `hasattr` here.
 
 Progress goes to standard output, one JSON array [done, total] a line. What failed is the last line,
-an object.
+a `Failure`.
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from exporters.packages import load
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.files import read_record, write_record
 from thanos_deploy.bundle.layout import ENGINE_LAYERS
 from thanos_deploy.machine import environment
 
-# The result, beside the files that the order names.
+# The result, a `Result`, beside the files that the order names.
 RESULT = "result.json"
 
 
@@ -50,32 +52,58 @@ class Order:
     profiles: tuple[dict[str, tuple[tuple[int, ...], ...]], ...]
 
 
-class _BuildError(Exception):
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of an order.
+
+    Attributes:
+        library: version of the library.
+        network_layers: layers of the graph as the library read it.
+        peak_memory_bytes: of this process.
+    """
+
+    library: str
+    network_layers: int
+    peak_memory_bytes: int
+
+
+Kind = Literal["machine", "memory", "graph", "usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
     """Something that the caller turns into an error for the user.
 
-    Args:
+    Attributes:
         kind: "machine" (it lacks something), "memory", "graph" (it cannot be built) or "usage".
         message: what failed.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    kind: Kind
+    message: str
+
+
+class _BuildError(Exception):
+    """What a `Failure` is made of."""
+
+    def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
 def main(order_path: str) -> int:
     """Carry out an order; returns the exit code."""
-    order = Order(**json.loads(Path(order_path).read_text()))
+    order = read_record(Path(order_path), Order)
     try:
         result = _build(order)
-    except _BuildError as failure:
-        print(json.dumps({"kind": failure.kind, "message": str(failure)}), flush=True)
+    except _BuildError as error:
+        print(json.dumps(encode(Failure(error.kind, str(error)))), flush=True)
         return 1
-    Path(RESULT).write_text(json.dumps(result))
+    write_record(Path(RESULT), result)
     return 0
 
 
-def _build(order: Order) -> dict[str, Any]:
+def _build(order: Order) -> Result:
     try:
         trt: Any = load(order.module)
     except (ImportError, OSError) as error:
@@ -124,11 +152,11 @@ def _build(order: Order) -> dict[str, Any]:
         inspected = _inspect(trt, logger, plan)
     if inspected is not None:
         Path(ENGINE_LAYERS).write_text(inspected, encoding="utf-8")
-    return {
-        "library": trt.__version__,
-        "network_layers": network.num_layers,
-        "peak_memory_bytes": environment.peak_memory_bytes(),
-    }
+    return Result(
+        library=trt.__version__,
+        network_layers=network.num_layers,
+        peak_memory_bytes=environment.peak_memory_bytes(),
+    )
 
 
 def _logger(trt: Any, log: Any) -> Any:
@@ -227,16 +255,11 @@ def _last_error(log: str) -> str:
     return errors[-1] if errors else "the library gave no reason"
 
 
-def _kind(reason: str) -> str:
+def _kind(reason: str) -> Kind:
     """What the library's own words are about."""
     if "Unable to load library" in reason:  # the lean runtime, for engines of any version
         return "machine"
     return "memory" if "OutOfMemory" in reason or "out of memory" in reason else "graph"
-
-
-def dump(order: Order, path: Path) -> None:
-    """Write an order down."""
-    path.write_text(json.dumps(asdict(order)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from exporters.options import EngineRequest
 from exporters.target import Missing, Table, Target
 from exporters.tensorrt.library import Library
-from thanos_deploy.bundle.codec import Json, decode
 from thanos_deploy.bundle.engine_record import EngineResult, LayerProof, read_build
 from thanos_deploy.bundle.layout import engine_folder
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.check import Check
 from thanos_deploy.progress import Announce
 
@@ -18,7 +18,7 @@ Architectures = Callable[[Bundle, tuple[str, ...]], tuple[str, ...]]
 
 def target(
     library: Library, *, summary: str, gpu: bool, architectures: Architectures
-) -> Target[EngineRequest]:
+) -> Target[EngineRequest, EngineResult]:
     """The contract of a target that builds engines with a library.
 
     Args:
@@ -30,7 +30,7 @@ def target(
 
     def export(
         bundle: Bundle, request: EngineRequest, *, overwrite: bool, announce: Announce
-    ) -> StageRecord:
+    ) -> Exported[EngineResult]:
         from exporters.tensorrt import stage
 
         return stage.export(
@@ -52,6 +52,7 @@ def target(
         summary=summary,
         writes=f"engines/{library.target}-ARCH",
         options=EngineRequest,
+        result=EngineResult,
         dtypes=("fp16", "fp32", "int8-qdq"),
         several=True,
         packages=(library.package,),
@@ -74,9 +75,8 @@ def proof(bundle: Bundle, stage: str) -> tuple[LayerProof, ...]:
     return read_build(bundle.path / engine_folder(stage)).layers
 
 
-def show(result: Json) -> Table:
+def show(built: EngineResult) -> Table:
     """How an engine was built, and how many layers run sparse."""
-    built = decode(EngineResult, result)
     summary = built.summary
     rows = {
         "engine": f"{built.target} {built.library} for {', '.join(built.arch)}",

@@ -31,7 +31,7 @@ from exporters.tensorrt.builder import Order
 from exporters.tensorrt.library import Library
 from exporters.tensorrt.profiles import profiles, shapes
 from thanos_deploy.bundle import files, onnxfile
-from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
 from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.layout import (
@@ -124,7 +124,7 @@ def export(
     record = BuildRecord(
         format=BUILD_FORMAT,
         target=library.target,
-        library=built["library"],
+        library=built.library,
         arch=tuple(architectures),
         dtype=graph.dtype,
         sparse_weights=use_sparse,
@@ -133,9 +133,9 @@ def export(
         profiles=ways,
         max_sequence=longest,
         seconds=round(time.perf_counter() - started, 3),
-        peak_memory_bytes=built["peak_memory_bytes"],
+        peak_memory_bytes=built.peak_memory_bytes,
         engine_bytes=(destination / ENGINE).stat().st_size,
-        network_layers=built["network_layers"],
+        network_layers=built.network_layers,
         engine_layers=engine_layers,
         layers=layers,
         summary=Summary.of(layers),
@@ -219,9 +219,11 @@ def _inputs(graph: Path) -> dict[str, list[int | str]]:
     return dims
 
 
-def _carry_out(order: Order, library: Library, folder: Path, on_progress: OnProgress) -> files.Json:
+def _carry_out(
+    order: Order, library: Library, folder: Path, on_progress: OnProgress
+) -> builder.Result:
     """Run the builder in a process of its own; see `builder`."""
-    builder.dump(order, folder / _ORDER)
+    files.write_record(folder / _ORDER, order)
     on_progress(0, 1)
     last = ""
     with subprocess.Popen(
@@ -245,7 +247,7 @@ def _carry_out(order: Order, library: Library, folder: Path, on_progress: OnProg
     if child.returncode:
         raise _error(order.graph, library.package.on_pypi, child.returncode, last, complaint)
     on_progress(1, 1)
-    result: files.Json = json.loads((folder / builder.RESULT).read_bytes())
+    result = files.read_record(folder / builder.RESULT, builder.Result)
     for name in (_ORDER, builder.RESULT):
         (folder / name).unlink()
     return result
@@ -258,9 +260,9 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
 
 def _error(graph: str, package: str, code: int, last: str, complaint: str) -> DeployError:
     if last.startswith("{"):
-        failure = json.loads(last)
-        message = f"{package}: {failure['message']}"
-        match failure["kind"]:
+        failure = decode(builder.Failure, json.loads(last))
+        message = f"{package}: {failure.message}"
+        match failure.kind:
             case "machine":
                 return PlatformError(message, fix="`thanos-deploy doctor` says what is missing")
             case "memory":

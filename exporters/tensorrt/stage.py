@@ -14,7 +14,8 @@ from exporters.tensorrt.library import Library
 from runtime.engines import tensorrt as tensorrt_runtime
 from thanos_deploy.bundle.engine_record import BuildRecord, EngineResult, Summary, read_build
 from thanos_deploy.bundle.layout import GRAPH, ONNX, TIMING_CACHE, engine_folder
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.check import Check
 from thanos_deploy.gpu import driver
 from thanos_deploy.measure.latency import Generate
@@ -34,7 +35,7 @@ def export(
     architectures: Callable[[], tuple[str, ...]],
     overwrite: bool,
     announce: Announce,
-) -> StageRecord:
+) -> Exported[EngineResult]:
     """An engine of the pruned model, and before it the graph that it is made from.
 
     Args:
@@ -79,6 +80,7 @@ def export(
         bundle,
         name,
         write,
+        result=EngineResult,
         folder=folder,
         inputs={"model": bundle.model_sha256, source: bundle.hashes(source)},
         # The engine, its timing cache and log, and the graph again if it is rewritten.

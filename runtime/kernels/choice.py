@@ -15,7 +15,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from math import exp, inf, log
@@ -30,6 +30,7 @@ from runtime.kernels.linears import Multiply
 from runtime.kernels.packed import require_dtype
 from thanos_deploy import __version__
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import decode_format, encode
 from thanos_deploy.errors import DeployError
 from thanos_deploy.machine import environment
 from thanos_deploy.model.linear import matrix
@@ -145,6 +146,15 @@ class Origin:
         return cls(
             torch.cuda.get_device_name(), torch.__version__, libraries.get("triton"), __version__
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The content of the file: what was measured, and what that holds for."""
+
+    format: str
+    origin: Origin
+    rows: tuple[Row, ...]
 
 
 def bucket(tokens: int) -> int:
@@ -278,39 +288,37 @@ def read(path: Path, origin: Origin) -> tuple[Row, ...]:
     anew; the log says so.
     """
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        found = Origin(**content["origin"])
-        rows = tuple(_row(row) for row in content["rows"])
+        table = decode_format(_Table, json.loads(path.read_bytes()), FORMAT)
+        _require_known(table.rows)
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s: measured anew, because it is not readable (%s)", path, error)
         return ()
-    if found != origin:
-        logger.warning("%s: measured anew, because it is of %s; this is %s", path, found, origin)
+    if table.origin != origin:
+        logger.warning(
+            "%s: measured anew, because it is of %s; this is %s", path, table.origin, origin
+        )
         return ()
-    return rows
+    return table.rows
 
 
 def write(path: Path, origin: Origin, rows: Sequence[Row]) -> None:
     """Keep what was measured, for `read`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "origin": asdict(origin), "rows": [asdict(row) for row in rows]}
-    files.replace_json(path, content)
+    files.replace_json(path, encode(_Table(FORMAT, origin, tuple(rows))))
 
 
-def _row(value: files.Json) -> Row:
-    row = Row(
-        Shape(**value["shape"]),
-        tuple(value["chosen"]),
-        tuple(Timed(one["kernel"], tuple(one["seconds"]), one["reason"]) for one in value["timed"]),
-    )
-    known = {one.kernel for one in row.timed} & makers().keys()
-    if len(row.chosen) != len(TOKENS) or not known.issuperset(row.chosen):
-        raise ValueError(f"{row.chosen} chosen for {row.shape}")
-    return row
+def _require_known(rows: Sequence[Row]) -> None:
+    """Refuse rows whose choice is not of a kernel that was timed and is still there.
+
+    Raises:
+        ValueError: one is.
+    """
+    for row in rows:
+        known = {one.kernel for one in row.timed} & makers().keys()
+        if len(row.chosen) != len(TOKENS) or not known.issuperset(row.chosen):
+            raise ValueError(f"{row.chosen} chosen for {row.shape}")
 
 
 def folder(keep: Path | None, architecture: str) -> Path:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import exporters.gguf
 import thanos_deploy as td
 from exporters import llama_cpp, targets
+from exporters.targets.gguf import GgufResult
 from tests.conftest import VOCABULARY, Exported, MakeModel, stock_model
 from thanos_deploy.bundle import manifest
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
@@ -42,7 +43,7 @@ def _known_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextModel, "get_vocab_base_pre", lambda *_: "gpt-2")
 
 
-def export(model: Path, out: Path, dtype: str = "fp32") -> exporters.gguf.GgufResult:
+def export(model: Path, out: Path, dtype: str = "fp32") -> GgufResult:
     return exporters.gguf.export(Checkpoint.open(model), out, dtype=dtype)
 
 
@@ -239,8 +240,9 @@ def test_a_missing_package_names_what_to_install(
 def test_a_bundle_gets_a_file_that_verify_accepts(two_four_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(two_four_bundle, out)
-    record = td.Bundle(out).export("gguf", dtype="q4_k_m")
-    assert record.result["dtype"] == "q4_k_m"
+    exported = td.Bundle(out).export("gguf", dtype="q4_k_m")
+    assert isinstance(exported.result, GgufResult)
+    assert exported.result.dtype == "q4_k_m"
     bundle = manifest.Bundle.open(out)
     (check,) = targets.get("gguf").verify(bundle, "gguf")
     assert check.outcome == "PASS"

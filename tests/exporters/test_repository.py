@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 import exporters.onnx.graph
 import runtime
+from exporters.targets.triton import TritonResult
 from exporters.triton import kserve, repository
 from runtime.engines.onnxruntime import tensorrt_build_options
 from tests.bundles import add_to_model, build_record
@@ -38,9 +39,11 @@ def out(two_four_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_four_bundle, tmp_path / "out"))
 
 
-def exported(out: Path) -> Json:
+def exported(out: Path) -> TritonResult:
     with claim(out, Bundle.open(out).source) as bundle:
-        return export(bundle, target="triton").result
+        result = export(bundle, target="triton").result
+    assert isinstance(result, TritonResult)
+    return result
 
 
 def config(out: Path, model: str) -> Any:
@@ -97,7 +100,7 @@ def add_engine(out: Path, target: str) -> str:
 
 
 def test_the_graph_is_configured_as_it_is(out: Path) -> None:
-    assert exported(out) == {"models": {"text": "python", "onnx": "onnxruntime"}, "left_out": {}}
+    assert exported(out) == TritonResult({"text": "python", "onnx": "onnxruntime"}, {})
     seen = config(out, "onnx")
     graph = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph
     assert tensors(seen.input) == tensors_of_graph(graph.input)
@@ -157,7 +160,7 @@ def test_a_model_without_a_tokenizer_is_bad_input(out: Path) -> None:
 
 def test_an_engine_has_all_its_profiles_and_the_inputs_of_its_graph(out: Path) -> None:
     stage = add_engine(out, "tensorrt")
-    assert exported(out)["models"][stage] == "tensorrt"
+    assert exported(out).models[stage] == "tensorrt"
     seen = config(out, stage)
     assert seen.platform == "tensorrt_plan"
     assert seen.input == config(out, "onnx").input
@@ -172,7 +175,7 @@ def test_an_engine_has_all_its_profiles_and_the_inputs_of_its_graph(out: Path) -
 def test_an_engine_that_triton_cannot_load_is_left_out_with_the_reason(out: Path) -> None:
     stage = add_engine(out, "tensorrt-rtx")
     result = exported(out)
-    assert result["left_out"] == {stage: "Triton has no backend for TensorRT-RTX"}
+    assert result.left_out == {stage: "Triton has no backend for TensorRT-RTX"}
     assert not (out / "triton" / stage).exists()
 
 
@@ -182,13 +185,13 @@ def test_an_engine_of_another_graph_is_left_out(out: Path) -> None:
         export(bundle, target="onnx", request=None, overwrite=True)
         bundle.stages[stage].inputs["onnx"] = {}
         result = export(bundle, target="triton").result
-    assert "built from an earlier onnx/" in result["left_out"][stage]
+    assert "built from an earlier onnx/" in result.left_out[stage]
 
 
 def test_a_new_engine_joins_the_repository(out: Path) -> None:
-    assert "tensorrt-sm90" not in exported(out)["models"]
+    assert "tensorrt-sm90" not in exported(out).models
     add_engine(out, "tensorrt")
-    assert "tensorrt-sm90" in exported(out)["models"]
+    assert "tensorrt-sm90" in exported(out).models
 
 
 def test_the_weights_are_stored_once_in_the_repository_and_apart_from_the_bundle(

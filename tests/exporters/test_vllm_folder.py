@@ -11,6 +11,7 @@ import torch
 
 import runtime.vllm_plugin
 from exporters import targets, vllm
+from exporters.targets.vllm import VllmResult
 from tests.bitmask import bitmask_folder
 from tests.conftest import Exported, Invoke, MakeModel
 from thanos_deploy.bundle.manifest import Bundle
@@ -29,9 +30,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return content
 
 
-def export(
-    checkpoint: Checkpoint, destination: Path, *, dense: tuple[str, ...] = ()
-) -> vllm.VllmResult:
+def export(checkpoint: Checkpoint, destination: Path, *, dense: tuple[str, ...] = ()) -> VllmResult:
     destination.mkdir()
     patterns = dict.fromkeys((name for name in checkpoint.linears if name not in dense), TWO_FOUR)
     return vllm.export(checkpoint, destination, patterns=patterns)

@@ -14,7 +14,8 @@ from thanos_deploy.api._checks import Positive, Range, public
 from thanos_deploy.api.options import ExportOptions, ModelLike, Progress
 
 if TYPE_CHECKING:
-    from thanos_deploy.bundle.record import StageRecord
+    from thanos_deploy.api.results import ExportResult
+    from thanos_deploy.bundle.record import Exported, StageRecord
     from thanos_deploy.measure.gates import JudgedRun
     from thanos_deploy.measure.quality import Compared, TaskQuality, TextQuality
     from thanos_deploy.pruning.result import PruneResult
@@ -100,7 +101,7 @@ class Bundle:
         overwrite: bool = False,
         progress: Progress | None = None,
         **options: Unpack[ExportOptions],
-    ) -> "StageRecord":
+    ) -> "Exported[ExportResult]":
         """Export the pruned model; the command `export`.
 
         Args:
@@ -111,7 +112,8 @@ class Bundle:
             options: see `ExportOptions`.
 
         Returns:
-            the record of the stage: its files by path, its result, its seconds.
+            the finished stage: its files by path, its seconds, and its result, a record of the
+            target's own.
 
         Raises:
             UsageError: the options do not fit the target, or what was made with others.

@@ -3,7 +3,7 @@
 More than half of the file is the documentation of these functions, so it is longer than others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from thanos_deploy.api.results import ExportResult
     from thanos_deploy.forecast.forecast import Forecast
     from thanos_deploy.measure.quality import TaskQuality, TextQuality
     from thanos_deploy.report.model import Report
@@ -203,7 +204,7 @@ def export(
     *,
     to: str | PathLike[str],
     progress: Progress | None = None,
-) -> "Mapping[str, object]":
+) -> "ExportResult":
     """Export a model that is sparse already and has no bundle; the command `export` with `--to`.
 
     See `Bundle.export` for what was pruned here.
@@ -215,7 +216,7 @@ def export(
         progress: told how far it is.
 
     Returns:
-        what was written, in names and values.
+        the result, a record of the target's own.
 
     Raises:
         UsageError: the target takes bundles only, the folder is there, no layer is 2:4, or what
@@ -225,9 +226,10 @@ def export(
     """
     from thanos_deploy.stages.export import convert
 
-    return convert(
+    result: ExportResult = convert(
         _requests.model(model), Path(to), target=target, announce=_requests.announce(progress)
     )
+    return result
 
 
 @public

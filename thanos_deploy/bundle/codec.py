@@ -37,6 +37,10 @@ def called(name: str) -> Mapping[str, object]:
     return {_CALLED: name}
 
 
+class UnknownFormatError(ValueError):
+    """A record of a format that this version does not read."""
+
+
 def encode(value: object) -> Json:
     """A dataclass as a JSON object, fields in the order of their definition; or a mapping.
 
@@ -66,6 +70,19 @@ def decode(cls: type[T], value: object) -> T:
     """
     found: T = _decoded(cls, value, "")
     return found
+
+
+def decode_format(cls: type[T], value: object, known: int | str) -> T:
+    """A record with a field `format`, which this version reads in one format.
+
+    Raises:
+        UnknownFormatError: it is of another format.
+        ValueError: see `decode`.
+    """
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != known:
+        raise UnknownFormatError(f"format {found!r}; this version reads {known!r}")
+    return decode(cls, value)
 
 
 def _encoded(value: object) -> object:

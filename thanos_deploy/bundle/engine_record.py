@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from thanos_deploy.bundle.codec import decode
+from thanos_deploy.bundle.codec import decode_format
 from thanos_deploy.bundle.layout import BUILD, BUILD_FORMAT
 from thanos_deploy.errors import InputError
 
@@ -167,11 +167,8 @@ def read_build(folder: Path) -> BuildRecord:
     """
     path = folder / BUILD
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != BUILD_FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        return decode(BuildRecord, content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return decode_format(BuildRecord, json.loads(path.read_bytes()), BUILD_FORMAT)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a readable record of a build ({type(error).__name__}: {error})",
             fix="build the engine again with --overwrite",

@@ -89,6 +89,23 @@ class StageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Exported(Generic[Result]):
+    """A finished export.
+
+    Attributes:
+        stage: what the manifest calls it.
+        result: what the target says of it; a record of the target's own.
+        files: path in the bundle -> size and hash.
+        seconds: wall time.
+    """
+
+    stage: str
+    result: Result
+    files: Mapping[str, FileRecord]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What manifest.json holds."""
 

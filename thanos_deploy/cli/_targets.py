@@ -20,7 +20,7 @@ def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
     Args:
         leave_out: names of fields whose flags the command uses for something else.
     """
-    takers: dict[str, list[Target[Any]]] = {}
+    takers: dict[str, list[Target[Any, Any]]] = {}
     for target in targets.every():
         for one in options_of(target.options):
             takers.setdefault(one.name, []).append(target)
@@ -45,7 +45,7 @@ def summaries() -> str:
     )
 
 
-def _option(name: str, takers: Sequence[Target[Any]]) -> Callable[[F], F]:
+def _option(name: str, takers: Sequence[Target[Any, Any]]) -> Callable[[F], F]:
     one = options_by_name(takers[0].options)[name]
     everyone = [target for target in targets.every() if options_of(target.options)]
     whose = "" if takers == everyone else f"{', '.join(target.name for target in takers)}: "
@@ -54,7 +54,7 @@ def _option(name: str, takers: Sequence[Target[Any]]) -> Callable[[F], F]:
     )
 
 
-def _type(option: Option, takers: Sequence[Target[Any]]) -> Any:
+def _type(option: Option, takers: Sequence[Target[Any, Any]]) -> Any:
     """How the values of an option are read: from its type, and dtypes from the targets."""
     if option.name == "dtype":
         return click.Choice(list(dict.fromkeys(one for each in takers for one in each.dtypes)))

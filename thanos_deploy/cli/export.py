@@ -8,6 +8,7 @@ import click
 
 import thanos_deploy as td
 from exporters import targets
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.cli._options import (
     common_options,
     emit,
@@ -51,11 +52,11 @@ def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
                     "--to with options of a bundle", fix="give --target and --to alone"
                 )
             written = td.export(os.fspath(model), target, to=to, progress=told(announce))
-            emit(options, dict(written), show_values)
+            emit(options, encode(written), show_values)
             return
-        record = td.Bundle(model).export(target, **asked, progress=told(announce))
+        exported = td.Bundle(model).export(target, **asked, progress=told(announce))
     show = targets.get(target).show
     if show is None:
-        emit(options, record.result, show_values)
+        emit(options, encode(exported.result), show_values)
     else:
-        emit(options, record.result, lambda result: show_table(show(result)))
+        emit(options, encode(exported.result), lambda _: show_table(show(exported.result)))

@@ -10,10 +10,11 @@ library only.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.products import DENSE, KernelTime, beside_dense
 from thanos_deploy.gpu.records import Records
@@ -195,23 +196,12 @@ def _products(records: Records) -> Iterator[Product]:
 
 def to_json(runs: Sequence[Figures]) -> str:
     """The content of the published file."""
-    return json.dumps([asdict(run) for run in runs], indent=1) + "\n"
+    return json.dumps([encode(run) for run in runs], indent=1) + "\n"
 
 
 def from_json(text: str) -> tuple[Figures, ...]:
     """What `to_json` wrote."""
-    return tuple(
-        Figures(
-            **run
-            | {
-                "reasons": tuple(run["reasons"]),
-                "passes": tuple(Pass(**one) for one in run["passes"]),
-                "products": tuple(Product(**one) for one in run["products"]),
-                "layers": tuple(LayerTime(**one) for one in run["layers"]),
-            }
-        )
-        for run in json.loads(text)
-    )
+    return tuple(decode(Figures, run) for run in json.loads(text))
 
 
 @cache

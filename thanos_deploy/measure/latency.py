@@ -14,8 +14,8 @@ dense transformer takes, so prompts are token 0 throughout, and answers are gree
 """
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -208,14 +208,3 @@ class OpenLoop:
 Scenario = Prefill | Decode | Generate | OpenLoop
 
 KINDS = {scenario.kind: scenario for scenario in (Prefill, Decode, Generate, OpenLoop)}
-
-
-def to_json(scenario: Scenario) -> dict[str, Any]:
-    """A scenario as JSON; `from_json` is the inverse."""
-    return {"kind": scenario.kind, **asdict(scenario)}
-
-
-def from_json(value: dict[str, Any]) -> Scenario:
-    """A scenario from JSON."""
-    fields = dict(value)
-    return KINDS[fields.pop("kind")](**fields)

@@ -5,18 +5,18 @@ round each engine has its turn at each scenario, in an order that rotates from r
 reversed every other one. A process of its own makes memory the engine's and nobody else's.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.machine.environment import cores
-from thanos_deploy.measure.latency import Samples, Scenario, to_json
+from thanos_deploy.measure import messages
+from thanos_deploy.measure.latency import Samples, Scenario
+from thanos_deploy.measure.messages import Failed, Ready, Reply, Request, Taken, Turn
 
 # Name of the scenario -> label of the engine -> samples.
 Round = dict[str, dict[str, Samples]]
@@ -89,8 +89,9 @@ def opened(
         for label, path in bundles.items():
             worker = stack.enter_context(_Worker(path, backend, provider, str(threads or cores())))
             reply = worker.receive()
+            assert isinstance(reply.said, Ready)
             workers[label] = worker
-            loaded[label] = Loaded(reply["load_seconds"], reply["peak_memory_bytes"])
+            loaded[label] = Loaded(reply.said.load_seconds, reply.peak_memory_bytes)
         yield Engines(workers, loaded)
 
 
@@ -149,19 +150,24 @@ class Engines:
 
     def memory(self) -> dict[str, Memory]:
         """Memory of every engine."""
-        replies = {label: worker.ask({}) for label, worker in self._workers.items()}
+        replies = {label: worker.ask(Request(None)) for label, worker in self._workers.items()}
         return {
-            label: Memory(reply["resident_memory_bytes"], reply["peak_memory_bytes"])
+            label: Memory(reply.resident_memory_bytes, reply.peak_memory_bytes)
             for label, reply in replies.items()
         }
 
     def _turns(self, scenario: Scenario, number: int) -> dict[str, Samples]:
-        request = {"scenario": to_json(scenario), "turn": number}
+        turn = Request(Turn(scenario, number))
         taken = {
-            label: self._workers[label].ask(request)["samples"]
+            label: _samples(self._workers[label].ask(turn))
             for label in order(list(self._workers), number)
         }
         return {label: taken[label] for label in self._workers}
+
+
+def _samples(reply: Reply) -> Samples:
+    assert isinstance(reply.said, Taken)
+    return {metric: list(values) for metric, values in reply.said.samples.items()}
 
 
 def order(labels: Sequence[str], number: int) -> list[str]:
@@ -190,14 +196,14 @@ class _Worker:
         """Its number."""
         return self._process.pid
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: Request) -> Reply:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # a dead process is reported when nothing comes back
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(messages.line(request))
             self._process.stdin.flush()
         return self.receive()
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self) -> Reply:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -205,10 +211,10 @@ class _Worker:
                 f"{self._bundle}: the measuring process ended with status {self._process.wait()}",
                 fix="look at its output above; the machine may be out of memory",
             )
-        reply: dict[str, Any] = json.loads(line)
-        self.cpu_seconds = reply["cpu_seconds"]
-        if "error" in reply:
-            raise _RemoteError(reply)
+        reply = messages.reply(line)
+        self.cpu_seconds = reply.cpu_seconds
+        if isinstance(reply.said, Failed):
+            raise _RemoteError(reply.said)
         return reply
 
     def __enter__(self) -> "_Worker":
@@ -229,6 +235,6 @@ class _Worker:
 class _RemoteError(DeployError):
     """A DeployError of the measuring process, with its exit code."""
 
-    def __init__(self, reply: dict[str, Any]) -> None:
-        super().__init__(reply["error"], fix=reply["fix"])
-        self.exit_code = reply["exit_code"]  # type: ignore[misc]  # the remote class's own
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message, fix=failed.fix)
+        self.exit_code = failed.exit_code  # type: ignore[misc]  # the remote class's own

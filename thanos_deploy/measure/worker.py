@@ -1,11 +1,9 @@
 """Run one engine in a process of its own, and measure it on request.
 
-`python -m thanos_deploy.measure.worker BUNDLE BACKEND PROVIDER THREADS` speaks lines of JSON. When
-the engine is loaded it says how long that took; then, for every turn of a scenario on standard
-input, it returns the samples, and for an empty object its memory alone.
+`python -m thanos_deploy.measure.worker BUNDLE BACKEND PROVIDER THREADS` reads the requests of
+`measure.messages` from standard input and writes its replies to standard output.
 """
 
-import json
 import os
 import signal
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 from runtime.engine import open_engine
 from thanos_deploy.errors import DeployError
 from thanos_deploy.machine.environment import peak_memory_bytes, resident_memory_bytes
-from thanos_deploy.measure.latency import from_json
+from thanos_deploy.measure.messages import Failed, Ready, Reply, Taken, line, request
 
 # Of looking whether the backend's threads are at rest.
 _NAP_SECONDS = 0.005
@@ -27,17 +25,17 @@ def main(bundle: str, backend: str, provider: str, threads: str) -> None:
     started = time.perf_counter()
     try:
         engine = open_engine(Path(bundle), backend=backend, provider=provider, threads=int(threads))
-        _say({"load_seconds": time.perf_counter() - started})
-        for line in sys.stdin:
-            request = json.loads(line)
-            if not request:
-                _say({})
+        _say(Ready(time.perf_counter() - started))
+        for asked in sys.stdin:
+            turn = request(asked).turn
+            if turn is None:
+                _say(None)
                 continue
-            samples = from_json(request["scenario"]).take(engine, request["turn"])
+            samples = turn.scenario.take(engine, turn.number)
             _come_to_rest()
-            _say({"samples": samples})
+            _say(Taken({metric: tuple(values) for metric, values in samples.items()}))
     except DeployError as error:
-        _say({"error": error.message, "fix": error.fix, "exit_code": error.exit_code})
+        _say(Failed(error.message, error.fix, error.exit_code))
 
 
 def _come_to_rest() -> None:
@@ -49,13 +47,9 @@ def _come_to_rest() -> None:
             return
 
 
-def _say(value: dict[str, object]) -> None:
-    state = {
-        "peak_memory_bytes": peak_memory_bytes(),
-        "resident_memory_bytes": resident_memory_bytes(),
-        "cpu_seconds": time.process_time(),
-    }
-    print(json.dumps({**value, **state}), flush=True)
+def _say(said: Ready | Taken | Failed | None) -> None:
+    reply = Reply(said, peak_memory_bytes(), resident_memory_bytes(), time.process_time())
+    print(line(reply), end="", flush=True)
 
 
 if __name__ == "__main__":

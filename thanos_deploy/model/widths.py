@@ -9,6 +9,7 @@ because the shapes of its weights differ, and `load.load_model` reads it.
 import json
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.codec import UnknownFormatError, decode_format
+from thanos_deploy.bundle.files import write_record
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
 from thanos_deploy.model.block import Widths as Widths
@@ -26,6 +28,14 @@ FILE = "widths.json"
 
 _CONFIG = "config."
 FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The content of widths.json: the widths of each block."""
+
+    format: int
+    blocks: tuple[Widths, ...]
 
 
 def of_config(config: PretrainedConfig, family: Family) -> Widths:
@@ -105,8 +115,7 @@ def _of_experts(
 
 def declare(folder: Path, blocks: Sequence[Widths]) -> None:
     """Write widths.json."""
-    content = {"format": FORMAT, "blocks": [encode(block) for block in blocks]}
-    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_record(folder / FILE, _Table(FORMAT, tuple(blocks)))
 
 
 def declared(folder: Path) -> tuple[Widths, ...] | None:
@@ -119,23 +128,18 @@ def declared(folder: Path) -> tuple[Widths, ...] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
-            raise ModelError(
-                f"{path}: format {content['format']!r}; this version reads {FORMAT}",
-                fix="use the version of thanos-deploy that wrote it, or a newer one",
-            )
-        blocks = tuple(Widths(**block) for block in content["blocks"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        blocks = decode_format(_Table, json.loads(path.read_bytes()), FORMAT).blocks
+    except UnknownFormatError as error:
+        raise ModelError(
+            f"{path}: {error}", fix="use the version of thanos-deploy that wrote it, or a newer one"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path}: not a readable table of widths ({error})",
             fix="restore the file from the model's origin",
         ) from error
-    if not all(
-        isinstance(number, int) and number > 0
-        for block in blocks
-        for number in encode(block).values()
-    ):
+    # A dense block has no experts.
+    if any(min(one.heads, one.kv_heads, one.channels) < 1 or one.experts < 0 for one in blocks):
         raise ModelError(
             f"{path}: a width that is not a positive number", fix="restore it from its origin"
         )

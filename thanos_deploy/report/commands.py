@@ -77,7 +77,7 @@ def of(sources: Sources) -> list[str]:
     return made
 
 
-def _export(target: Target[Any], record: StageRecord) -> Iterator[str]:
+def _export(target: Target[Any, Any], record: StageRecord) -> Iterator[str]:
     """The target's options, of those that the stage was made with."""
     known = options_by_name(target.options)
     for name, value in record.options.items():

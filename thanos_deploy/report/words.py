@@ -181,7 +181,7 @@ def _gaps_of_targets(model: ModelReport) -> Iterator[Gap]:
             yield Gap(missing.what, missing.why, command)
 
 
-def _takes(target: Target[Any], model: ModelReport) -> bool:
+def _takes(target: Target[Any, Any], model: ModelReport) -> bool:
     """The target is for such a model, as far as the report knows what its layers hold."""
     holds = bool(model.linear_layers.pattern_holds)
     try:

@@ -6,14 +6,16 @@ finished there.
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from exporters import targets
 from exporters.onnx import stage as graph
 from exporters.options import ExportRequest
 from thanos_deploy.bundle import files
-from thanos_deploy.bundle.codec import Json, encode
+from thanos_deploy.bundle.graph_record import GraphResult
 from thanos_deploy.bundle.layout import ONNX
-from thanos_deploy.bundle.manifest import Bundle, StageRecord
+from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.bundle.record import Exported
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.progress import Announce, quietly
@@ -27,7 +29,7 @@ def export(
     request: object | None = None,
     overwrite: bool = False,
     announce: Announce = quietly,
-) -> StageRecord:
+) -> Exported[Any]:
     """Export the pruned model to a target, unless that is done.
 
     Args:
@@ -37,6 +39,9 @@ def export(
             the target's defaults.
         overwrite: redo what was made with other options.
         announce: told of every piece of work.
+
+    Returns:
+        the finished stage; its result is a `Target.result`.
 
     Raises:
         UsageError: there is no such target, or it does not take the request.
@@ -56,7 +61,7 @@ def convert(
     *,
     target: str,
     announce: Announce = quietly,
-) -> Json:
+) -> Any:
     """Write a target's folder from a model that is sparse already, without a bundle.
 
     Args:
@@ -66,7 +71,7 @@ def convert(
         announce: told of every piece of work.
 
     Returns:
-        what the stage of a bundle would have for its result.
+        the result that the stage of a bundle would have, a `Target.result`.
 
     Raises:
         UsageError: the target takes bundles only, or the folder is there.
@@ -87,12 +92,12 @@ def convert(
         partial = Path(scratch) / destination.name
         partial.mkdir()
         files.require_disk(partial, 2 * checkpoint.bytes_in("auto"))
-        result = encode(write(checkpoint, partial, announce))
+        result = write(checkpoint, partial, announce)
         partial.rename(destination)
     return result
 
 
-def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> StageRecord:
+def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> Exported[GraphResult]:
     """ONNX of a dense model, in its own bundle."""
     checkpoint = dense.checkpoint(announce)
     with dense.claim() as bundle:

@@ -110,7 +110,9 @@ def prune_export(
         return finished
 
 
-def _exports(bundle: Bundle, target: Target[Any], asked: Mapping[str, object]) -> dict[str, object]:
+def _exports(
+    bundle: Bundle, target: Target[Any, Any], asked: Mapping[str, object]
+) -> dict[str, object]:
     """By name of a target, its options: of the graph, which is timed in any case, and of another.
 
     Raises:

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thanos_deploy.bundle.codec import LATER, OTHERS, called, decode, encode
+from thanos_deploy.bundle.codec import (
+    LATER,
+    OTHERS,
+    UnknownFormatError,
+    called,
+    decode,
+    decode_format,
+    encode,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +130,19 @@ def test_a_mapping_of_records_is_read_and_written_as_one() -> None:
     parts = {"one": Part("p", (1, 2))}
     assert encode(parts) == {"one": {"name": "p", "size": [1, 2]}}
     assert decode(dict[str, Part], encode(parts)) == parts
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    format: int
+    name: str
+
+
+def test_a_record_of_another_format_is_told_from_a_damaged_one() -> None:
+    assert decode_format(Versioned, {"format": 2, "name": "a"}, 2) == Versioned(2, "a")
+    with pytest.raises(UnknownFormatError, match="format 3; this version reads 2"):
+        decode_format(Versioned, {"format": 3, "renamed": "a"}, 2)
+    with pytest.raises(UnknownFormatError, match="format None"):
+        decode_format(Versioned, [], 2)
+    with pytest.raises(ValueError, match="name is missing"):
+        decode_format(Versioned, {"format": 2}, 2)

@@ -3,15 +3,9 @@ import time
 import numpy as np
 import pytest
 
-from thanos_deploy.measure.latency import (
-    Decode,
-    Generate,
-    OpenLoop,
-    Prefill,
-    Scenario,
-    from_json,
-    to_json,
-)
+from thanos_deploy.measure import messages
+from thanos_deploy.measure.latency import Decode, Generate, OpenLoop, Prefill, Scenario
+from thanos_deploy.measure.messages import Request, Turn
 
 
 class Sleeper:
@@ -84,7 +78,8 @@ def test_an_open_loop_counts_the_time_that_a_request_waits() -> None:
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.kind)
 def test_a_scenario_has_samples_of_every_metric_and_survives_json(scenario: Scenario) -> None:
-    assert from_json(to_json(scenario)) == scenario
+    request = Request(Turn(scenario, 3))
+    assert messages.request(messages.line(request)) == request
     samples = scenario.take(Sleeper(), 0)
     assert all(samples[metric] for metric in scenario.metrics)
     assert scenario.headline in scenario.metrics

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.measure import paired
 from thanos_deploy.measure.latency import Decode, Generate, Prefill, Scenario
+from thanos_deploy.measure.messages import Ready, Reply, Request, Taken
 
 SCENARIOS: list[Scenario] = [Prefill(1, 8), Decode(1, 8, 4), Generate(2, 5, 3)]
 
@@ -65,11 +66,11 @@ class Fake:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def receive(self) -> dict[str, float]:
-        return {"load_seconds": 1.0, "peak_memory_bytes": 1}
+    def receive(self) -> Reply:
+        return Reply(Ready(1.0), 1, 1, 0.0)
 
-    def ask(self, request: dict[str, object]) -> dict[str, object]:
-        return {"samples": {"prefill": [self.seconds[self.name].pop(0)]}}
+    def ask(self, request: Request) -> Reply:
+        return Reply(Taken({"prefill": (self.seconds[self.name].pop(0),)}), 1, 1, 0.0)
 
 
 @pytest.mark.parametrize(

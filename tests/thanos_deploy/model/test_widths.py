@@ -85,7 +85,10 @@ def test_what_was_declared_is_read_back(tmp_path: Path) -> None:
         ('{"format": 1}', "not a readable table"),
         ('{"format": 1, "blocks": [{"heads": 4}]}', "not a readable table"),
         ('{"format": 1, "blocks": [{"heads": 4, "kv_heads": 0, "channels": 8}]}', "not a positive"),
-        ('{"format": 1, "blocks": [{"heads": 4, "kv_heads": "2", "channels": 8}]}', "not a posit"),
+        (
+            '{"format": 1, "blocks": [{"heads": 4, "kv_heads": "2", "channels": 8}]}',
+            "kv_heads is '2'",
+        ),
         ('{"format": 2, "blocks": []}', "format 2; this version reads 1"),
     ],
 )
