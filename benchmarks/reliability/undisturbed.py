@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -45,13 +45,24 @@ class Undisturbed:
             Bundle.open(out).verify()
         except (RuntimeError, DeployError) as error:
             return str(error)
+        return self.fault_in(out)
+
+    def fault_in(self, out: Path) -> str:
+        """Which files of a finished command have other bytes, or nothing."""
         found = _hashes(out)
         wrong = sorted(name for name, digest in self.files.items() if found.get(name) != digest)
         return f"other bytes in {', '.join(wrong)}" if wrong else ""
 
 
-def undisturbed(works: Sequence[Work], setting: Setting) -> Iterator[Undisturbed]:
+def undisturbed(
+    works: Sequence[Work], setting: Setting, model: Callable[[Path], Path] = small_model
+) -> Iterator[Undisturbed]:
     """Prepare commands, and run each twice.
+
+    Args:
+        works: the commands.
+        setting: with the folder to work in.
+        model: writes the model, unless it is there.
 
     Raises:
         RuntimeError: a command failed, or two runs do not agree on the weights or the graph.
@@ -61,16 +72,16 @@ def undisturbed(works: Sequence[Work], setting: Setting) -> Iterator[Undisturbed
     traces = folder / "traces"
     traces.mkdir(exist_ok=True)
     traced.share(traces)  # a trace takes longer than all else that a command does to a small model
-    model = small_model(folder / "model")
+    dense = model(folder / "model")
     for work in works:
         prepared = folder / f"prepared-{work.name}"
-        work.prepare(model, prepared)
+        work.prepare(dense, prepared)
         took, found = [], []
         for number in range(2):
             out = folder / f"alone-{number}"
             _copy(prepared, out)
             begin = time.monotonic()
-            work.finish(model, out)
+            work.finish(dense, out)
             took.append(time.monotonic() - begin)
             found.append(_hashes(out))
             shutil.rmtree(out)
@@ -79,7 +90,7 @@ def undisturbed(works: Sequence[Work], setting: Setting) -> Iterator[Undisturbed
         weights = [name for name in one if name.endswith((".safetensors", ".onnx", ".onnx.data"))]
         if strange := sorted(set(weights) - set(same)):
             raise RuntimeError(f"{work.name}: two runs alone differ in {', '.join(strange)}")
-        yield Undisturbed(work, model, prepared, min(took), same)
+        yield Undisturbed(work, dense, prepared, min(took), same)
 
 
 def _copy(prepared: Path, out: Path) -> None:

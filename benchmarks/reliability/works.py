@@ -1,7 +1,7 @@
 """The commands that are disturbed, on a small model of random weights."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +34,11 @@ class Work:
         for arguments in self.before:
             run(arguments, model, out)
 
-    def begin(self, model: Path, out: Path) -> Command:
-        """Start it."""
-        return Command(*filled(self.arguments, model, out))
+    def begin(
+        self, model: Path, out: Path, *more: str, before: Callable[[], object] | None = None
+    ) -> Command:
+        """Start it; with more arguments, and after something that its process does first."""
+        return Command(*filled((*self.arguments, *more), model, out), before=before)
 
     def finish(self, model: Path, out: Path) -> None:
         """Do it, or go on with it."""
