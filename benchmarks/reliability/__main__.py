@@ -28,6 +28,7 @@ from benchmarks.reliability import (
 )
 from benchmarks.reliability.part import Part, Setting
 from benchmarks.reliability.record import Result, Results, publish, table
+from benchmarks.reliability.works import settle
 
 PARTS: tuple[Part, ...] = (
     kills.PART,
@@ -68,6 +69,7 @@ def main() -> None:
         if given.more or not results.parts.get(part.name, Result()).is_enough
     ]
     with tempfile.TemporaryDirectory() as folder:
+        settle(Path(folder))
         bundle = cache(lambda: make(Path(folder)))
         for part in missing:
             room = Path(folder) / part.name

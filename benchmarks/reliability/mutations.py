@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING
 from benchmarks.reliability import damage
 from benchmarks.reliability.part import Figure, Part, Setting, Slice
 from benchmarks.reliability.traps import Traps
+from benchmarks.reliability.works import settle
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.machine import environment
 
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
 GOAL = 20_000
 MOST_SECONDS = 30.0
 MOST_GIGABYTES = 2.0
-BATCH = 250  # of one kind, until the next one's turn
+BATCH = 200  # of one kind, until another one's turn
 
 _MUTATIONS = "damaged files"
+_READY = b"ready"
 _READY_SECONDS = 120.0  # of a child that is forked on a busy machine
 
 
@@ -64,19 +66,22 @@ class Ended:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """One kind after the other, until there is no time or enough was done."""
+    """Of all kinds for the same time, until there is none left or enough was done."""
     from benchmarks.reliability.victims import KINDS
 
     made = {kind: victims(setting.folder, kind) for kind in KINDS}
     end, total = time.monotonic() + setting.seconds, setting.so_far(_MUTATIONS)
     begins = {kind: setting.so_far(_of(kind)) for kind in KINDS}
+    spent = dict.fromkeys(made, 0.0)
     while time.monotonic() < end and total < GOAL:
-        for kind, these in made.items():
-            numbers = range(begins[kind], begins[kind] + BATCH)
-            ended = list(batch(setting.seed, kind, these, numbers, _own(setting.folder, kind)))
-            begins[kind] += len(ended)
-            total += len(ended)
-            yield _found(kind, ended)
+        kind = min(spent, key=lambda one: spent[one])
+        numbers, began = range(begins[kind], begins[kind] + BATCH), time.monotonic()
+        own = _own(setting.folder, kind)
+        ended = list(batch(setting.seed, kind, made[kind], numbers, own))
+        spent[kind] += time.monotonic() - began
+        begins[kind] += len(ended)
+        total += len(ended)
+        yield _found(kind, ended)
 
 
 def _own(folder: Path, kind: str) -> Path:
@@ -166,7 +171,7 @@ def batch(
 
 
 def _lines(told: IO[bytes]) -> Iterator[bytes]:
-    """What a child says, line by line; an empty one when it says nothing for too long."""
+    """What a child says when it has begun, line by line; an empty one when it is silent for too long."""
     rest, seconds = b"", _READY_SECONDS
     while True:
         ready, _, _ = select.select([told], [], [], seconds)
@@ -177,7 +182,7 @@ def _lines(told: IO[bytes]) -> Iterator[bytes]:
         if not part:
             return
         *lines, rest = (rest + part).split(b"\n")
-        yield from lines
+        yield from (line for line in lines if line != _READY)
         seconds = MOST_SECONDS
 
 
@@ -193,6 +198,7 @@ def _child(
         traps = Traps(own, [*_baits(own), Path("/etc/passwd")])
         begun = environment.resident_memory_bytes() or 0
         _limit_memory()
+        os.write(writing, _READY + b"\n")
         for number in numbers:
             ended = one(seed, kind, these, number, traps)
             grown = (environment.peak_memory_bytes() - begun) / 1e9
@@ -268,6 +274,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        settle(Path(folder))
         these = victims(Path(folder), given.kind)
         for victim in these:
             victim.open(victim.content)

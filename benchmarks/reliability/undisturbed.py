@@ -1,6 +1,5 @@
 """What a command makes when it is left alone, which the disturbed ones are compared with."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from benchmarks.reliability.part import Setting
 from benchmarks.reliability.works import Work, small_model
-from tests import traced
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import DeployError
 
@@ -68,10 +66,6 @@ def undisturbed(
         RuntimeError: a command failed, or two runs do not agree on the weights or the graph.
     """
     folder = setting.folder
-    os.environ["THANOS_DEPLOY_CACHE"] = str(folder / "cache")
-    traces = folder / "traces"
-    traces.mkdir(exist_ok=True)
-    traced.share(traces)  # a trace takes longer than all else that a command does to a small model
     dense = model(folder / "model")
     for work in works:
         prepared = folder / f"prepared-{work.name}"

@@ -12,14 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
-
 from runtime.batching import Busy
 from runtime.server import rendering
 from runtime.server.templates import ChatTemplate, Conversation
 from runtime.text import Tokenizer, verify_texts
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.errors import InputError
+from thanos_deploy.errors import InputError, boundary
 from thanos_deploy.model import tokenizer_files
 
 # Around the number of a special token that is to be text; Unicode assigns no character to it.
@@ -129,13 +127,12 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
     if verify:
         verify_texts(opened, templates=True)
     model = bundle / "model"
-    try:
+    with boundary(
+        InputError,
+        f"{model}: not a readable chat template",
+        fix="repair it in the model that the bundle was made from, and make the bundle again",
+    ):
         source = tokenizer_files.chat_template(model)
         return (
             None if source is None else ChatTemplate(source, tokenizer_files.special_tokens(model))
         )
-    except (ValueError, TypeError, AttributeError, KeyError, jinja2.TemplateError) as error:
-        raise InputError(
-            f"{model}: not a readable chat template ({type(error).__name__}: {error})",
-            fix="repair it in the model that the bundle was made from, and make the bundle again",
-        ) from error

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.files import sync
 from thanos_deploy.errors import PlatformError
 
@@ -237,8 +237,8 @@ def _note(folder: Path) -> Path:
 
 def _read(note: Path) -> Owner | None:
     try:
-        return decode(Owner, json.loads(note.read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        return decode(Owner, loads(note.read_bytes()))
+    except (OSError, ValueError):
         return None
 
 
