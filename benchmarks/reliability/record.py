@@ -126,8 +126,8 @@ def _verdict(result: Result) -> str:
     return "FAILED"
 
 
-def publish(page: Path, shown: str) -> None:
-    """Put the table into a page, between its marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}", encoding="utf-8")
+def publish(page: Path, shown: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a table into a page, between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{shown}\n\n{end}{after}", encoding="utf-8")

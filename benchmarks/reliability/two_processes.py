@@ -50,8 +50,9 @@ def other_machine() -> None:
     lock._machine = lambda: "another machine"
 
 
-# What the second process does first; the first one is as it is, or has no locks either.
-KINDS: tuple[tuple[str, Callable[[], None], Callable[[], None]], ...] = (
+# A name, and what each of the two processes does first.
+Kind = tuple[str, Callable[[], None], Callable[[], None]]
+KINDS: tuple[Kind, ...] = (
     ("one machine", same_machine, same_machine),
     ("one machine, no locks", no_locks, no_locks),
     ("two machines, locks of no effect", same_machine, other_machine),
@@ -104,7 +105,7 @@ def run(setting: Setting) -> Iterator[Slice]:
 def both(
     alone: Undisturbed,
     out: Path,
-    kind: tuple[str, Callable[[], None], Callable[[], None]],
+    kind: Kind,
     draw: random.Random,
 ) -> Both:
     """Start two, and look at how they end."""
