@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ _LIMIT = ("memory.limit_in_bytes", "memory.max")
 # Of what is needed by the dry run, what is left to the process.
 STEPS = (2.0, 1.5, 1.25, 1.1, 1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1, 0.05, 0.0)
 _OFF = 0.2
+_MOST_SECONDS = 600.0
 
 _TEXT = ("--nsamples", "16", "--seqlen", "128")
 _BY = ("prune", "{model}", "--pattern", "2:4", *_TEXT)
@@ -158,14 +160,23 @@ def limited(alone: Undisturbed, out: Path, by: str, share: float, needed: int) -
     allowed = int(share * needed)
     if by == "RLIMIT_AS":
         command = alone.work.begin(alone.model, out, before=partial(limit_addresses, allowed))
-        _, errors = command.communicate()
+        errors = _waited(command)
     else:
         with group() as folder:
             before = partial(join, folder, allowed)
             command = alone.work.begin(alone.model, out, before=before)
-            _, errors = command.communicate()
+            errors = _waited(command)
     return Limited(alone.work.name, by, share, command.returncode, _fault(alone, out, command,
                    errors.decode(errors="replace")))  # fmt: skip
+
+
+def _waited(command: Command) -> bytes:
+    """What it says on standard error; one that does not end is ended, which counts as a fault."""
+    timer = threading.Timer(_MOST_SECONDS, command.kill)
+    timer.start()
+    _, errors = command.communicate()
+    timer.cancel()
+    return errors
 
 
 def _fault(alone: Undisturbed, out: Path, command: Command, said: str) -> str:

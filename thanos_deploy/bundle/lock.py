@@ -9,6 +9,7 @@ where links are missing. Its time is renewed while its writer lives. A note coun
 - it has not been renewed for `EXPIRY_SECONDS`, by the clock of the disk that the folder is on.
 """
 
+import _thread
 import fcntl
 import json
 import math
@@ -75,8 +76,10 @@ class Lock:
     def __init__(self, folder: Path, owner: Owner) -> None:
         self._folder, self._owner = folder, owner
         self._over = threading.Event()
-        self._beat = threading.Thread(target=self._renew, name="lock", daemon=True)
-        self._beat.start()
+        # Without memory for it the note is not renewed, and another machine may take over, which
+        # `require` sees. `threading.Thread.start` would wait for ever for a thread that dies so.
+        with suppress(RuntimeError):
+            _thread.start_new_thread(self._renew, ())
 
     def require(self) -> None:
         """Refuse to go on where another process has taken the folder over.
@@ -94,7 +97,6 @@ class Lock:
     def release(self) -> None:
         """Let others write."""
         self._over.set()
-        self._beat.join()
         if _read(_note(self._folder)) == self._owner:
             _note(self._folder).unlink(missing_ok=True)
 
