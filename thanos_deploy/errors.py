@@ -28,7 +28,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Rust and C++ say what the system said.
 _OUT_OF_MEMORY = (
     *("DefaultCPUAllocator", "CUDA out of memory", "std::bad_alloc"),
-    *("Cannot allocate memory", "can't start new thread"),
+    *("Cannot allocate memory", "failed to map segment", "can't start new thread"),
 )
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 

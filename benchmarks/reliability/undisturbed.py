@@ -52,10 +52,14 @@ class Undisturbed:
         return f"other bytes in {', '.join(wrong)}" if wrong else ""
 
 
+# Those that this process has run alone, by command and by what wrote the model.
+_known: dict[tuple[Work, Callable[[Path], Path]], Undisturbed] = {}
+
+
 def undisturbed(
     works: Sequence[Work], setting: Setting, model: Callable[[Path], Path] = small_model
 ) -> Iterator[Undisturbed]:
-    """Prepare commands, and run each twice.
+    """Prepare commands, and run each twice, unless this process has done so.
 
     Args:
         works: the commands.
@@ -68,6 +72,9 @@ def undisturbed(
     folder = setting.folder
     dense = model(folder / "model")
     for work in works:
+        if (known := _known.get((work, model))) is not None and known.model.exists():
+            yield known
+            continue
         prepared = folder / f"prepared-{work.name}"
         work.prepare(dense, prepared)
         took, found = [], []
@@ -84,7 +91,8 @@ def undisturbed(
         weights = [name for name in one if name.endswith((".safetensors", ".onnx", ".onnx.data"))]
         if strange := sorted(set(weights) - set(same)):
             raise RuntimeError(f"{work.name}: two runs alone differ in {', '.join(strange)}")
-        yield Undisturbed(work, dense, prepared, min(took), same)
+        _known[work, model] = Undisturbed(work, dense, prepared, min(took), same)
+        yield _known[work, model]
 
 
 def _copy(prepared: Path, out: Path) -> None:

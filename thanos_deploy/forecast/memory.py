@@ -58,6 +58,10 @@ _WAITING = "calibration data between blocks"
 # Float32 vectors as wide as the hidden states that are kept for each token while it is tuned on.
 _NORMS = 6
 
+# What reading the texts takes, and libraries in passing. Some of these end the process without a
+# word where they get no memory, so that it has to be there before they are called.
+_TEXTS = 128 << 20
+
 # What cuBLAS and cuSOLVER take for themselves.
 LIBRARIES = 192 << 20
 
@@ -257,10 +261,10 @@ def require(memory: Memory, device: torch.device) -> None:
     Raises:
         ResourceError: the GPU or the host has less.
     """
-    there = host_memory.free_bytes()
-    if there is not None and memory.host_bytes > there:
+    there, host = host_memory.free_bytes(), (*memory.host, Term("texts and libraries", _TEXTS))
+    if there is not None and total(host) > there:
         other = "end other programs, or use a machine or a limit that is larger"
-        raise _too_little("this machine", memory.host, there, other)
+        raise _too_little("this machine", host, there, other)
     if device.type != "cpu" and memory.device_bytes > (free := devices.free_bytes(device)):
         other = "end other programs on the GPU, or use a larger one or --device cpu"
         raise _too_little(str(device), memory.device, free, other)

@@ -220,11 +220,14 @@ class _Work:
         source = dense.checkpoint(announce)
         check(source, request)
         own = sparsity_file(request.how) if isinstance(request.how, Recipe) else None
-        text, ids, frame = calibration(source, request.data)
-        Layout.of(*ids.shape).require(current().size)
-        device = request.chosen_device
-        needed = memory_of(source, ids, request, device)
+        device, data = request.chosen_device, request.data
+        # Sizes that cannot be are refused with the text.
+        sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
+        segments = torch.empty(sizes, dtype=torch.int64, device="meta")
+        needed = memory_of(source, segments, request, device)
         memory.require(needed, device)
+        text, ids, frame = calibration(source, data)
+        Layout.of(*ids.shape).require(current().size)
         inputs = PruneInputs(
             dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
         )

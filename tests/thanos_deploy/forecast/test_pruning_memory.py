@@ -187,7 +187,7 @@ def test_too_small_a_machine_is_refused_with_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = counted(outline(tmp_path, EIGHT), "best", device=torch.device("cpu"))
-    for free in (None, found.host_bytes):
+    for free in (None, found.host_bytes + memory._TEXTS):
         monkeypatch.setattr(host_memory, "free_bytes", lambda free=free: free)
         memory.require(found, torch.device("cpu"))
     monkeypatch.setattr(host_memory, "free_bytes", lambda: 10**9)
