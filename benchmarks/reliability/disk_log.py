@@ -12,6 +12,7 @@ what was written and not flushed may be there after a power cut as a whole, in p
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -37,9 +38,9 @@ class Moment:
 
     Attributes:
         call: what comes, such as "fsync".
-        flushed: inode that it flushes; 0 for none.
-        names: what is where; the folder itself has the inode 0.
-        contents: of files by inode: SHA-256 of the bytes, which are in the log's folder.
+        flushed: number of what it flushes; 0 for none, or the folder itself.
+        names: what is where, by numbers that stand for inodes; the folder itself is 0.
+        contents: of files: SHA-256 of the bytes, which are in the log's folder.
     """
 
     call: str
@@ -63,8 +64,19 @@ class Log:
     @classmethod
     def read(cls, folder: Path) -> "Log":
         """What `record` left."""
-        lines = (folder / _MOMENTS).read_text(encoding="utf-8").splitlines()
-        return cls(folder, [_moment(json.loads(line)) for line in lines])
+        numbers: dict[int, int] = {}
+        fresh = itertools.count(1)
+        moments = []
+        for line in (folder / _MOMENTS).read_text(encoding="utf-8").splitlines():
+            moment = _moment(json.loads(line))
+            there = {*moment.names, *moment.contents}
+            # An inode that is gone may come back as another file.
+            numbers = {inode: number for inode, number in numbers.items() if inode in there}
+            numbers[0] = 0
+            for inode in sorted(there - set(numbers)):
+                numbers[inode] = next(fresh)
+            moments.append(_renumbered(moment, numbers))
+        return cls(folder, moments)
 
     def cut(self, at: int, draw: random.Random, out: Path) -> int:
         """Make a folder as it may be when the power goes just before a call.
@@ -96,22 +108,19 @@ class Log:
         return changed
 
     def _flushed(self, at: int) -> tuple[dict[int, int], dict[int, int], dict[int, str]]:
-        """By inode: when a folder was last flushed; since when it is there; what a file then had.
+        """When a folder was last flushed; since when it is there; what a file was flushed with.
 
-        What was there at first is on the disk. An inode that is gone may come back as another file.
+        What was there at first is on the disk.
         """
         first = self.moments[0]
         flushed, since = {0: 0}, dict.fromkeys(first.names, 0)
         kept = dict(first.contents)
-        for number, moment in enumerate(self.moments[: at + 1]):
-            flushed = {inode: one for inode, one in flushed.items() if inode in (0, *moment.names)}
-            since = {inode: since.get(inode, number) for inode in moment.names}
-            kept = {inode: one for inode, one in kept.items() if inode in moment.contents}
-            if number == at or moment.call != "fsync":
-                continue
-            if moment.flushed in moment.contents:
+        for number, moment in enumerate(self.moments[:at]):
+            for inode in moment.names:
+                since.setdefault(inode, number)
+            if moment.call == "fsync" and moment.flushed in moment.contents:
                 kept[moment.flushed] = moment.contents[moment.flushed]
-            else:
+            elif moment.call == "fsync":
                 flushed[moment.flushed] = number
         return flushed, since, kept
 
@@ -140,6 +149,19 @@ def _moment(line: tuple[str, int, dict[str, dict[str, int]], dict[str, str]]) ->
         flushed,
         {int(inode): entries for inode, entries in names.items()},
         {int(inode): digest for inode, digest in contents.items()},
+    )
+
+
+def _renumbered(moment: Moment, numbers: dict[int, int]) -> Moment:
+    """With other numbers in place of inodes."""
+    return Moment(
+        moment.call,
+        numbers.get(moment.flushed, 0),
+        {
+            numbers[inode]: {name: numbers[inner] for name, inner in entries.items()}
+            for inode, entries in moment.names.items()
+        },
+        {numbers[inode]: digest for inode, digest in moment.contents.items()},
     )
 
 
@@ -217,13 +239,18 @@ def _snapshot(folder: Path, log: Path) -> tuple[Names, dict[int, str]]:
     contents: dict[int, str] = {}
     if not folder.is_dir():
         return names, contents
-    for inode, path in _folders(folder):
+    folders = list(_folders(folder))
+    known = {inode for inode, _ in folders}
+    for inode, path in folders:
         names[inode] = {}
         for entry in os.scandir(path):
             status = entry.stat(follow_symlinks=False)
-            names[inode][entry.name] = status.st_ino
-            if stat.S_ISREG(status.st_mode) and status.st_ino not in contents:
-                contents[status.st_ino] = _keep(Path(entry.path), log)
+            if stat.S_ISREG(status.st_mode):
+                names[inode][entry.name] = status.st_ino
+                if status.st_ino not in contents:
+                    contents[status.st_ino] = _keep(Path(entry.path), log)
+            elif status.st_ino in known:
+                names[inode][entry.name] = status.st_ino
     return names, contents
 
 
