@@ -11,7 +11,6 @@ TensorRT builds on and for the GPU of this machine. TensorRT-RTX builds ahead of
 for the GPUs that are named; its kernels are chosen when the engine is loaded there.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from exporters.tensorrt.builder import Order
 from exporters.tensorrt.library import Library
 from exporters.tensorrt.profiles import profiles, shapes
 from thanos_deploy.bundle import files, onnxfile
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
 from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.layout import (
@@ -237,7 +236,7 @@ def _carry_out(
         try:
             for last in _lines(child):
                 if last.startswith("["):
-                    done, total = json.loads(last)
+                    done, total = loads(last)
                     on_progress(done, total)
             assert child.stderr is not None
             complaint = child.stderr.read()
@@ -260,7 +259,7 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
 
 def _error(graph: str, package: str, code: int, last: str, complaint: str) -> DeployError:
     if last.startswith("{"):
-        failure = decode(builder.Failure, json.loads(last))
+        failure = decode(builder.Failure, loads(last))
         message = f"{package}: {failure.message}"
         match failure.kind:
             case "machine":

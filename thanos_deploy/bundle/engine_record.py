@@ -1,12 +1,11 @@
 """What is recorded of a TensorRT engine: build.json beside it, and the result of its stage."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from thanos_deploy.bundle.codec import decode_format
+from thanos_deploy.bundle.codec import decode_format, loads
 from thanos_deploy.bundle.layout import BUILD, BUILD_FORMAT
 from thanos_deploy.errors import InputError
 
@@ -167,7 +166,7 @@ def read_build(folder: Path) -> BuildRecord:
     """
     path = folder / BUILD
     try:
-        return decode_format(BuildRecord, json.loads(path.read_bytes()), BUILD_FORMAT)
+        return decode_format(BuildRecord, loads(path.read_bytes()), BUILD_FORMAT)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a readable record of a build ({type(error).__name__}: {error})",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.products import DENSE, KernelTime, beside_dense
 from thanos_deploy.gpu.records import Records
@@ -201,7 +201,7 @@ def to_json(runs: Sequence[Figures]) -> str:
 
 def from_json(text: str) -> tuple[Figures, ...]:
     """What `to_json` wrote."""
-    return tuple(decode(Figures, run) for run in json.loads(text))
+    return tuple(decode(Figures, run) for run in loads(text))
 
 
 @cache

@@ -6,7 +6,6 @@ was cut from and declares its widths in widths.json beside it; stock loaders ref
 because the shapes of its weights differ, and `load.load_model` reads it.
 """
 
-import json
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from thanos_deploy.bundle.codec import UnknownFormatError, decode_format
+from thanos_deploy.bundle.codec import UnknownFormatError, decode_format, loads
 from thanos_deploy.bundle.files import write_record
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
@@ -128,7 +127,7 @@ def declared(folder: Path) -> tuple[Widths, ...] | None:
     if not path.exists():
         return None
     try:
-        blocks = decode_format(_Table, json.loads(path.read_bytes()), FORMAT).blocks
+        blocks = decode_format(_Table, loads(path.read_bytes()), FORMAT).blocks
     except UnknownFormatError as error:
         raise ModelError(
             f"{path}: {error}", fix="use the version of thanos-deploy that wrote it, or a newer one"

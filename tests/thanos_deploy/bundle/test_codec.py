@@ -18,6 +18,7 @@ from thanos_deploy.bundle.codec import (
     decode,
     decode_format,
     encode,
+    loads,
 )
 
 
@@ -109,6 +110,11 @@ def test_numbers_that_json_lacks_are_written_by_name() -> None:
     assert decode(Whole, written).share == float("-inf")
 
 
+def test_a_number_that_is_too_large_is_not_one() -> None:
+    with pytest.raises(ValueError, match="share is '1000"):
+        decode(Whole, {**encode(WHOLE), "share": 10**400})
+
+
 @dataclass(frozen=True, slots=True)
 class Open:
     name: str = field(metadata=called("full-name"))
@@ -146,3 +152,29 @@ def test_a_record_of_another_format_is_told_from_a_damaged_one() -> None:
         decode_format(Versioned, [], 2)
     with pytest.raises(ValueError, match="name is missing"):
         decode_format(Versioned, {"format": 2}, 2)
+
+
+def test_json_that_is_nested_too_deeply_is_a_value_error() -> None:
+    assert loads(b'{"a": [1]}') == {"a": [1]}
+    for content in ("[" * 100_000, '{"a":' * 100_000 + "0" + "}" * 100_000, b"[" * 10_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            loads(content)
+
+
+# They read what they, or a process of theirs, have written.
+OWN = {
+    *("exporters/llama_cpp.py", "thanos_deploy/bundle/codec.py"),
+    *("runtime/server/rendering.py", "runtime/server/templates.py"),
+    *("thanos_deploy/measure/messages.py", "thanos_deploy/ranks/group.py"),
+}
+
+
+def test_nothing_else_reads_json_of_others() -> None:
+    root = Path(__file__).parents[3]
+    found = {
+        path.relative_to(root).as_posix()
+        for package in ("thanos_deploy", "exporters", "runtime")
+        for path in (root / package).rglob("*.py")
+        if "json.load" in path.read_text(encoding="utf-8")
+    }
+    assert found == OWN
