@@ -12,7 +12,7 @@ import torch
 
 from tests.commands import FORKS
 from thanos_deploy import cli
-from thanos_deploy.pruning import quantise
+from thanos_deploy.pruning import own_text, quantise
 from thanos_deploy.ranks import shards, spread
 
 
@@ -77,6 +77,7 @@ def make_small() -> None:
     """Cut what is small into as many parts as what is large, and compute with one thread."""
     shards.TOKENS_PER_BATCH = 128
     spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
+    own_text._BATCH = 2
     torch.set_num_threads(1)
 
 
