@@ -98,7 +98,10 @@ def recover(
     require_head(teacher)
     model.requires_grad_(False)
     for name in names:
-        model.get_parameter(name).requires_grad_(True)
+        weight = model.get_parameter(name).requires_grad_(True)
+        # AdamW's fused step takes entries in the order of memory, and so would mix up those of a
+        # view that is transposed, as some experts' weights are, with their gradients.
+        weight.data = weight.data.contiguous()
     learner, _ = (
         Sharded(one, [one.get_submodule(block.prefix.rstrip(".")) for block in checkpoint.blocks])
         for one, checkpoint in ((model, pruned), (teacher, dense))
