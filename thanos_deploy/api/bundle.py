@@ -144,7 +144,7 @@ class Bundle:
         text_field: str = "text",
         segments: int = 12,
         seqlen: int = 1024,
-        questions: Annotated[int, Range(0)] = 200,
+        questions: Annotated[int, Range(0)] = 100,
         tasks: Sequence[str] | None = None,
         task_folder: str | PathLike[str] | None = None,
         limit: Positive | None = None,

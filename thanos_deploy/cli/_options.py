@@ -87,7 +87,7 @@ def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
         click.option(
             *names("questions"),
             type=click.IntRange(min=0),
-            default=200,
+            default=100,
             show_default=True,
             help="Multiple-choice questions made from these segments, at most; 0 for none.",
         ),

@@ -271,7 +271,8 @@ def _show_text(columns: Mapping[str, TextQuality]) -> None:
             table.add_row("  change", *[""] * (len(found) - 1), _share(last.change, "+"))
     if near := list(columns.values())[-1].fidelity:
         blank = [""] * (len(columns) - 1)
-        table.add_row("divergence, nats per token", *blank, f"{near.divergence:.3f}")
+        nats = "not measured" if near.divergence is None else f"{near.divergence:.3f}"
+        table.add_row("divergence, nats per token", *blank, nats)
         table.add_row("same likeliest token", *blank, f"{near.agreement:.1%}")
         table.add_row(f"of {near.tokens} tokens, as dense", *blank, f"{near.continued:.0f}")
         table.add_row("  before the first other one", *blank, f"{near.before_first:.0f}")

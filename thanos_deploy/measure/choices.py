@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from thanos_deploy.measure.cloze import Offset
 from thanos_deploy.progress import OnProgress, silent
 
-BEFORE, AFTER = 32, 8
+BEFORE, AFTER = 24, 6
 CHOICES = 4
 _SEED = 0
 

@@ -17,13 +17,10 @@ from thanos_deploy.measure import choices, cloze, fidelity, proportion
 from thanos_deploy.measure.choices import Questions
 from thanos_deploy.measure.cloze import LastWord, Offset
 from thanos_deploy.measure.fidelity import Divergence, Outputs
-from thanos_deploy.measure.perplexity import Read, perplexity_of, reader
+from thanos_deploy.measure.perplexity import POSITIONS_AT_ONCE, Read, perplexity_of, reader
 from thanos_deploy.measure.quality import Answers, Fidelity, TextQuality
-from thanos_deploy.model.head import Head, head_of, last_states, require_head
+from thanos_deploy.model.head import Head, has_plain_head, head_of, last_states
 from thanos_deploy.progress import OnProgress, silent
-
-# Positions whose logits are held at once: a row of logits is vocabulary-sized.
-_POSITIONS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,15 +93,18 @@ def examine(
         on_progress: told of every finished segment.
     """
     read = reader(model)
-    divergence = None if dense is None or head is None else Divergence(dense, head)
+    divergence = None
+    if dense is not None and dense.states is not None and head is not None:
+        divergence = Divergence(dense.states, head)
     value, likeliest = _read(read, examination, divergence, on_progress)
     quality = _quality(model, examination, value, likeliest)
-    if dense is None or divergence is None:
+    if dense is None:
         return quality.summary
     continued = torch.stack(
         [torch.cat([part.argmax(dim=-1) for part in read(row)]).cpu() for row in dense.written]
     )
-    near = fidelity.compared(divergence, dense, likeliest, continued, len(examination.frame))
+    nats = None if divergence is None else divergence.mean
+    near = fidelity.compared(nats, dense, likeliest, continued, len(examination.frame))
     return quality.beside(dense, near)
 
 
@@ -123,21 +123,20 @@ def examine_dense(
         longest: tokens that it takes.
         on_progress: told of every finished segment.
 
-    Raises:
-        ModelError: see `require_head`.
     """
-    require_head(model)
-    head, kept = head_of(model), []
+    head = head_of(model)
+    kept: list[Tensor] = []
 
-    def read(ids: Tensor) -> Iterator[Tensor]:
+    def keep_states(ids: Tensor) -> Iterator[Tensor]:
         states = last_states(model, ids[None].to(model.device))
         kept.append(states.cpu())
-        return map(head, torch.split(states, _POSITIONS_AT_ONCE))
+        return map(head, torch.split(states, POSITIONS_AT_ONCE))
 
+    read = keep_states if has_plain_head(model) else reader(model)
     value, likeliest = _read(read, examination, None, on_progress)
     quality = _quality(model, examination, value, likeliest)
     return quality.summary, Outputs(
-        states=torch.stack(kept),
+        states=torch.stack(kept) if kept else None,
         likeliest=likeliest,
         written=fidelity.written_by(model, examination.ids, longest),
         words=torch.tensor(quality.words, dtype=torch.bool),

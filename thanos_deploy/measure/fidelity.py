@@ -30,7 +30,7 @@ _PROMPT = 32
 _WRITTEN = 256
 
 # Texts that it writes.
-_TEXTS = 8
+_TEXTS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +38,14 @@ class Outputs:
     """What a dense model makes of segments.
 
     Attributes:
-        states: float32[count, length, hidden], what its head reads after every token.
+        states: float32[count, length, hidden], what its head reads after every token; None if it
+            makes its logits otherwise (see `has_plain_head`), so that no divergence can be had.
         likeliest: int64[count, length], the likeliest token after each.
         written: int64[texts, prompt + tokens], beginnings of segments and how it goes on.
         words, choices: bool[questions], which ones it answers right.
     """
 
-    states: Tensor
+    states: Tensor | None
     likeliest: Tensor
     written: Tensor
     words: Tensor
@@ -52,7 +53,10 @@ class Outputs:
 
     def write(self, path: Path) -> None:
         """Keep them."""
-        save_file({one.name: getattr(self, one.name).contiguous() for one in fields(self)}, path)
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
+        save_file(
+            {name: one.contiguous() for name, one in tensors.items() if one is not None}, path
+        )
 
     @classmethod
     def read(cls, path: Path) -> "Outputs":
@@ -66,20 +70,20 @@ class Outputs:
             f"{path}: not readable",
             fix="remove the dense model's folder from the cache, and repeat the command",
         ):
-            return cls(**load_file(path))
+            return cls(**{"states": None, **load_file(path)})
 
 
 class Divergence:
     """Adds up the divergence from a dense model, a part of the positions at a time."""
 
-    def __init__(self, outputs: Outputs, head: Head) -> None:
+    def __init__(self, states: Tensor, head: Head) -> None:
         """Begin.
 
         Args:
-            outputs: of the dense model.
+            states: of the dense model; see `Outputs`.
             head: of the dense model, on the device of the other one.
         """
-        self._outputs, self._head = outputs, head
+        self._states, self._head = states, head
         self._nats: float | Tensor = 0.0
         self._positions = 0
 
@@ -91,7 +95,7 @@ class Divergence:
             first: of the positions.
             log_p: float32[positions, vocabulary], the model's log-probabilities after them.
         """
-        states = self._outputs.states[segment, first : first + len(log_p)].to(log_p.device)
+        states = self._states[segment, first : first + len(log_p)].to(log_p.device)
         log_q = self._head(states).float().log_softmax(dim=-1)
         nats = (log_q.exp() * log_q.sub(log_p)).sum(dim=-1)
         self._nats = self._nats + nats.double().sum()
@@ -128,12 +132,12 @@ def written_by(model: PreTrainedModel, segments: Tensor, longest: int) -> Tensor
 
 
 def compared(
-    divergence: Divergence, outputs: Outputs, likeliest: Tensor, continued: Tensor, frame: int
+    divergence: float | None, outputs: Outputs, likeliest: Tensor, continued: Tensor, frame: int
 ) -> Fidelity:
     """How far a model is from the dense one.
 
     Args:
-        divergence: of all positions.
+        divergence: nats per token; None where it is not known.
         outputs: of the dense model.
         likeliest: int64[count, length], the model's likeliest token after each of the segments'.
         continued: int64[texts, prompt + tokens], the same for the texts that the dense one wrote.
@@ -144,7 +148,7 @@ def compared(
     prompt = min(_PROMPT, likeliest.shape[1] // 2)
     right = continued[:, prompt - 1 : -1] == outputs.written[:, prompt:]
     return Fidelity(
-        divergence=divergence.mean,
+        divergence=divergence,
         agreement=float(same.double().mean()),
         texts=len(right),
         tokens=right.shape[1],

@@ -27,7 +27,7 @@ class EvalRequest:
     segments: int = 12
     seqlen: int = 1024
     device: str = field(default="auto", metadata=LATER)
-    questions: int = field(default=200, metadata=LATER)
+    questions: int = field(default=100, metadata=LATER)
 
     @property
     def recorded(self) -> "EvalRequest":

@@ -35,7 +35,8 @@ class Fidelity:
     """How far a model is from the dense one; see `measure.fidelity`.
 
     Attributes:
-        divergence: nats per token of the text.
+        divergence: nats per token of the text; None where the dense model makes its logits in a
+            way that is not known (see `has_plain_head`).
         agreement: share of its positions at which both have the same likeliest token.
         texts: that the dense model wrote.
         tokens: of each.
@@ -43,7 +44,7 @@ class Fidelity:
         before_first: how many before the first that differs, on average.
     """
 
-    divergence: float
+    divergence: float | None
     agreement: float
     texts: int
     tokens: int
@@ -83,7 +84,9 @@ class TextQuality:
             if asked is not None:
                 found[name] = asked.accuracy.estimate
         if self.fidelity is not None:
-            found |= {"kl": self.fidelity.divergence, "agreement": self.fidelity.agreement}
+            found["agreement"] = self.fidelity.agreement
+            if self.fidelity.divergence is not None:
+                found["kl"] = self.fidelity.divergence
         return found
 
 

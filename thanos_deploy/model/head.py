@@ -54,20 +54,29 @@ def read_head(checkpoint: Checkpoint, device: torch.device = CPU) -> Head:
 
 
 @torch.no_grad()
-def require_head(model: PreTrainedModel) -> None:
-    """Refuse a model that makes its logits otherwise than by its head alone.
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """A model's logits are what `head_of` makes of its last hidden states.
 
-    Raises:
-        ModelError: it does.
+    So it is for every type with a row; one whose structure was found by a forward pass may scale
+    its logits in some other way.
     """
     ids = torch.arange(4, device=model.device)[None] % int(model.config.vocab_size)
     expected: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
     found = head_of(model)(last_states(model, ids)).float()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse a model that makes its logits otherwise; see `has_plain_head`.
+
+    Raises:
+        ModelError: it does.
+    """
+    if not has_plain_head(model):
         raise ModelError(
             f"a model of type {model.config.model_type}: its logits are not what its output head "
-            "makes of its last hidden states, so they cannot be compared with another model's",
-            fix="leave --recover out; `eval` without --dense measures such a model",
+            "makes of its last hidden states, so nothing can be trained towards them",
+            fix="leave --recover out",
         )
 
 

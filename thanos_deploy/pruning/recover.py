@@ -30,7 +30,7 @@ from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
-from thanos_deploy.model.head import Head, head_of, last_states, require_head
+from thanos_deploy.model.head import Head, head_of, last_states, require_plain_head
 from thanos_deploy.model.load import load_model
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
@@ -95,7 +95,7 @@ def recover(
     started = time.perf_counter()
     names = [f"{one}.weight" for one in pruned.linears]
     model, teacher = (load_model(one.folder, device) for one in (pruned, dense))
-    require_head(teacher)
+    require_plain_head(teacher)
     model.requires_grad_(False)
     for name in names:
         weight = model.get_parameter(name).requires_grad_(True)

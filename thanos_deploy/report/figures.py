@@ -75,7 +75,8 @@ def figures(model: ModelReport) -> Iterator[Figure]:
     if graph := model.graph_quality:
         yield _figure("perplexity of the ONNX graph", "", graph.dense, graph.pruned)
     if near := model.fidelity:
-        yield _figure(DIVERGENCE, "nats", 0.0, near.divergence)
+        if near.divergence is not None:
+            yield _figure(DIVERGENCE, "nats", 0.0, near.divergence)
         yield _figure(AGREEMENT, "score", 1.0, near.agreement)
         written = f"tokens as the dense model writes them, of {near.tokens}"
         yield _figure(written, "", float(near.tokens), near.continued)

@@ -203,10 +203,14 @@ def _of_quality(quality: Quality | None) -> Iterator[str]:
 
 def _of_fidelity(near: Fidelity | None) -> Iterator[str]:
     if near:
+        if near.divergence is not None:
+            yield (
+                "What it expects next diverges from what the dense model expects by "
+                f"{near.divergence:.3f} nats per token of the text."
+            )
         yield (
-            f"What it expects next diverges from what the dense model expects by "
-            f"{near.divergence:.3f} nats per token, and at {near.agreement:.0%} of the positions "
-            f"both find the same token likeliest. Of {near.tokens} tokens that the dense model "
+            f"At {near.agreement:.0%} of the positions of the text both find the same token "
+            f"likeliest. Of {near.tokens} tokens that the dense model "
             f"writes greedily, it would write {near.continued:.0f} after those before, and "
             f"{near.before_first:.0f} before the first that differs ({near.texts} texts)."
         )

@@ -112,6 +112,28 @@ def test_texts_that_are_written_end_where_the_model_does(
     assert outputs.written.shape == (3, 50)
 
 
+def test_without_a_plain_head_everything_but_the_divergence_is_measured(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = make_model("llama", max_position_embeddings=400)
+    tokenizer = load_tokenizer(folder)
+    ids = every_segment(TEXT, tokenizer, length=LENGTH)[:2]
+    examination = Examination.of(TEXT, tokenizer, ids, Frame(), questions=3)
+    model = stock_model(folder)
+    expected = examine_dense(model, examination, 60)
+    model.config.final_logit_softcapping = 1.0  # which this type does not read
+    quality, outputs = examine_dense(model, examination, 60)
+    assert quality.value == pytest.approx(expected[0].value, rel=1e-6)
+    outputs.write(tmp_path / "outputs.safetensors")
+    kept = Outputs.read(tmp_path / "outputs.safetensors")
+    assert kept.states is None
+    assert torch.equal(kept.written, expected[1].written)
+    near = examine(model, examination, kept, read_head(Checkpoint.open(folder))).fidelity
+    assert near is not None
+    assert near.divergence is None
+    assert near.agreement == 1.0
+
+
 def test_words_are_answered_as_the_model_continues_them(make_model: MakeModel) -> None:
     """A model that repeats what is last in its embedding's order knows no word."""
     folder = make_model("llama", max_position_embeddings=400)
