@@ -70,7 +70,8 @@ class Outputs:
             f"{path}: not readable",
             fix="remove the dense model's folder from the cache, and repeat the command",
         ):
-            return cls(**{"states": None, **load_file(path)})
+            found = load_file(path)
+            return cls(found.pop("states", None), **found)
 
 
 class Divergence:
