@@ -12,7 +12,7 @@ import torch
 
 from tests.commands import FORKS
 from thanos_deploy import cli
-from thanos_deploy.pruning import quantise
+from thanos_deploy.pruning import own_text, quantise
 from thanos_deploy.ranks import shards, spread
 from thanos_deploy.solver import triangular
 
@@ -79,6 +79,7 @@ def make_small() -> None:
     shards.TOKENS_PER_BATCH = 128
     spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
     triangular._SMALL, triangular._PART = 8, 4
+    own_text._BATCH = 2
     torch.set_num_threads(1)
 
 

@@ -441,7 +441,7 @@ def wait_for(folder: Path, pattern: str, process: "Command | subprocess.Popen[by
 # What there is to see on disk while each stage is under way.
 UNDER_WAY = {
     "prune": "out/.partial-prune",
-    "dense eval": "cache/*/.partial-eval",
+    "dense eval": "cache/*/.partial-eval-dense",
     "eval": "out/.partial-eval",
     "onnx": "out/.partial-onnx",
     "dense onnx": "cache/*/.partial-onnx",

@@ -298,7 +298,7 @@ def test_gates_decide_the_exit_code_and_are_all_listed(out: Path, invoke: Invoke
 
 def test_help_names_everything_that_a_gate_can_be_on(invoke: Invoke) -> None:
     _, printed, _ = invoke("bench", "--help")
-    for name in (*gates.METRICS, *gates.FIGURES, *gates.STATISTICS, gates.PERPLEXITY):
+    for name in (*gates.METRICS, *gates.FIGURES, *gates.STATISTICS, *gates.QUALITIES):
         assert name in printed, name
 
 

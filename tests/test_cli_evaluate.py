@@ -90,6 +90,66 @@ def test_the_graph_has_the_quality_of_its_checkpoint_and_the_report_shows_both(
     assert any("--runtime onnx" in command for command in shown["commands"])
 
 
+def test_a_pruned_model_is_beside_the_dense_one_and_the_report_shows_it(
+    out: Path, model: Path, invoke: Invoke
+) -> None:
+    run = ("eval", out, "--dense", model, *TEXT)
+    code, printed, errors = invoke(*run)
+    assert code == 0, errors
+    found = json.loads(printed)
+    dense, pruned = found["dense"], found["pruned"]
+    assert pruned["fidelity"]["divergence"] > 0
+    assert "fidelity" not in dense
+    for kind in ("words", "choices"):
+        questions = pruned[kind]["questions"]
+        assert questions == dense[kind]["questions"] > 0
+        shares = (one[kind]["accuracy"]["estimate"] for one in (dense, pruned))
+        before, after = (round(share * questions) for share in shares)
+        assert pruned[kind]["change"]["estimate"] == pytest.approx((after - before) / questions)
+    assert json.loads((out / "eval" / "perplexity.json").read_text())["fidelity"]
+
+    assert invoke("report", out)[0] == 0
+    (shown,) = report_of(out)["models"]
+    assert shown["fidelity"] == pruned["fidelity"]
+    assert [one["kind"] for one in shown["answers"]] == ["last words", "multiple choice"]
+    assert shown["answers"][1]["change"] == pruned["choices"]["change"]
+    for text in ((out / "README.md").read_text(), (out / "report" / "report.md").read_text()):
+        assert "divergence from the dense model" in text
+        assert "questions about the text (last words)" in text
+    code, printed, _ = invoke(*run[:-1])
+    assert code == 0
+    assert "same likeliest token" in printed
+
+
+def test_the_dense_model_is_asked_once_for_all_bundles_on_a_text(
+    out: Path, model: Path, invoke: Invoke, tmp_path: Path
+) -> None:
+    run = ("eval", "--dense", model, *TEXT)
+    other = shutil.copytree(out, tmp_path / "other")
+    first = invoke(*run, out)[1]
+    (outputs,) = tmp_path.glob("cache/*/eval/outputs.safetensors")
+    written = outputs.stat().st_mtime_ns
+    assert invoke(*run, other)[1] == first
+    assert outputs.stat().st_mtime_ns == written
+    # The outputs are those of one text, and are made anew for another one.
+    for bundle, questions in ((other, "5"), (out, "7")):
+        asked = (*run, bundle, "--questions", questions, "--overwrite")
+        found = json.loads(invoke(*asked)[1])
+        assert found["pruned"]["choices"]["questions"] == int(questions)
+
+
+def test_a_model_by_itself_has_shares_and_nothing_to_compare_them_with(
+    model: Path, invoke: Invoke
+) -> None:
+    found = json.loads(invoke("eval", model, *TEXT, "--questions", "0")[1])
+    assert found["words"]["questions"] > 0
+    assert not found.keys() & {"choices", "fidelity"}
+    code, printed, _ = invoke("eval", model, *TEXT[:-1])
+    assert code == 0
+    assert "multiple choice" in printed
+    assert "change" not in printed
+
+
 def test_a_graph_of_rounded_weights_has_a_quality_of_its_own(
     out: Path, model: Path, invoke: Invoke
 ) -> None:

@@ -144,6 +144,35 @@ def test_a_recovered_two_four_model_still_is_two_four(
     assert code == 0, errors + output
 
 
+def test_the_dense_models_own_text_is_kept_and_the_same_again(
+    tiny_llama: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    text = tmp_path / "signs.txt"
+    text.write_text("#$%&*+/<=>@" * 200)  # a random model writes nothing else
+    how = ("--pattern", "2:4", "--preset", "fast", "--nsamples", 4, "--seqlen", 40)
+    run = ("prune", tiny_llama, *how, "--calib", text, "--recover-text")
+    for name in ("one", "other"):
+        code, _, errors = invoke(*run, "own", "--recover", 3, "-o", tmp_path / name)
+        assert code == 0, errors
+    kept = [tmp_path / name / "own-text.jsonl" for name in ("one", "other")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+    assert len([json.loads(line)["text"] for line in kept[0].open(encoding="utf-8")]) == 3
+    bundle = Bundle.open(tmp_path / "one")
+    bundle.verify()
+    assert "own-text.jsonl" in bundle.stages["prune"].files
+    assert bundle.stages["prune"].result["recovery"]["drawn"] >= 3
+    assert invoke("report", tmp_path / "one")[0] == 0
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "3 segments of text that the dense model wrote (`own-text.jsonl`)" in card
+    for asked, wanted, message in (
+        (("chat", "--recover", 3), 3, "has no chat template"),
+        (("own",), 2, "--recover-text own without --recover"),
+    ):
+        code, _, errors = invoke(*run, *asked, "-o", tmp_path / "refused")
+        assert code == wanted
+        assert message in errors
+
+
 def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:

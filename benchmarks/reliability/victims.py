@@ -322,8 +322,9 @@ def journal(folder: Path) -> Iterator[Victim]:
         entering = whole / f"inputs-{block + 1:04d}-00.safetensors"
         with TensorFile.create(entering, {"hidden": (values.dtype, (2, 3))}) as file:
             file.write("hidden", values)
-            kept = made.keep({"a.weight": values}, [file])
-        made.add(PrunedBlock((), {"solve": 1.0 + block}), kept)
+            made.add(PrunedBlock((), {"solve": 1.0 + block}), {"a.weight": values}, [file])
+            made.finish()
+    made.close()
 
     def check() -> None:
         names.require_own(used)  # as whoever writes to the bundle does first

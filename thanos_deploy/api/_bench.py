@@ -15,7 +15,7 @@ from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages import bench as stage
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.evaluate import perplexities
+from thanos_deploy.stages.evaluate import qualities
 
 # What takes less than five minutes on 2 cores for a model of 135 million parameters and another.
 _PROMPTS, _PASTS = (32, 128), (128, 512)
@@ -53,7 +53,7 @@ def bench(
         )
         bundle.require(layout.ONNX, f"`thanos-deploy export {out} --target onnx`")
         asked.check(stage.max_sequence(bundle))
-        if any(gate.name == limits.PERPLEXITY for gate in wanted):
+        if any(gate.name in limits.QUALITIES for gate in wanted):
             bundle.require(layout.EVAL, f"`thanos-deploy eval {out} --dense MODEL`")
         subjects = (
             {PRUNED: bundle, f"{PRUNED}-again": bundle}
@@ -69,7 +69,5 @@ def bench(
         run = stage.bench(bundle, subjects, asked, overwrite=overwrite, announce=announce)
         if layout.PRUNE in bundle.stages:
             write_report(bundle)
-        outcomes = limits.judge(
-            wanted, run, subject=PRUNED, perplexity=perplexities(bundle, subjects)
-        )
+        outcomes = limits.judge(wanted, run, subject=PRUNED, quality=qualities(bundle, subjects))
     return JudgedRun.of(run, outcomes)

@@ -199,7 +199,9 @@ class Pipeline:
         shared = part("text_field", "device")
         return cls(
             prune_request(wanted, part(*(name for name in options if name not in own))),
-            eval_request({**shared, **part("text", "segments", "seqlen", prefix="eval_")}),
+            eval_request(
+                {**shared, **part("text", "segments", "seqlen", "questions", prefix="eval_")}
+            ),
             bench_request(part("batch", "prompt", "past", "new_tokens", "rounds", "sample_prompt")),
             part("target").get("target", "onnx"),
             export_request(

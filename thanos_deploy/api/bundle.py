@@ -147,6 +147,7 @@ class Bundle:
         text_field: str = "text",
         segments: int = 12,
         seqlen: int = 1024,
+        questions: Annotated[int, Range(0)] = 100,
         tasks: Sequence[str] | None = None,
         task_folder: str | PathLike[str] | None = None,
         limit: Positive | None = None,
@@ -168,6 +169,7 @@ class Bundle:
             text_field: field of a JSON Lines row with the text.
             segments: how many segments of it.
             seqlen: tokens of each.
+            questions: of multiple choice made from them, at most.
             tasks: names of tasks of lm-evaluation-harness, to run instead of perplexity.
             task_folder: a folder of task files that the harness does not have. They can name
                 Python code that is run.
@@ -196,6 +198,7 @@ class Bundle:
             text_field=text_field,
             segments=segments,
             seqlen=seqlen,
+            questions=questions,
             tasks=tasks,
             task_folder=task_folder,
             limit=limit,

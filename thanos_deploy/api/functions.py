@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 from thanos_deploy.api import _requests
-from thanos_deploy.api._checks import Positive, public
+from thanos_deploy.api._checks import Positive, Range, public
 from thanos_deploy.api.bundle import Bundle
 from thanos_deploy.api.options import (
     ModelLike,
@@ -244,6 +244,7 @@ def evaluate(
     text_field: str = "text",
     segments: int = 12,
     seqlen: int = 1024,
+    questions: Annotated[int, Range(0)] = 100,
     tasks: Sequence[str] | None = None,
     task_folder: str | PathLike[str] | None = None,
     limit: Positive | None = None,
@@ -258,7 +259,7 @@ def evaluate(
         model: see `prune`; or the folder of a bundle.
         runtime: see `Bundle.evaluate`; or "vllm" for a running server.
         url: of that server, such as "http://127.0.0.1:8000"; for "vllm" only.
-        device, text, text_field, segments, seqlen, tasks, task_folder, limit, progress:
+        device, text, text_field, segments, seqlen, questions, tasks, task_folder, limit, progress:
             see `Bundle.evaluate`.
         revision: branch, tag or commit of a hub model.
 
@@ -274,6 +275,7 @@ def evaluate(
         text_field=text_field,
         segments=segments,
         seqlen=seqlen,
+        questions=questions,
         tasks=tasks,
         task_folder=task_folder,
         limit=limit,

@@ -60,6 +60,8 @@ class PruneOptions(TypedDict, total=False):
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
         recover: segments to train what is left on, with the dense model as teacher. Default: 0.
+        recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
+            the dense model writes. Default: "calib".
         quantize: "int8" or "int4", with ":GROUP" or ":row", and ":asym": what to quantise the
             linear layers of the blocks to. Default: "none".
         calib: calibration text: a path, a data set, several with weights, or "builtin", the
@@ -101,6 +103,7 @@ class PruneOptions(TypedDict, total=False):
     ignore: Sequence[str]
     sparsity_file: str | PathLike[str]
     recover: int
+    recover_text: Literal["calib", "own", "chat"]
     quantize: str
     calib: str | PathLike[str]
     text_field: str
@@ -158,7 +161,8 @@ class PruneExportOptions(PruneOptions, total=False):
         target: what to export to beside ONNX; see `Bundle.export`. Default: "onnx".
         max_seq, logits, graph, seq, sm, sparse_form, engine_compat: of the target; see
             `ExportOptions`.
-        eval_text, eval_segments, eval_seqlen: the text for perplexity; see `evaluate`.
+        eval_text, eval_segments, eval_seqlen, eval_questions: what to measure quality on; see
+            `evaluate`.
         batch, prompt, past, new_tokens, rounds, sample_prompt: what to time; see `Bundle.bench`.
             Defaults here: a batch of 1, a prompt of 128 tokens, 20 rounds.
     """
@@ -174,6 +178,7 @@ class PruneExportOptions(PruneOptions, total=False):
     eval_text: str | PathLike[str]
     eval_segments: int
     eval_seqlen: int
+    eval_questions: Annotated[int, Range(0)]
     batch: Sequence[Positive]
     prompt: Sequence[Positive]
     past: Sequence[Positive]

@@ -1,8 +1,10 @@
 """Where everything is in a bundle: the names of its folders and files, each written down once here.
 
     model/, layers.json, README.md                     the checkpoint, its layers, the model card
+    own-text.jsonl                                     what the dense model wrote to train it on
     codes/                                             the codes of a quantised checkpoint
     eval/perplexity.json, tasks.json, ...              its quality
+    eval/outputs.safetensors                           of a dense model: what others are beside
     bench/RUN.json, sample.json                        its speed, and what it writes
     report/                                            all of it on a page
     onnx/model.onnx, model.onnx.data, export.json      the graph, its weights, how it was exported
@@ -25,6 +27,7 @@ CARD = "README.md"
 PRUNE = "prune"
 MODEL = "model"
 LAYERS = "layers.json"
+OWN_TEXT = "own-text.jsonl"  # that the dense model wrote for a model that was trained
 CODES = "codes"  # of a quantised model, a file for each block
 CONFIG = f"{MODEL}/config.json"
 TOKENIZER = f"{MODEL}/tokenizer.json"
@@ -32,6 +35,7 @@ TOKENIZER = f"{MODEL}/tokenizer.json"
 # The stages eval, by what runs the model.
 EVAL = "eval"
 PERPLEXITY = {"torch": f"{EVAL}/perplexity.json", "onnx": f"{EVAL}/perplexity-onnx.json"}
+OUTPUTS = f"{EVAL}/outputs.safetensors"  # of a dense model
 TASKS = {"torch": f"{EVAL}/tasks.json", "onnx": f"{EVAL}/tasks-onnx.json"}
 
 # The folder that vLLM serves.

@@ -75,14 +75,21 @@ def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
             *names("text"),
             default="builtin",
             show_default=True,
-            help="Text for perplexity: a file, or the part of the built-in text that calibration "
-            "never sees.",
+            help="Text to measure quality on: a file, or the part of the built-in text that "
+            "calibration never sees.",
         ),
         click.option(
             *names("segments"), default=12, show_default=True, help="Segments of evaluation text."
         ),
         click.option(
             *names("seqlen"), default=1024, show_default=True, help="Tokens in each segment."
+        ),
+        click.option(
+            *names("questions"),
+            type=click.IntRange(min=0),
+            default=100,
+            show_default=True,
+            help="Multiple-choice questions made from these segments, at most; 0 for none.",
         ),
     )
 

@@ -40,6 +40,7 @@ pruning_options = several(
     if_given(Owl),
     if_given(Layers),
     with_default(PruneRequest, "recover"),
+    with_default(PruneRequest, "recover_text"),
     click.option(
         "--keep-shape",
         is_flag=True,

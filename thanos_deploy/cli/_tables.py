@@ -18,8 +18,8 @@ from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.check import Check
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.gates import JudgedRun
-from thanos_deploy.measure.quality import Compared, Score, TaskQuality, TextQuality
-from thanos_deploy.measure.run import Run, ScenarioTimes
+from thanos_deploy.measure.quality import Answers, Compared, Score, TaskQuality, TextQuality
+from thanos_deploy.measure.run import Interval, Run, ScenarioTimes
 from thanos_deploy.pruning.result import PruneResult, Quantisation, Retry, WidthsSummary
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
@@ -248,8 +248,40 @@ def show_quality(
             _show_scores({"": found.scores})
         case Compared(dense=TaskQuality() as dense, pruned=TaskQuality() as pruned):
             _show_scores({"dense": dense.scores, "pruned": pruned.scores})
-        case _:
-            show_values(encode(found))
+        case TextQuality():
+            _show_text({"": found})
+        case Compared(dense=TextQuality() as dense, pruned=TextQuality() as pruned):
+            _show_text({"dense": dense, "pruned": pruned})
+
+
+def _show_text(columns: Mapping[str, TextQuality]) -> None:
+    """A column for each model; of what is a comparison, only in that of the pruned one."""
+    first = next(iter(columns.values()))
+    where = f"{first.text}: {first.segments} segments of {first.length} tokens"
+    table = Table("", *columns, title=where)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("perplexity", *(f"{one.value:.2f}" for one in columns.values()))
+    for title, name in (("last words", "words"), ("multiple choice", "choices")):
+        found: list[Answers | None] = [getattr(one, name) for one in columns.values()]
+        if asked := found[0]:
+            shares = (_share(one.accuracy) if one else "" for one in found)
+            table.add_row(f"{title}, of {asked.questions}", *shares)
+        if (last := found[-1]) and last.change:
+            table.add_row("  change", *[""] * (len(found) - 1), _share(last.change, "+"))
+    if near := list(columns.values())[-1].fidelity:
+        blank = [""] * (len(columns) - 1)
+        nats = "not measured" if near.divergence is None else f"{near.divergence:.3f}"
+        table.add_row("divergence, nats per token", *blank, nats)
+        table.add_row("same likeliest token", *blank, f"{near.agreement:.1%}")
+        table.add_row(f"of {near.tokens} tokens, as dense", *blank, f"{near.continued:.0f}")
+        table.add_row("  before the first other one", *blank, f"{near.before_first:.0f}")
+    Console().print(table)
+
+
+def _share(share: Interval, sign: str = "") -> str:
+    low, high = share.low * 100, share.high * 100
+    return f"{share.estimate * 100:{sign}.1f} % ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def _show_scores(columns: Mapping[str, Sequence[Score]]) -> None:

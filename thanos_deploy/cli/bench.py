@@ -118,7 +118,8 @@ def command(out: Path, **options: Any) -> None:
     METRIC     prefill, decode, ttft, inter_token, total, tokens_per_second, request
     STATISTIC  p50, p90, p99
     FIGURE     file_bytes, load_peak_bytes, steady_bytes, peak_bytes,
-               cache_bytes_per_token, gpu_peak_bytes, ppl (needs `eval`)
+               cache_bytes_per_token, gpu_peak_bytes; and what needs `eval`: ppl,
+               words, choices (shares of right answers), kl, agreement
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:
         from thanos_deploy.cli._tables import show_bench

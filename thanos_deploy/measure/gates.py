@@ -25,11 +25,12 @@ FIGURES = (
     "cache_bytes_per_token",
     "gpu_peak_bytes",
 )
-PERPLEXITY = "ppl"
+# Perplexity, shares of right answers, divergence from the dense model, and agreement with it.
+QUALITIES = ("ppl", "words", "choices", "kl", "agreement")
 
 KNOWN = (
     f"{', '.join(METRICS)} (each with .{', .'.join(STATISTICS)}), "
-    f"{', '.join(FIGURES)}, {PERPLEXITY}; each also with .ratio"
+    f"{', '.join((*FIGURES, *QUALITIES))}; each also with .ratio"
 )
 
 _COMPARISONS = {
@@ -52,7 +53,7 @@ class Gate:
     Attributes:
         text: as it was given.
         scenario: the only one that it is for; None for all that have the metric.
-        name: a metric, a figure, or perplexity.
+        name: a metric, a figure, or a quality.
         statistic: a key of `STATISTICS`; None where there is only one value.
         relative: the value is that of the bundle over that of the baseline.
         comparison: a key of what can be compared.
@@ -146,7 +147,7 @@ def parse(text: str) -> Gate:
     match parts[:-1] if relative else parts:
         case [name, statistic] if name in METRICS and statistic in STATISTICS:
             pass
-        case [name] if scenario is None and name in (*FIGURES, PERPLEXITY):
+        case [name] if scenario is None and name in (*FIGURES, *QUALITIES):
             statistic = None
         case _:
             raise UsageError(
@@ -180,7 +181,7 @@ def judge(
     run: Run,
     *,
     subject: str,
-    perplexity: Mapping[str, float] | None,
+    quality: Mapping[str, Mapping[str, float]],
 ) -> list[Outcome]:
     """Judge gates.
 
@@ -188,22 +189,22 @@ def judge(
         gates: that `check` has let pass.
         run: of a bench.
         subject: label of the bundle that they are about.
-        perplexity: by label; None if it is not known.
+        quality: by name and label, as far as it is known.
     """
     return [
         outcome
         for gate in gates
-        for outcome in _outcomes(gate, run, subject=subject, perplexity=perplexity)
+        for outcome in _outcomes(gate, run, subject=subject, quality=quality)
     ]
 
 
 def _outcomes(
-    gate: Gate, run: Run, *, subject: str, perplexity: Mapping[str, float] | None
+    gate: Gate, run: Run, *, subject: str, quality: Mapping[str, Mapping[str, float]]
 ) -> list[Outcome]:
     if gate.statistic is None:
         values: Mapping[str, float | None] = (
-            perplexity or {}
-            if gate.name == PERPLEXITY
+            quality.get(gate.name, {})
+            if gate.name in QUALITIES
             else {label: getattr(one, gate.name) for label, one in run.subjects.items()}
         )
         return [_outcome(gate, "", values.get(subject), values.get(run.baseline), reason="")]

@@ -16,13 +16,18 @@ _RUN = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """Which text to measure perplexity on: "builtin" or a path, how much of it, and where."""
+    """Which text to measure quality on: "builtin" or a path, how much of it, and where.
+
+    Attributes:
+        questions: of multiple choice, at most; see `measure.choices`.
+    """
 
     text: str = BUILTIN
     text_field: str = "text"
     segments: int = 12
     seqlen: int = 1024
     device: str = field(default="auto", metadata=LATER)
+    questions: int = field(default=100, metadata=LATER)
 
     @property
     def recorded(self) -> "EvalRequest":

@@ -19,7 +19,7 @@ Read = Callable[[Tensor], Iterable[Tensor]]
 Losses = Callable[[Tensor], Iterable[Tensor]]
 
 # Positions whose log-probabilities are held at once: a row of logits is vocabulary-sized.
-_POSITIONS_AT_ONCE = 256
+POSITIONS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def reader(model: PreTrainedModel) -> Read:
     def read(ids: Tensor) -> Iterable[Tensor]:
         with torch.inference_mode():
             logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
-        return torch.split(logits, _POSITIONS_AT_ONCE)
+        return torch.split(logits, POSITIONS_AT_ONCE)
 
     return read
 

@@ -9,13 +9,52 @@ from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.bundle.record import Stage
 from thanos_deploy.calibration.frame import NO_FRAME, Frame
 from thanos_deploy.measure.options import EvalRequest, TaskRequest
+from thanos_deploy.measure.run import Interval
 
 Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """How many questions of a kind a model answers right.
+
+    Attributes:
+        questions: how many there are.
+        accuracy: the share of right answers; see `proportion.share`.
+        change: of that share from the dense model's; see `proportion.change`. None for a model by
+            itself.
+    """
+
+    questions: int
+    accuracy: Interval
+    change: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How far a model is from the dense one; see `measure.fidelity`.
+
+    Attributes:
+        divergence: nats per token of the text; None where the dense model makes its logits in a
+            way that is not known (see `has_plain_head`).
+        agreement: share of its positions at which both have the same likeliest token.
+        texts: that the dense model wrote.
+        tokens: of each.
+        continued: how many of these the model would have written after those before, on average.
+        before_first: how many before the first that differs, on average.
+    """
+
+    divergence: float | None
+    agreement: float
+    texts: int
+    tokens: int
+    continued: float
+    before_first: float
+
+
+@dataclass(frozen=True, slots=True)
 class TextQuality:
-    """Perplexity on a text.
+    """Quality on a text.
 
     Attributes:
         text: where it is from.
@@ -23,6 +62,9 @@ class TextQuality:
         segments: how many segments.
         length: tokens of each.
         frame: what each begins with; in records from before there were any, nothing.
+        words, choices: answers about the text, see `measure.cloze` and `measure.choices`; None
+            where there were no questions, or nobody asked them.
+        fidelity: beside the dense model; None for a model by itself.
     """
 
     text: str
@@ -30,6 +72,22 @@ class TextQuality:
     segments: int
     length: int
     frame: Frame = NO_FRAME
+    words: Answers | None = field(default=None, metadata=LATER)
+    choices: Answers | None = field(default=None, metadata=LATER)
+    fidelity: Fidelity | None = field(default=None, metadata=LATER)
+
+    @property
+    def named(self) -> dict[str, float]:
+        """What is known, by the names that gates have for it; see `gates.QUALITIES`."""
+        found = {"ppl": self.value}
+        for name, asked in (("words", self.words), ("choices", self.choices)):
+            if asked is not None:
+                found[name] = asked.accuracy.estimate
+        if self.fidelity is not None:
+            found["agreement"] = self.fidelity.agreement
+            if self.fidelity.divergence is not None:
+                found["kl"] = self.fidelity.divergence
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +160,8 @@ TextStage = Stage[EvalRequest, TextInputs, TextQuality]
 TaskStage = Stage[TaskRequest, TaskInputs, TaskQuality]
 
 EVAL: TextStage = Stage(layout.EVAL, EvalRequest, TextInputs, TextQuality)
+# Of a dense model alone: the same, with what others are compared with.
+EVAL_DENSE: TextStage = Stage(f"{layout.EVAL}-dense", EvalRequest, TextInputs, TextQuality)
 EVAL_ONNX: TextStage = Stage(f"{layout.EVAL}-onnx", EvalRequest, TextInputs, TextQuality)
 EVAL_TASKS: TaskStage = Stage(f"{layout.EVAL}-tasks", TaskRequest, TaskInputs, TaskQuality)
 EVAL_TASKS_ONNX: TaskStage = Stage(

@@ -30,6 +30,7 @@ from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
+from thanos_deploy.model.head import Head, head_of, last_states, require_plain_head
 from thanos_deploy.model.load import load_model
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
@@ -41,7 +42,13 @@ from thanos_deploy.ranks.spread import even
 
 logger = logging.getLogger(__name__)
 
-Head = Callable[[Tensor], Tensor]
+# Shown the number of a step that is done, from 1 on, and the model as it is then.
+Watch = Callable[[int, PreTrainedModel], None]
+
+
+def unwatched(step: int, model: PreTrainedModel) -> None:
+    """Nobody looks at the model before it is finished."""
+
 
 # What measured best on held-out text; see benchmarks/LOG.md.
 LEARNING_RATE = 4e-4
@@ -66,6 +73,7 @@ def recover(
     seed: int = 0,
     device: torch.device = CPU,
     on_progress: OnProgress = silent,
+    watch: Watch = unwatched,
 ) -> Recovery:
     """Train a pruned model towards the dense one, and write it in the dtypes that it has.
 
@@ -78,6 +86,7 @@ def recover(
         seed: of their order.
         device: where both models are.
         on_progress: told of every finished step.
+        watch: shown the model after every step, which it must leave as it is.
 
     Raises:
         ModelError: a model does not load, or a value does not fit its dtype.
@@ -86,9 +95,13 @@ def recover(
     started = time.perf_counter()
     names = [f"{one}.weight" for one in pruned.linears]
     model, teacher = (load_model(one.folder, device) for one in (pruned, dense))
+    require_plain_head(teacher)
     model.requires_grad_(False)
     for name in names:
-        model.get_parameter(name).requires_grad_(True)
+        weight = model.get_parameter(name).requires_grad_(True)
+        # AdamW's fused step takes entries in the order of memory, and so would mix up those of a
+        # view that is transposed, as some experts' weights are, with their gradients.
+        weight.data = weight.data.contiguous()
     learner, _ = (
         Sharded(one, [one.get_submodule(block.prefix.rstrip(".")) for block in checkpoint.blocks])
         for one, checkpoint in ((model, pruned), (teacher, dense))
@@ -97,7 +110,13 @@ def recover(
     dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     with memory_for("training what is left, with its teacher"):
         divergence = _train(
-            learner, names, teacher, [segments[step] for step in steps], dtype, told=on_progress
+            learner,
+            names,
+            teacher,
+            [segments[step] for step in steps],
+            dtype,
+            told=on_progress,
+            watch=watch,
         )
     if destination is not None:
         copy_companions(pruned.folder, destination, None)
@@ -126,6 +145,7 @@ def _train(
     dtype: torch.dtype,
     *,
     told: OnProgress,
+    watch: Watch,
 ) -> list[float]:
     """Train in place; returns the mean divergence of each step, in nats per token."""
     ranks, model = current(), learner.model
@@ -139,7 +159,7 @@ def _train(
         pct_start=_WARM_UP,
         cycle_momentum=False,
     )
-    heads = _head(model), _head(teacher)
+    heads = head_of(model), head_of(teacher)
     divergence: list[Tensor] = []  # of this rank's parts, which the host reads at the end
     told(0, len(batches))
     for step, batch in enumerate(batches):
@@ -150,8 +170,8 @@ def _train(
             ids = batch[parts[len(parts) - 1 if turn is None else turn]].to(model.device)
             with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
                 with torch.no_grad():
-                    wanted = _states(teacher, ids)
-                found = _pull(_states(model, ids), wanted, heads, batch.numel())
+                    wanted = last_states(teacher, ids)
+                found = _pull(last_states(model, ids), wanted, heads, batch.numel())
             if turn is not None:
                 total += found
         divergence.append(total)
@@ -164,6 +184,7 @@ def _train(
         schedule.step()
         learner.forget_gradients()
         told(step + 1, len(batches))
+        watch(step + 1, model)
     told_by_ranks = ranks.gather({"nats": torch.stack(divergence).tolist()})
     by_rank: list[list[float]] = [one["nats"] for one in told_by_ranks]
     nats = [math.fsum(parts) for parts in zip(*by_rank, strict=True)]
@@ -219,19 +240,6 @@ def _tenths(values: Sequence[float]) -> list[Sequence[float]]:
     parts = min(10, len(values))
     bounds = [len(values) * number // parts for number in range(parts + 1)]
     return [values[start:stop] for start, stop in pairwise(bounds)]
-
-
-def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[tokens, hidden], what the output head reads; `ids` is int64[segments, length]."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return states.flatten(0, 1)
-
-
-def _head(model: PreTrainedModel) -> Head:
-    """From states[tokens, hidden] to logits[tokens, vocabulary]."""
-    linear = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)  # of Gemma
-    return lambda states: linear(states) if cap is None else cap * (linear(states) / cap).tanh()
 
 
 def _write(learner: Sharded, names: Sequence[str], pruned: Checkpoint, copy: WeightsCopy) -> None:

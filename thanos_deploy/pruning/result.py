@@ -81,6 +81,7 @@ class PruneOptions:
         method: name of the method.
         cut: heads and channels were cut out.
         recover: on how many segments what is left was trained.
+        recover_text: of which text; see `PruneRequest`.
         quantize: what was quantised to; None for nothing.
         others: everything else; which there is depends on the method.
     """
@@ -89,6 +90,7 @@ class PruneOptions:
     method: str
     cut: bool = field(default=False, metadata=LATER)
     recover: int = field(default=0, metadata=LATER)
+    recover_text: str = field(default="calib", metadata=LATER)
     quantize: str | None = field(default=None, metadata=LATER)
     others: Json = field(default_factory=dict, metadata=OTHERS)
 
@@ -155,12 +157,15 @@ class Recovery:
         tokens: that it learned from, repetitions counted.
         dtype: of the products: "bf16" or "fp32".
         seconds: of all of it.
+        drawn: pieces of text that the dense model wrote for it, dropped ones too; None where it
+            learned from the calibration text.
     """
 
     divergence: tuple[float, ...]
     tokens: int
     dtype: str
     seconds: float
+    drawn: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)

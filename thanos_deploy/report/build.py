@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from exporters import targets
 from exporters.options import GRAPHS, exported_with
@@ -14,6 +15,7 @@ from thanos_deploy.measure.quality import (
     EVAL_ONNX,
     EVAL_TASKS,
     EVAL_TASKS_ONNX,
+    Answers,
     TaskStage,
     TextStage,
 )
@@ -26,6 +28,7 @@ from thanos_deploy.pruning.result import PRUNE, PrunedBlock
 from thanos_deploy.report import commands, pareto, words
 from thanos_deploy.report.model import (
     FORMAT,
+    AnsweredQuestions,
     CutWidths,
     ExportSummary,
     FileBytes,
@@ -80,6 +83,8 @@ def _model(sources: Sources, label: str) -> ModelReport:
         method=options.method,
         quality=_quality(sources, EVAL),
         graph_quality=_quality(sources, EVAL_ONNX),
+        fidelity=bundle.result(EVAL).fidelity if sources.has(EVAL) else None,
+        answers=tuple(_answers(sources)),
         tasks=(
             *_tasks(sources, EVAL_TASKS, "torch"),
             *_tasks(sources, EVAL_TASKS_ONNX, "onnx"),
@@ -179,6 +184,26 @@ def _quality(sources: Sources, stage: TextStage) -> Quality | None:
         pruned=pruned.value,
         ratio=pruned.value / dense.value,
     )
+
+
+def _answers(sources: Sources) -> Iterator[AnsweredQuestions]:
+    """What both models make of the questions about the text."""
+    if not sources.has(EVAL):
+        return
+    pruned, dense = sources.bundle.result(EVAL), sources.bundle.inputs(EVAL).dense
+    if dense is None:
+        return
+    kinds: tuple[
+        tuple[Literal["last words", "multiple choice"], Answers | None, Answers | None], ...
+    ]
+    kinds = (
+        ("last words", dense.words, pruned.words),
+        ("multiple choice", dense.choices, pruned.choices),
+    )
+    for kind, before, after in kinds:
+        if before is not None and after is not None and after.change is not None:
+            shares = before.accuracy, after.accuracy, after.change
+            yield AnsweredQuestions(kind, after.questions, *shares)
 
 
 def _tasks(sources: Sources, stage: TaskStage, runtime: str) -> Iterator[TaskScores]:

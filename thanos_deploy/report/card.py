@@ -50,7 +50,7 @@ energy of the output that it aims at in the median and {layers.worst_relative_er
 {_graph(model)}
 ## Limits
 
-Pruned in one shot, without any training afterwards; judge it on your own task before you use it.
+{_training(model)}; judge it on your own task before you use it.
 {_sample(model)}"""
 
 
@@ -112,14 +112,25 @@ where the dense model continues:
     return said
 
 
+def _training(model: ModelReport) -> str:
+    if decode(PruneOptions, model.options[layout.PRUNE]).recover:
+        return "Pruned in one shot, and trained for a while afterwards"
+    return "Pruned in one shot, without any training afterwards"
+
+
 def _what(model: ModelReport) -> str:
-    segments = decode(PruneOptions, model.options[layout.PRUNE]).recover
+    options = decode(PruneOptions, model.options[layout.PRUNE])
+    text = (
+        "the calibration text"
+        if options.recover_text == "calib"
+        else f"text that the dense model wrote (`{layout.OWN_TEXT}`)"
+    )
     trained = (
         f"""
 
-Then the weights of the linear layers were trained on {segments} segments of the calibration text, with the
+Then the weights of the linear layers were trained on {options.recover} segments of {text}, with the
 dense model as the teacher; zeros stayed zero. The errors in `layers.json` are those before."""
-        if segments
+        if options.recover
         else ""
     )
     return _pruned(model) + trained

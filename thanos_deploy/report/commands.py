@@ -26,6 +26,7 @@ _EVAL = {
     "text": "--eval-text",
     "segments": "--eval-segments",
     "seqlen": "--eval-seqlen",
+    "questions": "--eval-questions",
     "folder": "--task-folder",
 }
 _BENCH = {

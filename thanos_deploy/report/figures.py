@@ -14,6 +14,7 @@ _SCALES = {
     "B": (1e-6, "MB", 1),
     "1/s": (1.0, "tokens/s", 1),
     "score": (1.0, "", 3),
+    "nats": (1.0, "nats/token", 3),
     "": (1.0, "", 2),
 }
 
@@ -33,6 +34,9 @@ _MEMORY = {
 }
 
 CHECKPOINT = "checkpoint"
+PERPLEXITY = "perplexity"
+DIVERGENCE = "divergence from the dense model"
+AGREEMENT = "same likeliest token as the dense model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Figure:
 
     Attributes:
         name: what.
-        unit: "s", "B", "1/s", "score" in a task, or "" for a plain number.
+        unit: "s", "B", "1/s", "nats", "score" for a share or in a task, or "" for a plain number.
         dense, pruned: the values; None if the dense model's was not measured.
         ratio: pruned / dense.
         low, high: confidence interval of the ratio, where there is one.
@@ -67,9 +71,17 @@ class Figure:
 def figures(model: ModelReport) -> Iterator[Figure]:
     """Quality, sizes, times and memory of a model of a report, in this order."""
     if quality := model.quality:
-        yield _figure("perplexity", "", quality.dense, quality.pruned)
+        yield _figure(PERPLEXITY, "", quality.dense, quality.pruned)
     if graph := model.graph_quality:
         yield _figure("perplexity of the ONNX graph", "", graph.dense, graph.pruned)
+    if near := model.fidelity:
+        if near.divergence is not None:
+            yield _figure(DIVERGENCE, "nats", 0.0, near.divergence)
+        yield _figure(AGREEMENT, "score", 1.0, near.agreement)
+        written = f"tokens as the dense model writes them, of {near.tokens}"
+        yield _figure(written, "", float(near.tokens), near.continued)
+    for asked in model.answers:
+        yield _figure(asked.kind, "score", asked.dense.estimate, asked.pruned.estimate)
     for score in model.tasks:
         where = ", ONNX graph" if score.runtime == "onnx" else ""
         yield _figure(f"{score.task}, {score.metric}{where}", "score", score.dense, score.pruned)

@@ -12,7 +12,8 @@ from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.bundle.record import Source
 from thanos_deploy.machine.environment import Environment
-from thanos_deploy.measure.run import Run, Sample
+from thanos_deploy.measure.quality import Fidelity
+from thanos_deploy.measure.run import Interval, Run, Sample
 from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pruning.result import LayersSummary, PartBytes
 
@@ -53,6 +54,24 @@ class Quality:
     def measured_on(self) -> tuple[str, int, int, tuple[str, ...]]:
         """What two perplexities have to share to be comparable."""
         return self.text, self.segments, self.length, self.frame
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredQuestions:
+    """The dense and the pruned model on questions made from the text.
+
+    Attributes:
+        kind: "last words" or "multiple choice"; see `measure.cloze` and `measure.choices`.
+        questions: how many.
+        dense, pruned: shares of right answers, with their intervals.
+        change: of that share, on the same questions, with its interval.
+    """
+
+    kind: Literal["last words", "multiple choice"]
+    questions: int
+    dense: Interval
+    pruned: Interval
+    change: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +212,8 @@ class ModelReport:
         pattern, method: what it was pruned to and by what.
         quality: of the checkpoint, in PyTorch.
         graph_quality: of the exported graph.
+        fidelity: of the checkpoint to the dense model; None where it was not measured.
+        answers: of both about the text; none where nothing was asked.
         tasks: scores.
         linear_layers: what became of them.
         layer_map: the same, block by block.
@@ -220,6 +241,8 @@ class ModelReport:
     method: str
     quality: Quality | None
     graph_quality: Quality | None
+    fidelity: Fidelity | None = field(default=None, metadata=LATER)
+    answers: tuple[AnsweredQuestions, ...] = field(default=(), metadata=LATER)
     tasks: tuple[TaskScores, ...]
     linear_layers: LayersSummary
     layer_map: LayerMap

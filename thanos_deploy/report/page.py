@@ -15,6 +15,8 @@ from thanos_deploy.measure.run import DENSE, Run
 from thanos_deploy.report import charts, words
 from thanos_deploy.report.figures import (
     CHECKPOINT,
+    DIVERGENCE,
+    PERPLEXITY,
     Figure,
     figures,
     metric_title,
@@ -160,7 +162,7 @@ def _pictures(run: Run) -> list[tuple[Markup, str]]:
 def _tiles(model: ModelReport) -> list[_Tile]:
     """The few figures to look at first: quality, both speeds, size, memory."""
     wanted = (
-        "perplexity",
+        PERPLEXITY,
         *(name for name, _ in quoted_times(quoted(model))),
         target_titles()[ONNX] if ONNX in model.bytes.targets else CHECKPOINT,
         "peak memory",
@@ -197,9 +199,10 @@ def _compared(report: Report) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     files = (CHECKPOINT, *target_titles().values())
     for model in report.models:
+        quality = (PERPLEXITY, DIVERGENCE, *(asked.kind for asked in model.answers))
         times = [name for name, _ in quoted_times(quoted(model))]
         for figure in figures(model):
-            if figure.name in ("perplexity", *files, "peak memory", *times):
+            if figure.name in (*quality, *files, "peak memory", *times):
                 found.setdefault(figure.name, figure)
     return found
 

@@ -9,10 +9,12 @@ from thanos_deploy.bundle import layout
 from thanos_deploy.errors import UsageError
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu.nvml import NOT_MEASURED
+from thanos_deploy.measure.quality import Fidelity
 from thanos_deploy.measure.run import Interval, Run
 from thanos_deploy.pattern import SemiStructured, Structured, parse
 from thanos_deploy.pruning.result import Retry
 from thanos_deploy.report.model import (
+    AnsweredQuestions,
     CutWidths,
     ExportSummary,
     FileBytes,
@@ -110,6 +112,8 @@ def verdict(model: ModelReport, run: Run | None) -> list[str]:
     """What the figures of one model mean, one sentence each."""
     return [
         *_of_quality(model.quality),
+        *_of_fidelity(model.fidelity),
+        *map(_of_answers, model.answers),
         *_of_graph(model.quality, model.graph_quality, model.export),
         *(_of_cuts(model.widths) if model.widths else ()),
         *_of_times(run),
@@ -160,7 +164,8 @@ def _gaps(model: ModelReport) -> Iterator[Gap]:
         yield Gap(what, why, f"{command} --runtime onnx")
     if not model.tasks:
         tasks = "quality on tasks: knowledge, reasoning, instructions"
-        why = "perplexity only; judge the model on your own task"
+        asked = "perplexity and questions about the text" if model.answers else "perplexity"
+        why = f"{asked} only; judge the model on your own task"
         yield Gap(tasks, why, f"{command} --tasks NAME,...")
 
 
@@ -194,6 +199,32 @@ def _takes(target: Target[Any, Any], model: ModelReport) -> bool:
 def _of_quality(quality: Quality | None) -> Iterator[str]:
     if quality:
         yield f"Perplexity went from {quality.dense:.2f} to {quality.pruned:.2f}."
+
+
+def _of_fidelity(near: Fidelity | None) -> Iterator[str]:
+    if near:
+        if near.divergence is not None:
+            yield (
+                "What it expects next diverges from what the dense model expects by "
+                f"{near.divergence:.3f} nats per token of the text."
+            )
+        yield (
+            f"At {near.agreement:.0%} of the positions of the text both find the same token "
+            f"likeliest. Of {near.tokens} tokens that the dense model "
+            f"writes greedily, it would write {near.continued:.0f} after those before, and "
+            f"{near.before_first:.0f} before the first that differs ({near.texts} texts)."
+        )
+
+
+def _of_answers(asked: AnsweredQuestions) -> str:
+    dense, pruned, change = (
+        f"{one.estimate * 100:{sign}.1f} ({one.low * 100:{sign}.1f} to {one.high * 100:{sign}.1f})"
+        for one, sign in ((asked.dense, ""), (asked.pruned, ""), (asked.change, "+"))
+    )
+    return (
+        f"Of {asked.questions} questions about the text ({asked.kind}), the dense model answers "
+        f"{dense} percent right and the pruned one {pruned}: {change} points."
+    )
 
 
 def _of_graph(

@@ -1,24 +1,26 @@
 """The stages eval: quality of the pruned model, beside the dense one's."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Generic, overload
+from typing import overload
 
-from exporters.options import ExportRequest, exported_with
-from runtime.graph import require_all_logits
-from thanos_deploy.bundle import files, layout
-from thanos_deploy.bundle.codec import Json, encode
+from transformers import PreTrainedModel
+
+from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.bundle.record import Inputs, Options, Result, Stage
 from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.machine import devices
 from thanos_deploy.measure import evaluation, harness
+from thanos_deploy.measure.examine import Examination, examine, examine_dense
+from thanos_deploy.measure.fidelity import Outputs
 from thanos_deploy.measure.options import EvalRequest, TaskRequest
 from thanos_deploy.measure.perplexity import Losses, losses_of, perplexity_of
 from thanos_deploy.measure.quality import (
     EVAL,
+    EVAL_DENSE,
     TASK_STAGES,
     TEXT_STAGES,
     Compared,
@@ -29,37 +31,14 @@ from thanos_deploy.measure.quality import (
 )
 from thanos_deploy.measure.served import Served
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.head import read_head
+from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.progress import Announce, OnProgress, quietly
 from thanos_deploy.pruning.result import PRUNE
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.export import export_dense
+from thanos_deploy.stages.judge import Judge, judge_alone, judge_both, keep
 from thanos_deploy.stages.texts import frame_for, open_text, require_other_text, segments_for
-
-
-@dataclass(frozen=True, slots=True)
-class _Judge(Generic[Options, Inputs, Result]):
-    """A way to measure quality.
-
-    Attributes:
-        stage: that keeps what was measured.
-        file: of that stage, in the bundle.
-        options: what the stage is made with.
-        runtime: one of `evaluation.RUNTIMES`.
-        require: refuses what quality cannot be judged by, before anything takes time; from the
-            hash of the text that the model was calibrated on, if there is one.
-        inputs: what is read, from the model, its hash (None for a dense one), what was measured of
-            the dense model, and the hashes of the graph that is run.
-        measure: from the bundle, the model and its title in progress lines.
-    """
-
-    stage: Stage[Options, Inputs, Result]
-    file: str
-    options: Options
-    runtime: str
-    require: Callable[[str | None], None]
-    inputs: Callable[[Checkpoint, str | None, Result | None, Mapping[str, str]], Inputs]
-    measure: Callable[[Path, Checkpoint, str], Result]
 
 
 @overload
@@ -119,9 +98,14 @@ def evaluate(
         announce: told of every piece of work.
     """
     if isinstance(request, TaskRequest):
-        return _judge_both(bundle, dense, _by_tasks(request, runtime), overwrite, announce)
-    judge = _by_text(request, runtime, announce, dense.checkpoint(announce))
-    return _judge_both(bundle, dense, judge, overwrite, announce)
+        return judge_both(bundle, dense, _by_tasks(request, runtime), overwrite, announce)
+    text = open_text(
+        request.text, request.text_field, held_out=True, source=dense.checkpoint(announce)
+    )
+    judge = _by_text(text, request, runtime, announce)
+    if runtime == "torch":
+        judge = _beside_dense(judge, dense, text, request, announce)
+    return judge_both(bundle, dense, judge, overwrite, announce)
 
 
 def evaluate_alone(
@@ -138,8 +122,9 @@ def evaluate_alone(
     revision see `Dense`.
     """
     if isinstance(request, TaskRequest):
-        return _judge_alone(model, revision, _by_tasks(request, runtime), announce)
-    return _judge_alone(model, revision, _by_text(request, runtime, announce), announce)
+        return judge_alone(model, revision, _by_tasks(request, runtime), announce)
+    text = open_text(request.text, request.text_field, held_out=True)
+    return judge_alone(model, revision, _by_text(text, request, runtime, announce), announce)
 
 
 def evaluate_served(
@@ -187,23 +172,30 @@ def evaluate_served(
     return _text_quality(lambda ids: [served.losses(ids)], checkpoint, text, request, progress)
 
 
-def perplexities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, float]:
-    """Perplexity by label, as far as it is known on the text that the bundle was judged on."""
+def qualities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, dict[str, float]]:
+    """Quality by name and label, as far as it is known on the text that the bundle was judged on.
+
+    Names are those of `gates.QUALITIES`.
+    """
+    found: dict[str, dict[str, float]] = {}
     if not bundle.has(EVAL):
-        return {}
+        return found
     options, inputs = bundle.options(EVAL), bundle.inputs(EVAL)
-    return {
-        label: subject.result(EVAL).value
-        for label, subject in subjects.items()
-        if subject.has(EVAL) and subject.options(EVAL) == options
-        if (read := subject.inputs(EVAL)).text == inputs.text and read.frame == inputs.frame
-    }
+    for label, subject in subjects.items():
+        for stage in (EVAL, EVAL_DENSE):
+            if not subject.has(stage) or subject.options(stage) != options:
+                continue
+            read = subject.inputs(stage)
+            if (read.text, read.frame) == (inputs.text, inputs.frame):
+                for name, value in subject.result(stage).named.items():
+                    found.setdefault(name, {})[label] = value
+    return found
 
 
 def _by_text(
-    request: EvalRequest, runtime: str, announce: Announce, source: Checkpoint | None = None
-) -> _Judge[EvalRequest, TextInputs, TextQuality]:
-    text = open_text(request.text, request.text_field, held_out=True, source=source)
+    text: Text, request: EvalRequest, runtime: str, announce: Announce
+) -> Judge[EvalRequest, TextInputs, TextQuality]:
+    """Each model by itself; a graph by its perplexity alone."""
 
     def inputs(
         model: Checkpoint,
@@ -214,14 +206,17 @@ def _by_text(
         frame = frame_for(model).ids
         return TextInputs(model=sha256, dense=dense, text=text.sha256, frame=frame, onnx=graph)
 
-    def measure(bundle: Path, model: Checkpoint, title: str) -> TextQuality:
-        where = "" if runtime == "torch" else "'s ONNX graph"
-        progress = announce(f"Perplexity of the {title}{where}")
-        read = evaluation.open_reader(bundle, model, runtime, devices.choose(request.device))
-        with devices.memory_for(f"{title}, {request.seqlen} tokens at once"):
-            return _text_quality(losses_of(read), model, text, request, progress)
+    def measure(bundle: Path, _: Path | None, model: Checkpoint, title: str) -> TextQuality:
+        if runtime == "torch":
+            examination = _examination(text, model, request)
+            progress = announce(f"Quality of the {title}")
+            with _memory(title, request):
+                return examine(_loaded(model, request), examination, on_progress=progress)
+        progress = announce(f"Perplexity of the {title}'s ONNX graph")
+        losses = losses_of(evaluation.graph_reader(bundle))
+        return _text_quality(losses, model, text, request, progress)
 
-    return _Judge(
+    return Judge(
         stage=TEXT_STAGES[runtime],
         file=layout.PERPLEXITY[runtime],
         options=request.recorded,
@@ -232,17 +227,71 @@ def _by_text(
     )
 
 
+def _beside_dense(
+    judge: Judge[EvalRequest, TextInputs, TextQuality],
+    dense: Dense,
+    text: Text,
+    request: EvalRequest,
+    announce: Announce,
+) -> Judge[EvalRequest, TextInputs, TextQuality]:
+    """A pruned model beside the dense one, whose outputs are kept with it."""
+
+    def measure_dense(_: Path, folder: Path | None, model: Checkpoint, title: str) -> TextQuality:
+        assert folder is not None
+        examination = _examination(text, model, request)
+        progress = announce(f"Quality of the {title}")
+        with _memory(title, request):
+            quality, outputs = examine_dense(
+                _loaded(model, request), examination, model.max_positions, on_progress=progress
+            )
+        outputs.write(folder / layout.OUTPUTS)
+        return quality
+
+    of_dense = replace(judge, stage=EVAL_DENSE, measure=measure_dense)
+
+    def measure(_: Path, __: Path | None, model: Checkpoint, title: str) -> TextQuality:
+        source = dense.checkpoint(announce)
+        with dense.claim() as bundle:  # another process may have put those of another text there
+            keep(bundle, source, of_dense, None, overwrite=True)
+            outputs = Outputs.read(bundle.path / layout.OUTPUTS)
+        examination = _examination(text, model, request)
+        progress = announce(f"Quality of the {title}")
+        with _memory(title, request):
+            head = read_head(source, devices.choose(request.device))
+            return examine(
+                _loaded(model, request), examination, outputs, head, on_progress=progress
+            )
+
+    return replace(judge, measure=measure, of_dense=of_dense)
+
+
+def _examination(text: Text, model: Checkpoint, request: EvalRequest) -> Examination:
+    """What a model is asked about a text."""
+    ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
+    tokenizer = load_tokenizer(model.folder)
+    return Examination.of(text, tokenizer, ids, frame, questions=request.questions)
+
+
+def _loaded(model: Checkpoint, request: EvalRequest) -> PreTrainedModel:
+    return load_model(model.folder, devices.choose(request.device))
+
+
+def _memory(title: str, request: EvalRequest) -> AbstractContextManager[None]:
+    """Says what did not fit, where it does not."""
+    return devices.memory_for(f"{title}, {request.seqlen} tokens at once")
+
+
 def _text_quality(
     losses: Losses, model: Checkpoint, text: Text, request: EvalRequest, on_progress: OnProgress
 ) -> TextQuality:
-    """Perplexity of whatever runs a model, on segments that its tokenizer cuts."""
+    """Perplexity alone, of whatever runs a model, on segments that its tokenizer cuts."""
     ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     found = perplexity_of(losses, ids, frame=len(frame), on_progress=on_progress)
     return TextQuality(text.origin, found.value, found.segments, found.length, frame)
 
 
-def _by_tasks(request: TaskRequest, runtime: str) -> _Judge[TaskRequest, TaskInputs, TaskQuality]:
-    return _Judge(
+def _by_tasks(request: TaskRequest, runtime: str) -> Judge[TaskRequest, TaskInputs, TaskQuality]:
+    return Judge(
         stage=TASK_STAGES[runtime],
         file=layout.TASKS[runtime],
         options=request.recorded,
@@ -252,86 +301,5 @@ def _by_tasks(request: TaskRequest, runtime: str) -> _Judge[TaskRequest, TaskInp
             model=sha256, dense=dense, tasks=request.files, onnx=graph
         ),
         # The library shows bars of its own.
-        measure=lambda bundle, model, _: harness.score(bundle, model, request, runtime),
+        measure=lambda bundle, _, model, __: harness.score(bundle, model, request, runtime),
     )
-
-
-def _judge_both(
-    bundle: Bundle,
-    dense: Dense,
-    judge: _Judge[Options, Inputs, Result],
-    overwrite: bool,
-    announce: Announce,
-) -> Compared[Result]:
-    bundle.require(layout.PRUNE, "`thanos-deploy prune`")
-    if judge.runtime == "onnx":
-        bundle.require(layout.ONNX, f"`thanos-deploy export {bundle.path} --target onnx`")
-        require_all_logits(exported_with(bundle).logits)
-    bundle.check(judge.stage, judge.options, overwrite=overwrite)
-    judge.require(bundle.inputs(PRUNE).text)
-    reference = _judge_dense(
-        dense, judge, exported_with(bundle) if judge.runtime == "onnx" else None, announce
-    )
-    model = Checkpoint.open(bundle.path / layout.MODEL)
-    return Compared(reference, _keep(bundle, model, judge, reference, overwrite=overwrite))
-
-
-def _judge_alone(
-    model: str | LocatedModel,
-    revision: str | None,
-    judge: _Judge[Options, Inputs, Result],
-    announce: Announce,
-) -> Result:
-    if isinstance(model, str) and (Path(model) / layout.MANIFEST).exists():
-        folder = Path(model)
-        bundle = Bundle.open(folder)
-        bundle.require(layout.PRUNE, "`thanos-deploy prune`")
-        judge.require(bundle.inputs(PRUNE).text)
-        return judge.measure(folder, Checkpoint.open(folder / layout.MODEL), "pruned model")
-    judge.require(None)
-    graph = ExportRequest() if judge.runtime == "onnx" else None
-    return _judge_dense(Dense(model, revision=revision), judge, graph, announce)
-
-
-def _judge_dense(
-    dense: Dense,
-    judge: _Judge[Options, Inputs, Result],
-    graph: ExportRequest | None,
-    announce: Announce,
-) -> Result:
-    """Quality of the dense model, or of its graph, kept in its own bundle."""
-    if graph is not None:
-        export_dense(dense, graph, announce)
-    checkpoint = dense.checkpoint(announce)
-    with dense.claim() as bundle:
-        return _keep(bundle, checkpoint, judge, None, overwrite=True)
-
-
-def _keep(
-    bundle: Bundle,
-    model: Checkpoint,
-    judge: _Judge[Options, Inputs, Result],
-    reference: Result | None,
-    *,
-    overwrite: bool,
-) -> Result:
-    """Quality of a model, kept in its bundle beside that of the dense one, if there is one."""
-    sha256 = None if reference is None else bundle.model_sha256
-    beside: Json = {} if reference is None else {"model": sha256, "dense": encode(reference)}
-
-    def produce(folder: Path) -> Result:
-        title = "dense model" if reference is None else "pruned model"
-        result = judge.measure(bundle.path, model, title)
-        (folder / layout.EVAL).mkdir()
-        files.write_json(folder / judge.file, {**encode(result), **beside})
-        return result
-
-    graph = bundle.graph_sha256 if judge.runtime == "onnx" else {}
-    bundle.run(
-        judge.stage,
-        produce,
-        options=judge.options,
-        inputs=judge.inputs(model, sha256, reference, graph),
-        overwrite=overwrite,
-    )
-    return bundle.result(judge.stage)

@@ -36,6 +36,8 @@ class PruneRequest(Options):
         data: what to calibrate on.
         recover: number of segments of the calibration text to train the remaining weights on; see
             `recover.recover`.
+        recover_text: the calibration text in that place, or what the dense model writes; see
+            `own_text`.
         quantize: what to quantise to, see `solver.grid`; "none" for nothing.
         dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         device: where to do it; see `devices.choose`.
@@ -58,6 +60,14 @@ class PruneRequest(Options):
         "of 2048 tokens.",
         metavar="SEGMENTS",
         least=0,
+    )
+    recover_text: Literal["calib", "own", "chat"] = option(
+        "calib",
+        "--recover-text",
+        "What --recover trains on. calib: the calibration text. own: text that the dense model "
+        "writes, going on from beginnings of the calibration text. chat: questions and answers "
+        "that it writes in its chat template. Pieces that repeat themselves or have more signs "
+        "than the calibration text are dropped; the rest is kept as own-text.jsonl.",
     )
     quantize: str = option(
         "none",
@@ -136,6 +146,11 @@ class PruneRequest(Options):
         Options.__post_init__(self)
         if self.quantize != "none":
             parse_grid(self.quantize)
+        if self.recover_text != "calib" and not self.recover:
+            raise UsageError(
+                f"--recover-text {self.recover_text} without --recover",
+                fix="say with --recover on how many segments to train, or leave it out",
+            )
 
     @property
     def grid(self) -> Grid | None:
@@ -179,6 +194,7 @@ class PruneRequest(Options):
             **_recorded(self.data),
             "dtype": self.dtype,
             **({"recover": self.recover} if self.recover else {}),
+            **({} if self.recover_text == "calib" else {"recover_text": self.recover_text}),
             **({} if self.grid is None else {"quantize": str(self.grid)}),
             **devices.recorded(self.device),
         }
@@ -210,6 +226,7 @@ class PruneRequest(Options):
             how,
             _part(Data, options),
             recover=options.get("recover", 0),
+            recover_text=options.get("recover_text", "calib"),
             quantize=options.get("quantize", "none"),
             dtype=options["dtype"],
             device=options.get("device", "cpu"),

@@ -64,7 +64,10 @@ RUN = replace(
 
 def judge(text: str, *, run: Run = RUN) -> list[tuple[str, float | None, bool]]:
     outcomes = gates.judge(
-        [gates.parse(text)], run, subject="pruned", perplexity={"dense": 10.0, "pruned": 12.0}
+        [gates.parse(text)],
+        run,
+        subject="pruned",
+        quality={"ppl": {"dense": 10.0, "pruned": 12.0}, "kl": {"pruned": 0.3}},
     )
     return [(outcome.scenario, outcome.value, outcome.held) for outcome in outcomes]
 
@@ -81,6 +84,8 @@ def judge(text: str, *, run: Run = RUN) -> list[tuple[str, float | None, bool]]:
         ("file_bytes.ratio<=0.8", [("", 0.8, True)]),
         ("ppl<12.5", [("", 12.0, True)]),
         ("ppl.ratio<1.1", [("", 1.2, False)]),
+        ("kl<0.4", [("", 0.3, True)]),
+        ("words>0.5", [("", None, False)]),
         ("gpu_peak_bytes.ratio<1", [("", None, False)]),
     ],
 )

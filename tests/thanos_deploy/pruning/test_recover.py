@@ -4,13 +4,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import MODEL_TYPES, VOCABULARY, MakeModel, stock_model
+from tests.conftest import VOCABULARY, MakeModel
+from tests.model_types import MIXTURES
 from tests.recipes import plain
+from tests.thanos_deploy.model.test_experts import write_mixture
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.families import family_of
 from thanos_deploy.model.load import load_model
-from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.pattern import parse
 from thanos_deploy.pruning.layers import prune
-from thanos_deploy.pruning.recover import _head, _order, _pull, _states, recover
+from thanos_deploy.pruning.recover import _order, _pull, recover
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.shrink import sizing
 from thanos_deploy.shrink.cut import shrink
@@ -31,13 +34,12 @@ def shrunk(folder: Path, out: Path, *, allocation: Allocation = "uniform") -> Ch
 
 
 def two_four(folder: Path, out: Path) -> Checkpoint:
+    return zeros(folder, out, "2:4")
+
+
+def zeros(folder: Path, out: Path, spelled: str) -> Checkpoint:
     out.mkdir()
-    prune(
-        Checkpoint.open(folder),
-        SEGMENTS,
-        out,
-        plain(SemiStructured(2, 4)),
-    )
+    prune(Checkpoint.open(folder), SEGMENTS, out, plain(parse(spelled)))
     return Checkpoint.open(out)
 
 
@@ -84,14 +86,24 @@ def test_zeros_stay_zero_and_only_linear_layers_learn(tiny_llama: Path, tmp_path
     )
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_what_is_learned_from_are_the_logits_of_the_model(
-    make_model: MakeModel, model_type: str
+@pytest.mark.parametrize("spelled", ["2:4", "4:8", "unstructured:0.5", "structured:0.3"])
+@pytest.mark.parametrize("model_type", ["llama", *MIXTURES])
+def test_every_pattern_of_zeros_stays_and_comes_nearer(
+    make_model: MakeModel, tmp_path: Path, model_type: str, spelled: str
 ) -> None:
-    model = stock_model(make_model(model_type))
-    with torch.no_grad():
-        logits = _head(model)(_states(model, SEGMENTS[:2]))
-        torch.testing.assert_close(logits, model(SEGMENTS[:2]).logits.flatten(0, 1))
+    """Columns of zeros among the patterns, and experts among the layers."""
+    if model_type in MIXTURES:
+        family = family_of(model_type)
+        folder = write_mixture(tmp_path / "dense", family, MIXTURES[model_type])
+    else:
+        folder = make_model(model_type)
+    pruned = zeros(folder, tmp_path / "pruned", spelled)
+    trained(pruned, folder, tmp_path / "trained", count=300)
+    after = Checkpoint.open(tmp_path / "trained")
+    assert after.linears == pruned.linears
+    for name in pruned.linears:
+        assert torch.equal(pruned.linear(name) == 0, after.linear(name) == 0), name
+    assert divergence(tmp_path / "trained", folder) < divergence(tmp_path / "pruned", folder)
 
 
 @pytest.mark.parametrize("model_type", ["opt", "gpt2", "gpt_neox"])

@@ -52,6 +52,13 @@ CASES: dict[str, dict[str, Any]] = {
     "transposed": {"model": "gpt2", "pattern": "2:4", "preset": "best"},
     "quantised": {"pattern": "2:4", "preset": "fast", "quantize": "int4:16:asym"},
     "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
+    "trained on the dense model's own text": {
+        "pattern": "2:4",
+        "preset": "fast",
+        "calib": "signs.txt",  # a random model writes nothing else
+        "recover": 7,
+        "recover_text": "own",
+    },
     "heads and channels, trained and quantised": {
         "pattern": "structured:0.2",
         "recover": 40,
@@ -65,14 +72,16 @@ def prune_all(models: Path, out: Path) -> None:
     make_small()
     hashes = {}
     for number, (name, options) in enumerate(CASES.items()):
-        text = str(models / "text.txt")
-        given = {"calib": text, "nsamples": 9, "seqlen": 64, "model": "llama", **options}
+        given = {"calib": "text.txt", "nsamples": 9, "seqlen": 64, "model": "llama", **options}
+        given["calib"] = str(models / given["calib"])
         bundle = td.prune(
             str(models / given.pop("model")), out=out / str(number), device="cpu", **given
         )
         digest = hashlib.sha256((bundle.path / "model" / "model.safetensors").read_bytes())
-        for codes in sorted((bundle.path / "codes").glob("*.safetensors")):
-            digest.update(codes.read_bytes())
+        for other in sorted(bundle.path.glob("codes/*.safetensors")):
+            digest.update(other.read_bytes())
+        for own_text in bundle.path.glob("own-text.jsonl"):
+            digest.update(own_text.read_bytes())
         hashes[name] = digest.hexdigest()
     (out / "hashes.json").write_text(json.dumps(hashes))
 
@@ -87,6 +96,7 @@ def hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]
     for path in (models / "llama").glob("token*"):
         shutil.copy(path, models / "mixtral")
     write_text(models / "text.txt")
+    (models / "signs.txt").write_text("#$%&*+/<=>@" * 200)
     made = {}
     for count in RANKS:
         out = tmp_path_factory.mktemp(f"ranks-{count}")

@@ -1,0 +1,337 @@
+"""What training the remaining weights brings to each pattern, against minutes and tokens.
+
+Usage: python -m benchmarks.recovery --calib CALIB --recover-text TRAIN --held-out HELD_OUT
+           --eval-text TEXT [--patterns 2:4 unstructured:0.5 structured:0.2] [--segments 64 740]
+           [--looks 0.125 0.25 0.5] [-o benchmarks/results/recovery] [--models DIR]
+
+Prunes SmolLM2-135M to each pattern with the default preset, and trains what is left on each number
+of segments of 512 tokens, from the pruned model anew, as `thanos-deploy prune --recover` does. The
+model is judged before, after, and at the fractions of its way that `--looks` names. There the
+learning rate is still high, so what a shorter training gives is better than a look under way.
+
+Each is judged on two texts: one of the kind that is trained on, held out, for choices; and one on
+which nothing is chosen. Minutes are of the training alone, by the clock and of the processor: on a
+machine that is shared only the latter can be compared.
+
+Writes OUT.json after every look and OUT.svg. Repeating the command continues: a training that is
+finished is not repeated, one that was interrupted begins anew. `--models DIR` keeps the pruned
+models, so that they are not pruned again.
+"""
+
+import argparse
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel
+
+from benchmarks import texts
+from benchmarks.smollm2 import gguf_path
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.record import differences
+from thanos_deploy.calibration.segments import every_segment, segments
+from thanos_deploy.calibration.texts import read_text
+from thanos_deploy.cli import _progress
+from thanos_deploy.machine import environment
+from thanos_deploy.measure.perplexity import perplexity
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.pattern import parse
+from thanos_deploy.pruning.recover import recover
+from thanos_deploy.pruning.result import Recovery
+from thanos_deploy.shrink.options import Cut
+from thanos_deploy.stages.checkpoints import (
+    plan_widths,
+    prune_checkpoint,
+    shrink_checkpoint,
+    survey_blocks,
+)
+from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.request import PruneRequest
+
+LENGTH = 512  # tokens of a segment to learn from
+
+# Names of the texts that are judged on, with what is trained on left out of both.
+HELD_OUT, OTHER = "held_out", "eval_text"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A model somewhere on its way.
+
+    Attributes:
+        tokens: that it has learned from.
+        seconds: of training up to there, judging left out.
+        processor_seconds: the same, of all threads together.
+        perplexity: by the name of a text.
+    """
+
+    tokens: int
+    seconds: float
+    processor_seconds: float
+    perplexity: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One training of one pruned model.
+
+    Attributes:
+        pattern: what it was pruned to.
+        segments: that it learns from.
+        looks: at the model, the pruned one first.
+        recovery: what the training says of itself; None while it is under way.
+        peak_memory_bytes: of the process, so of all trainings up to this one.
+    """
+
+    pattern: str
+    segments: int
+    looks: tuple[Look, ...] = ()
+    recovery: Recovery | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What OUT.json holds.
+
+    Attributes:
+        conditions: what all trainings share.
+        environment: of the machine that began it.
+        dense: perplexity of the dense model, by the name of a text.
+        trainings: in the order in which they were asked for.
+    """
+
+    conditions: Json
+    environment: environment.Environment
+    dense: dict[str, float]
+    trainings: tuple[Training, ...] = field(default=())
+
+    def training(self, pattern: str, count: int) -> Training:
+        """A training, or one that has not begun."""
+        for one in self.trainings:
+            if (one.pattern, one.segments) == (pattern, count):
+                return one
+        return Training(pattern, count)
+
+    def having(self, training: Training) -> "Document":
+        """The same with a training in the place of an earlier state of it."""
+        others = [
+            one
+            for one in self.trainings
+            if (one.pattern, one.segments) != (training.pattern, training.segments)
+        ]
+        return replace(self, trainings=(*others, training))
+
+
+class Bench:
+    """The models, the texts, and what is known so far."""
+
+    def __init__(self, arguments: argparse.Namespace, models: Path) -> None:
+        dense = Dense(arguments.model or str(gguf_path()))
+        self.dense = dense.checkpoint()
+        self.models = models
+        self.looks: list[float] = arguments.looks
+        tokenizer = load_tokenizer(self.dense.folder)
+        self.calibration = texts.calibration(arguments, tokenizer)
+        self.lessons = every_segment(read_text(arguments.recover_text), tokenizer, length=LENGTH)
+        held_out = segments(
+            read_text(arguments.held_out),
+            tokenizer,
+            count=arguments.held_out_segments,
+            length=arguments.held_out_seqlen,
+            seed=None,
+        )
+        self.judged_on = {HELD_OUT: held_out, OTHER: texts.evaluation(arguments, tokenizer)}
+        self.path: Path = arguments.out.with_suffix(".json")
+        self.document = self._begin(
+            {
+                "model": dense.source.name,
+                "model_sha256": dense.source.sha256,
+                **{
+                    f"{name}_sha256": files.sha256(getattr(arguments, name))
+                    for name in ("calib", "recover_text", HELD_OUT, OTHER)
+                },
+                **{name: list(ids.shape) for name, ids in self.judged_on.items()},
+                "lessons": list(self.lessons.shape),
+            }
+        )
+
+    def _begin(self, conditions: Json) -> Document:
+        """What was measured before under these conditions, or nothing but the dense model yet."""
+        if not self.path.exists():
+            dense = self.judge(load_model(self.dense.folder))
+            self._save(Document(conditions, environment.describe(), dense))
+            return self.document
+        found = decode(Document, files.read_json(self.path))
+        if changed := differences(found.conditions, conditions):
+            raise SystemExit(f"{self.path} is of other conditions ({changed}): give another -o")
+        return found
+
+    def judge(self, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity on each text."""
+        return {name: perplexity(model, ids).value for name, ids in self.judged_on.items()}
+
+    def pruned(self, pattern: str) -> Checkpoint:
+        """The model pruned to a pattern, now or before."""
+        folder = self.models / pattern.replace(":", "-")
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}-partial")
+            partial.mkdir(parents=True)
+            how = PruneRequest.of(parse(pattern)).how
+            if isinstance(how, Cut):
+                losses = survey_blocks(self.dense, self.calibration, how)
+                plan = plan_widths(self.dense, losses, how)
+                shrink_checkpoint(self.dense, self.calibration, partial, plan, how.fit)
+            else:
+                prune_checkpoint(self.dense, self.calibration, partial, how)
+            partial.rename(folder)
+        return Checkpoint.open(folder)
+
+    def train(self, pattern: str, count: int) -> None:
+        """Train a pruned model on so many segments, and look at it now and then."""
+        training = self.document.training(pattern, count)
+        if training.recovery is not None:
+            return
+        pruned = self.pruned(pattern)
+        begun = [one.looks[0] for one in self.document.trainings if one.pattern == pattern]
+        before = begun[0] if begun else Look(0, 0.0, 0.0, self.judge(load_model(pruned.folder)))
+        training = replace(training, looks=(before,))
+        self._show(training)
+        clock = Clock()
+        steps = 0
+
+        def progress(_: int, total: int) -> None:
+            nonlocal steps
+            steps = total
+
+        def watch(step: int, model: PreTrainedModel) -> None:
+            nonlocal training
+            if step != steps and step not in {round(one * steps) for one in self.looks}:
+                return
+            clock.stop()
+            tokens = count * LENGTH * step // steps
+            look = Look(tokens, *clock.taken, self.judge(model))
+            training = replace(training, looks=(*training.looks, look))
+            self._keep(training)
+            self._show(training)
+            clock.start()
+
+        clock.start()
+        done = recover(
+            pruned, self.dense, self.lessons, None, count=count, on_progress=progress, watch=watch
+        )
+        peak = environment.peak_memory_bytes()
+        self._keep(replace(training, recovery=done, peak_memory_bytes=peak))
+
+    def _keep(self, training: Training) -> None:
+        self._save(self.document.having(training))
+
+    def _save(self, document: Document) -> None:
+        self.document = document
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_json(self.path, encode(self.document))
+
+    def _show(self, training: Training) -> None:
+        look = training.looks[-1]
+        print(
+            f"{training.pattern:16s} {training.segments:5d} segments, {look.tokens:7d} tokens, "
+            f"{look.seconds / 60:6.1f} min ({look.processor_seconds / 60:6.1f} of the processor): "
+            + ", ".join(f"{name} {value:.2f}" for name, value in look.perplexity.items()),
+            flush=True,
+        )
+
+
+class Clock:
+    """Seconds of what is between `start` and `stop`, by the clock and of the processor."""
+
+    def __init__(self) -> None:
+        self._before = [0.0, 0.0]
+        self.taken = (0.0, 0.0)
+
+    def start(self) -> None:
+        """Go on."""
+        self._before = [time.perf_counter(), time.process_time()]
+
+    def stop(self) -> None:
+        """Pause."""
+        now = (time.perf_counter(), time.process_time())
+        wall, processor = (
+            taken + later - earlier
+            for taken, later, earlier in zip(self.taken, now, self._before, strict=True)
+        )
+        self.taken = (wall, processor)
+
+
+def main() -> None:
+    """Prune, train, judge, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    texts.add_options(parser)
+    parser.add_argument("--recover-text", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--held-out-segments", type=int, default=8)
+    parser.add_argument("--held-out-seqlen", type=int, default=1024)
+    parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--patterns", nargs="+", default=["2:4", "unstructured:0.5", "structured:0.2"]
+    )
+    parser.add_argument("--segments", type=int, nargs="+", default=[64, 740])
+    parser.add_argument("--looks", type=float, nargs="*", default=[0.125, 0.25, 0.5])
+    parser.add_argument("--models", type=Path, metavar="DIR")
+    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/recovery"))
+    arguments = parser.parse_args()
+    _progress.quiet_libraries()
+    with ExitStack() as stack:
+        place = arguments.models or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        bench = Bench(arguments, place)
+        for pattern in arguments.patterns:
+            for count in arguments.segments:
+                bench.train(pattern, count)
+    draw(bench.document).savefig(arguments.out.with_suffix(".svg"), metadata={"Date": None})
+
+
+def draw(document: Document) -> Figure:
+    """Perplexity over tokens and over minutes of the processor, on either text.
+
+    A line is one training; its end, and not its way, is what a training of that length gives.
+    """
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    patterns = list(dict.fromkeys(one.pattern for one in document.trainings))
+    titles = {HELD_OUT: "held-out text of the same kind", OTHER: "text of another kind"}
+    costs: dict[str, Any] = {
+        "thousands of tokens": lambda look: look.tokens / 1e3,
+        "minutes of the processor": lambda look: look.processor_seconds / 60,
+    }
+    for row, (text, title) in zip(figure.subplots(2, 2), titles.items(), strict=True):
+        for axes, (cost, of) in zip(row, costs.items(), strict=True):
+            for one in document.trainings:
+                x = [of(look) for look in one.looks]
+                y = [look.perplexity[text] for look in one.looks]
+                colour = f"C{patterns.index(one.pattern)}"
+                axes.plot(x, y, ":", color=colour)
+                axes.plot(x[-1:], y[-1:], "o", color=colour)
+            for number, pattern in enumerate(patterns):
+                axes.plot([], [], "o:", color=f"C{number}", label=pattern)
+            axes.axhline(document.dense[text], color="grey", label="dense")
+            axes.set(xlabel=cost, ylabel="perplexity", title=title, yscale="log")
+            axes.set_yticks(ticks := _ticks(document, text), [f"{one:g}" for one in ticks])
+            axes.minorticks_off()
+            axes.legend()
+    return figure
+
+
+def _ticks(document: Document, text: str) -> list[float]:
+    """Round numbers from the dense model's perplexity to the largest."""
+    largest = max(look.perplexity[text] for one in document.trainings for look in one.looks)
+    round_ones = (15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500)
+    return [float(one) for one in round_ones if document.dense[text] / 1.2 < one < 1.2 * largest]
+
+
+if __name__ == "__main__":
+    main()

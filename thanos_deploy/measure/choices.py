@@ -1,0 +1,132 @@
+"""Multiple choice: a model has to tell how a passage goes on from how others go on.
+
+The questions are made from the text that perplexity is measured on. Each has a beginning of
+`BEFORE` tokens and four continuations of `AFTER` tokens: the one that follows there, and three that
+follow elsewhere in the same segment, so that they are about the same things. All begin where a word
+does. Places are drawn with a seed, those of a question so far apart that none is in another one's
+beginning. The answer is the continuation of the largest probability, which all being equally long
+need no correction for.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from thanos_deploy.measure.cloze import Offset
+from thanos_deploy.progress import OnProgress, silent
+
+BEFORE, AFTER = 24, 6
+CHOICES = 4
+_SEED = 0
+
+# Questions that a model reads at once.
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Questions:
+    """Multiple choice.
+
+    Attributes:
+        beginnings: int64[count, frame + BEFORE], tokens.
+        continuations: int64[count, CHOICES, AFTER]; the first is right.
+    """
+
+    beginnings: Tensor
+    continuations: Tensor
+
+    def __len__(self) -> int:
+        return len(self.beginnings)
+
+
+def questions(
+    content: str, offsets: Sequence[Sequence[Offset]], ids: Tensor, *, frame: int, count: int
+) -> Questions:
+    """Questions about the segments of a text; see the module.
+
+    Args:
+        content: the text.
+        offsets: of each segment, where the tokens behind its frame are in the text.
+        ids: int64[segments, length], with the frame in front of each.
+        frame: tokens of it.
+        count: of questions; there are fewer where the segments have no place for more.
+    """
+    own = ids[:, frame:]
+    places = [
+        [at for at in range(BEFORE, len(segment) - AFTER + 1) if _begins_word(content, segment[at])]
+        for segment in offsets
+    ]
+    draw = random.Random(_SEED)
+    every = [(segment, at) for segment, some in enumerate(places) for at in some]
+    draw.shuffle(every)
+    beginnings: list[Tensor] = []
+    continuations: list[Tensor] = []
+    for segment, at in every:
+        if len(beginnings) == count:
+            break
+        others = _elsewhere(places[segment], at, draw)
+        if others is not None:
+            beginnings.append(torch.cat([ids[segment, :frame], own[segment, at - BEFORE : at]]))
+            continuations.append(
+                torch.stack([own[segment, one : one + AFTER] for one in (at, *others)])
+            )
+    if not beginnings:
+        return Questions(ids.new_empty(0, frame + BEFORE), ids.new_empty(0, CHOICES, AFTER))
+    return Questions(torch.stack(beginnings), torch.stack(continuations))
+
+
+def _begins_word(content: str, offset: Offset) -> bool:
+    """A token is the beginning of a word: a letter behind what is no part of one."""
+    token = content[slice(*offset)]
+    word = token.lstrip()
+    at = offset[0] + len(token) - len(word)
+    before = content[at - 1] if at else " "
+    return word[:1].isalpha() and not (before.isalnum() or before == "_")
+
+
+def _elsewhere(places: Sequence[int], at: int, draw: random.Random) -> list[int] | None:
+    """Places whose continuations neither overlap this question's tokens nor each other's."""
+    apart = [one for one in places if one + AFTER <= at - BEFORE or one >= at + AFTER]
+    found: list[int] = []
+    for one in draw.sample(apart, len(apart)):
+        if all(abs(one - other) >= AFTER for other in found):
+            found.append(one)
+        if len(found) == CHOICES - 1:
+            return found
+    return None
+
+
+@torch.inference_mode()
+def answered(
+    model: PreTrainedModel, asked: Questions, *, on_progress: OnProgress = silent
+) -> list[bool]:
+    """Which questions a model answers right.
+
+    A beginning is read once for its four continuations.
+    """
+    found: list[bool] = []
+    on_progress(0, len(asked))
+    for first in range(0, len(asked), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        scores = _log_probabilities(model, asked.beginnings[some], asked.continuations[some])
+        found += (scores.argmax(dim=1) == 0).tolist()
+        on_progress(len(found), len(asked))
+    return found
+
+
+def _log_probabilities(model: PreTrainedModel, beginnings: Tensor, continuations: Tensor) -> Tensor:
+    """float32[count, choices], of each continuation after its beginning."""
+    count, choices, _ = continuations.shape
+    after = continuations.flatten(0, 1).to(model.device)
+    read = model(input_ids=beginnings.to(model.device), use_cache=True)
+    first = read.logits[:, -1:].repeat_interleave(choices, dim=0)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(choices)
+    rest = model(input_ids=after[:, :-1], past_key_values=cache, use_cache=True).logits
+    logits = torch.cat([first, rest], dim=1).float().log_softmax(dim=-1)
+    told = logits.gather(2, after[..., None]).squeeze(2).sum(dim=1)
+    return told.reshape(count, choices).cpu()
