@@ -4,7 +4,7 @@ Usage: python -m benchmarks.quality --calib CALIB.txt --eval-text TEXT.txt [SETT
 
 Prunes SmolLM2-135M by every method to every pattern of the table below, in the setting of the
 method's paper and in the one that measured best (structured patterns as masked columns), and
-judges each result. A SETTING, a JSON object of options of `prune`, takes the place of that grid:
+judges each result (by `best` and `max` it takes long). A SETTING, a JSON object of options of `prune`, takes the place of that grid:
 '{"pattern": "2:4"}', '{"pattern": "2:4", "method": "wanda"}', '{"pattern": "2:4",
 "block_size": 64}'. The first segments of both texts are taken, without a seed, so that others
 can take the same.
@@ -16,6 +16,7 @@ another file.
 """
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -33,6 +34,7 @@ from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.record import differences
 from thanos_deploy.calibration.data import Data
+from thanos_deploy.calibration.texts import read_text
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
@@ -44,6 +46,7 @@ from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
+    recover_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
@@ -94,7 +97,7 @@ def main() -> None:
         {
             "model": dense.source.name,
             "model_sha256": dense.source.sha256,
-            "calib_sha256": files.sha256(arguments.calib),
+            "calib_tokens_sha256": hash_of(texts.calibration(arguments, tokenizer)),
             "eval_sha256": files.sha256(arguments.eval_text),
             "eval_segments": arguments.eval_segments,
             "eval_seqlen": arguments.eval_seqlen,
@@ -152,18 +155,33 @@ def measure(
 ) -> Json:
     """Prune once: perplexity, and seconds of the whole call."""
     data, how = request.data, request.how
-    calibration = texts.calibration(arguments, tokenizer, count=data.nsamples, length=data.seqlen)
+    taken = texts.calibration(
+        arguments,
+        tokenizer,
+        count=data.nsamples,
+        length=data.seqlen,
+        further=how.tuning.further(data.nsamples),
+    )
+    ids, further = taken[: data.nsamples], taken[data.nsamples :]
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        out = Path(folder) / "model"
+        out.mkdir()
+        started, processor = time.perf_counter(), time.process_time()
         match how:
             case Cut():
-                plan = plan_widths(source, survey_blocks(source, calibration, how), how)
-                shrink_checkpoint(source, calibration, Path(folder), plan, how.fit)
+                plan = plan_widths(source, survey_blocks(source, ids, how), how)
+                shrink_checkpoint(source, ids, out, plan, how, further=further)
             case Recipe():
-                prune_checkpoint(source, calibration, Path(folder), how)
-        seconds = time.perf_counter() - started
-        value = judge(Path(folder), evaluation)
-    return {"perplexity": value, "seconds": round(seconds, 1)}
+                prune_checkpoint(source, ids, out, how, further=further)
+        if request.recover:
+            recover_checkpoint(source, read_text(arguments.calib), out, request)
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+        value = judge(out, evaluation)
+    return {
+        "perplexity": value,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+    }
 
 
 def way(setting: Json, request: PruneRequest) -> str:
@@ -178,6 +196,11 @@ def way(setting: Json, request: PruneRequest) -> str:
         others.append("cut out")
     named = [setting.get("method", METHOD), setting.get("preset", PRESET)]
     return ", ".join([*named, *others]).replace("_", " ")
+
+
+def hash_of(ids: Tensor) -> str:
+    """SHA-256 of tokens."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def judge(folder: Path, evaluation: Tensor) -> float:

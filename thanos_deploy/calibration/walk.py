@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, holder
-from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs
+from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, shared
 from thanos_deploy.calibration.journal import Journal, Report
 from thanos_deploy.calibration.parameters import ParameterFiles
 from thanos_deploy.calibration.sizes import activation_dtype, can_wait
@@ -147,6 +147,7 @@ def visit_blocks(
     work: Callable[[Visit], R],
     *,
     copy: WeightsCopy | None = None,
+    further: Tensor | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     journal: Journal[R] | None = None,
@@ -162,6 +163,7 @@ def visit_blocks(
         work: what to do to a block; returns the report on it.
         copy: where to write every block once it has been worked on, and at the end all that lies
             outside the blocks, unchanged; None to write nothing.
+        further: int64[count, length], tokens that blocks are only tuned on; None for none.
         with_dense: run the data through the unchanged blocks as well.
         forward: the dtype in which blocks run, float32 or bfloat16.
         journal: where to keep every finished block and its report; blocks that it has already are
@@ -186,6 +188,7 @@ def visit_blocks(
         segments,
         reports,
         copy=copy,
+        further=further,
         with_dense=with_dense,
         forward=forward,
         journal=journal,
@@ -201,6 +204,7 @@ def visits(
     checkpoint: Checkpoint,
     segments: Tensor,
     *,
+    further: Tensor | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     device: torch.device = CPU,
@@ -215,6 +219,7 @@ def visits(
         segments,
         [],
         copy=None,
+        further=further,
         with_dense=with_dense,
         forward=forward,
         journal=None,
@@ -230,6 +235,7 @@ def _visits(
     reports: Sequence[R],
     *,
     copy: WeightsCopy | None,
+    further: Tensor | None,
     with_dense: bool,
     forward: torch.dtype,
     journal: Journal[R] | None,
@@ -240,7 +246,8 @@ def _visits(
 
     Args:
         reports: with a journal, it has a report on every block once its visit has ended.
-        checkpoint, segments, copy, with_dense, forward, journal, device, hold: see `visit_blocks`.
+        checkpoint, segments, copy, further, with_dense, forward, journal, device, hold: see
+            `visit_blocks`.
     """
     family = checkpoint.family
     model = checkpoint.skeleton()
@@ -258,6 +265,7 @@ def _visits(
             checkpoint,
             model,
             segments,
+            further,
             folder,
             first,
             with_dense=with_dense,
@@ -314,6 +322,7 @@ def _enter(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     segments: Tensor,
+    further: Tensor | None,
     folder: Path,
     index: int,
     *,
@@ -328,7 +337,9 @@ def _enter(
     What enters a block that is not the first one is in the folder. If nobody goes on from there,
     files are written only of what is not held in memory.
     """
-    batches = Layout.of(*segments.shape).batches
+    further = segments[:0] if further is None else further
+    batches = Layout.of(*segments.shape, further=len(further)).batches
+    segments = torch.cat([segments, further])
     dtype = activation_dtype(checkpoint, forward)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
     kinds: dict[str, Kind] = {}
@@ -353,8 +364,11 @@ def _enter(
     walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
     for number, one in enumerate(batches):
         (data,) = block_inputs(model, checkpoint.family, [segments[one.first : one.stop]])
+        arguments = data.arguments
+        if number:
+            arguments = shared(arguments, walks["pruned"][0].arguments)
         for way in ways:
-            batch = StoredInputs(activations, f"{way}.{number}", data.arguments, one.shard)
+            batch = StoredInputs(activations, f"{way}.{number}", arguments, one.shard, one.counted)
             if index == 0 and current().has(one.shard):
                 batch.leave(data.hidden)
             walks[way].append(batch)

@@ -11,6 +11,7 @@ from torch import Tensor
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.sizes import activation_bytes
 from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
@@ -31,7 +32,7 @@ from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import experts, sizing
-from thanos_deploy.shrink.options import Cut, Fit
+from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
@@ -45,6 +46,7 @@ def prune_checkpoint(
     recipe: Recipe,
     announce: Announce = quietly,
     *,
+    further: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
     hold: Place = "auto",
@@ -73,6 +75,7 @@ def prune_checkpoint(
         ids,
         destination,
         recipe,
+        further=further,
         patterns=patterns,
         dtype=dtype,
         device=device,
@@ -149,9 +152,10 @@ def shrink_checkpoint(
     ids: Tensor,
     destination: Path | None,
     plan: Plan,
-    fit: Fit,
+    how: Cut,
     announce: Announce = quietly,
     *,
+    further: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
     hold: Place = "auto",
@@ -163,7 +167,9 @@ def shrink_checkpoint(
         ids,
         destination,
         plan,
-        fit,
+        how.fit,
+        how.tuning,
+        further=further,
         dtype=dtype,
         device=device,
         hold=hold,
@@ -253,7 +259,7 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
     """
     devices.choose(request.device)
     match request.how:
-        case Cut(pattern, how, fit):
+        case Cut(pattern, how, fit, _):
             shrinking.check(source)
             sizing.check(source, pattern.sparsity, how)
             if source.family.experts is not None:
@@ -264,13 +270,39 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
             pruning.check(source, recipe, patterns)
 
 
+def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest) -> int:
+    """Room on the disk that the pruned model and the journals take while it is made.
+
+    Args:
+        source: the dense model.
+        ids: int64[count, length], what statistics are taken of.
+        further: int64[count, length], what blocks are only tuned on.
+        request: what is asked for.
+    """
+    how = request.how
+    tokens = ids.numel() + further.numel()
+    forward = DTYPES[request.forward]
+    activations = activation_bytes(source, tokens, forward, with_dense=how.walks_dense)
+    if how.surveys:
+        activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
+    return 2 * source.bytes_in(request.dtype) + activations
+
+
 def memory_of(
-    source: Checkpoint, ids: Tensor, request: PruneRequest, device: torch.device
+    source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest, device: torch.device
 ) -> Memory:
     """What the stage will hold at once."""
     match request.how:
-        case Cut(fit=fit):
-            return memory.of_cutting(source, ids, fit, device=device, place=request.activations)
+        case Cut(fit=fit, tuning=tuning):
+            return memory.of_cutting(
+                source,
+                ids,
+                fit,
+                tuning,
+                further=len(further),
+                device=device,
+                place=request.activations,
+            )
         case Recipe() as recipe:
             patterns = assigned(source, recipe)
             return memory.of_pruning(
@@ -278,6 +310,7 @@ def memory_of(
                 ids,
                 pruning.short_names(source, patterns),
                 recipe.walk,
+                further=len(further),
                 forward=DTYPES[recipe.forward_on(device)],
                 dtype=DTYPES.get(request.dtype),
                 device=device,

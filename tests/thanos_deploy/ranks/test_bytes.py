@@ -39,6 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
     "heads and channels": {"pattern": "structured:0.2"},
     "widths of each block's own": {"pattern": "structured:0.2", "allocation": "loss"},
     "transposed": {"model": "gpt2", "pattern": "2:4", "preset": "best"},
+    "tuned on more": {"pattern": "2:4", "tune_steps": 5, "tune_nsamples": 22},
+    "heads and channels, tuned on more": {
+        "pattern": "structured:0.2",
+        "tune_steps": 5,
+        "tune_nsamples": 22,
+    },
     "quantised": {"pattern": "2:4", "preset": "fast", "quantize": "int4:16:asym"},
     "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
     "heads and channels, trained and quantised": {
