@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,21 +141,21 @@ def measure(run: Run, threads: int) -> Json:
     taken = calibration(checkpoint, data, request.how.tuning.further(data.nsamples))
     with tempfile.TemporaryDirectory() as folder:
         started, processor = time.perf_counter(), time.process_time()
-        blocks = prune(checkpoint, request, taken, Path(folder))
+        spent = prune(checkpoint, request, taken, Path(folder))
         whole = time.perf_counter() - started
         processor = time.process_time() - processor
-    sums = {part: sum(block.seconds.get(part, 0.0) for block in blocks) for part in ACTIVITIES}
+    sums = {part: sum(one.get(part, 0.0) for one in spent) for part in ACTIVITIES}
     peak = environment.peak_memory_bytes()
     unit = two_forward_passes(checkpoint, taken.ids) * UNIT_TOKENS / taken.ids.numel()
     print(f"{run.preset}, {run.pattern}\nblock  {'  '.join(f'{part:>7s}' for part in ACTIVITIES)}")
-    for index, block in enumerate(blocks):
-        times = (block.seconds.get(part, 0.0) for part in ACTIVITIES)
+    for index, one in enumerate(spent):
+        times = (one.get(part, 0.0) for part in ACTIVITIES)
         print(f"{index:5d}  {'  '.join(f'{seconds:7.2f}' for seconds in times)}")
     print(f"  sum  {'  '.join(f'{seconds:7.2f}' for seconds in sums.values())}", flush=True)
     return {
         "preset": run.preset,
         **request.to_json(),
-        "blocks": len(blocks),
+        "blocks": len(spent),
         "tokens": taken.ids.numel(),
         "tuned_on_tokens": taken.ids.numel() + taken.further.numel(),
         **{f"{part}_seconds": seconds for part, seconds in sums.items()},
@@ -168,35 +169,25 @@ def measure(run: Run, threads: int) -> Json:
 
 def prune(
     checkpoint: Checkpoint, request: PruneRequest, taken: Calibration, folder: Path
-) -> list[PrunedBlock] | list[CutBlock]:
-    """Prune as the stage does, journal included."""
-    out = folder / "model"
+) -> list[Mapping[str, float]]:
+    """Prune as the stage does, journal included; seconds by activity, of each block."""
+    out, ids, further = folder / "model", taken.ids, taken.further
     out.mkdir()
-    blocks: list[PrunedBlock] | list[CutBlock]
     match request.how:
         case Cut() as cut:
-            plan = plan_widths(checkpoint, survey_blocks(checkpoint, taken.ids, cut), cut)
+            plan = plan_widths(checkpoint, survey_blocks(checkpoint, ids, cut), cut)
+            cuts = Journal(folder / "journal", {}, CutBlock)
             blocks = shrink_checkpoint(
-                checkpoint,
-                taken.ids,
-                out,
-                plan,
-                cut,
-                further=taken.further,
-                journal=Journal(folder / "journal", {}, CutBlock),
+                checkpoint, ids, out, plan, cut, further=further, journal=cuts
             )
+            spent = [block.seconds for block in blocks]
         case Recipe() as recipe:
-            blocks = prune_checkpoint(
-                checkpoint,
-                taken.ids,
-                out,
-                recipe,
-                further=taken.further,
-                journal=Journal(folder / "journal", {}, PrunedBlock),
-            )
+            kept = Journal(folder / "journal", {}, PrunedBlock)
+            pruned = prune_checkpoint(checkpoint, ids, out, recipe, further=further, journal=kept)
+            spent = [block.seconds for block in pruned]
     if request.recover:
         recover_checkpoint(checkpoint, taken.text, out, request)
-    return blocks
+    return spent
 
 
 def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> float:

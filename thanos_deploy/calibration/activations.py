@@ -200,16 +200,18 @@ class StoredInputs(BlockInputs):
         name: str,
         arguments: list[Arguments],
         shard: int = 0,
+        *,
         counted: bool = True,
+        products: torch.dtype | None = None,
     ) -> None:
         """Begin before the block at which the activations are.
 
         Args:
             activations: of all batches.
             name: of this batch's tensor.
-            arguments, shard, counted: see `BlockInputs`.
+            arguments, shard, counted, products: see `BlockInputs`.
         """
-        super().__init__(arguments, shard, counted)
+        super().__init__(arguments, shard, counted=counted, products=products)
         self._activations, self._name = activations, name
 
     @property

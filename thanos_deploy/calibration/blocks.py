@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -78,11 +79,21 @@ class BlockInputs(ABC):
             rank that has the shard has its hidden states.
         counted: statistics are taken of it; blocks are only tuned on others, whose shards have
             the last numbers.
+        products: what factors of products are rounded to on its way; None for the dtype of its
+            hidden states.
         paused: its forward pass through the next block, if one waits at a layer.
     """
 
-    def __init__(self, arguments: list[Arguments], shard: int = 0, counted: bool = True) -> None:
+    def __init__(
+        self,
+        arguments: list[Arguments],
+        shard: int = 0,
+        *,
+        counted: bool = True,
+        products: torch.dtype | None = None,
+    ) -> None:
         self.arguments, self.shard, self.counted = arguments, shard, counted
+        self.products = products
         self.paused: Pass | None = None
 
     @property
@@ -114,9 +125,16 @@ class BlockInputs(ABC):
 
     def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
         """What the block makes of this batch, or of some of its sequences."""
-        return self.forward_of(self.hidden[rows], index, block, rows)
+        return self.forward_of(self.hidden[rows], index, block, rows, self.products)
 
-    def forward_of(self, hidden: Tensor, index: int, block: nn.Module, rows: slice) -> Tensor:
+    def forward_of(
+        self,
+        hidden: Tensor,
+        index: int,
+        block: nn.Module,
+        rows: slice,
+        products: torch.dtype | None = None,
+    ) -> Tensor:
         """What the block makes of some of its sequences, which need not be on this rank.
 
         Args:
@@ -124,9 +142,17 @@ class BlockInputs(ABC):
             index: number of the block.
             block: the block.
             rows: which sequences.
+            products: see `BlockInputs`.
         """
         arguments = self.arguments[index].of(rows, self.shape[0], hidden.device)
-        output = block(hidden, *arguments.positional, **arguments.named)
+        # A pass that may wait must not enter a context of the whole thread.
+        rounding = (
+            nullcontext()
+            if products in (None, hidden.dtype)
+            else torch.autocast(hidden.device.type, products)
+        )
+        with rounding:
+            output = block(hidden, *arguments.positional, **arguments.named)
         left: Tensor = output[0] if isinstance(output, tuple) else output
         return left
 

@@ -85,6 +85,8 @@ class Visit:
             next block.
         untouched: names of parameters that are to be written as they are in the checkpoint, to the
             last bit.
+        tuned_in: what factors of products are rounded to while it is tuned; None for the dtype in
+            which it runs.
     """
 
     index: int
@@ -96,6 +98,7 @@ class Visit:
     can_wait: bool
     clock: Clock
     untouched: set[str] = field(default_factory=set)
+    tuned_in: torch.dtype | None = None
 
     @property
     def prefix(self) -> str:
@@ -148,6 +151,7 @@ def visit_blocks(
     *,
     copy: WeightsCopy | None = None,
     further: Tensor | None = None,
+    tuned_in: torch.dtype | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     journal: Journal[R] | None = None,
@@ -164,6 +168,7 @@ def visit_blocks(
         copy: where to write every block once it has been worked on, and at the end all that lies
             outside the blocks, unchanged; None to write nothing.
         further: int64[count, length], tokens that blocks are only tuned on; None for none.
+        tuned_in: see `Visit`; the further tokens pass blocks in it as well.
         with_dense: run the data through the unchanged blocks as well.
         forward: the dtype in which blocks run, float32 or bfloat16.
         journal: where to keep every finished block and its report; blocks that it has already are
@@ -189,6 +194,7 @@ def visit_blocks(
         reports,
         copy=copy,
         further=further,
+        tuned_in=tuned_in,
         with_dense=with_dense,
         forward=forward,
         journal=journal,
@@ -205,6 +211,7 @@ def visits(
     segments: Tensor,
     *,
     further: Tensor | None = None,
+    tuned_in: torch.dtype | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     device: torch.device = CPU,
@@ -220,6 +227,7 @@ def visits(
         [],
         copy=None,
         further=further,
+        tuned_in=tuned_in,
         with_dense=with_dense,
         forward=forward,
         journal=None,
@@ -236,6 +244,7 @@ def _visits(
     *,
     copy: WeightsCopy | None,
     further: Tensor | None,
+    tuned_in: torch.dtype | None,
     with_dense: bool,
     forward: torch.dtype,
     journal: Journal[R] | None,
@@ -246,8 +255,8 @@ def _visits(
 
     Args:
         reports: with a journal, it has a report on every block once its visit has ended.
-        checkpoint, segments, copy, further, with_dense, forward, journal, device, hold: see
-            `visit_blocks`.
+        checkpoint, segments, copy, further, tuned_in, with_dense, forward, journal, device, hold:
+            see `visit_blocks`.
     """
     family = checkpoint.family
     model = checkpoint.skeleton()
@@ -268,6 +277,7 @@ def _visits(
             further,
             folder,
             first,
+            tuned_in=tuned_in,
             with_dense=with_dense,
             forward=forward,
             device=device,
@@ -309,6 +319,7 @@ def _visits(
                 dtypes=files.dtypes(block, structure.prefix),
                 can_wait=can_wait(checkpoint, segments, len(walks), forward),
                 clock=Clock(device=device),
+                tuned_in=tuned_in,
             )
             yield visit
             with devices.memory_for(f"block {index}"):
@@ -326,6 +337,7 @@ def _enter(
     folder: Path,
     index: int,
     *,
+    tuned_in: torch.dtype | None,
     with_dense: bool,
     forward: torch.dtype,
     device: torch.device,
@@ -338,14 +350,15 @@ def _enter(
     files are written only of what is not held in memory.
     """
     further = segments[:0] if further is None else further
-    batches = Layout.of(*segments.shape, further=len(further)).batches
+    count, length = segments.shape
+    batches = Layout.of(count, length, len(further)).batches
     segments = torch.cat([segments, further])
     dtype = activation_dtype(checkpoint, forward)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
     kinds: dict[str, Kind] = {}
     shards: dict[str, int] = {}
     for number, one in enumerate(batches):
-        shape = (one.stop - one.first, segments.shape[1], int(checkpoint.config.hidden_size))
+        shape = (one.stop - one.first, length, int(checkpoint.config.hidden_size))
         for way in ways:
             kinds[f"{way}.{number}"] = (dtype, shape)
             if current().has(one.shard):
@@ -368,7 +381,14 @@ def _enter(
         if number:
             arguments = shared(arguments, walks["pruned"][0].arguments)
         for way in ways:
-            batch = StoredInputs(activations, f"{way}.{number}", arguments, one.shard, one.counted)
+            batch = StoredInputs(
+                activations,
+                f"{way}.{number}",
+                arguments,
+                one.shard,
+                counted=one.counted,
+                products=None if one.counted else tuned_in,
+            )
             if index == 0 and current().has(one.shard):
                 batch.leave(data.hidden)
             walks[way].append(batch)

@@ -26,7 +26,7 @@ from thanos_deploy.calibration.tune import tune
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU, memory_for
-from thanos_deploy.machine.precision import products_in
+from thanos_deploy.machine.precision import multiplies_bfloat16, products_in
 from thanos_deploy.methods import NO_TUNING, Tuning
 from thanos_deploy.model import widths
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -159,6 +159,7 @@ def shrink(
             work,
             copy=copy,
             further=further,
+            tuned_in=torch.bfloat16 if multiplies_bfloat16(device) else None,
             with_dense=fit.dense_target > 0.0 or tuning.tune_steps > 0,
             journal=journal,
             device=device,

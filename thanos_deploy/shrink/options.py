@@ -75,8 +75,8 @@ class Preset:
 # What measured best; see benchmarks/LOG.md. The presets of pruning have the same names.
 PRESETS = {
     "fast": Preset(),
-    "best": Preset(Tuning(tune_steps=320, tune_nsamples=256)),
-    "max": Preset(Tuning(tune_steps=320, tune_nsamples=256), recover=1024),
+    "best": Preset(Tuning(tune_steps=240, tune_nsamples=224)),
+    "max": Preset(Tuning(tune_steps=240, tune_nsamples=224), recover=1024),
 }
 
 

@@ -101,7 +101,8 @@ def test_statistics_are_of_the_first_segments_alone_and_steps_see_all(
     checkpoint, further = Checkpoint.open(make_model("llama")), SEGMENTS.flip(0)[:5]
     found, seen = [], []
     for more in (None, further):
-        visit = next(visits(checkpoint, SEGMENTS, further=more, with_dense=True))
+        walk = visits(checkpoint, SEGMENTS, further=more, with_dense=True)
+        visit = next(walk)
         names = visit.structure.linears
         ((_, first), *_) = gather(visit, [visit.prefix + name for name in names], Walk())
         found.append(first)

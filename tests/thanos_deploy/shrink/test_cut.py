@@ -77,7 +77,7 @@ def masked_model(dense: Path, shrunk: Path, reports: list[CutBlock]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_tuning_brings_a_cut_model_nearer_to_the_dense_one(
     make_model: MakeModel, tmp_path: Path, model_type: str
 ) -> None:
@@ -85,7 +85,7 @@ def test_tuning_brings_a_cut_model_nearer_to_the_dense_one(
     dense, errors, shapes = load_model(folder), [], []
     further = torch.randint(VOCABULARY, (5, 100), generator=torch.Generator().manual_seed(1))
     for name, tuning in (("untuned", NO_TUNING), ("tuned", Tuning(tune_steps=24))):
-        _, reports = run(folder, tmp_path / name, 0.3, tuning=tuning, further=further)
+        _, reports = run(folder, tmp_path / name, 0.25, tuning=tuning, further=further)
         assert ("tune" in reports[0].seconds) == (tuning.tune_steps > 0)
         model = load_model(tmp_path / name)
         with torch.no_grad():
