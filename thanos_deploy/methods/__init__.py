@@ -149,8 +149,9 @@ class Method:
     independent_rows: Callable[[Pattern, Any], bool]
 
     def preset(self, which: str) -> Preset:
-        """A preset; the paper's setting where no better one is known."""
-        return self.presets.get(which, self.presets["paper"])
+        """A preset; the paper's setting where no better one is known, and "best" for "max"."""
+        others = ("best", "paper") if which == "max" else ("paper",)
+        return next(self.presets[name] for name in (which, *others) if name in self.presets)
 
     def choose(self, which: str, given: Mapping[str, object]) -> Options:
         """The options of a preset, but for those that are given by their keywords.
