@@ -68,7 +68,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             how = Cut(Structured(fraction))
             plan = plan_widths(checkpoint, losses, how)
-            shrink_checkpoint(checkpoint, ids, Path(folder), plan, how.fit)
+            shrink_checkpoint(checkpoint, ids, Path(folder), plan, how)
             width = plan.widths[0]
             name = f"{width.heads}/{width.kv_heads} heads, {width.channels} channels"
             rows.append(row(name, load_model(Path(folder)), held_out))

@@ -1,44 +1,84 @@
-"""Where pruning spends its time, block by block, and how much memory it takes.
+"""What each preset of pruning costs: time, in units, and memory; and where the time goes.
 
 Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstructured:0.5 ...]
-           [--preset best] [--calib-forward auto]
+           [--preset fast best ...] [--blocks N] [--calib-forward auto]
 
-Prints one line a block: the forward pass that collects statistics, the solver, tuning, the forward
-pass through the pruned block, the journal; then the sums, and last, for all patterns, the
-same beside the bare cost of two float32 forward passes: as time, and as processor time, which other
-work on the machine changes less. Peak resident memory is that of the process so far. JSON lines
+A unit is two bare float32 passes of 16384 tokens through the blocks. It is counted in processor
+time, which other work on the machine changes less than the time of the clock.
+
+Every preset prunes to every pattern in a process of its own, whose most resident memory is printed.
+One line a block: the forward pass that collects statistics, the solver, tuning, the forward pass
+through the pruned block, the journal; then their sums; at the end a table of all. JSON lines
 follow.
+
+With `--blocks N` only the first N blocks of the model are pruned, and the bare passes go through
+those: the blocks of most models are alike, so units are about those of the whole. A preset that
+trains what is left, "max", is measured on the whole model alone, as its training also passes the
+output head.
 """
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods, pattern
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.files import Json
+from thanos_deploy.bundle.files import Json, write_json
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.load import load_model
+from thanos_deploy.pattern import Pattern
 from thanos_deploy.pruning.layers import ACTIVITIES
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
-from thanos_deploy.stages.checkpoints import prune_checkpoint
+from thanos_deploy.shrink.options import Cut
+from thanos_deploy.shrink.result import CutBlock
+from thanos_deploy.stages.checkpoints import (
+    plan_widths,
+    prune_checkpoint,
+    recover_checkpoint,
+    shrink_checkpoint,
+    survey_blocks,
+)
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
-from thanos_deploy.stages.texts import calibration
+from thanos_deploy.stages.texts import Calibration, calibration
+
+UNIT_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a process measures.
+
+    Attributes:
+        folder: of the dense model.
+        preset, pattern: what is asked for.
+        given: other options of `prune`.
+    """
+
+    folder: Path
+    preset: str
+    pattern: Pattern
+    given: dict[str, Any]
 
 
 def main() -> None:
-    """Prune once and print where the time went."""
+    """Prune by every preset to every pattern, and print what it cost."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
     parser.add_argument(
@@ -47,7 +87,9 @@ def main() -> None:
         nargs="+",
         default=[pattern.parse("2:4"), pattern.parse("unstructured:0.5")],
     )
-    parser.add_argument("--preset", choices=methods.PRESET_NAMES, default="best")
+    parser.add_argument("--preset", nargs="+", choices=methods.PRESET_NAMES, default=["best"])
+    parser.add_argument("--blocks", type=int, default=None)
+    parser.add_argument("--calib", default="builtin")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
@@ -55,70 +97,121 @@ def main() -> None:
     _progress.quiet_libraries()
 
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
-    records = []
-    for chosen in arguments.pattern:
-        request = PruneRequest.of(
-            chosen,
-            preset=arguments.preset,
-            nsamples=arguments.nsamples,
-            seqlen=arguments.seqlen,
-            calib_forward=arguments.calib_forward,
-        )
-        assert isinstance(request.how, Recipe)
-        _, ids, _ = calibration(checkpoint, request.data)  # the same for every pattern
-        records.append({**request.to_json(), **measure(checkpoint, ids, request.how)})
-    bare = two_forward_passes(checkpoint, ids)
-    print(f"two bare forward passes through the blocks: {bare[0]:.1f} s, {bare[1]:.1f} s processor")
-    for record in records:
-        record["two_forward_passes_seconds"], record["two_forward_passes_processor_seconds"] = bare
-        whole, processor = record["whole_seconds"], record["processor_seconds"]
-        print(
-            f"{record['pattern']}: solver {record['solve_seconds']:.1f} s, "
-            f"whole call {whole:.1f} s ({whole / bare[0]:.2f}x), "
-            f"processor {processor:.1f} s ({processor / bare[1]:.2f}x), "
-            f"peak {record['peak_memory_bytes'] / 1e6:.0f} MB"
-        )
+    names = ("calib", "nsamples", "seqlen", "calib_forward")
+    given = {name: getattr(arguments, name) for name in names}
+    spawn = multiprocessing.get_context("spawn")
+    records: list[Json] = []
+    with tempfile.TemporaryDirectory() as kept:
+        folder = checkpoint.folder
+        if arguments.blocks is not None:
+            folder = Path(kept)
+            first_blocks(checkpoint, folder, arguments.blocks)
+        for preset in arguments.preset:
+            for chosen in arguments.pattern:
+                run = Run(folder, preset, chosen, given)
+                with spawn.Pool(1) as pool:  # a process for each, as the most memory is a process's
+                    records.append(pool.apply(measure, (run, torch.get_num_threads())))
+    print(render(records))
     for record in records:
         print(json.dumps({**record, "environment": encode(environment.describe())}))
 
 
-def measure(checkpoint: Checkpoint, ids: torch.Tensor, recipe: Recipe) -> Json:
-    """Prune once and print where the time went."""
+def first_blocks(checkpoint: Checkpoint, folder: Path, count: int) -> None:
+    """Write the model of the first blocks of another one."""
+    copy_companions(checkpoint.folder, folder, None)
+    config = json.loads((folder / "config.json").read_bytes())
+    write_json(folder / "config.json", {**config, "num_hidden_layers": count})
+    gone = tuple(block.prefix for block in checkpoint.blocks[count:])
+    names = [
+        stored for name, stored in checkpoint.weights.stored.items() if not name.startswith(gone)
+    ]
+    save_file(checkpoint.weights.read(names), folder / "model.safetensors", {"format": "pt"})
+
+
+def measure(run: Run, threads: int) -> Json:
+    """Prune once, print where the time went, and take the measure of a unit beside it."""
+    torch.set_num_threads(threads)
+    _progress.quiet_libraries()
+    checkpoint = Checkpoint.open(run.folder)
+    given = {**run.given}
+    if isinstance(run.pattern, pattern.Structured):
+        del given["calib_forward"]
+    request = PruneRequest.of(run.pattern, preset=run.preset, **given)
+    data = request.data
+    taken = calibration(checkpoint, data, request.how.tuning.further(data.nsamples))
     with tempfile.TemporaryDirectory() as folder:
         started, processor = time.perf_counter(), time.process_time()
-        out = Path(folder) / "model"
-        out.mkdir()
-        journal = Journal(Path(folder) / "journal", {}, PrunedBlock)
-        blocks = prune_checkpoint(checkpoint, ids, out, recipe, journal=journal)
-        total = time.perf_counter() - started
+        spent = prune(checkpoint, request, taken, Path(folder))
+        whole = time.perf_counter() - started
         processor = time.process_time() - processor
-    print(f"{recipe.pattern}\nblock  {'  '.join(f'{part:>7s}' for part in ACTIVITIES)}")
-    for index, block in enumerate(blocks):
-        times = (block.seconds.get(part, 0.0) for part in ACTIVITIES)
+    sums = {part: sum(one.get(part, 0.0) for one in spent) for part in ACTIVITIES}
+    peak = environment.peak_memory_bytes()
+    unit = two_forward_passes(checkpoint, taken.ids) * UNIT_TOKENS / taken.ids.numel()
+    print(f"{run.preset}, {run.pattern}\nblock  {'  '.join(f'{part:>7s}' for part in ACTIVITIES)}")
+    for index, one in enumerate(spent):
+        times = (one.get(part, 0.0) for part in ACTIVITIES)
         print(f"{index:5d}  {'  '.join(f'{seconds:7.2f}' for seconds in times)}")
-    sums = {part: sum(block.seconds.get(part, 0.0) for block in blocks) for part in ACTIVITIES}
-    print(
-        f"  sum  {'  '.join(f'{seconds:7.2f}' for seconds in sums.values())}"
-        f"   whole call {total:.1f} s"
-    )
+    print(f"  sum  {'  '.join(f'{seconds:7.2f}' for seconds in sums.values())}", flush=True)
     return {
-        "tokens": ids.numel(),
+        "preset": run.preset,
+        **request.to_json(),
+        "blocks": len(spent),
+        "tokens": taken.ids.numel(),
+        "tuned_on_tokens": taken.ids.numel() + taken.further.numel(),
         **{f"{part}_seconds": seconds for part, seconds in sums.items()},
-        "whole_seconds": total,
+        "whole_seconds": whole,
         "processor_seconds": processor,
-        "peak_memory_bytes": environment.peak_memory_bytes(),
+        "unit_processor_seconds": unit,
+        "units": processor / unit,
+        "peak_memory_bytes": peak,
     }
 
 
-def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> tuple[float, float]:
-    """Seconds, and processor seconds, of the calibration tokens' way through the dense model."""
+def prune(
+    checkpoint: Checkpoint, request: PruneRequest, taken: Calibration, folder: Path
+) -> list[Mapping[str, float]]:
+    """Prune as the stage does, journal included; seconds by activity, of each block."""
+    out, ids, further = folder / "model", taken.ids, taken.further
+    out.mkdir()
+    match request.how:
+        case Cut() as cut:
+            plan = plan_widths(checkpoint, survey_blocks(checkpoint, ids, cut), cut)
+            cuts = Journal(folder / "journal", {}, CutBlock)
+            blocks = shrink_checkpoint(
+                checkpoint, ids, out, plan, cut, further=further, journal=cuts
+            )
+            spent = [block.seconds for block in blocks]
+        case Recipe() as recipe:
+            kept = Journal(folder / "journal", {}, PrunedBlock)
+            pruned = prune_checkpoint(checkpoint, ids, out, recipe, further=further, journal=kept)
+            spent = [block.seconds for block in pruned]
+    if request.recover:
+        recover_checkpoint(checkpoint, taken.text, out, request)
+    return spent
+
+
+def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> float:
+    """Processor seconds of the tokens' way through the blocks of the dense model, twice."""
     model = load_model(checkpoint.folder)
     batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
-    started, processor = time.perf_counter(), time.process_time()
+    processor = time.process_time()
     with torch.inference_mode():
         for part in (*ids.split(batch), *ids.split(batch)):
             model.base_model(input_ids=part, use_cache=False)
-    return time.perf_counter() - started, time.process_time() - processor
+    return time.process_time() - processor
+
+
+def render(records: list[Json]) -> str:
+    """The table in Markdown."""
+    lines = ["| preset | pattern | units | processor s | unit, processor s | most memory, MB |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    lines += [
+        f"| {one['preset']} | {one['pattern']} | {one['units']:.2f} | "
+        f"{one['processor_seconds']:.1f} | {one['unit_processor_seconds']:.1f} | "
+        f"{one['peak_memory_bytes'] / 1e6:.0f} |"
+        for one in records
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,24 @@ Usage: python -m benchmarks.quality --calib CALIB.txt --eval-text TEXT.txt [SETT
 
 Prunes SmolLM2-135M by every method to every pattern of the table below, in the setting of the
 method's paper and in the one that measured best (structured patterns as masked columns), and
-judges each result. A SETTING, a JSON object of options of `prune`, takes the place of that grid:
-'{"pattern": "2:4"}', '{"pattern": "2:4", "method": "wanda"}', '{"pattern": "2:4",
-"block_size": 64}'. The first segments of both texts are taken, without a seed, so that others
-can take the same.
+judges each result. By Thanos's presets "best" and "max" that takes long; see `pruning_time`. A
+SETTING, a JSON object of options of `prune`, takes the place of that grid: '{"pattern": "2:4"}',
+'{"pattern": "2:4", "method": "wanda"}', '{"pattern": "2:4", "block_size": 64}'. The first segments
+of both texts are taken, without a seed, so that others can take the same.
 
 Writes RESULTS/quality.json after every row and RESULTS/quality.md, a table beside published figures
 of the same setting, and prints the table. What is in quality.json is not measured again: repeating
-the command continues, and further settings add rows. To measure the code of another day, begin
-another file.
+the command continues, within a row after the last block that was pruned, and further settings add
+rows. To measure the code of another day, begin another file.
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +35,8 @@ from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.record import differences
 from thanos_deploy.calibration.data import Data
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.texts import read_text
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
@@ -40,10 +44,13 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Recipe
+from thanos_deploy.pruning.result import PrunedBlock
 from thanos_deploy.shrink.options import Cut
+from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
+    recover_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
@@ -94,7 +101,7 @@ def main() -> None:
         {
             "model": dense.source.name,
             "model_sha256": dense.source.sha256,
-            "calib_sha256": files.sha256(arguments.calib),
+            "calib_tokens_sha256": hash_of(texts.calibration(arguments, tokenizer)),
             "eval_sha256": files.sha256(arguments.eval_text),
             "eval_segments": arguments.eval_segments,
             "eval_seqlen": arguments.eval_seqlen,
@@ -108,7 +115,7 @@ def main() -> None:
         asked = {**request.to_json(), "calib": arguments.calib.name}
         if any(row["request"] == asked for row in document["rows"]):
             continue
-        row = measure(source, request, arguments, tokenizer, evaluation)
+        row = measure(source, request, asked, arguments, tokenizer, evaluation)
         row |= {"way": way(setting, request), "pattern": setting["pattern"]}
         document["rows"].append({**row, "request": asked})
         save(path, document)
@@ -146,24 +153,54 @@ def grid(arguments: argparse.Namespace) -> Iterator[Json]:
 def measure(
     source: Checkpoint,
     request: PruneRequest,
+    asked: Json,
     arguments: argparse.Namespace,
     tokenizer: PreTrainedTokenizerBase,
     evaluation: Tensor,
 ) -> Json:
-    """Prune once: perplexity, and seconds of the whole call."""
+    """Prune once: perplexity, and seconds of the whole call, of the clock and of the processor."""
     data, how = request.data, request.how
-    calibration = texts.calibration(arguments, tokenizer, count=data.nsamples, length=data.seqlen)
+    taken = texts.calibration(
+        arguments,
+        tokenizer,
+        count=data.nsamples,
+        length=data.seqlen,
+        further=how.tuning.further(data.nsamples),
+    )
+    ids, further = taken[: data.nsamples], taken[data.nsamples :]
+    kept = arguments.results / f".journal-{files.sha256_of(asked)[:16]}"
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        out = Path(folder) / "model"
+        out.mkdir()
+        started, processor = time.perf_counter(), time.process_time()
+        blocks: Sequence[PrunedBlock | CutBlock]
         match how:
             case Cut():
-                plan = plan_widths(source, survey_blocks(source, calibration, how), how)
-                shrink_checkpoint(source, calibration, Path(folder), plan, how.fit)
+                cuts = Journal(kept, asked, CutBlock)
+                resumed = bool(cuts.reports)
+                plan = plan_widths(source, survey_blocks(source, ids, how), how)
+                blocks = shrink_checkpoint(
+                    source, ids, out, plan, how, further=further, journal=cuts
+                )
             case Recipe():
-                prune_checkpoint(source, calibration, Path(folder), how)
-        seconds = time.perf_counter() - started
-        value = judge(Path(folder), evaluation)
-    return {"perplexity": value, "seconds": round(seconds, 1)}
+                journal = Journal(kept, asked, PrunedBlock)
+                resumed = bool(journal.reports)
+                blocks = prune_checkpoint(source, ids, out, how, further=further, journal=journal)
+        if request.recover:
+            recover_checkpoint(source, read_text(arguments.calib), out, request)
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+        value = judge(out, evaluation)
+    shutil.rmtree(kept)
+    if resumed:  # what came before is in the blocks' own clocks, which have no processor time
+        return {
+            "perplexity": value,
+            "seconds": round(sum(sum(block.seconds.values()) for block in blocks), 1),
+        }
+    return {
+        "perplexity": value,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+    }
 
 
 def way(setting: Json, request: PruneRequest) -> str:
@@ -178,6 +215,11 @@ def way(setting: Json, request: PruneRequest) -> str:
         others.append("cut out")
     named = [setting.get("method", METHOD), setting.get("preset", PRESET)]
     return ", ".join([*named, *others]).replace("_", " ")
+
+
+def hash_of(ids: Tensor) -> str:
+    """SHA-256 of tokens."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def judge(folder: Path, evaluation: Tensor) -> float:

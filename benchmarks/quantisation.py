@@ -116,7 +116,7 @@ class Bench:
         if isinstance(request.how, Cut):
             losses = survey_blocks(self.source, self.calib, request.how, quietly)
             plan = plan_widths(self.source, losses, request.how)
-            shrink_checkpoint(self.source, self.calib, folder, plan, request.how.fit, quietly)
+            shrink_checkpoint(self.source, self.calib, folder, plan, request.how, quietly)
         else:
             prune_checkpoint(self.source, self.calib, folder, request.how, quietly)
         return Checkpoint.open(folder)

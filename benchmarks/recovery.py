@@ -188,7 +188,7 @@ class Bench:
             if isinstance(how, Cut):
                 losses = survey_blocks(self.dense, self.calibration, how)
                 plan = plan_widths(self.dense, losses, how)
-                shrink_checkpoint(self.dense, self.calibration, partial, plan, how.fit)
+                shrink_checkpoint(self.dense, self.calibration, partial, plan, how)
             else:
                 prune_checkpoint(self.dense, self.calibration, partial, how)
             partial.rename(folder)

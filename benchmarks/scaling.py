@@ -178,18 +178,19 @@ def _work(arguments: argparse.Namespace) -> None:
         nsamples=arguments.nsamples,
         seqlen=arguments.seqlen,
     )
-    _, ids, _ = calibration(checkpoint, request.data)
     how = request.how
     assert isinstance(how, Recipe)
+    taken = calibration(checkpoint, request.data, how.tuning.further(request.data.nsamples))
     model = arguments.worker / "model"
     with together() as ranks, measured(WHOLE):
         if ranks.first:
             model.mkdir()
         prune_checkpoint(
             checkpoint,
-            ids,
+            taken.ids,
             model if ranks.first else None,
             how,
+            further=taken.further,
             journal=Journal(arguments.worker / "journal", {}, PrunedBlock),
         )
     (arguments.worker / f"rank-{ranks.rank}.json").write_text(json.dumps(spent))

@@ -163,7 +163,7 @@ def cut(
     started = time.perf_counter()
     how = Cut.of(Structured(fraction), **options)
     plan = plan_widths(source, losses(), how)
-    shrink_checkpoint(source, calibration, folder, plan, how.fit)
+    shrink_checkpoint(source, calibration, folder, plan, how)
     seconds = round(time.perf_counter() - started, 1)
     width = plan.widths[0]
     widths = [width.heads, width.kv_heads, width.channels]

@@ -24,9 +24,14 @@ def calibration(
     *,
     count: int = 32,
     length: int = 512,
+    further: int = 0,
 ) -> Tensor:
-    """int64[count, length], the first ones, without a seed, so that others can take the same."""
-    return segments(read_text(arguments.calib), tokenizer, count=count, length=length, seed=None)
+    """int64[count, length], the first ones, without a seed, so that others can take the same.
+
+    Behind them as many further ones as the text has, up to a number.
+    """
+    text = read_text(arguments.calib)
+    return segments(text, tokenizer, count=count, length=length, seed=None, further=further)
 
 
 def evaluation(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Tensor:

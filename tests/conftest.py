@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 import exporters.onnx.graph
 from exporters.options import ExportRequest
-from tests import traced
+from tests import presets, traced
 from tests.byte_tokenizer import save_byte_tokenizer
 from tests.model_types import CUT_TYPES as CUT_TYPES
 from tests.model_types import EVERY_TYPE as EVERY_TYPE
@@ -50,6 +50,8 @@ from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.export import export_dense
+
+presets.make_quick()
 
 MakeModel = Callable[..., Path]
 Exported = Callable[[str], Path]

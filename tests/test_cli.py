@@ -34,6 +34,7 @@ from thanos_deploy.stages.texts import open_text
 # Little enough for a two-block model to take a second a stage.
 SMALL = (
     *("--pattern", "2:4", "--nsamples", "4", "--seqlen", "64", "--block-size", "16"),
+    *("--tune-steps", "16", "--tune-nsamples", "0"),
     *("--eval-segments", "2", "--eval-seqlen", "64"),
     *("--prompt", "8", "--new-tokens", "4", "--rounds", "2"),
 )

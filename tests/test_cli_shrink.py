@@ -203,8 +203,6 @@ def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
         (("structured:0.5", "--shrink", "heads"), "no heads would be left", "--shrink both"),
         (("structured:0.2", "--block-size", "64"), "with --block-size", "leave it out"),
         (("structured:0.2", "--true-sequential"), "with --true-sequential", "leave it out"),
-        (("structured:0.2", "--preset", "fast"), "with --preset fast", "leave it out"),
-        (("structured:0.2", "--tune-steps", "4"), "with --tune-steps", "leave it out"),
         (("structured:0.2", "--calib-forward", "bf16"), "with --calib-forward", "leave it out"),
         (("structured:0.2", "--preset", "paper"), "the paper sets columns to zero", "--keep-shape"),
         (("structured:0.2", "--ffn-multiple", "49"), "multiples of 49", "at most that"),

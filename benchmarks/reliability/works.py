@@ -12,6 +12,7 @@ from tests.conftest import write_model
 
 BLOCKS = 4
 _TEXT = ("--nsamples", "8", "--seqlen", "64")
+_TUNE = ("--tune-steps", "8", "--tune-nsamples", "12")
 _EVAL = ("--eval-segments", "2", "--eval-seqlen", "64")
 _BENCH = ("--prompt", "8", "--past", "8", "--new-tokens", "2", "--rounds", "2")
 _PRUNE = ("prune", "{model}", "--pattern", "2:4", "--method", "magnitude", *_TEXT)
@@ -57,9 +58,9 @@ def _after_pruning(name: str, *arguments: str) -> Work:
 
 WORKS = (
     _to_zeros("prune-fast", "--pattern", "2:4", "--preset", "fast"),
-    _to_zeros("prune-best", "--pattern", "2:4", "--preset", "best"),
-    _to_zeros("prune-owl", "--pattern", "unstructured:0.5", "--allocation", "owl"),
-    _to_zeros("shrink", "--pattern", "structured:0.25"),
+    _to_zeros("prune-best", "--pattern", "2:4", "--preset", "best", *_TUNE),
+    _to_zeros("prune-owl", "--pattern", "unstructured:0.5", "--allocation", "owl", *_TUNE),
+    _to_zeros("shrink", "--pattern", "structured:0.25", *_TUNE),
     _to_zeros("recover", "--pattern", "2:4", "--preset", "fast", "--recover", "16"),
     _to_zeros("quantize", "--pattern", "2:4", "--preset", "fast", "--quantize", "int8"),
     _after_pruning("export-onnx", "export", "{out}", "--target", "onnx"),

@@ -35,7 +35,8 @@ class PruneOptions(TypedDict, total=False):
 
     Attributes:
         method: "thanos", "sparsegpt", "wanda" or "magnitude". Default: "thanos".
-        preset: "best", "fast" or "paper", the method's settings. Default: "best".
+        preset: "best", "fast", "max" or "paper", the method's settings, and what they cost; see
+            the command. Default: "best".
         block_size: columns that are solved at once (thanos, sparsegpt).
         damp: damping of the Hessian, as a fraction (thanos, sparsegpt).
         damp_mode: of what `damp` is a fraction: "mean", "median" or "per-channel" (thanos,
@@ -48,6 +49,8 @@ class PruneOptions(TypedDict, total=False):
         dense_target: from 0 to 1, how far each layer aims at its output in the dense model.
             Default: the preset's.
         tune_steps: steps of all kept weights of a block together. Default: the preset's.
+        tune_nsamples: segments that these look at, those of `nsamples` among them. Default: the
+            preset's.
         shrink: what to cut out with a structured pattern: "heads", "ffn" or "both", the default;
             of a model with experts "experts", which is the default there, or "ffn".
         ffn_multiple: the number of feed-forward channels left is a multiple of this.
@@ -59,7 +62,8 @@ class PruneOptions(TypedDict, total=False):
         include: prune only these layers: full names, or "re:" and an expression.
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
-        recover: segments to train what is left on, with the dense model as teacher. Default: 0.
+        recover: segments to train what is left on, with the dense model as teacher. Default: the
+            preset's, which is 0 but for "max".
         recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
             the dense model writes. Default: "calib".
         quantize: "int8" or "int4", with ":GROUP" or ":row", and ":asym": what to quantise the
@@ -83,7 +87,7 @@ class PruneOptions(TypedDict, total=False):
     """
 
     method: str
-    preset: Literal["best", "fast", "paper"]
+    preset: Literal["best", "fast", "max", "paper"]
     block_size: int
     damp: float
     damp_mode: Literal["mean", "median", "per-channel"]
@@ -93,6 +97,7 @@ class PruneOptions(TypedDict, total=False):
     true_sequential: bool
     dense_target: float
     tune_steps: int
+    tune_nsamples: int
     shrink: Literal["heads", "ffn", "both", "experts"]
     ffn_multiple: int
     keep_shape: bool

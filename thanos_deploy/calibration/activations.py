@@ -195,16 +195,23 @@ class StoredInputs(BlockInputs):
     """
 
     def __init__(
-        self, activations: Activations, name: str, arguments: list[Arguments], shard: int = 0
+        self,
+        activations: Activations,
+        name: str,
+        arguments: list[Arguments],
+        shard: int = 0,
+        *,
+        counted: bool = True,
+        products: torch.dtype | None = None,
     ) -> None:
         """Begin before the block at which the activations are.
 
         Args:
             activations: of all batches.
             name: of this batch's tensor.
-            arguments, shard: see `BlockInputs`.
+            arguments, shard, counted, products: see `BlockInputs`.
         """
-        super().__init__(arguments, shard)
+        super().__init__(arguments, shard, counted=counted, products=products)
         self._activations, self._name = activations, name
 
     @property

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,31 @@ class Arguments:
         return Arguments(*tree_map(cut, (self.positional, self.named)))
 
 
+def shared(arguments: Sequence[Arguments], known: Sequence[Arguments]) -> list[Arguments]:
+    """The arguments of every block, without a second copy of tensors that are known already.
+
+    Positions and masks are mostly those of every batch, so memory does not grow with their number.
+
+    Args:
+        arguments: of a batch, for each block.
+        known: of another batch.
+    """
+    found: dict[int, Tensor] = {}
+
+    def one(own: Any, other: Any) -> Any:
+        if not isinstance(own, Tensor) or not isinstance(other, Tensor):
+            return own
+        if id(own) not in found:
+            same = own.dtype is other.dtype and torch.equal(own, other)
+            found[id(own)] = other if same else own
+        return found[id(own)]
+
+    return [
+        Arguments(*tree_map(one, (own.positional, own.named), (other.positional, other.named)))
+        for own, other in zip(arguments, known, strict=True)
+    ]
+
+
 class BlockInputs(ABC):
     """One batch of calibration data on its way through the blocks.
 
@@ -51,11 +77,23 @@ class BlockInputs(ABC):
             each kind its own. They are taken to the block's device when the batch passes it.
         shard: number of the shard that it belongs to; see `thanos_deploy.ranks.shards`. Only the
             rank that has the shard has its hidden states.
+        counted: statistics are taken of it; blocks are only tuned on others, whose shards have
+            the last numbers.
+        products: what factors of products are rounded to on its way; None for the dtype of its
+            hidden states.
         paused: its forward pass through the next block, if one waits at a layer.
     """
 
-    def __init__(self, arguments: list[Arguments], shard: int = 0) -> None:
-        self.arguments, self.shard = arguments, shard
+    def __init__(
+        self,
+        arguments: list[Arguments],
+        shard: int = 0,
+        *,
+        counted: bool = True,
+        products: torch.dtype | None = None,
+    ) -> None:
+        self.arguments, self.shard, self.counted = arguments, shard, counted
+        self.products = products
         self.paused: Pass | None = None
 
     @property
@@ -87,9 +125,16 @@ class BlockInputs(ABC):
 
     def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
         """What the block makes of this batch, or of some of its sequences."""
-        return self.forward_of(self.hidden[rows], index, block, rows)
+        return self.forward_of(self.hidden[rows], index, block, rows, self.products)
 
-    def forward_of(self, hidden: Tensor, index: int, block: nn.Module, rows: slice) -> Tensor:
+    def forward_of(
+        self,
+        hidden: Tensor,
+        index: int,
+        block: nn.Module,
+        rows: slice,
+        products: torch.dtype | None = None,
+    ) -> Tensor:
         """What the block makes of some of its sequences, which need not be on this rank.
 
         Args:
@@ -97,9 +142,17 @@ class BlockInputs(ABC):
             index: number of the block.
             block: the block.
             rows: which sequences.
+            products: see `BlockInputs`.
         """
         arguments = self.arguments[index].of(rows, self.shape[0], hidden.device)
-        output = block(hidden, *arguments.positional, **arguments.named)
+        # A pass that may wait must not enter a context of the whole thread.
+        rounding = (
+            nullcontext()
+            if products in (None, hidden.dtype)
+            else torch.autocast(hidden.device.type, products)
+        )
+        with rounding:
+            output = block(hidden, *arguments.positional, **arguments.named)
         left: Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
@@ -199,22 +252,28 @@ class Walk:
         index: number of the next block.
         block: that block, with weights.
         batches: what enters it, in the dtype of the weights, of all ranks.
-        done: all of them have left it.
+        left: numbers of the batches that have left it.
     """
 
     index: int
     block: nn.Module
     batches: Sequence[BlockInputs]
-    done: bool = False
+    left: set[int] = field(default_factory=set)
 
     @property
-    def own(self) -> list[BlockInputs]:
-        """The batches of this rank."""
-        return [batch for batch in self.batches if current().has(batch.shard)]
+    def own(self) -> list[int]:
+        """Numbers of the batches of this rank."""
+        return [n for n, batch in enumerate(self.batches) if current().has(batch.shard)]
+
+    @property
+    def done(self) -> bool:
+        """All of these have left the block."""
+        return self.left.issuperset(self.own)
 
     def sums(self, names: Sequence[str]) -> ShardSums:
-        """For statistics of the batches at some layers."""
-        return ShardSums(current(), 1 + max(batch.shard for batch in self.batches), names)
+        """For statistics at some layers, of the batches of which they are taken."""
+        shards = 1 + max(batch.shard for batch in self.batches if batch.counted)
+        return ShardSums(current(), shards, names)
 
 
 def collect(
@@ -252,11 +311,10 @@ def collect(
             targets = {}
             if dense is not None:
                 beside = dense.batches[number]
-                read = (
-                    _leave(dense, beside, names)
-                    if last
-                    else _inputs_of(dense, names, beside, pause=pause)
-                )
+                if last:
+                    read = _leave(dense, number, names)
+                else:
+                    read = _inputs_of(dense, names, beside, pause=pause)
                 targets = {name: y for name, y in read.items() if name not in routed}
             for name, x in inputs.items():
                 if name not in counted:
@@ -267,8 +325,6 @@ def collect(
                     )
                 counted[name].add(x, targets.get(name))
         sums.add(counted)
-    if dense is not None and last:
-        dense.done = True
     return sums.finish()
 
 
@@ -338,23 +394,23 @@ def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, S
 
 def advance(walk: Walk) -> None:
     """Run the data through the block, or through the rest of it where passes wait, once."""
-    if walk.done:
-        return
-    for batch in walk.own:
-        _leave(walk, batch)
-    walk.done = True
+    for number in walk.own:
+        if number not in walk.left:
+            _leave(walk, number)
 
 
-def _leave(walk: Walk, batch: BlockInputs, names: Sequence[str] = ()) -> dict[str, Tensor]:
+def _leave(walk: Walk, number: int, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """Take a batch through the block, or the rest of it.
 
     Returns:
         [tokens, cols] for each name, what these layers read on the way.
     """
+    batch = walk.batches[number]
     inputs: dict[str, Tensor] = {}
     with recorded(walk.block, names, inputs):
         batch.leave(batch.paused.finish() if batch.paused else _forward(walk, batch)())
     batch.paused = None
+    walk.left.add(number)
     return inputs
 
 

@@ -17,6 +17,7 @@ def segments(
     length: int,
     seed: int | None,
     by_row: bool = False,
+    further: int = 0,
 ) -> Tensor:
     """Cut a text into segments of equal length, without overlap.
 
@@ -29,9 +30,11 @@ def segments(
         length: tokens of each, with those that the tokenizer puts in front.
         seed: for choosing segments from the whole text; None takes the first ones.
         by_row: each is the beginning of a row that is long enough.
+        further: how many more to take, as far as there are more.
 
     Returns:
-        int64[count, length], in the order of the text.
+        int64[count, length], in the order of the text; and behind these the further ones, again in
+        that order. The first ones do not depend on how many follow.
 
     Raises:
         CalibrationError: the text is too short, or a segment would be.
@@ -51,10 +54,11 @@ def segments(
             f"for {count} segments of {length}",
             fix="give a longer text, or fewer or shorter segments",
         )
-    if seed is None:
-        return every[:count]
-    picked = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
-    return every[picked.sort().values]
+    order = torch.arange(len(every))
+    if seed is not None:
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    parts = order[:count], order[count : count + further]
+    return torch.cat([every[part.sort().values] for part in parts])
 
 
 def every_segment(

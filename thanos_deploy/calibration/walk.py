@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, holder
-from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs
+from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, shared
 from thanos_deploy.calibration.journal import Journal, Report
 from thanos_deploy.calibration.parameters import ParameterFiles
 from thanos_deploy.calibration.sizes import activation_dtype, can_wait
@@ -85,6 +85,8 @@ class Visit:
             next block.
         untouched: names of parameters that are to be written as they are in the checkpoint, to the
             last bit.
+        tuned_in: what factors of products are rounded to while it is tuned; None for the dtype in
+            which it runs.
     """
 
     index: int
@@ -96,6 +98,7 @@ class Visit:
     can_wait: bool
     clock: Clock
     untouched: set[str] = field(default_factory=set)
+    tuned_in: torch.dtype | None = None
 
     @property
     def prefix(self) -> str:
@@ -147,6 +150,8 @@ def visit_blocks(
     work: Callable[[Visit], R],
     *,
     copy: WeightsCopy | None = None,
+    further: Tensor | None = None,
+    tuned_in: torch.dtype | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     journal: Journal[R] | None = None,
@@ -162,6 +167,8 @@ def visit_blocks(
         work: what to do to a block; returns the report on it.
         copy: where to write every block once it has been worked on, and at the end all that lies
             outside the blocks, unchanged; None to write nothing.
+        further: int64[count, length], tokens that blocks are only tuned on; None for none.
+        tuned_in: see `Visit`; the further tokens pass blocks in it as well.
         with_dense: run the data through the unchanged blocks as well.
         forward: the dtype in which blocks run, float32 or bfloat16.
         journal: where to keep every finished block and its report; blocks that it has already are
@@ -186,6 +193,8 @@ def visit_blocks(
         segments,
         reports,
         copy=copy,
+        further=further,
+        tuned_in=tuned_in,
         with_dense=with_dense,
         forward=forward,
         journal=journal,
@@ -203,6 +212,8 @@ def visits(
     checkpoint: Checkpoint,
     segments: Tensor,
     *,
+    further: Tensor | None = None,
+    tuned_in: torch.dtype | None = None,
     with_dense: bool = False,
     forward: torch.dtype = torch.float32,
     device: torch.device = CPU,
@@ -217,6 +228,8 @@ def visits(
         segments,
         [],
         copy=None,
+        further=further,
+        tuned_in=tuned_in,
         with_dense=with_dense,
         forward=forward,
         journal=None,
@@ -232,6 +245,8 @@ def _visits(
     reports: Sequence[R],
     *,
     copy: WeightsCopy | None,
+    further: Tensor | None,
+    tuned_in: torch.dtype | None,
     with_dense: bool,
     forward: torch.dtype,
     journal: Journal[R] | None,
@@ -242,7 +257,8 @@ def _visits(
 
     Args:
         reports: with a journal, it has a report on every block once its visit has ended.
-        checkpoint, segments, copy, with_dense, forward, journal, device, hold: see `visit_blocks`.
+        checkpoint, segments, copy, further, tuned_in, with_dense, forward, journal, device, hold:
+            see `visit_blocks`.
     """
     family = checkpoint.family
     model = checkpoint.skeleton()
@@ -260,8 +276,10 @@ def _visits(
             checkpoint,
             model,
             segments,
+            further,
             folder,
             first,
+            tuned_in=tuned_in,
             with_dense=with_dense,
             forward=forward,
             device=device,
@@ -305,6 +323,7 @@ def _visits(
                 dtypes=files.dtypes(block, structure.prefix),
                 can_wait=can_wait(checkpoint, segments, len(walks), forward),
                 clock=Clock(device=device),
+                tuned_in=tuned_in,
             )
             yield visit
             with devices.memory_for(f"block {index}"):
@@ -320,9 +339,11 @@ def _enter(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     segments: Tensor,
+    further: Tensor | None,
     folder: Path,
     index: int,
     *,
+    tuned_in: torch.dtype | None,
     with_dense: bool,
     forward: torch.dtype,
     device: torch.device,
@@ -334,13 +355,16 @@ def _enter(
     What enters a block that is not the first one is in the folder. If nobody goes on from there,
     files are written only of what is not held in memory.
     """
-    batches = Layout.of(*segments.shape).batches
+    further = segments[:0] if further is None else further
+    count, length = segments.shape
+    batches = Layout.of(count, length, len(further)).batches
+    segments = torch.cat([segments, further])
     dtype = activation_dtype(checkpoint, forward)
     ways = ("pruned", "dense") if with_dense else ("pruned",)
     kinds: dict[str, Kind] = {}
     shards: dict[str, int] = {}
     for number, one in enumerate(batches):
-        shape = (one.stop - one.first, segments.shape[1], int(checkpoint.config.hidden_size))
+        shape = (one.stop - one.first, length, int(checkpoint.config.hidden_size))
         for way in ways:
             kinds[f"{way}.{number}"] = (dtype, shape)
             if current().has(one.shard):
@@ -359,8 +383,18 @@ def _enter(
     walks: dict[str, list[BlockInputs]] = {way: [] for way in ways}
     for number, one in enumerate(batches):
         (data,) = block_inputs(model, checkpoint.family, [segments[one.first : one.stop]])
+        arguments = data.arguments
+        if number:
+            arguments = shared(arguments, walks["pruned"][0].arguments)
         for way in ways:
-            batch = StoredInputs(activations, f"{way}.{number}", data.arguments, one.shard)
+            batch = StoredInputs(
+                activations,
+                f"{way}.{number}",
+                arguments,
+                one.shard,
+                counted=one.counted,
+                products=None if one.counted else tuned_in,
+            )
             if index == 0 and current().has(one.shard):
                 batch.leave(data.hidden)
             walks[way].append(batch)

@@ -21,7 +21,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -33,18 +33,18 @@ from torch import Tensor
 from thanos_deploy import methods
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.tune import TOKENS_PER_STEP, tune
 from thanos_deploy.calibration.walk import Visit, visits
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory, Term
 from thanos_deploy.machine import environment
-from thanos_deploy.methods import Walk
+from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.pruning.layers import gather, linear_shapes, short_names
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.solution import aim, solve
-from thanos_deploy.pruning.tune import TOKENS_PER_STEP, tune
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
 from thanos_deploy.shrink import cut
 from thanos_deploy.shrink.options import Fit
@@ -57,6 +57,9 @@ _TRIAL_PRODUCTS = 5e9
 # The parts that are pruned have at most so many rows and columns. The first is nearly all
 # factoring, whose share grows fastest with the width.
 _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
+
+# What is measured of a pass by itself.
+_PASS = "pass"
 
 # The first time is a warm-up.
 _REPEATS = 2
@@ -95,6 +98,7 @@ def estimate(
     recipe: Recipe,
     patterns: Mapping[str, Pattern],
     *,
+    further: int = 0,
     dtype: torch.dtype | None,
     device: torch.device,
     place: Place = "auto",
@@ -106,6 +110,7 @@ def estimate(
         segments: int64[count, length], calibration tokens.
         recipe: how it is to be pruned; for what is to be cut see `estimate_cutting`.
         patterns: of the layers that are to be pruned, by full name.
+        further: segments that blocks are only tuned on.
         dtype: what is to be stored; None for each tensor's own.
         device: where it is to be done.
         place: where the calibration data is to wait between two blocks.
@@ -122,11 +127,13 @@ def estimate(
     forward = DTYPES[recipe.forward_on(device)]
     ways = 1 + recipe.walks_dense
     trial = _walk(checkpoint, few, linears, recipe.walk, forward=forward, device=device)
+    passing = further * segments.shape[1] / few.numel() * trial.seconds.get(_PASS, 0.0)
+    steps = _tuning(trial.seconds, few, segments, recipe.walk.tune_steps)
     seconds = {
         "collect": len(visited) * share * trial.seconds["collect"],
         "solve": _solving(checkpoint, trial, recipe, patterns, forward),
-        "tune": _tuning(trial, few, segments, recipe.walk.tune_steps) * len(visited),
-        "forward": (blocks - 1) * share * trial.seconds.get("forward", 0.0),
+        "tune": len(visited) * (steps + passing),
+        "forward": (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing),
     }
     if recipe.surveys:
         every = short_names(checkpoint, checkpoint.linears)
@@ -140,12 +147,17 @@ def estimate(
             segments,
             linears,
             recipe.walk,
+            further=further,
             forward=forward,
             dtype=dtype,
             device=device,
             place=place,
         ).beside(resident),
-        token_seconds=sum(trial.seconds.values()) / ways / few.numel(),
+        token_seconds=sum(
+            spent for name, spent in trial.seconds.items() if name not in ("tune", _PASS)
+        )
+        / ways
+        / few.numel(),
         basis=f"{few.numel()} tokens through two blocks, and parts of their layers, in "
         f"{spent:.1f} s on this machine",
     )
@@ -159,6 +171,8 @@ def estimate_cutting(
     losses: Sequence[Losses],
     plan: Plan,
     *,
+    tuning: Tuning = NO_TUNING,
+    further: int = 0,
     device: torch.device,
 ) -> Estimate:
     """Measure cutting for a moment, and estimate the whole from it.
@@ -169,6 +183,8 @@ def estimate_cutting(
         fit: how what is left is to be refitted.
         losses: of each block, from a survey with these tokens by this process.
         plan: the widths of each block.
+        tuning: steps of what is left of a block.
+        further: segments that blocks are only tuned on.
         device: where it is to be done.
     """
     started, blocks = time.perf_counter(), len(losses)
@@ -177,17 +193,25 @@ def estimate_cutting(
     # What becomes of one block stands for all, where they are alike.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
     alike = checkpoint.family.experts is None
-    trial = _quicker(
-        visits(checkpoint, few, with_dense=fit.dense_target > 0.0, device=device),
-        lambda visit: cut.cut(visit, checkpoint, after if alike else plan.widths[visit.index], fit),
-    )
+    one = replace(tuning, tune_steps=min(1, tuning.tune_steps))
+
+    def work(visit: Visit) -> None:
+        width = after if alike else plan.widths[visit.index]
+        cut.cut(visit, checkpoint, width, fit, one)
+        _pass(visit, one)
+
+    with_dense = fit.dense_target > 0.0 or tuning.tune_steps > 0
+    trial = _quicker(visits(checkpoint, few, with_dense=with_dense, device=device), work)
+    passing = further * segments.shape[1] / few.numel() * trial.get(_PASS, 0.0)
+    steps = _tuning(trial, few, segments, tuning.tune_steps)
     spent = time.perf_counter() - started
     return Estimate(
         seconds={
             "survey": sum(sum(loss.seconds.values()) for loss in losses),
             "collect": blocks * share * trial.get("collect", 0.0),
             "solve": blocks * trial.get("solve", 0.0),
-            "forward": (blocks - 1) * share * trial.get("forward", 0.0),
+            **({"tune": blocks * (steps + passing)} if tuning.tune_steps else {}),
+            "forward": (blocks - 1) * (share * trial.get("forward", 0.0) + passing),
         },
         memory=Memory(
             _held_on(device), (Term("this process, at most", environment.peak_memory_bytes()),)
@@ -230,6 +254,7 @@ def _walk(
         if how.tune_steps:
             with visit.clock.measure("tune"):
                 tune(visit, [name for name in visit.structure.linears if name in linears], 1)
+            _pass(visit, how)
 
     walk = visits(checkpoint, few, with_dense=how.with_dense, forward=forward, device=device)
     return _Trial(_quicker(walk, work), layers)
@@ -245,13 +270,21 @@ def _quicker(walk: Iterator[Visit], work: Callable[[Visit], object]) -> dict[str
     return {name: min(clock[name] for clock in clocks if name in clock) for name in activities}
 
 
-def _tuning(trial: _Trial, few: Tensor, segments: Tensor, steps: int) -> float:
-    """Seconds that tuning takes for a block."""
+def _pass(visit: Visit, how: Tuning) -> None:
+    """Measure one pass of the data through a block, if segments may be only tuned on."""
+    if how.tune_steps:
+        with visit.clock.measure(_PASS):
+            for batch in visit.walk.batches:
+                batch.forward(visit.index, visit.walk.block)
+
+
+def _tuning(trial: Mapping[str, float], few: Tensor, segments: Tensor, steps: int) -> float:
+    """Seconds that the steps take for a block."""
     tried, taken = (
         min(data.numel(), max(1, TOKENS_PER_STEP // data.shape[1]) * data.shape[1])
         for data in (few, segments)
     )
-    return steps * trial.seconds.get("tune", 0.0) * taken / tried
+    return steps * trial.get("tune", 0.0) * taken / tried
 
 
 def _solving(

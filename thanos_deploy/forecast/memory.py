@@ -19,12 +19,12 @@ from thanos_deploy.calibration.sizes import (
     can_wait,
     waiting_bytes,
 )
+from thanos_deploy.calibration.tune import TOKENS_PER_STEP
 from thanos_deploy.errors import DeployError, ResourceError, is_out_of_memory, summary
 from thanos_deploy.machine import background, devices, host_memory
-from thanos_deploy.methods import Walk
+from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
-from thanos_deploy.pruning.tune import TOKENS_PER_STEP
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
@@ -117,6 +117,7 @@ def of_pruning(
     linears: Sequence[str],
     walk: Walk,
     *,
+    further: int = 0,
     forward: torch.dtype,
     dtype: torch.dtype | None,
     device: torch.device,
@@ -129,6 +130,7 @@ def of_pruning(
         segments: int64[count, length], calibration tokens; only their number counts.
         linears: names of the layers that are pruned, seen from the block.
         walk: how the model is walked.
+        further: segments that blocks are only tuned on.
         forward: the dtype in which blocks run.
         dtype: what is stored; None for each tensor's own.
         device: where it is done.
@@ -189,33 +191,25 @@ def of_pruning(
         ],
     ]
     if walk.tune_steps:
-        # What layers read and make, and float32 numbers of norms and of the loss.
-        step = max(TOKENS_PER_STEP, segments.shape[1])
         made = sum(widths) + sum(shapes[name][0] for name in block.full_names)
-        stream = _FLOAT * _NORMS * int(checkpoint.config.hidden_size)
-        parts.append(
-            [
-                Term(_TUNED, _TUNING * _FLOAT * weights),
-                Term("gradients in the dtype of the block", forward.itemsize * weights),
-                Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
-                Term("gradients of one part of a step", _FLOAT * weights),
-            ]
-        )
-    return _memory(
-        checkpoint, segments, [*held, *max(parts, key=total)], ways, forward, device, place
-    )
+        parts.append(_tuning(checkpoint, segments, weights, made, forward))
+    held += max(parts, key=total)
+    return _memory(checkpoint, segments, further, held, ways, forward, device, place)
 
 
 def of_cutting(
     checkpoint: Checkpoint,
     segments: Tensor,
     fit: Fit,
+    tuning: Tuning = NO_TUNING,
     *,
+    further: int = 0,
     device: torch.device,
     place: Place,
 ) -> Memory:
     """What cutting heads and channels out holds, in float32; for the arguments see `of_pruning`."""
-    ways = 1 + (fit.dense_target > 0.0)
+    aims = 1 + (fit.dense_target > 0.0)
+    ways = 2 if tuning.tune_steps else aims
     shapes = linear_shapes(checkpoint)
     block = max(  # without experts, they are all alike
         checkpoint.blocks,
@@ -236,8 +230,9 @@ def of_cutting(
         held.append(Term("the next block, read ahead", _FLOAT * weights))
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     read = sum(shapes[block.prefix + group[0]][1] for group in block.groups)
-    passing = batch * (ways * read + sum(shapes[name][0] for name in block.full_names))
-    statistics = Term("statistics of inputs", ways * most)
+    made = sum(shapes[name][0] for name in block.full_names)
+    passing = batch * (aims * read + made)
+    statistics = Term("statistics of inputs", aims * most)
     largest = max(math.prod(shapes[name]) for name in block.full_names)
     parts = [
         [statistics, Term("a batch on its way", _FLOAT * passing)],
@@ -247,8 +242,31 @@ def of_cutting(
             Term("weights while they are fitted", _BESIDE * _DOUBLE * largest),
         ],
     ]
+    if tuning.tune_steps:
+        parts.append(_tuning(checkpoint, segments, weights, read + made, torch.float32))
     held += max(parts, key=total)
-    return _memory(checkpoint, segments, held, ways, torch.float32, device, place)
+    return _memory(checkpoint, segments, further, held, ways, torch.float32, device, place)
+
+
+def _tuning(
+    checkpoint: Checkpoint, segments: Tensor, weights: int, made: int, forward: torch.dtype
+) -> list[Term]:
+    """What tuning a block holds beside it.
+
+    Args:
+        checkpoint, segments, forward: see `of_pruning`.
+        weights: of the block.
+        made: numbers that its layers read and make of a token.
+    """
+    step = max(TOKENS_PER_STEP, segments.shape[1])
+    # Float32 numbers of norms and of the loss.
+    stream = _FLOAT * _NORMS * int(checkpoint.config.hidden_size)
+    return [
+        Term(_TUNED, _TUNING * _FLOAT * weights),
+        Term("gradients in the dtype of the block", forward.itemsize * weights),
+        Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
+        Term("gradients of one part of a step", _FLOAT * weights),
+    ]
 
 
 def require(memory: Memory, device: torch.device) -> None:
@@ -332,6 +350,7 @@ def _together(entries: int, device: torch.device) -> int:
 def _memory(
     checkpoint: Checkpoint,
     segments: Tensor,
+    further: int,
     held: Sequence[Term],
     ways: int,
     forward: torch.dtype,
@@ -346,7 +365,8 @@ def _memory(
         * int(config.vocab_size)
         * int(config.hidden_size),
     )
-    between = 2 * activation_bytes(checkpoint, segments.numel(), forward, with_dense=ways > 1) // 3
+    tokens = (len(segments) + further) * segments.shape[1]
+    between = 2 * activation_bytes(checkpoint, tokens, forward, with_dense=ways > 1) // 3
     kept_on = holder(place, device, between)
     waits = [Term(_WAITING, between)] if kept_on is not None else []
     if device.type == "cpu":

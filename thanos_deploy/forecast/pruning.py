@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from thanos_deploy import methods
+from thanos_deploy.calibration.tune import TOKENS_PER_STEP
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.datasheets import Datasheet
@@ -30,7 +31,6 @@ from thanos_deploy.gpu.figures import LayerTime
 from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes, short_names
-from thanos_deploy.pruning.tune import TOKENS_PER_STEP
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.shards import Layout
 from thanos_deploy.ranks.spread import Job
@@ -195,6 +195,7 @@ def _of_preset(
         torch.empty(nsamples, seqlen, dtype=torch.int64, device="meta"),
         short_names(checkpoint, checkpoint.linears),
         walk,
+        further=walk.further(nsamples),
         forward=torch.bfloat16,
         dtype=None,
         device=torch.device("cuda"),
@@ -244,7 +245,13 @@ def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, f
                     exchange += 2 * rows * cols / setting.bandwidth
         solver += _slowest(jobs, setting)
     weights = sum(math.prod(shapes[block.prefix + name]) for name in block.linears)
-    operations = 2 * weights * setting.tokens * _PASSES * ways * share
+    # What is only tuned on passes each model once.
+    further = walk.further(setting.nsamples)
+    layout = Layout.of(setting.nsamples, setting.seqlen, further)
+    alone = 1 + max(batch.shard for batch in layout.batches) - shards
+    busiest = math.ceil(alone / gpus) / max(1, alone)
+    passed = setting.tokens * _PASSES * share + further * setting.seqlen * busiest
+    operations = 2 * weights * ways * passed
     steps = walk.tune_steps * 6 * weights * max(TOKENS_PER_STEP, setting.seqlen)
     parts = min(gpus, max(1, TOKENS_PER_STEP // setting.seqlen))
     if gpus > 1:

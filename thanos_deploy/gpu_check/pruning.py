@@ -12,7 +12,6 @@ from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.gpu.rows import CheckRow, HessianRow, PruningRow, Row
 from thanos_deploy.gpu_check.steps import Task
 from thanos_deploy.machine import devices
-from thanos_deploy.methods import PRESET_NAMES
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem, LayerResult
@@ -25,6 +24,9 @@ _MASK_LIMIT, _LOSS_LIMIT = 1e-2, 1e-3
 
 # Tokens that are added to a Hessian at once.
 _TOKENS_AT_ONCE = 8192
+
+# Those that solve a layer in different ways.
+PRESETS = ("best", "fast", "paper")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
     yield accumulate(*sizes.hessian, task.device)
     widest = max(inputs for _, inputs in sizes.layers)
     yield factoring(widest, task.device)
-    for preset in PRESET_NAMES:
+    for preset in PRESETS:
         for outputs, inputs in sizes.layers:
             layer = problem(outputs, inputs, task.device)
             started = time.perf_counter()

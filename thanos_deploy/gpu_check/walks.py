@@ -3,8 +3,9 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ _METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
 
 # Those that are timed.
 PRESETS = ("fast", "best")
+
+# Steps of tuning that these take at most.
+_STEPS = 16
 
 # Relative size of a change of the embeddings, of the order of what float32 sums in another order
 # make of a layer's inputs. Choices of the first block carry over to the next, so even this moves
@@ -89,7 +93,7 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
     make(dense, sizes, "cpu")
     make_rounded(rounded, sizes)
     segments = random_segments(8, 128, sizes.vocabulary)
-    recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset, calib_forward="fp32")
+    recipe = _recipe(preset, calib_forward="fp32")
 
     def pruned(model: Path, device: str, name: str) -> tuple[Checkpoint, list[PrunedBlock]]:
         out = task.folder / name
@@ -110,6 +114,13 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
         f"limit {most[1]:.1e}",
         "" if agrees else "prune on the CPU, and report the card and the versions",
     )
+
+
+def _recipe(preset: str, **given: Any) -> Recipe:
+    """A preset, but with few steps: each takes as long as any other."""
+    recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset, **given)
+    walk = replace(recipe.walk, tune_steps=min(_STEPS, recipe.walk.tune_steps))
+    return replace(recipe, walk=walk)
 
 
 def make_rounded(folder: Path, sizes: models.Sizes) -> None:
@@ -163,7 +174,7 @@ def difference(
 def timed(preset: str, folder: Path, sizes: Sizes, task: Task) -> Iterator[WalkRow]:
     """As many blocks of a model as there is time for, as `prune` does them, journal included."""
     device = torch.device(task.device)
-    recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset)
+    recipe = _recipe(preset)
     segments = random_segments(*sizes.segments, sizes.model.vocabulary)
     started = time.monotonic()
 

@@ -27,11 +27,54 @@ from thanos_deploy.pattern import Pattern, SemiStructured
 if TYPE_CHECKING:
     from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
-PRESET_NAMES = ("best", "fast", "paper")
+# "max" may need the whole model in memory, the others never do.
+PRESET_NAMES = ("best", "fast", "max", "paper")
 
 
 @dataclass(frozen=True, slots=True)
-class Walk(Options):
+class Tuning(Options):
+    """Steps of all linear layers of a block together, when each has been pruned or refitted.
+
+    Attributes:
+        tune_steps: how many; see `tune.tune`.
+        tune_nsamples: number of segments that these look at in turn: those of the statistics, and,
+            if it is more, further ones of the same text as far as it has them.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    tune_steps: int = option(
+        0,
+        "--tune-steps",
+        "Optimisation steps of all kept weights of a block together, towards the output of the "
+        "dense block; 0 for none, which is what --keep-shape takes unless it is given.",
+        least=0,
+    )
+    tune_nsamples: int = option(
+        0,
+        "--tune-nsamples",
+        "Number of segments that these steps look at in turn: those of --nsamples, and, if it is "
+        "more, further ones of the same text as far as it has them.",
+        metavar="SEGMENTS",
+        least=0,
+        later=True,
+    )
+
+    def further(self, nsamples: int) -> int:
+        """Segments that are only tuned on.
+
+        Args:
+            nsamples: of which statistics are taken.
+        """
+        return max(0, self.tune_nsamples - nsamples) if self.tune_steps else 0
+
+
+NO_TUNING = Tuning()
+
+
+@dataclass(frozen=True, slots=True)
+class Walk(Tuning):
     """How to walk through a model, block by block.
 
     Attributes:
@@ -39,7 +82,6 @@ class Walk(Options):
             in the block are pruned, instead of all from the dense block.
         dense_target: how far each layer aims at the output that it has in the dense model rather
             than at its own output on the pruned model's inputs; see `hessian.retarget`.
-        tune_steps: steps of all pruned layers of a block together; see `tune.tune`.
 
     Raises:
         UsageError: a value is out of range.
@@ -60,13 +102,6 @@ class Walk(Options):
         least=0.0,
         most=1.0,
     )
-    tune_steps: int = option(
-        0,
-        "--tune-steps",
-        "Optimisation steps of all kept weights of a pruned block together, towards the output of "
-        "the dense block; 0 for none, which is what --keep-shape takes unless it is given.",
-        least=0,
-    )
 
     @property
     def with_dense(self) -> bool:
@@ -76,10 +111,17 @@ class Walk(Options):
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A way to use a method on a whole model: its options, and how to walk through the model."""
+    """A way to use a method on a whole model.
+
+    Attributes:
+        options: of the method.
+        walk: how to walk through the model.
+        recover: segments to train the remaining weights on afterwards; see `recover.recover`.
+    """
 
     options: Options
     walk: Walk = Walk()
+    recover: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +132,8 @@ class Method:
         name: of the file.
         options: `Options`, the dataclass of what it can be told beside the pattern.
         presets: `PRESETS`: "paper", the setting of the method's own paper; and where those are
-            others, "best", what measured best on held-out text, and "fast", what measured best of
-            what needs no pass of the dense model.
+            others, "fast", what measured best on held-out text of what needs no pass of the dense
+            model, "best", of what takes at most 20 times as long, and "max", of anything.
         prune: prunes one linear layer.
         check: refuses what `prune` could not do for a layer: its name, its number of inputs, the
             pattern, the options.
@@ -107,8 +149,9 @@ class Method:
     divisible: Callable[[Pattern, Any], bool]
 
     def preset(self, which: str) -> Preset:
-        """A preset; the paper's setting where no better one is known."""
-        return self.presets.get(which, self.presets["paper"])
+        """A preset; the paper's setting where no better one is known, and "best" for "max"."""
+        others = ("best", "paper") if which == "max" else ("paper",)
+        return next(self.presets[name] for name in (which, *others) if name in self.presets)
 
     def choose(self, which: str, given: Mapping[str, object]) -> Options:
         """The options of a preset, but for those that are given by their keywords.

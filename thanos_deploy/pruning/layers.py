@@ -18,6 +18,7 @@ from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.tune import tune
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.devices import CPU
@@ -34,7 +35,6 @@ from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock, PrunedLayer
-from thanos_deploy.pruning.tune import tune
 from thanos_deploy.pruning.turn import prune_turn
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def prune(
     destination: Path | None,
     recipe: Recipe,
     *,
+    further: Tensor | None = None,
     patterns: Mapping[str, Pattern] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
@@ -68,6 +69,7 @@ def prune(
         segments: int64[count, length], calibration tokens.
         destination: an empty folder for the pruned model; None for a rank that writes nothing.
         recipe: how to prune.
+        further: int64[count, length], tokens that blocks are only tuned on; None for none.
         patterns: what each layer is pruned to, by its full name; None for the recipe's pattern
             everywhere.
         dtype: what to store, or None to keep each tensor's own.
@@ -108,6 +110,7 @@ def prune(
             segments,
             work,
             copy=copy,
+            further=further,
             with_dense=recipe.walks_dense,
             forward=forward,
             journal=journal,

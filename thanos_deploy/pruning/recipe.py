@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from thanos_deploy import methods
 from thanos_deploy.errors import UsageError
-from thanos_deploy.methods import Walk
+from thanos_deploy.methods import Tuning, Walk
 from thanos_deploy.option import Options, chosen, option
 from thanos_deploy.pattern import Pattern, Structured, Unstructured
 
@@ -170,7 +170,7 @@ class Recipe(Options):
         taken = methods.load(method)
         walk = taken.preset(preset).walk
         if isinstance(pattern, Structured):
-            walk = replace(walk, tune_steps=0)
+            walk = replace(walk, tune_steps=0, tune_nsamples=0)
         return cls(
             pattern,
             method,
@@ -180,6 +180,11 @@ class Recipe(Options):
             Owl(**chosen(Owl, given)) if owl else None,
             **chosen(cls, given),
         )
+
+    @property
+    def tuning(self) -> Tuning:
+        """Steps of all pruned layers of a block together."""
+        return self.walk
 
     @property
     def surveys(self) -> bool:

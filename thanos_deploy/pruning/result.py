@@ -255,6 +255,8 @@ class PruneResult(LayersSummary):
         peak_memory_bytes: of the process.
         dense_bytes: of the dense model's weights.
         parts: bytes of both models by part; None in records from before they were counted.
+        tune_segments: that blocks were tuned on; 0 where they were not. Fewer than were asked for
+            where the text has no more.
         discovered: what the blocks of the model are was found by a forward pass, as its type has
             no row; see `thanos_deploy.model.discovery`.
     """
@@ -273,6 +275,7 @@ class PruneResult(LayersSummary):
     peak_memory_bytes: int | None = None
     dense_bytes: int
     parts: PartBytes | None = None
+    tune_segments: int = field(default=0, metadata=LATER)
     discovered: bool = field(default=False, metadata=LATER)
 
     @property

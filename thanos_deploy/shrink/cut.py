@@ -22,10 +22,12 @@ from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.tune import tune
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU, memory_for
-from thanos_deploy.machine.precision import products_in
+from thanos_deploy.machine.precision import multiplies_bfloat16, products_in
+from thanos_deploy.methods import NO_TUNING, Tuning
 from thanos_deploy.model import widths
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
@@ -90,7 +92,9 @@ def shrink(
     destination: Path | None,
     plan: Plan,
     fit: Fit,
+    tuning: Tuning = NO_TUNING,
     *,
+    further: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
     hold: Place = "auto",
@@ -105,6 +109,8 @@ def shrink(
         destination: an empty folder; None for a rank that writes nothing.
         plan: the widths of each block.
         fit: how to refit what is left.
+        tuning: steps of all of it together, block by block.
+        further: int64[count, length], tokens that blocks are only tuned on; None for none.
         dtype: what to store, or None to keep each tensor's own.
         device: where each block is while it is cut.
         hold: where the data between two blocks is; see `activations.holder`.
@@ -133,7 +139,7 @@ def shrink(
 
     def work(visit: Visit) -> CutBlock:
         with memory_for(f"block {visit.index}"):
-            report = cut(visit, checkpoint, plan.widths[visit.index], fit)
+            report = cut(visit, checkpoint, plan.widths[visit.index], fit, tuning)
         logger.info(
             "block %d: %d heads, %d channels; errors %.4f and %.4f",
             visit.index,
@@ -154,7 +160,9 @@ def shrink(
             segments,
             work,
             copy=copy,
-            with_dense=fit.dense_target > 0.0,
+            further=further,
+            tuned_in=torch.bfloat16 if multiplies_bfloat16(device) else None,
+            with_dense=fit.dense_target > 0.0 or tuning.tune_steps > 0,
             journal=journal,
             device=device,
             hold=hold,
@@ -162,10 +170,23 @@ def shrink(
         )
 
 
-def cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
-    """Cut one block down to a width, in place; see `shrink`."""
-    if checkpoint.family.experts is not None:
-        return experts.cut(visit, checkpoint, after, fit)
+def cut(
+    visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit, tuning: Tuning = NO_TUNING
+) -> CutBlock:
+    """Cut one block down to a width, and tune what is left, in place; see `shrink`."""
+    if checkpoint.family.experts is None:
+        report = _cut(visit, checkpoint, after, fit)
+    else:
+        report = experts.cut(visit, checkpoint, after, fit)
+    if tuning.tune_steps:
+        there = dict(visit.block.named_modules())  # experts may have gone
+        left = [name for name in visit.structure.linears if name in there]
+        with visit.clock.measure("tune"):
+            tune(visit, left, tuning.tune_steps)
+    return report
+
+
+def _cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
     before = checkpoint.widths[visit.index]
     cutter = _Cutter(visit, checkpoint.family, before, after, fit)
     cutter.run(checkpoint.head_size)
@@ -265,7 +286,8 @@ class _Cutter:
 
     def _collect(self, name: str) -> Statistics:
         with self._visit.clock.measure("collect"):
-            return collect(self._visit.walk, [name], self._visit.dense)[name]
+            dense = self._visit.dense if self._fit.dense_target else None
+            return collect(self._visit.walk, [name], dense)[name]
 
 
 def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Tensor]:

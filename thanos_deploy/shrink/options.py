@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from thanos_deploy.errors import UsageError
+from thanos_deploy.methods import NO_TUNING, Tuning
 from thanos_deploy.option import Options, chosen, option
 from thanos_deploy.pattern import Structured
 from thanos_deploy.solver.damping import Damping
@@ -58,6 +60,27 @@ class Fit(Damping):
 
 
 @dataclass(frozen=True, slots=True)
+class Preset:
+    """A way to cut.
+
+    Attributes:
+        tuning: steps of all that is left of a block.
+        recover: segments to train the remaining weights on afterwards; see `recover.recover`.
+    """
+
+    tuning: Tuning = NO_TUNING
+    recover: int = 0
+
+
+# What measured best; see benchmarks/LOG.md. The presets of pruning have the same names.
+PRESETS = {
+    "fast": Preset(),
+    "best": Preset(Tuning(tune_steps=240, tune_nsamples=224)),
+    "max": Preset(Tuning(tune_steps=240, tune_nsamples=224), recover=1024),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """What to cut out, and how.
 
@@ -65,6 +88,7 @@ class Cut:
         pattern: the fraction of the blocks' parameters to remove.
         sizing: how to choose the widths.
         fit: how to refit what is left.
+        tuning: steps of all that is left of a block.
     """
 
     METHOD: ClassVar[str] = "thanos"
@@ -72,21 +96,37 @@ class Cut:
     pattern: Structured
     sizing: Sizing = Sizing()
     fit: Fit = Fit()
+    tuning: Tuning = NO_TUNING
 
     @classmethod
-    def of(cls, pattern: Structured, *, allocation: Allocation = "uniform", **given: Any) -> Cut:
-        """The defaults, but for what is given.
+    def of(
+        cls,
+        pattern: Structured,
+        *,
+        preset: str = "fast",
+        allocation: Allocation = "uniform",
+        **given: Any,
+    ) -> Cut:
+        """A preset, but for what is given.
 
         Args:
             pattern: the fraction.
+            preset: one of `PRESETS`.
             allocation: see `Sizing`.
-            given: options of `Sizing` and `Fit`, by their keywords; see `option.Option`.
+            given: options of `Sizing`, `Fit` and `Tuning`, by their keywords; see `option.Option`.
 
         Raises:
             UsageError: a value is out of range.
         """
+        if preset not in PRESETS:
+            raise UsageError(
+                f"--preset {preset} with {pattern}: the paper sets columns to zero and cuts "
+                "nothing out",
+                fix=f"use one of {', '.join(PRESETS)}, or --keep-shape for columns of zeros",
+            )
         sizing = Sizing(**chosen(Sizing, given), allocation=allocation)
-        return cls(pattern, sizing, Fit(**chosen(Fit, given)))
+        tuning = replace(PRESETS[preset].tuning, **chosen(Tuning, given))
+        return cls(pattern, sizing, Fit(**chosen(Fit, given)), tuning)
 
     @property
     def method(self) -> str:
@@ -101,7 +141,7 @@ class Cut:
     @property
     def walks_dense(self) -> bool:
         """The calibration data passes the dense model as well."""
-        return self.fit.dense_target > 0.0
+        return self.fit.dense_target > 0.0 or self.tuning.tune_steps > 0
 
     def forward_on(self, device: torch.device) -> str:
         """What blocks run in on calibration data; statistics of cutting need float32."""

@@ -15,6 +15,7 @@ from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.frame import frame_of
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.sizes import activation_bytes
 from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
@@ -37,7 +38,7 @@ from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import experts, sizing
-from thanos_deploy.shrink.options import Cut, Fit
+from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
@@ -51,6 +52,7 @@ def prune_checkpoint(
     recipe: Recipe,
     announce: Announce = quietly,
     *,
+    further: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
     hold: Place = "auto",
@@ -79,6 +81,7 @@ def prune_checkpoint(
         ids,
         destination,
         recipe,
+        further=further,
         patterns=patterns,
         dtype=dtype,
         device=device,
@@ -155,9 +158,10 @@ def shrink_checkpoint(
     ids: Tensor,
     destination: Path | None,
     plan: Plan,
-    fit: Fit,
+    how: Cut,
     announce: Announce = quietly,
     *,
+    further: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
     hold: Place = "auto",
@@ -169,7 +173,9 @@ def shrink_checkpoint(
         ids,
         destination,
         plan,
-        fit,
+        how.fit,
+        how.tuning,
+        further=further,
         dtype=dtype,
         device=device,
         hold=hold,
@@ -291,7 +297,7 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
     """
     devices.choose(request.device)
     match request.how:
-        case Cut(pattern, how, fit):
+        case Cut(pattern, how, fit, _):
             shrinking.check(source)
             sizing.check(source, pattern.sparsity, how)
             if source.family.experts is not None:
@@ -302,13 +308,39 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
             pruning.check(source, recipe, patterns)
 
 
+def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest) -> int:
+    """Room on the disk that the pruned model and the journals take while it is made.
+
+    Args:
+        source: the dense model.
+        ids: int64[count, length], what statistics are taken of.
+        further: int64[count, length], what blocks are only tuned on.
+        request: what is asked for.
+    """
+    how = request.how
+    tokens = ids.numel() + further.numel()
+    forward = DTYPES[request.forward]
+    activations = activation_bytes(source, tokens, forward, with_dense=how.walks_dense)
+    if how.surveys:
+        activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
+    return 2 * source.bytes_in(request.dtype) + activations
+
+
 def memory_of(
-    source: Checkpoint, ids: Tensor, request: PruneRequest, device: torch.device
+    source: Checkpoint, ids: Tensor, further: int, request: PruneRequest, device: torch.device
 ) -> Memory:
     """What the stage will hold at once."""
     match request.how:
-        case Cut(fit=fit):
-            return memory.of_cutting(source, ids, fit, device=device, place=request.activations)
+        case Cut(fit=fit, tuning=tuning):
+            return memory.of_cutting(
+                source,
+                ids,
+                fit,
+                tuning,
+                further=further,
+                device=device,
+                place=request.activations,
+            )
         case Recipe() as recipe:
             patterns = assigned(source, recipe)
             return memory.of_pruning(
@@ -316,6 +348,7 @@ def memory_of(
                 ids,
                 pruning.short_names(source, patterns),
                 recipe.walk,
+                further=further,
                 forward=DTYPES[recipe.forward_on(device)],
                 dtype=DTYPES.get(request.dtype),
                 device=device,

@@ -267,7 +267,7 @@ def _beside_dense(
 
 def _examination(text: Text, model: Checkpoint, request: EvalRequest) -> Examination:
     """What a model is asked about a text."""
-    ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
+    ids, _, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     tokenizer = load_tokenizer(model.folder)
     return Examination.of(text, tokenizer, ids, frame, questions=request.questions)
 
@@ -285,7 +285,7 @@ def _text_quality(
     losses: Losses, model: Checkpoint, text: Text, request: EvalRequest, on_progress: OnProgress
 ) -> TextQuality:
     """Perplexity alone, of whatever runs a model, on segments that its tokenizer cuts."""
-    ids, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
+    ids, _, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     found = perplexity_of(losses, ids, frame=len(frame), on_progress=on_progress)
     return TextQuality(text.origin, found.value, found.segments, found.length, frame)
 

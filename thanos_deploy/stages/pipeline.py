@@ -166,7 +166,7 @@ def _refuse_beforehand(
     require_no_adapter(source.folder)
     check(source, request)
     benchmarking.check(source.max_positions)
-    seen, *_ = calibration(source, request.data)
+    seen = calibration(source, request.data).text
     text = open_text(evaluation.text, evaluation.text_field, held_out=True, source=source)
     segments_for(source, text, evaluation.segments, evaluation.seqlen, seed=None)
     require_other_text(text, seen.sha256)

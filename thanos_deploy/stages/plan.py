@@ -23,7 +23,13 @@ from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import WidthsSummary
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.stages import summary
-from thanos_deploy.stages.checkpoints import assigned, check, plan_widths, survey_blocks
+from thanos_deploy.stages.checkpoints import (
+    assigned,
+    check,
+    disk_bytes,
+    plan_widths,
+    survey_blocks,
+)
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
@@ -71,7 +77,8 @@ class DryRun:
         linear_layers, linear_weights: that pruning visits.
         prune: the options of the stage, as a manifest would have them.
         device: where it would be done.
-        disk_bytes_needed, disk_bytes_free: on the disk of the bundle.
+        disk_bytes_needed, disk_bytes_free: on the disk of the bundle; of what is needed, the
+            journal's part is free again when the model is pruned.
         estimate: time and memory.
         widths: what would stay of each block; None where nothing is cut out.
         patterns: layers by what they would be pruned to; None where heads and channels are cut out.
@@ -132,7 +139,8 @@ def plan_pruning(
     """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
     source, device = dense.checkpoint(announce), request.chosen_device
     entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
-    _, ids, _ = calibration(source, request.data)
+    taken = calibration(source, request.data, request.how.tuning.further(request.data.nsamples))
+    ids = taken.ids
     exported = 0 if evaluation is None else 4 * source.parameters
 
     def planned(found: Estimate, **what: Any) -> DryRun:
@@ -145,7 +153,7 @@ def plan_pruning(
             linear_weights=sum(entries.values()),
             prune=request.to_json(),
             device=devices.describe(device),
-            disk_bytes_needed=source.bytes_in(request.dtype) + exported,
+            disk_bytes_needed=disk_bytes(source, ids, taken.further, request) + exported,
             disk_bytes_free=shutil.disk_usage(_existing(out)).free,
             estimate=_estimated(source, found, request, evaluation),
             **what,
@@ -157,7 +165,16 @@ def plan_pruning(
                 source, ids, cut, announce, device=device, hold=request.activations
             )
             widths = plan_widths(source, losses, cut)
-            found = estimate_cutting(source, ids, cut.fit, losses, widths, device=device)
+            found = estimate_cutting(
+                source,
+                ids,
+                cut.fit,
+                losses,
+                widths,
+                tuning=cut.tuning,
+                further=len(taken.further),
+                device=device,
+            )
             return planned(found, widths=summary.of_widths(widths))
         case Recipe() as recipe:
             patterns = assigned(source, recipe)
@@ -168,6 +185,7 @@ def plan_pruning(
                     ids,
                     recipe,
                     patterns,
+                    further=len(taken.further),
                     dtype=dtype,
                     device=device,
                     place=request.activations,

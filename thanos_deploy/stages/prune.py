@@ -7,15 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.calibration.frame import Frame
 from thanos_deploy.calibration.journal import Journal, owner_of
-from thanos_deploy.calibration.sizes import activation_bytes
-from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory
@@ -46,6 +42,7 @@ from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages import summary
 from thanos_deploy.stages.checkpoints import (
     check,
+    disk_bytes,
     memory_of,
     plan_widths,
     prune_checkpoint,
@@ -57,7 +54,7 @@ from thanos_deploy.stages.checkpoints import (
 )
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
-from thanos_deploy.stages.texts import calibration
+from thanos_deploy.stages.texts import Calibration, calibration
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +190,7 @@ class _Work:
     Attributes:
         source: the dense model.
         request: what was asked for.
-        text: the calibration text.
-        ids: int64[count, length], what is taken of it.
-        frame: what each segment begins with.
+        calibration: the text, and what is taken of it.
         memory: that is held at once, beside what the process holds already.
         inputs: hashes of what is read.
         owner: everything that the result depends on.
@@ -203,9 +198,7 @@ class _Work:
 
     source: Checkpoint
     request: PruneRequest
-    text: Text
-    ids: Tensor
-    frame: Frame
+    calibration: Calibration
     memory: Memory
     inputs: PruneInputs
     owner: Json
@@ -221,15 +214,19 @@ class _Work:
         check(source, request)
         own = sparsity_file(request.how) if isinstance(request.how, Recipe) else None
         device, data = request.chosen_device, request.data
+        further = request.how.tuning.further(data.nsamples)
         # Sizes that cannot be are refused with the text.
         sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
         segments = torch.empty(sizes, dtype=torch.int64, device="meta")
-        needed = memory_of(source, segments, request, device)
+        needed = memory_of(source, segments, further, request, device)
         memory.require(needed, device)
-        text, ids, frame = calibration(source, data)
-        Layout.of(*ids.shape).require(current().size)
+        taken = calibration(source, data, further)
+        Layout.of(*taken.ids.shape).require(current().size)
         inputs = PruneInputs(
-            dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
+            dense.source.sha256,
+            taken.text.sha256,
+            taken.frame.ids,
+            None if own is None else own.sha256,
         )
         owner = {
             **request.to_json(),
@@ -237,7 +234,7 @@ class _Work:
             **_versions(request.chosen_device),
         }
         same_everywhere(owner)
-        return cls(source, request, text, ids, frame, needed, inputs, owner)
+        return cls(source, request, taken, needed, inputs, owner)
 
     @property
     def device(self) -> torch.device:
@@ -245,14 +242,16 @@ class _Work:
         return self.request.chosen_device
 
     @property
+    def tune_segments(self) -> int:
+        """That blocks are tuned on."""
+        tuned = self.request.how.tuning.tune_steps > 0
+        return len(self.calibration.ids) + len(self.calibration.further) if tuned else 0
+
+    @property
     def disk_bytes(self) -> int:
         """Room that the model and the journals take."""
-        how, count = self.request.how, self.ids.numel()
-        dtype = DTYPES[self.request.forward]
-        activations = activation_bytes(self.source, count, dtype, with_dense=how.walks_dense)
-        if how.surveys:
-            activations += activation_bytes(self.source, count, torch.float32, with_dense=False)
-        return 2 * self.source.bytes_in(self.request.dtype) + activations
+        taken = self.calibration
+        return disk_bytes(self.source, taken.ids, taken.further, self.request)
 
     def run(self, model: Path | None, kept: Path, announce: Announce) -> _Pruned:
         """Prune.
@@ -262,7 +261,8 @@ class _Work:
             kept: folder of the journals.
             announce: told of every piece of work.
         """
-        source, ids, how, owner = self.source, self.ids, self.request.how, self.owner
+        source, how, owner = self.source, self.request.how, self.owner
+        ids, further = self.calibration.ids, self.calibration.further
         device, dtype = self.device, DTYPES.get(self.request.dtype)
         match how:
             case Cut():
@@ -282,8 +282,9 @@ class _Work:
                     ids,
                     model,
                     plan,
-                    how.fit,
+                    how,
                     announce,
+                    further=further,
                     dtype=dtype,
                     device=device,
                     hold=self.request.activations,
@@ -298,6 +299,7 @@ class _Work:
                     model,
                     how,
                     announce,
+                    further=further,
                     dtype=dtype,
                     device=device,
                     hold=self.request.activations,
@@ -315,13 +317,13 @@ class _Work:
             folder: of the stage, in which the first rank has written the pruned model.
             announce: told of every piece of work.
         """
-        request, model = self.request, folder / layout.MODEL
+        request, model, taken = self.request, folder / layout.MODEL, self.calibration
         current().wait()  # until it is written
         recovery = None
         if request.recover:
-            recovery = recover_checkpoint(self.source, self.text, model, request, announce)
+            recovery = recover_checkpoint(self.source, taken.text, model, request, announce)
         codes = folder / layout.CODES
-        return recovery, quantise_checkpoint(model, self.ids, codes, request, announce)
+        return recovery, quantise_checkpoint(model, taken.ids, codes, request, announce)
 
 
 def _result(
@@ -342,7 +344,7 @@ def _result(
         widths=pruned.widths,
         recovery=recovery,
         quantisation=quantisation,
-        frame=work.frame,
+        frame=work.calibration.frame,
         survey_seconds=sum(sum(one.seconds.values()) for one in survey.reports) if survey else None,
         collect_seconds=spent("collect"),
         solve_seconds=spent("solve"),
@@ -353,6 +355,7 @@ def _result(
         peak_memory_bytes=environment.peak_memory_bytes(),
         dense_bytes=work.source.bytes_in("auto"),
         parts=PartBytes(part_bytes(work.source), part_bytes(Checkpoint.open(model))),
+        tune_segments=work.tune_segments,
         discovered=work.source.family.discovered,
     )
 

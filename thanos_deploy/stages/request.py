@@ -13,10 +13,11 @@ from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration import mixture
 from thanos_deploy.calibration.data import Data
 from thanos_deploy.errors import UsageError
-from thanos_deploy.methods import Walk
+from thanos_deploy.methods import Tuning, Walk
 from thanos_deploy.option import Options, chosen, keywords, option, options_of
 from thanos_deploy.pattern import Pattern, Structured, parse
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
+from thanos_deploy.shrink.options import PRESETS as CUTS
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.grid import parse as parse_grid
@@ -57,7 +58,7 @@ class PruneRequest(Options):
         "many segments of --seqlen tokens from anywhere in the calibration text; a text with fewer "
         "is repeated, and new text helps more. Zeros stay zero. Several hundred segments are "
         "worthwhile. Takes minutes, and memory for five models in float32 and for the activations "
-        "of 2048 tokens.",
+        "of 2048 tokens. 0 for none.",
         metavar="SEGMENTS",
         least=0,
     )
@@ -129,9 +130,12 @@ class PruneRequest(Options):
         kind = f"{pattern}{' and --keep-shape' if keep_shape else ''}"
         how: Recipe | Cut
         if isinstance(pattern, Structured) and not keep_shape:
-            _check_cut(kind, others, method=method, preset=preset, allocation=allocation)
+            _check_cut(kind, others, method=method, allocation=allocation)
             by_loss = allocation == "loss"
-            how = Cut.of(pattern, allocation="loss" if by_loss else "uniform", **others)
+            how = Cut.of(
+                pattern, preset=preset, allocation="loss" if by_loss else "uniform", **others
+            )
+            recover = CUTS[preset].recover
         else:
             if keep_shape and not isinstance(pattern, Structured):
                 raise _only_for_cuts("--keep-shape", str(pattern))
@@ -139,7 +143,8 @@ class PruneRequest(Options):
             how = Recipe.of(
                 pattern, method=method, preset=preset, owl=allocation == "owl", **others
             )
-        return cls(how, Data(**chosen(Data, given)), **chosen(cls, given))
+            recover = methods.load(method).preset(preset).recover
+        return cls(how, Data(**chosen(Data, given)), **{"recover": recover, **chosen(cls, given)})
 
     def __post_init__(self) -> None:
         """Refuse what no option has."""
@@ -179,8 +184,9 @@ class PruneRequest(Options):
 
         how: Json = {"pattern": str(self.how.pattern), "method": self.how.method}
         match self.how:
-            case Cut(_, sizing, fit):
+            case Cut(_, sizing, fit, tuning):
                 how |= {"cut": True, **encode(sizing), **encode(fit)}
+                how |= encode(tuning) if tuning.tune_steps else {}
             case Recipe(_, _, options, walk, layers, owl):
                 how |= {**encode(options), **encode(walk), "calib_forward": self.forward}
                 if owl is not None:
@@ -210,7 +216,7 @@ class PruneRequest(Options):
         how: Recipe | Cut
         if options.get("cut"):
             assert isinstance(pattern, Structured)
-            how = Cut(pattern, _part(Sizing, options), _part(Fit, options))
+            how = Cut(pattern, _part(Sizing, options), _part(Fit, options), _part(Tuning, options))
         else:
             owl = {name.removeprefix(_OWL): value for name, value in options.items()}
             how = Recipe(
@@ -255,7 +261,6 @@ def _check_cut(
     given: Mapping[str, Any],
     *,
     method: str,
-    preset: str,
     allocation: str | None,
 ) -> None:
     """Refuse what has no meaning where heads and channels are cut out.
@@ -282,18 +287,11 @@ def _check_cut(
             f"refitted by {Cut.METHOD} only",
             fix=f"use --method {Cut.METHOD}, or --keep-shape for columns of zeros by this method",
         )
-    if preset == "paper":
-        raise UsageError(
-            f"--preset paper with {kind}: the paper sets columns to zero and cuts nothing out",
-            fix="use --keep-shape for columns of zeros, or leave --preset out",
-        )
     unused = [
         _flag(name)
-        for name in sorted(given.keys() - keywords(Sizing, Fit))
+        for name in sorted(given.keys() - keywords(Sizing, Fit, Tuning))
         if given[name] not in ((), None, "auto")
     ]
-    if preset != PRESET:
-        unused.append(f"--preset {preset}")
     if unused:
         raise UsageError(
             f"{kind} with {', '.join(unused)}: it has no meaning where heads and channels are cut "

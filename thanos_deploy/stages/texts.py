@@ -1,7 +1,9 @@
 """The texts that a request names: read, cut, and kept apart."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from thanos_deploy.errors import CalibrationError, ModelError, UsageError, bound
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.model.pretrained import load_rows
+
+logger = logging.getLogger(__name__)
 
 
 def open_texts(
@@ -112,11 +116,30 @@ def joined(texts: Sequence[Text]) -> Text:
     )
 
 
-def calibration(source: Checkpoint, data: Data) -> tuple[Text, Tensor, Frame]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """What a model is calibrated on.
+
+    Attributes:
+        text: all of it.
+        ids: int64[count, length], what statistics are taken of.
+        further: int64[count, length], what blocks are only tuned on.
+        frame: what each segment begins with.
+    """
+
+    text: Text
+    ids: Tensor
+    further: Tensor
+    frame: Frame
+
+
+def calibration(source: Checkpoint, data: Data, further: int = 0) -> Calibration:
     """The text that a model is to be calibrated on, and what is taken of it.
 
-    Returns:
-        the text; int64[count, length]; what each of these begins with.
+    Args:
+        source: the model.
+        data: which text, and how much.
+        further: segments that blocks are only tuned on, as far as the text has so many.
 
     Raises:
         CalibrationError, UsageError: see `open_texts` and `segments_for`.
@@ -126,15 +149,30 @@ def calibration(source: Checkpoint, data: Data) -> tuple[Text, Tensor, Frame]:
         text if data.calib_rows is None else text.sample(data.calib_rows, data.seed)
         for _, text in found
     ]
-    counts = shares([part.weight for part, _ in found], data.nsamples)
+    weights = [part.weight for part, _ in found]
     cut = [
         segments_for(
-            source, text, count, data.seqlen, seed=data.seed, by_row=data.calib_cut == "row"
+            source,
+            text,
+            count,
+            data.seqlen,
+            seed=data.seed,
+            by_row=data.calib_cut == "row",
+            further=more,
         )
-        for text, count in zip(texts, counts, strict=True)
+        for text, count, more in zip(
+            texts, shares(weights, data.nsamples), shares(weights, further), strict=True
+        )
         if count or len(texts) == 1
     ]
-    return joined(texts), torch.cat([ids for ids, _ in cut]), cut[0][1]
+    first, rest = (torch.cat(parts) for parts in zip(*((a, b) for a, b, _ in cut), strict=True))
+    if len(rest) < further:
+        logger.info(
+            "the calibration text has %d segments for tuning, %d were asked for",
+            len(first) + len(rest),
+            len(first) + further,
+        )
+    return Calibration(joined(texts), first, rest, cut[0][2])
 
 
 def require_other_text(text: Text, calibration_sha256: str | None) -> None:
@@ -159,11 +197,12 @@ def segments_for(
     *,
     seed: int | None,
     by_row: bool = False,
-) -> tuple[Tensor, Frame]:
+    further: int = 0,
+) -> tuple[Tensor, Tensor, Frame]:
     """Cut a text into segments for a model; see `segments.segments`.
 
     Returns:
-        int64[count, length], and what each of them begins with.
+        int64[count, length]; the further ones; and what each of them begins with.
 
     Raises:
         CalibrationError: the text is too short.
@@ -179,9 +218,11 @@ def segments_for(
             f"{source.max_positions} tokens at once",
             fix="use at least one segment, of a length that the model takes",
         )
-    ids = segments.segments(text, tokenizer, count=count, length=length, seed=seed, by_row=by_row)
+    ids = segments.segments(
+        text, tokenizer, count=count, length=length, seed=seed, by_row=by_row, further=further
+    )
     _require_embeddings(source, ids, tokenizer)
-    return ids, frame
+    return ids[:count], ids[count:], frame
 
 
 def _require_embeddings(

@@ -5,9 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tests.conftest import MakeModel, stock_model
-from thanos_deploy.calibration.blocks import Walk, advance, block_inputs, collect, collect_relative
+from thanos_deploy.calibration.blocks import (
+    Walk,
+    advance,
+    block_inputs,
+    collect,
+    collect_relative,
+    shared,
+)
 from thanos_deploy.calibration.segments import segments
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.texts import Text
@@ -30,6 +38,21 @@ def test_segments_do_not_overlap_and_the_seed_picks_them(tiny_llama: Path) -> No
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_further_segments_are_others_and_change_none_of_the_first_ones(
+    tiny_llama: Path, seed: int | None
+) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    text = Text("counting", "".join(chr(48 + i) for i in range(40)))
+    first = segments(text, tokenizer, count=3, length=5, seed=seed)
+    more = segments(text, tokenizer, count=3, length=5, seed=seed, further=2)
+    assert torch.equal(more[:3], first)
+    assert len({tuple(row) for row in more.tolist()}) == 5
+    every = segments(text, tokenizer, count=3, length=5, seed=seed, further=99)
+    assert len(every) == 8  # as many as there are
+    assert {tuple(row) for row in more.tolist()} <= {tuple(row) for row in every.tolist()}
 
 
 def test_too_short_a_text_is_refused_with_tokens_found_and_needed(tiny_llama: Path) -> None:
@@ -195,6 +218,24 @@ def test_with_the_last_statistics_the_dense_data_leaves_the_block(
         assert batch.paused is None
         assert torch.equal(batch.hidden, same)
         torch.testing.assert_close(batch.hidden, other.hidden)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox", "gemma3_text"])
+def test_arguments_that_all_batches_have_are_kept_once(
+    make_model: MakeModel, model_type: str
+) -> None:
+    model, family = stock_model(make_model(model_type)), family_of(model_type)
+    with torch.no_grad():
+        first, second = block_inputs(model, family, torch.randint(257, (4, 9)).split(2))
+    kept = shared(second.arguments, first.arguments)
+    for before, after, known in zip(second.arguments, kept, first.arguments, strict=True):
+        leaves = [tree_leaves((one.positional, one.named)) for one in (before, after, known)]
+        for own, shown, other in zip(*leaves, strict=True):
+            if isinstance(own, torch.Tensor):
+                assert torch.equal(own, shown)
+                assert (shown is other) == torch.equal(own, other)
+            else:
+                assert shown is own
 
 
 def test_bfloat16_statistics_lose_nothing(make_model: MakeModel) -> None:

@@ -47,8 +47,8 @@ class Stop(Exception):  # noqa: N818 - it is thrown where a test wants a run to 
 
 # Pattern, and what else is asked for; what each walks before it prunes has a journal of its own.
 HOW: dict[str, dict[str, Any]] = {
-    "2:4": {},
-    "structured:0.2": {},
+    "2:4": {"tune_steps": 6, "tune_nsamples": 12},
+    "structured:0.2": {"tune_steps": 6, "tune_nsamples": 12},
     "unstructured:0.5": {"allocation": "owl"},
 }
 

@@ -153,6 +153,29 @@ def test_the_data_between_two_blocks_counts_where_it_is_held(
     assert set(more.values()) == {0}
 
 
+def test_segments_that_are_only_tuned_on_are_held_between_blocks_alone(tmp_path: Path) -> None:
+    checkpoint = outline(tmp_path, EIGHT)
+    walk = load("thanos").preset("best").walk
+    held = [
+        memory.of_pruning(
+            checkpoint,
+            SEGMENTS,
+            short_names(checkpoint, checkpoint.linears),
+            walk,
+            further=further,
+            forward=torch.bfloat16,
+            dtype=None,
+            device=CUDA,
+            place=place,
+        ).host_bytes
+        for place in ("host", "disk")
+        for further in (0, 100)
+    ]
+    data = 2 * 2 * 100 * 2048 * 4096 * 2  # of both models, what enters a block and what leaves it
+    assert held[1] - held[0] == data
+    assert held[2] == held[3]
+
+
 def test_on_a_cpu_the_host_holds_it_all(tmp_path: Path) -> None:
     found = counted(outline(tmp_path, EIGHT), "fast", device=torch.device("cpu"))
     assert found.device == ()

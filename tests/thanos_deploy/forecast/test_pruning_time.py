@@ -1,5 +1,6 @@
 """The forecast of pruning on several GPUs, against sums done by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,4 +56,8 @@ def test_the_dense_model_costs_its_passes_and_its_gram_matrices(tiny_llama: Path
     plain, best = run(tiny_llama, 1, ROWS), run(tiny_llama, 1, ROWS, walk)
     assert best["passes"] == pytest.approx(2 * plain["passes"])
     assert best["statistics"] == pytest.approx(3 * plain["statistics"])
+    more = run(tiny_llama, 1, ROWS, replace(walk, tune_nsamples=32))
+    assert more["statistics"] == pytest.approx(best["statistics"])
+    # Three passes of 8 segments, and one of 24 more.
+    assert more["passes"] == pytest.approx(2 * best["passes"])
     assert plain["tuning"] == 0.0 < best["tuning"]

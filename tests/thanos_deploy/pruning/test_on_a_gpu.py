@@ -25,6 +25,7 @@ from thanos_deploy.calibration.blocks import (
     collect_relative,
 )
 from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.tune import tune
 from thanos_deploy.calibration.walk import Clock, Visit
 from thanos_deploy.measure.perplexity import losses_of, perplexity_of
 from thanos_deploy.methods import thanos
@@ -32,7 +33,6 @@ from thanos_deploy.model.structure import BlockStructure
 from thanos_deploy.model.verdict import judge
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 from thanos_deploy.pruning.solution import solve_by_preset
-from thanos_deploy.pruning.tune import tune
 from thanos_deploy.solver import mask as masks
 from thanos_deploy.solver.damping import Damping, DampingMode
 from thanos_deploy.solver.elimination import Elimination

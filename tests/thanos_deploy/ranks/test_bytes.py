@@ -50,6 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
     "unstructured, fast": {"pattern": "unstructured:0.6", "preset": "fast"},
     "transposed, unstructured": {"model": "gpt2", "pattern": "unstructured:0.5"},
     "transposed": {"model": "gpt2", "pattern": "2:4", "preset": "best"},
+    "tuned on more": {"pattern": "2:4", "tune_steps": 5, "tune_nsamples": 22},
+    "heads and channels, tuned on more": {
+        "pattern": "structured:0.2",
+        "tune_steps": 5,
+        "tune_nsamples": 22,
+    },
     "quantised": {"pattern": "2:4", "preset": "fast", "quantize": "int4:16:asym"},
     "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
     "trained on the dense model's own text": {

@@ -21,16 +21,29 @@ jobs = st.builds(
 )
 
 
-@given(count=st.integers(1, 600), length=st.integers(1, 5000))
-def test_batches_are_all_segments_in_order_and_shards_run_on(count: int, length: int) -> None:
-    layout = Layout.of(count, length)
-    assert [n for one in layout.batches for n in range(one.first, one.stop)] == list(range(count))
+@given(
+    count=st.integers(1, 600),
+    length=st.integers(1, 5000),
+    further=st.sampled_from([0, 1, 7, 300]),
+)
+def test_batches_are_all_segments_in_order_and_shards_run_on(
+    count: int, length: int, further: int
+) -> None:
+    layout = Layout.of(count, length, further)
+    assert [n for one in layout.batches for n in range(one.first, one.stop)] == list(
+        range(count + further)
+    )
     for one in layout.batches:
         assert one.stop - one.first == 1 or (one.stop - one.first) * length <= TOKENS_PER_BATCH
-    assert [shard for shard, _ in itertools.groupby(one.shard for one in layout.batches)] == list(
-        range(layout.shards)
+    shards = [shard for shard, _ in itertools.groupby(one.shard for one in layout.batches)]
+    assert shards == list(range(len(shards)))
+    counted = [one for one in layout.batches if one.counted]
+    assert layout.shards == min(32, len(counted))
+    # What statistics are taken of is cut as if nothing followed.
+    assert counted == list(Layout.of(count, length).batches)
+    assert {one.shard for one in counted}.isdisjoint(
+        one.shard for one in layout.batches if not one.counted
     )
-    assert layout.shards == min(32, len(layout.batches))
 
 
 @given(count=st.integers(1, 600), length=st.integers(1, 5000), size=st.integers(1, 32))

@@ -17,7 +17,7 @@ LIMIT, PATIENCE = 60.0, 240.0
 
 OPTIONS = (
     *("--pattern", "2:4", "--nsamples", "9", "--seqlen", "64", "--device", "cpu"),
-    *("--recover", "40", "--quantize", "int8"),
+    *("--tune-steps", "5", "--tune-nsamples", "22", "--recover", "40", "--quantize", "int8"),
 )
 
 

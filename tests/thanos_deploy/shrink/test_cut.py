@@ -12,6 +12,7 @@ from tests.conftest import CUT_TYPES, VOCABULARY, MakeModel, stock_model
 from tests.model_types import CHANNEL_TYPES
 from tests.recipes import plain
 from thanos_deploy.errors import ModelError, UsageError
+from thanos_deploy.methods import NO_TUNING, Tuning
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
@@ -39,12 +40,15 @@ def run(
     part: Part = "both",
     allocation: Allocation = "uniform",
     dense_target: float = 0.0,
+    tuning: Tuning = NO_TUNING,
+    further: torch.Tensor | None = None,
 ) -> tuple[Plan, list[CutBlock]]:
     out.mkdir()
     checkpoint = Checkpoint.open(folder)
     losses = survey(checkpoint, SEGMENTS)
     plan = sizing.plan(checkpoint, losses, fraction, Sizing(part, None, allocation))
-    reports = shrink(checkpoint, SEGMENTS, out, plan, Fit(dense_target=dense_target))
+    fit = Fit(dense_target=dense_target)
+    reports = shrink(checkpoint, SEGMENTS, out, plan, fit, tuning, further=further)
     return plan, reports
 
 
@@ -71,6 +75,25 @@ def masked_model(dense: Path, shrunk: Path, reports: list[CutBlock]) -> Any:
                 if target.bias is not None:
                     target.bias.copy_(source.bias)
     return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_tuning_brings_a_cut_model_nearer_to_the_dense_one(
+    make_model: MakeModel, tmp_path: Path, model_type: str
+) -> None:
+    folder = make_model(model_type)
+    dense, errors, shapes = load_model(folder), [], []
+    further = torch.randint(VOCABULARY, (5, 100), generator=torch.Generator().manual_seed(1))
+    for name, tuning in (("untuned", NO_TUNING), ("tuned", Tuning(tune_steps=24))):
+        _, reports = run(folder, tmp_path / name, 0.25, tuning=tuning, further=further)
+        assert ("tune" in reports[0].seconds) == (tuning.tune_steps > 0)
+        model = load_model(tmp_path / name)
+        with torch.no_grad():
+            wanted, found = (one.base_model(SEGMENTS).last_hidden_state for one in (dense, model))
+        errors.append(((found - wanted).square().sum() / wanted.square().sum()).item())
+        shapes.append({name: one.shape for name, one in model.named_parameters()})
+    assert errors[1] < 0.95 * errors[0]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("part", ["heads", "ffn", "both"])

@@ -40,9 +40,9 @@ def test_a_conversation_is_written_by_the_models_template(
 ) -> None:
     rows: list[object] = [{"messages": [{"role": "user", "content": "hello"}]}]
     name = lines(tmp_path / "chat.jsonl", rows)
-    text, ids, _ = calibration(model, Data(name, nsamples=1, seqlen=8))
-    assert text.content == "<u>hello"
-    assert bytes_of(ids, model) == ["<u>hello"]
+    found = calibration(model, Data(name, nsamples=1, seqlen=8))
+    assert found.text.content == "<u>hello"
+    assert bytes_of(found.ids, model) == ["<u>hello"]
 
 
 def test_a_template_that_refuses_a_conversation_is_bad_input(
@@ -77,9 +77,9 @@ def test_several_texts_are_mixed_by_weight(model: Checkpoint, tmp_path: Path) ->
     for letter in "ab":
         (tmp_path / f"{letter}.txt").write_text(letter * 400)
     name = f"3*{tmp_path / 'a.txt'} + {tmp_path / 'b.txt'}"
-    text, ids, _ = calibration(model, Data(name, nsamples=8, seqlen=16))
-    assert bytes_of(ids, model) == ["a" * 16] * 6 + ["b" * 16] * 2
-    assert text.origin == "a.txt + b.txt"
+    found = calibration(model, Data(name, nsamples=8, seqlen=16))
+    assert bytes_of(found.ids, model) == ["a" * 16] * 6 + ["b" * 16] * 2
+    assert found.text.origin == "a.txt + b.txt"
 
 
 def test_a_segment_can_be_the_beginning_of_a_row(model: Checkpoint, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_a_segment_can_be_the_beginning_of_a_row(model: Checkpoint, tmp_path: Pa
         {"text": letter * length} for letter, length in zip("abcd", (20, 5, 16, 9), strict=True)
     ]
     name = lines(tmp_path / "a.jsonl", rows)
-    _, ids, _ = calibration(model, Data(name, nsamples=2, seqlen=16, calib_cut="row"))
-    assert bytes_of(ids, model) == ["a" * 16, "c" * 16]
+    found = calibration(model, Data(name, nsamples=2, seqlen=16, calib_cut="row"))
+    assert bytes_of(found.ids, model) == ["a" * 16, "c" * 16]
     with pytest.raises(CalibrationError, match="2 of 4 rows have the 16 tokens"):
         calibration(model, Data(name, nsamples=3, seqlen=16, calib_cut="row"))
 
@@ -96,10 +96,10 @@ def test_a_segment_can_be_the_beginning_of_a_row(model: Checkpoint, tmp_path: Pa
 def test_some_rows_are_taken(model: Checkpoint, tmp_path: Path) -> None:
     rows: list[object] = [{"text": chr(97 + number) * 16} for number in range(20)]
     name = lines(tmp_path / "a.jsonl", rows)
-    text, _, _ = calibration(model, Data(name, nsamples=2, seqlen=16, calib_rows=5))
-    assert len(text.rows) == 5
-    other, _, _ = calibration(model, Data(name, nsamples=2, seqlen=16, calib_rows=5, seed=1))
-    assert text.sha256 != other.sha256
+    found = calibration(model, Data(name, nsamples=2, seqlen=16, calib_rows=5))
+    assert len(found.text.rows) == 5
+    other = calibration(model, Data(name, nsamples=2, seqlen=16, calib_rows=5, seed=1))
+    assert found.text.sha256 != other.text.sha256
 
 
 def test_a_data_set_of_the_hub_is_read_through_datasets(model: Checkpoint, tmp_path: Path) -> None:
@@ -110,9 +110,9 @@ def test_a_data_set_of_the_hub_is_read_through_datasets(model: Checkpoint, tmp_p
     lines(folder / "test.jsonl", [{"text": "test " * 10}])
     for split in ("train", "test"):
         name = f"hub:{folder}:{split}"
-        text, ids, _ = calibration(model, Data(name, nsamples=1, seqlen=4))
-        assert text.content.startswith(split)
-        assert ids.shape == (1, 4)
+        found = calibration(model, Data(name, nsamples=1, seqlen=4))
+        assert found.text.content.startswith(split)
+        assert found.ids.shape == (1, 4)
 
 
 def test_a_data_set_that_is_not_in_the_cache_is_bad_input_offline(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.presets import SHIPPED, SHIPPED_CUTS
 from thanos_deploy import methods
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.errors import UsageError
@@ -19,7 +20,7 @@ DATA = {"calib": "builtin", "text_field": "text", "nsamples": 32, "seqlen": 512,
 # What manifests have said since format 1, and what was asked for.
 RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "2:4": (
-        {"calib_forward": "fp32"},
+        {"calib_forward": "fp32", "tune_steps": 16, "tune_nsamples": 0},
         {
             **{"pattern": "2:4", "method": "thanos", "block_columns": 32, "damping": 0.01},
             **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "outlier_rows": 0.0},
@@ -51,6 +52,24 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             **{"pattern": "structured:0.2", "method": "thanos", "cut": True, "part": "ffn"},
             **{"multiple": 32, "allocation": "loss", "damping": 0.1, "damping_mode": "mean"},
             **{"dense_target": 0.5, **DATA, "dtype": "auto"},
+        },
+    ),
+    "structured:0.4": (
+        {"preset": "max", "tune_steps": 5, "tune_nsamples": 64, "recover": 3},
+        {
+            **{"pattern": "structured:0.4", "method": "thanos", "cut": True, "part": "both"},
+            **{"multiple": None, "allocation": "uniform", "damping": 0.01, "damping_mode": "mean"},
+            **{"dense_target": 0.0, "tune_steps": 5, "tune_nsamples": 64},
+            **{**DATA, "dtype": "auto", "recover": 3},
+        },
+    ),
+    "4:8": (
+        {"calib_forward": "fp32", "tune_steps": 16, "tune_nsamples": 64},
+        {
+            **{"pattern": "4:8", "method": "thanos", "block_columns": 32, "damping": 0.01},
+            **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "outlier_rows": 0.0},
+            **{"true_sequential": True, "dense_target": 0.4, "tune_steps": 16},
+            **{"tune_nsamples": 64, "calib_forward": "fp32", **DATA, "dtype": "auto"},
         },
     ),
     "structured:0.3": (
@@ -93,6 +112,22 @@ def test_what_is_given_comes_before_the_preset(method: str, preset: str) -> None
     assert recorded["dense_target"] == usual.walk.dense_target
     for name in thanos.Options.__dataclass_fields__:
         assert recorded.get(name) == getattr(usual.options, name, None)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "structured:0.2"])
+def test_a_preset_says_how_to_train_what_is_left(pattern: str) -> None:
+    assert PruneRequest.of(parse(pattern), preset="best").recover == 0
+    assert PruneRequest.of(parse(pattern), preset="max").recover > 0
+    assert PruneRequest.of(parse(pattern), preset="max", recover=0).recover == 0
+
+
+def test_what_is_shipped_tunes_on_more_than_the_statistics() -> None:
+    for preset in ("best", "max"):
+        walk, cut = SHIPPED[preset].walk, SHIPPED_CUTS[preset].tuning
+        for tuning in (walk, cut):
+            assert tuning.tune_steps > 0
+            assert tuning.further(32) == tuning.tune_nsamples - 32 > 0
+            assert tuning.further(10000) == 0
 
 
 def test_the_options_of_a_cut_are_typed() -> None:

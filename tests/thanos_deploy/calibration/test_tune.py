@@ -9,15 +9,17 @@ from safetensors.torch import load_file
 
 from tests.conftest import VOCABULARY, MakeModel, stock_model
 from tests.recipes import plain
+from thanos_deploy.calibration import tune as tuning
 from thanos_deploy.calibration.blocks import Arguments, LoadedInputs, block_inputs
+from thanos_deploy.calibration.tune import tune
 from thanos_deploy.calibration.walk import visits
+from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import SemiStructured, Unstructured
-from thanos_deploy.pruning import tune as tuning
-from thanos_deploy.pruning.layers import prune
-from thanos_deploy.pruning.tune import tune
+from thanos_deploy.pruning.layers import gather, prune
+from thanos_deploy.ranks import shards
 from thanos_deploy.solver.mask import smallest_in_groups
 
 TWO_FOUR = SemiStructured(2, 4)
@@ -89,6 +91,47 @@ def test_a_tuned_model_is_the_same_every_time_and_keeps_its_pattern(
     dense = load_file(folder / "model.safetensors")[up].half()
     kept = tuned[0][up] != 0
     assert not torch.equal(tuned[0][up][kept], dense[kept])
+
+
+@torch.no_grad()
+def test_statistics_are_of_the_first_segments_alone_and_steps_see_all(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "TOKENS_PER_BATCH", 200)
+    checkpoint, further = Checkpoint.open(make_model("llama")), SEGMENTS.flip(0)[:5]
+    found, seen = [], []
+    for more in (None, further):
+        walk = visits(checkpoint, SEGMENTS, further=more, with_dense=True)
+        visit = next(walk)
+        names = visit.structure.linears
+        ((_, first), *_) = gather(visit, [visit.prefix + name for name in names], Walk())
+        found.append(first)
+        assert visit.dense is not None
+        seen.append({number for number, _ in tuning._parts(visit.walk.batches, 20)})
+        tune(visit, names, 2)
+        assert visit.dense.done
+        assert not visit.walk.done
+    for name, statistics in found[0].items():
+        assert torch.equal(statistics.hessian, found[1][name].hessian)
+        assert statistics.mass == found[1][name].mass == SEGMENTS.numel()
+    assert seen == [{0, 1, 2}, {0, 1, 2, 3, 4, 5}]
+
+
+def test_what_blocks_are_only_tuned_on_changes_the_result(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder, made = make_model("llama"), []
+    for name, further in (("few", None), ("more", SEGMENTS.flip(0)[:5]), ("same", SEGMENTS[:0])):
+        (tmp_path / name).mkdir()
+        prune(
+            Checkpoint.open(folder),
+            SEGMENTS,
+            tmp_path / name,
+            plain(TWO_FOUR, tune_steps=3),
+            further=further,
+        )
+        made.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert made[0] == made[2] != made[1]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "gpt_neox", "gemma3_text"])

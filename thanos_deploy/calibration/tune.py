@@ -36,7 +36,7 @@ TOKENS_PER_STEP = 1024
 _PARTS = 4
 
 # Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see benchmarks/LOG.md.
-_RATE = 5e-3
+_RATE = 1e-2
 _BETAS = (0.9, 0.95)
 
 
@@ -120,7 +120,9 @@ def _gradients(
             hidden, target = data
             target = target.float()
             with torch.enable_grad():
-                left = batch.forward_of(hidden, visit.index, visit.walk.block, parts[own])
+                left = batch.forward_of(
+                    hidden, visit.index, visit.walk.block, parts[own], visit.tuned_in
+                )
                 error = (left.float() - target).square().sum(dim=-1)
                 relative = error / target.square().sum(dim=-1).clamp(min=1e-30)
                 loss = relative.sum() / ((stop - first) * batch.shape[1])
