@@ -7,6 +7,7 @@ what is computed of it, and a batch; which part of the work holds most decides.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from thanos_deploy.calibration.sizes import (
 from thanos_deploy.errors import ResourceError
 from thanos_deploy.machine import background, devices
 from thanos_deploy.methods import Walk
-from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.tune import TOKENS_PER_STEP
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.shrink.options import Fit
@@ -116,6 +118,7 @@ def of_pruning(
     dtype: torch.dtype | None,
     device: torch.device,
     place: Place,
+    tries: bool = False,
 ) -> Memory:
     """What setting weights to zero holds.
 
@@ -128,6 +131,7 @@ def of_pruning(
         dtype: what is stored; None for each tensor's own.
         device: where it is done.
         place: where the calibration data is between two blocks.
+        tries: the layers are only tried, and stay as they were; see `pruning.sensitivity`.
     """
     ways = 1 + walk.with_dense  # the pruned model's way, and the dense one's
     shapes = linear_shapes(checkpoint)
@@ -153,6 +157,8 @@ def of_pruning(
         held.append(Term("a copy of it that runs", forward.itemsize * weights))
     if walk.with_dense:
         held.append(Term(_DENSE, forward.itemsize * weights))
+    if tries:
+        held.append(Term("layers as they were, and pruned", 2 * own.itemsize * weights))
     if background.has_time(device):
         held.append(Term("the next block, read ahead", own.itemsize * weights))
     if walk.true_sequential and can_wait(checkpoint, segments, ways, forward):
@@ -198,6 +204,35 @@ def of_pruning(
         )
     return _memory(
         checkpoint, segments, [*held, *max(parts, key=total)], ways, forward, device, place
+    )
+
+
+def of_recipe(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    linears: Sequence[str],
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    place: Place,
+) -> Memory:
+    """What a recipe holds, with the walk before it, if there is one; see `of_pruning`."""
+    of_walk = partial(
+        of_pruning,
+        checkpoint,
+        segments,
+        linears,
+        forward=DTYPES[recipe.forward_on(device)],
+        dtype=dtype,
+        device=device,
+        place=place,
+    )
+    held = of_walk(recipe.walk)
+    if not recipe.layers.keep_dense:
+        return held
+    return max(
+        held, of_walk(Walk(), tries=True), key=lambda one: (one.device_bytes, one.host_bytes)
     )
 
 
