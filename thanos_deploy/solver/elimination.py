@@ -9,7 +9,6 @@ one is the least-squares fit on the inputs that stay.
 """
 
 import math
-from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,6 @@ from torch import Tensor, nn
 from thanos_deploy.errors import HessianError
 from thanos_deploy.solver.layer import Factor
 from thanos_deploy.solver.mask import cheapest
-
-# In so many rounds all inputs would leave.
-_ROUNDS = 16
 
 
 class Elimination:
@@ -39,7 +35,6 @@ class Elimination:
         """
         self.weight = weight.double()
         self.left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        self._count = weight.shape[1]  # of the inputs that are left
         V = H.V.double()
         self._inverse = V.T @ V
         # Of these the host reads nothing before it is asked, so that no removal waits for another.
@@ -83,7 +78,7 @@ class Elimination:
 
     def _solve(self, positive: Tensor, right: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(positive)
-        self._solved = self._solved & (failed == 0)
+        self._solved &= failed == 0
         return torch.cholesky_solve(right, lower)
 
     def remove(self, columns: Tensor) -> None:
@@ -97,93 +92,36 @@ class Elimination:
         self._loss = self._loss + self._cost(columns)
         self.weight = self.weight - W @ shared
         self._inverse = self._inverse - A.T @ shared
-        self.left = self.left.index_fill(0, columns, False)
-        self._count -= len(columns)
+        self.left.index_fill_(0, columns, False)
         # What is zero but for rounding; an identity keeps the rest of the algebra as it is.
         gone = ~self.left
         self.weight.masked_fill_(gone, 0.0)
         self._inverse.masked_fill_(gone[:, None], 0.0).masked_fill_(gone, 0.0)
         self._inverse.diagonal().masked_fill_(gone, 1.0)
 
-    def remove_cheapest(self, count: int) -> Tensor:
-        """Remove single inputs, the cheapest each time, and refit the others.
-
-        Inputs that stand for each other are cheap until one of them is gone, so each is priced in
-        view of all that went before. That is done a round at a time. Of the inputs that are
-        cheapest at its beginning, twice as many as a round removes, the next one is chosen exactly;
-        the others wait for the next round, as losing an input mostly makes the others dearer.
-        Rounds do not depend on the count: what goes for a smaller one goes first for a larger one.
-
-        Args:
-            count: of inputs, of which so many are left at least.
-
-        Returns:
-            float64[count], what each of them cost, in the order in which they went.
-
-        Raises:
-            HessianError: see `require_solved`.
-        """
-        size = -(-len(self.left) // _ROUNDS)
-        costs = [self._loss.new_zeros(0)]
-        for gone in range(0, count, size):
-            part = min(size, count - gone)
-            offered = cheapest(self.costs(), min(2 * size, self._count))
-            chosen, its_costs = self._chosen(offered, part)
-            self.remove(offered[chosen].sort().values)
-            costs.append(its_costs)
-        self.require_solved()
-        return torch.cat(costs)
-
-    def _chosen(self, offered: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Which of some inputs go, the cheapest each time, and what each one costs.
-
-        All that prices need of the weight is W_c^T W_c over the offered columns: losing column j
-        takes A_ji / A_jj of it from column i.
-
-        Args:
-            offered: int64[columns].
-            count: how many go.
-
-        Returns:
-            int64[count], places in `offered`, and float64[count].
-        """
-        weight = self.weight[:, offered]
-        energy, inverse = weight.T @ weight, self._inverse[offered][:, offered]
-        there = torch.ones_like(offered, dtype=torch.bool)
-        chosen, costs = [], []
-        for _ in range(count):
-            prices = torch.where(there, energy.diagonal() / inverse.diagonal(), math.inf)
-            cost, column = prices.min(dim=0, keepdim=True)
-            chosen.append(column)
-            costs.append(cost)
-            there.index_fill_(0, column, False)
-            row = inverse.index_select(0, column)  # of what is symmetric, so a column too
-            share = row / row.index_select(1, column)
-            gone = energy.index_select(0, column)
-            own = gone.index_select(1, column)
-            inverse = inverse.addmm(share.T, row, alpha=-1.0)
-            energy = energy - share.T @ gone - gone.T @ share + own * (share.T @ share)
-        return torch.cat(chosen), torch.cat(costs)
-
     def channel_losses(self) -> Tensor:
-        """What losing 0, 1, 2, ... single inputs would cost, the cheapest each time.
+        """What losing 0, 1, 2, ... single inputs would cost, the cheapest first.
+
+        The order is that of `drop_channels`. With the inputs in this order and A = L L^T, the loss
+        of the first k is the sum of squares of the first k rows of L^-1 W^T: one factorisation
+        prices all of them.
 
         Returns:
             float64[cols + 1], rising.
-
-        Raises:
-            HessianError: see `require_solved`.
         """
-        costs = copy(self).remove_cheapest(len(self.left))  # which changes no tensor in place
-        return nn.functional.pad(costs.cumsum(dim=0), (1, 0))
+        order = self.costs().sort(stable=True).indices
+        lower = torch.linalg.cholesky(self._inverse[order][:, order])
+        rows = torch.linalg.solve_triangular(lower, self.weight[:, order].T, upper=False)
+        return nn.functional.pad(rows.square().sum(dim=1).cumsum(dim=0), (1, 0))
 
     def drop_channels(self, count: int) -> None:
-        """Remove single inputs, the cheapest each time, until so many are left.
+        """Remove single inputs, the cheapest at this moment, until so many are left.
 
         Raises:
             HessianError: see `require_solved`.
         """
-        self.remove_cheapest(self._count - count)
+        self.remove(cheapest(self.costs(), int(self.left.sum()) - count))
+        self.require_solved()
 
     def drop_heads(self, there: tuple[int, int], *, keep: tuple[int, int]) -> Tensor:
         """Remove attention heads, the cheapest first, priced anew each time.
