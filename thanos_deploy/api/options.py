@@ -43,6 +43,7 @@ class PruneOptions(TypedDict, total=False):
             sparsegpt).
         score: what chooses the weights to remove, "wanda" or "obs" (thanos).
         refit_steps: steps of a last fit of all kept weights of a layer (thanos).
+        mask_passes: how often the mask of every group of an n:m pattern is chosen again (thanos).
         outlier_rows: fraction of each layer's rows that stay dense (thanos).
         true_sequential: collect each layer's statistics after the layers before it in the block
             are pruned; False for all of a block's at once. Default: the preset's.
@@ -62,6 +63,8 @@ class PruneOptions(TypedDict, total=False):
         include: prune only these layers: full names, or "re:" and an expression.
         ignore: leave these layers dense, named likewise.
         sparsity_file: path of a JSON object of layers with patterns of their own.
+        keep_dense: fraction of the weights that stays, in the layers whose pruning would change the
+            model most for what it saves. Default: 0.
         recover: segments to train what is left on, with the dense model as teacher. Default: the
             preset's, which is 0 but for "max".
         recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
@@ -93,6 +96,7 @@ class PruneOptions(TypedDict, total=False):
     damp_mode: Literal["mean", "median", "per-channel"]
     score: Literal["wanda", "obs"]
     refit_steps: int
+    mask_passes: int
     outlier_rows: float
     true_sequential: bool
     dense_target: float
@@ -107,6 +111,7 @@ class PruneOptions(TypedDict, total=False):
     include: Sequence[str]
     ignore: Sequence[str]
     sparsity_file: str | PathLike[str]
+    keep_dense: float
     recover: int
     recover_text: Literal["calib", "own", "chat"]
     quantize: str

@@ -44,6 +44,7 @@ from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.pruning.layers import gather, linear_shapes, short_names
 from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.sensitivity import SHARE
 from thanos_deploy.pruning.solution import aim, solve
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
 from thanos_deploy.shrink import cut
@@ -135,20 +136,25 @@ def estimate(
         "tune": len(visited) * (steps + passing),
         "forward": (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing),
     }
-    if recipe.surveys:
+    if recipe.layers.keep_dense:
+        # Once more, and a part of the data through a block for each of its groups.
+        passes = SHARE * (1 + len(checkpoint.blocks[0].groups))
+        trying = len(visited) * share * passes * trial.seconds.get("forward", 0.0)
+        again = seconds["collect"] + seconds["solve"] + seconds["forward"]
+        seconds = {"survey": again + trying, **seconds}
+    elif recipe.surveys:
         every = short_names(checkpoint, checkpoint.linears)
         survey = _walk(checkpoint, few, every, Walk(), forward=torch.float32, device=device)
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     spent = time.perf_counter() - started
     return Estimate(
         seconds=seconds,
-        memory=memory.of_pruning(
+        memory=memory.of_recipe(
             checkpoint,
             segments,
             linears,
-            recipe.walk,
+            recipe,
             further=further,
-            forward=forward,
             dtype=dtype,
             device=device,
             place=place,

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from thanos_deploy.calibration.tune import TOKENS_PER_STEP
 from thanos_deploy.errors import DeployError, ResourceError, is_out_of_memory, summary
 from thanos_deploy.machine import background, devices, host_memory
 from thanos_deploy.methods import NO_TUNING, Tuning, Walk
-from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
@@ -122,6 +124,7 @@ def of_pruning(
     dtype: torch.dtype | None,
     device: torch.device,
     place: Place,
+    tries: bool = False,
 ) -> Memory:
     """What setting weights to zero holds.
 
@@ -135,6 +138,7 @@ def of_pruning(
         dtype: what is stored; None for each tensor's own.
         device: where it is done.
         place: where the calibration data is between two blocks.
+        tries: the layers are only tried, and stay as they were; see `pruning.sensitivity`.
     """
     ways = 1 + walk.with_dense  # the pruned model's way, and the dense one's
     shapes = linear_shapes(checkpoint)
@@ -160,6 +164,8 @@ def of_pruning(
         held.append(Term("a copy of it that runs", forward.itemsize * weights))
     if walk.with_dense:
         held.append(Term(_DENSE, forward.itemsize * weights))
+    if tries:
+        held.append(Term("layers as they were, and pruned", 2 * own.itemsize * weights))
     if background.has_time(device):
         held.append(Term("the next block, read ahead", own.itemsize * weights))
     if walk.true_sequential and can_wait(checkpoint, segments, ways, forward):
@@ -195,6 +201,36 @@ def of_pruning(
         parts.append(_tuning(checkpoint, segments, weights, made, forward))
     held += max(parts, key=total)
     return _memory(checkpoint, segments, further, held, ways, forward, device, place)
+
+
+def of_recipe(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    linears: Sequence[str],
+    recipe: Recipe,
+    *,
+    further: int = 0,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    place: Place,
+) -> Memory:
+    """What a recipe holds, with the walk before it, if there is one; see `of_pruning`."""
+    of_walk = partial(
+        of_pruning,
+        checkpoint,
+        segments,
+        linears,
+        forward=DTYPES[recipe.forward_on(device)],
+        dtype=dtype,
+        device=device,
+        place=place,
+    )
+    held = of_walk(recipe.walk, further=further)
+    if not recipe.layers.keep_dense:
+        return held
+    return max(
+        held, of_walk(Walk(), tries=True), key=lambda one: (one.device_bytes, one.host_bytes)
+    )
 
 
 def of_cutting(

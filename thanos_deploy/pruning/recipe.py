@@ -30,6 +30,8 @@ class Layers(Options):
         include: the layers that may be pruned; none for all.
         ignore: layers that stay dense.
         sparsity_file: path of a file of layers with patterns of their own, or None.
+        keep_dense: of the weights that would be pruned, the share that stays, in the layers whose
+            pruning changes the model most for what it saves; see `pruning.sensitivity`.
     """
 
     include: tuple[str, ...] = option(
@@ -51,6 +53,16 @@ class Layers(Options):
         'File with a JSON object from layers to their patterns: {"re:.*down_proj": "dense", '
         '"model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
         metavar="PATH",
+    )
+    keep_dense: float = option(
+        0.0,
+        "--keep-dense",
+        "Leave this fraction of the weights dense, such as 0.2: in the layers whose pruning would "
+        "change the model most for the weights that it saves. Takes one more walk through the "
+        "model.",
+        metavar="FRACTION",
+        least=0.0,
+        below=1.0,
     )
 
 
@@ -128,6 +140,12 @@ class Recipe(Options):
             raise TypeError(f"{type(self.options)} are no options of method {self.method}")
         if self.owl is None:
             return
+        if self.layers.keep_dense:
+            raise UsageError(
+                f"--allocation owl with --keep-dense {self.layers.keep_dense:g}: both choose by a "
+                "survey of their own what layers lose",
+                fix="leave one of them out",
+            )
         if not isinstance(self.pattern, Unstructured):
             raise UsageError(
                 f"--allocation owl with pattern {self.pattern}: it gives each block its own "
@@ -189,7 +207,7 @@ class Recipe(Options):
     @property
     def surveys(self) -> bool:
         """A walk through the dense model decides what each block loses."""
-        return self.owl is not None
+        return self.owl is not None or self.layers.keep_dense > 0.0
 
     @property
     def walks_dense(self) -> bool:

@@ -30,11 +30,13 @@ from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning import layers as pruning
 from thanos_deploy.pruning import owl
 from thanos_deploy.pruning import recover as recovering
+from thanos_deploy.pruning import sensitivity as sensitive
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
 from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
+from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
 from thanos_deploy.shrink import experts, sizing
@@ -56,26 +58,41 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device = devices.CPU,
     hold: Place = "auto",
-    survey: Journal[Outliers] | None = None,
+    outliers: Journal[Outliers] | None = None,
+    sensitivity: Journal[Sensitivity] | None = None,
     journal: Journal[PrunedBlock] | None = None,
 ) -> list[PrunedBlock]:
     """Prune a checkpoint by a recipe, on given calibration tokens; see `layers.prune`.
 
-    Where a walk before decides what each block loses, `survey` is the journal of that.
+    Where a walk before decides what each block or layer loses, `outliers` or `sensitivity` is the
+    journal of that.
     """
     patterns: Mapping[str, Pattern] = assigned(source, recipe)
     if recipe.owl is not None:
-        outliers = owl.survey(
+        counted = owl.survey(
             source,
             ids,
             patterns,
             recipe.owl,
             device=device,
             hold=hold,
-            journal=survey,
+            journal=outliers,
             on_progress=announce("Count the outliers of each block"),
         )
-        patterns = _allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, outliers)
+        patterns = _allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, counted)
+    if recipe.layers.keep_dense:
+        tried = sensitive.survey(
+            source,
+            ids,
+            patterns,
+            recipe,
+            device=device,
+            hold=hold,
+            journal=sensitivity,
+            on_progress=announce("Try what pruning each layer changes"),
+        )
+        dense = set(sensitive.left_dense(tried, recipe.layers.keep_dense))
+        patterns = {name: its for name, its in patterns.items() if name not in dense}
     return pruning.prune(
         source,
         ids,
@@ -306,6 +323,8 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
             patterns = assigned(source, recipe)
             _check_columns(recipe, patterns)
             pruning.check(source, recipe, patterns)
+            if recipe.layers.keep_dense:
+                sensitive.check(source)
 
 
 def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest) -> int:
@@ -342,14 +361,12 @@ def memory_of(
                 place=request.activations,
             )
         case Recipe() as recipe:
-            patterns = assigned(source, recipe)
-            return memory.of_pruning(
+            return memory.of_recipe(
                 source,
                 ids,
-                pruning.short_names(source, patterns),
-                recipe.walk,
+                pruning.short_names(source, assigned(source, recipe)),
+                recipe,
                 further=further,
-                forward=DTYPES[recipe.forward_on(device)],
                 dtype=DTYPES.get(request.dtype),
                 device=device,
                 place=request.activations,

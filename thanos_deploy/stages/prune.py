@@ -33,6 +33,7 @@ from thanos_deploy.pruning.result import (
     Recovery,
     WidthsSummary,
 )
+from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.shards import Layout
 from thanos_deploy.ranks.start import part, same_everywhere
@@ -180,7 +181,7 @@ class _Pruned:
     blocks: Sequence[PrunedBlock | CutBlock]
     summed: LayersSummary
     widths: WidthsSummary | None
-    survey: Journal[Losses] | Journal[Outliers] | None
+    survey: Journal[Losses] | Journal[Outliers] | Journal[Sensitivity] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,7 +293,11 @@ class _Work:
                 )
                 return _Pruned(cut, summary.of_cuts(cut), summary.of_widths(plan), losses)
             case Recipe():
-                outliers = Journal(kept / _SURVEY, owner, Outliers) if how.surveys else None
+                outliers = sensitivity = None
+                if how.owl is not None:
+                    outliers = Journal(kept / _SURVEY, owner, Outliers)
+                elif how.layers.keep_dense:
+                    sensitivity = Journal(kept / _SURVEY, owner, Sensitivity)
                 pruned = prune_checkpoint(
                     source,
                     ids,
@@ -303,10 +308,12 @@ class _Work:
                     dtype=dtype,
                     device=device,
                     hold=self.request.activations,
-                    survey=outliers,
+                    outliers=outliers,
+                    sensitivity=sensitivity,
                     journal=Journal(kept / _BLOCKS, owner, PrunedBlock),
                 )
-                return _Pruned(pruned, summary.of_layers(pruned, how), None, outliers)
+                survey = sensitivity if outliers is None else outliers
+                return _Pruned(pruned, summary.of_layers(pruned, how), None, survey)
 
     def finish(
         self, folder: Path, announce: Announce

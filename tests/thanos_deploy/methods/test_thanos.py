@@ -332,6 +332,46 @@ def test_a_solved_row_stays_as_it_is_whatever_the_others_need() -> None:
         torch.testing.assert_close(together[[row]], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_columns_go_by_what_they_lose_and_not_by_what_the_damping_says() -> None:
+    """Few inputs that are much larger than the others make the damping large, as in a first block.
+
+    Damped prices then keep small inputs with large weights, of which the output needs little.
+    """
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 500, generator=generator, dtype=torch.float64)
+    x = torch.randn(64, 64, generator=generator, dtype=torch.float64) @ x
+    x[0] *= 60.0
+    x[1:25] *= 0.02
+    weight = torch.randn(24, 64, generator=generator, dtype=torch.float64)
+    weight[:, 1:25] *= 20.0
+    problem = LayerProblem(weight, x @ x.T, "first block")
+
+    def lost(new: Tensor) -> float:
+        return ((new - weight) @ x).square().sum().item()
+
+    def eliminated(*, by_score: bool) -> float:
+        fitted = Elimination(weight, factor(problem))
+        if by_score:
+            scores = weight.square().sum(dim=0) * problem.hessian.diagonal()
+            fitted.remove(scores.sort().indices[:20])
+        else:
+            for part in (3, 2, 3, 2, 3, 2, 3, 2):
+                fitted.remove(fitted.costs().sort().indices[:part])
+        return lost(fitted.weight)
+
+    of_score, of_prices = eliminated(by_score=True), eliminated(by_score=False)
+    assert of_prices > 1.5 * of_score
+    result = thanos.prune(problem, Structured(0.3), thanos.Options(score="obs"))
+    assert lost(result.weight) == pytest.approx(of_score, rel=1e-9)
+    # Elsewhere the prices are better.
+    usual = random_problem(5, rows=8, cols=32)
+    by_price, by_score = (
+        thanos.prune(usual, Structured(0.3), thanos.Options(score=score)).relative_error
+        for score in ("obs", "wanda")
+    )
+    assert by_price < by_score
+
+
 def test_columns_that_go_in_rounds_cost_less_than_all_at_once() -> None:
     at_once, in_rounds = 0.0, 0.0
     for seed in range(20):

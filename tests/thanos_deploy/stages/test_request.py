@@ -23,8 +23,8 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"calib_forward": "fp32", "tune_steps": 16, "tune_nsamples": 0},
         {
             **{"pattern": "2:4", "method": "thanos", "block_columns": 32, "damping": 0.01},
-            **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "outlier_rows": 0.0},
-            **{"true_sequential": True, "dense_target": 0.4, "tune_steps": 16},
+            **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "mask_passes": 0},
+            **{"outlier_rows": 0.0, "true_sequential": True, "dense_target": 0.4, "tune_steps": 16},
             **{"calib_forward": "fp32", **DATA, "dtype": "auto"},
         },
     ),

@@ -1,0 +1,240 @@
+"""Leave those layers dense whose pruning would change the model most for what it saves.
+
+One walk through the dense model prunes the layers of every block, a group at a time: those that
+read one input, which servers multiply as one. With only that group pruned, tokens pass the block,
+and a group loses the mean of |z - t|^2 / |t|^2 over the tokens, with t what leaves the dense block
+and z what leaves it now: the change relative to the size of what the next block reads, as tuning
+counts it too. What is saved is weights, of which a decode step reads every one. The groups that
+lose most for each of their weights stay dense, as far as the share of the weights goes that may.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.calibration.activations import Place
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.statistics import Statistics
+from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.errors import UsageError
+from thanos_deploy.machine.devices import CPU, memory_for
+from thanos_deploy.machine.precision import products_in
+from thanos_deploy.methods import Walk
+from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
+from thanos_deploy.model.linear import matrix
+from thanos_deploy.pattern import Pattern
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.layers import gather
+from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.pruning.turn import prune_turn
+
+# Of the calibration data, what passes a block once for each of its groups.
+SHARE = 1 / 4
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linear layers of a block that read one input.
+
+    Attributes:
+        layers: their full names, those that are to be pruned.
+        weights: how many they have.
+        lost: what pruning them alone changes of what leaves the block, relative to its size.
+    """
+
+    layers: tuple[str, ...]
+    weights: int
+    lost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What pruning each group of a block would change.
+
+    Attributes:
+        groups: in the order of the forward pass; none where nothing is to be pruned.
+        seconds: time that it took to find out, by activity; see `layers.ACTIVITIES`.
+    """
+
+    groups: tuple[Group, ...]
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> Json:
+        """For the journal."""
+        return encode(self)
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Sensitivity":
+        """What `to_json` made the value of."""
+        return decode(cls, value)
+
+
+def survey(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    patterns: Mapping[str, Pattern],
+    recipe: Recipe,
+    *,
+    device: torch.device = CPU,
+    hold: Place = "auto",
+    journal: Journal[Sensitivity] | None = None,
+    on_progress: OnProgress = silent,
+) -> list[Sensitivity]:
+    """What pruning each group of layers by itself would change, in one walk of the dense model.
+
+    Args:
+        checkpoint: the model.
+        segments: int64[count, length], calibration tokens.
+        patterns: what each layer is to be pruned to, by its full name.
+        recipe: how; of the way to walk nothing counts here.
+        device: where each block is while it is surveyed.
+        hold: see `layers.prune`.
+        journal: see `layers.prune`.
+        on_progress: told of every finished block.
+
+    Raises:
+        HessianError: a weight is not finite.
+        UsageError: the model has experts.
+    """
+    check(checkpoint)
+    forward = DTYPES[recipe.forward_on(device)]
+
+    def look(visit: Visit) -> Sensitivity:
+        with memory_for(f"block {visit.index}"):
+            return Sensitivity(_groups(visit, patterns, recipe, forward), visit.clock.seconds)
+
+    with torch.no_grad(), products_in(torch.float32):
+        return visit_blocks(
+            checkpoint,
+            segments,
+            look,
+            forward=forward,
+            journal=journal,
+            device=device,
+            hold=hold,
+            on_progress=on_progress,
+        )
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose layers cannot be tried a group at a time.
+
+    Raises:
+        UsageError: it has experts, each with layers of its own.
+    """
+    if checkpoint.family.experts is not None:
+        raise UsageError(
+            f"--keep-dense for a {checkpoint.config.model_type} model: its experts have so many "
+            "layers that trying each would take longer than pruning them",
+            fix="name the layers that are to stay dense with --ignore",
+        )
+
+
+def _groups(
+    visit: Visit, patterns: Mapping[str, Pattern], recipe: Recipe, products: torch.dtype
+) -> tuple[Group, ...]:
+    """Those of a block, which is left as it was."""
+    dense = {
+        name: matrix(visit.block.get_submodule(name)).clone() for name in visit.structure.linears
+    }
+    running = visit.walk.block
+    pruned: dict[tuple[str, ...], dict[str, Tensor]] = {}
+    for groups, statistics in gather(visit, patterns, Walk()):
+        with visit.clock.measure("solve"):
+            prune_turn(visit, groups, statistics, patterns, recipe, products)
+            for group in groups:
+                pruned[tuple(group)] = {
+                    name: running.get_submodule(name).get_parameter("weight").clone()
+                    for name in group
+                }
+                for name in group:
+                    visit.write(name, dense[name])
+    if not pruned:
+        visit.clock.seconds.setdefault("collect", 0.0)
+        return ()
+    with visit.clock.measure("collect"):
+        lost = _changes(visit, {group[0]: weights for group, weights in pruned.items()})
+    return tuple(
+        Group(
+            tuple(visit.prefix + name for name in group),
+            sum(weight.numel() for weight in weights.values()),
+            lost[group[0]],
+        )
+        for group, weights in pruned.items()
+    )
+
+
+def _changes(visit: Visit, instead: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """What some weights in place of a block's own change of what leaves it.
+
+    Args:
+        visit: the block.
+        instead: by a name, the weights by the names of their layers.
+
+    Returns:
+        by the same names, the mean over tokens of |change|^2 / |what leaves the block|^2.
+    """
+    walk = visit.walk
+    sums = walk.sums(list(instead))
+    for shard in sums.shards:
+        counted: dict[str, Statistics] = {}
+        for batch in walk.batches:
+            if batch.shard != shard:
+                continue
+            rows = slice(0, max(1, int(SHARE * batch.shape[0])))
+            left = batch.forward(walk.index, walk.block, rows).float()
+            size = left.square().sum(dim=-1).clamp(min=1e-30)
+            for name, weights in instead.items():
+                with _swapped(walk.block, weights):
+                    change = batch.forward(walk.index, walk.block, rows).float() - left
+                if name not in counted:
+                    counted[name] = Statistics.empty(1, device=left.device)
+                # Whose Hessian is the sum of their squares.
+                counted[name].add((change.square().sum(dim=-1) / size).sqrt().reshape(-1, 1), None)
+        sums.add(counted)
+    return {name: float(one.hessian) / one.mass for name, one in sums.finish().items()}
+
+
+@contextmanager
+def _swapped(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give layers other weights until the end of the `with` statement, without a copy."""
+    parameters = {name: block.get_submodule(name).get_parameter("weight") for name in weights}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = weights[name]
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+def left_dense(found: Sequence[Sensitivity], share: float) -> tuple[str, ...]:
+    """The layers that are to stay dense, in the order of the forward pass.
+
+    The groups that lose most for each of their weights come first; one that is too large for what
+    is left of the share is passed over.
+
+    Args:
+        found: of every block, from `survey`.
+        share: of the weights that are to be pruned, what may stay at most.
+
+    Returns:
+        full names.
+    """
+    groups = [group for block in found for group in block.groups]
+    room = share * sum(group.weights for group in groups) + 1e-6
+    kept: set[Group] = set()
+    for group in sorted(groups, key=_lost_for_each_weight, reverse=True):
+        if group.weights <= room:
+            kept.add(group)
+            room -= group.weights
+    return tuple(name for group in groups if group in kept for name in group.layers)
+
+
+def _lost_for_each_weight(group: Group) -> float:
+    return group.lost / group.weights
