@@ -116,6 +116,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """At the end of the process it is let go of, for which nanobind would ask otherwise."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """What all test processes share."""

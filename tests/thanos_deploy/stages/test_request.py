@@ -20,11 +20,11 @@ DATA = {"calib": "builtin", "text_field": "text", "nsamples": 32, "seqlen": 512,
 # What manifests have said since format 1, and what was asked for.
 RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "2:4": (
-        {"calib_forward": "fp32", "tune_steps": 16, "tune_nsamples": 0},
+        {"calib_forward": "fp32", "mask_passes": 0, "tune_steps": 16, "tune_nsamples": 0},
         {
             **{"pattern": "2:4", "method": "thanos", "block_columns": 32, "damping": 0.01},
-            **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "mask_passes": 0},
-            **{"outlier_rows": 0.0, "true_sequential": True, "dense_target": 0.4, "tune_steps": 16},
+            **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "outlier_rows": 0.0},
+            **{"true_sequential": True, "dense_target": 0.4, "tune_steps": 16},
             **{"calib_forward": "fp32", **DATA, "dtype": "auto"},
         },
     ),
@@ -64,7 +64,7 @@ RECORDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "4:8": (
-        {"calib_forward": "fp32", "tune_steps": 16, "tune_nsamples": 64},
+        {"calib_forward": "fp32", "mask_passes": 0, "tune_steps": 16, "tune_nsamples": 64},
         {
             **{"pattern": "4:8", "method": "thanos", "block_columns": 32, "damping": 0.01},
             **{"damping_mode": "mean", "score": "obs", "refit_steps": 8, "outlier_rows": 0.0},
