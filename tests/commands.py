@@ -25,6 +25,7 @@ COMMAND = Path(sys.executable).parent / "thanos-deploy"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
+        "tests.importing",
         "thanos_deploy.stages.pipeline",
         "exporters.onnx.graph",
         "torch.onnx._internal.exporter._core",

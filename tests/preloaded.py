@@ -24,3 +24,4 @@ with tempfile.TemporaryDirectory() as _folder:
     trace.trace(load_model(Path(_folder)), logits="all")
 torch.set_num_threads(_threads)
 gc.freeze()  # or every process would look through all that was imported
+gc.enable()

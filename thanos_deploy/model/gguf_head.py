@@ -14,6 +14,7 @@ from thanos_deploy.errors import ModelError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_ARCHITECTURE = b"general.architecture"
 _STRING, _ARRAY = 8, 9
 # Bytes of a value, by its type.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -21,11 +22,12 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _DEPTH = 8
 
 
-def require_whole(path: Path) -> None:
-    """Refuse a file whose head claims more than the file has.
+def architecture(path: Path) -> str:
+    """What a file calls the kind of its model, after a look at its whole head; empty for nothing.
 
     Raises:
-        ModelError: it does, or it is no GGUF of a version that is read.
+        ModelError: the head claims more than the file has, or it is no GGUF of a version that is
+            read.
         OSError: the file cannot be read.
     """
     if os.path.getsize(path) < len(_MAGIC) + 20:
@@ -37,13 +39,18 @@ def require_whole(path: Path) -> None:
         if (version := head.number("<I")) not in _VERSIONS:
             raise _refusal(path, f"version {version}, and versions 2 and 3 are read")
         tensors, values = head.number("<Q"), head.number("<Q")
+        found = b""
         for _ in range(values):
-            head.string()
-            head.value(head.number("<I"))
+            name, kind = head.text(), head.number("<I")
+            if name == _ARCHITECTURE and kind == _STRING:
+                found = head.text()
+            else:
+                head.value(kind)
         for _ in range(tensors):
             head.string()
             dimensions = head.number("<I")
             head.skip(8 * dimensions + 4 + 8)
+    return found.decode(errors="replace")
 
 
 class _Head:
@@ -71,6 +78,9 @@ class _Head:
 
     def string(self) -> None:
         self.skip(self.number("<Q"))
+
+    def text(self) -> bytes:
+        return self.take(self.number("<Q"))
 
     def value(self, kind: int, depth: int = 0) -> None:
         if kind in _SIZES:
