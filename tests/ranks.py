@@ -14,6 +14,7 @@ from tests.commands import FORKS
 from thanos_deploy import cli
 from thanos_deploy.pruning import quantise
 from thanos_deploy.ranks import shards, spread
+from thanos_deploy.solver import triangular
 
 
 class RunningRanks:
@@ -77,6 +78,7 @@ def make_small() -> None:
     """Cut what is small into as many parts as what is large, and compute with one thread."""
     shards.TOKENS_PER_BATCH = 128
     spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
+    triangular._SMALL, triangular._PART = 8, 4
     torch.set_num_threads(1)
 
 

@@ -80,7 +80,7 @@ class LayerCost:
 
     def layer(self, rows: int, cols: int) -> float:
         """Of a layer by itself."""
-        return self.factor(cols) + self.job(Job(0, rows, cols))
+        return self.factor(cols) + self.job(Job(0, 0, rows, cols))
 
 
 def _terms(rows: int, cols: int) -> NDArray[np.float64]:
@@ -235,8 +235,9 @@ def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, f
             exchange += exchanged / setting.bandwidth
             for name in group:
                 rows = shapes[block.prefix + name][0]
+                layer = len({job.layer for job in jobs})
                 jobs += [
-                    Job(number, part.stop - part.start, cols)
+                    Job(number, layer, part.stop - part.start, cols)
                     for part in spread.pieces(rows, "cuda")
                 ]
                 if gpus > 1:

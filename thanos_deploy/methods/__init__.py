@@ -95,8 +95,8 @@ class Method:
         prune: prunes one linear layer.
         check: refuses what `prune` could not do for a layer: its name, its number of inputs, the
             pattern, the options.
-        independent_rows: for a pattern and options, whether what becomes of a row depends on no
-            other row of its layer, so that a layer can be pruned in parts; a file need not have it.
+        divisible: for a pattern and options, whether `prune` keeps to `LayerProblem.divided`, so
+            that several can prune runs of the rows of one layer; a file need not have it.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Method:
     presets: Mapping[str, Preset]
     prune: Callable[[LayerProblem, Pattern, Any], LayerResult]
     check: Callable[[str, int, Pattern, Any], None]
-    independent_rows: Callable[[Pattern, Any], bool]
+    divisible: Callable[[Pattern, Any], bool]
 
     def preset(self, which: str) -> Preset:
         """A preset; the paper's setting where no better one is known."""
@@ -141,8 +141,8 @@ def load(name: str) -> Method:
     module = import_module(f"{__name__}.{name}")
     if faults := list(_faults(module)):
         raise TypeError(f"{module.__file__} is not a method: {'; '.join(faults)}")
-    parts = getattr(module, "independent_rows", _never)
-    return Method(name, module.Options, module.PRESETS, module.prune, module.check, parts)
+    divisible = getattr(module, "divisible", _never)
+    return Method(name, module.Options, module.PRESETS, module.prune, module.check, divisible)
 
 
 def _never(pattern: Pattern, options: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from thanos_deploy import option
 from thanos_deploy.methods import Preset, check_group
-from thanos_deploy.pattern import Pattern
+from thanos_deploy.pattern import Pattern, Structured
 
 if TYPE_CHECKING:
     from thanos_deploy.solver.layer import LayerProblem, LayerResult
@@ -40,8 +40,14 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
 
     check(problem.name, problem.weight.shape[1], pattern, options)
     require_finite(problem)
-    mask = smallest(problem.weight.abs(), pattern, per_row=False)
+    division = problem.division
+    mask = smallest(problem.weight.abs(), pattern, per_row=False, division=division)
     return without_update(problem, mask)
+
+
+def divisible(pattern: Pattern, options: Options) -> bool:
+    """Rows can be pruned apart: a threshold is found by counting, and groups are within rows."""
+    return not isinstance(pattern, Structured)
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:

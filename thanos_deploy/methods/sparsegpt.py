@@ -23,6 +23,7 @@ from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructu
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from thanos_deploy.solver.division import Division
     from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
 
@@ -54,18 +55,18 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
     import torch
 
     from thanos_deploy.solver.hessian import factor
-    from thanos_deploy.solver.layer import LayerResult, relative_error
+    from thanos_deploy.solver.layer import LayerResult
     from thanos_deploy.solver.mask import smallest_in_groups
 
     cols, block_columns = problem.weight.shape[1], options.block_columns
     check(problem.name, cols, pattern, options)
-    factored = factor(problem, options)
+    factored, division = factor(problem, options), problem.division
     W, V = problem.weight.clone(), factored.V
     M = torch.zeros_like(W, dtype=torch.bool)
     for start in range(0, cols, block_columns):
         stop = min(start + block_columns, cols)
         scores = (W[:, start:stop] / V.diagonal()[start:stop]).square()
-        M[:, start:stop] = _block_mask(scores, pattern)
+        M[:, start:stop] = _block_mask(scores, pattern, division)
         errors = torch.zeros_like(W[:, start:stop])
         for j in range(start, stop):
             if isinstance(pattern, SemiStructured) and j % pattern.group == 0:
@@ -76,8 +77,13 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
             W[:, j:stop] -= error[:, None] * V[j, j:stop]
             W[:, j] = torch.where(M[:, j], 0.0, W[:, j])
             errors[:, j - start] = error
-        W[:, stop:] -= errors @ V[start:stop, stop:]
-    return LayerResult(W, M, relative_error(problem.weight, W, problem.hessian), factored.damping)
+        W[:, stop:] -= division.product(errors, V[start:stop, stop:])
+    return LayerResult.of(problem, W, M, damping=factored.damping)
+
+
+def divisible(pattern: Pattern, options: Options) -> bool:
+    """Rows can be pruned apart: a threshold is found by counting, and groups are within rows."""
+    return not isinstance(pattern, Structured)
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
@@ -91,7 +97,7 @@ def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
     options.check_pattern(name, pattern)
 
 
-def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+def _block_mask(scores: Tensor, pattern: Pattern, division: Division) -> Tensor:
     """What goes from a block, chosen before any of its columns is visited."""
     import torch
 
@@ -99,7 +105,8 @@ def _block_mask(scores: Tensor, pattern: Pattern) -> Tensor:
 
     match pattern:
         case Unstructured(sparsity):
-            return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))
+            count = removed_count(sparsity, division.rows * scores.shape[1])
+            return smallest_in_matrix(scores, count, division)
         case SemiStructured():
             return torch.zeros_like(scores, dtype=torch.bool)  # chosen group by group
         case Structured(sparsity):

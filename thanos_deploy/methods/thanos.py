@@ -43,6 +43,7 @@ from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructu
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from thanos_deploy.solver.division import Division
     from thanos_deploy.solver.layer import Factor, LayerProblem, LayerResult
 
 
@@ -110,8 +111,9 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
     """
     import torch
 
+    from thanos_deploy.solver.division import Division
     from thanos_deploy.solver.hessian import factor
-    from thanos_deploy.solver.layer import LayerResult, output_energy, relative_error
+    from thanos_deploy.solver.layer import LayerResult, output_energy
     from thanos_deploy.solver.mask import removed_count
     from thanos_deploy.solver.masked import solve_masked
 
@@ -121,7 +123,8 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
     used = factored.damping
     norms = hessian.diagonal().sqrt() if options.score == "wanda" else None
 
-    energy = output_energy(weight, hessian)
+    division = problem.division
+    energy = output_energy(weight, hessian, division)
     outliers = removed_count(options.outlier_rows, len(weight))
     order = torch.sort(energy, descending=True, stable=True).indices
     active = order[outliers:].sort().values if outliers else slice(None)
@@ -132,7 +135,9 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
         columns = min(weight.shape[1], math.ceil(entries / len(W)))
         pruned, removed = _prune_columns(W, norms, factored, columns)
     else:
-        pruned, removed = _prune_until_solved(W, norms, factored, pattern, options)
+        if outliers:
+            division = Division.whole(len(W))
+        pruned, removed = _prune_until_solved(W, norms, factored, pattern, options, division)
         diagonal = factored.diagonal
         del factored  # which may be the last that is known of it
         if options.refit_steps:
@@ -145,30 +150,25 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
                 start=start,
                 steps=options.refit_steps,
                 products=problem.products,
+                division=division,
             ).add_(W)
 
     new_weight, mask = pruned, removed
     if outliers:
         new_weight, mask = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
         new_weight[active], mask[active] = pruned, removed
-    if not bool(new_weight.isfinite().all()):
+    if problem.division.not_finite(new_weight):
         raise HessianError(
-            f"{problem.name}: the solution overflows {weight.dtype}; the weights reach "
-            f"{weight.abs().max().item():g} and the Hessian {hessian.abs().max().item():g}",
+            f"{problem.name}: the solution overflows {weight.dtype}; the Hessian reaches "
+            f"{hessian.abs().max().item():g}",
             fix="check the checkpoint: no trained layer has values like these",
         )
-    return LayerResult(
-        weight=new_weight,
-        mask=mask,
-        relative_error=relative_error(weight, new_weight, hessian, energy=energy),
-        damping=used,
-        energy=energy.sum().item(),
-    )
+    return LayerResult.of(problem, new_weight, mask, damping=used, energy=energy)
 
 
-def independent_rows(pattern: Pattern, options: Options) -> bool:
-    """What becomes of a row does not depend on the other rows of its layer."""
-    return isinstance(pattern, SemiStructured) and not options.outlier_rows
+def divisible(pattern: Pattern, options: Options) -> bool:
+    """Rows can be pruned apart: a threshold is found by counting, and groups are within rows."""
+    return not isinstance(pattern, Structured) and not options.outlier_rows
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
@@ -199,6 +199,7 @@ def _prune_until_solved(
     H: Factor,
     pattern: Unstructured | SemiStructured,
     options: Options,
+    division: Division,
 ) -> tuple[Tensor, Tensor]:
     """Prune block by block; returns the new weights and the mask, both [rows, cols]."""
     import torch
@@ -210,10 +211,10 @@ def _prune_until_solved(
     unsolved = torch.zeros((), dtype=torch.int64, device=W.device)
     *first, last = attempts(W.device, options.block_columns, refitted=refitted)
     for steps in first:
-        found = _prune_blocks(W, norms, H, pattern, options, steps, unsolved.zero_())
-        if not int(unsolved):
+        found = _prune_blocks(W, norms, H, pattern, options, division, steps, unsolved.zero_())
+        if not int(division.sum(unsolved)):
             return found
-    return _prune_blocks(W, norms, H, pattern, options, last, unsolved)
+    return _prune_blocks(W, norms, H, pattern, options, division, last, unsolved)
 
 
 def _prune_blocks(
@@ -222,22 +223,25 @@ def _prune_blocks(
     H: Factor,
     pattern: Unstructured | SemiStructured,
     options: Options,
+    division: Division,
     steps: int,
     unsolved: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The block loop; `steps` and `unsolved` are those of `solve_masked`."""
     import torch
 
-    from thanos_deploy.solver.mask import removed_count, smallest_in_groups, threshold
+    from thanos_deploy.solver.mask import removed_count, smallest_in_groups
     from thanos_deploy.solver.masked import solve_masked, tolerance_of
+    from thanos_deploy.solver.threshold import threshold
 
     B = options.block_columns
     tolerance = tolerance_of(W.dtype, refitted=options.refit_steps > 0)
     W = W.clone()
-    rows, cols = W.shape
+    cols = W.shape[1]
     M = torch.zeros_like(W, dtype=torch.bool)
     # On the device of the weights, so that no block waits for the count of the one before.
-    budget = torch.tensor(removed_count(pattern.sparsity, rows * cols), device=W.device)
+    entries = removed_count(pattern.sparsity, division.rows * cols)
+    budget = torch.tensor(entries, device=W.device)
     diagonals = H.trailing_inverse_diagonals(B) if norms is None else None
     for start in range(0, cols, B):
         stop = min(start + B, cols)
@@ -252,8 +256,9 @@ def _prune_blocks(
             case SemiStructured(kept, group):
                 mask = smallest_in_groups(scores, kept, group)
             case Unstructured():
-                mask = threshold(scores, budget).mark(scores[:, : stop - start])
-                budget = budget - mask.sum()
+                found = threshold(scores, budget, division)
+                mask, gone = found.mark_and_count(scores[:, : stop - start])
+                budget = budget - gone
         U_block = H.upper(slice(start, stop))
         change = solve_masked(
             W[:, start:stop],
@@ -262,8 +267,10 @@ def _prune_blocks(
             steps=min(steps, 2 * (stop - start)),
             tolerance=tolerance,
             unsolved=unsolved,
+            division=division,
         )
-        W[:, stop:].addmm_(change @ U_block, H.V[start:stop, stop:])
+        for run in division.runs:
+            W[run, stop:].addmm_(change[run] @ U_block, H.V[start:stop, stop:])
         W[:, start:stop] += change  # +0.0 where it takes a weight away
         M[:, start:stop] = mask
     return W, M
@@ -280,7 +287,7 @@ def _prune_columns(W: Tensor, norms: Tensor | None, H: Factor, count: int) -> tu
             elimination.remove(cheapest(elimination.costs(), part))
     else:
         scores = W.square().sum(dim=0) * norms.square()
-        elimination.remove(cheapest(scores, count))
+        elimination.remove(cheapest(scores, count), last=True)
     elimination.require_solved()
     removed = ~elimination.left
     return elimination.weight.to(W.dtype), removed.expand_as(W).clone()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from thanos_deploy import option
 from thanos_deploy.methods import Preset, check_group
-from thanos_deploy.pattern import Pattern
+from thanos_deploy.pattern import Pattern, Structured
 
 if TYPE_CHECKING:
     from thanos_deploy.solver.layer import LayerProblem, LayerResult
@@ -45,6 +45,11 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
     scores = problem.weight.abs() * problem.hessian.diagonal().clamp(min=0).sqrt()
     mask = smallest(scores, pattern, per_row=True)
     return without_update(problem, mask)
+
+
+def divisible(pattern: Pattern, options: Options) -> bool:
+    """What becomes of a row does not depend on the other rows of its layer."""
+    return not isinstance(pattern, Structured)
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:

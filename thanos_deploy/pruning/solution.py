@@ -57,7 +57,7 @@ def aim(
     try:
         wanted = retarget(problem, cross, fraction, damping_of(options))
     except HessianError as error:
-        if not bool(problem.weight.isfinite().all()):
+        if problem.division.not_finite(problem.weight):
             raise
         return None, (error.message,)
     return wanted, ()
@@ -97,7 +97,7 @@ def solve(
             result = method.prune(replace(problem, weight=weight), pattern, options)
             return Solution(result, method.name, failures)
         except HessianError as error:
-            if not bool(problem.weight.isfinite().all()):
+            if problem.division.not_finite(problem.weight):
                 raise
             failures = (*failures, error.message)
     return mask_only(problem, pattern, failures)
@@ -111,9 +111,12 @@ def mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]
     by_wanda = bool(squares.isfinite().all())
     if not by_wanda:
         squares = torch.ones_like(squares)
-    mask = smallest(weight.abs() * squares.sqrt(), pattern, per_row=False)
+    scores, division = weight.abs() * squares.sqrt(), problem.division
+    mask = smallest(scores, pattern, per_row=False, division=division)
     known = hessian if bool(hessian.isfinite().all()) else squares.diag()
-    result = without_update(LayerProblem(weight, known, problem.name), mask)
+    result = without_update(
+        LayerProblem(weight, known, problem.name, divided=problem.divided), mask
+    )
     return Solution(result, "wanda mask" if by_wanda else "magnitude mask", failures)
 
 

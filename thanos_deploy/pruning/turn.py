@@ -3,11 +3,14 @@
 Afterwards every rank has every layer.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from thanos_deploy import methods
 from thanos_deploy.calibration.statistics import Statistics
@@ -19,11 +22,14 @@ from thanos_deploy.pattern import Pattern
 from thanos_deploy.pruning.jobs import Jobs, Rows
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedLayer
-from thanos_deploy.pruning.solution import Solution, aim, mask_only, solve
+from thanos_deploy.pruning.solution import aim, mask_only, solve
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.damping import Damping
-from thanos_deploy.solver.layer import Factor, LayerProblem, output_energy
+from thanos_deploy.solver.division import Division
+from thanos_deploy.solver.hessian import prepare
+from thanos_deploy.solver.layer import Factor, LayerProblem, Loss, fraction_lost
+from thanos_deploy.solver.triangular import Helpers
 
 # So much freed memory is worth the time that it takes to get it anew.
 _FREED_BYTES = 128 << 20
@@ -34,12 +40,12 @@ class _Solved:
     """What became of a job, but for the weights.
 
     Attributes:
-        energy: of the output that these rows aim at; 1 where the job is the whole layer.
-        relative_error, damping, solver, failures, seconds: see `PrunedLayer`.
+        energy, lost: see `Loss`.
+        damping, solver, failures, seconds: see `PrunedLayer`.
     """
 
     energy: float
-    relative_error: float
+    lost: float
     damping: float
     solver: str
     failures: tuple[str, ...]
@@ -69,18 +75,20 @@ def prune_turn(
     method, device = methods.load(recipe.method), visit.device
 
     def cut(linear: str, rows: int) -> Sequence[slice]:
-        if method.independent_rows(patterns[visit.prefix + linear], recipe.options):
+        if method.divisible(patterns[visit.prefix + linear], recipe.options):
             return spread.pieces(rows, device.type)
         return [slice(0, rows)]
 
     jobs = Jobs(visit, groups, cut)
+    divisions, helpers = jobs.divisions(), jobs.helpers()
     solved: dict[int, _Solved] = {}
     for number, group in enumerate(groups):
         seen = statistics.pop(group[0])
         # What glibc takes from the system would be beside what it has kept of freed memory.
         if 8 * seen.hessian.numel() > environment.HEAP_TENSOR_BYTES:
             environment.return_freed_memory()
-        solved |= _solve(visit, jobs.own(number), seen, patterns, recipe, products)
+        own = jobs.own_layers(number)
+        solved |= _solve(visit, own, divisions, helpers, seen, patterns, recipe, products)
         del seen
     environment.return_freed_memory(at_least=_FREED_BYTES)
     parts: dict[str, list[_Solved]] = {}
@@ -95,29 +103,41 @@ def prune_turn(
 
 def _solve(
     visit: Visit,
-    jobs: Mapping[int, Rows],
+    layers: Mapping[str, Mapping[int, Rows]],
+    divisions: Mapping[str, Division],
+    helpers: Helpers | None,
     statistics: Statistics,
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     products: torch.dtype,
 ) -> dict[int, _Solved]:
-    """Do the jobs of layers that read one input."""
+    """Do the jobs of layers that read one input, one layer after another."""
     method = methods.load(recipe.method)
     hessian, cross = statistics.hessian, statistics.cross
-    # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again.
-    again = len(jobs) > 1 or cross is not None
+    # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again, or if
+    # others have helped to make it.
+    again = len(layers) > 1 or cross is not None or helpers is not None
     factors: dict[tuple[float, str], Factor] | None = {} if again else None
-    linears = {rows.linear for rows in jobs.values()}
-    few = statistics.too_few if not linears.isdisjoint(visit.structure.routed) else ""
+    few = statistics.too_few if not visit.structure.routed.isdisjoint(layers) else ""
     if not statistics.mass:
         hessian = torch.eye(len(hessian), device=hessian.device)
+    damping = recipe.options if isinstance(recipe.options, Damping) else None
+    if helpers is not None and damping is not None and not few:
+        # Before any layer, of which others have other ones.
+        prepare(LayerProblem(hessian[:0], hessian, visit.prefix, factors), damping, helpers)
     solved = {}
-    for place, rows in jobs.items():
+    for linear, jobs in layers.items():
         started = time.perf_counter()
-        name = visit.prefix + rows.linear
-        whole = matrix(visit.block.get_submodule(rows.linear))
-        problem = LayerProblem(whole[rows.slice].float(), hessian, name, factors, products)
-        if few and isinstance(recipe.options, Damping):  # a method that updates by the Hessian
+        name = visit.prefix + linear
+        problem = LayerProblem(
+            _rows_of(matrix(visit.block.get_submodule(linear)), list(jobs.values())).float(),
+            hessian,
+            name,
+            factors,
+            products,
+            divisions[linear],
+        )
+        if few and damping is not None:  # a method that updates by the Hessian
             solution = mask_only(problem, patterns[name], (few,))
         else:
             aimed, failures = aim(problem, cross, recipe.walk.dense_target, recipe.options)
@@ -129,27 +149,28 @@ def _solve(
                 aimed=aimed,
                 failures=(few, *failures) if few and not statistics.mass else failures,
             )
-        energy = 1.0
-        if rows.stop - rows.start < len(whole):
-            energy = _energy(solution, problem)
-        visit.write(rows.linear, solution.result.weight, rows.slice)
-        solved[place] = _Solved(
-            energy=energy,
-            relative_error=solution.result.relative_error,
-            damping=solution.result.damping,
-            solver=solution.solver,
-            failures=solution.failures,
-            seconds=time.perf_counter() - started,
-        )
+        result = solution.result
+        for rows, run in zip(jobs.values(), problem.division.runs, strict=True):
+            visit.write(linear, result.weight[run], rows.slice)
+        seconds = time.perf_counter() - started
+        for place, loss in zip(jobs, result.losses, strict=True):
+            solved[place] = _Solved(
+                energy=loss.energy,
+                lost=loss.lost,
+                damping=result.damping,
+                solver=solution.solver,
+                failures=solution.failures,
+                seconds=seconds / len(jobs),
+            )
     return solved
 
 
-def _energy(solution: Solution, problem: LayerProblem) -> float:
-    """Energy of the output that some rows aim at; what is not finite counts for nothing."""
-    energy = solution.result.energy
-    if energy is None:
-        energy = output_energy(problem.weight, problem.hessian).sum().item()
-    return energy if abs(energy) < float("inf") else 0.0
+def _rows_of(weight: Tensor, jobs: Sequence[Rows]) -> Tensor:
+    """The rows of some jobs, row by row in memory; without a copy if they lie so."""
+    first, last = jobs[0], jobs[-1]
+    if all(one.stop == other.start for one, other in pairwise(jobs)):
+        return weight[first.start : last.stop].contiguous()
+    return torch.cat([weight[rows.slice] for rows in jobs])
 
 
 def _spread(visit: Visit, rows: Rows, owner: int) -> None:
@@ -167,11 +188,8 @@ def _report(visit: Visit, linear: str, pattern: Pattern, parts: Sequence[_Solved
     """The report of a layer from those of its jobs."""
     weight = matrix(visit.block.get_submodule(linear))
     verdict = judge(weight != 0, pattern)
-    error = parts[0].relative_error
-    if len(parts) > 1:
-        energy = sum(part.energy for part in parts)
-        lost = sum(part.relative_error * part.energy for part in parts)
-        error = lost / energy if energy else 0.0
+    # What is not finite counts for nothing.
+    losses = [Loss(part.energy, part.lost) for part in parts if math.isfinite(part.energy)]
     return PrunedLayer(
         name=visit.prefix + linear,
         rows=weight.shape[0],
@@ -179,7 +197,7 @@ def _report(visit: Visit, linear: str, pattern: Pattern, parts: Sequence[_Solved
         pattern=str(pattern),
         sparsity=verdict.sparsity,
         pattern_holds=verdict.holds,
-        relative_error=error,
+        relative_error=fraction_lost(losses),
         damping=max(part.damping for part in parts),
         # Where some rows could not be solved as the others were, it is theirs that is told.
         solver=max(parts, key=lambda part: len(part.failures)).solver,

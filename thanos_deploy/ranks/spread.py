@@ -36,10 +36,12 @@ class Job:
 
     Attributes:
         group: number of the group of layers that read one input, whose Hessian is factored first.
+        layer: number of the layer, of all layers whose turn it is.
         rows, cols: of what is solved.
     """
 
     group: int
+    layer: int
     rows: int
     cols: int
 
@@ -57,25 +59,51 @@ def job_cost(job: Job) -> float:
 
 
 def owners(jobs: Sequence[Job], ranks: int) -> tuple[int, ...]:
-    """The rank that solves each job; the largest jobs first, each to whoever ends it earliest.
+    """The rank that solves each job, so that all are done as early as this finds out.
 
-    A rank that has a job of a group factors the Hessian of that group once, for all of them.
+    Either each layer stays with one rank, or the runs of its rows go to several, which then all
+    factor its Hessian and ask each other for what they count. The second only if it ends earlier.
 
     Args:
         jobs: in any order.
         ranks: how many there are.
     """
+    layers: dict[int, list[int]] = {}
+    for number, job in enumerate(jobs):
+        layers.setdefault(job.layer, []).append(number)
+    whole, end_of_whole = _shared_out(jobs, list(layers.values()), ranks)
+    apart, end_of_apart = _shared_out(jobs, [[number] for number in range(len(jobs))], ranks)
+    return whole if end_of_whole <= end_of_apart else apart
+
+
+def _shared_out(
+    jobs: Sequence[Job], bundles: Sequence[Sequence[int]], ranks: int
+) -> tuple[tuple[int, ...], float]:
+    """The rank of each job, and when the last one ends: the largest go first.
+
+    Each goes to whoever ends it earliest. A rank that has a job of a group factors the Hessian of
+    that group once, for all of them.
+
+    Args:
+        jobs: all of them.
+        bundles: numbers of those, of one group each, that go together.
+        ranks: how many there are.
+    """
     busy = [0.0] * ranks
     factored: list[set[int]] = [set() for _ in range(ranks)]
     chosen = [0] * len(jobs)
-    for number in sorted(range(len(jobs)), key=lambda one: (-job_cost(jobs[one]), one)):
-        job = jobs[number]
+    costs = [sum(job_cost(jobs[number]) for number in bundle) for bundle in bundles]
+    for place in sorted(range(len(bundles)), key=lambda one: (-costs[one], one)):
+        first = jobs[bundles[place][0]]
         ends = [
-            spent + job_cost(job) + (0.0 if job.group in factored[rank] else factor_cost(job.cols))
+            spent
+            + costs[place]
+            + (0.0 if first.group in factored[rank] else factor_cost(first.cols))
             for rank, spent in enumerate(busy)
         ]
         rank = ends.index(min(ends))
         busy[rank] = ends[rank]
-        factored[rank].add(job.group)
-        chosen[number] = rank
-    return tuple(chosen)
+        factored[rank].add(first.group)
+        for number in bundles[place]:
+            chosen[number] = rank
+    return tuple(chosen), max(busy)

@@ -27,9 +27,6 @@ from thanos_deploy.ranks.watch import Watch
 _SECONDS = "THANOS_DEPLOY_CONNECT_SECONDS"
 _CONNECT = 60.0
 
-# And afterwards, as one may have to solve a wide layer: `watch` sees who has ended.
-_WORK = timedelta(days=7)
-
 # What `launch` has divided among the ranks of this machine, where the user had not said a number.
 ALL_THREADS = "THANOS_DEPLOY_ALL_THREADS"
 
@@ -159,7 +156,7 @@ def _meet(found: Place, ranks: Ranks) -> Watch:
             world_size=found.size,
             timeout=limit,
         )
-        dist.distributed_c10d._set_pg_timeout(_WORK)
+        dist.distributed_c10d._set_pg_timeout(group.WORK)
         return Watch(ranks, named.clone())  # type: ignore[attr-defined]  # missing in the stubs
     except (dist.DistError, RuntimeError, OSError) as error:
         if dist.is_initialized():

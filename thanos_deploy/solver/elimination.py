@@ -9,6 +9,7 @@ one is the least-squares fit on the inputs that stay.
 """
 
 import math
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,35 @@ class Elimination:
         """
         self.weight = weight.double()
         self.left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        V = H.V.double()
-        self._inverse = V.T @ V
+        self._V = H.V.double()
+        self._whole_inverse: Tensor | None = None
         # Of these the host reads nothing before it is asked, so that no removal waits for another.
         self._loss = self.weight.new_zeros(())
         self._solved = torch.ones((), dtype=torch.bool, device=weight.device)
+
+    @property
+    def _inverse(self) -> Tensor:
+        """A, float64[cols, cols]; as costly as anything here, so made when it is asked for."""
+        if self._whole_inverse is None:
+            self._whole_inverse = self._V.T @ self._V
+        return self._whole_inverse
+
+    def branch(self) -> "Elimination":
+        """A copy, from which other inputs may leave; A is made once for both."""
+        _ = self._inverse
+        return deepcopy(self)
+
+    def _rows(self, columns: Tensor) -> Tensor:
+        """Those of A; of few of them alone, if all inputs are still there."""
+        if self._whole_inverse is None:
+            return self._V[:, columns].T @ self._V
+        return self._whole_inverse[columns]
+
+    def _diagonal(self) -> Tensor:
+        """That of A."""
+        if self._whole_inverse is None:
+            return self._V.square().sum(dim=0)
+        return self._whole_inverse.diagonal()
 
     @property
     def loss(self) -> float:
@@ -62,7 +87,7 @@ class Elimination:
     def costs(self) -> Tensor:
         """What losing each single input would cost now; float64[cols], infinite for one gone."""
         energy = self.weight.square().sum(dim=0)
-        return torch.where(self.left, energy / self._inverse.diagonal(), math.inf)
+        return torch.where(self.left, energy / self._diagonal(), math.inf)
 
     def cost(self, columns: Tensor) -> float:
         """What losing these inputs together would cost now.
@@ -73,29 +98,35 @@ class Elimination:
         return float(self._cost(columns))
 
     def _cost(self, columns: Tensor) -> Tensor:
-        W = self.weight[:, columns]
-        return (self._solve(self._inverse[columns][:, columns], W.T) * W.T).sum()
+        return self._cost_by(self._inverse[columns][:, columns], self.weight[:, columns])
+
+    def _cost_by(self, A: Tensor, W: Tensor) -> Tensor:
+        return (self._solve(A, W.T) * W.T).sum()
 
     def _solve(self, positive: Tensor, right: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(positive)
         self._solved &= failed == 0
         return torch.cholesky_solve(right, lower)
 
-    def remove(self, columns: Tensor) -> None:
+    def remove(self, columns: Tensor, *, last: bool = False) -> None:
         """Take inputs away and refit the others.
 
         Args:
             columns: int64[count].
+            last: no other input will be priced or taken away, so A is not kept up.
         """
-        W, A = self.weight[:, columns], self._inverse[columns]
+        W = self.weight[:, columns]
+        A = self._rows(columns) if last else self._inverse[columns]
         shared = self._solve(A[:, columns], A)  # A_gg^-1 A_g, float64[count, cols]
-        self._loss = self._loss + self._cost(columns)
+        self._loss = self._loss + self._cost_by(A[:, columns], W)
         self.weight = self.weight - W @ shared
-        self._inverse = self._inverse - A.T @ shared
         self.left.index_fill_(0, columns, False)
         # What is zero but for rounding; an identity keeps the rest of the algebra as it is.
         gone = ~self.left
         self.weight.masked_fill_(gone, 0.0)
+        if last:
+            return
+        self._whole_inverse = self._inverse - A.T @ shared
         self._inverse.masked_fill_(gone[:, None], 0.0).masked_fill_(gone, 0.0)
         self._inverse.diagonal().masked_fill_(gone, 1.0)
 
@@ -115,12 +146,12 @@ class Elimination:
         return nn.functional.pad(rows.square().sum(dim=1).cumsum(dim=0), (1, 0))
 
     def drop_channels(self, count: int) -> None:
-        """Remove single inputs, the cheapest at this moment, until so many are left.
+        """Remove single inputs, the cheapest at this moment, until so many are left, and end.
 
         Raises:
             HessianError: see `require_solved`.
         """
-        self.remove(cheapest(self.costs(), int(self.left.sum()) - count))
+        self.remove(cheapest(self.costs(), int(self.left.sum()) - count), last=True)
         self.require_solved()
 
     def drop_heads(self, there: tuple[int, int], *, keep: tuple[int, int]) -> Tensor:

@@ -7,23 +7,24 @@ diagonal are wanted, which are the inverses of V's, so only V is kept.
 """
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from thanos_deploy.errors import HessianError
 from thanos_deploy.solver.damping import DEFAULT, Damping
+from thanos_deploy.solver.division import Division
 from thanos_deploy.solver.layer import Factor, LayerProblem
-from thanos_deploy.solver.triangular import cholesky_, invert_, narrow_, turn_
-
-# Rows to look at together where a copy of all would take memory for nothing.
-_ROWS = 64
+from thanos_deploy.solver.triangular import Helpers, cholesky_, invert_, narrow_, turn_
 
 # A Hessian that is not numerically positive definite is damped ten times harder, so often at most.
 _RETRIES = 4
 
 
-def factor(problem: LayerProblem, damping: Damping = DEFAULT) -> Factor:
+def factor(
+    problem: LayerProblem, damping: Damping = DEFAULT, helpers: Helpers | None = None
+) -> Factor:
     """Damp and factor a layer's Hessian, in float64; once for all layers that share `factors`.
 
     Inputs that calibration never saw have a zero row and column in H; damping gives them a
@@ -32,20 +33,39 @@ def factor(problem: LayerProblem, damping: Damping = DEFAULT) -> Factor:
     Args:
         problem: the layer.
         damping: what is added to the diagonal.
+        helpers: who calls this for the same Hessian now; None for nobody.
 
     Raises:
         HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
     """
-    _require_finite(problem, "weight", problem.weight)
+    require_finite_weight(problem)
+    return _factor_once(problem, damping, helpers)
+
+
+def prepare(problem: LayerProblem, damping: Damping, helpers: Helpers) -> None:
+    """Factor a Hessian together with all others who need it, and keep it in the `factors`.
+
+    If it cannot be factored, nothing is kept, and `factor` says why.
+
+    Args:
+        problem: a layer that reads the input; of its weight only the dtype matters.
+        damping: see `factor`.
+        helpers: who calls this for the same Hessian now.
+    """
+    with suppress(HessianError):
+        _factor_once(problem, damping, helpers)
+
+
+def _factor_once(problem: LayerProblem, damping: Damping, helpers: Helpers | None) -> Factor:
     kept = {} if problem.factors is None else problem.factors
     key = damping.damping, damping.damping_mode
     if key not in kept:
-        _require_finite(problem, "Hessian", problem.hessian)
-        kept[key] = _factor(problem, *key)
+        _require_finite(problem, "Hessian", problem.hessian, Division.whole(len(problem.hessian)))
+        kept[key] = _factor(problem, *key, helpers)
     return kept[key]
 
 
-def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
+def _factor(problem: LayerProblem, damping: float, mode: str, helpers: Helpers | None) -> Factor:
     H, dtype = problem.hessian, problem.weight.dtype
     diagonal = H.diagonal().double()
     alive = diagonal > 0
@@ -68,7 +88,7 @@ def _factor(problem: LayerProblem, damping: float, mode: str) -> Factor:
         reverse.diagonal().copy_(damped.flip(0))
         lower = cholesky_(reverse)
         if lower is not None:
-            invert_(lower)
+            invert_(lower, helpers)
             return Factor(damped.to(dtype), narrow_(turn_(lower.mT), dtype).mT, used)
     raise HessianError(
         f"{problem.name}: the Hessian of {len(H)} inputs is not positive definite, even with "
@@ -83,17 +103,24 @@ def require_finite(problem: LayerProblem) -> None:
     Raises:
         HessianError: it has; the message says where and how many.
     """
-    _require_finite(problem, "weight", problem.weight)
-    _require_finite(problem, "Hessian", problem.hessian)
+    require_finite_weight(problem)
+    _require_finite(problem, "Hessian", problem.hessian, Division.whole(len(problem.hessian)))
 
 
-def _require_finite(problem: LayerProblem, what: str, tensor: Tensor) -> None:
-    # A part at a time: what torch needs beside it to look takes as much memory as it.
-    parts = torch.split(tensor, _ROWS)
-    bad = int(sum(torch.count_nonzero(~part.isfinite()) for part in parts))
-    if bad:
+def require_finite_weight(problem: LayerProblem) -> None:
+    """Refuse a layer whose weight has NaN or infinite entries, whoever has these rows.
+
+    Raises:
+        HessianError: it has; the message says where and how many.
+    """
+    _require_finite(problem, "weight", problem.weight, problem.division)
+
+
+def _require_finite(problem: LayerProblem, what: str, tensor: Tensor, division: Division) -> None:
+    if bad := division.not_finite(tensor):
         raise HessianError(
-            f"{problem.name}: {bad} of {tensor.numel()} entries of the {what} are NaN or infinite",
+            f"{problem.name}: {bad} of {division.rows * tensor.shape[1]} entries of the {what} are "
+            "NaN or infinite",
             fix="check the checkpoint for NaN; if it is clean, use other calibration text",
         )
 
@@ -121,5 +148,6 @@ def retarget(
         HessianError: see `factor`.
     """
     V = factor(problem, damping).V
-    missing = problem.weight @ (cross - problem.hessian)
-    return problem.weight + fraction * (missing @ V.T @ V)
+    product = problem.division.product
+    missing = product(problem.weight, cross - problem.hessian)
+    return problem.weight + fraction * product(product(missing, V.T), V)

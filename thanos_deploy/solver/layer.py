@@ -1,9 +1,12 @@
 """One linear layer as a pruning problem, and its solution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from thanos_deploy.solver.division import Division
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +64,9 @@ class LayerProblem:
             that read the same input; None if nobody else will ask for them.
         products: what a solver's steps may round the factors of their products to where that is
             faster: bfloat16 where the statistics are of bfloat16 numbers, float32 for not at all.
+        divided: how the rows of the layer are divided, where `weight` has only some of them, or has
+            them in runs; None for a layer as a whole. Only a method whose `divisible` says so gets
+            such a problem.
     """
 
     weight: Tensor
@@ -68,6 +74,31 @@ class LayerProblem:
     name: str
     factors: dict[tuple[float, str], Factor] | None = None
     products: torch.dtype = torch.float32
+    divided: Division | None = None
+
+    @property
+    def division(self) -> Division:
+        """How the rows of the layer are divided."""
+        return Division.whole(len(self.weight)) if self.divided is None else self.divided
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What the outputs of some rows lose.
+
+    Attributes:
+        energy: ||W X||^2 of these rows.
+        lost: ||(W' - W) X||^2 of them.
+    """
+
+    energy: float
+    lost: float
+
+
+def fraction_lost(losses: Sequence[Loss]) -> float:
+    """The fraction of the output's energy that is lost; 0 of an output that is zero everywhere."""
+    energy = sum(one.energy for one in losses)
+    return sum(one.lost for one in losses) / energy if energy > 0.0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,17 +108,45 @@ class LayerResult:
     Attributes:
         weight: float32[rows, cols]; exactly +0.0 wherever `mask` is True.
         mask: bool[rows, cols]; True = removed.
-        relative_error: fraction of the output's energy that changed, see `relative_error`.
+        losses: of each run of rows, see `LayerProblem.divided`.
         damping: fraction that was added to the Hessian's diagonal to factor it; 0 where the
             method factors nothing.
-        energy: of the output, which `relative_error` is a fraction of; None where it is not known.
     """
 
     weight: Tensor
     mask: Tensor
-    relative_error: float
+    losses: tuple[Loss, ...]
     damping: float
-    energy: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        problem: LayerProblem,
+        weight: Tensor,
+        mask: Tensor,
+        *,
+        damping: float = 0.0,
+        energy: Tensor | None = None,
+    ) -> "LayerResult":
+        """With what the layer loses.
+
+        Args:
+            problem: the layer.
+            weight, mask, damping: see the class.
+            energy: `output_energy` of the layer, where it is known.
+        """
+        if energy is None:
+            energy = output_energy(problem.weight, problem.hessian, problem.division)
+        lost = output_energy(weight - problem.weight, problem.hessian, problem.division)
+        losses = (
+            Loss(energy[run].sum().item(), lost[run].sum().item()) for run in problem.division.runs
+        )
+        return cls(weight, mask, tuple(losses), damping)
+
+    @property
+    def relative_error(self) -> float:
+        """The fraction of the output's energy that is lost, see `relative_error`."""
+        return fraction_lost(self.losses)
 
 
 def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:
@@ -97,19 +156,16 @@ def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:
         problem: the layer.
         mask: bool[rows, cols], True = removed.
     """
-    weight = torch.where(mask, 0.0, problem.weight)
-    error = relative_error(problem.weight, weight, problem.hessian)
-    return LayerResult(weight, mask, error, damping=0.0)
+    return LayerResult.of(problem, torch.where(mask, 0.0, problem.weight), mask)
 
 
-def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+def output_energy(weight: Tensor, hessian: Tensor, division: Division | None = None) -> Tensor:
     """||W_i X||^2 of every row; [rows]."""
-    return (weight @ hessian).mul_(weight).sum(dim=1)
+    product = weight @ hessian if division is None else division.product(weight, hessian)
+    return product.mul_(weight).sum(dim=1)
 
 
-def relative_error(
-    before: Tensor, after: Tensor, hessian: Tensor, *, energy: Tensor | None = None
-) -> float:
+def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
     """||(after - before) X||_F^2 / ||before X||_F^2, from the undamped X X^T.
 
     A layer whose output is zero on all calibration tokens cannot lose anything: its error is 0.
@@ -118,7 +174,6 @@ def relative_error(
         before: float32[rows, cols].
         after: float32[rows, cols].
         hessian: float32[cols, cols], any positive scale.
-        energy: `output_energy` of `before`, where it is known.
     """
-    whole = (output_energy(before, hessian) if energy is None else energy).sum().item()
+    whole = output_energy(before, hessian).sum().item()
     return output_energy(after - before, hessian).sum().item() / whole if whole > 0.0 else 0.0

@@ -1,13 +1,18 @@
 """Choose the weights to remove from their scores: exact counts, and one rule for ties."""
 
 import math
-from dataclasses import dataclass
+from itertools import combinations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
+from thanos_deploy.solver.division import Division
+from thanos_deploy.solver.threshold import threshold
+
+# A processor compares all scores of so small a group with each other in less time than it sorts
+# them; a GPU has the sort in fewer launches.
+_COUNTED = 8
 
 
 def removed_count(fraction: float, entries: int) -> int:
@@ -15,13 +20,17 @@ def removed_count(fraction: float, entries: int) -> int:
     return min(entries, math.floor(fraction * entries + 1e-6))
 
 
-def smallest(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
+def smallest(
+    scores: Tensor, pattern: Pattern, *, per_row: bool, division: Division | None = None
+) -> Tensor:
     """Mark the smallest scores as a pattern has it; of a structured one, the smallest column means.
 
     Args:
         scores: [rows, cols], finite.
         pattern: what to remove.
         per_row: an unstructured fraction goes from every row alike, not from the whole matrix.
+        division: how the rows of the matrix are divided, where some are elsewhere; not for a
+            structured pattern.
 
     Returns:
         bool[rows, cols], True = removed.
@@ -30,7 +39,9 @@ def smallest(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
         case Unstructured(sparsity) if per_row:
             return smallest_in_rows(scores, removed_count(sparsity, scores.shape[1]))
         case Unstructured(sparsity):
-            return smallest_in_matrix(scores, removed_count(sparsity, scores.numel()))
+            rows = len(scores) if division is None else division.rows
+            count = removed_count(sparsity, rows * scores.shape[1])
+            return smallest_in_matrix(scores, count, division)
         case SemiStructured(kept, group):
             return smallest_in_groups(scores, kept, group)
         case Structured(sparsity):
@@ -50,7 +61,20 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
         bool[rows, cols], True = removed.
     """
     grouped = scores.reshape(scores.shape[0], -1, group)
+    if scores.device.type == "cpu" and group <= _COUNTED:
+        return (_before_it(grouped) < group - kept).reshape(scores.shape)
     return smallest_in_rows(grouped, group - kept).reshape(scores.shape)
+
+
+def _before_it(grouped: Tensor) -> Tensor:
+    """How many scores of a group go before each: smaller ones, and equal ones of lower columns."""
+    columns = grouped.unbind(dim=-1)
+    before = [torch.zeros_like(one, dtype=torch.uint8) for one in columns]
+    for left, right in combinations(range(len(columns)), 2):
+        first = columns[left] <= columns[right]
+        before[right] += first
+        before[left] += ~first
+    return torch.stack(before, dim=-1)
 
 
 def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
@@ -67,95 +91,20 @@ def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
     return mask.scatter_(-1, order[..., :count], True)
 
 
-def smallest_in_matrix(scores: Tensor, count: int) -> Tensor:
+def smallest_in_matrix(scores: Tensor, count: int, division: Division | None = None) -> Tensor:
     """Mark the `count` smallest scores of the whole matrix.
 
     Equal scores go in column order, then in row order.
 
     Args:
         scores: [rows, cols], finite.
+        count: of the whole matrix.
+        division: see `threshold`.
 
     Returns:
         bool[rows, cols] with exactly `count` True.
     """
-    return threshold(scores, count).mark(scores)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Threshold:
-    """Which scores of a matrix go: those below a value, and some of those that are equal to it.
-
-    Attributes:
-        value: a scalar.
-        ties: how many of the equal ones go, in column order, then in row order; a number or a
-            scalar, on the device of the scores.
-    """
-
-    value: Tensor
-    ties: int | Tensor
-
-    def mark(self, scores: Tensor) -> Tensor:
-        """Mark what goes from the whole matrix, or from its first columns.
-
-        Args:
-            scores: [rows, cols].
-
-        Returns:
-            bool[rows, cols], True = removed.
-        """
-        equal = (scores == self.value).T  # transposed, so that counting runs down the columns
-        rank = equal.flatten().cumsum(dim=0).reshape(equal.shape)
-        return (scores < self.value) | (equal & (rank <= self.ties)).T
-
-
-def threshold(scores: Tensor, count: int | Tensor) -> Threshold:
-    """What parts the `count` smallest scores of a matrix from the others.
-
-    Args:
-        scores: [rows, cols], finite and without a sign, not even that of -0.0.
-        count: from 0 to the number of scores; as a scalar on the device of the scores it is never
-            read by the host.
-    """
-    if scores.device.type != "cpu":
-        value = kth_smallest(scores, count)
-        return Threshold(value, count - (scores < value).sum())
-    # NumPy's selection takes a tenth of the time of torch's.
-    count = int(count)
-    if count == 0:
-        return Threshold(scores.new_tensor(-math.inf), 0)
-    parted = scores.numpy().flatten()
-    parted.partition(count - 1)
-    value = scores.new_tensor(parted[count - 1])
-    below = int(np.count_nonzero(parted[:count] < parted[count - 1]))
-    return Threshold(value, count - below)
-
-
-# Integers of the same size.
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def kth_smallest(scores: Tensor, count: int | Tensor) -> Tensor:
-    """The `count`-th smallest score, from 1 on; 0.0 for `count` 0. Exact, and without host reads.
-
-    Numbers without a sign are in the order of their bits read as an integer. So the value is found
-    bit by bit from the highest down: a bit is set if fewer than `count` scores lie below what it
-    makes of the value. For float32 that is 31 counts, each of which moves 6 bytes a score (4 read,
-    the comparison written and read): 186 in all, less than a radix sort with its 64-bit indices
-    (four passes that read and write 12), and nothing is kept but one comparison.
-
-    Args:
-        scores: float32 or float64, of any shape, finite and without a sign.
-        count: a number, or a scalar on the device of the scores.
-
-    Returns:
-        a scalar on the device of the scores.
-    """
-    bits = scores.view(_BITS[scores.dtype])
-    value = torch.zeros((), dtype=bits.dtype, device=bits.device)
-    for bit in reversed(range(8 * scores.itemsize - 1)):
-        higher = value + (1 << bit)
-        value = torch.where((bits < higher).sum() < count, higher, value)
-    return value.view(scores.dtype)
+    return threshold(scores, count, division).mark(scores)
 
 
 def cheapest(scores: Tensor, count: int) -> Tensor:

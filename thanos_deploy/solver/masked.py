@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.machine.precision import products_in
+from thanos_deploy.solver.division import Division
 
 # Relative residual, in the preconditioned norm, at which a row counts as solved. The loss is
 # quadratic in it: the float32 value costs about 1e-8 of the loss, less than rounding does.
@@ -69,6 +70,7 @@ def solve_masked(
     tolerance: float | None = None,
     products: torch.dtype = torch.float32,
     unsolved: Tensor | None = None,
+    division: Division | None = None,
 ) -> Tensor:
     """For every row, the d with d = -w on the mask that minimises d S d^T.
 
@@ -89,6 +91,7 @@ def solve_masked(
             change from `start` that is rounded, which another step makes up for in less time.
         unsolved: int64, a scalar on the device, to which the rows are added that were not solved
             in so many steps.
+        division: how the rows are divided; None for one run of them.
 
     Returns:
         [rows, B], exactly -w on the mask.
@@ -101,7 +104,8 @@ def solve_masked(
     steps = 2 * w.shape[1] if steps is None else steps
     result = torch.empty_like(w)
     together = max(1, entries_together(w.device) // w.shape[1])
-    for rows in (slice(at, at + together) for at in range(0, len(w), together)):
+    division = Division.whole(len(w)) if division is None else division
+    for rows in division.pieces(together):
         keep = (~mask[rows]).to(w.dtype)
         fixed = w[rows] * (keep - 1.0)
         d = (fixed if start is None else fixed + start[rows] * keep).div(unit)

@@ -38,6 +38,7 @@ from thanos_deploy.solver.damping import Damping, DampingMode
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor, retarget
 from thanos_deploy.solver.layer import LayerProblem
+from thanos_deploy.solver.threshold import threshold
 
 CUDA = torch.device("cuda")
 PATTERNS: tuple[Pattern, ...] = (SemiStructured(2, 4), Unstructured(0.5), Structured(0.3))
@@ -130,7 +131,7 @@ def test_outlier_rows_stay_there(fake_cuda: FakeCuda) -> None:
 def test_the_host_does_not_read_a_threshold(fake_cuda: FakeCuda) -> None:
     scores = torch.rand(30, 40, device=CUDA)
     budget = torch.tensor(500, device=CUDA)
-    mask = masks.threshold(scores, budget).mark(scores[:, :8])
+    mask = threshold(scores, budget).mark(scores[:, :8])
     assert mask.is_cuda
     assert mask.shape == (30, 8)
     assert fake_cuda.reads == 0

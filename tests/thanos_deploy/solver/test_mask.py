@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,32 +28,6 @@ def test_counts_are_exact_with_ties_and_ties_go_in_column_order(
     assert torch.equal(mask, expected)
 
 
-# Small matrices with many equal scores, and how many of those are removed.
-with_ties = given(
-    rows=st.integers(1, 9),
-    cols=st.integers(1, 12),
-    fraction=st.floats(0.0, 1.0),
-    levels=st.integers(1, 50),
-    seed=st.integers(0, 2**31),
-)
-
-
-@settings(deadline=None, max_examples=40)
-@with_ties
-def test_the_first_columns_are_marked_as_they_are_in_the_whole_matrix(
-    rows: int, cols: int, fraction: float, levels: int, seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (rows, cols), generator=g).float() / 10
-    count = masks.removed_count(fraction, rows * cols)
-    threshold = masks.threshold(scores, count)
-    if count:
-        assert threshold.value == scores.flatten().sort().values[count - 1]
-    whole = masks.smallest_in_matrix(scores, count)
-    for columns in range(cols + 1):
-        assert torch.equal(threshold.mark(scores[:, :columns]), whole[:, :columns])
-
-
 @pytest.mark.slow
 def test_counts_above_two_to_the_24_are_exact() -> None:
     entries = (1 << 24) + 4097
@@ -63,6 +36,27 @@ def test_counts_above_two_to_the_24_are_exact() -> None:
     scores[:, -1] = 1.0
     count = 4097 * 4095 + 5
     assert int(masks.smallest_in_matrix(scores, count).sum()) == count
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.sampled_from([(2, 4), (4, 8), (1, 4), (0, 2), (3, 3), (5, 12)]),
+    groups=st.integers(1, 5),
+    levels=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+)
+def test_a_group_loses_its_smallest_and_of_equal_ones_the_lower_columns(
+    shape: tuple[int, int], groups: int, levels: int, seed: int
+) -> None:
+    kept, group = shape
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (3, groups * group), generator=g).float()
+    expected = [
+        sorted(range(group), key=lambda column: (one[column].item(), column))[: group - kept]
+        for one in scores.reshape(-1, group)
+    ]
+    mask = masks.smallest_in_groups(scores, kept, group).reshape(-1, group)
+    assert [one.nonzero().flatten().tolist() for one in mask] == [sorted(one) for one in expected]
 
 
 def test_equal_scores_in_a_group_remove_the_lower_columns() -> None:
@@ -74,42 +68,6 @@ def test_smallest_columns_go_in_column_order_when_equal() -> None:
     assert masks.smallest_columns(torch.tensor([2.0, 1.0, 1.0, 1.0]), 2).tolist() == [
         *(False, True, True, False)
     ]
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    values=st.lists(
-        st.one_of(
-            st.floats(0.0, width=32, allow_infinity=False),
-            st.sampled_from([0.0, 1.0, 2.0**-149, 2.0**-126, 1.5]),
-        ),
-        min_size=1,
-        max_size=40,
-    ),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    data=st.data(),
-)
-def test_the_kth_smallest_is_that_of_numpy(
-    values: list[float], dtype: torch.dtype, data: st.DataObject
-) -> None:
-    scores = torch.tensor(values, dtype=dtype).abs()  # no -0.0
-    count = data.draw(st.integers(1, len(values)))
-    found = masks.kth_smallest(scores, torch.tensor(count))
-    assert found.dtype == dtype
-    assert found.item() == np.partition(scores.numpy(), count - 1)[count - 1]
-
-
-@settings(deadline=None, max_examples=40)
-@with_ties
-def test_a_gpu_marks_what_a_processor_marks(
-    rows: int, cols: int, fraction: float, levels: int, seed: int
-) -> None:
-    scores = torch.randint(levels, (rows, cols), generator=torch.Generator().manual_seed(seed)) / 10
-    count = masks.removed_count(fraction, rows * cols)
-    value = masks.kth_smallest(scores, count)
-    ties = torch.tensor(count) - torch.count_nonzero(scores < value)
-    found = masks.Threshold(value, ties).mark(scores)
-    assert torch.equal(found, masks.smallest_in_matrix(scores, count))
 
 
 def test_the_cheapest_are_the_smallest_columns() -> None:

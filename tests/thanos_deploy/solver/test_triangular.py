@@ -1,3 +1,7 @@
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
+
 import pytest
 import torch
 
@@ -22,6 +26,38 @@ def test_factor_and_inverse_take_the_memory_of_the_matrix(n: int) -> None:
     invert_(lower)
     assert torch.equal(lower, lower.tril())
     torch.testing.assert_close(lower @ factor, torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_helpers_change_no_bit_of_an_inverse(size: int) -> None:
+    lower = cholesky_(symmetric(1100))
+    assert lower is not None
+    alone = lower.clone()
+    invert_(alone)
+    told: dict[int, torch.Tensor] = {}
+    barrier = Barrier(size)
+
+    @dataclass(frozen=True)
+    class Helper:
+        rank: int
+        size: int
+
+        def spread(self, tensor: torch.Tensor, source: int) -> None:
+            assert tensor.is_contiguous()
+            told[self.rank] = tensor
+            barrier.wait(60)
+            made = told[source].clone()
+            barrier.wait(60)
+            tensor.copy_(made)
+
+    def invert(rank: int) -> torch.Tensor:
+        own = lower.clone()
+        invert_(own, Helper(rank, size))
+        return own
+
+    with ThreadPoolExecutor(size) as pool:
+        for inverse in pool.map(invert, range(size)):
+            assert torch.equal(inverse, alone)
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 129, 131, 200])

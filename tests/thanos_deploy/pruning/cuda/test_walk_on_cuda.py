@@ -30,6 +30,7 @@ from thanos_deploy.shrink.cut import shrink
 from thanos_deploy.shrink.options import Fit, Sizing
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver import mask as masks
+from thanos_deploy.solver.threshold import kth_smallest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -259,7 +260,7 @@ def test_what_is_left_is_trained_there(dense: Checkpoint, tmp_path: Path) -> Non
 def test_a_threshold_found_there_is_that_of_numpy(values: list[float], data: st.DataObject) -> None:
     scores = torch.tensor(values).abs()
     count = data.draw(st.integers(1, len(values)))
-    found = masks.kth_smallest(scores.to(CUDA), torch.tensor(count, device=CUDA))
+    found = kth_smallest(scores.to(CUDA), torch.tensor(count, device=CUDA))
     assert found.item() == np.partition(scores.numpy(), count - 1)[count - 1]
     matrix = scores[None]
     assert torch.equal(
