@@ -34,13 +34,15 @@ from thanos_deploy.model.linear import keep_outputs
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import experts
 from thanos_deploy.shrink.options import Fit
-from thanos_deploy.shrink.refit import RefittedLayer
+from thanos_deploy.shrink.refit import RefittedLayer, spread
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Plan
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
+from thanos_deploy.solver.layer import Factor
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +214,21 @@ class _Cutter:
                 self._aim(group)
 
     def _aim(self, group: tuple[str, ...]) -> None:
-        """Bring the outputs of layers that lose no input nearer to the dense model's."""
-        statistics = self._collect(group[0])
-        with self._visit.clock.measure("solve"):
-            for name in group:
-                layer = RefittedLayer(self._visit, name, statistics, self._fit.dense_target)
+        """Bring the outputs of layers that lose no input nearer to the dense model's.
+
+        Each by the rank that it falls to.
+        """
+        statistics, visit, ranks = self._collect(group[0]), self._visit, current()
+        factors: dict[bool, dict[tuple[float, str], Factor]] = {True: {}, False: {}}
+        with visit.clock.measure("solve"):
+            for name in group[ranks.rank :: ranks.size]:
+                biased = getattr(visit.block.get_submodule(name), "bias", None) is not None
+                target = self._fit.dense_target
+                layer = RefittedLayer(visit, name, statistics, target, factors[biased])
                 weight = layer.problem.weight
                 layer.write(weight, torch.ones_like(weight[0], dtype=torch.bool))
+            for number, name in enumerate(group):
+                spread(visit, name, number % ranks.size)
 
     def _cut_heads(self, size: int) -> None:
         heads, before, after = self._family.heads, self._before, self._after
@@ -249,7 +259,7 @@ class _Cutter:
         statistics = self._collect(name)
         with self._visit.clock.measure("solve"):
             layer = RefittedLayer(self._visit, name, statistics, self._fit.dense_target)
-            factored = factor(layer.problem, self._fit)
+            factored = factor(layer.problem, self._fit, current())
             self.damping = max(self.damping, factored.damping)
             return layer, Elimination(layer.problem.weight, factored)
 

@@ -17,10 +17,12 @@ number stays in every expert of every block.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.calibration.blocks import collect, collect_norms
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
@@ -31,8 +33,9 @@ from thanos_deploy.model.experts import Expert, SeparateExperts
 from thanos_deploy.model.families import Experts
 from thanos_deploy.model.linear import keep_outputs, matrix, replace
 from thanos_deploy.model.widths import Widths
+from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink.options import Fit, Part, Sizing
-from thanos_deploy.shrink.refit import RefittedLayer
+from thanos_deploy.shrink.refit import RefittedLayer, spread
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.steps import channel_steps
 from thanos_deploy.solver.elimination import Elimination
@@ -180,6 +183,23 @@ def _keep(visit: Visit, names: Experts, found: Sequence[Statistics], count: int)
     return tuple(kept)
 
 
+@dataclass(frozen=True, slots=True)
+class _Narrowed:
+    """What became of one expert, but for its weights.
+
+    Attributes:
+        kept: the channels that stay.
+        error: relative error of the layer that reads them.
+        damping: that was used.
+        unfitted: why it was not refitted; empty if it was.
+    """
+
+    kept: tuple[int, ...]
+    error: float
+    damping: float
+    unfitted: str
+
+
 class _Narrower:
     """Cuts channels out of every expert of a block.
 
@@ -197,38 +217,53 @@ class _Narrower:
         self.error = self.damping = 0.0
 
     def run(self) -> None:
-        """Expert by expert; what one reads does not depend on another one."""
-        visit, names = self._visit, self._names
+        """Expert by expert, each by a rank of its own: none reads what another one gives."""
+        visit, names, ranks = self._visit, self._names, current()
         consumers = {names.consumer(number) for number in range(len(_experts(visit, names)))}
         inputs = {
             name: matrix(visit.block.get_submodule(name)).shape[1]
             for name in visit.structure.linears
             if name in consumers
         }
-        number = 0
         for turn in turns(visit.structure, inputs, true_sequential=True):
             with visit.clock.measure("collect"):
                 statistics = collect(visit.walk, [name for (name,) in turn])
             with visit.clock.measure("solve"):
-                for (name,) in turn:
-                    self._cut(number, name, statistics.pop(name))
-                    number += 1
+                mine = [name for (name,) in turn[ranks.rank :: ranks.size]]
+                statistics = {name: statistics[name] for name in mine}
+                own = {name: encode(self._fitted(name, statistics.pop(name))) for name in mine}
+                said = {name: one for of_rank in ranks.gather(own) for name, one in of_rank.items()}
+                for place, (name,) in enumerate(turn):
+                    self._take(name, decode(_Narrowed, said[name]), place % ranks.size)
 
-    def _cut(self, number: int, consumer: str, statistics: Statistics) -> None:
+    def _take(self, consumer: str, narrowed: "_Narrowed", owner: int) -> None:
+        """Go on with what one rank has made of an expert, on all ranks."""
+        visit, number = self._visit, len(self.channels)
+        kept = torch.tensor(narrowed.kept, device=visit.device)
+        if owner != current().rank:
+            layer = visit.block.get_submodule(consumer)
+            replace(layer, matrix(layer)[:, kept], getattr(layer, "bias", None))
+        spread(visit, consumer, owner)
+        for producer in self._names.producers(number):
+            keep_outputs(visit.block.get_submodule(producer), kept)
+        self.channels.append(narrowed.kept)
+        if narrowed.unfitted:
+            self.unfitted[visit.prefix + consumer] = narrowed.unfitted
+        self.error = max(self.error, narrowed.error)
+        self.damping = max(self.damping, narrowed.damping)
+
+    def _fitted(self, consumer: str, statistics: Statistics) -> "_Narrowed":
+        """Cut an expert's channels out of the layer that reads them, and fit what is left."""
         if why := statistics.too_few:
             kept = self._without_fit(consumer, statistics)
-            self.unfitted[self._visit.prefix + consumer] = why
-        else:
-            layer = RefittedLayer(self._visit, consumer, statistics)
-            factored = factor(layer.problem, self._fit)
-            fitted = Elimination(layer.problem.weight, factored)
-            fitted.drop_channels(self._left)
-            kept = fitted.left.nonzero().flatten()
-            self.error = max(self.error, layer.write(fitted.weight, fitted.left))
-            self.damping = max(self.damping, factored.damping)
-        for producer in self._names.producers(number):
-            keep_outputs(self._visit.block.get_submodule(producer), kept)
-        self.channels.append(tuple(kept.tolist()))
+            return _Narrowed(tuple(kept.tolist()), 0.0, 0.0, why)
+        layer = RefittedLayer(self._visit, consumer, statistics)
+        factored = factor(layer.problem, self._fit)
+        fitted = Elimination(layer.problem.weight, factored)
+        fitted.drop_channels(self._left)
+        error = layer.write(fitted.weight, fitted.left)
+        kept = fitted.left.nonzero().flatten()
+        return _Narrowed(tuple(kept.tolist()), error, factored.damping, "")
 
     def _without_fit(self, consumer: str, statistics: Statistics) -> Tensor:
         """Keep the channels with the most energy of weight times input, as Wanda scores them."""

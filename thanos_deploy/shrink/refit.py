@@ -7,8 +7,9 @@ from torch import Tensor
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Visit
 from thanos_deploy.model.linear import matrix, replace
+from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.hessian import retarget
-from thanos_deploy.solver.layer import LayerProblem, relative_error
+from thanos_deploy.solver.layer import Factor, LayerProblem, relative_error
 
 
 class RefittedLayer:
@@ -20,7 +21,12 @@ class RefittedLayer:
     """
 
     def __init__(
-        self, visit: Visit, name: str, statistics: Statistics, dense_target: float = 0.0
+        self,
+        visit: Visit,
+        name: str,
+        statistics: Statistics,
+        dense_target: float = 0.0,
+        factors: dict[tuple[float, str], Factor] | None = None,
     ) -> None:
         """Begin with the layer as it is.
 
@@ -30,13 +36,14 @@ class RefittedLayer:
             statistics: of its input.
             dense_target: how far it aims at the output that it has in the dense model; see
                 `hessian.retarget`.
+            factors: see `LayerProblem`; of layers with a bias, or of layers without.
         """
         self._visit, self._name = visit, name
         self._layer = visit.block.get_submodule(name)
         self._bias = getattr(self._layer, "bias", None)
         used = statistics if self._bias is None else statistics.centred()
         weight = matrix(self._layer).double()
-        problem = LayerProblem(weight, used.hessian.double(), visit.prefix + name)
+        problem = LayerProblem(weight, used.hessian.double(), visit.prefix + name, factors)
         self._mean = wanted = statistics.total.double() / statistics.mass
         if used.cross is not None:
             assert statistics.dense_total is not None
@@ -61,3 +68,21 @@ class RefittedLayer:
             bias = self._visit.stored(f"{self._name}.bias", self._bias + change.float()).float()
         replace(self._layer, rounded[:, left].float(), bias)
         return relative_error(self.problem.weight, rounded.double(), self.problem.hessian)
+
+
+def spread(visit: Visit, name: str, owner: int) -> None:
+    """Give all ranks the weight and the bias of a layer that one of them has refitted.
+
+    Args:
+        visit: the block.
+        name: of the layer, seen from the block; of the same shape on all ranks.
+        owner: whose.
+    """
+    if current().size == 1:
+        return
+    layer = visit.block.get_submodule(name)
+    weight, bias = matrix(layer).contiguous(), getattr(layer, "bias", None)
+    current().spread(weight, owner)
+    if bias is not None:
+        current().spread(bias.detach(), owner)
+    replace(layer, weight, None if bias is None else bias.detach())

@@ -1,7 +1,6 @@
 """What every block of the dense model would lose at which widths: one walk before the cut."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cache, partial
 
 import torch
@@ -68,7 +67,7 @@ def survey(
             return Elimination(layer.problem.weight, factor(layer.problem, damping))
 
         def of_heads(*, fewer_keys: bool) -> list[tuple[tuple[int, int], float]]:
-            trial, found = deepcopy(fitted(family.heads.consumer)), []
+            trial, found = fitted(family.heads.consumer).branch(), []
             for layout in layouts(width):
                 if (layout[1] < width.kv_heads) == fewer_keys:
                     trial.drop_heads((width.heads, width.kv_heads), keep=layout)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 
 import thanos_deploy as td
 from tests.conftest import write_model
+from tests.model_types import MIXTURES
 from tests.ranks import RunningRanks, make_small, write_text
+from tests.thanos_deploy.model.test_experts import write_mixture
 from thanos_deploy import methods
+from thanos_deploy.model.families import family_of
 
 RANKS = (1, 2, 4)
 
@@ -38,6 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
     "owl": {"pattern": "unstructured:0.5", "allocation": "owl", "preset": "fast"},
     "heads and channels": {"pattern": "structured:0.2"},
     "widths of each block's own": {"pattern": "structured:0.2", "allocation": "loss"},
+    "heads and channels, towards the dense model": {
+        "pattern": "structured:0.2",
+        "dense_target": 0.5,
+    },
+    "channels of experts": {"model": "mixtral", "pattern": "structured:0.2", "shrink": "ffn"},
+    "unstructured, fast": {"pattern": "unstructured:0.6", "preset": "fast"},
+    "transposed, unstructured": {"model": "gpt2", "pattern": "unstructured:0.5"},
     "transposed": {"model": "gpt2", "pattern": "2:4", "preset": "best"},
     "quantised": {"pattern": "2:4", "preset": "fast", "quantize": "int4:16:asym"},
     "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
@@ -72,6 +83,9 @@ def hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]
     models = tmp_path_factory.mktemp("models")
     for model_type in ("llama", "gpt2"):
         write_model(models / model_type, model_type)
+    write_mixture(models / "mixtral", family_of("mixtral"), MIXTURES["mixtral"])
+    for path in (models / "llama").glob("token*"):
+        shutil.copy(path, models / "mixtral")
     write_text(models / "text.txt")
     made = {}
     for count in RANKS:
