@@ -9,7 +9,10 @@ A folder with an entry for every finished block:
 
 The JSON is flushed and renamed into place last, so an entry counts as a whole or not at all; damage
 that comes later shows in the hashes. Of the inputs only the newest have to be there: those before
-them are dropped when the next ones are written.
+them are dropped when the next ones are written, and not before their own block counts as finished.
+
+Flushing and hashing wait for the disk, and inputs of a large model are gigabytes. So a thread does
+that while the next block is worked on, and an entry counts when `finish` has waited for it.
 
 A journal belongs to one model, one calibration text, one set of options and versions. For any
 other it is discarded.
@@ -22,8 +25,9 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -33,6 +37,7 @@ from torch import Tensor
 from thanos_deploy.bundle import names, record
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
+from thanos_deploy.machine.background import Background
 from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.ranks.group import current
 
@@ -58,26 +63,18 @@ R = TypeVar("R", bound=Report)
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """The files that belong to a finished block, by name.
+class _Entry:
+    """An entry of the journal.
 
     Attributes:
-        parameters: its own, as they will be written; none where the walk writes nothing.
-        inputs: what enters the next block; none after the last one.
+        parameters: the file of the block's own, as they will be written, by its name; none where
+            the walk writes nothing.
+        inputs: the files of what enters the next block; none after the last one.
+        report: on the block.
     """
 
     parameters: Mapping[str, FileRecord]
     inputs: Mapping[str, FileRecord]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry(Kept):
-    """An entry of the journal; see `Kept`.
-
-    Attributes:
-        report: on the block.
-    """
-
     report: Json
 
 
@@ -101,7 +98,7 @@ class Journal(Generic[R]):
 
     Attributes:
         folder: where it is.
-        reports: of the finished blocks, in order.
+        reports: of the finished blocks, in order; the last one counts when `finish` has returned.
     """
 
     def __init__(self, folder: Path, owner: Json, report: type[R]) -> None:
@@ -116,6 +113,11 @@ class Journal(Generic[R]):
             InputError: an entry of the journal names a file outside its folder.
         """
         self.folder, self._ranks = folder, current()
+        self._beside = self._ranks.beside()
+        self._thread = Background(None)
+        # As many files at a time as cores: what enters a block of a large model is gigabytes.
+        self._at_a_time = torch.get_num_threads()
+        self._pending: Future[None] | None = None
         opened = _Entries(tuple(self._opened(owner)) if self._ranks.first else ())
         shared = decode(_Entries, self._ranks.share(encode(opened)))
         self.reports = [report.from_json(entry.report) for entry in shared.entries]
@@ -146,47 +148,62 @@ class Journal(Generic[R]):
             for name, (_, shape) in file.kinds.items():
                 yield name, file.read(name).reshape(shape)
 
-    def keep(self, parameters: Mapping[str, Tensor], inputs: Sequence[TensorFile]) -> Kept:
-        """Flush and hash what belongs to the next block besides its report.
-
-        Args:
-            parameters: as they will be written; none if this rank or the walk writes nothing.
-            inputs: what enters the next block, of this rank's shards; none after the last one.
-
-        Returns:
-            what `add` wants to know of it.
-        """
-        # As many at a time as there are cores: what enters a block of a large model is gigabytes.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            own = {name: entry for one in pool.map(_record, inputs) for name, entry in one.items()}
-        every = {
-            name: decode(FileRecord, entry)
-            for files in self._ranks.gather(encode(own))
-            for name, entry in files.items()
-        }
-        written: Mapping[str, FileRecord] = {}
-        if parameters:
-            kinds = {name: (one.dtype, tuple(one.shape)) for name, one in parameters.items()}
-            with TensorFile.create(self._parameters(len(self.reports)), kinds) as file:
-                for name, tensor in parameters.items():
-                    file.write(name, tensor)
-                written = _record(file)
-        return Kept(written, dict(sorted(every.items())))
-
-    def add(self, report: R, files: Kept) -> None:
-        """Count the next block as finished.
+    def add(
+        self, report: R, parameters: Mapping[str, Tensor], inputs: Sequence[TensorFile]
+    ) -> None:
+        """Begin to make the next block count as finished.
 
         Args:
             report: on it.
-            files: what `keep` said of its files.
+            parameters: as they will be written; none if this rank or the walk writes nothing.
+            inputs: what enters the next block, of this rank's shards; none after the last one. They
+                stay open until `finish` has returned.
         """
-        if self._ranks.first:
-            entry = encode(_Entry(files.parameters, files.inputs, report.to_json()))
-            content = _Content(entry, sha256_of(entry))
-            replace_json(self._entry(len(self.reports)), encode(content))
-        # Not before it counts as finished may anybody remove what it began with.
-        self._ranks.wait()
+        self.finish()
+        written = None
+        if parameters:
+            kinds = {name: (one.dtype, tuple(one.shape)) for name, one in parameters.items()}
+            written = TensorFile.create(self._parameters(len(self.reports)), kinds)
+            for name, tensor in parameters.items():
+                written.write(name, tensor)
+        entry = partial(self._write, len(self.reports), report.to_json(), written, inputs)
+        self._pending = self._thread.start(entry)
         self.reports.append(report)
+
+    def finish(self) -> None:
+        """Wait until every block counts as finished, for all ranks.
+
+        Not before may anybody remove what the last one began with.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread when it has done what was begun."""
+        self._thread.close()
+
+    def _write(
+        self, index: int, report: Json, parameters: TensorFile | None, inputs: Sequence[TensorFile]
+    ) -> None:
+        """Flush and hash the files of a block, then write its entry."""
+        written: dict[str, FileRecord] = {}
+        if parameters is not None:
+            with parameters:
+                written = _record(parameters)
+        own: dict[str, FileRecord] = {}
+        with ThreadPoolExecutor(self._at_a_time) as pool:
+            for record_ in pool.map(_record, inputs):
+                own |= record_
+        every = {
+            name: decode(FileRecord, entry)
+            for files in self._beside.gather(encode(own))
+            for name, entry in files.items()
+        }
+        if self._ranks.first:
+            kept = encode(_Entry(written, dict(sorted(every.items())), report))
+            replace_json(self._entry(index), encode(_Content(kept, sha256_of(kept))))
+        self._beside.wait()
 
     def _claim(self, owner: Json) -> None:
         path = self.folder / _OWNER

@@ -193,6 +193,8 @@ def visit_blocks(
         hold=hold,
     ):
         reports.append(work(visit))
+        if journal is not None:  # so that at most one block is lost of those that are told
+            journal.finish()
         on_progress(len(reports), count)
     return reports
 
@@ -267,6 +269,8 @@ def _visits(
             filed=journal is not None,
         )
         stack.callback(activations.close)
+        if journal is not None:
+            stack.callback(journal.close)
         model.get_input_embeddings().to("meta")
         environment.return_freed_memory()
         background = Background(device)
@@ -307,6 +311,8 @@ def _visits(
                 entering = activations if index + 1 < len(blocks) else None
                 _leave(visit, files, entering, journal, reports)
             environment.return_freed_memory()
+        if journal is not None:
+            journal.finish()
     files.copy_rest()
 
 
@@ -384,13 +390,14 @@ def _leave(
         if activations is not None:
             for path in visit.walks:
                 advance(path)
+            if journal is not None:
+                journal.finish()
             leaving = activations.advance()
     finished = files.finished(visit.block, visit.prefix, skip=visit.untouched)
     files.write(finished.items())
     if journal is not None:
         with visit.clock.measure("journal"):
-            kept = journal.keep(finished, leaving)
-        journal.add(reports[visit.index], kept)
+            journal.add(reports[visit.index], finished, leaving)
     for block in (
         visit.block,
         *(path.block for path in visit.walks),

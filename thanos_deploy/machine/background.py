@@ -1,7 +1,8 @@
-"""Reading and writing while a GPU computes.
+"""Reading and writing while something else is computed.
 
 A GPU leaves the host idle, so files are read ahead and written in a thread. A processor computes
-itself: there everything happens when it is asked for, and nothing is held in memory early.
+itself: there tensors are read and written when it is asked for, and nothing is held in memory
+early. What only waits for a disk is done in a thread beside either.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,15 +27,17 @@ class Background:
     What it moves to the GPU is there when the future has its result.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         """Begin with nothing to do.
 
         Args:
-            device: where the computing is done.
+            device: where the computing is done; None for calls that move no tensors, which have a
+                thread whatever computes.
         """
-        self._pool = ThreadPoolExecutor(1) if has_time(device) else None
+        beside_gpu = device is not None and has_time(device)
+        self._pool = ThreadPoolExecutor(1) if beside_gpu or device is None else None
         # One for all calls: each stream has memory of its own.
-        self._stream = torch.cuda.Stream(device) if self._pool is not None else None
+        self._stream = torch.cuda.Stream(device) if beside_gpu else None
 
     @property
     def parallel(self) -> bool:
@@ -62,7 +65,8 @@ class Background:
             self._pool.shutdown(cancel_futures=True)
 
     def _done(self, call: Callable[[], T]) -> T:
-        assert self._stream is not None
+        if self._stream is None:
+            return call()
         # What the call reads of the GPU may still be computed there.
         self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
         with torch.cuda.stream(self._stream):

@@ -342,6 +342,7 @@ def test_every_report_is_kept_with_its_block_and_none_is_asked_for_twice(
     stop_in = 2
 
     def look(visit: Visit) -> Outliers:
+        journal.finish()
         kept.append(Journal(tmp_path / "journal", {}, Outliers).reports)
         if visit.index == stop_in:
             raise Stop
@@ -356,6 +357,48 @@ def test_every_report_is_kept_with_its_block_and_none_is_asked_for_twice(
     assert [one.ratio for one in reports] == list(range(BLOCKS))
     assert journal.reports == reports
     assert [len(one) for one in kept] == [0, 1, 2, 2, 3, 4]
+
+
+def test_entries_are_written_beside_the_work_and_before_what_they_stand_for_is_removed(
+    model: Path, tmp_path: Path
+) -> None:
+    beside: list[bool] = []
+    begun_with: list[bool] = []
+
+    class Slow(Journal[Outliers]):
+        def _write(self, index: int, *files: Any) -> None:
+            time.sleep(0.1)
+            super()._write(index, *files)
+            begun_with.append((self.folder / f"inputs-{index:04d}-00.safetensors").exists())
+
+    def look(visit: Visit) -> Outliers:
+        beside.append(not (journal.folder / f"block-{visit.index - 1:04d}.json").exists())
+        return Outliers(0.0, visit.clock.seconds)
+
+    checkpoint, segments = Checkpoint.open(model), torch.arange(240).reshape(4, 60)
+    journal = Slow(tmp_path / "journal", {}, Outliers)
+    visit_blocks(checkpoint, segments, look, journal=journal)
+    assert beside == [True] * BLOCKS
+    assert begun_with == [True] * BLOCKS
+    assert len(list(journal.folder.glob("block-*.json"))) == BLOCKS
+
+
+def test_an_entry_that_could_not_be_written_ends_the_walk(model: Path, tmp_path: Path) -> None:
+    class Full(Journal[Outliers]):
+        def _write(self, index: int, *files: Any) -> None:
+            if index == 2:
+                raise OSError(errno.ENOSPC, "No space left on device", "block-0002.json")
+            super()._write(index, *files)
+
+    def look(visit: Visit) -> Outliers:
+        return Outliers(0.0, visit.clock.seconds)
+
+    checkpoint, segments = Checkpoint.open(model), torch.arange(240).reshape(4, 60)
+    with pytest.raises(OSError, match=r"block-0002"):
+        visit_blocks(checkpoint, segments, look, journal=Full(tmp_path / "journal", {}, Outliers))
+    again = Journal(tmp_path / "journal", {}, Outliers)
+    assert len(again.reports) == 2
+    assert len(visit_blocks(checkpoint, segments, look, journal=again)) == BLOCKS
 
 
 def test_an_empty_journal_says_nothing(tmp_path: Path, caplog: Any) -> None:
