@@ -111,7 +111,9 @@ def test_what_is_given_comes_before_the_preset(method: str, preset: str) -> None
     assert recorded["tune_steps"] == 3
     assert recorded["dense_target"] == usual.walk.dense_target
     for name in thanos.Options.__dataclass_fields__:
-        assert recorded.get(name) == getattr(usual.options, name, None)
+        wanted = getattr(usual.options, name, None)
+        # An option of later versions is recorded where it does something.
+        assert recorded.get(name, 0 if name == "mask_passes" and wanted == 0 else None) == wanted
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "structured:0.2"])
