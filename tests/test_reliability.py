@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import server
-from benchmarks.reliability.__main__ import PARTS, go_on
+from benchmarks.reliability.__main__ import PAGE, PARTS, RESULTS, go_on
 from benchmarks.reliability.attacks import Attack, guessed_keys, half_closed, malformed, overload
 from benchmarks.reliability.part import Figure, Part, Setting, Slice
 from benchmarks.reliability.record import BEGIN, END, Result, Results, publish, table
@@ -78,6 +78,10 @@ def test_a_later_run_goes_on_where_an_earlier_one_ended(tmp_path: Path) -> None:
         assert not results.parts["kills"].passed
     assert results.parts["kills"].runs == 3
     assert results.parts["kills"].faults == ("the 0th was wrong",)
+
+
+def test_the_page_shows_what_was_found() -> None:
+    assert table(Results.read(RESULTS), PARTS) in PAGE.read_text(encoding="utf-8")
 
 
 def one_kill(setting: Setting) -> Iterator[Slice]:

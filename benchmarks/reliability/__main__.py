@@ -1,11 +1,13 @@
 """A campaign against what the project promises.
 
 Usage: python -m benchmarks.reliability [--minutes 10] [--seed 0] [--only PART ...] [--again]
+       python -m benchmarks.reliability --table
 
 The minutes are shared by the parts that run. What a part finds goes to
 benchmarks/results/reliability.json all along, and a later call goes on with the parts of which not
 enough was done (with --more, with all of them; --again begins anew). Prints the table and puts it
-into docs/reliability.md. Exit code 1 if a figure is not what it is to be.
+into docs/reliability.md; with --table nothing else. Exit code 1 if a figure is not what it is to
+be.
 """
 
 import argparse
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS])
     parser.add_argument("--more", action="store_true", help="though enough was done")
     parser.add_argument("--again", action="store_true", help="forget what was found before")
+    parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
     missing = [
         part
         for part in chosen
-        if given.more or not results.parts.get(part.name, Result()).is_enough
+        if not given.table and (given.more or not results.parts.get(part.name, Result()).is_enough)
     ]
     with tempfile.TemporaryDirectory() as folder:
         settle(Path(folder))

@@ -40,6 +40,8 @@ GOAL = 20_000
 MOST_SECONDS = 30.0  # of a processor
 _SILENT_SECONDS = 120.0  # by the clock, until a child is ended; a machine may be busy
 MOST_GIGABYTES = 2.0
+# Of one kind; what is read quickest would be nearly all.
+MOST_OF_A_KIND = GOAL // 3
 BATCH = 200  # of one kind, until another one's turn
 
 _MUTATIONS = "damaged files"
@@ -74,7 +76,8 @@ def run(setting: Setting) -> Iterator[Slice]:
     begins = {kind: setting.so_far(_of(kind)) for kind in KINDS}
     spent = dict.fromkeys(made, 0.0)
     while time.monotonic() < end and total < GOAL:
-        kind = min(spent, key=lambda one: spent[one])
+        open_ = [one for one in spent if begins[one] < MOST_OF_A_KIND]
+        kind = min(open_, key=lambda one: spent[one])
         numbers, began = range(begins[kind], begins[kind] + BATCH), time.monotonic()
         own = _own(setting.folder, kind)
         ended = list(batch(setting.seed, kind, made[kind], numbers, own))
