@@ -1,37 +1,24 @@
-"""The chat template of a bundle, rendered where it can do no harm.
+"""The chat template of a bundle, and conversations that wait to be written by it.
 
-A template is a program that came with the model. Its sandbox keeps it from everything but time and
-memory, so it runs in a process of its own, which is killed when it takes too long and started again
-for the next conversation. One is rendered at a time; those that wait do not hold a thread.
+One is rendered at a time, in the process of `rendering`; those that wait do not hold a thread.
 """
 
 import asyncio
-import json
 import math
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
-
 from runtime.batching import Busy
+from runtime.server import rendering
 from runtime.server.templates import ChatTemplate, Conversation
 from runtime.text import Tokenizer, verify_texts
 from thanos_deploy.bundle.manifest import Bundle
-from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.errors import InputError, boundary
 from thanos_deploy.model import tokenizer_files
-
-# A long conversation takes milliseconds and a megabyte.
-_SECONDS, _START_SECONDS = 5.0, 60.0
-_CHARACTERS = 16 << 20
-_MEMORY_BYTES = 1 << 30
 
 # Around the number of a special token that is to be text; Unicode assigns no character to it.
 _MARK = "\ufdd2"
@@ -49,10 +36,9 @@ class Renderer:
 
     def __init__(self, template: ChatTemplate) -> None:
         """Prepare; the process is started with the first conversation."""
-        self._first = {"source": template.source, "tokens": template.tokens}
         self.takes_tools = template.takes_tools
+        self._rendering = rendering.Rendering(template)
         self._worker = ThreadPoolExecutor(1, "template")
-        self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._until = math.inf  # on the clock `time.monotonic`
 
@@ -67,60 +53,20 @@ class Renderer:
 
     def hurry(self) -> None:
         """Let what waits be rendered, but not for longer than one conversation may take."""
-        self._until = time.monotonic() + _SECONDS
+        self._until = time.monotonic() + rendering.SECONDS
 
     def close(self) -> None:
         """End the process, whatever it does."""
         self._closed = True
-        self._kill()
+        self._rendering.close()
         self._worker.shutdown(cancel_futures=True)
-        self._kill()
+        self._rendering.close()  # it may have been started again
 
     def _render(self, conversation: Conversation) -> str:
-        if (left := self._until - time.monotonic()) <= 0:
+        left = self._until - time.monotonic()
+        if self._closed or left <= 0:
             raise Busy("the server is closing", fix="send the request to another server")
-        process = self._process or self._start()
-        said = _ask(process, asdict(conversation), min(_SECONDS, left))
-        if said is None:
-            self._kill()
-            raise UsageError(
-                f"the model's chat template did not finish within {_SECONDS:g} s, or its process "
-                "broke down",
-                fix="send shorter messages, or use /v1/completions",
-            )
-        if "refused" in said:
-            raise UsageError(
-                str(said["refused"]),
-                fix="send the roles, and the order of them, that the model was trained with",
-            )
-        return str(said["prompt"])
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        if self._closed:
-            raise Busy("the server is closing", fix="send the request to another server")
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",  # nothing is imported from the folder that the server was started in
-                "-m",
-                "runtime.server.templates",
-                str(_CHARACTERS),
-                str(_MEMORY_BYTES),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        # A busy machine takes a moment to start it, which no conversation is charged with.
-        if _ask(self._process, self._first, _START_SECONDS) is None:
-            self._kill()
-            raise RuntimeError("the process for the chat template did not start")
-        return self._process
-
-    def _kill(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        return self._rendering.render(conversation, min(rendering.SECONDS, left))
 
 
 def as_text(value: T, specials: Sequence[str]) -> T:
@@ -181,33 +127,12 @@ def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | N
     if verify:
         verify_texts(opened, templates=True)
     model = bundle / "model"
-    try:
+    with boundary(
+        InputError,
+        f"{model}: not a readable chat template",
+        fix="repair it in the model that the bundle was made from, and make the bundle again",
+    ):
         source = tokenizer_files.chat_template(model)
         return (
             None if source is None else ChatTemplate(source, tokenizer_files.special_tokens(model))
         )
-    except (ValueError, TypeError, AttributeError, KeyError, jinja2.TemplateError) as error:
-        raise InputError(
-            f"{model}: not a readable chat template ({type(error).__name__}: {error})",
-            fix="repair it in the model that the bundle was made from, and make the bundle again",
-        ) from error
-
-
-def _ask(
-    process: "subprocess.Popen[bytes]", value: object, seconds: float
-) -> dict[str, object] | None:
-    """What it says; None if it broke down or was killed, which it is after that time."""
-    assert process.stdin
-    assert process.stdout
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    try:
-        process.stdin.write(json.dumps(value).encode() + b"\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except (BrokenPipeError, ValueError):  # a closed pipe
-        return None
-    finally:
-        timer.cancel()
-    said: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
-    return said

@@ -1,7 +1,7 @@
 """Chat templates: messages in, the prompt out, as transformers' `apply_chat_template` writes it.
 
-Run as a program, `python -m runtime.server.templates SECONDS BYTES`, this renders for a server that
-has to outlive its template: see `runtime.server.chat`.
+Run as a program, `python -m runtime.server.templates CHARACTERS BYTES`, this renders for whoever
+has to outlive the template: see `runtime.server.rendering`.
 
 The environment (sandbox, whitespace, extra functions) is described in the documentation of
 transformers, "Writing a chat template". Templates come with the model; nothing that they do can

@@ -1,12 +1,16 @@
 """The texts that a request names: read, cut, and kept apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from runtime.server.rendering import Rendering
+from runtime.server.templates import ChatTemplate, Conversation
 from thanos_deploy.calibration import segments
 from thanos_deploy.calibration.data import Data
 from thanos_deploy.calibration.frame import Frame, frame_of
@@ -34,9 +38,8 @@ def open_texts(
         CalibrationError, PlatformError, UsageError: see `texts.read_text`, `pretrained.load_rows`
             and `mixture.parse`.
     """
-    template = None if source is None else _template(source)
 
-    def opened(part: Part) -> Text:
+    def opened(part: Part, template: Template | None) -> Text:
         if part.name == BUILTIN:
             return builtin_text(held_out=held_out)
         if part.data_set is None:
@@ -47,25 +50,46 @@ def open_texts(
         found = ((f"{its}, row {number}", row) for number, row in enumerate(rows, start=1))
         return Text.of_rows(str(its), texts_of(found, text_field, template))
 
-    return [(part, opened(part)) for part in parse(name, held_out=held_out)]
+    with _template(source) as template:
+        return [(part, opened(part, template)) for part in parse(name, held_out=held_out)]
 
 
-def _template(source: Checkpoint) -> Template | None:
-    """How the model writes a conversation; None if it has no chat template."""
-    tokenizer = load_tokenizer(source.folder)
-    if not tokenizer.chat_template:
-        return None
+@contextmanager
+def _template(source: Checkpoint | None) -> Iterator[Template | None]:
+    """How the model writes a conversation; None if it has no chat template.
 
-    def write(messages: Sequence[Mapping[str, str]]) -> str:
-        with boundary(
-            CalibrationError,
-            f"{source.folder}: its chat template does not take a conversation of the roles "
-            f"{', '.join(message['role'] for message in messages)}",
-            fix="remove or mend such rows",
-        ):
-            return str(tokenizer.apply_chat_template([*map(dict, messages)], tokenize=False))
+    Its template is a program that came with it, so it runs in a process with a limit of time and
+    memory for each conversation.
+    """
+    tokenizer = None if source is None else load_tokenizer(source.folder)
+    if source is None or tokenizer is None or not tokenizer.chat_template:
+        yield None
+        return
+    with ExitStack() as stack:
 
-    return write
+        @cache  # a text without conversations needs none
+        def rendering() -> Rendering:
+            with boundary(
+                ModelError, f"{source.folder}: its chat template is not readable", fix="mend it"
+            ):
+                named = tokenizer.special_tokens_map.items()
+                tokens = {name: token for name, token in named if isinstance(token, str)}
+                made = Rendering(ChatTemplate(tokenizer.get_chat_template(), tokens))
+            stack.callback(made.close)
+            return made
+
+        def write(messages: Sequence[Mapping[str, str]]) -> str:
+            try:
+                return rendering().render(Conversation(messages, begin=False))
+            except UsageError as error:
+                roles = ", ".join(message["role"] for message in messages)
+                raise CalibrationError(
+                    f"{source.folder}: its chat template does not take a conversation of the roles "
+                    f"{roles} ({error.message})",
+                    fix="remove or mend such rows",
+                ) from error
+
+        yield write
 
 
 def open_text(

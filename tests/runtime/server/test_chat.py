@@ -91,6 +91,7 @@ def test_a_template_is_found_where_tokenizers_keep_it(exported_llama: Path, tmp_
     ("name", "content"),
     [
         ("chat_template.jinja", "{% for %}"),
+        ("chat_template.jinja", "{{ " + "(" * 3000 + ")" * 3000 + " }}"),
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"chat_template": 5}'),
         ("tokenizer_config.json", '{"chat_template": [{"x": 1}]}'),

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from runtime.batching import Busy
-from runtime.server import chat
+from runtime.server import chat, rendering
 from runtime.server.chat import Renderer
 from runtime.server.templates import ChatTemplate, Conversation
 from tests.runtime.server.conftest import TEMPLATE, serving
@@ -31,7 +31,7 @@ WHEN = "{% if messages[0].content == 'break' %}" + LOOP + "{% else %}" + TEMPLAT
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_SECONDS", 1.0)
+    monkeypatch.setattr(rendering, "SECONDS", 1.0)
 
 
 @pytest.mark.usefixtures("quick")
@@ -56,8 +56,8 @@ def test_a_conversation_is_rendered_as_in_this_process_and_after_one_that_breaks
 def test_time_and_memory_of_a_template_are_limited(
     monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr(chat, "_CHARACTERS", 1 << 20)
-    monkeypatch.setattr(chat, "_MEMORY_BYTES", 1 << 29)
+    monkeypatch.setattr(rendering, "_CHARACTERS", 1 << 20)
+    monkeypatch.setattr(rendering, "_MEMORY_BYTES", 1 << 29)
     renderer = Renderer(ChatTemplate(source, {}))
     try:
         with pytest.raises(UsageError, match="chat template"):
@@ -76,7 +76,7 @@ def test_what_waits_when_the_server_is_to_end_has_as_long_as_one_conversation(
     try:
         renderer.hurry()
         assert asyncio.run(renderer.render(said)) == "u:x|a:"
-        now[0] += chat._SECONDS
+        now[0] += rendering.SECONDS
         with pytest.raises(Busy, match="closing"):
             asyncio.run(renderer.render(said))
     finally:

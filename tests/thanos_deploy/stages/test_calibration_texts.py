@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.server import rendering
 from tests.conftest import Invoke, MakeModel
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.calibration.data import Data
-from thanos_deploy.errors import CalibrationError
+from thanos_deploy.errors import CalibrationError, ModelError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.stages.texts import calibration
@@ -51,6 +52,25 @@ def test_a_template_that_refuses_a_conversation_is_bad_input(
     name = lines(tmp_path / "a.jsonl", [{"messages": [{"role": "system", "content": "x"}]}])
     with pytest.raises(CalibrationError, match=r"of the roles system .*no system"):
         calibration(model, Data(name, nsamples=1, seqlen=8))
+
+
+def test_a_template_that_does_not_end_is_bad_input(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (model.folder / "chat_template.jinja").write_text(loop)
+    name = lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(CalibrationError, match=r"did not finish within 0\.3 s"):
+        calibration(model, Data(name, nsamples=1, seqlen=8))
+
+
+def test_a_template_that_is_none_is_a_bad_model(model: Checkpoint, tmp_path: Path) -> None:
+    (model.folder / "chat_template.jinja").write_text("{% for %}")
+    name = lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(ModelError, match="chat template is not readable"):
+        calibration(model, Data(name, nsamples=1, seqlen=8))
+    calibration(model, Data("builtin", nsamples=1, seqlen=8))  # which needs no template
 
 
 def test_several_texts_are_mixed_by_weight(model: Checkpoint, tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""A chat template in a process of its own, where it can do no harm.
+
+A template is a program that came with the model. Its sandbox keeps it from everything but time and
+memory, so that its process has a limit for both: it is killed when a conversation takes too long,
+and started again for the next one.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+
+from runtime.server.templates import ChatTemplate, Conversation
+from thanos_deploy.errors import UsageError
+
+# A long conversation takes milliseconds and a megabyte.
+SECONDS, _START_SECONDS = 5.0, 60.0
+_CHARACTERS = 16 << 20
+_MEMORY_BYTES = 1 << 30
+
+
+class Rendering:
+    """The process that renders one template; it is started with the first conversation."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._first = {"source": template.source, "tokens": template.tokens}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, conversation: Conversation, seconds: float | None = None) -> str:
+        """The prompt.
+
+        Args:
+            conversation: what to write down.
+            seconds: that it may take; None for as long as any conversation may.
+
+        Raises:
+            UsageError: the template does not take such messages, or not within its limits.
+        """
+        process = self._process or self._start()
+        said = _ask(process, asdict(conversation), SECONDS if seconds is None else seconds)
+        if said is None:
+            self.close()
+            raise UsageError(
+                f"the model's chat template did not finish within {SECONDS:g} s, or its process "
+                "broke down",
+                fix="send shorter messages, or use /v1/completions",
+            )
+        if "refused" in said:
+            raise UsageError(
+                str(said["refused"]),
+                fix="send the roles, and the order of them, that the model was trained with",
+            )
+        return str(said["prompt"])
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",  # nothing is imported from the folder that this was started in
+                "-m",
+                "runtime.server.templates",
+                str(_CHARACTERS),
+                str(_MEMORY_BYTES),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        # A busy machine takes a moment to start it, which no conversation is charged with.
+        if _ask(self._process, self._first, _START_SECONDS) is None:
+            self.close()
+            raise RuntimeError("the process for the chat template did not start")
+        return self._process
+
+
+def _ask(
+    process: "subprocess.Popen[bytes]", value: object, seconds: float
+) -> dict[str, object] | None:
+    """What it says; None if it broke down or was killed, which it is after that time."""
+    assert process.stdin
+    assert process.stdout
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(value).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except (BrokenPipeError, ValueError):  # a closed pipe
+        return None
+    finally:
+        timer.cancel()
+    said: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
+    return said
