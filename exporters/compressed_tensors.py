@@ -6,7 +6,6 @@ Stock transformers, vLLM and others load it. Of a layer NAME the files have, in 
 The codes are those that the model was quantised to; nothing is rounded again.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from exporters import bits
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model import widths as block_widths
@@ -72,7 +72,7 @@ def export(
     """
     require_held(checkpoint, codes.grid)
     copy_companions(checkpoint.folder, destination, None)
-    config = json.loads((destination / "config.json").read_bytes())
+    config = loads((destination / "config.json").read_bytes())
     config["quantization_config"] = _entry(codes.grid)
     files.write_json(destination / "config.json", config)
     layers = {checkpoint.stored_name(f"{name}{_WEIGHT}"): name for name in checkpoint.linears}

@@ -5,7 +5,6 @@ ORT-GenAI's own model builder does not. What ORT-GenAI computes is compared with
 same graph before the folder counts.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from thanos_deploy.bundle import files, onnxfile
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.graph_record import GraphRecord, read_graph_record
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, GRAPH_RECORD
 from thanos_deploy.errors import GateError, InputError, PlatformError
@@ -207,7 +207,7 @@ def _session(path: Path) -> Any:
 
 def _read(path: Path) -> files.Json:
     try:
-        content: files.Json = json.loads(path.read_bytes())
+        content: files.Json = loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not readable ({error})", fix="export again with --target onnx --overwrite"

@@ -7,13 +7,13 @@ A model without 2:4 layers needs no plugin: its weights are the files of `model/
 name, so that they take no more room.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.packed import require_same
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model import loaders, packed_folder, quantization
 from thanos_deploy.model import widths as block_widths
@@ -63,7 +63,7 @@ def require_served(checkpoint: Checkpoint) -> None:
             fix="prune again with --allocation uniform, and for families whose config.json has no "
             "size of a head with --shrink ffn",
         )
-    verdict = loaders.of(json.loads((folder / _CONFIG).read_bytes()), "vLLM")
+    verdict = loaders.of(loads((folder / _CONFIG).read_bytes()), "vLLM")
     if not verdict.compatible:
         reasons = "; ".join(verdict.reasons) or "its source was not read for this type of model"
         raise UsageError(
@@ -151,7 +151,7 @@ def _pack(checkpoint: Checkpoint, destination: Path, layers: set[str]) -> tuple[
         files=checkpoint.weights.tensors,
         transposed=checkpoint.family.transposed,
     )
-    config = json.loads((destination / _CONFIG).read_bytes())
+    config = loads((destination / _CONFIG).read_bytes())
     config["quantization_config"] = quantization.entry(layers)
     files.write_json(destination / _CONFIG, config)
     return sizes.bytes_before, sizes.bytes_after

@@ -5,7 +5,6 @@ the end; every backend has one. A `ServingEngine` has slots, which requests take
 steps; a backend has one if its module has `open_slots`.
 """
 
-import json
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import engines
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, UsageError
 
@@ -354,7 +354,7 @@ def stop_ids(model: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = model / name
         try:
-            value = json.loads(path.read_bytes()).get("eos_token_id")
+            value = loads(path.read_bytes()).get("eos_token_id")
         except FileNotFoundError:
             continue
         except (ValueError, AttributeError) as error:

@@ -7,7 +7,6 @@ whole text, which is all that Triton's plain inference over HTTP can do.
 A request that fails is answered with an error; the others go on.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -23,6 +22,7 @@ from runtime.batching import Batcher, End, Finish, Request, Token
 from runtime.engine import open_slots
 from runtime.sampling import Sampling
 from runtime.text import Tokenizer, open_tokenizer, pieces, require_text, until
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import DeployError, InputError, ResourceError, UsageError
 
 
@@ -31,7 +31,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the part of a bundle that lies in the model's own folder."""
-        config = json.loads(args["model_config"])
+        config = loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)

@@ -1,12 +1,12 @@
 """A folder that `vllm serve` loads, with this project's plugin for 2:4 weights."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.options import NoOptions
 from exporters.target import Missing, Size, Target, write_stage
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.layout import MODEL, VLLM
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.check import Check
@@ -66,7 +66,7 @@ def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
 
     name = f"{stage}: packed layers"
     folder = bundle.path / stage
-    config = json.loads((folder / "config.json").read_bytes())
+    config = loads((folder / "config.json").read_bytes())
     if "quantization_config" not in config:
         yield Check(name, "SKIP", "no layer is 2:4, so all are stored as they are")
         return

@@ -11,7 +11,6 @@ TensorRT builds on and for the GPU of this machine. TensorRT-RTX builds ahead of
 for the GPUs that are named; its kernels are chosen when the engine is loaded there.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from exporters.tensorrt.builder import Order
 from exporters.tensorrt.library import Library
 from exporters.tensorrt.profiles import profiles, shapes
 from thanos_deploy.bundle import files, onnxfile
-from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.codec import encode, loads
 from thanos_deploy.bundle.engine_record import BuildRecord, LayerProof, Summary
 from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.layout import (
@@ -235,7 +234,7 @@ def _carry_out(order: Order, library: Library, folder: Path, on_progress: OnProg
         try:
             for last in _lines(child):
                 if last.startswith("["):
-                    done, total = json.loads(last)
+                    done, total = loads(last)
                     on_progress(done, total)
             assert child.stderr is not None
             complaint = child.stderr.read()
@@ -245,7 +244,7 @@ def _carry_out(order: Order, library: Library, folder: Path, on_progress: OnProg
     if child.returncode:
         raise _error(order.graph, library.package.on_pypi, child.returncode, last, complaint)
     on_progress(1, 1)
-    result: files.Json = json.loads((folder / builder.RESULT).read_bytes())
+    result: files.Json = loads((folder / builder.RESULT).read_bytes())
     for name in (_ORDER, builder.RESULT):
         (folder / name).unlink()
     return result
@@ -258,7 +257,7 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
 
 def _error(graph: str, package: str, code: int, last: str, complaint: str) -> DeployError:
     if last.startswith("{"):
-        failure = json.loads(last)
+        failure = loads(last)
         message = f"{package}: {failure['message']}"
         match failure["kind"]:
             case "machine":

@@ -15,11 +15,11 @@ suffixes (" [profile 1]", and "_myl1_9" of the compiler), and the nodes stand in
 "[ONNX Layer: NAME]".
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import InputError, boundary
 
 # The names of kernels that use sparse tensor cores: sm80_xmma_sparse_gemm..., ...spgemm..., spmma.
@@ -160,7 +160,7 @@ def inspected_layers(text: str) -> list[EngineLayer]:
                 layer.get("TacticName", ""),
                 metadata=layer.get("Metadata", ""),
             )
-            for layer in json.loads(text)["Layers"]
+            for layer in loads(text)["Layers"]
             if isinstance(layer, dict)  # only names where the engine was built without detail
         ]
 

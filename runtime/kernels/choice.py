@@ -10,7 +10,6 @@ within `WORTH` of the fastest. How fast a selection is, is the geometric mean ov
 tokens, each at its faster kernel.
 """
 
-import json
 import logging
 import os
 from bisect import bisect_left
@@ -30,6 +29,7 @@ from runtime.kernels.linears import Multiply
 from runtime.kernels.packed import require_dtype
 from thanos_deploy import __version__
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import DeployError
 from thanos_deploy.machine import environment
 from thanos_deploy.model.linear import matrix
@@ -278,7 +278,7 @@ def read(path: Path, origin: Origin) -> tuple[Row, ...]:
     anew; the log says so.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         found = Origin(**content["origin"])

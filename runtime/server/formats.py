@@ -1,6 +1,5 @@
 """What an answer has to be like, as OpenAI's and vLLM's fields say it."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -9,6 +8,7 @@ from pydantic import Field, model_validator
 
 from runtime import grammars
 from runtime.server.messages import Neutral, Object, Strict, Text
+from thanos_deploy.bundle.codec import loads
 
 
 class JsonSchema(Strict):
@@ -97,7 +97,7 @@ class Formed(Strict):
 
 
 def _of_schema(schema: dict[str, Any] | str) -> str:
-    read = json.loads(schema) if isinstance(schema, str) else schema
+    read = loads(schema) if isinstance(schema, str) else schema
     if not isinstance(read, dict):
         raise ValueError("a schema is an object")
     return grammars.of_schema(read)

@@ -1,6 +1,5 @@
 """The messages of a conversation and the functions that a model may call, field by field."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,6 +13,8 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+
+from thanos_deploy.bundle.codec import loads
 
 # Whatever walks through a value of any form, by recursion, goes as deep as that.
 _LEVELS = 64
@@ -106,8 +107,8 @@ class CalledFunction(Strict):
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> Self:
         try:
-            given = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError) as error:
+            given = loads(self.arguments or "{}")
+        except ValueError as error:
             raise ValueError(f"arguments: not readable as JSON ({error})") from error
         if not isinstance(given, dict):
             raise ValueError("arguments: JSON of an object")
@@ -157,7 +158,7 @@ class Message(Strict):
                     "type": "function",
                     "function": {
                         "name": call.function.name,
-                        "arguments": json.loads(call.function.arguments or "{}"),
+                        "arguments": loads(call.function.arguments or "{}"),
                     },
                 }
                 for call in self.tool_calls

@@ -17,6 +17,7 @@ from typing import Any
 
 from runtime.grammars import json_within
 from runtime.server.templates import Conversation
+from thanos_deploy.bundle.codec import loads
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 
@@ -151,7 +152,7 @@ class Calls:
 def _read(text: str) -> Call | None:
     """A call; None if it is not written like one."""
     try:
-        content = json.loads(text)
+        content = loads(text)
         name, arguments = content["name"], content["arguments"]
     except (ValueError, TypeError, KeyError):
         return None

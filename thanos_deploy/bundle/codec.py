@@ -8,6 +8,7 @@ written as "nan", "inf" and "-inf".
 A field's metadata may say more of its form in JSON: `LATER`, `OTHERS`, `called`.
 """
 
+import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -35,6 +36,22 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 def called(name: str) -> Mapping[str, object]:
     """Metadata of a field that has another name in JSON, which Python does not take."""
     return {_CALLED: name}
+
+
+def loads(content: bytes | str, **options: Any) -> Any:
+    """A JSON text, as `json.loads` reads it, for what somebody else may have written.
+
+    Args:
+        content: the text.
+        options: of `json.loads`.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python's reader goes.
+    """
+    try:
+        return json.loads(content, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def encode(value: object) -> Json:
@@ -103,7 +120,10 @@ def _decoded(hint: Any, value: object, place: str) -> Any:
             key: _decoded(arguments[1], entry, f"{prefix}{key}") for key, entry in value.items()
         }
     if hint is float and (value in _NOT_FINITE or _is_number(value)):
-        return float(value)  # type: ignore[arg-type]
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except OverflowError as error:
+            raise _unfit(value, place) from error
     if _is_plain(hint, value, origin, arguments):
         return Path(value) if hint is Path else value  # type: ignore[arg-type]
     raise _unfit(value, place)

@@ -1,12 +1,11 @@
 """What is recorded of a TensorRT engine: build.json beside it, and the result of its stage."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from thanos_deploy.bundle.codec import decode
+from thanos_deploy.bundle.codec import decode, loads
 from thanos_deploy.bundle.layout import BUILD, BUILD_FORMAT
 from thanos_deploy.errors import InputError
 
@@ -167,7 +166,7 @@ def read_build(folder: Path) -> BuildRecord:
     """
     path = folder / BUILD
     try:
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
         if content["format"] != BUILD_FORMAT:
             raise ValueError(f"format {content['format']!r}")
         return decode(BuildRecord, content)

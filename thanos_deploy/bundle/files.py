@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from thanos_deploy.bundle.codec import Json as Json
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.errors import InputError, ResourceError
 
 T = TypeVar("T")
@@ -50,8 +50,8 @@ def glanced(path: Path) -> Json:
     what is wrong with it.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -80,7 +80,7 @@ def read_json(path: Path) -> object:
         InputError: there is no such file, or it is no JSON.
     """
     try:
-        content: object = json.loads(path.read_bytes())
+        content: object = loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     return content

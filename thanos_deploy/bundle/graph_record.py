@@ -1,11 +1,10 @@
 """What is recorded of an exported ONNX graph: export.json, and the result of its stage."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from thanos_deploy.bundle.codec import decode
+from thanos_deploy.bundle.codec import decode, loads
 from thanos_deploy.errors import InputError
 
 
@@ -151,7 +150,7 @@ def read_graph_record(path: Path) -> GraphRecord:
         InputError: it is missing or not readable.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
         for weight in content["weights"]:
             # Weights had no pattern of their own while all had the same.
             weight.setdefault("pattern", content["pattern"])

@@ -18,7 +18,6 @@ Where several ranks walk, they share the folder: each writes the inputs of its o
 first one everything else. Files are by shard, not by rank, so another number of ranks can go on.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import names, record
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
 from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.ranks.group import current
@@ -192,7 +191,7 @@ class Journal(Generic[R]):
         path = self.folder / _OWNER
         if self.folder.exists():
             try:
-                before = json.loads(path.read_bytes())
+                before = loads(path.read_bytes())
                 if before == owner:
                     return
                 why = record.differences(before, owner)
@@ -208,7 +207,7 @@ class Journal(Generic[R]):
         index = 0
         while (path := self._entry(index)).exists():
             try:
-                content = decode(_Content, json.loads(path.read_bytes()))
+                content = decode(_Content, loads(path.read_bytes()))
                 if content.sha256 != sha256_of(content.entry):
                     raise ValueError(f"SHA-256 {content.sha256}")
                 entry = decode(_Entry, content.entry)
@@ -254,7 +253,7 @@ class Journal(Generic[R]):
 def owner_of(folder: Path) -> Json:
     """What the results of a journal depend on; nothing if there is no journal, or none to read."""
     try:
-        owner = json.loads((folder / _OWNER).read_bytes())
+        owner = loads((folder / _OWNER).read_bytes())
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -7,13 +7,13 @@ the syntax of a format. What rows may hold, `rows` says.
 
 import gzip
 import hashlib
-import json
 import random
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.calibration.rows import RowError, Template, text_of
 from thanos_deploy.errors import CalibrationError, PlatformError, boundary
 
@@ -255,8 +255,8 @@ def _lines(path: Path, content: str) -> Iterator[tuple[str, object]]:
         if not line.strip(" \t\r"):
             continue
         try:
-            yield f"{path}, line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield f"{path}, line {number}", loads(line)
+        except ValueError as error:
             raise CalibrationError(
                 f"{path}, line {number}: not JSON ({error})", fix="give one JSON object per line"
             ) from error
@@ -264,8 +264,8 @@ def _lines(path: Path, content: str) -> Iterator[tuple[str, object]]:
 
 def _list(path: Path, content: str) -> Iterator[tuple[str, object]]:
     try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        rows = loads(content)
+    except ValueError as error:
         raise CalibrationError(
             f"{path}: not JSON ({error})",
             fix="give a list of objects; one object in every line is a .jsonl",

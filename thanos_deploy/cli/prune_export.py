@@ -1,11 +1,11 @@
 """`thanos-deploy prune-export`: every stage, from a dense model to its report."""
 
-import json
 from typing import Any
 
 import click
 
 import thanos_deploy as td
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.cli import _progress
 from thanos_deploy.cli._options import (
     benchmark_options,
@@ -65,5 +65,5 @@ def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
         bundle = td.prune_export(model, **asked)
         if not speaks():
             return
-        report = json.loads((bundle.path / layout.REPORT_RECORD).read_bytes())
+        report = loads((bundle.path / layout.REPORT_RECORD).read_bytes())
     emit(options, decode(Report, report), show_report)

@@ -4,13 +4,13 @@ A file is a document of `gpu.records`, as the GPU campaign and `gpu-check` write
 benchmarks/semi_structured.py.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.forecast.datasheets import Datasheet, find
 from thanos_deploy.forecast.roofline import Measurement
@@ -78,7 +78,7 @@ def published_measurements(gpu: Datasheet, dtype: str) -> tuple[Measurement, ...
 def _read(path: Path) -> Iterator[tuple[str, KernelTime]]:
     """The products of a file, of either kind, each with the name of its GPU."""
     try:
-        document = json.loads(path.read_bytes())
+        document = loads(path.read_bytes())
         if "rows" not in document:
             yield from _of_table(document)
             return

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.products import DENSE, KernelTime, beside_dense
 from thanos_deploy.gpu.records import Records
@@ -210,7 +211,7 @@ def from_json(text: str) -> tuple[Figures, ...]:
                 "layers": tuple(LayerTime(**one) for one in run["layers"]),
             }
         )
-        for run in json.loads(text)
+        for run in loads(text)
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
-from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.bundle.codec import Json, decode, encode, loads
 from thanos_deploy.errors import InputError
 from thanos_deploy.gpu.rows import KINDS, Card, Row, StepRow
 
@@ -130,7 +130,7 @@ def read(path: Path) -> Records:
         InputError: it cannot be read, or is of a format that this version does not know.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
@@ -165,7 +165,7 @@ def _encoded(row: Row) -> Json:
 
 def _row(where: str, line: str) -> Row:
     try:
-        return _decoded(where, json.loads(line))
+        return _decoded(where, loads(line))
     except ValueError as error:
         raise _unreadable(where, str(error)) from error
 

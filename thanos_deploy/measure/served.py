@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
@@ -130,7 +131,7 @@ def _asked(url: str, path: str, body: Json | None) -> Json:
             fix="see what the server has logged",
         )
     try:
-        answer = json.loads(said)
+        answer = loads(said)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):

@@ -5,7 +5,6 @@ answered one after the other, in the order of their arrival. A driver makes the 
 the times; both here draw them from a Poisson process.
 """
 
-import json
 import queue
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import PlatformError
 
 # Starts one answer; every item is one more token of it.
@@ -141,10 +141,10 @@ def read_trace(path: Path) -> list[Request]:
     first: dict[float, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if '"name":"Sample"' in line and '"ph":"b"' in line:
-            event = json.loads(line.rstrip(","))
+            event = loads(line.rstrip(","))
             finished[event["ts"]] = event["args"]["complete_ns"] / 1e9
         elif '"name":"Token_Latency"' in line:
-            event = json.loads(line.rstrip(","))
+            event = loads(line.rstrip(","))
             first[event["ts"]] = sum(event["args"].values()) / 1e9
     begin = min(finished)
     return [

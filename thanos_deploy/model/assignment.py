@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import InputError, PatternError, UsageError
 from thanos_deploy.pattern import SPELLINGS, Pattern, Unstructured, parse
 
@@ -52,7 +53,7 @@ def read_file(path: Path) -> SparsityFile:
             f"{path}: cannot be read ({error.strerror})", fix="check the path"
         ) from error
     try:
-        pairs = json.loads(content, object_pairs_hook=list)
+        pairs = loads(content, object_pairs_hook=list)
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})", fix=_EXAMPLE) from error
     # An object is a list of pairs here, so that a name that comes twice is seen.

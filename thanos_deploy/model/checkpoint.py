@@ -6,7 +6,6 @@ comes with a model is run.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from thanos_deploy.bundle import names
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import ModelError, boundary
 from thanos_deploy.model import download, experts, pretrained
 from thanos_deploy.model import widths as block_widths
@@ -202,7 +202,7 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
         f"{path}: not a readable model configuration",
         fix="restore config.json from the model's origin",
     ):
-        model_type = str(json.loads(path.read_bytes()).get("model_type"))
+        model_type = str(loads(path.read_bytes()).get("model_type"))
         if row_of(model_type) is None and model_type not in CONFIG_MAPPING:
             family_of(model_type)  # refuses it, and says which types are known
         config = pretrained.load_config(folder)

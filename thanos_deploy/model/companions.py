@@ -1,12 +1,12 @@
 """What belongs to a model besides its weights, copied beside new weights."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 
 from thanos_deploy.bundle import files, names
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import packed_folder, pretrained, tokenizer_files
 from thanos_deploy.model import widths as block_widths
@@ -52,7 +52,7 @@ def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None
     pretrained.settle_tokenizer(destination)
     path = destination / "config.json"
     try:
-        config = dict(json.loads(path.read_bytes()))
+        config = dict(loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"{original / 'config.json'}: not a readable model configuration ({error})",

@@ -1,6 +1,5 @@
 """A checkpoint in which n:m weights are stored packed; see `packing` for one matrix."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import names
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.files import (
     FileRecord,
     Json,
@@ -344,7 +343,7 @@ def _is_bitmask(folder: Path) -> bool:
 def _read_record(folder: Path) -> _Record:
     path = folder / RECORD
     try:
-        content: Json = json.loads(path.read_bytes())
+        content: Json = loads(path.read_bytes())
         if (found := content.get("format")) != FORMAT:
             raise ModelError(
                 f"{path}: packed format {found!r}; this version reads format {FORMAT}",

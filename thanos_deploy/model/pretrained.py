@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import (
     CalibrationError,
@@ -62,7 +63,7 @@ def require_generation_config(folder: Path) -> None:
         f"{path}: not a readable generation configuration",
         fix="restore the file from the model's origin, or remove it",
     ):
-        entries = json.loads(path.read_bytes())
+        entries = loads(path.read_bytes())
         if not isinstance(entries, dict):
             raise ValueError(f"a {type(entries).__name__} in place of an object")
         ends = entries.get("eos_token_id")
@@ -161,6 +162,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+        tokenizer("a")  # some of what the files say is looked at with the first text only
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         raise ModelError(
             f"{folder}: the tokenizer is a {type(tokenizer).__name__}, which the library does not "
@@ -208,7 +210,7 @@ def settle_tokenizer(folder: Path) -> None:
     whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     whole.no_truncation()
     whole.no_padding()
-    written = json.loads(path.read_bytes()) if path.is_file() else None
+    written = loads(path.read_bytes()) if path.is_file() else None
     if (
         written is None
         or written.get("truncation")
@@ -220,13 +222,13 @@ def settle_tokenizer(folder: Path) -> None:
     special = tokenizer.special_tokens_map.items()
     if unsaid := {name: token for name, token in special if known.get(name) != token}:
         configuration = folder / tokenizer_files.CONFIGURATION
-        said = json.loads(configuration.read_bytes()) if configuration.is_file() else {}
+        said = loads(configuration.read_bytes()) if configuration.is_file() else {}
         files.write_json(configuration, {**said, **unsaid})
 
 
 def _rules(tokenizer: Tokenizer) -> Json:
     """All that decides on ids; one way to say that nothing is put around a text."""
-    rules: Json = json.loads(tokenizer.to_str())
+    rules: Json = loads(tokenizer.to_str())
     around = rules["post_processor"]
     if around and around["type"] == "TemplateProcessing" and not around["special_tokens"]:
         rules["post_processor"] = None

@@ -8,7 +8,6 @@ Up to that point it does not. Other kinds (linear, yarn, llama3) are the same fo
 Source: `dynamic_rope_update` in transformers' modeling_rope_utils.py.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import InputError
 
 _LONGROPE, _DYNAMIC = "longrope", "dynamic"
@@ -98,7 +98,7 @@ def change_in(bundle: Path) -> Change | None:
         return None
     path = bundle / "model" / "config.json"
     try:
-        return change_of(json.loads(path.read_bytes()))
+        return change_of(loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a readable model configuration ({type(error).__name__}: {error})",

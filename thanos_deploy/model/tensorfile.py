@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import download
 
@@ -89,7 +90,7 @@ def _read_head(path: Path) -> dict[str, Entry]:
     """The entries of a valid file."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header = loads(file.read(length))
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():

@@ -11,11 +11,12 @@ and pads texts, and `add_bos_token` and `add_eos_token` beside a tokenizer.json,
 post-processor says what is put around a text.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from thanos_deploy.bundle.codec import loads
 
 TOKENIZER = "tokenizer.json"
 CONFIGURATION = "tokenizer_config.json"
@@ -220,7 +221,7 @@ def _plain(token: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file of JSON, empty where there is none."""
-    content = json.loads(path.read_bytes()) if path.is_file() else {}
+    content = loads(path.read_bytes()) if path.is_file() else {}
     if not isinstance(content, dict):
         raise TypeError(f"{path.name}: is not a JSON object")
     return content

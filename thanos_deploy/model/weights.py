@@ -5,7 +5,6 @@ library saved as buffers, frequencies of rotary embeddings, tied weights twice. 
 neither counted nor read nor written, as the library's loader makes them itself.
 """
 
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import files, names
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model import download
@@ -251,7 +251,7 @@ def shards(folder: Path) -> list[str]:
     index = folder / INDEX
     if index.exists():
         try:
-            found = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            found = sorted(set(loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(
                 f"{index}: not a readable index ({error})", fix="fetch the checkpoint again"

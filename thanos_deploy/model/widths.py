@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.codec import encode, loads
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import linear
 from thanos_deploy.model.block import Widths as Widths
@@ -119,7 +119,7 @@ def declared(folder: Path) -> tuple[Widths, ...] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise ModelError(
                 f"{path}: format {content['format']!r}; this version reads {FORMAT}",

@@ -10,7 +10,6 @@ because nothing reads what it made any more.
     cut.shrink     the walk that cuts, and writes an ordinary model folder of smaller tensors
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.blocks import collect
 from thanos_deploy.calibration.journal import Journal
@@ -295,7 +295,7 @@ def _describe(checkpoint: Checkpoint, destination: Path, plan: Plan) -> None:
         widths.declare(destination, plan.widths)
     else:
         path = destination / "config.json"
-        written = json.loads(path.read_bytes())
+        written = loads(path.read_bytes())
         # Of the names that the library has for one entry, those that stand there.
         known = checkpoint.config.attribute_map or {}
         aliases = {one for pair in known.items() for one in pair if written.keys() & set(pair)}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thanos_deploy.bundle.codec import LATER, OTHERS, called, decode, encode
+from thanos_deploy.bundle.codec import LATER, OTHERS, called, decode, encode, loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,11 @@ def test_numbers_that_json_lacks_are_written_by_name() -> None:
     assert decode(Whole, written).share == float("-inf")
 
 
+def test_a_number_that_is_too_large_is_not_one() -> None:
+    with pytest.raises(ValueError, match="share is '1000"):
+        decode(Whole, {**encode(WHOLE), "share": 10**400})
+
+
 @dataclass(frozen=True, slots=True)
 class Open:
     name: str = field(metadata=called("full-name"))
@@ -122,3 +127,30 @@ def test_a_mapping_of_records_is_read_and_written_as_one() -> None:
     parts = {"one": Part("p", (1, 2))}
     assert encode(parts) == {"one": {"name": "p", "size": [1, 2]}}
     assert decode(dict[str, Part], encode(parts)) == parts
+
+
+def test_json_that_is_nested_too_deeply_is_a_value_error() -> None:
+    assert loads(b'{"a": [1]}') == {"a": [1]}
+    for content in ("[" * 100_000, '{"a":' * 100_000 + "0" + "}" * 100_000, b"[" * 10_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            loads(content)
+
+
+# They read what they, or a process of theirs, have written.
+OWN = {
+    *("exporters/tensorrt/builder.py", "exporters/llama_cpp.py", "thanos_deploy/bundle/codec.py"),
+    *("runtime/server/rendering.py", "runtime/server/templates.py"),
+    *("thanos_deploy/measure/paired.py", "thanos_deploy/measure/worker.py"),
+    "thanos_deploy/ranks/group.py",
+}
+
+
+def test_nothing_else_reads_json_of_others() -> None:
+    root = Path(__file__).parents[3]
+    found = {
+        path.relative_to(root).as_posix()
+        for package in ("thanos_deploy", "exporters", "runtime")
+        for path in (root / package).rglob("*.py")
+        if "json.load" in path.read_text(encoding="utf-8")
+    }
+    assert found == OWN
