@@ -502,13 +502,13 @@ def test_interrupted_in_any_stage_the_same_command_resumes(
 def test_a_second_process_on_the_same_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     first = start(tiny_llama, out, cache)
-    wait_for(out, ".lock", first)
+    wait_for(out, ".lock-owner", first)
     second = start(tiny_llama, out, cache)
     _, errors = second.communicate()
     first.kill()
     first.communicate()
-    assert second.returncode == 5
-    assert b"another process is writing there" in errors
+    assert second.returncode == 4
+    assert f"another process ({first.pid} on ".encode() in errors
 
 
 def test_generate_streams_what_the_exported_model_says(

@@ -7,8 +7,9 @@
     │   ├── ModelError         3  checkpoint, configuration or weights
     │   ├── CalibrationError   3  calibration or evaluation text
     │   └── HessianError       3  calibration statistics that no damping can save
-    ├── PlatformError          4  the machine lacks something: a package, a GPU, the network
-    ├── ResourceError          5  out of memory or disk, or the folder is in use
+    ├── PlatformError          4  the machine lacks something: a package, a GPU, the network; or
+    │                             another process has what is needed: an address, the folder
+    ├── ResourceError          5  out of memory or disk
     ├── GateError              6  a promise was measured and not kept
     └── IntegrityError         7  a file is not the one that was written
 
@@ -23,6 +24,12 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own; libraries in
+# Rust and C++ say what the system said.
+_OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "CUDA out of memory", "std::bad_alloc"),
+    *("Cannot allocate memory", "failed to map segment", "can't start new thread"),
+)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -74,13 +81,13 @@ class HessianError(InputError):
 
 
 class PlatformError(DeployError):
-    """This machine lacks something that the command needs."""
+    """This machine lacks something that the command needs, or another process has it."""
 
     exit_code = 4
 
 
 class ResourceError(DeployError):
-    """Not enough memory or disk, or another process holds the folder."""
+    """Not enough memory or disk."""
 
     exit_code = 5
 
@@ -116,15 +123,22 @@ def of_system(error: Exception) -> DeployError | None:
             f"{error.filename}: {error.strerror}",
             fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
         )
-    # PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own.
-    allocators = ("DefaultCPUAllocator", "CUDA out of memory")
-    if isinstance(error, MemoryError) or any(name in str(error) for name in allocators):
+    if is_out_of_memory(error):
         return ResourceError(
             f"out of memory ({error})",
             fix="use fewer or shorter segments (--seqlen, --eval-seqlen), a larger machine, or "
             "--device cpu if the GPU ran out of memory",
         )
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """An allocation failed, as the system, PyTorch and other libraries say it."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno == errno.ENOMEM
+    ):
+        return True
+    return any(said in str(error) for said in _OUT_OF_MEMORY)
 
 
 @contextmanager

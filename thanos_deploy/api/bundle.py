@@ -116,8 +116,9 @@ class Bundle:
         Raises:
             UsageError: the options do not fit the target, or what was made with others.
             InputError: nothing was pruned yet.
-            PlatformError: the machine lacks what the target needs.
-            ResourceError: another process writes to the bundle, or the disk or memory is full.
+            PlatformError: the machine lacks what the target needs, or another process writes to
+                the bundle.
+            ResourceError: the disk or memory is full.
         """
         from exporters import targets
         from thanos_deploy.bundle import manifest

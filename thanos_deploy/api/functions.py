@@ -69,8 +69,9 @@ def prune(
         ModelError: the model is missing, not readable, not supported, or does not fit the pattern.
         CalibrationError: the text is missing, not readable or too short.
         HessianError: calibration statistics that no damping can save.
-        PlatformError: a package, the device or the network is not there.
-        ResourceError: memory or disk is full, or another process writes to `out`.
+        PlatformError: a package, the device or the network is not there, or another process
+            writes to `out`.
+        ResourceError: memory or disk is full.
     """
     from thanos_deploy.bundle import manifest
     from thanos_deploy.ranks.start import together

@@ -9,7 +9,6 @@ journal in another hidden folder, which outlives a run that is killed.
 Nothing in a manifest is an absolute path, so a bundle can be moved.
 """
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar, overload
 
-from thanos_deploy.bundle import layout, names, written
+from thanos_deploy.bundle import layout, lock, names, written
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import (
     PARTIAL,
@@ -42,10 +41,9 @@ from thanos_deploy.bundle.record import (
     read_manifest,
 )
 from thanos_deploy.bundle.record import StageRecord as StageRecord
-from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
+from thanos_deploy.errors import InputError, IntegrityError, UsageError
 from thanos_deploy.machine import environment
 
-_LOCK = ".lock"
 _JOURNAL = ".journal-"
 
 T = TypeVar("T")
@@ -59,11 +57,13 @@ class Bundle:
         path: the folder.
         source: the model that it was made from.
         stages: the finished stages by name, in the order in which they finished.
+        held: what keeps others from writing there; None for a bundle that is only read.
     """
 
     path: Path
     source: Source
     stages: dict[str, StageRecord] = field(default_factory=dict)
+    held: lock.Lock | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
@@ -338,6 +338,8 @@ class Bundle:
             )
 
     def _replace(self, stage: str, partial: Path, record: StageRecord) -> None:
+        if self.held is not None:
+            self.held.require()
         # While entries are being moved the stage must not count as done, and without a manifest
         # nobody would take the folder for a bundle.
         if self.stages.pop(stage, None) is not None or not (self.path / MANIFEST).exists():
@@ -366,12 +368,12 @@ def claim(
     Raises:
         UsageError: the folder holds something else, or a bundle of another model.
         InputError: a name in its manifest or a link leads out of the folder.
-        ResourceError: another process is writing there.
+        PlatformError: another process is writing there, on this machine or on another one.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file", fix="give a folder with -o")
     foreign = path.is_dir() and not (path / MANIFEST).exists()
-    own = (PARTIAL, _JOURNAL, _LOCK)
+    own = (PARTIAL, _JOURNAL, lock.LOCK)
     if foreign and any(not entry.name.startswith(own) for entry in path.iterdir()):
         raise UsageError(
             f"{path} is not empty and not a bundle: it has no {MANIFEST}",
@@ -379,17 +381,11 @@ def claim(
         )
     path.mkdir(parents=True, exist_ok=True)
     names.require_own(path)  # before a link is written through
-    with (path / _LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ResourceError(
-                f"{path}: another process is writing there",
-                fix="wait for it to finish, or give another folder with -o",
-            ) from error
+    with lock.hold(path, wait=wait) as held:
         for leftover in path.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         bundle = Bundle.open(path) if (path / MANIFEST).exists() else Bundle(path, source)
+        bundle.held = held
         if bundle.source.sha256 != source.sha256:
             if not overwrite:
                 raise UsageError(
@@ -398,5 +394,5 @@ def claim(
                     f"({source.sha256[:12]})",
                     fix="give another output folder with -o, or --overwrite",
                 )
-            bundle = Bundle(path, source)
+            bundle = Bundle(path, source, held=held)
         yield bundle

@@ -122,7 +122,7 @@ def reopen(
     Raises:
         InputError: there is no bundle.
         UsageError: it was made from another model.
-        ResourceError: another process is writing there.
+        PlatformError: another process is writing there.
     """
     Bundle.open(out)  # claiming would create one
     dense = Dense(model, revision=revision)

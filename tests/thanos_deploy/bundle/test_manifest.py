@@ -12,7 +12,7 @@ from thanos_deploy.bundle import files, manifest
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Nothing, Source, Stage
-from thanos_deploy.errors import InputError, IntegrityError, ResourceError, UsageError
+from thanos_deploy.errors import InputError, IntegrityError, PlatformError, UsageError
 
 SOURCE = Source("folder", "model", "", "0" * 64)
 
@@ -173,7 +173,7 @@ def test_a_bundle_can_be_moved(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
     with (
         manifest.claim(tmp_path, SOURCE),
-        pytest.raises(ResourceError, match="another process"),
+        pytest.raises(PlatformError, match="another process"),
         manifest.claim(tmp_path, SOURCE),
     ):
         pass
