@@ -5,7 +5,8 @@ what is computed of it, and a batch; which part of the work holds most decides.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ from thanos_deploy.calibration.sizes import (
     can_wait,
     waiting_bytes,
 )
-from thanos_deploy.errors import ResourceError
-from thanos_deploy.machine import background, devices
+from thanos_deploy.errors import DeployError, ResourceError, is_out_of_memory, summary
+from thanos_deploy.machine import background, devices, host_memory
 from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
@@ -56,6 +57,10 @@ _WAITING = "calibration data between blocks"
 
 # Float32 vectors as wide as the hidden states that are kept for each token while it is tuned on.
 _NORMS = 6
+
+# What reading the texts takes, and libraries in passing. Some of these end the process without a
+# word where they get no memory, so that it has to be there before they are called.
+_TEXTS = 128 << 20
 
 # What cuBLAS and cuSOLVER take for themselves.
 LIBRARIES = 192 << 20
@@ -247,20 +252,65 @@ def of_cutting(
 
 
 def require(memory: Memory, device: torch.device) -> None:
-    """Refuse a GPU that has less free memory than is needed, before anything is computed.
+    """Refuse a machine with less free memory than is needed, before anything is computed.
 
     Args:
-        memory: that will be held.
+        memory: that will be held, beside what the process holds already.
         device: where.
 
     Raises:
-        ResourceError: there is less.
+        ResourceError: the GPU or the host has less.
     """
-    if device.type == "cpu" or memory.device_bytes <= (free := devices.free_bytes(device)):
-        return
-    largest = sorted(memory.device, key=lambda term: -term.bytes)
-    told = ", ".join(f"{term.name} {term.bytes / 1e9:.1f}" for term in largest)
-    there = {term.name for term in memory.device}
+    there, host = host_memory.free_bytes(), (*memory.host, Term("texts and libraries", _TEXTS))
+    if there is not None and total(host) > there:
+        other = "end other programs, or use a machine or a limit that is larger"
+        raise _too_little("this machine", host, there, other)
+    if device.type != "cpu" and memory.device_bytes > (free := devices.free_bytes(device)):
+        other = "end other programs on the GPU, or use a larger one or --device cpu"
+        raise _too_little(str(device), memory.device, free, other)
+
+
+@contextmanager
+def explained(memory: Memory) -> Iterator[None]:
+    """Around the work: an allocation that fails says how much all of it needs.
+
+    Raises:
+        ResourceError: one failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DeployError) or not is_out_of_memory(error):
+            raise
+        where = memory.device if memory.device else memory.host
+        raise ResourceError(
+            f"out of memory ({summary(error)}); beside what the process holds before it begins, "
+            f"{_gigabytes(total(where))} are needed ({_told(where)})",
+            fix=_lower(where, "use a larger machine, or no limit"),
+        ) from error
+
+
+def _too_little(place: str, needed: Sequence[Term], free: int, other: str) -> ResourceError:
+    return ResourceError(
+        f"{place}: {_gigabytes(total(needed))} of memory are needed, and {_gigabytes(free)} are "
+        f"free ({_told(needed)})",
+        fix=_lower(needed, other),
+    )
+
+
+def _told(needed: Sequence[Term]) -> str:
+    """The terms, the largest first."""
+    largest = sorted(needed, key=lambda term: -term.bytes)
+    return ", ".join(f"{term.name} {_gigabytes(term.bytes)}" for term in largest)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e9:.3f} GB"
+
+
+def _lower(needed: Sequence[Term], other: str) -> str:
+    """What makes the terms smaller, or else something else."""
+    there = {term.name for term in needed}
     options = [
         option
         for name, option in (
@@ -271,13 +321,7 @@ def require(memory: Memory, device: torch.device) -> None:
         )
         if name in there
     ]
-    raise ResourceError(
-        f"{device}: {memory.device_bytes / 1e9:.1f} GB of memory are needed, and "
-        f"{free / 1e9:.1f} GB are free ({told})",
-        fix=f"use {'; '.join(options)}" * bool(options)
-        + "; or " * bool(options)
-        + "end other programs on the GPU, or use a larger one or --device cpu",
-    )
+    return f"use {'; '.join(options)}; or {other}" if options else other
 
 
 def _together(entries: int, device: torch.device) -> int:

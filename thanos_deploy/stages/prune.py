@@ -18,6 +18,7 @@ from thanos_deploy.calibration.sizes import activation_bytes
 from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
+from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.parts import part_bytes
@@ -105,13 +106,14 @@ def _prune(
         recovery, quantisation = work.finish(folder, announce)
         return _result(work, pruned, recovery, quantisation, model)
 
-    record = bundle.run(
-        PRUNE,
-        produce,
-        options=decode(PruneOptions, request.to_json()),
-        inputs=work.inputs,
-        overwrite=overwrite,
-    )
+    with memory.explained(work.memory):
+        record = bundle.run(
+            PRUNE,
+            produce,
+            options=decode(PruneOptions, request.to_json()),
+            inputs=work.inputs,
+            overwrite=overwrite,
+        )
     if not told:
         current().share({})
     part()
@@ -194,6 +196,7 @@ class _Work:
         text: the calibration text.
         ids: int64[count, length], what is taken of it.
         frame: what each segment begins with.
+        memory: that is held at once, beside what the process holds already.
         inputs: hashes of what is read.
         owner: everything that the result depends on.
     """
@@ -203,6 +206,7 @@ class _Work:
     text: Text
     ids: Tensor
     frame: Frame
+    memory: Memory
     inputs: PruneInputs
     owner: Json
 
@@ -216,10 +220,14 @@ class _Work:
         source = dense.checkpoint(announce)
         check(source, request)
         own = sparsity_file(request.how) if isinstance(request.how, Recipe) else None
-        text, ids, frame = calibration(source, request.data)
+        device, data = request.chosen_device, request.data
+        # Sizes that cannot be are refused with the text.
+        sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
+        segments = torch.empty(sizes, dtype=torch.int64, device="meta")
+        needed = memory_of(source, segments, request, device)
+        memory.require(needed, device)
+        text, ids, frame = calibration(source, data)
         Layout.of(*ids.shape).require(current().size)
-        device = request.chosen_device
-        memory.require(memory_of(source, ids, request, device), device)
         inputs = PruneInputs(
             dense.source.sha256, text.sha256, frame.ids, None if own is None else own.sha256
         )
@@ -229,7 +237,7 @@ class _Work:
             **_versions(request.chosen_device),
         }
         same_everywhere(owner)
-        return cls(source, request, text, ids, frame, inputs, owner)
+        return cls(source, request, text, ids, frame, needed, inputs, owner)
 
     @property
     def device(self) -> torch.device:

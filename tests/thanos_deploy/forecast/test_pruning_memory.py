@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from thanos_deploy.calibration.activations import Place
 from thanos_deploy.errors import ResourceError
 from thanos_deploy.forecast import memory
 from thanos_deploy.gpu_check import models, walks
-from thanos_deploy.machine import devices
+from thanos_deploy.machine import devices, host_memory
 from thanos_deploy.methods import load
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import short_names
@@ -168,6 +169,7 @@ def test_too_small_a_gpu_is_refused_with_what_is_needed_and_what_lowers_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = counted(outline(tmp_path, EIGHT), "best", "device")
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: None)  # of this machine
     memory.require(found, CUDA)
     monkeypatch.setattr(devices, "free_bytes", lambda device: 8 * 10**9)
     with pytest.raises(
@@ -179,3 +181,42 @@ def test_too_small_a_gpu_is_refused_with_what_is_needed_and_what_lowers_it(
     assert "--activations disk" in caught.value.fix
     assert "--preset fast" in caught.value.fix
     memory.require(found, torch.device("cpu"))
+
+
+def test_too_small_a_machine_is_refused_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = counted(outline(tmp_path, EIGHT), "best", device=torch.device("cpu"))
+    for free in (None, found.host_bytes + memory._TEXTS):
+        monkeypatch.setattr(host_memory, "free_bytes", lambda free=free: free)
+        memory.require(found, torch.device("cpu"))
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 10**9)
+    with pytest.raises(
+        ResourceError, match=r"this machine: \d+\.\d GB of memory are needed, and 1\.0 GB are free"
+    ) as caught:
+        memory.require(found, torch.device("cpu"))
+    assert "--preset fast" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=repr,
+)
+def test_an_allocation_that_fails_says_what_all_of_it_needs(
+    tmp_path: Path, error: Exception
+) -> None:
+    found = counted(outline(tmp_path, EIGHT), "fast", device=torch.device("cpu"))
+    with (
+        pytest.raises(ResourceError, match=r"out of memory \(.*, \d+\.\d GB are needed"),
+        memory.explained(found),
+    ):
+        raise error
+    for other in (KeyError("x"), ResourceError("the disk is full", fix="free some")):
+        with pytest.raises(type(other), match=str(other.args[0])), memory.explained(found):
+            raise other
