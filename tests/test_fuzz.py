@@ -3,6 +3,7 @@
 A crash of native code or a hang would end the test run, or its time limit would.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,15 @@ import exporters.packed
 from runtime.engine import open_engine
 from runtime.text import open_tokenizer
 from tests.conftest import Exported
+from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.files import file_record
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import DeployError, InputError, IntegrityError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_packed
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.stages.verify import verify
 
 MUTATIONS = 250  # of each of four kinds of file
 
@@ -132,3 +136,17 @@ def test_a_damaged_packed_checkpoint_is_detected_or_harmless(
     outcomes = fuzz([packed / "packed.json", packed / "model.packed.safetensors"], 3, check)
     assert sum(outcome is not None for outcome in outcomes) > MUTATIONS / 2
     assert {type(error).exit_code for error in outcomes if error} <= {3, 7}
+
+
+def test_a_graph_whose_forged_hashes_fit_is_bad_input(
+    two_four_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(two_four_bundle, tmp_path / "bundle"))
+    data = bundle / "onnx" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:1000])
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    recorded = manifest["stages"]["onnx"]["files"]
+    recorded["onnx/model.onnx.data"] = encode(file_record(data))
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="the files of stage 'onnx' are as recorded"):
+        verify(Bundle.open(bundle))

@@ -1,6 +1,6 @@
 """What the manifest of a bundle records, and how it is read."""
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from thanos_deploy.bundle import names
-from thanos_deploy.bundle.codec import Json, decode
+from thanos_deploy.bundle.codec import Json, decode, loads
 from thanos_deploy.bundle.files import FileRecord
 from thanos_deploy.bundle.layout import MANIFEST
 from thanos_deploy.errors import InputError
@@ -105,7 +105,9 @@ def read_manifest(path: Path) -> Manifest:
             name in it or a link leads out of its folder.
     """
     try:
-        content = json.loads((path / MANIFEST).read_bytes())
+        if os.path.lexists(path / MANIFEST):
+            names.require_own(path)  # before anything is read
+        content = loads((path / MANIFEST).read_bytes())
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
             raise InputError(
                 f"{path / MANIFEST}: bundle format {content['format']!r}; this version "
@@ -113,7 +115,6 @@ def read_manifest(path: Path) -> Manifest:
                 fix="use the version of thanos-deploy that the manifest names",
             )
         manifest = decode(Manifest, content)
-        names.require_own(path)
         _require_plain(path / MANIFEST, manifest.source, manifest.stages)
         return manifest
     except FileNotFoundError as error:

@@ -259,6 +259,21 @@ class Run:
     subjects: Mapping[str, Subject]
     scenarios: tuple[ScenarioTimes, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse times of models that the run does not have, and ratios of times that it lacks.
+
+        Raises:
+            ValueError: there are such.
+        """
+        for scenario in self.scenarios:
+            if others := sorted(set(scenario.results) - set(self.subjects)):
+                raise ValueError(f"{scenario.name}: {others[0]!r} is no subject of the run")
+            for label, result in scenario.results.items():
+                base = scenario.results.get(self.baseline)
+                both = set(result.metrics) & set(base.metrics if base else ())
+                if lacking := sorted(set(result.ratio) - both):
+                    raise ValueError(f"{scenario.name}: no times of {label!r} for {lacking[0]!r}")
+
     @property
     def on_cpu(self) -> bool:
         """No GPU ran the models."""

@@ -160,7 +160,8 @@ def _is_stale(bundle: Bundle, stage: str) -> bool:
         return False
     if stage == BENCH.name:
         return any(
-            not _is_current_graph(bundle, run[PRUNED]) for run in bundle.inputs(BENCH).values()
+            not _is_current_graph(bundle, run.get(PRUNED, {}))
+            for run in bundle.inputs(BENCH).values()
         )
     inputs = bundle.stages[stage].inputs
     if inputs.get("model", bundle.model_sha256) != bundle.model_sha256:

@@ -15,7 +15,7 @@ from thanos_deploy.bundle.engine_record import LayerProof, Summary
 from thanos_deploy.bundle.layout import MODEL, PRUNE
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.check import Check, passed
-from thanos_deploy.errors import GateError, IntegrityError
+from thanos_deploy.errors import GateError, InputError, IntegrityError, boundary
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern
@@ -67,10 +67,15 @@ def _files(bundle: Bundle, stage: str) -> Check:
 
 
 def _contents(bundle: Bundle, stage: str) -> Iterator[Check]:
-    if stage == PRUNE:
-        yield patterns.check(bundle, stage, partial(_judge_checkpoint, bundle.path / MODEL))
-    elif (target := targets.of_stage(stage)) is not None:
-        yield from target.verify(bundle, stage)
+    with boundary(
+        InputError,
+        f"{bundle.path}: the files of stage {stage!r} are as recorded, and not readable",
+        fix="make that stage again with --overwrite; do not use it unless you know who made it",
+    ):
+        if stage == PRUNE:
+            yield patterns.check(bundle, stage, partial(_judge_checkpoint, bundle.path / MODEL))
+        elif (target := targets.of_stage(stage)) is not None:
+            yield from target.verify(bundle, stage)
 
 
 def _judge_checkpoint(

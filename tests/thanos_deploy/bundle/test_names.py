@@ -317,6 +317,16 @@ def test_a_bundle_is_not_written_through_a_link(tmp_path: Path, entry: str) -> N
     assert not (tmp_path / "new-file").exists()
 
 
+def test_a_manifest_that_lies_elsewhere_is_not_read(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out")
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text('{"format": 99}')  # which would be told
+    (out / "manifest.json").unlink()
+    (out / "manifest.json").symlink_to(elsewhere)
+    with pytest.raises(InputError, match=r"manifest\.json: a link out of its folder"):
+        Bundle.open(out)
+
+
 @pytest.mark.parametrize(
     "name", ["../x.packed.safetensors", "/x.packed.safetensors", "x\0.packed.safetensors", "x.json"]
 )

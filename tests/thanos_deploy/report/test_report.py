@@ -191,6 +191,31 @@ def test_what_was_made_of_an_earlier_graph_is_left_out(tmp_path: Path) -> None:
     assert model["quality"]["pruned"] == 16.8
 
 
+def test_a_run_of_a_manifest_that_does_not_say_of_which_graph_is_left_out(tmp_path: Path) -> None:
+    out = write_bundle(tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["stages"]["bench"]["inputs"]["latency"]["pruned"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (model,) = report_on(out)["models"]
+    assert model["stale"] == ["bench"]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("metrics", "prefill-1x128: no times of 'pruned' for 'x'"), ("results", "'x' is no subject")],
+)
+def test_a_run_that_contradicts_itself_is_named(tmp_path: Path, part: str, said: str) -> None:
+    document = run()
+    results = document["scenarios"][0]["results"]
+    if part == "metrics":
+        results["pruned"]["ratio"]["x"] = results["pruned"]["ratio"].pop("prefill")
+    else:
+        results["x"] = results["pruned"]
+    out = write_bundle(tmp_path / "out", runs=(document,))
+    with pytest.raises(InputError, match=said):
+        report_on(out)
+
+
 def test_what_an_engine_chose_is_the_proof(tmp_path: Path) -> None:
     out = write_bundle(tmp_path / "out")
     add_build(out)
