@@ -271,7 +271,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
         port = free_port()
         command = serve(bundle, port=port, name=MODEL, slots=SLOTS, queue=QUEUE)
         server = stack.enter_context(running(command, port=port, log=log))
-        texts = prompts(server, random.Random(seed))
+        texts = prompts(server.url, random.Random(seed))
         pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
         stack.callback(over.set)
         for number in range(CLIENTS):
@@ -300,9 +300,9 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
     }
 
 
-def prompts(server: Server, chance: random.Random) -> tuple[str, ...]:
+def prompts(url: str, chance: random.Random) -> tuple[str, ...]:
     """Pieces of the built-in text that take no more than half of what the model reads."""
-    _, _, models = request(server.url, "GET", "/v1/models")
+    _, _, models = request(url, "GET", "/v1/models")
     longest = min(LONGEST_PROMPT, json.loads(models)["data"][0]["max_model_len"] // 2)
     text = builtin_text(held_out=True).content
     begins = [chance.randrange(len(text) - longest) for _ in range(PROMPTS)]

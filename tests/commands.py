@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -41,12 +41,18 @@ class Command:
         pid: of the process, which leads a group and a session of its own.
     """
 
-    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> None:
         """Start it.
 
         Args:
             arguments: of `thanos-deploy`.
             environment: its variables beside those of this process.
+            before: what the process does first; a function of a module, which is imported there.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="command-")
         self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
@@ -57,6 +63,7 @@ class Command:
                 {**os.environ, **(environment or {})},
                 Path.cwd(),
                 self._streams,
+                before,
             ),
         )
         self._process.start()
@@ -89,7 +96,11 @@ class Command:
 
 
 def _run(
-    arguments: list[str], environment: Mapping[str, str], folder: Path, streams: list[Path]
+    arguments: list[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    streams: list[Path],
+    before: Callable[[], object] | None,
 ) -> None:
     os.setsid()
     os.chdir(folder)
@@ -102,4 +113,6 @@ def _run(
     # As in a shell that is asked to run a program in the foreground.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["thanos-deploy", *arguments]
+    if before is not None:
+        before()
     cli.main()

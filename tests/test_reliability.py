@@ -1,14 +1,15 @@
 """benchmarks.reliability: what it finds, and a short run of each part."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.reliability import server
-from benchmarks.reliability.__main__ import PARTS
+from benchmarks.reliability.__main__ import PAGE, PARTS, RESULTS, go_on
 from benchmarks.reliability.attacks import Attack, guessed_keys, half_closed, malformed, overload
-from benchmarks.reliability.part import Figure, Setting
+from benchmarks.reliability.part import Figure, Part, Setting, Slice
 from benchmarks.reliability.record import BEGIN, END, Result, Results, publish, table
 from benchmarks.reliability.server import Seen
 
@@ -63,23 +64,63 @@ def test_each_fault_is_found_and_nothing_else(fault: dict[str, object], found: s
     assert name.startswith(found)
 
 
-def test_results_are_read_again_and_published(tmp_path: Path) -> None:
-    figures = (Figure("things", 3), Figure("faults", 1, "0", False))
-    results = Results().plus("server", Result(2.0, 7, 119.6, figures, {"cpu": "a CPU"}))
-    path, page = tmp_path / "results.json", tmp_path / "page.md"
-    assert Results.read(path) == Results()
-    results.write(path)
-    assert Results.read(path) == results
-    assert not results.parts["server"].passed
-    assert results.parts["server"].answers(2.0, 7)
-    assert not results.parts["server"].answers(2.0, 8)
+def test_a_later_run_goes_on_where_an_earlier_one_ended(tmp_path: Path) -> None:
+    part = Part("kills", "Nothing is lost.", one_kill)
+    path = tmp_path / "results.json"
+    for number in (1, 2, 3):
+        before = Results.read(path)
+        done = before.parts["kills"].values if before.parts else {}
+        setting = Setting(lambda: tmp_path, tmp_path, 1.0, 0, done)
+        results = go_on(part, setting, before, path)
+        assert Results.read(path) == results
+        assert results.parts["kills"].values == {"kills": number, "slowest": 3, "faults": 1}
+        assert results.parts["kills"].is_enough == (number == 3)
+        assert not results.parts["kills"].passed
+    assert results.parts["kills"].runs == 3
+    assert results.parts["kills"].faults == ("the 0th was wrong",)
+
+
+def test_the_page_shows_what_was_found() -> None:
+    assert table(Results.read(RESULTS), PARTS) in PAGE.read_text(encoding="utf-8")
+
+
+def one_kill(setting: Setting) -> Iterator[Slice]:
+    """Finds one fault in its first run."""
+    number = setting.so_far("kills")
+    faults = [] if number else ["the 0th was wrong"]
+    yield Slice(
+        [
+            Figure("kills", 1, least=3),
+            Figure("slowest", 3 - number, joined="most"),
+            Figure("faults", len(faults), most=0),
+        ],
+        faults,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kills", "faults", "said"),
+    [
+        (3, 0, "PASSED. 2.0 minutes in 2 runs, on "),
+        (2, 0, "Not as much as is to be done; nothing was wrong so far. "),
+        (2, 1, "FAILED. "),
+        (3, 1, "FAILED. "),
+    ],
+)
+def test_results_are_published(tmp_path: Path, kills: int, faults: int, said: str) -> None:
+    figures = (Figure("kills", kills, least=3), Figure("faults", faults, most=0))
+    results = Results(parts={"kills": Result(2, 120.0, figures)})
+    page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     publish(page, table(results, PARTS))
-    said = page.read_text()
-    assert said.startswith("before\n")
-    assert said.endswith("after\n")
-    assert "| faults | 1 | 0 | **no** |" in said
-    assert "FAILED in 120 s (`--minutes 2 --seed 7`), on a CPU." in said
+    shown = page.read_text()
+    assert shown.startswith("before\n")
+    assert shown.endswith("after\n")
+    assert f"\n{said}" in shown
+    assert f"| faults | {faults} | 0 | {'**no**' if faults else 'yes'} |" in shown
+    assert f"| kills | {kills} | at least 3 | {'yes' if kills == 3 else '**no**'} |" in shown
+    assert "### server\n" in shown
+    assert "Not run." in shown
 
 
 @pytest.mark.slow
@@ -89,9 +130,10 @@ def test_a_server_that_is_attacked_answers_rightly(
     """The only test that starts the server and the attackers; of the attacks, the quick ones."""
     monkeypatch.setattr(server, "ATTACKS", (guessed_keys, half_closed, malformed))
     monkeypatch.setattr(server, "LOADS", ())
-    figures = {one.name: one for one in server.run(Setting(exported_llama, tmp_path, 1.0, 0))}
+    (found,) = server.run(Setting(lambda: exported_llama, tmp_path, 1.0, 0))
+    figures = {one.name: one for one in found.figures}
     assert figures["requests of good clients"].value > 5
     assert figures["actions of attackers"].value > 10
     # A moment says nothing of memory and of times.
-    found = [name for name, one in figures.items() if not one.holds]
-    assert [name for name in found if not name.startswith(("p99", "growth"))] == []
+    failed = [name for name, one in figures.items() if not one.holds]
+    assert [name for name in failed if not name.startswith(("p99", "growth"))] == []

@@ -12,6 +12,7 @@ reach, each parser in a process of its own. A finding is
 
 Inputs that reached something new are kept in out/fuzzing/NAME, so that a later run goes on from
 there. Prints for each parser how many inputs were tried, how many edges of its control flow they
-reached and what was found, writes that to FILE (benchmarks/results/fuzzing.json), and ends with
-exit code 1 if something was found. Found inputs are in out/fuzzing/NAME.found; each becomes a test.
+reached and what was found, adds that to FILE (benchmarks/results/fuzzing.json) and to the table in
+docs/reliability.md, and ends with exit code 1 if something was found. Found inputs are in
+out/fuzzing/NAME.found; each becomes a test.
 """

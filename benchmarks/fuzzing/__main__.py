@@ -6,14 +6,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import fuzzing as package
 from benchmarks.fuzzing.parsers import PARSERS
+from benchmarks.reliability.record import publish
 from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.files import read_record, write_json
 from thanos_deploy.machine import environment
+from thanos_deploy.machine.environment import Environment
 
 # An input that takes longer, or more memory, is a finding.
 _INPUT_SECONDS, _MEGABYTES = 30, 2048
@@ -21,9 +25,16 @@ _INPUT_SECONDS, _MEGABYTES = 30, 2048
 _LONGEST_INPUT = 1 << 15
 
 
+# A parser that ran for so long without a finding is done.
+_ENOUGH_MINUTES = 30
+
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- fuzzing: python -m benchmarks.fuzzing -->", "<!-- end of the fuzzing -->"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run over one parser came to.
+    """What the runs over one parser came to.
 
     Attributes:
         inputs: that were tried.
@@ -32,11 +43,52 @@ class Outcome:
         found: the last lines of what was said of a finding; empty if there was none.
     """
 
-    parser: str
-    inputs: int
-    edges: int
-    seconds: float
-    found: str
+    inputs: int = 0
+    edges: int = 0
+    seconds: float = 0.0
+    found: str = ""
+
+    def after(self, earlier: "Outcome") -> "Outcome":
+        """Together with earlier runs; what these found may be mended since, and counts no more."""
+        return Outcome(
+            earlier.inputs + self.inputs,
+            max(earlier.edges, self.edges),
+            earlier.seconds + self.seconds,
+            self.found,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """Those of all parsers, by name."""
+
+    environment: Environment = field(default_factory=environment.describe)
+    parsers: Mapping[str, Outcome] = field(default_factory=dict)
+
+    def plus(self, name: str, outcome: Outcome) -> "Outcomes":
+        """With one more run; one with a finding begins anew, so that minutes are those without."""
+        earlier = self.parsers.get(name, Outcome())
+        joined = outcome if outcome.found or earlier.found else outcome.after(earlier)
+        return replace(
+            self, environment=environment.describe(), parsers={**self.parsers, name: joined}
+        )
+
+
+def table(outcomes: Outcomes) -> str:
+    """The outcomes in Markdown."""
+    lines = [
+        "| parser | inputs | edges reached | minutes without a finding | |",
+        "|---|---|---|---|---|",
+    ]
+    for name in PARSERS:
+        one = outcomes.parsers.get(name)
+        if one is None:
+            lines.append(f"| {name} | not run | | | |")
+            continue
+        minutes = 0.0 if one.found else one.seconds / 60
+        said = "**a finding**" if one.found else "done" if minutes >= _ENOUGH_MINUTES else "goes on"
+        lines.append(f"| {name} | {one.inputs} | {one.edges} | {minutes:.1f} | {said} |")
+    return "\n".join([*lines, "", f"Enough are {_ENOUGH_MINUTES} minutes for each."])
 
 
 def run(name: str, seconds: int, kept: Path) -> Outcome:
@@ -63,7 +115,6 @@ def run(name: str, seconds: int, kept: Path) -> Outcome:
     edges = re.findall(r"cov: (\d+)", done.stderr)
     took = re.findall(r"in (\d+) second", done.stderr)
     return Outcome(
-        name,
         max((int(one or other) for one, other in inputs), default=0),
         int(edges[-1]) if edges else 0,
         float(took[-1]) if took else 0.0,
@@ -88,27 +139,27 @@ def main() -> int:
     reader.add_argument("--minutes", type=float, default=30)
     reader.add_argument("--kept", type=Path, default=Path("out/fuzzing"))
     reader.add_argument("-o", type=Path, default=Path("benchmarks/results/fuzzing.json"))
+    reader.add_argument("--page", type=Path, default=PAGE)
     options = reader.parse_args()
     if find_spec("atheris") is None:
         print("Atheris is missing; pip install 'thanos-deploy[fuzz]'", file=sys.stderr)
         return 4
-    outcomes = []
+    outcomes = read_record(options.o, Outcomes) if options.o.exists() else Outcomes()
+    found = False
+    options.o.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'parser':16}{'inputs':>10}{'edges':>8}{'seconds':>9}  found")
     for name in options.only:
         outcome = run(name, round(options.minutes * 60), options.kept)
-        outcomes.append(outcome)
+        outcomes = outcomes.plus(name, outcome)
+        found |= bool(outcome.found)
         print(
             f"{name:16}{outcome.inputs:>10}{outcome.edges:>8}{outcome.seconds:>9.0f}  "
             f"{outcome.found or 'nothing'}",
             flush=True,
         )
-    document = {
-        "environment": encode(environment.describe()),
-        "parsers": [asdict(one) for one in outcomes],
-    }
-    options.o.parent.mkdir(parents=True, exist_ok=True)
-    options.o.write_text(json.dumps(document, indent=1) + "\n")
-    return int(any(one.found for one in outcomes))
+        write_json(options.o, encode(outcomes))
+        publish(options.page, table(outcomes), BEGIN, END)
+    return int(found)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,51 @@
 """A campaign against what the project promises.
 
 Usage: python -m benchmarks.reliability [--minutes 10] [--seed 0] [--only PART ...] [--again]
+       python -m benchmarks.reliability --table
 
-The minutes are shared by the parts that run. Each part's figures are written to
-benchmarks/results/reliability.json as soon as it is done; a later call with the same minutes and
-seed goes on with the parts that are missing (--again runs them all). Prints the table and puts it
-into docs/reliability.md. Exit code 1 if a figure is not what it is to be.
+The minutes are shared by the parts that run. What a part finds goes to
+benchmarks/results/reliability.json all along, and a later call goes on with the parts of which not
+enough was done (with --more, with all of them; --again begins anew). Prints the table and puts it
+into docs/reliability.md; with --table nothing else. Exit code 1 if a figure is not what it is to
+be.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from benchmarks.gpu_campaign.onnxruntime import make
-from benchmarks.reliability import disk_full, kills, server
+from benchmarks.reliability import (
+    disk_full,
+    kills,
+    memory,
+    mutations,
+    power_cuts,
+    server,
+    soaked,
+    two_processes,
+)
 from benchmarks.reliability.part import Part, Setting
 from benchmarks.reliability.record import Result, Results, publish, table
+from benchmarks.reliability.works import settle
 
-PARTS: tuple[Part, ...] = (kills.PART, disk_full.PART, server.PART)
+PARTS: tuple[Part, ...] = (
+    kills.PART,
+    power_cuts.PART,
+    disk_full.PART,
+    memory.PART,
+    two_processes.PART,
+    mutations.PART,
+    server.PART,
+    soaked.PART,
+)
 RESULTS = Path(__file__).parents[1] / "results" / "reliability.json"
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+
+_WRITE_SECONDS = 10.0
 
 
 def main() -> None:
@@ -30,36 +54,66 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS])
-    parser.add_argument("--again", action="store_true")
-    parser.add_argument("--bundle", type=Path, help="a small one; made if it is not given")
+    parser.add_argument("--more", action="store_true", help="though enough was done")
+    parser.add_argument("--again", action="store_true", help="forget what was found before")
+    parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args()
 
     results = Results.read(given.results)
     chosen = [part for part in PARTS if not given.only or part.name in given.only]
+    if given.again:
+        kept = {name: one for name, one in results.parts.items() if name not in names(chosen)}
+        results = Results(parts=kept)
     missing = [
         part
         for part in chosen
-        if given.again
-        or part.name not in results.parts
-        or not results.parts[part.name].answers(given.minutes, given.seed)
+        if not given.table and (given.more or not results.parts.get(part.name, Result()).is_enough)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        bundle = (given.bundle or make(Path(folder))) if missing else None
+        settle(Path(folder))
+        bundle = cache(lambda: make(Path(folder)))
         for part in missing:
-            assert bundle
             room = Path(folder) / part.name
             room.mkdir()
-            started = time.monotonic()
-            figures = part.run(Setting(bundle, room, 60 * given.minutes / len(chosen), given.seed))
-            result = Result(given.minutes, given.seed, time.monotonic() - started, tuple(figures))
-            results = results.plus(part.name, result)
-            results.write(given.results)
+            before = results.parts.get(part.name, Result())
+            seconds = 60 * given.minutes / len(missing)
+            setting = Setting(bundle, room, seconds, given.seed, before.values)
+            results = go_on(part, setting, results, given.results)
     shown = table(results, PARTS)
     publish(given.page, shown)
     print(shown)
-    sys.exit(not all(results.parts[part.name].passed for part in chosen))
+    sys.exit(not all(part.name in results.parts for part in chosen) or not passed(results, chosen))
+
+
+def go_on(part: Part, setting: Setting, results: Results, path: Path) -> Results:
+    """Do some more of a part, and write what it finds all along."""
+    result = results.parts.get(part.name, Result())
+    result = Result(result.runs + 1, result.seconds, result.figures, result.faults)
+    began = written = time.monotonic()
+    for found in part.run(setting):
+        for fault in found.faults:
+            print(f"{part.name}: {fault}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        result = result.after(found, now - began)
+        began = now
+        if now - written > _WRITE_SECONDS:
+            results.plus(part.name, result).write(path)
+            written = now
+    results = results.plus(part.name, result)
+    results.write(path)
+    return results
+
+
+def names(parts: list[Part]) -> set[str]:
+    """What they are called."""
+    return {part.name for part in parts}
+
+
+def passed(results: Results, parts: list[Part]) -> bool:
+    """No promise of these was broken."""
+    return all(results.parts[part.name].passed for part in parts)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ to mount.
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability.part import Figure, Part, Setting
+from benchmarks.reliability.part import Figure, Part, Setting, Slice
 from benchmarks.reliability.undisturbed import Undisturbed, undisturbed
 from benchmarks.reliability.works import WORKS
 
@@ -25,8 +24,11 @@ _FULL = 5
 PAGE = 4096
 _LARGE = 1 << 30
 
-# Those that write much in different ways; what is written by several is tried with the first.
-_WORKS = tuple(work for work in WORKS if work.name in ("prune-best", "shrink", "prune-export"))
+# Those that write much in different ways, the one that does everything first.
+_BY_NAME = {work.name: work for work in WORKS}
+_WORKS = tuple(_BY_NAME[name] for name in ("prune-export", "prune-best", "shrink"))
+
+_FAULTS = "other ends than exit code 5, or other bytes afterwards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +48,46 @@ class Filled:
     fault: str
 
 
-def run(setting: Setting) -> list[Figure]:
-    """Fill the disk of one command after the other, at sizes spread over what each needs.
+def run(setting: Setting) -> Iterator[Slice]:
+    """Fill the disk of one command after the other, at all sizes that are not enough.
 
-    All sizes if there is time for them, else as many as there is time for.
+    Sizes that are far from each other come first, and a later run goes on where this one ends.
     """
     if not _can_mount():
-        return [Figure("disks that could be mounted", 0, "as root", holds=False)]
-    share, disk = setting.seconds / len(_WORKS), setting.folder / "disk"
-    sizes, filled = 0, []
+        yield Slice([Figure("disks that could be mounted", 0, least=1)])
+        return
+    end, disk = time.monotonic() + setting.seconds, setting.folder / "disk"
     for alone in undisturbed(_WORKS, setting):
-        end = time.monotonic() + share
-        looked = list(_until_enough(alone, disk))
-        needed = min(one.size for one in looked if one.enough)
-        sizes += needed // PAGE
-        filled += looked
-        tried = {one.size for one in looked}
-        for size in _spread(needed):
+        name = alone.work.name
+        pages = setting.so_far(_small(name))
+        if not pages:
+            looked = list(_until_enough(alone, disk))
+            pages = min(one.size for one in looked if one.enough) // PAGE
+            for one in looked:
+                yield _found(one, pages, counts=False)
+        for size in list(_spread(PAGE * pages))[setting.so_far(_tried(name)) :]:
             if time.monotonic() > end:
-                break
-            if size not in tried:
-                filled.append(fill(alone, disk, size))
-    for one in filled:
-        if one.fault:
-            print(one, file=sys.stderr, flush=True)
-    faults = sum(bool(one.fault) for one in filled)
-    return [
-        Figure("commands", len(_WORKS)),
-        Figure("sizes of disks, in pages, that are too small", sizes),
-        Figure("of these, tried", sum(not one.enough for one in filled)),
-        Figure("other ends than exit code 5, or other bytes afterwards", faults, "0", faults == 0),
-    ]
+                return
+            yield _found(fill(alone, disk, size), pages, counts=True)
+
+
+def _found(one: Filled, pages: int, *, counts: bool) -> Slice:
+    return Slice(
+        [
+            Figure(_small(one.work), pages, joined="last"),
+            Figure(_tried(one.work), int(counts), least=pages),
+            Figure(_FAULTS, int(bool(one.fault)), most=0),
+        ],
+        [str(one)] if one.fault else [],
+    )
+
+
+def _small(work: str) -> str:
+    return f"{work}: sizes of disks, in pages, that are too small"
+
+
+def _tried(work: str) -> str:
+    return f"{work}: of these, tried"
 
 
 def _until_enough(alone: Undisturbed, disk: Path) -> Iterator[Filled]:

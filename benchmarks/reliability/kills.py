@@ -9,7 +9,6 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability.part import Figure, Part, Setting
+from benchmarks.reliability.part import Figure, Part, Setting, Slice
 from benchmarks.reliability.undisturbed import Undisturbed, undisturbed
 from benchmarks.reliability.works import WORKS
 
 # A little longer than the command takes, so that its last moments are hit too.
 _BEYOND = 1.05
 _LOOK_SECONDS = 0.005
+
+GOAL = 500
+_KILLS = "kills"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +48,30 @@ class Killed:
     fault: str
 
 
-def run(setting: Setting) -> list[Figure]:
+def run(setting: Setting) -> Iterator[Slice]:
     """Kill one command after the other, as often as there is time for, and each at least once."""
-    draw, end = random.Random(setting.seed), time.monotonic() + setting.seconds
+    before = setting.so_far(_KILLS)
+    draw, end = random.Random(f"{setting.seed} {before}"), time.monotonic() + setting.seconds
     every = list(undisturbed(WORKS, setting))
-    killed: list[Killed] = []
-    while not killed or time.monotonic() < end:
-        for one in every:
-            killed.append(kill(one, setting.folder / "killed", draw))
-            if killed[-1].fault:
-                print(killed[-1], file=sys.stderr, flush=True)
-    faults = sum(bool(one.fault) for one in killed)
-    return [
-        Figure("commands, each killed in turn", len(WORKS)),
-        Figure("kills", len(killed)),
-        Figure("kills of commands that had ended", sum(one.finished for one in killed)),
-        Figure("second runs that ended otherwise, or with other bytes", faults, "0", faults == 0),
-        Figure("blocks in a journal when the first run was killed", sum(k.entries for k in killed)),
-        Figure(
-            "of these, done again",
-            sum(k.again for k in killed),
-            "0",
-            not any(k.again for k in killed),
-        ),
-    ]
+    turns = 0
+    while turns < len(every) or (time.monotonic() < end and before + turns < GOAL):
+        one = kill(every[(before + turns) % len(every)], setting.folder / "killed", draw)
+        turns += 1
+        yield Slice(
+            [
+                Figure("commands, each killed in turn", len(WORKS), joined="last"),
+                Figure(_KILLS, 1, least=GOAL),
+                Figure("kills of commands that had ended", int(one.finished)),
+                Figure(
+                    "second runs that ended otherwise, or with other bytes",
+                    int(bool(one.fault)),
+                    most=0,
+                ),
+                Figure("blocks in a journal when the first run was killed", one.entries),
+                Figure("of these, done again", one.again, most=0),
+            ],
+            [str(one)] if one.fault else [],
+        )
 
 
 def kill(alone: Undisturbed, out: Path, draw: random.Random) -> Killed:

@@ -4,42 +4,65 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.reliability.part import Figure, Part
+from benchmarks.reliability.part import Figure, Part, Slice
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.machine import environment
+from thanos_deploy.machine.environment import Environment
 
 FORMAT = "thanos-deploy/reliability/1"
 BEGIN, END = "<!-- results: python -m benchmarks.reliability -->", "<!-- end of the results -->"
 
+# Of many faults of one kind the first say enough.
+MOST_FAULTS = 40
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a part found.
+    """What a part has found in all its runs.
 
     Attributes:
-        minutes: that it was given.
-        seed: likewise.
+        runs: how often it was called.
         seconds: that it took.
         figures: what it found.
-        environment: what it ran on.
+        faults: what was wrong, in words; the first ones.
+        environment: what it last ran on.
     """
 
-    minutes: float
-    seed: int
-    seconds: float
-    figures: tuple[Figure, ...]
-    environment: Json = field(default_factory=lambda: encode(environment.describe()))
+    runs: int = 0
+    seconds: float = 0.0
+    figures: tuple[Figure, ...] = ()
+    faults: tuple[str, ...] = ()
+    environment: Environment = field(default_factory=environment.describe)
 
     @property
     def passed(self) -> bool:
         """All figures are what they are to be."""
-        return all(figure.holds for figure in self.figures)
+        return bool(self.figures) and all(figure.holds for figure in self.figures)
 
-    def answers(self, minutes: float, seed: int) -> bool:
-        """It is of such a run, so that the part need not run again."""
-        return (self.minutes, self.seed) == (minutes, seed)
+    @property
+    def is_enough(self) -> bool:
+        """As much was done as is to be."""
+        return bool(self.figures) and all(figure.is_enough for figure in self.figures)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The figures by name."""
+        return {figure.name: figure.value for figure in self.figures}
+
+    def after(self, found: Slice, seconds: float) -> "Result":
+        """Together with what else was found in some more time."""
+        figures = {figure.name: figure for figure in self.figures}
+        for new in found.figures:
+            before = figures.get(new.name)
+            figures[new.name] = new if before is None else new.after(before.value)
+        return replace(
+            self,
+            seconds=self.seconds + seconds,
+            figures=tuple(figures.values()),
+            faults=(*self.faults, *found.faults)[:MOST_FAULTS],
+            environment=environment.describe(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +93,18 @@ class Results:
 
 
 def table(results: Results, parts: Sequence[Part]) -> str:
-    """The results in Markdown; what did not run says so."""
+    """The results in Markdown; what did not run, or not enough, says so."""
     lines = []
     for part in parts:
         lines += [f"### {part.name}", "", part.promise, ""]
         result = results.parts.get(part.name)
-        if result is None:
+        if result is None or not result.figures:
             lines += ["Not run.", ""]
             continue
+        runs = "one run" if result.runs == 1 else f"{result.runs} runs"
         lines += [
-            f"{'PASSED' if result.passed else 'FAILED'} in {result.seconds:.0f} s "
-            f"(`--minutes {result.minutes:g} --seed {result.seed}`), on "
-            f"{result.environment['cpu']}.",
+            f"{_verdict(result)}. {result.seconds / 60:.1f} minutes in {runs}, on "
+            f"{result.environment.processor}.",
             "",
             "| figure | value | to be | |",
             "|---|---|---|---|",
@@ -95,8 +118,16 @@ def table(results: Results, parts: Sequence[Part]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def publish(page: Path, shown: str) -> None:
-    """Put the table into a page, between its marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}", encoding="utf-8")
+def _verdict(result: Result) -> str:
+    if result.passed:
+        return "PASSED"
+    if all(figure.holds or not figure.is_enough for figure in result.figures):
+        return "Not as much as is to be done; nothing was wrong so far"
+    return "FAILED"
+
+
+def publish(page: Path, shown: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a table into a page, between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{shown}\n\n{end}{after}", encoding="utf-8")

@@ -1,10 +1,12 @@
 """The commands that are disturbed, on a small model of random weights."""
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import traced
 from tests.commands import Command
 from tests.conftest import write_model
 
@@ -34,9 +36,11 @@ class Work:
         for arguments in self.before:
             run(arguments, model, out)
 
-    def begin(self, model: Path, out: Path) -> Command:
-        """Start it."""
-        return Command(*filled(self.arguments, model, out))
+    def begin(
+        self, model: Path, out: Path, *more: str, before: Callable[[], object] | None = None
+    ) -> Command:
+        """Start it; with more arguments, and after something that its process does first."""
+        return Command(*filled((*self.arguments, *more), model, out), before=before)
 
     def finish(self, model: Path, out: Path) -> None:
         """Do it, or go on with it."""
@@ -70,6 +74,17 @@ WORKS = (
         ),
     ),
 )
+
+
+def settle(folder: Path) -> None:
+    """Have commands keep in a folder what they share: the cache, and traces of graphs.
+
+    A trace takes longer than all else that a command does to a small model.
+    """
+    os.environ["THANOS_DEPLOY_CACHE"] = str(folder / "cache")
+    traces = folder / "traces"
+    traces.mkdir(parents=True, exist_ok=True)
+    traced.share(traces)
 
 
 def filled(arguments: Sequence[str], model: Path, out: Path) -> list[str]:

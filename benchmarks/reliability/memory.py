@@ -1,0 +1,231 @@
+"""Too little memory, in steps from enough to far too little.
+
+`prune` runs on a model whose layers are wide enough to matter, with a limit on the memory that it
+may take beside what its process begins with: by RLIMIT_AS, and, where this process may make a
+control group, by that. It has to end with exit code 0 and the bytes of a run without a limit, or
+with exit code 5 and how many GB are needed, never by a signal and never with a traceback. Without a
+limit, the most that the process held is compared with what `--dry-run` says.
+"""
+
+import itertools
+import json
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.reliability.part import Figure, Part, Setting, Slice
+from benchmarks.reliability.undisturbed import Undisturbed, undisturbed
+from benchmarks.reliability.works import Work
+from tests.commands import Command
+from tests.conftest import write_model
+from thanos_deploy.bundle.manifest import Bundle
+
+_GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
+_LIMIT = ("memory.limit_in_bytes", "memory.max")
+
+# Of what is needed by the dry run, what is left to the process.
+STEPS = (2.0, 1.5, 1.25, 1.1, 1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1, 0.05, 0.0)
+_OFF = 0.2
+_MOST_SECONDS = 600.0
+
+_TEXT = ("--nsamples", "16", "--seqlen", "128")
+_BY = ("prune", "{model}", "--pattern", "2:4", *_TEXT)
+WORKS = (
+    Work("wanda", (*_BY, "--method", "wanda", "-o", "{out}")),
+    Work("fast", (*_BY, "--preset", "fast", "-o", "{out}")),
+    Work("structured", ("prune", "{model}", "--pattern", "structured:0.25", *_TEXT, "-o", "{out}")),
+)
+
+_FAULTS = "other ends than exit code 0 or 5, or 5 without the number that is needed"
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """A command with little memory.
+
+    Attributes:
+        by: what limits it.
+        share: of what it needs, that it has.
+        code: its exit code.
+        fault: what was wrong; empty if nothing was.
+    """
+
+    work: str
+    by: str
+    share: float
+    code: int | None
+    fault: str
+
+
+def write_wide_model(folder: Path) -> Path:
+    """A LLaMA of two blocks whose layers take some hundred MB while they are pruned."""
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(
+            folder,
+            "llama",
+            hidden_size=512,
+            intermediate_size=2560,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=256,
+        )
+    return folder
+
+
+def run(setting: Setting) -> Iterator[Slice]:
+    """Every command, every kind of limit, every step, as far as there is time."""
+    end = time.monotonic() + setting.seconds
+    every = undisturbed(WORKS, setting, write_wide_model)
+    for alone in every:
+        needed, ratio = compared(alone, setting.folder / "out")
+        yield Slice(
+            [
+                Figure(f"{alone.work.name}: GB that are needed by the dry run", needed / 1e9,
+                       joined="last"),
+                Figure(f"{alone.work.name}: the most that was held, in parts of that", ratio,
+                       least=1 - _OFF, most=1 + _OFF, joined="last"),
+            ]
+        )  # fmt: skip
+        bare = bare_need(alone, setting.folder / "out")
+        for by, share in itertools.product(_kinds(), STEPS):
+            if time.monotonic() > end:
+                return
+            one = limited(alone, setting.folder / "out", by, share, bare)
+            yield Slice(
+                [
+                    Figure("limits of memory", 1, least=len(WORKS) * len(STEPS)),
+                    Figure("of these, enough", int(one.code == 0)),
+                    Figure("of these, too little: exit code 5", int(one.code != 0)),
+                    Figure(_FAULTS, int(bool(one.fault)), most=0),
+                ],
+                [str(one)] if one.fault else [],
+            )
+
+
+def _kinds() -> list[str]:
+    return ["RLIMIT_AS", *(["control group"] if _root() else [])]
+
+
+def _root() -> Path | None:
+    """Where this process may make groups that limit memory; None if it may not."""
+    for root in _GROUPS:
+        probe = root / f"thanos-deploy-{os.getpid()}"
+        with suppress(OSError):
+            probe.mkdir()
+            has = any((probe / name).exists() for name in _LIMIT)
+            probe.rmdir()
+            if has:
+                return root
+    return None
+
+
+def _planned(alone: Undisturbed, out: Path) -> dict[str, object]:
+    """What the dry run says."""
+    command = alone.work.begin(alone.model, out, "--dry-run", "--json")
+    output, errors = command.communicate()
+    if command.returncode != 0:
+        raise RuntimeError(f"{alone.work.name} --dry-run: {errors.decode(errors='replace')[-500:]}")
+    planned: dict[str, object] = json.loads(output)["estimate"]
+    return planned
+
+
+def compared(alone: Undisturbed, out: Path) -> tuple[int, float]:
+    """The bytes of the dry run, and those that were held, as a part of them."""
+    estimate = _planned(alone, out)
+    alone.copy(out)
+    alone.work.finish(alone.model, out)
+    held = Bundle.open(out).stages["prune"].result["peak_memory_bytes"]
+    needed = int(str(estimate["memory_bytes"]))
+    return needed, held / needed
+
+
+def bare_need(alone: Undisturbed, out: Path) -> int:
+    """The bytes of the dry run, without what the process holds before it begins."""
+    estimate = _planned(alone, out)
+    memory = estimate["memory"]
+    assert isinstance(memory, dict)
+    return sum(term["bytes"] for term in memory["host"] if not term["name"].startswith("this proc"))
+
+
+def limited(alone: Undisturbed, out: Path, by: str, share: float, needed: int) -> Limited:
+    """Do a command with a share of what it needs."""
+    alone.copy(out)
+    allowed = int(share * needed)
+    if by == "RLIMIT_AS":
+        command = alone.work.begin(alone.model, out, before=partial(limit_addresses, allowed))
+        errors = _waited(command)
+    else:
+        with group() as folder:
+            before = partial(join, folder, allowed)
+            command = alone.work.begin(alone.model, out, before=before)
+            errors = _waited(command)
+    return Limited(alone.work.name, by, share, command.returncode, _fault(alone, out, command,
+                   errors.decode(errors="replace")))  # fmt: skip
+
+
+def _waited(command: Command) -> bytes:
+    """What it says on standard error; one that does not end is ended, which counts as a fault."""
+    timer = threading.Timer(_MOST_SECONDS, command.kill)
+    timer.start()
+    _, errors = command.communicate()
+    timer.cancel()
+    return errors
+
+
+def _fault(alone: Undisturbed, out: Path, command: Command, said: str) -> str:
+    if command.returncode == 0:
+        return alone.fault_in(out)
+    if command.returncode != 5:
+        return f"exit code {command.returncode}: {said[-1000:]}"
+    if "Traceback" in said:
+        return f"a traceback: {said[-1000:]}"
+    return "" if "are needed" in said else f"no number: {said[-500:]}"
+
+
+def limit_addresses(allowed: int) -> None:
+    """Let this process take so many bytes more."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (taken + allowed, taken + allowed))
+
+
+@contextmanager
+def group() -> Iterator[Path]:
+    """A control group without members; who is in it when it is left is gone by then."""
+    root = _root()
+    assert root
+    folder = root / f"thanos-deploy-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        for _ in range(100):
+            with suppress(OSError):
+                folder.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def join(folder: Path, allowed: int) -> None:
+    """Put this process into a group that may take so many bytes more than it has of its own.
+
+    What it shares with the process that it was forked from counts there.
+    """
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+    for name in _LIMIT:
+        if (folder / name).exists():
+            (folder / name).write_text(str(max(allowed, 4 << 20)))
+
+
+PART = Part(
+    "memory",
+    "With too little memory a command ends with exit code 5 and says how much is needed; the dry "
+    "run knows it before.",
+    run,
+)

@@ -1,0 +1,196 @@
+"""Everything at once against two replicas, which are ended and started again all the time.
+
+The clients of `benchmarks.soak` do what comes to their mind with both replicas. Two more ask for
+texts whose answers are known, and go to the other replica where nobody listens, as a proxy does.
+Every few seconds a replica is told to end (SIGTERM), which it does when all that it has begun is
+answered, and another one is started in its place.
+"""
+
+import http.client
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from benchmarks.reliability.part import Figure, Part, Setting, Slice
+from benchmarks.reliability.server import CLIENTS, NEW_TOKENS, Golden, goldens
+from benchmarks.server import free_port, request, running, serve
+from benchmarks.soak import BROKEN, MODEL, QUEUE, SLOTS, Tally, Visitor, prompts, settled, visit
+
+MINUTES = 60
+VISITORS = 3  # of each replica
+_STAYS = 15.0  # seconds that a replica is left alone
+
+
+@dataclass(slots=True)
+class _Replicas:
+    """Two places where a server is, or comes again.
+
+    Attributes:
+        urls: of both.
+        ends: how the servers ended that were told to: their exit codes.
+    """
+
+    urls: tuple[str, str]
+    ends: Counter[int | None] = field(default_factory=Counter)
+
+
+def run(setting: Setting) -> Iterator[Slice]:
+    """All at once for all of the time."""
+    bundle, draw = setting.bundle(), random.Random(f"{setting.seed} {setting.so_far('minutes')}")
+    golden = goldens(bundle, draw)
+    ports = (free_port(), free_port())
+    replicas = _Replicas((f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"))
+    tally, over, good = Tally(), threading.Event(), Counter[str]()
+    began, left = time.monotonic(), 0.0
+    with ExitStack() as stack:
+        keepers = [
+            threading.Thread(
+                target=_keep,
+                args=(bundle, port, setting.folder, _STAYS * (1 + number / 2), over, replicas),
+            )
+            for number, port in enumerate(ports)
+        ]
+        for keeper in keepers:
+            keeper.start()
+        stack.callback(over.set)
+        for url in replicas.urls:
+            _wait(url)
+        texts = prompts(url, draw)
+        pool = stack.enter_context(ThreadPoolExecutor(2 * VISITORS + CLIENTS))
+        gone = threading.Event()
+        stack.callback(gone.set)
+        visitors = [
+            pool.submit(visit, Visitor(url, texts, random.Random(f"{setting.seed} {n} {url}")),
+                        tally, gone)
+            for n in range(VISITORS)
+            for url in replicas.urls
+        ]  # fmt: skip
+        users = [
+            pool.submit(_use, replicas.urls, golden, random.Random(f"{setting.seed} {n}"), gone)
+            for n in range(CLIENTS)
+        ]
+        time.sleep(setting.seconds)
+        gone.set()
+        for user in users:
+            good.update(user.result())
+        for visitor in visitors:
+            visitor.result()
+        for url in replicas.urls:
+            _wait(url)
+            left += sum(settled(partial(_metrics, url)).values())
+        over.set()
+        for keeper in keepers:
+            keeper.join()
+    yield Slice(judged(good, tally.outcomes(), replicas.ends, left, time.monotonic() - began))
+
+
+def judged(
+    good: Counter[str],
+    others: Counter[str],
+    ends: "Counter[int | None]",
+    left: float,
+    seconds: float,
+) -> list[Figure]:
+    """The figures of a run.
+
+    Args:
+        good: how requests with known answers ended.
+        others: how all other requests did.
+        ends: exit codes of the replicas.
+        left: what is taken in the end.
+        seconds: that it took.
+    """
+    wrong = sum(count for how, count in others.items() if how[0] == "5" and how != "503")
+    lost = sum(count for how, count in good.items() if how not in ("right", "wrong", "503"))
+    return [
+        Figure("minutes", seconds / 60, least=MINUTES),
+        Figure("requests with known answers", sum(good.values())),
+        Figure("of these, answered otherwise", good["wrong"], most=0),
+        Figure("of these, lost: not answered, or not by 200 or 503", lost, most=0),
+        Figure("other requests", sum(others.values())),
+        Figure("of these, connections that a replica's end cut off", others[BROKEN]),
+        Figure("of these, answered 5xx other than 503", wrong, most=0),
+        Figure("replicas that were ended and started", sum(ends.values())),
+        Figure("of these, ended otherwise than with exit code 0", sum(ends.values()) - ends[0],
+               most=0),
+        Figure("slots and places taken in the end", left, most=0),
+    ]  # fmt: skip
+
+
+def _keep(
+    bundle: Path,
+    port: int,
+    folder: Path,
+    stays: float,
+    over: threading.Event,
+    replicas: _Replicas,
+) -> None:
+    """Have a server at a port, another one every few seconds."""
+    command = serve(bundle, port=port, name=MODEL, slots=SLOTS, queue=QUEUE)
+    while not over.is_set():
+        with running(
+            [*command, "--threads", 1], port=port, log=folder / f"replica-{port}.log"
+        ) as server:
+            over.wait(stays)
+        replicas.ends[server.process.returncode] += 1
+
+
+def _metrics(url: str) -> str:
+    return request(url, "GET", "/metrics")[2].decode()
+
+
+def _wait(url: str) -> None:
+    """Until somebody answers."""
+    while True:
+        try:
+            if request(url, "GET", "/health")[0] == 200:
+                return
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.1)
+
+
+def _use(
+    urls: Sequence[str], golden: Sequence[Golden], draw: random.Random, over: threading.Event
+) -> Counter[str]:
+    """Ask for texts until it is over; how that ended."""
+    seen: Counter[str] = Counter()
+    while not over.is_set():
+        how = _asked(urls, draw.choice(golden), draw)
+        seen[how] += 1
+        if how != "right":
+            time.sleep(0.1)
+    return seen
+
+
+def _asked(urls: Sequence[str], one: Golden, draw: random.Random) -> str:
+    """How a request ends that goes to whichever replica listens."""
+    body = {"model": MODEL, "prompt": list(one.prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
+    while True:
+        for url in draw.sample(list(urls), len(urls)):
+            try:
+                status, _, content = request(
+                    url, "POST", "/v1/completions", json.dumps(body).encode()
+                )
+            except ConnectionRefusedError:
+                continue
+            except (OSError, http.client.HTTPException) as error:
+                return f"broken: {type(error).__name__}"
+            if status != 200:
+                return str(status)
+            return "right" if json.loads(content)["choices"][0]["text"] == one.text else "wrong"
+        time.sleep(0.1)
+
+
+PART = Part(
+    "soak",
+    "With everything at once and replicas that come and go, no answer is lost and none is wrong.",
+    run,
+)

@@ -1,0 +1,190 @@
+"""Two processes, or two machines, that write to one folder.
+
+Two of the same command are started at moments that differ by up to a second. One has to finish with
+the bytes of a run that was left alone; the other one has to end with exit code 4 within a second of
+looking at the folder, or, where it came when the first one had finished, to find everything done.
+Network file systems are simulated by what they do to Python's `flock`: it fails, or has no effect;
+the second machine by another identity of it.
+"""
+
+import errno
+import fcntl
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.reliability.part import Figure, Part, Setting, Slice
+from benchmarks.reliability.undisturbed import Undisturbed, undisturbed
+from benchmarks.reliability.works import WORKS
+from tests.commands import Command
+from thanos_deploy.bundle import lock
+
+GOAL = 60
+_TURNS = "times that two began"
+_IN_USE = 4
+_MOST_SECONDS = 1.0
+
+_WORKS = tuple(work for work in WORKS if work.name in ("prune-fast", "recover"))
+
+
+def same_machine() -> None:
+    """As it is."""
+
+
+def no_locks() -> None:
+    """A network file system that refuses locks; both processes are of this machine."""
+
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.flock = refuse
+
+
+def other_machine() -> None:
+    """A network file system that keeps locks to one machine, and another machine."""
+    fcntl.flock = lambda file, operation: None
+    lock._machine = lambda: "another machine"
+
+
+# A name, and what each of the two processes does first.
+Kind = tuple[str, Callable[[], None], Callable[[], None]]
+KINDS: tuple[Kind, ...] = (
+    ("one machine", same_machine, same_machine),
+    ("one machine, no locks", no_locks, no_locks),
+    ("two machines, locks of no effect", same_machine, other_machine),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """How two of a command ended.
+
+    Attributes:
+        seconds: that the one that was refused took from its first look at the folder.
+        refused: one was.
+        fault: what was wrong; empty if nothing was.
+    """
+
+    work: str
+    kind: str
+    seconds: float
+    refused: bool
+    fault: str
+
+
+def run(setting: Setting) -> Iterator[Slice]:
+    """Two of one command after the other, for every kind of file system."""
+    before = setting.so_far(_TURNS)
+    draw, end = random.Random(f"{setting.seed} {before}"), time.monotonic() + setting.seconds
+    every = list(undisturbed(_WORKS, setting))
+    turns = 0
+    while turns < len(KINDS) or (time.monotonic() < end and before + turns < GOAL):
+        kind = KINDS[(before + turns) % len(KINDS)]
+        one = both(draw.choice(every), setting.folder / "both", kind, draw)
+        turns += 1
+        yield Slice(
+            [
+                Figure(_TURNS, 1, least=GOAL),
+                Figure("of these, one was refused with exit code 4", int(one.refused)),
+                Figure("other ends, or other bytes", int(bool(one.fault)), most=0),
+                Figure(
+                    "seconds from its look at the folder to its end, at most",
+                    one.seconds,
+                    most=_MOST_SECONDS,
+                    joined="most",
+                ),
+            ],
+            [str(one)] if one.fault else [],
+        )
+
+
+def both(
+    alone: Undisturbed,
+    out: Path,
+    kind: Kind,
+    draw: random.Random,
+) -> Both:
+    """Start two, and look at how they end."""
+    name, first, second = kind
+    shutil.rmtree(out, ignore_errors=True)
+    alone.copy(out)
+    apart = draw.uniform(0, 1.0)
+    commands = [alone.work.begin(alone.model, out, before=first)]
+    time.sleep(apart)
+    commands.append(alone.work.begin(alone.model, out, before=second))
+    looks = _Looks(out, commands)
+    ended = [command.communicate() for command in commands]
+    codes = [command.returncode for command in commands]
+    refused = codes.count(_IN_USE)
+    fault = ""
+    if codes.count(0) + refused != len(codes) or not codes.count(0):
+        said = ended[codes.index(max(codes, key=str))][1].decode(errors="replace")
+        fault = f"exit codes {codes}: {said[-500:]}"
+    else:
+        fault = alone.fault_in(out)
+    return Both(alone.work.name, name, looks.seconds() if refused else 0.0, bool(refused), fault)
+
+
+class _Looks:
+    """When processes look at a folder, and when they end: by their open files."""
+
+    def __init__(self, out: Path, commands: list[Command]) -> None:
+        self._lock, self._commands = str(out / lock.LOCK), commands
+        self._found: dict[int, float] = {}
+        self._ended: dict[int, float] = {}
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def seconds(self) -> float:
+        """Of the one that was refused, from its look at the folder to its end."""
+        self._thread.join()
+        return max(
+            (
+                self._ended[command.pid] - self._found[command.pid]
+                for command in self._commands
+                if command.returncode == _IN_USE and command.pid in self._found
+            ),
+            default=0.0,
+        )
+
+    def _watch(self) -> None:
+        while len(self._ended) < len(self._commands):
+            for command in self._commands:
+                now = time.monotonic()
+                if command.pid in self._ended:
+                    continue
+                if not _runs(command.pid):
+                    self._ended[command.pid] = now
+                elif command.pid not in self._found and self._lock in _open_files(command.pid):
+                    self._found[command.pid] = now
+            time.sleep(0.002)
+
+
+def _runs(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def _open_files(process: int) -> set[str]:
+    found = set()
+    try:
+        for path in Path(f"/proc/{process}/fd").iterdir():
+            found.add(str(path.readlink()))
+    except OSError:
+        pass
+    return found
+
+
+PART = Part(
+    "two-processes",
+    "Of two that write to one folder, on one machine or on two, one finishes and the other is "
+    "refused at once.",
+    run,
+)
