@@ -156,7 +156,8 @@ def _train(
         optimiser,
         LEARNING_RATE,
         total_steps=len(batches),
-        pct_start=_WARM_UP,
+        # It divides by the steps of warming up less one.
+        pct_start=_WARM_UP if len(batches) * _WARM_UP != 1.0 else 1.5 * _WARM_UP,
         cycle_momentum=False,
     )
     heads = head_of(model), head_of(teacher)

@@ -149,6 +149,23 @@ def test_the_divergence_and_its_gradient_are_those_of_its_definition() -> None:
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
+def test_any_number_of_steps_is_taken(tiny_llama: Path, tmp_path: Path, steps: int) -> None:
+    pruned = two_four(tiny_llama, tmp_path / "pruned")
+    segments_a_step = 2048 // SEGMENTS.shape[1]
+    seen: list[int] = []
+    done = recover(
+        pruned,
+        Checkpoint.open(tiny_llama),
+        SEGMENTS,
+        None,
+        count=steps * segments_a_step,
+        watch=lambda step, _: seen.append(step),
+    )
+    assert seen == list(range(1, steps + 1))
+    assert len(done.divergence) == min(10, steps)
+
+
 def test_every_segment_comes_once_before_one_comes_again() -> None:
     order = _order(7, 17, seed=1)
     assert sorted(order[:7].tolist()) == sorted(order[7:14].tolist()) == list(range(7))
