@@ -61,10 +61,10 @@ pruning_options = several(
         default=PRESET,
         show_default=True,
         help="Defaults of the options below, by what they cost: a unit is the time of two plain "
-        "forward passes over 16384 tokens. fast: the best perplexity on held-out text without "
-        "running the dense model beside the pruned one; 1.1 units. best: the best within 20 units. "
-        "max: that, and training of the remaining weights, which needs several whole models in "
-        "memory; as long as it takes. paper: the setting of the method's own paper.",
+        "forward passes over 16384 tokens. fast: no pass of the dense model beside the pruned one; "
+        "1.1 units. best: aims at the dense model and tunes whole blocks; up to 20 units. max: "
+        "trains the remaining weights as well, which needs several whole models in memory, as long "
+        "as it takes. paper: the setting of the method's own paper.",
     ),
     if_given(Walk, default="the preset's"),
     *(unset(one.option, one.help, one.default) for one in _method_options),
