@@ -95,6 +95,19 @@ class Watch:
                     raise SystemExit(code) from error
                 raise killed from error
         self._leave(code)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Let the others read what this rank has left: the store goes with rank 0."""
+        until = time.monotonic() + _EXPLAINED_WITHIN
+        while self._ranks.rank == 0 and time.monotonic() < until and not self._all_ended():
+            time.sleep(_EVERY)
+
+    def _all_ended(self) -> bool:
+        """Every other rank has ended, or has left what it is about to end with."""
+        return all(
+            not alive() or self._left(rank) is not None for rank, alive in self._alive.items()
+        )
 
     def _pause(self) -> None:
         self._stop.set()
@@ -109,11 +122,15 @@ class Watch:
                 if killed is not None and self._speaks(ended):
                     print(f"Error: {killed}", file=sys.stderr, flush=True)
                 self._leave(code)
+                self._linger()
                 os._exit(code)
 
     def _ended(self) -> dict[int, int | None]:
-        """The ranks that have ended before this one, but for those that were done: exit codes."""
-        gone = [rank for rank, alive in self._alive.items() if not alive()]
+        """The ranks that have ended before this one, but for those that were done: exit codes.
+
+        One that has left an error is as good as ended.
+        """
+        gone = [rank for rank, alive in self._alive.items() if not alive() or self._left(rank)]
         left = {rank: self._left(rank) for rank in gone}
         return {rank: code for rank, code in left.items() if code != 0}
 
