@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from runtime.server.templates import ChatTemplate, Conversation
-from tests.conftest import MODEL_TYPES
+from tests.conftest import MODEL_TYPES, MakeModel
 from thanos_deploy.bundle.files import Json
-from thanos_deploy.errors import PlatformError
+from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import tokenizer_files
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.load import load_tokenizer
@@ -328,3 +328,15 @@ def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(
 
 def write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("length", ["far", [4], {"most": 4}], ids=["text", "list", "object"])
+def test_a_length_that_is_no_number_is_refused_when_the_tokenizer_is_loaded(
+    make_model: MakeModel, length: object
+) -> None:
+    """The library looks at it with the first text only."""
+    folder = make_model("llama")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": length}))
+    with pytest.raises(ModelError, match="no tokenizer that can be loaded"):
+        load_tokenizer(folder)
