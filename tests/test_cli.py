@@ -32,12 +32,13 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import open_text
 
 # Little enough for a two-block model to take a second a stage.
-SMALL = (
+PRUNING = (
     *("--pattern", "2:4", "--nsamples", "4", "--seqlen", "64", "--block-size", "16"),
     *("--tune-steps", "16", "--tune-nsamples", "0"),
-    *("--eval-segments", "2", "--eval-seqlen", "64"),
-    *("--prompt", "8", "--new-tokens", "4", "--rounds", "2"),
 )
+JUDGING = ("--eval-segments", "2", "--eval-seqlen", "64")
+TIMING = ("--prompt", "8", "--new-tokens", "4", "--rounds", "2")
+SMALL = (*PRUNING, *JUDGING, *TIMING)
 
 
 @pytest.fixture
@@ -192,13 +193,13 @@ def test_the_stages_one_by_one_make_the_same_bundle(
     assert code == 3
     assert "not a bundle" in errors
     assert not out.exists()
-    assert invoke("prune", tiny_llama, *SMALL[:8], "-o", out)[0] == 0
+    assert invoke("prune", tiny_llama, *PRUNING, "-o", out)[0] == 0
     code, _, errors = invoke("bench", out, "--dense", tiny_llama)
     assert code == 3
     assert "stage 'onnx' is not finished" in errors
     assert invoke("export", out, "--target", "onnx")[0] == 0
-    assert invoke("eval", out, "--dense", tiny_llama, *SMALL[8:12])[0] == 0
-    timing = ("--scenario", "prefill", "--scenario", "decode", *SMALL[12:])
+    assert invoke("eval", out, "--dense", tiny_llama, *JUDGING)[0] == 0
+    timing = ("--scenario", "prefill", "--scenario", "decode", *TIMING)
     assert invoke("bench", out, "--dense", tiny_llama, *timing)[0] == 0
     for name in ("model/model.safetensors", "onnx/model.onnx", "onnx/model.onnx.data"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -361,7 +362,7 @@ def test_a_foreign_folder_is_not_touched(tiny_llama: Path, tmp_path: Path, invok
 def test_a_full_disk_exits_5_and_the_rerun_succeeds(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("prune", tiny_llama, *SMALL[:8], "-o", tmp_path / "out")
+    arguments = ("prune", tiny_llama, *PRUNING, "-o", tmp_path / "out")
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -378,7 +379,7 @@ def test_a_place_that_cannot_be_written_to_exits_4(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    code, _, errors = invoke("prune", tiny_llama, *SMALL[:8], "-o", tmp_path / "file" / "out")
+    code, _, errors = invoke("prune", tiny_llama, *PRUNING, "-o", tmp_path / "file" / "out")
     assert code == 4
     assert "Not a directory" in errors
 
