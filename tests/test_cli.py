@@ -32,9 +32,10 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import open_text
 
 # Little enough for a two-block model to take a second a stage.
+TUNING = ("--tune-steps", "16", "--tune-nsamples", "0")
 PRUNING = (
     *("--pattern", "2:4", "--nsamples", "4", "--seqlen", "64", "--block-size", "16"),
-    *("--tune-steps", "16", "--tune-nsamples", "0"),
+    *TUNING,
 )
 JUDGING = ("--eval-segments", "2", "--eval-seqlen", "64")
 TIMING = ("--prompt", "8", "--new-tokens", "4", "--rounds", "2")

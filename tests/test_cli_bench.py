@@ -14,7 +14,7 @@ import pytest
 
 from exporters.options import exported_with
 from tests.conftest import Invoke
-from tests.test_cli import SMALL
+from tests.test_cli import PRUNING
 from thanos_deploy import cli
 from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.manifest import Bundle, claim
@@ -354,7 +354,7 @@ def test_a_bundle_without_a_graph_is_refused(
     out: Path, tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
     bare = tmp_path / "bare"
-    assert invoke("prune", tiny_llama, *SMALL[:8], "-o", bare, "-q")[0] == 0
+    assert invoke("prune", tiny_llama, *PRUNING, "-o", bare, "-q")[0] == 0
     for arguments in ((bare,), (out, "--against", bare)):
         code, _, errors = invoke("bench", *arguments, *PREFILL)
         assert code == 3

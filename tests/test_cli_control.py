@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from runtime.engines.onnxruntime import tensorrt_build_options
 from tests.bundles import checked
 from tests.conftest import Invoke
-from tests.test_cli import SMALL
+from tests.test_cli import PRUNING, SMALL
 from thanos_deploy.bundle.graph_record import read_graph_record
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.report import escape
@@ -41,7 +41,7 @@ def test_layers_with_patterns_of_their_own_are_judged_by_these_everywhere(
 ) -> None:
     out = tmp_path / "out"
     wanted = ("--ignore", "re:.*v_proj", "--ignore", DOWN, "--sparsity-file", own)
-    arguments = ("prune", tiny_llama, *SMALL[:8], *wanted, "-o", out)
+    arguments = ("prune", tiny_llama, *PRUNING, *wanted, "-o", out)
     for command in (
         arguments,
         ("export", out, "--target", "packed"),

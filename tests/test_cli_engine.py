@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands import COMMAND
 from tests.conftest import Invoke
-from tests.test_cli import SMALL
+from tests.test_cli import PRUNING, SMALL
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.gpu import driver
@@ -32,7 +32,7 @@ pytestmark = [
 def with_engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with an engine, made by the real command. Not to be changed."""
     out = tmp_path_factory.mktemp("engine") / "out"
-    pruning = SMALL[: SMALL.index("--eval-segments")]
+    pruning = PRUNING
     for arguments in (
         ["prune", tiny_llama, "-o", out, *pruning],
         ["export", out, "--target", "tensorrt-rtx", "--sm", "80", "--batch", "1,2", "--seq", "16"],

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from tests.bundles import checked
 from tests.conftest import Invoke, MakeModel, stock_model
-from tests.test_cli import SMALL
+from tests.test_cli import JUDGING, TIMING, TUNING
 from thanos_deploy.bundle.manifest import Bundle
 
 pytestmark = pytest.mark.slow
 
 CALIBRATION = ("--nsamples", "4", "--seqlen", "64")
-REST = SMALL[8:]
+REST = (*TUNING, *JUDGING, *TIMING)
 
 
 def test_structured_gives_a_smaller_model_and_a_report_that_says_so(
