@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.calibration.blocks import LoadedInputs, Walk, advance, block_inputs, collect
+from thanos_deploy.calibration.blocks import LoadedInputs, block_inputs
+from thanos_deploy.calibration.collect import Walk, advance, collect
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity

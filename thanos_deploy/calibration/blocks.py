@@ -1,10 +1,9 @@
-"""Calibration: a text to token segments, segments to the blocks' inputs and their statistics."""
+"""What enters the blocks of a model: hidden states, and what else every block is called with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from thanos_deploy.calibration.passes import Pass, inputs_until, recorded
-from thanos_deploy.calibration.statistics import ShardSums, Statistics
+from thanos_deploy.calibration.passes import Pass
 from thanos_deploy.model.families import Family
 from thanos_deploy.model.structure import blocks_of
-from thanos_deploy.ranks.group import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,187 +239,3 @@ def block_inputs(
         for index, block in enumerate(originals):
             blocks[index] = block
     return inputs
-
-
-@dataclass(slots=True)
-class Walk:
-    """Calibration data on its way through the blocks of one model.
-
-    Attributes:
-        index: number of the next block.
-        block: that block, with weights.
-        batches: what enters it, in the dtype of the weights, of all ranks.
-        left: numbers of the batches that have left it.
-    """
-
-    index: int
-    block: nn.Module
-    batches: Sequence[BlockInputs]
-    left: set[int] = field(default_factory=set)
-
-    @property
-    def own(self) -> list[int]:
-        """Numbers of the batches of this rank."""
-        return [n for n, batch in enumerate(self.batches) if current().has(batch.shard)]
-
-    @property
-    def done(self) -> bool:
-        """All of these have left the block."""
-        return self.left.issuperset(self.own)
-
-    def sums(self, names: Sequence[str]) -> ShardSums:
-        """For statistics at some layers, of the batches of which they are taken."""
-        shards = 1 + max(batch.shard for batch in self.batches if batch.counted)
-        return ShardSums(current(), shards, names)
-
-
-def collect(
-    walk: Walk,
-    names: list[str],
-    dense: Walk | None = None,
-    *,
-    pause: bool = False,
-    last: bool = False,
-    routed: Collection[str] = (),
-) -> dict[str, Statistics]:
-    """Run the data into a block, as far as the last of some linear layers.
-
-    Args:
-        walk: the model that is being pruned.
-        names: linear layers of the block, in the order in which the forward pass reaches them.
-        dense: the same data in the dense model, at the same block, for `Statistics.cross`.
-        pause: let the forward passes wait there, and the next `collect` or `advance` go on from
-            there; so no layer before the last of these may change any more.
-        last: no more is wanted of this block; so the dense model's data, for which nothing changes,
-            leaves it at once, and what its passes hold is free.
-        routed: layers of experts. In the dense model the router sends them other tokens, so they
-            have no `Statistics.cross`.
-
-    Returns:
-        layer name -> statistics.
-    """
-    sums = walk.sums(names)
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
-        for number, batch in enumerate(walk.batches):
-            if batch.shard != shard:
-                continue
-            inputs = _inputs_of(walk, names, batch, pause=pause)
-            targets = {}
-            if dense is not None:
-                beside = dense.batches[number]
-                if last:
-                    read = _leave(dense, number, names)
-                else:
-                    read = _inputs_of(dense, names, beside, pause=pause)
-                targets = {name: y for name, y in read.items() if name not in routed}
-            for name, x in inputs.items():
-                if name not in counted:
-                    counted[name] = Statistics.empty(
-                        x.shape[1],
-                        targets[name].shape[1] if name in targets else None,
-                        device=x.device,
-                    )
-                counted[name].add(x, targets.get(name))
-        sums.add(counted)
-    return sums.finish()
-
-
-def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
-    """Run the data through a block, and weigh each token by 1 / |h|^2 with h what leaves the block.
-
-    A layer that writes to the stream of hidden states then counts for what it changes of each
-    token in proportion to that token's size, which is what the next norm makes of it. Blocks
-    become comparable, and the few tokens with huge activations do not outweigh all others.
-
-    Args:
-        walk: the model.
-        names: linear layers of the block.
-
-    Returns:
-        layer name -> statistics.
-    """
-    sums = walk.sums(names)
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
-        for batch in walk.batches:
-            if batch.shard != shard:
-                continue
-            inputs: dict[str, Tensor] = {}
-            with recorded(walk.block, names, inputs):
-                hidden = batch.forward(walk.index, walk.block)
-            weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
-            for name, x in inputs.items():
-                if name not in counted:
-                    counted[name] = Statistics.empty(x.shape[1], device=x.device)
-                counted[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
-        sums.add(counted)
-    return sums.finish()
-
-
-def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, Statistics]:
-    """Run the data through a block, and add up the norms of what some modules are called with.
-
-    Args:
-        walk: the model.
-        entrances: by a name, a module of the block whose argument is [tokens, cols].
-
-    Returns:
-        by the same names: of one column, the Euclidean norm of each token.
-    """
-    sums = walk.sums(list(entrances))
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
-
-        def count(name: str, x: Tensor, counted: dict[str, Statistics] = counted) -> None:
-            if name not in counted:
-                counted[name] = Statistics.empty(1, device=x.device)
-            counted[name].add(x.float().norm(dim=-1, keepdim=True), None)
-
-        handles = [
-            module.register_forward_pre_hook(lambda _, seen, name=name: count(name, seen[0]))
-            for name, module in entrances.items()
-        ]
-        for batch in walk.batches:
-            if batch.shard == shard:
-                batch.forward(walk.index, walk.block)
-        for handle in handles:
-            handle.remove()
-        sums.add(counted)
-    return sums.finish()
-
-
-def advance(walk: Walk) -> None:
-    """Run the data through the block, or through the rest of it where passes wait, once."""
-    for number in walk.own:
-        if number not in walk.left:
-            _leave(walk, number)
-
-
-def _leave(walk: Walk, number: int, names: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Take a batch through the block, or the rest of it.
-
-    Returns:
-        [tokens, cols] for each name, what these layers read on the way.
-    """
-    batch = walk.batches[number]
-    inputs: dict[str, Tensor] = {}
-    with recorded(walk.block, names, inputs):
-        batch.leave(batch.paused.finish() if batch.paused else _forward(walk, batch)())
-    batch.paused = None
-    walk.left.add(number)
-    return inputs
-
-
-def _inputs_of(
-    walk: Walk, names: Sequence[str], batch: BlockInputs, *, pause: bool
-) -> dict[str, Tensor]:
-    """[tokens, cols] for each name, in the dtype of the pass."""
-    if not pause and batch.paused is None:
-        return inputs_until(_forward(walk, batch), walk.block, names)
-    batch.paused = batch.paused or Pass(_forward(walk, batch))
-    return batch.paused.until(walk.block, names)
-
-
-def _forward(walk: Walk, batch: BlockInputs) -> Callable[[], Tensor]:
-    return partial(batch.forward, walk.index, walk.block)

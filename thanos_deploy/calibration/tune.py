@@ -22,7 +22,8 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance
+from thanos_deploy.calibration.blocks import BlockInputs
+from thanos_deploy.calibration.collect import Walk, advance
 from thanos_deploy.calibration.walk import Visit
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.ranks.group import current

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, holder
-from thanos_deploy.calibration.blocks import BlockInputs, Walk, advance, block_inputs, shared
+from thanos_deploy.calibration.blocks import BlockInputs, block_inputs, shared
+from thanos_deploy.calibration.collect import Walk, advance
 from thanos_deploy.calibration.journal import Journal, Report
 from thanos_deploy.calibration.parameters import ParameterFiles
 from thanos_deploy.calibration.sizes import activation_dtype, can_wait

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thanos_deploy import methods
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.blocks import collect
+from thanos_deploy.calibration.collect import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics

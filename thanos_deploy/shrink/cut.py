@@ -19,7 +19,7 @@ from torch import Tensor
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import loads
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.blocks import collect
+from thanos_deploy.calibration.collect import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import tune

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from thanos_deploy.bundle.codec import decode, encode
-from thanos_deploy.calibration.blocks import collect, collect_norms
+from thanos_deploy.calibration.collect import collect, collect_norms
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.walk import Visit

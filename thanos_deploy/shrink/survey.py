@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thanos_deploy.bundle.codec import Json
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.blocks import collect_relative
+from thanos_deploy.calibration.collect import collect_relative
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.walk import Visit, visit_blocks
 from thanos_deploy.machine.devices import CPU

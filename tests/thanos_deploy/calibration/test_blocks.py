@@ -8,14 +8,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import MakeModel, stock_model
-from thanos_deploy.calibration.blocks import (
-    Walk,
-    advance,
-    block_inputs,
-    collect,
-    collect_relative,
-    shared,
-)
+from thanos_deploy.calibration.blocks import block_inputs, shared
+from thanos_deploy.calibration.collect import Walk, advance, collect, collect_relative
 from thanos_deploy.calibration.segments import segments
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.texts import Text

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import VOCABULARY, stock_model
 from tests.model_types import MIXTURES
 from tests.recipes import plain
-from thanos_deploy.calibration.blocks import collect
+from thanos_deploy.calibration.collect import collect
 from thanos_deploy.calibration.walk import visits
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import families

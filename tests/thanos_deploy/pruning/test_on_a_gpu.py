@@ -16,14 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from tests.thanos_deploy.conftest import FakeCuda
 from thanos_deploy import methods
-from thanos_deploy.calibration.blocks import (
-    Arguments,
-    LoadedInputs,
-    Walk,
-    advance,
-    collect,
-    collect_relative,
-)
+from thanos_deploy.calibration.blocks import Arguments, LoadedInputs
+from thanos_deploy.calibration.collect import Walk, advance, collect, collect_relative
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import tune
 from thanos_deploy.calibration.walk import Clock, Visit
