@@ -144,7 +144,7 @@ def _work(arguments: argparse.Namespace) -> None:
     """Be one rank: prune, and write what each piece of the work took."""
     import torch
 
-    from thanos_deploy.calibration import walk
+    from thanos_deploy.calibration import visit, walk
     from thanos_deploy.calibration.journal import Journal
     from thanos_deploy.cli import _progress
     from thanos_deploy.pruning.recipe import Recipe
@@ -164,13 +164,13 @@ def _work(arguments: argparse.Namespace) -> None:
         yield
         spent[activity].append((time.perf_counter() - started, time.process_time() - processor))
 
-    class Clock(walk.Clock):
+    class Clock(visit.Clock):
         @contextmanager
         def measure(self, activity: str) -> Iterator[None]:
             with measured(activity), super().measure(activity):
                 yield
 
-    walk.Clock = Clock  # type: ignore[misc]
+    walk.Clock = Clock  # type: ignore[attr-defined]
     checkpoint = Dense(arguments.model).checkpoint()
     request = PruneRequest.of(
         pattern.parse(arguments.pattern),

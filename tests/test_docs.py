@@ -35,7 +35,7 @@ BUNDLES = {"docs/report.md": ("two-four", "half", "shrunk")}
 PATHS = r"(benchmarks|docs|exporters|runtime|tests|thanos_deploy)/[\w./-]*"
 
 # Options that the pages name by themselves and that belong to `python -m benchmarks...`.
-OF_BENCHMARKS = {"--rehearse"}
+OF_BENCHMARKS = {"--rehearse", "--again"}
 
 # Signatures without bodies.
 API = "docs/reference/api.md"

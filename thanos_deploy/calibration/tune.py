@@ -24,7 +24,7 @@ from torch import Tensor
 
 from thanos_deploy.calibration.blocks import BlockInputs
 from thanos_deploy.calibration.collect import Walk, advance
-from thanos_deploy.calibration.walk import Visit
+from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.spread import even

@@ -8,11 +8,9 @@ Each block sees the data as the blocks before it, changed or not, pass it on.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -27,13 +25,12 @@ from thanos_deploy.calibration.collect import Walk, advance
 from thanos_deploy.calibration.journal import Journal, Report
 from thanos_deploy.calibration.parameters import ParameterFiles
 from thanos_deploy.calibration.sizes import activation_dtype, can_wait
+from thanos_deploy.calibration.visit import Clock, Visit
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.machine.background import Ahead, Background
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.linear import matrix
-from thanos_deploy.model.rounding import rounded
-from thanos_deploy.model.structure import BlockStructure, blocks_of
+from thanos_deploy.model.structure import blocks_of
 from thanos_deploy.model.tensorfile import Kind, TensorFile
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
@@ -42,107 +39,6 @@ from thanos_deploy.ranks.shards import Layout
 
 # The report on one block.
 R = TypeVar("R", bound=Report)
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds by activity.
-
-    Attributes:
-        seconds: activity -> seconds.
-        device: where the work is done, which is waited for.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    device: torch.device = CPU
-
-    @contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
-        """Add the time until the end of the `with` statement."""
-        started = time.perf_counter()
-        yield
-        devices.wait(self.device)
-        spent = time.perf_counter() - started
-        self.seconds[activity] = self.seconds.get(activity, 0.0) + spent
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """One block on the walk, to be changed in place.
-
-    Attributes:
-        index: its number.
-        structure: its linear layers.
-        block: its weights: in float32 where it runs in that; else, as no value of theirs would be
-            another one, in the dtype in which they are stored if that is also the one in which they
-            will be written.
-        walk: the calibration data that enters it, at a copy of the block if that runs in another
-            dtype than these.
-        dense: the same data in the dense model, at its own copy of the block; None if that was not
-            asked for.
-        dtypes: name of each of its parameters -> the dtype in which it will be written.
-        can_wait: forward passes may wait inside the block; see `sizes.can_wait`.
-        clock: where its time went; the walk adds "forward" and "journal" when it goes on to the
-            next block.
-        untouched: names of parameters that are to be written as they are in the checkpoint, to the
-            last bit.
-        tuned_in: what factors of products are rounded to while it is tuned; None for the dtype in
-            which it runs.
-    """
-
-    index: int
-    structure: BlockStructure
-    block: nn.Module
-    walk: Walk
-    dense: Walk | None
-    dtypes: dict[str, torch.dtype]
-    can_wait: bool
-    clock: Clock
-    untouched: set[str] = field(default_factory=set)
-    tuned_in: torch.dtype | None = None
-
-    @property
-    def prefix(self) -> str:
-        """What its parameters' full names begin with."""
-        return self.structure.prefix
-
-    @property
-    def walks(self) -> list[Walk]:
-        """The data on its ways through the block and, if it was asked for, the dense one."""
-        return [self.walk] if self.dense is None else [self.walk, self.dense]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the block is."""
-        return self.clock.device
-
-    def write(self, linear: str, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Give a linear layer another matrix of the same shape, here and in the block that runs.
-
-        Args:
-            linear: its name, seen from the block.
-            weight: [outputs, inputs], or some of its rows.
-            rows: which.
-
-        Returns:
-            [outputs, inputs], the values that will be stored; a view of the layer's own rows.
-
-        Raises:
-            ModelError: a value does not fit the dtype.
-        """
-        own = matrix(self.block.get_submodule(linear))[rows]
-        own.copy_(self.stored(f"{linear}.weight", weight))
-        if self.walk.block is not self.block:
-            matrix(self.walk.block.get_submodule(linear))[rows].copy_(own)
-        return own
-
-    def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter's new value as it will be written; see `rounding.rounded`.
-
-        Raises:
-            ModelError: a value does not fit the dtype.
-        """
-        return rounded(tensor, self.dtypes[name], self.prefix + name)
 
 
 def visit_blocks(

@@ -34,7 +34,8 @@ from thanos_deploy import methods
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import TOKENS_PER_STEP, tune
-from thanos_deploy.calibration.walk import Visit, visits
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visits
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory, Term
 from thanos_deploy.machine import environment

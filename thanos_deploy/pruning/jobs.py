@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from thanos_deploy.bundle.codec import decode, encode
-from thanos_deploy.calibration.walk import Visit
+from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.group import Ranks, current

@@ -19,7 +19,8 @@ from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import tune
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.machine.precision import products_in

@@ -27,7 +27,8 @@ from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.collect import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.order import turns
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.errors import HessianError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.model.checkpoint import Checkpoint

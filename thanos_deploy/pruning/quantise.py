@@ -20,7 +20,8 @@ from torch import Tensor
 
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.errors import HessianError, InputError, UsageError
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.devices import CPU

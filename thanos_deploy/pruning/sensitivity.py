@@ -19,7 +19,8 @@ from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.errors import UsageError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import products_in

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thanos_deploy import methods
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit
+from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.machine import environment
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.verdict import judge

@@ -23,7 +23,8 @@ from thanos_deploy.calibration.collect import collect
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import tune
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import multiplies_bfloat16, products_in

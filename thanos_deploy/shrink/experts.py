@@ -26,7 +26,7 @@ from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.calibration.collect import collect, collect_norms
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit
+from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.experts import Expert, SeparateExperts

@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor
 
 from thanos_deploy.calibration.statistics import Statistics
-from thanos_deploy.calibration.walk import Visit
+from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.model.linear import matrix, replace
 from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.hessian import retarget

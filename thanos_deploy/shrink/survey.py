@@ -10,7 +10,8 @@ from thanos_deploy.bundle.codec import Json
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.collect import collect_relative
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import OnProgress, silent

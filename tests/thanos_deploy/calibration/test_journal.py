@@ -20,7 +20,8 @@ from tests.conftest import Invoke, MakeModel
 from tests.recipes import plain
 from thanos_deploy.bundle import manifest
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.walk import Visit, visit_blocks
+from thanos_deploy.calibration.visit import Visit
+from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import parse
 from thanos_deploy.progress import OnProgress

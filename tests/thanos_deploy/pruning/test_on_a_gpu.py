@@ -20,7 +20,7 @@ from thanos_deploy.calibration.blocks import Arguments, LoadedInputs
 from thanos_deploy.calibration.collect import Walk, advance, collect, collect_relative
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import tune
-from thanos_deploy.calibration.walk import Clock, Visit
+from thanos_deploy.calibration.visit import Clock, Visit
 from thanos_deploy.measure.perplexity import losses_of, perplexity_of
 from thanos_deploy.methods import thanos
 from thanos_deploy.model.structure import BlockStructure
