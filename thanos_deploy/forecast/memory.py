@@ -5,8 +5,7 @@ what is computed of it, and a batch; which part of the work holds most decides.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,8 +20,7 @@ from thanos_deploy.calibration.sizes import (
     waiting_bytes,
 )
 from thanos_deploy.calibration.tune import TOKENS_PER_STEP
-from thanos_deploy.errors import DeployError, ResourceError, is_out_of_memory, summary
-from thanos_deploy.machine import background, devices, host_memory
+from thanos_deploy.machine import background
 from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
@@ -53,16 +51,12 @@ _TUNING = 5
 _ELIMINATING = 6
 
 # Terms that an option makes smaller.
-_TUNED = "tuning: weights, masks, gradients, moments"
-_DENSE = "the dense block"
-_WAITING = "calibration data between blocks"
+TUNED = "tuning: weights, masks, gradients, moments"
+DENSE = "the dense block"
+WAITING = "calibration data between blocks"
 
 # Float32 vectors as wide as the hidden states that are kept for each token while it is tuned on.
 _NORMS = 6
-
-# What reading the texts takes, and libraries in passing. Some of these end the process without a
-# word where they get no memory, so that it has to be there before they are called.
-_TEXTS = 128 << 20
 
 # What cuBLAS and cuSOLVER take for themselves.
 LIBRARIES = 192 << 20
@@ -163,7 +157,7 @@ def of_pruning(
     if own is not forward:
         held.append(Term("a copy of it that runs", forward.itemsize * weights))
     if walk.with_dense:
-        held.append(Term(_DENSE, forward.itemsize * weights))
+        held.append(Term(DENSE, forward.itemsize * weights))
     if tries:
         held.append(Term("layers as they were, and pruned", 2 * own.itemsize * weights))
     if background.has_time(device):
@@ -261,7 +255,7 @@ def of_cutting(
         )
     held = [Term("the block", _FLOAT * weights)]
     if ways > 1:
-        held.append(Term(_DENSE, _FLOAT * weights))
+        held.append(Term(DENSE, _FLOAT * weights))
     if background.has_time(device):
         held.append(Term("the next block, read ahead", _FLOAT * weights))
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
@@ -298,84 +292,11 @@ def _tuning(
     # Float32 numbers of norms and of the loss.
     stream = _FLOAT * _NORMS * int(checkpoint.config.hidden_size)
     return [
-        Term(_TUNED, _TUNING * _FLOAT * weights),
+        Term(TUNED, _TUNING * _FLOAT * weights),
         Term("gradients in the dtype of the block", forward.itemsize * weights),
         Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
         Term("gradients of one part of a step", _FLOAT * weights),
     ]
-
-
-def require(memory: Memory, device: torch.device) -> None:
-    """Refuse a machine with less free memory than is needed, before anything is computed.
-
-    Args:
-        memory: that will be held, beside what the process holds already.
-        device: where.
-
-    Raises:
-        ResourceError: the GPU or the host has less.
-    """
-    there, host = host_memory.free_bytes(), (*memory.host, Term("texts and libraries", _TEXTS))
-    if there is not None and total(host) > there:
-        other = "end other programs, or use a machine or a limit that is larger"
-        raise _too_little("this machine", host, there, other)
-    if device.type != "cpu" and memory.device_bytes > (free := devices.free_bytes(device)):
-        other = "end other programs on the GPU, or use a larger one or --device cpu"
-        raise _too_little(str(device), memory.device, free, other)
-
-
-@contextmanager
-def explained(memory: Memory) -> Iterator[None]:
-    """Around the work: an allocation that fails says how much all of it needs.
-
-    Raises:
-        ResourceError: one failed.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, DeployError) or not is_out_of_memory(error):
-            raise
-        where = memory.device if memory.device else memory.host
-        raise ResourceError(
-            f"out of memory ({summary(error)}); beside what the process holds before it begins, "
-            f"{_gigabytes(total(where))} are needed ({_told(where)})",
-            fix=_lower(where, "use a larger machine, or no limit"),
-        ) from error
-
-
-def _too_little(place: str, needed: Sequence[Term], free: int, other: str) -> ResourceError:
-    return ResourceError(
-        f"{place}: {_gigabytes(total(needed))} of memory are needed, and {_gigabytes(free)} are "
-        f"free ({_told(needed)})",
-        fix=_lower(needed, other),
-    )
-
-
-def _told(needed: Sequence[Term]) -> str:
-    """The terms, the largest first."""
-    largest = sorted(needed, key=lambda term: -term.bytes)
-    return ", ".join(f"{term.name} {_gigabytes(term.bytes)}" for term in largest)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e9:.3f} GB"
-
-
-def _lower(needed: Sequence[Term], other: str) -> str:
-    """What makes the terms smaller, or else something else."""
-    there = {term.name for term in needed}
-    options = [
-        option
-        for name, option in (
-            (_WAITING, "--activations disk"),
-            (_TUNED, "--tune-steps 0"),
-            (_DENSE, "--preset fast, or --dense-target 0 and --tune-steps 0"),
-            ("a batch on its way", "a shorter --seqlen"),
-        )
-        if name in there
-    ]
-    return f"use {'; '.join(options)}; or {other}" if options else other
 
 
 def _together(entries: int, device: torch.device) -> int:
@@ -404,7 +325,7 @@ def _memory(
     tokens = (len(segments) + further) * segments.shape[1]
     between = 2 * activation_bytes(checkpoint, tokens, forward, with_dense=ways > 1) // 3
     kept_on = holder(place, device, between)
-    waits = [Term(_WAITING, between)] if kept_on is not None else []
+    waits = [Term(WAITING, between)] if kept_on is not None else []
     if device.type == "cpu":
         return Memory((), tuple(waits) + max((tuple(held), (embedding,)), key=total))
     written = Term("the finished block, on its way to the disk", held[0].bytes)

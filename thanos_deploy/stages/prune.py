@@ -13,7 +13,7 @@ from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.calibration.journal import Journal, owner_of
 from thanos_deploy.errors import UsageError
-from thanos_deploy.forecast import memory
+from thanos_deploy.forecast import enough
 from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
@@ -104,7 +104,7 @@ def _prune(
         recovery, quantisation = work.finish(folder, announce)
         return _result(work, pruned, recovery, quantisation, model)
 
-    with memory.explained(work.memory):
+    with enough.explained(work.memory):
         record = bundle.run(
             PRUNE,
             produce,
@@ -220,7 +220,7 @@ class _Work:
         sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
         segments = torch.empty(sizes, dtype=torch.int64, device="meta")
         needed = memory_of(source, segments, further, request, device)
-        memory.require(needed, device)
+        enough.require(needed, device)
         taken = calibration(source, data, further)
         Layout.of(*taken.ids.shape).require(current().size)
         inputs = PruneInputs(

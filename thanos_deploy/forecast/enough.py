@@ -1,0 +1,87 @@
+"""Refuse to prune where there is too little memory, and say so where that shows only later."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from thanos_deploy.errors import DeployError, ResourceError, is_out_of_memory, summary
+from thanos_deploy.forecast.memory import DENSE, TUNED, WAITING, Memory, Term, total
+from thanos_deploy.machine import devices, host_memory
+
+# What reading the texts takes, and libraries in passing. Some of these end the process without a
+# word where they get no memory, so that it has to be there before they are called.
+_TEXTS = 128 << 20
+
+
+def require(memory: Memory, device: torch.device) -> None:
+    """Refuse a machine with less free memory than is needed, before anything is computed.
+
+    Args:
+        memory: that will be held, beside what the process holds already.
+        device: where.
+
+    Raises:
+        ResourceError: the GPU or the host has less.
+    """
+    there, host = host_memory.free_bytes(), (*memory.host, Term("texts and libraries", _TEXTS))
+    if there is not None and total(host) > there:
+        other = "end other programs, or use a machine or a limit that is larger"
+        raise _too_little("this machine", host, there, other)
+    if device.type != "cpu" and memory.device_bytes > (free := devices.free_bytes(device)):
+        other = "end other programs on the GPU, or use a larger one or --device cpu"
+        raise _too_little(str(device), memory.device, free, other)
+
+
+@contextmanager
+def explained(memory: Memory) -> Iterator[None]:
+    """Around the work: an allocation that fails says how much all of it needs.
+
+    Raises:
+        ResourceError: one failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DeployError) or not is_out_of_memory(error):
+            raise
+        where = memory.device if memory.device else memory.host
+        raise ResourceError(
+            f"out of memory ({summary(error)}); beside what the process holds before it begins, "
+            f"{_gigabytes(total(where))} are needed ({_told(where)})",
+            fix=_lower(where, "use a larger machine, or no limit"),
+        ) from error
+
+
+def _too_little(place: str, needed: Sequence[Term], free: int, other: str) -> ResourceError:
+    return ResourceError(
+        f"{place}: {_gigabytes(total(needed))} of memory are needed, and {_gigabytes(free)} are "
+        f"free ({_told(needed)})",
+        fix=_lower(needed, other),
+    )
+
+
+def _told(needed: Sequence[Term]) -> str:
+    """The terms, the largest first."""
+    largest = sorted(needed, key=lambda term: -term.bytes)
+    return ", ".join(f"{term.name} {_gigabytes(term.bytes)}" for term in largest)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e9:.3f} GB"
+
+
+def _lower(needed: Sequence[Term], other: str) -> str:
+    """What makes the terms smaller, or else something else."""
+    there = {term.name for term in needed}
+    options = [
+        option
+        for name, option in (
+            (WAITING, "--activations disk"),
+            (TUNED, "--tune-steps 0"),
+            (DENSE, "--preset fast, or --dense-target 0 and --tune-steps 0"),
+            ("a batch on its way", "a shorter --seqlen"),
+        )
+        if name in there
+    ]
+    return f"use {'; '.join(options)}; or {other}" if options else other
