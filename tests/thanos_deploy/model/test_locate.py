@@ -75,5 +75,5 @@ def test_a_pointer_in_the_place_of_the_weights_is_said(model: Path) -> None:
 def test_a_configuration_that_nests_without_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert locate(str(tmp_path)).is_ordinary
-    with pytest.raises(ModelError, match=r"not a readable model configuration \(RecursionError"):
+    with pytest.raises(ModelError, match="it is nested too deeply"):
         Checkpoint.open(tmp_path)
