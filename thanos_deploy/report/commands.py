@@ -1,7 +1,7 @@
 """The command lines that make a bundle again, from the options that its stages were made with."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,12 @@ from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.manifest import StageRecord
 from thanos_deploy.measure.options import BenchRequest
 from thanos_deploy.measure.run import BENCH, DENSE, PRUNED
-from thanos_deploy.option import options_by_name, options_of
+from thanos_deploy.option import Options, options_by_name, options_of
 from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.pruning.recipe import PRESET
 from thanos_deploy.pruning.result import PRUNE, PruneOptions
 from thanos_deploy.report.sources import Sources
+from thanos_deploy.shrink.options import PRESETS as CUTS
 from thanos_deploy.shrink.options import Fit, Sizing
 
 _TOOL = "thanos-deploy"
@@ -102,9 +104,20 @@ def _pruning(pruned: PruneOptions) -> Iterator[str]:
     for option in ("include", "ignore"):
         for layers in options.pop(option, ()):
             yield from (f"--{option}", layers)
-    declared = (Sizing, Fit, methods.load(pruned.method).options)
-    flags = {one.name: one.declared.flag for kind in declared for one in options_of(kind)}
+    own = methods.load(pruned.method)
+    flags = {
+        one.name: one.declared.flag
+        for kind in (Sizing, Fit, own.options)
+        for one in options_of(kind)
+    }
     yield from _flags(options, flags)
+    # A record is without later options that do nothing, and the default preset sets some of them.
+    usual: Sequence[Options] = (CUTS[PRESET].tuning,)
+    if not pruned.cut:
+        usual = own.preset(PRESET).options, own.preset(PRESET).walk
+    for options_ in usual:
+        said = encode(options_).keys() - encode(type(options_)()).keys() - options.keys()
+        yield from _flags({name: getattr(type(options_)(), name) for name in sorted(said)}, flags)
 
 
 def _bench(model: str, request: BenchRequest) -> Iterator[str]:

@@ -138,6 +138,8 @@ def shrink(
         if name.startswith(f"{family.blocks}.") and stored not in shapes
     }
 
+    tuned = tuning.tune_steps > 0
+
     def work(visit: Visit) -> CutBlock:
         with memory_for(f"block {visit.index}"):
             report = cut(visit, checkpoint, plan.widths[visit.index], fit, tuning)
@@ -162,8 +164,8 @@ def shrink(
             work,
             copy=copy,
             further=further,
-            tuned_in=torch.bfloat16 if multiplies_bfloat16(device) else None,
-            with_dense=fit.dense_target > 0.0 or tuning.tune_steps > 0,
+            tuned_in=torch.bfloat16 if tuned and multiplies_bfloat16(device) else None,
+            with_dense=fit.dense_target > 0.0 or tuned,
             journal=journal,
             device=device,
             hold=hold,

@@ -57,6 +57,9 @@ def printed(tmp_path: Path, **options: Any) -> dict[str, str]:
         PruneRequest.of(parse("unstructured:0.5"), true_sequential=False, dense_target=0.5),
         PruneRequest.of(parse("structured:0.2"), allocation="loss", ffn_multiple=32, shrink="ffn"),
         PruneRequest.of(parse("structured:0.2")),
+        PruneRequest.of(parse("structured:0.2"), preset="fast"),
+        PruneRequest.of(parse("2:4"), preset="fast"),
+        PruneRequest.of(parse("2:4"), tune_steps=16, tune_nsamples=0),
         PruneRequest.of(parse("structured:0.2"), keep_shape=True),
         PruneRequest.of(parse("unstructured:0.6"), allocation="owl", owl_spread=0.1, ignore=("a",)),
         PruneRequest.of(
