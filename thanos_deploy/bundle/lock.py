@@ -101,10 +101,19 @@ class Lock:
             _note(self._folder).unlink(missing_ok=True)
 
     def _renew(self) -> None:
-        while not self._over.wait(_BEAT_SECONDS):
-            with suppress(OSError):  # a disk that comes back in time is no reason to end
+        # A disk or memory that comes back in time is no reason to end.
+        while not self._is_over():
+            with suppress(OSError, MemoryError):
                 if _read(_note(self._folder)) == self._owner:
                     os.utime(_note(self._folder))
+
+    def _is_over(self) -> bool:
+        """Wait until the next time; whether the lock was released meanwhile."""
+        try:
+            return self._over.wait(_BEAT_SECONDS)
+        except (MemoryError, RuntimeError):  # `wait` allocates what it waits for
+            time.sleep(_BEAT_SECONDS)
+            return self._over.is_set()
 
 
 @contextmanager

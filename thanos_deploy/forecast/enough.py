@@ -11,7 +11,20 @@ from thanos_deploy.machine import devices, host_memory
 
 # What reading the texts takes, and libraries in passing. Some of these end the process without a
 # word where they get no memory, so that it has to be there before they are called.
-_TEXTS = 128 << 20
+_PASSING, _TEXTS = "texts and libraries", 128 << 20
+
+_LARGER = "end other programs, or use a machine or a limit that is larger"
+
+
+def require_to_begin() -> None:
+    """Refuse a machine on which a model cannot even be looked at, before it is known what it needs.
+
+    Raises:
+        ResourceError: the host has less free memory than libraries take in passing.
+    """
+    there, needed = host_memory.free_bytes(), (Term(_PASSING, _TEXTS),)
+    if there is not None and total(needed) > there:
+        raise _too_little("this machine, before the model is read", needed, there, _LARGER)
 
 
 def require(memory: Memory, device: torch.device) -> None:
@@ -24,10 +37,9 @@ def require(memory: Memory, device: torch.device) -> None:
     Raises:
         ResourceError: the GPU or the host has less.
     """
-    there, host = host_memory.free_bytes(), (*memory.host, Term("texts and libraries", _TEXTS))
+    there, host = host_memory.free_bytes(), (*memory.host, Term(_PASSING, _TEXTS))
     if there is not None and total(host) > there:
-        other = "end other programs, or use a machine or a limit that is larger"
-        raise _too_little("this machine", host, there, other)
+        raise _too_little("this machine", host, there, _LARGER)
     if device.type != "cpu" and memory.device_bytes > (free := devices.free_bytes(device)):
         other = "end other programs on the GPU, or use a larger one or --device cpu"
         raise _too_little(str(device), memory.device, free, other)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thanos_deploy.bundle import files, layout, manifest
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Nothing, Source, Stage
+from thanos_deploy.forecast import enough
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_memory, convert_packed
@@ -41,7 +42,12 @@ class Dense:
     """
 
     def __init__(self, model: str | LocatedModel, *, revision: str | None = None) -> None:
-        """Find a model; see `locate.locate` for what it may be and what is raised."""
+        """Find a model; see `locate.locate` for what it may be and what is raised.
+
+        Raises:
+            ResourceError: there is hardly any memory left.
+        """
+        enough.require_to_begin()
         located = model if isinstance(model, LocatedModel) else locate(model, revision=revision)
         self.source, self.is_ordinary = located.source, located.is_ordinary
         self._path = located.path
