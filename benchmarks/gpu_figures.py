@@ -9,6 +9,7 @@ thanos_deploy/gpu/figures.json. A test fails while they disagree.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks import pages
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu import records as gpu_records
 from thanos_deploy.gpu.figures import Figures
@@ -21,31 +22,19 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PAGE = ROOT / "docs" / "gpu.md"
 SUMMARY = ROOT / "thanos_deploy" / "gpu" / gpu_figures.FILE
 
-BEGIN = "<!-- begin: written by `python -m benchmarks.gpu_figures`, not by hand -->\n"
-END = "<!-- end -->\n"
+COMMAND = "python -m benchmarks.gpu_figures"
 
 
 def main() -> None:
     """Rewrite both."""
     runs = gpu_records.read_all(RESULTS)
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    pages.rewrite(PAGE, COMMAND, section(runs))
     SUMMARY.write_text(summary(runs), encoding="utf-8")
 
 
 def summary(runs: Sequence[Records]) -> str:
     """What the package installs."""
     return gpu_figures.to_json([found for run in runs if (found := gpu_figures.figures(run))])
-
-
-def rewritten(page: str, runs: Sequence[Records]) -> str:
-    """The page with the figures of some runs.
-
-    Raises:
-        ValueError: it has not both of the markers, once and in their order.
-    """
-    head, rest = _split(page, BEGIN)
-    _, tail = _split(rest, END)
-    return f"{head}{BEGIN}{section(runs)}{END}{tail}"
 
 
 def section(runs: Sequence[Records]) -> str:
@@ -135,13 +124,6 @@ def _memory(run: Records) -> list[tuple[str, str, str]]:
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _split(text: str, marker: str) -> tuple[str, str]:
-    if text.count(marker) != 1:
-        raise ValueError(f"{PAGE} has the line {marker!r} {text.count(marker)} times, not once")
-    before, _, after = text.partition(marker)
-    return before, after
 
 
 if __name__ == "__main__":

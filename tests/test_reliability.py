@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pages
 from benchmarks.reliability import server
 from benchmarks.reliability.__main__ import PAGE, PARTS, RESULTS, go_on
 from benchmarks.reliability.attacks import Attack, guessed_keys, half_closed, malformed, overload
 from benchmarks.reliability.part import Figure, Part, Setting, Slice
-from benchmarks.reliability.record import BEGIN, END, Result, Results, publish, table
+from benchmarks.reliability.record import COMMAND, Result, Results, table
 from benchmarks.reliability.server import Seen
 
 KEY = "a" * 32
@@ -107,20 +108,20 @@ def one_kill(setting: Setting) -> Iterator[Slice]:
         (3, 1, "FAILED. "),
     ],
 )
-def test_results_are_published(tmp_path: Path, kills: int, faults: int, said: str) -> None:
+def test_results_are_told_in_a_table(kills: int, faults: int, said: str) -> None:
     figures = (Figure("kills", kills, least=3), Figure("faults", faults, most=0))
-    results = Results(parts={"kills": Result(2, 120.0, figures)})
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    publish(page, table(results, PARTS))
-    shown = page.read_text()
-    assert shown.startswith("before\n")
-    assert shown.endswith("after\n")
+    shown = table(Results(parts={"kills": Result(2, 120.0, figures)}), PARTS)
     assert f"\n{said}" in shown
     assert f"| faults | {faults} | 0 | {'**no**' if faults else 'yes'} |" in shown
     assert f"| kills | {kills} | at least 3 | {'yes' if kills == 3 else '**no**'} |" in shown
     assert "### server\n" in shown
     assert "Not run." in shown
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    section = table(Results.read(RESULTS), PARTS)
+    assert pages.rewritten(page, COMMAND, section) == page, f"run `{COMMAND}`"
 
 
 @pytest.mark.slow

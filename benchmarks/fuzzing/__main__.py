@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import fuzzing as package
+from benchmarks import pages
 from benchmarks.fuzzing.parsers import PARSERS
-from benchmarks.reliability.record import publish
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import read_record, write_json
 from thanos_deploy.machine import environment
@@ -29,7 +29,7 @@ _LONGEST_INPUT = 1 << 15
 _ENOUGH_MINUTES = 30
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-BEGIN, END = "<!-- fuzzing: python -m benchmarks.fuzzing -->", "<!-- end of the fuzzing -->"
+COMMAND = "python -m benchmarks.fuzzing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def table(outcomes: Outcomes) -> str:
         minutes = 0.0 if one.found else one.seconds / 60
         said = "**a finding**" if one.found else "done" if minutes >= _ENOUGH_MINUTES else "goes on"
         lines.append(f"| {name} | {one.inputs} | {one.edges} | {minutes:.1f} | {said} |")
-    return "\n".join([*lines, "", f"Enough are {_ENOUGH_MINUTES} minutes for each."])
+    return "\n".join([*lines, "", f"Enough are {_ENOUGH_MINUTES} minutes for each.", ""])
 
 
 def run(name: str, seconds: int, kept: Path) -> Outcome:
@@ -158,7 +158,7 @@ def main() -> int:
             flush=True,
         )
         write_json(options.o, encode(outcomes))
-        publish(options.page, table(outcomes), BEGIN, END)
+        pages.rewrite(options.page, COMMAND, table(outcomes))
     return int(found)
 
 

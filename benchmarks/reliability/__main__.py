@@ -17,6 +17,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from benchmarks import pages
 from benchmarks.gpu_campaign.onnxruntime import make
 from benchmarks.reliability import (
     disk_full,
@@ -29,7 +30,7 @@ from benchmarks.reliability import (
     two_processes,
 )
 from benchmarks.reliability.part import Part, Setting
-from benchmarks.reliability.record import Result, Results, publish, table
+from benchmarks.reliability.record import COMMAND, Result, Results, table
 from benchmarks.reliability.works import settle
 
 PARTS: tuple[Part, ...] = (
@@ -82,7 +83,7 @@ def main() -> None:
             setting = Setting(bundle, room, seconds, given.seed, before.values)
             results = go_on(part, setting, results, given.results)
     shown = table(results, PARTS)
-    publish(given.page, shown)
+    pages.rewrite(given.page, COMMAND, shown)
     print(shown)
     sys.exit(not all(part.name in results.parts for part in chosen) or not passed(results, chosen))
 

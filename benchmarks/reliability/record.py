@@ -11,7 +11,7 @@ from thanos_deploy.machine import environment
 from thanos_deploy.machine.environment import Environment
 
 FORMAT = "thanos-deploy/reliability/1"
-BEGIN, END = "<!-- results: python -m benchmarks.reliability -->", "<!-- end of the results -->"
+COMMAND = "python -m benchmarks.reliability --table"
 
 # Of many faults of one kind the first say enough.
 MOST_FAULTS = 40
@@ -115,7 +115,7 @@ def table(results: Results, parts: Sequence[Part]) -> str:
             ),
             "",
         ]
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines)
 
 
 def _verdict(result: Result) -> str:
@@ -124,10 +124,3 @@ def _verdict(result: Result) -> str:
     if all(figure.holds or not figure.is_enough for figure in result.figures):
         return "Not as much as is to be done; nothing was wrong so far"
     return "FAILED"
-
-
-def publish(page: Path, shown: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put a table into a page, between its marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n\n{shown}\n\n{end}{after}", encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_figures as publishing
+from benchmarks import pages
 from tests.gpu_rows import CARD, RECORDS, ROWS
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu import records as gpu_records
@@ -93,20 +94,12 @@ def test_the_page_has_a_table_for_each_kind_of_figure() -> None:
     assert publishing.section([]) == "On a GPU: not measured (no GPU).\n"
 
 
-def test_only_what_is_between_the_markers_is_rewritten() -> None:
-    page = f"before\n{publishing.BEGIN}old\n{publishing.END}after\n"
-    found = publishing.rewritten(page, [])
-    assert found == page.replace("old\n", publishing.section([]))
-    for broken in ("no marker", page + publishing.END, page.replace(publishing.BEGIN, "")):
-        with pytest.raises(ValueError, match="not once"):
-            publishing.rewritten(broken, [])
-
-
 def test_the_page_and_the_package_say_what_the_files_say() -> None:
     runs = gpu_records.read_all(publishing.RESULTS)
     page = publishing.PAGE.read_text(encoding="utf-8")
     how = "run `python -m benchmarks.gpu_figures`"
-    assert publishing.rewritten(page, runs) == page, how
+    found = pages.rewritten(page, publishing.COMMAND, publishing.section(runs))
+    assert found == page, how
     assert publishing.SUMMARY.read_text(encoding="utf-8") == publishing.summary(runs), how
     assert len(gpu_figures.published()) == sum(figures(run) is not None for run in runs)
 
@@ -118,7 +111,7 @@ def test_both_are_written_by_one_command(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(publishing, "RESULTS", results)
     for name in ("PAGE", "SUMMARY"):
         monkeypatch.setattr(publishing, name, tmp_path / name)
-    publishing.PAGE.write_text(f"{publishing.BEGIN}{publishing.END}")
+    publishing.PAGE.write_text("".join(pages.marks(publishing.COMMAND)))
     publishing.main()
     assert "**H100**" in publishing.PAGE.read_text()
     assert from_json(publishing.SUMMARY.read_text()) == (figures(RECORDS),)
