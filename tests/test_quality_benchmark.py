@@ -11,6 +11,7 @@ from benchmarks.quality.record import Conditions, Judged, Results, Row
 from benchmarks.quality.table import interval, section
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.quality import TextQuality
+from thanos_deploy.model.checkpoint import Checkpoint
 
 
 def results(*rows: Row, model: str = "tiny") -> Results:
@@ -64,6 +65,7 @@ def test_a_row_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
         seqlen=32,
         questions=4,
         results=tmp_path / "results",
+        models=tmp_path / "models",
         calib=text,
         eval_text=text,
         eval_segments=2,
@@ -80,6 +82,8 @@ def test_a_row_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
     assert first.judged.perplexity == pytest.approx(found.value, abs=0.005)
     assert found.fidelity is not None
     assert found.choices is not None
+    (kept,) = arguments.models.iterdir()
+    assert Checkpoint.open(kept).weights.tensors
     arguments.seeds = [3]
     again, drawn = quality.measured(arguments).rows
     assert again == first

@@ -16,6 +16,7 @@ calibrate on are drawn with each of them, which shows what chance does.
 Writes RESULTS/quality-MODEL.json after every row and prints it as tables. What is in that file is
 not measured again: repeating the command continues, within a row after the last block that was
 pruned, and further settings add rows. To measure the code of another day, begin another file.
+--models DIR keeps each pruned model there, in a folder that is named by a hash of its options.
 With --table nothing is measured, and what is published is put into docs/choose.md.
 """
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED")
     parser.add_argument("--questions", type=int, default=EvalRequest().questions)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--models", type=Path)
     parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
     texts.add_options(parser, required=False)
     arguments = parser.parse_args()

@@ -54,7 +54,7 @@ class Subject:
         tokenizer: its tokenizer.
         conditions: see `Conditions`.
         examination: what every model is asked.
-        arguments: of the command line: the texts, and where results and journals are.
+        arguments: of the command line: the texts, and where results, journals and models are.
     """
 
     source: Checkpoint
@@ -135,6 +135,8 @@ class Subject:
             if resumed:  # what came before is in the blocks' own clocks, which have no such time
                 seconds, used = sum(sum(block.seconds.values()) for block in blocks), None
             judged = self.judge(out)
+            if self.arguments.models is not None:
+                shutil.copytree(out, self.arguments.models / kept.name.removeprefix(".journal-"))
         shutil.rmtree(kept)
         return Row(
             way(setting, request),
