@@ -113,6 +113,24 @@ class PruneInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class TunedBlocks:
+    """What steps of all quantised layers of a block together did.
+
+    Attributes:
+        blocks: how many had them.
+        better: of these, how many came nearer; the others were put back.
+        median_error_before, median_error: over the blocks, of the mean over tokens of the squared
+            error of what leaves a block, relative to its size, with the errors of the blocks before
+            it; before the steps and in the end.
+    """
+
+    blocks: int
+    better: int
+    median_error_before: float
+    median_error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Quantisation:
     """How the linear layers of the blocks were quantised.
 
@@ -122,12 +140,14 @@ class Quantisation:
             None if no layer had statistics.
         median_rounding_error: the same if every weight had been rounded.
         rounded: layers whose statistics could not be used, and why; they were rounded.
+        tuned: what steps of whole blocks did after that; None if there were none.
     """
 
     grid: str
     median_relative_error: float | None
     median_rounding_error: float | None
     rounded: Mapping[str, str]
+    tuned: TunedBlocks | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from thanos_deploy.pruning import recover as recovering
 from thanos_deploy.pruning import sensitivity as sensitive
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
-from thanos_deploy.pruning.quantise import quantise_model
+from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
 from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
 from thanos_deploy.pruning.sensitivity import Sensitivity
@@ -44,6 +44,7 @@ from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
+from thanos_deploy.solver.grid import Grid
 from thanos_deploy.stages.request import PruneRequest
 
 
@@ -267,15 +268,17 @@ def quantise_checkpoint(
     ids: Tensor,
     codes: Path,
     request: PruneRequest,
+    grid: Grid,
     announce: Announce = quietly,
-) -> Quantisation | None:
-    """Quantise the model in a folder, in place of itself, if that is asked for.
+    *,
+    further: Tensor | None = None,
+    journal: Journal[QuantisedBlock] | None = None,
+) -> Quantisation:
+    """Quantise the model in a folder, in place of itself; all ranks do it, and the first writes.
 
-    All ranks do it, and the first one writes.
+    Blocks are tuned with as many steps as after pruning, on the same text.
     """
-    grid, first = request.grid, current().first
-    if grid is None:
-        return None
+    first = current().first
     quantised = folder.with_name(f"{folder.name}-quantised")
     if first:
         quantised.mkdir()
@@ -286,9 +289,12 @@ def quantise_checkpoint(
         quantised if first else None,
         codes if first else None,
         grid,
+        tuning=request.how.tuning,
+        further=further,
         forward=DTYPES[request.forward],
         device=request.chosen_device,
         hold=request.activations,
+        journal=journal,
         on_progress=announce(f"Quantise to {grid}"),
     )
     _replace(folder, quantised)
@@ -342,7 +348,11 @@ def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneR
     activations = activation_bytes(source, tokens, forward, with_dense=how.walks_dense)
     if how.surveys:
         activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
-    return 2 * source.bytes_in(request.dtype) + activations
+    models, tuned = 2, how.tuning.tune_steps > 0
+    if request.grid is not None:  # another model and its journal, while the pruned one is read
+        activations += activation_bytes(source, tokens, forward, with_dense=tuned)
+        models += 2
+    return models * source.bytes_in(request.dtype) + activations
 
 
 def memory_of(

@@ -74,9 +74,10 @@ class PruneRequest(Options):
         "none",
         "--quantize",
         "Quantise the linear layers of the blocks at last, each column's error made up for by the "
-        "columns after it; zeros stay zero. GROUP inputs of an output share a scale, or all of "
-        "them where it is row; :asym gives each group a zero point. The checkpoint has the "
-        "values that the integers stand for.  [default: none; GROUP 32]",
+        "columns after it, and the blocks tuned by --tune-steps; zeros stay zero. GROUP inputs of "
+        "an output share a scale, or all of them where it is row; :asym gives each group a zero "
+        "point. The checkpoint has the values that the integers stand for.  [default: none; GROUP "
+        "32]",
         metavar="int8|int4[:GROUP][:asym]",
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
