@@ -379,6 +379,10 @@ def _of_quantisation(quantisation: Quantisation) -> dict[str, str]:
             f"{tuned.median_error:.2e}; {tuned.median_error_before:.2e} before tuning, which made "
             f"{tuned.better} of {tuned.blocks} blocks better"
         )
+    if (trained := quantisation.trained) is not None:
+        values["scales trained, nats per token"] = (
+            f"{trained.divergence[0]:.4f} to {trained.divergence[-1]:.4f} from the dense model"
+        )
     return values
 
 

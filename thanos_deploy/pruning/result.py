@@ -113,6 +113,27 @@ class PruneInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class Recovery:
+    """What the training did.
+
+    Attributes:
+        divergence: mean Kullback-Leibler divergence from the dense model in nats per token, taken
+            while it learned, over each tenth of the steps in turn.
+        tokens: that it learned from, repetitions counted.
+        dtype: of the products: "bf16" or "fp32".
+        seconds: of all of it.
+        drawn: pieces of text that the dense model wrote for it, dropped ones too; None where it
+            learned from the calibration text.
+    """
+
+    divergence: tuple[float, ...]
+    tokens: int
+    dtype: str
+    seconds: float
+    drawn: int | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, slots=True)
 class TunedBlocks:
     """What steps of all quantised layers of a block together did.
 
@@ -141,6 +162,7 @@ class Quantisation:
         median_rounding_error: the same if every weight had been rounded.
         rounded: layers whose statistics could not be used, and why; they were rounded.
         tuned: what steps of whole blocks did after that; None if there were none.
+        trained: what training the scales of the whole model did at last; None if they were not.
     """
 
     grid: str
@@ -148,6 +170,7 @@ class Quantisation:
     median_rounding_error: float | None
     rounded: Mapping[str, str]
     tuned: TunedBlocks | None = field(default=None, metadata=LATER)
+    trained: Recovery | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,27 +188,6 @@ class Retry:
     solver: str
     damping: float
     failures: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What the training did.
-
-    Attributes:
-        divergence: mean Kullback-Leibler divergence from the dense model in nats per token, taken
-            while it learned, over each tenth of the steps in turn.
-        tokens: that it learned from, repetitions counted.
-        dtype: of the products: "bf16" or "fp32".
-        seconds: of all of it.
-        drawn: pieces of text that the dense model wrote for it, dropped ones too; None where it
-            learned from the calibration text.
-    """
-
-    divergence: tuple[float, ...]
-    tokens: int
-    dtype: str
-    seconds: float
-    drawn: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from thanos_deploy.model.linear import turned
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.sums import whole_of
 from thanos_deploy.solver.codes import Quantised, by_column, holdable, in_groups
+from thanos_deploy.solver.grid import Grid
 
 # Of the first step, in codes, and as a fraction of a scale. Chosen on held-out C4 documents with
 # SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
@@ -88,8 +89,7 @@ class QuantisedWeight:
         within = (self._positions >= grid.lowest - 0.5) & (self._positions <= grid.highest + 0.5)
         moves = within & self._kept
         self._positions.grad = (gradient * scales * moves).contiguous()
-        along = in_groups(gradient * (self._codes() - self._zeros), grid).sum(dim=2)
-        self._factors.grad = along * start.scale
+        self._factors.grad = start.scale * by_scale(gradient, self._codes() - self._zeros, grid)
 
     def _scale(self) -> Tensor:
         """[outputs, groups]."""
@@ -100,3 +100,14 @@ class QuantisedWeight:
         grid = self._start.grid
         codes = self._positions.round().clamp_(grid.lowest, grid.highest)
         return torch.where(self._kept, codes, self._zeros)
+
+
+def by_scale(gradient: Tensor, steps: Tensor, grid: Grid) -> Tensor:
+    """[outputs, groups], the gradient by the scales.
+
+    Args:
+        gradient: [outputs, inputs], by the weight.
+        steps: [outputs, inputs], of a scale that each weight is: its code less the zero point.
+        grid: of the codes.
+    """
+    return in_groups(gradient * steps, grid).sum(dim=2)

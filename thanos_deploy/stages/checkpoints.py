@@ -1,41 +1,30 @@
 """What the stage prune does to a checkpoint, each part of it by itself."""
 
-import json
 import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle import layout
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.frame import frame_of
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.sizes import activation_bytes
-from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices
-from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
-from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning import layers as pruning
 from thanos_deploy.pruning import owl
-from thanos_deploy.pruning import recover as recovering
 from thanos_deploy.pruning import sensitivity as sensitive
 from thanos_deploy.pruning.owl import Outliers
-from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
 from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
-from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
+from thanos_deploy.pruning.result import PrunedBlock, Quantisation
 from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
@@ -46,6 +35,7 @@ from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.stages.request import PruneRequest
+from thanos_deploy.stages.training import replace_checkpoint
 
 
 def prune_checkpoint(
@@ -202,67 +192,6 @@ def shrink_checkpoint(
     )
 
 
-def recover_checkpoint(
-    source: Checkpoint,
-    text: Text,
-    folder: Path,
-    request: PruneRequest,
-    announce: Announce = quietly,
-) -> Recovery:
-    """Train the pruned model in a folder, in place of itself, on any part of a text.
-
-    The text is the calibration's, or one that the dense model writes after it, which is kept beside
-    the folder. All ranks do it, and the first one writes.
-    """
-    tokenizer, first = load_tokenizer(source.folder), current().first
-    lessons, drawn = text, None
-    if request.recover_text != "calib":
-        rows, drawn = _own_text(source, text, request, announce)
-        lessons = Text.of_rows("the dense model's own text", rows)
-        if first:
-            kept = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
-            folder.with_name(layout.OWN_TEXT).write_text(kept, encoding="utf-8")
-    trained = folder.with_name(f"{folder.name}-trained")
-    if first:
-        trained.mkdir()
-    recovery = recovering.recover(
-        Checkpoint.open(folder),
-        source,
-        every_segment(lessons, tokenizer, length=request.data.seqlen),
-        trained if first else None,
-        count=request.recover,
-        seed=request.data.seed,
-        device=request.chosen_device,
-        on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
-    )
-    _replace(folder, trained)
-    return replace(recovery, drawn=drawn)
-
-
-def _own_text(
-    source: Checkpoint, text: Text, request: PruneRequest, announce: Announce
-) -> tuple[list[str], int]:
-    """What the dense model writes, as much as is trained on; see `own_text.own_text`."""
-    tokenizer, length, seed = load_tokenizer(source.folder), request.data.seqlen, request.data.seed
-    pieces = every_segment(text, tokenizer, length=length)
-    chat = request.recover_text == "chat"
-    begin = beginnings(pieces, len(frame_of(tokenizer)), tokenizer, chat=chat, seed=seed)
-    device = request.chosen_device
-    with devices.memory_for("the dense model, which writes text"):
-        # Half the bytes to read for every token, where that is no slower.
-        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-        return own_text(
-            load_model(source.folder, device).to(dtype),  # type: ignore[arg-type]  # self is lost in a wrapper
-            tokenizer,
-            begin,
-            Habits.of(pieces, tokenizer),
-            count=request.recover,
-            length=length,
-            seed=seed,
-            on_progress=announce(f"Have the dense model write {request.recover} pieces of text"),
-        )
-
-
 def quantise_checkpoint(
     folder: Path,
     ids: Tensor,
@@ -297,17 +226,8 @@ def quantise_checkpoint(
         journal=journal,
         on_progress=announce(f"Quantise to {grid}"),
     )
-    _replace(folder, quantised)
+    replace_checkpoint(folder, quantised)
     return quantisation
-
-
-def _replace(folder: Path, finished: Path) -> None:
-    """Put a finished model in the place of the one that all ranks have read."""
-    current().wait()
-    if current().first:
-        shutil.rmtree(folder)
-        finished.rename(folder)
-    current().wait()
 
 
 def check(source: Checkpoint, request: PruneRequest) -> None:

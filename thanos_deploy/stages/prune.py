@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,6 @@ from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
     quantise_checkpoint,
-    recover_checkpoint,
     shrink_checkpoint,
     sparsity_file,
     survey_blocks,
@@ -57,6 +56,7 @@ from thanos_deploy.stages.checkpoints import (
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
+from thanos_deploy.stages.training import recover_checkpoint, train_scales_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -333,16 +333,23 @@ class _Work:
             recovery = recover_checkpoint(self.source, taken.text, model, request, announce)
         if request.grid is None:
             return recovery, None
-        return recovery, quantise_checkpoint(
+        codes = folder / layout.CODES
+        quantisation = quantise_checkpoint(
             model,
             taken.ids,
-            folder / layout.CODES,
+            codes,
             request,
             request.grid,
             announce,
             further=taken.further,
             journal=Journal(kept / _QUANTISED, self.owner, QuantisedBlock),
         )
+        if request.recover:
+            trained = train_scales_checkpoint(
+                self.source, taken.text, model, codes, request, announce
+            )
+            quantisation = replace(quantisation, trained=trained)
+        return recovery, quantisation
 
 
 def _result(

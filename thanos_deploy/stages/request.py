@@ -57,7 +57,7 @@ class PruneRequest(Options):
         "Train the remaining weights after pruning, with the dense model as the teacher, on this "
         "many segments of --seqlen tokens from anywhere in the calibration text; a text with fewer "
         "is repeated, and new text helps more. Zeros stay zero. Several hundred segments are "
-        "worthwhile. Takes minutes, and memory for five models in float32 and for the activations "
+        "worthwhile. With --quantize, the scales learn so as well, at last. Takes minutes, and memory for five models in float32 and for the activations "
         "of 2048 tokens. 0 for none.",
         metavar="SEGMENTS",
         least=0,

@@ -213,6 +213,23 @@ def test_prune_quantises_what_it_pruned(
             assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
 
 
+def test_prune_trains_the_scales_after_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = {"pattern": "2:4", "preset": "fast", "nsamples": 2, "seqlen": 64, "recover": 40}
+    bundle = td.prune(tiny_llama, quantize="int4:16", out=out, **asked)  # type: ignore[arg-type]
+    assert bundle.pruned.quantisation is not None
+    trained = bundle.pruned.quantisation.trained
+    assert trained is not None
+    assert trained.tokens == 40 * 64
+    assert Bundle.open(out).result(PRUNE).quantisation == bundle.pruned.quantisation
+    assert sorted(path.name for path in out.glob("*-trained")) == []
+    codes, checkpoint = Codes.open(out / "codes"), Checkpoint.open(out / "model")
+    for name in checkpoint.linears:
+        weight = checkpoint.linear(name)
+        assert codes.of(name, weight).weight.equal(weight)
+        assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
+
+
 def test_what_no_grid_is_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int5"):
         td.prune(tiny_llama, pattern="2:4", quantize="int5", out=tmp_path / "out")
