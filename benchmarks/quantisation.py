@@ -1,19 +1,21 @@
-"""Perplexity of quantised models: with error compensation beside rounding, and tuned.
+"""Perplexity of quantised models: rounded, with error compensation, tuned, and trained.
 
 Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt -o RESULTS
 
 Takes SmolLM2-135M-Instruct as it is, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
-quantises the linear layers of its blocks to every grid of the table: by rounding, with
-compensation, and with compensation and then the steps of the preset best. The first segments of
-both texts are taken, without a seed, so that others can take the same.
+quantises the linear layers of its blocks to every grid of the table. The ways: "rounded";
+"compensated"; "tuned", compensated and then blocks tuned as the preset best does; "trained",
+compensated and then the scales trained with the dense model as the teacher; and "both",
+blocks tuned and then scales trained. The first segments of both texts are taken, without a seed, so
+that others can take the same.
 
 Writes RESULTS/quantisation.json after every row, and prints a table. What is there already is not
-measured again: repeating the command continues, after the last block that was quantised.
+measured again: repeating the command continues, after the last block that was quantised. What it
+continues from is RESULTS/.journal-*, which may be removed when the rows are there.
 """
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -38,8 +40,10 @@ from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.progress import quietly
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
 from thanos_deploy.pruning.recipe import METHOD
+from thanos_deploy.pruning.train_scales import train_scales
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.solver import grid as grids
 from thanos_deploy.solver.codes import round_to
@@ -54,7 +58,7 @@ from thanos_deploy.stages.request import PruneRequest
 
 PATTERNS = ("dense", "structured:0.2", "2:4")
 GRIDS = ("int8", "int4", "int4:128", "int4:asym")
-WAYS = ("rounded", "compensated", "tuned")
+WAYS = ("rounded", "compensated", "tuned", "trained", "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class Row:
         layer_error: the median over the layers, of the calibration text; None where it was not
             looked at.
         block_error_before, block_error: see `TunedBlocks`; None where blocks were not tuned.
+        trained_on: tokens that the scales learned from; 0 for none.
+        training_seconds: what that took.
     """
 
     pattern: str
@@ -80,6 +86,8 @@ class Row:
     layer_error: float | None = None
     block_error_before: float | None = None
     block_error: float | None = None
+    trained_on: int = 0
+    training_seconds: float = 0.0
 
 
 class Bench:
@@ -90,6 +98,7 @@ class Bench:
         self.source = source
         self.grids: list[str] = arguments.grids
         self.ways: list[str] = arguments.ways
+        self.train_segments: int = arguments.train_segments
         self.frame = len(frame_of(tokenizer))
         count = arguments.calib_segments
         self.tuning: Tuning = methods.load(METHOD).preset("best").walk
@@ -148,12 +157,14 @@ class Bench:
                 weight = matrix(loaded.get_submodule(name))
                 weight.copy_(round_to(weight, grids.parse(grid)).weight)
             return Row(pattern, grid, way, self.judged(loaded))
-        tuned = way == "tuned"
-        kept = self.path.parent / f".journal-{pattern}-{grid}-{way}".replace(":", "-")
+        tuned, trained = way in ("tuned", "both"), way in ("trained", "both")
+        stem = f".journal-{pattern}-{grid}-{'tuned' if tuned else 'compensated'}"
+        kept = self.path.parent / stem.replace(":", "-")
         with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
-            folder, codes = (Path(scratch) / name for name in ("model", "codes"))
-            folder.mkdir()
-            codes.mkdir()
+            folders = [Path(scratch) / name for name in ("model", "codes", "trained", "its codes")]
+            for one in folders:
+                one.mkdir()
+            folder, codes, learned, its_codes = folders
             started = time.perf_counter()
             done = quantise_model(
                 model,
@@ -165,9 +176,19 @@ class Bench:
                 further=self.further if tuned else None,
                 journal=Journal(kept, self.owner(tuned), QuantisedBlock),
             )
-            seconds = time.perf_counter() - started
-            found = self.judged(load_model(folder))
-        shutil.rmtree(kept)
+            seconds, lesson = time.perf_counter() - started, None
+            if trained:
+                with torch.enable_grad():
+                    lesson = train_scales(
+                        Checkpoint.open(folder),
+                        Codes.open(codes),
+                        self.source,
+                        torch.cat([self.calib, self.further]),
+                        learned,
+                        its_codes,
+                        count=self.train_segments,
+                    )
+            found = self.judged(load_model(learned if trained else folder))
         return Row(
             pattern,
             grid,
@@ -177,6 +198,8 @@ class Bench:
             done.median_relative_error,
             done.tuned.median_error_before if done.tuned else None,
             done.tuned.median_error if done.tuned else None,
+            lesson.tokens if lesson else 0,
+            lesson.seconds if lesson else 0.0,
         )
 
     def judged(self, model: PreTrainedModel) -> float:
@@ -198,6 +221,7 @@ def main() -> None:
     parser.add_argument("--calib-segments", type=int, default=32)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--grids", nargs="+", default=GRIDS)
+    parser.add_argument("--train-segments", type=int, default=224)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -33,7 +33,7 @@ from thanos_deploy.solver.codes import Quantised, by_column, holdable
 
 # Of the first step after warming up, as a fraction of a scale. Chosen on held-out C4 documents with
 # SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
-_RATE = 1.5e-3
+_RATE = 3e-3
 
 
 def train_scales(

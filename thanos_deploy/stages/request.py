@@ -57,8 +57,8 @@ class PruneRequest(Options):
         "Train the remaining weights after pruning, with the dense model as the teacher, on this "
         "many segments of --seqlen tokens from anywhere in the calibration text; a text with fewer "
         "is repeated, and new text helps more. Zeros stay zero. Several hundred segments are "
-        "worthwhile. With --quantize, the scales learn so as well, at last. Takes minutes, and memory for five models in float32 and for the activations "
-        "of 2048 tokens. 0 for none.",
+        "worthwhile. With --quantize, the scales learn so as well, at last. Takes minutes, and "
+        "memory for five models in float32 and for the activations of 2048 tokens. 0 for none.",
         metavar="SEGMENTS",
         least=0,
     )
