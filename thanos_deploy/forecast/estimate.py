@@ -64,6 +64,10 @@ _TRIAL_PRODUCTS = 5e9
 # factoring, whose share grows fastest with the width.
 _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
 
+# Steps that blocks are tuned with: so many that judging a block before and after is about the share
+# of it that it is of several hundred steps on more text.
+_TRIAL_STEPS = 4
+
 # What is measured of a pass by itself.
 _PASS = "pass"
 
@@ -214,12 +218,12 @@ def estimate_cutting(
     # What becomes of one block stands for all, where they are alike.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
     alike = checkpoint.family.experts is None
-    one = replace(tuning, tune_steps=min(1, tuning.tune_steps))
+    few_steps = replace(tuning, tune_steps=min(_TRIAL_STEPS, tuning.tune_steps))
 
     def work(visit: Visit) -> None:
         width = after if alike else plan.widths[visit.index]
-        cut.cut(visit, checkpoint, width, fit, one)
-        _pass(visit, one)
+        cut.cut(visit, checkpoint, width, fit, few_steps)
+        _pass(visit, few_steps)
 
     with_dense = fit.dense_target > 0.0 or tuning.tune_steps > 0
     trial = _quicker(visits(checkpoint, few, with_dense=with_dense, device=device), work)
@@ -274,7 +278,8 @@ def _walk(
             )
         if how.tune_steps:
             with visit.clock.measure("tune"):
-                tune(visit, [name for name in visit.structure.linears if name in linears], 1)
+                names = [name for name in visit.structure.linears if name in linears]
+                tune(visit, names, min(_TRIAL_STEPS, how.tune_steps))
             _pass(visit, how)
 
     walk = visits(checkpoint, few, with_dense=how.with_dense, forward=forward, device=device)
@@ -305,7 +310,7 @@ def _tuning(trial: Mapping[str, float], few: Tensor, segments: Tensor, steps: in
         min(data.numel(), max(1, TOKENS_PER_STEP // data.shape[1]) * data.shape[1])
         for data in (few, segments)
     )
-    return steps * trial.get("tune", 0.0) * taken / tried
+    return steps / max(1, min(_TRIAL_STEPS, steps)) * trial.get("tune", 0.0) * taken / tried
 
 
 def _solving(
