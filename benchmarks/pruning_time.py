@@ -50,13 +50,13 @@ from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
-    recover_checkpoint,
     shrink_checkpoint,
     survey_blocks,
 )
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
+from thanos_deploy.stages.training import recover_checkpoint
 
 UNIT_TOKENS = 16384
 

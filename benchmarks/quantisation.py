@@ -1,13 +1,17 @@
-"""Perplexity of quantised models: with error compensation beside rounding.
+"""Perplexity of quantised models: rounded, with error compensation, tuned, and trained.
 
 Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt -o RESULTS
 
 Takes SmolLM2-135M-Instruct as it is, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
-quantises the linear layers of its blocks to every grid of the table. The first segments of both
-texts are taken, without a seed, so that others can take the same.
+quantises the linear layers of its blocks to every grid of the table. The ways: "rounded";
+"compensated"; "tuned", compensated and then blocks tuned as the preset best does; "trained",
+compensated and then the scales trained with the dense model as the teacher; and "both",
+blocks tuned and then scales trained. The first segments of both texts are taken, without a seed, so
+that others can take the same.
 
 Writes RESULTS/quantisation.json after every row, and prints a table. What is there already is not
-measured again: repeating the command continues.
+measured again: repeating the command continues, after the last block that was quantised. What it
+continues from is RESULTS/.journal-*, which may be removed when the rows are there.
 """
 
 import argparse
@@ -19,18 +23,27 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks import texts
 from benchmarks.smollm2 import gguf_path
+from thanos_deploy import methods
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.frame import frame_of
+from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.machine import environment
 from thanos_deploy.measure.perplexity import perplexity
+from thanos_deploy.methods import NO_TUNING, Tuning
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.progress import quietly
-from thanos_deploy.pruning.quantise import quantise_model
+from thanos_deploy.pruning.codes import Codes
+from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
+from thanos_deploy.pruning.recipe import METHOD
+from thanos_deploy.pruning.train_scales import train_scales
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.solver import grid as grids
 from thanos_deploy.solver.codes import round_to
@@ -45,6 +58,7 @@ from thanos_deploy.stages.request import PruneRequest
 
 PATTERNS = ("dense", "structured:0.2", "2:4")
 GRIDS = ("int8", "int4", "int4:128", "int4:asym")
+WAYS = ("rounded", "compensated", "tuned", "trained", "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +68,14 @@ class Row:
     Attributes:
         pattern: what was pruned before.
         grid: what it was quantised to; "none" for not at all.
-        way: "compensated", "rounded" or "none".
+        way: one of `WAYS`, or "none".
         perplexity: on the text to judge on.
-        seconds: of the walk that quantised it.
+        seconds: of the walk that quantised it; if it was cut off, since it went on.
         layer_error: the median over the layers, of the calibration text; None where it was not
             looked at.
+        block_error_before, block_error: see `TunedBlocks`; None where blocks were not tuned.
+        trained_on: tokens that the scales learned from; 0 for none.
+        training_seconds: what that took.
     """
 
     pattern: str
@@ -67,6 +84,10 @@ class Row:
     perplexity: float
     seconds: float = 0.0
     layer_error: float | None = None
+    block_error_before: float | None = None
+    block_error: float | None = None
+    trained_on: int = 0
+    training_seconds: float = 0.0
 
 
 class Bench:
@@ -76,8 +97,15 @@ class Bench:
         tokenizer = load_tokenizer(source.folder)
         self.source = source
         self.grids: list[str] = arguments.grids
+        self.ways: list[str] = arguments.ways
+        self.train_segments: int = arguments.train_segments
         self.frame = len(frame_of(tokenizer))
-        self.calib = texts.calibration(arguments, tokenizer, count=arguments.calib_segments)
+        count = arguments.calib_segments
+        self.tuning: Tuning = methods.load(METHOD).preset("best").walk
+        taken = texts.calibration(
+            arguments, tokenizer, count=count, further=self.tuning.further(count)
+        )
+        self.calib, self.further = taken[:count], taken[count:]
         self.judge: Tensor = texts.evaluation(arguments, tokenizer)
         self.path: Path = arguments.out / "quantisation.json"
         self.rows = (
@@ -89,7 +117,7 @@ class Bench:
     def missing(self, pattern: str) -> list[tuple[str, str]]:
         """Grids and ways that were not measured yet."""
         wanted = [("none", "none")]
-        wanted += [(grid, way) for grid in self.grids for way in ("rounded", "compensated")]
+        wanted += [(grid, way) for grid in self.grids for way in self.ways]
         there = {(row.grid, row.way) for row in self.rows if row.pattern == pattern}
         return [one for one in wanted if one not in there]
 
@@ -123,23 +151,66 @@ class Bench:
 
     def measure(self, pattern: str, model: Checkpoint, grid: str, way: str) -> Row:
         """The perplexity of a model that is quantised so."""
-        seconds, error = 0.0, None
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
-            folder = model.folder
-            if way == "compensated":
-                folder, codes = (Path(scratch) / name for name in ("model", "codes"))
-                folder.mkdir()
-                codes.mkdir()
-                started = time.perf_counter()
-                done = quantise_model(model, self.calib, folder, codes, grids.parse(grid))
-                seconds, error = time.perf_counter() - started, done.median_relative_error
-            loaded = load_model(folder)
-        if way == "rounded":
-            for name in model.linears:
+        if way in ("none", "rounded"):
+            loaded = load_model(model.folder)
+            for name in model.linears if way == "rounded" else ():
                 weight = matrix(loaded.get_submodule(name))
                 weight.copy_(round_to(weight, grids.parse(grid)).weight)
-        found = perplexity(loaded, self.judge, frame=self.frame).value
-        return Row(pattern, grid, way, found, seconds, error)
+            return Row(pattern, grid, way, self.judged(loaded))
+        tuned, trained = way in ("tuned", "both"), way in ("trained", "both")
+        stem = f".journal-{pattern}-{grid}-{'tuned' if tuned else 'compensated'}"
+        kept = self.path.parent / stem.replace(":", "-")
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
+            folders = [Path(scratch) / name for name in ("model", "codes", "trained", "its codes")]
+            for one in folders:
+                one.mkdir()
+            folder, codes, learned, its_codes = folders
+            started = time.perf_counter()
+            done = quantise_model(
+                model,
+                self.calib,
+                folder,
+                codes,
+                grids.parse(grid),
+                tuning=self.tuning if tuned else NO_TUNING,
+                further=self.further if tuned else None,
+                journal=Journal(kept, self.owner(tuned), QuantisedBlock),
+            )
+            seconds, lesson = time.perf_counter() - started, None
+            if trained:
+                with torch.enable_grad():
+                    lesson = train_scales(
+                        Checkpoint.open(folder),
+                        Codes.open(codes),
+                        self.source,
+                        torch.cat([self.calib, self.further]),
+                        learned,
+                        its_codes,
+                        count=self.train_segments,
+                    )
+            found = self.judged(load_model(learned if trained else folder))
+        return Row(
+            pattern,
+            grid,
+            way,
+            found,
+            seconds,
+            done.median_relative_error,
+            done.tuned.median_error_before if done.tuned else None,
+            done.tuned.median_error if done.tuned else None,
+            lesson.tokens if lesson else 0,
+            lesson.seconds if lesson else 0.0,
+        )
+
+    def judged(self, model: PreTrainedModel) -> float:
+        """The perplexity of a model."""
+        return perplexity(model, self.judge, frame=self.frame).value
+
+    def owner(self, tuned: bool) -> Json:
+        """What a quantised model depends on, beside what its journal is called."""
+        ids = self.calib.tolist() + (self.further.tolist() if tuned else [])
+        hashed = files.sha256_of({"ids": ids})
+        return {"ids": hashed, "libraries": dict(environment.describe().libraries)}
 
 
 @torch.no_grad()
@@ -150,6 +221,8 @@ def main() -> None:
     parser.add_argument("--calib-segments", type=int, default=32)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--grids", nargs="+", default=GRIDS)
+    parser.add_argument("--train-segments", type=int, default=224)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -165,18 +238,18 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line for each grid, and for each pattern both ways beside the unquantised."""
+    """Markdown: a line for each grid, and for each pattern every way beside the unquantised."""
     known = {(row.pattern, row.grid, row.way): row.perplexity for row in rows}
     patterns = [one for one in PATTERNS if (one, "none", "none") in known]
     lines = [
-        "| grid | " + " | ".join(f"{one}, rounded | {one}, compensated" for one in patterns) + " |",
-        "|---|" + "---:|---:|" * len(patterns),
+        "| grid | " + " | ".join(f"{one}, {way}" for one in patterns for way in WAYS) + " |",
+        "|---|" + "---:|" * len(WAYS) * len(patterns),
     ]
     for grid in ("none", *GRIDS):
         cells = []
         for pattern in patterns:
             plain = known[pattern, "none", "none"]
-            for way in ("rounded", "compensated"):
+            for way in WAYS:
                 value = plain if grid == "none" else known.get((pattern, grid, way))
                 cells.append(
                     "-" if value is None else f"{value:.2f} ({100 * (value / plain - 1):+.2f} %)"

@@ -26,7 +26,7 @@ from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.families import HEAD
 from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid
 

@@ -31,8 +31,8 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.widths import Widths, declared
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.pruning.layers import linear_shapes
-from thanos_deploy.pruning.quantise import Codes
 
 logger = logging.getLogger(__name__)
 

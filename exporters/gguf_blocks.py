@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from exporters.packages import load
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid
 

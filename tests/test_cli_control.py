@@ -281,18 +281,21 @@ def test_a_dry_run_estimates_time_memory_and_disk(
         "owl",
         "--ignore",
         "re:.*layers.0.*",
+        "--quantize",
+        "int4:16",
         *out,
         "--json",
     )
     assert code == 0, errors
     plan = json.loads(printed)
     found = plan["estimate"]
-    assert set(found["seconds"]) == {"survey", "collect", "solve", "tune", "forward"}
+    assert set(found["seconds"]) == {"survey", "collect", "solve", "tune", "forward", "quantize"}
     assert all(seconds > 0.0 for seconds in found["seconds"].values())
     assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()))
     assert 1e8 < found["memory_bytes"] < 1e10
-    # The model, the same in the journal, and the calibration data between two blocks.
-    assert plan["disk_bytes_needed"] > 2 * 4 * plan["parameters"]
+    # The model, the same in the journal, both once more while it is quantised, and the calibration
+    # data between two blocks.
+    assert plan["disk_bytes_needed"] > 4 * 4 * plan["parameters"]
     assert plan["linear_weights_removed"] == plan["linear_weights"] // 4
     assert len(plan["layers_left_dense"]) == 7
     code, table, errors = invoke("prune-export", tiny_llama, *SMALL, *out)

@@ -98,6 +98,8 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
         0.5,
         "--recover",
         4,
+        "--quantize",
+        "int8",
         *REST,
         "-o",
         tmp_path / "other",
@@ -107,7 +109,7 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows(
     assert code == 0, errors
     estimate = json.loads(output)["estimate"]
     assert estimate["seconds"]["eval"] > 0.0
-    assert estimate["not_estimated"] == ["recover", "onnx", "bench"]
+    assert estimate["not_estimated"] == ["recover", "quantize", "onnx", "bench"]
 
 
 def test_recovery_is_recorded_repeatable_and_told(

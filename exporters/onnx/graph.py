@@ -55,7 +55,7 @@ from thanos_deploy.model.rounding import cast
 from thanos_deploy.model.verdict import Verdict, judge
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.progress import OnProgress, silent
-from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.grid import Grid
 

@@ -18,7 +18,7 @@ from thanos_deploy.check import Check
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import Announce
-from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.pruning.result import PRUNE, codes_of
 
 

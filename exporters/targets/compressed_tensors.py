@@ -37,7 +37,7 @@ def _export(
 ) -> Exported[CompressedResult]:
     from exporters import compressed_tensors
     from thanos_deploy.model.checkpoint import Checkpoint
-    from thanos_deploy.pruning.quantise import Codes
+    from thanos_deploy.pruning.codes import Codes
     from thanos_deploy.pruning.result import codes_of
 
     folder = codes_of(bundle)

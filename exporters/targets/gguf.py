@@ -63,7 +63,7 @@ def _export(
 ) -> Exported[GgufResult]:
     from exporters import gguf
     from thanos_deploy.model.checkpoint import Checkpoint
-    from thanos_deploy.pruning.quantise import Codes
+    from thanos_deploy.pruning.codes import Codes
     from thanos_deploy.pruning.result import codes_of
 
     model, folder_of_codes = Checkpoint.open(bundle.path / MODEL), codes_of(bundle)

@@ -12,7 +12,8 @@ from tests.conftest import VOCABULARY, MakeModel, stock_model
 from thanos_deploy.errors import InputError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
-from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.pruning.codes import Codes
+from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.solver.grid import parse
 
 SEGMENTS = torch.randint(VOCABULARY, (4, 60), generator=torch.Generator().manual_seed(0))

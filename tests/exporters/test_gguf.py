@@ -25,7 +25,8 @@ from thanos_deploy.bundle import manifest
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.pruning.codes import Codes
+from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.solver.grid import parse
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 import exporters.gguf
 from exporters import gguf_blocks
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.solver.codes import round_to
 from thanos_deploy.solver.grid import parse
 

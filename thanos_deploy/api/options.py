@@ -65,12 +65,12 @@ class PruneOptions(TypedDict, total=False):
         sparsity_file: path of a JSON object of layers with patterns of their own.
         keep_dense: fraction of the weights that stays, in the layers whose pruning would change the
             model most for what it saves. Default: 0.
-        recover: segments to train what is left on, with the dense model as teacher. Default: the
-            preset's, which is 0 but for "max".
+        recover: segments to train what is left on, with the dense model as teacher, and the scales
+            of what was quantised. Default: the preset's, which is 0 but for "max".
         recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
             the dense model writes. Default: "calib".
         quantize: "int8" or "int4", with ":GROUP" or ":row", and ":asym": what to quantise the
-            linear layers of the blocks to. Default: "none".
+            linear layers of the blocks to, with tune_steps of codes and scales. Default: "none".
         calib: calibration text: a path, a data set, several with weights, or "builtin", the
             default; see the command `prune`.
         text_field: field of a row with the text. Default: "text".

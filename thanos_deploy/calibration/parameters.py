@@ -1,6 +1,6 @@
 """The parameters of a walk: from the checkpoint to the block that is visited, and to the copy."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,10 @@ class ParameterFiles:
             if name not in skip
             for target in [self._checkpoint.stored_name(prefix + name)]
         }
+
+    def among(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The parameters among tensors, by the names that they have in the checkpoint."""
+        return (one for one in tensors if one[0] in self._checkpoint.weights.shapes)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensors by the names that they have in the checkpoint."""

@@ -60,6 +60,8 @@ class Visit:
             last bit.
         tuned_in: what factors of products are rounded to while it is tuned; None for the dtype in
             which it runs.
+        beside: tensors that the journal keeps with the block's parameters; on the host, by names
+            that no parameter has.
     """
 
     index: int
@@ -72,6 +74,7 @@ class Visit:
     clock: Clock
     untouched: set[str] = field(default_factory=set)
     tuned_in: torch.dtype | None = None
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:

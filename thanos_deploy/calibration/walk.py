@@ -166,7 +166,7 @@ def _visits(
     if journal is not None:
         first = len(journal.reports)
         for index in range(first):
-            files.write(journal.parameters(index))
+            files.write(files.among(journal.parameters(index)))
     with ExitStack() as stack:
         folder = journal.folder if journal else Path(stack.enter_context(TemporaryDirectory()))
         activations, walks = _enter(
@@ -328,7 +328,7 @@ def _leave(
     files.write(finished.items())
     if journal is not None:
         with visit.clock.measure("journal"):
-            journal.add(reports[visit.index], finished, leaving)
+            journal.add(reports[visit.index], {**finished, **visit.beside}, leaving)
     for block in (
         visit.block,
         *(path.block for path in visit.walks),

@@ -374,6 +374,15 @@ def _of_quantisation(quantisation: Quantisation) -> dict[str, str]:
             f"{quantisation.median_relative_error:.2e}; "
             f"by rounding {quantisation.median_rounding_error:.2e}"
         )
+    if (tuned := quantisation.tuned) is not None:
+        values["lost of a quantised block's output, median"] = (
+            f"{tuned.median_error:.2e}; {tuned.median_error_before:.2e} before tuning, which made "
+            f"{tuned.better} of {tuned.blocks} blocks better"
+        )
+    if (trained := quantisation.trained) is not None:
+        values["scales trained, nats per token"] = (
+            f"{trained.divergence[0]:.4f} to {trained.divergence[-1]:.4f} from the dense model"
+        )
     return values
 
 

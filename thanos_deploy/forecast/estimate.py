@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -44,6 +45,7 @@ from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.pruning.layers import gather, linear_shapes, short_names
+from thanos_deploy.pruning.quantise import DAMPING
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.sensitivity import SHARE
 from thanos_deploy.pruning.solution import aim, solve
@@ -51,7 +53,9 @@ from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
 from thanos_deploy.shrink import cut
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.layer import LayerProblem
+from thanos_deploy.solver.quantise import quantise
 
 # Multiplications of a trial pass through a block: a fraction of a second on any machine.
 _TRIAL_PRODUCTS = 5e9
@@ -59,6 +63,10 @@ _TRIAL_PRODUCTS = 5e9
 # The parts that are pruned have at most so many rows and columns. The first is nearly all
 # factoring, whose share grows fastest with the width.
 _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
+
+# Steps that blocks are tuned with: so many that judging a block before and after is about the share
+# of it that it is of several hundred steps on more text.
+_TRIAL_STEPS = 4
 
 # What is measured of a pass by itself.
 _PASS = "pass"
@@ -73,7 +81,7 @@ class Estimate:
 
     Attributes:
         seconds: by activity: "collect", "solve", "tune" and "forward" as in `layers.ACTIVITIES`;
-            "survey", the walk before, of OWL or of cutting.
+            "survey", the walk before, of OWL or of cutting; "quantize", the walk afterwards.
         memory: the most that the process will hold.
         token_seconds: one token on its way through one dense block, statistics included.
         basis: what this is derived from.
@@ -101,6 +109,7 @@ def estimate(
     patterns: Mapping[str, Pattern],
     *,
     further: int = 0,
+    grid: Grid | None = None,
     dtype: torch.dtype | None,
     device: torch.device,
     place: Place = "auto",
@@ -113,6 +122,7 @@ def estimate(
         recipe: how it is to be pruned; for what is to be cut see `estimate_cutting`.
         patterns: of the layers that are to be pruned, by full name.
         further: segments that blocks are only tuned on.
+        grid: what all layers are to be quantised to afterwards; None for nothing.
         dtype: what is to be stored; None for each tensor's own.
         device: where it is to be done.
         place: where the calibration data is to wait between two blocks.
@@ -147,6 +157,14 @@ def estimate(
         every = short_names(checkpoint, checkpoint.linears)
         survey = _walk(checkpoint, few, every, Walk(), forward=torch.float32, device=device)
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
+    if grid is not None:
+        # A walk of its own, whose blocks are tuned like those that were pruned.
+        walked = share * trial.seconds["collect"] + steps + passing
+        seconds["quantize"] = (
+            blocks * walked
+            + _fitted(checkpoint, trial, partial(_quantise, grid), checkpoint.linears, multiple=1)
+            + (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing)
+        )
     spent = time.perf_counter() - started
     return Estimate(
         seconds=seconds,
@@ -200,12 +218,12 @@ def estimate_cutting(
     # What becomes of one block stands for all, where they are alike.
     after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
     alike = checkpoint.family.experts is None
-    one = replace(tuning, tune_steps=min(1, tuning.tune_steps))
+    few_steps = replace(tuning, tune_steps=min(_TRIAL_STEPS, tuning.tune_steps))
 
     def work(visit: Visit) -> None:
         width = after if alike else plan.widths[visit.index]
-        cut.cut(visit, checkpoint, width, fit, one)
-        _pass(visit, one)
+        cut.cut(visit, checkpoint, width, fit, few_steps)
+        _pass(visit, few_steps)
 
     with_dense = fit.dense_target > 0.0 or tuning.tune_steps > 0
     trial = _quicker(visits(checkpoint, few, with_dense=with_dense, device=device), work)
@@ -260,7 +278,8 @@ def _walk(
             )
         if how.tune_steps:
             with visit.clock.measure("tune"):
-                tune(visit, [name for name in visit.structure.linears if name in linears], 1)
+                names = [name for name in visit.structure.linears if name in linears]
+                tune(visit, names, min(_TRIAL_STEPS, how.tune_steps))
             _pass(visit, how)
 
     walk = visits(checkpoint, few, with_dense=how.with_dense, forward=forward, device=device)
@@ -291,7 +310,7 @@ def _tuning(trial: Mapping[str, float], few: Tensor, segments: Tensor, steps: in
         min(data.numel(), max(1, TOKENS_PER_STEP // data.shape[1]) * data.shape[1])
         for data in (few, segments)
     )
-    return steps * trial.get("tune", 0.0) * taken / tried
+    return steps / max(1, min(_TRIAL_STEPS, steps)) * trial.get("tune", 0.0) * taken / tried
 
 
 def _solving(
@@ -304,30 +323,59 @@ def _solving(
     """Seconds that the solver takes for all layers."""
     method = methods.load(recipe.method)
     ((pattern, _),) = Counter(patterns.values()).most_common(1)
-    step = pattern.group if isinstance(pattern, SemiStructured) else 1
+
+    def solve_part(weight: Tensor, statistics: Statistics) -> None:
+        cols = weight.shape[1]
+        cross = None if statistics.cross is None else statistics.cross[:cols, :cols]
+        part = LayerProblem(weight, statistics.hessian[:cols, :cols], "trial", {}, forward)
+        aimed, _ = aim(part, cross, recipe.walk.dense_target, recipe.options)
+        solve(part, pattern, method, recipe.options, aimed=aimed)
+
+    multiple = pattern.group if isinstance(pattern, SemiStructured) else 1
+    return _fitted(checkpoint, trial, solve_part, patterns, multiple=multiple)
+
+
+def _quantise(grid: Grid, weight: Tensor, statistics: Statistics) -> None:
+    cols = weight.shape[1]
+    quantise(LayerProblem(weight, statistics.hessian[:cols, :cols], "trial"), grid, DAMPING)
+
+
+def _fitted(
+    checkpoint: Checkpoint,
+    trial: _Trial,
+    work: Callable[[Tensor, Statistics], None],
+    layers: Collection[str],
+    *,
+    multiple: int,
+) -> float:
+    """Seconds that work on layers takes, from what it takes on leading parts of some.
+
+    Args:
+        checkpoint: the model.
+        trial: the layers that are tried, with statistics.
+        work: on the weight of a part, and the statistics of its whole layer.
+        layers: full names of those that are to be worked on.
+        multiple: that divides the columns of a part.
+    """
     terms, times = [], []
     for most_rows, most_cols in _TRIAL_SIZES:
         weight, statistics = max(
             trial.layers.values(),
             key=lambda layer: min(len(layer[0]), most_rows) * min(layer[0].shape[1], most_cols),
         )
-        rows, cols = min(len(weight), most_rows), min(weight.shape[1], most_cols) // step * step
-        cross = statistics.cross
-        target = None if cross is None else cross[:cols, :cols]
+        rows = min(len(weight), most_rows)
+        cols = min(weight.shape[1], most_cols) // multiple * multiple
         seconds = math.inf
         for _ in range(_REPEATS):
             started = time.perf_counter()
-            weights, hessian = weight[:rows, :cols], statistics.hessian[:cols, :cols]
-            part = LayerProblem(weights, hessian, "trial", {}, forward)
-            aimed, _ = aim(part, target, recipe.walk.dense_target, recipe.options)
-            solve(part, pattern, method, recipe.options, aimed=aimed)
+            work(weight[:rows, :cols], statistics)
             seconds = min(seconds, time.perf_counter() - started)
         terms.append(_terms(rows, cols))
         times.append(seconds)
     # Relative errors count, so that the small parts do as well.
     factors, _ = nnls(np.array(terms) / np.array(times)[:, None], np.ones(len(times)))
     shapes = linear_shapes(checkpoint)
-    return float(sum(_terms(*shapes[name]) @ factors for name in patterns))
+    return float(sum(_terms(*shapes[name]) @ factors for name in layers))
 
 
 def _terms(rows: int, cols: int) -> NDArray[np.float64]:

@@ -42,9 +42,10 @@ _BESIDE = 4
 # the residual, the direction and its image, what is kept and fixed, a product, the result.
 _GRADIENTS = 8
 
-# Float32 numbers for each weight of a block while it is tuned: its value, gradient and mask, and
-# what Adam keeps.
-_TUNING = 5
+# Float32 numbers for each weight of a block while it is tuned: its value, its gradient, what Adam
+# keeps, and of fewer bits a mask, or code and zero point. Where the block runs in float32 itself,
+# also the value that it began with.
+_TUNING, _TUNING_FLOAT32 = 5, 6
 
 # Matrices [cols, cols] of float64 that are alive while inputs are eliminated from a layer: Hessian,
 # that of the dense model's input, factor, inverse, the inverse of a trial, a product.
@@ -289,10 +290,11 @@ def _tuning(
         made: numbers that its layers read and make of a token.
     """
     step = max(TOKENS_PER_STEP, segments.shape[1])
+    numbers = _TUNING_FLOAT32 if forward is torch.float32 else _TUNING
     # Float32 numbers of norms and of the loss.
     stream = _FLOAT * _NORMS * int(checkpoint.config.hidden_size)
     return [
-        Term(TUNED, _TUNING * _FLOAT * weights),
+        Term(TUNED, numbers * _FLOAT * weights),
         Term("gradients in the dtype of the block", forward.itemsize * weights),
         Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
         Term("gradients of one part of a step", _FLOAT * weights),

@@ -33,7 +33,7 @@ PRESET_NAMES = ("best", "fast", "max", "paper")
 
 @dataclass(frozen=True, slots=True)
 class Tuning(Options):
-    """Steps of all linear layers of a block together, when each has been pruned or refitted.
+    """Steps of all linear layers of a block together, when each has been pruned or quantised.
 
     Attributes:
         tune_steps: how many; see `tune.tune`.
@@ -48,7 +48,8 @@ class Tuning(Options):
         0,
         "--tune-steps",
         "Optimisation steps of all kept weights of a block together, towards the output of the "
-        "dense block; 0 for none, which is what --keep-shape takes unless it is given.",
+        "dense block, and with --quantize once more of codes and scales; 0 for none, which is what "
+        "--keep-shape takes unless it is given.",
         least=0,
     )
     tune_nsamples: int = option(

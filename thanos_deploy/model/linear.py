@@ -16,8 +16,12 @@ def matrix(linear: nn.Module) -> Tensor:
 
     GPT-2's Conv1D stores it the other way round.
     """
-    weight = linear.get_parameter("weight")
-    return weight.T if isinstance(linear, Conv1D) else weight
+    return turned(linear, linear.get_parameter("weight"))
+
+
+def turned(linear: nn.Module, stored: Tensor) -> Tensor:
+    """As [outputs, inputs] a tensor that has the shape of a layer's weight as it is stored."""
+    return stored.T if isinstance(linear, Conv1D) else stored
 
 
 def entrance(block: nn.Module, name: str) -> nn.Module:

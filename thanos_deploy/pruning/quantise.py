@@ -1,7 +1,8 @@
 """Quantise a model block by block: the last step, once every weight has its final value.
 
 A walk of its own, after pruning, cutting, tuning and training, each of which would leave the grid.
-Each layer sees its inputs as the quantised layers before it make them.
+Each layer sees its inputs as the quantised layers before it make them. Where tuning is asked for,
+steps of all layers of a block together follow, which end on the grid (`straight_through`).
 
 One walk for both would save forward passes where nothing follows the pruning of a layer. But the
 preset "best" tunes a whole block, `--recover` trains the whole model, and cutting decides on widths
@@ -9,47 +10,44 @@ from a walk before: it would serve the preset "fast" alone, and be a second way 
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.activations import Place
+from thanos_deploy.calibration.journal import Journal
+from thanos_deploy.calibration.tune import Tuned, learn
 from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.calibration.walk import visit_blocks
-from thanos_deploy.errors import HessianError, InputError, UsageError
+from thanos_deploy.errors import HessianError
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.devices import CPU
-from thanos_deploy.machine.precision import products_in
-from thanos_deploy.methods import Walk
+from thanos_deploy.machine.precision import multiplies_bfloat16, products_in
+from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
-from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.codes import save, tensors_of
 from thanos_deploy.pruning.jobs import Jobs
 from thanos_deploy.pruning.layers import gather
-from thanos_deploy.pruning.result import Quantisation
+from thanos_deploy.pruning.result import Quantisation, TunedBlocks
+from thanos_deploy.pruning.straight_through import QuantisedWeight
 from thanos_deploy.ranks import spread
 from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.damping import Damping
-from thanos_deploy.solver.grid import Grid, parse
+from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.layer import Factor, LayerProblem
 from thanos_deploy.solver.quantise import quantise
 
 # A few huge inputs leave the median as it is. Chosen on held-out C4; see benchmarks/LOG.md.
 DAMPING = Damping(damping=0.15, damping_mode="median")
-
-# Of the tensors of a layer in the files of codes, and the entry of the files' metadata.
-_CODES, _SCALE, _ZERO = ".codes", ".scale", ".zero"
-_GRID = "grid"
 
 # Rows of a layer that are quantised as one at least: columns go one by one, and each takes as long
 # as a few hundred rows do.
@@ -62,8 +60,8 @@ class LayerReport:
 
     Attributes:
         name: full name in the model.
-        relative_error: fraction of the energy of its output that is lost; None where the
-            statistics could not be used.
+        relative_error: fraction of the energy of its output that is lost, before steps of the whole
+            block; None where the statistics could not be used.
         rounding_error: the same if it had been rounded.
         failure: why the statistics could not be used, and it was rounded; empty if they could.
     """
@@ -75,17 +73,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReport:
-    """The layers of one block, in the order of the forward pass."""
+class QuantisedBlock:
+    """One block.
+
+    Attributes:
+        layers: in the order of the forward pass.
+        tuned: what steps of all of them together did; None if there were none.
+    """
 
     layers: tuple[LayerReport, ...]
+    tuned: Tuned | None = None
 
     def to_json(self) -> Json:
         """As a record."""
         return encode(self)
 
     @classmethod
-    def from_json(cls, value: Json) -> "BlockReport":
+    def from_json(cls, value: Json) -> "QuantisedBlock":
         """What `to_json` made the value of."""
         return decode(cls, value)
 
@@ -97,18 +101,19 @@ def quantise_model(
     codes: Path | None,
     grid: Grid,
     *,
+    tuning: Tuning = NO_TUNING,
+    further: Tensor | None = None,
     damping: Damping = DAMPING,
     forward: torch.dtype = torch.float32,
     device: torch.device = CPU,
     hold: Place = "auto",
+    journal: Journal[QuantisedBlock] | None = None,
     on_progress: OnProgress = silent,
 ) -> Quantisation:
     """Quantise the linear layers of every block, and write an ordinary model folder.
 
     The folder has the values that the codes stand for, rounded to the dtypes of the checkpoint. The
-    codes themselves go to one file for each block: of each layer `NAME.codes`, int8[rows, cols] or,
-    for an asymmetric grid, uint8; `NAME.scale`, float16[rows, groups]; and for an asymmetric grid
-    `NAME.zero`, uint8[rows, groups]. The files' metadata name the grid.
+    codes themselves go to one file for each block; see `pruning.codes`.
 
     Args:
         checkpoint: the model, pruned or not.
@@ -116,10 +121,13 @@ def quantise_model(
         destination: an empty folder; None for a rank that writes nothing.
         codes: an empty folder for the files of codes; likewise.
         grid: what to quantise to.
+        tuning: steps of all layers of a block together, towards the block that is not quantised.
+        further: int64[count, length], tokens that blocks are only tuned on; None for none.
         damping: of the Hessians.
         forward: the dtype in which blocks run, float32 or bfloat16.
         device: where each block is while it is quantised.
         hold: see `walk.visit_blocks`.
+        journal: where to keep every finished block; those that it has are not done again.
         on_progress: told of every finished block.
 
     Raises:
@@ -129,13 +137,19 @@ def quantise_model(
     if destination is not None:
         copy_companions(checkpoint.folder, destination, None)
 
-    def work(visit: Visit) -> BlockReport:
-        found: dict[str, Tensor] = {}
+    tuned = tuning.tune_steps > 0
+    if journal is not None and codes is not None:
+        for index in range(len(journal.reports)):
+            save(codes, index, grid, dict(journal.parameters(index)))
+
+    def work(visit: Visit) -> QuantisedBlock:
         with devices.memory_for(f"block {visit.index}"):
-            layers = tuple(_layers(visit, grid, damping, found))
+            report, quantised = _block(visit, grid, damping, tuning.tune_steps)
         if codes is not None:
-            save_file(found, codes / f"{visit.index:05}.safetensors", metadata={_GRID: str(grid)})
-        return BlockReport(layers)
+            for name, layer in quantised.items():
+                visit.beside.update(tensors_of(name, layer))
+            save(codes, visit.index, grid, visit.beside)
+        return report
 
     with (
         torch.no_grad(),
@@ -147,7 +161,11 @@ def quantise_model(
             segments,
             work,
             copy=copy,
+            further=further,
+            tuned_in=torch.bfloat16 if tuned and multiplies_bfloat16(device) else None,
+            with_dense=tuned,
             forward=forward,
+            journal=journal,
             device=device,
             hold=hold,
             on_progress=on_progress,
@@ -155,75 +173,38 @@ def quantise_model(
     return _summary(grid, blocks)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Codes:
-    """The codes of a quantised model, one layer in memory at a time.
-
-    Attributes:
-        folder: with the files that `quantise_model` wrote.
-        grid: what the model was quantised to.
-        files: name of a tensor -> the file that has it.
-    """
-
-    folder: Path
-    grid: Grid
-    files: Mapping[str, Path]
-
-    @classmethod
-    def open(cls, folder: Path) -> "Codes":
-        """Read what there is, and no tensor.
-
-        Raises:
-            InputError: a file is not readable, or there is none.
-        """
-        grids, found = set(), {}
-        try:
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    grids.add(parse(file.metadata()[_GRID]))
-                    found.update(dict.fromkeys(file.keys(), path))
-            (grid,) = grids
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, UsageError) as error:
-            raise _unreadable(folder, f"not readable: {error}") from error
-        return cls(folder, grid, found)
-
-    def of(self, name: str, weight: Tensor) -> Quantised:
-        """The codes of a layer, with scales in float32.
-
-        Args:
-            name: its full name.
-            weight: [rows, cols], as it is stored.
-
-        Raises:
-            InputError: the layer is not there, or its weight has other values than the codes.
-        """
-        try:
-            codes, scale = (self._read(name + part) for part in (_CODES, _SCALE))
-            zero = torch.zeros_like(scale) if self.grid.symmetric else self._read(name + _ZERO)
-            quantised = Quantised(self.grid, codes.to(torch.int16), scale.float(), zero.float())
-            same = rounded(quantised.weight, weight.dtype, name).equal(weight)
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise _unreadable(self.folder, f"{name} is not there: {error}") from error
-        if not same:
-            raise _unreadable(self.folder, f"the codes of {name} are not those of its weight")
-        return quantised
-
-    def _read(self, name: str) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-
-def _unreadable(folder: Path, what: str) -> InputError:
-    return InputError(
-        f"{folder}: {what}",
-        fix="restore it from a copy of the bundle, or prune again with --overwrite",
-    )
+def _block(
+    visit: Visit, grid: Grid, damping: Damping, steps: int
+) -> tuple[QuantisedBlock, dict[str, Quantised]]:
+    """Quantise, in place, the layers of a block, and take steps of all of them; by full name."""
+    layers, quantised = [], {}
+    with visit.clock.measure("solve"):
+        for linear, report, layer in _layers(visit, grid, damping):
+            layers.append(report)
+            quantised[linear] = layer
+    tuned = None
+    if steps and quantised:
+        assert visit.dense is not None
+        with visit.clock.measure("tune"):
+            learners = {
+                linear: QuantisedWeight(
+                    visit.block.get_submodule(linear),
+                    matrix(visit.dense.block.get_submodule(linear)).float(),
+                    layer,
+                )
+                for linear, layer in quantised.items()
+            }
+            tuned = learn(visit, learners, steps)
+        if tuned.better:
+            quantised = {linear: learner.quantised for linear, learner in learners.items()}
+    return QuantisedBlock(tuple(layers), tuned), {
+        visit.prefix + linear: layer for linear, layer in quantised.items()
+    }
 
 
 def _layers(
-    visit: Visit, grid: Grid, damping: Damping, found: dict[str, Tensor]
-) -> Iterator[LayerReport]:
+    visit: Visit, grid: Grid, damping: Damping
+) -> Iterator[tuple[str, LayerReport, Quantised]]:
     """Quantise, in place, the layers of a block, those that read one input after another."""
     names = {visit.prefix + linear for linear in visit.structure.linears}
     for groups, collected in gather(visit, names, Walk(true_sequential=True)):
@@ -245,12 +226,8 @@ def _layers(
                     [_spread(visit, jobs, place, grid, solved.pop(place, None)) for place in places]
                 )
                 visit.write(linear, whole.weight)
-                name, kind = visit.prefix + linear, torch.int8 if grid.symmetric else torch.uint8
-                found[name + _CODES] = whole.codes.to("cpu", kind)
-                found[name + _SCALE] = whole.scale.to("cpu", torch.float16)
-                if not grid.symmetric:
-                    found[name + _ZERO] = whole.zero.to("cpu", torch.uint8)
-                yield _report(name, [every[place] for place in places])
+                report = _report(visit.prefix + linear, [every[place] for place in places])
+                yield linear, report, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +303,7 @@ def _report(name: str, parts: Sequence[_Solved]) -> LayerReport:
     )
 
 
-def _summary(grid: Grid, blocks: Sequence[BlockReport]) -> Quantisation:
+def _summary(grid: Grid, blocks: Sequence[QuantisedBlock]) -> Quantisation:
     layers = [layer for block in blocks for layer in block.layers]
     known = [one for one in layers if one.relative_error is not None]
     return Quantisation(
@@ -338,4 +315,16 @@ def _summary(grid: Grid, blocks: Sequence[BlockReport]) -> Quantisation:
         if known
         else None,
         rounded={one.name: one.failure for one in layers if one.failure},
+        tuned=_tuning([block.tuned for block in blocks if block.tuned is not None]),
+    )
+
+
+def _tuning(blocks: Sequence[Tuned]) -> TunedBlocks | None:
+    if not blocks:
+        return None
+    return TunedBlocks(
+        blocks=len(blocks),
+        better=sum(one.better for one in blocks),
+        median_error_before=statistics.median(one.before for one in blocks),
+        median_error=statistics.median(min(one.before, one.after) for one in blocks),
     )

@@ -11,16 +11,18 @@ taken in bfloat16 where the device has instructions for matrices of it.
 
 The sequences of a step are cut into parts, the same for every number of ranks, which compute them
 side by side; the gradients of the parts are added up in their order, and each rank takes the step
-for its share of the weights.
+for its share of the weights. What else can learn so is a `Student`: `train_scales` has one.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -94,35 +96,109 @@ def recover(
     """
     started = time.perf_counter()
     names = [f"{one}.weight" for one in pruned.linears]
-    model, teacher = (load_model(one.folder, device) for one in (pruned, dense))
+    learner, lesson = distil(
+        pruned,
+        dense,
+        segments,
+        lambda learner: _Kept(learner, names),
+        count=count,
+        seed=seed,
+        device=device,
+        on_progress=on_progress,
+        watch=watch,
+    )
+    write(learner, pruned, destination)
+    return replace(lesson, seconds=time.perf_counter() - started)
+
+
+class Student(Protocol):
+    """What learns of a model whose weights are made of it."""
+
+    @property
+    def learned(self) -> Sequence[Tensor]:
+        """What AdamW changes, in place; the same tensors every time."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """The largest one of AdamW."""
+        ...
+
+    def receive(self) -> None:
+        """Give what is learned its gradient, from those of the model's weights."""
+        ...
+
+    def settle(self) -> None:
+        """Have the model run with what has been learned."""
+        ...
+
+
+class _Kept:
+    """The weights that are not zero; each rank has rows of them, which the model runs with."""
+
+    rate = LEARNING_RATE
+
+    def __init__(self, learner: Sharded, names: Sequence[str]) -> None:
+        self._learner, self._names = learner, names
+        self.learned = [learner.own(name) for name in names]
+        self._kept = [weight != 0 for weight in self.learned]
+
+    def receive(self) -> None:
+        """See `Student`."""
+        gradients = [self._learner.gradient(name) for name in self._names]
+        for weight, gradient, keep in zip(self.learned, gradients, self._kept, strict=True):
+            # With a gradient of zero Adam's moments are zero too, and nothing moves.
+            weight.grad = gradient.mul_(keep)
+        _clip(self._learner, self._names, 1.0)
+
+    def settle(self) -> None:
+        """See `Student`."""
+
+
+def distil(
+    learning: Checkpoint,
+    dense: Checkpoint,
+    segments: Tensor,
+    student_of: Callable[[Sharded], Student],
+    *,
+    count: int,
+    seed: int,
+    device: torch.device,
+    on_progress: OnProgress,
+    watch: Watch = unwatched,
+) -> tuple[Sharded, Recovery]:
+    """Let a model learn from the dense one; for the arguments that are not here see `recover`.
+
+    Args:
+        learning: the model that learns, in memory.
+        student_of: what learns of it; only the weights of the blocks' linear layers have gradients.
+    """
+    started = time.perf_counter()
+    model, teacher = (load_model(one.folder, device) for one in (learning, dense))
     require_plain_head(teacher)
     model.requires_grad_(False)
-    for name in names:
-        weight = model.get_parameter(name).requires_grad_(True)
+    for name in learning.linears:
+        weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
         # AdamW's fused step takes entries in the order of memory, and so would mix up those of a
         # view that is transposed, as some experts' weights are, with their gradients.
         weight.data = weight.data.contiguous()
     learner, _ = (
         Sharded(one, [one.get_submodule(block.prefix.rstrip(".")) for block in checkpoint.blocks])
-        for one, checkpoint in ((model, pruned), (teacher, dense))
+        for one, checkpoint in ((model, learning), (teacher, dense))
     )
     steps = _order(len(segments), count, seed).split(max(1, _TOKENS_A_STEP // segments.shape[1]))
     dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     with memory_for("training what is left, with its teacher"):
         divergence = _train(
             learner,
-            names,
+            student_of(learner),
             teacher,
             [segments[step] for step in steps],
             dtype,
             told=on_progress,
             watch=watch,
         )
-    if destination is not None:
-        copy_companions(pruned.folder, destination, None)
-    with WeightsCopy(pruned.weights, destination, None) as copy:
-        _write(learner, names, pruned, copy)
-    return Recovery(
+    return learner, Recovery(
         divergence=tuple(mean(part) for part in _tenths(divergence)),
         tokens=count * segments.shape[1],
         dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
@@ -139,7 +215,7 @@ def _order(available: int, count: int, seed: int) -> Tensor:
 
 def _train(
     learner: Sharded,
-    names: Sequence[str],
+    student: Student,
     teacher: PreTrainedModel,
     batches: Sequence[Tensor],
     dtype: torch.dtype,
@@ -149,12 +225,12 @@ def _train(
 ) -> list[float]:
     """Train in place; returns the mean divergence of each step, in nats per token."""
     ranks, model = current(), learner.model
-    weights = [learner.own(name) for name in names]
-    kept = [weight != 0 for weight in weights]
-    optimiser = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimiser = torch.optim.AdamW(
+        list(student.learned), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
-        LEARNING_RATE,
+        student.rate,
         total_steps=len(batches),
         # It divides by the steps of warming up less one.
         pct_start=_WARM_UP if len(batches) * _WARM_UP != 1.0 else 1.5 * _WARM_UP,
@@ -176,13 +252,10 @@ def _train(
             if turn is not None:
                 total += found
         divergence.append(total)
-        gradients = [learner.gradient(name) for name in names]
-        for weight, gradient, keep in zip(weights, gradients, kept, strict=True):
-            # With a gradient of zero Adam's moments are zero too, and nothing moves.
-            weight.grad = gradient.mul_(keep)
-        _clip(learner, names, 1.0)
+        student.receive()
         optimiser.step()
         schedule.step()
+        student.settle()
         learner.forget_gradients()
         told(step + 1, len(batches))
         watch(step + 1, model)
@@ -243,11 +316,23 @@ def _tenths(values: Sequence[float]) -> list[Sequence[float]]:
     return [values[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _write(learner: Sharded, names: Sequence[str], pruned: Checkpoint, copy: WeightsCopy) -> None:
-    """Write what was learned, and the rest as it is; all ranks take part, and one writes."""
-    for name in names:
-        learned, stored = learner.whole(learner.own(name), name), pruned.stored_name(name)
-        if copy.writes:
-            copy.write(stored, rounded(learned, copy.dtype(stored), stored))
-    for name in copy.missing:
-        copy.write(name, pruned.weights.read([name])[name])
+def write(learner: Sharded, trained: Checkpoint, destination: Path | None) -> None:
+    """Write a model that has learned, in the dtypes that it has; all ranks, of which one writes.
+
+    Args:
+        learner: it.
+        trained: what it was before.
+        destination: an empty folder; None for a rank that writes nothing.
+
+    Raises:
+        ModelError: a value does not fit its dtype.
+    """
+    if destination is not None:
+        copy_companions(trained.folder, destination, None)
+    with WeightsCopy(trained.weights, destination, None) as copy:
+        for name in (f"{one}.weight" for one in trained.linears):
+            learned, stored = learner.whole(learner.own(name), name), trained.stored_name(name)
+            if copy.writes:
+                copy.write(stored, rounded(learned, copy.dtype(stored), stored))
+        for name in copy.missing:
+            copy.write(name, trained.weights.read([name])[name])

@@ -113,41 +113,6 @@ class PruneInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantisation:
-    """How the linear layers of the blocks were quantised.
-
-    Attributes:
-        grid: what to; see `solver.grid`.
-        median_relative_error: over the layers, fraction of the energy of the output that is lost;
-            None if no layer had statistics.
-        median_rounding_error: the same if every weight had been rounded.
-        rounded: layers whose statistics could not be used, and why; they were rounded.
-    """
-
-    grid: str
-    median_relative_error: float | None
-    median_rounding_error: float | None
-    rounded: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """A layer whose statistics did not allow what was asked for.
-
-    Attributes:
-        layer: its name.
-        solver: what was used in the end.
-        damping: the same.
-        failures: why what was tried before gave nothing.
-    """
-
-    layer: str
-    solver: str
-    damping: float
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Recovery:
     """What the training did.
 
@@ -166,6 +131,63 @@ class Recovery:
     dtype: str
     seconds: float
     drawn: int | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, slots=True)
+class TunedBlocks:
+    """What steps of all quantised layers of a block together did.
+
+    Attributes:
+        blocks: how many had them.
+        better: of these, how many came nearer; the others were put back.
+        median_error_before, median_error: over the blocks, of the mean over tokens of the squared
+            error of what leaves a block, relative to its size, with the errors of the blocks before
+            it; before the steps and in the end.
+    """
+
+    blocks: int
+    better: int
+    median_error_before: float
+    median_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How the linear layers of the blocks were quantised.
+
+    Attributes:
+        grid: what to; see `solver.grid`.
+        median_relative_error: over the layers, fraction of the energy of the output that is lost;
+            None if no layer had statistics.
+        median_rounding_error: the same if every weight had been rounded.
+        rounded: layers whose statistics could not be used, and why; they were rounded.
+        tuned: what steps of whole blocks did after that; None if there were none.
+        trained: what training the scales of the whole model did at last; None if they were not.
+    """
+
+    grid: str
+    median_relative_error: float | None
+    median_rounding_error: float | None
+    rounded: Mapping[str, str]
+    tuned: TunedBlocks | None = field(default=None, metadata=LATER)
+    trained: Recovery | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A layer whose statistics did not allow what was asked for.
+
+    Attributes:
+        layer: its name.
+        solver: what was used in the end.
+        damping: the same.
+        failures: why what was tried before gave nothing.
+    """
+
+    layer: str
+    solver: str
+    damping: float
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from thanos_deploy.ranks.group import current
@@ -67,6 +67,20 @@ class Sharded:
     def own(self, name: str) -> Tensor:
         """This rank's rows of a weight, which may be changed in place."""
         return _here(self.model.get_parameter(name).detach())
+
+    def put(self, name: str, weight: Tensor) -> None:
+        """Give a weight other values, which every rank has; each keeps its rows.
+
+        Args:
+            name: of the weight.
+            weight: all of it, in the dtype that it has.
+        """
+        own = self.model.get_parameter(name).detach()
+        if isinstance(own, DTensor):
+            weight = distribute_tensor(
+                weight.contiguous(), own.device_mesh, own.placements, src_data_rank=None
+            ).to_local()
+        _here(own).copy_(weight)
 
     def gradient(self, name: str) -> Tensor:
         """This rank's rows of the sum of a weight's gradients, which may be changed in place."""

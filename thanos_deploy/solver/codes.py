@@ -69,6 +69,13 @@ def by_column(each: Tensor, grid: Grid, cols: int) -> Tensor:
     return each.repeat_interleave(grid.width(cols), dim=1)[:, :cols]
 
 
+def in_groups(each: Tensor, grid: Grid) -> Tensor:
+    """[rows, groups, group], what each column has; what is missing of the last group is zeros."""
+    rows, cols = each.shape
+    missing = grid.groups(cols) * grid.width(cols) - cols
+    return torch.nn.functional.pad(each, (0, missing)).reshape(rows, -1, grid.width(cols))
+
+
 def round_to(weight: Tensor, grid: Grid) -> Quantised:
     """Every weight to the nearest multiple; the scales clip nothing.
 
@@ -76,7 +83,7 @@ def round_to(weight: Tensor, grid: Grid) -> Quantised:
         weight: [rows, cols], finite.
         grid: what to round to.
     """
-    scale, zero = (one.squeeze(2) for one in next(_ranges(_in_groups(weight, grid), grid, 1.0)))
+    scale, zero = (one.squeeze(2) for one in next(_ranges(in_groups(weight, grid), grid, 1.0)))
     scales, zeros = (by_column(each, grid, weight.shape[1]) for each in (scale, zero))
     codes = nearest(weight, scales, zeros, grid).to(torch.int16).contiguous()
     return Quantised(grid, codes, scale.contiguous(), zero.contiguous())
@@ -93,8 +100,8 @@ def fit(weight: Tensor, prices: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     Returns:
         [rows, groups] each.
     """
-    values = _in_groups(weight, grid)
-    price = _in_groups(prices[None], grid).squeeze(0)
+    values = in_groups(weight, grid)
+    price = in_groups(prices[None], grid).squeeze(0)
     scale = zero = values.new_zeros(*values.shape[:2], 1)
     least = torch.full_like(scale, torch.inf)
     for shrink in _SHRINKS:
@@ -115,13 +122,6 @@ def nearest(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 def holdable(scale: Tensor, grid: Grid) -> Tensor:
     """The nearest numbers that can be scales; see `Quantised`."""
     return _held(scale.abs(), grid, torch.round).copysign(scale)
-
-
-def _in_groups(weight: Tensor, grid: Grid) -> Tensor:
-    """[rows, groups, group]; what is missing of the last group is zeros."""
-    rows, cols = weight.shape
-    missing = grid.groups(cols) * grid.width(cols) - cols
-    return torch.nn.functional.pad(weight, (0, missing)).reshape(rows, -1, grid.width(cols))
 
 
 def _ranges(values: Tensor, grid: Grid, shrink: float) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,41 +1,30 @@
 """What the stage prune does to a checkpoint, each part of it by itself."""
 
-import json
 import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle import layout
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.frame import frame_of
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.sizes import activation_bytes
-from thanos_deploy.calibration.texts import Text
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices
-from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
-from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning import layers as pruning
 from thanos_deploy.pruning import owl
-from thanos_deploy.pruning import recover as recovering
 from thanos_deploy.pruning import sensitivity as sensitive
 from thanos_deploy.pruning.owl import Outliers
-from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
-from thanos_deploy.pruning.quantise import quantise_model
+from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
 from thanos_deploy.pruning.recipe import Owl, Recipe
-from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
+from thanos_deploy.pruning.result import PrunedBlock, Quantisation
 from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
@@ -44,7 +33,9 @@ from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
+from thanos_deploy.solver.grid import Grid
 from thanos_deploy.stages.request import PruneRequest
+from thanos_deploy.stages.training import replace_checkpoint
 
 
 def prune_checkpoint(
@@ -201,81 +192,22 @@ def shrink_checkpoint(
     )
 
 
-def recover_checkpoint(
-    source: Checkpoint,
-    text: Text,
-    folder: Path,
-    request: PruneRequest,
-    announce: Announce = quietly,
-) -> Recovery:
-    """Train the pruned model in a folder, in place of itself, on any part of a text.
-
-    The text is the calibration's, or one that the dense model writes after it, which is kept beside
-    the folder. All ranks do it, and the first one writes.
-    """
-    tokenizer, first = load_tokenizer(source.folder), current().first
-    lessons, drawn = text, None
-    if request.recover_text != "calib":
-        rows, drawn = _own_text(source, text, request, announce)
-        lessons = Text.of_rows("the dense model's own text", rows)
-        if first:
-            kept = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
-            folder.with_name(layout.OWN_TEXT).write_text(kept, encoding="utf-8")
-    trained = folder.with_name(f"{folder.name}-trained")
-    if first:
-        trained.mkdir()
-    recovery = recovering.recover(
-        Checkpoint.open(folder),
-        source,
-        every_segment(lessons, tokenizer, length=request.data.seqlen),
-        trained if first else None,
-        count=request.recover,
-        seed=request.data.seed,
-        device=request.chosen_device,
-        on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
-    )
-    _replace(folder, trained)
-    return replace(recovery, drawn=drawn)
-
-
-def _own_text(
-    source: Checkpoint, text: Text, request: PruneRequest, announce: Announce
-) -> tuple[list[str], int]:
-    """What the dense model writes, as much as is trained on; see `own_text.own_text`."""
-    tokenizer, length, seed = load_tokenizer(source.folder), request.data.seqlen, request.data.seed
-    pieces = every_segment(text, tokenizer, length=length)
-    chat = request.recover_text == "chat"
-    begin = beginnings(pieces, len(frame_of(tokenizer)), tokenizer, chat=chat, seed=seed)
-    device = request.chosen_device
-    with devices.memory_for("the dense model, which writes text"):
-        # Half the bytes to read for every token, where that is no slower.
-        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-        return own_text(
-            load_model(source.folder, device).to(dtype),  # type: ignore[arg-type]  # self is lost in a wrapper
-            tokenizer,
-            begin,
-            Habits.of(pieces, tokenizer),
-            count=request.recover,
-            length=length,
-            seed=seed,
-            on_progress=announce(f"Have the dense model write {request.recover} pieces of text"),
-        )
-
-
 def quantise_checkpoint(
     folder: Path,
     ids: Tensor,
     codes: Path,
     request: PruneRequest,
+    grid: Grid,
     announce: Announce = quietly,
-) -> Quantisation | None:
-    """Quantise the model in a folder, in place of itself, if that is asked for.
+    *,
+    further: Tensor | None = None,
+    journal: Journal[QuantisedBlock] | None = None,
+) -> Quantisation:
+    """Quantise the model in a folder, in place of itself; all ranks do it, and the first writes.
 
-    All ranks do it, and the first one writes.
+    Blocks are tuned with as many steps as after pruning, on the same text.
     """
-    grid, first = request.grid, current().first
-    if grid is None:
-        return None
+    first = current().first
     quantised = folder.with_name(f"{folder.name}-quantised")
     if first:
         quantised.mkdir()
@@ -286,22 +218,16 @@ def quantise_checkpoint(
         quantised if first else None,
         codes if first else None,
         grid,
+        tuning=request.how.tuning,
+        further=further,
         forward=DTYPES[request.forward],
         device=request.chosen_device,
         hold=request.activations,
+        journal=journal,
         on_progress=announce(f"Quantise to {grid}"),
     )
-    _replace(folder, quantised)
+    replace_checkpoint(folder, quantised)
     return quantisation
-
-
-def _replace(folder: Path, finished: Path) -> None:
-    """Put a finished model in the place of the one that all ranks have read."""
-    current().wait()
-    if current().first:
-        shutil.rmtree(folder)
-        finished.rename(folder)
-    current().wait()
 
 
 def check(source: Checkpoint, request: PruneRequest) -> None:
@@ -342,7 +268,11 @@ def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneR
     activations = activation_bytes(source, tokens, forward, with_dense=how.walks_dense)
     if how.surveys:
         activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
-    return 2 * source.bytes_in(request.dtype) + activations
+    models, tuned = 2, how.tuning.tune_steps > 0
+    if request.grid is not None:  # another model and its journal, while the pruned one is read
+        activations += activation_bytes(source, tokens, forward, with_dense=tuned)
+        models += 2
+    return models * source.bytes_in(request.dtype) + activations
 
 
 def memory_of(

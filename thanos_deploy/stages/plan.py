@@ -186,6 +186,7 @@ def plan_pruning(
                     recipe,
                     patterns,
                     further=len(taken.further),
+                    grid=request.grid,
                     dtype=dtype,
                     device=device,
                     place=request.activations,
@@ -217,6 +218,7 @@ def _estimated(
         basis=found.basis,
         not_estimated=(
             *(["recover"] if request.recover else []),
+            *(["quantize"] if request.grid is not None and "quantize" not in seconds else []),
             *([] if evaluation is None else ["onnx", "bench"]),
         ),
     )

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning.owl import Outliers
+from thanos_deploy.pruning.quantise import QuantisedBlock
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import (
     PRUNE,
@@ -48,7 +49,6 @@ from thanos_deploy.stages.checkpoints import (
     plan_widths,
     prune_checkpoint,
     quantise_checkpoint,
-    recover_checkpoint,
     shrink_checkpoint,
     sparsity_file,
     survey_blocks,
@@ -56,11 +56,12 @@ from thanos_deploy.stages.checkpoints import (
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
+from thanos_deploy.stages.training import recover_checkpoint, train_scales_checkpoint
 
 logger = logging.getLogger(__name__)
 
 # Folders of the journals.
-_SURVEY, _BLOCKS = "survey", "blocks"
+_SURVEY, _BLOCKS, _QUANTISED = "survey", "blocks", "quantised"
 
 
 def prune(
@@ -101,7 +102,7 @@ def _prune(
         )
         pruned = work.run(model, kept, announce)
         files.write_record(folder / layout.LAYERS, pruned.blocks)
-        recovery, quantisation = work.finish(folder, announce)
+        recovery, quantisation = work.finish(folder, kept, announce)
         return _result(work, pruned, recovery, quantisation, model)
 
     with enough.explained(work.memory):
@@ -141,7 +142,7 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
             )
         (kept / f".rank-{current().rank}").touch()  # now rather than after a block
         work.run(None, kept, quietly)
-        work.finish(Path(told["folder"]), quietly)
+        work.finish(Path(told["folder"]), kept, quietly)
     part()
 
 
@@ -316,12 +317,13 @@ class _Work:
                 return _Pruned(pruned, summary.of_layers(pruned, how), None, survey)
 
     def finish(
-        self, folder: Path, announce: Announce
+        self, folder: Path, kept: Path, announce: Announce
     ) -> tuple[Recovery | None, Quantisation | None]:
         """Train what is left and quantise it, where that is asked for; all ranks together.
 
         Args:
             folder: of the stage, in which the first rank has written the pruned model.
+            kept: folder of the journals.
             announce: told of every piece of work.
         """
         request, model, taken = self.request, folder / layout.MODEL, self.calibration
@@ -329,8 +331,25 @@ class _Work:
         recovery = None
         if request.recover:
             recovery = recover_checkpoint(self.source, taken.text, model, request, announce)
+        if request.grid is None:
+            return recovery, None
         codes = folder / layout.CODES
-        return recovery, quantise_checkpoint(model, taken.ids, codes, request, announce)
+        quantisation = quantise_checkpoint(
+            model,
+            taken.ids,
+            codes,
+            request,
+            request.grid,
+            announce,
+            further=taken.further,
+            journal=Journal(kept / _QUANTISED, self.owner, QuantisedBlock),
+        )
+        if request.recover:
+            trained = train_scales_checkpoint(
+                self.source, taken.text, model, codes, request, announce
+            )
+            quantisation = replace(quantisation, trained=trained)
+        return recovery, quantisation
 
 
 def _result(

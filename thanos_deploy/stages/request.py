@@ -57,8 +57,8 @@ class PruneRequest(Options):
         "Train the remaining weights after pruning, with the dense model as the teacher, on this "
         "many segments of --seqlen tokens from anywhere in the calibration text; a text with fewer "
         "is repeated, and new text helps more. Zeros stay zero. Several hundred segments are "
-        "worthwhile. Takes minutes, and memory for five models in float32 and for the activations "
-        "of 2048 tokens. 0 for none.",
+        "worthwhile. With --quantize, the scales learn so as well, at last. Takes minutes, and "
+        "memory for five models in float32 and for the activations of 2048 tokens. 0 for none.",
         metavar="SEGMENTS",
         least=0,
     )
@@ -74,9 +74,10 @@ class PruneRequest(Options):
         "none",
         "--quantize",
         "Quantise the linear layers of the blocks at last, each column's error made up for by the "
-        "columns after it; zeros stay zero. GROUP inputs of an output share a scale, or all of "
-        "them where it is row; :asym gives each group a zero point. The checkpoint has the "
-        "values that the integers stand for.  [default: none; GROUP 32]",
+        "columns after it, and the blocks tuned by --tune-steps; zeros stay zero. GROUP inputs of "
+        "an output share a scale, or all of them where it is row; :asym gives each group a zero "
+        "point. The checkpoint has the values that the integers stand for.  [default: none; GROUP "
+        "32]",
         metavar="int8|int4[:GROUP][:asym]",
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(

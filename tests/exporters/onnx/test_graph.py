@@ -24,8 +24,9 @@ from thanos_deploy.errors import GateError, InputError, ModelError, UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import SemiStructured
+from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.pruning.layers import linear_shapes
-from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.solver.grid import parse as parse_grid
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,8 @@ from tests.conftest import VOCABULARY, Exported, stock_model
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.pruning.codes import Codes
+from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.solver.grid import parse
 
 pytestmark = pytest.mark.slow

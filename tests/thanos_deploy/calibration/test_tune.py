@@ -67,6 +67,29 @@ def test_tuning_brings_what_leaves_a_block_nearer_to_the_dense_one_and_keeps_zer
         assert last < 0.9 * first
 
 
+def test_a_block_that_steps_would_make_worse_stays_as_it_was(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    with torch.no_grad():
+        for rate in (tuning._RATE, 3.0):
+            monkeypatch.setattr(tuning, "_RATE", rate)
+            walk = visits(Checkpoint.open(make_model("llama")), SEGMENTS, with_dense=True)
+            visit = next(walk)
+            names = visit.structure.linears
+            for name in names:
+                weight = matrix(visit.block.get_submodule(name))
+                visit.write(name, weight * ~smallest_in_groups(weight.abs(), 2, 4))
+            before = {name: one.clone() for name, one in visit.block.named_parameters()}
+            tuned = tune(visit, names, 4)
+            assert tuned is not None
+            same = {before[name].equal(one) for name, one in visit.block.named_parameters()}
+            assert (False not in same) == (not tuned.better) == (tuned.after >= tuned.before)
+            found.append(tuned)
+    assert found[0].before == found[1].before
+    assert [one.better for one in found] == [True, False]
+
+
 def test_a_tuned_model_is_the_same_every_time_and_keeps_its_pattern(
     make_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -1,21 +1,27 @@
 """A whole model on a grid."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import thanos_deploy as td
 from tests.conftest import VOCABULARY, MakeModel, stock_model
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.cli._tables import show_pruned
 from thanos_deploy.errors import HessianError, UsageError
+from thanos_deploy.methods import Tuning
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model
+from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning import quantise
-from thanos_deploy.pruning.quantise import Codes, quantise_model
+from thanos_deploy.pruning.codes import Codes
+from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
 from thanos_deploy.pruning.result import PRUNE, Quantisation
 from thanos_deploy.solver import quantise as solver
 from thanos_deploy.solver.codes import round_to
@@ -25,11 +31,31 @@ from thanos_deploy.solver.layer import LayerProblem
 SEGMENTS = torch.randint(VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(0))
 
 
-def run(model: Path, out: Path, grid: Grid) -> tuple[Quantisation, Codes]:
+FURTHER = torch.randint(VOCABULARY, (6, 60), generator=torch.Generator().manual_seed(1))
+
+
+def run(
+    model: Path,
+    out: Path,
+    grid: Grid,
+    steps: int = 0,
+    *,
+    journal: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> tuple[Quantisation, Codes]:
     for name in ("model", "codes"):
         (out / name).mkdir(parents=True)
-    checkpoint = Checkpoint.open(model)
-    done = quantise_model(checkpoint, SEGMENTS, out / "model", out / "codes", grid)
+    done = quantise_model(
+        Checkpoint.open(model),
+        SEGMENTS,
+        out / "model",
+        out / "codes",
+        grid,
+        tuning=Tuning(tune_steps=steps),
+        further=FURTHER if steps else None,
+        journal=None if journal is None else Journal(journal, {}, QuantisedBlock),
+        on_progress=on_progress,
+    )
     return done, Codes.open(out / "codes")
 
 
@@ -74,6 +100,69 @@ def test_the_model_is_nearer_to_itself_than_when_it_is_rounded(
     with torch.inference_mode():
         wanted, ours, others = (model(SEGMENTS).logits for model in (dense, quantised, rounded))
     assert (ours - wanted).square().mean() < 0.8 * (others - wanted).square().mean()
+
+
+@pytest.mark.parametrize("spelling", ["int4:16", "int4:16:asym"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_steps_of_whole_blocks_bring_them_nearer_and_stay_on_the_grid(
+    make_model: MakeModel, tmp_path: Path, model_type: str, spelling: str
+) -> None:
+    grid, source = parse(spelling), tmp_path / "pruned"
+    shutil.copytree(make_model(model_type), source)
+    pruned = load_file(source / "model.safetensors")
+    names = Checkpoint.open(source).linears
+    kept = {}
+    for name in names:
+        weight = pruned[f"{name}.weight"]
+        kept[name] = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+        weight *= kept[name]
+    save_file(pruned, source / "model.safetensors", metadata={"format": "pt"})
+    without, _ = run(source, tmp_path / "without", grid)
+    done, codes = run(source, tmp_path / "with", grid, 24)
+    assert without.tuned is None
+    assert done.tuned is not None
+    assert done.tuned.blocks == done.tuned.better == 2
+    assert done.tuned.median_error < 0.97 * done.tuned.median_error_before
+    model, changed = load_model(tmp_path / "with" / "model"), 0
+    before = load_file(tmp_path / "without" / "model" / "model.safetensors")
+    for name in names:
+        module = model.get_submodule(name)
+        weight = matrix(module).detach()
+        assert codes.of(name, weight).weight.equal(weight)
+        assert not module.get_parameter("weight")[~kept[name]].any()
+        changed += int((module.get_parameter("weight") != before[f"{name}.weight"]).sum())
+    assert changed
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    class Stop(Exception):  # noqa: N818 - it is thrown where the test wants the run to end
+        pass
+
+    def stop(done: int, _: int) -> None:
+        if done == 2:  # when the first of two blocks is in the journal
+            raise Stop
+
+    run(tiny_llama, tmp_path / "whole", Grid(4, 16), 3)
+    kept, steps = tmp_path / "journal", []
+    with pytest.raises(Stop):
+        run(tiny_llama, tmp_path / "cut off", Grid(4, 16), 3, journal=kept, on_progress=stop)
+    done, _ = run(
+        tiny_llama,
+        tmp_path / "again",
+        Grid(4, 16),
+        3,
+        journal=kept,
+        on_progress=lambda done, _: steps.append(done),
+    )
+    assert steps == [1, 2]
+    assert done.tuned is not None
+    assert done.tuned.blocks == 2
+    whole, again = (
+        {path.relative_to(one): path.read_bytes() for path in sorted(one.rglob("*.safetensors"))}
+        for one in (tmp_path / "whole", tmp_path / "again")
+    )
+    assert len(whole) == 3
+    assert whole == again
 
 
 def test_a_layer_whose_statistics_cannot_be_used_is_rounded_with_a_notice(
@@ -122,6 +211,23 @@ def test_prune_quantises_what_it_pruned(
         assert codes.of(name, weight).weight.equal(weight)
         if pattern == "2:4":
             assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
+
+
+def test_prune_trains_the_scales_after_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = {"pattern": "2:4", "preset": "fast", "nsamples": 2, "seqlen": 64, "recover": 40}
+    bundle = td.prune(tiny_llama, quantize="int4:16", out=out, **asked)  # type: ignore[arg-type]
+    assert bundle.pruned.quantisation is not None
+    trained = bundle.pruned.quantisation.trained
+    assert trained is not None
+    assert trained.tokens == 40 * 64
+    assert Bundle.open(out).result(PRUNE).quantisation == bundle.pruned.quantisation
+    assert sorted(path.name for path in out.glob("*-trained")) == []
+    codes, checkpoint = Codes.open(out / "codes"), Checkpoint.open(out / "model")
+    for name in checkpoint.linears:
+        weight = checkpoint.linear(name)
+        assert codes.of(name, weight).weight.equal(weight)
+        assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
 
 
 def test_what_no_grid_is_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ CASES: dict[str, dict[str, Any]] = {
         "tune_nsamples": 22,
     },
     "quantised": {"pattern": "2:4", "preset": "fast", "quantize": "int4:16:asym"},
+    "quantised and tuned": {
+        "pattern": "2:4",
+        "preset": "fast",
+        "quantize": "int4:16",
+        "tune_steps": 5,
+        "tune_nsamples": 22,
+    },
     "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
     "trained on the dense model's own text": {
         "pattern": "2:4",

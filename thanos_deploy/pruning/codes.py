@@ -1,0 +1,108 @@
+"""The files with the codes of a quantised model, one for each block.
+
+Of each layer `NAME.codes`, int8[rows, cols] or, for an asymmetric grid, uint8; `NAME.scale`,
+float16[rows, groups]; and for an asymmetric grid `NAME.zero`, uint8[rows, groups]. The files'
+metadata name the grid.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.model.rounding import rounded
+from thanos_deploy.solver.codes import Quantised
+from thanos_deploy.solver.grid import Grid, parse
+
+# Of the tensors of a layer in the files of codes, and the entry of the files' metadata.
+_CODES, _SCALE, _ZERO = ".codes", ".scale", ".zero"
+_GRID = "grid"
+
+
+def tensors_of(name: str, layer: Quantised) -> dict[str, Tensor]:
+    """What the files have of a layer, on the host."""
+    kind = torch.int8 if layer.grid.symmetric else torch.uint8
+    tensors = {
+        name + _CODES: layer.codes.to("cpu", kind),
+        name + _SCALE: layer.scale.to("cpu", torch.float16),
+    }
+    if not layer.grid.symmetric:
+        tensors[name + _ZERO] = layer.zero.to("cpu", torch.uint8)
+    return tensors
+
+
+def save(folder: Path, index: int, grid: Grid, tensors: Mapping[str, Tensor]) -> None:
+    """Write the file of a block, of those among some tensors that belong there."""
+    found = {name: one for name, one in tensors.items() if name.endswith((_CODES, _SCALE, _ZERO))}
+    save_file(found, folder / f"{index:05}.safetensors", metadata={_GRID: str(grid)})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """The codes of a quantised model, one layer in memory at a time.
+
+    Attributes:
+        folder: with the files.
+        grid: what the model was quantised to.
+        files: name of a tensor -> the file that has it.
+    """
+
+    folder: Path
+    grid: Grid
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Codes":
+        """Read what there is, and no tensor.
+
+        Raises:
+            InputError: a file is not readable, or there is none.
+        """
+        grids, found = set(), {}
+        try:
+            for path in sorted(folder.glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    grids.add(parse(file.metadata()[_GRID]))
+                    found.update(dict.fromkeys(file.keys(), path))
+            (grid,) = grids
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, UsageError) as error:
+            raise _unreadable(folder, f"not readable: {error}") from error
+        return cls(folder, grid, found)
+
+    def of(self, name: str, weight: Tensor) -> Quantised:
+        """The codes of a layer, with scales in float32.
+
+        Args:
+            name: its full name.
+            weight: [rows, cols], as it is stored.
+
+        Raises:
+            InputError: the layer is not there, or its weight has other values than the codes.
+        """
+        try:
+            codes, scale = (self._read(name + part) for part in (_CODES, _SCALE))
+            zero = torch.zeros_like(scale) if self.grid.symmetric else self._read(name + _ZERO)
+            quantised = Quantised(self.grid, codes.to(torch.int16), scale.float(), zero.float())
+            same = rounded(quantised.weight, weight.dtype, name).equal(weight)
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise _unreadable(self.folder, f"{name} is not there: {error}") from error
+        if not same:
+            raise _unreadable(self.folder, f"the codes of {name} are not those of its weight")
+        return quantised
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def _unreadable(folder: Path, what: str) -> InputError:
+    return InputError(
+        f"{folder}: {what}",
+        fix="restore it from a copy of the bundle, or prune again with --overwrite",
+    )

@@ -1,0 +1,147 @@
+"""Train the scales of a quantised model, with the dense model as the teacher.
+
+Codes and zero points stay, so this learns few numbers, and little text is enough: a scale for every
+group. Layers and blocks were quantised one at a time, each towards its own output; only here does
+the whole model learn what the next token should be. What it runs with is always on the grid: scales
+that every format can hold, to which gradients pass as if they were not rounded to them.
+
+Every rank has all scales and takes the same steps; for the rest see `recover`.
+
+Source of the idea: Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large
+Language Models", arXiv 2407.11062, whose second phase it is; here the teacher's distribution is
+learned rather than the text.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thanos_deploy.machine.devices import CPU
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.linear import turned
+from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.codes import Codes, save, tensors_of
+from thanos_deploy.pruning.recover import distil, write
+from thanos_deploy.pruning.result import Recovery
+from thanos_deploy.pruning.straight_through import by_scale
+from thanos_deploy.ranks.sharded import Sharded
+from thanos_deploy.solver.codes import Quantised, by_column, holdable
+
+# Of the first step after warming up, as a fraction of a scale. Chosen on held-out C4 documents with
+# SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
+_RATE = 3e-3
+
+
+def train_scales(
+    quantised: Checkpoint,
+    codes: Codes,
+    dense: Checkpoint,
+    segments: Tensor,
+    destination: Path | None,
+    new_codes: Path | None,
+    *,
+    count: int,
+    seed: int = 0,
+    device: torch.device = CPU,
+    on_progress: OnProgress = silent,
+) -> Recovery:
+    """Train the scales of a quantised model towards the dense one, and write it and its codes.
+
+    Args:
+        quantised: the model that learns.
+        codes: its codes.
+        dense: the model that it was made from.
+        segments: int64[available, length], tokens to learn from.
+        destination: an empty folder for the model; None for a rank that writes nothing.
+        new_codes: an empty folder for its codes; likewise.
+        count: of segments to learn from; where it is more than there are, they come again.
+        seed: of their order.
+        device: where both models are.
+        on_progress: told of every finished step.
+
+    Raises:
+        InputError: the codes are not those of the model.
+        ModelError: a model does not load, or a value does not fit its dtype.
+        ResourceError: both models do not fit into the GPU's memory.
+    """
+    started = time.perf_counter()
+    layers = {name: codes.of(name, quantised.linear(name)) for name in quantised.linears}
+    students: list[Scales] = []
+
+    def student_of(learner: Sharded) -> Scales:
+        students.append(Scales(learner, layers))
+        return students[0]
+
+    learner, lesson = distil(
+        quantised,
+        dense,
+        segments,
+        student_of,
+        count=count,
+        seed=seed,
+        device=device,
+        on_progress=on_progress,
+    )
+    write(learner, quantised, destination)
+    if new_codes is not None:
+        trained = students[0].layers
+        for index, block in enumerate(quantised.blocks):
+            tensors = [tensors_of(name, trained[name]) for name in block.full_names]
+            save(new_codes, index, codes.grid, {k: v for one in tensors for k, v in one.items()})
+    return replace(lesson, seconds=time.perf_counter() - started)
+
+
+class Scales:
+    """The scales of a model as a `recover.Student`."""
+
+    rate = _RATE
+
+    def __init__(self, learner: Sharded, layers: Mapping[str, Quantised]) -> None:
+        """Begin with the scales as they are.
+
+        Args:
+            learner: the model.
+            layers: by name, what each was quantised to.
+        """
+        self._learner, device = learner, learner.model.device
+        self._start = {
+            name: Quantised(
+                layer.grid,
+                layer.codes.to(device),
+                layer.scale.to(device),
+                layer.zero.to(device),
+            )
+            for name, layer in layers.items()
+        }
+        self._factors = {name: torch.ones_like(one.scale) for name, one in self._start.items()}
+        self.learned = list(self._factors.values())
+
+    @property
+    def layers(self) -> dict[str, Quantised]:
+        """What they are quantised to now."""
+        return {name: self._layer(name) for name in self._start}
+
+    def receive(self) -> None:
+        """See `Student`."""
+        for name, start in self._start.items():
+            stored = f"{name}.weight"
+            whole = self._learner.whole(self._learner.gradient(stored), stored)
+            gradient = turned(self._learner.model.get_submodule(name), whole)
+            zeros = by_column(start.zero, start.grid, gradient.shape[1])
+            pulled = by_scale(gradient, start.codes - zeros, start.grid)
+            self._factors[name].grad = (start.scale * pulled).contiguous()
+
+    def settle(self) -> None:
+        """See `Student`."""
+        for name in self._start:
+            weight = turned(self._learner.model.get_submodule(name), self._layer(name).weight)
+            self._learner.put(f"{name}.weight", weight)
+
+    def _layer(self, name: str) -> Quantised:
+        start = self._start[name]
+        scale = holdable(self._factors[name] * start.scale, start.grid)
+        return Quantised(start.grid, start.codes, scale, start.zero)

@@ -1,0 +1,138 @@
+"""What the stage prune trains with the dense model as the teacher, after everything else.
+
+The remaining weights, and where the model was quantised its scales.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from thanos_deploy.bundle import layout
+from thanos_deploy.bundle.codec import loads
+from thanos_deploy.calibration.frame import frame_of
+from thanos_deploy.calibration.segments import every_segment
+from thanos_deploy.calibration.texts import Text
+from thanos_deploy.machine import devices
+from thanos_deploy.machine.precision import multiplies_bfloat16
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.load import load_model, load_tokenizer
+from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.pruning.codes import Codes
+from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
+from thanos_deploy.pruning.recover import recover
+from thanos_deploy.pruning.result import Recovery
+from thanos_deploy.pruning.train_scales import train_scales
+from thanos_deploy.ranks.group import current
+from thanos_deploy.stages.request import PruneRequest
+
+_OWN_TEXT = "the dense model's own text"
+
+
+def recover_checkpoint(
+    source: Checkpoint,
+    text: Text,
+    folder: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> Recovery:
+    """Train the pruned model in a folder, in place of itself, on any part of a text.
+
+    The text is the calibration's, or one that the dense model writes after it, which is kept beside
+    the folder. All ranks do it, and the first one writes.
+    """
+    tokenizer, first = load_tokenizer(source.folder), current().first
+    lessons, drawn = text, None
+    if request.recover_text != "calib":
+        rows, drawn = _own_text(source, text, request, announce)
+        lessons = Text.of_rows(_OWN_TEXT, rows)
+        if first:
+            kept = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
+            folder.with_name(layout.OWN_TEXT).write_text(kept, encoding="utf-8")
+    trained = folder.with_name(f"{folder.name}-trained")
+    if first:
+        trained.mkdir()
+    recovery = recover(
+        Checkpoint.open(folder),
+        source,
+        every_segment(lessons, tokenizer, length=request.data.seqlen),
+        trained if first else None,
+        count=request.recover,
+        seed=request.data.seed,
+        device=request.chosen_device,
+        on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
+    )
+    replace_checkpoint(folder, trained)
+    return replace(recovery, drawn=drawn)
+
+
+def train_scales_checkpoint(
+    source: Checkpoint,
+    text: Text,
+    folder: Path,
+    codes: Path,
+    request: PruneRequest,
+    announce: Announce = quietly,
+) -> Recovery:
+    """Train the scales of the quantised model in a folder, in place of itself and of its codes.
+
+    On the same text as what was left; all ranks do it, and the first one writes.
+    """
+    first, lessons = current().first, text
+    if request.recover_text != "calib":
+        kept = folder.with_name(layout.OWN_TEXT).read_text(encoding="utf-8")
+        lessons = Text.of_rows(_OWN_TEXT, [loads(row)["text"] for row in kept.splitlines()])
+    model, new_codes = (one.with_name(f"{one.name}-trained") for one in (folder, codes))
+    if first:
+        model.mkdir()
+        new_codes.mkdir()
+    trained = train_scales(
+        Checkpoint.open(folder),
+        Codes.open(codes),
+        source,
+        every_segment(lessons, load_tokenizer(source.folder), length=request.data.seqlen),
+        model if first else None,
+        new_codes if first else None,
+        count=request.recover,
+        seed=request.data.seed,
+        device=request.chosen_device,
+        on_progress=announce(f"Train the scales on {request.recover} segments"),
+    )
+    replace_checkpoint(folder, model)
+    replace_checkpoint(codes, new_codes)
+    return trained
+
+
+def _own_text(
+    source: Checkpoint, text: Text, request: PruneRequest, announce: Announce
+) -> tuple[list[str], int]:
+    """What the dense model writes, as much as is trained on; see `own_text.own_text`."""
+    tokenizer, length, seed = load_tokenizer(source.folder), request.data.seqlen, request.data.seed
+    pieces = every_segment(text, tokenizer, length=length)
+    chat = request.recover_text == "chat"
+    begin = beginnings(pieces, len(frame_of(tokenizer)), tokenizer, chat=chat, seed=seed)
+    device = request.chosen_device
+    with devices.memory_for("the dense model, which writes text"):
+        # Half the bytes to read for every token, where that is no slower.
+        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        return own_text(
+            load_model(source.folder, device).to(dtype),  # type: ignore[arg-type]  # self is lost in a wrapper
+            tokenizer,
+            begin,
+            Habits.of(pieces, tokenizer),
+            count=request.recover,
+            length=length,
+            seed=seed,
+            on_progress=announce(f"Have the dense model write {request.recover} pieces of text"),
+        )
+
+
+def replace_checkpoint(folder: Path, finished: Path) -> None:
+    """Put a finished folder in the place of the one that all ranks have read."""
+    current().wait()
+    if current().first:
+        shutil.rmtree(folder)
+        finished.rename(folder)
+    current().wait()
