@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.calibration.walk import visit_blocks
@@ -31,7 +30,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.rounding import rounded
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.jobs import Jobs
 from thanos_deploy.pruning.layers import gather
@@ -79,15 +78,6 @@ class BlockReport:
     """The layers of one block, in the order of the forward pass."""
 
     layers: tuple[LayerReport, ...]
-
-    def to_json(self) -> Json:
-        """As a record."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "BlockReport":
-        """What `to_json` made the value of."""
-        return decode(cls, value)
 
 
 def quantise_model(
