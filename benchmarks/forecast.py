@@ -5,6 +5,8 @@ Usage: python -m benchmarks.forecast
 The constants are fitted to the figures marked "fit" and to no other; the rest are predictions. A
 figure whose setting was not published is marked with the one that is assumed. "Recalled" means
 that the paper was not read again. One line of JSON at the end.
+
+Most of the file is the table of these figures, so it is longer than others.
 """
 
 import dataclasses

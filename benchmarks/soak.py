@@ -18,6 +18,8 @@ no requests; and bursts of ten times as many requests as the server has room for
   model makes the better probe.
 
 Prints the counts and writes them with the samples to benchmarks/results/soak.json.
+
+The command and its traffic are one file, which is a few lines longer than others.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from runtime.engine import Ids, Logits
 from runtime.graph import Binding, Graph
 from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
+from runtime.rows import Rows
 
 # Tokens of a sequence that are read at once where nobody says how many.
 _PIECE = 128
@@ -47,27 +48,8 @@ def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -
     return logits
 
 
-class InPlaceRows:
-    """Sequences side by side, and their kv cache.
-
-    Attributes:
-        lengths: int64[rows], the tokens of each row.
-    """
-
-    def __init__(self, graph: Graph, most: int, *, room: int = 0) -> None:
-        """Begin without rows.
-
-        Args:
-            graph: what reads tokens.
-            most: rows that may come.
-            room: tokens of a row that are sure to come.
-        """
-        self._least_room = room
-        self._graph = graph
-        self._memory = graph.memory
-        self._most = most
-        self._like = graph.empty_cache(1)
-        self.clear()
+class InPlaceRows(Rows):
+    """Sequences side by side, each at the left end of its buffer."""
 
     def clear(self) -> None:
         """Forget everything, and free the memory."""
@@ -139,30 +121,11 @@ class InPlaceRows:
                     kept.lines(range(1), range(len(block.ids))),
                 )
 
-    def copy(self, row: int, tokens: range) -> list[Tensor]:
-        """The cache of some tokens of a row, in memory of its own: each [1, heads, tokens, dim]."""
-        copied = []
-        for tensor in self._tensors(range(row, row + 1)):
-            _, heads, _, dim = tensor.shape
-            flat = self._memory.allocate(heads * len(tokens) * dim, tensor.type)
-            copied.append(replace(flat, shape=(1, heads, len(tokens), dim)))
-            self._memory.copy(
-                copied[-1].lines(range(1), range(len(tokens))), tensor.lines(range(1), tokens)
-            )
-        return copied
+    def _first(self, row: int) -> int:
+        return 0
 
-    def remove(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
-        last = len(self.lengths) - 1
-        if row != last:
-            tokens = range(int(self.lengths[last]))
-            for tensor in self.tensors:
-                one, other = (tensor.lines(range(at, at + 1), tokens) for at in (row, last))
-                self._memory.copy(one, other)
-            self.lengths[row] = self.lengths[last]
-        self.lengths = self.lengths[:-1]
-        if not len(self.lengths):
-            self.clear()
+    def _columns(self, row: int) -> range:
+        return range(int(self.lengths[row]))
 
     def _make_room(self, tokens: int) -> None:
         if tokens <= self._room:
@@ -171,12 +134,7 @@ class InPlaceRows:
         wanted = max(int(_HEADROOM * tokens), self._least_room)
         self._room = max(min(wanted, self._graph.max_sequence), tokens)
         self._bound.clear()
-        self._buffers = [
-            self._memory.allocate(
-                self._most * like.shape[1] * self._room * like.shape[3], like.type
-            )
-            for like in self._like
-        ]
+        self._buffers = self._allocate(self._most, self._room)
         used = range(int(self.lengths.max(initial=0)))
         rows = range(len(self.lengths))
         if used:

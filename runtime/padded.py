@@ -14,7 +14,6 @@ for a longer prompt, and to cut common padding off once that has cost as much as
 buffers are in the memory of the device that the graph runs on; see `runtime.memory`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -26,6 +25,7 @@ from runtime.engine import Ids, Logits
 from runtime.graph import Graph
 from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
+from runtime.rows import Rows
 
 # Tokens of each sequence that are read at once where nobody says how many.
 _PIECE = 128
@@ -46,27 +46,8 @@ def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -
     return last
 
 
-class PaddedRows:
-    """Sequences side by side, and their kv cache.
-
-    Attributes:
-        lengths: int64[rows], the tokens of each row; the rest of the past is padding.
-    """
-
-    def __init__(self, graph: Graph, most: int, *, room: int = 0) -> None:
-        """Begin without rows.
-
-        Args:
-            graph: what reads tokens.
-            most: rows that may come.
-            room: tokens of a row that are sure to come.
-        """
-        self._least_room = room
-        self._graph = graph
-        self._memory = graph.memory
-        self._most = most
-        self._like = graph.empty_cache(1)
-        self.clear()
+class PaddedRows(Rows):
+    """Sequences side by side, padded on the left to one past."""
 
     def clear(self) -> None:
         """Forget everything, and free the memory."""
@@ -75,7 +56,8 @@ class PaddedRows:
         self._padding_copied = 0  # tokens of common padding, since it was last cut off
         # Of the buffers, the tokens that they have room for in every row.
         self._present_room = self._spare_room = 0
-        self._present = self._spare = self._like
+        self._present: Sequence[Tensor] = self._like
+        self._spare: Sequence[Tensor] = self._like
 
     def join(self, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> "PaddedReading":
         """Begin to read the prompts of newcomers."""
@@ -90,7 +72,7 @@ class PaddedRows:
         old = len(self.lengths)
         assert old + rows <= self._most
         self.lengths = np.pad(self.lengths, (0, rows))
-        for tensor in self._tensors():
+        for tensor in self.tensors:
             # Whatever lay there might be NaN, which no mask hides.
             self._memory.zero(tensor.lines(range(old, old + rows), range(self._past)))
 
@@ -102,7 +84,7 @@ class PaddedRows:
         self.add(more)
         self.lengths[old:] = others.lengths
         tokens = range(self._past - others._past, self._past)
-        for tensor, other in zip(self._tensors(), others._tensors(), strict=True):
+        for tensor, other in zip(self.tensors, others.tensors, strict=True):
             self._memory.copy(
                 tensor.lines(range(old, old + more), tokens),
                 other.lines(range(more), range(others._past)),
@@ -126,43 +108,18 @@ class PaddedRows:
                 if taken <= 0:
                     break
                 place = self._past - length + start
-                for tensor, kept in zip(self._tensors(), block.cache, strict=True):
+                for tensor, kept in zip(self.tensors, block.cache, strict=True):
                     self._memory.copy(
                         tensor.lines(range(row, row + 1), range(place, place + taken)),
                         kept.lines(range(1), range(taken)),
                     )
                 start += taken
 
-    def copy(self, row: int, tokens: range) -> list[Tensor]:
-        """The cache of some tokens of a row, in memory of its own: each [1, heads, tokens, dim]."""
-        padding = self._past - int(self.lengths[row])
-        copied = []
-        for tensor in self._tensors():
-            shape = (1, tensor.shape[1], len(tokens), tensor.shape[3])
-            flat = self._memory.allocate(math.prod(shape), tensor.type)
-            copied.append(replace(flat, shape=shape))
-            self._memory.copy(
-                copied[-1].lines(range(1), range(len(tokens))),
-                tensor.lines(
-                    range(row, row + 1), range(padding + tokens.start, padding + tokens.stop)
-                ),
-            )
-        return copied
+    def _first(self, row: int) -> int:
+        return self._past - int(self.lengths[row])
 
-    def remove(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
-        last = len(self.lengths) - 1
-        self.lengths[row] = self.lengths[last]
-        if row != last:
-            for tensor in self._tensors():
-                one, other = (
-                    tensor.lines(range(place, place + 1), range(self._past))
-                    for place in (row, last)
-                )
-                self._memory.copy(one, other)
-        self.lengths = self.lengths[:-1]
-        if not len(self.lengths):
-            self.clear()
+    def _columns(self, row: int) -> range:
+        return range(self._past)
 
     def read(self, ids: Ids, lengths: Ids) -> Logits:
         """Append tokens to every row.
@@ -180,7 +137,7 @@ class PaddedRows:
             self._move(longest)
         total = self._past + ids.shape[1]
         mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
-        logits, _ = self._graph.run(ids, mask, self._tensors(), into=self._room(total))
+        logits, _ = self._graph.run(ids, mask, self.tensors, into=self._room(total))
         self._turn(total)
         self.lengths = lengths
         return logits
@@ -188,7 +145,7 @@ class PaddedRows:
     def _move(self, past: int) -> None:
         """Make the past longer or shorter, on its left, where there is only padding."""
         rows, kept = range(len(self.lengths)), min(past, self._past)
-        for new, old in zip(self._room(past), self._tensors(), strict=True):
+        for new, old in zip(self._room(past), self.tensors, strict=True):
             self._memory.zero(new.lines(rows, range(past - kept)))
             self._memory.copy(
                 new.lines(rows, range(past - kept, past)),
@@ -197,7 +154,8 @@ class PaddedRows:
         self._turn(past)
         self._padding_copied = 0
 
-    def _tensors(self) -> list[Tensor]:
+    @property
+    def tensors(self) -> list[Tensor]:
         """The cache, each [rows, heads, past, dim]."""
         return self._cut(self._present, self._past)
 
@@ -207,15 +165,10 @@ class PaddedRows:
             self._spare_room = max(int(_HEADROOM * past) + 1, self._least_room)
             # The past may be long, and the rows may be many: the smaller ones go first.
             self._spare = []
-            self._spare = [
-                self._memory.allocate(
-                    self._most * like.shape[1] * self._spare_room * like.shape[3], like.type
-                )
-                for like in self._like
-            ]
+            self._spare = self._allocate(self._most, self._spare_room)
         return self._cut(self._spare, past)
 
-    def _cut(self, buffers: list[Tensor], past: int) -> list[Tensor]:
+    def _cut(self, buffers: Sequence[Tensor], past: int) -> list[Tensor]:
         rows = len(self.lengths)
         return [
             replace(buffer, shape=(rows, like.shape[1], past, like.shape[3]))

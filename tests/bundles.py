@@ -1,4 +1,7 @@
-"""Bundles with realistic records and no model in them, for what reads records only."""
+"""Bundles with realistic records and no model in them, for what reads records only.
+
+Most of the file is these records, so it is longer than others.
+"""
 
 import json
 import random

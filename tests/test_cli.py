@@ -1,4 +1,7 @@
-"""The command as a user meets it: outcomes, exit codes, what is left on disk."""
+"""The command as a user meets it: outcomes, exit codes, what is left on disk.
+
+The commands are tried on the same few bundles, so this file is longer than others.
+"""
 
 import errno
 import io

@@ -1,4 +1,7 @@
-"""`thanos-deploy bench` as a user meets it: what is measured, what is kept, what is refused."""
+"""`thanos-deploy bench` as a user meets it: what is measured, what is kept, what is refused.
+
+The tests read the runs that a few benchmarks have left, so they are in one long file.
+"""
 
 import json
 import os

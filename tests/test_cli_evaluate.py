@@ -1,4 +1,7 @@
-"""`thanos-deploy eval`: of the checkpoint and of the graph, on a text and in tasks."""
+"""`thanos-deploy eval`: of the checkpoint and of the graph, on a text and in tasks.
+
+The tests read what a few evaluations have left, so they are in one long file.
+"""
 
 import json
 import shutil

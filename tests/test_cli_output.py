@@ -4,12 +4,16 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 
+from tests.conftest import PRUNED
 from thanos_deploy import cli
+from thanos_deploy.cli._pruning_tables import show_pruned
+from thanos_deploy.pruning.result import PartBytes, Recovery
 
 
 @pytest.fixture
@@ -70,3 +74,27 @@ def say(_: object, prompt: str, on_text: object = None, **options: object) -> st
     assert callable(on_text)
     on_text("na\xefve \u2603")
     return ""
+
+
+def test_what_was_pruned_is_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"embeddings": 3_000_000, "attention": 5_000_000, "head": 0}
+    show_pruned(
+        replace(
+            PRUNED,
+            patterns={"2:4": 13, "dense": 1},
+            recovery=Recovery((0.5, 0.25), 2048, "bf16", 3.0),
+            parts=PartBytes(sizes, sizes | {"attention": 2_500_000}),
+            solve_seconds=1.5,
+        )
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    for row in (
+        "layers by pattern │ 2:4: 13, dense: 1",
+        "pattern holds │ yes",
+        "trained on │ 2,048 tokens in bf16, 3 s",
+        "weights, MB │ 5.5 (dense: 8.0)",
+        "attention, MB │ 2.5 (dense: 5.0)",
+        "seconds │ solve 1.5",
+    ):
+        assert f"│ {row} │" in said
+    assert not any(python in said for python in ("{", "None", "True", "head"))

@@ -3,6 +3,8 @@
 File lists, tensor names and the entries of config.json are those of the hub's repositories; OPT's
 weights are those of its conversion to safetensors, as its own are pickled. Sizes are small, shards
 hold what fits, and files that no language model reads are there and empty.
+
+Most of the file is the list of these repositories, so it is longer than others.
 """
 
 import json

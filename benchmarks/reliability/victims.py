@@ -3,6 +3,8 @@
 Each function makes well-formed files in a folder. What reads them either refuses the damage with an
 error of this project, or finds what was there before, or, where the file says nothing of what it
 held, another well-formed content.
+
+Every kind of file has its functions here, so this file is longer than others.
 """
 
 import gzip

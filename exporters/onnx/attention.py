@@ -51,23 +51,34 @@ class Plan:
     tables: tuple[Tables, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What attention is called with.
+
+    Attributes:
+        query: [batch, heads, sequence, dim].
+        key, value: [batch, key-value heads, sequence, dim].
+        mask: what `_Call.mask` has given.
+        scale: that the products of queries and keys are multiplied by.
+        softcap: that they are capped at; None for no cap.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None
+
+
 class _Call(Protocol):
     """What stands for attention during one run of a model."""
 
     def mask(self, visible: Callable[..., Tensor]) -> Tensor | None:
         """The mask of a kind of attention, by what says which tokens see which."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """The next block's attention: of [batch, heads, ...] makes [batch, sequence, heads, dim].
+    def attend(self, asked: Asked) -> Tensor:
+        """The next block's attention, [batch, sequence, heads, dim].
 
         Raises:
             UnfitError: it is not of the kind that the operator knows.
@@ -92,8 +103,8 @@ def _attend(
     if s_aux is not None:
         raise UnfitError("its attention has sinks")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
-    call = _CALL.get()
-    return call.attend(query, key, value, attention_mask, scale=scale, softcap=softcap), None
+    asked = Asked(query, key, value, attention_mask, scale, softcap)
+    return _CALL.get().attend(asked), None
 
 
 def _mask(*, mask_function: Callable[..., Tensor], **_: Any) -> Tensor | None:
@@ -183,23 +194,15 @@ class _Survey:
         self._masks.append((torch.zeros(()), visible))
         return self._masks[-1][0]
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked) -> Tensor:
         """See `_Call.attend`; the values do not matter."""
+        query, key, value = asked.query, asked.key, asked.value
         dim = query.shape[3]
         if key.shape != value.shape or key.shape[3] != dim or query.shape[1] % key.shape[1]:
             raise UnfitError("its queries, keys and values have heads of different shapes")
         if dim % _CHANNELS:
             raise UnfitError(f"its heads have {dim} channels, which is no multiple of {_CHANNELS}")
-        found = [visible for known, visible in self._masks if known is mask]
+        found = [visible for known, visible in self._masks if known is asked.mask]
         if not found:
             raise UnfitError("it makes attention masks of its own")
         self.visible += found
@@ -316,43 +319,34 @@ class _Traced:
     def mask(self, visible: Callable[..., Tensor]) -> None:
         """See `_Call.mask`; none is needed."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, asked: Asked) -> Tensor:
         """See `_Call.attend`."""
         block = len(self.present) // 2
-        batch, heads, sequence, dim = query.shape
+        batch, heads, sequence, dim = asked.query.shape
         rotation, window = self.plan.rotations[block], self.plan.windows[block]
         attributes: dict[str, Any] = {
             "num_heads": heads,
-            "kv_num_heads": key.shape[1],
-            "scale": scale,
+            "kv_num_heads": asked.key.shape[1],
+            "scale": asked.scale,
         }
         if window is not None:
             attributes["local_window_size"] = window
-        if softcap is not None:
-            attributes["softcap"] = float(softcap)
+        if asked.softcap is not None:
+            attributes["softcap"] = float(asked.softcap)
         if rotation is not None:
             attributes |= {"do_rotary": 1, "rotary_interleaved": int(rotation.interleaved)}
         past = self.past[2 * block : 2 * block + 2]
         output, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             [
-                *(_flat(tensor) for tensor in (query, key, value)),
+                *(_flat(tensor) for tensor in (asked.query, asked.key, asked.value)),
                 *past,
                 self.last,
                 self.total,
                 *(() if rotation is None else self.tables[rotation.table]),
             ],
             attributes,
-            dtypes=[query.dtype] * 3,
+            dtypes=[asked.query.dtype] * 3,
             shapes=[
                 (batch, sequence, heads * dim),
                 *((*one.shape[:2], one.shape[2] + sequence, one.shape[3]) for one in past),

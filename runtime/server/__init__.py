@@ -8,8 +8,8 @@ bodies       what comes in there, field for field; its parts are in messages and
 schemas      what goes out there, field for field
 forms        from answers to what goes out
 prompts      from what comes in to a prompt; the routes for tokens
-chat         from messages to text, by the model's template, which is in templates and runs in the
-             process of rendering
+chat         from messages to text, by the model's template, which is in templates; rendering runs
+             it in a process of its own, template_worker, by template_messages
 tools        functions that the model may call
 tensors      the routes for raw tensors
 operations   the routes for whoever runs the server: health and metrics

@@ -5,12 +5,12 @@ memory, so that its process has a limit for both: it is killed when a conversati
 and started again for the next one.
 """
 
-import json
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
 
+from runtime.server import template_messages as messages
+from runtime.server.template_messages import Begin, Ready, Refused, Rendered
 from runtime.server.templates import ChatTemplate, Conversation
 from thanos_deploy.errors import UsageError
 
@@ -24,7 +24,7 @@ class Rendering:
     """The process that renders one template; it is started with the first conversation."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        self._first = {"source": template.source, "tokens": template.tokens}
+        self._begin = Begin(template.source, template.tokens)
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, conversation: Conversation, seconds: float | None = None) -> str:
@@ -38,20 +38,21 @@ class Rendering:
             UsageError: the template does not take such messages, or not within its limits.
         """
         process = self._process or self._start()
-        said = _ask(process, asdict(conversation), SECONDS if seconds is None else seconds)
-        if said is None:
-            self.close()
-            raise UsageError(
-                f"the model's chat template did not finish within {SECONDS:g} s, or its process "
-                "broke down",
-                fix="send shorter messages, or use /v1/completions",
-            )
-        if "refused" in said:
-            raise UsageError(
-                str(said["refused"]),
-                fix="send the roles, and the order of them, that the model was trained with",
-            )
-        return str(said["prompt"])
+        match _ask(process, conversation, SECONDS if seconds is None else seconds):
+            case Rendered(prompt):
+                return prompt
+            case Refused(why):
+                raise UsageError(
+                    why,
+                    fix="send the roles, and the order of them, that the model was trained with",
+                )
+            case _:
+                self.close()
+                raise UsageError(
+                    f"the model's chat template did not finish within {SECONDS:g} s, or its "
+                    "process broke down",
+                    fix="send shorter messages, or use /v1/completions",
+                )
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -66,7 +67,7 @@ class Rendering:
                 sys.executable,
                 "-P",  # nothing is imported from the folder that this was started in
                 "-m",
-                "runtime.server.templates",
+                "runtime.server.template_worker",
                 str(_CHARACTERS),
                 str(_MEMORY_BYTES),
             ],
@@ -74,27 +75,26 @@ class Rendering:
             stdout=subprocess.PIPE,
         )
         # A busy machine takes a moment to start it, which no conversation is charged with.
-        if _ask(self._process, self._first, _START_SECONDS) is None:
+        if _ask(self._process, self._begin, _START_SECONDS) is None:
             self.close()
             raise RuntimeError("the process for the chat template did not start")
         return self._process
 
 
 def _ask(
-    process: "subprocess.Popen[bytes]", value: object, seconds: float
-) -> dict[str, object] | None:
+    process: "subprocess.Popen[bytes]", message: Begin | Conversation, seconds: float
+) -> Ready | Rendered | Refused | None:
     """What it says; None if it broke down or was killed, which it is after that time."""
     assert process.stdin
     assert process.stdout
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     try:
-        process.stdin.write(json.dumps(value).encode() + b"\n")
+        process.stdin.write(messages.line(message))
         process.stdin.flush()
         line = process.stdout.readline()
     except (BrokenPipeError, ValueError):  # a closed pipe
         return None
     finally:
         timer.cancel()
-    said: dict[str, object] | None = json.loads(line) if line.endswith(b"\n") else None
-    return said
+    return messages.reply(line) if line.endswith(b"\n") else None

@@ -1,7 +1,6 @@
 """Chat templates: messages in, the prompt out, as transformers' `apply_chat_template` writes it.
 
-Run as a program, `python -m runtime.server.templates CHARACTERS BYTES`, this renders for whoever
-has to outlive the template: see `runtime.server.rendering`.
+The server renders them in a process of its own: see `runtime.server.rendering`.
 
 The environment (sandbox, whitespace, extra functions) is described in the documentation of
 transformers, "Writing a chat template". Templates come with the model; nothing that they do can
@@ -9,8 +8,6 @@ leave the sandbox, and what they refuse is an error of whoever sent the messages
 """
 
 import json
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -98,7 +95,7 @@ class ChatTemplate:
                 **{
                     **conversation.variables,
                     "messages": messages,
-                    "tools": conversation.tools,
+                    "tools": None if conversation.tools is None else list(conversation.tools),
                     "documents": None,
                     "add_generation_prompt": conversation.begin,
                     **self.tokens,
@@ -140,27 +137,3 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _serve(most: int, memory: int) -> None:
-    """Render what comes on standard input, a line of JSON each, until it ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    first = json.loads(sys.stdin.buffer.readline())
-    template = ChatTemplate(first["source"], first["tokens"])
-    _say({"ready": True})
-    for line in sys.stdin.buffer:
-        try:
-            _say({"prompt": template.render(Conversation(**json.loads(line)), most=most)})
-        except UsageError as error:
-            _say({"refused": error.message})
-        except MemoryError:
-            _say({"refused": "the model's chat template takes too much memory for these messages"})
-
-
-def _say(value: object) -> None:
-    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    _serve(*map(int, sys.argv[1:]))

@@ -1,3 +1,8 @@
+"""Engines behind one contract: what they compute, what they read, and what they refuse.
+
+The tests share the bundles that they open, so they are in one long file.
+"""
+
 import json
 import shutil
 import subprocess

@@ -1,4 +1,7 @@
-"""The Python API: the same work as the commands, with the same names, defaults and errors."""
+"""The Python API: the same work as the commands, with the same names, defaults and errors.
+
+Every name of the API has a test here, so this file is longer than others.
+"""
 
 import inspect
 import json

@@ -2,15 +2,15 @@
 
 Every record that this project writes is a frozen dataclass, and this is the one way in and out of
 JSON. A field may be a bool, int, float, str, None, a `Literal`, a `Path`, another dataclass, a
-homogeneous or fixed tuple, a mapping from str, or a union of these. Floats that JSON lacks are
-written as "nan", "inf" and "-inf".
+homogeneous or fixed tuple, a sequence (read as a tuple), a mapping from str or int, or a union of
+these. Floats that JSON lacks are written as "nan", "inf" and "-inf".
 
 A field's metadata may say more of its form in JSON: `LATER`, `OTHERS`, `called`.
 """
 
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -124,8 +124,8 @@ def _decoded(hint: Any, value: object, place: str) -> Any:
         return value
     if isinstance(hint, type) and is_dataclass(hint):
         return _record(hint, value, place)
-    if origin is tuple and isinstance(value, list):
-        kinds = list(_kinds(arguments, len(value)))
+    if origin in (tuple, Sequence) and isinstance(value, list):
+        kinds = list(_kinds(origin, arguments, len(value)))
         if len(kinds) == len(value):
             return tuple(
                 _decoded(kind, entry, f"{place}[{index}]")
@@ -134,7 +134,8 @@ def _decoded(hint: Any, value: object, place: str) -> Any:
     if (origin is not None and issubclass(_class(origin), Mapping)) and isinstance(value, dict):
         prefix = f"{place}." if place else ""
         return {
-            key: _decoded(arguments[1], entry, f"{prefix}{key}") for key, entry in value.items()
+            _key(arguments[0], key, place): _decoded(arguments[1], entry, f"{prefix}{key}")
+            for key, entry in value.items()
         }
     if hint is float and (value in _NOT_FINITE or _is_number(value)):
         try:
@@ -144,6 +145,16 @@ def _decoded(hint: Any, value: object, place: str) -> Any:
     if _is_plain(hint, value, origin, arguments):
         return Path(value) if hint is Path else value  # type: ignore[arg-type]
     raise _unfit(value, place)
+
+
+def _key(hint: Any, key: str, place: str) -> str | int:
+    """A key of a mapping; JSON writes a number as text."""
+    if hint is not int:
+        return key
+    try:
+        return int(key)
+    except ValueError as error:
+        raise _unfit(key, f"a key of {place or 'the record'}") from error
 
 
 def _is_plain(hint: Any, value: object, origin: Any, arguments: tuple[Any, ...]) -> bool:
@@ -233,9 +244,9 @@ def _class(origin: Any) -> type:
     return origin if isinstance(origin, type) else object
 
 
-def _kinds(arguments: tuple[Any, ...], length: int) -> Iterator[Any]:
-    """The types of a tuple's entries."""
-    if arguments[1:] == (Ellipsis,):
+def _kinds(origin: Any, arguments: tuple[Any, ...], length: int) -> Iterator[Any]:
+    """The types of the entries of a sequence, which is read as a tuple."""
+    if origin is Sequence or arguments[1:] == (Ellipsis,):
         yield from arguments[:1] * length
     else:
         yield from arguments

@@ -12,6 +12,24 @@ from thanos_deploy.calibration.statistics import ShardSums, Statistics
 from thanos_deploy.ranks.group import current
 
 
+class Count:
+    """Statistics of one shard, which a first batch begins.
+
+    Attributes:
+        by_name: of a layer, or of whatever else is counted.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Statistics] = {}
+
+    def of(self, name: str, x: Tensor, target: Tensor | None = None) -> Statistics:
+        """Those to which [tokens, cols] are added, and [tokens, cols] beside them if any are."""
+        if name not in self.by_name:
+            beside = None if target is None else target.shape[1]
+            self.by_name[name] = Statistics.empty(x.shape[1], beside, device=x.device)
+        return self.by_name[name]
+
+
 @dataclass(slots=True)
 class Walk:
     """Calibration data on its way through the blocks of one model.
@@ -38,10 +56,28 @@ class Walk:
         """All of these have left the block."""
         return self.left.issuperset(self.own)
 
-    def sums(self, names: Sequence[str]) -> ShardSums:
-        """For statistics at some layers, of the batches of which they are taken."""
+    def summed(
+        self, names: Sequence[str], count: Callable[[int, BlockInputs, Count], object]
+    ) -> dict[str, Statistics]:
+        """The sums of statistics over the batches of which they are taken, on every rank.
+
+        Args:
+            names: what there are statistics of, in the order of the result.
+            count: called with the number of each batch of this rank, with the batch, and with
+                what it is to add to.
+
+        Returns:
+            by these names.
+        """
         shards = 1 + max(batch.shard for batch in self.batches if batch.counted)
-        return ShardSums(current(), shards, names)
+        sums = ShardSums(current(), shards, names)
+        for shard in sums.shards:
+            counted = Count()
+            for number, batch in enumerate(self.batches):
+                if batch.shard == shard:
+                    count(number, batch, counted)
+            sums.add(counted.by_name)
+        return sums.finish()
 
 
 def collect(
@@ -69,31 +105,21 @@ def collect(
     Returns:
         layer name -> statistics.
     """
-    sums = walk.sums(names)
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
-        for number, batch in enumerate(walk.batches):
-            if batch.shard != shard:
-                continue
-            inputs = _inputs_of(walk, names, batch, pause=pause)
-            targets = {}
-            if dense is not None:
-                beside = dense.batches[number]
-                if last:
-                    read = _leave(dense, number, names)
-                else:
-                    read = _inputs_of(dense, names, beside, pause=pause)
-                targets = {name: y for name, y in read.items() if name not in routed}
-            for name, x in inputs.items():
-                if name not in counted:
-                    counted[name] = Statistics.empty(
-                        x.shape[1],
-                        targets[name].shape[1] if name in targets else None,
-                        device=x.device,
-                    )
-                counted[name].add(x, targets.get(name))
-        sums.add(counted)
-    return sums.finish()
+
+    def count(number: int, batch: BlockInputs, counted: Count) -> None:
+        inputs = _inputs_of(walk, names, batch, pause=pause)
+        targets = {}
+        if dense is not None:
+            beside = dense.batches[number]
+            if last:
+                read = _leave(dense, number, names)
+            else:
+                read = _inputs_of(dense, names, beside, pause=pause)
+            targets = {name: y for name, y in read.items() if name not in routed}
+        for name, x in inputs.items():
+            counted.of(name, x, targets.get(name)).add(x, targets.get(name))
+
+    return walk.summed(names, count)
 
 
 def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
@@ -110,22 +136,16 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
     Returns:
         layer name -> statistics.
     """
-    sums = walk.sums(names)
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
-        for batch in walk.batches:
-            if batch.shard != shard:
-                continue
-            inputs: dict[str, Tensor] = {}
-            with recorded(walk.block, names, inputs):
-                hidden = batch.forward(walk.index, walk.block)
-            weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
-            for name, x in inputs.items():
-                if name not in counted:
-                    counted[name] = Statistics.empty(x.shape[1], device=x.device)
-                counted[name].add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
-        sums.add(counted)
-    return sums.finish()
+
+    def count(_: int, batch: BlockInputs, counted: Count) -> None:
+        inputs: dict[str, Tensor] = {}
+        with recorded(walk.block, names, inputs):
+            hidden = batch.forward(walk.index, walk.block)
+        weight = hidden.reshape(-1, hidden.shape[-1]).float().square().sum(dim=1, keepdim=True)
+        for name, x in inputs.items():
+            counted.of(name, x).add_weighted(x.float(), weight.clamp(min=1e-30).reciprocal())
+
+    return walk.summed(names, count)
 
 
 def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, Statistics]:
@@ -138,26 +158,21 @@ def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, S
     Returns:
         by the same names: of one column, the Euclidean norm of each token.
     """
-    sums = walk.sums(list(entrances))
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
 
-        def count(name: str, x: Tensor, counted: dict[str, Statistics] = counted) -> None:
-            if name not in counted:
-                counted[name] = Statistics.empty(1, device=x.device)
-            counted[name].add(x.float().norm(dim=-1, keepdim=True), None)
+    def count(_: int, batch: BlockInputs, counted: Count) -> None:
+        def add(name: str, x: Tensor) -> None:
+            norms = x.float().norm(dim=-1, keepdim=True)
+            counted.of(name, norms).add(norms, None)
 
         handles = [
-            module.register_forward_pre_hook(lambda _, seen, name=name: count(name, seen[0]))
+            module.register_forward_pre_hook(lambda _, seen, name=name: add(name, seen[0]))
             for name, module in entrances.items()
         ]
-        for batch in walk.batches:
-            if batch.shard == shard:
-                batch.forward(walk.index, walk.block)
+        batch.forward(walk.index, walk.block)
         for handle in handles:
             handle.remove()
-        sums.add(counted)
-    return sums.finish()
+
+    return walk.summed(list(entrances), count)
 
 
 def advance(walk: Walk) -> None:

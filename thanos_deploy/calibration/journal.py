@@ -28,7 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,20 +45,7 @@ logger = logging.getLogger(__name__)
 _OWNER = "journal.json"
 
 
-class Report(Protocol):
-    """The report of a finished block."""
-
-    def to_json(self) -> Json:
-        """A JSON-ready value."""
-        ...
-
-    @classmethod
-    def from_json(cls, value: Json) -> Self:
-        """The report that `to_json` made the value of."""
-        ...
-
-
-R = TypeVar("R", bound=Report)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +93,20 @@ class Journal(Generic[R]):
         Args:
             folder: for this journal alone.
             owner: everything that the results of the walk depend on.
-            report: type of the reports.
+            report: type of the reports, a frozen dataclass; see `codec`.
 
         Raises:
             InputError: an entry of the journal names a file outside its folder.
         """
-        self.folder, self._ranks = folder, current()
+        self.folder, self._report, self._ranks = folder, report, current()
         self._beside = self._ranks.beside()
         self._thread = Background(None)
         # As many files at a time as cores: what enters a block of a large model is gigabytes.
         self._at_a_time = torch.get_num_threads()
         self._pending: Future[None] | None = None
         opened = _Entries(tuple(self._opened(owner)) if self._ranks.first else ())
-        shared = decode(_Entries, self._ranks.share(encode(opened)))
-        self.reports = [report.from_json(entry.report) for entry in shared.entries]
+        shared = self._ranks.share(opened)
+        self.reports = [decode(report, entry.report) for entry in shared.entries]
 
     def _opened(self, owner: Json) -> list[_Entry]:
         """The intact entries; everything else in the folder is removed."""
@@ -165,7 +152,7 @@ class Journal(Generic[R]):
             written = TensorFile.create(self._parameters(len(self.reports)), kinds)
             for name, tensor in parameters.items():
                 written.write(name, tensor)
-        entry = partial(self._write, len(self.reports), report.to_json(), written, inputs)
+        entry = partial(self._write, len(self.reports), encode(report), written, inputs)
         self._pending = self._thread.start(entry)
         self.reports.append(report)
 
@@ -194,11 +181,7 @@ class Journal(Generic[R]):
         with ThreadPoolExecutor(self._at_a_time) as pool:
             for record_ in pool.map(_record, inputs):
                 own |= record_
-        every = {
-            name: decode(FileRecord, entry)
-            for files in self._beside.gather(encode(own))
-            for name, entry in files.items()
-        }
+        every = self._beside.merge(own, FileRecord)
         if self._ranks.first:
             kept = encode(_Entry(written, dict(sorted(every.items())), report))
             replace_json(self._entry(index), encode(_Content(kept, sha256_of(kept))))
@@ -228,6 +211,7 @@ class Journal(Generic[R]):
                 if content.sha256 != sha256_of(content.entry):
                     raise ValueError(f"SHA-256 {content.sha256}")
                 entry = decode(_Entry, content.entry)
+                decode(self._report, entry.report)
             except ValueError:
                 logger.warning("%s: damaged", path)
                 return

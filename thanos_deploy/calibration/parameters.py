@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.rounding import rounded
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 
 
 class ParameterFiles:

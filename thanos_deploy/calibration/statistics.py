@@ -127,6 +127,17 @@ class Statistics:
         return replace(self, hessian=hessian, cross=cross)
 
 
+@dataclass(frozen=True, slots=True)
+class _Masses:
+    """What one rank counted in its turns; see `Statistics.mass`.
+
+    Attributes:
+        by_name: of each layer, turn after turn.
+    """
+
+    by_name: Mapping[str, tuple[float, ...]]
+
+
 class ShardSums:
     """Statistics of layers, summed shard by shard in one order, whichever rank counts a shard."""
 
@@ -142,7 +153,7 @@ class ShardSums:
         self._order = OrderedSum(ranks, shards)
         self._sums: dict[str, OrderedSum] = {}
         self._latest: dict[str, Statistics] = {}
-        self._masses: dict[str, list[float]] = {}
+        self._masses: dict[str, tuple[float, ...]] = {}
 
     @property
     def shards(self) -> list[int | None]:
@@ -158,18 +169,18 @@ class ShardSums:
             statistics = self._latest[name]
             if name not in self._sums:
                 self._sums[name] = OrderedSum(self._ranks, self._order.count)
-                self._masses[name] = []
+                self._masses[name] = ()
             if counted:
-                self._masses[name].append(statistics.mass)
+                self._masses[name] += (statistics.mass,)
             self._sums[name].add(statistics._sums)
 
     def finish(self) -> dict[str, Statistics]:
         """The statistics of all shards, on every rank."""
         self._latest = {}
-        by_rank = self._ranks.gather(self._masses)
+        by_rank = self._ranks.gather(_Masses(self._masses))
         finished = {}
         for name, sums in self._sums.items():
-            turns = [masses[name] for masses in by_rank]
+            turns = [masses.by_name[name] for masses in by_rank]
             mass = 0.0
             for number in range(self._order.count):
                 turn, rank = divmod(number, self._ranks.size)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, holder
 from thanos_deploy.calibration.blocks import BlockInputs, block_inputs, shared
 from thanos_deploy.calibration.collect import Walk, advance
-from thanos_deploy.calibration.journal import Journal, Report
+from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.parameters import ParameterFiles
 from thanos_deploy.calibration.sizes import activation_dtype, can_wait
 from thanos_deploy.calibration.visit import Clock, Visit
@@ -32,13 +32,13 @@ from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.structure import blocks_of
 from thanos_deploy.model.tensorfile import Kind, TensorFile
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.shards import Layout
 
 # The report on one block.
-R = TypeVar("R", bound=Report)
+R = TypeVar("R")
 
 
 def visit_blocks(

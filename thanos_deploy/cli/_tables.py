@@ -4,8 +4,6 @@ It brings numpy, so commands import it when they have something to show.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from math import isnan
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -13,20 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 from exporters import target
-from thanos_deploy.bundle.codec import Json, encode
+from thanos_deploy.bundle.codec import Json
 from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.check import Check
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.gates import JudgedRun
 from thanos_deploy.measure.quality import Answers, Compared, Score, TaskQuality, TextQuality
 from thanos_deploy.measure.run import Interval, Run, ScenarioTimes
-from thanos_deploy.pruning.result import PruneResult, Quantisation, Retry, WidthsSummary
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
-from thanos_deploy.report.words import retried
 
 if TYPE_CHECKING:
-    from thanos_deploy.stages.plan import DryRun
+    pass
 
 _STYLES = {"PASS": "green", "FAIL": "bold red", "SKIP": "dim"}
 
@@ -37,7 +33,7 @@ def show_report(report: Report) -> None:
     for model in report.models:
         console.print(_figures(model))
     for notice in report.notices:
-        console.print(notice, style="bold red", highlight=False, markup=False)
+        show_notice(notice)
     if len(report.models) > 1:
         console.print(report.headline, highlight=False, markup=False)
         return
@@ -233,6 +229,8 @@ def show_values(values: Json) -> None:
             value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry != "")
         if isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
         table.add_row(
             name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
         )
@@ -301,95 +299,6 @@ def _score(score: Score) -> str:
     return f"{score.value:.4f}{error}"
 
 
-def show_pruned(result: PruneResult) -> None:
-    """Print what was pruned; of a shrunk model with the widths of its blocks."""
-    values = encode(replace(result, widths=None, retries=None, quantisation=None))
-    if result.widths is not None:
-        _show_widths(result.widths)
-        values |= _of_widths(result.widths)
-    if result.quantisation is not None:
-        values |= _of_quantisation(result.quantisation)
-    show_values(values)
-    _show_retries(result.retries or ())
-    if result.quantisation is not None:
-        for name, why in result.quantisation.rounded.items():
-            _show_notice(f"{name} was rounded without compensation: {why}.")
-
-
-def show_plan(plan: "DryRun") -> None:
-    """Print what would be pruned; for a shrunk model with the widths of its blocks."""
-    estimate = plan.estimate
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate.seconds.items())
-    values = encode(replace(plan, widths=None)) | {
-        "estimated seconds": f"{estimate.total_seconds:.0f} ({parts})",
-        "not estimated": list(estimate.not_estimated),
-        "estimated memory, MB": f"{estimate.memory_bytes / 1e6:.0f}",
-        **{
-            f"{where} memory, MB": ", ".join(
-                f"{term.name} {term.bytes / 1e6:.0f}" for term in terms
-            )
-            for where, terms in (("host", estimate.memory.host), ("GPU", estimate.memory.device))
-            if terms
-        },
-        "estimated from": estimate.basis,
-    }
-    del values["estimate"]
-    if plan.widths is not None:
-        _show_widths(plan.widths)
-        values |= _of_widths(plan.widths)
-    show_values(values)
-
-
-def _show_widths(widths: WidthsSummary) -> None:
-    table = Table(title="What stays of each block")
-    routed = any(block.before.experts for block in widths.blocks)
-    parts = ["heads", "kv heads", "channels", *(["experts"] if routed else [])]
-    for name in ("block", *parts, "parameters", "predicted loss"):
-        table.add_column(name, justify="right")
-    for index, block in enumerate(widths.blocks):
-        before, after = block.before, block.after
-        table.add_row(
-            str(index),
-            f"{after.heads} of {before.heads}",
-            f"{after.kv_heads} of {before.kv_heads}",
-            f"{after.channels} of {before.channels}",
-            *([f"{after.experts} of {before.experts}"] if routed else []),
-            f"{block.parameters_after:,} of {block.parameters_before:,}",
-            "not measured" if isnan(block.predicted_loss) else f"{block.predicted_loss:.4f}",
-        )
-    Console().print(table)
-
-
-def _of_widths(widths: WidthsSummary) -> dict[str, str]:
-    return {
-        "removed of the blocks": f"{widths.removed:.2%}",
-        "loads with stock loaders": "yes" if widths.stock_config else "no, ONNX only",
-    }
-
-
-def _of_quantisation(quantisation: Quantisation) -> dict[str, str]:
-    values = {"quantised to": quantisation.grid}
-    if quantisation.median_relative_error is not None:
-        values["lost of a layer's output, median"] = (
-            f"{quantisation.median_relative_error:.2e}; "
-            f"by rounding {quantisation.median_rounding_error:.2e}"
-        )
-    if (tuned := quantisation.tuned) is not None:
-        values["lost of a quantised block's output, median"] = (
-            f"{tuned.median_error:.2e}; {tuned.median_error_before:.2e} before tuning, which made "
-            f"{tuned.better} of {tuned.blocks} blocks better"
-        )
-    if (trained := quantisation.trained) is not None:
-        values["scales trained, nats per token"] = (
-            f"{trained.divergence[0]:.4f} to {trained.divergence[-1]:.4f} from the dense model"
-        )
-    return values
-
-
-def _show_retries(retries: Sequence[Retry]) -> None:
-    for retry in retries:
-        _show_notice(f"{retried(retry)}.")
-
-
-def _show_notice(text: str) -> None:
+def show_notice(text: str) -> None:
+    """Print a sentence that must not be overlooked."""
     Console().print(text, style="bold red", highlight=False, markup=False)

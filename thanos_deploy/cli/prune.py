@@ -36,7 +36,7 @@ def command(model: str, dry_run: bool, overwrite: bool, **options: Any) -> None:
     the heads and channels that would stay.
     """
     with session(options) as announce:
-        from thanos_deploy.cli._tables import show_plan, show_pruned
+        from thanos_deploy.cli._pruning_tables import show_plan, show_pruned
 
         asked: dict[str, Any] = {**given(options), "progress": told(announce)}
         if dry_run:

@@ -46,7 +46,8 @@ def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
         from exporters import preflight, targets
         from thanos_deploy.bundle import layout
         from thanos_deploy.bundle.codec import decode
-        from thanos_deploy.cli._tables import show_plan, show_report
+        from thanos_deploy.cli._pruning_tables import show_plan
+        from thanos_deploy.cli._tables import show_report
         from thanos_deploy.report.model import Report
 
         chosen = targets.get(target)

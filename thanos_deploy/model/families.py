@@ -3,6 +3,9 @@
 What differs between two models of a family is read from the model itself: sizes from the
 configuration, optional parts (biases, tied heads) from the weights, and which linear layers a block
 has from the block; see `structure`. `docs/develop/add-a-family.md` adds a family.
+
+The file is longer than others, because the table is, and because a row is read beside the fields
+that it fills.
 """
 
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.structure import Group
 from thanos_deploy.model.verdict import judge
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.recipe import Recipe

@@ -16,13 +16,12 @@ most by it, so that exactly floor(S n) of all n weights are removed.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.collect import collect
 from thanos_deploy.calibration.journal import Journal
@@ -50,15 +49,6 @@ class Outliers:
 
     ratio: float
     seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "Outliers":
-        """What `to_json` made the value of."""
-        return cls(**value)
 
 
 @torch.no_grad()

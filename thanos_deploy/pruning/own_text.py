@@ -194,7 +194,7 @@ def own_text(
     for pieces in _batches(model, begin, length, seed):
         drawn += len(pieces)
         kept += [
-            str(tokenizer.decode(one, skip_special_tokens=False))
+            str(tokenizer.decode(list(one), skip_special_tokens=False))
             for one in pieces
             if habits.allow(one, tokenizer)
         ]
@@ -210,16 +210,23 @@ def own_text(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """The ids of a batch of pieces, as one rank has drawn it."""
+
+    pieces: tuple[tuple[int, ...], ...]
+
+
 def _batches(
     model: PreTrainedModel, begin: Callable[[int], Tensor], length: int, seed: int
-) -> Iterator[list[list[int]]]:
+) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Batches in the order of their numbers, each rank drawing the next one at the same time."""
     ranks, turn = current(), 0
     while True:
         batch = turn * ranks.size + ranks.rank
         own = sampled(model, begin(batch), length, _draw(seed, batch))
-        for told in ranks.gather({"pieces": own.tolist()}):
-            yield told["pieces"]
+        for drawn in ranks.gather(_Drawn(tuple(map(tuple, own.tolist())))):
+            yield drawn.pieces
         turn += 1
 
 

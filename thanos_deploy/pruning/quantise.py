@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.tune import Tuned, learn
@@ -31,7 +30,7 @@ from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.linear import matrix
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.codes import save, tensors_of
 from thanos_deploy.pruning.jobs import Jobs
@@ -83,15 +82,6 @@ class QuantisedBlock:
 
     layers: tuple[LayerReport, ...]
     tuned: Tuned | None = None
-
-    def to_json(self) -> Json:
-        """As a record."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "QuantisedBlock":
-        """What `to_json` made the value of."""
-        return decode(cls, value)
 
 
 def quantise_model(

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -35,7 +35,7 @@ from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.head import Head, head_of, last_states, require_plain_head
 from thanos_deploy.model.load import load_model
 from thanos_deploy.model.rounding import rounded
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.ranks.group import current
@@ -259,11 +259,17 @@ def _train(
         learner.forget_gradients()
         told(step + 1, len(batches))
         watch(step + 1, model)
-    told_by_ranks = ranks.gather({"nats": torch.stack(divergence).tolist()})
-    by_rank: list[list[float]] = [one["nats"] for one in told_by_ranks]
-    nats = [math.fsum(parts) for parts in zip(*by_rank, strict=True)]
+    by_rank = ranks.gather(_Divergence(tuple(torch.stack(divergence).tolist())))
+    nats = [math.fsum(parts) for parts in zip(*(one.nats for one in by_rank), strict=True)]
     logger.debug("nats per token from the dense model, by step: %s", nats)
     return nats
+
+
+@dataclass(frozen=True, slots=True)
+class _Divergence:
+    """One rank's part of the divergence from the dense model in each step, in nats per token."""
+
+    nats: tuple[float, ...]
 
 
 def _clip(learner: Sharded, names: Sequence[str], most: float) -> None:

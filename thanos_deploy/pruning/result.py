@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from thanos_deploy.bundle import layout
-from thanos_deploy.bundle.codec import LATER, OTHERS, Json, decode, encode
+from thanos_deploy.bundle.codec import LATER, OTHERS, Json
 from thanos_deploy.bundle.files import read_record
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Stage
@@ -61,15 +61,6 @@ class PrunedBlock:
 
     layers: tuple[PrunedLayer, ...]
     seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "PrunedBlock":
-        """What `to_json` made the value of."""
-        return decode(cls, value)
 
 
 @dataclass(frozen=True, slots=True)

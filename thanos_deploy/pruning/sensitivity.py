@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.activations import Place
+from thanos_deploy.calibration.blocks import BlockInputs
+from thanos_deploy.calibration.collect import Count
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.calibration.walk import visit_blocks
 from thanos_deploy.errors import UsageError
@@ -63,15 +63,6 @@ class Sensitivity:
 
     groups: tuple[Group, ...]
     seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "Sensitivity":
-        """What `to_json` made the value of."""
-        return decode(cls, value)
 
 
 def survey(
@@ -180,24 +171,20 @@ def _changes(visit: Visit, instead: Mapping[str, Mapping[str, Tensor]]) -> dict[
         by the same names, the mean over tokens of |change|^2 / |what leaves the block|^2.
     """
     walk = visit.walk
-    sums = walk.sums(list(instead))
-    for shard in sums.shards:
-        counted: dict[str, Statistics] = {}
-        for batch in walk.batches:
-            if batch.shard != shard:
-                continue
-            rows = slice(0, max(1, int(SHARE * batch.shape[0])))
-            left = batch.forward(walk.index, walk.block, rows).float()
-            size = left.square().sum(dim=-1).clamp(min=1e-30)
-            for name, weights in instead.items():
-                with _swapped(walk.block, weights):
-                    change = batch.forward(walk.index, walk.block, rows).float() - left
-                if name not in counted:
-                    counted[name] = Statistics.empty(1, device=left.device)
-                # Whose Hessian is the sum of their squares.
-                counted[name].add((change.square().sum(dim=-1) / size).sqrt().reshape(-1, 1), None)
-        sums.add(counted)
-    return {name: float(one.hessian) / one.mass for name, one in sums.finish().items()}
+
+    def count(_: int, batch: BlockInputs, counted: Count) -> None:
+        rows = slice(0, max(1, int(SHARE * batch.shape[0])))
+        left = batch.forward(walk.index, walk.block, rows).float()
+        size = left.square().sum(dim=-1).clamp(min=1e-30)
+        for name, weights in instead.items():
+            with _swapped(walk.block, weights):
+                change = batch.forward(walk.index, walk.block, rows).float() - left
+            # The Hessian of these numbers is the sum of their squares.
+            relative = (change.square().sum(dim=-1) / size).sqrt().reshape(-1, 1)
+            counted.of(name, relative).add(relative, None)
+
+    found = walk.summed(list(instead), count)
+    return {name: float(one.hessian) / one.mass for name, one in found.items()}
 
 
 @contextmanager

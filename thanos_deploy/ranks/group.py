@@ -5,18 +5,27 @@ are. A process by itself is a group of one, for which all of them do nothing.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import Json
+from thanos_deploy.bundle.codec import Json, decode, encode
 
 # So long a rank waits for another one, which may have to solve a wide layer: `watch` sees who has
 # ended.
 WORK = timedelta(days=7)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """A rank has come this far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +55,45 @@ class Ranks:
         """How often every rank computes a shard, if they all do so side by side."""
         return -(-shards // self.size)
 
-    def gather(self, value: Json) -> list[Json]:
-        """What every rank has to say, in the order of the ranks; JSON-ready values."""
+    def gather(self, message: T) -> list[T]:
+        """What every rank has to say, in the order of the ranks.
+
+        Args:
+            message: a frozen dataclass, of the same type for all of them; see `codec`.
+        """
         if self.size == 1:
-            return [value]
+            return [message]
+        return [decode(type(message), one) for one in self._gather(encode(message))]
+
+    def merge(self, said: Mapping[str, T], kind: type[T]) -> dict[str, T]:
+        """What all ranks have to say of different things, by the names of these.
+
+        Args:
+            said: by this rank.
+            kind: type of what is said of one thing, a frozen dataclass; see `codec`.
+        """
+        if self.size == 1:
+            return dict(said)
+        every = self._gather(encode(said))
+        return {name: decode(kind, one) for of_rank in every for name, one in of_rank.items()}
+
+    def share(self, message: T) -> T:
+        """What rank 0 has to say; nobody reads what the others say, which is of the same type."""
+        return self.gather(message)[0]
+
+    def _gather(self, value: Json) -> list[Json]:
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
-        dist.all_gather_into_tensor(lengths, torch.tensor([len(own)]), group=self.channel)
+        all_gather(lengths, torch.tensor([len(own)]), self.channel)
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
         padded[: len(own)] = own
         every = torch.empty(self.size * len(padded), dtype=torch.uint8)
-        dist.all_gather_into_tensor(every, padded, group=self.channel)
+        all_gather(every, padded, self.channel)
         rows = every.reshape(self.size, -1)
         return [
             json.loads(row[:length].numpy().tobytes())
             for row, length in zip(rows, lengths.tolist(), strict=True)
         ]
-
-    def share(self, value: Json) -> Json:
-        """What rank 0 has to say."""
-        return self.gather(value if self.first else {})[0]
 
     def spread(self, tensor: Tensor, source: int) -> None:
         """Give all ranks, in place, what a tensor of one of them holds.
@@ -121,7 +149,21 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
-        self.gather({})
+        self.gather(_Here())
+
+
+def all_gather(every: Tensor, own: Tensor, channel: dist.ProcessGroup | None = None) -> None:
+    """Gather a tensor of each rank into one of all, in the order of the ranks.
+
+    Args:
+        every: [ranks * entries], which is written.
+        own: [entries], of this rank; contiguous.
+        channel: see `Ranks`.
+    """
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(every, own, group=channel)
+    else:  # as older versions of PyTorch call it
+        dist.all_gather_into_tensor(every, own, group=channel)
 
 
 ALONE = Ranks(0, 1)

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from thanos_deploy.bundle.codec import Json
 from thanos_deploy.errors import DeployError, PlatformError, UsageError, of_system
 from thanos_deploy.ranks import group
 from thanos_deploy.ranks.group import Ranks
@@ -170,7 +170,14 @@ def _meet(found: Place, ranks: Ranks) -> Watch:
         ) from error
 
 
-def same_everywhere(values: Mapping[str, Json]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Depends:
+    """Everything that results depend on, as one rank has it; of any types that JSON has."""
+
+    values: Mapping[str, Any]
+
+
+def same_everywhere(values: Mapping[str, Any]) -> None:
     """Refuse ranks for which something differs that results depend on.
 
     Args:
@@ -179,7 +186,7 @@ def same_everywhere(values: Mapping[str, Json]) -> None:
     Raises:
         UsageError: it differs; the message says what and where.
     """
-    first, *others = group.current().gather(dict(values))
+    first, *others = (one.values for one in group.current().gather(_Depends(values)))
     for rank, other in enumerate(others, start=1):
         if other != first:
             differences = [

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thanos_deploy.ranks.group import Ranks
+from thanos_deploy.ranks.group import Ranks, all_gather
 
 # Entries of which a run is a multiple, so that none ends within what is computed at once, where the
 # last bit could depend on it.
@@ -34,7 +34,7 @@ def whole_of(ranks: Ranks, run: Tensor, shape: torch.Size) -> Tensor:
     flat = run
     if ranks.size > 1:
         flat = run.new_empty(len(run) * ranks.size)
-        dist.all_gather_into_tensor(flat, run.contiguous())
+        all_gather(flat, run.contiguous())
     return flat[: shape.numel()].reshape(shape)
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +26,14 @@ _SILENCE = 40.0  # seconds without one after which a rank counts as ended
 
 # A rank that is told of an error waits so long for the end of whoever caused it to be seen.
 _EXPLAINED_WITHIN = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a rank is; see `_machine`."""
+
+    machine: str
+    pid: int
 
 
 class Watch:
@@ -42,14 +51,14 @@ class Watch:
             store: where ranks leave what they ended with; used by nobody else in this process.
         """
         self._ranks, self._store = ranks, store
-        own = {"machine": _machine(), "pid": os.getpid()}
+        own = _Place(_machine(), os.getpid())
         places = ranks.gather(own)
-        self._names = [f"rank {rank} (process {one['pid']})" for rank, one in enumerate(places)]
+        self._names = [f"rank {rank} (process {one.pid})" for rank, one in enumerate(places)]
         self._alive: dict[int, Callable[[], bool]] = {}
         for rank, one in enumerate(places):
             if rank != ranks.rank:
-                near = one["machine"] == own["machine"]
-                self._alive[rank] = _process_lives(one["pid"]) if near else self._gives_signs(rank)
+                near = one.machine == own.machine
+                self._alive[rank] = _process_lives(one.pid) if near else self._gives_signs(rank)
         self._signed = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)

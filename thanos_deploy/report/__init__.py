@@ -1,5 +1,8 @@
 """What runs showed, dense beside pruned, as one value that people and machines read.
 
+`thanos_deploy.stages` has it written, and the command line prints parts of it. It measures nothing:
+everything is read from the folder of a bundle.
+
 sources   what a bundle's folder has beside its manifest
 build     sources -> the report, the value that report.json holds; report.schema.json describes it
 words     what the figures mean, in sentences

@@ -34,7 +34,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.families import Family, Heads
 from thanos_deploy.model.linear import keep_outputs
-from thanos_deploy.model.weights import WeightsCopy
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.model.widths import Widths
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.ranks.group import current

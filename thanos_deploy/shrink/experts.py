@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.calibration.collect import collect, collect_norms
 from thanos_deploy.calibration.order import turns
 from thanos_deploy.calibration.statistics import Statistics
@@ -231,10 +230,10 @@ class _Narrower:
             with visit.clock.measure("solve"):
                 mine = [name for (name,) in turn[ranks.rank :: ranks.size]]
                 statistics = {name: statistics[name] for name in mine}
-                own = {name: encode(self._fitted(name, statistics.pop(name))) for name in mine}
-                said = {name: one for of_rank in ranks.gather(own) for name, one in of_rank.items()}
+                own = {name: self._fitted(name, statistics.pop(name)) for name in mine}
+                said = ranks.merge(own, _Narrowed)
                 for place, (name,) in enumerate(turn):
-                    self._take(name, decode(_Narrowed, said[name]), place % ranks.size)
+                    self._take(name, said[name], place % ranks.size)
 
     def _take(self, consumer: str, narrowed: "_Narrowed", owner: int) -> None:
         """Go on with what one rank has made of an expert, on all ranks."""

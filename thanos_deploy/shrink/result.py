@@ -6,7 +6,7 @@ Standard library only, so that a report needs no PyTorch.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from thanos_deploy.bundle.codec import LATER, Json, decode, encode
+from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.model.block import Widths
 
 
@@ -42,12 +42,3 @@ class CutBlock:
     experts: tuple[int, ...] = field(default=(), metadata=LATER)
     expert_channels: tuple[tuple[int, ...], ...] = field(default=(), metadata=LATER)
     unfitted: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "CutBlock":
-        """What `to_json` made the value of."""
-        return decode(cls, value)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model import widths
 from thanos_deploy.model.block import BlockPlan as BlockPlan
@@ -55,14 +54,14 @@ class Losses:
     Means over the calibration tokens, after the refit.
 
     Attributes:
-        heads: (query heads, key-value heads) that stay -> change.
+        heads: key-value heads that stay -> query heads that stay -> change.
         channels: feed-forward channels that stay -> change.
         seconds: time that it took to find out, by activity; see `layers.ACTIVITIES`.
         experts: of a block with experts, those that stay -> the share of what all experts add to
             the hidden states that goes; see `experts.dropped`. The others are empty then.
     """
 
-    heads: Mapping[tuple[int, int], float]
+    heads: Mapping[int, Mapping[int, float]]
     channels: Mapping[int, float]
     seconds: Mapping[str, float]
     experts: Mapping[int, float] = field(default_factory=dict)
@@ -71,24 +70,8 @@ class Losses:
         """The loss at a width, both parts together; NaN where nobody has measured it."""
         if not self.heads:
             return self.experts.get(width.experts, math.nan)
-        attention = self.heads[width.heads, width.kv_heads]
+        attention = self.heads[width.kv_heads][width.heads]
         return HEADS_WEIGHT * attention + self.channels[width.channels]
-
-    def to_json(self) -> Json:
-        """For the journal; JSON has no numbers for keys."""
-        return {
-            "heads": list(self.heads.items()),
-            "channels": list(self.channels.items()),
-            "seconds": self.seconds,
-            "experts": list(self.experts.items()),
-        }
-
-    @classmethod
-    def from_json(cls, value: Json) -> "Losses":
-        """What `to_json` made the value of."""
-        heads = {(heads, kv_heads): loss for (heads, kv_heads), loss in value["heads"]}
-        experts_ = dict(value.get("experts", ()))
-        return cls(heads, dict(value["channels"]), value["seconds"], experts_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,10 +302,11 @@ def _by_loss(
     def narrower(index: int) -> Iterator[Widths]:
         width = after[index]
         if part != "ffn" and not checkpoint.family.heads.fixed:
-            for heads, kv_heads in losses[index].heads:
-                fits = heads <= width.heads and kv_heads <= width.kv_heads
-                if fits and (heads, kv_heads) != (width.heads, width.kv_heads):
-                    yield Widths(heads, kv_heads, width.channels)
+            for kv_heads, changes in losses[index].heads.items():
+                for heads in changes:
+                    fits = heads <= width.heads and kv_heads <= width.kv_heads
+                    if fits and (heads, kv_heads) != (width.heads, width.kv_heads):
+                        yield Widths(heads, kv_heads, width.channels)
         if part != "heads":
             for channels in losses[index].channels:
                 if channels < width.channels:

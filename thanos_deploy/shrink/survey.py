@@ -1,12 +1,12 @@
 """What every block of the dense model would lose at which widths: one walk before the cut."""
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import Json
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.calibration.collect import collect_relative
 from thanos_deploy.calibration.journal import Journal
@@ -23,6 +23,21 @@ from thanos_deploy.shrink.steps import channel_steps
 from thanos_deploy.solver.damping import DEFAULT, Damping
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """What one rank has found out of a block; see `Losses`.
+
+    Attributes:
+        channels: by those that stay.
+        heads: where all key-value heads stay, and
+        heads_with_fewer_keys: where some go, by those that stay.
+    """
+
+    channels: Mapping[int, float]
+    heads: Mapping[int, Mapping[int, float]]
+    heads_with_fewer_keys: Mapping[int, Mapping[int, float]]
 
 
 @torch.no_grad()
@@ -67,37 +82,40 @@ def survey(
             layer = RefittedLayer(visit, name, statistics[name])
             return Elimination(layer.problem.weight, factor(layer.problem, damping))
 
-        def of_heads(*, fewer_keys: bool) -> list[tuple[tuple[int, int], float]]:
-            trial, found = fitted(family.heads.consumer).branch(), []
-            for layout in layouts(width):
-                if (layout[1] < width.kv_heads) == fewer_keys:
-                    trial.drop_heads((width.heads, width.kv_heads), keep=layout)
-                    found.append((layout, trial.loss / segments.numel()))
+        def of_heads(*, fewer_keys: bool) -> dict[int, dict[int, float]]:
+            trial = fitted(family.heads.consumer).branch()
+            found: dict[int, dict[int, float]] = {}
+            for heads, kv_heads in layouts(width):
+                if (kv_heads < width.kv_heads) == fewer_keys:
+                    trial.drop_heads((width.heads, width.kv_heads), keep=(heads, kv_heads))
+                    found.setdefault(kv_heads, {})[heads] = trial.loss / segments.numel()
             return found
 
-        def of_channels() -> list[tuple[int, float]]:
+        def of_channels() -> dict[int, float]:
             by_count = fitted(family.channels.consumer).channel_losses() / segments.numel()
             lost = by_count.tolist()
             steps = channel_steps(width.channels, multiple)
-            return [(left, lost[width.channels - left]) for left in (width.channels, *steps)]
+            return {left: lost[width.channels - left] for left in (width.channels, *steps)}
+
+        def falls_to_me(number: int) -> bool:
+            return number % ranks.size == ranks.rank
 
         with visit.clock.measure("solve"):
             # Heads go one by one, in two ways. Each of the three by the rank that it falls to.
-            ways: tuple[Callable[[], object], ...] = (
-                of_channels,
-                partial(of_heads, fewer_keys=False),
-                partial(of_heads, fewer_keys=True),
+            said = ranks.gather(
+                _Lost(
+                    of_channels() if falls_to_me(0) else {},
+                    of_heads(fewer_keys=False) if falls_to_me(1) else {},
+                    of_heads(fewer_keys=True) if falls_to_me(2) else {},
+                )
             )
-            own = {
-                str(number): way()
-                for number, way in enumerate(ways)
-                if number % ranks.size == ranks.rank
-            }
-            said: Json = {}
-            for one in ranks.gather(own):
-                said |= one
-            heads = {(heads, kv): loss for way in "12" for (heads, kv), loss in said[way]}
-            channels = {left: loss for left, loss in said["0"]}
+        channels: dict[int, float] = {}
+        heads: dict[int, Mapping[int, float]] = {}
+        for one in said:
+            channels |= one.channels
+            heads |= one.heads
+        for one in said:
+            heads |= one.heads_with_fewer_keys
         return Losses(heads, channels, visit.clock.seconds)
 
     return visit_blocks(

@@ -54,6 +54,7 @@ from thanos_deploy.stages.checkpoints import (
     survey_blocks,
 )
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.prune_messages import Begun, Folders, Threads
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
 from thanos_deploy.stages.training import recover_checkpoint, train_scales_checkpoint
@@ -62,6 +63,9 @@ logger = logging.getLogger(__name__)
 
 # Folders of the journals.
 _SURVEY, _BLOCKS, _QUANTISED = "survey", "blocks", "quantised"
+
+# In what a journal belongs to, the number of threads.
+_THREADS = "threads"
 
 
 def prune(
@@ -89,17 +93,15 @@ def _prune(
     announce: Announce,
 ) -> StageRecord:
     work = _Work.of(dense, request, announce)
-    told = False
+    begun = Begun(None)
 
     def produce(folder: Path) -> PruneResult:
-        nonlocal told
+        nonlocal begun
         model, kept = folder / layout.MODEL, bundle.journal(layout.PRUNE)
         model.mkdir()
         kept.mkdir(exist_ok=True)
         files.require_disk(folder, work.disk_bytes - files.size(kept))
-        told = bool(
-            current().share({"journal": str(kept.absolute()), "folder": str(folder.absolute())})
-        )
+        begun = current().share(Begun(Folders(kept.absolute(), folder.absolute())))
         pruned = work.run(model, kept, announce)
         files.write_record(folder / layout.LAYERS, pruned.blocks)
         recovery, quantisation = work.finish(folder, kept, announce)
@@ -113,8 +115,8 @@ def _prune(
             inputs=work.inputs,
             overwrite=overwrite,
         )
-    if not told:
-        current().share({})
+    if begun.folders is None:
+        current().share(begun)
     part()
     return record
 
@@ -132,9 +134,8 @@ def follow(dense: Dense, request: PruneRequest) -> None:
 
 def _follow(dense: Dense, request: PruneRequest) -> None:
     work = _Work.of(dense, request, quietly)
-    told = current().share({})
-    if told:
-        kept = Path(told["journal"])
+    if folders := current().share(Begun(None)).folders:
+        kept = folders.journals
         if not kept.is_dir():
             raise UsageError(
                 f"rank {current().rank}: {kept} is not there, though rank 0 writes to it",
@@ -142,8 +143,17 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
             )
         (kept / f".rank-{current().rank}").touch()  # now rather than after a block
         work.run(None, kept, quietly)
-        work.finish(Path(told["folder"]), kept, quietly)
+        work.finish(folders.stage, kept, quietly)
     part()
+
+
+def _threads_before(kept: Path) -> int | None:
+    """With how many threads the journals in a folder were begun; None if there are none."""
+    for name in (_BLOCKS, _SURVEY):
+        if owner := owner_of(kept / name):
+            threads = owner.get(_THREADS)
+            return threads if isinstance(threads, int) else None
+    return None
 
 
 @contextmanager
@@ -155,11 +165,9 @@ def _threads_of(kept: Path | None) -> Iterator[None]:
     Args:
         kept: folder of the journals; None on ranks that do not open it.
     """
-    own, begun = torch.get_num_threads(), None
-    if kept is not None:
-        begun = next((one for name in (_BLOCKS, _SURVEY) if (one := owner_of(kept / name))), {})
-    threads = current().share({"threads": (begun or {}).get("threads")})["threads"]
-    if isinstance(threads, int) and 0 < threads != own:
+    own, begun = torch.get_num_threads(), None if kept is None else _threads_before(kept)
+    threads = current().share(Threads(begun)).count
+    if threads is not None and 0 < threads != own:
         logger.info("going on with %d threads for each process, as before", threads)
         torch.set_num_threads(threads)
     try:
@@ -393,6 +401,6 @@ def _versions(device: torch.device) -> Json:
         "thanos-deploy": made_with.thanos_deploy,
         "libraries": dict(made_with.libraries),
         "processor": made_with.processor,
-        "threads": torch.get_num_threads(),
+        _THREADS: torch.get_num_threads(),
         **({} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
     }

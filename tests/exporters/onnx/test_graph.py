@@ -1,3 +1,8 @@
+"""The ONNX graph: it computes what PyTorch does, and its record and its refusals are right.
+
+The tests share the graphs that they look at, so they are in one long file.
+"""
+
 import json
 import re
 import shutil

@@ -1,4 +1,7 @@
-"""OpenAI's routes, asked by OpenAI's own client."""
+"""OpenAI's routes, asked by OpenAI's own client.
+
+The tests ask the same few servers, so they are in one long file.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""A server as whoever runs it wants it: limits, keys, logs, metrics, and no slot lost."""
+"""A server as whoever runs it wants it: limits, keys, logs, metrics, and no slot lost.
+
+The tests ask the same few servers, so they are in one long file.
+"""
 
 import json
 import logging

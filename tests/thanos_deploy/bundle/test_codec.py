@@ -1,7 +1,7 @@
 """Records as JSON and back: nothing lost, nothing accepted that was not meant."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,8 @@ class Whole:
     place: Path
     parts: tuple[Part, ...]
     by_name: Mapping[str, Part | None]
+    names: Sequence[str]
+    by_number: Mapping[int, Mapping[int, float]]
     limit: int | float | str | None = None
     added: int | None = field(default=None, metadata=LATER)
 
@@ -52,11 +54,13 @@ wholes = st.builds(
     st.sampled_from((Path("a"), Path("a/b"), Path("/"))),
     st.lists(parts, max_size=3).map(tuple),
     st.dictionaries(texts, parts | st.none(), max_size=3),
+    st.lists(texts, max_size=3).map(tuple),
+    st.dictionaries(st.integers(), st.dictionaries(st.integers(), st.floats(allow_nan=False))),
     st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     st.none() | st.integers(),
 )
 
-WHOLE = Whole("a", True, 3, 0.5, Path("x"), (Part("p", (1, 2)),), {"k": None})
+WHOLE = Whole("a", True, 3, 0.5, Path("x"), (Part("p", (1, 2)),), {"k": None}, (), {})
 
 
 @given(wholes)
@@ -86,6 +90,8 @@ def test_a_field_that_came_later_is_not_written_while_it_has_its_default() -> No
         ({"parts": [{"name": "p"}]}, r"parts\[0\].size is missing"),
         ({"parts": [3]}, r"parts\[0\] is '3'"),
         ({"by_name": {"k": {"name": "p", "size": [1, 2], "x": 0}}}, "by_name.k.x is unknown"),
+        ({"names": ["a", 3]}, r"names\[1\] is '3'"),
+        ({"by_number": {"3": {"1.5": 0.0}}}, "a key of by_number.3 is '1.5'"),
         ({"more": 1}, "more is unknown"),
     ],
     ids=str,
@@ -163,9 +169,11 @@ def test_json_that_is_nested_too_deeply_is_a_value_error() -> None:
 
 # They read what they, or a process of theirs, have written.
 OWN = {
-    *("exporters/llama_cpp.py", "thanos_deploy/bundle/codec.py"),
-    *("runtime/server/rendering.py", "runtime/server/templates.py"),
-    *("thanos_deploy/measure/messages.py", "thanos_deploy/ranks/group.py"),
+    "exporters/llama_cpp.py",
+    "runtime/server/template_messages.py",
+    "thanos_deploy/bundle/codec.py",
+    "thanos_deploy/measure/messages.py",
+    "thanos_deploy/ranks/group.py",
 }
 
 

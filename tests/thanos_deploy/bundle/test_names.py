@@ -1,4 +1,7 @@
-"""Names that files give to files: what is refused, where, and that nothing is written before."""
+"""Names that files give to files: what is refused, where, and that nothing is written before.
+
+Every file that names others has a case here, so this file is longer than others.
+"""
 
 import json
 import os

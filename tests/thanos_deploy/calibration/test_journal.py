@@ -1,4 +1,7 @@
-"""A killed run goes on where it was, and its result is the one of a run that was left alone."""
+"""A killed run goes on where it was, and its result is the one of a run that was left alone.
+
+The tests share the walks that they kill, so they are in one long file.
+"""
 
 import errno
 import json

@@ -1,3 +1,8 @@
+"""Thanos against its definition, solved by brute force in float64.
+
+Every pattern and option has an oracle here, so this file is longer than others.
+"""
+
 from typing import Any
 
 import pytest

@@ -1,3 +1,8 @@
+"""Checkpoints: every tensor is read and written as it is, and what is damaged is refused.
+
+Every form in which a model may be stored has a case here, so this file is longer than others.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +29,8 @@ from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.locate import locate
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.model.tensorfile import INDEX
-from thanos_deploy.model.weights import Weights, WeightsCopy
+from thanos_deploy.model.weights import Weights
+from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.pattern import SemiStructured
 from thanos_deploy.pruning.layers import prune
 from thanos_deploy.shrink import sizing

@@ -12,7 +12,7 @@ import thanos_deploy as td
 from tests.conftest import VOCABULARY, MakeModel, stock_model
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.cli._tables import show_pruned
+from thanos_deploy.cli._pruning_tables import show_pruned
 from thanos_deploy.errors import HessianError, UsageError
 from thanos_deploy.methods import Tuning
 from thanos_deploy.model.checkpoint import Checkpoint

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import stock_model
 from tests.model_types import MIXTURES
 from tests.thanos_deploy.model.test_experts import SEGMENTS, tensors_of, write_mixture
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.families import family_of
@@ -39,7 +40,7 @@ def run(
     checkpoint = Checkpoint.open(folder)
     check(checkpoint)
     losses = survey(checkpoint, segments)
-    assert [Losses.from_json(json.loads(json.dumps(one.to_json()))) for one in losses] == losses
+    assert [decode(Losses, json.loads(json.dumps(encode(one)))) for one in losses] == losses
     plan = sizing.plan(checkpoint, losses, fraction, Sizing(part))
     reports = shrink(checkpoint, segments, out, plan, Fit())
     assert plan.removed >= fraction

@@ -72,9 +72,13 @@ def flat_losses(checkpoint: Checkpoint, per_head: float, per_channel: float) -> 
     return [
         Losses(
             {
-                layout: factor * per_head * (full.heads - layout[0]) ** 2
-                + factor * per_head * (full.kv_heads - layout[1]) ** 2
-                for layout in layouts(full)
+                kv_heads: {
+                    heads: factor * per_head * (full.heads - heads) ** 2
+                    + factor * per_head * (full.kv_heads - kv_heads) ** 2
+                    for heads, same in layouts(full)
+                    if same == kv_heads
+                }
+                for _, kv_heads in layouts(full)
             },
             {
                 left: factor * per_channel * (full.channels - left) ** 2
