@@ -65,6 +65,13 @@ class PruneOptions(TypedDict, total=False):
         sparsity_file: path of a JSON object of layers with patterns of their own.
         keep_dense: fraction of the weights that stays, in the layers whose pruning would change the
             model most for what it saves. Default: 0.
+        budget: "speed=1.2x": how many times as fast as the dense model the pruned one has to be;
+            other layers stay dense. Default: none.
+        budget_gpu: the GPU that this is for, a name that `plan` knows.
+        budget_step: what has to be that fast: "decode:BATCH" or "prefill:TOKENS". Default:
+            "decode:1".
+        budget_measured: path of a file of matrix products measured on that GPU. Default: the
+            published ones, where that GPU was measured.
         recover: segments to train what is left on, with the dense model as teacher. Default: the
             preset's, which is 0 but for "max".
         recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
@@ -112,6 +119,10 @@ class PruneOptions(TypedDict, total=False):
     ignore: Sequence[str]
     sparsity_file: str | PathLike[str]
     keep_dense: float
+    budget: str
+    budget_gpu: str
+    budget_step: str
+    budget_measured: str | PathLike[str]
     recover: int
     recover_text: Literal["calib", "own", "chat"]
     quantize: str

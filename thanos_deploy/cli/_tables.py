@@ -16,6 +16,7 @@ from exporters import target
 from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.bundle.engine_record import LayerProof
 from thanos_deploy.check import Check
+from thanos_deploy.cli._choices import show_choices
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.gates import JudgedRun
 from thanos_deploy.measure.quality import Answers, Compared, Score, TaskQuality, TextQuality
@@ -303,7 +304,9 @@ def _score(score: Score) -> str:
 
 def show_pruned(result: PruneResult) -> None:
     """Print what was pruned; of a shrunk model with the widths of its blocks."""
-    values = encode(replace(result, widths=None, retries=None, quantisation=None))
+    values = encode(replace(result, widths=None, choices=None, retries=None, quantisation=None))
+    if result.choices is not None:
+        show_choices(result.choices)
     if result.widths is not None:
         _show_widths(result.widths)
         values |= _of_widths(result.widths)
@@ -320,7 +323,7 @@ def show_plan(plan: "DryRun") -> None:
     """Print what would be pruned; for a shrunk model with the widths of its blocks."""
     estimate = plan.estimate
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate.seconds.items())
-    values = encode(replace(plan, widths=None)) | {
+    values = encode(replace(plan, widths=None, choices=None)) | {
         "estimated seconds": f"{estimate.total_seconds:.0f} ({parts})",
         "not estimated": list(estimate.not_estimated),
         "estimated memory, MB": f"{estimate.memory_bytes / 1e6:.0f}",
@@ -334,6 +337,8 @@ def show_plan(plan: "DryRun") -> None:
         "estimated from": estimate.basis,
     }
     del values["estimate"]
+    if plan.choices is not None:
+        show_choices(plan.choices)
     if plan.widths is not None:
         _show_widths(plan.widths)
         values |= _of_widths(plan.widths)

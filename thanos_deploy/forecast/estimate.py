@@ -137,7 +137,7 @@ def estimate(
         "tune": len(visited) * (steps + passing),
         "forward": (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing),
     }
-    if recipe.layers.keep_dense:
+    if recipe.tries_layers:
         # Once more, and a part of the data through a block for each of its groups.
         passes = SHARE * (1 + len(checkpoint.blocks[0].groups))
         trying = len(visited) * share * passes * trial.seconds.get("forward", 0.0)

@@ -220,7 +220,7 @@ def of_recipe(
         place=place,
     )
     held = of_walk(recipe.walk, further=further)
-    if not recipe.layers.keep_dense:
+    if not recipe.tries_layers:
         return held
     return max(
         held, of_walk(Walk(), tries=True), key=lambda one: (one.device_bytes, one.host_bytes)

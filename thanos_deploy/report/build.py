@@ -92,6 +92,7 @@ def _model(sources: Sources, label: str) -> ModelReport:
         linear_layers=result.linear_layers,
         layer_map=_layer_map(sources.blocks),
         widths=_widths(sources),
+        choices=result.choices,
         loaders=_loaders(sources),
         bytes=_bytes(sources),
         parts=result.parts,

@@ -15,6 +15,7 @@ from thanos_deploy.machine.environment import Environment
 from thanos_deploy.measure.quality import Fidelity
 from thanos_deploy.measure.run import Interval, Run, Sample
 from thanos_deploy.model.loaders import LoaderVerdict
+from thanos_deploy.pruning.budget import Choices
 from thanos_deploy.pruning.result import LayersSummary, PartBytes
 
 FORMAT: Final = "thanos-deploy/report/1"
@@ -218,6 +219,8 @@ class ModelReport:
         linear_layers: what became of them.
         layer_map: the same, block by block.
         widths: what was cut out; None if all shapes are the dense model's.
+        choices: which layers stayed dense under a budget, and what each choice bought; None where
+            there was no budget.
         loaders: what other loaders make of the checkpoint.
         bytes: of the files.
         parts: bytes of the checkpoint by part.
@@ -247,6 +250,7 @@ class ModelReport:
     linear_layers: LayersSummary
     layer_map: LayerMap
     widths: CutWidths | None
+    choices: Choices | None = field(default=None, metadata=LATER)
     loaders: tuple[LoaderVerdict, ...]
     bytes: FileBytes
     parts: PartBytes | None

@@ -116,6 +116,7 @@ def verdict(model: ModelReport, run: Run | None) -> list[str]:
         *map(_of_answers, model.answers),
         *_of_graph(model.quality, model.graph_quality, model.export),
         *(_of_cuts(model.widths) if model.widths else ()),
+        *((model.choices.sentence,) if model.choices else ()),
         *_of_times(run),
         *_of_own_gpu(model, quoted=run),
         *(() if model.widths else _of_zeros(model)),

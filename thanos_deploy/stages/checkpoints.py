@@ -1,9 +1,8 @@
 """What the stage prune does to a checkpoint, each part of it by itself."""
 
 import json
-import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices
 from thanos_deploy.machine.precision import multiplies_bfloat16
-from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import Pattern, Structured
@@ -34,7 +32,7 @@ from thanos_deploy.pruning import sensitivity as sensitive
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
 from thanos_deploy.pruning.quantise import quantise_model
-from thanos_deploy.pruning.recipe import Owl, Recipe
+from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
 from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
@@ -44,6 +42,7 @@ from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
+from thanos_deploy.stages.patterns import allocated, assigned, choices_of, possible_choices
 from thanos_deploy.stages.request import PruneRequest
 
 
@@ -79,8 +78,8 @@ def prune_checkpoint(
             journal=outliers,
             on_progress=announce("Count the outliers of each block"),
         )
-        patterns = _allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, counted)
-    if recipe.layers.keep_dense:
+        patterns = allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, counted)
+    if recipe.tries_layers:
         tried = sensitive.survey(
             source,
             ids,
@@ -91,7 +90,8 @@ def prune_checkpoint(
             journal=sensitivity,
             on_progress=announce("Try what pruning each layer changes"),
         )
-        dense = set(sensitive.left_dense(tried, recipe.layers.keep_dense))
+        choices = choices_of(source, recipe, tried)
+        dense = {name for group in choices.groups if group.dense for name in group.layers}
         patterns = {name: its for name, its in patterns.items() if name not in dense}
     return pruning.prune(
         source,
@@ -106,40 +106,6 @@ def prune_checkpoint(
         journal=journal,
         on_progress=announce(f"Prune to {recipe.pattern} with {recipe.method}"),
     )
-
-
-def assigned(source: Checkpoint, recipe: Recipe) -> dict[str, Pattern]:
-    """What is asked of every linear layer that is to be pruned, by its full name."""
-    return assignment.assign(
-        source.linears,
-        recipe.pattern,
-        include=recipe.layers.include,
-        ignore=recipe.layers.ignore,
-        file=sparsity_file(recipe),
-    )
-
-
-def sparsity_file(recipe: Recipe) -> assignment.SparsityFile | None:
-    """The file of layers with patterns of their own, if a recipe names one."""
-    if recipe.layers.sparsity_file is None:
-        return None
-    return assignment.read_file(Path(recipe.layers.sparsity_file).expanduser())
-
-
-def _allocated(
-    source: Checkpoint,
-    how: Owl,
-    sparsity: float,
-    layers: Collection[str],
-    outliers: Sequence[Outliers],
-) -> Mapping[str, Pattern]:
-    """The pattern of every layer, by how many outliers each block has."""
-    shapes = pruning.linear_shapes(source)
-    blocks = [
-        {name: math.prod(shapes[name]) for name in block.full_names if name in layers}
-        for block in source.blocks
-    ]
-    return owl.allocate([block.ratio for block in outliers], blocks, sparsity, how)
 
 
 def survey_blocks(
@@ -323,8 +289,9 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
             patterns = assigned(source, recipe)
             _check_columns(recipe, patterns)
             pruning.check(source, recipe, patterns)
-            if recipe.layers.keep_dense:
+            if recipe.tries_layers:
                 sensitive.check(source)
+            possible_choices(source, recipe)
 
 
 def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest) -> int:

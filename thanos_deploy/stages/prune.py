@@ -19,6 +19,7 @@ from thanos_deploy.machine import devices, environment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.pruning.budget import Choices
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import (
@@ -50,10 +51,10 @@ from thanos_deploy.stages.checkpoints import (
     quantise_checkpoint,
     recover_checkpoint,
     shrink_checkpoint,
-    sparsity_file,
     survey_blocks,
 )
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.patterns import choices_of, measured_hash, sparsity_file
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
 
@@ -176,12 +177,14 @@ class _Pruned:
         summed: the same, summed up.
         widths: what was cut out; None for nothing.
         survey: journal of a walk before, if there was one.
+        choices: which layers stayed dense under a budget; None where there was none.
     """
 
     blocks: Sequence[PrunedBlock | CutBlock]
     summed: LayersSummary
     widths: WidthsSummary | None
     survey: Journal[Losses] | Journal[Outliers] | Journal[Sensitivity] | None
+    choices: Choices | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,7 +216,9 @@ class _Work:
         """
         source = dense.checkpoint(announce)
         check(source, request)
-        own = sparsity_file(request.how) if isinstance(request.how, Recipe) else None
+        own, measured = None, None
+        if isinstance(request.how, Recipe):
+            own, measured = sparsity_file(request.how), measured_hash(request.how)
         device, data = request.chosen_device, request.data
         further = request.how.tuning.further(data.nsamples)
         # Sizes that cannot be are refused with the text.
@@ -228,6 +233,7 @@ class _Work:
             taken.text.sha256,
             taken.frame.ids,
             None if own is None else own.sha256,
+            measured,
         )
         owner = {
             **request.to_json(),
@@ -296,7 +302,7 @@ class _Work:
                 outliers = sensitivity = None
                 if how.owl is not None:
                     outliers = Journal(kept / _SURVEY, owner, Outliers)
-                elif how.layers.keep_dense:
+                elif how.tries_layers:
                     sensitivity = Journal(kept / _SURVEY, owner, Sensitivity)
                 pruned = prune_checkpoint(
                     source,
@@ -313,7 +319,8 @@ class _Work:
                     journal=Journal(kept / _BLOCKS, owner, PrunedBlock),
                 )
                 survey = sensitivity if outliers is None else outliers
-                return _Pruned(pruned, summary.of_layers(pruned, how), None, survey)
+                choices = choices_of(source, how, sensitivity.reports) if sensitivity else None
+                return _Pruned(pruned, summary.of_layers(pruned, how), None, survey, choices)
 
     def finish(
         self, folder: Path, announce: Announce
@@ -349,6 +356,7 @@ def _result(
     return PruneResult(
         **{field.name: getattr(summed, field.name) for field in fields(summed)},
         widths=pruned.widths,
+        choices=pruned.choices,
         recovery=recovery,
         quantisation=quantisation,
         frame=work.calibration.frame,

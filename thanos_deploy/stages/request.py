@@ -16,6 +16,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Tuning, Walk
 from thanos_deploy.option import Options, chosen, keywords, option, options_of
 from thanos_deploy.pattern import Pattern, Structured, parse
+from thanos_deploy.pruning.budget import Budget
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import PRESETS as CUTS
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
@@ -187,7 +188,7 @@ class PruneRequest(Options):
             case Cut(_, sizing, fit, tuning):
                 how |= {"cut": True, **encode(sizing), **encode(fit)}
                 how |= encode(tuning) if tuning.tune_steps else {}
-            case Recipe(_, _, options, walk, layers, owl):
+            case Recipe(_, _, options, walk, layers, owl, _, budget):
                 how |= {**encode(options), **encode(walk), "calib_forward": self.forward}
                 if owl is not None:
                     how |= {"allocation": "owl"}
@@ -195,6 +196,10 @@ class PruneRequest(Options):
                 how |= {name: value for name, value in encode(layers).items() if value}
                 if layers.sparsity_file:
                     how["sparsity_file"] = Path(layers.sparsity_file).name
+                if budget is not None:
+                    how |= {one.keyword: getattr(budget, one.name) for one in options_of(Budget)}
+                    measured = budget.measured
+                    how["budget_measured"] = Path(measured).name if measured else None
         return {
             **how,
             **_recorded(self.data),
@@ -227,6 +232,7 @@ class PruneRequest(Options):
                 _part(Layers, options),
                 _part(Owl, owl) if options.get("allocation") == "owl" else None,
                 options["calib_forward"],
+                Budget(**chosen(Budget, options)) if "budget" in options else None,
             )
         return cls(
             how,
@@ -274,7 +280,7 @@ def _check_cut(
             "which widths do not have",
             fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
         )
-    for one in options_of(Layers):
+    for one in (*options_of(Layers), *options_of(Budget)):
         if given.get(one.keyword):
             raise UsageError(
                 f"{one.declared.flag} with {kind}: a head or channel that is cut out goes from "
@@ -319,7 +325,11 @@ def _check_zeros(
                 f"{_flag(name)} without --allocation owl",
                 fix="give --allocation owl as well, or leave it out",
             )
-        if name not in keywords(Owl, own, Walk, Layers, Recipe):
+        if name in keywords(Budget) and "budget" not in given:
+            raise UsageError(
+                f"{_flag(name)} without --budget", fix="give --budget as well, or leave it out"
+            )
+        if name not in keywords(Owl, Budget, own, Walk, Layers, Recipe):
             takes = ", ".join(one.declared.flag for one in options_of(own)) or "none"
             raise UsageError(
                 f"method {method} has no option {_flag(name)}",
