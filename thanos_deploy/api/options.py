@@ -57,7 +57,8 @@ class PruneOptions(TypedDict, total=False):
         ffn_multiple: the number of feed-forward channels left is a multiple of this.
         keep_shape: with a structured pattern, set columns to zero and leave all shapes. Default:
             False.
-        allocation: "uniform", "loss" or "owl", how the sparsity is spread. Default: "uniform".
+        allocation: "uniform", "loss", "blocks" or "owl", how the sparsity is spread. Default:
+            "uniform".
         owl_threshold: owl: an outlier's score is this many times the block's mean. Default: 5.
         owl_spread: owl: how far a block's sparsity may be from the pattern's. Default: 0.08.
         include: prune only these layers: full names, or "re:" and an expression.
@@ -112,7 +113,7 @@ class PruneOptions(TypedDict, total=False):
     shrink: Literal["heads", "ffn", "both", "experts"]
     ffn_multiple: int
     keep_shape: bool
-    allocation: Literal["uniform", "loss", "owl"]
+    allocation: Literal["uniform", "loss", "blocks", "owl"]
     owl_threshold: float
     owl_spread: float
     include: Sequence[str]

@@ -36,6 +36,7 @@ pruning_options = several(
         type=click.Choice(ALLOCATIONS),
         help="uniform: every layer or block loses the same fraction. loss (structured only): each "
         "block gets its own widths; stock loaders cannot load such a model, the ONNX export runs. "
+        "blocks (structured only): whole blocks go, those without which the model changes least. "
         "owl (unstructured only): blocks with more outliers keep more (arXiv 2310.05175).  "
         "[default: uniform]",
     ),

@@ -353,6 +353,10 @@ def _show_widths(widths: WidthsSummary) -> None:
         table.add_column(name, justify="right")
     for index, block in enumerate(widths.blocks):
         before, after = block.before, block.after
+        if after.dropped:
+            loss = f"{block.predicted_loss:.4f}"
+            table.add_row(str(index), *["none"] * len(parts), "dropped", loss)
+            continue
         table.add_row(
             str(index),
             f"{after.heads} of {before.heads}",

@@ -129,6 +129,7 @@ class CutWidths:
         block_parameters_before, block_parameters_after: of all blocks together.
         heads, kv_heads, channels: the widths.
         experts: the same, of the blocks that have some; None if none does.
+        dropped: numbers of the blocks that are gone as a whole, which the widths leave out.
     """
 
     removed: float
@@ -139,6 +140,7 @@ class CutWidths:
     kv_heads: WidthRange
     channels: WidthRange
     experts: WidthRange | None = field(default=None, metadata=LATER)
+    dropped: tuple[int, ...] = field(default=(), metadata=LATER)
 
     @property
     def drops_experts(self) -> bool:

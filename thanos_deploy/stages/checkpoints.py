@@ -37,7 +37,8 @@ from thanos_deploy.pruning.result import PrunedBlock, Quantisation, Recovery
 from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
-from thanos_deploy.shrink import experts, sizing
+from thanos_deploy.shrink import depth, experts, sizing
+from thanos_deploy.shrink.depth import Removal
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
@@ -128,6 +129,26 @@ def survey_blocks(
         hold=hold,
         journal=journal,
         on_progress=announce("Measure what each block would lose"),
+    )
+
+
+def survey_depth(
+    source: Checkpoint,
+    ids: Tensor,
+    cut: Cut,
+    announce: Announce = quietly,
+    *,
+    device: torch.device = devices.CPU,
+    journal: Journal[Removal] | None = None,
+) -> list[Removal]:
+    """Which blocks are dropped as a whole; see `depth.survey`."""
+    return depth.survey(
+        source,
+        ids,
+        cut.pattern.sparsity,
+        device=device,
+        journal=journal,
+        on_progress=announce("Try the model without each of its blocks"),
     )
 
 
@@ -280,6 +301,11 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
     """
     devices.choose(request.device)
     match request.how:
+        case Cut(pattern, how, fit, _) if how.drops_blocks:
+            shrinking.check(source)
+            depth.check(source, pattern.sparsity)
+            if source.family.experts is not None:
+                experts.check_fit(source, fit)
         case Cut(pattern, how, fit, _):
             shrinking.check(source)
             sizing.check(source, pattern.sparsity, how)
@@ -317,8 +343,8 @@ def memory_of(
 ) -> Memory:
     """What the stage will hold at once."""
     match request.how:
-        case Cut(fit=fit, tuning=tuning):
-            return memory.of_cutting(
+        case Cut(fit=fit, tuning=tuning, sizing=widths):
+            held = memory.of_cutting(
                 source,
                 ids,
                 fit,
@@ -327,6 +353,8 @@ def memory_of(
                 device=device,
                 place=request.activations,
             )
+            before = [memory.of_trials(source, device)] if widths.drops_blocks else []
+            return max((held, *before), key=lambda one: (one.device_bytes, one.host_bytes))
         case Recipe() as recipe:
             return memory.of_recipe(
                 source,

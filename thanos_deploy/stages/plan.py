@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,17 @@ from thanos_deploy.pruning import layers as pruning
 from thanos_deploy.pruning.budget import Choices
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import WidthsSummary
+from thanos_deploy.shrink import depth
+from thanos_deploy.shrink.depth import Removal
 from thanos_deploy.shrink.options import Cut
+from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages import summary
 from thanos_deploy.stages.checkpoints import (
     check,
     disk_bytes,
     plan_widths,
     survey_blocks,
+    survey_depth,
 )
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.patterns import assigned, possible_choices
@@ -165,15 +169,20 @@ def plan_pruning(
 
     match request.how:
         case Cut() as cut:
-            losses = survey_blocks(
-                source, ids, cut, announce, device=device, hold=request.activations
-            )
-            widths = plan_widths(source, losses, cut)
+            surveyed: Sequence[Losses] | Sequence[Removal]
+            if cut.sizing.drops_blocks:
+                surveyed = survey_depth(source, ids, cut, announce, device=device)
+                widths = depth.plan(source, surveyed)
+            else:
+                surveyed = survey_blocks(
+                    source, ids, cut, announce, device=device, hold=request.activations
+                )
+                widths = plan_widths(source, surveyed, cut)
             found = estimate_cutting(
                 source,
                 ids,
                 cut.fit,
-                losses,
+                sum(sum(one.seconds.values()) for one in surveyed),
                 widths,
                 tuning=cut.tuning,
                 further=len(taken.further),

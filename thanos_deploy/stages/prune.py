@@ -38,6 +38,8 @@ from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.shards import Layout
 from thanos_deploy.ranks.start import part, same_everywhere
+from thanos_deploy.shrink import depth
+from thanos_deploy.shrink.depth import Removal
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses
@@ -52,6 +54,7 @@ from thanos_deploy.stages.checkpoints import (
     recover_checkpoint,
     shrink_checkpoint,
     survey_blocks,
+    survey_depth,
 )
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.patterns import choices_of, measured_hash, sparsity_file
@@ -183,7 +186,7 @@ class _Pruned:
     blocks: Sequence[PrunedBlock | CutBlock]
     summed: LayersSummary
     widths: WidthsSummary | None
-    survey: Journal[Losses] | Journal[Outliers] | Journal[Sensitivity] | None
+    survey: Journal[Losses] | Journal[Removal] | Journal[Outliers] | Journal[Sensitivity] | None
     choices: Choices | None = None
 
 
@@ -273,17 +276,25 @@ class _Work:
         device, dtype = self.device, DTYPES.get(self.request.dtype)
         match how:
             case Cut():
-                losses = Journal(kept / _SURVEY, owner, Losses)
-                surveyed = survey_blocks(
-                    source,
-                    ids,
-                    how,
-                    announce,
-                    device=device,
-                    hold=self.request.activations,
-                    journal=losses,
-                )
-                plan = plan_widths(source, surveyed, how)
+                losses: Journal[Losses] | Journal[Removal]
+                if how.sizing.drops_blocks:
+                    losses = Journal(kept / _SURVEY, owner, Removal)
+                    removals = survey_depth(
+                        source, ids, how, announce, device=device, journal=losses
+                    )
+                    plan = depth.plan(source, removals)
+                else:
+                    losses = Journal(kept / _SURVEY, owner, Losses)
+                    surveyed = survey_blocks(
+                        source,
+                        ids,
+                        how,
+                        announce,
+                        device=device,
+                        hold=self.request.activations,
+                        journal=losses,
+                    )
+                    plan = plan_widths(source, surveyed, how)
                 cut = shrink_checkpoint(
                     source,
                     ids,

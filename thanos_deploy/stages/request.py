@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from thanos_deploy import methods
 from thanos_deploy.bundle.codec import decode, encode
@@ -19,6 +19,7 @@ from thanos_deploy.pattern import Pattern, Structured, parse
 from thanos_deploy.pruning.budget import Budget
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import PRESETS as CUTS
+from thanos_deploy.shrink.options import Allocation as CutAllocation
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.grid import parse as parse_grid
@@ -26,7 +27,7 @@ from thanos_deploy.solver.grid import parse as parse_grid
 if TYPE_CHECKING:
     import torch
 
-ALLOCATIONS = ("uniform", "loss", "owl")
+ALLOCATIONS = ("uniform", "loss", "blocks", "owl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ class PruneRequest(Options):
             method: name of a method.
             preset: one of `methods.PRESET_NAMES`.
             keep_shape: set columns to zero for a structured pattern.
-            allocation: how much each layer or block loses: "uniform", all alike; "loss" for
-                widths, see `Sizing`; "owl" for unstructured patterns, see `Owl`.
+            allocation: how much each layer or block loses: "uniform", all alike; "loss" and
+                "blocks" for what is cut out, see `Sizing`; "owl" for unstructured patterns, see
+                `Owl`.
             given: any other option of the command `prune` by its keyword: `block_size` for
                 `--block-size`.
 
@@ -132,10 +134,8 @@ class PruneRequest(Options):
         how: Recipe | Cut
         if isinstance(pattern, Structured) and not keep_shape:
             _check_cut(kind, others, method=method, allocation=allocation)
-            by_loss = allocation == "loss"
-            how = Cut.of(
-                pattern, preset=preset, allocation="loss" if by_loss else "uniform", **others
-            )
+            spread = cast(CutAllocation, allocation or "uniform")
+            how = Cut.of(pattern, preset=preset, allocation=spread, **others)
             recover = CUTS[preset].recover
         else:
             if keep_shape and not isinstance(pattern, Structured):
@@ -314,8 +314,8 @@ def _check_zeros(
     Raises:
         UsageError: something is asked for that has none.
     """
-    if allocation == "loss":
-        raise _only_for_cuts("--allocation loss", kind)
+    if allocation in ("loss", "blocks"):
+        raise _only_for_cuts(f"--allocation {allocation}", kind)
     own = methods.load(method).options
     for name in given:
         if name in keywords(Sizing):
