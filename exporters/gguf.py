@@ -26,8 +26,11 @@ from exporters import gguf_blocks, llama_cpp
 from exporters.packages import load
 from exporters.targets.gguf import GgufResult
 from runtime.engine import stop_ids
+from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import GateError, ModelError, PlatformError, UsageError
+from thanos_deploy.model import loaders
 from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.families import row_of
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.model.widths import Widths, declared
 from thanos_deploy.progress import OnProgress, silent
@@ -81,6 +84,7 @@ def export(
         GateError: llama.cpp does not load the file, or makes something else of it.
     """
     _require_blocks(checkpoint, dtype)
+    _require_windows(checkpoint)
     llama_cpp.require()
     on_progress(0, 3)
     exact, stored = destination / "float32.gguf", destination / FILE
@@ -199,6 +203,23 @@ def _require_blocks(checkpoint: Checkpoint, dtype: str) -> None:
             raise UsageError(
                 f"--dtype {dtype} stores {block} inputs together, and {name} has {inputs}",
                 fix=f"use --dtype q4_k_m or fp16; or shrink with --ffn-multiple {block}",
+            )
+
+
+def _require_windows(checkpoint: Checkpoint) -> None:
+    """Refuse blocks whose windows llama.cpp would put elsewhere, which short texts do not show.
+
+    Raises:
+        UsageError: there are such, as where blocks of a model were dropped.
+    """
+    config = loads((checkpoint.folder / "config.json").read_bytes())
+    if row_of(config["model_type"]) is None:
+        return
+    for reason in loaders.of(config, "llama.cpp").reasons:
+        if "layer_types" in reason:
+            raise UsageError(
+                f"{checkpoint.folder}: llama.cpp does not take it: {reason}",
+                fix="use --target onnx, or prune with --allocation uniform",
             )
 
 

@@ -57,7 +57,8 @@ class PruneOptions(TypedDict, total=False):
         ffn_multiple: the number of feed-forward channels left is a multiple of this.
         keep_shape: with a structured pattern, set columns to zero and leave all shapes. Default:
             False.
-        allocation: "uniform", "loss" or "owl", how the sparsity is spread. Default: "uniform".
+        allocation: "uniform", "loss", "blocks" or "owl", how the sparsity is spread. Default:
+            "uniform".
         owl_threshold: owl: an outlier's score is this many times the block's mean. Default: 5.
         owl_spread: owl: how far a block's sparsity may be from the pattern's. Default: 0.08.
         include: prune only these layers: full names, or "re:" and an expression.
@@ -65,6 +66,13 @@ class PruneOptions(TypedDict, total=False):
         sparsity_file: path of a JSON object of layers with patterns of their own.
         keep_dense: fraction of the weights that stays, in the layers whose pruning would change the
             model most for what it saves. Default: 0.
+        budget: "speed=1.2x": how many times as fast as the dense model the pruned one has to be;
+            other layers stay dense. Default: none.
+        budget_gpu: the GPU that this is for, a name that `plan` knows.
+        budget_step: what has to be that fast: "decode:BATCH" or "prefill:TOKENS". Default:
+            "decode:1".
+        budget_measured: path of a file of matrix products measured on that GPU. Default: the
+            published ones, where that GPU was measured.
         recover: segments to train what is left on, with the dense model as teacher, and the scales
             of what was quantised. Default: the preset's, which is 0 but for "max".
         recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
@@ -105,13 +113,17 @@ class PruneOptions(TypedDict, total=False):
     shrink: Literal["heads", "ffn", "both", "experts"]
     ffn_multiple: int
     keep_shape: bool
-    allocation: Literal["uniform", "loss", "owl"]
+    allocation: Literal["uniform", "loss", "blocks", "owl"]
     owl_threshold: float
     owl_spread: float
     include: Sequence[str]
     ignore: Sequence[str]
     sparsity_file: str | PathLike[str]
     keep_dense: float
+    budget: str
+    budget_gpu: str
+    budget_step: str
+    budget_measured: str | PathLike[str]
     recover: int
     recover_text: Literal["calib", "own", "chat"]
     quantize: str

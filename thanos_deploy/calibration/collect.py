@@ -182,6 +182,13 @@ def advance(walk: Walk) -> None:
             _leave(walk, number)
 
 
+def pass_by(walk: Walk) -> None:
+    """Let the data go past the block, unchanged."""
+    for number in walk.own:
+        walk.batches[number].leave(walk.batches[number].hidden)
+        walk.left.add(number)
+
+
 def _leave(walk: Walk, number: int, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """Take a batch through the block, or the rest of it.
 

@@ -129,7 +129,9 @@ class Journal(Generic[R]):
         return entries
 
     def parameters(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of what was written of a finished block."""
+        """Names and values of what was written of a finished block; nothing of one that is gone."""
+        if not self._parameters(index).exists():  # what an entry names is there
+            return
         with TensorFile.open(self._parameters(index)) as file:
             for name, (_, shape) in file.kinds.items():
                 yield name, file.read(name).reshape(shape)

@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from thanos_deploy.forecast.forecast import Forecast, Seconds
+from thanos_deploy.forecast.forecast import DENSE, Forecast, Seconds, is_two_of_four
 from thanos_deploy.forecast.roofline import Layer
+from thanos_deploy.model.families import HEAD
+from thanos_deploy.pattern import parse
+from thanos_deploy.pruning.budget import joined
 
 
 def show_forecast(forecast: Forecast, *, layers: bool) -> None:
@@ -22,7 +25,7 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
         table.add_column(name, justify="right")
     for step in forecast.passes:
         for phase, times in step.seconds.items():
-            dense = times["dense"].likely
+            dense = times[DENSE].likely
             table.add_row(
                 str(step.batch),
                 "decode, a token" if phase == "decode" else phase,
@@ -38,6 +41,9 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
         for step in forecast.passes:
             for phase, found in step.layers.items():
                 console.print(_layer_table(f"{phase}, batch {step.batch}, ms", found))
+    for name in names:
+        if name != DENSE and is_two_of_four(parse(name)):
+            console.print(_savings_table(forecast, name))
     for sentence in (*forecast.verdict, *forecast.measured):
         console.print(f"• {sentence}", highlight=False, markup=False)
     if forecast.pruning:
@@ -81,6 +87,33 @@ def _forecast_cell(time: Seconds | Layer, dense: float) -> str:
     if time.best < time.likely:
         cell += f" ({dense / time.best:.2f}x)"
     return cell
+
+
+def _savings_table(forecast: Forecast, name: str) -> Table:
+    """What pruning the layers that read one input saves of each pass, in all blocks together."""
+    passes = {
+        f"{phase}, batch {step.batch}": found
+        for step in forecast.passes
+        for phase, found in step.layers.items()
+    }
+    table = Table(title=f"What pruning each kind of layers to {name} saves, ms (of the pass)")
+    table.add_column("layers")
+    for title in passes:
+        table.add_column(title, justify="right")
+    saved: dict[str, list[str]] = {}
+    for found in passes.values():
+        whole = sum(layer.likely for layer in found[DENSE])
+        gains: dict[str, float] = {}
+        for before, after in zip(found[DENSE], found[name], strict=True):
+            if before.shape is not None and before.name != HEAD:
+                gain = before.likely - after.likely
+                gains[before.name] = gains.get(before.name, 0.0) + gain
+        for layers, gain in gains.items():
+            said = f"{gain * 1e3:.3f} ({gain / whole:.1%})" if gain > 0.0 else "nothing"
+            saved.setdefault(layers, []).append(said)
+    for layers, cells in saved.items():
+        table.add_row(joined(layers.split(" + ")), *cells)
+    return table
 
 
 def _layer_table(title: str, found: Mapping[str, Sequence[Layer]]) -> Table:

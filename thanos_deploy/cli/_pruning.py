@@ -11,6 +11,7 @@ from thanos_deploy.cli._options import device_option, text_field_option
 from thanos_deploy.cli._types import PatternType, if_given, several, unset, with_default
 from thanos_deploy.methods import Walk
 from thanos_deploy.option import options_of
+from thanos_deploy.pruning.budget import Budget
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import Sizing
 from thanos_deploy.stages.request import ALLOCATIONS, PruneRequest
@@ -35,11 +36,13 @@ pruning_options = several(
         type=click.Choice(ALLOCATIONS),
         help="uniform: every layer or block loses the same fraction. loss (structured only): each "
         "block gets its own widths; stock loaders cannot load such a model, the ONNX export runs. "
+        "blocks (structured only): whole blocks go, those without which the model changes least. "
         "owl (unstructured only): blocks with more outliers keep more (arXiv 2310.05175).  "
         "[default: uniform]",
     ),
     if_given(Owl),
     if_given(Layers),
+    if_given(Budget),
     unset(_recover, _recover.declared.help, "the preset's"),
     with_default(PruneRequest, "recover_text"),
     click.option(

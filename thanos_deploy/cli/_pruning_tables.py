@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thanos_deploy.bundle.codec import encode
+from thanos_deploy.cli._choices import show_choices
 from thanos_deploy.cli._tables import show_notice, show_values
 from thanos_deploy.pruning.result import (
     PartBytes,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 def show_pruned(result: PruneResult) -> None:
     """Print what was pruned; of a shrunk model with the widths of its blocks."""
+    if result.choices is not None:
+        show_choices(result.choices)
     if result.widths is not None:
         _show_widths(result.widths)
     show_values(dict(_of_pruned(result)))
@@ -108,7 +111,7 @@ def show_plan(plan: "DryRun") -> None:
     """Print what would be pruned; for a shrunk model with the widths of its blocks."""
     estimate = plan.estimate
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate.seconds.items())
-    values = encode(replace(plan, widths=None)) | {
+    values = encode(replace(plan, widths=None, choices=None)) | {
         "estimated seconds": f"{estimate.total_seconds:.0f} ({parts})",
         "not estimated": list(estimate.not_estimated),
         "estimated memory, MB": f"{estimate.memory_bytes / 1e6:.0f}",
@@ -122,6 +125,8 @@ def show_plan(plan: "DryRun") -> None:
         "estimated from": estimate.basis,
     }
     del values["estimate"]
+    if plan.choices is not None:
+        show_choices(plan.choices)
     if plan.widths is not None:
         _show_widths(plan.widths)
         values |= _of_widths(plan.widths)
@@ -136,6 +141,10 @@ def _show_widths(widths: WidthsSummary) -> None:
         table.add_column(name, justify="right")
     for index, block in enumerate(widths.blocks):
         before, after = block.before, block.after
+        if after.dropped:
+            loss = f"{block.predicted_loss:.4f}"
+            table.add_row(str(index), *["none"] * len(parts), "dropped", loss)
+            continue
         table.add_row(
             str(index),
             f"{after.heads} of {before.heads}",

@@ -20,7 +20,7 @@ And the memory: counted from the shapes, on top of what the process holds alread
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -52,7 +52,7 @@ from thanos_deploy.pruning.solution import aim, solve
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH
 from thanos_deploy.shrink import cut
 from thanos_deploy.shrink.options import Fit
-from thanos_deploy.shrink.sizing import Losses, Plan
+from thanos_deploy.shrink.sizing import Plan
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.solver.quantise import quantise
@@ -147,7 +147,7 @@ def estimate(
         "tune": len(visited) * (steps + passing),
         "forward": (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing),
     }
-    if recipe.layers.keep_dense:
+    if recipe.tries_layers:
         # Once more, and a part of the data through a block for each of its groups.
         passes = SHARE * (1 + len(checkpoint.blocks[0].groups))
         trying = len(visited) * share * passes * trial.seconds.get("forward", 0.0)
@@ -193,7 +193,7 @@ def estimate_cutting(
     checkpoint: Checkpoint,
     segments: Tensor,
     fit: Fit,
-    losses: Sequence[Losses],
+    surveyed: float,
     plan: Plan,
     *,
     tuning: Tuning = NO_TUNING,
@@ -206,17 +206,18 @@ def estimate_cutting(
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
         fit: how what is left is to be refitted.
-        losses: of each block, from a survey with these tokens by this process.
+        surveyed: seconds that the survey before it took this process.
         plan: the widths of each block.
         tuning: steps of what is left of a block.
         further: segments that blocks are only tuned on.
         device: where it is to be done.
     """
-    started, blocks = time.perf_counter(), len(losses)
+    started, blocks = time.perf_counter(), len(plan.kept)
     few = segments[: max(1, TOKENS_PER_BATCH // segments.shape[1])]
     share = segments.numel() / few.numel()
     # What becomes of one block stands for all, where they are alike.
-    after = sorted(plan.blocks, key=lambda block: block.parameters_after)[blocks // 2].after
+    kept = (plan.blocks[number] for number in plan.kept)
+    after = sorted(kept, key=lambda block: block.parameters_after)[blocks // 2].after
     alike = checkpoint.family.experts is None
     few_steps = replace(tuning, tune_steps=min(_TRIAL_STEPS, tuning.tune_steps))
 
@@ -232,7 +233,7 @@ def estimate_cutting(
     spent = time.perf_counter() - started
     return Estimate(
         seconds={
-            "survey": sum(sum(loss.seconds.values()) for loss in losses),
+            "survey": surveyed,
             "collect": blocks * share * trial.get("collect", 0.0),
             "solve": blocks * trial.get("solve", 0.0),
             **({"tune": blocks * (steps + passing)} if tuning.tune_steps else {}),
@@ -241,7 +242,7 @@ def estimate_cutting(
         memory=Memory(
             _held_on(device), (Term("this process, at most", environment.peak_memory_bytes()),)
         ),
-        token_seconds=sum(loss.seconds["collect"] for loss in losses) / blocks / segments.numel(),
+        token_seconds=trial.get("forward", 0.0) / (1 + with_dense) / few.numel(),
         basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "
         f"cut, in {spent:.1f} s on this machine",
     )

@@ -25,6 +25,9 @@ from thanos_deploy.model.widths import Widths
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured
 from thanos_deploy.shrink import sizing
 
+# The variant with which the others are compared.
+DENSE = "dense"
+
 # Less than this is no help.
 _NOTICEABLE = 1.05
 
@@ -234,7 +237,7 @@ def plan(
             f"takes {checkpoint.max_positions}",
             fix="use smaller --prompt or --new-tokens",
         )
-    variants = [Variant("dense", architecture(checkpoint), sparse=False)]
+    variants = [Variant(DENSE, architecture(checkpoint), sparse=False)]
     variants += [variant(checkpoint, pattern) for pattern in patterns]
     gpu = setting.gpu
     passes = tuple(_at_batch(variants, batch, setting, request) for batch in request.batches)
@@ -260,7 +263,7 @@ def plan(
             if gpu_figures.measured_as(pattern)
         ),
         verdict=tuple(
-            _sentence(phase, one.batch, _bound(layers["dense"]), one.seconds[phase])
+            _sentence(phase, one.batch, _bound(layers[DENSE]), one.seconds[phase])
             for one in passes
             for phase, layers in one.layers.items()
         ),
@@ -316,10 +319,10 @@ def _bound(layers: Sequence[Layer]) -> str:
 
 def _sentence(phase: str, batch: int, bound: str, times: Mapping[str, Seconds]) -> str:
     """What every pattern brings to one pass."""
-    dense = times["dense"].likely
+    dense = times[DENSE].likely
     parts = []
     for name, time in times.items():
-        if name == "dense":
+        if name == DENSE:
             continue
         likely, best = dense / time.likely, dense / time.best
         helps = "will help" if round(likely, 2) >= _NOTICEABLE else "will not help"

@@ -21,11 +21,13 @@ from thanos_deploy.calibration.sizes import (
 )
 from thanos_deploy.calibration.tune import TOKENS_PER_STEP
 from thanos_deploy.machine import background
+from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
+from thanos_deploy.shrink import depth
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
 
@@ -221,7 +223,7 @@ def of_recipe(
         place=place,
     )
     held = of_walk(recipe.walk, further=further)
-    if not recipe.layers.keep_dense:
+    if not recipe.tries_layers:
         return held
     return max(
         held, of_walk(Walk(), tries=True), key=lambda one: (one.device_bytes, one.host_bytes)
@@ -277,6 +279,30 @@ def of_cutting(
         parts.append(_tuning(checkpoint, segments, weights, read + made, torch.float32))
     held += max(parts, key=total)
     return _memory(checkpoint, segments, further, held, ways, torch.float32, device, place)
+
+
+def of_trials(checkpoint: Checkpoint, device: torch.device) -> Memory:
+    """What trying the model without each of its blocks holds; see `depth.survey`."""
+    shapes, config = linear_shapes(checkpoint), checkpoint.config
+    size = (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32).itemsize
+    weights = max(
+        sum(math.prod(shapes[name]) for name in block.full_names) for block in checkpoint.blocks
+    )
+    states = depth.TOKENS * int(config.hidden_size)
+    held = (
+        Term("the block", size * weights),
+        Term(
+            "tokens before and after a block, for each trial",
+            size * 2 * (len(checkpoint.blocks) + 1) * states,
+        ),
+    )
+    embedding = Term(
+        "the embedding, before the first block",
+        size * int(config.vocab_size) * int(config.hidden_size),
+    )
+    if device.type == "cpu":
+        return Memory((), max(held, (embedding,), key=total))
+    return Memory((*held, Term("workspaces of CUDA's libraries", LIBRARIES)), (embedding,))
 
 
 def _tuning(

@@ -21,6 +21,15 @@ class Widths:
     channels: int
     experts: int = field(default=0, metadata=LATER)
 
+    @property
+    def dropped(self) -> bool:
+        """The block is gone; see `DROPPED`."""
+        return self == DROPPED
+
+
+# What a block has that was dropped as a whole.
+DROPPED = Widths(heads=0, kv_heads=0, channels=0)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:

@@ -32,6 +32,8 @@ Width = Literal["heads", "keys", "heads per key", "channels"]
 Demand = Literal[
     "another model",
     "channels are 4 x hidden size",
+    "every second block has no window",
+    "every sixth block has no window",
     "head size is even",
     "head size is hidden size / heads",
     "hidden size is a multiple of heads",
@@ -237,7 +239,13 @@ _LLAMA = Family(
             "hidden size is a multiple of heads",
             "custom_modeling/flash_qwen3_modeling.py at 78c236f",
         ),
-        Reading("llama.cpp", ("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
+        Reading("llama.cpp", ("qwen2", "qwen3", "gemma")),
+        Reading(
+            "llama.cpp", ("gemma2",), "every second block has no window", "src/llama-model.cpp"
+        ),
+        Reading(
+            "llama.cpp", ("gemma3_text",), "every sixth block has no window", "src/llama-model.cpp"
+        ),
         Reading("llama.cpp", ("llama", "mistral"), "head size is even", "conversion/llama.py"),
     ),
 )

@@ -28,6 +28,8 @@ class Dimensions:
         kv_heads: its key-value heads.
         head: size of a head.
         channels: of its feed-forward network.
+        windows: whether each block sees a window of the text alone; none where no block does, or
+            config.json does not say it.
     """
 
     hidden: int
@@ -35,6 +37,7 @@ class Dimensions:
     kv_heads: int
     head: int
     channels: int
+    windows: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, config: Json) -> "Dimensions":
@@ -52,7 +55,12 @@ class Dimensions:
             kv_heads=config[family.heads.kv_count] if family.heads.kv_count else heads,
             head=config.get("head_dim") or hidden // heads,
             channels=config.get(channels.count) or (channels.multiple or 0) * hidden,
+            windows=tuple(kind == "sliding_attention" for kind in config.get("layer_types") or ()),
         )
+
+    def has_whole(self, step: int) -> bool:
+        """Every so many blocks have no window, and the others do."""
+        return all(own == bool((n + 1) % step) for n, own in enumerate(self.windows))
 
 
 Holds = Callable[[Dimensions], bool]
@@ -244,6 +252,14 @@ DEMANDS: Mapping[Demand, tuple[str, Holds]] = {
     "channels are 4 x hidden size": (
         "it takes the feed-forward channels to be 4 x hidden size, whatever config.json says",
         lambda sizes: sizes.channels == 4 * sizes.hidden,
+    ),
+    "every second block has no window": (
+        "it takes every second block to see the whole text, whatever layer_types says",
+        lambda sizes: sizes.has_whole(2),
+    ),
+    "every sixth block has no window": (
+        "it takes every sixth block to see the whole text, whatever layer_types says",
+        lambda sizes: sizes.has_whole(6),
     ),
     "head size is even": (
         "the size of a head has to be even",

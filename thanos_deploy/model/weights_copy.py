@@ -1,6 +1,7 @@
 """A copy of a checkpoint's files with other values, written tensor by tensor."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -18,8 +19,8 @@ class WeightsCopy:
 
     One file is open at a time: large checkpoints have hundreds, and processes may open few.
 
-    The files have the names of the original ones, and the model's own tensors by the same names in
-    the same order; only the dtype may differ.
+    The files have the names of the original ones, and the model's own tensors in the same order.
+    These are written by their original names, whatever the copy calls them.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class WeightsCopy:
         dtype: torch.dtype | None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         gone: Collection[str] = (),
+        names: Mapping[str, str] | None = None,
     ) -> None:
         """Create the files.
 
@@ -38,11 +40,16 @@ class WeightsCopy:
             dtype: what to store, or None to keep each tensor's own.
             shapes: name -> shape of the tensors that will have another shape.
             gone: names of the tensors that the copy does not have.
+            names: of a tensor in the files -> what the copy calls it; None to keep all names.
         """
+        self._names = names or {}
         shapes = {**original.shapes, **(shapes or {})}
         self._dtypes = {name: dtype or own for name, own in original.dtypes.items()}
         self._shapes = {name: shapes[name] for name in original.shapes if name not in gone}
-        self._parts = original.parts
+        self._parts = {
+            name: replace(part, tensor=self._called(part.tensor))
+            for name, part in original.parts.items()
+        }
         self._missing = dict.fromkeys(self._shapes)
         self._files: dict[str, TensorFile] = {}
         self._open: TensorFile | None = None
@@ -56,7 +63,7 @@ class WeightsCopy:
         places: dict[str, str] = {}
         for shard in dict.fromkeys(original.files.values()):
             own = [name for name in self._shapes if original.files[name] == shard]
-            stored = {name: original.stored_in(name) for name in own}
+            stored = {name: self._called(original.stored_in(name)) for name in own}
             kinds = {
                 stored[name]: (self._dtypes[name], fused.get(stored[name], shapes[name]))
                 for name in own
@@ -107,7 +114,11 @@ class WeightsCopy:
                 whole = piece.detach().cpu().reshape(self._shapes[name])
                 self._parts[name].write(file, whole)
             else:
-                file.write(name, piece, start)
+                file.write(self._called(name), piece, start)
+
+    def _called(self, tensor: str) -> str:
+        """What a tensor of the original files is called here."""
+        return self._names.get(tensor, tensor)
 
     def _close(self) -> None:
         if self._open is not None:

@@ -13,6 +13,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Tuning, Walk
 from thanos_deploy.option import Options, chosen, option
 from thanos_deploy.pattern import Pattern, Structured, Unstructured
+from thanos_deploy.pruning.budget import Budget
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,8 @@ class Recipe(Options):
         owl: how blocks get sparsities of their own; None for the pattern's everywhere.
         forward: what blocks run in on calibration data; "auto" is bf16 where the device multiplies
             that natively.
+        budget: how fast the pruned model has to be, so that the other layers stay dense; None to
+            prune all.
 
     Raises:
         UsageError: two of these have no meaning together, or a value is out of range.
@@ -132,12 +135,15 @@ class Recipe(Options):
         "Precision of the blocks on calibration data; auto is bf16 if the processor or GPU has "
         "instructions for it.",
     )
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning together."""
         Options.__post_init__(self)
         if not isinstance(self.options, methods.load(self.method).options):
             raise TypeError(f"{type(self.options)} are no options of method {self.method}")
+        if self.budget is not None:
+            self._check_budget(self.budget)
         if self.owl is None:
             return
         if self.layers.keep_dense:
@@ -159,6 +165,25 @@ class Recipe(Options):
             )
         self.owl.check(self.pattern.sparsity)
 
+    def _check_budget(self, budget: Budget) -> None:
+        """Refuse what a budget of time excludes.
+
+        Raises:
+            UsageError: there is such.
+        """
+        if self.owl is not None or self.layers.keep_dense:
+            other = "--allocation owl" if self.owl is not None else "--keep-dense"
+            raise UsageError(
+                f"--budget {budget.goal} with {other}: both choose what each layer loses",
+                fix="leave one of them out",
+            )
+        if getattr(self.options, "outlier_rows", 0.0):
+            raise UsageError(
+                f"--budget {budget.goal} with --outlier-rows: a layer with dense rows is not 2:4, "
+                "so that no kernel is faster by its zeros",
+                fix="leave one of them out",
+            )
+
     @classmethod
     def of(
         cls,
@@ -179,8 +204,8 @@ class Recipe(Options):
             method: name of the method.
             preset: one of `methods.PRESET_NAMES`.
             owl: give every block a sparsity of its own.
-            given: options of the method, of `Walk`, `Layers`, `Owl` and this class, by their
-                keywords; see `option.Option`.
+            given: options of the method, of `Walk`, `Layers`, `Owl`, `Budget` and this class, by
+                their keywords; see `option.Option`.
 
         Raises:
             UsageError: options have no meaning together, or are out of range.
@@ -197,6 +222,7 @@ class Recipe(Options):
             Layers(**chosen(Layers, given)),
             Owl(**chosen(Owl, given)) if owl else None,
             **chosen(cls, given),
+            budget=Budget(**chosen(Budget, given)) if "budget" in given else None,
         )
 
     @property
@@ -207,7 +233,12 @@ class Recipe(Options):
     @property
     def surveys(self) -> bool:
         """A walk through the dense model decides what each block loses."""
-        return self.owl is not None or self.layers.keep_dense > 0.0
+        return self.owl is not None or self.tries_layers
+
+    @property
+    def tries_layers(self) -> bool:
+        """A walk through the dense model tries what pruning each group of layers changes."""
+        return self.budget is not None or self.layers.keep_dense > 0.0
 
     @property
     def walks_dense(self) -> bool:

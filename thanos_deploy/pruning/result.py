@@ -16,6 +16,7 @@ from thanos_deploy.calibration.frame import NO_FRAME, Frame
 from thanos_deploy.model.assignment import DENSE
 from thanos_deploy.model.block import BlockPlan
 from thanos_deploy.pattern import Pattern, parse
+from thanos_deploy.pruning.budget import Choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +96,14 @@ class PruneInputs:
         text: of the calibration text; None where there is no record of it.
         frame: ids that segments begin with.
         sparsity_file: hash of a file of layers with patterns of their own.
+        budget_measured: of a file of measured matrix products.
     """
 
     model: str | None = field(default=None, metadata=LATER)
     text: str | None = field(default=None, metadata=LATER)
     frame: tuple[int, ...] = field(default=(), metadata=LATER)
     sparsity_file: str | None = field(default=None, metadata=LATER)
+    budget_measured: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +261,8 @@ class PruneResult(LayersSummary):
 
     Attributes:
         widths: what was cut out; None if all shapes are the dense model's.
+        choices: which groups of layers stayed dense under a budget, and what each saved and cost;
+            None where there was no budget.
         recovery: what training what is left did; None if there was none.
         quantisation: what quantising did; None if there was none.
         frame: what calibration segments begin with.
@@ -275,6 +280,7 @@ class PruneResult(LayersSummary):
     """
 
     widths: WidthsSummary | None = field(default=None, metadata=LATER)
+    choices: Choices | None = field(default=None, metadata=LATER)
     recovery: Recovery | None = field(default=None, metadata=LATER)
     quantisation: Quantisation | None = field(default=None, metadata=LATER)
     frame: Frame = NO_FRAME

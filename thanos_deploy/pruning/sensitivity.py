@@ -4,8 +4,9 @@ One walk through the dense model prunes the layers of every block, a group at a 
 read one input, which servers multiply as one. With only that group pruned, tokens pass the block,
 and a group loses the mean of |z - t|^2 / |t|^2 over the tokens, with t what leaves the dense block
 and z what leaves it now: the change relative to the size of what the next block reads, as tuning
-counts it too. What is saved is weights, of which a decode step reads every one. The groups that
-lose most for each of their weights stay dense, as far as the share of the weights goes that may.
+counts it too. Of all ways to leave groups dense that a budget allows, the one is taken whose groups
+would lose most together. A budget counts weights, of which a decode step reads every one, or
+seconds of a step; see `forecast.savings`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +30,14 @@ from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.budget import Choice
+from thanos_deploy.pruning.knapsack import best_that_fit
 from thanos_deploy.pruning.layers import gather
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.turn import prune_turn
+
+# What sums of numbers may be off by, so that groups still fit that take all of the room.
+_ROUNDING = 1e-9
 
 # Of the calibration data, what passes a block once for each of its groups.
 SHARE = 1 / 4
@@ -120,8 +126,8 @@ def check(checkpoint: Checkpoint) -> None:
     """
     if checkpoint.family.experts is not None:
         raise UsageError(
-            f"--keep-dense for a {checkpoint.config.model_type} model: its experts have so many "
-            "layers that trying each would take longer than pruning them",
+            f"--keep-dense or --budget for a {checkpoint.config.model_type} model: its experts "
+            "have so many layers that trying each would take longer than pruning them",
             fix="name the layers that are to stay dense with --ignore",
         )
 
@@ -201,28 +207,40 @@ def _swapped(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
             parameter.data = own[name]
 
 
-def left_dense(found: Sequence[Sensitivity], share: float) -> tuple[str, ...]:
-    """The layers that are to stay dense, in the order of the forward pass.
+def choose(
+    found: Sequence[Sensitivity], saves: Mapping[tuple[str, ...], float], room: float
+) -> tuple[Choice, ...]:
+    """Which groups stay dense: those that would lose most together, of what there is room for.
 
-    The groups that lose most for each of their weights come first; one that is too large for what
-    is left of the share is passed over.
+    A group whose pruning saves nothing stays dense and takes no room.
 
     Args:
         found: of every block, from `survey`.
-        share: of the weights that are to be pruned, what may stay at most.
+        saves: by the layers of a group, what pruning them saves.
+        room: what may be given up of that, by the groups that stay dense, at most.
 
     Returns:
-        full names.
+        the groups in the order of the forward pass.
     """
     groups = [group for block in found for group in block.groups]
-    room = share * sum(group.weights for group in groups) + 1e-6
-    kept: set[Group] = set()
-    for group in sorted(groups, key=_lost_for_each_weight, reverse=True):
-        if group.weights <= room:
-            kept.add(group)
-            room -= group.weights
-    return tuple(name for group in groups if group in kept for name in group.layers)
+    dear = [group for group in groups if saves[group.layers] > 0.0]
+    kept = best_that_fit(
+        [group.lost for group in dear],
+        [saves[group.layers] for group in dear],
+        room * (1.0 + _ROUNDING),
+    )
+    dense = {dear[number].layers for number in kept}
+    return tuple(
+        Choice(
+            group.layers,
+            saves[group.layers],
+            group.lost,
+            saves[group.layers] <= 0.0 or group.layers in dense,
+        )
+        for group in groups
+    )
 
 
-def _lost_for_each_weight(group: Group) -> float:
-    return group.lost / group.weights
+def weights_of(found: Sequence[Sensitivity]) -> dict[tuple[str, ...], float]:
+    """How many weights each group has, for a budget of weights."""
+    return {group.layers: float(group.weights) for block in found for group in block.groups}

@@ -92,6 +92,7 @@ def _model(sources: Sources, label: str) -> ModelReport:
         linear_layers=result.linear_layers,
         layer_map=_layer_map(sources.blocks),
         widths=_widths(sources),
+        choices=result.choices,
         loaders=_loaders(sources),
         bytes=_bytes(sources),
         parts=result.parts,
@@ -259,16 +260,18 @@ def _widths(sources: Sources) -> CutWidths | None:
     widths = sources.bundle.result(PRUNE).widths
     if widths is None:
         return None
-    routed = [block for block in widths.blocks if block.before.experts]
+    left = [block for block in widths.blocks if not block.after.dropped]
+    routed = [block for block in left if block.before.experts]
     return CutWidths(
         removed=widths.removed,
         stock_config=widths.stock_config,
         block_parameters_before=widths.block_parameters_before,
         block_parameters_after=widths.block_parameters_after,
-        heads=_range(widths.blocks, "heads"),
-        kv_heads=_range(widths.blocks, "kv_heads"),
-        channels=_range(widths.blocks, "channels"),
+        heads=_range(left, "heads"),
+        kv_heads=_range(left, "kv_heads"),
+        channels=_range(left, "channels"),
         experts=_range(routed, "experts") if routed else None,
+        dropped=tuple(number for number, block in enumerate(widths.blocks) if block.after.dropped),
     )
 
 

@@ -7,6 +7,7 @@ from thanos_deploy.bundle.codec import decode
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, PRUNED
 from thanos_deploy.model.loaders import LoaderVerdict
+from thanos_deploy.pruning.budget import ranges
 from thanos_deploy.pruning.result import PruneOptions
 from thanos_deploy.report.escape import code, literal, quote
 from thanos_deploy.report.figures import figures, shown, shown_ratio
@@ -160,6 +161,11 @@ layer.{left} Embeddings, norms, biases and the output head are unchanged."""
             *([] if widths.experts is None else [(widths.experts, "experts")]),
         )
     )
+    if widths.dropped:
+        return f"""{widths.removed:.2%} of the blocks' parameters are gone ({widths.block_parameters_before:,} before,
+{widths.block_parameters_after:,} after): the blocks with the numbers {ranges(widths.dropped)} were dropped, and the
+others moved up. `layers.json` has every block of the dense model. Embeddings, norms and the output
+head are unchanged."""
     fitted = (
         "the experts that are left are as they were"
         if widths.drops_experts

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.measure.run import Run
+from thanos_deploy.pruning.budget import HEADS, bought, cells
 from thanos_deploy.report import words
 from thanos_deploy.report.escape import code, code_block, literal, quote
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
@@ -62,6 +63,9 @@ def _model(model: ModelReport) -> Iterator[str]:
         ),
     )
     yield "\n".join(f"- {literal(sentence)}" for sentence in model.verdict)
+    if choices := model.choices:
+        yield "### What each choice bought"
+        yield _table(HEADS, map(cells, bought(choices)))
     for run in model.bench:
         yield f"### Run {literal(run.run)}: {run.status}"
         yield _scenarios(run)

@@ -15,6 +15,7 @@ from thanos_deploy.machine.environment import Environment
 from thanos_deploy.measure.quality import Fidelity
 from thanos_deploy.measure.run import Interval, Run, Sample
 from thanos_deploy.model.loaders import LoaderVerdict
+from thanos_deploy.pruning.budget import Choices
 from thanos_deploy.pruning.result import LayersSummary, PartBytes
 
 FORMAT: Final = "thanos-deploy/report/1"
@@ -128,6 +129,7 @@ class CutWidths:
         block_parameters_before, block_parameters_after: of all blocks together.
         heads, kv_heads, channels: the widths.
         experts: the same, of the blocks that have some; None if none does.
+        dropped: numbers of the blocks that are gone as a whole, which the widths leave out.
     """
 
     removed: float
@@ -138,6 +140,7 @@ class CutWidths:
     kv_heads: WidthRange
     channels: WidthRange
     experts: WidthRange | None = field(default=None, metadata=LATER)
+    dropped: tuple[int, ...] = field(default=(), metadata=LATER)
 
     @property
     def drops_experts(self) -> bool:
@@ -218,6 +221,8 @@ class ModelReport:
         linear_layers: what became of them.
         layer_map: the same, block by block.
         widths: what was cut out; None if all shapes are the dense model's.
+        choices: which layers stayed dense under a budget, and what each choice bought; None where
+            there was no budget.
         loaders: what other loaders make of the checkpoint.
         bytes: of the files.
         parts: bytes of the checkpoint by part.
@@ -247,6 +252,7 @@ class ModelReport:
     linear_layers: LayersSummary
     layer_map: LayerMap
     widths: CutWidths | None
+    choices: Choices | None = field(default=None, metadata=LATER)
     loaders: tuple[LoaderVerdict, ...]
     bytes: FileBytes
     parts: PartBytes | None

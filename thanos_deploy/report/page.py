@@ -12,6 +12,7 @@ from markupsafe import Markup
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, Run
+from thanos_deploy.pruning.budget import HEADS, bought, cells
 from thanos_deploy.report import charts, words
 from thanos_deploy.report.figures import (
     CHECKPOINT,
@@ -57,6 +58,7 @@ def render(report: Report, bundles: Sequence[Sources]) -> str:
         columns=_columns(report),
         rows=_rows(report),
         pareto=charts.pareto(report.pareto) if report.pareto else None,
+        choice_heads=HEADS,
         no_gpu=NOT_MEASURED,
         style=Markup(_file("page.css")),
         script=Markup(script),
@@ -87,6 +89,7 @@ class _View:
         runs: each with its pictures and their captions.
         map: the picture of the layers.
         sizes: that of the parts; None where they are not known.
+        choices: what each kind of choice bought, row by row; none where there was no budget.
         machine: what it was pruned on, as rows.
     """
 
@@ -98,6 +101,7 @@ class _View:
     runs: Sequence[tuple[Run, Sequence[tuple[Markup, str]]]]
     map: Markup
     sizes: Markup | None
+    choices: Sequence[Sequence[str]]
     machine: Mapping[str, str]
 
 
@@ -134,6 +138,7 @@ def _view(model: ModelReport, sources: Sources, identifier: str) -> _View:
         ],
         map=charts.layer_maps(model.layer_map),
         sizes=charts.sizes(model.parts) if model.parts else None,
+        choices=[cells(row) for row in bought(model.choices)] if model.choices else [],
         machine={
             "processor": f"{environment.processor}, {environment.cores} cores",
             "memory": f"{environment.memory_bytes / 1e9:.1f} GB",

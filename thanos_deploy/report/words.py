@@ -12,6 +12,7 @@ from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.quality import Fidelity
 from thanos_deploy.measure.run import Interval, Run
 from thanos_deploy.pattern import SemiStructured, Structured, parse
+from thanos_deploy.pruning.budget import ranges
 from thanos_deploy.pruning.result import Retry
 from thanos_deploy.report.model import (
     AnsweredQuestions,
@@ -116,6 +117,7 @@ def verdict(model: ModelReport, run: Run | None) -> list[str]:
         *map(_of_answers, model.answers),
         *_of_graph(model.quality, model.graph_quality, model.export),
         *(_of_cuts(model.widths) if model.widths else ()),
+        *((model.choices.sentence,) if model.choices else ()),
         *_of_times(run),
         *_of_own_gpu(model, quoted=run),
         *(() if model.widths else _of_zeros(model)),
@@ -284,7 +286,14 @@ def _gpus_matter(model: ModelReport) -> bool:
 
 def _of_cuts(widths: CutWidths) -> Iterator[str]:
     """What cutting heads and channels out means."""
-    if widths.drops_experts:
+    if widths.dropped:
+        yield (
+            f"{len(widths.dropped)} blocks were dropped, with {widths.removed:.1%} of the blocks' "
+            f"parameters ({ranges(widths.dropped)}): the files, the memory and the work of the "
+            "blocks shrink by that fraction, and a token passes fewer kernels, on any machine and "
+            "backend; embeddings and the output head are unchanged."
+        )
+    elif widths.drops_experts:
         yield (
             f"{widths.removed:.1%} of the blocks' parameters were cut out, as whole experts: the "
             "files and the memory shrink by that fraction. A token is still sent to as many "

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from thanos_deploy.bundle import files
-from thanos_deploy.bundle.codec import loads
+from thanos_deploy.bundle.codec import Json, loads
 from thanos_deploy.calibration.activations import Place
-from thanos_deploy.calibration.collect import collect
+from thanos_deploy.calibration.collect import collect, pass_by
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.statistics import Statistics
 from thanos_deploy.calibration.tune import tune
@@ -29,7 +29,8 @@ from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU, memory_for
 from thanos_deploy.machine.precision import multiplies_bfloat16, products_in
 from thanos_deploy.methods import NO_TUNING, Tuning
-from thanos_deploy.model import widths
+from thanos_deploy.model import depth, widths
+from thanos_deploy.model.block import DROPPED
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.families import Family, Heads
@@ -127,22 +128,28 @@ def shrink(
     if destination is not None:
         copy_companions(checkpoint.folder, destination, dtype)
         _describe(checkpoint, destination, plan)
+    kept = plan.kept
+    prefixes = tuple(f"{family.blocks}.{number}." for number in kept)
     shapes = {
         checkpoint.stored_name(name): tuple(parameter.shape)
-        for name, parameter in checkpoint.skeleton(plan.widths).named_parameters()
-        if name.startswith(f"{family.blocks}.")
+        for name, parameter in checkpoint.skeleton(plan.widths_of_kept).named_parameters()
+        if name.startswith(prefixes)
     }
     gone = {
         stored
         for name, stored in checkpoint.weights.stored.items()
         if name.startswith(f"{family.blocks}.") and stored not in shapes
     }
+    names = depth.renamed(checkpoint, kept) if plan.drops_blocks else None
 
     tuned = tuning.tune_steps > 0
 
     def work(visit: Visit) -> CutBlock:
+        # Before the first block that is dropped nothing differs from the dense model.
+        same = plan.drops_blocks and kept[: visit.index + 1] == (*range(visit.index + 1),)
         with memory_for(f"block {visit.index}"):
-            report = cut(visit, checkpoint, plan.widths[visit.index], fit, tuning)
+            width, steps = plan.widths[visit.index], NO_TUNING if same else tuning
+            report = cut(visit, checkpoint, width, fit, steps)
         logger.info(
             "block %d: %d heads, %d channels; errors %.4f and %.4f",
             visit.index,
@@ -156,7 +163,7 @@ def shrink(
     with (
         torch.no_grad(),
         products_in(torch.float32),
-        WeightsCopy(checkpoint.weights, destination, dtype, shapes, gone) as copy,
+        WeightsCopy(checkpoint.weights, destination, dtype, shapes, gone, names) as copy,
     ):
         return visit_blocks(
             checkpoint,
@@ -177,6 +184,8 @@ def cut(
     visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit, tuning: Tuning = NO_TUNING
 ) -> CutBlock:
     """Cut one block down to a width, and tune what is left, in place; see `shrink`."""
+    if after.dropped:
+        return _drop(visit, checkpoint.widths[visit.index])
     if checkpoint.family.experts is None:
         report = _cut(visit, checkpoint, after, fit)
     else:
@@ -187,6 +196,23 @@ def cut(
         with visit.clock.measure("tune"):
             tune(visit, left, tuning.tune_steps)
     return report
+
+
+def _drop(visit: Visit, before: Widths) -> CutBlock:
+    """Let the data go past a block, of which nothing is written."""
+    with visit.clock.measure("collect"):
+        pass_by(visit.walk)
+    visit.untouched.update(name for name, _ in visit.block.named_parameters())
+    return CutBlock(
+        before=before,
+        after=DROPPED,
+        heads=(),
+        channels=(),
+        heads_error=1.0,
+        channels_error=1.0,
+        damping=0.0,
+        seconds=visit.clock.seconds,
+    )
 
 
 def _cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
@@ -324,7 +350,10 @@ def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Ten
 
 def _describe(checkpoint: Checkpoint, destination: Path, plan: Plan) -> None:
     """Put the widths where a loader finds them."""
-    entries = widths.describe(checkpoint.config, checkpoint.family, plan.widths)
+    if plan.drops_blocks:
+        entries: Json | None = depth.describe(checkpoint, plan.kept)
+    else:
+        entries = widths.describe(checkpoint.config, checkpoint.family, plan.widths)
     (destination / widths.FILE).unlink(missing_ok=True)
     if entries is None:
         widths.declare(destination, plan.widths)

@@ -95,9 +95,18 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing, fit: Fit) -> 
     """Refuse what could not be done, before anything is computed.
 
     Raises:
-        UsageError: see `planned`; or layers are to aim at the dense model's outputs.
+        UsageError: see `planned` and `check_fit`.
     """
     planned(checkpoint, fraction, sizing)
+    check_fit(checkpoint, fit)
+
+
+def check_fit(checkpoint: Checkpoint, fit: Fit) -> None:
+    """Refuse what cannot be done to what is left of a model with experts.
+
+    Raises:
+        UsageError: layers are to aim at the dense model's outputs.
+    """
     if fit.dense_target:
         raise UsageError(
             f"{checkpoint.folder}: --dense-target {fit.dense_target:g} has no meaning where "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Part = Literal["heads", "ffn", "both", "experts"]
-Allocation = Literal["uniform", "loss"]
+Allocation = Literal["uniform", "loss", "blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,11 @@ class Sizing(Options):
         part: what may be cut.
         multiple: what the number of feed-forward channels of a block is a multiple of; None for
             the largest power of two up to `steps.FRIENDLY_MULTIPLE` that divides the model's own.
-        allocation: "uniform", the same widths in every block; or "loss", each block its own, for
-            the same number of parameters in all.
+        allocation: "uniform", the same widths in every block; "loss", each block its own, for the
+            same number of parameters in all; or "blocks", whole blocks go, see `depth`.
+
+    Raises:
+        UsageError: whole blocks are to go, and what of a block may go as well.
     """
 
     part: Part = option(
@@ -43,6 +46,22 @@ class Sizing(Options):
         "[default: 64, or the largest smaller power of two that divides the model's own number]",
     )
     allocation: Allocation = "uniform"
+
+    def __post_init__(self) -> None:
+        """Refuse what no option has, and what has no meaning together."""
+        Options.__post_init__(self)
+        if self.drops_blocks and (self.part != "both" or self.multiple is not None):
+            unused = "--shrink" if self.part != "both" else "--ffn-multiple"
+            raise UsageError(
+                f"--allocation blocks with {unused}: whole blocks go, and the others stay as wide "
+                "as they are",
+                fix="leave one of them out",
+            )
+
+    @property
+    def drops_blocks(self) -> bool:
+        """Whole blocks go."""
+        return self.allocation == "blocks"
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,21 @@ class Plan:
         return tuple(block.after for block in self.blocks)
 
     @property
+    def kept(self) -> tuple[int, ...]:
+        """The numbers of the blocks that stay, however wide."""
+        return tuple(number for number, one in enumerate(self.blocks) if not one.after.dropped)
+
+    @property
+    def drops_blocks(self) -> bool:
+        """Whole blocks go."""
+        return len(self.kept) < len(self.blocks)
+
+    @property
+    def widths_of_kept(self) -> tuple[Widths, ...]:
+        """The same as `widths`, with dropped blocks as wide as they were."""
+        return tuple(one.before if one.after.dropped else one.after for one in self.blocks)
+
+    @property
     def removed(self) -> float:
         """Fraction of the blocks' parameters that goes."""
         before = sum(block.parameters_before for block in self.blocks)

@@ -1,7 +1,6 @@
 """What the stage prune does to a checkpoint, each part of it by itself."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import memory
 from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices
-from thanos_deploy.model import assignment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.pattern import Pattern, Structured
 from thanos_deploy.progress import Announce, quietly
@@ -23,17 +21,19 @@ from thanos_deploy.pruning import owl
 from thanos_deploy.pruning import sensitivity as sensitive
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
-from thanos_deploy.pruning.recipe import Owl, Recipe
+from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedBlock, Quantisation
 from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink import cut as shrinking
-from thanos_deploy.shrink import experts, sizing
+from thanos_deploy.shrink import depth, experts, sizing
+from thanos_deploy.shrink.depth import Removal
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses, Plan
 from thanos_deploy.shrink.survey import survey
 from thanos_deploy.solver.grid import Grid
+from thanos_deploy.stages.patterns import allocated, assigned, choices_of, possible_choices
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.training import replace_checkpoint
 
@@ -70,8 +70,8 @@ def prune_checkpoint(
             journal=outliers,
             on_progress=announce("Count the outliers of each block"),
         )
-        patterns = _allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, counted)
-    if recipe.layers.keep_dense:
+        patterns = allocated(source, recipe.owl, recipe.pattern.sparsity, patterns, counted)
+    if recipe.tries_layers:
         tried = sensitive.survey(
             source,
             ids,
@@ -82,7 +82,8 @@ def prune_checkpoint(
             journal=sensitivity,
             on_progress=announce("Try what pruning each layer changes"),
         )
-        dense = set(sensitive.left_dense(tried, recipe.layers.keep_dense))
+        choices = choices_of(source, recipe, tried)
+        dense = {name for group in choices.groups if group.dense for name in group.layers}
         patterns = {name: its for name, its in patterns.items() if name not in dense}
     return pruning.prune(
         source,
@@ -97,40 +98,6 @@ def prune_checkpoint(
         journal=journal,
         on_progress=announce(f"Prune to {recipe.pattern} with {recipe.method}"),
     )
-
-
-def assigned(source: Checkpoint, recipe: Recipe) -> dict[str, Pattern]:
-    """What is asked of every linear layer that is to be pruned, by its full name."""
-    return assignment.assign(
-        source.linears,
-        recipe.pattern,
-        include=recipe.layers.include,
-        ignore=recipe.layers.ignore,
-        file=sparsity_file(recipe),
-    )
-
-
-def sparsity_file(recipe: Recipe) -> assignment.SparsityFile | None:
-    """The file of layers with patterns of their own, if a recipe names one."""
-    if recipe.layers.sparsity_file is None:
-        return None
-    return assignment.read_file(Path(recipe.layers.sparsity_file).expanduser())
-
-
-def _allocated(
-    source: Checkpoint,
-    how: Owl,
-    sparsity: float,
-    layers: Collection[str],
-    outliers: Sequence[Outliers],
-) -> Mapping[str, Pattern]:
-    """The pattern of every layer, by how many outliers each block has."""
-    shapes = pruning.linear_shapes(source)
-    blocks = [
-        {name: math.prod(shapes[name]) for name in block.full_names if name in layers}
-        for block in source.blocks
-    ]
-    return owl.allocate([block.ratio for block in outliers], blocks, sparsity, how)
 
 
 def survey_blocks(
@@ -153,6 +120,26 @@ def survey_blocks(
         hold=hold,
         journal=journal,
         on_progress=announce("Measure what each block would lose"),
+    )
+
+
+def survey_depth(
+    source: Checkpoint,
+    ids: Tensor,
+    cut: Cut,
+    announce: Announce = quietly,
+    *,
+    device: torch.device = devices.CPU,
+    journal: Journal[Removal] | None = None,
+) -> list[Removal]:
+    """Which blocks are dropped as a whole; see `depth.survey`."""
+    return depth.survey(
+        source,
+        ids,
+        cut.pattern.sparsity,
+        device=device,
+        journal=journal,
+        on_progress=announce("Try the model without each of its blocks"),
     )
 
 
@@ -240,6 +227,11 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
     """
     devices.choose(request.device)
     match request.how:
+        case Cut(pattern, how, fit, _) if how.drops_blocks:
+            shrinking.check(source)
+            depth.check(source, pattern.sparsity)
+            if source.family.experts is not None:
+                experts.check_fit(source, fit)
         case Cut(pattern, how, fit, _):
             shrinking.check(source)
             sizing.check(source, pattern.sparsity, how)
@@ -249,8 +241,9 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
             patterns = assigned(source, recipe)
             _check_columns(recipe, patterns)
             pruning.check(source, recipe, patterns)
-            if recipe.layers.keep_dense:
+            if recipe.tries_layers:
                 sensitive.check(source)
+            possible_choices(source, recipe)
 
 
 def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest) -> int:
@@ -280,8 +273,8 @@ def memory_of(
 ) -> Memory:
     """What the stage will hold at once."""
     match request.how:
-        case Cut(fit=fit, tuning=tuning):
-            return memory.of_cutting(
+        case Cut(fit=fit, tuning=tuning, sizing=widths):
+            held = memory.of_cutting(
                 source,
                 ids,
                 fit,
@@ -290,6 +283,8 @@ def memory_of(
                 device=device,
                 place=request.activations,
             )
+            before = [memory.of_trials(source, device)] if widths.drops_blocks else []
+            return max((held, *before), key=lambda one: (one.device_bytes, one.host_bytes))
         case Recipe() as recipe:
             return memory.of_recipe(
                 source,

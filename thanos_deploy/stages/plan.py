@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,23 @@ from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.locate import LocatedModel, locate_configuration
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning import layers as pruning
+from thanos_deploy.pruning.budget import Choices
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import WidthsSummary
+from thanos_deploy.shrink import depth
+from thanos_deploy.shrink.depth import Removal
 from thanos_deploy.shrink.options import Cut
+from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages import summary
 from thanos_deploy.stages.checkpoints import (
-    assigned,
     check,
     disk_bytes,
     plan_widths,
     survey_blocks,
+    survey_depth,
 )
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.patterns import assigned, possible_choices
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import calibration
 
@@ -84,6 +89,8 @@ class DryRun:
         patterns: layers by what they would be pruned to; None where heads and channels are cut out.
         layers_left_dense: the names of others.
         linear_weights_removed: how many would be set to zero.
+        choices: what pruning each group of layers would save, where there is a budget of time; what
+            it would cost is not measured, and those that would save nothing would stay dense.
         eval, bench: the options of these stages; None for the stage prune alone.
         stages: which are done; likewise.
         cache: the folder of what is made of the dense model; likewise.
@@ -104,6 +111,7 @@ class DryRun:
     patterns: Mapping[str, int] | None = field(default=None, metadata=LATER)
     layers_left_dense: tuple[str, ...] | None = field(default=None, metadata=LATER)
     linear_weights_removed: int | None = field(default=None, metadata=LATER)
+    choices: Choices | None = field(default=None, metadata=LATER)
     eval: EvalRequest | None = field(default=None, metadata=LATER)
     bench: BenchRequest | None = field(default=None, metadata=LATER)
     stages: Mapping[str, str] | None = field(default=None, metadata=LATER)
@@ -161,15 +169,20 @@ def plan_pruning(
 
     match request.how:
         case Cut() as cut:
-            losses = survey_blocks(
-                source, ids, cut, announce, device=device, hold=request.activations
-            )
-            widths = plan_widths(source, losses, cut)
+            surveyed: Sequence[Losses] | Sequence[Removal]
+            if cut.sizing.drops_blocks:
+                surveyed = survey_depth(source, ids, cut, announce, device=device)
+                widths = depth.plan(source, surveyed)
+            else:
+                surveyed = survey_blocks(
+                    source, ids, cut, announce, device=device, hold=request.activations
+                )
+                widths = plan_widths(source, surveyed, cut)
             found = estimate_cutting(
                 source,
                 ids,
                 cut.fit,
-                losses,
+                sum(sum(one.seconds.values()) for one in surveyed),
                 widths,
                 tuning=cut.tuning,
                 further=len(taken.further),
@@ -196,6 +209,7 @@ def plan_pruning(
                 linear_weights_removed=sum(
                     int(entries[name] * its.sparsity) for name, its in patterns.items()
                 ),
+                choices=possible_choices(source, recipe),
             )
 
 

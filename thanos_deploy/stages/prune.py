@@ -19,6 +19,7 @@ from thanos_deploy.machine import devices, environment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.progress import Announce, quietly
+from thanos_deploy.pruning.budget import Choices
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.quantise import QuantisedBlock
 from thanos_deploy.pruning.recipe import Recipe
@@ -38,6 +39,8 @@ from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.shards import Layout
 from thanos_deploy.ranks.start import part, same_everywhere
+from thanos_deploy.shrink import depth
+from thanos_deploy.shrink.depth import Removal
 from thanos_deploy.shrink.options import Cut
 from thanos_deploy.shrink.result import CutBlock
 from thanos_deploy.shrink.sizing import Losses
@@ -50,10 +53,11 @@ from thanos_deploy.stages.checkpoints import (
     prune_checkpoint,
     quantise_checkpoint,
     shrink_checkpoint,
-    sparsity_file,
     survey_blocks,
+    survey_depth,
 )
 from thanos_deploy.stages.dense import Dense
+from thanos_deploy.stages.patterns import choices_of, measured_hash, sparsity_file
 from thanos_deploy.stages.prune_messages import Begun, Folders, Threads
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
@@ -185,12 +189,14 @@ class _Pruned:
         summed: the same, summed up.
         widths: what was cut out; None for nothing.
         survey: journal of a walk before, if there was one.
+        choices: which layers stayed dense under a budget; None where there was none.
     """
 
     blocks: Sequence[PrunedBlock | CutBlock]
     summed: LayersSummary
     widths: WidthsSummary | None
-    survey: Journal[Losses] | Journal[Outliers] | Journal[Sensitivity] | None
+    survey: Journal[Losses] | Journal[Removal] | Journal[Outliers] | Journal[Sensitivity] | None
+    choices: Choices | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,7 +228,9 @@ class _Work:
         """
         source = dense.checkpoint(announce)
         check(source, request)
-        own = sparsity_file(request.how) if isinstance(request.how, Recipe) else None
+        own, measured = None, None
+        if isinstance(request.how, Recipe):
+            own, measured = sparsity_file(request.how), measured_hash(request.how)
         device, data = request.chosen_device, request.data
         further = request.how.tuning.further(data.nsamples)
         # Sizes that cannot be are refused with the text.
@@ -237,6 +245,7 @@ class _Work:
             taken.text.sha256,
             taken.frame.ids,
             None if own is None else own.sha256,
+            measured,
         )
         owner = {
             **request.to_json(),
@@ -276,17 +285,25 @@ class _Work:
         device, dtype = self.device, DTYPES.get(self.request.dtype)
         match how:
             case Cut():
-                losses = Journal(kept / _SURVEY, owner, Losses)
-                surveyed = survey_blocks(
-                    source,
-                    ids,
-                    how,
-                    announce,
-                    device=device,
-                    hold=self.request.activations,
-                    journal=losses,
-                )
-                plan = plan_widths(source, surveyed, how)
+                losses: Journal[Losses] | Journal[Removal]
+                if how.sizing.drops_blocks:
+                    losses = Journal(kept / _SURVEY, owner, Removal)
+                    removals = survey_depth(
+                        source, ids, how, announce, device=device, journal=losses
+                    )
+                    plan = depth.plan(source, removals)
+                else:
+                    losses = Journal(kept / _SURVEY, owner, Losses)
+                    surveyed = survey_blocks(
+                        source,
+                        ids,
+                        how,
+                        announce,
+                        device=device,
+                        hold=self.request.activations,
+                        journal=losses,
+                    )
+                    plan = plan_widths(source, surveyed, how)
                 cut = shrink_checkpoint(
                     source,
                     ids,
@@ -305,7 +322,7 @@ class _Work:
                 outliers = sensitivity = None
                 if how.owl is not None:
                     outliers = Journal(kept / _SURVEY, owner, Outliers)
-                elif how.layers.keep_dense:
+                elif how.tries_layers:
                     sensitivity = Journal(kept / _SURVEY, owner, Sensitivity)
                 pruned = prune_checkpoint(
                     source,
@@ -322,7 +339,8 @@ class _Work:
                     journal=Journal(kept / _BLOCKS, owner, PrunedBlock),
                 )
                 survey = sensitivity if outliers is None else outliers
-                return _Pruned(pruned, summary.of_layers(pruned, how), None, survey)
+                choices = choices_of(source, how, sensitivity.reports) if sensitivity else None
+                return _Pruned(pruned, summary.of_layers(pruned, how), None, survey, choices)
 
     def finish(
         self, folder: Path, kept: Path, announce: Announce
@@ -376,6 +394,7 @@ def _result(
     return PruneResult(
         **{field.name: getattr(summed, field.name) for field in fields(summed)},
         widths=pruned.widths,
+        choices=pruned.choices,
         recovery=recovery,
         quantisation=quantisation,
         frame=work.calibration.frame,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from thanos_deploy import methods
 from thanos_deploy.bundle.codec import decode, encode
@@ -16,8 +16,10 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.methods import Tuning, Walk
 from thanos_deploy.option import Options, chosen, keywords, option, options_of
 from thanos_deploy.pattern import Pattern, Structured, parse
+from thanos_deploy.pruning.budget import Budget
 from thanos_deploy.pruning.recipe import METHOD, PRESET, Layers, Owl, Recipe
 from thanos_deploy.shrink.options import PRESETS as CUTS
+from thanos_deploy.shrink.options import Allocation as CutAllocation
 from thanos_deploy.shrink.options import Cut, Fit, Sizing
 from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.grid import parse as parse_grid
@@ -25,7 +27,7 @@ from thanos_deploy.solver.grid import parse as parse_grid
 if TYPE_CHECKING:
     import torch
 
-ALLOCATIONS = ("uniform", "loss", "owl")
+ALLOCATIONS = ("uniform", "loss", "blocks", "owl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,9 @@ class PruneRequest(Options):
             method: name of a method.
             preset: one of `methods.PRESET_NAMES`.
             keep_shape: set columns to zero for a structured pattern.
-            allocation: how much each layer or block loses: "uniform", all alike; "loss" for
-                widths, see `Sizing`; "owl" for unstructured patterns, see `Owl`.
+            allocation: how much each layer or block loses: "uniform", all alike; "loss" and
+                "blocks" for what is cut out, see `Sizing`; "owl" for unstructured patterns, see
+                `Owl`.
             given: any other option of the command `prune` by its keyword: `block_size` for
                 `--block-size`.
 
@@ -132,10 +135,8 @@ class PruneRequest(Options):
         how: Recipe | Cut
         if isinstance(pattern, Structured) and not keep_shape:
             _check_cut(kind, others, method=method, allocation=allocation)
-            by_loss = allocation == "loss"
-            how = Cut.of(
-                pattern, preset=preset, allocation="loss" if by_loss else "uniform", **others
-            )
+            spread = cast(CutAllocation, allocation or "uniform")
+            how = Cut.of(pattern, preset=preset, allocation=spread, **others)
             recover = CUTS[preset].recover
         else:
             if keep_shape and not isinstance(pattern, Structured):
@@ -188,7 +189,7 @@ class PruneRequest(Options):
             case Cut(_, sizing, fit, tuning):
                 how |= {"cut": True, **encode(sizing), **encode(fit)}
                 how |= encode(tuning) if tuning.tune_steps else {}
-            case Recipe(_, _, options, walk, layers, owl):
+            case Recipe(_, _, options, walk, layers, owl, _, budget):
                 how |= {**encode(options), **encode(walk), "calib_forward": self.forward}
                 if owl is not None:
                     how |= {"allocation": "owl"}
@@ -196,6 +197,10 @@ class PruneRequest(Options):
                 how |= {name: value for name, value in encode(layers).items() if value}
                 if layers.sparsity_file:
                     how["sparsity_file"] = Path(layers.sparsity_file).name
+                if budget is not None:
+                    how |= {one.keyword: getattr(budget, one.name) for one in options_of(Budget)}
+                    measured = budget.measured
+                    how["budget_measured"] = Path(measured).name if measured else None
         return {
             **how,
             **_recorded(self.data),
@@ -228,6 +233,7 @@ class PruneRequest(Options):
                 _part(Layers, options),
                 _part(Owl, owl) if options.get("allocation") == "owl" else None,
                 options["calib_forward"],
+                Budget(**chosen(Budget, options)) if "budget" in options else None,
             )
         return cls(
             how,
@@ -275,7 +281,7 @@ def _check_cut(
             "which widths do not have",
             fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
         )
-    for one in options_of(Layers):
+    for one in (*options_of(Layers), *options_of(Budget)):
         if given.get(one.keyword):
             raise UsageError(
                 f"{one.declared.flag} with {kind}: a head or channel that is cut out goes from "
@@ -309,8 +315,8 @@ def _check_zeros(
     Raises:
         UsageError: something is asked for that has none.
     """
-    if allocation == "loss":
-        raise _only_for_cuts("--allocation loss", kind)
+    if allocation in ("loss", "blocks"):
+        raise _only_for_cuts(f"--allocation {allocation}", kind)
     own = methods.load(method).options
     for name in given:
         if name in keywords(Sizing):
@@ -320,7 +326,11 @@ def _check_zeros(
                 f"{_flag(name)} without --allocation owl",
                 fix="give --allocation owl as well, or leave it out",
             )
-        if name not in keywords(Owl, own, Walk, Layers, Recipe):
+        if name in keywords(Budget) and "budget" not in given:
+            raise UsageError(
+                f"{_flag(name)} without --budget", fix="give --budget as well, or leave it out"
+            )
+        if name not in keywords(Owl, Budget, own, Walk, Layers, Recipe):
             takes = ", ".join(one.declared.flag for one in options_of(own)) or "none"
             raise UsageError(
                 f"method {method} has no option {_flag(name)}",

@@ -49,13 +49,15 @@ def write_mixture(folder: Path, family: Family, sizes: dict[str, Any]) -> Path:
     """A random two-block model, as transformers stores it."""
     config = AutoConfig.for_model(
         family.model_types[0],
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        **sizes,
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            **sizes,
+        },
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

@@ -20,12 +20,14 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import SemiStructured, Unstructured
 from thanos_deploy.pruning import sensitivity
 from thanos_deploy.pruning.recipe import Recipe
-from thanos_deploy.pruning.sensitivity import Group, Sensitivity, left_dense
+from thanos_deploy.pruning.sensitivity import Group, Sensitivity, choose, weights_of
 from thanos_deploy.ranks.shards import Layout
 from thanos_deploy.solver.mask import smallest_in_groups
 
 TWO_FOUR = SemiStructured(2, 4)
 MAGNITUDE = Recipe.of(TWO_FOUR, method="magnitude", calib_forward="fp32")
+
+Saves = dict[tuple[str, ...], float]
 
 GROUPS = st.lists(st.tuples(st.integers(1, 50), st.floats(0.0, 1.0)), min_size=1, max_size=8).map(
     lambda pairs: [
@@ -71,27 +73,43 @@ def test_a_group_loses_what_its_pruning_changes_of_the_block(make_model: MakeMod
 
 
 @given(found=GROUPS, share=st.floats(0.0, 0.99))
-def test_what_stays_fits_its_share_and_loses_most_for_its_size(
+def test_what_stays_dense_fits_its_share_and_would_lose_most(
     found: list[Sensitivity], share: float
 ) -> None:
-    kept = set(left_dense(found, share))
+    """By every subset of the groups."""
+    weights = weights_of(found)
+    room = share * sum(weights.values())
+    choices = choose(found, weights, room)
     groups = [group for block in found for group in block.groups]
-    whole = sum(group.weights for group in groups)
-    dense = [group for group in groups if kept.issuperset(group.layers)]
-    pruned = [group for group in groups if kept.isdisjoint(group.layers)]
-    assert len(dense) + len(pruned) == len(groups)
-    used = sum(group.weights for group in dense)
-    assert used <= share * whole + 1e-6
-    for group in pruned:  # it had no room beside those that lose more
-        before = [one for one in dense if one.lost / one.weights >= group.lost / group.weights]
-        assert sum(one.weights for one in before) + group.weights > share * whole
+    assert [(one.layers, one.costs) for one in choices] == [
+        (one.layers, one.lost) for one in groups
+    ]
+    dense = [group for group, choice in zip(groups, choices, strict=True) if choice.dense]
+    assert sum(group.weights for group in dense) <= room * (1 + 1e-6)
+    best = max(
+        sum(group.lost for group in some)
+        for count in range(len(groups) + 1)
+        for some in combinations(groups, count)
+        if sum(group.weights for group in some) <= room
+    )
+    assert sum(group.lost for group in dense) >= best - 1e-9
 
 
-def test_groups_of_one_size_stay_in_the_best_way_there_is() -> None:
+def test_groups_that_fill_the_room_exactly_stay() -> None:
     lost = [0.3, 0.1, 0.7, 0.2, 0.5]
     found = [Sensitivity((Group((str(n),), 10, one),), {}) for n, one in enumerate(lost)]
-    best = max(combinations(range(5), 2), key=lambda pair: sum(lost[n] for n in pair))
-    assert left_dense(found, 0.4) == tuple(map(str, best))
+    seconds: Saves = {
+        (str(n),): 0.1 for n in range(5)
+    }  # three of which are more than 0.3 as floats
+    choices = choose(found, seconds, 0.3)
+    assert [choice.dense for choice in choices] == [True, False, True, False, True]
+
+
+def test_a_group_that_saves_nothing_stays_dense_and_takes_no_room() -> None:
+    found = [Sensitivity((Group((str(n),), 10, 0.1 * n),), {}) for n in range(4)]
+    saves: Saves = {("0",): 0.0, ("1",): -1e-6, ("2",): 2e-6, ("3",): 2e-6}
+    choices = choose(found, saves, 2e-6)
+    assert [choice.dense for choice in choices] == [True, True, False, True]
 
 
 def test_a_journal_gives_the_same_survey_back(make_model: MakeModel, tmp_path: Path) -> None:
@@ -140,6 +158,12 @@ def test_the_command_leaves_that_share_dense(invoke: Invoke, make_model: MakeMod
     }
     weights = {name: rows * cols for name, (rows, cols) in sizes.items()}
     dense = result["layers_left_dense"]
+    choices = result["choices"]
+    assert choices["unit"] == "weights"
+    assert choices["whole"] == sum(weights.values())
+    assert dense == [
+        name for group in choices["groups"] if group["dense"] for name in group["layers"]
+    ]
     assert 0.2 < sum(weights[name] for name in dense) / sum(weights.values()) <= 0.3
     tensors = stock_model(out / "model").state_dict()
     before = stock_model(folder).state_dict()

@@ -1,0 +1,28 @@
+"""What a person at a terminal sees of layers that stay dense under a budget."""
+
+from math import isnan
+
+from rich.console import Console
+from rich.table import Table
+
+from thanos_deploy.pruning.budget import HEADS, Choices, bought, cells
+
+
+def show_choices(choices: Choices) -> None:
+    """Print what was decided about each group of layers, kind by kind, and what that brings."""
+    table = Table(title="What each choice bought")
+    for name in HEADS:
+        table.add_column(name, overflow="fold")
+    for row in bought(choices):
+        table.add_row(*cells(row))
+    console = Console()
+    console.print(table, markup=False)
+    if any(isnan(group.costs) for group in choices.groups):
+        console.print(
+            f"The forecast for {choices.purpose} is at most {choices.fastest:.2f} times the speed "
+            "of the dense model.",
+            highlight=False,
+            markup=False,
+        )
+    else:
+        console.print(choices.sentence, highlight=False, markup=False)

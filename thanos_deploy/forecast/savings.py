@@ -1,0 +1,120 @@
+"""The time that pruning each group of layers would save on a GPU, from sizes and `roofline`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from thanos_deploy.errors import UsageError
+from thanos_deploy.forecast import datasheets
+from thanos_deploy.forecast.forecast import (
+    DENSE,
+    Variant,
+    architecture,
+    forecast,
+    is_two_of_four,
+)
+from thanos_deploy.forecast.measurements import published_measurements, read_measurements
+from thanos_deploy.forecast.roofline import Gemm, Setting, Step, layer, product
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.pattern import Pattern
+from thanos_deploy.pruning.budget import Budget, Choice, Choices
+from thanos_deploy.pruning.layers import linear_shapes
+
+_DTYPE = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What pruning each group of layers would save of a step.
+
+    Attributes:
+        dense: seconds of the step of the dense model.
+        seconds: by the full names of a group's layers, what pruning them saves; not above 0 where
+            it saves nothing.
+        measured: how many of these are from measured products.
+        purpose: the step and the GPU, in words.
+    """
+
+    dense: float
+    seconds: Mapping[tuple[str, ...], float]
+    measured: int
+    purpose: str
+
+    @property
+    def fastest(self) -> float:
+        """How many times as fast the step becomes if every group is pruned that saves time."""
+        most = sum(max(0.0, saved) for saved in self.seconds.values())
+        return self.dense / (self.dense - most)
+
+    def room(self, budget: Budget) -> float:
+        """Seconds that may be given up of all that could be saved.
+
+        Raises:
+            UsageError: even pruning everything is not fast enough.
+        """
+        most = sum(max(0.0, saved) for saved in self.seconds.values())
+        left = most - self.dense * (1.0 - 1.0 / budget.speed)
+        # What is forecast is not that exact; so a speed may be asked for as it was printed.
+        if most <= 0.0 or self.fastest < budget.speed - 0.005:
+            down = math.floor(100 * self.fastest) / 100
+            raise UsageError(
+                f"--budget {budget.goal}: pruning every layer makes {self.purpose} at most "
+                f"{down:.2f} times as fast by the forecast",
+                fix=f"ask for at most speed={down:.2f}x, or name another --budget-step"
+                if down > 1.0
+                else "name another --budget-step, see `thanos-deploy plan`; only 2:4 saves time by "
+                "its zeros, and --pattern structured:FRACTION makes every step faster",
+            )
+        return max(0.0, left)
+
+    def choices(self, budget: Budget, groups: tuple[Choice, ...]) -> Choices:
+        """What was decided about the groups, as a record."""
+        return Choices("seconds", self.dense, self.purpose, budget.speed, groups, self.measured)
+
+
+def savings(checkpoint: Checkpoint, patterns: Mapping[str, Pattern], budget: Budget) -> Savings:
+    """What pruning each group of layers would save.
+
+    Servers multiply the layers that read one input as one; so a group saves time only if each of
+    its layers becomes 2:4.
+
+    Args:
+        checkpoint: the dense model.
+        patterns: what each layer is to be pruned to, by its full name.
+        budget: the step and the GPU.
+
+    Raises:
+        UsageError: the GPU is not known.
+        InputError: the file of measured products cannot be used.
+        ModelError: nothing can be forecast for such a model.
+    """
+    gpu = datasheets.find(budget.gpu)
+    known = (
+        published_measurements(gpu, _DTYPE)
+        if budget.measured is None
+        else read_measurements(Path(budget.measured).expanduser(), gpu, _DTYPE)
+    )
+    setting = Setting(gpu, _DTYPE, known)
+    step = Step(budget.sequences, budget.tokens, budget.past)
+    dense = forecast(Variant(DENSE, architecture(checkpoint), sparse=False), step, setting)
+    shapes, saved, measured = linear_shapes(checkpoint), {}, 0
+    for block in checkpoint.blocks:
+        for group in block.groups:
+            names = [block.prefix + name for name in group]
+            pruned = tuple(name for name in names if name in patterns)
+            if not pruned:
+                continue
+            seconds = 0.0
+            if len(pruned) == len(names) and all(is_two_of_four(patterns[one]) for one in names):
+                rows = sum(shapes[name][0] for name in names)
+                gemm = Gemm(" + ".join(group), rows, shapes[names[0]][1])
+                kernel = product(gemm, step.batch * step.tokens, _DTYPE)
+                before, after = (layer(kernel, setting, sparse=one) for one in (False, True))
+                seconds = before.likely - after.likely
+                measured += after.measured
+            saved[pruned] = seconds
+    what = f"decode at batch {step.batch}" if budget.decodes else f"prefill of {step.tokens} tokens"
+    return Savings(
+        sum(one.likely for one in dense), saved, measured, f"{what} on {gpu.name} in {_DTYPE}"
+    )

@@ -1,0 +1,122 @@
+"""Models with fewer blocks: what config.json says of them, and what their tensors are called.
+
+The blocks that are left move up, so that their numbers are without gaps. An entry that has a value
+for each block loses those of the blocks that are gone.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from thanos_deploy.bundle.codec import Json
+from thanos_deploy.errors import UsageError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.model.families import Family
+from thanos_deploy.model.structure import blocks_of
+
+_COUNT = "num_hidden_layers"
+
+# Entries with a value for each block.
+_LISTS = ("layer_types", "no_rope_layers")
+
+# Of a mixture of experts: the numbers of blocks that have none, and that only every so many have.
+_DENSE, _STEP = "mlp_only_layers", "decoder_sparse_step"
+
+# What tells a module where it is; a key-value cache goes by it.
+_PLACE = "layer_idx"
+
+
+def describe(checkpoint: Checkpoint, kept: Sequence[int]) -> Json:
+    """The entries of config.json that describe a model of some of a checkpoint's blocks.
+
+    Args:
+        checkpoint: the whole model.
+        kept: rising numbers of the blocks that are left, at least one.
+
+    Returns:
+        entry -> value.
+
+    Raises:
+        UsageError: a block would compute something else at its new place, such as one whose scale
+            depends on its number.
+    """
+    config, count = checkpoint.config, len(checkpoint.blocks)
+    entries: Json = {_COUNT: len(kept)}
+    for name in _LISTS:
+        values = getattr(config, name, None)
+        if values is not None and len(values) == count:
+            entries[name] = [values[number] for number in kept]
+    if getattr(config, _DENSE, None) is not None:
+        routed = [bool(block.routed) for block in checkpoint.blocks]
+        entries[_DENSE] = [new for new, old in enumerate(kept) if not routed[old]]
+        entries[_STEP] = 1
+    known = config.attribute_map or {}
+    entries |= {known[name]: value for name, value in entries.items() if name in known}
+    _require_same_blocks(checkpoint, kept, entries)
+    return entries
+
+
+def renamed(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, str]:
+    """What the tensors of the blocks that are left are called in the files, by their old names."""
+    weights, family = checkpoint.weights, checkpoint.family
+    names: dict[str, str] = {}
+    for new, old in enumerate(kept):
+        prefix = f"{family.blocks}.{old}."
+        names |= {
+            tensor: _numbered(tensor, family, old, new)
+            for name, stored in weights.stored.items()
+            if name.startswith(prefix)
+            for tensor in [weights.stored_in(stored)]
+        }
+    return names
+
+
+def _numbered(tensor: str, family: Family, old: int, new: int) -> str:
+    blocks = family.blocks.rpartition(".")[2]
+    return re.sub(rf"\b{re.escape(blocks)}\.{old}\.", f"{blocks}.{new}.", tensor, count=1)
+
+
+def _require_same_blocks(checkpoint: Checkpoint, kept: Sequence[int], entries: Json) -> None:
+    """Refuse blocks that the new configuration would make something else of.
+
+    Raises:
+        UsageError: there are such.
+    """
+    config: PretrainedConfig = type(checkpoint.config).from_dict(
+        {**checkpoint.config.to_dict(), **entries}
+    )
+    fewer = dataclasses.replace(
+        checkpoint,
+        config=config,
+        widths=tuple(checkpoint.widths[number] for number in kept),
+        blocks=tuple(checkpoint.blocks[number] for number in kept),
+    )
+    whole, cut = (blocks_of(one.skeleton(), one.family) for one in (checkpoint, fewer))
+    for new, old in enumerate(kept):
+        before, after = _settings(whole[old]), _settings(cut[new])
+        if before != after:
+            name = next(name for name in before if before[name] != after.get(name))
+            raise UsageError(
+                f"{checkpoint.folder}: block {old} would be another one as block {new}: its {name} "
+                f"would be {after.get(name)!r} instead of {before[name]!r}, as it depends on the "
+                "number of the block",
+                fix="use --allocation uniform, which drops no block",
+            )
+
+
+def _settings(block: nn.Module) -> dict[str, Any]:
+    """Shapes of a block's parameters, and the numbers, names and flags that its modules keep."""
+    found: dict[str, Any] = {
+        name: tuple(parameter.shape) for name, parameter in block.named_parameters()
+    }
+    for name, module in block.named_modules():
+        found |= {
+            f"{name}.{key}".lstrip("."): value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key != _PLACE
+        }
+    return found

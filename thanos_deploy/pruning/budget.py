@@ -1,0 +1,277 @@
+"""A budget for the layers that stay dense: what is asked for, and what became of it.
+
+Standard library only, so that a report needs no PyTorch. `sensitivity` finds out what pruning a
+group of layers costs, `forecast.savings` the time that it saves, and `sensitivity.choose` chooses.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import isnan
+from typing import Literal
+
+from thanos_deploy.errors import UsageError
+from thanos_deploy.option import Options, option
+
+# Tokens in the kv cache of a decode step.
+PAST = 512
+
+_GOAL = re.compile(r"speed=(\d+(?:\.\d+)?)x?")
+_STEP = re.compile(r"(decode|prefill):([1-9]\d*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget(Options):
+    """How fast the pruned model has to be, and where; layers that this leaves over stay dense.
+
+    Attributes:
+        goal: "speed=FACTORx", how many times as fast as the dense model.
+        gpu: a name of `forecast.datasheets`.
+        step: what is to be that fast.
+        measured: path of a file of measured matrix products, or None for the published ones.
+
+    Raises:
+        UsageError: one of these cannot be read, or no GPU is named.
+    """
+
+    goal: str = option(
+        "",
+        "--budget",
+        "How many times as fast as the dense model the pruned one has to be on --budget-gpu, such "
+        "as speed=1.2x. The layers whose pruning would change the model most for the time that it "
+        "saves stay dense, as far as that goes; so do those whose pruning saves no time. Takes "
+        "one more walk through the model.",
+        metavar="speed=FACTORx",
+        later=True,
+    )
+    gpu: str = option(
+        "",
+        "--budget-gpu",
+        "The GPU that --budget is for: a name that the command plan knows. Times are forecast as "
+        "plan does it, in bf16.",
+        metavar="NAME",
+        later=True,
+    )
+    step: str = option(
+        "decode:1",
+        "--budget-step",
+        f"What --budget is to make faster: a step that decodes one token of BATCH sequences, after "
+        f"{PAST} tokens, or a prefill of so many TOKENS.",
+        metavar="decode:BATCH|prefill:TOKENS",
+        later=True,
+    )
+    measured: str | None = option(
+        None,
+        "--budget-measured",
+        "File with matrix products measured on that GPU, as for plan --measured.  [default: the "
+        "published products, where that GPU was measured]",
+        metavar="PATH",
+        later=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be read."""
+        Options.__post_init__(self)
+        if _GOAL.fullmatch(self.goal) is None or self.speed <= 1.0:
+            raise UsageError(
+                f"--budget {self.goal!r}",
+                fix="say how many times as fast as the dense model, such as speed=1.2x",
+            )
+        if _STEP.fullmatch(self.step) is None:
+            raise UsageError(
+                f"--budget-step {self.step!r}", fix="use decode:BATCH or prefill:TOKENS"
+            )
+        if not self.gpu:
+            raise UsageError(
+                f"--budget {self.goal} without --budget-gpu",
+                fix="name the GPU that the model is for; zeros make no CPU faster",
+            )
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast."""
+        found = _GOAL.fullmatch(self.goal)
+        assert found is not None
+        return float(found[1])
+
+    @property
+    def sequences(self) -> int:
+        """That the step has; a prefill has one."""
+        return self._count if self.decodes else 1
+
+    @property
+    def tokens(self) -> int:
+        """New ones of each sequence."""
+        return 1 if self.decodes else self._count
+
+    @property
+    def past(self) -> int:
+        """Tokens of each sequence in the kv cache."""
+        return PAST if self.decodes else 0
+
+    @property
+    def decodes(self) -> bool:
+        """The step decodes."""
+        return self.step.startswith("decode")
+
+    @property
+    def _count(self) -> int:
+        return int(self.step.partition(":")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A group of layers that read one input, and what was decided about it.
+
+    Attributes:
+        layers: their full names.
+        saves: what pruning them saves: seconds of a step, or weights.
+        costs: what pruning them alone changes of what leaves the block, relative to its size; see
+            `sensitivity`. NaN where nobody has measured it.
+        dense: they stay dense.
+    """
+
+    layers: tuple[str, ...]
+    saves: float
+    costs: float
+    dense: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What was decided about all groups that could be pruned, and for what.
+
+    Attributes:
+        unit: of what is saved.
+        whole: what the dense model takes: seconds of a step, or the weights that could be pruned.
+        purpose: the step and the GPU, in words; empty for weights.
+        asked: the speed that was asked for, or the fraction of the weights that may stay.
+        groups: in the order of the forward pass.
+        measured: groups for which a measured product stands.
+    """
+
+    unit: Literal["seconds", "weights"]
+    whole: float
+    purpose: str
+    asked: float
+    groups: tuple[Choice, ...]
+    measured: int = 0
+
+    @property
+    def saved(self) -> float:
+        """By the groups that are pruned, together."""
+        return sum(group.saves for group in self.groups if not group.dense)
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast the step becomes, for a budget of seconds."""
+        return self.whole / (self.whole - self.saved)
+
+    @property
+    def fastest(self) -> float:
+        """The same if every group were pruned whose pruning saves time."""
+        return self.whole / (self.whole - sum(max(0.0, group.saves) for group in self.groups))
+
+    @property
+    def sentence(self) -> str:
+        """What was decided, and what it comes to."""
+        dense = sum(group.dense for group in self.groups)
+        left = f"{dense} of {len(self.groups)} groups of layers stay dense"
+        if self.unit == "weights":
+            return (
+                f"{left}, with {1.0 - self.saved / self.whole:.1%} of the weights that could be "
+                f"pruned; {self.asked:.1%} may."
+            )
+        free = sum(group.saves <= 0.0 for group in self.groups)
+        return (
+            f"{left}, {free} of them because pruning them saves no time. The forecast for "
+            f"{self.purpose} is {self.speed:.2f} times the speed of the dense model, where "
+            f"{self.asked:.2f} was asked for and {self.fastest:.2f} is possible; measured products "
+            f"stand for {self.measured} groups."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """The groups of one kind about which the same was decided; see `bought`.
+
+    Attributes:
+        layers: names, seen from the block.
+        dense: they stay dense.
+        blocks: numbers, as in "0-3, 7".
+        saves: what pruning them saves or would save, together, in words.
+        costs: what pruning them changes or would change, together, in words.
+    """
+
+    layers: str
+    dense: bool
+    blocks: str
+    saves: str
+    costs: str
+
+    @property
+    def decision(self) -> str:
+        """In a word."""
+        return "dense" if self.dense else "pruned"
+
+
+# Of a table with a row for each of these.
+HEADS = ("layers", "blocks", "decision", "pruning saves", "and changes")
+
+
+def cells(row: Bought) -> tuple[str, ...]:
+    """One row of that table."""
+    return row.layers, row.blocks, row.decision, row.saves, row.costs
+
+
+def bought(choices: Choices) -> Iterator[Bought]:
+    """What each kind of choice bought: a row for every kind of group, dense and pruned."""
+
+    def kind(group: Choice) -> tuple[str, bool]:
+        return joined([_place(name)[1] for name in group.layers]), group.dense
+
+    order = list(dict.fromkeys(name for name, _ in map(kind, choices.groups)))
+    alike = sorted(choices.groups, key=lambda group: (order.index(kind(group)[0]), group.dense))
+    for (layers, dense), found in groupby(alike, key=kind):
+        groups = list(found)
+        saves, costs = sum(one.saves for one in groups), sum(one.costs for one in groups)
+        yield Bought(
+            layers,
+            dense,
+            ranges([_place(one.layers[0])[0] for one in groups]),
+            _saving(saves, choices),
+            "not measured" if isnan(costs) else f"{costs:.4f}",
+        )
+
+
+def joined(layers: Sequence[str]) -> str:
+    """Layers of one module in a word or two: "mlp: gate_proj, up_proj"."""
+    modules = {name.rpartition(".")[0] for name in layers}
+    if len(layers) == 1 or len(modules) > 1:
+        return ", ".join(layers)
+    return f"{modules.pop()}: {', '.join(name.rpartition('.')[2] for name in layers)}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers, with neighbours joined: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _saving(saves: float, choices: Choices) -> str:
+    if choices.unit == "weights":
+        return f"{saves / 1e6:.2f} M weights ({saves / choices.whole:.1%})"
+    return f"{saves * 1e3:.3f} ms ({saves / choices.whole:.1%})" if saves > 0.0 else "nothing"
+
+
+def _place(name: str) -> tuple[int, str]:
+    """The number of a layer's block, and its name seen from there."""
+    parts = name.split(".")
+    place = next(index for index, part in enumerate(parts) if part.isdigit())
+    return int(parts[place]), ".".join(parts[place + 1 :])
