@@ -22,7 +22,8 @@ def prune_real(out: Path, store: Store, pattern: str, *options: str) -> tuple[Pa
     printed = _run(
         *("prune-export", gguf_path(), "--pattern", pattern, "--target", "genai", "-o", out),
         *("--nsamples", "8", "--seqlen", "128", *options, "--eval-segments", "4"),
-        *("--eval-seqlen", "256", "--rounds", "2", "--prompt", "32", "--new-tokens", "8", "--json"),
+        *("--eval-seqlen", "256", "--eval-questions", "16"),
+        *("--rounds", "2", "--prompt", "32", "--new-tokens", "8", "--json"),
         cache=cache,
     )
     (dense,) = cache.iterdir()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tests.bundles import checked
 from tests.commands import COMMAND, Command
 from tests.conftest import Invoke, stock_model
+from tests.presets import TUNE_STEPS
 from thanos_deploy import cli
 from thanos_deploy.bundle.files import sha256
 from thanos_deploy.bundle.manifest import Bundle
@@ -35,7 +36,7 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.texts import open_text
 
 # Little enough for a two-block model to take a second a stage.
-TUNING = ("--tune-steps", "16", "--tune-nsamples", "0")
+TUNING = ("--tune-steps", str(TUNE_STEPS), "--tune-nsamples", "0")
 PRUNING = (
     *("--pattern", "2:4", "--nsamples", "4", "--seqlen", "64", "--block-size", "16"),
     *TUNING,

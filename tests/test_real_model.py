@@ -25,6 +25,9 @@ from thanos_deploy.pruning.layers import linear_shapes
 
 pytestmark = pytest.mark.slow
 
+# Tokens of a greedy text. On its way the cache is moved to a larger buffer again and again.
+WRITTEN = 96
+
 
 @pytest.fixture(scope="module")
 def run(
@@ -54,7 +57,7 @@ def prompt(run: tuple[Path, Path, dict[str, object]]) -> list[int]:
 @pytest.fixture(scope="module")
 def written(engine: Engine, prompt: list[int]) -> list[int]:
     """What the pruned model's graph goes on with, the likeliest token each time."""
-    return list(generate(engine, prompt, new_tokens=256))
+    return list(generate(engine, prompt, new_tokens=WRITTEN))
 
 
 def test_the_converted_model_is_a_stock_checkpoint_that_knows_things(
@@ -105,15 +108,15 @@ def test_greedy_text_of_the_exported_dense_model_is_that_of_torch(
 ) -> None:
     _, dense, _ = run
     assert AutoTokenizer.from_pretrained(dense / "model")("Once upon a time")["input_ids"] == prompt
-    ids = list(generate(open_engine(dense), prompt, new_tokens=256))
-    assert len(ids) == 256
+    ids = list(generate(open_engine(dense), prompt, new_tokens=WRITTEN))
+    assert len(ids) == WRITTEN
     require_greedy(dense / "model", prompt, ids)
 
 
 def test_greedy_text_of_the_exported_pruned_model_is_that_of_torch(
     run: tuple[Path, Path, dict[str, object]], prompt: list[int], written: list[int]
 ) -> None:
-    assert len(written) == 256
+    assert len(written) == WRITTEN
     require_greedy(run[0] / "model", prompt, written)
 
 

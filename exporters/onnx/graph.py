@@ -150,7 +150,8 @@ def export(
     del traced
     on_progress(2, _STEPS)
     _weights.require_names(destination / GRAPH, model)
-    cast(model, torch.float32)
+    if _FLOATS[dtype] is not torch.float32:
+        cast(model, torch.float32)
     rounding: dict[str, float] = {}
     ranges: dict[str, qdq.Ranges] = {}
     if dtype in GRIDS:

@@ -122,8 +122,8 @@ def _log_probabilities(model: PreTrainedModel, beginnings: Tensor, continuations
     """float32[count, choices], of each continuation after its beginning."""
     count, choices, _ = continuations.shape
     after = continuations.flatten(0, 1).to(model.device)
-    read = model(input_ids=beginnings.to(model.device), use_cache=True)
-    first = read.logits[:, -1:].repeat_interleave(choices, dim=0)
+    read = model(input_ids=beginnings.to(model.device), use_cache=True, logits_to_keep=1)
+    first = read.logits.repeat_interleave(choices, dim=0)
     cache = read.past_key_values
     cache.batch_repeat_interleave(choices)
     rest = model(input_ids=after[:, :-1], past_key_values=cache, use_cache=True).logits

@@ -126,9 +126,9 @@ def written_by(model: PreTrainedModel, segments: Tensor, longest: int) -> Tensor
     found = [segments[:_TEXTS, :prompt].to(model.device)]
     cache = None
     for _ in range(min(_WRITTEN, longest - prompt)):
-        read = model(input_ids=found[-1], past_key_values=cache, use_cache=True)
+        read = model(input_ids=found[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = read.past_key_values
-        found.append(read.logits[:, -1:].argmax(dim=-1))
+        found.append(read.logits.argmax(dim=-1))
     return torch.cat(found, dim=1).cpu()
 
 

@@ -12,6 +12,7 @@ whose architecture is the library's own loads without its code; what does not is
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -245,20 +246,41 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     with TemporaryDirectory() as alone:
         (Path(alone) / gguf.name).symlink_to(gguf.resolve())
-        # Without dequantize=True the loaded model refuses to be saved.
-        with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                alone,
-                gguf_file=gguf.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                trust_remote_code=False,
-                local_files_only=True,
+        with _gguf_read_once():
+            # Without dequantize=True the loaded model refuses to be saved.
+            with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
+                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    gguf_file=gguf.name,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                    trust_remote_code=False,
+                    local_files_only=True,
+                )
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                alone, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
             )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            alone, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
-        )
     return model, tokenizer
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Within the `with` statement a GGUF file is parsed once, and names of tensors are listed once.
+
+    transformers parses all of the file three times (for the configuration, the weights and the
+    tokenizer), value by value, and lists the names of all tensors anew for every module of the
+    model. Nothing of what is kept is changed by who reads it.
+    """
+    import gguf  # an optional package, see `convert.convert_gguf`
+
+    taken = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, original in taken.items():
+        setattr(gguf, name, cache(original))
+    try:
+        yield
+    finally:
+        for name, original in taken.items():
+            setattr(gguf, name, original)
 
 
 def load_rows(name: str, config: str, split: str, file: str) -> list[object]:

@@ -52,6 +52,8 @@ def polish(
     group = pattern.group
     damping = diagonal - hessian.diagonal()
     masks = _masks(pattern, weight.device)
+    leaves = torch.zeros(len(masks), group, dtype=torch.bool, device=weight.device)
+    leaves.scatter_(1, masks, True)
     error = pruned - weight
     pull = torch.addcmul(error @ hessian, error, damping)  # half the gradient
     pruned, removed = pruned.clone(), torch.empty_like(pruned, dtype=torch.bool)
@@ -59,16 +61,19 @@ def polish(
     for block in torch.split(pruned, _BLOCK - _BLOCK % group, dim=1):
         stop = start + block.shape[1]
         own = hessian[start:stop, start:stop] + damping[start:stop].diag()
+        choices = _choices(own, masks, group)
         before, here = block.clone(), pull[:, start:stop].clone()
-        for first in range(0, stop - start, group):
-            at = slice(first, first + group)
+        for number, (inverse, roots, moves) in enumerate(zip(*choices, strict=True)):
+            at = slice(number * group, (number + 1) * group)
             values = block[:, at]
-            inverse = _inverse(own[at, at].double())
-            best = values - here[:, at] @ inverse.to(weight.dtype)
-            fitted, gone = _fitted(best, inverse, masks)
-            here.addmm_(fitted - values, own[at])
+            best = values - here[:, at] @ inverse
+            costs = (best @ roots).square_().view(-1, *masks.shape).sum(dim=2)
+            way = costs.argmin(dim=1)
+            removed[:, start:stop][:, at] = gone = leaves[way]
+            taken = best.gather(1, masks[way])
+            fitted = best.sub_((taken[:, :, None] * moves[way]).sum(dim=1)).masked_fill_(gone, 0.0)
+            here[:, at.stop :].addmm_(fitted - values, own[at, at.stop :])
             values.copy_(fitted)
-            removed[:, start:stop][:, at] = gone
         pull[:, stop:].addmm_(block - before, hessian[start:stop, stop:])
         start = stop
     return pruned, removed
@@ -86,23 +91,35 @@ def _inverse(positive: Tensor) -> Tensor:
     return torch.cholesky_inverse(lower)
 
 
-def _fitted(best: Tensor, inverse: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest mask of every row, and the weights that it keeps, fitted.
+def _choices(own: Tensor, masks: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What every group of a block needs to choose its mask, found for all of them at once.
 
     Args:
-        best: [rows, group], the weights that would lose least without a mask.
-        inverse: float64[group, group], A.
+        own: [cols, cols], the damped Hessian of the block.
         masks: int64[ways, count], what each removes.
+        group: columns of a group.
 
     Returns:
-        [rows, group], and bool[rows, group], True = removed.
+        of each group, in the dtype of the Hessian:
+        [groups, group, group], A.
+        [groups, group, ways * count], R: the squares of p R, summed over `count`, are what each
+        mask costs, because (A_zz)^-1 is L^-T L^-1 for the Cholesky factor L of A_zz.
+        [groups, ways, count, group], (A_zz)^-1 A_z.
     """
-    price = _inverse(inverse[masks[:, :, None], masks[:, None, :]])  # [ways, count, count]
-    moved = (price @ inverse[masks]).to(best.dtype)  # (A_zz)^-1 A_z, [ways, count, group]
-    values = best[:, masks]  # [rows, ways, count]
-    costs = torch.einsum("rwi,wij,rwj->rw", values, price.to(best.dtype), values)
-    way = costs.argmin(dim=1)
-    gone = masks[way]
-    change = (best.gather(1, gone)[:, None] @ moved[way]).squeeze(1)
-    removed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, gone, True)
-    return (best - change).masked_fill_(removed, 0.0), removed
+    ways, count = masks.shape
+    groups = len(own) // group
+    each = torch.arange(groups, device=own.device)
+    diagonal = own.reshape(groups, group, groups, group)[each, :, each]
+    inverse = _inverse(diagonal.double())
+    lower, _ = torch.linalg.cholesky_ex(inverse[:, masks[:, :, None], masks[:, None, :]])
+    identity = torch.eye(count, dtype=lower.dtype, device=own.device)
+    lower_inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    roots = inverse.new_zeros(groups, group, ways, count)
+    each_way = torch.arange(ways, device=own.device)
+    roots[:, masks, each_way[:, None]] = lower_inverse.mT
+    moves = torch.cholesky_inverse(lower) @ inverse[:, masks]
+    return (
+        inverse.to(own.dtype),
+        roots.flatten(2).to(own.dtype),
+        moves.to(own.dtype),
+    )

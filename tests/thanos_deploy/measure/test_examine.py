@@ -12,6 +12,7 @@ from thanos_deploy.calibration.frame import Frame
 from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.texts import Text
 from thanos_deploy.measure.examine import Examination, examine, examine_dense
+from thanos_deploy.measure.fidelity import _WRITTEN as WRITTEN
 from thanos_deploy.measure.fidelity import Outputs
 from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -76,12 +77,12 @@ def test_a_model_beside_the_dense_one(
 
     texts = ids[:, :32]
     with torch.inference_mode():
-        for _ in range(256):
+        for _ in range(WRITTEN):
             following = teacher(texts, use_cache=False).logits[:, -1].argmax(dim=-1)
             texts = torch.cat([texts, following[:, None]], dim=1)
     assert torch.equal(kept.written, texts)
     right = log_probabilities(model, texts)[:, 31:-1].argmax(dim=-1) == texts[:, 32:]
-    assert (near.texts, near.tokens) == (3, 256)
+    assert (near.texts, near.tokens) == (3, WRITTEN)
     assert near.continued == pytest.approx(right.sum(dim=1).double().mean().item())
     beginnings = [[*row.tolist(), False].index(False) for row in right]
     assert near.before_first == pytest.approx(sum(beginnings) / 3)
@@ -94,7 +95,7 @@ def test_the_dense_model_beside_itself(dense: Path, examination: Examination) ->
     assert found.fidelity is not None
     assert found.fidelity.divergence == pytest.approx(0.0, abs=1e-6)
     assert found.fidelity.agreement == 1.0
-    assert found.fidelity.continued == found.fidelity.before_first == 256
+    assert found.fidelity.continued == found.fidelity.before_first == WRITTEN
     for own, before in ((found.words, quality.words), (found.choices, quality.choices)):
         assert own is not None
         assert before is not None

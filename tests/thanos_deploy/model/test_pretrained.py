@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
-from tests.conftest import MODEL_TYPES, Invoke, MakeModel
+from tests.conftest import MODEL_TYPES, VOCABULARY, Invoke, MakeModel, stock_model
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import pretrained
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -245,6 +246,31 @@ def test_what_lies_beside_a_gguf_file_is_not_looked_at(
     loaded, _ = pretrained.load_gguf(beside / "model.gguf")
     assert loaded.config.model_type == "qwen2"
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_gguf_file_is_parsed_once(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time takes seconds for a vocabulary; and the package is as it was afterwards."""
+    from tests.test_cli_evaluate import write_gguf
+
+    folder = make_model("qwen2", max_position_embeddings=512)
+    write_gguf(folder, tmp_path / "model.gguf")
+    parsed = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    loaded, tokenizer = pretrained.load_gguf(tmp_path / "model.gguf")
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counting
+    expected = stock_model(folder).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    ids = list(range(VOCABULARY))
+    assert tokenizer.convert_ids_to_tokens(ids) == load_tokenizer(folder).convert_ids_to_tokens(ids)
 
 
 def sources() -> list[Path]:

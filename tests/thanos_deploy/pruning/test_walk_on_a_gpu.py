@@ -96,7 +96,12 @@ def test_a_model_is_pruned_there(
     pattern: Pattern,
     forward: str,
 ) -> None:
-    options: dict[str, Any] = {"method": method, "calib_forward": forward, "block_size": 16}
+    options: dict[str, Any] = {
+        "method": method,
+        "calib_forward": forward,
+        "block_size": 16,
+        "tune_steps": 2,
+    }
     if method in ("wanda", "magnitude"):
         del options["block_size"]
     recipe = Recipe.of(pattern, preset="best", **options)
