@@ -17,8 +17,8 @@ with a random model of two blocks.
 - Zeros: pruned to 2:4, saved, and loaded by transformers; the error that was reported for each
   layer is the one that the whole model shows. Other `n:m` and `unstructured` go the same way.
 - Heads, channels, experts: cut out with `structured`; the smaller model computes what the masked
-  one does. "As its family" stands where another type is tested that is cut in the same way, "no
-  test" where none is, and "-" where a type has none.
+  one does. "As its family" means that another type, which is cut in the same way, is tested; "no
+  test" that none is tested; and "-" that the type has no experts.
 - ONNX: exported, and ONNX Runtime agrees with PyTorch. `thanos-deploy serve` runs this graph,
   and the targets `genai`, `tensorrt`, `tensorrt-rtx` and `triton` are made from it.
 - The other programs: whether their sources were read for this type, and whether a test serves it.
@@ -28,15 +28,15 @@ _EXPERTS = """## Experts
 
 - Zeros: statistics of a layer of an expert count the tokens that the router sends to it. A layer
   that read fewer tokens than it has inputs gets the mask of Wanda and no update, and one that read
-  none the mask of magnitude; the command and the report name them. The statistics of all experts of
-  a block are not held at once, but of as many as take 1 GiB.
+  none the mask of magnitude; the command and the report name them. Statistics are held for as
+  many experts of a block at a time as fit into 1 GiB.
 - Experts: `--pattern structured:FRACTION` drops those with the lowest score of REAP
   ([arXiv 2510.13999](https://arxiv.org/abs/2510.13999)): the mean, over the tokens that are sent to
   an expert, of its weight times the Euclidean norm of its output. The same number stays in every
   block, at least as many as a token is sent to, and only that number changes in `config.json`.
 - Channels: with `--shrink ffn` channels of every expert are cut out, the same number of each, and
   the layer that reads them is refitted, if its expert read as many tokens as it has inputs.
-- Heads of these models stay.
+- Heads of mixtures of experts are not cut.
 - In an ONNX graph every expert computes every token, because shapes cannot depend on what the
   router chooses: the results are exact, and the work is that of all experts.
 - gpt_oss in MXFP4, as it is published, is dequantised to bfloat16 when it is read, into the cache.
