@@ -13,20 +13,24 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from exporters.llama_cpp import batch_of, model_of
 from runtime.engine import open_engine
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.machine import environment
+from thanos_deploy.measure.evaluation import graph_reader
+from thanos_deploy.measure.perplexity import POSITIONS_AT_ONCE, Read
 
-_PAUSE = 0.3
+PAUSE = 0.3
 
 # Reads tokens that follow those before, and returns the logits after the last one.
 Step = Callable[[Sequence[int]], Any]
@@ -64,15 +68,10 @@ def ours(bundle: Path, threads: int, most: int) -> Begin:
 
 def llama_cpp(path: Path, threads: int, most: int) -> Begin:
     """llama.cpp with its own defaults for cache and attention."""
-    module: Any = importlib.import_module("cyllama.llama.llama_cpp")
-    module.set_log_callback(lambda level, text: None)
-    model = model_of(module, path)
-    context_settings = module.LlamaContextParams()
-    context_settings.n_ctx = context_settings.n_batch = context_settings.n_ubatch = most
-    context_settings.n_threads = context_settings.n_threads_batch = threads
+    module, model = _llama(path)
 
     def begin() -> Step:
-        context = module.LlamaContext(model, context_settings)
+        context = _llama_context(module, model, threads, most)
         past = 0
 
         def step(ids: Sequence[int]) -> Any:
@@ -86,18 +85,39 @@ def llama_cpp(path: Path, threads: int, most: int) -> Begin:
     return begin
 
 
+def llama_cpp_reader(path: Path, threads: int) -> Read:
+    """The same as something that reads segments."""
+    module, model = _llama(path)
+
+    def read(ids: Tensor) -> Iterator[Tensor]:
+        context = _llama_context(module, model, threads, len(ids))
+        context.decode(batch_of(module, ids.tolist(), 0, every=True))
+        for part in torch.arange(len(ids)).split(POSITIONS_AT_ONCE):
+            rows = [np.array(context.get_logits_ith(one), np.float32) for one in part.tolist()]
+            yield torch.from_numpy(np.stack(rows))
+
+    return read
+
+
+def _llama(path: Path) -> tuple[Any, Any]:
+    module: Any = importlib.import_module("cyllama.llama.llama_cpp")
+    module.set_log_callback(lambda level, text: None)
+    return module, model_of(module, path)
+
+
+def _llama_context(module: Any, model: Any, threads: int, most: int) -> Any:
+    settings = module.LlamaContextParams()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = most
+    settings.n_threads = settings.n_threads_batch = threads
+    return module.LlamaContext(model, settings)
+
+
 def genai(folder: Path, threads: int, most: int) -> Begin:
     """ORT-GenAI, on a graph of ours or of its own builder."""
-    module: Any = importlib.import_module("onnxruntime_genai")
-    config = module.Config(str(folder))
-    overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-    config.overlay(json.dumps(overlay))
-    model = module.Model(config)
+    module, model = _genai(folder, threads)
 
     def begin() -> Step:
-        parameters = module.GeneratorParams(model)
-        parameters.set_search_options(max_length=most)
-        generator = module.Generator(model, parameters)
+        generator = _generator(module, model, most)
 
         def step(ids: Sequence[int]) -> Any:
             generator.append_tokens(np.array([ids], dtype=np.int32))
@@ -108,54 +128,125 @@ def genai(folder: Path, threads: int, most: int) -> Begin:
     return begin
 
 
+def genai_reader(folder: Path, threads: int) -> Read:
+    """The same as something that reads segments."""
+    module, model = _genai(folder, threads)
+
+    def read(ids: Tensor) -> Sequence[Tensor]:
+        generator = _generator(module, model, len(ids) + 1)
+        generator.append_tokens(ids[None].numpy().astype(np.int32))
+        logits = np.asarray(generator.get_output("logits"), np.float32)[0]
+        return torch.split(torch.from_numpy(logits), POSITIONS_AT_ONCE)
+
+    return read
+
+
+def _genai(folder: Path, threads: int) -> tuple[Any, Any]:
+    module: Any = importlib.import_module("onnxruntime_genai")
+    config = module.Config(str(folder))
+    overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+    config.overlay(json.dumps(overlay))
+    return module, module.Model(config)
+
+
+def _generator(module: Any, model: Any, most: int) -> Any:
+    parameters = module.GeneratorParams(model)
+    parameters.set_search_options(max_length=most)
+    return module.Generator(model, parameters)
+
+
 def openvino(path: Path, threads: int, most: int) -> Begin:
     """OpenVINO, which is handed the cache and gives the longer one."""
-    module: Any = importlib.import_module("openvino")
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    request = module.Core().compile_model(path, "CPU", settings).create_infer_request()
-    cached = [port for port in request.model_inputs if port.any_name.startswith("past_")]
+    request = _openvino(path, threads)
 
     def begin() -> Step:
-        cache = [
-            np.zeros(
-                (1, port.partial_shape[1].get_length(), 0, port.partial_shape[3].get_length())
-            ).astype(np.float32)
-            for port in cached
-        ]
-        past = 0
+        past, cache = 0, _empty_cache(request)
 
         def step(ids: Sequence[int]) -> Any:
             nonlocal past, cache
-            total = past + len(ids)
-            feeds = {
-                "input_ids": np.array([ids]),
-                "attention_mask": np.ones((1, total), np.int64),
-                "position_ids": np.arange(past, total)[None],
-                **{port.any_name: one for port, one in zip(cached, cache, strict=True)},
-            }
-            results = list(request.infer(feeds).values())
-            past, cache = total, [one.copy() for one in results[1:]]
-            return results[0][0, -1]
+            logits, cache = _infer(request, ids, past, cache)
+            past += len(ids)
+            return logits[-1]
 
         return step
 
     return begin
 
 
+def openvino_reader(path: Path, threads: int) -> Read:
+    """The same as something that reads segments; the graph has to give all logits."""
+    request = _openvino(path, threads)
+
+    def read(ids: Tensor) -> Sequence[Tensor]:
+        logits, _ = _infer(request, ids.tolist(), 0, _empty_cache(request))
+        return torch.split(torch.from_numpy(logits.copy()), POSITIONS_AT_ONCE)
+
+    return read
+
+
+def _openvino(path: Path, threads: int) -> Any:
+    module: Any = importlib.import_module("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    return module.Core().compile_model(path, "CPU", settings).create_infer_request()
+
+
+def _cache_ports(request: Any) -> list[Any]:
+    return [port for port in request.model_inputs if port.any_name.startswith("past_")]
+
+
+def _empty_cache(request: Any) -> list[Any]:
+    shapes = [port.partial_shape for port in _cache_ports(request)]
+    return [
+        np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), np.float32)
+        for shape in shapes
+    ]
+
+
+def _infer(request: Any, ids: Sequence[int], past: int, cache: list[Any]) -> tuple[Any, list[Any]]:
+    """The logits, [tokens, vocabulary] or [1, vocabulary], and the longer cache."""
+    total = past + len(ids)
+    feeds = {
+        "input_ids": np.array([ids]),
+        "attention_mask": np.ones((1, total), np.int64),
+        "position_ids": np.arange(past, total)[None],
+        **{port.any_name: one for port, one in zip(_cache_ports(request), cache, strict=True)},
+    }
+    results = list(request.infer(feeds).values())
+    return results[0][0], [one.copy() for one in results[1:]]
+
+
 def opened(subject: str, threads: int, most: int) -> Begin:
     """The runtime that a subject is for."""
+    kind, path = _kind(subject)
+    return {"openvino": openvino, "llama.cpp": llama_cpp, "genai": genai, "ours": ours}[kind](
+        path, threads, most
+    )
+
+
+def reader(subject: str, threads: int) -> Read:
+    """The same as something that reads segments; graphs have to give all logits."""
+    kind, path = _kind(subject)
+    if kind == "ours":
+        return graph_reader(path)
+    return {"openvino": openvino_reader, "llama.cpp": llama_cpp_reader, "genai": genai_reader}[
+        kind
+    ](path, threads)
+
+
+def _kind(subject: str) -> tuple[str, Path]:
+    """What runs a subject, and where it is."""
     kind, _, rest = subject.partition(":")
-    path = Path(rest if kind == "openvino" else subject)
     if kind == "openvino":
-        return openvino(path, threads, most)
+        return kind, Path(rest)
+    path = Path(subject)
     if path.suffix == ".gguf":
-        return llama_cpp(path, threads, most)
-    return (genai if (path / "genai_config.json").exists() else ours)(path, threads, most)
+        return "llama.cpp", path
+    return "genai" if (path / "genai_config.json").exists() else "ours", path
 
 
-def turn(begin: Begin, prompt: Sequence[int], new_tokens: int) -> Turn:
+def turn(begin: Begin, prompt: Sequence[int], new_tokens: int, *, pause: float = PAUSE) -> Turn:
     """One text."""
-    time.sleep(_PAUSE)
+    time.sleep(pause)
     step = begin()
     started = time.perf_counter()
     tokens = [int(np.argmax(step(prompt)))]
@@ -164,6 +255,25 @@ def turn(begin: Begin, prompt: Sequence[int], new_tokens: int) -> Turn:
         tokens.append(int(np.argmax(step(tokens[-1:]))))
     ended = time.perf_counter()
     return Turn(first - started, (ended - first) / (new_tokens - 1), tuple(tokens))
+
+
+def rounds(
+    subjects: Mapping[str, Begin],
+    prompt: Sequence[int],
+    new_tokens: int,
+    count: int,
+    *,
+    pause: float = PAUSE,
+) -> Iterator[dict[str, Turn]]:
+    """Rounds in which every subject has a turn, forwards and backwards by turns.
+
+    The first one, which warms up, is not among them.
+    """
+    for number in range(count + 1):
+        order = list(subjects) if number % 2 else reversed(list(subjects))
+        taken = {name: turn(subjects[name], prompt, new_tokens, pause=pause) for name in order}
+        if number:
+            yield taken
 
 
 def main() -> None:
@@ -179,12 +289,8 @@ def main() -> None:
     most = arguments.prompt + arguments.new_tokens
     subjects = {one: opened(one, arguments.threads, most) for one in arguments.subjects}
     prompt = list(range(1000, 1000 + arguments.prompt))
-    turns: dict[str, list[Turn]] = {name: [] for name in subjects}
-    for number in range(arguments.rounds + 1):  # the first one warms up
-        for name in list(subjects) if number % 2 else reversed(subjects):
-            taken = turn(subjects[name], prompt, arguments.new_tokens)
-            if number:
-                turns[name].append(taken)
+    taken = list(rounds(subjects, prompt, arguments.new_tokens, arguments.rounds))
+    turns = {name: [one[name] for one in taken] for name in subjects}
     first = turns[arguments.subjects[0]]
     print("| | prefill, ms | times the first | token, ms | times the first | same tokens |")
     print("|---|---|---|---|---|---|")

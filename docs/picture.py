@@ -1,137 +1,183 @@
-"""The picture of the README: what each pattern costs in quality and brings in time and size."""
+"""The picture of the README: every model of the comparison by perplexity and cost."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from math import hypot, log
 
-FIGURES = Path(__file__).parent.parent / "benchmarks" / "results" / "comparison-runtimes.json"
+from benchmarks.comparison.front import Cost, front, points
+from benchmarks.comparison.record import Comparison, Row, read
+from docs.labels import Box, place
+from thanos_deploy.pattern import Structured, parse
 
-# Of the whole picture and of its three panels, in SVG's units.
-_WIDTH, _HEIGHT = 900, 412
-_LEFT, _TOP, _PANEL, _GAP, _DEEP = 56, 34, 258, 28, 300
-_LABEL = 90  # width of the longest name without int8
-_DENSE, _ZEROS, _CUT = "#59606b", "#b4530a", "#0a5a9c"
+# Of the whole picture and of its panels, in SVG's units.
+_WIDTH, _HEIGHT = 920, 760
+_LEFT, _TOP, _PANEL, _DEEP, _GAP = 52, 34, 400, 300, 62
+_FONT, _LETTER, _LINE = 10, 6.3, 13  # the widest letters of usual fonts, on average
+_RADIUS = 5.0
 
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A model in one panel.
-
-    Attributes:
-        model: as the command line spells its pattern, with int8 where its weights are.
-        cost: milliseconds or megabytes.
-        low, high: the ends of the 95 % interval of the cost; the cost itself where it is exact.
-        perplexity: on the text of the comparison.
-    """
-
-    model: str
-    cost: float
-    low: float
-    high: float
-    perplexity: float
-
-    @property
-    def colour(self) -> str:
-        """One for the dense model, one for zeros, one for smaller matrices."""
-        if self.model.startswith("dense"):
-            return _DENSE
-        return _CUT if self.model.startswith("structured") else _ZEROS
+_INK, _MUTED, _RULE = "#1b1e24", "#59606b", "#d9dce1"
+_COLOURS = {
+    "ONNX Runtime": "#0a5a9c",
+    "llama.cpp": "#b4530a",
+    "OpenVINO": "#6a3d9a",
+    "ORT-GenAI": "#2e7d32",
+}
+_TITLES: dict[Cost, str] = {
+    "decode": "decode, ms per token",
+    "prefill": "prefill of the prompt, ms",
+    "size": "files, MB",
+}
+_PERPLEXITIES = (*range(5, 20), *range(20, 40, 2), *range(40, 100, 10), *range(100, 1001, 100))
 
 
 def draw() -> str:
     """images/patterns.svg."""
-    rows = json.loads(FIGURES.read_bytes())["rows"]
-    panels = (
-        ("decode after 128 tokens, ms", [_timed(row, rows[0], "decode-1x128") for row in rows]),
-        ("prefill of 128 tokens, ms", [_timed(row, rows[0], "prefill-1x128") for row in rows]),
-        ("ONNX file, MB", [_sized(row) for row in rows]),
-    )
+    return svg(read())
+
+
+def svg(comparison: Comparison) -> str:
+    """The picture of a comparison: three panels, and a key where a fourth would be."""
+    rows = comparison.rows
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="11" role="img">',
-        "<title>Perplexity of SmolLM2-135M-Instruct by pattern, against decode time, prefill time "
-        "and file size; lower left is better</title>",
+        f'font-family="sans-serif" font-size="{_FONT}" role="img">',
+        f"<title>Perplexity of {escape(comparison.conditions.model)}, dense and pruned, against "
+        "decode time, prefill time and file size; lower left is better</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fdfdfb"/>',
-        f'<text transform="translate(14 {_TOP + _DEEP / 2}) rotate(-90)" text-anchor="middle" '
-        'fill="#1b1e24">perplexity</text>',
-        f'<text x="{_LEFT}" y="{_HEIGHT - 30}" fill="#59606b">Lower left is better. Grey: dense. '
-        "Orange: weights are zeros. Blue: heads and channels are cut out.</text>",
-        f'<text x="{_LEFT}" y="{_HEIGHT - 12}" fill="#59606b">Squares: int8 weights. Lines: 95 % '
-        "intervals of the ratio to the dense model, where they were measured.</text>",
     ]
-    for number, (title, points) in enumerate(panels):
-        parts += _panel(_LEFT + number * (_PANEL + _GAP), title, points)
+    corners = _corners()
+    for (cost, title), (left, top) in zip(_TITLES.items(), corners, strict=False):
+        parts += _panel(left, top, title, rows, cost)
+    parts += _key(*corners[-1], comparison)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _timed(row: dict[str, Any], dense: dict[str, Any], scenario: str) -> Point:
-    found, baseline = (one["onnxruntime"][scenario] for one in (row, dense))
-    cost, unit = found["median_seconds"] * 1e3, baseline["median_seconds"] * 1e3
-    ratio = found["ratio"]
-    low, high = (ratio["low"] * unit, ratio["high"] * unit) if ratio else (cost, cost)
-    return Point(_name(row["model"]), cost, low, high, row["perplexity"])
+def _corners() -> list[tuple[int, int]]:
+    """Upper left corners of the panels and of the key."""
+    return [
+        (_LEFT + column * (_PANEL + _GAP), _TOP + row * (_DEEP + _GAP))
+        for row in range(2)
+        for column in range(2)
+    ]
 
 
-def _sized(row: dict[str, Any]) -> Point:
-    size = row["onnx_bytes"] / 1e6
-    return Point(_name(row["model"]), size, size, size, row["perplexity"])
+def _panel(left: int, top: int, title: str, rows: Sequence[Row], cost: Cost) -> Iterator[str]:
+    found = points(rows, cost)
+    least, most = min(one.low for one in found), max(one.high for one in found)
+    room = 0.06 * (most - least) or 1.0
+    low, high = least - room, most + room
+    worst, best = max(row.perplexity for row in rows), min(row.perplexity for row in rows)
+    above, below = log(worst * 1.06), log(best / 1.06)
 
-
-def _name(model: str) -> str:
-    """A pattern as the command line spells it, from the name of its folder."""
-    name = model.removesuffix("-int8")
-    name = {"2-4": "2:4"}.get(name, name.replace("-", ":"))
-    return name if name == model or "int8" not in model else f"{name}, int8"
-
-
-def _panel(left: float, title: str, points: Sequence[Point]) -> Iterator[str]:
-    low, high = min(one.low for one in points), max(one.high for one in points)
-    low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
-
-    def across(cost: float) -> float:
-        return round(left + (cost - low) / (high - low) * _PANEL, 1)
+    def across(value: float) -> float:
+        return round(left + (value - low) / (high - low) * _PANEL, 1)
 
     def down(perplexity: float) -> float:
-        return round(_TOP + (18.0 - perplexity) / 8.0 * _DEEP, 1)
+        return round(top + (above - log(perplexity)) / (above - below) * _DEEP, 1)
 
-    yield f'<text x="{left}" y="{_TOP - 14}" fill="#1b1e24">{title}</text>'
-    for value in range(10, 19, 2):
+    yield f'<text x="{left}" y="{top - 12}" fill="{_INK}" font-weight="bold">{title}</text>'
+    for value in _apart([one for one in _PERPLEXITIES if below < log(one) < above], down):
         yield (
-            f'<path d="M{left} {down(value)}h{_PANEL}" stroke="#d9dce1"/>'
-            f'<text x="{left - 6}" y="{down(value) + 4}" text-anchor="end" fill="#59606b">'
+            f'<path d="M{left} {down(value)}h{_PANEL}" stroke="{_RULE}"/>'
+            f'<text x="{left - 6}" y="{down(value) + 4}" text-anchor="end" fill="{_MUTED}">'
             f"{value}</text>"
         )
     for value in _ticks(low, high):
         yield (
-            f'<text x="{across(value)}" y="{_TOP + _DEEP + 16}" text-anchor="middle" '
-            f'fill="#59606b">{value}</text>'
+            f'<text x="{across(value)}" y="{top + _DEEP + 14}" text-anchor="middle" '
+            f'fill="{_MUTED}">{value}</text>'
         )
-    for one in points:
-        x, y, colour = across(one.cost), down(one.perplexity), one.colour
+    yield (
+        f'<text transform="translate({left - 36} {top + _DEEP / 2}) rotate(-90)" '
+        f'text-anchor="middle" fill="{_MUTED}">perplexity</text>'
+    )
+    unbeaten = {row.name for row in front(rows, cost)}
+    marks = [(across(one.cost), down(one.perplexity)) for one in found]
+    # The intervals of the costs, which no name is to cross either.
+    lines = [
+        Box(across(one.low), y - 1, across(one.high), y + 1)
+        for one, (_, y) in zip(found, marks, strict=True)
+    ]
+    boxes = place(
+        marks,
+        [(len(row.weights) * _LETTER, _LINE) for row in rows],
+        Box(left, top, left + _PANEL, top + _DEEP),
+        radius=_RADIUS,
+        free=lines,
+    )
+    for row, one, (x, y), box in zip(rows, found, marks, boxes, strict=True):
+        colour = _COLOURS[row.runtime]
         if one.low < one.high:
-            yield f'<path d="M{across(one.low)} {y}H{across(one.high)}" stroke="{colour}"/>'
+            yield (
+                f'<path d="M{across(one.low)} {y}H{across(one.high)}" stroke="{colour}" '
+                'stroke-opacity="0.5"/>'
+            )
+        yield _mark(row, x, y, filled=row.name in unbeaten)
+        yield from _name(row, x, y, box)
+
+
+def _mark(row: Row, x: float, y: float, *, filled: bool) -> str:
+    """A circle for dense, a square for cut, a triangle for zeros."""
+    colour = _COLOURS[row.runtime]
+    style = f'fill="{colour if filled else "#fdfdfb"}" stroke="{colour}" stroke-width="1.5"'
+    if not row.pruned:
+        return f'<circle class="mark" cx="{x}" cy="{y}" r="4" {style}/>'
+    if isinstance(parse(row.model), Structured):
+        return f'<path class="mark" d="M{x - 4} {y - 4}h8v8h-8z" {style}/>'
+    return f'<path class="mark" d="M{x} {y - 5}l5 9h-10z" {style}/>'
+
+
+def _name(row: Row, x: float, y: float, box: Box) -> Iterator[str]:
+    """What a point is called, and a line to it where that is not beside it."""
+    near = box.nearest(x, y)
+    if hypot(near[0] - x, near[1] - y) > _RADIUS + 3:
         yield (
-            f'<rect x="{x - 4}" y="{y - 4}" width="8" height="8" fill="{colour}"/>'
-            if one.model.endswith("int8")
-            else f'<circle cx="{x}" cy="{y}" r="4.5" fill="{colour}"/>'
+            f'<path d="M{x} {y}L{round(near[0], 1)} {round(near[1], 1)}" '
+            f'stroke="{_MUTED}" stroke-width="0.5"/>'
         )
-        yield _label(one, x, y, left)
-
-
-def _label(point: Point, x: float, y: float, left: float) -> str:
-    """The name of a point, where it meets no other: below those that were cut, above the others."""
-    int8 = point.model.endswith("int8")
-    cut = point.model.startswith("structured") and not int8
-    before = not int8 and x - left > (_LABEL if cut else _PANEL / 2)
-    return (
-        f'<text x="{x + 4 if before else x - 4}" y="{y + 16 if cut else y - 8}" '
-        f'text-anchor="{"end" if before else "start"}" fill="{point.colour}">{point.model}</text>'
+    # In the middle, so that a font that is narrower leaves room at both ends.
+    beside = "start" if near[0] > x else "end" if near[0] < x else "middle"
+    place_of = {"start": box.left, "end": box.right, "middle": (box.left + box.right) / 2}[beside]
+    yield (
+        f'<text class="name" x="{round(place_of, 1)}" y="{round(box.bottom - 3, 1)}" '
+        f'text-anchor="{beside}" fill="{_COLOURS[row.runtime]}">{escape(row.weights)}</text>'
     )
 
 
+def _key(left: int, top: int, comparison: Comparison) -> Iterator[str]:
+    runtimes = {row.runtime: None for row in comparison.rows}
+    y = top
+    for name in runtimes:
+        yield f'<rect x="{left}" y="{y - 8}" width="10" height="10" fill="{_COLOURS[name]}"/>'
+        yield f'<text x="{left + 18}" y="{y + 1}" fill="{_INK}">{name}</text>'
+        y += 18
+    found, machine = comparison.conditions, comparison.environment
+    for line in (
+        "",
+        "Lower left is better.",
+        "Circles: dense. Squares: heads and channels are cut out. Triangles: zeros.",
+        "Filled: no model is better without being shown to cost more.",
+        "Lines: 95 % intervals of the ratio to dense fp32.",
+        "",
+        f"{found.model}, {found.threads} threads of {machine.processor}.",
+        f"A prompt of {found.prompt} tokens. {found.date}, {comparison.status}.",
+        f"Perplexity on {found.text}.",
+    ):
+        yield f'<text x="{left}" y="{y}" fill="{_MUTED}">{escape(line)}</text>'
+        y += 16
+
+
+def _apart(values: Sequence[int], down: Callable[[float], float]) -> list[int]:
+    """Those between which there is room for a number each."""
+    kept: list[int] = []
+    for value in values:
+        if not kept or down(kept[-1]) - down(value) >= 1.6 * _FONT:
+            kept.append(value)
+    return kept
+
+
 def _ticks(low: float, high: float) -> range:
-    """Round numbers of which four to eight lie between two."""
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if (high - low) / step <= 8)
+    """Round numbers of which four to ten lie between two."""
+    steps = (base * 10**power for power in range(6) for base in (1, 2, 5))
+    step = next(step for step in steps if (high - low) / step <= 10)
     return range(int(low // step + 1) * step, int(high) + 1, step)

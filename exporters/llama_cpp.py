@@ -208,11 +208,11 @@ def model_of(module: Any, path: Path) -> Any:
     return Model(str(path), settings)
 
 
-def batch_of(module: Any, ids: Sequence[int], past: int) -> Any:
-    """Tokens of one text behind those before, with logits after the last one."""
+def batch_of(module: Any, ids: Sequence[int], past: int, *, every: bool = False) -> Any:
+    """Tokens of one text behind those before, with logits after the last or after every one."""
     batch = module.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
     for place, token in enumerate(ids):
-        batch.add(token, past + place, [0], place == len(ids) - 1)
+        batch.add(token, past + place, [0], every or place == len(ids) - 1)
     return batch
 
 

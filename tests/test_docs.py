@@ -230,15 +230,17 @@ def test_what_is_generated_is_current(name: str) -> None:
     assert committed == generate.GENERATED[name](), "run `python -m docs.generate`"
 
 
-def test_the_picture_has_a_mark_for_every_figure() -> None:
+def test_the_picture_has_a_mark_and_a_name_for_every_figure() -> None:
+    from benchmarks.comparison.record import read
     from docs import picture
 
-    rows = json.loads(picture.FIGURES.read_bytes())["rows"]
-    drawn = picture.draw()
-    assert drawn.count("<circle") + drawn.count('<rect x="') == 3 * len(rows)
+    rows, drawn = read().rows, picture.draw()
+    assert drawn.count('class="mark"') == drawn.count('class="name"') == 3 * len(rows)
     assert len(drawn) < 100_000
-    for pattern in ("2:4", "unstructured:0.5", "structured:0.1, int8", "dense, int8"):
-        assert drawn.count(f">{pattern}<") == 3
+    for row in rows:
+        assert drawn.count(f">{row.weights}<") == 3 * [one.weights for one in rows].count(
+            row.weights
+        )
 
 
 class Example:

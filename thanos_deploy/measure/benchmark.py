@@ -38,11 +38,6 @@ from thanos_deploy.progress import OnProgress, silent
 # An open loop is offered this much of what the baseline can take.
 _UTILISATION = 0.5
 
-# The baseline has drifted if its median moved by more than this fraction, and so steadily that
-# chance would do it in fewer runs than this.
-_MOST_DRIFT = 0.05
-_CHANCE = 0.01
-
 
 def measure(
     bundles: Mapping[str, Path],
@@ -261,10 +256,10 @@ def _drifts(scenarios: Sequence[ScenarioTimes], baseline: str, rounds: int) -> l
             continue
         headline = scenario.results[baseline].metrics[scenario.headline]
         moved = statistics.drift(headline.samples, rounds=rounds)
-        if moved and abs(moved.change) > _MOST_DRIFT and moved.p_value < _CHANCE:
+        if moved and moved.is_clear:
             found.append(
                 f"{scenario.name}: {baseline} drifted by {moved.change:+.1%} from the first "
-                f"third of the rounds to the last (limit {_MOST_DRIFT:.0%})"
+                f"third of the rounds to the last (limit {statistics.MOST_DRIFT:.0%})"
             )
     return found
 

@@ -17,6 +17,11 @@ LEVEL = 0.95
 
 _RESAMPLES = 2000
 
+# Samples have drifted if their median moved by more than this fraction, and so steadily that chance
+# would do it in fewer runs than this.
+MOST_DRIFT = 0.05
+_CHANCE = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -39,6 +44,11 @@ class Drift:
 
     change: float
     p_value: float
+
+    @property
+    def is_clear(self) -> bool:
+        """It is too large to be left out of account, and no chance."""
+        return abs(self.change) > MOST_DRIFT and self.p_value < _CHANCE
 
 
 def summarise(samples: Sequence[float]) -> Summary:

@@ -6,14 +6,14 @@ to cost less. "Shown" means that the intervals do not overlap: noise puts nobody
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from exporters import targets
 from exporters.target import Size
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.measure.run import DENSE
-from thanos_deploy.report.model import ModelReport, Pair, Plot, PlotPoint
+from thanos_deploy.report.model import ModelReport, Pair, Plot, PlotPoint, Quality
 from thanos_deploy.report.runs import quoted
 
 
@@ -24,59 +24,102 @@ def dominates(one: PlotPoint, other: PlotPoint) -> bool:
     return one.perplexity == other.perplexity and one.high < other.low
 
 
+def front(points: Sequence[PlotPoint]) -> list[PlotPoint]:
+    """The points that no other dominates, better perplexities first."""
+    best = [one for one in points if not any(dominates(other, one) for other in points)]
+    return sorted(best, key=lambda point: (point.perplexity, point.cost))
+
+
 def plots(models: Sequence[ModelReport]) -> list[Plot]:
     """Perplexity against time and against size, for the models that can be compared.
 
-    Left out are models whose perplexity is of another text than that of most, or is not of the
-    graph that was timed, and those without the cost in question.
+    Against what a graph costs stands the graph's own perplexity where its weights are rounded.
+    Left out are models whose perplexity is not known or is of another text than that of most, and
+    those without the cost in question.
     """
-    texts = Counter(text for model in models if (text := _text(model)))
-    if not texts:
-        return []
-    ((common, _),) = texts.most_common(1)
-    comparable = [model for model in models if _text(model) == common]
     made = []
-    for name, unit, dense, costs in (*_times(comparable), *_sizes(comparable)):
-        points = [
-            PlotPoint(DENSE, _perplexities(comparable[0])[0], dense, dense, dense),
-            *(
-                PlotPoint(model.label, _perplexities(model)[1], *costs[model.label])
-                for model in comparable
-                if model.label in costs
-            ),
-        ]
-        judged = tuple(
-            replace(
-                point,
-                dominated_by=tuple(other.label for other in points if dominates(other, point)),
+    for of, of_kind in ((_of_graph, _graph_costs), (_of_checkpoint, _checkpoint_costs)):
+        comparable = _comparable(models, of)
+        for name, unit, dtype, dense, costs in of_kind(comparable):
+            points = [
+                *(
+                    PlotPoint(DENSE, perplexity, dense, dense, dense)
+                    for perplexity in _dense_perplexity(comparable, dtype)
+                ),
+                *(
+                    PlotPoint(model.label, quality.pruned, *costs[model.label])
+                    for model in comparable
+                    if model.label in costs and (quality := of(model))
+                ),
+            ]
+            judged = tuple(
+                replace(
+                    point,
+                    dominated_by=tuple(other.label for other in points if dominates(other, point)),
+                )
+                for point in points
             )
-            for point in points
-        )
-        left_out = tuple(model.label for model in models if model.label not in costs)
-        made.append(Plot(name, unit, judged, left_out))
+            left_out = tuple(model.label for model in models if model.label not in costs)
+            made.append(Plot(name, unit, judged, left_out))
     return made
 
 
 # Estimate, low, high, and whether it is from a run that counts.
 _Cost = tuple[float, float, float, bool]
-_Costs = tuple[str, str, float, dict[str, _Cost]]
+# Name, unit, dtype of the dense model, its cost, and the costs of the models by label.
+_Costs = tuple[str, str, str, float, dict[str, _Cost]]
+
+# A graph in one of these has the perplexity of its checkpoint.
+_FLOATS = ("fp32", "fp16")
 
 
-def _text(model: ModelReport) -> tuple[str, int, int] | None:
-    """What the perplexity is of; None where it is not known, or not that of the graph.
-
-    It is the checkpoint's: not that of a graph of rounded weights.
-    """
-    quality = model.quality
-    if quality is None or (model.export is not None and model.export.dtype == "int8"):
-        return None
-    return quality.text, quality.segments, quality.length
+def _of_graph(model: ModelReport) -> Quality | None:
+    """The quality of the graph, which is the checkpoint's unless its weights are rounded."""
+    rounded = model.export is not None and model.export.dtype not in _FLOATS
+    return model.graph_quality if rounded else model.quality
 
 
-def _perplexities(model: ModelReport) -> tuple[float, float]:
-    """Of the dense and the pruned model."""
-    assert model.quality is not None
-    return model.quality.dense, model.quality.pruned
+def _of_checkpoint(model: ModelReport) -> Quality | None:
+    return model.quality
+
+
+def _comparable(
+    models: Sequence[ModelReport], of: Callable[[ModelReport], Quality | None]
+) -> list[ModelReport]:
+    """The models whose quality is of the text that most share."""
+    texts = Counter(quality.measured_on for model in models if (quality := of(model)))
+    common = texts.most_common(1)[0][0] if texts else None
+    return [model for model in models if (quality := of(model)) and quality.measured_on == common]
+
+
+def _dense_perplexity(models: Sequence[ModelReport], dtype: str) -> list[float]:
+    """Of the dense model in that dtype; none where it was not measured."""
+    if dtype in _FLOATS:
+        return [one.quality.dense for one in models if one.quality][:1]
+    return [
+        one.graph_quality.dense
+        for one in models
+        if one.graph_quality and one.export and one.export.dtype == dtype
+    ][:1]
+
+
+def _graph_costs(models: Sequence[ModelReport]) -> Iterator[_Costs]:
+    yield from _times(models)
+    # Of the largest of the dense graphs that were seen.
+    graphs = [
+        run.subjects[DENSE] for model in models for run in model.bench if DENSE in run.subjects
+    ]
+    largest = max(graphs, key=lambda subject: subject.file_bytes, default=None)
+    sizes = {model.label: model.bytes.targets.get(ONNX) for model in models}
+    yield from _size("ONNX file", largest.dtype if largest else "fp32", sizes)
+
+
+def _checkpoint_costs(models: Sequence[ModelReport]) -> Iterator[_Costs]:
+    """Bytes of the checkpoints, packed where they were."""
+    beside = [target.name for target in targets.every() if _is_checkpoint(target.size)]
+    yield from _size(
+        "checkpoint", "fp32", {model.label: _checkpoint(model, beside) for model in models}
+    )
 
 
 def _times(models: Sequence[ModelReport]) -> Iterator[_Costs]:
@@ -94,18 +137,8 @@ def _times(models: Sequence[ModelReport]) -> Iterator[_Costs]:
     for kind in ("prefill", "decode"):
         of_kind = [(key, costs) for key, costs in found.items() if key[0] == kind]
         if of_kind:
-            (_, scenario_name, _), costs = max(of_kind, key=lambda item: len(item[1]))
-            yield f"{scenario_name} time", "of the dense model's", 1.0, costs
-
-
-def _sizes(models: Sequence[ModelReport]) -> Iterator[_Costs]:
-    """Bytes of the ONNX files and of the checkpoints, packed where they were."""
-    beside = [target.name for target in targets.every() if _is_checkpoint(target.size)]
-    for name, sizes in (
-        ("ONNX file", {model.label: model.bytes.targets.get(ONNX) for model in models}),
-        ("checkpoint", {model.label: _checkpoint(model, beside) for model in models}),
-    ):
-        yield from _size(name, {label: size for label, size in sizes.items() if size is not None})
+            (_, scenario_name, dtype), costs = max(of_kind, key=lambda item: len(item[1]))
+            yield f"{scenario_name} time", "of the dense model's", dtype, 1.0, costs
 
 
 def _checkpoint(model: ModelReport, beside: Sequence[str]) -> Pair:
@@ -114,11 +147,12 @@ def _checkpoint(model: ModelReport, beside: Sequence[str]) -> Pair:
     return next(found, model.bytes.model)
 
 
-def _size(name: str, sizes: dict[str, Pair]) -> Iterator[_Costs]:
-    dense = max((size.dense or 0 for size in sizes.values()), default=0)
+def _size(name: str, dtype: str, sizes: Mapping[str, Pair | None]) -> Iterator[_Costs]:
+    known = {label: size for label, size in sizes.items() if size is not None}
+    dense = max((size.dense or 0 for size in known.values()), default=0)
     if dense:
-        costs = {label: (*(float(size.pruned),) * 3, True) for label, size in sizes.items()}
-        yield name, "B", float(dense), costs
+        costs = {label: (*(float(size.pruned),) * 3, True) for label, size in known.items()}
+        yield name, "B", dtype, float(dense), costs
 
 
 def _is_checkpoint(size: Size | None) -> bool:

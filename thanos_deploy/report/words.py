@@ -26,9 +26,6 @@ from thanos_deploy.report.model import (
 )
 from thanos_deploy.report.runs import quoted_on_gpu, quoted_times
 
-# How often a model is on the front: on every plot, on some, on none; or on no plot at all.
-_STANDINGS = ("unbeaten throughout", "beaten in part", "beaten throughout", "not comparable")
-
 # Stage -> what it measures, and the command that does it.
 _STAGES = {
     layout.EVAL: ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
@@ -69,21 +66,38 @@ def headline(model: ModelReport, run: Run | None) -> str:
 
 
 def comparison(models: Sequence[ModelReport], plots: Sequence[Plot]) -> str:
-    """The result of several models, in one sentence."""
+    """What several models come to: which are worth their loss of quality, and by what."""
     points = [point for plot in plots for point in plot.points]
     if not points:
         return f"{len(models)} models; nothing was measured that can be compared."
-    said: dict[str, list[str]] = {standing: [] for standing in _STANDINGS}
-    for model in models:
-        on_front = [not p.dominated_by for p in points if p.label == model.label]
-        said[_standing(on_front)].append(model.label)
-    counted = all(point.valid for point in points)
-    doubt = "" if counted else " (some times are from runs that do not count)"
-    costs = ", ".join(plot.cost for plot in plots)
-    clauses = "; ".join(
-        f"{standing}: {', '.join(labels)}" for standing, labels in said.items() if labels
-    )
-    return f"By perplexity against {costs}{doubt}, {clauses}."
+    worth: dict[tuple[str, ...], list[str]] = {}
+    shown = {point.label for point in points}
+    for model in (one for one in models if one.label in shown):
+        costs = tuple(
+            plot.cost
+            for plot in plots
+            if any(p.label == model.label and not p.dominated_by for p in plot.points)
+        )
+        worth.setdefault(costs, []).append(model.label)
+    lost = worth.pop((), [])
+    clauses = [f"{_and(labels)} by {_and(costs)}" for costs, labels in worth.items()]
+    said = [
+        f"Worth its loss of quality, because no better model is as cheap: {'; '.join(clauses)}."
+        if clauses
+        else "No pruned model is worth its loss of quality: for each a better one is as cheap."
+    ]
+    if clauses and lost:
+        said.append(f"For {_and(lost)} a better one is always as cheap.")
+    if left := [model.label for model in models if model.label not in shown]:
+        said.append(f"Not comparable, because the quality or all costs are missing: {_and(left)}.")
+    if not all(point.valid for point in points):
+        said.append("Some times are from runs that do not count.")
+    return " ".join(said)
+
+
+def _and(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def notices(model: ModelReport) -> Iterator[str]:
@@ -365,13 +379,3 @@ def _outcome(ratio: Interval) -> str:
     if ratio.high < 1.0 or ratio.low > 1.0:
         return f"takes {interval(ratio)} the time"
     return f"shows no difference ({ratio.low:.2f}x to {ratio.high:.2f}x the time)"
-
-
-def _standing(on_front: Sequence[bool]) -> str:
-    """A model on some plots, each with its front."""
-    throughout, in_part, never, incomparable = _STANDINGS
-    if not on_front:
-        return incomparable
-    if all(on_front):
-        return throughout
-    return in_part if any(on_front) else never

@@ -8,9 +8,11 @@ import pytest
 
 from tests import bundles
 from tests.bundles import SCHEMA, add_build, checked, run, write_bundle
+from thanos_deploy.bundle import manifest
 from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, IntegrityError, UsageError
+from thanos_deploy.measure.quality import EVAL, EVAL_ONNX, TextQuality
 from thanos_deploy.report import build, markdown, page, sources
 from thanos_deploy.report.figures import figures
 from thanos_deploy.report.model import FORMAT, ModelReport, Report
@@ -256,8 +258,12 @@ def test_several_models_are_compared(tmp_path: Path) -> None:
     assert decode["2:4"]["dominated_by"] == ["dense", "structured:0.2"]
     assert decode["dense"]["dominated_by"] == decode["structured:0.2"]["dominated_by"] == []
     assert plots["decode-1x128 time"]["left_out"] == ["unstructured:0.5"]
-    assert "unbeaten throughout: structured:0.2" in report["headline"]
-    assert "not comparable: unstructured:0.5" in report["headline"]
+    assert report["headline"] == (
+        "Worth its loss of quality, because no better model is as cheap: structured:0.2 by "
+        "prefill-1x128 time, decode-1x128 time, ONNX file and checkpoint. For 2:4 a better one is "
+        "always as cheap. Not comparable, because the quality or all costs are missing: "
+        "unstructured:0.5."
+    )
 
 
 def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> None:
@@ -292,9 +298,32 @@ def test_times_of_runs_that_do_not_count_are_marked_in_a_comparison(tmp_path: Pa
 def test_the_perplexity_of_rounded_weights_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
     report = report_on(write_bundle(tmp_path / "a"), write_bundle(tmp_path / "b", dtype="int8"))
     assert [model["label"] for model in report["models"]] == ["2:4 fp32", "2:4 int8"]
-    assert all(plot["left_out"] == ["2:4 int8"] for plot in report["pareto"])
+    left_out = {plot["cost"]: plot["left_out"] for plot in report["pareto"]}
+    assert left_out.pop("checkpoint") == []  # whose weights are not rounded
+    assert set(map(tuple, left_out.values())) == {("2:4 int8",)}
     missing = [entry["what"] for entry in report["models"][1]["not_measured"]]
     assert "perplexity of the int8 graph itself" in missing
+
+
+def test_a_rounded_graph_is_compared_by_its_own_perplexity(tmp_path: Path) -> None:
+    a, b = write_bundle(tmp_path / "a"), write_bundle(tmp_path / "b", dtype="int8")
+    with manifest.claim(b, Bundle.open(b).source) as bundle:
+        inputs = replace(
+            bundle.inputs(EVAL),
+            onnx=bundle.graph_sha256,
+            dense=replace(bundle.result(EVAL), value=10.9),
+        )
+
+        def produce(folder: Path) -> TextQuality:
+            return replace(bundle.result(EVAL), value=17.3)
+
+        bundle.run(EVAL_ONNX, produce, options=bundle.options(EVAL), inputs=inputs)
+    report = report_on(a, b)
+    for plot in report["pareto"]:
+        found = {point["label"]: point["perplexity"] for point in plot["points"]}
+        graph = plot["cost"] != "checkpoint"
+        assert found == {"dense": 10.8, "2:4 fp32": 16.8, "2:4 int8": 17.3 if graph else 16.8}
+        assert plot["left_out"] == []
 
 
 def test_bundles_that_look_alike_are_told_apart_by_their_folders(tmp_path: Path) -> None:

@@ -1,0 +1,216 @@
+"""A model as the files that one runtime reads; what is there already is not made again.
+
+Timed is a graph that computes the last logits only, as generating text needs it and as llama.cpp
+does. Perplexity needs the logits after every token: it is that of a second graph, with the same
+operators and, which is checked, the same file of weights.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.comparison.models import Dtype, Weights
+from benchmarks.comparison.record import Bits, Row, Runtime, Times, Way
+from exporters import gguf
+from exporters.onnx import stage as graphs
+from exporters.options import ExportRequest, Graph, Logits
+from exporters.target import write_stage
+from exporters.targets.gguf import GgufDtype, GgufRequest, GgufResult
+from thanos_deploy.bundle import files
+from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, ONNX
+from thanos_deploy.bundle.manifest import Bundle, claim
+from thanos_deploy.bundle.record import Nothing
+from thanos_deploy.errors import GateError
+from thanos_deploy.model.checkpoint import Checkpoint
+from thanos_deploy.progress import Announce
+from thanos_deploy.pruning.quantise import Codes
+
+# dtype of a graph -> GGUF's name for the type of as many bits, and the exporter's.
+GGUF: dict[Dtype, tuple[Bits, GgufDtype]] = {
+    "fp32": ("f32", "fp32"),
+    "int8": ("q8_0", "q8_0"),
+    "int4": ("q4_0", "q4_0"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model, bits, way, runtime: see `record.Row`.
+        timed: what to open for its times, as `benchmarks.runtimes` spells it.
+        judged: the same for its perplexity.
+        read: files that the runtime reads, of which the size counts.
+    """
+
+    model: str
+    bits: Bits
+    way: Way
+    runtime: Runtime
+    timed: str
+    judged: str
+    read: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the files that the runtime reads."""
+        return sum(path.stat().st_size for path in self.read)
+
+    def row(self, perplexity: float, prefill: Times, decode: Times) -> Row:
+        """The subject with its figures."""
+        return Row(
+            model=self.model,
+            bits=self.bits,
+            way=self.way,
+            runtime=self.runtime,
+            bytes=self.bytes,
+            perplexity=perplexity,
+            prefill=prefill,
+            decode=decode,
+        )
+
+
+def ours(weights: Weights, out: Path, announce: Announce) -> Subject:
+    """On ONNX Runtime, with its own attention where that fits."""
+    timed, judged = _graphs(weights, "ort", out, announce)
+    places = str(timed), str(judged)
+    return Subject(
+        weights.model, weights.dtype, weights.way, "ONNX Runtime", *places, _files(timed / ONNX)
+    )
+
+
+def openvino(weights: Weights, out: Path, announce: Announce) -> Subject:
+    """On OpenVINO, from the graph that every runtime takes."""
+    timed, judged = _graphs(weights, "neutral", out, announce)
+    places = f"openvino:{timed / ONNX / GRAPH}", f"openvino:{judged / ONNX / GRAPH}"
+    return Subject(
+        weights.model, weights.dtype, weights.way, "OpenVINO", *places, _files(timed / ONNX)
+    )
+
+
+def llama_cpp(weights: Weights, out: Path, announce: Announce) -> Subject:
+    """On llama.cpp, which rounds by itself where there are no codes to keep."""
+    bits, dtype = GGUF[weights.dtype]
+    model = Checkpoint.open(weights.folder)
+
+    def write(folder: Path) -> GgufResult:
+        return gguf.export(
+            model,
+            folder,
+            dtype=dtype,
+            codes=None if weights.codes is None else Codes.open(weights.codes),
+            on_progress=announce(f"Write {weights.slug} as GGUF"),
+        )
+
+    place = out / "files" / f"{weights.slug}-gguf"
+    with claim(place, weights.source) as bundle:
+        write_stage(
+            bundle,
+            "gguf",
+            write,
+            result=GgufResult,
+            inputs={"model": weights.source.sha256},
+            bytes_needed=lambda: 2 * model.bytes_in("fp32"),
+            options=GgufRequest(dtype),
+            overwrite=True,
+        )
+    path = place / "gguf" / gguf.FILE
+    return Subject(weights.model, bits, weights.way, "llama.cpp", str(path), str(path), (path,))
+
+
+def genai_builder(weights: Weights, out: Path, announce: Announce) -> Subject:
+    """On ORT-GenAI, from the checkpoint, by ORT-GenAI's own builder, which rounds by itself."""
+    model = Checkpoint.open(weights.folder)
+
+    def write(folder: Path) -> Nothing:
+        progress = announce(f"Build {weights.slug} for ORT-GenAI")
+        progress(0, 1)
+        with TemporaryDirectory(dir=out) as cache:
+            done = subprocess.run(
+                [
+                    *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
+                    *("-i", str(model.folder), "-o", str(folder), "-c", cache),
+                    *("-p", weights.dtype, "-e", "cpu"),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if done.returncode:
+            raise GateError(
+                f"{model.folder}: ORT-GenAI's builder fails: {done.stderr.strip()[-300:]}",
+                fix="see what the builder takes, or leave it out with --no-genai",
+            )
+        progress(1, 1)
+        return Nothing()
+
+    place = out / "files" / f"{weights.slug}-genai"
+    with claim(place, weights.source) as bundle:
+        write_stage(
+            bundle,
+            "genai",
+            write,
+            result=Nothing,
+            inputs={"model": weights.source.sha256},
+            bytes_needed=lambda: 2 * model.bytes_in("fp32"),
+            options=Nothing(),
+            overwrite=True,
+        )
+    folder = place / "genai"
+    places = str(folder), str(folder)
+    return Subject(weights.model, weights.dtype, "rounded", "ORT-GenAI", *places, _files(folder))
+
+
+def _graphs(weights: Weights, graph: Graph, out: Path, announce: Announce) -> tuple[Path, Path]:
+    """Bundles with the graph to time and the graph to judge.
+
+    Raises:
+        GateError: they have different weights.
+    """
+    timed, judged = (_graph(weights, graph, logits, out, announce) for logits in _LOGITS)
+    if timed.graph_sha256[_DATA] != judged.graph_sha256[_DATA]:
+        raise GateError(
+            f"{timed.path} and {judged.path}: their weights differ, though only what is computed "
+            "of the logits should",
+            fix="report the model",
+        )
+    return timed.path, judged.path
+
+
+_LOGITS: tuple[Logits, Logits] = ("last", "all")
+_DATA = f"{ONNX}/{GRAPH_DATA}"
+
+
+def _graph(weights: Weights, graph: Graph, logits: Logits, out: Path, announce: Announce) -> Bundle:
+    place = out / "files" / f"{weights.slug}-{graph}-{logits}"
+    with claim(place, weights.source) as bundle:
+        graphs.export(
+            bundle,
+            Checkpoint.open(weights.folder),
+            ExportRequest(weights.dtype, logits=logits, graph=graph),
+            patterns={},
+            origin={"model_sha256": weights.source.sha256},
+            inputs={"model": weights.source.sha256},
+            codes=weights.codes,
+            title=f"{weights.slug}, {graph}, {logits} logits",
+            overwrite=True,
+            announce=announce,
+        )
+    return bundle
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    """The graph and its weights."""
+    return tuple(sorted(path for path in folder.iterdir() if path.name.startswith(GRAPH)))
+
+
+def hashes(subject: Subject) -> Iterator[str]:
+    """Of all that the runtime reads to be judged."""
+    kind, _, rest = subject.judged.partition(":")
+    path = Path(rest).parent if kind == "openvino" else Path(subject.judged)
+    found = [path] if path.is_file() else sorted(path.rglob("*.onnx*"))
+    return map(files.sha256, found)
