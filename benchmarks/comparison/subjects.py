@@ -26,7 +26,7 @@ from thanos_deploy.bundle.record import Nothing
 from thanos_deploy.errors import GateError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce
-from thanos_deploy.pruning.quantise import Codes
+from thanos_deploy.pruning.codes import Codes
 
 # dtype of a graph -> GGUF's name for the type of as many bits, and the exporter's.
 GGUF: dict[Dtype, tuple[Bits, GgufDtype]] = {
