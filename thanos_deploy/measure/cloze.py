@@ -5,7 +5,7 @@ The questions are made from the text that perplexity is measured on, after the i
 alone. A word counts if
 
 - it ends a sentence: `.`, `!` or `?` follows, behind closing quotes and brackets if there are any,
-  and then a space or the end of the text;
+  each with or without a space before it, and then a space or the end of the text;
 - it has at least four letters, and nothing but letters;
 - the same word, whatever its capitals, stands in the same segment before it, and so do at least
   `_LEAST_BEFORE` tokens;
@@ -25,8 +25,9 @@ from torch import Tensor
 # Where a token is in a text: its first character, and the one behind it.
 Offset = tuple[int, int]
 
-_CLOSING = "[\"'\u201d\u2019)\\]]*"
-_LAST_WORD = re.compile(rf"(?<!\w)[^\W\d_]{{4,}}(?={_CLOSING}[.!?]{_CLOSING}(?:\s|$))")
+# Texts such as WikiText put a space between a word and the mark behind it.
+_CLOSING = "(?: ?[\"'\u201d\u2019)\\]])*"
+_LAST_WORD = re.compile(rf"(?<!\w)[^\W\d_]{{4,}}(?={_CLOSING} ?[.!?]{_CLOSING}(?:\s|$))")
 _WORD = re.compile(r"[^\W\d_]+")
 
 # Tokens that stand before a word in its segment.

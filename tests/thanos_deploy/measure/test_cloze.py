@@ -28,6 +28,9 @@ def found(content: str, offsets: list[Offset] | None = None) -> list[str]:
         ("The teacher came. She was a Teacher! ", ["Teacher"]),
         ("The teacher came. He said (to the teacher). ", ["teacher"]),
         ("The teacher came. He said \u201cteacher.\u201d Then", ["teacher"]),
+        ("The teacher came . She was a teacher . Then ", ["teacher"]),  # as in WikiText
+        ("The teacher came . He said ( to the teacher ) . ", ["teacher"]),
+        ("The teacher came. He saw the teacher .net ", []),
         ("The teacher came. She was a teacher.", ["teacher"]),  # the end of the text
         ("The teacher came. She was a pupil. ", []),  # which did not occur
         ("The teacher came. Two teachers. ", []),  # which is another word
