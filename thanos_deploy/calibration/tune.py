@@ -206,17 +206,24 @@ def learn(visit: Visit, learners: Mapping[str, Learner], steps: int) -> Tuned:
     return tuned
 
 
+@dataclass(frozen=True, slots=True)
+class _Errors:
+    """What a rank says of a block: the mean error of the first sequence of each of its batches."""
+
+    of_batches: tuple[float, ...]
+
+
 def _error(visit: Visit, dense: Walk) -> float:
     """The mean over tokens of the first sequence of every batch; the same on all ranks."""
-    own = {}
+    own: list[float] = []
     for number in visit.walk.own:
         batch, one = visit.walk.batches[number], slice(0, 1)
         left = batch.forward_of(
             batch.hidden[one], visit.index, visit.walk.block, one, visit.tuned_in
         )
         relative = _relative(left, dense.batches[number].left[one])
-        own[str(number)] = relative.double().mean().item()
-    every = [error for said in current().gather(own) for error in said.values()]
+        own.append(relative.double().mean().item())
+    every = [error for said in current().gather(_Errors(tuple(own))) for error in said.of_batches]
     return math.fsum(every) / len(every)  # whose last bit no order of terms changes
 
 

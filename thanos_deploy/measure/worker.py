@@ -48,7 +48,10 @@ def _come_to_rest() -> None:
 
 
 def _say(said: Ready | Taken | Failed | None) -> None:
-    reply = Reply(said, peak_memory_bytes(), resident_memory_bytes(), time.process_time())
+    # The kernel brings both up to date now and then, the peak not always first.
+    resident = resident_memory_bytes()
+    peak = max(peak_memory_bytes(), resident or 0)
+    reply = Reply(said, peak, resident, time.process_time())
     print(line(reply), end="", flush=True)
 
 

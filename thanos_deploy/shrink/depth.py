@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.calibration.blocks import block_inputs
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.calibration.parameters import ParameterFiles
@@ -58,15 +57,6 @@ class Removal:
     block: int
     change: float
     seconds: Mapping[str, float]
-
-    def to_json(self) -> Json:
-        """For the journal."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, value: Json) -> "Removal":
-        """What `to_json` made the value of."""
-        return decode(cls, value)
 
 
 def check(checkpoint: Checkpoint, fraction: float) -> None:
@@ -180,6 +170,13 @@ def plan(checkpoint: Checkpoint, removals: Sequence[Removal]) -> Plan:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """What a rank says: by the number of a block, what changes if it is left out."""
+
+    of_blocks: Mapping[int, float]
+
+
 class _Trials:
     """Some tokens on their way through a model without one or another of its blocks."""
 
@@ -213,14 +210,14 @@ class _Trials:
         wanted = self._dense.float()
         size = wanted.square().sum(dim=-1).clamp(min=1e-30)
         own = {
-            str(number): float(((end.float() - wanted).square().sum(dim=-1) / size).mean())
+            number: float(((end.float() - wanted).square().sum(dim=-1) / size).mean())
             for number, end in ends.items()
             if number is not None
         }
-        said: Json = {}
-        for one in ranks.gather(own):
-            said |= one
-        return {number: said[str(number)] for number in left}
+        said: dict[int, float] = {}
+        for one in ranks.gather(_Changes(own)):
+            said |= one.of_blocks
+        return {number: said[number] for number in left}
 
     def _through(self, left: Sequence[int], tried: Sequence[int]) -> dict[int | None, Tensor]:
         """What leaves the last block: with all that are left (None), and without each one tried."""

@@ -1,75 +1,39 @@
 """The stage prune: a sparse or smaller checkpoint, and a report of each layer."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from thanos_deploy.bundle import files, layout
-from thanos_deploy.bundle.codec import Json, decode, encode
+from thanos_deploy.bundle.codec import decode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.calibration.journal import Journal, owner_of
+from thanos_deploy.calibration.journal import owner_of
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import enough
-from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import devices, environment
-from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
+from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.progress import Announce, quietly
-from thanos_deploy.pruning.budget import Choices
-from thanos_deploy.pruning.owl import Outliers
-from thanos_deploy.pruning.quantise import QuantisedBlock
-from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import (
     PRUNE,
-    LayersSummary,
     PartBytes,
-    PrunedBlock,
-    PruneInputs,
     PruneOptions,
     PruneResult,
     Quantisation,
     Recovery,
-    WidthsSummary,
 )
-from thanos_deploy.pruning.sensitivity import Sensitivity
 from thanos_deploy.ranks.group import current
-from thanos_deploy.ranks.shards import Layout
-from thanos_deploy.ranks.start import part, same_everywhere
-from thanos_deploy.shrink import depth
-from thanos_deploy.shrink.depth import Removal
-from thanos_deploy.shrink.options import Cut
-from thanos_deploy.shrink.result import CutBlock
-from thanos_deploy.shrink.sizing import Losses
-from thanos_deploy.stages import summary
-from thanos_deploy.stages.checkpoints import (
-    check,
-    disk_bytes,
-    memory_of,
-    plan_widths,
-    prune_checkpoint,
-    quantise_checkpoint,
-    shrink_checkpoint,
-    survey_blocks,
-    survey_depth,
-)
+from thanos_deploy.ranks.start import part
 from thanos_deploy.stages.dense import Dense
-from thanos_deploy.stages.patterns import choices_of, measured_hash, sparsity_file
 from thanos_deploy.stages.prune_messages import Begun, Folders, Threads
+from thanos_deploy.stages.prune_work import BLOCKS, SURVEY, THREADS, Pruned, Work
 from thanos_deploy.stages.request import PruneRequest
-from thanos_deploy.stages.texts import Calibration, calibration
-from thanos_deploy.stages.training import recover_checkpoint, train_scales_checkpoint
 
 logger = logging.getLogger(__name__)
-
-# Folders of the journals.
-_SURVEY, _BLOCKS, _QUANTISED = "survey", "blocks", "quantised"
-
-# In what a journal belongs to, the number of threads.
-_THREADS = "threads"
 
 
 def prune(
@@ -96,7 +60,7 @@ def _prune(
     overwrite: bool,
     announce: Announce,
 ) -> StageRecord:
-    work = _Work.of(dense, request, announce)
+    work = Work.of(dense, request, announce)
     begun = Begun(None)
 
     def produce(folder: Path) -> PruneResult:
@@ -137,7 +101,7 @@ def follow(dense: Dense, request: PruneRequest) -> None:
 
 
 def _follow(dense: Dense, request: PruneRequest) -> None:
-    work = _Work.of(dense, request, quietly)
+    work = Work.of(dense, request, quietly)
     if folders := current().share(Begun(None)).folders:
         kept = folders.journals
         if not kept.is_dir():
@@ -153,9 +117,9 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
 
 def _threads_before(kept: Path) -> int | None:
     """With how many threads the journals in a folder were begun; None if there are none."""
-    for name in (_BLOCKS, _SURVEY):
+    for name in (BLOCKS, SURVEY):
         if owner := owner_of(kept / name):
-            threads = owner.get(_THREADS)
+            threads = owner.get(THREADS)
             return threads if isinstance(threads, int) else None
     return None
 
@@ -180,207 +144,9 @@ def _threads_of(kept: Path | None) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pruned:
-    """What became of a model.
-
-    Attributes:
-        blocks: of it.
-        summed: the same, summed up.
-        widths: what was cut out; None for nothing.
-        survey: journal of a walk before, if there was one.
-        choices: which layers stayed dense under a budget; None where there was none.
-    """
-
-    blocks: Sequence[PrunedBlock | CutBlock]
-    summed: LayersSummary
-    widths: WidthsSummary | None
-    survey: Journal[Losses] | Journal[Removal] | Journal[Outliers] | Journal[Sensitivity] | None
-    choices: Choices | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """What is to be done, as every rank knows it.
-
-    Attributes:
-        source: the dense model.
-        request: what was asked for.
-        calibration: the text, and what is taken of it.
-        memory: that is held at once, beside what the process holds already.
-        inputs: hashes of what is read.
-        owner: everything that the result depends on.
-    """
-
-    source: Checkpoint
-    request: PruneRequest
-    calibration: Calibration
-    memory: Memory
-    inputs: PruneInputs
-    owner: Json
-
-    @classmethod
-    def of(cls, dense: Dense, request: PruneRequest, announce: Announce) -> "_Work":
-        """Read what there is to read, and refuse ranks for which it differs.
-
-        Raises:
-            DeployError: see `check`, `calibration`, `same_everywhere` and `Layout.require`.
-        """
-        source = dense.checkpoint(announce)
-        check(source, request)
-        own, measured = None, None
-        if isinstance(request.how, Recipe):
-            own, measured = sparsity_file(request.how), measured_hash(request.how)
-        device, data = request.chosen_device, request.data
-        further = request.how.tuning.further(data.nsamples)
-        # Sizes that cannot be are refused with the text.
-        sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
-        segments = torch.empty(sizes, dtype=torch.int64, device="meta")
-        needed = memory_of(source, segments, further, request, device)
-        enough.require(needed, device)
-        taken = calibration(source, data, further)
-        Layout.of(*taken.ids.shape).require(current().size)
-        inputs = PruneInputs(
-            dense.source.sha256,
-            taken.text.sha256,
-            taken.frame.ids,
-            None if own is None else own.sha256,
-            measured,
-        )
-        owner = {
-            **request.to_json(),
-            **encode(inputs),
-            **_versions(request.chosen_device),
-        }
-        same_everywhere(owner)
-        return cls(source, request, taken, needed, inputs, owner)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is done."""
-        return self.request.chosen_device
-
-    @property
-    def tune_segments(self) -> int:
-        """That blocks are tuned on."""
-        tuned = self.request.how.tuning.tune_steps > 0
-        return len(self.calibration.ids) + len(self.calibration.further) if tuned else 0
-
-    @property
-    def disk_bytes(self) -> int:
-        """Room that the model and the journals take."""
-        taken = self.calibration
-        return disk_bytes(self.source, taken.ids, taken.further, self.request)
-
-    def run(self, model: Path | None, kept: Path, announce: Announce) -> _Pruned:
-        """Prune.
-
-        Args:
-            model: an empty folder for the pruned model; None on ranks that write nothing.
-            kept: folder of the journals.
-            announce: told of every piece of work.
-        """
-        source, how, owner = self.source, self.request.how, self.owner
-        ids, further = self.calibration.ids, self.calibration.further
-        device, dtype = self.device, DTYPES.get(self.request.dtype)
-        match how:
-            case Cut():
-                losses: Journal[Losses] | Journal[Removal]
-                if how.sizing.drops_blocks:
-                    losses = Journal(kept / _SURVEY, owner, Removal)
-                    removals = survey_depth(
-                        source, ids, how, announce, device=device, journal=losses
-                    )
-                    plan = depth.plan(source, removals)
-                else:
-                    losses = Journal(kept / _SURVEY, owner, Losses)
-                    surveyed = survey_blocks(
-                        source,
-                        ids,
-                        how,
-                        announce,
-                        device=device,
-                        hold=self.request.activations,
-                        journal=losses,
-                    )
-                    plan = plan_widths(source, surveyed, how)
-                cut = shrink_checkpoint(
-                    source,
-                    ids,
-                    model,
-                    plan,
-                    how,
-                    announce,
-                    further=further,
-                    dtype=dtype,
-                    device=device,
-                    hold=self.request.activations,
-                    journal=Journal(kept / _BLOCKS, owner, CutBlock),
-                )
-                return _Pruned(cut, summary.of_cuts(cut), summary.of_widths(plan), losses)
-            case Recipe():
-                outliers = sensitivity = None
-                if how.owl is not None:
-                    outliers = Journal(kept / _SURVEY, owner, Outliers)
-                elif how.tries_layers:
-                    sensitivity = Journal(kept / _SURVEY, owner, Sensitivity)
-                pruned = prune_checkpoint(
-                    source,
-                    ids,
-                    model,
-                    how,
-                    announce,
-                    further=further,
-                    dtype=dtype,
-                    device=device,
-                    hold=self.request.activations,
-                    outliers=outliers,
-                    sensitivity=sensitivity,
-                    journal=Journal(kept / _BLOCKS, owner, PrunedBlock),
-                )
-                survey = sensitivity if outliers is None else outliers
-                choices = choices_of(source, how, sensitivity.reports) if sensitivity else None
-                return _Pruned(pruned, summary.of_layers(pruned, how), None, survey, choices)
-
-    def finish(
-        self, folder: Path, kept: Path, announce: Announce
-    ) -> tuple[Recovery | None, Quantisation | None]:
-        """Train what is left and quantise it, where that is asked for; all ranks together.
-
-        Args:
-            folder: of the stage, in which the first rank has written the pruned model.
-            kept: folder of the journals.
-            announce: told of every piece of work.
-        """
-        request, model, taken = self.request, folder / layout.MODEL, self.calibration
-        current().wait()  # until it is written
-        recovery = None
-        if request.recover:
-            recovery = recover_checkpoint(self.source, taken.text, model, request, announce)
-        if request.grid is None:
-            return recovery, None
-        codes = folder / layout.CODES
-        quantisation = quantise_checkpoint(
-            model,
-            taken.ids,
-            codes,
-            request,
-            request.grid,
-            announce,
-            further=taken.further,
-            journal=Journal(kept / _QUANTISED, self.owner, QuantisedBlock),
-        )
-        if request.recover:
-            trained = train_scales_checkpoint(
-                self.source, taken.text, model, codes, request, announce
-            )
-            quantisation = replace(quantisation, trained=trained)
-        return recovery, quantisation
-
-
 def _result(
-    work: _Work,
-    pruned: _Pruned,
+    work: Work,
+    pruned: Pruned,
     recovery: Recovery | None,
     quantisation: Quantisation | None,
     model: Path,
@@ -411,15 +177,3 @@ def _result(
         tune_segments=work.tune_segments,
         discovered=work.source.family.discovered,
     )
-
-
-def _versions(device: torch.device) -> Json:
-    """What else the last bit of a result depends on: code, device, number of threads."""
-    made_with = environment.describe()
-    return {
-        "thanos-deploy": made_with.thanos_deploy,
-        "libraries": dict(made_with.libraries),
-        "processor": made_with.processor,
-        _THREADS: torch.get_num_threads(),
-        **({} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
-    }

@@ -23,6 +23,7 @@ from runtime.engine import open_engine
 from tests.bundles import write_bundle
 from tests.conftest import Invoke
 from thanos_deploy.bundle import names, onnxfile
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import sha256, sha256_of
 from thanos_deploy.bundle.manifest import Bundle, claim
 from thanos_deploy.bundle.record import Source
@@ -353,7 +354,8 @@ def test_a_foreign_name_in_a_packed_folder_is_bad_input(tmp_path: Path, name: st
 def test_a_foreign_name_in_a_journal_is_bad_input(tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     Journal(folder, {"model": "x"}, Losses)
-    entry = {"parameters": {"../../x": {"bytes": 1, "sha256": ""}}, "inputs": {}, "report": {}}
+    report = encode(Losses({}, {}, {}))
+    entry = {"parameters": {"../../x": {"bytes": 1, "sha256": ""}}, "inputs": {}, "report": report}
     content = {"entry": entry, "sha256": sha256_of(entry)}
     (folder / "block-0000.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="not the name of a file"):

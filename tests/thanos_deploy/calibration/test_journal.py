@@ -32,6 +32,7 @@ from thanos_deploy.pruning import layers as walk
 from thanos_deploy.pruning.owl import Outliers
 from thanos_deploy.pruning.result import PrunedBlock
 from thanos_deploy.stages import prune as stage
+from thanos_deploy.stages import prune_work
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 
@@ -266,7 +267,7 @@ def test_a_journal_of_other_options_is_discarded_with_a_message(
 def test_a_journal_of_another_version_is_discarded(
     model: Path, stopped: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "_versions", lambda device: {"libraries": {"torch": "0"}})
+    monkeypatch.setattr(prune_work, "versions", lambda device: {"libraries": {"torch": "0"}})
     assert prune_until(model, stopped, go_on)[0] == 0
     assert "libraries was" in caplog.text
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.ranks import RunningRanks, command
-from thanos_deploy.stages import prune as stage
+from thanos_deploy.stages import prune_work
 
 OPTIONS = ("--pattern", "2:4", "--preset", "paper", "--seqlen", "64", "--device", "cpu", "-q")
 
@@ -23,13 +23,13 @@ def differing(command_name: str, model: str, *arguments: str) -> None:
     text = Path(model).parent / f"text-{rank}.txt"
     text.write_text(" ".join(str(number + int(rank)) for number in range(500)))
     if rank == "1":
-        here, versions = Path(model).parent / "model", stage._versions
+        here, versions = Path(model).parent / "model", prune_work.versions
         shutil.copytree(model, here)
         weights = load_file(here / "model.safetensors")
         weights["model.norm.weight"] += 1.0
         save_file(weights, here / "model.safetensors", {"format": "pt"})
         model = str(here)
-        stage._versions = lambda device: {**versions(device), "thanos-deploy": "0.0.1"}
+        prune_work.versions = lambda device: {**versions(device), "thanos-deploy": "0.0.1"}
     command(command_name, model, *arguments, "--calib", str(text), "--seed", rank)
 
 

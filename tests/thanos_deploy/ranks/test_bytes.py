@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "owl": {"pattern": "unstructured:0.5", "allocation": "owl", "preset": "fast"},
     "heads and channels": {"pattern": "structured:0.2"},
     "widths of each block's own": {"pattern": "structured:0.2", "allocation": "loss"},
+    "whole blocks": {"pattern": "structured:0.3", "allocation": "blocks", "tune_steps": 2},
     "heads and channels, towards the dense model": {
         "pattern": "structured:0.2",
         "dense_target": 0.5,
