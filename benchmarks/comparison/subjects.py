@@ -7,10 +7,11 @@ operators and, which is checked, the same file of weights.
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from benchmarks.comparison.models import Dtype, Weights
 from benchmarks.comparison.record import Bits, Row, Runtime, Times, Way
@@ -27,6 +28,8 @@ from thanos_deploy.errors import GateError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.progress import Announce
 from thanos_deploy.pruning.codes import Codes
+
+Result = TypeVar("Result")
 
 # dtype of a graph -> GGUF's name for the type of as many bits, and the exporter's.
 GGUF: dict[Dtype, tuple[Bits, GgufDtype]] = {
@@ -106,19 +109,8 @@ def llama_cpp(weights: Weights, out: Path, announce: Announce) -> Subject:
             on_progress=announce(f"Write {weights.slug} as GGUF"),
         )
 
-    place = out / "files" / f"{weights.slug}-gguf"
-    with claim(place, weights.source) as bundle:
-        write_stage(
-            bundle,
-            "gguf",
-            write,
-            result=GgufResult,
-            inputs={"model": weights.source.sha256},
-            bytes_needed=lambda: 2 * model.bytes_in("fp32"),
-            options=GgufRequest(dtype),
-            overwrite=True,
-        )
-    path = place / "gguf" / gguf.FILE
+    made = _stage(weights, out, "gguf", write, GgufResult, GgufRequest(dtype))
+    path = made / gguf.FILE
     return Subject(weights.model, bits, weights.way, "llama.cpp", str(path), str(path), (path,))
 
 
@@ -148,21 +140,33 @@ def genai_builder(weights: Weights, out: Path, announce: Announce) -> Subject:
         progress(1, 1)
         return Nothing()
 
-    place = out / "files" / f"{weights.slug}-genai"
+    folder = _stage(weights, out, "genai", write, Nothing, Nothing())
+    places = str(folder), str(folder)
+    return Subject(weights.model, weights.dtype, "rounded", "ORT-GenAI", *places, _files(folder))
+
+
+def _stage(
+    weights: Weights,
+    out: Path,
+    name: str,
+    write: Callable[[Path], Result],
+    result: type[Result],
+    options: object,
+) -> Path:
+    """The folder of the one stage of a bundle of its own, written unless that is done."""
+    place = out / "files" / f"{weights.slug}-{name}"
     with claim(place, weights.source) as bundle:
         write_stage(
             bundle,
-            "genai",
+            name,
             write,
-            result=Nothing,
+            result=result,
             inputs={"model": weights.source.sha256},
-            bytes_needed=lambda: 2 * model.bytes_in("fp32"),
-            options=Nothing(),
+            bytes_needed=lambda: 2 * Checkpoint.open(weights.folder).bytes_in("fp32"),
+            options=options,
             overwrite=True,
         )
-    folder = place / "genai"
-    places = str(folder), str(folder)
-    return Subject(weights.model, weights.dtype, "rounded", "ORT-GenAI", *places, _files(folder))
+    return place / name
 
 
 def _graphs(weights: Weights, graph: Graph, out: Path, announce: Announce) -> tuple[Path, Path]:

@@ -108,6 +108,4 @@ class Results:
     def write(self, path: Path) -> None:
         """Write them to a file, as a whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        files.write_json(partial, encode(self))
-        partial.replace(path)
+        files.replace_json(path, encode(self))

@@ -87,9 +87,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write them to a file, as a whole or not at all."""
-        partial = path.with_suffix(".partial")
-        files.write_json(partial, encode(self))
-        partial.replace(path)
+        files.replace_json(path, encode(self))
 
 
 def table(results: Results, parts: Sequence[Part]) -> str:

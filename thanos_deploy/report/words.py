@@ -301,9 +301,11 @@ def _gpus_matter(model: ModelReport) -> bool:
 def _of_cuts(widths: CutWidths) -> Iterator[str]:
     """What cutting heads and channels out means."""
     if widths.dropped:
+        count = len(widths.dropped)
         yield (
-            f"{len(widths.dropped)} blocks were dropped, with {widths.removed:.1%} of the blocks' "
-            f"parameters ({ranges(widths.dropped)}): the files, the memory and the work of the "
+            f"{count} {'block was' if count == 1 else 'blocks were'} dropped, with "
+            f"{widths.removed:.1%} of the blocks' parameters ({ranges(widths.dropped)}): the files, "
+            "the memory and the work of the "
             "blocks shrink by that fraction, and a token passes fewer kernels, on any machine and "
             "backend; embeddings and the output head are unchanged."
         )
