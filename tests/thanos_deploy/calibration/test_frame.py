@@ -229,7 +229,7 @@ def test_an_interrupted_run_of_the_old_rule_is_not_gone_on_with(
         owners.append(owner)
         raise SeenError
 
-    monkeypatch.setattr("thanos_deploy.stages.prune.Journal", journal)
+    monkeypatch.setattr("thanos_deploy.stages.prune_work.Journal", journal)
     for template in ("<begin> $A", "$A"):
         save_framing_tokenizer(framing, template)
         out = tmp_path / template.replace(" ", "").strip("<>$A") / "out"

@@ -303,7 +303,7 @@ def test_the_command_drops_reports_and_exports(
     assert code == 0, errors
     code, shown, errors = invoke("report", out)
     assert code == 0, errors
-    assert f"1 blocks were dropped, with 25.0% of the blocks' parameters ({gone})" in " ".join(
+    assert f"1 block was dropped, with 25.0% of the blocks' parameters ({gone})" in " ".join(
         shown.split()
     )
     assert "the blocks with the numbers" in (out / "README.md").read_text()
