@@ -29,6 +29,7 @@ def test_one_bundle_gets_its_report_as_a_stage(invoke: Invoke, tmp_path: Path) -
     assert str(tmp_path) not in before.decode()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_makes_the_report_anew(invoke: Invoke, tmp_path: Path) -> None:
     out = write_bundle(tmp_path / "out")
     assert invoke("report", out)[0] == 0
@@ -53,6 +54,7 @@ def test_what_is_missing_is_no_obstacle(
     assert "latency was not measured" in report_of(out)["headline"]
 
 
+@pytest.mark.slow
 def test_several_bundles_get_one_page_and_are_left_alone(invoke: Invoke, tmp_path: Path) -> None:
     paths = [
         write_bundle(tmp_path / "a"),

@@ -34,6 +34,7 @@ def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_loses_nothing_in_flight(exported_llama: Path, number: signal.Signals) -> None:
     asked = {"model": exported_llama.name, "prompt": "Once", "max_tokens": 100, "temperature": 0}

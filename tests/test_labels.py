@@ -14,6 +14,7 @@ RADIUS = 5.0
 spots = st.tuples(st.floats(0, 400), st.floats(0, 300))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(spots, st.floats(20, 130)), max_size=25), st.lists(spots, max_size=3))
 def test_no_name_overlaps_another_one_or_a_point(
     named: list[tuple[tuple[float, float], float]], others: list[tuple[float, float]]

@@ -99,6 +99,7 @@ def served(replica: Server) -> float:
     return metric(replica, f'thanos_requests_total{{route="{COMPLETIONS}",status="200"}}')
 
 
+@pytest.mark.slow
 def test_both_replicas_share_the_requests(proxied: Proxied) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(

@@ -147,6 +147,7 @@ def test_when_the_answer_that_reads_a_prompt_is_cancelled_another_one_does(start
     first.end()
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=6),
     common=st.integers(0, 60),

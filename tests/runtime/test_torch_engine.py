@@ -43,7 +43,9 @@ MASK = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
 # Every kind of step takes PyTorch a quarter of a minute to compile.
-@pytest.mark.parametrize(("variant", "decoded"), [("eager", 4), ("compiled", 1)])
+@pytest.mark.parametrize(
+    ("variant", "decoded"), [("eager", 4), pytest.param("compiled", 1, marks=pytest.mark.slow)]
+)
 def test_logits_are_those_of_onnxruntime_also_with_padding_on_the_left(
     variant: str, decoded: int, exported_llama: Path
 ) -> None:

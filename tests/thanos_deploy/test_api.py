@@ -569,6 +569,7 @@ def test_bundles_are_put_side_by_side(bundle: td.Bundle, made: Path, tmp_path: P
     assert (tmp_path / "page.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path, invoke: Invoke) -> None:
     out = tmp_path / "out"
     words = ("--pattern", "2:4", *SMALL_WORDS, "--dry-run", "--json", "-o", out)

@@ -151,6 +151,7 @@ def test_fields_of_any_kind_are_taken_or_refused(
     assert answer.status_code in (200, 400, 404, 413), (changes, answer.text)
 
 
+@pytest.mark.slow
 def test_clients_that_break_off_anywhere_leave_nothing_behind(serve: Serve) -> None:
     draw = random.Random(0)
     with serve(slots=2) as running:

@@ -51,6 +51,7 @@ def test_a_conversation_is_rendered_as_in_this_process_and_after_one_that_breaks
         renderer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [LOOP, LARGE, DOUBLING, ENDLESS], ids=str)
 @pytest.mark.usefixtures("quick")
 def test_time_and_memory_of_a_template_are_limited(

@@ -405,6 +405,7 @@ def test_an_engine_that_fails_fails_its_requests_only(
         assert running.openai().completions.create(**ASKED).choices[0].text
 
 
+@pytest.mark.slow
 def test_a_reader_that_stalls_holds_no_slot(serve: Serve) -> None:
     with serve() as running:
         asked = {

@@ -26,6 +26,7 @@ TWO_FOUR = SemiStructured(2, 4)
 SEGMENTS = torch.randint(VOCABULARY, (6, 100), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tuning_brings_what_leaves_a_block_nearer_to_the_dense_one_and_keeps_zeros(

@@ -45,6 +45,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["thanos", "sparsegpt"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_a_layer_is_said_to_miss_is_what_it_misses_in_the_finished_model(

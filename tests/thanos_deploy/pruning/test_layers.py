@@ -120,6 +120,7 @@ def test_aiming_at_the_dense_model_brings_the_hidden_states_nearer_to_it(
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_bfloat16_calibration_loses_as_much_as_a_float32_one(
     make_model: MakeModel, tmp_path: Path, model_type: str

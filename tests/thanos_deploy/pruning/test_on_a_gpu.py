@@ -75,6 +75,7 @@ def test_a_method_prunes_there(
     assert result.weight.shape == result.mask.shape == (48, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
 @pytest.mark.parametrize("refit_steps", [0, 8])
 def test_thanos_waits_for_no_block_of_columns(
@@ -84,6 +85,7 @@ def test_thanos_waits_for_no_block_of_columns(
     assert reads_of(fake_cuda, lambda cols: thanos.prune(problem(cols=cols), pattern, options)) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("method", methods.names())
 def test_the_host_reads_as_often_of_a_wide_layer_as_of_a_narrow_one(

@@ -73,6 +73,7 @@ def test_tokens_are_drawn_by_their_probability(make_model: MakeModel) -> None:
     assert bool(((share - expected).abs() < 5 * error).all())
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_text_and_drops_the_same(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_the_model_is_nearer_to_itself_than_when_it_is_rounded(
     assert (ours - wanted).square().mean() < 0.8 * (others - wanted).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["int4:16", "int4:16:asym"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_steps_of_whole_blocks_bring_them_nearer_and_stay_on_the_grid(

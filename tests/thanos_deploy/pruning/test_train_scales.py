@@ -46,6 +46,7 @@ def divergence(folder: Path, dense: Path) -> float:
     return float((wanted.exp() * (wanted - learned)).sum(dim=-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "spelling"), [("llama", "int4:16"), ("gpt2", "int4:16:asym")]
 )

@@ -85,6 +85,7 @@ def segments() -> Tensor:
     return torch.zeros(4, 32, dtype=torch.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("method", methods.names())
 @pytest.mark.parametrize("forward", ["fp32", "bf16"])
@@ -110,6 +111,7 @@ def test_a_model_is_pruned_there(
     assert {layer.solver for block in blocks for layer in block.layers} == {method}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_the_data_between_two_blocks_may_be_held(
     dense: Checkpoint, tmp_path: Path, fake_cuda: FakeCuda, place: Place

@@ -120,6 +120,7 @@ def hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_number_of_ranks_gives_the_same_bytes(
     hashes: dict[int, dict[str, str]], case: str
@@ -127,6 +128,7 @@ def test_every_number_of_ranks_gives_the_same_bytes(
     assert len({hashes[count][case] for count in RANKS}) == 1
 
 
+@pytest.mark.slow
 def test_what_is_compared_differs_where_it_should(hashes: dict[int, dict[str, str]]) -> None:
     """Else the test above could not fail."""
     assert len(set(hashes[1].values())) > len(CASES) * 2 / 3

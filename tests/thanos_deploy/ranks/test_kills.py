@@ -88,6 +88,7 @@ def kill_one(model: Path, folder: Path, whole: tuple[bytes, float], number: int)
     return hit and any(others)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_ends_all_ranks_and_loses_nothing(
     model: Path, tmp_path: Path, whole: tuple[bytes, float]
 ) -> None:

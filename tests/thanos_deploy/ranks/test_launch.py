@@ -11,6 +11,7 @@ from tests.ranks import write_text
 OPTIONS = ("--pattern", "2:4", "--preset", "paper", "--nsamples", 40, "--seqlen", 64)
 
 
+@pytest.mark.slow
 def test_processes_make_the_bytes_that_one_makes(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:

@@ -23,6 +23,8 @@ from thanos_deploy.report.write import compare
 
 Browser = webdriver.Chrome
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:

@@ -96,6 +96,7 @@ def test_tuning_brings_a_cut_model_nearer_to_the_dense_one(
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["heads", "ffn", "both"])
 @pytest.mark.parametrize("model_type", CUT_TYPES)
 def test_cutting_changes_nothing_that_masking_has_not_changed(
