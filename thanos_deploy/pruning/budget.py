@@ -38,34 +38,36 @@ class Budget(Options):
     goal: str = option(
         "",
         "--budget",
-        "How many times as fast as the dense model the pruned one has to be on --budget-gpu, such "
-        "as speed=1.2x. The layers whose pruning would change the model most for the time that it "
-        "saves stay dense, as far as that goes; so do those whose pruning saves no time. Takes "
-        "one more walk through the model.",
+        "How many times as fast as the dense model the pruned model has to be on "
+        "--budget-gpu, such as speed=1.2x. Layers whose pruning saves no time stay dense. "
+        "So do, as far as the required speed allows, the layers whose pruning would "
+        "change the model most for the time that it saves. This takes one more pass over "
+        "all blocks of the model.",
         metavar="speed=FACTORx",
         later=True,
     )
     gpu: str = option(
         "",
         "--budget-gpu",
-        "The GPU that --budget is for: a name that the command plan knows. Times are forecast as "
-        "plan does it, in bf16.",
+        "The GPU that --budget is for: a name that `plan --gpu` takes. Times are forecast "
+        "in bf16, as the command plan does it.",
         metavar="NAME",
         later=True,
     )
     step: str = option(
         "decode:1",
         "--budget-step",
-        f"What --budget is to make faster: a step that decodes one token of BATCH sequences, after "
-        f"{PAST} tokens, or a prefill of so many TOKENS.",
+        "The step that --budget is about. decode:BATCH decodes one token in each of BATCH "
+        f"sequences, after {PAST} tokens; prefill:TOKENS reads a prompt of TOKENS tokens.",
         metavar="decode:BATCH|prefill:TOKENS",
         later=True,
     )
     measured: str | None = option(
         None,
         "--budget-measured",
-        "File with matrix products measured on that GPU, as for plan --measured.  [default: the "
-        "published products, where that GPU was measured]",
+        "File with times of matrix products that were measured on that GPU, as for `plan "
+        "--measured`.  [default: the measurements published with this project, if they "
+        "include that GPU]",
         metavar="PATH",
         later=True,
     )

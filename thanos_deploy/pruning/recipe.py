@@ -45,22 +45,22 @@ class Layers(Options):
     ignore: tuple[str, ...] = option(
         (),
         "--ignore",
-        "Leave these layers exactly as they are; named as for --include.",
+        "Leave these layers unchanged; they are named as for --include.",
         metavar="LAYER",
     )
     sparsity_file: str | None = option(
         None,
         "--sparsity-file",
-        'File with a JSON object from layers to their patterns: {"re:.*down_proj": "dense", '
-        '"model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
+        'File with a JSON object that gives layers their own patterns: {"re:.*down_proj": '
+        '"dense", "model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
         metavar="PATH",
     )
     keep_dense: float = option(
         0.0,
         "--keep-dense",
-        "Leave this fraction of the weights dense, such as 0.2: in the layers whose pruning would "
-        "change the model most for the weights that it saves. Takes one more walk through the "
-        "model.",
+        "Leave this fraction of the weights dense, such as 0.2. The layers that stay "
+        "dense are those whose pruning would change the model most for each weight that "
+        "it removes. This takes one more pass over all blocks of the model.",
         metavar="FRACTION",
         least=0.0,
         below=1.0,
@@ -85,7 +85,9 @@ class Owl(Options):
         above=0.0,
     )
     spread: float = option(
-        0.08, "--owl-spread", "owl: largest distance of a block's sparsity from the pattern's."
+        0.08,
+        "--owl-spread",
+        "owl: largest difference between the sparsity of a block and the sparsity of the pattern.",
     )
 
     def check(self, sparsity: float) -> None:
@@ -132,8 +134,8 @@ class Recipe(Options):
     forward: Forward = option(
         "auto",
         "--calib-forward",
-        "Precision of the blocks on calibration data; auto is bf16 if the processor or GPU has "
-        "instructions for it.",
+        "Precision in which the blocks run on calibration data; auto is bf16 if the "
+        "processor or GPU has instructions for it.",
     )
     budget: Budget | None = None
 
