@@ -167,4 +167,4 @@ def _require_plain(manifest: Path, source: Source, stages: Mapping[str, StageRec
     hashes = [file.sha256 for file in files.values()] + [source.sha256] * bool(source.sha256)
     for sha256 in hashes:
         if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"{sha256!r} is no SHA-256")
+            raise ValueError(f"{sha256!r} is not a SHA-256 hash")

@@ -30,8 +30,9 @@ def spread_over(processes: int | None) -> None:
     if found is not None:
         if processes not in (None, found.size):
             raise UsageError(
-                f"--processes {processes}, but torchrun has started {found.size}",
-                fix="leave --processes out where torchrun starts them",
+                f"--processes {processes}, but the number of processes that torchrun has "
+                f"started is {found.size}",
+                fix="leave --processes out where torchrun starts the processes",
             )
     elif processes is not None and processes > 1:
         import torch

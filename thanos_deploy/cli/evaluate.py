@@ -93,8 +93,8 @@ def command(
             result = td.evaluate(model, **asked)
         elif options["runtime"] == "vllm":
             raise td.UsageError(
-                "--dense with --runtime vllm: a server has one model",
-                fix="measure one model after the other, each without --dense",
+                "--dense with --runtime vllm: a server runs only one model",
+                fix="measure the two models one after the other, each without --dense",
             )
         else:
             result = td.Bundle(model).evaluate(dense, overwrite=overwrite, **asked)

@@ -23,7 +23,8 @@ _HELP = f"""Export the pruned model of the bundle OUT.
 \b
 {summaries()}
 
-The command reads only OUT, so the folder can be copied to the machine with the GPU and exported there.
+The command reads only OUT, so the folder can be copied to the machine with the GPU and exported
+there.
 
 With --to, OUT is a model without a bundle that is already sparse. Targets that take --to:
 {", ".join(each.name for each in targets.every() if each.convert is not None)}.
@@ -49,7 +50,8 @@ def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
         if to is not None:
             if asked.pop("overwrite") or asked:
                 raise td.UsageError(
-                    "--to with options of a bundle", fix="give --target and --to alone"
+                    "--to with options that apply only to the export of a bundle",
+                    fix="give no other options than --target and --to",
                 )
             written = td.export(os.fspath(model), target, to=to, progress=told(announce))
             emit(options, encode(written), show_values)

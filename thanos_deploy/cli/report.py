@@ -44,7 +44,8 @@ def command(
     """  # noqa: D301 - click wants the control character
     if output is None and len(bundles) > 1:
         raise UsageError(
-            f"{len(bundles)} bundles and no -o: a comparison belongs to none of the bundles",
+            f"{len(bundles)} bundles without -o: a comparison is not written into any of "
+            "the bundles",
             fix="give a file for the page, such as -o compare.html",
         )
     from thanos_deploy.cli._tables import show_report

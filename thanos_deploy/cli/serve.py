@@ -259,7 +259,7 @@ def _reread(keys: "Keys", file: Path) -> None:
     try:
         found = read_keys(file)
     except DeployError as error:
-        log.error("the keys stay as they were: %s", error.message)
+        log.error("the API keys were not changed: %s", error.message)
     else:
         keys.replace(found)
-        log.info("%d keys were read", len(found))
+        log.info("%d API keys were read", len(found))

@@ -267,7 +267,9 @@ class Run:
         """
         for scenario in self.scenarios:
             if others := sorted(set(scenario.results) - set(self.subjects)):
-                raise ValueError(f"{scenario.name}: {others[0]!r} is no subject of the run")
+                raise ValueError(
+                    f"{scenario.name}: {others[0]!r} is not one of the models of the run"
+                )
             for label, result in scenario.results.items():
                 base = scenario.results.get(self.baseline)
                 both = set(result.metrics) & set(base.metrics if base else ())

@@ -206,8 +206,8 @@ def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
     outlier_rows = options.outlier_rows
     if outlier_rows and isinstance(pattern, Unstructured):
         raise UsageError(
-            f"{name}: outlier rows {outlier_rows:g} with pattern {pattern}",
-            fix="leave --outlier-rows at 0; it has a meaning for n:m and structured patterns",
+            f"{name}: --outlier-rows {outlier_rows:g} has no effect with pattern {pattern}",
+            fix="leave --outlier-rows at 0; it applies only to n:m and structured patterns",
         )
     if isinstance(pattern, Structured) and pattern.sparsity > 1.0 - outlier_rows:
         raise UsageError(

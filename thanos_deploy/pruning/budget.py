@@ -78,7 +78,7 @@ class Budget(Options):
         if _GOAL.fullmatch(self.goal) is None or self.speed <= 1.0:
             raise UsageError(
                 f"--budget {self.goal!r}",
-                fix="say how many times as fast as the dense model, such as speed=1.2x",
+                fix="give a speed as a multiple of the dense model's, such as speed=1.2x",
             )
         if _STEP.fullmatch(self.step) is None:
             raise UsageError(
@@ -87,7 +87,7 @@ class Budget(Options):
         if not self.gpu:
             raise UsageError(
                 f"--budget {self.goal} without --budget-gpu",
-                fix="name the GPU that the model is for; zeros make no CPU faster",
+                fix="name the GPU that the model is for; on a CPU, zeros save no time",
             )
 
     @property
@@ -182,15 +182,15 @@ class Choices:
         left = f"{dense} of {len(self.groups)} groups of layers stay dense"
         if self.unit == "weights":
             return (
-                f"{left}, with {1.0 - self.saved / self.whole:.1%} of the weights that could be "
-                f"pruned; {self.asked:.1%} may."
+                f"{left}, with {1.0 - self.saved / self.whole:.1%} of the weights that "
+                f"could be pruned; --keep-dense allows {self.asked:.1%}."
             )
         free = sum(group.saves <= 0.0 for group in self.groups)
         return (
             f"{left}, {free} of them because pruning them saves no time. The forecast for "
             f"{self.purpose} is {self.speed:.2f} times the speed of the dense model, where "
-            f"{self.asked:.2f} was asked for and {self.fastest:.2f} is possible; measured products "
-            f"stand for {self.measured} groups."
+            f"{self.asked:.2f} was asked for and {self.fastest:.2f} is possible. For "
+            f"{self.measured} groups the forecast uses times of measured matrix products."
         )
 
 

@@ -99,8 +99,8 @@ class Owl(Options):
         room = min(sparsity, 1.0 - sparsity)
         if not 0.0 <= self.spread <= room:
             raise UsageError(
-                f"--owl-spread {self.spread:g} around a sparsity of {sparsity:g}: a block cannot "
-                "lose less than nothing or more than everything",
+                f"--owl-spread {self.spread:g} around a sparsity of {sparsity:g}: the "
+                "sparsity of a block has to stay between 0 and 1",
                 fix=f"use a spread from 0 to {room:g}",
             )
 
@@ -150,8 +150,8 @@ class Recipe(Options):
             return
         if self.layers.keep_dense:
             raise UsageError(
-                f"--allocation owl with --keep-dense {self.layers.keep_dense:g}: both choose by a "
-                "survey of their own what layers lose",
+                f"--allocation owl with --keep-dense {self.layers.keep_dense:g}: both "
+                "choose the sparsity of each layer",
                 fix="leave one of them out",
             )
         if not isinstance(self.pattern, Unstructured):
@@ -176,13 +176,13 @@ class Recipe(Options):
         if self.owl is not None or self.layers.keep_dense:
             other = "--allocation owl" if self.owl is not None else "--keep-dense"
             raise UsageError(
-                f"--budget {budget.goal} with {other}: both choose what each layer loses",
+                f"--budget {budget.goal} with {other}: both choose the sparsity of each layer",
                 fix="leave one of them out",
             )
         if getattr(self.options, "outlier_rows", 0.0):
             raise UsageError(
-                f"--budget {budget.goal} with --outlier-rows: a layer with dense rows is not 2:4, "
-                "so that no kernel is faster by its zeros",
+                f"--budget {budget.goal} with --outlier-rows: a layer with dense rows is "
+                "not 2:4, so no sparse kernel can run it",
                 fix="leave one of them out",
             )
 

@@ -36,7 +36,7 @@ _MEMORY = {
 CHECKPOINT = "checkpoint"
 PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence from the dense model"
-AGREEMENT = "same likeliest token as the dense model"
+AGREEMENT = "same most likely token as the dense model"
 
 
 @dataclass(frozen=True, slots=True)

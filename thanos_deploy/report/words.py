@@ -306,7 +306,8 @@ def _of_cuts(widths: CutWidths) -> Iterator[str]:
             f"{count} {'block was' if count == 1 else 'blocks were'} dropped, with "
             f"{widths.removed:.1%} of the blocks' parameters ({ranges(widths.dropped)}): the "
             "files, the memory and the work of the blocks shrink by that fraction, and a token "
-            "passes fewer kernels, on any machine and backend; embeddings and the output head are unchanged."
+            "passes fewer kernels, on any machine and backend; embeddings and the output head are "
+            "unchanged."
         )
     elif widths.drops_experts:
         yield (

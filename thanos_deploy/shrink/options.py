@@ -54,8 +54,8 @@ class Sizing(Options):
         if self.drops_blocks and (self.part != "both" or self.multiple is not None):
             unused = "--shrink" if self.part != "both" else "--ffn-multiple"
             raise UsageError(
-                f"--allocation blocks with {unused}: whole blocks go, and the others stay as wide "
-                "as they are",
+                f"--allocation blocks with {unused}: whole blocks are removed, and the "
+                "others keep their heads and channels",
                 fix="leave one of them out",
             )
 

@@ -159,7 +159,8 @@ class PruneRequest(Options):
         if self.recover_text != "calib" and not self.recover:
             raise UsageError(
                 f"--recover-text {self.recover_text} without --recover",
-                fix="say with --recover on how many segments to train, or leave it out",
+                fix="give the number of training segments with --recover, or leave "
+                "--recover-text out",
             )
 
     @property
@@ -280,21 +281,21 @@ def _check_cut(
     """
     if allocation == "owl":
         raise UsageError(
-            f"--allocation owl with pattern {kind}: it gives every block a fraction of its own, "
-            "which widths do not have",
+            f"--allocation owl with pattern {kind}: it gives every block its own sparsity, "
+            "which is not possible where heads and channels are cut out",
             fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
         )
     for one in (*options_of(Layers), *options_of(Budget)):
         if given.get(one.keyword):
             raise UsageError(
-                f"{one.declared.flag} with {kind}: a head or channel that is cut out goes from "
-                "every layer that makes or reads it",
+                f"{one.declared.flag} with {kind}: a head or channel is cut out of every "
+                "layer that produces or reads it, so layers cannot be chosen one by one",
                 fix="leave it out, or use --keep-shape for columns of zeros",
             )
     if method != Cut.METHOD:
         raise UsageError(
-            f"--method {method} with {kind}: heads and channels are chosen and what reads them is "
-            f"refitted by {Cut.METHOD} only",
+            f"--method {method} with {kind}: only the method {Cut.METHOD} cuts out heads "
+            "and channels",
             fix=f"use --method {Cut.METHOD}, or --keep-shape for columns of zeros by this method",
         )
     unused = [
@@ -304,8 +305,7 @@ def _check_cut(
     ]
     if unused:
         raise UsageError(
-            f"{kind} with {', '.join(unused)}: it has no meaning where heads and channels are cut "
-            "out",
+            f"{kind} with {', '.join(unused)}: not possible where heads and channels are cut out",
             fix="leave it out, or use --keep-shape for columns of zeros",
         )
 
