@@ -106,7 +106,7 @@ class Scattering:
 
 def test_a_text_that_is_not_left_in_one_piece_is_refused() -> None:
     tokenizer: Any = Scattering()
-    with pytest.raises(ModelError, match="how a segment has to begin"):
+    with pytest.raises(ModelError, match="which tokens a segment has to begin with"):
         frame_of(tokenizer)
 
 

@@ -96,7 +96,7 @@ def test_whatever_a_row_holds_is_what_is_read(
         *[(name, "a binary table") for name in ("a.arrow", "a.feather")],
         *[(name, "an archive") for name in ("a.zip", "a.tar.gz", "a.tgz", "a.jsonl.zst", "a.xz")],
         *[(name, "a document") for name in ("a.html", "a.HTM", "a.xml", "a.pdf")],
-        *[(name, "no kind of text that is known") for name in ("a.yaml", "a.npy", "a.pkl")],
+        *[(name, "not a supported kind of text") for name in ("a.yaml", "a.npy", "a.pkl")],
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, name: str, said: str) -> None:

@@ -233,7 +233,7 @@ def test_kernels_of_a_process_that_is_not_listed_are_seen(monkeypatch: pytest.Mo
 
     # The first reading still has what the last step did.
     assert steps._others(Card(0.9, 0.0)) == ()
-    assert steps._others(Card(*[0.4] * 99)) == ("kernels of others ran 40% of the time",)
+    assert steps._others(Card(*[0.4] * 99)) == ("kernels of other processes ran 40% of the time",)
 
 
 def test_steps_are_chosen_by_name_or_family() -> None:

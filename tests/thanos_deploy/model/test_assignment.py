@@ -86,8 +86,8 @@ def test_a_file_that_is_missing_is_bad_input(tmp_path: Path) -> None:
         (None, ("up_proj",), (), f"--include up_proj: ... {UP}"),
         (None, (), ("lm_head",), "--ignore lm_head: no linear layer"),
         (None, (), ("re:*",), "--ignore re:*: not a regular expression"),
-        (None, (), ("re:.*",), "none of the 4 linear layers is left"),
-        ('{"re:.*": "dense"}', (), (), "none of the 4 linear layers is left"),
+        (None, (), ("re:.*",), "all 4 linear layers are left out"),
+        ('{"re:.*": "dense"}', (), (), "all 4 linear layers are left out"),
         ('{"nothing": "2:4"}', (), (), "own.json: nothing: no linear layer"),
         (
             f'{{"re:.*up_proj": "4:8", "{UP}": "dense"}}',

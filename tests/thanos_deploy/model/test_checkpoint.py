@@ -171,7 +171,7 @@ def test_a_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"not a \.gguf file"):
+    with pytest.raises(ModelError, match=r"neither a \.gguf nor a \.safetensors file"):
         locate(str(tmp_path / "model.bin"))
 
 

@@ -28,7 +28,7 @@ def test_a_file_of_weights_is_the_model_of_its_folder(model: Path) -> None:
     with pytest.raises(ModelError, match=r"other\.safetensors: .* are in model\.safetensors"):
         locate(str(model / "other.safetensors"))
     (model / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"no config\.json beside it"):
+    with pytest.raises(ModelError, match=r"no config\.json beside this file"):
         locate(str(model / "model.safetensors"))
 
 

@@ -147,7 +147,7 @@ def test_the_options_of_a_cut_are_typed() -> None:
         ("2:4", {"method": "wanda", "block_size": 64}, "method wanda has no option --block-size"),
         ("2:4", {"method": "guess"}, "--method 'guess'"),
         ("2:4", {"allocation": "best"}, "--allocation 'best'"),
-        ("2:4", {"dtype": "fp64"}, "--dtype 'fp64' is not one of its values"),
+        ("2:4", {"dtype": "fp64"}, "--dtype 'fp64' is not one of the possible values"),
         ("2:4", {"dense_target": 2.0}, "--dense-target 2 is out of range"),
         ("2:4", {"recover": -1}, "--recover -1 is out of range"),
         ("2:4", {"shrink": "ffn"}, "--shrink with pattern 2:4"),
