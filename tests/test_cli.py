@@ -284,7 +284,7 @@ def test_a_damaged_model_exits_3_with_the_place_named_and_nothing_half_written(
         (["--method", "guess"], 2, "'guess'"),
         (["--target", "telepathy"], 2, "'telepathy'"),
         (["--seqlen", "4096"], 2, "segments of 4096 tokens"),
-        (["--prompt", "4096"], 2, "4100 tokens; the model takes 128"),
+        (["--prompt", "4096"], 2, "4100 tokens are needed, and the model takes 128"),
         (["--nsamples", "100000"], 3, "tokens found, 6400000 needed"),
         (["--nsamples", "0"], 2, "0 segments"),
         (["--calib", "/no/such.txt"], 3, "/no/such.txt: cannot be read"),

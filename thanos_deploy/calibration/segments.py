@@ -68,8 +68,8 @@ def every_segment(
     frame = frame_of(tokenizer)
     if length <= len(frame):
         raise CalibrationError(
-            f"segments of {length} tokens are too short: the tokenizer puts {len(frame)} "
-            "special tokens before each",
+            f"segments of {length} tokens are too short: each begins with {len(frame)} of "
+            "the tokenizer's special tokens",
             fix="use longer segments",
         )
     own = length - len(frame)

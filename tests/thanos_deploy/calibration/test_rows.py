@@ -113,7 +113,7 @@ def test_rows_are_chosen_by_the_seed() -> None:
         CalibrationError, match="101 rows were asked for with --calib-rows, and the text has 100"
     ):
         text.sample(101, 0)
-    with pytest.raises(CalibrationError, match="it has none"):
+    with pytest.raises(CalibrationError, match="the text has none"):
         Text("plain", "no rows").sample(1, 0)
 
 

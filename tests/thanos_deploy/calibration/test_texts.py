@@ -37,7 +37,7 @@ def test_text_is_read_as_it_is_and_rows_are_joined_by_blank_lines(tmp_path: Path
         ("latin.txt", b"caf\xe9", "byte 3 .0xe9. is not UTF-8"),
         ("bad.jsonl", b'{"text": "x"}\n{', "line 2: not JSON"),
         ("field.jsonl", b'{"body": "x"}', "line 1: no text field 'text'; found body"),
-        ("list.jsonl", b"[1]", "line 1: no text field 'text'; found list"),
+        ("list.jsonl", b"[1]", "line 1: no text field 'text': the row is of type list"),
         ("number.jsonl", b'{"text": 3}', "line 1: the field 'text' is a number, not a text: 3"),
     ],
 )
@@ -143,7 +143,7 @@ def test_contents_that_are_no_text_are_said_what_they_are(
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ('{"body": "x", "n": 1}', "no text field 'text'; found body, n"),
         ("{}", "no text field 'text'; found none"),
-        ("null", "no text field 'text'; found NoneType"),
+        ("null", "no text field 'text': the row is of type NoneType"),
         ("[" * 100_000, "not JSON"),
     ],
 )
