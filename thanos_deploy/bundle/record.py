@@ -65,12 +65,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """A finished stage as the manifest has it: what it was made with and what it left.
+    """A finished stage as the manifest records it: its options, inputs, files and result.
 
-    `Bundle.options`, `Bundle.inputs` and `Bundle.result` read the first three as what they are.
+    `options`, `inputs` and `result` of `bundle.manifest.Bundle` read these as typed records.
 
     Attributes:
-        options: the options that the user could have set.
+        options: all options that a user can set.
         inputs: hashes of what the stage read; when one changes, the stage is stale.
         files: relative path -> record, for every file of the stage.
         result: what the stage reports.

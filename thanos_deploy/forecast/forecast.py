@@ -184,17 +184,17 @@ class Forecast:
     """The forecast of a model, dense and with patterns.
 
     Attributes:
-        model: as the user calls it.
-        gpu: on which it is.
+        model: name of the model, as the user gave it.
+        gpu: the GPU, and the source of its figures.
         dtype: of the blocks' linear layers.
-        prompt, new_tokens: of the request.
-        measured_products: how many measured products could stand for layers.
-        widths: of the blocks, by variant.
+        prompt, new_tokens: tokens in each prompt, and tokens generated after it.
+        measured_products: number of measured matrix products that could replace the roofline.
+        widths: widths of the blocks, by variant.
         block_parameters: weights of the blocks' linear layers, by variant.
-        passes: one for each batch.
-        measured: what was measured of the patterns on that GPU, in sentences.
-        verdict: what every pattern brings to each pass, in sentences.
-        pruning: what pruning the model takes there, by preset; empty if that was not asked for.
+        passes: one for each batch size.
+        measured: sentences on what was measured with these patterns on that GPU.
+        verdict: sentences on how much each pattern speeds up each pass.
+        pruning: time and memory that pruning takes on that GPU, by preset; empty if not asked for.
     """
 
     model: str
