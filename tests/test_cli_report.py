@@ -67,7 +67,7 @@ def test_several_bundles_get_one_page_and_are_left_alone(invoke: Invoke, tmp_pat
         *("v1.2.html", "v1.2.json", "v1.2.md")
     ]
     assert [sorted(path.rglob("*")) for path in paths] == before
-    assert "is there already" in invoke("report", *paths, "-o", page)[2]
+    assert "exists already" in invoke("report", *paths, "-o", page)[2]
     assert invoke("report", *paths, "-o", page, "--overwrite")[0] == 0
 
 

@@ -131,7 +131,7 @@ def test_a_bitmask_checkpoint_becomes_a_folder_for_vllm(
     layers = quantization.layers_of(config_of(new)["quantization_config"])
     quantization.require_intact(new, layers)
     code, _, said = invoke(*convert)
-    assert (code, "is there already" in said) == (2, True)
+    assert (code, "exists already" in said) == (2, True)
 
 
 @pytest.mark.parametrize(

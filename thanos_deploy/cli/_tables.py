@@ -272,8 +272,10 @@ def _show_text(columns: Mapping[str, TextQuality]) -> None:
         nats = "not measured" if near.divergence is None else f"{near.divergence:.3f}"
         table.add_row("divergence, nats per token", *blank, nats)
         table.add_row("same most likely token", *blank, f"{near.agreement:.1%}")
-        table.add_row(f"of {near.tokens} tokens, as dense", *blank, f"{near.continued:.0f}")
-        table.add_row("  before the first other one", *blank, f"{near.before_first:.0f}")
+        table.add_row(
+            f"of {near.tokens} tokens, as the dense model", *blank, f"{near.continued:.0f}"
+        )
+        table.add_row("  before the first different token", *blank, f"{near.before_first:.0f}")
     Console().print(table)
 
 

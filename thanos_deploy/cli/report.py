@@ -25,7 +25,7 @@ from thanos_deploy.errors import UsageError
     is_flag=True,
     help="Put bundles of different base models or tokenizers side by side.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 def command(
     bundles: tuple[Path, ...],

@@ -241,7 +241,7 @@ def estimate_cutting(
         },
         memory=Memory(
             _held_on(device),
-            (Term("this process, at its largest", environment.peak_memory_bytes()),),
+            (Term("this process at its peak", environment.peak_memory_bytes()),),
         ),
         token_seconds=trial.get("forward", 0.0) / (1 + with_dense) / few.numel(),
         basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "

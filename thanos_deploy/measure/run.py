@@ -286,7 +286,7 @@ class Run:
         """What computed: a GPU, or the CPU."""
         if self.on_cpu:
             return self.environment.processor
-        return self.gpu.name if self.gpu else "a GPU that did not say its name"
+        return self.gpu.name if self.gpu else "a GPU of unknown name"
 
     @property
     def ratios(self) -> Iterator[tuple[ScenarioTimes, str, Interval]]:

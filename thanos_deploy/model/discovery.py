@@ -90,7 +90,7 @@ def discover(config: PretrainedConfig) -> Family:
             producers=tuple(attention[:-1]),
             layout="separate",
             consumer=attention[-1] if attention else "",
-            fixed="its model type has no row in thanos_deploy/model/families.py, so that its heads "
+            fixed="its model type has no row in thanos_deploy/model/families.py, so its heads "
             "and channels are not known",
         ),
         channels=Channels((), ""),

@@ -143,7 +143,7 @@ class Recipe(Options):
         """Refuse what has no meaning together."""
         Options.__post_init__(self)
         if not isinstance(self.options, methods.load(self.method).options):
-            raise TypeError(f"{type(self.options)} are no options of method {self.method}")
+            raise TypeError(f"{type(self.options)} are not options of method {self.method}")
         if self.budget is not None:
             self._check_budget(self.budget)
         if self.owl is None:

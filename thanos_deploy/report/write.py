@@ -112,7 +112,7 @@ def _refuse(destination: Path, overwrite: bool) -> None:
         path = destination.with_suffix(suffix)
         if path.is_dir() or (path.exists() and not overwrite):
             raise UsageError(
-                f"{path} is there already", fix="give another file with -o, or --overwrite"
+                f"{path} exists already", fix="give another file with -o, or --overwrite"
             )
 
 

@@ -162,5 +162,5 @@ def test_what_has_no_meaning_is_refused(pattern: str, given: dict[str, Any], mes
 
 
 def test_options_of_another_method_are_no_options() -> None:
-    with pytest.raises(TypeError, match="are no options of method wanda"):
+    with pytest.raises(TypeError, match="are not options of method wanda"):
         Recipe(parse("2:4"), "wanda", thanos.Options())
