@@ -190,7 +190,7 @@ def _record(cls: type, value: object, place: str) -> Any:
     others = {name: entry for name, entry in value.items() if name not in known}
     rest = _rest(cls)
     if others and rest is None:
-        raise ValueError(f"{prefix}{min(others)} is not a known field")
+        raise ValueError(f"{prefix}{min(others)} is unknown")
     given = {}
     for name, (attribute, hint, required) in known.items():
         if name in value:
@@ -257,4 +257,4 @@ def _is_number(value: object) -> bool:
 
 
 def _unfit(value: object, place: str) -> ValueError:
-    return ValueError(f"{place or 'the record'} has an unexpected value, {str(value)[:60]!r}")
+    return ValueError(f"{place or 'the record'} is {str(value)[:60]!r}")

@@ -98,7 +98,7 @@ def test_the_command_asks_a_server(tiny_llama: Path, tmp_path: Path, invoke: Inv
         (other := tmp_path / "other").mkdir()
         here["root"] = str(other)
         code, _, said = invoke("eval", tiny_llama, *asked)
-        assert (code, f"serves {other}" in said) == (2, True)
+        assert (code, f"runs {other}" in said) == (2, True)
 
 
 @pytest.mark.parametrize(

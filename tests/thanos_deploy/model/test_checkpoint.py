@@ -164,7 +164,7 @@ def test_a_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch) -
         raise GatedRepoError("403", response=response)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(PlatformError, match="meta-llama/Llama-3-8B: a gated model") as caught:
+    with pytest.raises(PlatformError, match="meta-llama/Llama-3-8B: this model is gated") as caught:
         locate("meta-llama/Llama-3-8B")
     assert "HF_TOKEN" in caught.value.fix
 
@@ -194,7 +194,10 @@ def test_an_unusable_generation_configuration_is_bad_input(
         ("{", "not a readable model configuration"),
         ("[]", "not a readable model configuration"),
         ('{"model_type": "nobody"}', "'nobody' is not supported; supported are .*llama"),
-        ('{"model_type": "mamba"}', r"'mamba' is not supported: .* does not call mixer\.dt_proj"),
+        (
+            '{"model_type": "mamba"}',
+            r"'mamba' is not supported: .* does not call the layer mixer\.dt_proj",
+        ),
         ("{}", "'None' is not supported"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a readable model configuration"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "is 1,000,000,000, more than"),

@@ -110,7 +110,7 @@ def test_an_adapter_beside_a_model_is_found_before_the_work(
         "prune-export", model, "--pattern", "2:4", "-o", tmp_path / "o", "--dry-run"
     )
     assert code == 3
-    assert "adapter_config.json: is an adapter" in errors
+    assert "adapter_config.json: this file belongs to an adapter" in errors
 
 
 def test_tokens_that_the_model_has_no_embedding_for_are_found_by_a_dry_run(
