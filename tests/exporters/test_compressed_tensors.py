@@ -64,7 +64,7 @@ def test_in_bfloat16_it_computes_the_same_to_the_last_bit(
     ("model_type", "spelling", "complaint"),
     [
         ("llama", "int4:32", "down_proj: 48 inputs do not divide into the groups of 32"),
-        ("gpt2", "int4:16", "lie .inputs, outputs."),
+        ("gpt2", "int4:16", "weights as .inputs, outputs."),
         ("llama", "int4:16:asym", "does not load zero points"),
     ],
 )

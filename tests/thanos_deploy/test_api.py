@@ -468,7 +468,7 @@ def test_errors_are_those_of_the_command(
         ({"preset": "bets"}, "bets"),
         ({"recover": -1}, "-1"),
         ({"dense_target": 1.5}, "1.5"),
-        ({"include": "re:.*"}, "one text"),
+        ({"include": "re:.*"}, "a single text"),
     ],
     ids=["choice", "dtype", "preset", "negative", "above", "text"],
 )

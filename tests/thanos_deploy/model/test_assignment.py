@@ -92,7 +92,8 @@ def test_a_file_that_is_missing_is_bad_input(tmp_path: Path) -> None:
         (
             f'{{"re:.*up_proj": "4:8", "{UP}": "dense"}}',
             *((), ()),
-            f"own.json: the entry 're:.*up_proj' makes {UP} 4:8, and the entry '{UP}' makes it dense",
+            f"own.json: the entry 're:.*up_proj' makes {UP} 4:8, and the entry '{UP}' "
+            "makes it dense",
         ),
         (f'{{"{UP}": "4:8"}}', (), ("re:.*up_proj",), "makes ... 4:8, but --ignore names it"),
         (f'{{"{UP}": "4:8"}}', (DOWN,), (), "makes ... 4:8, but --include does not"),
