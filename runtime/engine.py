@@ -319,7 +319,7 @@ def require_readable(ids: Ids, vocabulary: int) -> None:
     """
     if ids.ndim != 2 or 0 in ids.shape:
         raise UsageError(
-            f"ids of shape {list(ids.shape)}have no tokens to read",
+            f"ids of shape {list(ids.shape)} have no tokens to read",
             fix="give [batch, tokens] with at least one sequence and one token",
         )
     if ids.min() < 0 or ids.max() >= vocabulary:

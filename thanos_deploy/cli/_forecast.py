@@ -50,9 +50,7 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
         _show_pruning(console, forecast)
     origin = f"Roofline from the figures in {forecast.gpu.source}"
     if count := forecast.measured_products:
-        origin += (
-            f"; {count} times of measured matrix products replace it for layers of similar size"
-        )
+        origin += f"; {count} measured matrix products replace it for layers of similar size"
     console.print(
         f"{origin}. Speeds of 2:4 are the likely ones, with the best possible ones in "
         "parentheses; benchmarks/LOG.md compares such forecasts with published times.",

@@ -94,8 +94,8 @@ class Served:
         """
         if len(ids) >= self.longest:
             raise UsageError(
-                f"{self.url}: the server takes {self.longest} tokens, with one token of "
-                f"the answer, and a segment has {len(ids)}",
+                f"{self.url}: the server takes {self.longest} tokens, including one token "
+                f"of the answer, and a segment has {len(ids)}",
                 fix="use a shorter --seqlen, or start the server with a larger --max-model-len",
             )
         prompt: list[int] = ids.tolist()

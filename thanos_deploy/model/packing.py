@@ -186,7 +186,7 @@ def require_semi_structured(weight: Tensor, library: str, name: str = "weight") 
         raise ModelError(
             f"{name}: {library} does not support a 2:4 weight of {weight.dtype} "
             f"{list(weight.shape)}",
-            fix="it supports "
+            fix="use a weight of "
             + "; ".join(
                 f"{dtype} with multiples of {rows} x {cols}"
                 for dtype, (rows, cols) in taken.items()

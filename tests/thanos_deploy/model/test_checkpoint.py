@@ -149,7 +149,9 @@ def test_of_a_hub_model_only_the_weights_that_it_is_made_of_are_fetched(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     lost: Path | None = origin / shards[-1].name
-    with pytest.raises(PlatformError, match=f"1 of {len(shards)} weight files, .* {shards[-1].name}"):
+    with pytest.raises(
+        PlatformError, match=f"1 of {len(shards)} weight files, .* {shards[-1].name}"
+    ):
         locate("someone/tiny", revision="v2")
     lost = None
     found = locate("someone/tiny", revision="v2")
