@@ -119,7 +119,7 @@ def test_a_data_set_that_is_not_in_the_cache_is_bad_input_offline(
     model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(CalibrationError, match=r"nobody/nothing: its part train cannot be read"):
+    with pytest.raises(CalibrationError, match=r"nobody/nothing: the split train cannot be read"):
         calibration(model, Data("hub:nobody/nothing", nsamples=1, seqlen=8))
 
 

@@ -151,8 +151,16 @@ def test_the_options_of_a_cut_are_typed() -> None:
         ("2:4", {"dense_target": 2.0}, "--dense-target 2 is out of range"),
         ("2:4", {"recover": -1}, "--recover -1 is out of range"),
         ("2:4", {"shrink": "ffn"}, "--shrink with pattern 2:4"),
-        ("structured:0.2", {"block_size": 64}, "structured:0.2 with --block-size: it has no"),
-        ("structured:0.2", {"outlier_rows": 0.1}, "structured:0.2 with --outlier-rows: it has no"),
+        (
+            "structured:0.2",
+            {"block_size": 64},
+            "structured:0.2 with --block-size: not possible where",
+        ),
+        (
+            "structured:0.2",
+            {"outlier_rows": 0.1},
+            "structured:0.2 with --outlier-rows: not possible where",
+        ),
     ],
     ids=str,
 )
