@@ -133,7 +133,7 @@ def test_the_name_of_a_model_may_have_a_slash(bundle: Path) -> None:
     [
         ({"input_ids": np.zeros((5, 2), np.int64)}, "a batch of 5 sequences"),
         ({"input_ids": np.zeros((1, 200), np.int64)}, "200 tokens"),
-        ({"input_ids": np.full((1, 2), 257)}, "the vocabulary has 257"),
+        ({"input_ids": np.full((1, 2), 257)}, "the vocabulary has ids from 0 to 256"),
         ({"attention_mask": MASK}, "input_ids is missing"),
         ({"input_ids": IDS, "attention_mask": MASK[:1]}, "attention_mask"),
         ({"input_ids": IDS, "attention_mask": MASK[:, ::-1]}, "attention_mask"),
