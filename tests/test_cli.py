@@ -285,7 +285,7 @@ def test_a_damaged_model_exits_3_with_the_place_named_and_nothing_half_written(
         (["--target", "telepathy"], 2, "'telepathy'"),
         (["--seqlen", "4096"], 2, "segments of 4096 tokens"),
         (["--prompt", "4096"], 2, "4100 tokens are needed, and the model takes 128"),
-        (["--nsamples", "100000"], 3, "tokens found, 6400000 needed"),
+        (["--nsamples", "100000"], 3, "tokens found, and 6400000 needed"),
         (["--nsamples", "0"], 2, "0 segments"),
         (["--calib", "/no/such.txt"], 3, "/no/such.txt: cannot be read"),
         (["--eval-text", "/no/such.txt"], 3, "/no/such.txt: cannot be read"),

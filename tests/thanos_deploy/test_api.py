@@ -381,8 +381,8 @@ def test_a_model_in_memory_is_kept_once_and_judged(
     ("model", "message"),
     [
         (("a", "b"), "of type str"),
-        ((1, 2, 3), "a model of type tuple"),
-        (7, "a model of type int"),
+        ((1, 2, 3), "the argument model is of type tuple"),
+        (7, "the argument model is of type int"),
     ],
     ids=["names", "three", "number"],
 )
