@@ -241,7 +241,7 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
     if sizing.multiple is not None and not 0 < sizing.multiple <= channels:
         raise UsageError(
             f"--ffn-multiple {sizing.multiple}: a block has {channels} channels",
-            fix="use a number from 1 to the number of channels",
+            fix=f"use a multiple from 1 to {channels}",
         )
     candidates(checkpoint, fraction, sizing)
 
