@@ -32,17 +32,19 @@ SPREAD = ("first token, ms", "between tokens, ms", "whole answer, ms")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of a `Load`, and the two environments."""
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in each prompt")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens in each answer")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--per-client", type=int, default=2, help="requests of a client")
-    parser.add_argument("--least", type=int, default=6, help="requests of a closed loop")
+    parser.add_argument("--per-client", type=int, default=2, help="requests of each client")
+    parser.add_argument(
+        "--least", type=int, default=6, help="least number of requests in a closed loop"
+    )
     parser.add_argument(
         "--aiperf",
         type=Path,
         default=environment.cache_folder() / f"aiperf-{VERSION}",
         metavar="DIR",
-        help="where AIPerf is, or is to be installed",
+        help="environment with AIPerf, which is installed there if it is missing",
     )
     parser.add_argument(
         "--vllm",
@@ -52,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the environment with vLLM [default: the one that `make test-vllm` makes]",
     )
     parser.add_argument(
-        "--vllm-threads", type=int, help="that compute in vLLM [default: its own choice]"
+        "--vllm-threads", type=int, help="number of threads of vLLM [default: vLLM's own choice]"
     )
 
 

@@ -1,4 +1,4 @@
-"""How far the estimates of `--dry-run` are from what pruning then takes.
+"""Compare the estimates of `--dry-run` with the time and memory that pruning then takes.
 
 Usage: python -m benchmarks.estimate [--model MODEL] [--patterns 2:4 ...] [--preset best]
 

@@ -1,4 +1,4 @@
-"""When ORT-GenAI's own batching engine lets requests join.
+"""Measure when ORT-GenAI's own batching engine lets requests join.
 
 `python -m benchmarks.genai_engine OUT`: OUT is a bundle with the target genai. Six requests for
 texts of different lengths, the last one sent when the others have three tokens; prints in which of

@@ -1,11 +1,11 @@
-"""How many nodes exported graphs have, and what they cost on one thread.
+"""Count the nodes of exported graphs, and measure their time on one thread.
 
 Usage: python -m benchmarks.graph [--rounds N] [--prompt N] NAME=FOLDER...
 
 FOLDER holds model.onnx. For each: the nodes of the file, those that ONNX Runtime runs after its own
-fusions, and the least processor time of a prefill of --prompt tokens (128) and of a decode after as
-many, models in turns. The least processor time of one thread is what a busy machine disturbs least;
-it is no latency, for which see `benchmarks.shrinking`.
+fusions, and the least processor time of a prefill of --prompt tokens (128) and of a decode step
+after as many tokens; the models take turns. A busy machine disturbs the least processor time of one
+thread least. It is not a latency; for latencies see `benchmarks.shrinking`.
 """
 
 import argparse

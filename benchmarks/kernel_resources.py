@@ -1,9 +1,9 @@
-"""What our kernels take of a GPU, read from their machine code, compiled here without a GPU.
+"""Read the resources that our GPU kernels use from their machine code, without a GPU.
 
 Usage: python -m benchmarks.kernel_resources [--architectures 80 90] [--dtype float16]
 
 Compiles every configuration of the Triton kernels, for the smallest and the largest block of
-tokens, and the kernels in CUDA C++ where nvcc is there, and prints a line each; the last line is
+tokens, and the kernels in CUDA C++ if nvcc is installed, and prints a line each; the last line is
 JSON. Bytes of stack are what was spilled. Of the longest loop it counts instructions, barriers and
 loads. For the Triton kernels it predicts what an H100 takes for a weight of 14336 x 4096, if it
 waits for the memory only, and if it waits for the loop's instructions to be issued only: the larger

@@ -1,4 +1,4 @@
-"""Processor time and memory of pruning one square layer, by method and width; how they grow.
+"""Measure how processor time and memory of pruning a square layer grow with its width.
 
 Usage: python -m benchmarks.layer_cost [--widths 512 1024 2048 4096] [--pattern 2:4]
            [-o benchmarks/results/layer_cost]
@@ -6,7 +6,7 @@ Usage: python -m benchmarks.layer_cost [--widths 512 1024 2048 4096] [--pattern 
 The layer has as many outputs as inputs, correlated random inputs, and the settings of `--preset
 best`. Each layer is pruned in a process of its own, so that its peak memory is its own. The
 exponent is the slope of log time over log width; those of the last doubling are printed as well,
-since small layers are dominated by what does not grow. Writes OUT.json and OUT.svg.
+since the constant costs dominate in small layers. Writes OUT.json and OUT.svg.
 """
 
 import argparse

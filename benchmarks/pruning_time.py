@@ -1,4 +1,4 @@
-"""What each preset of pruning costs: time, in units, and memory; and where the time goes.
+"""Measure the time (in units) and memory of each preset of pruning, and where the time goes.
 
 Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstructured:0.5 ...]
            [--preset fast best ...] [--blocks N] [--calib-forward auto]
@@ -6,15 +6,14 @@ Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstruct
 A unit is two bare float32 passes of 16384 tokens through the blocks. It is counted in processor
 time, which other work on the machine changes less than the time of the clock.
 
-Every preset prunes to every pattern in a process of its own, whose most resident memory is printed.
-One line a block: the forward pass that collects statistics, the solver, tuning, the forward pass
-through the pruned block, the journal; then their sums; at the end a table of all. JSON lines
-follow.
+Every preset prunes to every pattern in a process of its own, whose peak memory is printed. One line
+a block: the forward pass that collects statistics, the solver, tuning, the forward pass through the
+pruned block, the journal; then their sums; at the end a table of all. JSON lines follow.
 
 With `--blocks N` only the first N blocks of the model are pruned, and the bare passes go through
-those: the blocks of most models are alike, so units are about those of the whole. A preset that
-trains what is left, "max", is measured on the whole model alone, as its training also passes the
-output head.
+those: the blocks of most models are alike, so units are about those of the whole. The preset "max",
+which trains the remaining weights, can be measured only on the whole model, because the training
+also runs the output head.
 """
 
 import argparse

@@ -5,13 +5,13 @@ Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt 
 Takes SmolLM2-135M-Instruct as it is, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
 quantises the linear layers of its blocks to every grid of the table. The ways: "rounded";
 "compensated"; "tuned", compensated and then blocks tuned as the preset best does; "trained",
-compensated and then the scales trained with the dense model as the teacher; and "both",
-blocks tuned and then scales trained. The first segments of both texts are taken, without a seed, so
-that others can take the same.
+compensated and then the scales trained with the dense model as the teacher; and "both", blocks
+tuned and then scales trained. The first segments of both texts are taken, without a seed, so that
+others can take the same.
 
-Writes RESULTS/quantisation.json after every row, and prints a table. What is there already is not
-measured again: repeating the command continues, after the last block that was quantised. What it
-continues from is RESULTS/.journal-*, which may be removed when the rows are there.
+Writes RESULTS/quantisation.json after every row, and prints a table. Rows in that file are not
+measured again: repeating the command continues after the last block that was quantised. It
+continues from RESULTS/.journal-*, which may be removed when all rows are measured.
 """
 
 import argparse

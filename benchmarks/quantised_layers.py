@@ -1,4 +1,4 @@
-"""What the choices of the solver that quantises layers bring, layer by layer, on other text.
+"""Measure the choices of the solver that quantises layers, layer by layer, on other text.
 
 Usage: python -m benchmarks.quantised_layers --calib CALIB.txt --eval-text TEXT.txt
 

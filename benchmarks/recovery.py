@@ -1,13 +1,14 @@
-"""What training the remaining weights brings to each pattern, against minutes and tokens.
+"""Measure how much training the remaining weights improves each pattern, by minutes and tokens.
 
 Usage: python -m benchmarks.recovery --calib CALIB --recover-text TRAIN --held-out HELD_OUT
            --eval-text TEXT [--patterns 2:4 unstructured:0.5 structured:0.2] [--segments 64 740]
            [--looks 0.125 0.25 0.5] [-o benchmarks/results/recovery] [--models DIR]
 
-Prunes SmolLM2-135M to each pattern with the default preset, and trains what is left on each number
-of segments of 512 tokens, from the pruned model anew, as `thanos-deploy prune --recover` does. The
-model is judged before, after, and at the fractions of its way that `--looks` names. There the
-learning rate is still high, so what a shorter training gives is better than a look under way.
+Prunes SmolLM2-135M to each pattern with the default preset, and trains the remaining weights on
+each number of segments of 512 tokens, each time from the pruned model, as `thanos-deploy prune
+--recover` does. The model is judged before, after, and at the fractions of the training that
+`--looks` names. There the learning rate is still high, so a shorter training gives a better model
+than such a look.
 
 Each is judged on two texts: one of the kind that is trained on, held out, for choices; and one on
 which nothing is chosen. Minutes are of the training alone, by the clock and of the processor: on a

@@ -1,4 +1,4 @@
-"""What two processes of one thread bring over one process of one thread.
+"""Measure how much faster two processes of one thread prune than one process of one thread.
 
 Usage: python -m benchmarks.scaling [--model MODEL] [--blocks 2] [--rounds 3] [--pattern 2:4]
            [--preset best] [--processes 2]
@@ -7,10 +7,10 @@ The first blocks of a model are pruned by one process and by several, in turns. 
 the longest way through the work: of every piece of it (statistics as far as a layer, the solver of
 these layers, the steps of tuning, the pass to the next block) the processor time of the rank that
 took most, added up. Ranks wait for each other between these pieces, and waiting takes no processor
-time, so this is the time that the work would take on processors that nobody else uses, what ranks
-tell each other included, but for what the system does on its own. Wall-clock times are printed as
-well; they mean something only where nothing else runs. The efficiency is the time of one process
-over that of several times their number. Medians over the rounds.
+time, so this is the time that the work would take on otherwise idle processors, including the
+communication of the ranks, but without the work of the operating system. Wall-clock times are
+printed as well; they mean something only where nothing else runs. The efficiency is the time of one
+process over that of several times their number. Medians over the rounds.
 
 The table goes to standard output, and a JSON line follows.
 """

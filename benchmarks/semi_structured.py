@@ -5,8 +5,7 @@ Usage: python -m benchmarks.semi_structured [--shapes 4096x4096 ...] [--tokens 1
 
 Prints median microseconds and the speed relative to dense as soon as they are measured, and writes
 the records with what they were measured on. Exits 4 where there is no GPU, and 1 where a kernel
-failed. `--device cpu` rehearses with small shapes: it takes no GPU, and no time in it means
-anything.
+failed. `--device cpu` rehearses with small shapes: it needs no GPU, and its times mean nothing.
 """
 
 import argparse

@@ -2,18 +2,18 @@
 
 Usage: python -m benchmarks.serving OUT [--peers NAME...] [--aiperf DIR] [--vllm DIR]
 
-OUT is a bundle with the target onnx; for the peer vllm with the target vllm too. Served are our
-server, the same with one slot (one request at a time), and by peer: `transformers serve` on the
-bundle's checkpoint, as it is and with its continuous batching; `vllm serve` in float32, on the
-folder for vLLM. They take turns; see `benchmarks.peers`.
+OUT is a bundle with the target onnx; for the peer vllm with the target vllm too. The servers are
+ours, ours with one slot (one request at a time), and by peer: `transformers serve` on the bundle's
+checkpoint, as it is and with its continuous batching; `vllm serve` in float32, on the folder for
+vLLM. They take turns; see `benchmarks.peers`.
 
 closed loop   AIPerf plays some clients, each of which asks again when it is answered
 open loop     our own client: requests come at random (Poisson) at multiples of the rate at which
               the server with one slot answered, whether or not the ones before are answered; a
               request's clock starts when it was due
 
-Prints both tables and writes them, with every sample, to benchmarks/results/serving.json. What
-makes a run INVALID is that of `bench`, and that servers did not write the same number of tokens.
+Prints both tables and writes them, with every sample, to benchmarks/results/serving.json. A run is
+INVALID for the same reasons as in `bench`, or if the servers generated different numbers of tokens.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     aiperf.add_options(parser)
     parser.add_argument("--rates", type=float, nargs="*", default=[0.75, 1.5])
-    parser.add_argument("--offered", type=int, default=16, help="requests of an open loop")
+    parser.add_argument("--offered", type=int, default=16, help="requests in each open loop")
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results" / "serving.json"
     )

@@ -1,4 +1,4 @@
-"""What cutting heads and channels out gives and costs: quality, size, latency, memory.
+"""Measure the quality, size, latency and memory of models with heads and channels cut out.
 
 Usage: python -m benchmarks.shrinking --calib FILE --eval-text FILE [--fractions 0.1 0.2 0.3]
 
@@ -7,16 +7,16 @@ model to ONNX, and times all of them in turns on ONNX Runtime's CPU provider. Ea
 with its first block alone: the difference is the time of the other blocks, without embeddings,
 output head and whatever else a call costs, and that is what should shrink like the parameters.
 
-Beside the fraction that `--against` names stands Torch-Pruning (PyPI, `pip install
-torch-pruning`) cutting the same number of feed-forward channels out of the same model, by the
-magnitude of the weights and by a first-order Taylor expansion on the same calibration text.
+Beside the fraction that `--against` names stands Torch-Pruning (PyPI, `pip install torch-pruning`)
+cutting the same number of feed-forward channels out of the same model, by the magnitude of the
+weights and by a first-order Taylor expansion on the same calibration text.
 
-`--recover` trains what is left at that fraction, on so many segments of `--recover-text`, as
-`thanos-deploy prune --recover` does, and prints what each number of them buys in how many minutes;
-on the smallest number Torch-Pruning's Taylor model is trained too.
+`--recover` trains the remaining weights at that fraction, on each number of segments of
+`--recover-text`, as `thanos-deploy prune --recover` does, and prints the perplexity and the minutes
+for each number; Torch-Pruning's Taylor model is trained on the smallest number too.
 
-`--models DIR` keeps the models and their ONNX files there and takes those that are there already,
-so that timing can be repeated on a quiet machine.
+`--models DIR` keeps the models and their ONNX files in DIR and uses those that exist already, so
+that timing can be repeated on a quiet machine.
 """
 
 import argparse
@@ -66,11 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     texts.add_options(parser)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--against", type=float, default=0.2, help="0 leaves Torch-Pruning out")
+    parser.add_argument(
+        "--against",
+        type=float,
+        default=0.2,
+        help="fraction to compare with Torch-Pruning; 0 for none",
+    )
     parser.add_argument("--recover", type=int, nargs="+", default=[], metavar="SEGMENTS")
     parser.add_argument("--recover-text", type=Path, help="default: --calib")
     parser.add_argument("--models", type=Path, metavar="DIR")
-    parser.add_argument("--rounds", type=int, default=15, help="0 measures quality alone")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="rounds of timing; 0 measures quality only"
+    )
     parser.add_argument("--new-tokens", type=int, default=16)
     arguments = parser.parse_args()
     _progress.quiet_libraries()

@@ -1,11 +1,11 @@
-"""Ten minutes of everything at once against `thanos-deploy serve`, and what is left of it.
+"""Ten minutes of mixed and hostile requests to `thanos-deploy serve`, and its state afterwards.
 
 Usage: python -m benchmarks.soak OUT [--minutes 10]
 
-OUT is a bundle with the target onnx. Some clients at once send what comes to their mind: chats and
+OUT is a bundle with the target onnx. Several clients send random requests at once: chats and
 completions, whole and streamed; streams that they leave, or read slowly; tensors; bodies that are
-no requests; and bursts of ten times as many requests as the server has room for. The run has FAILED
-(exit code 1) if
+not requests; and bursts of ten times as many requests as the server has room for. The run has
+FAILED (exit code 1) if
 
 - a status was 5xx other than 503, a 503 had no Retry-After, or a connection broke;
 - a slot or a place in the queue is taken after everybody is gone;

@@ -3,12 +3,12 @@
 Usage: python -m benchmarks.streaming FOLDER [--blocks 22] [--preset fast] [--nsamples 4]
 
 Makes a checkpoint with TinyLlama-1.1B's configuration and random weights, float16, in shards, in
-FOLDER/model (2.2 GB, unless it is there), prunes it to 2:4 into FOLDER/out in a fresh process as
+FOLDER/model (2.2 GB, unless it exists), prunes it to 2:4 into FOLDER/out in a fresh process as
 `thanos-deploy prune` does, journal and all, and prints the peak resident memory of that process; an
 older FOLDER/out is removed. The last line is JSON.
 
-Weights do not matter to memory. Of calibration tokens there are by default no more than the 2048
-that go through a block at once; more add what waits inside a block, up to `sizes.WAITING_BYTES`.
+Weights do not matter to memory. By default there are only the 2048 calibration tokens that run
+through a block at once; more tokens add activations inside a block, up to `sizes.WAITING_BYTES`.
 The preset "best" holds a block of the dense model beside that which is pruned, "fast" does not.
 """
 

@@ -3,13 +3,14 @@
 Usage: python -m benchmarks.vllm OUT [--gguf FILE] [--aiperf DIR] [--vllm DIR]
 
 Makes the bundles of both patterns in OUT, as quickly as it can, because weights do not change
-times, and the exports that the servers need; repeating the command takes what is there. Ours runs
-the graph in float32 on ONNX Runtime, vLLM the checkpoint, or the packed folder with this project's
-plugin, in each of DTYPES. AIPerf plays the clients; see `benchmarks.aiperf` and `benchmarks.peers`.
-To take less: `--dtypes float32`, `--clients 1 8`, `--per-client 1`, `--patterns 2:4`.
+times, and the exports that the servers need; repeating the command uses the existing ones. Ours
+runs the graph in float32 on ONNX Runtime, vLLM the checkpoint, or the packed folder with this
+project's plugin, in each of DTYPES. AIPerf plays the clients; see `benchmarks.aiperf` and
+`benchmarks.peers`. To take less: `--dtypes float32`, `--clients 1 8`, `--per-client 1`, `--patterns
+2:4`.
 
-Prints the table and writes it, with every sample, to benchmarks/results/vllm.json. What makes a run
-INVALID is that of `bench`, and that servers did not write the same number of tokens.
+Prints the table and writes it, with every sample, to benchmarks/results/vllm.json. A run is INVALID
+for the same reasons as in `bench`, or if the servers generated different numbers of tokens.
 """
 
 import argparse
@@ -50,8 +51,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--gguf", type=Path, help="the model [default: SmolLM2-135M-Instruct]")
     parser.add_argument("--patterns", nargs="*", default=PATTERNS)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of vLLM")
-    parser.add_argument("--slots", type=int, default=8, help="of our server")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of vLLM"
+    )
+    parser.add_argument("--slots", type=int, default=8, help="slots of our server")
     aiperf.add_options(parser)
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results" / "vllm.json"

@@ -103,27 +103,28 @@ def require_held(checkpoint: Checkpoint, grid: Grid) -> None:
         )
     if block_widths.declared(checkpoint.folder) is not None:
         raise UsageError(
-            f"{checkpoint.folder}: its blocks differ in width, which stock loaders do not take",
+            f"{checkpoint.folder}: the blocks differ in width, which stock loaders do not support",
             fix="prune again with --allocation uniform",
         )
     if checkpoint.weights.parts:
         raise UsageError(
-            f"{checkpoint.folder}: files of type {checkpoint.config.model_type} keep the matrices "
-            "of all experts in one tensor, which compressed-tensors does not know",
+            f"{checkpoint.folder}: files of type {checkpoint.config.model_type} store the "
+            "matrices of all experts in one tensor, which compressed-tensors does not "
+            "support",
             fix="use --target onnx",
         )
     if checkpoint.family.transposed:
         raise UsageError(
-            f"{checkpoint.folder}: models of type {checkpoint.config.model_type} have weights that "
-            "lie [inputs, outputs], which compressed-tensors does not know",
+            f"{checkpoint.folder}: models of type {checkpoint.config.model_type} store "
+            "weights as [inputs, outputs], which compressed-tensors does not support",
             fix="use --target onnx",
         )
     for name in checkpoint.linears:
         _, cols = checkpoint.weights.shapes[checkpoint.stored_name(f"{name}{_WEIGHT}")]
         if cols % grid.width(cols):
             raise UsageError(
-                f"{name}: {cols} inputs do not divide into the groups of {grid.group} of {grid}, "
-                "which compressed-tensors demands",
+                f"{name}: {cols} inputs do not divide into the groups of {grid.group} of "
+                f"{grid}, as compressed-tensors requires",
                 fix=f"prune again with --quantize int{grid.bits}:32",
             )
 

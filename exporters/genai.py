@@ -86,8 +86,8 @@ def library() -> Any:
     except ImportError as error:
         raise PlatformError(
             f"the target genai needs the package onnxruntime-genai-cuda ({error})",
-            fix="pip install 'thanos-deploy[genai]'; never onnxruntime-genai, which brings a "
-            "second onnxruntime",
+            fix="pip install 'thanos-deploy[genai]'; do not install onnxruntime-genai, which "
+            "brings a second onnxruntime",
         ) from error
     return onnxruntime_genai
 
@@ -161,7 +161,7 @@ def _disagreement(genai: Any, folder: Path, session: Any) -> float:
         genai.Tokenizer(model)
     except Exception as error:  # ORT-GenAI raises RuntimeError and Exception itself
         raise GateError(
-            f"{folder / CONFIG}: ORT-GenAI does not run it ({error})",
+            f"{folder / CONFIG}: ORT-GenAI cannot run the exported model ({error})",
             fix="report the model and the version of onnxruntime-genai-cuda",
         ) from error
     return float(np.abs(wanted - np.stack(actual)).max() / (np.ptp(wanted) or 1.0))

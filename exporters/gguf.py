@@ -131,8 +131,8 @@ def _put(codes: Codes, exact: Path, stored: Path, checkpoint: Checkpoint, dtype:
     if dtype not in _FLOATS:
         other = gguf_blocks.smallest(codes.grid)
         logger.warning(
-            "%s does not hold the codes of %s: llama.cpp rounds the weights anew, and what made up "
-            "for the errors of quantising is lost; %s",
+            "%s cannot store the codes of %s: llama.cpp rounds the weights again, and the "
+            "compensation of quantisation errors is lost; %s",
             dtype,
             codes.grid,
             f"--dtype {other} keeps the codes" if other else "no type of GGUF keeps the codes",
@@ -174,10 +174,10 @@ def convert(checkpoint: Checkpoint, path: Path) -> None:
         # expect: it raises whatever comes up.
         except Exception as error:
             raise ModelError(
-                f"{folder}: {CONVERTER_PACKAGE} does not convert it "
+                f"{folder}: {CONVERTER_PACKAGE} cannot convert this model "
                 f"({type(error).__name__}: {_first_line(error)})",
-                fix="use a model whose type and tokenizer llama.cpp knows; --target onnx takes "
-                "every model",
+                fix="use a model whose type and tokenizer llama.cpp supports; --target onnx "
+                "supports every model",
             ) from error
 
 
@@ -201,7 +201,8 @@ def _require_blocks(checkpoint: Checkpoint, dtype: str) -> None:
     for name, (_, inputs) in linear_shapes(checkpoint).items():
         if inputs % block:
             raise UsageError(
-                f"--dtype {dtype} stores {block} inputs together, and {name} has {inputs}",
+                f"--dtype {dtype} stores inputs in blocks of {block}, and {name} has "
+                f"{inputs} inputs",
                 fix=f"use --dtype q4_k_m or fp16; or shrink with --ffn-multiple {block}",
             )
 
@@ -218,7 +219,7 @@ def _require_windows(checkpoint: Checkpoint) -> None:
     for reason in loaders.of(config, "llama.cpp").reasons:
         if "layer_types" in reason:
             raise UsageError(
-                f"{checkpoint.folder}: llama.cpp does not take it: {reason}",
+                f"{checkpoint.folder}: llama.cpp does not support this model: {reason}",
                 fix="use --target onnx, or prune with --allocation uniform",
             )
 
@@ -275,8 +276,9 @@ def _with_own_widths(writer: Any, checkpoint: Checkpoint, gguf: Any) -> Any:
     family, blocks = checkpoint.family, checkpoint.widths
     if writer.model_arch != gguf.MODEL_ARCH.LLAMA:
         raise ModelError(
-            f"{checkpoint.folder}: its blocks have widths of their own, which llama.cpp reads for "
-            f"LLaMA and Mistral, not for models of type {checkpoint.config.model_type}",
+            f"{checkpoint.folder}: the blocks differ in width, which llama.cpp supports "
+            "for LLaMA and Mistral, but not for models of type "
+            f"{checkpoint.config.model_type}",
             fix="shrink with --allocation uniform, or use --target onnx",
         )
 
@@ -347,8 +349,9 @@ def _require_tokenizer(checkpoint: Checkpoint, reading: llama_cpp.Reading) -> No
             min(len(wanted), len(found)),
         )
         lost.append(
-            f"llama.cpp makes other tokens of a text than the tokenizer, "
-            f"{found[place : place + 4]} instead of {wanted[place : place + 4]} from token {place}"
+            "llama.cpp encodes a text with other tokens than the tokenizer, "
+            f"{found[place : place + 4]} instead of {wanted[place : place + 4]} from token "
+            f"{place}"
         )
     if missed := stop_ids(checkpoint.folder) - reading.stops:
         lost.append(f"llama.cpp does not stop at {sorted(missed)}, which end the model's texts")

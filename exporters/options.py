@@ -22,16 +22,17 @@ Compatibility = Literal["none", "version", "same-sm", "ampere+"]
 
 
 DTYPE = (
-    "dtype of the graph. int8 and int4, for ONNX Runtime only, hold the weights of the blocks in "
-    "so many bits, as `prune --quantize` chose them, or rounded. int8-qdq does so for engines, "
-    "where the activations of the blocks are rounded too, with ranges measured on the built-in "
-    "text. q8_0, q4_k_m, q4_0 and q4_1 are llama.cpp's types, for GGUF only.  [default: that of "
-    "the existing graph, or fp32; engines: fp16; gguf: what keeps the codes of `prune --quantize`, "
-    "or q8_0]"
+    "dtype of the graph. int8 and int4, for ONNX Runtime only, store the weights of the "
+    "blocks in 8 or 4 bits: the codes of `prune --quantize` if the model has them, else "
+    "rounded weights. int8-qdq does the same in 8 bits for engines, and also quantises "
+    "the activations of the blocks, with ranges measured on the built-in text. q8_0, "
+    "q4_k_m, q4_0 and q4_1 are llama.cpp's types, for GGUF only.  [default: that of the "
+    "existing graph, or fp32; engines: fp16; gguf: the type that keeps the codes of "
+    "`prune --quantize`, or q8_0]"
 )
 _MAX_SEQUENCE = (
-    "Longest sequence, prompt and answer together, that is promised to work.  [default: that of "
-    "the existing graph, or the model's longest]"
+    "Longest sequence that the export supports, prompt and answer together.  [default: "
+    "that of the existing graph, or the model's longest]"
 )
 _LOGITS = (
     "last: compute the logits after the last token only, which saves work in prefill and is all "
@@ -39,10 +40,10 @@ _LOGITS = (
     "needs.  [default: those of the existing graph, or all; engines: last]"
 )
 _GRAPH = (
-    "ort: attention is ONNX Runtime's own operator, which writes the kv cache in place; for the "
-    "CPU, in fp32, int8 and int4. Where it does not fit, the graph is neutral, and the reason is "
-    "said. neutral: operators that every runtime has, for GPUs.  [default: that of the existing "
-    "graph, or ort]"
+    "ort: uses ONNX Runtime's own attention operator, which updates the kv cache in "
+    "place; for the CPU, in fp32, int8 and int4. If the operator does not fit the model, "
+    "the graph is neutral, and the reason is printed. neutral: uses only operators that "
+    "every runtime has; for GPUs.  [default: that of the existing graph, or ort]"
 )
 
 

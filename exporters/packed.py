@@ -44,8 +44,8 @@ def export(
     refuse(patterns.values())
     if checkpoint.weights.parts:
         raise UsageError(
-            f"{checkpoint.folder}: files of type {checkpoint.config.model_type} keep the matrices "
-            "of all experts in one tensor, which cannot be packed",
+            f"{checkpoint.folder}: files of type {checkpoint.config.model_type} store the "
+            "matrices of all experts in one tensor, which cannot be packed",
             fix="use --target onnx, or the folder of the model as it is",
         )
     on_progress(0, 2)
@@ -89,5 +89,6 @@ def require_same(original: Weights, packed: Path) -> None:
             if before.dtype != after.dtype or not before.equal(after):
                 raise GateError(
                     f"{packed}: {name} is not the same after packing and unpacking",
-                    fix="report the model; this is a bug in thanos_deploy/model/packing.py",
+                    fix="this is a bug in thanos_deploy/model/packing.py; report it with the "
+                    "name of the model",
                 )

@@ -117,8 +117,8 @@ def _onnxruntime_tensorrt() -> Check:
         return Check(
             name,
             "SKIP",
-            f"{found}: it is not known whether they fit together, because no TensorRT provider was "
-            "found that names the version it needs",
+            f"{found}: it is unknown whether they fit together, because no TensorRT "
+            "provider was found that names the version it needs",
             fix=f"pip install {_WITH_CUDA} if it is missing; `thanos-deploy gpu-check` tries the "
             "provider",
         )
@@ -181,7 +181,7 @@ def _drivers() -> Iterator[Check]:
     in_torch, in_ort = _cuda_of_torch(), _cuda_of_ort()
     if in_torch is None:
         fix = "install a build of PyTorch for CUDA; https://pytorch.org/get-started has the command"
-        yield Check("PyTorch on CUDA", "SKIP", "this build of PyTorch knows no CUDA", fix)
+        yield Check("PyTorch on CUDA", "SKIP", "this build of PyTorch has no CUDA", fix)
     else:
         yield _driver("PyTorch on CUDA", in_torch, found.cuda)
     if in_ort is not None:
@@ -245,7 +245,7 @@ def _enough(name: str, needed: float, available: float) -> Check:
         name,
         "PASS" if fits else "FAIL",
         f"about {needed / 1e9:.1f} GB needed, {available / 1e9:.1f} GB free",
-        fix="" if fits else "free some, or use a larger machine",
+        fix="" if fits else "free some memory, or use a larger machine",
     )
 
 

@@ -38,17 +38,18 @@ def require_served(checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     if block_widths.declared(folder) is not None:
         raise UsageError(
-            f"{folder}: its blocks differ in width, or have a number of heads that no config.json "
-            "of this type describes, and vLLM reads nothing else",
-            fix="prune again with --allocation uniform, and for families whose config.json has no "
-            "size of a head with --shrink ffn",
+            f"{folder}: the blocks differ in width, or have a number of heads that no "
+            "config.json of this model type can describe, and vLLM reads only config.json",
+            fix="prune again with --allocation uniform, and, for model types whose "
+            "config.json has no head size, with --shrink ffn",
         )
     verdict = loaders.of(loads((folder / _CONFIG).read_bytes()), "vLLM")
     if not verdict.compatible:
-        reasons = "; ".join(verdict.reasons) or "its source was not read for this type of model"
+        reasons = "; ".join(verdict.reasons) or "this version was not checked for this model type"
         raise UsageError(
-            f"{folder}: {verdict.loader} does not take it: {reasons}",
-            fix="cut other numbers of heads and channels, or serve it with `thanos-deploy serve`",
+            f"{folder}: {verdict.loader} does not support this model: {reasons}",
+            fix="prune again to other numbers of heads and channels, or serve the model with "
+            "`thanos-deploy serve`",
         )
 
 

@@ -253,13 +253,13 @@ def open_slots(
     """
     if slots < 1:
         raise UsageError(
-            f"{slots} slots: no request could be answered", fix="give at least one slot"
+            f"{slots} slots are too few to answer a request", fix="give at least one slot"
         )
     module = _module(backend)
     if not hasattr(module, "open_slots"):
         able = [name for name in backends() if hasattr(_module(name), "open_slots")]
         raise UsageError(
-            f"backend {backend} has no slots for requests that come and go",
+            f"backend {backend} does not support requests that join and leave a running batch",
             fix=f"give one of {', '.join(able)}",
         )
     require_stage(bundle, module, verify=verify)
@@ -304,7 +304,7 @@ def require_stage(bundle: Path, backend: ModuleType, *, verify: bool) -> None:
     stages = opened.stages_of(folder)
     if not stages:
         raise InputError(
-            f"{bundle}: no finished stage made {folder}/",
+            f"{bundle}: no finished stage of the bundle wrote {folder}/",
             fix=f"run `{backend.COMMAND.format(bundle=bundle)}` first",
         )
     if verify:
@@ -319,12 +319,13 @@ def require_readable(ids: Ids, vocabulary: int) -> None:
     """
     if ids.ndim != 2 or 0 in ids.shape:
         raise UsageError(
-            f"ids of shape {list(ids.shape)}: nothing to read",
+            f"ids of shape {list(ids.shape)} have no tokens to read",
             fix="give [batch, tokens] with at least one sequence and one token",
         )
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise UsageError(
-            f"ids from {ids.min()} to {ids.max()}: the vocabulary has {vocabulary}",
+            f"ids from {ids.min()} to {ids.max()}: the vocabulary has ids from 0 to "
+            f"{vocabulary - 1}",
             fix="use the tokenizer of the same bundle",
         )
 

@@ -78,7 +78,7 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[Ids, Ids | None]:
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise UsageError(
-            f"{len(lengths)} prompts of {lengths} tokens: nothing to continue",
+            f"{len(lengths)} prompts of {lengths} tokens: there is no text to continue",
             fix="give at least one prompt, and at least one token in each",
         )
     longest = max(lengths)

@@ -65,7 +65,7 @@ class Grammars:
         library = _library()
         if not tokenizer.stop:
             raise InputError(
-                "the model has no token that ends a text, which every form of an answer needs",
+                "the model has no end-of-text token, which structured answers need",
                 fix="give the model's generation_config.json an eos_token_id",
             )
         try:
@@ -77,7 +77,7 @@ class Grammars:
         except ValueError as error:
             raise InputError(
                 f"the tokenizer cannot be used for structured answers ({error})",
-                fix="leave response_format, tools and the guided fields out",
+                fix="leave response_format, tools and the guided fields out of the request",
             ) from error
         self._library = library
         self._vocabulary = vocabulary
@@ -95,7 +95,9 @@ class Grammars:
             UsageError: it is none, or it is too large or too complex.
         """
         if len(grammar) > _CHARACTERS:
-            raise _refused(f"{len(grammar)} characters; at most {_CHARACTERS} are taken")
+            raise _refused(
+                f"{len(grammar)} characters are more than the {_CHARACTERS} that are allowed"
+            )
         with self._lock:
             matcher = self._kept.get(grammar)
             if matcher is None:
@@ -249,8 +251,8 @@ def _guarded() -> Iterator[None]:
 
 
 def _refused(problem: str) -> UsageError:
-    first = problem.strip().splitlines()[0] if problem.strip() else "it cannot be followed"
+    first = problem.strip().splitlines()[0] if problem.strip() else "it cannot be compiled"
     return UsageError(
-        f"the form of the answer is not one that can be kept to: {first}",
-        fix="send a valid and smaller schema, expression or grammar",
+        f"the requested form of the answer is not supported: {first}",
+        fix="send a valid schema, regular expression or grammar, or a smaller one",
     )

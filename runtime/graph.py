@@ -277,7 +277,7 @@ def require_all_logits(logits: str) -> None:
     """
     if logits != "all":
         raise InputError(
-            f"the graph was exported with --logits {logits}, and the quality of a model is in its "
-            "logits after every token",
+            f"the graph was exported with --logits {logits}, and measuring quality needs "
+            "the logits after every token",
             fix="run `thanos-deploy export OUT --target onnx --logits all --overwrite` first",
         )

@@ -193,7 +193,7 @@ class CudaMemory:
                 f"CUDA: {name} while the kv cache was copied",
                 fix="free memory on the GPU, or serve with fewer --slots"
                 if "Memory" in name
-                else "check the driver with nvidia-smi, and report this if it is well",
+                else "check the driver with nvidia-smi, and report this error if the driver works",
             )
 
 

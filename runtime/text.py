@@ -225,7 +225,7 @@ def require_text(*texts: str) -> None:
     """
     if not all(texts):
         raise UsageError(
-            "an empty prompt or stop string", fix="give at least one character of text"
+            "a prompt or stop string is empty", fix="give at least one character of text"
         )
 
 

@@ -284,8 +284,8 @@ def test_a_damaged_model_exits_3_with_the_place_named_and_nothing_half_written(
         (["--method", "guess"], 2, "'guess'"),
         (["--target", "telepathy"], 2, "'telepathy'"),
         (["--seqlen", "4096"], 2, "segments of 4096 tokens"),
-        (["--prompt", "4096"], 2, "4100 tokens; the model takes 128"),
-        (["--nsamples", "100000"], 3, "tokens found, 6400000 needed"),
+        (["--prompt", "4096"], 2, "4100 tokens are needed, and the model takes 128"),
+        (["--nsamples", "100000"], 3, "tokens found, and 6400000 needed"),
         (["--nsamples", "0"], 2, "0 segments"),
         (["--calib", "/no/such.txt"], 3, "/no/such.txt: cannot be read"),
         (["--eval-text", "/no/such.txt"], 3, "/no/such.txt: cannot be read"),
@@ -541,7 +541,7 @@ def test_what_generate_cannot_continue_is_refused(
 ) -> None:
     out, _, _ = finished
     for arguments, code, message in (
-        ((out, ""), 2, "empty prompt"),
+        ((out, ""), 2, "prompt or stop string is empty"),
         ((out, "a" * 200), 2, "200 tokens: the export is made for at most 128"),
         ((out, "a", "--top-p", "0"), 2, "top_p 0.0: out of range"),
         ((out, "a", "--new-tokens", "0"), 2, "0 is not in the range"),
@@ -630,5 +630,5 @@ def test_only_n_of_m_can_be_packed(invoke: Invoke, tiny_llama: Path, tmp_path: P
         "-q",
     )
     assert code == 2
-    assert "needs n:m; this is unstructured:0.5" in errors
+    assert "needs an n:m pattern, and the pattern of this model is unstructured:0.5" in errors
     assert not (tmp_path / "out").exists()

@@ -311,8 +311,12 @@ def test_help_names_everything_that_a_gate_can_be_on(invoke: Invoke) -> None:
         (("--gate", "speed<1"), 2, "no measurement is called 'speed'"),
         (("--gate", "decode.p50<1"), 2, "this run does not measure decode"),
         (("--prompt", "1,0"), 2, "is not a list of numbers from 1 on"),
-        (("--prompt", "200"), 2, "scenario prefill-1x200: 200 tokens; the model takes 128"),
-        (("--run", "../x"), 2, "not a name for a file of a bundle"),
+        (
+            ("--prompt", "200"),
+            2,
+            "scenario prefill-1x200: 200 tokens are needed, and the model takes 128",
+        ),
+        (("--run", "../x"), 2, "not a valid name for a run"),
         (("--against", "nowhere"), 3, "not a bundle"),
         (("--provider", "cuda"), 4, "no GPU"),
     ],
@@ -377,7 +381,7 @@ def test_bundles_are_compared_with_the_first_that_is_named(
     for wrong in (out, other, "dense"):
         code, _, errors = invoke("bench", out, *PREFILL, *against, "--against", wrong)
         assert code == 2
-        assert "twice the same model, or two models with the name" in errors
+        assert "the same model is named twice, or two models have the name" in errors
 
 
 def other_bundle(out: Path, *keys: str) -> Path:

@@ -197,7 +197,7 @@ def test_calibration_shorter_than_a_segment_is_bad_input(
         tmp_path / "out",
     )
     assert code == 3
-    assert "9 tokens found, 256 needed for 4 segments of 64" in errors
+    assert "9 tokens found, and 256 needed for 4 segments of 64 tokens" in errors
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured:0.5"])

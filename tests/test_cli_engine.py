@@ -93,7 +93,7 @@ def test_verify_says_what_is_proven_and_what_is_not(bundle: Path, invoke: Invoke
     seen = {check["name"]: (check["outcome"], check["detail"]) for check in result["checks"]}
     assert seen["prune: pattern"] == ("PASS", "14 of 14 layers hold 2:4")
     assert seen["onnx-fp16-last: pattern"] == ("PASS", "14 of 14 layers hold 2:4")
-    assert seen[f"{ENGINE}: graph"] == ("PASS", "built from the present onnx-fp16-last/")
+    assert seen[f"{ENGINE}: graph"] == ("PASS", "built from the current onnx-fp16-last/")
     # Built ahead of time: nobody knows the kernels yet, and nothing is claimed.
     assert seen[f"{ENGINE}: sparse kernels"][1].startswith("0 picked, 0 eligible, 14 hold 2:4")
     assert len(result["engines"][ENGINE]) == 14
@@ -138,7 +138,7 @@ def test_a_verdict_that_its_own_log_does_not_give_is_found(bundle: Path, invoke:
     files.write_json(bundle / "manifest.json", manifest)
     code, _, err = invoke("verify", bundle, "--require-sparse", "80%")
     assert code == 6
-    assert "differ from those in its log and graph" in err
+    assert "differ from those that follow from the engine's log and graph" in err
 
 
 def test_an_engine_of_another_graph_is_found(bundle: Path, invoke: Invoke) -> None:

@@ -121,7 +121,7 @@ def test_a_pruned_model_is_beside_the_dense_one_and_the_report_shows_it(
         assert "questions about the text (last words)" in text
     code, printed, _ = invoke(*run[:-1])
     assert code == 0
-    assert "same likeliest token" in printed
+    assert "same most likely token" in printed
 
 
 def test_the_dense_model_is_asked_once_for_all_bundles_on_a_text(
@@ -431,7 +431,7 @@ def test_names_and_folders_that_are_none_are_refused(
     assert "no such folder" in errors
     code, _, errors = invoke("eval", model, "--limit", "3")
     assert code == 2
-    assert "are for --tasks" in errors
+    assert "only with --tasks" in errors
 
 
 def test_without_the_library_the_extra_is_named(

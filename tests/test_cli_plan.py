@@ -120,10 +120,10 @@ def test_the_table_shows_every_layer_if_asked_for(tiny_llama: Path, invoke: Invo
         (("--gpu", "A100", "--batch", "1,0"), 2, "not a list of positive whole numbers"),
         (("--gpu", "A100", "--batch", "one"), 2, "not a list of positive whole numbers"),
         (("--gpu", "A100", "--pattern", "structured:0.999"), 2, "remove at most structured:"),
-        (("--gpu", "A100", "--prompt", "9000"), 2, "the model takes 8192"),
+        (("--gpu", "A100", "--prompt", "9000"), 2, "the 8192 tokens that the model takes"),
         (("--gpu", "A100", "--measured", "nowhere.json"), 3, "not a readable table"),
-        (("--gpu", "A100", "--prune"), 2, "no layer was pruned on it"),
-        (("--gpu", "H100", "--prune", "--gpus", "64"), 2, "work for 32 at most"),
+        (("--gpu", "A100", "--prune"), 2, "have no layer that was pruned on it"),
+        (("--gpu", "H100", "--prune", "--gpus", "64"), 2, "work for 32 processes only"),
     ],
 )
 def test_a_mistake_is_explained(

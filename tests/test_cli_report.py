@@ -69,14 +69,14 @@ def test_several_bundles_get_one_page_and_are_left_alone(invoke: Invoke, tmp_pat
         *("v1.2.html", "v1.2.json", "v1.2.md")
     ]
     assert [sorted(path.rglob("*")) for path in paths] == before
-    assert "is there already" in invoke("report", *paths, "-o", page)[2]
+    assert "exists already" in invoke("report", *paths, "-o", page)[2]
     assert invoke("report", *paths, "-o", page, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("a", "b"), 2, "2 bundles and no -o"),
+        (("a", "b"), 2, "2 bundles without -o"),
         (("a", "-o", "page.txt"), 2, "give a file name that ends in .html"),
         (("a", "-o", "a/manifest.json/page.html"), 2, "is a file"),
         (("a", "-o", "/sys/nowhere/page.html"), 4, "/sys/nowhere"),

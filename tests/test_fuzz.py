@@ -148,5 +148,5 @@ def test_a_graph_whose_forged_hashes_fit_is_bad_input(
     recorded = manifest["stages"]["onnx"]["files"]
     recorded["onnx/model.onnx.data"] = encode(file_record(data))
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="the files of stage 'onnx' are as recorded"):
+    with pytest.raises(InputError, match="the files of stage 'onnx' have the recorded hashes"):
         verify(Bundle.open(bundle))

@@ -9,11 +9,11 @@ Outcome = Literal["PASS", "FAIL", "SKIP"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line.
+    """One check, as a line of a table.
 
     Attributes:
-        name: what was looked at.
-        outcome: PASS, FAIL, or SKIP for what could not be looked at here.
+        name: what was checked.
+        outcome: PASS, FAIL, or SKIP for what could not be checked here.
         detail: the value seen, or why it was skipped.
         fix: what to do next, as an instruction; empty where nothing is wrong.
     """

@@ -111,17 +111,19 @@ def of_system(error: Exception) -> DeployError | None:
     if isinstance(error, OSError) and error.errno in _FULL:
         return ResourceError(
             f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}",
-            fix="free some space and repeat the command; what is finished is kept",
+            fix="free some space and repeat the command; finished work is kept",
         )
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:
         if _is_unreadable(error.filename):
             return PlatformError(
-                f"{error.filename}: this user may not read it ({error.strerror})",
-                fix="let it be read, with chmod or chown, or run this as the user who owns it",
+                f"{error.filename}: the current user is not allowed to read this file "
+                f"({error.strerror})",
+                fix="allow reading with chmod or chown, or run the command as the user who "
+                "owns the file",
             )
         return PlatformError(
             f"{error.filename}: {error.strerror}",
-            fix="give a place that can be written to, with -o or $THANOS_DEPLOY_CACHE",
+            fix="give a folder that can be written to, with -o or $THANOS_DEPLOY_CACHE",
         )
     if is_out_of_memory(error):
         return ResourceError(

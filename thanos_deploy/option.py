@@ -83,7 +83,7 @@ class Option:
             return
         if self.choices and value not in self.choices:
             raise UsageError(
-                f"{said.flag} {value!r} is not one of its values",
+                f"{said.flag} {value!r} is not one of the possible values",
                 fix=f"use one of {', '.join(self.choices)}",
             )
         if isinstance(value, int | float) and not (

@@ -1,14 +1,14 @@
-"""Dense and pruned models in the runtimes that people use, at equal bits: quality, time and bytes.
+"""Compare dense and pruned models in common runtimes at equal bits: quality, time and bytes.
 
 Usage: python -m benchmarks.comparison OUT [--patterns PATTERN...] [--preset NAME]
            [--bundles BUNDLE...] [--calib FILE] [--eval-text FILE]
        python -m benchmarks.comparison --table
 
-Prunes SmolLM2-135M to every pattern, and takes bundles that are there. Each model and the dense one
-is exported in fp32, in int8 (rounded) and in int4 (error-compensated, see --compensate) for ONNX
-Runtime, with its own attention, and as GGUF for llama.cpp in f32, q8_0 and q4_0; in fp32 for
-OpenVINO, with a neutral graph. Beside these is what others have of the dense model: q4_0 as
-llama.cpp rounds it, and int4 as the builder of ORT-GenAI does.
+Prunes SmolLM2-135M to every pattern, and also takes existing bundles (--bundles). Each model and
+the dense one is exported in fp32, in int8 (rounded) and in int4 (error-compensated, see
+--compensate) for ONNX Runtime, with its own attention, and as GGUF for llama.cpp in f32, q8_0 and
+q4_0; in fp32 for OpenVINO, with a neutral graph. The dense model is also measured as other tools
+quantise it: in q4_0 by llama.cpp, and in int4 by the builder of ORT-GenAI.
 
 The perplexity of each is computed by its runtime from these files. Then all take turns in one
 process: each reads a prompt and continues it greedily. The machine has to be idle for that; the run
@@ -179,13 +179,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--model", help="[default: SmolLM2-135M-Instruct]")
     parser.add_argument("--patterns", nargs="*", default=PATTERNS)
-    parser.add_argument("--preset", default="best", help="of `prune`")
-    parser.add_argument("--options", type=json.loads, default={}, help="more of `prune`, as JSON")
-    parser.add_argument("--bundles", nargs="*", type=Path, default=[], help="that are there")
+    parser.add_argument("--preset", default="best", help="preset of `prune`")
     parser.add_argument(
-        "--compensate", nargs="*", choices=("int8", "int4"), default=["int4"], help="the errors of"
+        "--options",
+        type=json.loads,
+        default={},
+        help="further options of `prune`, as a JSON object",
     )
-    parser.add_argument("--no-genai", dest="genai", action="store_false", help="leave it out")
+    parser.add_argument(
+        "--bundles", nargs="*", type=Path, default=[], help="existing bundles to compare as well"
+    )
+    parser.add_argument(
+        "--compensate",
+        nargs="*",
+        choices=("int8", "int4"),
+        default=["int4"],
+        help="dtypes whose rounding errors are compensated",
+    )
+    parser.add_argument(
+        "--no-genai", dest="genai", action="store_false", help="leave ORT-GenAI out"
+    )
     parser.add_argument("--calib", default=BUILTIN)
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -197,10 +210,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=environment.cores())
     parser.add_argument(
-        "--pause", type=float, default=runtimes.PAUSE, help="seconds, before a turn"
+        "--pause", type=float, default=runtimes.PAUSE, help="seconds of pause before each turn"
     )
-    parser.add_argument("--make", action="store_true", help="take no turns")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the pages")
+    parser.add_argument("--make", action="store_true", help="stop before the timing")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="measure nothing, and write the published results into the pages",
+    )
     parser.add_argument("--results", type=Path, default=PATH.parent)
     return parser
 

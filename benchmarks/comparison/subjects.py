@@ -135,7 +135,7 @@ def genai_builder(weights: Weights, out: Path, announce: Announce) -> Subject:
         if done.returncode:
             raise GateError(
                 f"{model.folder}: ORT-GenAI's builder fails: {done.stderr.strip()[-300:]}",
-                fix="see what the builder takes, or leave it out with --no-genai",
+                fix="see which models the builder supports, or leave ORT-GenAI out with --no-genai",
             )
         progress(1, 1)
         return Nothing()

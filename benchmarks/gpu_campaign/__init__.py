@@ -1,4 +1,4 @@
-"""Everything that is to be measured on a GPU, in one command and a few minutes.
+"""Measure everything that needs a GPU, in one command and a few minutes.
 
     python -m benchmarks.gpu_campaign -o DIR [--only STEP,...] [--skip STEP,...] [--seconds N]
         [--bundle OUT] [--rehearse]
@@ -6,7 +6,7 @@
 It runs from a source tree with nothing installed, on an image that has PyTorch, Triton,
 transformers, numpy, safetensors, click and rich. Steps, in this order:
 
-    card                what there is; in every choice of steps
+    card                the GPU, the driver and the versions; runs with every choice of steps
     peaks               the bandwidth of a copy, a product of 8192^3 in bf16
     correctness:KERNEL  every kernel for 2:4 against float64: 9 numbers of tokens, both dtypes,
                         sizes that are multiples of nothing
@@ -24,9 +24,9 @@ transformers, numpy, safetensors, click and rich. Steps, in this order:
     gpu-tests:engines   the tests of PyTorch's and ONNX Runtime's engines that need a GPU; wants
                         onnx, onnxscript and onnxruntime, of which onnxruntime-gpu runs them all
 
-Each step has a process of its own and a limit of twice what it usually takes; whatever becomes of
-it, its rows are kept and the next one runs. A step that no longer fits into --seconds is named as
-left out. In DIR are
+Each step has a process of its own and a limit of twice its usual time. If it fails or reaches the
+limit, its rows are kept and the next step runs. A step that no longer fits into --seconds is listed
+as left out. The files in DIR are
 
     rows.jsonl     every row, on disk before the next one is measured
     records.json   the same as one document, see `thanos_deploy.gpu.records`
@@ -36,9 +36,9 @@ left out. In DIR are
 --rehearse does every step with toy sizes on a CPU: Triton's interpreter in place of the GPU, a
 simulation of the kernels in CUDA C++ behind a simulated driver (where g++ is installed), calls in
 place of graphs, and a choice of kernels between the dense product and Triton. It shows that nothing
-breaks off for a silly reason; its times mean nothing, and its records say so.
+fails for a trivial reason; its times mean nothing, and its records say so.
 
-Ctrl-C or SIGTERM ends the running step; the four files are written with what there is.
+Ctrl-C or SIGTERM ends the running step; the four files are written with the rows so far.
 
 Exit codes: 0 all passed, 2 usage, 4 nothing could run, 6 something failed, 130 interrupted.
 """

@@ -62,9 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"default: {SECONDS:g}, and {_SECONDS_TO_REHEARSE:g} for a rehearsal",
+        help=f"time limit for all steps [default: {SECONDS:g}; for a rehearsal "
+        f"{_SECONDS_TO_REHEARSE:g}]",
     )
-    parser.add_argument("--bundle", type=Path, help="default: a tiny one is made")
+    parser.add_argument(
+        "--bundle", type=Path, help="a bundle with the target onnx [default: a tiny one is made]"
+    )
     parser.add_argument("--rehearse", action="store_true")
     return parser
 

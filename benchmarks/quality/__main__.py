@@ -1,4 +1,4 @@
-"""Perplexity of every way to prune one model, and what else it costs, on texts of your own.
+"""Measure perplexity and other costs of every way to prune one model, on texts of your own.
 
 Usage: python -m benchmarks.quality --calib CALIB.txt --eval-text TEXT.txt
            [--model smollm2|gemma3|PATH] [--seeds 0 1 2] [SETTING...]
@@ -7,17 +7,17 @@ Usage: python -m benchmarks.quality --calib CALIB.txt --eval-text TEXT.txt
 Prunes a model by every method to every pattern of the table, in the setting of the method's paper
 and in the one that measured best (structured patterns as masked columns), and examines each result:
 perplexity, questions about the text, and how far it is from the dense model. By Thanos's presets
-"best" and "max" that takes long; see `pruning_time`. A SETTING, a JSON object of options of
-`prune`, takes the place of that grid, such as '{"pattern": "2:4"}' or
-'{"pattern": "2:4", "method": "sparsegpt", "block_size": 64}'. The first segments of both texts are
-taken, without a seed, so that others can take the same; with --seeds, segments of the text to
-calibrate on are drawn with each of them, which shows what chance does.
+"best" and "max" this takes long; see `pruning_time`. A SETTING, a JSON object of options of
+`prune`, takes the place of that grid, such as '{"pattern": "2:4"}' or '{"pattern": "2:4", "method":
+"sparsegpt", "block_size": 64}'. The first segments of both texts are taken, without a seed, so that
+others can take the same; with --seeds, calibration segments are drawn with each of the seeds, which
+shows the influence of chance.
 
-Writes RESULTS/quality-MODEL.json after every row and prints it as tables. What is in that file is
-not measured again: repeating the command continues, within a row after the last block that was
-pruned, and further settings add rows. To measure the code of another day, begin another file.
---models DIR keeps each pruned model there, in a folder that is named by a hash of its options.
-With --table nothing is measured, and what is published is put into docs/choose.md.
+Writes RESULTS/quality-MODEL.json after every row and prints it as tables. Rows in that file are not
+measured again: repeating the command continues, within a row after the last block that was pruned,
+and further settings add rows. To measure other code, begin another file. --models DIR keeps each
+pruned model there, in a folder that is named by a hash of its options. With --table nothing is
+measured, and what is published is put into docs/choose.md.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
     """Prune and judge, row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="*", metavar="SETTING", type=json.loads)
-    parser.add_argument("--model", default="smollm2", help="one of the two, a folder or a file")
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2, gemma3, or a model's folder or file"
+    )
     parser.add_argument("--methods", nargs="+", default=methods.names(), metavar="METHOD")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, metavar="PATTERN")
     parser.add_argument("--nsamples", type=int, default=32)
@@ -60,7 +62,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=EvalRequest().questions)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--models", type=Path)
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="measure nothing, and write the published results into the page",
+    )
     texts.add_options(parser, required=False)
     arguments = parser.parse_args()
     if arguments.table:

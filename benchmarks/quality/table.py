@@ -98,7 +98,7 @@ def _others(dense: Judged, rows: Sequence[Row]) -> Iterator[str]:
             "method, preset",
             "pattern",
             "divergence, nats per token",
-            "same likeliest token",
+            "same most likely token",
             "last words right",
             "multiple choice right",
             "of the dense model's text, before the first other token",

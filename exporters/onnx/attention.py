@@ -101,7 +101,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it."""
     if s_aux is not None:
-        raise UnfitError("its attention has sinks")
+        raise UnfitError("its attention has attention sinks")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
     asked = Asked(query, key, value, attention_mask, scale, softcap)
     return _CALL.get().attend(asked), None
@@ -148,8 +148,7 @@ def plan(model: PreTrainedModel, positions: int) -> Plan:
     change = rope.change_of(model.config.to_dict())
     if change is not None and change.tokens < positions:
         raise UnfitError(
-            f"its rotary embedding ({change.kind}) chooses its frequencies by the longest text of "
-            "a batch"
+            f"its rotary embedding ({change.kind}) depends on the longest text in a batch"
         )
     ids = torch.zeros(1, 3, dtype=torch.long)
     survey = _Survey()
@@ -168,7 +167,9 @@ def plan(model: PreTrainedModel, positions: int) -> Plan:
             use_cache=True,
         )
         if len(survey.visible) != model.config.num_hidden_layers:
-            raise UnfitError("not all of its blocks have attention as transformers computes it")
+            raise UnfitError(
+                "some of its blocks do not use the attention interface of transformers"
+            )
         windows = tuple(_window(visible, positions) for visible in survey.visible)
         rotations, tables = rotary.tables_of(survey.before, positions)
     return Plan(windows, rotations, tables)
@@ -201,10 +202,12 @@ class _Survey:
         if key.shape != value.shape or key.shape[3] != dim or query.shape[1] % key.shape[1]:
             raise UnfitError("its queries, keys and values have heads of different shapes")
         if dim % _CHANNELS:
-            raise UnfitError(f"its heads have {dim} channels, which is no multiple of {_CHANNELS}")
+            raise UnfitError(
+                f"its heads have {dim} channels, which is not a multiple of {_CHANNELS}"
+            )
         found = [visible for known, visible in self._masks if known is asked.mask]
         if not found:
-            raise UnfitError("it makes attention masks of its own")
+            raise UnfitError("it computes its own attention masks")
         self.visible += found
         self.before.append(tuple(self.rotations))
         self.rotations.clear()
@@ -222,7 +225,7 @@ def _window(visible: Callable[..., Tensor], positions: int) -> int | None:
     for place in {0, size - 1, min(size, positions - 1), positions - 1}:
         seen = visible(zero, zero, torch.tensor(place), others)
         if not torch.equal(seen, (others <= place) & (others > place - size)):
-            raise UnfitError("its tokens see others than themselves and those before them")
+            raise UnfitError("its attention mask is neither causal nor a causal sliding window")
     return None if size == positions else size
 
 

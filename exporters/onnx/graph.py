@@ -250,14 +250,15 @@ def _codes(
         return {name: round_to(matrix(model.get_submodule(name)).detach(), grid) for name in names}
     if dtype == "int8-qdq" and codes.grid != grid:
         raise UsageError(
-            f"--dtype {dtype} with a model that was quantised to {codes.grid}: engines multiply "
-            "int8 by int8 where an output has one scale",
+            f"--dtype {dtype} with a model that was quantised to {codes.grid}: engines "
+            "need int8 weights with one scale for each output",
             fix=f"prune again with --quantize {grid}; or use --dtype fp16",
         )
     if codes.grid.bits != grid.bits:
         raise UsageError(
             f"--dtype int{grid.bits} with a model that was quantised to {codes.grid}",
-            fix=f"use --dtype int{codes.grid.bits}, which keeps its codes; or fp32 or fp16",
+            fix=f"use --dtype int{codes.grid.bits}, which keeps the codes of the model; or "
+            "fp32 or fp16",
         )
     return {name: codes.of(name, checkpoint.linear(name)) for name in names}
 

@@ -38,8 +38,9 @@ def require_names(path: Path, model: PreTrainedModel) -> None:
     ]
     if lost or foreign:
         raise GateError(
-            f"{path}: weights without their name or shape: {', '.join(lost) or 'none'}; "
-            f"matrices that are no weights of the model: {', '.join(foreign) or 'none'}",
+            f"{path}: weights of the model that are not in the graph with their name and "
+            f"shape: {', '.join(lost) or 'none'}; matrices in the graph that are not "
+            f"weights of the model: {', '.join(foreign) or 'none'}",
             fix="report this model type; its graph hides the layers",
         )
 
@@ -88,7 +89,7 @@ def nonzero(
         consumers = {use.node.op_type for use in value.uses()}
         if consumers not in ({"MatMul"}, {"DequantizeLinear"}):
             raise GateError(
-                f"{weight} feeds {', '.join(sorted(consumers))}, not one MatMul",
+                f"{weight} feeds {', '.join(sorted(consumers))}, not a single MatMul",
                 fix="report this model type; its graph hides the layer",
             )
         array = value.const_value.numpy()

@@ -104,7 +104,7 @@ class _Session:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         with boundary(
             GateError,
-            f"{path}: ONNX Runtime does not load the graph that was made",
+            f"{path}: ONNX Runtime cannot load the exported graph",
             fix="export with another --dtype or --graph, or run `model` in the bundle with "
             "transformers: it is an ordinary folder",
         ):

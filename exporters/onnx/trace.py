@@ -191,10 +191,10 @@ def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = No
         wrapped = attention.WithCacheInPlace(model, plan, logits=logits)
     untraceable = boundary(
         ModelError,
-        f"{model.config.model_type}: PyTorch's exporter cannot follow what the model computes, so "
-        "there is no ONNX graph of it",
-        fix="run the pruned model with the library that it is made for; `model` in the bundle is "
-        "an ordinary Hugging Face folder",
+        f"{model.config.model_type}: PyTorch's exporter cannot trace this model, so no "
+        "ONNX graph can be made",
+        fix="run the pruned model with transformers: the folder `model` in the bundle is an "
+        "ordinary Hugging Face checkpoint",
     )
     with untraceable, scaling, implemented, _quickly(), warnings.catch_warnings():
         # The exporter warns about its own internals; the result is compared with the model below.

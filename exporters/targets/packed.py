@@ -45,9 +45,9 @@ def refuse(patterns: Iterable[Pattern]) -> None:
     """
     found = list(patterns)
     if not any(isinstance(pattern, SemiStructured) for pattern in found):
-        held = ", ".join(dict.fromkeys(map(str, found))) or "not held everywhere"
+        held = ", ".join(dict.fromkeys(map(str, found))) or "one that does not hold everywhere"
         raise UsageError(
-            f"the target packed needs n:m; this is {held}",
+            f"the target packed needs an n:m pattern, and the pattern of this model is {held}",
             fix="prune to a pattern such as 2:4, without --outlier-rows",
         )
 

@@ -108,7 +108,7 @@ def _unfit(bundle: Bundle) -> Iterator[tuple[str, str]]:
     for stage in _stages(bundle, tensorrt.TARGET):
         if not bundle.source_is_current(stage):
             source = bundle.source_of(stage)
-            yield stage, f"built from an earlier {source}/, not from the present one"
+            yield stage, f"built from an earlier {source}/, not from the current one"
 
 
 def _stages(bundle: Bundle, target: Target[Any, Any]) -> list[str]:

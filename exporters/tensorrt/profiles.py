@@ -60,9 +60,10 @@ def profiles(batch: Sequence[int], prompt: Sequence[int], longest: int) -> tuple
             )
     if max(prompt) > longest or longest < 2:
         raise UsageError(
-            f"--seq {','.join(map(str, prompt))} and at most {longest} tokens, prompt and answer "
-            "together",
-            fix="give a larger --max-seq (two at least) or a shorter --seq",
+            f"--seq {','.join(map(str, prompt))} needs --max-seq of at least 2 and of at "
+            f"least the longest prompt, and it is {longest}",
+            fix="give a larger --max-seq, which counts prompt and answer together, or a "
+            "shorter --seq",
         )
     sequences = Span(1, batch[0], max(batch))
     return (

@@ -144,7 +144,7 @@ def _judge(
             f"{OUTPUT_MULTIPLE} x {INPUT_MULTIPLE}"
         )
     if not sparse_allowed:
-        return "not reported", "the engine was built without looking at sparse weights"
+        return "not reported", "the engine was built without allowing sparse weights"
     if not kernels_known:
         return "not reported", "kernels are chosen when the engine is loaded on its GPU"
     everyone = lines.eligible_count and not lines.eligible  # counted, and no one named

@@ -124,7 +124,7 @@ def verify(bundle: Bundle, stage: str, *, library: Library) -> Iterator[Check]:
         yield Check(
             name,
             "FAIL",
-            "the recorded verdicts differ from those in its log and graph",
+            "the recorded verdicts differ from those that follow from the engine's log and graph",
             fix=_REBUILD,
         )
         return
@@ -137,9 +137,9 @@ def verify(bundle: Bundle, stage: str, *, library: Library) -> Iterator[Check]:
 def _source(bundle: Bundle, stage: str, source: str) -> Check:
     name = f"{stage}: graph"
     if bundle.source_is_current(stage):
-        return Check(name, "PASS", f"built from the present {source}/")
+        return Check(name, "PASS", f"built from the current {source}/")
     return Check(
-        name, "FAIL", f"built from an earlier {source}/, not from the present one", fix=_REBUILD
+        name, "FAIL", f"built from an earlier {source}/, not from the current one", fix=_REBUILD
     )
 
 

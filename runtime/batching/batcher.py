@@ -168,7 +168,7 @@ class Batcher:
                 self._release()  # a text may end with its first token
                 self._decode()
             except Exception as error:
-                _log.exception("the engine failed; the requests in it end")
+                _log.exception("the engine failed; its running requests end")
                 self._fail(f"{type(error).__name__}: {error}")
 
     def _wait(self) -> bool:

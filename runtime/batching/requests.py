@@ -86,12 +86,12 @@ class Token:
 class Finish(enum.Enum):
     """Why a text ended."""
 
-    STOP = "a token that ends the text"
-    LENGTH = "as long as asked for, or as the engine takes"
+    STOP = "a token ended the text"
+    LENGTH = "the text reached the requested length, or the engine's longest"
     CANCELLED = "cancelled"
     DEADLINE = "its deadline passed"
     FAILED = "the engine failed"
-    REFUSED = "its form cannot be kept to"
+    REFUSED = "the requested form of the answer cannot be followed"
     CLOSED = "the batcher closed"
 
 

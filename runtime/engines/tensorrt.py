@@ -59,7 +59,8 @@ class Limits:
             raise UsageError(
                 f"{batch} prompts of {prompt} tokens: the engine takes {self.batch} of "
                 f"{self.prompt}",
-                fix="build it with a larger --batch and --seq, or use smaller ones",
+                fix="build the engine with a larger --batch and --seq, or use fewer or "
+                "shorter prompts",
             )
 
     def check_room(self, tokens: int) -> None:
@@ -71,7 +72,7 @@ class Limits:
         require_room(
             tokens,
             self.sequence,
-            taker="the engine is made for",
+            taker="the engine was built for",
             fix="use a shorter prompt or fewer new tokens, or build with a larger --max-seq",
         )
 
@@ -93,7 +94,7 @@ class _Device:
                 f"CUDA: {code.name}",
                 fix="free memory on the GPU, or build with a smaller --batch and --max-seq"
                 if "Memory" in code.name
-                else "check the driver with nvidia-smi, and report this if it is well",
+                else "check the driver with nvidia-smi, and report this error if the driver works",
             )
         return values[0] if values else None
 
@@ -327,7 +328,7 @@ def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine
         package, limits = _PACKAGES[build.target], Limits.of(build)
     except LookupError as error:
         raise InputError(
-            f"{folder / BUILD}: not the record of such an engine ({error!r})",
+            f"{folder / BUILD}: not a readable record of an engine ({error!r})",
             fix="build the engine again with --overwrite",
         ) from error
     trt, cudart = _modules(package)

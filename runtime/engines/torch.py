@@ -281,8 +281,8 @@ def engine_of(
     _require_device(torch, provider, variant)
     if room is not None and room.tokens > most_tokens:
         raise UsageError(
-            f"a room for {room.tokens} tokens: the model takes at most {most_tokens}",
-            fix="ask for no more than that",
+            f"a kv cache for {room.tokens} tokens: the model takes at most {most_tokens} tokens",
+            fix="ask for at most that many tokens",
         )
     _exchange(model, tuple(linears), variant, keep)
     steps: Steps

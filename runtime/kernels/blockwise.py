@@ -43,7 +43,7 @@ def hold(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """
     if weight.dtype not in DTYPES:
         raise InputError(
-            f"{name}: the blockwise product takes no {weight.dtype}",
+            f"{name}: the blockwise product does not support {weight.dtype}",
             fix=f"use one of {', '.join(map(str, DTYPES))}",
         )
     values, mask = pack(weight.detach(), SemiStructured(_KEPT, GROUP), name)

@@ -292,11 +292,18 @@ def read(path: Path, origin: Origin) -> tuple[Row, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
-        logger.warning("%s: measured anew, because it is not readable (%s)", path, error)
+        logger.warning(
+            "%s: the kernels are measured again, because this file is not readable (%s)",
+            path,
+            error,
+        )
         return ()
     if table.origin != origin:
         logger.warning(
-            "%s: measured anew, because it is of %s; this is %s", path, table.origin, origin
+            "%s: the kernels are measured again, because this file is for %s; this is %s",
+            path,
+            table.origin,
+            origin,
         )
         return ()
     return table.rows
@@ -359,7 +366,7 @@ def rows_for(
         rows |= {row.shape: row for row in measured(missing)}
         write(path, origin, list(rows.values()))
     logger.info(
-        "%s: the linear layers hold %d bytes, %d if they were dense",
+        "%s: the linear layers take %d bytes of memory; dense layers would take %d",
         path,
         sum(shape.outputs * shape.inputs * bits(rows[shape].chosen) // 8 for shape in shapes),
         sum(shape.outputs * shape.inputs * _DENSE_BITS // 8 for shape in shapes),

@@ -39,8 +39,8 @@ def target(capability: tuple[int, int]) -> str:
     major, minor = capability
     if major < 8:
         raise PlatformError(
-            f"this GPU has compute capability {major}.{minor}, and its tensor cores multiply no "
-            "2:4 weights",
+            f"this GPU has compute capability {major}.{minor}, whose tensor cores do not "
+            "support 2:4 weights",
             fix="use a GPU of compute capability 8.0 or later, or another variant",
         )
     return f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}"

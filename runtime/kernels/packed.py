@@ -31,7 +31,7 @@ def require_dtype(weight: Tensor, name: str) -> None:
     """
     if weight.dtype not in DTYPES:
         raise InputError(
-            f"{name}: the 2:4 kernels take no {weight.dtype}",
+            f"{name}: the 2:4 kernels do not support {weight.dtype}",
             fix=f"use one of {', '.join(map(str, DTYPES))}",
         )
 

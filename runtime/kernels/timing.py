@@ -135,7 +135,7 @@ def measure(
     if device == "cuda" and not torch.cuda.is_available():
         raise PlatformError(
             "no GPU: PyTorch finds no NVIDIA GPU to measure on",
-            fix="run it on a machine with one, with its driver and a CUDA build of PyTorch",
+            fix="run it on a machine with an NVIDIA GPU, its driver and a CUDA build of PyTorch",
         )
     weights = list(itertools.product(shapes, dtypes))
     on_progress(0, len(weights))

@@ -218,7 +218,7 @@ def _reason(end: End) -> FinishReason:
         case Finish.LENGTH:
             return "length"
         case Finish.DEADLINE:
-            raise too_late("the answer was not finished in time")
+            raise too_late("the answer was not finished before the deadline")
         case Finish.REFUSED:
             raise RefusedError(400, str(end.error), code="form")
         case Finish.CLOSED:

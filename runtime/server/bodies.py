@@ -96,7 +96,8 @@ class Generation(Formed):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Annotated[
-        Text | Annotated[list[Text], Field(max_length=4)] | None, one_of("a text, or at most four")
+        Text | Annotated[list[Text], Field(max_length=4)] | None,
+        one_of("a text, or a list of at most four texts"),
     ] = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stream: bool | None = None
@@ -130,7 +131,7 @@ class Generation(Formed):
     @model_validator(mode="after")
     def _stream_options_belong_to_streams(self) -> Self:
         if self.include_usage and not self.stream:
-            raise ValueError("stream_options are for requests with stream: true")
+            raise ValueError("stream_options need stream: true")
         return self
 
     @property
@@ -141,14 +142,14 @@ class Generation(Formed):
     @model_validator(mode="after")
     def _the_least_is_no_more_than_the_most(self) -> Self:
         if self.min_tokens and self.new_tokens is not None and self.min_tokens > self.new_tokens:
-            raise ValueError("min_tokens is more than the most tokens of an answer")
+            raise ValueError("min_tokens is larger than the largest number of tokens of the answer")
         return self
 
     @model_validator(mode="after")
     def _biases_are_for_ids(self) -> Self:
         # No id has more digits, and Python reads no number of thousands of them.
         if not all(re.fullmatch("[0-9]{1,10}", token) for token in self.logit_bias or ()):
-            raise ValueError("logit_bias: its keys are ids of tokens, in decimal digits")
+            raise ValueError("logit_bias: the keys have to be token ids in decimal digits")
         return self
 
     @property
@@ -198,7 +199,10 @@ class CompletionRequest(Generation):
 
     prompt: Annotated[
         str | Many[str] | Many[Id] | Many[Many[Id]],
-        one_of("a text or several, or the ids of one or of several (whole numbers from 0 on)"),
+        one_of(
+            "a text or a list of texts, or a list of token ids (whole numbers from 0 on) or a "
+            "list of such lists"
+        ),
     ]
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -213,13 +217,13 @@ class CompletionRequest(Generation):
     @classmethod
     def _all_that_are_written_are_given(cls, given: int | None, info: ValidationInfo) -> int | None:
         if given not in (None, 1, info.data.get("n")):
-            raise ValueError("the best of more answers than are given")
+            raise ValueError("best_of has to be 1 or equal to n")
         return given
 
     @model_validator(mode="after")
     def _an_answer_has_something(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 is for requests with echo: true")
+            raise ValueError("max_tokens: 0 needs echo: true")
         return self
 
     @property
@@ -256,7 +260,8 @@ class Chat(Strict):
     def _one_of_the_two_ends(self) -> Self:
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError(
-                "add_generation_prompt begins another message, and continue_final_message does not"
+                "add_generation_prompt begins a new message and continue_final_message "
+                "continues the last one; only one of the two can be true"
             )
         return self
 
@@ -323,7 +328,7 @@ class ChatRequest(Generation, Chat):
     modalities: list[Literal["text"]] | None = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedTool | None,
-        one_of("none, auto, required, or the name of a function"),
+        one_of("none, auto, required, or an object that names a function"),
     ] = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     metadata: Ignored = None

@@ -30,8 +30,8 @@ from runtime.server.service import Prompt, Served, Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
-    503: {"model": ErrorBody, "description": "Too much to do; see Retry-After"},
-    504: {"model": ErrorBody, "description": "Not finished before the deadline"},
+    503: {"model": ErrorBody, "description": "The server is busy; see Retry-After"},
+    504: {"model": ErrorBody, "description": "The answer was not finished before the deadline"},
 }
 
 # Tokens of a piece, more than which are not written down on the event loop.
@@ -93,7 +93,9 @@ async def _grammar(request: Request, service: Service, body: bodies.Generation) 
     """What the answers have to be like; None if they may be anything."""
     if (written := body.grammar()) is None:
         return None
-    async with before_the_deadline(request, service, "the form was not compiled in time"):
+    async with before_the_deadline(
+        request, service, "the form of the answer was not compiled before the deadline"
+    ):
         return await unless_gone(request, service.compiler.compile(written))
 
 
@@ -109,7 +111,7 @@ async def _echoed(
     """The tokens of prompts, with their log probabilities if these are asked for."""
     if alternatives is None:
         return [[Token(token, None) for token in prompt] for prompt in prompts]
-    async with before_the_deadline(request, service, "the prompt was not read in time"):
+    async with before_the_deadline(request, service, "the prompt was not read before the deadline"):
         return await unless_gone(request, service.forward.score(prompts, alternatives))
 
 

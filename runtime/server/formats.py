@@ -62,7 +62,10 @@ class Formed(Strict):
     @model_validator(mode="after")
     def _an_answer_has_one_form(self) -> Self:
         if len(self.forms()) > 1:
-            raise ValueError("the form of the answer is given more than once")
+            raise ValueError(
+                "the request gives more than one form for the answer; give only one of "
+                "response_format and the guided fields"
+            )
         return self
 
     def grammar(self) -> Callable[[], str] | None:
@@ -99,5 +102,5 @@ class Formed(Strict):
 def _of_schema(schema: dict[str, Any] | str) -> str:
     read = loads(schema) if isinstance(schema, str) else schema
     if not isinstance(read, dict):
-        raise ValueError("a schema is an object")
+        raise ValueError("a schema has to be a JSON object")
     return grammars.of_schema(read)

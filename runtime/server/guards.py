@@ -101,7 +101,9 @@ class Bounded:
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """All of it; None if the client goes away meanwhile."""
         if headers.get("content-encoding", "identity") != "identity":
-            raise RefusedError(415, "compressed bodies are not read", code="unsupported_encoding")
+            raise RefusedError(
+                415, "compressed bodies are not supported", code="unsupported_encoding"
+            )
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._most:
             raise self._too_large()

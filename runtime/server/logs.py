@@ -104,7 +104,10 @@ class _Lines(QueueHandler):
         try:
             if self._left_out:
                 said = logging.makeLogRecord(
-                    {"levelname": "WARNING", "msg": f"{self._left_out} lines were left out"}
+                    {
+                        "levelname": "WARNING",
+                        "msg": f"{self._left_out} lines of the log were left out",
+                    }
                 )
                 self.queue.put_nowait(said)
                 self._left_out = 0

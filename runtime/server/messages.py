@@ -31,7 +31,7 @@ def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
             for inner in (part.values() if isinstance(part, dict) else part)
         ]
     if any(isinstance(part, dict | list) for part in level):
-        raise ValueError(f"nested more than {_LEVELS} levels deep")
+        raise ValueError(f"the value is nested more than {_LEVELS} levels deep")
     return value
 
 
@@ -111,7 +111,7 @@ class CalledFunction(Strict):
         except ValueError as error:
             raise ValueError(f"arguments: not readable as JSON ({error})") from error
         if not isinstance(given, dict):
-            raise ValueError("arguments: JSON of an object")
+            raise ValueError("arguments: not a JSON object")
         _not_too_deep(given)
         return self
 
@@ -130,7 +130,8 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        str | list[TextPart] | None, one_of("a text, or parts of the type text alone")
+        str | list[TextPart] | None,
+        one_of("a text, or a list of parts that all have the type text"),
     ] = None
     name: str | None = None
     tool_call_id: str | None = None

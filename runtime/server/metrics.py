@@ -72,13 +72,13 @@ class _Batching(Collector):
     def collect(self) -> Iterator[Metric]:
         state = self._batcher.state()
         yield GaugeMetricFamily("thanos_queue", "Requests that wait for a slot", state.waiting)
-        yield GaugeMetricFamily("thanos_active_slots", "Slots that are in use", state.active)
-        yield GaugeMetricFamily("thanos_slots", "Slots in all", state.slots)
+        yield GaugeMetricFamily("thanos_active_slots", "Slots in use", state.active)
+        yield GaugeMetricFamily("thanos_slots", "Total number of slots", state.slots)
         yield CounterMetricFamily("thanos_steps", "Steps of the batch", state.steps)
         yield CounterMetricFamily("thanos_prompt_tokens", "Tokens of prompts", state.prompt_tokens)
         yield CounterMetricFamily(
             "thanos_reused_prompt_tokens",
-            "Tokens of prompts that were remembered from earlier ones",
+            "Tokens of prompts whose kv cache was reused from earlier prompts",
             state.reused_tokens,
         )
         yield CounterMetricFamily("thanos_tokens", "Tokens generated", state.tokens)

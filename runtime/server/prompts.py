@@ -112,7 +112,7 @@ async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Pr
         )
 
     async with before_the_deadline(
-        request, service, "the conversation was not written down in time"
+        request, service, "the chat template was not rendered before the deadline"
     ):
         conversation = await asyncio.to_thread(told)
         text = await unless_gone(request, renderer.render(conversation))

@@ -44,13 +44,14 @@ class Rendering:
             case Refused(why):
                 raise UsageError(
                     why,
-                    fix="send the roles, and the order of them, that the model was trained with",
+                    fix="send the roles that the model was trained with, in the order that it "
+                    "was trained with",
                 )
             case _:
                 self.close()
                 raise UsageError(
-                    f"the model's chat template did not finish within {SECONDS:g} s, or its "
-                    "process broke down",
+                    f"the model's chat template did not finish within {SECONDS:g} s, or "
+                    "its process crashed",
                     fix="send shorter messages, or use /v1/completions",
                 )
 

@@ -146,7 +146,7 @@ class Compiler:
             PlatformError, InputError: see `Grammars`.
         """
         if not self._room.acquire(blocking=False):
-            raise Busy("too many forms of answers wait to be compiled", fix="try again later")
+            raise Busy("too many forms for answers wait to be compiled", fix="try again later")
         future = self._worker.submit(self._compile, grammar)
         future.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(future)
@@ -223,7 +223,7 @@ class Service:
         if (path := self.watched.changed()) is not None:
             raise RefusedError(
                 503,
-                f"{path.name} is not the file that was loaded: restart the server",
+                f"{path.name} has changed since it was loaded: restart the server",
                 code="changed_on_disk",
             )
 

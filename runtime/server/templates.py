@@ -104,19 +104,22 @@ class ChatTemplate:
                 parts.append(part)
                 length += len(part)
                 if most is not None and length > most:
-                    raise ValueError(f"they become more than {most} characters")
+                    raise ValueError(f"the rendered prompt has more than {most} characters")
             text = "".join(parts)
             if not conversation.go_on:
                 return text
             before, found, _ = text.rpartition(_END)
             if not found:
-                raise ValueError("it leaves the last message out, which is to be continued")
+                raise ValueError(
+                    "the template leaves out the last message, which has to be continued"
+                )
             return before
         # A template runs what its author wrote: a TypeError is as likely as a TemplateError.
         except Exception as error:
             raise UsageError(
-                f"the model's chat template does not take these messages: {error}",
-                fix="send the roles, and the order of them, that the model was trained with",
+                f"the model's chat template does not accept these messages: {error}",
+                fix="send the roles that the model was trained with, in the order that it was "
+                "trained with",
             ) from error
 
 

@@ -165,8 +165,8 @@ class InferResponse(BaseModel):
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": TensorError},
-    503: {"model": TensorError, "description": "Too much to do; see Retry-After"},
-    504: {"model": TensorError, "description": "Not finished before the deadline"},
+    503: {"model": TensorError, "description": "The server is busy; see Retry-After"},
+    504: {"model": TensorError, "description": "The answer was not finished before the deadline"},
 }
 _BODY = {
     "requestBody": {
@@ -232,7 +232,9 @@ async def infer(name: str, request: Request, service: Served, version: str = _VE
             f"{most} at a time",
             code="too_many_tokens",
         )
-    async with before_the_deadline(request, service, "the logits were not computed in time"):
+    async with before_the_deadline(
+        request, service, "the logits were not computed before the deadline"
+    ):
         logits = await unless_gone(request, service.forward.logits(ids, mask))
     # A vocabulary of numbers for each sequence: nobody else is to wait until they are written.
     return await asyncio.to_thread(_written, asked, service.name, logits)
@@ -295,7 +297,9 @@ def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, 
         tensors[tensor.name] = _from_json(tensor) if size is None else _from_bytes(tensor, binary)
         binary = binary[size or 0 :]
     if len(binary) or len(tensors) < len(asked.inputs):
-        raise RefusedError(400, "the body has bytes that belong to no input, or an input twice")
+        raise RefusedError(
+            400, "the body has bytes after the last input, or two inputs of the same name"
+        )
     return asked, tensors
 
 
@@ -304,7 +308,7 @@ def _from_json(tensor: Input) -> Ids:
         return np.array(tensor.data, dtype=np.int64).reshape(tensor.shape)
     except ValueError as error:  # rows of different lengths, or too few
         raise RefusedError(
-            400, f"{tensor.name}: the data is not of shape {tensor.shape}"
+            400, f"{tensor.name}: the data does not have the shape {tensor.shape}"
         ) from error
 
 
@@ -319,7 +323,7 @@ def _from_bytes(tensor: Input, binary: memoryview) -> Ids:
 
 def _ids_and_mask(tensors: dict[str, Ids]) -> tuple[Ids, Ids | None]:
     if "input_ids" not in tensors:
-        raise RefusedError(400, "input_ids are missing")
+        raise RefusedError(400, "the input input_ids is missing")
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     # 0 for padding on the left, then 1, of which the last token has one.
     if mask is not None and not (
@@ -329,7 +333,9 @@ def _ids_and_mask(tensors: dict[str, Ids]) -> tuple[Ids, Ids | None]:
         and mask[:, -1].all()
     ):
         raise RefusedError(
-            400, "attention_mask: give the shape of input_ids, 0 for padding on the left, then 1"
+            400,
+            "attention_mask: it has to have the shape of input_ids, with 0 for padding on "
+            "the left and 1 for tokens after it",
         )
     return ids, mask
 

@@ -64,7 +64,7 @@ def test_in_bfloat16_it_computes_the_same_to_the_last_bit(
     ("model_type", "spelling", "complaint"),
     [
         ("llama", "int4:32", "down_proj: 48 inputs do not divide into the groups of 32"),
-        ("gpt2", "int4:16", "lie .inputs, outputs."),
+        ("gpt2", "int4:16", "weights as .inputs, outputs."),
         ("llama", "int4:16:asym", "does not load zero points"),
     ],
 )
@@ -79,7 +79,7 @@ def test_what_the_format_cannot_hold_is_refused(
 def test_codes_of_another_model_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
     other = make_model("llama")
     _, codes = quantised(other, tmp_path, "int4:16")
-    with pytest.raises(InputError, match="not those of its weight"):
+    with pytest.raises(InputError, match="do not match the weight"):
         exporters.compressed_tensors.export(Checkpoint.open(other), codes, tmp_path)
     (tmp_path / "codes" / "00001.safetensors").write_bytes(b"{}")
     with pytest.raises(InputError, match="codes: not readable"):

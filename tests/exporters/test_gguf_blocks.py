@@ -58,7 +58,7 @@ def test_the_smallest_type_that_keeps_the_codes(spelling: str, dtype: str | None
 @pytest.mark.parametrize(
     ("spelling", "dtype", "said"),
     [
-        ("int4", "q4_k_m", "rounds the weights anew.*--dtype q4_0 keeps the codes"),
+        ("int4", "q4_k_m", "rounds the weights again.*--dtype q4_0 keeps the codes"),
         ("int4:16", "q8_0", "no type of GGUF keeps the codes"),
         ("int4", "fp16", ""),
     ],

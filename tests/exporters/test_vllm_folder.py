@@ -131,15 +131,15 @@ def test_a_bitmask_checkpoint_becomes_a_folder_for_vllm(
     layers = quantization.layers_of(config_of(new)["quantization_config"])
     quantization.require_intact(new, layers)
     code, _, said = invoke(*convert)
-    assert (code, "is there already" in said) == (2, True)
+    assert (code, "exists already" in said) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--target", "vllm"), "no linear layer is 2:4"),
-        (("--target", "onnx"), "is made from a bundle only"),
-        (("--target", "vllm", "--overwrite"), "options of a bundle"),
+        (("--target", "onnx"), "can be made only from a bundle"),
+        (("--target", "vllm", "--overwrite"), "only to the export of a bundle"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(
@@ -158,13 +158,15 @@ def test_what_vllm_refuses_is_said_before(
     make_model: MakeModel, model_type: str, reason: str
 ) -> None:
     checkpoint = Checkpoint.open(make_model(model_type, head_dim=20))
-    with pytest.raises(UsageError, match=rf"vLLM \S+ does not take it: .*{reason}.*\.py"):
+    with pytest.raises(
+        UsageError, match=rf"vLLM \S+ does not support this model: .*{reason}.*\.py"
+    ):
         vllm.require_served(checkpoint)
 
 
 def test_widths_by_block_are_refused(exported_shrunk: Exported) -> None:
     checkpoint = Checkpoint.open(exported_shrunk("llama") / "model")
-    with pytest.raises(UsageError, match="its blocks differ in width"):
+    with pytest.raises(UsageError, match="the blocks differ in width"):
         vllm.require_served(checkpoint)
 
 
@@ -188,7 +190,7 @@ def test_layers_that_are_not_those_of_config_json_are_refused(
     ],
 )
 def test_an_entry_of_another_method_is_refused(entry: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="is not of thanos-2of4 at 2:4"):
+    with pytest.raises(ModelError, match="does not name the method thanos-2of4, the pattern 2:4"):
         quantization.layers_of(entry)
 
 

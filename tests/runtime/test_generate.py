@@ -61,7 +61,7 @@ def test_tokens_come_one_by_one(engine: Engine) -> None:
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_nothing_to_continue_is_a_usage_error(engine: Engine, prompts: list[list[int]]) -> None:
-    with pytest.raises(UsageError, match="nothing to continue"):
+    with pytest.raises(UsageError, match="no text to continue"):
         next(generate_batch(engine, prompts, new_tokens=3))
 
 

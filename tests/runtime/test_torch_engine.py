@@ -124,7 +124,7 @@ def test_a_bundle_without_a_checkpoint_names_the_command(
 ) -> None:
     manifest = json.loads((exported_llama / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "stages": {}}))
-    with pytest.raises(InputError, match="no finished stage made model/") as caught:
+    with pytest.raises(InputError, match="no finished stage of the bundle wrote model/") as caught:
         open_engine(tmp_path, backend="torch")
     assert "thanos-deploy prune" in caught.value.fix
 
@@ -186,7 +186,9 @@ def test_a_dense_layer_is_refused_by_name_and_group_before_torch_halves_it(libra
 def test_a_shape_or_dtype_that_the_library_does_not_take_is_refused_by_name(
     library: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    with pytest.raises(InputError, match=f"up_proj: {library} takes no 2:4 weight of {dtype}"):
+    with pytest.raises(
+        InputError, match=f"up_proj: {library} does not support a 2:4 weight of {dtype}"
+    ):
         linears.MAKERS[library](torch.zeros(shape, dtype=dtype), "up_proj")
 
 
@@ -339,7 +341,7 @@ def test_a_model_that_the_gpu_does_not_hold_is_a_resource_error_that_names_its_b
 
 
 def test_a_room_that_is_longer_than_the_model_reads_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(UsageError, match="a room for 129 tokens: the model takes at most 128"):
+    with pytest.raises(UsageError, match="a kv cache for 129 tokens: the model takes at most 128"):
         torch_engine.open_model(tiny_llama, room=Room(1, 129))
 
 

@@ -381,8 +381,8 @@ def test_a_model_in_memory_is_kept_once_and_judged(
     ("model", "message"),
     [
         (("a", "b"), "of type str"),
-        ((1, 2, 3), "a model of type tuple"),
-        (7, "a model of type int"),
+        ((1, 2, 3), "the argument model is of type tuple"),
+        (7, "the argument model is of type int"),
     ],
     ids=["names", "three", "number"],
 )
@@ -468,7 +468,7 @@ def test_errors_are_those_of_the_command(
         ({"preset": "bets"}, "bets"),
         ({"recover": -1}, "-1"),
         ({"dense_target": 1.5}, "1.5"),
-        ({"include": "re:.*"}, "one text"),
+        ({"include": "re:.*"}, "a single text"),
     ],
     ids=["choice", "dtype", "preset", "negative", "above", "text"],
 )

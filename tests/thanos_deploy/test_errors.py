@@ -65,5 +65,5 @@ def test_what_may_not_be_read_is_told_apart_from_what_may_not_be_written(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     read = of_system(error)
     assert isinstance(read, PlatformError)
-    assert f"{place}: this user may not read it" in read.message
+    assert f"{place}: the current user is not allowed to read this file" in read.message
     assert "chmod" in read.fix

@@ -46,7 +46,7 @@ def test_fields_are_found_by_the_keywords_of_their_flags() -> None:
         ({"share": 0.0}, "--a-share 0 is out of range", "above 0 and below 1"),
         ({"share": 1.0}, "--a-share 1 is out of range", "above 0 and below 1"),
         ({"share": float("nan")}, "--a-share nan is out of range", "above 0 and below 1"),
-        ({"colour": "green"}, "--colour 'green' is not one of its values", "red, blue"),
+        ({"colour": "green"}, "--colour 'green' is not one of the possible values", "red, blue"),
     ],
     ids=str,
 )

@@ -141,9 +141,9 @@ def test_texts_that_are_made_together_are_those_made_alone(
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"prompt": ""}, "empty prompt"),
+        ({"prompt": ""}, "prompt or stop string is empty"),
         ({"prompt": b"\xff\xfe"}, "invalid UTF-8 at byte 0"),
-        ({"stop": ["a", ""]}, "empty prompt or stop string"),
+        ({"stop": ["a", ""]}, "prompt or stop string is empty"),
         ({"prompt": "x" * 500}, "a prompt of 500 tokens"),
         ({"new_tokens": 0}, "new_tokens 0"),
         ({"new_tokens": -(2**63)}, "new_tokens -9223372036854775808"),
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_decoupled_answers_plain_http(http: Any, expected: E
     result = http.infer("text", inputs(tritonclient.http, prompt="Hello", new_tokens=20))
     assert result.as_numpy("text")[0].decode() == expected("Hello", 20)
     assert result.as_numpy("finish_reason")[0].decode() == "length"
-    with pytest.raises(InferenceServerException, match="empty prompt"):
+    with pytest.raises(InferenceServerException, match="prompt or stop string is empty"):
         http.infer("text", inputs(tritonclient.http, prompt="", new_tokens=20))
 
 

@@ -103,7 +103,10 @@ def _check(name: str, value: object, annotation: Any) -> None:
                 raise UsageError(f"{name} {value!r}: out of range", fix=f"give a number {limit}")
     elif origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
         if isinstance(value, str):
-            raise UsageError(f"{name} {value!r}: one text", fix="give a list, if only of one entry")
+            raise UsageError(
+                f"{name} {value!r}: a single text instead of a list",
+                fix="give a list, even for a single entry",
+            )
         for entry in value:  # type: ignore[attr-defined]
             _check(name, entry, arguments[0])
     elif origin is not None and not (isinstance(origin, type) and issubclass(origin, Mapping)):

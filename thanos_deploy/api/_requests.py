@@ -57,7 +57,7 @@ def model(value: ModelLike) -> "str | LocatedModel":
         return os.fspath(value)
     if not (isinstance(value, tuple) and len(value) == 2):
         raise UsageError(
-            f"a model of type {type(value).__name__}",
+            f"the argument model is of type {type(value).__name__}",
             fix="give a hub id, a path, or the pair (model, tokenizer)",
         )
     from thanos_deploy.stages.dense import hold
@@ -145,13 +145,16 @@ def quality_request(
     from thanos_deploy.measure.options import EvalRequest, TaskRequest
 
     if tasks is None and (task_folder is not None or limit is not None):
-        raise UsageError("--task-folder and --limit are for --tasks", fix="leave them out")
+        raise UsageError(
+            "--task-folder and --limit have an effect only with --tasks",
+            fix="leave them out, or give --tasks",
+        )
     if runtime != "torch":
         if device not in ("auto", "cpu"):
             raise UsageError(
-                "--device is for --runtime torch; graphs run on the processor, and a server where "
-                "it was started",
-                fix="leave it out",
+                "--device has an effect only with --runtime torch; graphs run on the CPU, "
+                "and a server on the device that it was started with",
+                fix="leave --device out",
             )
         device = "cpu"
     if tasks is None:
@@ -171,7 +174,7 @@ def server(runtime: str, url: str | None) -> str | None:
             "--runtime vllm and --url go together"
             if url is None
             else f"--url {url} with --runtime {runtime}",
-            fix="give --runtime vllm --url with the address of the server, or neither",
+            fix="give both --runtime vllm and --url with the address of the server, or neither",
         )
     return url
 

@@ -27,19 +27,19 @@ class Bundle:
     """A bundle: the folder that `prune` and `prune_export` make, and what can be done with it.
 
     A handle holds the path and nothing else: every method and property reads `manifest.json` again,
-    so that it sees what other processes did. A method that is repeated does no work twice: it
-    confirms what is there, or refuses other options unless `overwrite` is true.
+    so it sees what other processes did. Calling a method again does no work twice: it confirms what
+    exists, or refuses other options unless `overwrite` is true.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        """Open a bundle that is there.
+        """Open an existing bundle.
 
         Args:
-            path: its folder.
+            path: the bundle's folder.
 
         Raises:
-            InputError: there is no bundle, it is of a format that this version cannot read, or a
-                name in it leads out of its folder.
+            InputError: there is no bundle at this path, this version cannot read its format, or a
+                file name in it leads out of its folder.
         """
         from thanos_deploy.bundle import manifest
 
@@ -48,20 +48,20 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | PathLike[str]) -> "Bundle":
-        """Open a bundle that is there; the same as `Bundle(path)`.
+        """Open an existing bundle; the same as `Bundle(path)`.
 
         Args:
-            path: its folder.
+            path: the bundle's folder.
 
         Raises:
-            InputError: there is no bundle, it is of a format that this version cannot read, or a
-                name in it leads out of its folder.
+            InputError: there is no bundle at this path, this version cannot read its format, or a
+                file name in it leads out of its folder.
         """
         return cls(path)
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The bundle's folder."""
         return self._path
 
     @property
@@ -71,17 +71,17 @@ class Bundle:
 
     @property
     def stages(self) -> "Mapping[str, StageRecord]":
-        """What was done: records by the names of stages, in the order in which they finished."""
+        """The records of the finished stages by name, in the order in which they finished."""
         from thanos_deploy.bundle import manifest
 
         return MappingProxyType(manifest.Bundle.open(self._path).stages)
 
     @property
     def pruned(self) -> "PruneResult":
-        """What became of the model's layers, in numbers.
+        """The results of pruning, in numbers: what became of the model's layers.
 
         Raises:
-            InputError: nothing was pruned yet.
+            InputError: nothing has been pruned yet.
         """
         from thanos_deploy.bundle import manifest
         from thanos_deploy.pruning.result import PRUNE
@@ -107,17 +107,18 @@ class Bundle:
         Args:
             target: "onnx", "genai", "gguf", "packed", "triton", "vllm", "tensorrt" or
                 "tensorrt-rtx".
-            overwrite: redo what was made with other options.
-            progress: told how far it is.
+            overwrite: export again if the export was made with other options.
+            progress: called with the progress; see `Progress`.
             options: see `ExportOptions`.
 
         Returns:
-            the finished stage: its files by path, its seconds, and its result, a record of the
-            target's own.
+            the finished stage: its files by path, its seconds, and its result, a record that
+            belongs to the target.
 
         Raises:
-            UsageError: the options do not fit the target, or what was made with others.
-            InputError: nothing was pruned yet.
+            UsageError: the options do not fit the target, or the export was made with other
+                options.
+            InputError: nothing has been pruned yet.
             PlatformError: the machine lacks what the target needs, or another process writes to
                 the bundle.
             ResourceError: the disk or memory is full.
@@ -155,37 +156,36 @@ class Bundle:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> "Compared[TextQuality] | Compared[TaskQuality]":
-        """Measure the pruned model beside the dense one, and keep both; the command `eval`.
+        """Measure the pruned model beside the dense one, and keep the results; the command `eval`.
 
-        See `evaluate` for one model by itself.
+        To measure one model by itself, see `evaluate`.
 
         Args:
             dense: the model that the bundle was made from.
             runtime: what runs the models: "torch", or "onnx" for their exported graphs.
-            device: where PyTorch computes: "auto", "cpu" or "cuda[:N]"; graphs run on the
-                processor.
+            device: where PyTorch computes: "auto", "cpu" or "cuda[:N]"; ONNX graphs run on the CPU.
             text: text for perplexity: a path, or "builtin", the part of the built-in text that
                 calibration never sees.
-            text_field: field of a JSON Lines row with the text.
-            segments: how many segments of it.
-            seqlen: tokens of each.
-            questions: of multiple choice made from them, at most.
+            text_field: field of a row that holds the text.
+            segments: number of segments of the text.
+            seqlen: tokens in each segment.
+            questions: largest number of multiple-choice questions to make from the segments.
             tasks: names of tasks of lm-evaluation-harness, to run instead of perplexity.
             task_folder: a folder of task files that the harness does not have. They can name
                 Python code that is run.
-            limit: the most examples of each task; None for all.
-            revision: branch, tag or commit of the dense model, if it is of the hub.
-            overwrite: replace what was measured on another text or other tasks.
-            progress: told how far it is.
+            limit: largest number of examples of each task; None for all.
+            revision: branch, tag or commit of the dense model, if it comes from the hub.
+            overwrite: replace results on another text or other tasks.
+            progress: called with the progress; see `Progress`.
 
         Returns:
             the results of both models.
 
         Raises:
-            UsageError: options that contradict each other or what is there, or the bundle was made
+            UsageError: the options contradict each other or earlier results, or the bundle was made
                 from another model.
             CalibrationError: the text cannot be read or is too short.
-            InputError: nothing was pruned yet, or exported for "onnx".
+            InputError: nothing has been pruned yet, or, with "onnx", nothing exported.
         """
         from thanos_deploy.report.write import write_report
         from thanos_deploy.stages import evaluate as stage
@@ -251,37 +251,37 @@ class Bundle:
 
         Args:
             against: what to compare with: folders of bundles, or "dense"; the first is the
-                baseline. Nothing for the dense model.
-            dense: the dense model, where the cache has no export of it yet.
+                baseline. Empty for the dense model.
+            dense: the dense model; needed only if the cache has no export of it yet.
             aa: measure the bundle against itself: the ratios should be 1.
             allow_different_models: compare bundles of different base models or tokenizers.
             run: name of the run and its file; None for "full", or "aa".
             scenario: what to time.
-            batch: sequences at once.
-            prompt: tokens of each timed prompt; None for (32, 128).
-            past: tokens before the timed steps of decode; None for those of `prompt` if given, else
-                (128, 512).
-            new_tokens: steps of decode, tokens of an answer.
+            batch: batch sizes.
+            prompt: tokens in each timed prompt; None for (32, 128).
+            past: tokens in the kv cache before the timed decode steps; None for those of `prompt`
+                if given, else (128, 512).
+            new_tokens: number of decode steps, and of tokens in each answer.
             rounds: timed rounds of each model.
             sample_prompt: prompt of the sample text.
-            requests: of open-loop, in each round.
-            rate: open-loop: requests a second; None for half of what the baseline can take.
+            requests: open-loop: requests in each round.
+            rate: open-loop: requests a second; None for half of what the baseline can answer.
             driver: open-loop: "poisson", or "loadgen" for MLPerf LoadGen.
-            provider: what to run on.
-            threads: how many compute on a CPU; None for one for each processor.
+            provider: execution provider of ONNX Runtime.
+            threads: number of threads on a CPU; None for one for each processor.
             gate: limits, like "decode.p50.ratio<0.8"; the command's help lists what they can name.
-            overwrite: redo a run of that name that was made with other options.
+            overwrite: repeat a run of that name if it was made with other options.
             check: raise if a gate is missed; False to look at the run's `gates`.
-            progress: told how far it is.
+            progress: called with the progress; see `Progress`.
 
         Returns:
-            the run, without its raw samples, and what became of the gates.
+            the run, without its raw samples, and the outcomes of the gates.
 
         Raises:
-            UsageError: options that contradict each other, or a gate that is none.
-            InputError: nothing was exported to ONNX yet, or the cache has no dense export.
-            PlatformError: the driver or the provider is not there.
-            GateError: a gate was missed, and `check`.
+            UsageError: the options contradict each other, or a gate is not written as one.
+            InputError: nothing has been exported to ONNX yet, or the cache has no dense export.
+            PlatformError: the driver or the provider is not available.
+            GateError: a gate was missed, and `check` is true.
         """
         from thanos_deploy.api._bench import bench
 
@@ -314,13 +314,13 @@ class Bundle:
 
     @public
     def report(self) -> "Report":
-        """Write what the finished stages say to the report and the model card; command `report`.
+        """Write the report and the model card from the finished stages; the command `report`.
 
         Returns:
             what is in `report/report.json`; `report/index.html` is the page.
 
         Raises:
-            InputError: nothing was pruned yet, or a record is not readable.
+            InputError: nothing has been pruned yet, or a record is not readable.
             IntegrityError: a record was changed since it was written.
         """
         from thanos_deploy.bundle import manifest
@@ -337,18 +337,18 @@ class Bundle:
         check: bool = True,
         progress: Progress | None = None,
     ) -> "Verification":
-        """Check the bundle from its bytes on: hashes, patterns, sparse layers; command `verify`.
+        """Check the bundle from its files: hashes, patterns, sparse layers; the command `verify`.
 
         Args:
             require_sparse: the fraction of the linear layers that has to be proven to run on sparse
-                tensor cores, in every engine; None for no such demand.
+                tensor cores, in every engine; None to require nothing.
             check: raise for the first check that failed; False to look at the result.
-            progress: told how far it is.
+            progress: called with the progress; see `Progress`.
 
         Raises:
-            InputError: nothing was pruned yet.
-            IntegrityError: a file is missing or was changed, and `check`.
-            GateError: a pattern does not hold or a demand is missed, and `check`.
+            InputError: nothing has been pruned yet.
+            IntegrityError: a file is missing or was changed, and `check` is true.
+            GateError: a pattern does not hold or `require_sparse` is not met, and `check` is true.
         """
         from thanos_deploy.bundle import manifest
         from thanos_deploy.stages import verify as stage
@@ -384,26 +384,26 @@ class Bundle:
 
         Args:
             prompt: passed to the model as it is, without a chat template.
-            new_tokens: the most tokens to generate.
-            temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
-            top_k: draw from that many; 0 for all.
-            top_p: draw from this much probability.
-            min_p: draw from tokens at least this fraction as likely as the likeliest.
-            repetition_penalty: above 1: repeat less.
-            seed: seed of the draws.
+            new_tokens: largest number of tokens to generate.
+            temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
+            top_k: sample from this many of the most likely tokens; 0 for all tokens.
+            top_p: sample from the most likely tokens whose probabilities add up to this.
+            min_p: sample from tokens at least this fraction as likely as the most likely one.
+            repetition_penalty: above 1, repetitions become less likely.
+            seed: seed for sampling.
             stop: texts that end the answer.
-            provider: what ONNX Runtime runs on, "tensorrt" being its TensorRT provider.
-            verify: check the files' hashes first.
-            on_text: called with each piece of the answer as soon as it is certain.
+            provider: execution provider of ONNX Runtime; "tensorrt" is its TensorRT provider.
+            verify: check the hashes of the files first.
+            on_text: called with each piece of the answer as soon as it is final.
 
         Returns:
             the answer, without the prompt.
 
         Raises:
             UsageError: a value is out of range, or the prompt is empty.
-            InputError: nothing was exported to ONNX yet.
+            InputError: nothing has been exported to ONNX yet.
             IntegrityError: a file was changed.
-            PlatformError: the provider is not there.
+            PlatformError: the provider is not available.
         """
         from runtime.engine import open_engine
         from runtime.sampling import Sampling

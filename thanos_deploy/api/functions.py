@@ -47,18 +47,18 @@ def prune(
     """Prune a model into `out/model`, an ordinary checkpoint; the command `prune`.
 
     Repeating the call continues where it was interrupted, and does no work twice. In a program that
-    torchrun has started, its processes prune together; only the first one writes, and calls
+    torchrun has started, all processes prune together; only the first one writes and calls
     `progress`.
 
     Args:
         model: a hub id, a local Hugging Face folder, a packed folder, a `.gguf` file, or the pair
-            of a `transformers` model and its tokenizer, which are left as they are. No code that
-            comes with a model is run.
+            of a `transformers` model and its tokenizer, which are not changed. No code that comes
+            with a model is run.
         pattern: "n:m", which keeps n of every m weights, "unstructured:FRACTION",
             "structured:FRACTION", or a `Pattern`.
         out: folder for the bundle.
         revision: branch, tag or commit of a hub model.
-        overwrite: redo what was made with other options.
+        overwrite: repeat stages that were made with other options.
         progress: called with the title of a piece of work, the steps done and the steps in all.
         options: see `PruneOptions`.
 
@@ -66,13 +66,14 @@ def prune(
         the bundle.
 
     Raises:
-        UsageError: options that contradict each other, or what is in `out` already.
+        UsageError: the options contradict each other, or contradict what is in `out` already.
         ModelError: the model is missing, not readable, not supported, or does not fit the pattern.
         CalibrationError: the text is missing, not readable or too short.
-        HessianError: calibration statistics that no damping can save.
-        PlatformError: a package, the device or the network is not there, or another process
+        HessianError: the calibration statistics are not finite, or no damping makes them positive
+            definite.
+        PlatformError: a package, the device or the network is not available, or another process
             writes to `out`.
-        ResourceError: memory or disk is full.
+        ResourceError: memory or the disk is full.
     """
     from thanos_deploy.bundle import manifest
     from thanos_deploy.ranks.start import together
@@ -101,7 +102,7 @@ def dry_run_prune(
     progress: Progress | None = None,
     **options: Unpack[PruneOptions],
 ) -> "DryRun":
-    """What `prune` would do, and the time, memory and disk that it takes; `prune --dry-run`.
+    """Say what `prune` would do, and the time, memory and disk it takes; `prune --dry-run`.
 
     With a structured pattern this measures what each block would lose. Nothing is written to `out`.
 
@@ -133,7 +134,7 @@ def prune_export(
     progress: Progress | None = None,
     **options: Unpack[PruneExportOptions],
 ) -> Bundle:
-    """Prune a model, export it, judge it, time it and report; the command `prune-export`.
+    """Prune a model, export it, measure it and write a report; the command `prune-export`.
 
     Args:
         model, pattern, out, revision, overwrite, progress: see `prune`.
@@ -143,8 +144,8 @@ def prune_export(
         the bundle, with `report/` in it.
 
     Raises:
-        DeployError: what `prune` and the methods of `Bundle` raise; whatever can be refused
-            beforehand is.
+        DeployError: what `prune` and the methods of `Bundle` raise. Whatever can be refused before
+            the work begins, is refused then.
     """
     from thanos_deploy.stages import pipeline
 
@@ -175,7 +176,7 @@ def dry_run_prune_export(
     progress: Progress | None = None,
     **options: Unpack[PruneExportOptions],
 ) -> "DryRun":
-    """What `prune_export` would do, and what that takes; `prune-export --dry-run`.
+    """Say what `prune_export` would do, and what that takes; `prune-export --dry-run`.
 
     Args:
         model, pattern, out, revision, overwrite, progress, options: see `prune_export`.
@@ -206,22 +207,22 @@ def export(
     to: str | PathLike[str],
     progress: Progress | None = None,
 ) -> "ExportResult":
-    """Export a model that is sparse already and has no bundle; the command `export` with `--to`.
+    """Export a model without a bundle that is already sparse; the command `export` with `--to`.
 
-    See `Bundle.export` for what was pruned here.
+    To export a model from its bundle, see `Bundle.export`.
 
     Args:
         model: see `prune`; also a checkpoint of compressed-tensors in the format sparse-24-bitmask.
         target: "vllm".
-        to: the folder to write, which must not be there yet.
-        progress: told how far it is.
+        to: the folder to write, which must not exist yet.
+        progress: called with the progress; see `Progress`.
 
     Returns:
-        the result, a record of the target's own.
+        the result, a record that belongs to the target.
 
     Raises:
-        UsageError: the target takes bundles only, the folder is there, no layer is 2:4, or what
-            loads the folder would refuse the model.
+        UsageError: the target takes bundles only, the folder exists, no layer is 2:4, or the
+            program that loads the folder would refuse the model.
         ModelError: the model is missing, not readable or not supported.
         ResourceError: the disk is too small.
     """
@@ -253,12 +254,12 @@ def evaluate(
 ) -> "TextQuality | TaskQuality":
     """Measure the quality of one model by itself; the command `eval` without `--dense`.
 
-    Of a bundle, given by its folder, nothing is kept; see `Bundle.evaluate`.
+    If the model is the folder of a bundle, nothing is written to the bundle; see `Bundle.evaluate`.
 
     Args:
         model: see `prune`; or the folder of a bundle.
         runtime: see `Bundle.evaluate`; or "vllm" for a running server.
-        url: of that server, such as "http://127.0.0.1:8000"; for "vllm" only.
+        url: address of that server, such as "http://127.0.0.1:8000"; for "vllm" only.
         device, text, text_field, segments, seqlen, questions, tasks, task_folder, limit, progress:
             see `Bundle.evaluate`.
         revision: branch, tag or commit of a hub model.
@@ -301,14 +302,14 @@ def compare(
         bundles: the bundles, or their folders; nothing is written there.
         output: the page, FILE.html; FILE.md and FILE.json are written beside it.
         allow_different_models: put bundles of different base models or tokenizers side by side.
-        overwrite: replace FILE if it is there.
+        overwrite: replace FILE if it exists.
 
     Returns:
         what is in FILE.json.
 
     Raises:
-        UsageError: the bundles are of different models, or the files cannot be put there.
-        InputError: a bundle has nothing pruned yet, or cannot be read.
+        UsageError: the bundles are of different models, or the files cannot be written there.
+        InputError: nothing has been pruned in a bundle yet, or it cannot be read.
         IntegrityError: a record was changed since it was written.
     """
     from thanos_deploy.report.write import compare
@@ -339,33 +340,36 @@ def plan(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> "Forecast":
-    """Forecast how fast a model would be on a GPU that need not be here; the command `plan`.
+    """Forecast how fast a model would be on a GPU, without that GPU; the command `plan`.
 
-    Only the model's configuration is read, so its weights need not be here either.
+    Only the model's configuration is read, so the weights are not needed either.
 
     Args:
         model: see `prune`.
         gpu: name of a GPU, such as "H100".
-        pattern: what to compare with the dense model.
-        batch: sequences at once; one forecast for each.
-        prompt: tokens of each.
-        new_tokens: tokens generated after it.
-        dtype: of the blocks' linear layers.
-        measured: a file of measured matrix products of that GPU, such as `gpu-check` writes; by
-            default the published ones, where that GPU was measured.
-        prune: forecast too what pruning the model to 2:4 takes there, by each preset.
-        gpus: that prune together.
-        nsamples: calibration segments for pruning.
-        seqlen: tokens of each.
+        pattern: patterns to compare with the dense model.
+        batch: batch sizes; one forecast for each.
+        prompt: tokens in each prompt.
+        new_tokens: tokens generated after the prompt.
+        dtype: dtype of the blocks' linear layers.
+        measured: a file with times of matrix products that were measured on that GPU, such as
+            `gpu-check` writes. Default: the measurements published with this project, if they
+            include that GPU.
+        prune: also forecast the time and memory that pruning to 2:4 takes on that GPU, for each
+            preset.
+        gpus: number of GPUs that prune together.
+        nsamples: number of calibration segments for pruning.
+        seqlen: tokens in each segment.
         revision: branch, tag or commit of a hub model.
-        progress: told how far the conversion of a GGUF file is.
+        progress: called with the progress of converting a GGUF file; see `Progress`.
 
     Returns:
         the forecast.
 
     Raises:
-        UsageError: there is no such GPU, it does not know the dtype, the model is too short, or
-            no layer was pruned on that GPU, so that pruning cannot be forecast.
+        UsageError: the GPU is not known, it does not support the dtype, the model takes fewer
+            tokens than were asked for, or pruning cannot be forecast because no layer was pruned on
+            that GPU.
         ModelError: the model is missing or not supported.
         InputError: the measurements cannot be read.
     """
@@ -401,18 +405,18 @@ def plan(
 
 @public
 def doctor(out: "str | PathLike[str] | Bundle | None" = None, *, check: bool = True) -> Diagnosis:
-    """Say what this machine has for each target; the command `doctor`.
+    """Check what this machine has for each target; the command `doctor`.
 
     Args:
-        out: a bundle, to see too whether there is enough memory and disk to build its engine.
+        out: a bundle, to check also whether there is enough memory and disk to build its engine.
         check: raise for the first part that would fail; False to look at the result.
 
     Returns:
-        a check for each part; what is not there is SKIP, with what to do about it.
+        a check for each part; a part that is missing is SKIP, with a way to get it.
 
     Raises:
-        InputError: `out` is no bundle, or has no ONNX graph yet.
-        PlatformError: something that is there would fail, and `check`.
+        InputError: `out` is not a bundle, or has no ONNX graph yet.
+        PlatformError: something that is installed would fail, and `check` is true.
     """
     from exporters import preflight
     from thanos_deploy.bundle import manifest
@@ -432,8 +436,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """Load the model in a folder into memory, in float32 and ready for inference.
 
-    As `AutoModelForCausalLM.from_pretrained`, which loads every checkpoint that a bundle holds but
-    one: this loads blocks of different widths as well (`allocation="loss"`).
+    `AutoModelForCausalLM.from_pretrained` does the same for every checkpoint of a bundle except one
+    whose blocks differ in width (`allocation="loss"`), which only this function loads.
 
     Args:
         folder: an ordinary checkpoint, such as `Bundle.model_path`.

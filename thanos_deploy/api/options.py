@@ -19,7 +19,7 @@ ModelLike = str | PathLike[str] | tuple["PreTrainedModel", "PreTrainedTokenizerB
 
 
 class Progress(Protocol):
-    """Told how far work is: called at the beginning of each piece of it, and after its steps.
+    """Called with the progress: when a piece of work begins, and after its steps.
 
     Example:
         def progress(title: str, done: int, total: int) -> None:
@@ -31,69 +31,77 @@ class Progress(Protocol):
 
 
 class PruneOptions(TypedDict, total=False):
-    """How to prune, on which text, and what to leave; see the command `prune`.
+    """How to prune, with which calibration text, and which layers; see the command `prune`.
 
     Attributes:
         method: "thanos", "sparsegpt", "wanda" or "magnitude". Default: "thanos".
-        preset: "best", "fast", "max" or "paper", the method's settings, and what they cost; see
+        preset: "best", "fast", "max" or "paper": defaults of other options, by what they cost; see
             the command. Default: "best".
-        block_size: columns that are solved at once (thanos, sparsegpt).
+        block_size: number of columns that are solved together (thanos, sparsegpt).
         damp: damping of the Hessian, as a fraction (thanos, sparsegpt).
-        damp_mode: of what `damp` is a fraction: "mean", "median" or "per-channel" (thanos,
-            sparsegpt).
-        score: what chooses the weights to remove, "wanda" or "obs" (thanos).
-        refit_steps: steps of a last fit of all kept weights of a layer (thanos).
-        mask_passes: how often the mask of every group of an n:m pattern is chosen again (thanos).
+        damp_mode: the scale that `damp` is a fraction of: "mean", "median" or "per-channel"
+            (thanos, sparsegpt).
+        score: score that chooses the weights to remove, "wanda" or "obs" (thanos).
+        refit_steps: conjugate-gradient steps of the final fit of all kept weights of a layer
+            (thanos).
+        mask_passes: number of passes that choose the mask of every group of an n:m pattern again
+            (thanos).
         outlier_rows: fraction of each layer's rows that stay dense (thanos).
-        true_sequential: collect each layer's statistics after the layers before it in the block
-            are pruned; False for all of a block's at once. Default: the preset's.
-        dense_target: from 0 to 1, how far each layer aims at its output in the dense model.
+        true_sequential: collect each layer's statistics after the layers before it in the block are
+            pruned; False for those of all layers of a block at once. Default: the preset's.
+        dense_target: from 0 to 1, how far each layer is fitted to its output in the dense model.
             Default: the preset's.
-        tune_steps: steps of all kept weights of a block together. Default: the preset's.
-        tune_nsamples: segments that these look at, those of `nsamples` among them. Default: the
+        tune_steps: optimisation steps that tune all kept weights of a block together. Default: the
+            preset's.
+        tune_nsamples: segments that these steps use, including those of `nsamples`. Default: the
             preset's.
         shrink: what to cut out with a structured pattern: "heads", "ffn" or "both", the default;
-            of a model with experts "experts", which is the default there, or "ffn".
+            for a model with experts "experts", which is the default there, or "ffn".
         ffn_multiple: the number of feed-forward channels left is a multiple of this.
-        keep_shape: with a structured pattern, set columns to zero and leave all shapes. Default:
+        keep_shape: with a structured pattern, set columns to zero and keep all shapes. Default:
             False.
-        allocation: "uniform", "loss", "blocks" or "owl", how the sparsity is spread. Default:
-            "uniform".
-        owl_threshold: owl: an outlier's score is this many times the block's mean. Default: 5.
-        owl_spread: owl: how far a block's sparsity may be from the pattern's. Default: 0.08.
-        include: prune only these layers: full names, or "re:" and an expression.
-        ignore: leave these layers dense, named likewise.
-        sparsity_file: path of a JSON object of layers with patterns of their own.
-        keep_dense: fraction of the weights that stays, in the layers whose pruning would change the
-            model most for what it saves. Default: 0.
-        budget: "speed=1.2x": how many times as fast as the dense model the pruned one has to be;
-            other layers stay dense. Default: none.
-        budget_gpu: the GPU that this is for, a name that `plan` knows.
-        budget_step: what has to be that fast: "decode:BATCH" or "prefill:TOKENS". Default:
+        allocation: how the sparsity is spread over layers or blocks: "uniform", "loss", "blocks" or
+            "owl". Default: "uniform".
+        owl_threshold: owl: a score of more than this many times the block's mean is an outlier.
+            Default: 5.
+        owl_spread: owl: largest difference between the sparsity of a block and of the pattern.
+            Default: 0.08.
+        include: prune only these layers: full names, or "re:" and a regular expression.
+        ignore: leave these layers dense; they are named as for `include`.
+        sparsity_file: path of a file with a JSON object that gives layers their own patterns.
+        keep_dense: fraction of the weights that stays dense, in the layers whose pruning would
+            change the model most for each weight that it removes. Default: 0.
+        budget: "speed=1.2x": how many times as fast as the dense model the pruned model has to be;
+            layers that need not be pruned for this stay dense. Default: none.
+        budget_gpu: the GPU that `budget` is for: a name that `plan` takes.
+        budget_step: the step that has to be that fast: "decode:BATCH" or "prefill:TOKENS". Default:
             "decode:1".
-        budget_measured: path of a file of matrix products measured on that GPU. Default: the
-            published ones, where that GPU was measured.
-        recover: segments to train what is left on, with the dense model as teacher, and the scales
-            of what was quantised. Default: the preset's, which is 0 but for "max".
-        recover_text: what these are of: "calib", the calibration text; "own" or "chat", text that
-            the dense model writes. Default: "calib".
-        quantize: "int8" or "int4", with ":GROUP" or ":row", and ":asym": what to quantise the
-            linear layers of the blocks to, with tune_steps of codes and scales. Default: "none".
+        budget_measured: path of a file with times of matrix products that were measured on that
+            GPU. Default: the measurements published with this project, if they include that GPU.
+        recover: number of segments to train the remaining weights on, with the dense model as the
+            teacher, and the scales if the model is quantised. Default: the preset's, which is 0
+            except for "max".
+        recover_text: text that `recover` trains on: "calib", the calibration text; "own" or "chat",
+            text that the dense model generates. Default: "calib".
+        quantize: what to quantise the linear layers of the blocks to: "int8" or "int4", optionally
+            with ":GROUP" or ":row", and ":asym"; `tune_steps` then also tunes codes and scales.
+            Default: "none".
         calib: calibration text: a path, a data set, several with weights, or "builtin", the
             default; see the command `prune`.
-        text_field: field of a row with the text. Default: "text".
-        calib_rows: rows of each data set, chosen by the seed. Default: all.
-        calib_cut: "packed", rows are joined and cut, or "row", each segment begins a row. Default:
-            "packed".
-        nsamples: segments of calibration text. Default: 32.
-        seqlen: tokens of each. Default: 512.
-        seed: for choosing the segments. Default: 0.
-        calib_forward: what blocks run in on calibration data: "auto", "fp32" or "bf16". Default:
-            "auto".
+        text_field: field of a row that holds the text. Default: "text".
+        calib_rows: number of rows to take from each data set, chosen at random by the seed.
+            Default: all.
+        calib_cut: "packed": rows are joined and cut into segments; "row": each segment is the
+            beginning of one row. Default: "packed".
+        nsamples: number of calibration segments. Default: 32.
+        seqlen: tokens in each segment. Default: 512.
+        seed: seed for choosing the segments. Default: 0.
+        calib_forward: precision in which the blocks run on calibration data: "auto", "fp32" or
+            "bf16". Default: "auto".
         device: where PyTorch computes: "auto", "cpu" or "cuda[:N]". Default: "auto".
-        activations: where the calibration data waits between two blocks: "auto", "device", "host"
-            or "disk". Default: "auto".
-        dtype: what to store the checkpoint in: "auto", "fp32", "fp16" or "bf16". Default: "auto",
+        activations: where the activations of the calibration data are kept between two blocks:
+            "auto", "device", "host" or "disk". Default: "auto".
+        dtype: dtype of the stored checkpoint: "auto", "fp32", "fp16" or "bf16". Default: "auto",
             each tensor's own.
     """
 
@@ -141,26 +149,26 @@ class PruneOptions(TypedDict, total=False):
 
 
 class ExportOptions(TypedDict, total=False):
-    """What a target may be asked for; see the command `export`. Each target takes some of these.
+    """The options of the targets; see the command `export`. Each target takes some of them.
 
     Attributes:
-        dtype: what the graph holds its weights in. Default: what the graph that is there was made
-            with, or "fp32"; for engines "fp16", for gguf "q8_0".
-        max_seq: the most tokens, prompt and answer together. Default: what the graph that is there
-            was made with, or all that the model takes.
-        logits: "all", after every token, or "last". Default: what the graph that is there was made
-            with, or "all"; for engines "last".
+        dtype: dtype of the graph's weights. Default: that of the existing graph, or "fp32"; for
+            engines "fp16", for gguf the type that keeps the codes of `quantize`, or "q8_0".
+        max_seq: longest sequence, prompt and answer together. Default: that of the existing graph,
+            or the model's longest.
+        logits: "all" computes logits after every token, "last" after the last token only. Default:
+            those of the existing graph, or "all"; for engines "last".
         graph: "ort", with ONNX Runtime's own attention where it fits the model, or "neutral".
-            Default: what the graph that is there was made with, or "ort".
-        batch: engines: sequences at once, the usual number and the largest. Default: (1, 8).
-        seq: engines: tokens of a prompt, the usual number and the largest. Default: (128, 1024),
-            or as far as the model goes.
+            Default: that of the existing graph, or "ort".
+        batch: engines: the usual and the largest batch size. Default: (1, 8).
+        seq: engines: the usual and the largest length of a prompt in tokens. Default: (128, 1024),
+            or the model's longest.
         sm: engines: compute capabilities to build for, such as 89. Default: that of the GPU of this
             machine, or all that the library builds for ahead of time.
-        sparse_form: engines: how linear layers are written; "auto" builds both forms on the GPU and
-            keeps the faster. Default: "matmul".
-        engine_compat: engines: where else one may run beside the GPU and the version that it is
-            built for; costs speed. Default: "none".
+        sparse_form: engines: form of the linear layers; "auto" builds both forms on the GPU and
+            keeps the faster one. Default: "matmul".
+        engine_compat: engines: other GPUs or versions that the engine may run on, at a cost in
+            speed. Default: "none".
     """
 
     dtype: Literal[
@@ -177,11 +185,11 @@ class ExportOptions(TypedDict, total=False):
 
 
 class PruneExportOptions(PruneOptions, total=False):
-    """How to prune, export, judge and time; see the command `prune-export`.
+    """How to prune, export, evaluate and time; see the command `prune-export`.
 
     Attributes:
-        target: what to export to beside ONNX; see `Bundle.export`. Default: "onnx".
-        max_seq, logits, graph, seq, sm, sparse_form, engine_compat: of the target; see
+        target: what to export to, in addition to ONNX; see `Bundle.export`. Default: "onnx".
+        max_seq, logits, graph, seq, sm, sparse_form, engine_compat: options of the target; see
             `ExportOptions`.
         eval_text, eval_segments, eval_seqlen, eval_questions: what to measure quality on; see
             `evaluate`.

@@ -34,21 +34,21 @@ class Diagnosis:
     """What this machine has for each target.
 
     Attributes:
-        checks: one for every part.
+        checks: one for every part that was checked.
     """
 
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
-        """Nothing that is there would fail; what is not there is no failure."""
+        """Whether nothing that is installed would fail; a missing part is not a failure."""
         return passed(self.checks)
 
     def require(self) -> "Diagnosis":
-        """The same diagnosis.
+        """Return this diagnosis if it passed.
 
         Raises:
-            PlatformError: something that is there would fail.
+            PlatformError: something that is installed would fail.
         """
         for check in self.checks:
             if check.outcome == "FAIL":

@@ -138,9 +138,10 @@ def require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
-            f"{folder}: {needed / 1e9:.1f} GB needed on disk, {free / 1e9:.1f} GB free",
-            fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; what is "
-            "finished is kept, and repeating the command continues",
+            f"{folder}: {needed / 1e9:.1f} GB of disk space are needed, and "
+            f"{free / 1e9:.1f} GB are free",
+            fix="free some space, or give another folder with -o or $THANOS_DEPLOY_CACHE; "
+            "finished work is kept, and repeating the command continues",
         )
 
 

@@ -89,8 +89,8 @@ class Lock:
         """
         if (owner := _read(_note(self._folder))) != self._owner:
             raise PlatformError(
-                f"{self._folder}: {_who(owner)} has taken the folder over, because this one gave "
-                f"no sign of life for {EXPIRY_SECONDS:g} s",
+                f"{self._folder}: {_who(owner)} has taken the folder over, because this "
+                f"process did not respond for {EXPIRY_SECONDS:g} s",
                 fix=_FIX,
             )
 

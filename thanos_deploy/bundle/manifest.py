@@ -300,10 +300,10 @@ class Bundle:
         """
         for name in unrecorded:
             raise IntegrityError(
-                f"{self.path / name}: no stage of the bundle wrote it, and it would be read with "
-                "the files there that one did write",
-                fix="remove it; if the model is to have it, put it into the model that the bundle "
-                "was made from, and make the bundle again",
+                f"{self.path / name}: no stage of the bundle wrote this file, and it would "
+                "be loaded together with the files that a stage wrote",
+                fix="remove the file; or, if the model needs it, add it to the model that the "
+                "bundle was made from, and make the bundle again",
             )
 
     def verify_file(self, name: str) -> None:
@@ -317,8 +317,8 @@ class Bundle:
             if name in record.files:
                 return self._compare(stage, name, record.files[name])
         raise InputError(
-            f"{self.path / name}: no stage of the bundle wrote it",
-            fix="make the bundle again from a model that has it",
+            f"{self.path / name}: no stage of the bundle wrote this file",
+            fix="make the bundle again from a model that has this file",
         )
 
     def _compare(self, stage: str, name: str, recorded: FileRecord) -> None:
@@ -389,7 +389,7 @@ def claim(
         if bundle.source.sha256 != source.sha256:
             if not overwrite:
                 raise UsageError(
-                    f"{path}: made from {bundle.source.name} (SHA-256 "
+                    f"{path}: this bundle was made from {bundle.source.name} (SHA-256 "
                     f"{bundle.source.sha256[:12]}), not from {source.name} "
                     f"({source.sha256[:12]})",
                     fix="give another output folder with -o, or --overwrite",

@@ -50,7 +50,7 @@ def plain(
     problem = _problem(name, nested=nested, suffix=suffix)
     if problem:
         raise error(
-            f"{source}: {_shown(name)} is not the name of a file that belongs to it: {problem}",
+            f"{source}: {_shown(name)} cannot be the name of one of its files: {problem}",
             fix="do not use this model or bundle unless you know who made it; fetch it again from "
             "its origin",
         )
@@ -71,9 +71,9 @@ def distinct(
         key = unicodedata.normalize("NFC", name).casefold()
         if (other := seen.setdefault(key, name)) != name:
             raise error(
-                f"{source}: {_shown(other)} and {_shown(name)} differ in capital letters or "
-                "accents only",
-                fix="rename one of them, in the file that names it too",
+                f"{source}: {_shown(other)} and {_shown(name)} are names of files that "
+                "differ only in capital letters or accents",
+                fix="rename one of the two files, also in the file that refers to it",
             )
 
 
@@ -100,7 +100,7 @@ def require_own(folder: Path, *, error: type[InputError] = InputError) -> None:
 def _problem(name: object, *, nested: bool, suffix: str) -> str:
     """What is wrong with a name, in words; empty if nothing is."""
     if not isinstance(name, str) or not name:
-        return "it is no text"
+        return "it is not a string"
     try:
         encoded = name.encode()
     except UnicodeEncodeError:

@@ -96,7 +96,7 @@ def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind in (_EIGHT, _FOUR):
             length = 8 if kind == _EIGHT else 4
         else:
-            raise ValueError(f"a field of kind {kind}")
+            raise ValueError(f"a field has the unknown wire type {kind}")
         if place + length > len(content):
             raise ValueError("it ends before its last field")
         if kind == _BYTES:
@@ -113,4 +113,4 @@ def _varint(content: memoryview, place: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
             return number, place
-    raise ValueError("a number of more than ten bytes")
+    raise ValueError("a number has more than ten bytes")

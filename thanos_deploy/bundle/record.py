@@ -65,12 +65,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """A finished stage as the manifest has it: what it was made with and what it left.
+    """A finished stage as the manifest records it: its options, inputs, files and result.
 
-    `Bundle.options`, `Bundle.inputs` and `Bundle.result` read the first three as what they are.
+    `options`, `inputs` and `result` of `bundle.manifest.Bundle` read these as typed records.
 
     Attributes:
-        options: the options that the user could have set.
+        options: all options that a user can set.
         inputs: hashes of what the stage read; when one changes, the stage is stale.
         files: relative path -> record, for every file of the stage.
         result: what the stage reports.
@@ -167,4 +167,4 @@ def _require_plain(manifest: Path, source: Source, stages: Mapping[str, StageRec
     hashes = [file.sha256 for file in files.values()] + [source.sha256] * bool(source.sha256)
     for sha256 in hashes:
         if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"{sha256!r} is no SHA-256")
+            raise ValueError(f"{sha256!r} is not a SHA-256 hash")

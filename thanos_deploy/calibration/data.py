@@ -24,21 +24,22 @@ class Data(Options):
     calib: str = option(
         BUILTIN,
         "--calib",
-        "Calibration text: a .txt or .md, rows in a .jsonl or .json, each also with .gz, or in a "
-        ".parquet; wikitext, c4, ultrachat or hub:NAME[:CONFIG][:SPLIT] for a data set of the hub; "
-        "several with weights, as in '3*chat.jsonl + c4'; or builtin, the Python language "
-        "reference.",
+        "Calibration text: a .txt or .md file, or rows in a .jsonl, .json or .parquet "
+        "file (also compressed as .gz, except .parquet); wikitext, c4, ultrachat or "
+        "hub:NAME[:CONFIG][:SPLIT] for a data set of the hub; several with weights, as in "
+        "'3*chat.jsonl + c4'; or builtin, the Python language reference.",
     )
     text_field: str = option(
         "text",
         "--text-field",
-        "Field of a row with the text. Rows without it may have messages, conversations, or prompt "
-        "and completion; conversations are written with the model's chat template.",
+        "Field of a row that holds the text. Rows without this field may have the fields "
+        "messages, conversations, or prompt and completion instead; a conversation "
+        "becomes text through the model's chat template.",
     )
     calib_rows: int | None = option(
         None,
         "--calib-rows",
-        "Take so many rows of each data set, chosen by --seed.  [default: all]",
+        "Number of rows to take from each data set, chosen at random by --seed.  [default: all]",
         least=1,
     )
     calib_cut: Literal["packed", "row"] = option(

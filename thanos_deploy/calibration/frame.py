@@ -66,7 +66,8 @@ def frame_of(tokenizer: "PreTrainedTokenizerBase") -> Frame:
                 ids = framed[:start]
                 return Frame(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)))
     raise ModelError(
-        f"{tokenizer.name_or_path}: the tokenizer's special tokens do not stand before and behind "
-        "a text, so it is not known how a segment has to begin",
-        fix="use a model whose tokenizer.json puts them there",
+        f"{tokenizer.name_or_path}: the tokenizer changes a text when it adds special "
+        "tokens, instead of adding them only before and after the text, so it is unknown "
+        "which tokens a segment has to begin with",
+        fix="use a model whose tokenizer.json adds special tokens only before and after a text",
     )

@@ -117,14 +117,14 @@ class Journal(Generic[R]):
             entries.pop()
         if len(entries) < found:
             logger.warning(
-                "%s: %d of %d finished blocks are done again, from block %d on",
+                "%s: %d of %d finished blocks are processed again, from block %d on",
                 self.folder,
                 found - len(entries),
                 found,
                 len(entries),
             )
         elif entries:
-            logger.info("%s: going on after %d finished blocks", self.folder, found)
+            logger.info("%s: continuing after %d finished blocks", self.folder, found)
         self._drop_all_but(entries)
         return entries
 
@@ -229,7 +229,8 @@ class Journal(Generic[R]):
                 return False
             if (seen := file_record(path)) != recorded:
                 logger.warning(
-                    "%s: damaged; %d bytes, SHA-256 %s; %d bytes, SHA-256 %s were written",
+                    "%s: damaged; the file has %d bytes, SHA-256 %s; %d bytes, SHA-256 %s "
+                    "were written",
                     path,
                     seen.bytes,
                     seen.sha256,

@@ -99,8 +99,8 @@ def _part(spelling: str, held_out: bool) -> Part:
         weight, spelling = float(match[1]), match[2].strip()
     if not spelling or weight <= 0:
         raise UsageError(
-            f"a text {spelling!r} with the weight {weight:g}",
-            fix="name each text, with a weight above 0: 3*a.jsonl + wikitext",
+            f"the calibration text names {spelling!r} with the weight {weight:g}",
+            fix="give each text a name, and a weight above 0 if any, as in 3*a.jsonl + wikitext",
         )
     if Path(spelling).expanduser().exists():
         return Part(spelling, None, weight)
@@ -111,7 +111,7 @@ def _part(spelling: str, held_out: bool) -> Part:
     name, *rest = spelling.removeprefix(_HUB).split(":")
     if not name or len(rest) > 2:
         raise UsageError(
-            f"{spelling!r} names no data set",
+            f"{spelling!r} is not the name of a data set",
             fix="write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT",
         )
     match rest:

@@ -47,8 +47,9 @@ def text_of(row: object, field: str, template: Template | None) -> str:
     """
     if not isinstance(row, dict):
         raise RowError(
-            f"no text field {field!r}; found {type(row).__name__}",
-            "name the field that holds the text with --text-field",
+            f"no text field {field!r}: the row is of type {type(row).__name__}, not an object",
+            "give rows that are JSON objects, and name the field that holds the text with "
+            "--text-field",
         )
     if field in row:
         value = row[field]
@@ -74,8 +75,8 @@ def _is_conversation(value: object) -> bool:
 def _conversation(messages: Sequence[Mapping[str, Any]], template: Template | None) -> str:
     if template is None:
         raise RowError(
-            "it is a conversation, and there is no chat template to write it with",
-            "give rows with a text, or a model with a chat template",
+            "the row is a conversation, and the model has no chat template to turn it into a text",
+            "give rows with a text, or use a model with a chat template",
         )
     return template([_message(number, one) for number, one in enumerate(messages, start=1)])
 
@@ -86,9 +87,9 @@ def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, str]:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise RowError(
-            f"message {number} has no role and text, as role and content or as from and value: "
-            f"found {', '.join(message) or 'nothing'}",
-            "remove or mend such rows",
+            f"message {number} has neither the fields role and content nor the fields from "
+            f"and value with texts; found {', '.join(message) or 'nothing'}",
+            "remove or correct such rows",
         )
     return {"role": _ROLES.get(role, role), "content": _text("content", content)}
 
@@ -97,7 +98,7 @@ def _text(field: str, value: object) -> str:
     if problem := _no_text(value):
         raise RowError(
             f"the field {field!r} {problem}",
-            "remove or mend such rows, or name another field with --text-field",
+            "remove or correct such rows, or name another field with --text-field",
         )
     assert isinstance(value, str)
     return value
@@ -113,5 +114,5 @@ def _no_text(value: object) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return f"has half of a surrogate pair, {value[error.start]!a}, which is no character"
+        return f"has half of a surrogate pair, {value[error.start]!a}, which is not a character"
     return ""

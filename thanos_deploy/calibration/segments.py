@@ -42,16 +42,16 @@ def segments(
     every = every_segment(text, tokenizer, length=length, by_row=by_row)
     if len(every) < count and by_row:
         raise CalibrationError(
-            f"{text.origin}: {len(every)} of {len(text.rows)} rows have the {length} tokens of a "
-            f"segment, {count} are needed",
+            f"{text.origin}: {len(every)} of {len(text.rows)} rows have at least the "
+            f"{length} tokens of a segment, and {count} such rows are needed",
             fix="give longer rows, fewer or shorter segments, or join the rows with --calib-cut "
             "packed",
         )
     if len(every) < count:
         own = length - len(frame_of(tokenizer))
         raise CalibrationError(
-            f"{text.origin}: {len(_tokens(text, tokenizer))} tokens found, {count * own} needed "
-            f"for {count} segments of {length}",
+            f"{text.origin}: {len(_tokens(text, tokenizer))} tokens found, and "
+            f"{count * own} needed for {count} segments of {length} tokens",
             fix="give a longer text, or fewer or shorter segments",
         )
     order = torch.arange(len(every))
@@ -68,7 +68,8 @@ def every_segment(
     frame = frame_of(tokenizer)
     if length <= len(frame):
         raise CalibrationError(
-            f"segments of {length} tokens: the tokenizer puts {len(frame)} before each",
+            f"segments of {length} tokens are too short: each begins with {len(frame)} of "
+            "the tokenizer's special tokens",
             fix="use longer segments",
         )
     own = length - len(frame)
@@ -82,7 +83,7 @@ def every_segment(
 def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     with boundary(
         ModelError,
-        f"{tokenizer.name_or_path}: its tokenizer cannot encode {text.origin}",
+        f"{tokenizer.name_or_path}: the tokenizer cannot encode {text.origin}",
         fix="restore the model's tokenizer from its origin, or give another text",
     ):
         return _encoded(text, tokenizer)

@@ -109,11 +109,14 @@ class Statistics:
         """
         tokens, inputs = int(self.mass), len(self.hessian)
         if not tokens:
-            return "no token of the calibration text reached it, so all inputs count alike"
+            return (
+                "no token of the calibration text reached this layer, so all of its inputs "
+                "count equally"
+            )
         if tokens < inputs * LEAST_TOKENS:
             return (
-                f"{tokens} tokens of the calibration text reached it, fewer than its {inputs} "
-                "inputs"
+                f"{tokens} tokens of the calibration text reached this layer, fewer than "
+                f"its {inputs} inputs"
             )
         return ""
 

@@ -61,8 +61,9 @@ class Text:
         """
         if len(self.rows) < count:
             raise CalibrationError(
-                f"{self.origin}: {count} rows were asked for, it has {len(self.rows) or 'none'}",
-                fix="ask for fewer with --calib-rows, or leave it out to take all of the text",
+                f"{self.origin}: {count} rows were asked for with --calib-rows, and the "
+                f"text has {len(self.rows) or 'none'}",
+                fix="ask for fewer rows, or leave --calib-rows out to take all of the text",
             )
         return Text.of_rows(self.origin, random.Random(seed).sample(self.rows, count))
 
@@ -202,7 +203,7 @@ def _bytes(path: Path) -> bytes:
         kind = _kind(path)
         if kind not in _READ and not path.is_dir():
             what, fix = _OTHERS.get(
-                kind, ("no kind of text that is known", "rename it to .txt if it is plain text")
+                kind, ("not a supported kind of text", "rename it to .txt if it is plain text")
             )
             raise CalibrationError(
                 f"{path}: {kind} is {what}; supported are "
@@ -221,8 +222,8 @@ def _bytes(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(
             f"{path}: not readable gzip data ({error})",
-            fix="fetch or compress the file again, or take .gz off its name if it is not "
-            "compressed",
+            fix="fetch or compress the file again, or remove .gz from the name if the file is "
+            "not compressed",
         ) from error
 
 
@@ -268,11 +269,11 @@ def _list(path: Path, content: str) -> Iterator[tuple[str, object]]:
     except ValueError as error:
         raise CalibrationError(
             f"{path}: not JSON ({error})",
-            fix="give a list of objects; one object in every line is a .jsonl",
+            fix="give a list of objects; name the file .jsonl if it has one object on each line",
         ) from error
     if not isinstance(rows, list):
         raise CalibrationError(
-            f"{path}: is one JSON value, and no list of rows",
+            f"{path}: is a single JSON value, not a list of rows",
             fix="give a list of objects, each with a text or a conversation",
         )
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

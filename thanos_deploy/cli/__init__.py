@@ -58,7 +58,7 @@ def _is_read(descriptor: int) -> bool:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Prune a language model, export it, and measure what that costs and brings.
+    """Prune a language model, export it, and measure its quality, speed and size.
 
     MODEL is a hub id, a local Hugging Face folder, a packed folder, a bundle, a .gguf file, or a
     .safetensors file beside its config.json. OUT is a bundle: the folder that `prune` or
@@ -66,7 +66,7 @@ def cli() -> None:
     not done again.
 
     Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad input, 4 the machine lacks something, 5 no memory or
-    disk, 6 a gate failed, 7 a file was changed, 130 interrupted, 141 nobody reads the output.
+    disk, 6 a gate failed, 7 a file was changed, 130 interrupted, 141 the output pipe was closed.
     """
 
 

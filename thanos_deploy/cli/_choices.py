@@ -10,7 +10,7 @@ from thanos_deploy.pruning.budget import HEADS, Choices, bought, cells
 
 def show_choices(choices: Choices) -> None:
     """Print what was decided about each group of layers, kind by kind, and what that brings."""
-    table = Table(title="What each choice bought")
+    table = Table(title="What pruning each group of layers saves and changes")
     for name in HEADS:
         table.add_column(name, overflow="fold")
     for row in bought(choices):

@@ -28,7 +28,7 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
             dense = times[DENSE].likely
             table.add_row(
                 str(step.batch),
-                "decode, a token" if phase == "decode" else phase,
+                "decode, per token" if phase == "decode" else phase,
                 *(_forecast_cell(times[name], dense) for name in names),
             )
         memory = (
@@ -48,12 +48,12 @@ def show_forecast(forecast: Forecast, *, layers: bool) -> None:
         console.print(f"• {sentence}", highlight=False, markup=False)
     if forecast.pruning:
         _show_pruning(console, forecast)
-    origin = f"Roofline of the figures in {forecast.gpu.source}"
+    origin = f"Roofline from the figures in {forecast.gpu.source}"
     if count := forecast.measured_products:
-        origin += f"; {count} measured matrix products replace it where their sizes are similar"
+        origin += f"; {count} measured matrix products replace it for layers of similar size"
     console.print(
-        f"{origin}. 2:4 likely (at best); benchmarks/LOG.md says how far such forecasts were from "
-        "published times.",
+        f"{origin}. Speeds of 2:4 are the likely ones, with the best possible ones in "
+        "parentheses; benchmarks/LOG.md compares such forecasts with published times.",
         style="dim",
         highlight=False,
     )
@@ -96,7 +96,10 @@ def _savings_table(forecast: Forecast, name: str) -> Table:
         for step in forecast.passes
         for phase, found in step.layers.items()
     }
-    table = Table(title=f"What pruning each kind of layers to {name} saves, ms (of the pass)")
+    table = Table(
+        title=f"Time that pruning each kind of layer to {name} saves, in ms (and as a share of the "
+        "pass)"
+    )
     table.add_column("layers")
     for title in passes:
         table.add_column(title, justify="right")
@@ -119,7 +122,7 @@ def _savings_table(forecast: Forecast, name: str) -> Table:
 def _layer_table(title: str, found: Mapping[str, Sequence[Layer]]) -> Table:
     names = list(found)
     table = Table(title=title)
-    for name in ("layer", "of the dense: m x n x k", "bound by", *names):
+    for name in ("layer", "dense m x n x k", "bound by", *names):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for rows in zip(*found.values(), strict=True):
         first = rows[0]

@@ -34,10 +34,14 @@ out_option = click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle."
 )
 session_options = several(
-    click.option("--offline", is_flag=True, help="Use no network: models from the local cache."),
+    click.option(
+        "--offline", is_flag=True, help="Do not use the network; take models from the local cache."
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress."),
-    click.option("-v", "--verbose", is_flag=True, help="Log every block."),
+    click.option("-q", "--quiet", is_flag=True, help="Show no progress."),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Also log details, such as the error of every block."
+    ),
 )
 # How a terminal is used, which is nothing to the Python API.
 _SESSION = ("offline", "as_json", "quiet", "verbose", "processes")
@@ -46,8 +50,8 @@ common_options = several(
     click.option(
         "--overwrite/--resume",
         default=False,
-        help="Redo the stages that were made with other options, or keep what is finished "
-        "and refuse other options.  [default: resume]",
+        help="What to do with stages that were made with other options: run them again, or "
+        "keep them and stop with an error.  [default: resume]",
     ),
     session_options,
 )
@@ -89,7 +93,8 @@ def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
             type=click.IntRange(min=0),
             default=100,
             show_default=True,
-            help="Multiple-choice questions made from these segments, at most; 0 for none.",
+            help="Largest number of multiple-choice questions to make from these segments; 0 "
+            "for none.",
         ),
     )
 
@@ -111,7 +116,7 @@ benchmark_options = several(
         "--past",
         type=CountsType(),
         multiple=True,
-        help="Tokens in the kv cache before the timed steps of decode, such as 128,1024.  "
+        help="Tokens in the kv cache before the timed decode steps, such as 128,1024.  "
         "[default: those of --prompt if given, else 128; bench: 128,512]",
     ),
     click.option(

@@ -9,9 +9,10 @@ from thanos_deploy.errors import UsageError
 processes_option = click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help="Processes that prune together on this machine, one for each GPU, or with an equal share "
-    "of the cores each. The result is the same for every number of them, as long as each has as "
-    "many threads. For several machines start the command with torchrun.  [default: 1]",
+    help="Number of processes that prune together on this machine: one for each GPU, or on "
+    "CPUs with an equal share of the cores each. The number does not change the result, "
+    "as long as each process has the same number of threads. For several machines, start "
+    "the command with torchrun.  [default: 1]",
 )
 
 
@@ -29,8 +30,9 @@ def spread_over(processes: int | None) -> None:
     if found is not None:
         if processes not in (None, found.size):
             raise UsageError(
-                f"--processes {processes}, but torchrun has started {found.size}",
-                fix="leave --processes out where torchrun starts them",
+                f"--processes {processes}, but the number of processes that torchrun has "
+                f"started is {found.size}",
+                fix="leave --processes out where torchrun starts the processes",
             )
     elif processes is not None and processes > 1:
         import torch

@@ -34,11 +34,12 @@ pruning_options = several(
     click.option(
         "--allocation",
         type=click.Choice(ALLOCATIONS),
-        help="uniform: every layer or block loses the same fraction. loss (structured only): each "
-        "block gets its own widths; stock loaders cannot load such a model, the ONNX export runs. "
-        "blocks (structured only): whole blocks go, those without which the model changes least. "
-        "owl (unstructured only): blocks with more outliers keep more (arXiv 2310.05175).  "
-        "[default: uniform]",
+        help="uniform: every layer or block loses the same fraction. loss (structured only): "
+        "each block keeps its own number of heads and channels; stock loaders cannot load "
+        "the pruned model, but its ONNX export runs. blocks (structured only): whole "
+        "blocks are removed, those whose removal changes the model least. owl "
+        "(unstructured only): blocks with more outliers keep more weights (arXiv "
+        "2310.05175).  [default: uniform]",
     ),
     if_given(Owl),
     if_given(Layers),
@@ -48,8 +49,8 @@ pruning_options = several(
     click.option(
         "--keep-shape",
         is_flag=True,
-        help="structured: set that fraction of each layer's input columns to zero, cut nothing "
-        "out, and leave all shapes as they are.",
+        help="structured: set FRACTION of each layer's input columns to zero instead of "
+        "cutting anything out; all shapes stay the same.",
     ),
     click.option(
         "--method",
@@ -63,11 +64,12 @@ pruning_options = several(
         type=click.Choice(methods.PRESET_NAMES),
         default=PRESET,
         show_default=True,
-        help="Defaults of the options below, by what they cost: a unit is the time of two plain "
-        "forward passes over 16384 tokens. fast: no pass of the dense model beside the pruned one; "
-        "1.1 units. best: aims at the dense model and tunes whole blocks; up to 20 units. max: "
-        "trains the remaining weights as well, which needs several whole models in memory, as long "
-        "as it takes. paper: the setting of the method's own paper.",
+        help="Defaults for the options below. Costs are in units: one unit is the time of two "
+        "plain forward passes over 16384 tokens. fast: does not run the dense model "
+        "beside the pruned one; 1.1 units. best: fits the pruned model to the dense one "
+        "and tunes whole blocks; up to 20 units. max: also trains the remaining weights "
+        "as --recover does, which takes memory for several whole models and has no limit "
+        "of time. paper: the settings of the method's paper.",
     ),
     if_given(Walk, default="the preset's"),
     *(unset(one.option, one.help, one.default) for one in _method_options),

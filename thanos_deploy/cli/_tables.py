@@ -153,8 +153,8 @@ def _circumstances(run: Run) -> Iterator[str]:
         counted = (
             "by process"
             if held.by == "process"
-            else "as what the whole GPU used beyond what it did before, because the driver does "
-            "not list these processes by their numbers here"
+            else "as the growth of the memory used on the whole GPU, because the driver does "
+            "not list these processes by their process ids here"
         )
         yield (f"GPU memory: {held.bytes / 1e9:.2f} GB for all models together, counted {counted}")
     if bandwidth := machine.memory_bandwidth_bytes_per_second:
@@ -166,7 +166,7 @@ def _circumstances(run: Run) -> Iterator[str]:
     for scenario in run.scenarios:
         if not scenario.warmup.stable:
             yield (
-                f"{scenario.name}: not stable yet after {scenario.warmup.rounds} rounds of warm-up"
+                f"{scenario.name}: not yet stable after {scenario.warmup.rounds} rounds of warm-up"
             )
         if scenario.offered_per_second is not None:
             achieved = ", ".join(
@@ -271,9 +271,11 @@ def _show_text(columns: Mapping[str, TextQuality]) -> None:
         blank = [""] * (len(columns) - 1)
         nats = "not measured" if near.divergence is None else f"{near.divergence:.3f}"
         table.add_row("divergence, nats per token", *blank, nats)
-        table.add_row("same likeliest token", *blank, f"{near.agreement:.1%}")
-        table.add_row(f"of {near.tokens} tokens, as dense", *blank, f"{near.continued:.0f}")
-        table.add_row("  before the first other one", *blank, f"{near.before_first:.0f}")
+        table.add_row("same most likely token", *blank, f"{near.agreement:.1%}")
+        table.add_row(
+            f"of {near.tokens} tokens, as the dense model", *blank, f"{near.continued:.0f}"
+        )
+        table.add_row("  before the first different token", *blank, f"{near.before_first:.0f}")
     Console().print(table)
 
 

@@ -105,7 +105,7 @@ def unset(one: Option, help: str, default: str | None) -> Callable[[F], F]:
 
 def _said(default: object) -> str | None:
     """A default in words, unless it is none."""
-    return None if default in (None, ()) else str(default)
+    return None if default in (None, (), "") else str(default)
 
 
 def _type(one: Option) -> click.ParamType[Any] | type:

@@ -31,7 +31,7 @@ _run_options = several(
     click.option(
         "--dense",
         metavar="MODEL",
-        help="The dense model; needed if the cache has no export of it yet.",
+        help="The dense model; needed only if the cache has no export of it yet.",
     ),
     click.option(
         "--aa",
@@ -112,13 +112,13 @@ def command(out: Path, **options: Any) -> None:
 
     A gate is [SCENARIO:]METRIC.STATISTIC[.ratio] or FIGURE[.ratio], then <, <=, > or >=, then a
     number. With .ratio, the value is that of OUT divided by that of the baseline. Times are in
-    seconds. A gate on times is missed if the run is INVALID.
+    seconds. If the run is INVALID, its gates on times count as missed.
 
     \b
     METRIC     prefill, decode, ttft, inter_token, total, tokens_per_second, request
     STATISTIC  p50, p90, p99
     FIGURE     file_bytes, load_peak_bytes, steady_bytes, peak_bytes,
-               cache_bytes_per_token, gpu_peak_bytes; and what needs `eval`: ppl,
+               cache_bytes_per_token, gpu_peak_bytes; and from `eval`: ppl,
                words, choices (shares of right answers), kl, agreement
     """  # noqa: D301 - click wants the control character
     with session(options) as announce:

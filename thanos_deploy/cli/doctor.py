@@ -13,11 +13,12 @@ from thanos_deploy.cli._options import common_options, emit, session
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @common_options
 def command(out: Path | None, **options: Any) -> None:
-    """Say what this machine has for each target, and what to do about what it lacks.
+    """Check what this machine has for each target, and say how to get what is missing.
 
     With a bundle OUT, also check that there is enough memory and disk to build its engine.
 
-    Exit code 4 if something that is installed would fail; something that is missing is no error.
+    The exit code is 4 if something that is installed would fail. A missing package or GPU is only
+    reported.
     """
     with session(options):
         from thanos_deploy.cli._tables import show_checks

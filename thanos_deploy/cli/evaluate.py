@@ -36,8 +36,9 @@ _evaluated_options = several(
         type=click.Choice(["torch", "onnx", "vllm"]),
         default="torch",
         show_default=True,
-        help="torch runs the checkpoint in PyTorch; onnx runs the exported graph in ONNX Runtime, "
-        "in the dtype of the export; vllm asks the server at --url.",
+        help="torch runs the checkpoint in PyTorch; onnx runs the exported graph in ONNX "
+        "Runtime, in the dtype of the export; vllm measures the model that the server at "
+        "--url runs.",
     ),
     click.option(
         "--url",
@@ -51,8 +52,8 @@ _evaluated_options = several(
     click.option(
         "--tasks",
         metavar="NAME[,NAME...]",
-        help="Tasks of lm-evaluation-harness instead of perplexity, zero-shot; most fetch their "
-        "data from a hub.",
+        help="Tasks of lm-evaluation-harness to run zero-shot, instead of measuring "
+        "perplexity; most tasks download their data from a hub.",
     ),
     click.option(
         "--task-folder",
@@ -92,8 +93,8 @@ def command(
             result = td.evaluate(model, **asked)
         elif options["runtime"] == "vllm":
             raise td.UsageError(
-                "--dense with --runtime vllm: a server has one model",
-                fix="measure one model after the other, each without --dense",
+                "--dense with --runtime vllm: a server runs only one model",
+                fix="measure the two models one after the other, each without --dense",
             )
         else:
             result = td.Bundle(model).evaluate(dense, overwrite=overwrite, **asked)

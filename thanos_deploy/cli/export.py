@@ -23,9 +23,10 @@ _HELP = f"""Export the pruned model of the bundle OUT.
 \b
 {summaries()}
 
-Nothing but OUT is needed, so that it can be copied to the machine with the GPU and finished there.
+The command reads only OUT, so the folder can be copied to the machine with the GPU and exported
+there.
 
-With --to, OUT is a model that is sparse already and has no bundle, for the targets
+With --to, OUT is a model without a bundle that is already sparse. Targets that take --to:
 {", ".join(each.name for each in targets.every() if each.convert is not None)}.
 """
 
@@ -37,7 +38,7 @@ With --to, OUT is a model that is sparse already and has no bundle, for the targ
     "--to",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Take OUT for a model without a bundle, and write this new folder.",
+    help="Treat OUT as a model without a bundle, and write the export to this new folder.",
 )
 @common_options
 def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
@@ -49,7 +50,8 @@ def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
         if to is not None:
             if asked.pop("overwrite") or asked:
                 raise td.UsageError(
-                    "--to with options of a bundle", fix="give --target and --to alone"
+                    "--to with options that apply only to the export of a bundle",
+                    fix="give no other options than --target and --to",
                 )
             written = td.export(os.fspath(model), target, to=to, progress=told(announce))
             emit(options, encode(written), show_values)

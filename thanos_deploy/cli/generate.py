@@ -30,13 +30,16 @@ from thanos_deploy.errors import InputError
     help="0 takes the most likely token each time; above 0, tokens are sampled.",
 )
 @click.option(
-    "--top-k", default=0, show_default=True, help="Sample from the K most likely tokens; 0: all."
+    "--top-k",
+    default=0,
+    show_default=True,
+    help="Sample from the K most likely tokens; 0 samples from all tokens.",
 )
 @click.option(
     "--top-p",
     default=1.0,
     show_default=True,
-    help="Sample from the most likely tokens up to this probability.",
+    help="Sample from the most likely tokens whose probabilities add up to this.",
 )
 @click.option(
     "--min-p",
@@ -57,10 +60,13 @@ from thanos_deploy.errors import InputError
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
-    help="Execution provider of ONNX Runtime; one that is not available is an error.",
+    help="Execution provider of ONNX Runtime; if it is not available, the command fails.",
 )
 @click.option(
-    "--verify/--no-verify", default=True, show_default=True, help="Check the files' hashes first."
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Check the hashes of the files first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 def command(out: Path, prompt: str, as_json: bool, **options: Any) -> None:

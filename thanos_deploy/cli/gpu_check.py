@@ -26,15 +26,15 @@ _FILE = "gpu-check.json"
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=None,
-    help="Time for all steps together; a step that no longer fits is left out and named.  "
-    "[default: 1200]",
+    help="Time limit for all steps together; a step that needs more than the time left is "
+    "skipped and listed.  [default: 1200]",
 )
 @click.option(
     "-o",
     "--out",
     "file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help=f"Where to write the figures.  [default: {_FILE} in the bundle, or in this folder]",
+    help=f"Where to write the figures.  [default: {_FILE} in the bundle, or in the current folder]",
 )
 @common_options
 def command(
@@ -45,9 +45,9 @@ def command(
     file: Path | None,
     **options: Any,
 ) -> None:
-    """Check on this GPU whether kernels and engines are right, and how fast.
+    """Check on this GPU whether kernels and engines compute correctly, and how fast they are.
 
-    Packages, drivers and GPUs are looked at first. Then these steps run, each in a process of its
+    Packages, drivers and GPUs are checked first. Then these steps run, each in a process of its
     own: card, peaks, correctness, gemm, model, pruning and tensorrt-models, which need no bundle,
     and ort-cuda, tensorrt and ort-tensorrt, which do. A table shows PASS, FAIL or SKIP and the
     reason for each step. The figures are written as JSON row by row, so a step that fails keeps

@@ -46,7 +46,7 @@ class Integers(click.ParamType[tuple[int, ...]]):
     "--gpu",
     required=True,
     metavar="NAME",
-    help=f"GPU to forecast: {', '.join(gpu.name for gpu in datasheets.GPUS)}.",
+    help=f"GPU to forecast for: {', '.join(gpu.name for gpu in datasheets.GPUS)}.",
 )
 @click.option(
     "--pattern",
@@ -81,41 +81,46 @@ class Integers(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),
-    help="File with matrix products measured on that GPU, written by `gpu-check`, by "
-    "`python -m benchmarks.semi_structured`, or from benchmarks/results/gpu. A product of similar "
-    "size replaces the roofline.  [default: the published products, where that GPU was measured]",
+    help="File with times of matrix products that were measured on that GPU, written by "
+    "`gpu-check`, by `python -m benchmarks.semi_structured`, or from "
+    "benchmarks/results/gpu. If a product of similar size was measured, its time is used "
+    "instead of the roofline.  [default: the measurements published with this project, if "
+    "they include that GPU]",
 )
 @click.option(
-    "--prune", is_flag=True, help="Forecast too what pruning to 2:4 takes there, by each preset."
+    "--prune",
+    is_flag=True,
+    help="Also forecast the time and memory that pruning to 2:4 takes on that GPU, for each "
+    "preset.",
 )
 @click.option(
     "--gpus",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="GPUs that prune together, with --prune.",
+    help="With --prune: number of GPUs that prune together.",
 )
 @click.option(
     "--nsamples",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Calibration segments, with --prune.",
+    help="With --prune: number of calibration segments.",
 )
 @click.option(
     "--seqlen",
     type=click.IntRange(min=1),
     default=2048,
     show_default=True,
-    help="Tokens in each of them, with --prune.",
+    help="With --prune: tokens in each calibration segment.",
 )
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @revision_option
 @session_options
 def command(model: str, layers: bool, **options: Any) -> None:
-    """Forecast MODEL on a GPU from the GPU's published figures; no GPU is needed.
+    """Forecast the speed of MODEL on a GPU from the GPU's published figures; no GPU is needed.
 
-    Only the configuration of the model is read, so its weights are not needed either.
+    Only the configuration of the model is read; the weights are not needed.
 
     \b
     thanos-deploy plan MODEL --gpu H100 --pattern 2:4 --pattern structured:0.25

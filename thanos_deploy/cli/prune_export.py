@@ -56,8 +56,7 @@ def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
                 if check.outcome != "PASS":
                     # Said before minutes of work; the engine is the last of it.
                     _progress.show_note(
-                        f"{check.name}: {check.detail}; every stage before the engine is finished "
-                        "all the same"
+                        f"{check.name}: {check.detail}; all stages before the engine are still run"
                     )
         asked: dict[str, Any] = {**given(options), "target": target, "progress": told(announce)}
         if dry_run:

@@ -25,7 +25,7 @@ from thanos_deploy.errors import UsageError
     is_flag=True,
     help="Put bundles of different base models or tokenizers side by side.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 def command(
     bundles: tuple[Path, ...],
@@ -44,7 +44,8 @@ def command(
     """  # noqa: D301 - click wants the control character
     if output is None and len(bundles) > 1:
         raise UsageError(
-            f"{len(bundles)} bundles and no -o: a comparison belongs to none of the bundles",
+            f"{len(bundles)} bundles without -o: a comparison is not written into any of "
+            "the bundles",
             fix="give a file for the page, such as -o compare.html",
         )
     from thanos_deploy.cli._tables import show_report

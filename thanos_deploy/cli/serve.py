@@ -28,16 +28,18 @@ _listening = several(
     click.option(
         "--api-key-file",
         type=click.Path(path_type=Path),
-        help="Keys of at least 16 characters, one a line: a request has to give one as "
-        "`Authorization: Bearer KEY`. The file is read again on SIGHUP.",
+        help="File with API keys of at least 16 characters, one on each line; a request has to "
+        "send one of them as `Authorization: Bearer KEY`. The file is read again on "
+        "SIGHUP.",
     ),
     click.option(
         "--allow-host",
         "hosts",
         metavar="NAME",
         multiple=True,
-        help="A name under which a proxy passes requests on; on a loopback address only its own "
-        "names, such as localhost, are answered otherwise. May be given several times.",
+        help="Another host name to accept in requests, such as the name under which a proxy "
+        "forwards them. Without this option, a server on a loopback address accepts only "
+        "the names of that address, such as localhost. May be given several times.",
     ),
     click.option(
         "--allow-origin",
@@ -62,15 +64,15 @@ _engine = several(
         type=click.IntRange(min=1),
         default=8,
         show_default=True,
-        help="Requests that are answered at the same time; each has a kv cache of its own.",
+        help="Number of requests that are answered at the same time; each has its own kv cache.",
     ),
     click.option(
         "--provider",
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="Execution provider, on whose device the kv caches lie; one that is not available "
-        "is an error.",
+        help="Execution provider of ONNX Runtime; the kv caches are on its device. If it is "
+        "not available, the command fails.",
     ),
     click.option(
         "--threads",
@@ -82,8 +84,9 @@ _engine = several(
         type=click.Choice(["map", "memory"]),
         default="map",
         show_default=True,
-        help="Map the file with the weights into memory, which replicas share and nothing may "
-        "write to, or read it into memory of the server's own.",
+        help="map: map the file of weights into memory; replicas share this memory, and the "
+        "file must not be written to meanwhile. memory: read the weights into the "
+        "server's own memory.",
     ),
     click.option(
         "--prefix-memory",
@@ -91,14 +94,14 @@ _engine = several(
         default=256,
         show_default=True,
         metavar="MIB",
-        help="Memory for beginnings of prompts, such as a system prompt, that are not read again "
-        "when another prompt has them; 0 keeps none.",
+        help="Memory for the kv caches of prompt prefixes, such as a system prompt; a later "
+        "prompt that begins with the same prefix does not compute it again. 0 keeps none.",
     ),
     click.option(
         "--verify/--no-verify",
         default=True,
         show_default=True,
-        help="Check the files' hashes first.",
+        help="Check the hashes of the files first.",
     ),
 )
 _limits = several(
@@ -107,7 +110,8 @@ _limits = several(
         type=click.IntRange(min=1),
         default=64,
         show_default=True,
-        help="Requests that may wait for a slot; one more is answered with 503 and Retry-After.",
+        help="Largest number of requests that wait for a slot; one more is answered with 503 "
+        "and Retry-After.",
     ),
     click.option(
         "--max-tokens",
@@ -119,29 +123,30 @@ _limits = several(
         type=click.IntRange(min=1),
         default=1 << 20,
         show_default=True,
-        help="Largest body of a request in bytes; a larger one is answered with 413.",
+        help="Largest body of a request, in bytes; a larger one is answered with 413.",
     ),
     click.option(
         "--max-connections",
         type=click.IntRange(min=1),
         default=512,
         show_default=True,
-        help="Connections at the same time; one more is answered 503 and closed.",
+        help="Largest number of open connections; one more is answered with 503 and closed.",
     ),
     click.option(
         "--max-tensor-tokens",
         type=click.IntRange(min=1),
         default=16384,
         show_default=True,
-        help="The most ids of one request for logits, all sequences of its batch together.",
+        help="Largest number of token ids in one request for logits, over all sequences of its "
+        "batch.",
     ),
     click.option(
         "--deadline",
         type=click.FloatRange(min=0, min_open=True),
         default=300.0,
         show_default=True,
-        help="Seconds from a request to the end of its answer; later it is answered 504, or, when "
-        "its stream has begun, with an event that has the error.",
+        help="Largest time from a request to the end of its answer, in seconds. After that the "
+        "request is answered with 504, or, if its stream has begun, with an error event.",
     ),
 )
 
@@ -254,7 +259,7 @@ def _reread(keys: "Keys", file: Path) -> None:
     try:
         found = read_keys(file)
     except DeployError as error:
-        log.error("the keys stay as they were: %s", error.message)
+        log.error("the API keys were not changed: %s", error.message)
     else:
         keys.replace(found)
-        log.info("%d keys were read", len(found))
+        log.info("%d API keys were read", len(found))

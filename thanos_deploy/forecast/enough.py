@@ -13,7 +13,7 @@ from thanos_deploy.machine import devices, host_memory
 # word where they get no memory, so that it has to be there before they are called.
 _PASSING, _TEXTS = "texts and libraries", 128 << 20
 
-_LARGER = "end other programs, or use a machine or a limit that is larger"
+_LARGER = "end other programs, or use a larger machine or a larger memory limit"
 
 
 def require_to_begin() -> None:
@@ -59,9 +59,9 @@ def explained(memory: Memory) -> Iterator[None]:
             raise
         where = memory.device if memory.device else memory.host
         raise ResourceError(
-            f"out of memory ({summary(error)}); beside what the process holds before it begins, "
-            f"{_gigabytes(total(where))} are needed ({_told(where)})",
-            fix=_lower(where, "use a larger machine, or no limit"),
+            f"out of memory ({summary(error)}); in addition to the memory that the process "
+            f"already holds, {_gigabytes(total(where))} are needed ({_told(where)})",
+            fix=_lower(where, "use a larger machine, or a larger memory limit"),
         ) from error
 
 
@@ -92,7 +92,7 @@ def _lower(needed: Sequence[Term], other: str) -> str:
             (WAITING, "--activations disk"),
             (TUNED, "--tune-steps 0"),
             (DENSE, "--preset fast, or --dense-target 0 and --tune-steps 0"),
-            ("a batch on its way", "a shorter --seqlen"),
+            ("activations of one batch", "a shorter --seqlen"),
         )
         if name in there
     ]

@@ -240,7 +240,8 @@ def estimate_cutting(
             "forward": (blocks - 1) * (share * trial.get("forward", 0.0) + passing),
         },
         memory=Memory(
-            _held_on(device), (Term("this process, at most", environment.peak_memory_bytes()),)
+            _held_on(device),
+            (Term("this process at its peak", environment.peak_memory_bytes()),),
         ),
         token_seconds=trial.get("forward", 0.0) / (1 + with_dense) / few.numel(),
         basis=f"the survey of all blocks, and {few.numel()} tokens through two of them that were "

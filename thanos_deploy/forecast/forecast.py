@@ -57,7 +57,8 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
         raise ModelError(
             f"{checkpoint.folder}: nothing can be forecast for a {checkpoint.config.model_type} "
             f"model: {checkpoint.family.heads.fixed}",
-            fix="use a model of a type that has a row, or add one: docs/develop/add-a-family.md",
+            fix="use a model of a supported type, or add a row for this type: "
+            "docs/develop/add-a-family.md",
         )
     family, widths = checkpoint.family, widths or checkpoint.widths
     model = checkpoint.skeleton(widths)
@@ -88,8 +89,8 @@ def variant(checkpoint: Checkpoint, pattern: Pattern) -> Variant:
         return Variant(str(pattern), architecture(checkpoint), is_two_of_four(pattern))
     if checkpoint.family.experts is None and len(set(checkpoint.widths)) > 1:
         raise UsageError(
-            f"{pattern} of a model whose blocks differ in width",
-            fix="give the model that it was cut from",
+            f"{pattern} cannot be forecast for a model whose blocks differ in width",
+            fix="give the dense model that this model was cut from",
         )
     widths = sizing.even(checkpoint, pattern.sparsity)
     return Variant(str(pattern), architecture(checkpoint, widths), sparse=False)
@@ -183,17 +184,17 @@ class Forecast:
     """The forecast of a model, dense and with patterns.
 
     Attributes:
-        model: as the user calls it.
-        gpu: on which it is.
+        model: name of the model, as the user gave it.
+        gpu: the GPU, and the source of its figures.
         dtype: of the blocks' linear layers.
-        prompt, new_tokens: of the request.
-        measured_products: how many measured products could stand for layers.
-        widths: of the blocks, by variant.
+        prompt, new_tokens: tokens in each prompt, and tokens generated after it.
+        measured_products: number of measured matrix products that could replace the roofline.
+        widths: widths of the blocks, by variant.
         block_parameters: weights of the blocks' linear layers, by variant.
-        passes: one for each batch.
-        measured: what was measured of the patterns on that GPU, in sentences.
-        verdict: what every pattern brings to each pass, in sentences.
-        pruning: what pruning the model takes there, by preset; empty if that was not asked for.
+        passes: one for each batch size.
+        measured: sentences on what was measured with these patterns on that GPU.
+        verdict: sentences on how much each pattern speeds up each pass.
+        pruning: time and memory that pruning takes on that GPU, by preset; empty if not asked for.
     """
 
     model: str
@@ -233,8 +234,8 @@ def plan(
     tokens = request.prompt + request.new_tokens
     if tokens > checkpoint.max_positions:
         raise UsageError(
-            f"a prompt of {request.prompt} tokens and {request.new_tokens} new ones; the model "
-            f"takes {checkpoint.max_positions}",
+            f"a prompt of {request.prompt} tokens and {request.new_tokens} new tokens are "
+            f"together more than the {checkpoint.max_positions} tokens that the model takes",
             fix="use smaller --prompt or --new-tokens",
         )
     variants = [Variant(DENSE, architecture(checkpoint), sparse=False)]
@@ -329,8 +330,8 @@ def _sentence(phase: str, batch: int, bound: str, times: Mapping[str, Seconds]) 
         more = f", at best {best:.2f}x" if best >= likely + 0.005 else ""
         parts.append(f"{name} {helps} ({likely:.2f}x{more})")
     reason = {
-        "compute": "takes its time for arithmetic",
-        "memory": "waits for memory",
-        "launch": "takes its time for starting kernels",
+        "compute": "is bound by arithmetic",
+        "memory": "is bound by memory bandwidth",
+        "launch": "is bound by kernel launches",
     }[bound]
     return f"{phase.capitalize()} at batch {batch} {reason}: {'; '.join(parts)}."

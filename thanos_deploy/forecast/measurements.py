@@ -85,12 +85,14 @@ def _read(path: Path) -> Iterator[tuple[str, KernelTime]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a readable table of measured products ({error!r})",
-            fix="make it with `thanos-deploy gpu-check`, or `python -m benchmarks.semi_structured`",
+            fix="write the file with `thanos-deploy gpu-check` or `python -m "
+            "benchmarks.semi_structured`",
         ) from error
     records = gpu_records.read(path)
     if records.status != "VALID" or records.card is None:
         raise InputError(
-            f"{path}: its products are {records.status} ({'; '.join(records.reasons)})",
+            f"{path}: the measurements in this file are {records.status} "
+            f"({'; '.join(records.reasons)})",
             fix="measure again on a GPU that no other process uses",
         )
     for row in records.of(GemmRow):

@@ -92,7 +92,9 @@ class Memory:
 
     def beside(self, resident: int) -> "Memory":
         """With what the process holds already."""
-        return Memory(self.device, (Term("this process, before it begins", resident), *self.host))
+        return Memory(
+            self.device, (Term("this process before pruning begins", resident), *self.host)
+        )
 
     @property
     def device_bytes(self) -> int:
@@ -158,16 +160,18 @@ def of_pruning(
     )
     held = [Term("the block", own.itemsize * weights)]
     if own is not forward:
-        held.append(Term("a copy of it that runs", forward.itemsize * weights))
+        held.append(
+            Term("a copy of the block in the dtype that it runs in", forward.itemsize * weights)
+        )
     if walk.with_dense:
         held.append(Term(DENSE, forward.itemsize * weights))
     if tries:
-        held.append(Term("layers as they were, and pruned", 2 * own.itemsize * weights))
+        held.append(Term("layers before and after a trial", 2 * own.itemsize * weights))
     if background.has_time(device):
         held.append(Term("the next block, read ahead", own.itemsize * weights))
     if walk.true_sequential and can_wait(checkpoint, segments, ways, forward):
         waiting = waiting_bytes(checkpoint, segments, ways, forward)
-        held.append(Term("passes that wait in the block", waiting))
+        held.append(Term("activations inside the block", waiting))
 
     inputs = {name: shapes[block.prefix + name][1] for name in block.linears if name in linears}
     most = max(
@@ -185,12 +189,12 @@ def of_pruning(
         [
             statistics,
             Term("statistics of one shard", statistics.bytes if shards > 1 else 0),
-            Term("a batch on its way", forward.itemsize * passing),
+            Term("activations of one batch", forward.itemsize * passing),
         ],
         [
             statistics,
             Term("the factored Hessian", int(_SOLVING * max(widths) ** 2 * _DOUBLE)),
-            Term("weights while they are solved", _FLOAT * beside),
+            Term("weights of the layer that is solved", _FLOAT * beside),
         ],
     ]
     if walk.tune_steps:
@@ -268,11 +272,11 @@ def of_cutting(
     statistics = Term("statistics of inputs", aims * most)
     largest = max(math.prod(shapes[name]) for name in block.full_names)
     parts = [
-        [statistics, Term("a batch on its way", _FLOAT * passing)],
+        [statistics, Term("activations of one batch", _FLOAT * passing)],
         [
             statistics,
-            Term("inputs that are eliminated", _ELIMINATING * _DOUBLE * widest**2),
-            Term("weights while they are fitted", _BESIDE * _DOUBLE * largest),
+            Term("matrices for removing inputs", _ELIMINATING * _DOUBLE * widest**2),
+            Term("weights of the layer that is fitted", _BESIDE * _DOUBLE * largest),
         ],
     ]
     if tuning.tune_steps:
@@ -292,7 +296,7 @@ def of_trials(checkpoint: Checkpoint, device: torch.device) -> Memory:
     held = (
         Term("the block", size * weights),
         Term(
-            "tokens before and after a block, for each trial",
+            "activations before and after a block, for each trial",
             size * 2 * (len(checkpoint.blocks) + 1) * states,
         ),
     )
@@ -322,7 +326,7 @@ def _tuning(
     return [
         Term(TUNED, numbers * _FLOAT * weights),
         Term("gradients in the dtype of the block", forward.itemsize * weights),
-        Term("what a step keeps to go back", step * (forward.itemsize * made + stream)),
+        Term("activations kept for the backward pass", step * (forward.itemsize * made + stream)),
         Term("gradients of one part of a step", _FLOAT * weights),
     ]
 
@@ -356,9 +360,9 @@ def _memory(
     waits = [Term(WAITING, between)] if kept_on is not None else []
     if device.type == "cpu":
         return Memory((), tuple(waits) + max((tuple(held), (embedding,)), key=total))
-    written = Term("the finished block, on its way to the disk", held[0].bytes)
+    written = Term("the finished block, while it is written to disk", held[0].bytes)
     moved = max(TOKENS_PER_BATCH, segments.shape[1]) * int(config.hidden_size) * forward.itemsize
-    batches = Term("batches on their way from and to the disk", 4 * ways * moved)
+    batches = Term("batches that are read from and written to disk", 4 * ways * moved)
     host = max([embedding], [written, batches], key=total)
     libraries = Term("workspaces of CUDA's libraries", LIBRARIES)
     there = kept_on is not None and kept_on.type == device.type

@@ -166,8 +166,9 @@ def plan(
     if run is None or run.gram_seconds is None:
         known = {one.card for one in gpu_figures.published() if one.layers}
         raise UsageError(
-            f"pruning on {gpu.name} cannot be forecast: no layer was pruned on it",
-            fix=f"use a GPU on which layers were: {', '.join(sorted(known)) or 'none yet'}",
+            f"pruning on {gpu.name} cannot be forecast, because the published measurements "
+            "have no layer that was pruned on it",
+            fix=f"use a GPU that has such measurements: {', '.join(sorted(known)) or 'none yet'}",
         )
     return tuple(
         _of_preset(checkpoint, preset, gpu, gpus, nsamples, seqlen, run.layers, run.gram_seconds)

@@ -59,12 +59,13 @@ class Savings:
         if most <= 0.0 or self.fastest < budget.speed - 0.005:
             down = math.floor(100 * self.fastest) / 100
             raise UsageError(
-                f"--budget {budget.goal}: pruning every layer makes {self.purpose} at most "
-                f"{down:.2f} times as fast by the forecast",
+                f"--budget {budget.goal}: by the forecast, pruning every layer makes "
+                f"{self.purpose} at most {down:.2f} times as fast",
                 fix=f"ask for at most speed={down:.2f}x, or name another --budget-step"
                 if down > 1.0
-                else "name another --budget-step, see `thanos-deploy plan`; only 2:4 saves time by "
-                "its zeros, and --pattern structured:FRACTION makes every step faster",
+                else "name another --budget-step (`thanos-deploy plan` shows the times of the "
+                "steps); only zeros in the pattern 2:4 save time, and --pattern "
+                "structured:FRACTION makes every step faster",
             )
         return max(0.0, left)
 

@@ -68,7 +68,7 @@ def probe() -> Driver:
     try:
         cuda = ctypes.CDLL(_DRIVER)
     except OSError:
-        return Driver(None, (), f"no NVIDIA driver: {_DRIVER} is not there")
+        return Driver(None, (), f"no NVIDIA driver: {_DRIVER} was not found")
     number = ctypes.c_int()
     if code := cuda.cuInit(0):
         return Driver(None, (), f"the NVIDIA driver does not start (cuInit returned {code})")

@@ -217,7 +217,7 @@ def _strangers(reading: Reading, own: Collection[int]) -> str:
     if len(strangers) <= len(unseen):
         return ""
     if unseen:
-        return f"processes of others ({len(strangers) - len(unseen)})"
+        return f"other processes ({len(strangers) - len(unseen)})"
     return " and ".join(
         f"process {number}"
         + (f" ({size / 1e9:.1f} GB)" if (size := reading.memory_bytes.get(number)) else "")

@@ -46,9 +46,9 @@ class Records:
         """Why the times are not to be trusted; empty if nothing speaks against them."""
         found = dict[str, None]()
         if self.card is None:
-            found["nobody recorded what was measured on"] = None
+            found["the records do not say which GPU was measured"] = None
         elif self.card.device != "cuda":
-            found["a rehearsal on a CPU: no time in it means anything"] = None
+            found["this was a rehearsal on a CPU, so its times mean nothing"] = None
         for step in self.of(StepRow):
             for process in step.other_processes:
                 found[f"another process used the GPU: {process}"] = None

@@ -204,7 +204,7 @@ def lines(records: Records) -> list[Check]:
             found.append(Check(row.step, row.outcome, row.detail, row.fix))
     if records.status == "INVALID":
         found += [
-            Check("times", "FAIL", reason, "measure again, alone on the GPU")
+            Check("times", "FAIL", reason, "measure again while no other process uses the GPU")
             for reason in records.reasons
         ]
     counts = {
@@ -214,5 +214,5 @@ def lines(records: Records) -> list[Check]:
     measured = any(row.outcome != "SKIP" for row in records.of(StepRow))
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     if counts["FAIL"]:
-        return [*found, Check("verdict", "FAIL", told, "see the lines with FAIL")]
+        return [*found, Check("verdict", "FAIL", told, "see the lines of the table with FAIL")]
     return [*found, Check("verdict", "PASS" if measured else "SKIP", told)]

@@ -86,7 +86,9 @@ def _sparse_kernels(form: str, build: BuildRecord) -> CheckRow:
         f"{form}, sparse kernels",
         "FAIL" if failed else "PASS",
         str(build.summary),
-        "the log of this version is not understood; report its (Sparsity) lines" if failed else "",
+        "the log of this TensorRT version could not be read; report its lines with (Sparsity)"
+        if failed
+        else "",
     )
 
 
@@ -121,7 +123,7 @@ def agreement(step: str, name: str, reference: Engine, engine: Engine) -> CheckR
         name,
         "PASS" if agrees else "FAIL",
         f"logits differ by {error:.1e} of their range, limit {AGREEMENT:g}",
-        "" if agrees else "do not serve this; report the model and the versions",
+        "" if agrees else "do not serve this model; report it with the versions of the packages",
     )
 
 

@@ -43,7 +43,9 @@ def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
         first = (str(error) or "no message").splitlines()[0]
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
             return Ending(
-                "FAIL", f"out of memory: {first}{kept}", "use a GPU with more, or that nobody uses"
+                "FAIL",
+                f"out of memory: {first}{kept}",
+                "use a GPU with more memory, or one that no other process uses",
             )
         return Ending("FAIL", f"{type(error).__name__}: {first}{kept}", "read the log")
     return _summed(rows)
@@ -62,7 +64,11 @@ def _summed(rows: Sequence[Row]) -> Ending:
             else f"{first.kernel}, {first.dtype}, {first.outputs} x {first.inputs}, {first.tokens} "
             f"tokens: error {first.error:.1e}, limit {first.limit:.1e}"
         )
-        fix = first.fix if isinstance(first, CheckRow) else "report the card and the versions"
+        fix = (
+            first.fix
+            if isinstance(first, CheckRow)
+            else "report this with the name of the GPU and the versions of the packages"
+        )
         return Ending("FAIL", f"{len(failed)} of {len(rows)} failed; first {what}", fix)
     if not measured:
         return Ending("SKIP", _reason(rows))

@@ -91,7 +91,7 @@ def _failure(step: str, found: GemmTime) -> CheckRow:
         f"{found.dtype}, {found.outputs} x {found.inputs}, {found.tokens} tokens",
         "FAIL",
         found.reason or "no reason",
-        "report the card and the versions",
+        "report this with the name of the GPU and the versions of the packages",
     )
 
 

@@ -107,7 +107,8 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
                     f"{variant}, {scenario.name}",
                     "FAIL",
                     reason,
-                    "read the log, and report the card and the versions",
+                    "read the log, and report this with the name of the GPU and the "
+                    "versions of the packages",
                 )
                 devices.wait(torch.device(task.device))  # an error that stays is raised again
             else:

@@ -128,7 +128,10 @@ def compare(size: int, device: str) -> CheckRow:
         "pruning",
         f"{size} x {size} against the CPU",
         "PASS" if agrees else "FAIL",
-        f"{mask:.1e} of the mask differ, limit {_MASK_LIMIT:g}; the loss by {loss:.1e}, limit "
-        f"{_LOSS_LIMIT:g}",
-        "" if agrees else "prune on the CPU, and report the card and the versions",
+        f"{mask:.1e} of the mask differ, limit {_MASK_LIMIT:g}; the loss differs by "
+        f"{loss:.1e}, limit {_LOSS_LIMIT:g}",
+        ""
+        if agrees
+        else "prune on the CPU, and report this with the name of the GPU and the versions of "
+        "the packages",
     )

@@ -105,14 +105,16 @@ def choose(
     known = dict.fromkeys(name for step in steps for name in sorted(_names(step)))
     for name in (*only, *skip):
         if name not in known:
-            raise UsageError(f"there is no step {name!r}", fix=f"name some of {', '.join(known)}")
+            raise UsageError(
+                f"there is no step {name!r}", fix=f"name one or more of {', '.join(known)}"
+            )
     chosen = [
         step
         for step in steps
         if (not only or step.always or _names(step) & {*only}) and not _names(step) & {*skip}
     ]
     if all(step.always for step in chosen):
-        raise UsageError("no step is left", fix="name fewer steps to skip")
+        raise UsageError("no step is left", fix="skip fewer steps")
     return chosen
 
 
@@ -194,7 +196,7 @@ def _interrupted(step: Step, journal: Path) -> StepRow:
     return StepRow(
         step.name,
         "FAIL",
-        f"interrupted, and so were all steps after it; {kept} rows are kept",
+        f"interrupted, so this step and all later ones are incomplete; {kept} rows are kept",
         "run it again with --only",
     )
 
@@ -242,7 +244,7 @@ def _one(
     elif ending is None:
         ending = Ending(
             "FAIL",
-            f"its process {_death(process.exitcode)}; {len(rows)} rows are kept",
+            f"the process of this step {_death(process.exitcode)}; {len(rows)} rows are kept",
             "read the end of the log",
         )
     # An idle card rests its clock.
@@ -358,6 +360,8 @@ def _others(card: nvml.Monitor | None) -> tuple[str, ...]:
             return tuple(
                 f"process {pid}" + (f", {held[pid] / 1e9:.1f} GB" if pid in held else "")
                 for pid in reading.processes
-            ) or (f"kernels of others ran {busy:.0%} of the time",)  # not told to a container
+            ) or (
+                f"kernels of other processes ran {busy:.0%} of the time",
+            )  # not told to a container
         time.sleep(_LOOK)
     return ()

@@ -110,9 +110,12 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
         f"walk:{preset}",
         f"{sizes.blocks} blocks of {sizes.hidden} against the CPU",
         "PASS" if agrees else "FAIL",
-        f"{mask:.1e} of the masks differ, limit {most[0]:.1e}; errors of layers by {error:.1e}, "
-        f"limit {most[1]:.1e}",
-        "" if agrees else "prune on the CPU, and report the card and the versions",
+        f"{mask:.1e} of the masks differ, limit {most[0]:.1e}; the errors of layers differ "
+        f"by {error:.1e}, limit {most[1]:.1e}",
+        ""
+        if agrees
+        else "prune on the CPU, and report this with the name of the GPU and the versions of "
+        "the packages",
     )
 
 

@@ -42,7 +42,7 @@ def choose(name: str) -> torch.device:
     if own is not None and name.startswith("cuda:"):
         raise UsageError(
             f"--device {name} with several processes, each of which needs a GPU of its own",
-            fix="use --device cuda, and CUDA_VISIBLE_DEVICES to say which GPUs there are",
+            fix="use --device cuda, and list the GPUs to use in CUDA_VISIBLE_DEVICES",
         )
     device = torch.device("cuda", int(name[5:]) if name.startswith("cuda:") else own or 0)
     if device.index >= count:
@@ -101,10 +101,10 @@ def memory_for(what: str) -> Iterator[None]:
         asked = _ASKED.search(str(error))
         raise ResourceError(
             f"{what}: the GPU ran out of memory when {asked[1] if asked else 'more'} was asked for",
-            fix="use shorter segments (--seqlen, --eval-seqlen), since at least one passes a block "
-            "at a time; for pruning, --activations disk or --preset fast, and --dry-run to see "
-            "what each needs; end other programs on the GPU; or use --device cpu. Blocks that are "
-            "finished are kept",
+            fix="use shorter segments (--seqlen, --eval-seqlen), because at least one whole "
+            "segment runs through a block at a time; for pruning, use --activations disk "
+            "or --preset fast (--dry-run prints the memory that they need); end other "
+            "programs on the GPU; or use --device cpu. Finished blocks are kept",
         ) from error
 
 

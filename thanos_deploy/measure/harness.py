@@ -71,7 +71,9 @@ class GraphModel:
         """
         if do_sample:
             raise UsageError(
-                "--runtime onnx: the task samples its answers", fix="use --runtime torch"
+                "--runtime onnx: the task samples its answers, and this runtime answers "
+                "greedily only",
+                fix="use --runtime torch",
             )
         prompts = [
             row[seen].tolist() for row, seen in zip(input_ids, attention_mask > 0, strict=True)
@@ -176,10 +178,11 @@ def _load(request: TaskRequest) -> Any:
         loaded = _index(request).load(list(request.tasks))
     except ConnectionError as error:
         raise PlatformError(
-            f"--tasks {','.join(request.tasks)}: the data are on a hub that cannot be reached, and "
-            f"not in its local cache ({str(error).splitlines()[0]})",
-            fix="run the command once where the hub can be reached and bring that machine's "
-            "$HF_HOME here, or give tasks with local data (--task-folder)",
+            f"--tasks {','.join(request.tasks)}: the data are on a hub that cannot be "
+            "reached, and they are not in the local cache of the hub "
+            f"({str(error).splitlines()[0]})",
+            fix="run the command once on a machine that reaches the hub and copy that "
+            "machine's $HF_HOME here, or give tasks with local data (--task-folder)",
         ) from error
     # A task's file may name any class and any loader, so there is no telling what fails.
     except Exception as error:

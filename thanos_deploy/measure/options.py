@@ -137,13 +137,14 @@ class BenchRequest:
         """
         if not _RUN.fullmatch(self.run) or self.run == "sample":
             raise UsageError(
-                f"--run {self.run!r}: not a name for a file of a bundle",
+                f"--run {self.run!r}: not a valid name for a run and its file",
                 fix="use letters, digits, - and _, and not the name sample",
             )
         longest = max(self.scenarios, key=lambda scenario: scenario.tokens)
         if longest.tokens > max_tokens:
             raise UsageError(
-                f"scenario {longest.name}: {longest.tokens} tokens; the model takes {max_tokens}",
+                f"scenario {longest.name}: {longest.tokens} tokens are needed, and the "
+                f"model takes {max_tokens}",
                 fix="use a smaller --prompt or --past, or fewer --new-tokens",
             )
 

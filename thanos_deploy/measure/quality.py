@@ -57,14 +57,15 @@ class TextQuality:
     """Quality on a text.
 
     Attributes:
-        text: where it is from.
+        text: name of the text.
         value: the perplexity.
-        segments: how many segments.
-        length: tokens of each.
-        frame: what each begins with; in records from before there were any, nothing.
-        words, choices: answers about the text, see `measure.cloze` and `measure.choices`; None
-            where there were no questions, or nobody asked them.
-        fidelity: beside the dense model; None for a model by itself.
+        segments: number of segments.
+        length: tokens in each segment.
+        frame: special tokens that each segment begins with; none in records of versions that
+            recorded none.
+        words, choices: answers about the text, see `measure.cloze` and `measure.choices`; None if
+            there were no questions, or none were asked.
+        fidelity: comparison with the dense model; None for a model by itself.
     """
 
     text: str
@@ -78,7 +79,7 @@ class TextQuality:
 
     @property
     def named(self) -> dict[str, float]:
-        """What is known, by the names that gates have for it; see `gates.QUALITIES`."""
+        """The values that gates can use, by name; see `gates.QUALITIES`."""
         found = {"ppl": self.value}
         for name, asked in (("words", self.words), ("choices", self.choices)):
             if asked is not None:
@@ -110,7 +111,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class TaskQuality:
-    """Scores in tasks."""
+    """Scores on tasks of lm-evaluation-harness."""
 
     scores: tuple[Score, ...]
 
@@ -150,7 +151,7 @@ class TaskInputs:
 
 @dataclass(frozen=True, slots=True)
 class Compared(Generic[Measured]):
-    """What was measured of the dense and of the pruned model."""
+    """The results of the dense and of the pruned model."""
 
     dense: Measured
     pruned: Measured

@@ -267,7 +267,9 @@ class Run:
         """
         for scenario in self.scenarios:
             if others := sorted(set(scenario.results) - set(self.subjects)):
-                raise ValueError(f"{scenario.name}: {others[0]!r} is no subject of the run")
+                raise ValueError(
+                    f"{scenario.name}: {others[0]!r} is not one of the models of the run"
+                )
             for label, result in scenario.results.items():
                 base = scenario.results.get(self.baseline)
                 both = set(result.metrics) & set(base.metrics if base else ())
@@ -284,7 +286,7 @@ class Run:
         """What computed: a GPU, or the CPU."""
         if self.on_cpu:
             return self.environment.processor
-        return self.gpu.name if self.gpu else "a GPU that did not say its name"
+        return self.gpu.name if self.gpu else "a GPU of unknown name"
 
     @property
     def ratios(self) -> Iterator[tuple[ScenarioTimes, str, Interval]]:

@@ -50,13 +50,14 @@ class Served:
         models = _asked(url, "/v1/models", None).get("data")
         if not isinstance(models, list) or len(models) != 1:
             raise UsageError(
-                f"{url}: serves {len(models) if isinstance(models, list) else 'no'} models, and "
-                "it has to be one",
+                f"{url}: the server has "
+                f"{len(models) if isinstance(models, list) else 'no'} models, and exactly "
+                "one is needed",
                 fix="start a server for this model alone, without LoRA adapters",
             )
         name, root, longest = (models[0].get(key) for key in ("id", "root", "max_model_len"))
         if not (isinstance(name, str) and isinstance(root, str) and isinstance(longest, int)):
-            raise InputError(f"{url}: answers, but not as vLLM does", fix=_START)
+            raise InputError(f"{url}: the server answers, but not as vLLM does", fix=_START)
         return cls(url, name, root, longest)
 
     def require(self, *folders: Path) -> None:
@@ -71,8 +72,10 @@ class Served:
         root = Path(self.root)
         if root.is_dir() and root.resolve() not in {folder.resolve() for folder in folders}:
             raise UsageError(
-                f"{self.url}: serves {root}, which is not of the model that is to be measured",
-                fix=f"serve {' or '.join(map(str, folders))}, or name the model that is served",
+                f"{self.url}: the server runs {root}, which is not the model that is to be "
+                "measured",
+                fix=f"serve {' or '.join(map(str, folders))}, or give the model that the "
+                "server runs",
             )
 
     def losses(self, ids: Tensor) -> Tensor:
@@ -91,8 +94,8 @@ class Served:
         """
         if len(ids) >= self.longest:
             raise UsageError(
-                f"{self.url}: takes {self.longest} tokens with the answer's first, and a segment "
-                f"has {len(ids)}",
+                f"{self.url}: the server takes {self.longest} tokens, including one token "
+                f"of the answer, and a segment has {len(ids)}",
                 fix="use a shorter --seqlen, or start the server with a larger --max-model-len",
             )
         prompt: list[int] = ids.tolist()
@@ -105,8 +108,9 @@ class Served:
             found = [of[str(token)]["logprob"] for of, token in pairs[1:]]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.url}: does not tell the log-probabilities of a prompt ({error!r})",
-                fix="use a server of vLLM, which takes `prompt_logprobs`",
+                f"{self.url}: the answer has no log-probabilities of the tokens of the "
+                f"prompt ({error!r})",
+                fix="use a server of vLLM, which supports `prompt_logprobs`",
             ) from error
         return -torch.tensor(found, dtype=torch.float64)
 
@@ -128,12 +132,12 @@ def _asked(url: str, path: str, body: Json | None) -> Json:
     if status != client.OK:
         raise InputError(
             f"{url}{path}: answered with {status}: {said[:300].decode(errors='replace')}",
-            fix="see what the server has logged",
+            fix="read the log of the server",
         )
     try:
         answer = loads(said)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise InputError(f"{url}{path}: answered with no JSON object", fix=_START)
+        raise InputError(f"{url}{path}: the answer is not a JSON object", fix=_START)
     return answer

@@ -47,16 +47,17 @@ class Tuning(Options):
     tune_steps: int = option(
         0,
         "--tune-steps",
-        "Optimisation steps of all kept weights of a block together, towards the output of the "
-        "dense block, and with --quantize once more of codes and scales; 0 for none, which is what "
-        "--keep-shape takes unless it is given.",
+        "Number of optimisation steps that tune all kept weights of a block together, "
+        "towards the output of the dense block; with --quantize, as many more steps tune "
+        "codes and scales. 0 tunes nothing, and is the default with --keep-shape.",
         least=0,
     )
     tune_nsamples: int = option(
         0,
         "--tune-nsamples",
-        "Number of segments that these steps look at in turn: those of --nsamples, and, if it is "
-        "more, further ones of the same text as far as it has them.",
+        "Number of segments that the tuning steps use in turn: those of --nsamples and, "
+        "if this number is larger, more segments of the same text, as far as the text has "
+        "them.",
         metavar="SEGMENTS",
         least=0,
         later=True,
@@ -98,8 +99,9 @@ class Walk(Tuning):
     dense_target: float = option(
         0.0,
         "--dense-target",
-        "Target of each layer: 1 is its output in the dense model, 0 its own output on the pruned "
-        "model's activations, and numbers between mix the two.",
+        "The output that each pruned layer is fitted to: 1 is the layer's output in the "
+        "dense model, 0 is the output of its dense weights on the pruned model's "
+        "activations, and numbers between mix the two.",
         least=0.0,
         most=1.0,
     )

@@ -32,6 +32,6 @@ class Blocks(Damping):
         """
         if isinstance(pattern, SemiStructured) and self.block_columns % pattern.group:
             raise UsageError(
-                f"{name}: blocks of {self.block_columns} columns for pattern {pattern}",
+                f"{name}: blocks of {self.block_columns} columns do not fit pattern {pattern}",
                 fix=f"use a --block-size that is a multiple of {pattern.group}",
             )

@@ -76,17 +76,17 @@ class Options(Blocks):
     mask_passes: int = option(
         0,
         "--mask-passes",
-        "How often the mask of every group of an n:m pattern is chosen again, exactly, in view of "
-        "what all other groups keep. For patterns with at most 128 masks of a group, such as 2:4 "
-        "(6) and 4:8 (70); others keep their first masks.",
+        "Number of passes that choose the mask of every group of an n:m pattern again, "
+        "exactly, given the masks of all other groups. Only patterns with at most 128 "
+        "masks for a group, such as 2:4 (6 masks) and 4:8 (70 masks), have such passes; "
+        "other patterns keep their first masks.",
         least=0,
         later=True,
     )
     outlier_rows: float = option(
         0.0,
         "--outlier-rows",
-        "Fraction of each layer's rows that stay dense; such a model does not hold the pattern "
-        "everywhere.",
+        "Fraction of each layer's rows that stay dense; the pattern does not hold in these rows.",
         least=0.0,
         below=1.0,
     )
@@ -206,8 +206,8 @@ def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
     outlier_rows = options.outlier_rows
     if outlier_rows and isinstance(pattern, Unstructured):
         raise UsageError(
-            f"{name}: outlier rows {outlier_rows:g} with pattern {pattern}",
-            fix="leave --outlier-rows at 0; it has a meaning for n:m and structured patterns",
+            f"{name}: --outlier-rows {outlier_rows:g} has no effect with pattern {pattern}",
+            fix="leave --outlier-rows at 0; it applies only to n:m and structured patterns",
         )
     if isinstance(pattern, Structured) and pattern.sparsity > 1.0 - outlier_rows:
         raise UsageError(

@@ -116,14 +116,14 @@ def assign(
             before, earlier = own.get(name, (selector, its))
             if earlier != its:
                 raise UsageError(
-                    f"{file.name}: {name} is {earlier or DENSE} by {before!r} and {its or DENSE} "
-                    f"by {selector!r}",
+                    f"{file.name}: the entry {before!r} makes {name} {earlier or DENSE}, "
+                    f"and the entry {selector!r} makes it {its or DENSE}",
                     fix="name the layer in one entry only, or give both entries the same pattern",
                 )
             if its is not None and (name in ignored or name not in included):
                 option = "--ignore names it" if name in ignored else "--include does not"
                 raise UsageError(
-                    f"{file.name}: {name} is {its} by {selector!r}, but {option}",
+                    f"{file.name}: the entry {selector!r} makes {name} {its}, but {option}",
                     fix="name the layer in the file or in the option, not in both",
                 )
             own[name] = (selector, its)
@@ -135,8 +135,8 @@ def assign(
     }
     if not assigned:
         raise UsageError(
-            f"none of the {len(names)} linear layers is left to prune",
-            fix="ignore fewer of them",
+            f"all {len(names)} linear layers are left out, so there is nothing to prune",
+            fix="leave fewer layers out with --include, --ignore and the sparsity file",
         )
     return assigned
 
@@ -197,7 +197,8 @@ def _called(where: str, selector: str, names: Sequence[str]) -> list[str]:
         except re.error as error:
             raise UsageError(
                 f"{where}: not a regular expression ({error})",
-                fix="escape what is meant literally with a backslash",
+                fix="correct the expression, with a backslash before special characters that "
+                "are meant literally",
             ) from error
     else:
         called = [name for name in names if name == selector]
@@ -206,7 +207,7 @@ def _called(where: str, selector: str, names: Sequence[str]) -> list[str]:
         raise UsageError(
             f"{where}: no linear layer of the model has this name; the most similar are "
             f"{', '.join(nearest)}",
-            fix="give a full name, or re: and an expression that matches the whole of it, such as "
-            "re:.*down_proj; embeddings and the output head are never pruned",
+            fix="give a full name, or re: and a regular expression that matches the full "
+            "name, such as re:.*down_proj; embeddings and the output head are never pruned",
         )
     return called

@@ -104,7 +104,7 @@ class Checkpoint:
         bare = cls(folder, config, family, Outline(folder, {}), widths, ())
         with boundary(
             ModelError,
-            f"{folder / 'config.json'}: describes no valid model",
+            f"{folder / 'config.json'}: does not describe a valid model",
             fix="restore config.json from the model's origin",
         ):
             model = bare.skeleton()
@@ -218,13 +218,14 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
     declared = block_widths.declared(folder)
     if declared is not None and len(declared) != count:
         raise ModelError(
-            f"{folder / block_widths.FILE}: {len(declared)} blocks, config.json says {count}",
-            fix="use the files of one and the same checkpoint",
+            f"{folder / block_widths.FILE}: {len(declared)} blocks are declared, and "
+            f"config.json declares {count}",
+            fix="use files that belong to the same checkpoint",
         )
     if declared is not None and family.experts is not None:
         raise ModelError(
-            f"{folder / block_widths.FILE}: widths of blocks, of a model type with experts, whose "
-            "widths config.json states",
+            f"{folder / block_widths.FILE}: this file declares widths of blocks, but for a "
+            "model type with experts config.json alone declares them",
             fix="restore the folder from the model's origin",
         )
     uniform = (block_widths.of_config(config, family),) * count

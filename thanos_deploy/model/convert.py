@@ -78,8 +78,9 @@ def convert_memory(
             )
     if getattr(model, "peft_config", None):
         raise UsageError(
-            f"the {type(model).__name__} in memory has adapters, which are saved by themselves",
-            fix="merge them into the weights first",
+            f"the {type(model).__name__} in memory has adapters, which would not be saved "
+            "with its weights",
+            fix="merge the adapters into the weights first",
         )
     with redirect_stderr(StringIO()):  # a progress bar
         model.save_pretrained(destination)

@@ -101,9 +101,9 @@ def _require_same_blocks(checkpoint: Checkpoint, kept: Sequence[int], entries: J
         if before != after:
             name = next(name for name in before if before[name] != after.get(name))
             raise UsageError(
-                f"{checkpoint.folder}: block {old} would be another one as block {new}: its {name} "
-                f"would be {after.get(name)!r} instead of {before[name]!r}, as it depends on the "
-                "number of the block",
+                f"{checkpoint.folder}: block {old} would change by becoming block {new}: "
+                f"its {name} depends on the number of the block, and would be "
+                f"{after.get(name)!r} instead of {before[name]!r}",
                 fix="use --allocation uniform, which drops no block",
             )
 

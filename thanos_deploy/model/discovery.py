@@ -32,7 +32,7 @@ _BATCH = (2, 6)
 # What the modules of attention are called.
 _ATTENTION = ("attn", "attention")
 
-_FIX = "use a model of a type that has a row, or add one: docs/develop/add-a-family.md"
+_FIX = "use a model of a supported type, or add a row for this type: docs/develop/add-a-family.md"
 
 
 @dataclass(slots=True)
@@ -59,8 +59,9 @@ def discover(config: PretrainedConfig) -> Family:
     with (
         boundary(
             ModelError,
-            f"model type {kind!r} is not supported: there is no row for it, and a forward pass "
-            "that was to show what its blocks are did not work",
+            f"model type {kind!r} is not supported: there is no row for it in "
+            "thanos_deploy/model/families.py, and the forward pass that should find its "
+            "blocks failed",
             fix=_FIX,
         ),
         _quietly(),
@@ -89,7 +90,7 @@ def discover(config: PretrainedConfig) -> Family:
             producers=tuple(attention[:-1]),
             layout="separate",
             consumer=attention[-1] if attention else "",
-            fixed="its model type has no row in thanos_deploy/model/families.py, so that its heads "
+            fixed="its model type has no row in thanos_deploy/model/families.py, so its heads "
             "and channels are not known",
         ),
         channels=Channels((), ""),
@@ -120,7 +121,10 @@ def _blocks(model: PreTrainedModel, count: int) -> str:
     ]
     outermost = [name for name in lists if not any(name.startswith(f"{o}.") for o in lists)]
     if len(outermost) != 1:
-        raise ValueError(f"{len(outermost)} lists of {count} modules: {', '.join(outermost)}")
+        raise ValueError(
+            f"{len(outermost)} lists of {count} modules, where one was expected: "
+            f"{', '.join(outermost)}"
+        )
     return str(outermost[0])
 
 
@@ -136,8 +140,8 @@ def _require_matrices(kind: str, blocks: nn.Module) -> None:
             raise ModelError(
                 f"model type {kind!r} is not supported: there is no row for it, and block "
                 f"{name.partition('.')[0]} has several matrices in one parameter, "
-                f"{name.partition('.')[2]} {list(parameter.shape)}, so that there is no layer to "
-                "prune",
+                f"{name.partition('.')[2]} {list(parameter.shape)}, so there is no linear "
+                "layer to prune",
                 fix=_FIX,
             )
 
@@ -183,7 +187,7 @@ def _given(kind: str, seen: _Seen, blocks: nn.Module) -> int:
     if len(left) != count:
         reason = f"its {count} blocks were called {len(left)} times"
     elif len(gives) > 1 or not all(isinstance(one, Tensor) for one in left):
-        reason = "its blocks do not give hidden states"
+        reason = "its blocks do not return hidden states"
     elif any(one is not two for one, two in zip(left[:-1], seen.entered[1:], strict=True)):
         reason = "it computes something between two blocks"
     if reason:
@@ -229,9 +233,9 @@ def _require_all(kind: str, inputs: tuple[tuple[str, ...], ...], blocks: nn.Modu
         layer = name.partition(".")[2]
         if isinstance(module, nn.Linear | Conv1D) and layer not in known:
             raise ModelError(
-                f"model type {kind!r} is not supported: there is no row for it, and a forward pass "
-                f"does not call {layer} of block {name.partition('.')[0]}, though it may use its "
-                "weight",
+                f"model type {kind!r} is not supported: there is no row for it, and a "
+                f"forward pass does not call the layer {layer} of block "
+                f"{name.partition('.')[0]}, although it may use the weight of that layer",
                 fix=_FIX,
             )
 

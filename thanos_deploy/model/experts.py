@@ -203,7 +203,7 @@ def _require_known(held: nn.Module, names: Experts, place: str) -> None:
     gate = getattr(type(held), "_apply_gate", None)
     own = gate is not None and gate.__module__ == type(held).__module__
     if own is not names.fused:
-        odd.append(f"its gate is {'' if own else 'not '}of its own")
+        odd.append(f"its class has {'a' if own else 'no'} gate function of its own")
     matrices = {GATE_UP, DOWN}
     if set(shapes) != matrices | ({one + BIAS for one in matrices} if names.fused else set()):
         odd.append(f"its parameters are {shapes}")
@@ -215,8 +215,8 @@ def _require_known(held: nn.Module, names: Experts, place: str) -> None:
         odd.append("it has no activation `act_fn`")
     if odd:
         raise ModelError(
-            f"{place}: {type(held).__name__} keeps or computes its experts in a way that is not "
-            f"known: {'; '.join(odd)}",
+            f"{place}: {type(held).__name__} stores or computes its experts in a way that "
+            f"is not supported: {'; '.join(odd)}",
             fix="use a model of a supported type",
         )
 

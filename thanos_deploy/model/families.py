@@ -254,7 +254,8 @@ _OLMO = replace(
     _LLAMA,
     model_types=("olmo2", "olmo3"),
     heads=replace(
-        _LLAMA.heads, fixed="its norm of the queries goes over all heads, and so depends on each"
+        _LLAMA.heads,
+        fixed="the norm of its queries spans all heads, so every head depends on the others",
     ),
     gguf={},
     readings=(),

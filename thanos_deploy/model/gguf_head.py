@@ -31,13 +31,13 @@ def architecture(path: Path) -> str:
         OSError: the file cannot be read.
     """
     if os.path.getsize(path) < len(_MAGIC) + 20:
-        raise _refusal(path, "it ends within its head")
+        raise _refusal(path, "it ends within its header")
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         head = _Head(path, content)
         if head.take(len(_MAGIC)) != _MAGIC:
             raise _refusal(path, "it does not begin with GGUF")
         if (version := head.number("<I")) not in _VERSIONS:
-            raise _refusal(path, f"version {version}, and versions 2 and 3 are read")
+            raise _refusal(path, f"it has version {version}, and only versions 2 and 3 can be read")
         tensors, values = head.number("<Q"), head.number("<Q")
         found = b""
         for _ in range(values):
@@ -63,7 +63,8 @@ class _Head:
         if count > len(self._content) - self._at:
             raise _refusal(
                 self._path,
-                f"at byte {self._at} it claims {count} more, and it has {len(self._content)} bytes",
+                f"at byte {self._at} it announces {count} more bytes, and it has "
+                f"{len(self._content)} bytes",
             )
         self._at += count
 
@@ -90,7 +91,7 @@ class _Head:
         elif kind == _ARRAY and depth < _DEPTH:
             self._array(depth)
         else:
-            raise _refusal(self._path, f"a value of type {kind} at byte {self._at}")
+            raise _refusal(self._path, f"a value of the unknown type {kind} at byte {self._at}")
 
     def _array(self, depth: int) -> None:
         kind, count = self.number("<I"), self.number("<Q")

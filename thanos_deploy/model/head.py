@@ -74,8 +74,9 @@ def require_plain_head(model: PreTrainedModel) -> None:
     """
     if not has_plain_head(model):
         raise ModelError(
-            f"a model of type {model.config.model_type}: its logits are not what its output head "
-            "makes of its last hidden states, so nothing can be trained towards them",
+            f"a model of type {model.config.model_type}: the logits are not the output of "
+            "the output head on the last hidden states, so the model cannot be trained "
+            "towards them",
             fix="leave --recover out",
         )
 

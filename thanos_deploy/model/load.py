@@ -41,7 +41,7 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
     if missing:
         raise ModelError(
             f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
-            fix="the checkpoint is incomplete or not of the type that its config.json names",
+            fix="use a complete checkpoint, of the model type that config.json names",
         )
     if (family := row_of(model.config.model_type)) is not None:
         experts.separate(model, family)

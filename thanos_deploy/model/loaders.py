@@ -233,10 +233,12 @@ def _quantised(sizes: Dimensions) -> str:
     """Which of ggml's blocks the rows of the matrices are made of (src/llama-quant.cpp)."""
     rows = sorted({sizes.hidden, sizes.heads * sizes.head, sizes.channels})
     if odd := [row for row in rows if row % 32]:
-        return f"to quantise: rows of {_listed(odd)} stay in F16, being no multiples of 32"
+        return (
+            f"to quantise: rows of {_listed(odd)} stay in F16, because they are not multiples of 32"
+        )
     if odd := [row for row in rows if row % 256]:
         return (
-            f"to quantise: rows of {_listed(odd)} are no multiples of 256, so that the K types "
+            f"to quantise: rows of {_listed(odd)} are not multiples of 256, so the K types "
             "fall back to blocks of 32 there"
         )
     return "to quantise: all types, with blocks of 32 and of 256"
@@ -248,17 +250,17 @@ def _listed(numbers: tuple[int, ...] | list[int]) -> str:
 
 # What the rows of the families name: in words, and whether it holds.
 DEMANDS: Mapping[Demand, tuple[str, Holds]] = {
-    "another model": ("it does not know models of this type", lambda _: False),
+    "another model": ("it does not support models of this type", lambda _: False),
     "channels are 4 x hidden size": (
-        "it takes the feed-forward channels to be 4 x hidden size, whatever config.json says",
+        "it assumes that the feed-forward channels are 4 x hidden size, whatever config.json says",
         lambda sizes: sizes.channels == 4 * sizes.hidden,
     ),
     "every second block has no window": (
-        "it takes every second block to see the whole text, whatever layer_types says",
+        "it assumes that every second block attends to the whole text, whatever layer_types says",
         lambda sizes: sizes.has_whole(2),
     ),
     "every sixth block has no window": (
-        "it takes every sixth block to see the whole text, whatever layer_types says",
+        "it assumes that every sixth block attends to the whole text, whatever layer_types says",
         lambda sizes: sizes.has_whole(6),
     ),
     "head size is even": (
@@ -266,7 +268,7 @@ DEMANDS: Mapping[Demand, tuple[str, Holds]] = {
         lambda sizes: sizes.head % 2 == 0,
     ),
     "head size is hidden size / heads": (
-        "it takes the size of a head to be hidden size / heads, whatever head_dim says",
+        "it assumes that the size of a head is hidden size / heads, whatever head_dim says",
         lambda sizes: sizes.head * sizes.heads == sizes.hidden,
     ),
     "hidden size is a multiple of heads": (

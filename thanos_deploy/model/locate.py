@@ -83,7 +83,7 @@ def _local(model: str) -> Path | None:
         return _folder_of(path)
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(
-            f"{path}: is a file, but not a .gguf file",
+            f"{path}: this file is neither a .gguf nor a .safetensors file",
             fix="give a model folder, a hub id, a .gguf, or a .safetensors beside its config.json",
         )
     if (path / layout.MANIFEST).is_file() and (path / layout.MODEL).is_dir():
@@ -109,12 +109,14 @@ def _folder_of(weights: Path) -> Path:
     folder = weights.parent
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{weights}: there is no config.json beside it, so it is not known what it holds",
+            f"{weights}: there is no config.json beside this file, so the type of the "
+            "model is unknown",
             fix="put the model's config.json and its tokenizer's files there",
         )
     if weights.name not in (found := shards(folder)):
         raise ModelError(
-            f"{weights}: the weights of {folder} are in {', '.join(found)}",
+            f"{weights}: transformers loads the weights of {folder} from other files: "
+            f"{', '.join(found)}",
             fix=f"give {folder}, or put this file into a folder of its own, as model.safetensors, "
             "beside its config.json",
         )
@@ -139,9 +141,10 @@ def _fetch(repository: str, revision: str | None) -> Path:
     folder = _download(repository, folder.name, needed)
     if missing := [name for name in needed if len(needed) > 1 and not (folder / name).exists()]:
         raise PlatformError(
-            f"{repository}: {len(missing)} of {len(needed)} files of weights, such as "
+            f"{repository}: {len(missing)} of {len(needed)} weight files, such as "
             f"{missing[0]}, are not in the hub's local cache",
-            fix="run it again with a network and without --offline; what is there is kept",
+            fix="repeat the command with a network and without --offline; files that are in "
+            "the cache are kept",
         )
     return folder
 
@@ -161,8 +164,7 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise PlatformError(
-            f"{repository}: a gated model, and the hub gives it to nobody without a token that has "
-            "access",
+            f"{repository}: this model is gated, and the hub requires a token with access to it",
             fix=f"ask for access on https://huggingface.co/{repository}, and set HF_TOKEN to a "
             "token of that account, or log in with `hf auth login`",
         ) from error

@@ -325,7 +325,7 @@ def _require_known(path: Path, name: str, dtype: str) -> None:
     """
     if dtype not in DTYPES:
         raise ModelError(
-            f"{path}: {name} is stored as {dtype}, which is not understood",
+            f"{path}: {name} is stored as {dtype}, which cannot be read",
             fix="use the float checkpoint that this one was made from",
         )
 
@@ -352,7 +352,8 @@ def _read_record(folder: Path) -> _Record:
         written = content.pop("sha256")
         if sha256_of(content) != written:
             raise IntegrityError(
-                f"{path}: its content is not the one whose SHA-256 it states, {written}",
+                f"{path}: the content of the record does not have the SHA-256 that the "
+                f"record states, {written}",
                 fix="fetch the checkpoint again",
             )
         record = decode(_Record, content)

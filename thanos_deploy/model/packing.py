@@ -71,7 +71,7 @@ def require_pattern(weight: Tensor, pattern: SemiStructured, name: str = "weight
     kept, group = pattern.kept, pattern.group
     if cols % group:
         raise ModelError(
-            f"{name}: {cols} columns are no multiple of {group}, so it does not hold {pattern}",
+            f"{name}: {cols} columns are not a multiple of {group}, so it does not hold {pattern}",
             fix="pack a model that was pruned to the pattern",
         )
     over = [_present(part, group).sum(dim=1, dtype=torch.int32) > kept for part in _parts(weight)]
@@ -131,8 +131,8 @@ def unpack(values: Tensor, mask: Tensor, cols: int, name: str = "weight") -> Ten
         or tuple(mask.shape) != (len(values), math.ceil(cols / 8))
     ):
         raise ModelError(
-            f"{name}: values {list(values.shape)} and {mask.dtype} mask {list(mask.shape)} do not "
-            f"make {cols} columns",
+            f"{name}: values {list(values.shape)} and {mask.dtype} mask {list(mask.shape)} "
+            f"do not fit together to {cols} columns",
             fix="the checkpoint is damaged; fetch it again",
         )
     weight = values.new_zeros(len(values), cols)
@@ -184,8 +184,9 @@ def require_semi_structured(weight: Tensor, library: str, name: str = "weight") 
         size == 0 or size % multiple for size, multiple in zip(weight.shape, multiples, strict=True)
     ):
         raise ModelError(
-            f"{name}: {library} takes no 2:4 weight of {weight.dtype} {list(weight.shape)}",
-            fix="it takes "
+            f"{name}: {library} does not support a 2:4 weight of {weight.dtype} "
+            f"{list(weight.shape)}",
+            fix="use a weight of "
             + "; ".join(
                 f"{dtype} with multiples of {rows} x {cols}"
                 for dtype, (rows, cols) in taken.items()

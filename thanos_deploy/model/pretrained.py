@@ -138,8 +138,8 @@ def require_no_adapter(folder: Path) -> None:
     """
     if (folder / ADAPTER).exists():
         raise ModelError(
-            f"{folder / ADAPTER}: is an adapter; its base model would be read from a place that "
-            "this file names",
+            f"{folder / ADAPTER}: this file belongs to an adapter, and the base model "
+            "would be loaded from the place that it names",
             fix="merge the adapter into its base model, save that, and remove this file",
         )
 
@@ -166,8 +166,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer("a")  # some of what the files say is looked at with the first text only
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         raise ModelError(
-            f"{folder}: the tokenizer is a {type(tokenizer).__name__}, which the library does not "
-            "make with the package tokenizers, so that no tokenizer.json can be written",
+            f"{folder}: the tokenizer is a {type(tokenizer).__name__}, which is not based "
+            "on the package tokenizers, so no tokenizer.json can be written",
             fix="put the model's tokenizer.json there",
         )
     return tokenizer
@@ -305,8 +305,9 @@ def load_rows(name: str, config: str, split: str, file: str) -> list[object]:
         ) from error
     with boundary(
         CalibrationError,
-        f"{name}: its part {split} {f'of {config} ' if config else ''}cannot be read",
-        fix="check the name; without a network it has to be in the local cache of the hub",
+        f"{name}: the split {split} {f'of {config} ' if config else ''}cannot be read",
+        fix="check the names of the data set and the split; without a network, the data set "
+        "has to be in the local cache of the hub",
     ):
         return list(
             load_dataset(
@@ -330,8 +331,8 @@ def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
     except Exception as error:
         if code := _code(folder / file):
             raise ModelError(
-                f"{folder / file}: it needs code that comes with the model ({code}), which is "
-                "never run",
+                f"{folder / file}: loading this file would run code that comes with the "
+                f"model ({code}), and such code is never run",
                 fix="use a model of a supported type whose tokenizer is saved as tokenizer.json",
             ) from error
         raise ModelError(

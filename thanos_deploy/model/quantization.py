@@ -31,8 +31,8 @@ def layers_of(quantization: Json) -> frozenset[str]:
         isinstance(layers, list) and layers and all(isinstance(name, str) for name in layers)
     ):
         raise ModelError(
-            f"quantization_config: {str(quantization)[:200]} is not of {METHOD} at {PATTERN} with "
-            "the names of its layers",
+            f"quantization_config: {str(quantization)[:200]} does not name the method "
+            f"{METHOD}, the pattern {PATTERN} and the packed layers",
             fix="export the model again with `thanos-deploy export OUT --target vllm`",
         )
     return frozenset(layers)

@@ -62,8 +62,9 @@ class Change:
         """
         if max_sequence > self.tokens:
             raise InputError(
-                f"{bundle}: its graph takes up to {max_sequence} tokens, and texts that share a "
-                f"batch would change each other's answers: {self._reason}",
+                f"{bundle}: its graph takes up to {max_sequence} tokens, and at that "
+                "length the texts in a batch would change each other's answers: "
+                f"{self._reason}",
                 fix=f"run `thanos-deploy export {bundle} --target onnx --max-seq {self.tokens} "
                 "--overwrite` first; `generate` answers longer texts, one at a time",
             )
@@ -71,8 +72,8 @@ class Change:
     @property
     def _reason(self) -> str:
         return (
-            f"the model's rotary embedding ({self.kind}) chooses its frequencies by the longest "
-            f"text of a batch as soon as that has more than {self.tokens} tokens"
+            f"the model's rotary embedding ({self.kind}) depends on the longest text in a "
+            f"batch as soon as that text has more than {self.tokens} tokens"
         )
 
 

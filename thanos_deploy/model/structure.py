@@ -94,7 +94,8 @@ def _block(block: nn.Module, prefix: str, family: Family) -> BlockStructure:
     where = f"the row of {family.model_types[0]} in thanos_deploy/model/families.py"
     if unknown := [name for name in found if name not in known.linears]:
         raise ModelError(
-            f"{prefix.rstrip('.')}: linear layers that {where} does not name: {', '.join(unknown)}",
+            f"{prefix.rstrip('.')}: the block has linear layers that {where} does not "
+            f"name: {', '.join(unknown)}",
             fix="use a model whose blocks the row describes, or add them to its `inputs`",
         )
     if stacked := [
@@ -103,13 +104,13 @@ def _block(block: nn.Module, prefix: str, family: Family) -> BlockStructure:
         if one.ndim > 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
     ]:
         raise ModelError(
-            f"{prefix.rstrip('.')}: several matrices in one parameter, which {where} does not "
-            f"describe: {', '.join(stacked)}",
-            fix="use a model without experts, or say where they are in `experts` of the row",
+            f"{prefix.rstrip('.')}: the block has parameters with several matrices, which "
+            f"{where} does not describe: {', '.join(stacked)}",
+            fix="use a model without experts, or describe them in `experts` of that row",
         )
     if not steps:
         raise ModelError(
-            f"{prefix.rstrip('.')}: none of the linear layers that {where} names",
+            f"{prefix.rstrip('.')}: the block has none of the linear layers that {where} names",
             fix="correct `inputs` in that row",
         )
     routed = {

@@ -76,7 +76,7 @@ def write_text_part(folder: Path, destination: Path) -> None:
     copy_companions(folder, destination, None)
     with boundary(
         ModelError,
-        f"{folder / 'config.json'}: describes no language model of the type {wrapper.text}",
+        f"{folder / 'config.json'}: does not describe a language model of the type {wrapper.text}",
         fix="restore config.json from the model's origin",
     ):
         files.write_json(destination / "config.json", _configuration(folder, wrapper))

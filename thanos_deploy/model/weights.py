@@ -159,8 +159,8 @@ class Weights:
                 )
         if not same:
             raise ModelError(
-                f"{self.folder}: {one.name} and {two.name} are one parameter by config.json, and "
-                "differ",
+                f"{self.folder}: {one.name} and {two.name} are one tied parameter "
+                "according to config.json, but their values differ",
                 fix="remove the one that the model does not use, or set tie_word_embeddings to "
                 "false in config.json if it uses both",
             )

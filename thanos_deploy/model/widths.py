@@ -140,7 +140,8 @@ def declared(folder: Path) -> tuple[Widths, ...] | None:
     # A dense block has no experts.
     if any(min(one.heads, one.kv_heads, one.channels) < 1 or one.experts < 0 for one in blocks):
         raise ModelError(
-            f"{path}: a width that is not a positive number", fix="restore it from its origin"
+            f"{path}: a width is not a positive number",
+            fix="restore the file from the model's origin",
         )
     return blocks
 

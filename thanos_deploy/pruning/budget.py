@@ -38,34 +38,36 @@ class Budget(Options):
     goal: str = option(
         "",
         "--budget",
-        "How many times as fast as the dense model the pruned one has to be on --budget-gpu, such "
-        "as speed=1.2x. The layers whose pruning would change the model most for the time that it "
-        "saves stay dense, as far as that goes; so do those whose pruning saves no time. Takes "
-        "one more walk through the model.",
+        "How many times as fast as the dense model the pruned model has to be on "
+        "--budget-gpu, such as speed=1.2x. Layers whose pruning saves no time stay dense. "
+        "So do, as far as the required speed allows, the layers whose pruning would "
+        "change the model most for the time that it saves. This takes one more pass over "
+        "all blocks of the model.",
         metavar="speed=FACTORx",
         later=True,
     )
     gpu: str = option(
         "",
         "--budget-gpu",
-        "The GPU that --budget is for: a name that the command plan knows. Times are forecast as "
-        "plan does it, in bf16.",
+        "The GPU that --budget is for: a name that `plan --gpu` takes. Times are forecast "
+        "in bf16, as the command plan does it.",
         metavar="NAME",
         later=True,
     )
     step: str = option(
         "decode:1",
         "--budget-step",
-        f"What --budget is to make faster: a step that decodes one token of BATCH sequences, after "
-        f"{PAST} tokens, or a prefill of so many TOKENS.",
+        "The step that --budget is about. decode:BATCH decodes one token in each of BATCH "
+        f"sequences, after {PAST} tokens; prefill:TOKENS reads a prompt of TOKENS tokens.",
         metavar="decode:BATCH|prefill:TOKENS",
         later=True,
     )
     measured: str | None = option(
         None,
         "--budget-measured",
-        "File with matrix products measured on that GPU, as for plan --measured.  [default: the "
-        "published products, where that GPU was measured]",
+        "File with times of matrix products that were measured on that GPU, as for `plan "
+        "--measured`.  [default: the measurements published with this project, if they "
+        "include that GPU]",
         metavar="PATH",
         later=True,
     )
@@ -76,7 +78,7 @@ class Budget(Options):
         if _GOAL.fullmatch(self.goal) is None or self.speed <= 1.0:
             raise UsageError(
                 f"--budget {self.goal!r}",
-                fix="say how many times as fast as the dense model, such as speed=1.2x",
+                fix="give a speed as a multiple of the dense model's, such as speed=1.2x",
             )
         if _STEP.fullmatch(self.step) is None:
             raise UsageError(
@@ -85,7 +87,7 @@ class Budget(Options):
         if not self.gpu:
             raise UsageError(
                 f"--budget {self.goal} without --budget-gpu",
-                fix="name the GPU that the model is for; zeros make no CPU faster",
+                fix="name the GPU that the model is for; on a CPU, zeros save no time",
             )
 
     @property
@@ -180,15 +182,15 @@ class Choices:
         left = f"{dense} of {len(self.groups)} groups of layers stay dense"
         if self.unit == "weights":
             return (
-                f"{left}, with {1.0 - self.saved / self.whole:.1%} of the weights that could be "
-                f"pruned; {self.asked:.1%} may."
+                f"{left}, with {1.0 - self.saved / self.whole:.1%} of the weights that "
+                f"could be pruned; --keep-dense allows {self.asked:.1%}."
             )
         free = sum(group.saves <= 0.0 for group in self.groups)
         return (
             f"{left}, {free} of them because pruning them saves no time. The forecast for "
             f"{self.purpose} is {self.speed:.2f} times the speed of the dense model, where "
-            f"{self.asked:.2f} was asked for and {self.fastest:.2f} is possible; measured products "
-            f"stand for {self.measured} groups."
+            f"{self.asked:.2f} was asked for and {self.fastest:.2f} is possible. For "
+            f"{self.measured} groups the forecast uses times of measured matrix products."
         )
 
 

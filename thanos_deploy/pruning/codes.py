@@ -92,7 +92,9 @@ class Codes:
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise _unreadable(self.folder, f"{name} is not there: {error}") from error
         if not same:
-            raise _unreadable(self.folder, f"the codes of {name} are not those of its weight")
+            raise _unreadable(
+                self.folder, f"the codes of {name} do not match the weight in the checkpoint"
+            )
         return quantised
 
     def _read(self, name: str) -> Tensor:

@@ -107,8 +107,8 @@ def before_question(tokenizer: PreTrainedTokenizerBase) -> str:
     before, found, _ = written.partition(question)
     if not found:
         raise CalibrationError(
-            f"--recover-text chat: {tokenizer.name_or_path} has no chat template that a question "
-            "can be written with",
+            f"--recover-text chat: {tokenizer.name_or_path} has no chat template that a "
+            "question can be inserted into",
             fix="use --recover-text own, or a model that is made for conversations",
         )
     return before
@@ -204,9 +204,10 @@ def own_text(
         if drawn >= _PATIENCE * max(count, _BATCH):
             break
     raise CalibrationError(
-        f"--recover-text: of {drawn} pieces that the dense model wrote, {drawn - len(kept)} repeat "
-        f"themselves or have more signs than the calibration text, and {count} are needed",
-        fix="use --recover-text calib, or calibration text of the kind that the model writes",
+        f"--recover-text: of {drawn} pieces that the dense model wrote, "
+        f"{drawn - len(kept)} were dropped, because they repeat themselves or have more "
+        f"symbols than the calibration text; {count} pieces are needed",
+        fix="use --recover-text calib, or calibration text like the text that the model generates",
     )
 
 

@@ -45,22 +45,22 @@ class Layers(Options):
     ignore: tuple[str, ...] = option(
         (),
         "--ignore",
-        "Leave these layers exactly as they are; named as for --include.",
+        "Leave these layers unchanged; they are named as for --include.",
         metavar="LAYER",
     )
     sparsity_file: str | None = option(
         None,
         "--sparsity-file",
-        'File with a JSON object from layers to their patterns: {"re:.*down_proj": "dense", '
-        '"model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
+        'File with a JSON object that gives layers their own patterns: {"re:.*down_proj": '
+        '"dense", "model.layers.0.mlp.up_proj": "unstructured:0.3"}.',
         metavar="PATH",
     )
     keep_dense: float = option(
         0.0,
         "--keep-dense",
-        "Leave this fraction of the weights dense, such as 0.2: in the layers whose pruning would "
-        "change the model most for the weights that it saves. Takes one more walk through the "
-        "model.",
+        "Leave this fraction of the weights dense, such as 0.2. The layers that stay "
+        "dense are those whose pruning would change the model most for each weight that "
+        "it removes. This takes one more pass over all blocks of the model.",
         metavar="FRACTION",
         least=0.0,
         below=1.0,
@@ -85,7 +85,9 @@ class Owl(Options):
         above=0.0,
     )
     spread: float = option(
-        0.08, "--owl-spread", "owl: largest distance of a block's sparsity from the pattern's."
+        0.08,
+        "--owl-spread",
+        "owl: largest difference between the sparsity of a block and the sparsity of the pattern.",
     )
 
     def check(self, sparsity: float) -> None:
@@ -97,8 +99,8 @@ class Owl(Options):
         room = min(sparsity, 1.0 - sparsity)
         if not 0.0 <= self.spread <= room:
             raise UsageError(
-                f"--owl-spread {self.spread:g} around a sparsity of {sparsity:g}: a block cannot "
-                "lose less than nothing or more than everything",
+                f"--owl-spread {self.spread:g} around a sparsity of {sparsity:g}: the "
+                "sparsity of a block has to stay between 0 and 1",
                 fix=f"use a spread from 0 to {room:g}",
             )
 
@@ -132,8 +134,8 @@ class Recipe(Options):
     forward: Forward = option(
         "auto",
         "--calib-forward",
-        "Precision of the blocks on calibration data; auto is bf16 if the processor or GPU has "
-        "instructions for it.",
+        "Precision in which the blocks run on calibration data; auto is bf16 if the "
+        "processor or GPU has instructions for it.",
     )
     budget: Budget | None = None
 
@@ -141,15 +143,15 @@ class Recipe(Options):
         """Refuse what has no meaning together."""
         Options.__post_init__(self)
         if not isinstance(self.options, methods.load(self.method).options):
-            raise TypeError(f"{type(self.options)} are no options of method {self.method}")
+            raise TypeError(f"{type(self.options)} are not options of method {self.method}")
         if self.budget is not None:
             self._check_budget(self.budget)
         if self.owl is None:
             return
         if self.layers.keep_dense:
             raise UsageError(
-                f"--allocation owl with --keep-dense {self.layers.keep_dense:g}: both choose by a "
-                "survey of their own what layers lose",
+                f"--allocation owl with --keep-dense {self.layers.keep_dense:g}: both "
+                "choose the sparsity of each layer",
                 fix="leave one of them out",
             )
         if not isinstance(self.pattern, Unstructured):
@@ -174,13 +176,13 @@ class Recipe(Options):
         if self.owl is not None or self.layers.keep_dense:
             other = "--allocation owl" if self.owl is not None else "--keep-dense"
             raise UsageError(
-                f"--budget {budget.goal} with {other}: both choose what each layer loses",
+                f"--budget {budget.goal} with {other}: both choose the sparsity of each layer",
                 fix="leave one of them out",
             )
         if getattr(self.options, "outlier_rows", 0.0):
             raise UsageError(
-                f"--budget {budget.goal} with --outlier-rows: a layer with dense rows is not 2:4, "
-                "so that no kernel is faster by its zeros",
+                f"--budget {budget.goal} with --outlier-rows: a layer with dense rows is "
+                "not 2:4, so no sparse kernel can run it",
                 fix="leave one of them out",
             )
 

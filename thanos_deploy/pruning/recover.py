@@ -188,7 +188,7 @@ def distil(
     )
     steps = _order(len(segments), count, seed).split(max(1, _TOKENS_A_STEP // segments.shape[1]))
     dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    with memory_for("training what is left, with its teacher"):
+    with memory_for("training the remaining weights, with the dense model as teacher"):
         divergence = _train(
             learner,
             student_of(learner),
@@ -261,7 +261,7 @@ def _train(
         watch(step + 1, model)
     by_rank = ranks.gather(_Divergence(tuple(torch.stack(divergence).tolist())))
     nats = [math.fsum(parts) for parts in zip(*(one.nats for one in by_rank), strict=True)]
-    logger.debug("nats per token from the dense model, by step: %s", nats)
+    logger.debug("divergence from the dense model in nats per token, by step: %s", nats)
     return nats
 
 

@@ -126,8 +126,9 @@ def check(checkpoint: Checkpoint) -> None:
     """
     if checkpoint.family.experts is not None:
         raise UsageError(
-            f"--keep-dense or --budget for a {checkpoint.config.model_type} model: its experts "
-            "have so many layers that trying each would take longer than pruning them",
+            f"--keep-dense or --budget for a {checkpoint.config.model_type} model: the "
+            "experts have so many layers that measuring each would take longer than "
+            "pruning all of them",
             fix="name the layers that are to stay dense with --ignore",
         )
 

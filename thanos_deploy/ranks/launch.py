@@ -30,7 +30,7 @@ def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
     if not dist.is_available():
         raise PlatformError(
             "this build of PyTorch has no torch.distributed",
-            fix="use --processes 1, or another build",
+            fix="use --processes 1, or a build of PyTorch that has torch.distributed",
         )
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -62,8 +62,8 @@ def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
         if ResourceError.exit_code not in codes.values():  # nobody was there yet who could say it
             raise ResourceError(
                 f"rank {killed[0]} of {processes} was killed by SIGKILL",
-                fix="repeat the command: what is finished is kept. If it was for memory, use fewer "
-                "processes",
+                fix="repeat the command: finished work is kept. If the system killed it for "
+                "lack of memory, use fewer processes",
             ) from error
         return ResourceError.exit_code
     except SignalException as error:

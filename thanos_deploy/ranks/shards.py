@@ -87,6 +87,7 @@ class Layout:
         if ranks > self.shards:
             raise UsageError(
                 f"{ranks} processes, but {self._counted} calibration segments, in batches "
-                f"of up to {TOKENS_PER_BATCH} tokens, are work for {self.shards} at most",
+                f"of up to {TOKENS_PER_BATCH} tokens, are enough work for {self.shards} "
+                "processes only",
                 fix=f"start at most {self.shards} processes, or use more segments (--nsamples)",
             )

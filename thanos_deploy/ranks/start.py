@@ -103,7 +103,7 @@ def together() -> Iterator[Ranks]:
     if dist.is_initialized():
         raise UsageError(
             "torch.distributed is in use by this program already",
-            fix="call dist.destroy_process_group() before",
+            fix="call torch.distributed.destroy_process_group() before this call",
         )
     ranks = Ranks(found.rank, found.size)
     with _meet(found, ranks) as watch:
@@ -163,7 +163,7 @@ def _meet(found: Place, ranks: Ranks) -> Watch:
             dist.destroy_process_group()
         raise PlatformError(
             f"rank {found.rank} of {found.size}: the other ranks were not reached within "
-            f"{seconds:g} s by way of {found.address} ({_first_line(error)})",
+            f"{seconds:g} s through {found.address} ({_first_line(error)})",
             fix="check that all of them were started, that this address can be reached from every "
             "machine, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if they are set, name "
             f"the right network; {_SECONDS} sets another limit",

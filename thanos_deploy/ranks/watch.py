@@ -153,10 +153,10 @@ class Watch:
             killed = [0]
         who = " and ".join(self._names[rank] for rank in killed)
         return ResourceError.exit_code, ResourceError(
-            f"{who} of {self._ranks.size} ended without a word, as a process does that is killed "
-            "by the system for its memory, or by somebody",
-            fix="repeat the command, with any number of processes: what is finished is kept. If it "
-            "was for memory, use fewer processes on this machine",
+            f"{who} of {self._ranks.size} ended without an error message: the system "
+            "killed the process for lack of memory, or somebody killed it",
+            fix="repeat the command, with any number of processes: finished work is kept. If "
+            "memory was lacking, use fewer processes on this machine",
         )
 
     def _speaks(self, ended: dict[int, int | None]) -> bool:

@@ -167,9 +167,9 @@ layer.{left} Embeddings, norms, biases and the output head are unchanged."""
 others moved up. `layers.json` has every block of the dense model. Embeddings, norms and the output
 head are unchanged."""
     fitted = (
-        "the experts that are left are as they were"
+        "the remaining experts are unchanged"
         if widths.drops_experts
-        else "the layers that read what is left were refitted by least squares"
+        else "the layers that read the remaining heads and channels were refitted by least squares"
     )
     return f"""{widths.removed:.2%} of the blocks' parameters are gone ({widths.block_parameters_before:,} before,
 {widths.block_parameters_after:,} after); {fitted}.

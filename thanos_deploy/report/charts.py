@@ -134,7 +134,7 @@ def distributions(run: Run) -> Markup:
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(lines))
-    return _svg(figure, "Share of the samples that took at most so long, for each scenario")
+    return _svg(figure, "Share of the samples that took at most a given time, for each scenario")
 
 
 @mpl.rc_context(_STYLE)
@@ -146,7 +146,7 @@ def layer_maps(layers: LayerMap) -> Markup:
     worst = max(max(row) for row in layers.error)
     for axes, values, most, title in (
         (left, layers.error, worst, f"Relative error of the output (strongest: {worst:.2%})"),
-        (right, layers.gone, 1.0, "Share that is gone (strongest: 100 %)"),
+        (right, layers.gone, 1.0, "Share that was removed (strongest: 100 %)"),
     ):
         for row, cells in enumerate(values):
             for column, value in enumerate(cells):

@@ -36,7 +36,7 @@ _MEMORY = {
 CHECKPOINT = "checkpoint"
 PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence from the dense model"
-AGREEMENT = "same likeliest token as the dense model"
+AGREEMENT = "same most likely token as the dense model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def figures(model: ModelReport) -> Iterator[Figure]:
         if near.divergence is not None:
             yield _figure(DIVERGENCE, "nats", 0.0, near.divergence)
         yield _figure(AGREEMENT, "score", 1.0, near.agreement)
-        written = f"tokens as the dense model writes them, of {near.tokens}"
+        written = f"tokens generated as by the dense model, of {near.tokens}"
         yield _figure(written, "", float(near.tokens), near.continued)
     for asked in model.answers:
         yield _figure(asked.kind, "score", asked.dense.estimate, asked.pruned.estimate)

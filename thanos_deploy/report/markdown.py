@@ -64,7 +64,7 @@ def _model(model: ModelReport) -> Iterator[str]:
     )
     yield "\n".join(f"- {literal(sentence)}" for sentence in model.verdict)
     if choices := model.choices:
-        yield "### What each choice bought"
+        yield "### What pruning each group of layers saves and changes"
         yield _table(HEADS, map(cells, bought(choices)))
     for run in model.bench:
         yield f"### Run {literal(run.run)}: {run.status}"

@@ -311,15 +311,15 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one bundle shows, or several side by side.
+    """The report on one bundle, or on several side by side.
 
     Attributes:
-        format: of this record.
+        format: format of this record.
         made_with: version of thanos-deploy.
         title: what the report is about.
         headline: the verdict in one sentence.
-        notices: what must not be overlooked.
-        models: at least one.
+        notices: notices that a reader must not overlook.
+        models: one for each bundle.
         pareto: quality against each cost; empty for one model.
     """
 

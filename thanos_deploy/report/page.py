@@ -159,7 +159,7 @@ def _pictures(run: Run) -> list[tuple[Markup, str]]:
         )
         pictures.append((charts.ratios(run), caption))
     if run.scenarios:
-        caption = "Every raw sample: the share that took at most so many milliseconds."
+        caption = "Every raw sample: the share that took at most a given number of milliseconds."
         pictures.append((charts.distributions(run), caption))
     return pictures
 

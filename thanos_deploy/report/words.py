@@ -221,14 +221,15 @@ def _of_fidelity(near: Fidelity | None) -> Iterator[str]:
     if near:
         if near.divergence is not None:
             yield (
-                "What it expects next diverges from what the dense model expects by "
+                "Its predictions of the next token diverge from the dense model's by "
                 f"{near.divergence:.3f} nats per token of the text."
             )
         yield (
-            f"At {near.agreement:.0%} of the positions of the text both find the same token "
-            f"likeliest. Of {near.tokens} tokens that the dense model "
-            f"writes greedily, it would write {near.continued:.0f} after those before, and "
-            f"{near.before_first:.0f} before the first that differs ({near.texts} texts)."
+            f"At {near.agreement:.0%} of the positions of the text both models find the "
+            f"same token most likely. In {near.texts} texts of {near.tokens} tokens that "
+            "the dense model generates greedily, the pruned model would generate "
+            f"{near.continued:.0f} of the tokens after reading those before them, and "
+            f"{near.before_first:.0f} before its first different token, on average."
         )
 
 
@@ -306,7 +307,8 @@ def _of_cuts(widths: CutWidths) -> Iterator[str]:
             f"{count} {'block was' if count == 1 else 'blocks were'} dropped, with "
             f"{widths.removed:.1%} of the blocks' parameters ({ranges(widths.dropped)}): the "
             "files, the memory and the work of the blocks shrink by that fraction, and a token "
-            "passes fewer kernels, on any machine and backend; embeddings and the output head are unchanged."
+            "passes fewer kernels, on any machine and backend; embeddings and the output head are "
+            "unchanged."
         )
     elif widths.drops_experts:
         yield (

@@ -107,12 +107,12 @@ def _refuse(destination: Path, overwrite: bool) -> None:
         )
     parent = destination.parent
     if parent.exists() and not parent.is_dir():
-        raise UsageError(f"{parent} is a file", fix="give a page in a folder with -o")
+        raise UsageError(f"{parent} is a file", fix="give the path of a page in a folder with -o")
     for suffix in (".html", ".md", ".json"):
         path = destination.with_suffix(suffix)
         if path.is_dir() or (path.exists() and not overwrite):
             raise UsageError(
-                f"{path} is there already", fix="give another file with -o, or --overwrite"
+                f"{path} exists already", fix="give another file with -o, or --overwrite"
             )
 
 

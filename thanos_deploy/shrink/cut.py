@@ -71,7 +71,7 @@ def check(checkpoint: Checkpoint) -> None:
     if len(set(checkpoint.widths)) > 1:
         raise ModelError(
             f"{checkpoint.folder}: its blocks have different widths already",
-            fix="shrink the model that it was made from, once, by the whole fraction",
+            fix="shrink the dense model that this model was made from, once, by the total fraction",
         )
     width = checkpoint.widths[0]
     for name, rows in zip(
@@ -81,9 +81,10 @@ def check(checkpoint: Checkpoint) -> None:
         found = checkpoint.weights.shapes[weight][1 if family.transposed else 0]
         if found != rows:
             raise ModelError(
-                f"{weight}: {found} rows of queries, keys and values; {rows} were expected for "
-                f"{width.heads} heads and {width.kv_heads} key-value heads of {size}",
-                fix="prune it with --keep-shape, or describe its layout in "
+                f"{weight}: the weight has {found} rows of queries, keys and values, where "
+                f"{rows} were expected for {width.heads} heads and {width.kv_heads} "
+                f"key-value heads of {size}",
+                fix="prune the model with --keep-shape, or describe its layout in "
                 "thanos_deploy/model/families.py",
             )
 

@@ -56,9 +56,9 @@ def planned(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> tuple[Wi
     names = _names(checkpoint)
     if sizing.part == "heads" or sizing.allocation != "uniform":
         raise UsageError(
-            f"{checkpoint.folder}: of a model with experts, neither heads are cut out, nor from "
-            "each block another number: the experts hold nearly all of its parameters, and a stock "
-            "config.json has one number for all blocks",
+            f"{checkpoint.folder}: in a model with experts, heads cannot be cut out, and "
+            "all blocks lose the same number of experts or channels: the experts hold "
+            "nearly all parameters, and a stock config.json has one number for all blocks",
             fix="use --shrink experts or --shrink ffn, with --allocation uniform",
         )
     routed = [width for width in checkpoint.widths if width.experts]
@@ -68,10 +68,14 @@ def planned(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> tuple[Wi
     steps: Sequence[int]
     if _cuts_experts(sizing.part):
         price, steps, there = one, range(before.experts - 1, chosen - 1, -1), before.experts
-        what, least = "experts", f"a token has {chosen} of them"
+        what, least = "experts", f"a token is sent to {chosen} of them"
     else:
         price, steps = before.experts * channel, channel_steps(before.channels, sizing.multiple)
-        what, there, least = "channels", before.channels, f"they go in steps of {-steps.step}"
+        what, there, least = (
+            "channels",
+            before.channels,
+            f"they are cut out in steps of {-steps.step}",
+        )
     enough = [left for left in steps if (there - left) * price >= missing]
     if not enough:
         nearest = (there - steps[-1]) * price * len(routed) / whole if steps else 0.0
@@ -109,8 +113,9 @@ def check_fit(checkpoint: Checkpoint, fit: Fit) -> None:
     """
     if fit.dense_target:
         raise UsageError(
-            f"{checkpoint.folder}: --dense-target {fit.dense_target:g} has no meaning where "
-            "experts are cut: in the dense model the router sends other tokens to each",
+            f"{checkpoint.folder}: --dense-target {fit.dense_target:g} cannot be used "
+            "where experts are cut out: the dense model's router sends other tokens to "
+            "each expert than the pruned model's",
             fix="leave --dense-target out",
         )
 

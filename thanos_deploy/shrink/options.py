@@ -36,14 +36,15 @@ class Sizing(Options):
     part: Part = option(
         "both",
         "--shrink",
-        "structured: what may be cut out. Of a model with experts, both means experts, and ffn "
-        "channels of every expert.",
+        "structured: what to cut out. In a model with experts, both means whole experts, "
+        "and ffn means channels of every expert.",
     )
     multiple: int | None = option(
         None,
         "--ffn-multiple",
-        "structured: the number of feed-forward channels that stay is a multiple of this.  "
-        "[default: 64, or the largest smaller power of two that divides the model's own number]",
+        "structured: the number of feed-forward channels that stay is a multiple of this. "
+        " [default: 64, or the largest smaller power of two that divides the dense "
+        "model's number of channels]",
     )
     allocation: Allocation = "uniform"
 
@@ -53,8 +54,8 @@ class Sizing(Options):
         if self.drops_blocks and (self.part != "both" or self.multiple is not None):
             unused = "--shrink" if self.part != "both" else "--ffn-multiple"
             raise UsageError(
-                f"--allocation blocks with {unused}: whole blocks go, and the others stay as wide "
-                "as they are",
+                f"--allocation blocks with {unused}: whole blocks are removed, and the "
+                "others keep their heads and channels",
                 fix="leave one of them out",
             )
 

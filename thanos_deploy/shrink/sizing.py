@@ -240,8 +240,8 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
     channels = checkpoint.widths[0].channels
     if sizing.multiple is not None and not 0 < sizing.multiple <= channels:
         raise UsageError(
-            f"channels in multiples of {sizing.multiple}; a block has {channels}",
-            fix="use a positive --ffn-multiple of at most that",
+            f"--ffn-multiple {sizing.multiple}: a block has {channels} channels",
+            fix=f"use a multiple from 1 to {channels}",
         )
     candidates(checkpoint, fraction, sizing)
 

@@ -79,8 +79,8 @@ class Elimination:
         """
         if not bool(self._solved):
             raise HessianError(
-                f"some of the {len(self.left)} inputs of a layer depend on each other so much that "
-                "what losing them costs is unknown",
+                f"some of the {len(self.left)} inputs of a layer depend on each other so "
+                "strongly that the loss from removing them cannot be computed",
                 fix="use more calibration samples (--nsamples) or more damping (--damp)",
             )
 

@@ -70,8 +70,8 @@ def parse(spelling: str) -> Grid:
     if found is None or group not in (None, *GROUPS):
         raise UsageError(
             f"--quantize {spelling!r}",
-            fix="use int8 or int4; with the inputs that share a scale, 32 unless they are given, "
-            f"one of {', '.join(map(str, GROUPS))} or {_ROW} for all: int4:128; and :asym for a "
-            "zero point in each group",
+            fix="use int8 or int4; then, optionally, the number of inputs that share a scale "
+            f"(32 if left out), as in int4:128: one of {', '.join(map(str, GROUPS))} or "
+            f"{_ROW} for all inputs; then, optionally, :asym for a zero point in each group",
         )
     return Grid(int(found["bits"]), group, not found["asymmetric"])

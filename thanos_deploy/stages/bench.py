@@ -66,7 +66,8 @@ def compared(
         itself = name != DENSE and (label == DENSE or other.path.samefile(bundle.path))
         if itself or label in (PRUNED, *others):
             raise UsageError(
-                f"--against {name}: twice the same model, or two models with the name {label!r}",
+                f"--against {name}: the same model is named twice, or two models have the "
+                f"name {label!r}",
                 fix="name each bundle once, in folders of different names; --aa compares a bundle "
                 "with itself",
             )
@@ -171,7 +172,7 @@ def check_bench(
         raise UsageError(
             f"{bundle.path}: run {request.run!r} was made with other options: "
             f"{differences(encode(before.options), encode(now))}",
-            fix="give it another name with --run, or --overwrite to redo it",
+            fix="give the run another name with --run, or repeat it with --overwrite",
         )
 
 
@@ -312,8 +313,8 @@ def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bu
         if layout.ONNX in found.stages and exported_with(found) == wanted:
             return found
     raise InputError(
-        f"{folder}: no export of {bundle.source.name} there, the dense model of {bundle.path}, "
-        f"in {wanted.dtype}",
+        f"{folder}: the cache has no export of {bundle.source.name}, the dense model of "
+        f"{bundle.path}, in {wanted.dtype}",
         fix="name the model with --dense MODEL to export it now, or give another baseline with "
         "--against",
     )

@@ -80,7 +80,7 @@ def prune_checkpoint(
             device=device,
             hold=hold,
             journal=sensitivity,
-            on_progress=announce("Try what pruning each layer changes"),
+            on_progress=announce("Measure how much pruning each layer changes the model"),
         )
         choices = choices_of(source, recipe, tried)
         dense = {name for group in choices.groups if group.dense for name in group.layers}
@@ -139,7 +139,7 @@ def survey_depth(
         cut.pattern.sparsity,
         device=device,
         journal=journal,
-        on_progress=announce("Try the model without each of its blocks"),
+        on_progress=announce("Measure the model without each of its blocks"),
     )
 
 
@@ -307,8 +307,9 @@ def _check_columns(recipe: Recipe, patterns: Mapping[str, Pattern]) -> None:
     columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
     if columns and not isinstance(recipe.pattern, Structured):
         raise UsageError(
-            f"{recipe.layers.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which is no "
-            "pattern of one layer: heads and channels go from every layer that makes or reads them",
+            f"{recipe.layers.sparsity_file}: {columns[0]} is {patterns[columns[0]]}, which "
+            "is not a pattern for a single layer: heads and channels are cut out of every "
+            "layer that produces or reads them",
             fix="use n:m or unstructured:FRACTION for it; or --pattern structured:FRACTION with "
             "--keep-shape, for columns of zeros",
         )

@@ -151,7 +151,7 @@ def evaluate_served(
     """
     if isinstance(request, TaskRequest):
         raise UsageError(
-            "--tasks with --runtime vllm: a server is measured on a text",
+            "--tasks with --runtime vllm: a server can be measured only on a text",
             fix="run lm-evaluation-harness itself, with its model local-completions and the "
             "server's address",
         )

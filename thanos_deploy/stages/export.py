@@ -81,11 +81,11 @@ def convert(
     if write is None:
         able = [one.name for one in targets.every() if one.convert is not None]
         raise UsageError(
-            f"--target {target}: is made from a bundle only",
+            f"--target {target}: this target can be made only from a bundle",
             fix=f"leave --to out, or use --target {' or '.join(able)}",
         )
     if destination.exists():
-        raise UsageError(f"--to {destination}: is there already", fix="name a new folder")
+        raise UsageError(f"--to {destination}: the folder exists already", fix="name a new folder")
     checkpoint = Dense(model).checkpoint(announce)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=destination.parent, prefix=files.PARTIAL) as scratch:

@@ -73,28 +73,31 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What the stage prune, or all stages, would do, and what that takes.
+    """What the stage prune, or all stages, would do, and the time, memory and disk that this takes.
 
     Attributes:
         model: the dense model.
-        model_type: of its configuration; "(discovered)" behind it if it has no row.
-        parameters: of the dense model.
-        linear_layers, linear_weights: that pruning visits.
-        prune: the options of the stage, as a manifest would have them.
-        device: where it would be done.
-        disk_bytes_needed, disk_bytes_free: on the disk of the bundle; of what is needed, the
-            journal's part is free again when the model is pruned.
+        model_type: type of the model in its configuration, followed by "(discovered)" if the type
+            has no row in `model.families`.
+        parameters: number of parameters of the dense model.
+        linear_layers, linear_weights: number of linear layers that would be pruned, and of their
+            weights.
+        prune: the options of the stage prune, as the manifest would record them.
+        device: device that would compute.
+        disk_bytes_needed, disk_bytes_free: bytes on the disk of the bundle; the part that the
+            journal needs is free again after pruning.
         estimate: time and memory.
-        widths: what would stay of each block; None where nothing is cut out.
-        patterns: layers by what they would be pruned to; None where heads and channels are cut out.
-        layers_left_dense: the names of others.
-        linear_weights_removed: how many would be set to zero.
-        choices: what pruning each group of layers would save, where there is a budget of time; what
-            it would cost is not measured, and those that would save nothing would stay dense.
+        widths: what each block would keep; None if nothing is cut out.
+        patterns: number of layers by the pattern that they would be pruned to; None if heads and
+            channels are cut out.
+        layers_left_dense: names of the layers that would stay dense.
+        linear_weights_removed: number of weights that would be set to zero.
+        choices: what pruning each group of layers would save, with `budget`. What pruning them
+            changes is not measured; groups that would save nothing would stay dense.
         eval, bench: the options of these stages; None for the stage prune alone.
-        stages: which are done; likewise.
-        cache: the folder of what is made of the dense model; likewise.
-        cache_bytes_needed: there.
+        stages: state of each stage; None for the stage prune alone.
+        cache: the folder in the cache for the dense model's files; None for the stage prune alone.
+        cache_bytes_needed: bytes that are needed there.
     """
 
     model: Source

@@ -106,7 +106,8 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
         kept = folders.journals
         if not kept.is_dir():
             raise UsageError(
-                f"rank {current().rank}: {kept} is not there, though rank 0 writes to it",
+                f"rank {current().rank}: {kept} does not exist on this machine, although "
+                "rank 0 writes to it",
                 fix="give a folder with -o that all machines share",
             )
         (kept / f".rank-{current().rank}").touch()  # now rather than after a block
@@ -136,7 +137,7 @@ def _threads_of(kept: Path | None) -> Iterator[None]:
     own, begun = torch.get_num_threads(), None if kept is None else _threads_before(kept)
     threads = current().share(Threads(begun)).count
     if threads is not None and 0 < threads != own:
-        logger.info("going on with %d threads for each process, as before", threads)
+        logger.info("continuing with %d threads for each process, as before", threads)
         torch.set_num_threads(threads)
     try:
         yield

@@ -56,30 +56,32 @@ class PruneRequest(Options):
     recover: int = option(
         0,
         "--recover",
-        "Train the remaining weights after pruning, with the dense model as the teacher, on this "
-        "many segments of --seqlen tokens from anywhere in the calibration text; a text with fewer "
-        "is repeated, and new text helps more. Zeros stay zero. Several hundred segments are "
-        "worthwhile. With --quantize, the scales learn so as well, at last. Takes minutes, and "
-        "memory for five models in float32 and for the activations of 2048 tokens. 0 for none.",
+        "Train the remaining weights after pruning, with the dense model as the teacher, "
+        "on this many segments of --seqlen tokens from anywhere in the calibration text; "
+        "a text with fewer segments is repeated, but more text helps more. Zeros stay "
+        "zero. Use several hundred segments. With --quantize, the scales are trained in "
+        "the same way afterwards. This takes minutes, and memory for five models in "
+        "float32 and for the activations of 2048 tokens. 0 trains nothing.",
         metavar="SEGMENTS",
         least=0,
     )
     recover_text: Literal["calib", "own", "chat"] = option(
         "calib",
         "--recover-text",
-        "What --recover trains on. calib: the calibration text. own: text that the dense model "
-        "writes, going on from beginnings of the calibration text. chat: questions and answers "
-        "that it writes in its chat template. Pieces that repeat themselves or have more signs "
-        "than the calibration text are dropped; the rest is kept as own-text.jsonl.",
+        "What --recover trains on. calib: the calibration text. own: text that the dense "
+        "model generates, from prompts taken from the calibration text. chat: questions "
+        "and answers that the dense model generates in its chat template. Generated "
+        "pieces that repeat themselves, or that have more symbols than the calibration "
+        "text, are dropped; the others are saved as own-text.jsonl.",
     )
     quantize: str = option(
         "none",
         "--quantize",
-        "Quantise the linear layers of the blocks at last, each column's error made up for by the "
-        "columns after it, and the blocks tuned by --tune-steps; zeros stay zero. GROUP inputs of "
-        "an output share a scale, or all of them where it is row; :asym gives each group a zero "
-        "point. The checkpoint has the values that the integers stand for.  [default: none; GROUP "
-        "32]",
+        "Quantise the linear layers of the blocks after pruning. The columns after each "
+        "column compensate for its rounding error, and --tune-steps tunes the blocks; "
+        "zeros stay zero. GROUP inputs of an output share one scale, or all of its inputs "
+        "if GROUP is row; :asym gives each group a zero point. The checkpoint stores the "
+        "dequantised weights. GROUP is 32 if it is left out.",
         metavar="int8|int4[:GROUP][:asym]",
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
@@ -94,8 +96,9 @@ class PruneRequest(Options):
     activations: Literal["auto", "device", "host", "disk"] = option(
         "auto",
         "--activations",
-        "Where the calibration data waits between two blocks; auto is the memory of a GPU that has "
-        "plenty, and else the disk. A copy is on disk in any case, for a run that goes on.",
+        "Where the activations of the calibration data are kept between two blocks; auto "
+        "is the GPU's memory if they easily fit there, else the disk. A copy is on disk "
+        "in any case, so that an interrupted run can continue.",
     )
 
     @classmethod
@@ -156,7 +159,8 @@ class PruneRequest(Options):
         if self.recover_text != "calib" and not self.recover:
             raise UsageError(
                 f"--recover-text {self.recover_text} without --recover",
-                fix="say with --recover on how many segments to train, or leave it out",
+                fix="give the number of training segments with --recover, or leave "
+                "--recover-text out",
             )
 
     @property
@@ -277,21 +281,21 @@ def _check_cut(
     """
     if allocation == "owl":
         raise UsageError(
-            f"--allocation owl with pattern {kind}: it gives every block a fraction of its own, "
-            "which widths do not have",
+            f"--allocation owl with pattern {kind}: it gives every block its own sparsity, "
+            "which is not possible where heads and channels are cut out",
             fix="use --pattern unstructured:FRACTION; for structured, --allocation loss",
         )
     for one in (*options_of(Layers), *options_of(Budget)):
         if given.get(one.keyword):
             raise UsageError(
-                f"{one.declared.flag} with {kind}: a head or channel that is cut out goes from "
-                "every layer that makes or reads it",
+                f"{one.declared.flag} with {kind}: a head or channel is cut out of every "
+                "layer that produces or reads it, so layers cannot be chosen one by one",
                 fix="leave it out, or use --keep-shape for columns of zeros",
             )
     if method != Cut.METHOD:
         raise UsageError(
-            f"--method {method} with {kind}: heads and channels are chosen and what reads them is "
-            f"refitted by {Cut.METHOD} only",
+            f"--method {method} with {kind}: only the method {Cut.METHOD} cuts out heads "
+            "and channels",
             fix=f"use --method {Cut.METHOD}, or --keep-shape for columns of zeros by this method",
         )
     unused = [
@@ -301,8 +305,7 @@ def _check_cut(
     ]
     if unused:
         raise UsageError(
-            f"{kind} with {', '.join(unused)}: it has no meaning where heads and channels are cut "
-            "out",
+            f"{kind} with {', '.join(unused)}: not possible where heads and channels are cut out",
             fix="leave it out, or use --keep-shape for columns of zeros",
         )
 

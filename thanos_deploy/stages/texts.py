@@ -88,9 +88,9 @@ def _template(source: Checkpoint | None) -> Iterator[Template | None]:
             except UsageError as error:
                 roles = ", ".join(message["role"] for message in messages)
                 raise CalibrationError(
-                    f"{source.folder}: its chat template does not take a conversation of the roles "
-                    f"{roles} ({error.message})",
-                    fix="remove or mend such rows",
+                    f"{source.folder}: its chat template does not accept a conversation "
+                    f"with the roles {roles} ({error.message})",
+                    fix="remove or correct such rows",
                 ) from error
 
         yield write
@@ -168,7 +168,7 @@ def calibration(source: Checkpoint, data: Data, further: int = 0) -> Calibration
     first, rest = (torch.cat(parts) for parts in zip(*((a, b) for a, b, _ in cut), strict=True))
     if len(rest) < further:
         logger.info(
-            "the calibration text has %d segments for tuning, %d were asked for",
+            "the calibration text has %d segments for tuning, and %d were asked for",
             len(first) + len(rest),
             len(first) + further,
         )
@@ -183,8 +183,8 @@ def require_other_text(text: Text, calibration_sha256: str | None) -> None:
     """
     if text.sha256 == calibration_sha256:
         raise UsageError(
-            f"{text.origin}: the model was calibrated on this text, so its perplexity on it "
-            "says nothing",
+            f"{text.origin}: the model was calibrated on this text, so its perplexity on "
+            "this text says nothing about its quality",
             fix="give another text with --eval-text",
         )
 
@@ -239,8 +239,8 @@ def _require_embeddings(
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ModelError(
-            f"{source.folder}: its tokenizer makes the token {token!r} with id {largest} of this "
-            f"text; the model has embeddings for ids below {rows}",
+            f"{source.folder}: the tokenizer encodes this text with the token {token!r} "
+            f"(id {largest}), but the model has embeddings only for ids below {rows}",
             fix="use the tokenizer that the model was trained with, or give the model the missing "
             "embeddings (resize_token_embeddings of transformers) and train them",
         )

@@ -114,7 +114,7 @@ def _own_text(
     chat = request.recover_text == "chat"
     begin = beginnings(pieces, len(frame_of(tokenizer)), tokenizer, chat=chat, seed=seed)
     device = request.chosen_device
-    with devices.memory_for("the dense model, which writes text"):
+    with devices.memory_for("the dense model, which generates text"):
         # Half the bytes to read for every token, where that is no slower.
         dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         return own_text(
@@ -125,7 +125,7 @@ def _own_text(
             count=request.recover,
             length=length,
             seed=seed,
-            on_progress=announce(f"Have the dense model write {request.recover} pieces of text"),
+            on_progress=announce(f"Generate {request.recover} pieces of text with the dense model"),
         )
 
 

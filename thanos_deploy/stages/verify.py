@@ -63,13 +63,15 @@ def _files(bundle: Bundle, stage: str) -> Check:
         bundle.verify(stage)
     except IntegrityError as error:
         return Check(f"{stage}: files", "FAIL", error.message, fix=error.fix)
-    return Check(f"{stage}: files", "PASS", f"{len(files)} as they were written")
+    return Check(
+        f"{stage}: files", "PASS", f"{len(files)} files, with the hashes that were recorded"
+    )
 
 
 def _contents(bundle: Bundle, stage: str) -> Iterator[Check]:
     with boundary(
         InputError,
-        f"{bundle.path}: the files of stage {stage!r} are as recorded, and not readable",
+        f"{bundle.path}: the files of stage {stage!r} have the recorded hashes, but cannot be read",
         fix="make that stage again with --overwrite; do not use it unless you know who made it",
     ):
         if stage == PRUNE:
@@ -110,8 +112,8 @@ def _demand(bundle: Bundle, fraction: float) -> Iterator[Check]:
             f"{picked} of {len(layers)} linear layers are proven to run on sparse tensor cores",
             fix=""
             if enough
-            else "see the reason of each layer with --layers; a dense kernel that is faster is no "
-            "fault of the engine",
+            else "see the reason for each layer with --layers; where a dense kernel is faster, "
+            "it is right that the engine uses it",
         )
 
 

@@ -194,7 +194,7 @@ def test_a_plan_is_what_the_model_was_seen_to_do(
 @pytest.mark.parametrize(
     ("model_type", "sizes", "reason"),
     [
-        ("qwen3", {}, "its heads have 12 channels, which is no multiple of 8"),
+        ("qwen3", {}, "its heads have 12 channels, which is not a multiple of 8"),
         (
             "llama",
             {
@@ -206,7 +206,7 @@ def test_a_plan_is_what_the_model_was_seen_to_do(
                     "original_max_position_embeddings": 32,
                 }
             },
-            "chooses its frequencies by the longest text of a batch",
+            "depends on the longest text in a batch",
         ),
     ],
 )
@@ -229,7 +229,7 @@ def test_attention_of_another_kind_does_not_fit(tiny_llama: Path) -> None:
     def blockwise(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (query // 8 == key // 8) & (key <= query)
 
-    with pytest.raises(attention.UnfitError, match="others than"):
+    with pytest.raises(attention.UnfitError, match="neither causal nor"):
         attention._window(blockwise, 64)
 
 

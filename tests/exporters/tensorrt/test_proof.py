@@ -104,4 +104,4 @@ def test_silence_is_not_taken_for_an_answer() -> None:
     later = verdict(two_four(8, 16), kernels_known=False)
     assert later.reason == "kernels are chosen when the engine is loaded on its GPU"
     off = verdict(two_four(8, 16), sparse_allowed=False)
-    assert off.reason == "the engine was built without looking at sparse weights"
+    assert off.reason == "the engine was built without allowing sparse weights"

@@ -72,7 +72,9 @@ def test_unpacking_on_any_device_undoes_packing(rows: int, groups: int) -> None:
 def test_a_dense_weight_and_another_dtype_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"up: 32 groups .* does not hold 2:4"):
         hold("blockwise", torch.ones(8, 16), "up")
-    with pytest.raises(InputError, match=r"up: the blockwise product takes no torch\.float64"):
+    with pytest.raises(
+        InputError, match=r"up: the blockwise product does not support torch\.float64"
+    ):
         hold("blockwise", torch.zeros(8, 16, dtype=torch.float64), "up")
     with pytest.raises(PlatformError, match="blockwise runs on a CPU only"):
         linears.require("blockwise", torch.device("cuda"))

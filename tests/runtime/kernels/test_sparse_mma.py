@@ -68,7 +68,7 @@ def test_the_metadata_says_which_input_every_kept_value_meets() -> None:
 
 
 def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"up_proj: the 2:4 kernels take no torch\.float32"):
+    with pytest.raises(InputError, match=r"up_proj: the 2:4 kernels do not support torch\.float32"):
         SparseMmaWeight.of(torch.zeros(4, 4), "up_proj")
     with pytest.raises(InputError, match=r"up_proj: 2 groups .* first in row 1 from column 0 on"):
         SparseMmaWeight.of(

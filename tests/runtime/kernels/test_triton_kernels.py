@@ -164,7 +164,7 @@ def test_packed_weights_are_the_documented_layout_with_padding() -> None:
 
 
 def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"up_proj: the 2:4 kernels take no torch\.float32"):
+    with pytest.raises(InputError, match=r"up_proj: the 2:4 kernels do not support torch\.float32"):
         PackedWeight.of(torch.zeros(4, 4), "up_proj")
     dense = two_four(7, 32, torch.float16)
     dense[5, 8:12] = 1

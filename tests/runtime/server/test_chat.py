@@ -64,7 +64,7 @@ def test_a_prompt_is_that_of_transformers(
     ],
 )
 def test_what_a_template_refuses_is_a_usage_error(source: str) -> None:
-    with pytest.raises(UsageError, match="chat template does not take these messages"):
+    with pytest.raises(UsageError, match="chat template does not accept these messages"):
         ChatTemplate(source, {}).render(Conversation([{"role": "user", "content": "x"}]))
 
 

@@ -165,7 +165,7 @@ def test_a_prefill_is_gone_on_with(server: Running) -> None:
         answer = server.openai().chat.completions.create(**asked, extra_body=fields)
         plain = server.openai().completions.create(**GREEDY, prompt=prompt, max_tokens=8)
         assert answer.choices[0].message.content == plain.choices[0].text
-    with pytest.raises(openai.BadRequestError, match="add_generation_prompt begins another"):
+    with pytest.raises(openai.BadRequestError, match="add_generation_prompt begins a new"):
         server.openai().chat.completions.create(
             **asked, extra_body={"continue_final_message": True, "add_generation_prompt": True}
         )

@@ -133,8 +133,8 @@ def test_the_name_of_a_model_may_have_a_slash(bundle: Path) -> None:
     [
         ({"input_ids": np.zeros((5, 2), np.int64)}, "a batch of 5 sequences"),
         ({"input_ids": np.zeros((1, 200), np.int64)}, "200 tokens"),
-        ({"input_ids": np.full((1, 2), 257)}, "the vocabulary has 257"),
-        ({"attention_mask": MASK}, "input_ids are missing"),
+        ({"input_ids": np.full((1, 2), 257)}, "the vocabulary has ids from 0 to 256"),
+        ({"attention_mask": MASK}, "input_ids is missing"),
         ({"input_ids": IDS, "attention_mask": MASK[:1]}, "attention_mask"),
         ({"input_ids": IDS, "attention_mask": MASK[:, ::-1]}, "attention_mask"),
         ({"input_ids": IDS, "attention_mask": MASK * 2}, "attention_mask"),
@@ -204,4 +204,4 @@ def test_an_input_may_come_once(server: Running) -> None:
     twice = json.dumps({"inputs": json.loads(body())["inputs"] * 2}).encode()
     with server.http(headers=JSON) as http:
         answer = http.post("/v2/models/tiny/infer", content=twice)
-    assert "an input twice" in answer.json()["error"]
+    assert "two inputs of the same name" in answer.json()["error"]

@@ -358,7 +358,7 @@ def test_a_file_that_changes_under_a_server_is_noticed(
                     data.unlink()
             answers = [http.get(path) for path in paths]
             assert [answer.status_code for answer in answers] == [503] * 3
-            assert "model.onnx.data is not the file that was loaded" in answers[0].text
+            assert "model.onnx.data has changed since it was loaded" in answers[0].text
             assert http.get("/health").status_code == 200
             # What is in memory does not change, whatever the file does.
             assert [other.get(path).status_code for path in paths] == [200] * 3

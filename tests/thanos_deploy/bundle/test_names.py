@@ -95,7 +95,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", FOREIGN, ids=ascii)
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_foreign_name_is_refused(name: object, nested: bool) -> None:
-    with pytest.raises(InputError, match="not the name of a file that belongs to it"):
+    with pytest.raises(InputError, match="cannot be the name of one of its files"):
         names.plain(name, "x.json", nested=nested)
 
 
@@ -286,7 +286,7 @@ def test_the_graph_of_an_engine_is_a_stage(tmp_path: Path) -> None:
         manifest["stages"]["onnx"]["inputs"] = {"model": "", "../../x": {}}
 
     change_manifest(out, build_from)
-    with pytest.raises(InputError, match="not the name of a file"):
+    with pytest.raises(InputError, match="cannot be the name of one of its files"):
         Bundle.open(out).source_of("onnx")
 
 
@@ -346,7 +346,7 @@ def test_a_foreign_name_in_a_packed_folder_is_bad_input(tmp_path: Path, name: st
     record["files"] = {name: next(iter(record["files"].values()))}
     record["sha256"] = sha256_of(record)
     (folder / packed_folder.RECORD).write_text(json.dumps(record))
-    with pytest.raises(ModelError, match="not the name of a file"):
+    with pytest.raises(ModelError, match="cannot be the name of one of its files"):
         packed_folder.unpack_folder(folder, restored)
     assert list(restored.iterdir()) == []
 
@@ -358,7 +358,7 @@ def test_a_foreign_name_in_a_journal_is_bad_input(tmp_path: Path) -> None:
     entry = {"parameters": {"../../x": {"bytes": 1, "sha256": ""}}, "inputs": {}, "report": report}
     content = {"entry": entry, "sha256": sha256_of(entry)}
     (folder / "block-0000.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="not the name of a file"):
+    with pytest.raises(InputError, match="cannot be the name of one of its files"):
         Journal(folder, {"model": "x"}, Losses)
 
 
@@ -384,7 +384,7 @@ def test_data_outside_of_a_graphs_folder_are_bad_input(
         lambda: judge_file(graph, {}, {}),
         lambda: read_weights(graph, []),
     ):
-        with pytest.raises(InputError, match="not the name of a file that belongs to it"):
+        with pytest.raises(InputError, match="cannot be the name of one of its files"):
             read()
 
 

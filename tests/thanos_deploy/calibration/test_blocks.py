@@ -51,7 +51,7 @@ def test_further_segments_are_others_and_change_none_of_the_first_ones(
 
 def test_too_short_a_text_is_refused_with_tokens_found_and_needed(tiny_llama: Path) -> None:
     text = Text("short.txt", "x" * 99)
-    with pytest.raises(CalibrationError, match=r"short.txt: 99 tokens found, 100 needed"):
+    with pytest.raises(CalibrationError, match=r"short.txt: 99 tokens found, and 100 needed"):
         segments(text, load_tokenizer(tiny_llama), count=10, length=10, seed=0)
 
 

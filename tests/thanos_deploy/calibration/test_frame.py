@@ -106,15 +106,17 @@ class Scattering:
 
 def test_a_text_that_is_not_left_in_one_piece_is_refused() -> None:
     tokenizer: Any = Scattering()
-    with pytest.raises(ModelError, match="how a segment has to begin"):
+    with pytest.raises(ModelError, match="which tokens a segment has to begin with"):
         frame_of(tokenizer)
 
 
 def test_segments_need_room_for_the_frame_and_a_token(framing: Path) -> None:
     tokenizer = load_tokenizer(framing)
-    with pytest.raises(CalibrationError, match=r"40 tokens found, 45 needed for 5 segments of 10"):
+    with pytest.raises(
+        CalibrationError, match=r"40 tokens found, and 45 needed for 5 segments of 10 tokens"
+    ):
         segments(TEXT, tokenizer, count=5, length=10, seed=0)
-    with pytest.raises(CalibrationError, match="puts 1 before each"):
+    with pytest.raises(CalibrationError, match="begins with 1 of the tokenizer"):
         every_segment(TEXT, tokenizer, length=1)
     save_framing_tokenizer(framing, "<begin> <end> $A")
     with pytest.raises(UsageError, match="the model takes 3 to 128 tokens"):

@@ -130,7 +130,9 @@ def test_an_expert_with_fewer_tokens_than_inputs_gets_wandas_mask(tmp_path: Path
     found, wanted, dense = (tensors_of(tmp_path / name) for name in ("thanos", "wanda", "dense"))
     for layer in layers.values():
         routed = ".experts." in layer.name
-        said = f"tokens of the calibration text reached it, fewer than its {layer.cols} inputs"
+        said = (
+            f"tokens of the calibration text reached this layer, fewer than its {layer.cols} inputs"
+        )
         if layer not in masked:
             assert not layer.failures
             continue

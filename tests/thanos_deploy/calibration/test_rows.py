@@ -63,7 +63,10 @@ def test_a_row_is_read_by_what_it_holds_in_every_format(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": [{"role": "user"}]}, "message 1 has no role and text.*found role"),
+        (
+            {"messages": [{"role": "user"}]},
+            "message 1 has neither the fields role and content.*found role",
+        ),
         ({"messages": []}, "no text field 'text'; found messages"),
         ({"messages": [ASKED, {"role": "user", "content": None}]}, "message 2"),
         ({"prompt": "a"}, "no text field 'text'; found prompt"),
@@ -85,7 +88,7 @@ def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b'{"text": "x"}', "one JSON value, and no list"),
+        ("a.json", b'{"text": "x"}', "a single JSON value, not a list"),
         ("a.json", b'{"text": "x"}\n{"text": "y"}', "not JSON"),
         ("a.json", b"[]", "no text"),
         ("a.parquet", b"PAR1 and no more", "not a readable Parquet table"),
@@ -106,9 +109,11 @@ def test_rows_are_chosen_by_the_seed() -> None:
     assert len(set(chosen.rows)) == 10
     assert set(chosen.rows) < set(text.rows)
     assert chosen.content.split("\n\n") == list(chosen.rows)
-    with pytest.raises(CalibrationError, match="101 rows were asked for, it has 100"):
+    with pytest.raises(
+        CalibrationError, match="101 rows were asked for with --calib-rows, and the text has 100"
+    ):
         text.sample(101, 0)
-    with pytest.raises(CalibrationError, match="it has none"):
+    with pytest.raises(CalibrationError, match="the text has none"):
         Text("plain", "no rows").sample(1, 0)
 
 

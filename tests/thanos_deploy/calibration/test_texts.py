@@ -37,7 +37,7 @@ def test_text_is_read_as_it_is_and_rows_are_joined_by_blank_lines(tmp_path: Path
         ("latin.txt", b"caf\xe9", "byte 3 .0xe9. is not UTF-8"),
         ("bad.jsonl", b'{"text": "x"}\n{', "line 2: not JSON"),
         ("field.jsonl", b'{"body": "x"}', "line 1: no text field 'text'; found body"),
-        ("list.jsonl", b"[1]", "line 1: no text field 'text'; found list"),
+        ("list.jsonl", b"[1]", "line 1: no text field 'text': the row is of type list"),
         ("number.jsonl", b'{"text": 3}', "line 1: the field 'text' is a number, not a text: 3"),
     ],
 )
@@ -96,7 +96,7 @@ def test_whatever_a_row_holds_is_what_is_read(
         *[(name, "a binary table") for name in ("a.arrow", "a.feather")],
         *[(name, "an archive") for name in ("a.zip", "a.tar.gz", "a.tgz", "a.jsonl.zst", "a.xz")],
         *[(name, "a document") for name in ("a.html", "a.HTM", "a.xml", "a.pdf")],
-        *[(name, "no kind of text that is known") for name in ("a.yaml", "a.npy", "a.pkl")],
+        *[(name, "not a supported kind of text") for name in ("a.yaml", "a.npy", "a.pkl")],
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, name: str, said: str) -> None:
@@ -143,7 +143,7 @@ def test_contents_that_are_no_text_are_said_what_they_are(
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ('{"body": "x", "n": 1}', "no text field 'text'; found body, n"),
         ("{}", "no text field 'text'; found none"),
-        ("null", "no text field 'text'; found NoneType"),
+        ("null", "no text field 'text': the row is of type NoneType"),
         ("[" * 100_000, "not JSON"),
     ],
 )

@@ -216,7 +216,10 @@ def test_the_verdict_is_computed(tiny_llama: Path) -> None:
     request = Generation(batches=(1,), prompt=16, new_tokens=8)
     patterns = [parse("2:4"), parse("structured:0.4")]
     # Of a tiny model only the launches are left to see, unless they cost nothing.
-    for kernel_seconds, expected in ((1.0, "starting kernels"), (0.0, "waits for memory")):
+    for kernel_seconds, expected in (
+        (1.0, "is bound by kernel launches"),
+        (0.0, "is bound by memory bandwidth"),
+    ):
         efficiency = replace(FITTED, kernel_seconds=kernel_seconds)
         setting = Setting(find("H100"), "fp16", efficiency=efficiency)
         result = plan(Checkpoint.open(tiny_llama), patterns, setting, request)
@@ -232,7 +235,7 @@ def test_the_verdict_is_computed(tiny_llama: Path) -> None:
 
 
 def test_a_request_longer_than_the_model_allows_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(UsageError, match="the model takes 128"):
+    with pytest.raises(UsageError, match="the 128 tokens that the model takes"):
         plan(
             Checkpoint.open(tiny_llama), [], Setting(find("L4"), "fp16"), Generation((1,), 100, 29)
         )

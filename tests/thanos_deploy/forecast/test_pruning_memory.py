@@ -185,7 +185,7 @@ def test_on_a_cpu_the_host_holds_it_all(tmp_path: Path) -> None:
 def test_cutting_is_counted(tmp_path: Path) -> None:
     found = memory.of_cutting(outline(tmp_path, EIGHT), SEGMENTS, Fit(), device=CUDA, place="disk")
     terms = {term.name: term.bytes for term in found.device}
-    assert terms["inputs that are eliminated"] == 6 * 8 * 14336**2
+    assert terms["matrices for removing inputs"] == 6 * 8 * 14336**2
 
 
 def test_too_small_a_gpu_is_refused_with_what_is_needed_and_what_lowers_it(

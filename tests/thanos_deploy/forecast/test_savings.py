@@ -138,7 +138,7 @@ def test_the_command_leaves_dense_what_there_is_time_for(
     assert "decode at batch 8 on L4 in bf16 at most 1." in errors
     code, shown, errors = invoke(*arguments, "--budget", "speed=1.05x", "--dry-run")
     assert code == 0, errors
-    assert "What each choice bought" in shown
+    assert "What pruning each group of layers saves and changes" in shown
     assert "not measured" in shown
     code, printed, errors = invoke(*arguments, "--budget", "speed=1.05x", "--json")
     assert code == 0, errors
@@ -154,5 +154,8 @@ def test_the_command_leaves_dense_what_there_is_time_for(
     assert code == 0, errors
     assert "groups of layers stay dense" in " ".join(shown.split())
     for page in ("report.md", "index.html"):
-        assert "What each choice bought" in (out / "report" / page).read_text()
+        assert (
+            "What pruning each group of layers saves and changes"
+            in (out / "report" / page).read_text()
+        )
     assert "--budget speed=1.05x --budget-gpu L4" in (out / "report" / "report.md").read_text()

@@ -135,7 +135,7 @@ def test_a_gpu_that_is_ours_alone_is_no_reason(during: Reading) -> None:
         (
             QUIET,
             replace(NUMBERED_OTHERWISE, processes=(4711, 4712, 4713)),
-            "during the run, processes of others (1) used the GPU",
+            "during the run, other processes (1) used the GPU",
         ),
         (
             QUIET,

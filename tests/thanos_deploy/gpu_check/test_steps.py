@@ -118,9 +118,9 @@ def test_whatever_becomes_of_a_step_its_rows_are_kept_and_the_next_one_runs(
         "c": ("FAIL", "differs"),
         "d": ("FAIL", "RuntimeError: CUDA error: an illegal memory access; 1 rows are kept"),
         "e": ("FAIL", "out of memory: Tried to allocate 3 PiB; 1 rows are kept"),
-        "f": ("FAIL", "its process was killed by SIGABRT; 1 rows are kept"),
-        "g": ("FAIL", "its process was killed by SIGKILL; 1 rows are kept"),
-        "h": ("FAIL", "its process ended with exit code 9; 1 rows are kept"),
+        "f": ("FAIL", "the process of this step was killed by SIGABRT; 1 rows are kept"),
+        "g": ("FAIL", "the process of this step was killed by SIGKILL; 1 rows are kept"),
+        "h": ("FAIL", "the process of this step ended with exit code 9; 1 rows are kept"),
         "i": (
             "FAIL",
             "1 of 3 failed; first triton, fp16, 4 x 8, 1 tokens: error 5.0e-01, limit 1.0e-03",
@@ -233,7 +233,7 @@ def test_kernels_of_a_process_that_is_not_listed_are_seen(monkeypatch: pytest.Mo
 
     # The first reading still has what the last step did.
     assert steps._others(Card(0.9, 0.0)) == ()
-    assert steps._others(Card(*[0.4] * 99)) == ("kernels of others ran 40% of the time",)
+    assert steps._others(Card(*[0.4] * 99)) == ("kernels of other processes ran 40% of the time",)
 
 
 def test_steps_are_chosen_by_name_or_family() -> None:

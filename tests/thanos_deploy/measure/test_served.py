@@ -92,13 +92,13 @@ def test_the_command_asks_a_server(tiny_llama: Path, tmp_path: Path, invoke: Inv
         assert code == 0, said
         assert json.loads(printed) == {**expected, "value": pytest.approx(expected["value"])}
         code, _, said = invoke("eval", tiny_llama, *asked, "--tasks", "mine")
-        assert (code, "is measured on a text" in said) == (2, True)
+        assert (code, "can be measured only on a text" in said) == (2, True)
         code, _, said = invoke("eval", tiny_llama, *asked, "--dense", tiny_llama)
-        assert (code, "a server has one model" in said) == (2, True)
+        assert (code, "a server runs only one model" in said) == (2, True)
         (other := tmp_path / "other").mkdir()
         here["root"] = str(other)
         code, _, said = invoke("eval", tiny_llama, *asked)
-        assert (code, f"serves {other}" in said) == (2, True)
+        assert (code, f"runs {other}" in said) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_nobody_answers() -> None:
     [
         (128, (200, {}), UsageError, "a segment has 128"),
         (4, (400, {"message": "out of vocabulary"}), InputError, "400: .*out of vocabulary"),
-        (4, (200, {"choices": [{"text": ""}]}), InputError, "does not tell the log-probabilities"),
+        (4, (200, {"choices": [{"text": ""}]}), InputError, "has no log-probabilities"),
     ],
 )
 def test_what_a_server_does_not_answer_is_said(

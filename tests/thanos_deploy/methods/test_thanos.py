@@ -494,10 +494,10 @@ def test_what_does_not_fit_is_refused(
     [
         ({"block_columns": 0}, "--block-size 0 is out of range"),
         ({"damping": 0.0}, "--damp 0 is out of range"),
-        ({"damping_mode": "mode"}, "--damp-mode 'mode' is not one of its values"),
+        ({"damping_mode": "mode"}, "--damp-mode 'mode' is not one of the possible values"),
         ({"outlier_rows": 1.0}, "--outlier-rows 1 is out of range"),
         ({"refit_steps": -1}, "--refit-steps -1 is out of range"),
-        ({"score": "guess"}, "--score 'guess' is not one of its values"),
+        ({"score": "guess"}, "--score 'guess' is not one of the possible values"),
     ],
     ids=str,
 )

@@ -86,16 +86,17 @@ def test_a_file_that_is_missing_is_bad_input(tmp_path: Path) -> None:
         (None, ("up_proj",), (), f"--include up_proj: ... {UP}"),
         (None, (), ("lm_head",), "--ignore lm_head: no linear layer"),
         (None, (), ("re:*",), "--ignore re:*: not a regular expression"),
-        (None, (), ("re:.*",), "none of the 4 linear layers is left"),
-        ('{"re:.*": "dense"}', (), (), "none of the 4 linear layers is left"),
+        (None, (), ("re:.*",), "all 4 linear layers are left out"),
+        ('{"re:.*": "dense"}', (), (), "all 4 linear layers are left out"),
         ('{"nothing": "2:4"}', (), (), "own.json: nothing: no linear layer"),
         (
             f'{{"re:.*up_proj": "4:8", "{UP}": "dense"}}',
             *((), ()),
-            f"own.json: {UP} is 4:8 by 're:.*up_proj' and dense by '{UP}'",
+            f"own.json: the entry 're:.*up_proj' makes {UP} 4:8, and the entry '{UP}' "
+            "makes it dense",
         ),
-        (f'{{"{UP}": "4:8"}}', (), ("re:.*up_proj",), "is 4:8 by ... , but --ignore names it"),
-        (f'{{"{UP}": "4:8"}}', (DOWN,), (), "is 4:8 by ... , but --include does not"),
+        (f'{{"{UP}": "4:8"}}', (), ("re:.*up_proj",), "makes ... 4:8, but --ignore names it"),
+        (f'{{"{UP}": "4:8"}}', (DOWN,), (), "makes ... 4:8, but --include does not"),
     ],
 )
 def test_what_contradicts_itself_or_names_no_layer_is_refused(

@@ -149,7 +149,9 @@ def test_of_a_hub_model_only_the_weights_that_it_is_made_of_are_fetched(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     lost: Path | None = origin / shards[-1].name
-    with pytest.raises(PlatformError, match=f"1 of {len(shards)} files .* {shards[-1].name}"):
+    with pytest.raises(
+        PlatformError, match=f"1 of {len(shards)} weight files, .* {shards[-1].name}"
+    ):
         locate("someone/tiny", revision="v2")
     lost = None
     found = locate("someone/tiny", revision="v2")
@@ -164,14 +166,14 @@ def test_a_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch) -
         raise GatedRepoError("403", response=response)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(PlatformError, match="meta-llama/Llama-3-8B: a gated model") as caught:
+    with pytest.raises(PlatformError, match="meta-llama/Llama-3-8B: this model is gated") as caught:
         locate("meta-llama/Llama-3-8B")
     assert "HF_TOKEN" in caught.value.fix
 
 
 def test_a_file_that_is_no_model_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"not a \.gguf file"):
+    with pytest.raises(ModelError, match=r"neither a \.gguf nor a \.safetensors file"):
         locate(str(tmp_path / "model.bin"))
 
 
@@ -194,7 +196,10 @@ def test_an_unusable_generation_configuration_is_bad_input(
         ("{", "not a readable model configuration"),
         ("[]", "not a readable model configuration"),
         ('{"model_type": "nobody"}', "'nobody' is not supported; supported are .*llama"),
-        ('{"model_type": "mamba"}', r"'mamba' is not supported: .* does not call mixer\.dt_proj"),
+        (
+            '{"model_type": "mamba"}',
+            r"'mamba' is not supported: .* does not call the layer mixer\.dt_proj",
+        ),
         ("{}", "'None' is not supported"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a readable model configuration"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "is 1,000,000,000, more than"),

@@ -24,5 +24,5 @@ def test_the_head_makes_the_logits_of_the_model(make_model: MakeModel, model_typ
 def test_logits_that_are_made_otherwise_are_refused(make_model: MakeModel) -> None:
     model = stock_model(make_model("llama"))
     model.config.final_logit_softcapping = 1.0  # which this type does not read
-    with pytest.raises(ModelError, match="not what its output head makes"):
+    with pytest.raises(ModelError, match="not the output of the output head"):
         require_plain_head(model)

@@ -154,7 +154,7 @@ def test_a_revision_is_the_one_that_was_asked_for(hub: Hub) -> None:
 
 def test_a_gated_model_is_said_to_be_one(hub: Hub) -> None:
     hub.gated = True
-    with pytest.raises(PlatformError, match="a gated model") as raised:
+    with pytest.raises(PlatformError, match="this model is gated") as raised:
         locate("a/b")
     assert "HF_TOKEN" in raised.value.fix
 

@@ -82,7 +82,11 @@ def test_a_shrunk_model_is_judged_by_what_was_written(
         ({"head_dim": 20}, "vLLM", "multiple of 8"),
         ({"num_attention_heads": 6}, "text-generation-inference", "whatever head_dim says"),
         ({"head_dim": 33}, "llama.cpp", "even"),
-        ({"model_type": "opt", "ffn_dim": 3072}, "llama.cpp", "does not know models of this type"),
+        (
+            {"model_type": "opt", "ffn_dim": 3072},
+            "llama.cpp",
+            "does not support models of this type",
+        ),
     ],
 )
 def test_a_broken_constraint_is_named_with_its_source(
@@ -112,8 +116,8 @@ def test_a_loader_whose_source_was_not_read_for_a_model_type_is_not_judged() -> 
 @pytest.mark.parametrize(
     ("channels", "note"),
     [
-        (1536, "576 are no multiples of 256"),
-        (1216, "576, 1216 are no multiples of 256"),
+        (1536, "576 are not multiples of 256"),
+        (1216, "576, 1216 are not multiples of 256"),
         (1230, "rows of 1230 stay in F16"),
     ],
 )

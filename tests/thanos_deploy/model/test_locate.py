@@ -25,10 +25,12 @@ def test_a_bundle_is_its_model(two_four_bundle: Path) -> None:
 def test_a_file_of_weights_is_the_model_of_its_folder(model: Path) -> None:
     assert locate(str(model / "model.safetensors")) == locate(str(model))
     shutil.copy(model / "model.safetensors", model / "other.safetensors")
-    with pytest.raises(ModelError, match=r"other\.safetensors: .* are in model\.safetensors"):
+    with pytest.raises(
+        ModelError, match=r"other\.safetensors: .* from other files: model\.safetensors"
+    ):
         locate(str(model / "other.safetensors"))
     (model / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"no config\.json beside it"):
+    with pytest.raises(ModelError, match=r"no config\.json beside this file"):
         locate(str(model / "model.safetensors"))
 
 

@@ -142,7 +142,7 @@ def test_negative_zero_and_nan_are_kept_as_they_are() -> None:
     [
         (torch.tensor([[1.0, 2, 3, 0], [0, 0, 1, 0]]), "1 groups of 4 have more than 2"),
         (torch.tensor([[1.0, 2, -0.0, 0]]), "1 groups of 4 have more than 2"),
-        (torch.zeros(2, 6), "6 columns are no multiple of 4"),
+        (torch.zeros(2, 6), "6 columns are not a multiple of 4"),
     ],
 )
 def test_a_weight_off_the_pattern_is_refused(weight: Tensor, message: str) -> None:
@@ -165,7 +165,7 @@ def test_the_layout_of_cutlass_goes_there_and_back(dtype: torch.dtype) -> None:
     "weight", [torch.zeros(32, 64), torch.zeros(31, 64).half(), torch.zeros(32, 32).half()]
 )
 def test_cutlass_is_not_given_what_it_does_not_take(weight: Tensor) -> None:
-    with pytest.raises(ModelError, match="cutlass takes no 2:4 weight of"):
+    with pytest.raises(ModelError, match="cutlass does not support a 2:4 weight of"):
         to_cutlass(weight)
 
 

@@ -110,7 +110,7 @@ def test_an_adapter_beside_a_model_is_found_before_the_work(
         "prune-export", model, "--pattern", "2:4", "-o", tmp_path / "o", "--dry-run"
     )
     assert code == 3
-    assert "adapter_config.json: is an adapter" in errors
+    assert "adapter_config.json: this file belongs to an adapter" in errors
 
 
 def test_tokens_that_the_model_has_no_embedding_for_are_found_by_a_dry_run(
@@ -120,5 +120,5 @@ def test_tokens_that_the_model_has_no_embedding_for_are_found_by_a_dry_run(
     options = ("--nsamples", 2, "--seqlen", 64, "--dry-run")
     code, _, errors = invoke("prune", model, "--pattern", "2:4", "-o", tmp_path / "out", *options)
     assert code == 3
-    assert "embeddings for ids below 100" in errors
+    assert "embeddings only for ids below 100" in errors
     assert not (tmp_path / "out").exists()

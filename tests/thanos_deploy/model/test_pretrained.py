@@ -204,7 +204,9 @@ def test_a_model_that_is_nothing_without_its_code_is_refused(
 
 def test_the_refusal_names_the_code(model: Path) -> None:
     tokenizer_of_code_alone(model)
-    with pytest.raises(ModelError, match=r"needs code that comes with the model.*canary\.Words"):
+    with pytest.raises(
+        ModelError, match=r"would run code that comes with the model.*canary\.Words"
+    ):
         load_tokenizer(model)
 
 

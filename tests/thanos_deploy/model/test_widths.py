@@ -105,7 +105,7 @@ def test_a_damaged_table_is_an_error_that_names_the_file(
 def test_a_table_for_another_number_of_blocks_is_refused(make_model: MakeModel) -> None:
     folder = make_model("llama")
     declare(folder, [Widths(4, 2, 48)])
-    with pytest.raises(ModelError, match=r"1 blocks, config.json says 2"):
+    with pytest.raises(ModelError, match=r"1 blocks are declared, and config.json declares 2"):
         Checkpoint.open(folder)
 
 

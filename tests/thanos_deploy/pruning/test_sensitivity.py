@@ -179,5 +179,5 @@ def test_what_it_cannot_choose_is_refused(make_model: MakeModel) -> None:
         Recipe.of(TWO_FOUR, keep_dense=1.0)
     checkpoint = Checkpoint.open(make_model("llama"))
     mixture = replace(checkpoint, family=families.family_of("mixtral"))
-    with pytest.raises(UsageError, match="its experts have so many layers"):
+    with pytest.raises(UsageError, match="the experts have so many layers"):
         sensitivity.check(mixture)

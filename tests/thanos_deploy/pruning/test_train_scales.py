@@ -130,5 +130,5 @@ def test_codes_of_another_model_are_refused(
     quantised(tiny_llama, tmp_path / "one", "int4:16")
     model, _ = quantised(tiny_llama, tmp_path / "other", "int4:32")
     codes = Codes.open(tmp_path / "one" / "codes")
-    with pytest.raises(InputError, match="not those of its weight"):
+    with pytest.raises(InputError, match="do not match the weight"):
         train_scales(model, codes, Checkpoint.open(tiny_llama), SEGMENTS, None, None, count=1)

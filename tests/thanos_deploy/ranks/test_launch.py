@@ -41,4 +41,4 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(
     monkeypatch.setenv("MASTER_PORT", "1")
     code, _, errors = invoke(*command, "--processes", 3)
     assert code == 2
-    assert "--processes 3, but torchrun has started 2" in errors
+    assert "--processes 3, but the number of processes that torchrun has started is 2" in errors

@@ -204,7 +204,10 @@ def test_a_run_of_a_manifest_that_does_not_say_of_which_graph_is_left_out(tmp_pa
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [("metrics", "prefill-1x128: no times of 'pruned' for 'x'"), ("results", "'x' is no subject")],
+    [
+        ("metrics", "prefill-1x128: no times of 'pruned' for 'x'"),
+        ("results", "'x' is not one of the models"),
+    ],
 )
 def test_a_run_that_contradicts_itself_is_named(tmp_path: Path, part: str, said: str) -> None:
     document = run()

@@ -360,5 +360,7 @@ def test_heads_that_share_a_norm_stay_and_channels_go(
             model(SEGMENTS).logits for model in (masked, load_model(tmp_path / "shrunk"))
         )
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    with pytest.raises(UsageError, match="no attention head can be cut out: its norm"):
+    with pytest.raises(
+        UsageError, match="no attention head can be cut out: the norm of its queries"
+    ):
         sizing.check(Checkpoint.open(folder), 0.1, Sizing("heads"))

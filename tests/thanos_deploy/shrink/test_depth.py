@@ -114,7 +114,7 @@ def test_a_block_that_depends_on_its_number_is_refused(make_model: MakeModel) ->
     folder = deep(make_model, "gpt2", scale_attn_by_inverse_layer_idx=True)
     checkpoint = Checkpoint.open(folder)
     assert describe(checkpoint, [0, 1, 2])["n_layer"] == 3
-    with pytest.raises(UsageError, match=r"block 2 would be another one as block 1: .*scaling"):
+    with pytest.raises(UsageError, match=r"block 2 would change by becoming block 1: .*scaling"):
         describe(checkpoint, [0, 2, 3])
 
 
@@ -278,7 +278,7 @@ def test_gguf_refuses_windows_at_other_places(make_model: MakeModel, tmp_path: P
         "gemma2", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2
     )
     drop(folder, tmp_path / "out", [1])
-    with pytest.raises(UsageError, match="every second block to see the whole text"):
+    with pytest.raises(UsageError, match="every second block attends to the whole text"):
         gguf.export(Checkpoint.open(tmp_path / "out"), tmp_path, dtype="fp16")
 
 

@@ -155,5 +155,5 @@ def test_options_without_a_meaning_are_refused(
 
 
 def test_a_part_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UsageError, match="--shrink 'all' is not one of its values"):
+    with pytest.raises(UsageError, match="--shrink 'all' is not one of the possible values"):
         Sizing("all")  # type: ignore[arg-type]  # that is what is to be seen

@@ -147,12 +147,20 @@ def test_the_options_of_a_cut_are_typed() -> None:
         ("2:4", {"method": "wanda", "block_size": 64}, "method wanda has no option --block-size"),
         ("2:4", {"method": "guess"}, "--method 'guess'"),
         ("2:4", {"allocation": "best"}, "--allocation 'best'"),
-        ("2:4", {"dtype": "fp64"}, "--dtype 'fp64' is not one of its values"),
+        ("2:4", {"dtype": "fp64"}, "--dtype 'fp64' is not one of the possible values"),
         ("2:4", {"dense_target": 2.0}, "--dense-target 2 is out of range"),
         ("2:4", {"recover": -1}, "--recover -1 is out of range"),
         ("2:4", {"shrink": "ffn"}, "--shrink with pattern 2:4"),
-        ("structured:0.2", {"block_size": 64}, "structured:0.2 with --block-size: it has no"),
-        ("structured:0.2", {"outlier_rows": 0.1}, "structured:0.2 with --outlier-rows: it has no"),
+        (
+            "structured:0.2",
+            {"block_size": 64},
+            "structured:0.2 with --block-size: not possible where",
+        ),
+        (
+            "structured:0.2",
+            {"outlier_rows": 0.1},
+            "structured:0.2 with --outlier-rows: not possible where",
+        ),
     ],
     ids=str,
 )
@@ -162,5 +170,5 @@ def test_what_has_no_meaning_is_refused(pattern: str, given: dict[str, Any], mes
 
 
 def test_options_of_another_method_are_no_options() -> None:
-    with pytest.raises(TypeError, match="are no options of method wanda"):
+    with pytest.raises(TypeError, match="are not options of method wanda"):
         Recipe(parse("2:4"), "wanda", thanos.Options())
