@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from math import hypot, log
+from math import log
 
 from benchmarks.comparison.front import Cost, front, points
 from benchmarks.comparison.record import Comparison, Row, read
-from docs.labels import Box, place
 from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.report.labels import Box, place
 
 # Of the whole picture and of its panels, in SVG's units.
 _WIDTH, _HEIGHT = 920, 760
@@ -129,18 +129,15 @@ def _mark(row: Row, x: float, y: float, *, filled: bool) -> str:
 
 def _name(row: Row, x: float, y: float, box: Box) -> Iterator[str]:
     """What a point is called, and a line to it where that is not beside it."""
-    near = box.nearest(x, y)
-    if hypot(near[0] - x, near[1] - y) > _RADIUS + 3:
+    if lead := box.lead(x, y, _RADIUS):
         yield (
-            f'<path d="M{x} {y}L{round(near[0], 1)} {round(near[1], 1)}" '
+            f'<path d="M{x} {y}L{round(lead[0], 1)} {round(lead[1], 1)}" '
             f'stroke="{_MUTED}" stroke-width="0.5"/>'
         )
-    # In the middle, so that a font that is narrower leaves room at both ends.
-    beside = "start" if near[0] > x else "end" if near[0] < x else "middle"
-    place_of = {"start": box.left, "end": box.right, "middle": (box.left + box.right) / 2}[beside]
+    anchor, across = box.anchored(x)
     yield (
-        f'<text class="name" x="{round(place_of, 1)}" y="{round(box.bottom - 3, 1)}" '
-        f'text-anchor="{beside}" fill="{_COLOURS[row.runtime]}">{escape(row.weights)}</text>'
+        f'<text class="name" x="{round(across, 1)}" y="{round(box.bottom - 3, 1)}" '
+        f'text-anchor="{anchor}" fill="{_COLOURS[row.runtime]}">{escape(row.weights)}</text>'
     )
 
 

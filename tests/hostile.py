@@ -11,7 +11,7 @@ from tests.bundles import run, write_bundle
 HOSTILE = (
     "$\\frac{1}{2}$ אבג <script>document.title='run'</script><img src=x onerror=alert(1)> "
     "\"quoted\" 'single' &amp; {{ 7 * 7 }} ![i](http://x.example/i) [l](javascript:alert(1)) ``` "
-    "`c` <http://x.example> | *b* \\"
+    "`c` <http://x.example> | *b* $x^2$ \\"
 )
 # The same on lines that would begin a heading and a block of code.
 HOSTILE_LINES = f"{HOSTILE}\n\n# {HOSTILE}\n    {HOSTILE}"

@@ -11,6 +11,7 @@ pareto    which models another one beats
 commands  the command lines that make a bundle again
 figures   the report's figures as rows, for whoever prints a table
 charts    pictures, as SVG that follows the page's colours
+labels    where the names of points go in a picture
 page      the report as one HTML file
 markdown  the report as Markdown
 card      the model card of a bundle

@@ -11,19 +11,21 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from thanos_deploy.measure.run import DENSE, PRUNED, Run
 from thanos_deploy.pruning.result import PartBytes
 from thanos_deploy.report.figures import metric_title
-from thanos_deploy.report.model import LayerMap, Plot
+from thanos_deploy.report.labels import Anchor, Box, NoRoomError, place
+from thanos_deploy.report.model import LayerMap, Plot, PlotPoint
 
 # It speaks of its caches, which are nothing to a reader of reports.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -63,6 +65,14 @@ _STYLE = mpl.RcParams(
 )
 _WIDTH = 7.2  # inches of 72 units
 _LONGEST = 32  # characters of a name
+_NAME = 8.0  # units of the letters of a name
+_NAME_LINE, _BELOW = 1.3 * _NAME, 0.3 * _NAME  # a line of them, and what of it is below their foot
+_RADIUS = 5.0  # units around a point that its name leaves free
+_ALIGNMENTS: dict[Anchor, Literal["left", "center", "right"]] = {
+    "start": "left",
+    "middle": "center",
+    "end": "right",
+}
 
 # The dense model is dashed and grey, so that colour is not all that tells the two apart.
 _LINES: dict[str, tuple[str, Any]] = {DENSE: (_MUTED, (0, (3, 2))), PRUNED: (_ACCENT, "solid")}
@@ -176,10 +186,10 @@ def sizes(parts: PartBytes) -> Markup:
     figure, axes = _figure(1.45)
     both = {PRUNED: parts.pruned, DENSE: parts.dense}
     names = [name for name in parts.dense if any(sizes[name] for sizes in both.values())]
-    for place, name in enumerate(names):
-        shade = to_rgba(_ACCENT, 1.0 - 0.85 * place / max(1, len(names) - 1))
+    for number, name in enumerate(names):
+        shade = to_rgba(_ACCENT, 1.0 - 0.85 * number / max(1, len(names) - 1))
         for height, (who, sizes) in enumerate(both.items()):
-            before = sum(sizes[other] for other in names[:place])
+            before = sum(sizes[other] for other in names[:number])
             axes.barh(
                 height,
                 sizes[name] / 1e6,
@@ -199,17 +209,34 @@ def sizes(parts: PartBytes) -> Markup:
 
 @mpl.rc_context(_STYLE)
 def pareto(plots: Sequence[Plot]) -> Markup:
-    """Perplexity against each cost; filled points are on the front, hollow ones are dominated."""
+    """Perplexity against each cost; filled points are on the front, hollow ones are dominated.
+
+    The picture is as high as names need that overlap neither each other nor a point.
+    """
+    height = 3.0
+    while True:
+        try:
+            figure = _panels(plots, height)
+        except NoRoomError:
+            height *= 1.25
+        else:
+            return _svg(figure, "Perplexity against time and size; lower left is better")
+
+
+def _panels(plots: Sequence[Plot], height: float) -> Figure:
+    """One panel for each cost, two in a row.
+
+    Raises:
+        NoRoomError: a panel of this height, in inches, has no room for the names of its points.
+    """
     rows = -(-len(plots) // 2)
-    figure = Figure(figsize=(_WIDTH, 3.0 * rows), layout="constrained")
+    # Names are placed in units of the picture, which are those of SVG with this resolution.
+    figure = Figure(figsize=(_WIDTH, height * rows), layout="constrained", dpi=72)
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, plot in zip(grid, plots, strict=False):
-        scale = 1e-6 if plot.unit == "B" else 1.0
-        costs = [point.cost for point in plot.points]
+        scale = _scale(plot)
         for point in plot.points:
-            beaten = bool(point.dominated_by)
-            right = point.cost > (min(costs) + max(costs)) / 2
-            colour = _MUTED if beaten or point.label == DENSE else _ACCENT
+            beaten, colour = bool(point.dominated_by), _colour(point)
             axes.errorbar(
                 point.cost * scale,
                 point.perplexity,
@@ -223,16 +250,6 @@ def pareto(plots: Sequence[Plot]) -> Markup:
                 markerfacecolor="none" if beaten else colour,
                 elinewidth=1.0,
             )
-            name = axes.annotate(
-                _brief(point.label),
-                (point.cost * scale, point.perplexity),
-                xytext=(-5 if right else 5, -11 if beaten else 5),
-                horizontalalignment="right" if right else "left",
-                textcoords="offset points",
-                color=colour,
-                fontsize=8.0,
-            )
-            name.set_in_layout(False)
         front = sorted(
             (point.cost * scale, point.perplexity)
             for point in plot.points
@@ -245,7 +262,52 @@ def pareto(plots: Sequence[Plot]) -> Markup:
         axes.set_axis_off()
     for axes in grid[::2]:
         axes.set_ylabel("perplexity")
-    return _svg(figure, "Perplexity against time and size; lower left is better")
+    figure.draw_without_rendering()  # so that the panels are where they stay
+    figure.set_layout_engine("none")
+    for axes, plot in zip(grid, plots, strict=False):
+        _add_names(figure, axes, plot)
+    return figure
+
+
+def _add_names(figure: Figure, axes: Axes, plot: Plot) -> None:
+    """Write beside each point of a panel what it is called, with a line where that is far away."""
+    scale, panel = _scale(plot), axes.bbox
+
+    def at(cost: float, perplexity: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((cost * scale, perplexity))
+        return float(x), -float(y)  # y grows downwards, unlike matplotlib's
+
+    names = [
+        figure.text(0, 0, _brief(point.label), color=_colour(point), fontsize=_NAME, transform=None)
+        for point in plot.points
+    ]
+    marks = [at(point.cost, point.perplexity) for point in plot.points]
+    boxes = place(
+        marks,
+        [(min(name.get_window_extent().width, panel.width), _NAME_LINE) for name in names],
+        Box(panel.x0, -panel.y1, panel.x1, -panel.y0),
+        radius=_RADIUS,
+        free=[
+            Box(at(point.low, 0)[0], y - 1, at(point.high, 0)[0], y + 1)
+            for point, (_, y) in zip(plot.points, marks, strict=True)
+        ],
+    )
+    for name, (x, y), box in zip(names, marks, boxes, strict=True):
+        if lead := box.lead(x, y, _RADIUS):
+            figure.add_artist(
+                Line2D((x, lead[0]), (-y, -lead[1]), color=_MUTED, linewidth=0.5, transform=None)
+            )
+        anchor, across = box.anchored(x)
+        name.set_horizontalalignment(_ALIGNMENTS[anchor])
+        name.set_position((across, -box.bottom + _BELOW))
+
+
+def _scale(plot: Plot) -> float:
+    return 1e-6 if plot.unit == "B" else 1.0
+
+
+def _colour(point: PlotPoint) -> str:
+    return _MUTED if point.dominated_by or point.label == DENSE else _ACCENT
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
@@ -254,8 +316,10 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _brief(name: str) -> str:
-    """A name that leaves room for the picture."""
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    """A name that leaves room for the picture: both of its ends, where names differ."""
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST // 2]}…{name[1 - _LONGEST // 2 :]}"
 
 
 def _svg(figure: Figure, title: str) -> Markup:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.hostile import HOSTILE, HOSTILE_LINES, write_hostile_bundle
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.report.figures import figures, shown, shown_ratio
+from thanos_deploy.report.labels import Box
 from thanos_deploy.report.model import ModelReport
 from thanos_deploy.report.write import compare
 
@@ -65,6 +67,23 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     compare(paths, folder / "many.html")
     return folder / "many.html"
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a dozen bundles that cost about the same and are about as good."""
+    folder = tmp_path_factory.mktemp("crowd")
+    paths = [
+        write_bundle(
+            folder / f"a model with a name of some length {number}",
+            perplexity=12 + number / 50,
+            bytes_=4000 + number,
+            runs=(run(factor=0.8 + number / 500),),
+        )
+        for number in range(12)
+    ]
+    compare(paths, folder / "crowd.html")
+    return folder / "crowd.html"
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +244,7 @@ def test_a_hostile_name_is_shown_and_not_run(browser: Browser, hostile: Path) ->
             "return [...document.querySelectorAll('svg text')].map((text) => text.textContent)"
         )
     )
-    assert "2:4 fp32 thanos $\\frac{1}{2}$" in labels
+    assert f"2:4 fp32 thanos …{HOSTILE[-15:]}" in labels  # with its mathematics as text
     assert not browser.find_elements(By.CSS_SELECTOR, "img, iframe, body script:not(:last-child)")
     assert "<img" not in hostile.read_text()
     assert html.escape("<img src=x onerror=alert(1)>") in hostile.read_text()
@@ -287,3 +306,22 @@ def _luminance(colour: str) -> float:
         for value in (int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4))
     )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_no_name_in_the_picture_of_all_models_overlaps_another_one(
+    browser: Browser, crowd: Path
+) -> None:
+    show(browser, crowd)
+    names: list[Any] = browser.execute_script(
+        """return [...document.querySelectorAll("svg")]
+        .find((svg) => svg.textContent.startsWith("Perplexity against"))
+        .querySelectorAll("text").values()
+        .map((text) => [text.textContent, text.getBoundingClientRect()])
+        .filter(([name]) => name.startsWith("2:4 ") || name === "dense")
+        .map(([name, box]) => [name, box.left, box.top, box.right, box.bottom]).toArray()"""
+    )
+    panels = len(report_beside(crowd)["pareto"])
+    assert len(names) == panels * 13
+    assert len({name for name, *_ in names}) == 13
+    for one, other in combinations([Box(*box) for _, *box in names], 2):
+        assert not one.overlaps(other)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from docs.labels import Box, place
+from thanos_deploy.report.labels import Box, place
 
 WITHIN = Box(0, 0, 400, 300)
 RADIUS = 5.0

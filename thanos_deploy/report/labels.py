@@ -7,9 +7,19 @@ by chance, so that the same points get the same places.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import hypot
+from typing import Literal
 
-# Of the places that are tried, in units of the picture.
+Anchor = Literal["start", "middle", "end"]
+
+# Steps between the places that are tried, in units of the picture.
 _ACROSS, _DOWN = 4, 3
+
+# The distance between a point and a name that needs no line to it.
+_BESIDE = 3.0
+
+
+class NoRoomError(ValueError):
+    """A picture is too small for all names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,22 @@ class Box:
         """The place in it that is nearest to another one."""
         return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
 
+    def anchored(self, x: float) -> tuple[Anchor, float]:
+        """Which end of the name in it is fixed, and where: the one that is nearer to its point.
+
+        A font that is narrower than the one that was measured then leaves room at the other end.
+        """
+        if x < self.left:
+            return "start", self.left
+        if x > self.right:
+            return "end", self.right
+        return "middle", (self.left + self.right) / 2
+
+    def lead(self, x: float, y: float, radius: float) -> tuple[float, float] | None:
+        """Where a line from a point to its name ends; None for a name that is beside its point."""
+        near = self.nearest(x, y)
+        return near if hypot(near[0] - x, near[1] - y) > radius + _BESIDE else None
+
 
 def place(
     points: Sequence[tuple[float, float]],
@@ -61,7 +87,7 @@ def place(
         free: what is to be left free beside the points.
 
     Raises:
-        ValueError: there is no room for a name.
+        NoRoomError: there is no room for a name.
     """
     taken = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     taken += free
@@ -72,7 +98,7 @@ def place(
             if not any(box.overlaps(other) for other in taken):
                 break
         else:
-            raise ValueError(f"there is no room for name {number} of {len(points)}")
+            raise NoRoomError(f"there is no room for name {number} of {len(points)}")
         found[number] = box
         taken.append(box)
     return [found[number] for number in range(len(points))]
