@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import COMMAND
+from tests.commands import Command
 from tests.conftest import Invoke
 from tests.test_cli import PRUNING, SMALL
 from thanos_deploy.bundle import files
@@ -37,7 +37,9 @@ def with_engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ["prune", tiny_llama, "-o", out, *pruning],
         ["export", out, "--target", "tensorrt-rtx", "--sm", "80", "--batch", "1,2", "--seq", "16"],
     ):
-        subprocess.run([COMMAND, *map(str, arguments)], check=True, capture_output=True)
+        command = Command(*arguments)
+        _, errors = command.communicate()
+        assert command.returncode == 0, errors.decode()
     return out
 
 
