@@ -4,6 +4,7 @@ Each test starts a few commands, which is what these parts do.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 def test_a_command_that_is_killed_goes_on(alone: Undisturbed, tmp_path: Path) -> None:
     assert kills.kill(alone, tmp_path / "out", random.Random(1)).fault == ""
+
+
+def test_a_command_that_fails_before_it_is_killed_is_a_fault(
+    alone: Undisturbed, tmp_path: Path
+) -> None:
+    work = replace(alone.work, arguments=("prune", "{model}", "--pattern", "none", "-o", "{out}"))
+    alone = replace(alone, work=work, seconds=1e6)  # it is never killed
+    one = kills.kill(alone, tmp_path / "out", random.Random(1))
+    assert one.fault.startswith("exit code 2 before it was killed: ")
 
 
 def test_a_command_goes_on_after_a_power_cut(alone: Undisturbed, tmp_path: Path) -> None:
