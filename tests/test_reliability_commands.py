@@ -63,7 +63,8 @@ def test_with_too_little_memory_a_command_says_how_much_is_needed(
     alone: Undisturbed, tmp_path: Path, share: float
 ) -> None:
     # The model is so small that a hundred times what it needs is no more than what libraries take.
-    needed = memory.bare_need(alone, tmp_path / "out")
+    needed, _ = memory.compared(alone, tmp_path / "out")
+    needed -= memory.held_before(alone, tmp_path / "out")
     one = memory.limited(alone, tmp_path / "out", "RLIMIT_AS", share * 100, needed)
     assert one.fault == ""
     assert one.code == (0 if share else 5)
