@@ -88,6 +88,10 @@ class Command:
         """End it at once."""
         self._process.kill()
 
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, for so long at most."""
+        self._process.join(seconds)
+
     def communicate(self) -> tuple[bytes, bytes]:
         """Wait for its end; what it wrote to standard output and standard error."""
         self._process.join()

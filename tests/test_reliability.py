@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pages
-from benchmarks.reliability import server
+from benchmarks.reliability import kills, server
 from benchmarks.reliability.__main__ import PAGE, PARTS, RESULTS, go_on
 from benchmarks.reliability.attacks import Attack, guessed_keys, half_closed, malformed, overload
 from benchmarks.reliability.part import Figure, Part, Setting, Slice
@@ -122,6 +122,25 @@ def test_the_page_says_what_the_results_say() -> None:
     page = PAGE.read_text(encoding="utf-8")
     section = table(Results.read(RESULTS), PARTS)
     assert pages.rewritten(page, COMMAND, section) == page, f"run `{COMMAND}`"
+
+
+def test_a_command_that_had_ended_was_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = iter([True, False, True, True, False, False])
+
+    def kill(*_: object) -> kills.Killed:
+        return kills.Killed("a command", 1.0, ended=next(drawn), entries=0, again=0, fault="")
+
+    monkeypatch.setattr(kills, "GOAL", 3)
+    monkeypatch.setattr(kills, "undisturbed", lambda *_: ["a command"])
+    monkeypatch.setattr(kills, "kill", kill)
+    found = [
+        {figure.name: figure.value for figure in one.figures}
+        for one in kills.run(Setting(lambda: tmp_path, tmp_path, 60.0, 0))
+    ]
+    assert [figures["kills"] for figures in found] == [0, 1, 0, 0, 1, 1]
+    assert [figures[kills._ENDED] for figures in found] == [1, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.slow

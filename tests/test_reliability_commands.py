@@ -4,6 +4,7 @@ Each test starts a few commands, which is what these parts do.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 def test_a_command_that_is_killed_goes_on(alone: Undisturbed, tmp_path: Path) -> None:
     assert kills.kill(alone, tmp_path / "out", random.Random(1)).fault == ""
+
+
+def test_a_command_that_fails_before_it_is_killed_is_a_fault(
+    alone: Undisturbed, tmp_path: Path
+) -> None:
+    work = replace(alone.work, arguments=("prune", "{model}", "--pattern", "none", "-o", "{out}"))
+    alone = replace(alone, work=work, seconds=1e6)  # it is never killed
+    one = kills.kill(alone, tmp_path / "out", random.Random(1))
+    assert one.fault.startswith("exit code 2 before it was killed: ")
 
 
 def test_a_command_goes_on_after_a_power_cut(alone: Undisturbed, tmp_path: Path) -> None:
@@ -53,7 +63,8 @@ def test_with_too_little_memory_a_command_says_how_much_is_needed(
     alone: Undisturbed, tmp_path: Path, share: float
 ) -> None:
     # The model is so small that a hundred times what it needs is no more than what libraries take.
-    needed = memory.bare_need(alone, tmp_path / "out")
+    needed, _ = memory.compared(alone, tmp_path / "out")
+    needed -= memory.held_before(alone, tmp_path / "out")
     one = memory.limited(alone, tmp_path / "out", "RLIMIT_AS", share * 100, needed)
     assert one.fault == ""
     assert one.code == (0 if share else 5)

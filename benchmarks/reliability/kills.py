@@ -26,6 +26,7 @@ _LOOK_SECONDS = 0.005
 
 GOAL = 500
 _KILLS = "kills"
+_ENDED = "commands that had ended before their kill, which is none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Killed:
 
     Attributes:
         after: seconds from its start to the end of it.
-        finished: it had ended before.
+        ended: it had ended before, so that nothing was killed.
         entries: blocks that were in a journal when it was killed.
         again: of these, done again by the second run.
         fault: what was wrong; empty if nothing was.
@@ -42,7 +43,7 @@ class Killed:
 
     work: str
     after: float
-    finished: bool
+    ended: bool
     entries: int
     again: int
     fault: str
@@ -50,18 +51,20 @@ class Killed:
 
 def run(setting: Setting) -> Iterator[Slice]:
     """Kill one command after the other, as often as there is time for, and each at least once."""
-    before = setting.so_far(_KILLS)
+    kills = setting.so_far(_KILLS)
+    before = kills + setting.so_far(_ENDED)
     draw, end = random.Random(f"{setting.seed} {before}"), time.monotonic() + setting.seconds
     every = list(undisturbed(WORKS, setting))
     turns = 0
-    while turns < len(every) or (time.monotonic() < end and before + turns < GOAL):
+    while turns < len(every) or (time.monotonic() < end and kills < GOAL):
         one = kill(every[(before + turns) % len(every)], setting.folder / "killed", draw)
         turns += 1
+        kills += not one.ended
         yield Slice(
             [
                 Figure("commands, each killed in turn", len(WORKS), joined="last"),
-                Figure(_KILLS, 1, least=GOAL),
-                Figure("kills of commands that had ended", int(one.finished)),
+                Figure(_KILLS, int(not one.ended), least=GOAL),
+                Figure(_ENDED, int(one.ended)),
                 Figure(
                     "second runs that ended otherwise, or with other bytes",
                     int(bool(one.fault)),
@@ -79,10 +82,14 @@ def kill(alone: Undisturbed, out: Path, draw: random.Random) -> Killed:
     alone.copy(out)
     after = draw.uniform(0, alone.seconds * _BEYOND)
     command = alone.work.begin(alone.model, out)
-    time.sleep(after)
+    command.wait(after)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(command.pid, signal.SIGKILL)
-    command.communicate()
+    _, errors = command.communicate()
+    if command.returncode not in (0, -signal.SIGKILL):
+        said = errors.decode(errors="replace")[-500:]
+        fault = f"exit code {command.returncode} before it was killed: {said}"
+        return Killed(alone.work.name, after, ended=True, entries=0, again=0, fault=fault)
     before = _entries(out)
     with _watched(out) as seen:
         fault = alone.fault_of_repeating(out)
@@ -90,7 +97,7 @@ def kill(alone: Undisturbed, out: Path, draw: random.Random) -> Killed:
     return Killed(
         work=alone.work.name,
         after=after,
-        finished=command.returncode == 0,
+        ended=command.returncode == 0,
         entries=len(before),
         again=len(again),
         fault=fault or ("blocks were done again" if again else ""),

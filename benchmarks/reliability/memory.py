@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from thanos_deploy.bundle.manifest import Bundle
 
 _GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 _LIMIT = ("memory.limit_in_bytes", "memory.max")
+_PEAK = ("memory.max_usage_in_bytes", "memory.peak")
 
 # Of what is needed by the dry run, what is left to the process.
 STEPS = (2.0, 1.5, 1.25, 1.1, 1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1, 0.05, 0.0)
@@ -41,6 +43,9 @@ WORKS = (
     Work("fast", (*_BY, "--preset", "fast", "-o", "{out}")),
     Work("structured", ("prune", "{model}", "--pattern", "structured:0.25", *_TEXT, "-o", "{out}")),
 )
+
+# As the dry run calls what a process holds.
+_BEFORE = "this process, before it begins"
 
 _FAULTS = "other ends than exit code 0 or 5, or 5 without the number that is needed"
 
@@ -93,16 +98,18 @@ def run(setting: Setting) -> Iterator[Slice]:
                        least=1 - _OFF, most=1 + _OFF, joined="last"),
             ]
         )  # fmt: skip
-        bare = bare_need(alone, setting.folder / "out")
+        if alone.work == WORKS[0]:  # all of them begin in the same way
+            held = held_before(alone, setting.folder / "out")
+            begun = begun_with(alone, setting.folder / "out") if _root() else 0
         for by, share in itertools.product(_kinds(), STEPS):
             if time.monotonic() > end:
                 return
-            one = limited(alone, setting.folder / "out", by, share, bare)
+            one = limited(alone, setting.folder / "out", by, share, needed - held, begun)
             yield Slice(
                 [
                     Figure("limits of memory", 1, least=len(WORKS) * len(STEPS)),
                     Figure("of these, enough", int(one.code == 0)),
-                    Figure("of these, too little: exit code 5", int(one.code != 0)),
+                    Figure("of these, too little: exit code 5", int(one.code == 5)),
                     Figure(_FAULTS, int(bool(one.fault)), most=0),
                 ],
                 [str(one)] if one.fault else [],
@@ -146,16 +153,31 @@ def compared(alone: Undisturbed, out: Path) -> tuple[int, float]:
     return needed, held / needed
 
 
-def bare_need(alone: Undisturbed, out: Path) -> int:
-    """The bytes of the dry run, without what the process holds before it begins."""
-    estimate = _planned(alone, out)
-    memory = estimate["memory"]
+def held_before(alone: Undisturbed, out: Path) -> int:
+    """The bytes that its process holds before it begins, of those of the dry run."""
+    memory = _planned(alone, out)["memory"]
     assert isinstance(memory, dict)
-    return sum(term["bytes"] for term in memory["host"] if not term["name"].startswith("this proc"))
+    (held,) = (term["bytes"] for term in memory["host"] if term["name"] == _BEFORE)
+    return int(held)
 
 
-def limited(alone: Undisturbed, out: Path, by: str, share: float, needed: int) -> Limited:
-    """Do a command with a share of what it needs."""
+def begun_with(alone: Undisturbed, out: Path) -> int:
+    """The bytes that a group is charged with for a dry run, which begins as the command does.
+
+    Most are copies of what a process shares with the one that it was forked from.
+    """
+    with group() as folder:
+        command = alone.work.begin(
+            alone.model, out, "--dry-run", before=partial(join, folder, sys.maxsize)
+        )
+        _waited(command)
+        return next(int((folder / name).read_text()) for name in _PEAK if (folder / name).exists())
+
+
+def limited(
+    alone: Undisturbed, out: Path, by: str, share: float, needed: int, begun: int = 0
+) -> Limited:
+    """Do a command with a share of what it needs, beside what it begins with in a group."""
     alone.copy(out)
     allowed = int(share * needed)
     if by == "RLIMIT_AS":
@@ -163,7 +185,7 @@ def limited(alone: Undisturbed, out: Path, by: str, share: float, needed: int) -
         errors = _waited(command)
     else:
         with group() as folder:
-            before = partial(join, folder, allowed)
+            before = partial(join, folder, begun + allowed)
             command = alone.work.begin(alone.model, out, before=before)
             errors = _waited(command)
     return Limited(alone.work.name, by, share, command.returncode, _fault(alone, out, command,
@@ -213,14 +235,14 @@ def group() -> Iterator[Path]:
 
 
 def join(folder: Path, allowed: int) -> None:
-    """Put this process into a group that may take so many bytes more than it has of its own.
+    """Put this process into a group that may take so many bytes from now on.
 
-    What it shares with the process that it was forked from counts there.
+    What it has so far is charged to the group that it leaves.
     """
     (folder / "cgroup.procs").write_text(str(os.getpid()))
     for name in _LIMIT:
         if (folder / name).exists():
-            (folder / name).write_text(str(max(allowed, 4 << 20)))
+            (folder / name).write_text(str(allowed))
 
 
 PART = Part(

@@ -40,8 +40,6 @@ GOAL = 20_000
 MOST_SECONDS = 30.0  # of a processor
 _SILENT_SECONDS = 120.0  # by the clock, until a child is ended; a machine may be busy
 MOST_GIGABYTES = 2.0
-# Of one kind; what is read quickest would be nearly all.
-MOST_OF_A_KIND = GOAL // 3
 BATCH = 200  # of one kind, until another one's turn
 
 _MUTATIONS = "damaged files"
@@ -68,23 +66,18 @@ class Ended:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Of all kinds for the same time, until there is none left or enough was done."""
+    """Of all kinds as many, until there is no time left or enough was done."""
     from benchmarks.reliability.victims import KINDS
 
     made = {kind: victims(setting.folder, kind) for kind in KINDS}
-    end, total = time.monotonic() + setting.seconds, setting.so_far(_MUTATIONS)
-    begins = {kind: setting.so_far(_of(kind)) for kind in KINDS}
-    spent = dict.fromkeys(made, 0.0)
-    while time.monotonic() < end and total < GOAL:
-        open_ = [one for one in spent if begins[one] < MOST_OF_A_KIND]
-        kind = min(open_, key=lambda one: spent[one])
-        numbers, began = range(begins[kind], begins[kind] + BATCH), time.monotonic()
-        own = _own(setting.folder, kind)
-        ended = list(batch(setting.seed, kind, made[kind], numbers, own))
-        spent[kind] += time.monotonic() - began
-        begins[kind] += len(ended)
-        total += len(ended)
-        yield _found(kind, ended)
+    end, least = time.monotonic() + setting.seconds, -(-GOAL // len(KINDS))
+    done = {kind: setting.so_far(_of(kind)) for kind in KINDS}
+    while time.monotonic() < end and min(done.values()) < least:
+        kind = min(done, key=lambda one: done[one])
+        numbers = range(done[kind], done[kind] + BATCH)
+        ended = list(batch(setting.seed, kind, made[kind], numbers, _own(setting.folder, kind)))
+        done[kind] += len(ended)
+        yield _found(kind, ended, least)
 
 
 def _own(folder: Path, kind: str) -> Path:
@@ -113,7 +106,7 @@ def _of(kind: str) -> str:
     return f"of these: {kind}"
 
 
-def _found(kind: str, ended: Sequence[Ended]) -> Slice:
+def _found(kind: str, ended: Sequence[Ended], least: int) -> Slice:
     faults = [f"{kind} {one.number}: {one.said}" for one in ended if one.how == "fault"]
     return Slice(
         [
@@ -137,7 +130,7 @@ def _found(kind: str, ended: Sequence[Ended]) -> Slice:
                 most=MOST_GIGABYTES,
                 joined="most",
             ),
-            Figure(_of(kind), len(ended)),
+            Figure(_of(kind), len(ended), least=least),
         ],
         faults[:5],
     )

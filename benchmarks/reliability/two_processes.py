@@ -1,8 +1,9 @@
 """Two processes, or two machines, that write to one folder.
 
-Two of the same command are started at moments that differ by up to a second. One has to finish with
-the bytes of a run that was left alone; the other one has to end with exit code 4 within a second of
-looking at the folder, or, where it came when the first one had finished, to find everything done.
+Two of the same command are started, the second one at any moment while the first one runs. One has
+to finish with the bytes of a run that was left alone; the other one has to end with exit code 4
+within a second of looking at the folder, or, where it came when the first one had finished, to find
+everything done. That one is refused is what counts.
 Network file systems are simulated by what they do to Python's `flock`: it fails, or has no effect;
 the second machine by another identity of it.
 """
@@ -25,6 +26,7 @@ from thanos_deploy.bundle import lock
 
 GOAL = 60
 _TURNS = "times that two began"
+_REFUSED = "of these, one was refused with exit code 4"
 _IN_USE = 4
 _MOST_SECONDS = 1.0
 
@@ -78,18 +80,19 @@ class Both:
 
 def run(setting: Setting) -> Iterator[Slice]:
     """Two of one command after the other, for every kind of file system."""
-    before = setting.so_far(_TURNS)
+    before, refused = setting.so_far(_TURNS), setting.so_far(_REFUSED)
     draw, end = random.Random(f"{setting.seed} {before}"), time.monotonic() + setting.seconds
     every = list(undisturbed(_WORKS, setting))
     turns = 0
-    while turns < len(KINDS) or (time.monotonic() < end and before + turns < GOAL):
+    while turns < len(KINDS) or (time.monotonic() < end and refused < GOAL):
         kind = KINDS[(before + turns) % len(KINDS)]
         one = both(draw.choice(every), setting.folder / "both", kind, draw)
         turns += 1
+        refused += one.refused
         yield Slice(
             [
-                Figure(_TURNS, 1, least=GOAL),
-                Figure("of these, one was refused with exit code 4", int(one.refused)),
+                Figure(_TURNS, 1),
+                Figure(_REFUSED, int(one.refused), least=GOAL),
                 Figure("other ends, or other bytes", int(bool(one.fault)), most=0),
                 Figure(
                     "seconds from its look at the folder to its end, at most",
@@ -112,7 +115,7 @@ def both(
     name, first, second = kind
     shutil.rmtree(out, ignore_errors=True)
     alone.copy(out)
-    apart = draw.uniform(0, 1.0)
+    apart = draw.uniform(0, alone.seconds)
     commands = [alone.work.begin(alone.model, out, before=first)]
     time.sleep(apart)
     commands.append(alone.work.begin(alone.model, out, before=second))

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests import traced
@@ -26,11 +26,13 @@ class Work:
         name: of it.
         arguments: of `thanos-deploy`, with {model} for the model and {out} for the bundle.
         before: likewise.
+        first: what its process does first.
     """
 
     name: str
     arguments: tuple[str, ...]
     before: tuple[tuple[str, ...], ...] = ()
+    first: Callable[[], object] | None = None
 
     def prepare(self, model: Path, out: Path) -> None:
         """Do what has to be done before."""
@@ -40,12 +42,20 @@ class Work:
     def begin(
         self, model: Path, out: Path, *more: str, before: Callable[[], object] | None = None
     ) -> Command:
-        """Start it; with more arguments, and after something that its process does first."""
-        return Command(*filled((*self.arguments, *more), model, out), before=before)
+        """Start it; with more arguments, and something else that its process does first."""
+        arguments = filled((*self.arguments, *more), model, out)
+        return Command(*arguments, before=before or self.first)
 
     def finish(self, model: Path, out: Path) -> None:
         """Do it, or go on with it."""
-        run(self.arguments, model, out)
+        run(self.arguments, model, out, self.first)
+
+
+def know_tokenizer() -> None:
+    """Let llama.cpp's converter take the model's tokenizer for one that it knows by its hash."""
+    from conversion.base import TextModel  # which takes long, for one command
+
+    TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 
 
 def _to_zeros(name: str, *options: str) -> Work:
@@ -56,6 +66,12 @@ def _after_pruning(name: str, *arguments: str) -> Work:
     return Work(name, arguments, ((*_PRUNE, "-o", "{out}"),))
 
 
+def _export(target: str, *options: str) -> Work:
+    return _after_pruning(f"export-{target}", "export", "{out}", "--target", target, *options)
+
+
+_EXPORTED = ((*_PRUNE, "-o", "{out}"), ("export", "{out}", "--target", "onnx"))
+
 WORKS = (
     _to_zeros("prune-fast", "--pattern", "2:4", "--preset", "fast"),
     _to_zeros("prune-best", "--pattern", "2:4", "--preset", "best", *_TUNE),
@@ -63,10 +79,17 @@ WORKS = (
     _to_zeros("shrink", "--pattern", "structured:0.25", *_TUNE),
     _to_zeros("recover", "--pattern", "2:4", "--preset", "fast", "--recover", "16"),
     _to_zeros("quantize", "--pattern", "2:4", "--preset", "fast", "--quantize", "int8"),
-    _after_pruning("export-onnx", "export", "{out}", "--target", "onnx"),
-    _after_pruning("export-packed", "export", "{out}", "--target", "packed"),
-    _after_pruning("export-triton", "export", "{out}", "--target", "triton"),
+    # The targets that need neither a GPU nor another program.
+    *map(_export, ("onnx", "genai", "packed", "triton", "vllm")),
+    replace(_export("gguf", "--dtype", "fp16"), first=know_tokenizer),
+    Work(
+        "export-compressed-tensors",
+        ("export", "{out}", "--target", "compressed-tensors"),
+        ((*_PRUNE, "--quantize", "int8:16", "-o", "{out}"),),
+    ),
     _after_pruning("eval", "eval", "{out}", *_EVAL),
+    Work("bench", ("bench", "{out}", "--dense", "{model}", *_BENCH), _EXPORTED),
+    Work("report", ("report", "{out}"), _EXPORTED),
     Work(
         "prune-export",
         (
@@ -93,13 +116,18 @@ def filled(arguments: Sequence[str], model: Path, out: Path) -> list[str]:
     return [one.format(model=model, out=out) for one in arguments]
 
 
-def run(arguments: Sequence[str], model: Path, out: Path) -> None:
-    """Do a command that has to work.
+def run(
+    arguments: Sequence[str],
+    model: Path,
+    out: Path,
+    first: Callable[[], object] | None = None,
+) -> None:
+    """Do a command that has to work, after something that its process does first.
 
     Raises:
         RuntimeError: it ended with another exit code than 0.
     """
-    command = Command(*filled(arguments, model, out))
+    command = Command(*filled(arguments, model, out), before=first)
     _, errors = command.communicate()
     if command.returncode != 0:
         said = errors.decode(errors="replace")[-2000:]
