@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from benchmarks.reliability import mutations
 from benchmarks.reliability.damage import Form, damaged
 from benchmarks.reliability.disk_log import Log, record, torn
 from benchmarks.reliability.mutations import Ended, batch
+from benchmarks.reliability.part import Setting
 from benchmarks.reliability.victims import KINDS, Victim
 from tests.commands import FORKS
 from thanos_deploy.errors import InputError
@@ -102,6 +103,24 @@ def test_damage_is_detected_or_harmless(tmp_path: Path, kind: str) -> None:
     these = mutations.victims(tmp_path, kind)
     ended = batch(1, kind, these, range(40), mutations._own(tmp_path, kind))
     assert [one for one in ended if one.how == "fault"] == []
+
+
+def test_of_each_kind_as_many_files_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(seed: int, kind: str, these: object, numbers: range, own: Path) -> Iterator[Ended]:
+        return (Ended(number, "detected") for number in numbers)
+
+    monkeypatch.setattr("benchmarks.reliability.victims.KINDS", {"slow": None, "quick": None})
+    monkeypatch.setattr(mutations, "GOAL", 3 * 2 * mutations.BATCH)
+    monkeypatch.setattr(mutations, "victims", lambda *_: [])
+    monkeypatch.setattr(mutations, "batch", ended)
+    done = {"of these: quick": 2.0 * mutations.BATCH}
+    setting = Setting(lambda: tmp_path, tmp_path, 60.0, 0, done)
+    found = [one.figures[-1] for one in mutations.run(setting)]
+    assert {figure.least for figure in found} == {3 * mutations.BATCH}
+    names = [figure.name.removeprefix("of these: ") for figure in found]
+    assert names == ["slow", "slow", "slow", "quick"]
 
 
 def test_every_kind_of_input_is_damaged() -> None:
