@@ -1,1 +1,1 @@
-"""Runnable comparisons; results go to LOG.md with the date and the machine. Not shipped."""
+"""Measurements that anyone can repeat. Results go to LOG.md with date and machine. Not shipped."""
