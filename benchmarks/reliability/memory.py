@@ -26,6 +26,7 @@ from benchmarks.reliability.works import Work
 from tests.commands import Command
 from tests.conftest import write_model
 from thanos_deploy.bundle.manifest import Bundle
+from thanos_deploy.forecast.memory import BEFORE
 
 _GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 _LIMIT = ("memory.limit_in_bytes", "memory.max")
@@ -43,9 +44,6 @@ WORKS = (
     Work("fast", (*_BY, "--preset", "fast", "-o", "{out}")),
     Work("structured", ("prune", "{model}", "--pattern", "structured:0.25", *_TEXT, "-o", "{out}")),
 )
-
-# As the dry run calls what a process holds.
-_BEFORE = "this process, before it begins"
 
 _FAULTS = "other ends than exit code 0 or 5, or 5 without the number that is needed"
 
@@ -157,7 +155,7 @@ def held_before(alone: Undisturbed, out: Path) -> int:
     """The bytes that its process holds before it begins, of those of the dry run."""
     memory = _planned(alone, out)["memory"]
     assert isinstance(memory, dict)
-    (held,) = (term["bytes"] for term in memory["host"] if term["name"] == _BEFORE)
+    (held,) = (term["bytes"] for term in memory["host"] if term["name"] == BEFORE)
     return int(held)
 
 

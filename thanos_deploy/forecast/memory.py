@@ -31,6 +31,9 @@ from thanos_deploy.shrink import depth
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
 
+# What the memory is called that a process holds before it prunes.
+BEFORE = "this process before pruning begins"
+
 _FLOAT, _DOUBLE = 4, 8
 
 # Matrices [cols, cols] of float64, or as much memory, that are alive while a layer is solved: the
@@ -92,9 +95,7 @@ class Memory:
 
     def beside(self, resident: int) -> "Memory":
         """With what the process holds already."""
-        return Memory(
-            self.device, (Term("this process before pruning begins", resident), *self.host)
-        )
+        return Memory(self.device, (Term(BEFORE, resident), *self.host))
 
     @property
     def device_bytes(self) -> int:

@@ -89,7 +89,9 @@ def test_the_same_seed_writes_the_same_text_and_drops_the_same(
     some, drawn = written(model, tokenizer, Habits(1.0, limit))
     assert drawn > 8
     assert all(signs(piece.replace("<end>", "")) <= limit for piece in some)
-    with pytest.raises(CalibrationError, match=r"of 100 pieces .* 100 repeat themselves"):
+    with pytest.raises(
+        CalibrationError, match=r"of 100 pieces .* 100 were dropped, because they repeat themselves"
+    ):
         written(model, tokenizer, Habits(1.0, -1.0))
 
 
