@@ -26,7 +26,7 @@ _LOOK_SECONDS = 0.005
 
 GOAL = 500
 _KILLS = "kills"
-_ENDED = "commands that had ended before their kill, which is none"
+_ENDED = "commands that had ended before their kill, not counted"
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ def compared(alone: Undisturbed, out: Path) -> tuple[int, float]:
 
 
 def held_before(alone: Undisturbed, out: Path) -> int:
-    """The bytes that its process holds before it begins, of those of the dry run."""
+    """The bytes that the dry run counts for the process before pruning begins."""
     memory = _planned(alone, out)["memory"]
     assert isinstance(memory, dict)
     (held,) = (term["bytes"] for term in memory["host"] if term["name"] == BEFORE)

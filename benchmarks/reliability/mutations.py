@@ -66,7 +66,7 @@ class Ended:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Of all kinds as many, until there is no time left or enough was done."""
+    """Damage files, next always the kind with the fewest, until all have enough or time is over."""
     from benchmarks.reliability.victims import KINDS
 
     made = {kind: victims(setting.folder, kind) for kind in KINDS}

@@ -3,7 +3,7 @@
 Two of the same command are started, the second one at any moment while the first one runs. One has
 to finish with the bytes of a run that was left alone; the other one has to end with exit code 4
 within a second of looking at the folder, or, where it came when the first one had finished, to find
-everything done. That one is refused is what counts.
+everything done. Only turns in which one was refused count.
 Network file systems are simulated by what they do to Python's `flock`: it fails, or has no effect;
 the second machine by another identity of it.
 """

@@ -31,7 +31,7 @@ from thanos_deploy.shrink import depth
 from thanos_deploy.shrink.options import Fit
 from thanos_deploy.solver.masked import entries_together
 
-# What the memory is called that a process holds before it prunes.
+# Name of the term for the memory that a process holds before it prunes.
 BEFORE = "this process before pruning begins"
 
 _FLOAT, _DOUBLE = 4, 8

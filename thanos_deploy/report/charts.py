@@ -65,8 +65,8 @@ _STYLE = mpl.RcParams(
 )
 _WIDTH = 7.2  # inches of 72 units
 _LONGEST = 32  # characters of a name
-_NAME = 8.0  # units of the letters of a name
-_NAME_LINE, _BELOW = 1.3 * _NAME, 0.3 * _NAME  # a line of them, and what of it is below their foot
+_NAME = 8.0  # font size of the name of a point
+_NAME_LINE, _BELOW = 1.3 * _NAME, 0.3 * _NAME  # height of its line, and depth below the baseline
 _RADIUS = 5.0  # units around a point that its name leaves free
 _ALIGNMENTS: dict[Anchor, Literal["left", "center", "right"]] = {
     "start": "left",
@@ -211,7 +211,7 @@ def sizes(parts: PartBytes) -> Markup:
 def pareto(plots: Sequence[Plot]) -> Markup:
     """Perplexity against each cost; filled points are on the front, hollow ones are dominated.
 
-    The picture is as high as names need that overlap neither each other nor a point.
+    The picture grows in height until no name overlaps another one or a point.
     """
     height = 3.0
     while True:
@@ -262,7 +262,7 @@ def _panels(plots: Sequence[Plot], height: float) -> Figure:
         axes.set_axis_off()
     for axes in grid[::2]:
         axes.set_ylabel("perplexity")
-    figure.draw_without_rendering()  # so that the panels are where they stay
+    figure.draw_without_rendering()  # computes the layout, which places the panels
     figure.set_layout_engine("none")
     for axes, plot in zip(grid, plots, strict=False):
         _add_names(figure, axes, plot)
