@@ -31,6 +31,19 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         leaving.cancel()
 
 
+async def require_present(request: Request) -> None:
+    """Begin nothing for a client that has disconnected already.
+
+    Args:
+        request: whose body has been read.
+
+    Raises:
+        ClientDisconnect: it has.
+    """
+    if await request.is_disconnected():
+        raise ClientDisconnect
+
+
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -21,7 +21,7 @@ from runtime.batching import Token
 from runtime.grammars import Grammar
 from runtime.server import bodies, schemas
 from runtime.server.answers import Answers, Piece
-from runtime.server.clients import unless_gone
+from runtime.server.clients import require_present, unless_gone
 from runtime.server.errors import ErrorBody, RefusedError
 from runtime.server.forms import ChatForm, CompletionForm, Form
 from runtime.server.logs import Record, record_of
@@ -131,6 +131,8 @@ async def _respond(
         "created": int(time.time()),
         "model": body.model,
     }
+    # Others wait for the slot that its prompt would be read in.
+    await require_present(request)
     with ExitStack() as stack:
         answers = stack.enter_context(
             service.answer(

@@ -8,6 +8,7 @@ import logging
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,8 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.server import tensors
 from runtime.server.access import read_keys
+from runtime.server.errors import CLIENT_GONE
 from runtime.server.forms import CompletionForm
 from runtime.server.logs import JsonLines
+from runtime.text import Tokenizer
 from tests.runtime.server.conftest import LIMITS, Running, Serve, serving
 from thanos_deploy.errors import UsageError
 
@@ -65,6 +68,45 @@ def test_a_client_that_hangs_up_frees_its_slots(serve: Serve, stream: bool) -> N
         tokens = running.service.batcher.state().tokens
         assert tokens < 3 * 20
         assert running.openai().completions.create(**ASKED).choices[0].text
+
+
+def gone(running: Running) -> float:
+    """Requests so far whose clients did not wait for an answer."""
+    with running.http() as http:
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+    return sum(
+        one.value
+        for one in samples
+        if (one.name, one.labels.get("status")) == ("thanos_requests_total", str(CLIENT_GONE))
+    )
+
+
+def test_nothing_is_begun_for_a_client_that_is_gone_already(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, left = Tokenizer.encode, threading.Event()
+
+    def late(tokenizer: Tokenizer, text: str, *, framed: bool = True) -> list[int]:
+        left.wait(30)
+        time.sleep(0.2)  # for the server to see that it is gone
+        return encode(tokenizer, text, framed=framed)
+
+    with serve() as running:
+        monkeypatch.setattr(Tokenizer, "encode", late)
+        begun: list[object] = []
+        monkeypatch.setattr(
+            type(running.service), "answer", lambda *given, **_: begun.append(given)
+        )
+        before = gone(running)
+        post(running, {**ASKED, "stream": True}).close()
+        left.set()
+        for _ in range(1000):
+            if begun or gone(running) > before:
+                break
+            time.sleep(0.01)
+        assert gone(running) == before + 1
+    assert not begun
 
 
 def test_whoever_finds_no_room_is_told_when_to_come_back(serve: Serve) -> None:
