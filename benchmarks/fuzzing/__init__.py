@@ -1,6 +1,6 @@
 """Fuzz the parsers of untrusted input, guided by coverage.
 
-Usage: python -m benchmarks.fuzzing [--only NAME ...] [--minutes 30] [-o FILE]
+Usage: python -m benchmarks.fuzzing [--only NAME ...] [--minutes 30] [--processes 1] [-o FILE]
 
 Needs Atheris (pip install 'thanos-deploy[fuzz]'). Every parser of `benchmarks.fuzzing.parsers` is
 called with inputs that Atheris derives from well-formed ones, guided by the lines of this project
