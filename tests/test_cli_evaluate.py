@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from exporters.options import ExportRequest
 from tests.bundles import report_of
 from tests.conftest import Invoke, MakeModel, stock_model
+from tests.gguf_file import write_gguf
 from thanos_deploy.bundle.manifest import Bundle, claim
 from thanos_deploy.model.load import load_tokenizer
 from thanos_deploy.pattern import SemiStructured
@@ -179,37 +179,6 @@ def test_a_float16_graph_is_as_good_as_its_checkpoint(
         assert by_graph != by_torch
         # Float16 rounds by up to 2^-11, and not everything in one direction.
         assert by_graph == pytest.approx(by_torch, rel=2**-9)
-
-
-def write_gguf(folder: Path, path: Path) -> None:
-    """Write a Qwen2 model with a byte tokenizer as a GGUF file, in float32."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, config["model_type"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    tokenizer = load_tokenizer(folder)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(config["vocab_size"])))
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))  # where there are no merges
-    control = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.NORMAL}
-    writer.add_token_types([control[token == tokenizer.eos_token] for token in tokens])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_is_measured_like_the_folder_that_it_was_made_from(

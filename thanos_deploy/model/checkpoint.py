@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -21,7 +20,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.initialization import no_init_weights
 
 from thanos_deploy.bundle import names
 from thanos_deploy.bundle.codec import loads
@@ -149,10 +147,7 @@ class Checkpoint:
             entries = block_widths.describe(config, self.family, widths) or {}
             for name, number in entries.items():
                 setattr(config, name, number)
-        # What has no storage needs no initial values, and computing them takes most of the time.
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model = pretrained.make_model(config)
-        model.tie_weights()  # without storage every parameter has become one of its own
+        model = pretrained.make_skeleton(config)
         experts.separate(model, self.family)
         stock = block_widths.of_config(self.config, self.family)
         if self.family.experts is None and any(block != stock for block in widths):

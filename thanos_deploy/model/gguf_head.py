@@ -2,10 +2,12 @@
 
 The format is ggml's (docs/gguf.md of ggml-org/ggml): the magic, a version, the numbers of tensors
 and of values, the values by name, the tensors by name. The package gguf loops over whatever number
-stands there, so that a count of 2^60 in a damaged file would keep it busy for good.
+stands there, so that a count of 2^60 in a damaged file would keep it busy for good. transformers
+makes lists as long as the number of blocks.
 """
 
 import os
+import re
 import struct
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -15,7 +17,11 @@ from thanos_deploy.errors import ModelError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ARCHITECTURE = b"general.architecture"
+_BLOCKS = b".block_count"
+_BLOCK = re.compile(rb"blk\.(\d+)\.")
 _STRING, _ARRAY = 8, 9
+# How integers are stored, by their type.
+_INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 # Bytes of a value, by its type.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 # Arrays of arrays are allowed by the format, and used by nobody to any depth.
@@ -26,8 +32,8 @@ def architecture(path: Path) -> str:
     """What a file calls the kind of its model, after a look at its whole head; empty for nothing.
 
     Raises:
-        ModelError: the head claims more than the file has, or it is no GGUF of a version that is
-            read.
+        ModelError: the head claims more than the file has, or another number of blocks, or it is no
+            GGUF of a version that is read.
         OSError: the file cannot be read.
     """
     if os.path.getsize(path) < len(_MAGIC) + 20:
@@ -39,17 +45,22 @@ def architecture(path: Path) -> str:
         if (version := head.number("<I")) not in _VERSIONS:
             raise _refusal(path, f"it has version {version}, and only versions 2 and 3 can be read")
         tensors, values = head.number("<Q"), head.number("<Q")
-        found = b""
+        found, blocks, named = b"", None, set[int]()
         for _ in range(values):
             name, kind = head.text(), head.number("<I")
             if name == _ARCHITECTURE and kind == _STRING:
                 found = head.text()
+            elif name.endswith(_BLOCKS) and kind in _INTEGERS:
+                blocks = head.number(_INTEGERS[kind])
             else:
                 head.value(kind)
         for _ in range(tensors):
-            head.string()
+            if block := _BLOCK.match(head.text()):
+                named.add(int(block[1]))
             dimensions = head.number("<I")
             head.skip(8 * dimensions + 4 + 8)
+    if blocks is not None and (len(named), max(named, default=-1)) != (blocks, blocks - 1):
+        raise _refusal(path, f"it has tensors of {len(named)} blocks, and claims to have {blocks}")
     return found.decode(errors="replace")
 
 

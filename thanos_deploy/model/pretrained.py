@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import loads
@@ -97,6 +99,20 @@ def load_config(folder: Path) -> PretrainedConfig:
 def make_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal model with the library's own initial weights."""
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return made
+
+
+def make_skeleton(config: PretrainedConfig, *, buffers: bool = True) -> PreTrainedModel:
+    """A causal model whose parameters have no storage.
+
+    Args:
+        config: of the model.
+        buffers: they have storage, and values.
+    """
+    # What has no storage needs no initial values, and computing them takes most of the time.
+    with init_empty_weights(include_buffers=not buffers), no_init_weights():
+        made = make_model(config)
+    made.tie_weights()  # without storage every parameter has become one of its own
     return made
 
 
@@ -242,25 +258,61 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Nothing that lies beside the file is looked at.
 
     Raises:
+        ModelError: its head describes another model than its tensors make.
         whatever the library raises for a file that it cannot read.
     """
+    loader: Any = AutoModelForCausalLM
     with TemporaryDirectory() as alone:
         (Path(alone) / gguf.name).symlink_to(gguf.resolve())
         with _gguf_read_once():
+            _require_gguf_weights(gguf, Path(alone))
             # Without dequantize=True the loaded model refuses to be saved.
             with redirect_stderr(StringIO()):  # a progress bar that cannot be switched off
-                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                model, information = loader.from_pretrained(
                     alone,
                     gguf_file=gguf.name,
                     dtype=torch.float32,
                     quantization_config=GgufConfig(dequantize=True),
+                    output_loading_info=True,
                     trust_remote_code=False,
                     local_files_only=True,
                 )
+            # The library would make these up.
+            if wrong := sorted(
+                [*information["missing_keys"], *(key for key, *_ in information["mismatched_keys"])]
+            ):
+                raise _another_gguf(gguf, f"{wrong[0]} is missing or has another shape")
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 alone, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
             )
     return model, tokenizer
+
+
+def _require_gguf_weights(gguf: Path, alone: Path) -> None:
+    """Refuse a file whose head describes more weights than it has.
+
+    The library would allocate that model before it compares one shape.
+
+    Raises:
+        ModelError: it is one.
+    """
+    from gguf import GGUFReader
+
+    config = AutoConfig.from_pretrained(
+        alone, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
+    )
+    tensors = GGUFReader(str(alone / gguf.name)).tensors
+    described = sum(one.numel() for one in make_skeleton(config, buffers=False).parameters())
+    held = sum(int(one.n_elements) for one in tensors)
+    if described > held:
+        raise _another_gguf(gguf, f"it has {held} weights, for {described}")
+
+
+def _another_gguf(gguf: Path, why: str) -> ModelError:
+    return ModelError(
+        f"{gguf}: its tensors are not those of the model that its head describes ({why})",
+        fix="download the file again and compare its hash",
+    )
 
 
 @contextmanager

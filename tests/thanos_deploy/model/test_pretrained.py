@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import MODEL_TYPES, VOCABULARY, Invoke, MakeModel, stock_model
+from tests.gguf_file import write_gguf
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model import pretrained
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -236,8 +237,6 @@ def test_pickles_are_not_read(model: Path) -> None:
 def test_what_lies_beside_a_gguf_file_is_not_looked_at(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
-    from tests.test_cli_evaluate import write_gguf
-
     folder = make_model("qwen2", max_position_embeddings=512)
     beside = tmp_path / "downloads"
     beside.mkdir()
@@ -254,8 +253,6 @@ def test_a_gguf_file_is_parsed_once(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time takes seconds for a vocabulary; and the package is as it was afterwards."""
-    from tests.test_cli_evaluate import write_gguf
-
     folder = make_model("qwen2", max_position_embeddings=512)
     write_gguf(folder, tmp_path / "model.gguf")
     parsed = []
