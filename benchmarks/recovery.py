@@ -2,13 +2,14 @@
 
 Usage: python -m benchmarks.recovery --calib CALIB --recover-text TRAIN --held-out HELD_OUT
            --eval-text TEXT [--patterns 2:4 unstructured:0.5 structured:0.2] [--segments 64 740]
-           [--looks 0.125 0.25 0.5] [-o benchmarks/results/recovery] [--models DIR]
+           [--ranks 0] [--looks 0.125 0.25 0.5] [--preset best] [-o benchmarks/results/recovery]
+           [--models DIR]
 
-Prunes SmolLM2-135M to each pattern with the default preset, and trains the remaining weights on
-each number of segments of 512 tokens, each time from the pruned model, as `thanos-deploy prune
---recover` does. The model is judged before, after, and at the fractions of the training that
-`--looks` names. There the learning rate is still high, so a shorter training gives a better model
-than such a look.
+Prunes SmolLM2-135M to each pattern with a preset, and trains the remaining weights on each number
+of segments of 512 tokens, each time from the pruned model, as `thanos-deploy prune --recover` does,
+and with updates of each rank (`--recover-rank`), 0 for the weights themselves. The model is judged
+before, after, and at the fractions of the training that `--looks` names. There the learning rate is
+still high, so a shorter training gives a better model than such a look.
 
 Each is judged on two texts: one of the kind that is trained on, held out, for choices; and one on
 which nothing is chosen. Minutes are of the training alone, by the clock and of the processor: on a
@@ -44,6 +45,7 @@ from thanos_deploy.measure.perplexity import perplexity
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 from thanos_deploy.pattern import parse
+from thanos_deploy.pruning.recipe import PRESET
 from thanos_deploy.pruning.recover import recover
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.shrink.options import Cut
@@ -86,6 +88,7 @@ class Training:
     Attributes:
         pattern: what it was pruned to.
         segments: that it learns from.
+        rank: of the updates that learn; 0 for the weights themselves.
         looks: at the model, the pruned one first.
         recovery: what the training says of itself; None while it is under way.
         peak_memory_bytes: of the process, so of all trainings up to this one.
@@ -93,9 +96,15 @@ class Training:
 
     pattern: str
     segments: int
+    rank: int = 0
     looks: tuple[Look, ...] = ()
     recovery: Recovery | None = None
     peak_memory_bytes: int | None = None
+
+    @property
+    def what(self) -> tuple[str, int, int]:
+        """What distinguishes it from others."""
+        return (self.pattern, self.segments, self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +123,13 @@ class Document:
     dense: dict[str, float]
     trainings: tuple[Training, ...] = field(default=())
 
-    def training(self, pattern: str, count: int) -> Training:
-        """A training, or one that has not begun."""
-        for one in self.trainings:
-            if (one.pattern, one.segments) == (pattern, count):
-                return one
-        return Training(pattern, count)
+    def training(self, wanted: Training) -> Training:
+        """A training as far as it is known, or as it is given."""
+        return next((one for one in self.trainings if one.what == wanted.what), wanted)
 
     def having(self, training: Training) -> "Document":
         """The same with a training in the place of an earlier state of it."""
-        others = [
-            one
-            for one in self.trainings
-            if (one.pattern, one.segments) != (training.pattern, training.segments)
-        ]
+        others = [one for one in self.trainings if one.what != training.what]
         return replace(self, trainings=(*others, training))
 
 
@@ -137,7 +139,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, models: Path) -> None:
         dense = Dense(arguments.model or str(gguf_path()))
         self.dense = dense.checkpoint()
-        self.models = models
+        self.models, self.preset = models, arguments.preset
         self.looks: list[float] = arguments.looks
         tokenizer = load_tokenizer(self.dense.folder)
         self.calibration = texts.calibration(arguments, tokenizer)
@@ -161,6 +163,7 @@ class Bench:
                 },
                 **{name: list(ids.shape) for name, ids in self.judged_on.items()},
                 "lessons": list(self.lessons.shape),
+                "preset": self.preset,
             }
         )
 
@@ -185,7 +188,7 @@ class Bench:
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}-partial")
             partial.mkdir(parents=True)
-            how = PruneRequest.of(parse(pattern)).how
+            how = PruneRequest.of(parse(pattern), preset=self.preset).how
             if isinstance(how, Cut):
                 losses = survey_blocks(self.dense, self.calibration, how)
                 plan = plan_widths(self.dense, losses, how)
@@ -195,11 +198,12 @@ class Bench:
             partial.rename(folder)
         return Checkpoint.open(folder)
 
-    def train(self, pattern: str, count: int) -> None:
-        """Train a pruned model on so many segments, and look at it now and then."""
-        training = self.document.training(pattern, count)
+    def train(self, wanted: Training) -> None:
+        """Train a pruned model, and look at it now and then."""
+        training = self.document.training(wanted)
         if training.recovery is not None:
             return
+        pattern, count, rank = training.what
         pruned = self.pruned(pattern)
         begun = [one.looks[0] for one in self.document.trainings if one.pattern == pattern]
         before = begun[0] if begun else Look(0, 0.0, 0.0, self.judge(load_model(pruned.folder)))
@@ -226,7 +230,14 @@ class Bench:
 
         clock.start()
         done = recover(
-            pruned, self.dense, self.lessons, None, count=count, on_progress=progress, watch=watch
+            pruned,
+            self.dense,
+            self.lessons,
+            None,
+            count=count,
+            update_rank=rank,
+            on_progress=progress,
+            watch=watch,
         )
         peak = environment.peak_memory_bytes()
         self._keep(replace(training, recovery=done, peak_memory_bytes=peak))
@@ -242,7 +253,8 @@ class Bench:
     def _show(self, training: Training) -> None:
         look = training.looks[-1]
         print(
-            f"{training.pattern:16s} {training.segments:5d} segments, {look.tokens:7d} tokens, "
+            f"{training.pattern:16s} {training.segments:5d} segments, rank {training.rank:3d}, "
+            f"{look.tokens:7d} tokens, "
             f"{look.seconds / 60:6.1f} min ({look.processor_seconds / 60:6.1f} of the processor): "
             + ", ".join(f"{name} {value:.2f}" for name, value in look.perplexity.items()),
             flush=True,
@@ -283,7 +295,9 @@ def main() -> None:
         "--patterns", nargs="+", default=["2:4", "unstructured:0.5", "structured:0.2"]
     )
     parser.add_argument("--segments", type=int, nargs="+", default=[64, 740])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0])
     parser.add_argument("--looks", type=float, nargs="*", default=[0.125, 0.25, 0.5])
+    parser.add_argument("--preset", default=PRESET)
     parser.add_argument("--models", type=Path, metavar="DIR")
     parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/recovery"))
     arguments = parser.parse_args()
@@ -293,7 +307,8 @@ def main() -> None:
         bench = Bench(arguments, place)
         for pattern in arguments.patterns:
             for count in arguments.segments:
-                bench.train(pattern, count)
+                for rank in arguments.ranks:
+                    bench.train(Training(pattern, count, rank))
     draw(bench.document).savefig(arguments.out.with_suffix(".svg"), metadata={"Date": None})
 
 
@@ -316,9 +331,11 @@ def draw(document: Document) -> Figure:
                 y = [look.perplexity[text] for look in one.looks]
                 colour = f"C{patterns.index(one.pattern)}"
                 axes.plot(x, y, ":", color=colour)
-                axes.plot(x[-1:], y[-1:], "o", color=colour)
+                axes.plot(x[-1:], y[-1:], "s" if one.rank else "o", color=colour)
             for number, pattern in enumerate(patterns):
                 axes.plot([], [], "o:", color=f"C{number}", label=pattern)
+            if any(one.rank for one in document.trainings):
+                axes.plot([], [], "s", color="grey", label="low-rank updates")
             axes.axhline(document.dense[text], color="grey", label="dense")
             axes.set(xlabel=cost, ylabel="perplexity", title=title, yscale="log")
             axes.set_yticks(ticks := _ticks(document, text), [f"{one:g}" for one in ticks])

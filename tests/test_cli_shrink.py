@@ -169,6 +169,7 @@ def test_the_dense_models_own_text_is_kept_and_the_same_again(
     for asked, wanted, message in (
         (("chat", "--recover", 3), 3, "has no chat template"),
         (("own",), 2, "--recover-text own without --recover"),
+        (("calib", "--recover-rank", 8), 2, "--recover-rank 8 without --recover"),
     ):
         code, _, errors = invoke(*run, *asked, "-o", tmp_path / "refused")
         assert code == wanted

@@ -83,6 +83,8 @@ class PruneOptions(TypedDict, total=False):
             except for "max".
         recover_text: text that `recover` trains on: "calib", the calibration text; "own" or "chat",
             text that the dense model generates. Default: "calib".
+        recover_rank: rank of the update of each weight matrix that `recover` trains in place of the
+            weights themselves, which takes less memory. Default: 0, the weights themselves.
         quantize: what to quantise the linear layers of the blocks to: "int8" or "int4", optionally
             with ":GROUP" or ":row", and ":asym"; `tune_steps` then also tunes codes and scales.
             Default: "none".
@@ -134,6 +136,7 @@ class PruneOptions(TypedDict, total=False):
     budget_measured: str | PathLike[str]
     recover: int
     recover_text: Literal["calib", "own", "chat"]
+    recover_rank: int
     quantize: str
     calib: str | PathLike[str]
     text_field: str

@@ -46,6 +46,7 @@ pruning_options = several(
     if_given(Budget),
     unset(_recover, _recover.declared.help, "the preset's"),
     with_default(PruneRequest, "recover_text"),
+    with_default(PruneRequest, "recover_rank"),
     click.option(
         "--keep-shape",
         is_flag=True,

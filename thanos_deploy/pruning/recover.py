@@ -11,7 +11,8 @@ taken in bfloat16 where the device has instructions for matrices of it.
 
 The sequences of a step are cut into parts, the same for every number of ranks, which compute them
 side by side; the gradients of the parts are added up in their order, and each rank takes the step
-for its share of the weights. What else can learn so is a `Student`: `train_scales` has one.
+for its share of the weights. What else can learn so is a `Student`: `low_rank` and `train_scales`
+have one.
 """
 
 import logging
@@ -37,6 +38,7 @@ from thanos_deploy.model.load import load_model
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
+from thanos_deploy.pruning.low_rank import LowRank
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.sharded import Sharded
@@ -72,6 +74,7 @@ def recover(
     destination: Path | None,
     *,
     count: int,
+    update_rank: int = 0,
     seed: int = 0,
     device: torch.device = CPU,
     on_progress: OnProgress = silent,
@@ -85,7 +88,8 @@ def recover(
         segments: int64[available, length], calibration tokens.
         destination: an empty folder; None for a rank that writes nothing.
         count: of segments to learn from; where it is more than there are, they come again.
-        seed: of their order.
+        update_rank: of the update of each weight, see `low_rank`; 0 for the weights themselves.
+        seed: of the segments' order, and of what an update begins with.
         device: where both models are.
         on_progress: told of every finished step.
         watch: shown the model after every step, which it must leave as it is.
@@ -100,7 +104,9 @@ def recover(
         pruned,
         dense,
         segments,
-        lambda learner: _Kept(learner, names),
+        lambda learner: (
+            LowRank(learner, names, update_rank, seed) if update_rank else _Kept(learner, names)
+        ),
         count=count,
         seed=seed,
         device=device,

@@ -74,6 +74,7 @@ class PruneOptions:
         cut: heads and channels were cut out.
         recover: on how many segments what is left was trained.
         recover_text: of which text; see `PruneRequest`.
+        recover_rank: of the updates that were trained, 0 for the weights themselves.
         quantize: what was quantised to; None for nothing.
         others: everything else; which there is depends on the method.
     """
@@ -83,6 +84,7 @@ class PruneOptions:
     cut: bool = field(default=False, metadata=LATER)
     recover: int = field(default=0, metadata=LATER)
     recover_text: str = field(default="calib", metadata=LATER)
+    recover_rank: int = field(default=0, metadata=LATER)
     quantize: str | None = field(default=None, metadata=LATER)
     others: Json = field(default_factory=dict, metadata=OTHERS)
 

@@ -75,12 +75,16 @@ class Sharded:
             name: of the weight.
             weight: all of it, in the dtype that it has.
         """
-        own = self.model.get_parameter(name).detach()
-        if isinstance(own, DTensor):
-            weight = distribute_tensor(
-                weight.contiguous(), own.device_mesh, own.placements, src_data_rank=None
-            ).to_local()
-        _here(own).copy_(weight)
+        self.own(name).copy_(self.rows(weight, name))
+
+    def rows(self, tensor: Tensor, name: str) -> Tensor:
+        """This rank's rows of a tensor of a weight's shape, which every rank has."""
+        weight = self.model.get_parameter(name)
+        if not isinstance(weight, DTensor):
+            return tensor
+        return distribute_tensor(
+            tensor.contiguous(), weight.device_mesh, weight.placements, src_data_rank=None
+        ).to_local()
 
     def gradient(self, name: str) -> Tensor:
         """This rank's rows of the sum of a weight's gradients, which may be changed in place."""

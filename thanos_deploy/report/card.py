@@ -126,11 +126,12 @@ def _what(model: ModelReport) -> str:
         if options.recover_text == "calib"
         else f"text that the dense model wrote (`{layout.OWN_TEXT}`)"
     )
+    what = f"updates of rank {options.recover_rank} to " if options.recover_rank else ""
     trained = (
         f"""
 
-Then the weights of the linear layers were trained on {options.recover} segments of {text}, with the
-dense model as the teacher; zeros stayed zero. The errors in `layers.json` are those before."""
+Then {what}the weights of the linear layers were trained on {options.recover} segments of {text},
+with the dense model as the teacher; zeros stayed zero. The errors in `layers.json` are those before."""
         if options.recover
         else ""
     )

@@ -41,6 +41,7 @@ class PruneRequest(Options):
             `recover.recover`.
         recover_text: the calibration text in that place, or what the dense model writes; see
             `own_text`.
+        recover_rank: of the updates that are trained, see `low_rank`; 0 for the weights themselves.
         quantize: what to quantise to, see `solver.grid`; "none" for nothing.
         dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         device: where to do it; see `devices.choose`.
@@ -73,6 +74,15 @@ class PruneRequest(Options):
         "and answers that the dense model generates in its chat template. Generated "
         "pieces that repeat themselves, or that have more symbols than the calibration "
         "text, are dropped; the others are saved as own-text.jsonl.",
+    )
+    recover_rank: int = option(
+        0,
+        "--recover-rank",
+        "With --recover, train an update of this rank for each weight matrix, masked where "
+        "the weights are zero, in place of the weights themselves. This takes memory for "
+        "three models in float32 instead of five. 0 trains the weights themselves.",
+        metavar="RANK",
+        least=0,
     )
     quantize: str = option(
         "none",
@@ -162,6 +172,12 @@ class PruneRequest(Options):
                 fix="give the number of training segments with --recover, or leave "
                 "--recover-text out",
             )
+        if self.recover_rank and not self.recover:
+            raise UsageError(
+                f"--recover-rank {self.recover_rank} without --recover",
+                fix="give the number of training segments with --recover, or leave "
+                "--recover-rank out",
+            )
 
     @property
     def grid(self) -> Grid | None:
@@ -211,6 +227,7 @@ class PruneRequest(Options):
             "dtype": self.dtype,
             **({"recover": self.recover} if self.recover else {}),
             **({} if self.recover_text == "calib" else {"recover_text": self.recover_text}),
+            **({"recover_rank": self.recover_rank} if self.recover_rank else {}),
             **({} if self.grid is None else {"quantize": str(self.grid)}),
             **devices.recorded(self.device),
         }
@@ -244,6 +261,7 @@ class PruneRequest(Options):
             _part(Data, options),
             recover=options.get("recover", 0),
             recover_text=options.get("recover_text", "calib"),
+            recover_rank=options.get("recover_rank", 0),
             quantize=options.get("quantize", "none"),
             dtype=options["dtype"],
             device=options.get("device", "cpu"),

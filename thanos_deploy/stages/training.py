@@ -60,6 +60,7 @@ def recover_checkpoint(
         every_segment(lessons, tokenizer, length=request.data.seqlen),
         trained if first else None,
         count=request.recover,
+        update_rank=request.recover_rank,
         seed=request.data.seed,
         device=request.chosen_device,
         on_progress=announce(f"Train the remaining weights on {request.recover} segments"),

@@ -66,6 +66,12 @@ CASES: dict[str, dict[str, Any]] = {
         "tune_nsamples": 22,
     },
     "trained": {"pattern": "2:4", "preset": "fast", "recover": 7},
+    "trained by low-rank updates": {
+        "pattern": "2:4",
+        "preset": "fast",
+        "recover": 7,
+        "recover_rank": 3,
+    },
     "trained on the dense model's own text": {
         "pattern": "2:4",
         "preset": "fast",
