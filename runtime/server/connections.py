@@ -9,6 +9,9 @@ or that does not read its answer, and it reads the whole of a body that has been
     an answer               has to be read `answer_seconds` after its request at the latest
     a refused body          is not read on: the connection is closed once the refusal is sent
     a body in crumbs        is refused: reading a chunk takes much longer than sending it
+
+When the server ends, uvicorn closes a connection whose request is still on its way. Here such a
+client has FIRST_SECONDS for it, and is answered.
 """
 
 import asyncio
@@ -20,6 +23,9 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 HEADER_SECONDS = 10.0
+
+# For the first request of a connection to arrive when the server ends.
+FIRST_SECONDS = 1.0
 
 # A client that still sends would see a reset instead of the refusal: so much longer, and so many
 # bytes more, are thrown away before the connection is closed.
@@ -80,7 +86,8 @@ class Connection(H11Protocol):
         self._headers_due: asyncio.TimerHandle | None = None
         self._answer_due: asyncio.TimerHandle | None = None
         self._timed: RequestResponseCycle | None = None  # what `_answer_due` belongs to
-        self._end_due: asyncio.TimerHandle | None = None  # while it lingers
+        self._end_due: asyncio.TimerHandle | None = None  # while it lingers, or the server ends
+        self._is_last = False  # the request that comes next, if one does
         self._thrown_away: int | None = None  # bytes; None while they are read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -124,6 +131,10 @@ class Connection(H11Protocol):
         super().handle_events()
         if self._is_idle() or self.cycle is self._timed:
             return
+        if self._is_last:
+            self.cycle.keep_alive = False
+            if self._end_due:
+                self._end_due.cancel()
         self._timed = self.cycle
         self._since = self.loop.time()
         for timer in (self._headers_due, self._answer_due):
@@ -139,6 +150,13 @@ class Connection(H11Protocol):
             self._answer_due.cancel()
             self._answer_due = None
         super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """The server ends: answer what was asked here, or is about to be for the first time."""
+        if self.cycle is not None or self.is_lingering:
+            return super().shutdown()
+        self._is_last = True
+        self._end_due = self.loop.call_later(FIRST_SECONDS, super().shutdown)
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

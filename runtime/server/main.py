@@ -169,14 +169,15 @@ class Server(uvicorn.Server):
             on_ready: called with the URL when requests are taken.
             on_hangup: called on SIGHUP; None to leave that signal as it is.
         """
+        self._protocol = protocol(
+            most=most_connections(service.limits.connections),
+            answer_seconds=service.limits.deadline_seconds + _GRACE_SECONDS,
+        )
         super().__init__(
             uvicorn.Config(
                 application(service, access),
                 loop="asyncio",
-                http=protocol(
-                    most=most_connections(service.limits.connections),
-                    answer_seconds=service.limits.deadline_seconds + _GRACE_SECONDS,
-                ),
+                http=self._protocol,
                 backlog=_BACKLOG,
                 ws="none",
                 lifespan="off",
@@ -217,7 +218,28 @@ class Server(uvicorn.Server):
         """See `uvicorn.Server.shutdown`."""
         if self._service.renderer is not None:
             self._service.renderer.hurry()
+        # Nothing may be awaited between these and the end of listening, which resets who is left.
+        accepting = [asyncio.ensure_future(self._let_in(client)) for client in self._waiting()]
         await super().shutdown(sockets)
+        for one in accepting:
+            one.cancel()
+
+    def _waiting(self) -> Iterator[socket.socket]:
+        """The connections that the system holds for us."""
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            client.setblocking(False)
+            yield client
+
+    async def _let_in(self, client: socket.socket) -> None:
+        """Begin a connection, and end it as those that had begun before."""
+        _, connection = await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: self._protocol(self.config, self.server_state, self.lifespan.state), client
+        )
+        connection.shutdown()
 
 
 class _OnceAMinute:

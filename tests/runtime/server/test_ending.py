@@ -1,0 +1,100 @@
+"""Whoever has reached a server before it ends is answered."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+from runtime.server import connections, main
+from tests.runtime.server.conftest import LIMITS
+
+
+@contextmanager
+def ending(
+    bundle: Path,
+) -> Iterator[tuple[main.Server, asyncio.AbstractEventLoop, tuple[str, int]]]:
+    """A server that is to end within the `with` statement."""
+    loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
+    listener = main.listen("127.0.0.1", 0)
+    with main.open_service(
+        bundle, slots=1, queue=LIMITS.answers, limits=LIMITS, names=("tiny",)
+    ) as service:
+        server = main.Server(
+            service, listener, on_ready=lambda _: loops.put(asyncio.get_running_loop())
+        )
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        loop = loops.get(timeout=30)
+        try:
+            yield server, loop, listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
+
+
+def asked(client: socket.socket) -> bytes:
+    """What comes back for a request, until the connection is closed."""
+    client.settimeout(30)
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while part := client.recv(1 << 16):
+        answer += part
+    return answer
+
+
+def test_a_request_that_is_still_on_its_way_is_answered(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "FIRST_SECONDS", 30.0)
+    with (
+        ending(bundle) as (server, _, address),
+        closing(socket.create_connection(address, timeout=30)) as client,
+    ):
+        while not server.server_state.connections:
+            time.sleep(0.01)
+        server.should_exit = True
+        while server.servers[0].is_serving():
+            time.sleep(0.01)
+        answer = asked(client)
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_that_the_system_holds_is_let_in(bundle: Path) -> None:
+    """It comes while the event loop is busy, just before the server ends."""
+    with ending(bundle) as (server, loop, address):
+        connected, ended = threading.Event(), threading.Event()
+
+        def end() -> None:
+            connected.wait(30)
+            task = loop.create_task(server.shutdown())
+            task.add_done_callback(lambda _: ended.set())
+
+        loop.call_soon_threadsafe(end)
+        time.sleep(0.1)
+        with closing(socket.create_connection(address, timeout=30)) as client:
+            assert not server.server_state.connections
+            connected.set()
+            answer = asked(client)
+        assert ended.wait(30)
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_says_nothing_is_not_waited_for_long(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "FIRST_SECONDS", 0.1)
+    with (
+        ending(bundle) as (server, _, address),
+        closing(socket.create_connection(address, timeout=30)) as client,
+    ):
+        while not server.server_state.connections:
+            time.sleep(0.01)
+        server.should_exit = True
+        assert client.recv(1) == b""
