@@ -211,6 +211,7 @@ def test_the_stages_one_by_one_make_the_same_bundle(
     assert tuple(sorted(Bundle.open(out).stages)) == tuple(sorted(pipeline.STAGES))
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_everything_and_writes_nothing(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:

@@ -124,6 +124,7 @@ def test_different_models_are_put_side_by_side_on_demand(invoke: Invoke, tmp_pat
     assert "base models differ" in json.loads(page.with_suffix(".json").read_text())["notices"][0]
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_pytorch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom thanos_deploy.report.write import compare\n"

@@ -145,6 +145,7 @@ def write(folder: Path, log: Path) -> None:
     assert os.fsync is not fsync
 
 
+@pytest.mark.slow
 def test_a_power_cut_leaves_what_was_flushed_and_no_more_than_was_written(tmp_path: Path) -> None:
     folder, kept = tmp_path / "folder", tmp_path / "log"
     folder.mkdir()

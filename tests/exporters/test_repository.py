@@ -26,6 +26,8 @@ from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.stages.export import export
 
+pytestmark = pytest.mark.slow
+
 TYPES = {
     onnx.TensorProto.INT64: "TYPE_INT64",
     onnx.TensorProto.FLOAT: "TYPE_FP32",

@@ -20,9 +20,12 @@ import pytest
 
 from benchmarks.server import Server, free_port, open_connection, request, running, serve, stream
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("nginx") is None, reason="nginx is not installed (Debian: nginx-light)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("nginx") is None, reason="nginx is not installed (Debian: nginx-light)"
+    ),
+]
 
 CONFIGURATION = resources.files("runtime.server").joinpath("nginx.conf").read_text()
 COMPLETIONS = "/v1/completions"

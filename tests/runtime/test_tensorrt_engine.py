@@ -153,6 +153,7 @@ def sessions(exported_llama: Path, last_logits: Path) -> dict[str, ort.Inference
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits", ["all", "last"])
 @pytest.mark.parametrize("kind", list(PACK), ids=lambda kind: kind.name)
 def test_an_engine_of_any_float_type_gives_the_last_logits_of_the_graph(

@@ -150,6 +150,7 @@ def test_another_constant_is_no_mask() -> None:
 
 # RMS norms of a block; Qwen3 and Gemma 3 have two more for queries and keys, and ONNX Runtime
 # leaves two of Gemma 3's alone.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "fused"),
     [("llama", 2), ("mistral", 2), ("qwen2", 2), ("qwen3", 4), ("gemma", 2), ("gemma2", 4)],

@@ -13,6 +13,7 @@ from tests.conftest import Exported
 TOLERANCE = 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "gpt_neox"])
 def test_convolutions_compute_what_the_products_did(
     exported_two_four: Exported, model_type: str, tmp_path: Path

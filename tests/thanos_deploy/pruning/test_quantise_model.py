@@ -214,6 +214,7 @@ def test_prune_quantises_what_it_pruned(
             assert (weight.reshape(len(weight), -1, 4) == 0).sum(dim=2).ge(2).all()
 
 
+@pytest.mark.slow
 def test_prune_trains_the_scales_after_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = {"pattern": "2:4", "preset": "fast", "nsamples": 2, "seqlen": 64, "recover": 40}

@@ -60,6 +60,7 @@ def run(folder: Path, work: Any, model: Path, nsamples: int = 6) -> tuple[list[i
     return codes, "".join((errors / str(rank)).read_text() for rank in range(2))
 
 
+@pytest.mark.slow
 def test_ranks_with_other_options_files_or_versions_are_refused(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def masked_model(dense: Path, shrunk: Path, reports: list[CutBlock]) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_tuning_brings_a_cut_model_nearer_to_the_dense_one(
     make_model: MakeModel, tmp_path: Path, model_type: str

@@ -214,6 +214,7 @@ def test_a_walk_that_was_interrupted_after_a_dropped_block_goes_on(
     assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.slow
 def test_tuning_brings_the_blocks_behind_nearer_to_the_dense_model(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -282,6 +283,7 @@ def test_gguf_refuses_windows_at_other_places(make_model: MakeModel, tmp_path: P
         gguf.export(Checkpoint.open(tmp_path / "out"), tmp_path, dtype="fp16")
 
 
+@pytest.mark.slow
 def test_the_command_drops_reports_and_exports(
     make_model: MakeModel, tmp_path: Path, invoke: Invoke
 ) -> None:
