@@ -18,7 +18,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ARCHITECTURE = b"general.architecture"
 _BLOCKS = b".block_count"
-_BLOCK = re.compile(rb"blk\.(\d+)\.")
+_BLOCK = re.compile(rb"blk\.(\d{1,9})\.")  # Python refuses to read thousands of digits
 _STRING, _ARRAY = 8, 9
 # How integers are stored, by their type.
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}

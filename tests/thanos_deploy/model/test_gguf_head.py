@@ -76,3 +76,16 @@ def test_what_ends_within_its_head_is_refused(whole: bytes, data: st.DataObject)
         file.flush()
         with pytest.raises(ModelError, match="not a readable GGUF file"):
             architecture(Path(file.name))
+
+
+def test_a_block_with_a_number_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tensor(f"blk.{'9' * 5000}.w", np.ones((2, 2), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="tensors of 0 blocks, and claims to have 1"):
+        architecture(path)
