@@ -39,6 +39,18 @@ def ending(
     assert not thread.is_alive()
 
 
+@contextmanager
+def connected(bundle: Path) -> Iterator[tuple[main.Server, socket.socket]]:
+    """The same server, and a client that it has let in and that has not said anything."""
+    with (
+        ending(bundle) as (server, _, address),
+        closing(socket.create_connection(address, timeout=30)) as client,
+    ):
+        while not server.server_state.connections:
+            time.sleep(0.01)
+        yield server, client
+
+
 def asked(client: socket.socket) -> bytes:
     """What comes back for a request, until the connection is closed."""
     client.settimeout(30)
@@ -53,12 +65,7 @@ def test_a_request_that_is_still_on_its_way_is_answered(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "FIRST_SECONDS", 30.0)
-    with (
-        ending(bundle) as (server, _, address),
-        closing(socket.create_connection(address, timeout=30)) as client,
-    ):
-        while not server.server_state.connections:
-            time.sleep(0.01)
+    with connected(bundle) as (server, client):
         server.should_exit = True
         while server.servers[0].is_serving():
             time.sleep(0.01)
@@ -69,10 +76,10 @@ def test_a_request_that_is_still_on_its_way_is_answered(
 def test_a_connection_that_the_system_holds_is_let_in(bundle: Path) -> None:
     """It comes while the event loop is busy, just before the server ends."""
     with ending(bundle) as (server, loop, address):
-        connected, ended = threading.Event(), threading.Event()
+        arrived, ended = threading.Event(), threading.Event()
 
         def end() -> None:
-            connected.wait(30)
+            arrived.wait(30)
             task = loop.create_task(server.shutdown())
             task.add_done_callback(lambda _: ended.set())
 
@@ -80,7 +87,7 @@ def test_a_connection_that_the_system_holds_is_let_in(bundle: Path) -> None:
         time.sleep(0.1)
         with closing(socket.create_connection(address, timeout=30)) as client:
             assert not server.server_state.connections
-            connected.set()
+            arrived.set()
             answer = asked(client)
         assert ended.wait(30)
     assert answer.startswith(b"HTTP/1.1 200")
@@ -90,11 +97,6 @@ def test_a_client_that_says_nothing_is_not_waited_for_long(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "FIRST_SECONDS", 0.1)
-    with (
-        ending(bundle) as (server, _, address),
-        closing(socket.create_connection(address, timeout=30)) as client,
-    ):
-        while not server.server_state.connections:
-            time.sleep(0.01)
+    with connected(bundle) as (server, client):
         server.should_exit = True
         assert client.recv(1) == b""
