@@ -242,6 +242,7 @@ def test_nothing_or_everything_may_go(
             assert torch.equal(weight, dense[name]), name
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_be_solved_is_shown_wherever_results_are(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_layer_that_cannot_be_solved_is_shown_wherever_results_are(
         assert said in (out / name).read_text().replace("\\", ""), name
 
 
+@pytest.mark.slow
 def test_a_dry_run_estimates_time_memory_and_disk(
     tiny_llama: Path, tmp_path: Path, invoke: Invoke
 ) -> None:

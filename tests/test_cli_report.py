@@ -114,6 +114,7 @@ def test_what_cannot_be_reported_is_refused_with_a_reason(
     assert not Path("page.html").exists()
 
 
+@pytest.mark.slow
 def test_different_models_are_put_side_by_side_on_demand(invoke: Invoke, tmp_path: Path) -> None:
     paths = (
         write_bundle(tmp_path / "a"),

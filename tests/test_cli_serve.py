@@ -61,6 +61,7 @@ def test_a_signal_loses_nothing_in_flight(exported_llama: Path, number: signal.S
         socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
 
 
+@pytest.mark.slow
 def test_json_says_where_it_listens(exported_llama: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("open-sesame-open-sesame\n")
@@ -74,7 +75,7 @@ def test_json_says_where_it_listens(exported_llama: Path, tmp_path: Path) -> Non
 def test_nothing_is_bound_before_the_bundle_is_verified(
     exported_llama: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.server.main.listen", None)
+    monkeypatch.setattr("runtime.server.listening.listen", None)
     bundle = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     with (bundle / "onnx" / "model.onnx.data").open("r+b") as file:
         file.write(b"\xff")

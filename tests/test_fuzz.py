@@ -75,6 +75,7 @@ def fuzz(files: list[Path], seed: int, check: Check) -> list[DeployError | None]
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_damaged_manifest_is_detected_or_harmless(exported_llama: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(exported_llama, tmp_path / "bundle"))
     expected = open_engine(exported_llama).prefill(np.array([[1, 2, 3]]))

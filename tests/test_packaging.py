@@ -9,6 +9,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -77,6 +78,7 @@ def test_the_lowest_versions_are_those_that_are_tried() -> None:
     assert pins == floors
 
 
+@pytest.mark.slow
 def test_wheels_are_complete_and_alike(tmp_path: Path) -> None:
     """Built as an installer builds it: a list of package data that misses a file looks complete.
 

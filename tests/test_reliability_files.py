@@ -97,7 +97,10 @@ def test_a_bait_may_not_even_be_read(tmp_path: Path) -> None:
     assert all("touched ['read " in one.said for one in ended)
 
 
-@pytest.mark.parametrize("kind", ["config", "journal", "packed", "safetensors", "texts"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("config", marks=pytest.mark.slow), "journal", "packed", "safetensors", "texts"],
+)
 def test_damage_is_detected_or_harmless(tmp_path: Path, kind: str) -> None:
     """As many of each as there is time for here; the campaign does thousands."""
     these = mutations.victims(tmp_path, kind)

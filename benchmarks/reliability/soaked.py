@@ -28,6 +28,9 @@ MINUTES = 60
 VISITORS = 3  # of each replica
 _STAYS = 15.0  # seconds that a replica is left alone
 
+# How a request with a known answer may end; a wrong answer is counted by itself.
+_ANSWERED = ("right", "wrong", "503")
+
 
 @dataclass(slots=True)
 class _Replicas:
@@ -89,7 +92,10 @@ def run(setting: Setting) -> Iterator[Slice]:
         over.set()
         for keeper in keepers:
             keeper.join()
-    yield Slice(judged(good, tally.outcomes(), replicas.ends, left, time.monotonic() - began))
+    yield Slice(
+        judged(good, tally.outcomes(), replicas.ends, left, time.monotonic() - began),
+        [f"{count} of them lost: {how}" for how, count in good.items() if how not in _ANSWERED],
+    )
 
 
 def judged(
@@ -109,7 +115,7 @@ def judged(
         seconds: that it took.
     """
     wrong = sum(count for how, count in others.items() if how[0] == "5" and how != "503")
-    lost = sum(count for how, count in good.items() if how not in ("right", "wrong", "503"))
+    lost = sum(count for how, count in good.items() if how not in _ANSWERED)
     return [
         Figure("minutes", seconds / 60, least=MINUTES),
         Figure("requests with known answers", sum(good.values())),
@@ -175,6 +181,7 @@ def _asked(urls: Sequence[str], one: Golden, draw: random.Random) -> str:
     body = {"model": MODEL, "prompt": list(one.prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
     while True:
         for url in draw.sample(list(urls), len(urls)):
+            began = time.monotonic()
             try:
                 status, _, content = request(
                     url, "POST", "/v1/completions", json.dumps(body).encode()
@@ -182,7 +189,7 @@ def _asked(urls: Sequence[str], one: Golden, draw: random.Random) -> str:
             except ConnectionRefusedError:
                 continue
             except (OSError, http.client.HTTPException) as error:
-                return f"broken: {type(error).__name__}"
+                return f"{type(error).__name__} after {time.monotonic() - began:.1f} s"
             if status != 200:
                 return str(status)
             return "right" if json.loads(content)["choices"][0]["text"] == one.text else "wrong"

@@ -24,8 +24,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 HEADER_SECONDS = 10.0
 
-# For the first request of a connection to arrive when the server ends.
-FIRST_SECONDS = 1.0
+# For the first request of a connection to arrive when the server ends. A packet that was lost comes
+# again within a second or two.
+FIRST_SECONDS = 3.0
 
 # A client that still sends would see a reset instead of the refusal: so much longer, and so many
 # bytes more, are thrown away before the connection is closed.

@@ -19,6 +19,7 @@ import uvicorn
 
 from runtime.batching import Batcher
 from runtime.engine import Weights, open_slots
+from runtime.server import listening
 from runtime.server.access import EVERYBODY, Access
 from runtime.server.app import application
 from runtime.server.chat import Renderer, open_chat_template
@@ -28,14 +29,12 @@ from runtime.server.service import Compiler, Forward, Limits, Service
 from runtime.server.watched import Watched
 from runtime.text import open_tokenizer
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, ONNX
-from thanos_deploy.errors import PlatformError
-
-# Connections that the system holds for us; asyncio tries as often as that to accept one when there
-# are no descriptors left, and says so every time.
-_BACKLOG = 128
 
 # For a client to read the end of its answer in.
 _GRACE_SECONDS = 10.0
+
+# For a connection that has begun to be made, before listening ends: a round trip.
+_HANDSHAKE_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -107,47 +106,6 @@ def open_service(
         batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
-
-    Args:
-        host: a name or a number.
-        port: 0 for any that is free.
-
-    Raises:
-        PlatformError: the address is not there, or taken.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
-        )[0]
-        # With its protocol by number, unlike `socket.create_server`: asyncio sends at once, without
-        # waiting for the client's acknowledgement, only where it sees that this is TCP.
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-    except (OSError, OverflowError) as error:
-        raise PlatformError(
-            f"cannot listen on {host} port {port}: {error}",
-            fix="give another --host or --port, or end the program that listens there; --port 0 "
-            "takes any that is free",
-        ) from error
-
-
-def url(listener: socket.socket) -> str:
-    """Where a socket is reached."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 class Server(uvicorn.Server):
     """uvicorn, on a socket that is bound already."""
 
@@ -178,7 +136,7 @@ class Server(uvicorn.Server):
                 application(service, access),
                 loop="asyncio",
                 http=self._protocol,
-                backlog=_BACKLOG,
+                backlog=listening.BACKLOG,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -212,27 +170,22 @@ class Server(uvicorn.Server):
         if self._on_hangup is not None:
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         await super().startup(sockets)
-        self._on_ready(url(self._listener))
+        self._on_ready(listening.url(self._listener))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server.shutdown`."""
         if self._service.renderer is not None:
             self._service.renderer.hurry()
+        listening.begin_no_more(self._listener)
+        await asyncio.sleep(_HANDSHAKE_SECONDS)
         # Nothing may be awaited between these and the end of listening, which resets who is left.
-        accepting = [asyncio.ensure_future(self._let_in(client)) for client in self._waiting()]
+        accepting = [
+            asyncio.ensure_future(self._let_in(client))
+            for client in listening.waiting(self._listener)
+        ]
         await super().shutdown(sockets)
         for one in accepting:
             one.cancel()
-
-    def _waiting(self) -> Iterator[socket.socket]:
-        """The connections that the system holds for us."""
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            client.setblocking(False)
-            yield client
 
     async def _let_in(self, client: socket.socket) -> None:
         """Begin a connection, and end it as those that had begun before."""

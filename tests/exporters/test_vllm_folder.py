@@ -36,7 +36,10 @@ def export(checkpoint: Checkpoint, destination: Path, *, dense: tuple[str, ...] 
     return vllm.export(checkpoint, destination, patterns=patterns)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gpt2"))],
+)
 def test_the_folder_holds_the_model_and_says_which_layers_are_packed(
     exported_two_four: Exported, model_type: str, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_what_vllm_refuses_is_said_before(
         vllm.require_served(checkpoint)
 
 
+@pytest.mark.slow
 def test_widths_by_block_are_refused(exported_shrunk: Exported) -> None:
     checkpoint = Checkpoint.open(exported_shrunk("llama") / "model")
     with pytest.raises(UsageError, match="the blocks differ in width"):

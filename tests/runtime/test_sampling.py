@@ -127,6 +127,7 @@ def positive(most: float) -> st.SearchStrategy[float]:
     )
 
 
+@pytest.mark.slow
 @given(
     row=st.lists(FLOAT32, min_size=1, max_size=40)
     | st.lists(st.sampled_from([0.0, -0.0, 3.4e38, -3.4e38, 1e-45]), min_size=1, max_size=40),

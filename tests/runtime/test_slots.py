@@ -103,7 +103,17 @@ def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_dirty_memory")
 @pytest.mark.parametrize(
-    "name", ["llama", "opt", "gpt2", "gemma2", "shrunk llama", "ort llama", "ort opt"]
+    "name",
+    [
+        "llama",
+        "opt",
+        "gpt2",
+        "shrunk llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gemma2", "ort llama", "ort opt")
+        ),
+    ],
 )
 @given(events=events)
 @settings(

@@ -174,6 +174,7 @@ def test_an_engine_of_any_float_type_gives_the_last_logits_of_the_graph(
     assert fake.profiles == [0, 1]
 
 
+@pytest.mark.slow
 def test_an_engine_of_a_type_that_is_not_read_is_refused(
     sessions: dict[str, ort.InferenceSession],
 ) -> None:

@@ -210,7 +210,7 @@ def command(
     was changed, 4 if the address is taken.
     """  # noqa: D301 - click wants the control character
     try:
-        from runtime.server import logs, main
+        from runtime.server import listening, logs, main
         from runtime.server.access import Access, Keys, is_loopback, read_keys
         from runtime.server.service import Limits
     except ImportError as error:
@@ -245,7 +245,7 @@ def command(
         verify=verify,
         log_prompts=log_prompts,
     ) as service:
-        listener = main.listen(host, port)
+        listener = listening.listen(host, port)
         logs.configure()
         reread = None if api_key_file is None else partial(_reread, keys, api_key_file)
         main.Server(service, listener, access=access, on_ready=announce, on_hangup=reread).run()

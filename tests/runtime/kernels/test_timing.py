@@ -90,6 +90,7 @@ def rehearsed(**options: Any) -> list[GemmTime]:
     return list(measure([(8, 64)], [1, 3], **{**defaults, **options}))
 
 
+@pytest.mark.slow
 @no_gpu
 def test_a_rehearsal_on_a_cpu_has_a_time_or_a_reason_for_every_kernel() -> None:
     rows = rehearsed()

@@ -49,6 +49,7 @@ def test_products_are_those_of_float64(
         require_product(kernel, number, weight, device, bias=bias)
 
 
+@pytest.mark.slow
 @given(
     tokens=st.integers(1, 40),
     rows=st.integers(1, 40),
@@ -65,6 +66,7 @@ def test_prefill_products_of_any_shape_are_those_of_float64(
     require_product(prefill, tokens, weight, device, bias=seed % 2 == 0)
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 6),
     groups=st.integers(1, 1200),  # 2048 columns are an iteration of the loop

@@ -16,7 +16,7 @@ import pytest
 from openai import OpenAI
 
 from runtime.engine import Ids, Logits, open_slots
-from runtime.server import main
+from runtime.server import listening, main
 from runtime.server.access import Access, Keys
 from runtime.server.service import Limits, Service
 from tests.bundles import add_to_model
@@ -121,7 +121,7 @@ def serving(
             ready: SimpleQueue[str] = SimpleQueue()
             server = main.Server(
                 service,
-                main.listen("127.0.0.1", 0),
+                listening.listen("127.0.0.1", 0),
                 access=Access(Keys(keys), hosts, origins),
                 on_ready=ready.put,
             )

@@ -12,7 +12,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from runtime.server import connections, main
+from runtime.server import connections, listening, main
 from tests.runtime.server.conftest import LIMITS, Running, Serve
 
 ASKED = {"model": "tiny", "prompt": "a", "max_tokens": 3}
@@ -194,7 +194,10 @@ def test_a_refusal_is_read_by_a_client_that_sends_first(serve: Serve) -> None:
 
 
 def test_what_is_accepted_sends_without_delay() -> None:
-    with main.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with (
+        listening.listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
         accepted, _ = listener.accept()
         with accepted:
             # What asyncio looks at before it sets TCP_NODELAY.

@@ -2,16 +2,19 @@
 
 import asyncio
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 
-from runtime.server import connections, main
+from runtime.server import connections, listening, main
 from tests.runtime.server.conftest import LIMITS
 
 
@@ -21,7 +24,7 @@ def ending(
 ) -> Iterator[tuple[main.Server, asyncio.AbstractEventLoop, tuple[str, int]]]:
     """A server that is to end within the `with` statement."""
     loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
-    listener = main.listen("127.0.0.1", 0)
+    listener = listening.listen("127.0.0.1", 0)
     with main.open_service(
         bundle, slots=1, queue=LIMITS.answers, limits=LIMITS, names=("tiny",)
     ) as service:
@@ -100,3 +103,28 @@ def test_a_client_that_says_nothing_is_not_waited_for_long(
     with connected(bundle) as (server, client):
         server.should_exit = True
         assert client.recv(1) == b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's filter of packets")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_whoever_had_connected_is_held_and_whoever_comes_later_is_refused(host: str) -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(listening.listen(host, 0))
+        address = listener.getsockname()[:2]
+        clients = [
+            stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)
+        ]
+        listening.begin_no_more(listener)
+        late = stack.enter_context(ThreadPoolExecutor(1)).submit(
+            socket.create_connection, address, timeout=30
+        )
+        with pytest.raises(FutureTimeoutError):  # its system asks again after a second
+            late.result(0.1)
+        listener.setblocking(False)
+        held = [stack.enter_context(one) for one in listening.waiting(listener)]
+        listener.close()
+        with pytest.raises(ConnectionRefusedError):
+            late.result(30)
+        for one in held:
+            one.sendall(b"answer")
+        assert [client.recv(16) for client in clients] == [b"answer"] * 3

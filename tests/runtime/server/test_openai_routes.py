@@ -96,6 +96,7 @@ def test_streamed_text_is_that_of_the_whole(server: Running, sampling: dict[str,
     assert roles == ["assistant"] * 3
 
 
+@pytest.mark.slow
 def test_concurrent_requests_get_what_they_would_get_alone(server: Running) -> None:
     def ask(number: int) -> str:
         return (

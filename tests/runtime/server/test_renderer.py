@@ -34,6 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "SECONDS", 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_conversation_is_rendered_as_in_this_process_and_after_one_that_breaks() -> None:
     template = ChatTemplate(WHEN, {"bos_token": "<s>"})

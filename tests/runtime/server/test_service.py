@@ -109,6 +109,7 @@ def test_nothing_is_begun_for_a_client_that_is_gone_already(
     assert not begun
 
 
+@pytest.mark.slow
 def test_whoever_finds_no_room_is_told_when_to_come_back(serve: Serve) -> None:
     with (
         serve(slots=1, limits=replace(LIMITS, answers=2)) as running,

@@ -198,6 +198,7 @@ def test_every_stage_reads_texts_as_the_tokenizer_frames_them(
     )
 
 
+@pytest.mark.slow
 def test_a_bundle_of_the_old_rule_is_not_taken_for_one_of_the_new(
     framing: Path, tmp_path: Path, invoke: Invoke
 ) -> None:

@@ -241,6 +241,7 @@ def test_a_request_longer_than_the_model_allows_is_refused(tiny_llama: Path) -> 
         )
 
 
+@pytest.mark.slow
 def test_the_constants_are_what_the_published_figures_give() -> None:
     found = fit()
     for name in Efficiency.__slots__:

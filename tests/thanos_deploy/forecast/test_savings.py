@@ -104,6 +104,7 @@ def test_a_kernel_is_not_sparse_in_part(llama: Checkpoint) -> None:
     assert saved["up_proj"] > 0.0
 
 
+@pytest.mark.slow
 def test_the_command_leaves_dense_what_there_is_time_for(
     make_model: MakeModel, tmp_path: Path, invoke: Invoke
 ) -> None:

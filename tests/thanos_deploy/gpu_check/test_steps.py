@@ -92,6 +92,7 @@ def run(tmp_path: Path, *todo: Step, seconds: float = 600, **options: Any) -> tu
     return gpu_records.read_journal(journal)
 
 
+@pytest.mark.slow
 def test_whatever_becomes_of_a_step_its_rows_are_kept_and_the_next_one_runs(
     tmp_path: Path,
 ) -> None:

@@ -15,6 +15,7 @@ from thanos_deploy.measure.messages import Ready, Reply, Request, Taken
 SCENARIOS: list[Scenario] = [Prefill(1, 8), Decode(1, 8, 4), Generate(2, 5, 3)]
 
 
+@pytest.mark.slow
 def test_engines_take_turns_in_processes_of_their_own(exported_llama: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(exported_llama, other)

@@ -32,6 +32,7 @@ def same_machine(seed: int, rounds: int, samples: int) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 16])
 def test_the_interval_holds_the_truth_about_as_often_as_it_says(samples: int) -> None:
     hits = sum(

@@ -58,6 +58,7 @@ def test_its_ends_are_magnitude_and_the_score_of_wanda(added: methods.Method) ->
         assert torch.equal(added.prune(problem, TWO_FOUR, options).mask, expected)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_show_it_everywhere(
     added: methods.Method,
     tiny_llama: Path,

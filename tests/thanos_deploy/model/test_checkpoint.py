@@ -196,9 +196,10 @@ def test_an_unusable_generation_configuration_is_bad_input(
         ("{", "not a readable model configuration"),
         ("[]", "not a readable model configuration"),
         ('{"model_type": "nobody"}', "'nobody' is not supported; supported are .*llama"),
-        (
+        pytest.param(
             '{"model_type": "mamba"}',
             r"'mamba' is not supported: .* does not call the layer mixer\.dt_proj",
+            marks=pytest.mark.slow,
         ),
         ("{}", "'None' is not supported"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a readable model configuration"),

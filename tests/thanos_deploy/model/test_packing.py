@@ -278,6 +278,7 @@ def test_a_mask_that_does_not_fit_is_bad_input() -> None:
         unpack(values, mask, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_weight", [True, False])
 def test_the_abandoned_bitmask_checkpoints_are_read(
     exported_two_four: Exported, tmp_path: Path, keep_weight: bool

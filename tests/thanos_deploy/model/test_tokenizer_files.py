@@ -183,6 +183,7 @@ def require_same(folder: Path, stock: Any) -> None:
     assert tokenizer_files.special_tokens(folder) == stock.special_tokens_map
 
 
+@pytest.mark.slow
 @given(
     files=folders(),
     kind=st.sampled_from(WHOLE),

@@ -20,6 +20,7 @@ BLOCKS = st.lists(
 ).filter(lambda blocks: any(sizes for _, sizes in blocks))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(blocks=BLOCKS, sparsity=st.floats(0.0, 1.0), share=st.floats(0.0, 1.0))
 def test_counts_are_exact_and_no_block_is_further_away_than_the_spread(

@@ -135,6 +135,7 @@ def test_steps_of_whole_blocks_bring_them_nearer_and_stay_on_the_grid(
     assert changed
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     class Stop(Exception):  # noqa: N818 - it is thrown where the test wants the run to end
         pass

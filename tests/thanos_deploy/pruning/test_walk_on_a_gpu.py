@@ -142,6 +142,7 @@ def test_outliers_are_counted_there(dense: Checkpoint, fake_cuda: FakeCuda) -> N
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_a_model_is_cut_there(dense: Checkpoint, tmp_path: Path, fake_cuda: FakeCuda) -> None:
     assert len(survey(dense, segments(), device=CUDA, hold="disk")) == 2
     before = dense.widths[0]

@@ -74,12 +74,14 @@ def test_ranks_with_other_options_files_or_versions_are_refused(
     assert re.search(r"thanos-deploy is \S+ there and 0\.0\.1 here", said)
 
 
+@pytest.mark.slow
 def test_fewer_segments_than_ranks_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     codes, errors = run(tmp_path, command, tiny_llama, nsamples=2)
     assert codes == [2, 2]
     assert "2 processes, but 2 calibration segments, in batches of up to 128 tokens" in errors
 
 
+@pytest.mark.slow
 def test_a_rank_without_write_access_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
     codes, errors = run(tmp_path, without_access, tiny_llama)
     assert codes == [4, 4]
@@ -87,6 +89,7 @@ def test_a_rank_without_write_access_ends_all(tiny_llama: Path, tmp_path: Path) 
     assert ".rank-1: Permission denied" in errors
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
     codes, errors = run(tmp_path, with_a_full_disk, tiny_llama)
     assert codes == [5, 5]

@@ -269,6 +269,7 @@ def test_several_models_are_compared(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_speaks_for_every_bundle_that_was_timed_in_it(tmp_path: Path) -> None:
     """`bench a --against dense --against b` leaves its run in a."""
     b = write_bundle(tmp_path / "b", pattern="4:8", stages=("prune", "eval", "onnx"), bytes_=3900)

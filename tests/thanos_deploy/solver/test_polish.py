@@ -59,6 +59,7 @@ def test_each_group_gets_the_best_of_all_its_masks(pattern: SemiStructured) -> N
     assert torch.equal(removed, weight == 0.0)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10_000))
 def test_a_layer_of_one_group_gets_the_best_mask_there_is(seed: int) -> None:
     problem = random_problem(seed, rows=4, cols=4)
@@ -76,6 +77,7 @@ def test_a_layer_of_one_group_gets_the_best_mask_there_is(seed: int) -> None:
     assert removed.sum(dim=1).tolist() == [2] * 4
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10_000), pattern=st.sampled_from([TWO_FOUR, FOUR_EIGHT]))
 def test_no_pass_loses_more_than_there_was_before_it(seed: int, pattern: SemiStructured) -> None:
     problem = random_problem(seed, rows=3, cols=24)
