@@ -12,7 +12,7 @@ import torch
 
 from tests.commands import FORKS
 from thanos_deploy import cli
-from thanos_deploy.pruning import own_text, quantise
+from thanos_deploy.pruning import own_text, quantise, training_journal
 from thanos_deploy.ranks import shards, spread
 from thanos_deploy.solver import triangular
 
@@ -80,6 +80,7 @@ def make_small() -> None:
     spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
     triangular._SMALL, triangular._PART = 8, 4
     own_text._BATCH = 2
+    training_journal._EVERY_SECONDS, training_journal._EVERY_WRITES = 0.0, 0
     torch.set_num_threads(1)
 
 

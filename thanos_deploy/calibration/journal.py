@@ -22,7 +22,6 @@ first one everything else. Files are by shard, not by rank, so another number of
 """
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,17 +32,15 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from thanos_deploy.bundle import names, record
-from thanos_deploy.bundle.codec import decode, encode, loads
-from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_json, sha256_of
+from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.files import FileRecord, Json, file_record
+from thanos_deploy.calibration import journal_folder
+from thanos_deploy.calibration.journal_folder import intact
 from thanos_deploy.machine.background import Background
 from thanos_deploy.model.tensorfile import TensorFile
 from thanos_deploy.ranks.group import current
 
 logger = logging.getLogger(__name__)
-
-_OWNER = "journal.json"
-
 
 R = TypeVar("R")
 
@@ -69,14 +66,6 @@ class _Entries:
     """As one rank tells the others."""
 
     entries: tuple[_Entry, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """The JSON of an entry, and its SHA-256."""
-
-    entry: Json
-    sha256: str
 
 
 class Journal(Generic[R]):
@@ -110,10 +99,10 @@ class Journal(Generic[R]):
 
     def _opened(self, owner: Json) -> list[_Entry]:
         """The intact entries; everything else in the folder is removed."""
-        self._claim(owner)
+        journal_folder.claim(self.folder, owner)
         found = len(list(self.folder.glob("block-*.json")))
         entries = list(self._intact_entries())
-        while entries and not self._intact(entries[-1].inputs):
+        while entries and not intact(self.folder, entries[-1].inputs):
             entries.pop()
         if len(entries) < found:
             logger.warning(
@@ -185,82 +174,35 @@ class Journal(Generic[R]):
                 own |= record_
         every = self._beside.merge(own, FileRecord)
         if self._ranks.first:
-            kept = encode(_Entry(written, dict(sorted(every.items())), report))
-            replace_json(self._entry(index), encode(_Content(kept, sha256_of(kept))))
+            entry = encode(_Entry(written, dict(sorted(every.items())), report))
+            journal_folder.seal(self._entry(index), entry)
         self._beside.wait()
-
-    def _claim(self, owner: Json) -> None:
-        path = self.folder / _OWNER
-        if self.folder.exists():
-            try:
-                before = loads(path.read_bytes())
-                if before == owner:
-                    return
-                why = record.differences(before, owner)
-            except (OSError, ValueError, AttributeError):
-                why = f"{_OWNER} is missing or damaged"
-            logger.warning("%s: discarded, so pruning starts over: %s", self.folder, why)
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        replace_json(path, owner)
 
     def _intact_entries(self) -> Iterator[_Entry]:
         """The entries from the first on, as long as they and their parameters are intact."""
         index = 0
         while (path := self._entry(index)).exists():
             try:
-                content = decode(_Content, loads(path.read_bytes()))
-                if content.sha256 != sha256_of(content.entry):
-                    raise ValueError(f"SHA-256 {content.sha256}")
-                entry = decode(_Entry, content.entry)
+                entry = decode(_Entry, journal_folder.unsealed(path))
                 decode(self._report, entry.report)
             except ValueError:
                 logger.warning("%s: damaged", path)
                 return
-            if not self._intact(entry.parameters):
+            if not intact(self.folder, entry.parameters):
                 return
             yield entry
             index += 1
 
-    def _intact(self, files: Mapping[str, FileRecord]) -> bool:
-        for name, recorded in files.items():
-            path = self.folder / names.plain(name, self.folder)
-            if not path.exists():
-                return False
-            if (seen := file_record(path)) != recorded:
-                logger.warning(
-                    "%s: damaged; the file has %d bytes, SHA-256 %s; %d bytes, SHA-256 %s "
-                    "were written",
-                    path,
-                    seen.bytes,
-                    seen.sha256,
-                    recorded.bytes,
-                    recorded.sha256,
-                )
-                return False
-        return True
-
     def _drop_all_but(self, entries: Sequence[_Entry]) -> None:
-        kept = {_OWNER, *(self._entry(index).name for index in range(len(entries)))}
+        kept = {self._entry(index).name for index in range(len(entries))}
         kept.update(name for entry in entries for name in (*entry.parameters, *entry.inputs))
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                path.unlink()
+        journal_folder.drop_all_but(self.folder, kept)
 
     def _entry(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.json"
 
     def _parameters(self, index: int) -> Path:
         return self._entry(index).with_suffix(".safetensors")
-
-
-def owner_of(folder: Path) -> Json:
-    """What the results of a journal depend on; nothing if there is no journal, or none to read."""
-    try:
-        owner = loads((folder / _OWNER).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 def _record(file: TensorFile) -> dict[str, FileRecord]:

@@ -120,6 +120,11 @@ def head(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, di
     return data, {name: len(data) + begin for name, begin in begins.items()}
 
 
+def bytes_of(kinds: Mapping[str, Kind]) -> int:
+    """Size of tensors of these dtypes and shapes, together."""
+    return sum(math.prod(shape) * kind.itemsize for kind, shape in kinds.values())
+
+
 class TensorFile:
     """A safetensors file whose tensors are written and read whole or in pieces, in any order.
 
@@ -156,7 +161,7 @@ class TensorFile:
     @property
     def size(self) -> int:
         """Size of all tensors."""
-        return sum(math.prod(shape) * kind.itemsize for kind, shape in self.kinds.values())
+        return bytes_of(self.kinds)
 
     def fill(self) -> None:
         """Give a file that was created its final size; what is not written yet reads as zeros."""

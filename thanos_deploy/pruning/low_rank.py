@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thanos_deploy.ranks.sharded import Sharded
+from thanos_deploy.ranks.sharded import Part, Sharded
 
 # Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see benchmarks/LOG.md.
 _RATE = 4e-4
@@ -50,7 +50,9 @@ class LowRank:
             right = torch.randn(inner, columns, generator=generator) / inner**0.5
             device = learner.model.device
             self._pairs.append((torch.zeros(rows, inner, device=device), right.to(device)))
-        self.learned = [one for pair in self._pairs for one in pair]
+        self.learned = [Part(one) for pair in self._pairs for one in pair]
+        # The weights have every step's rounding in them.
+        self.made = [Part(learner.own(name), name) for name in names]
         # Whose products the weights already have in them.
         self._added = [(left.clone(), right.clone()) for left, right in self._pairs]
 
@@ -59,7 +61,13 @@ class LowRank:
         for name, kept, (left, right) in zip(self._names, self._kept, self._pairs, strict=True):
             gradient = self._learner.whole(self._learner.gradient(name).mul_(kept), name)
             left.grad, right.grad = gradient @ right.T, left.T @ gradient
-        torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
+        torch.nn.utils.clip_grad_norm_([one.tensor for one in self.learned], 1.0)
+
+    def resume(self) -> None:
+        """See `recover.Student`."""
+        for pair, added in zip(self._pairs, self._added, strict=True):
+            for now, before in zip(pair, added, strict=True):
+                before.copy_(now)
 
     def settle(self) -> None:
         """See `recover.Student`."""
@@ -68,5 +76,4 @@ class LowRank:
         ):
             change = (pair[0] @ pair[1]).sub_(added[0] @ added[1])
             self._learner.own(name).add_(self._learner.rows(change, name) * kept)
-            for now, before in zip(pair, added, strict=True):
-                before.copy_(now)
+        self.resume()

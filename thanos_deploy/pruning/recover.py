@@ -40,8 +40,9 @@ from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.low_rank import LowRank
 from thanos_deploy.pruning.result import Recovery
+from thanos_deploy.pruning.training_journal import Reached, TrainingJournal
 from thanos_deploy.ranks.group import current
-from thanos_deploy.ranks.sharded import Sharded
+from thanos_deploy.ranks.sharded import Part, Sharded
 from thanos_deploy.ranks.spread import even
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ _WARM_UP = 0.1  # of the steps
 # Parts of a step, if it looks at so many sequences.
 _PARTS = 4
 
+# What AdamW keeps of each tensor, under its names.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 # Logits of so many tokens at once: a vocabulary of floats each. Beyond 32 MB glibc fetches every
 # tensor from the system anew.
 _TOKENS_AT_ONCE = 128
@@ -77,6 +81,7 @@ def recover(
     update_rank: int = 0,
     seed: int = 0,
     device: torch.device = CPU,
+    journal: TrainingJournal | None = None,
     on_progress: OnProgress = silent,
     watch: Watch = unwatched,
 ) -> Recovery:
@@ -91,6 +96,7 @@ def recover(
         update_rank: of the update of each weight, see `low_rank`; 0 for the weights themselves.
         seed: of the segments' order, and of what an update begins with.
         device: where both models are.
+        journal: by which it goes on after it was ended; None to begin, and keep nothing.
         on_progress: told of every finished step.
         watch: shown the model after every step, which it must leave as it is.
 
@@ -98,7 +104,6 @@ def recover(
         ModelError: a model does not load, or a value does not fit its dtype.
         ResourceError: both models do not fit into the GPU's memory.
     """
-    started = time.perf_counter()
     names = [f"{one}.weight" for one in pruned.linears]
     learner, lesson = distil(
         pruned,
@@ -110,19 +115,26 @@ def recover(
         count=count,
         seed=seed,
         device=device,
+        journal=journal,
         on_progress=on_progress,
         watch=watch,
     )
+    started = time.perf_counter()
     write(learner, pruned, destination)
-    return replace(lesson, seconds=time.perf_counter() - started)
+    return replace(lesson, seconds=lesson.seconds + time.perf_counter() - started)
 
 
 class Student(Protocol):
     """What learns of a model whose weights are made of it."""
 
     @property
-    def learned(self) -> Sequence[Tensor]:
+    def learned(self) -> Sequence[Part]:
         """What AdamW changes, in place; the same tensors every time."""
+        ...
+
+    @property
+    def made(self) -> Sequence[Part]:
+        """What was made of it step by step, and cannot be made of it again to the last bit."""
         ...
 
     @property
@@ -138,26 +150,34 @@ class Student(Protocol):
         """Have the model run with what has been learned."""
         ...
 
+    def resume(self) -> None:
+        """Go on from `learned` and `made`, which hold what they held after a step."""
+        ...
+
 
 class _Kept:
     """The weights that are not zero; each rank has rows of them, which the model runs with."""
 
     rate = LEARNING_RATE
+    made: Sequence[Part] = ()
 
     def __init__(self, learner: Sharded, names: Sequence[str]) -> None:
         self._learner, self._names = learner, names
-        self.learned = [learner.own(name) for name in names]
-        self._kept = [weight != 0 for weight in self.learned]
+        self.learned = [Part(learner.own(name), name) for name in names]
+        self._kept = [weight.tensor != 0 for weight in self.learned]
 
     def receive(self) -> None:
         """See `Student`."""
         gradients = [self._learner.gradient(name) for name in self._names]
         for weight, gradient, keep in zip(self.learned, gradients, self._kept, strict=True):
             # With a gradient of zero Adam's moments are zero too, and nothing moves.
-            weight.grad = gradient.mul_(keep)
+            weight.tensor.grad = gradient.mul_(keep)
         _clip(self._learner, self._names, 1.0)
 
     def settle(self) -> None:
+        """See `Student`."""
+
+    def resume(self) -> None:
         """See `Student`."""
 
 
@@ -170,6 +190,7 @@ def distil(
     count: int,
     seed: int,
     device: torch.device,
+    journal: TrainingJournal | None,
     on_progress: OnProgress,
     watch: Watch = unwatched,
 ) -> tuple[Sharded, Recovery]:
@@ -180,6 +201,7 @@ def distil(
         student_of: what learns of it; only the weights of the blocks' linear layers have gradients.
     """
     started = time.perf_counter()
+    before = journal.reached.seconds if journal else 0.0
     model, teacher = (load_model(one.folder, device) for one in (learning, dense))
     require_plain_head(teacher)
     model.requires_grad_(False)
@@ -201,6 +223,7 @@ def distil(
             teacher,
             [segments[step] for step in steps],
             dtype,
+            journal,
             told=on_progress,
             watch=watch,
         )
@@ -208,7 +231,7 @@ def distil(
         divergence=tuple(mean(part) for part in _tenths(divergence)),
         tokens=count * segments.shape[1],
         dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
-        seconds=time.perf_counter() - started,
+        seconds=before + time.perf_counter() - started,
     )
 
 
@@ -225,14 +248,15 @@ def _train(
     teacher: PreTrainedModel,
     batches: Sequence[Tensor],
     dtype: torch.dtype,
+    journal: TrainingJournal | None,
     *,
     told: OnProgress,
     watch: Watch,
 ) -> list[float]:
     """Train in place; returns the mean divergence of each step, in nats per token."""
-    ranks, model = current(), learner.model
+    model = learner.model
     optimiser = torch.optim.AdamW(
-        list(student.learned), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        [one.tensor for one in student.learned], betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
@@ -243,9 +267,16 @@ def _train(
         cycle_momentum=False,
     )
     heads = head_of(model), head_of(teacher)
-    divergence: list[Tensor] = []  # of this rank's parts, which the host reads at the end
-    told(0, len(batches))
-    for step, batch in enumerate(batches):
+    reached, began = Reached(), time.perf_counter()
+    if journal is not None and journal.reached.step:
+        reached = journal.reached
+        _resume(journal, learner, student, optimiser)
+        for _ in range(reached.step):
+            optimiser.step()  # nothing has a gradient, so this only counts for the schedule
+            schedule.step()
+    divergence: list[Tensor] = []  # of this rank's parts since; the host reads it when it must
+    told(reached.step, len(batches))
+    for step, batch in enumerate(batches[reached.step :], reached.step):
         parts = even(len(batch), _PARTS)
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         for turn in learner.turns(len(parts)):
@@ -265,10 +296,64 @@ def _train(
         learner.forget_gradients()
         told(step + 1, len(batches))
         watch(step + 1, model)
-    by_rank = ranks.gather(_Divergence(tuple(torch.stack(divergence).tolist())))
-    nats = [math.fsum(parts) for parts in zip(*(one.nats for one in by_rank), strict=True)]
+        if journal is not None and step + 1 < len(batches) and journal.is_due():
+            now = time.perf_counter()
+            reached = Reached(
+                step + 1, (*reached.nats, *_together(divergence)), reached.seconds + now - began
+            )
+            began, divergence = now, []
+            _keep(journal, reached, learner, student, optimiser)
+    nats = [*reached.nats, *_together(divergence)]
     logger.debug("divergence from the dense model in nats per token, by step: %s", nats)
     return nats
+
+
+def _together(divergence: Sequence[Tensor]) -> list[float]:
+    """All ranks' divergence in each step, of what each has of it."""
+    own = _Divergence(tuple(torch.stack(list(divergence)).tolist()) if divergence else ())
+    by_rank = current().gather(own)
+    return [math.fsum(parts) for parts in zip(*(one.nats for one in by_rank), strict=True)]
+
+
+def _state(student: Student, optimiser: torch.optim.AdamW) -> dict[str, Part]:
+    """What training goes on from, by name."""
+    parts = {f"made.{number}": part for number, part in enumerate(student.made)}
+    for number, part in enumerate(student.learned):
+        parts[f"learned.{number}"] = part
+        moments = optimiser.state[part.tensor]
+        for name in _MOMENTS:
+            parts[f"{name}.{number}"] = Part(moments[name], part.rows_of)
+    return parts
+
+
+def _keep(
+    journal: TrainingJournal,
+    reached: Reached,
+    learner: Sharded,
+    student: Student,
+    optimiser: torch.optim.AdamW,
+) -> None:
+    """Write down how far the training has come."""
+    parts = _state(student, optimiser)
+    kinds = {name: (part.tensor.dtype, learner.shape(part)) for name, part in parts.items()}
+    journal.keep(reached, kinds, lambda name: learner.gathered(parts[name]))
+
+
+def _resume(
+    journal: TrainingJournal, learner: Sharded, student: Student, optimiser: torch.optim.AdamW
+) -> None:
+    """Have a student and its optimiser be what they were."""
+    for part in student.learned:
+        optimiser.state[part.tensor] = {
+            # As AdamW begins it; its fused step has it where the tensor is.
+            "step": torch.tensor(float(journal.reached.step), device=part.tensor.device),
+            **{name: torch.zeros_like(part.tensor) for name in _MOMENTS},
+        }
+    with journal.tensors() as file:
+        for name, part in _state(student, optimiser).items():
+            whole = file.read(name).reshape(learner.shape(part))
+            learner.fill(part, whole.to(part.tensor.device))
+    student.resume()
 
 
 @dataclass(frozen=True, slots=True)

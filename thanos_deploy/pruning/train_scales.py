@@ -13,7 +13,7 @@ learned rather than the text.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from thanos_deploy.pruning.codes import Codes, save, tensors_of
 from thanos_deploy.pruning.recover import distil, write
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.pruning.straight_through import by_scale
-from thanos_deploy.ranks.sharded import Sharded
+from thanos_deploy.pruning.training_journal import TrainingJournal
+from thanos_deploy.ranks.sharded import Part, Sharded
 from thanos_deploy.solver.codes import Quantised, by_column, holdable
 
 # Of the first step after warming up, as a fraction of a scale. Chosen on held-out C4 documents with
@@ -47,6 +48,7 @@ def train_scales(
     count: int,
     seed: int = 0,
     device: torch.device = CPU,
+    journal: TrainingJournal | None = None,
     on_progress: OnProgress = silent,
 ) -> Recovery:
     """Train the scales of a quantised model towards the dense one, and write it and its codes.
@@ -61,6 +63,7 @@ def train_scales(
         count: of segments to learn from; where it is more than there are, they come again.
         seed: of their order.
         device: where both models are.
+        journal: by which it goes on after it was ended; None to begin, and keep nothing.
         on_progress: told of every finished step.
 
     Raises:
@@ -68,7 +71,6 @@ def train_scales(
         ModelError: a model does not load, or a value does not fit its dtype.
         ResourceError: both models do not fit into the GPU's memory.
     """
-    started = time.perf_counter()
     layers = {name: codes.of(name, quantised.linear(name)) for name in quantised.linears}
     students: list[Scales] = []
 
@@ -84,21 +86,24 @@ def train_scales(
         count=count,
         seed=seed,
         device=device,
+        journal=journal,
         on_progress=on_progress,
     )
+    started = time.perf_counter()
     write(learner, quantised, destination)
     if new_codes is not None:
         trained = students[0].layers
         for index, block in enumerate(quantised.blocks):
             tensors = [tensors_of(name, trained[name]) for name in block.full_names]
             save(new_codes, index, codes.grid, {k: v for one in tensors for k, v in one.items()})
-    return replace(lesson, seconds=time.perf_counter() - started)
+    return replace(lesson, seconds=lesson.seconds + time.perf_counter() - started)
 
 
 class Scales:
     """The scales of a model as a `recover.Student`."""
 
     rate = _RATE
+    made: Sequence[Part] = ()
 
     def __init__(self, learner: Sharded, layers: Mapping[str, Quantised]) -> None:
         """Begin with the scales as they are.
@@ -118,7 +123,7 @@ class Scales:
             for name, layer in layers.items()
         }
         self._factors = {name: torch.ones_like(one.scale) for name, one in self._start.items()}
-        self.learned = list(self._factors.values())
+        self.learned = [Part(one) for one in self._factors.values()]
 
     @property
     def layers(self) -> dict[str, Quantised]:
@@ -134,6 +139,10 @@ class Scales:
             zeros = by_column(start.zero, start.grid, gradient.shape[1])
             pulled = by_scale(gradient, start.codes - zeros, start.grid)
             self._factors[name].grad = (start.scale * pulled).contiguous()
+
+    def resume(self) -> None:
+        """See `Student`."""
+        self.settle()
 
     def settle(self) -> None:
         """See `Student`."""

@@ -7,6 +7,7 @@ A process by itself has the whole model, and adds in the same order.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from thanos_deploy.ranks.group import current
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What a rank has of a tensor.
+
+    Attributes:
+        tensor: all of it, or this rank's rows.
+        rows_of: the weight that has a row for each of its rows and is shared as it is; None where
+            every rank has all of it.
+    """
+
+    tensor: Tensor
+    rows_of: str | None = None
 
 
 class Sharded:
@@ -95,6 +110,26 @@ class Sharded:
     def forget_gradients(self) -> None:
         """Begin anew."""
         self.model.zero_grad()
+
+    def shape(self, part: Part) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        if part.rows_of is None:
+            return tuple(part.tensor.shape)
+        return (len(self.model.get_parameter(part.rows_of)), *part.tensor.shape[1:])
+
+    def gathered(self, part: Part) -> Tensor:
+        """The whole tensor; called by all ranks."""
+        return part.tensor if part.rows_of is None else self.whole(part.tensor, part.rows_of)
+
+    def fill(self, part: Part, whole: Tensor) -> None:
+        """Make a part one of another tensor, in place.
+
+        Args:
+            part: this rank's.
+            whole: the tensor, which every rank has.
+        """
+        rows = whole if part.rows_of is None else self.rows(whole, part.rows_of)
+        part.tensor.copy_(rows)
 
     def whole(self, rows: Tensor, name: str) -> Tensor:
         """What all ranks have of something that has a row for each row of a weight.

@@ -265,6 +265,8 @@ def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneR
     if request.grid is not None:  # another model and its journal, while the pruned one is read
         activations += activation_bytes(source, tokens, forward, with_dense=tuned)
         models += 2
+    if request.recover:  # the trained one, while the one before it is read
+        models += 1
     return models * source.bytes_in(request.dtype) + activations
 
 

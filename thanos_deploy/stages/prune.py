@@ -11,7 +11,7 @@ import torch
 from thanos_deploy.bundle import files, layout
 from thanos_deploy.bundle.codec import decode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
-from thanos_deploy.calibration.journal import owner_of
+from thanos_deploy.calibration.journal_folder import owner_of
 from thanos_deploy.errors import UsageError
 from thanos_deploy.forecast import enough
 from thanos_deploy.machine import devices, environment

@@ -51,7 +51,7 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.patterns import choices_of, measured_hash, sparsity_file
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
-from thanos_deploy.stages.training import recover_checkpoint, train_scales_checkpoint
+from thanos_deploy.stages.training import Journals, recover_checkpoint, train_scales_checkpoint
 
 # Folders of the journals.
 SURVEY, BLOCKS, QUANTISED = "survey", "blocks", "quantised"
@@ -234,9 +234,11 @@ class Work:
         """
         request, model, taken = self.request, folder / layout.MODEL, self.calibration
         current().wait()  # until it is written
-        recovery = None
+        recovery, journals = None, Journals(kept, self.owner)
         if request.recover:
-            recovery = recover_checkpoint(self.source, taken.text, model, request, announce)
+            recovery = recover_checkpoint(
+                self.source, taken.text, model, request, announce, journals
+            )
         if request.grid is None:
             return recovery, None
         codes = folder / layout.CODES
@@ -252,7 +254,7 @@ class Work:
         )
         if request.recover:
             trained = train_scales_checkpoint(
-                self.source, taken.text, model, codes, request, announce
+                self.source, taken.text, model, codes, request, announce, journals
             )
             quantisation = replace(quantisation, trained=trained)
         return recovery, quantisation

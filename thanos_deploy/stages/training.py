@@ -4,14 +4,17 @@ The remaining weights, and where the model was quantised its scales.
 """
 
 import json
+import logging
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from thanos_deploy.bundle import layout
-from thanos_deploy.bundle.codec import loads
+from thanos_deploy.bundle import files, layout
+from thanos_deploy.bundle.codec import decode, encode, loads
+from thanos_deploy.bundle.files import Json
+from thanos_deploy.calibration import journal_folder
 from thanos_deploy.calibration.frame import frame_of
 from thanos_deploy.calibration.segments import every_segment
 from thanos_deploy.calibration.texts import Text
@@ -25,10 +28,52 @@ from thanos_deploy.pruning.own_text import Habits, beginnings, own_text
 from thanos_deploy.pruning.recover import recover
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.pruning.train_scales import train_scales
+from thanos_deploy.pruning.training_journal import TrainingJournal
 from thanos_deploy.ranks.group import current
 from thanos_deploy.stages.request import PruneRequest
 
+logger = logging.getLogger(__name__)
+
 _OWN_TEXT = "the dense model's own text"
+
+# Folders of the journals.
+_TRAINED, _SCALES, _TEXT = "trained", "scales", "own-text"
+
+
+@dataclass(frozen=True, slots=True)
+class Journals:
+    """Those of the trainings of a run.
+
+    Attributes:
+        folder: that all of them are in.
+        owner: everything that the result depends on.
+    """
+
+    folder: Path
+    owner: Json
+
+    def training(self, name: str, *written: Path) -> TrainingJournal:
+        """That of one training.
+
+        Args:
+            name: of its folder.
+            written: folders that the training will write anew, beside what is there.
+        """
+        room = sum(map(files.size, written))
+        return TrainingJournal(self.folder / name, self.owner, room=room)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Text that the dense model wrote.
+
+    Attributes:
+        rows: of it; none where nothing was written yet.
+        drawn: how many pieces it wrote, those that were not taken among them.
+    """
+
+    rows: tuple[str, ...] = ()
+    drawn: int = 0
 
 
 def recover_checkpoint(
@@ -37,16 +82,19 @@ def recover_checkpoint(
     folder: Path,
     request: PruneRequest,
     announce: Announce = quietly,
+    journals: Journals | None = None,
 ) -> Recovery:
     """Train the pruned model in a folder, in place of itself, on any part of a text.
 
     The text is the calibration's, or one that the dense model writes after it, which is kept beside
-    the folder. All ranks do it, and the first one writes.
+    the folder. All ranks do it, and the first one writes. Without journals nothing is gone on with
+    that was begun before.
     """
     tokenizer, first = load_tokenizer(source.folder), current().first
     lessons, drawn = text, None
     if request.recover_text != "calib":
-        rows, drawn = _own_text(source, text, request, announce)
+        found = _own_text(source, text, request, announce, journals)
+        rows, drawn = found.rows, found.drawn
         lessons = Text.of_rows(_OWN_TEXT, rows)
         if first:
             kept = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
@@ -63,6 +111,7 @@ def recover_checkpoint(
         update_rank=request.recover_rank,
         seed=request.data.seed,
         device=request.chosen_device,
+        journal=None if journals is None else journals.training(_TRAINED, folder),
         on_progress=announce(f"Train the remaining weights on {request.recover} segments"),
     )
     replace_checkpoint(folder, trained)
@@ -76,6 +125,7 @@ def train_scales_checkpoint(
     codes: Path,
     request: PruneRequest,
     announce: Announce = quietly,
+    journals: Journals | None = None,
 ) -> Recovery:
     """Train the scales of the quantised model in a folder, in place of itself and of its codes.
 
@@ -99,6 +149,7 @@ def train_scales_checkpoint(
         count=request.recover,
         seed=request.data.seed,
         device=request.chosen_device,
+        journal=None if journals is None else journals.training(_SCALES, folder, codes),
         on_progress=announce(f"Train the scales on {request.recover} segments"),
     )
     replace_checkpoint(folder, model)
@@ -107,9 +158,36 @@ def train_scales_checkpoint(
 
 
 def _own_text(
-    source: Checkpoint, text: Text, request: PruneRequest, announce: Announce
-) -> tuple[list[str], int]:
-    """What the dense model writes, as much as is trained on; see `own_text.own_text`."""
+    source: Checkpoint,
+    text: Text,
+    request: PruneRequest,
+    announce: Announce,
+    journals: Journals | None,
+) -> _Drawn:
+    """What the dense model writes, as much as is trained on, unless it is written already."""
+    if journals is None:
+        return _drawn(source, text, request, announce)
+    folder, ranks = journals.folder / _TEXT, current()
+    kept = folder / "text.json"
+    found = _Drawn()
+    if ranks.first:
+        journal_folder.claim(folder, journals.owner)
+        try:
+            found = decode(_Drawn, journal_folder.unsealed(kept))
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            logger.warning("%s: damaged, so the text is written anew", kept)
+    found = ranks.share(found)
+    if not found.rows:
+        found = _drawn(source, text, request, announce)
+        if ranks.first:
+            journal_folder.seal(kept, encode(found))
+    return found
+
+
+def _drawn(source: Checkpoint, text: Text, request: PruneRequest, announce: Announce) -> _Drawn:
+    """See `own_text.own_text`."""
     tokenizer, length, seed = load_tokenizer(source.folder), request.data.seqlen, request.data.seed
     pieces = every_segment(text, tokenizer, length=length)
     chat = request.recover_text == "chat"
@@ -118,7 +196,7 @@ def _own_text(
     with devices.memory_for("the dense model, which generates text"):
         # Half the bytes to read for every token, where that is no slower.
         dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-        return own_text(
+        rows, drawn = own_text(
             load_model(source.folder, device).to(dtype),  # type: ignore[arg-type]  # self is lost in a wrapper
             tokenizer,
             begin,
@@ -128,6 +206,7 @@ def _own_text(
             seed=seed,
             on_progress=announce(f"Generate {request.recover} pieces of text with the dense model"),
         )
+    return _Drawn(tuple(rows), drawn)
 
 
 def replace_checkpoint(folder: Path, finished: Path) -> None:

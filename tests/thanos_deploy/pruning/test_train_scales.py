@@ -101,7 +101,8 @@ def test_the_gradient_is_that_of_a_float64_model(tiny_llama: Path, tmp_path: Pat
         logits = torch.func.functional_call(exact, made, (SEGMENTS[:2],)).logits
         logits.square().mean().backward()
     student.receive()
-    for found, factor in zip(student.learned, factors.values(), strict=True):
+    for part, factor in zip(student.learned, factors.values(), strict=True):
+        found = part.tensor
         assert found.grad is not None
         assert factor.grad is not None
         expected = factor.grad.float()

@@ -1,0 +1,168 @@
+"""The journal of a training: how far it has come, on disk now and then.
+
+A folder with the newest state:
+
+    step-000120.safetensors  what learns, its moments, and what was made of it, after so many steps
+    state.json               which step that is, and size and SHA-256 of the file
+
+A training that goes on from there gives the bytes of one that was left alone. The JSON is flushed
+and renamed into place last, and only then the state before is dropped. Tensors are whole, whatever
+the number of ranks, so another number can go on.
+
+A state is large: three numbers in float32 for every weight that learns. So one is written every few
+minutes, and less often where writing takes long; where the disk has no room for it beside the model
+that is still to be written, none is, which is said.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.files import FileRecord, Json, file_record
+from thanos_deploy.calibration import journal_folder
+from thanos_deploy.model.tensorfile import Kind, TensorFile, bytes_of
+from thanos_deploy.ranks.group import current
+
+logger = logging.getLogger(__name__)
+
+_STATE = "state.json"
+
+# Between two states, and how many times as long as writing one takes.
+_EVERY_SECONDS = 300.0
+_EVERY_WRITES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How far a training has come.
+
+    Attributes:
+        step: that was the last one; 0 for none.
+        nats: the divergence of each step so far, per token.
+        seconds: that they took.
+    """
+
+    step: int = 0
+    nats: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What `state.json` holds, and what the first rank tells the others.
+
+    Attributes:
+        reached: how far the training has come.
+        files: with the tensors, by name; one of them, or none at the beginning.
+    """
+
+    reached: Reached = field(default_factory=Reached)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """The first rank's clock says that it is time."""
+
+    due: bool
+
+
+class TrainingJournal:
+    """The journal of one training.
+
+    Attributes:
+        reached: where it goes on.
+    """
+
+    def __init__(self, folder: Path, owner: Json, *, room: int) -> None:
+        """Begin a journal, or go on with the one that is there if it is intact.
+
+        Args:
+            folder: for this journal alone; all ranks see it.
+            owner: everything that the training depends on.
+            room: bytes that the disk is to have left beside a state.
+
+        Raises:
+            InputError: the journal names a file outside its folder.
+        """
+        self._folder, self._room, self._ranks = folder, room, current()
+        state = self._ranks.share(self._opened(owner) if self._ranks.first else _State())
+        self.reached = state.reached
+        self._file = next(iter(state.files), None)
+        self._since, self._wrote, self._fits = time.monotonic(), 0.0, True
+
+    def _opened(self, owner: Json) -> _State:
+        journal_folder.claim(self._folder, owner)
+        state, path = _State(), self._folder / _STATE
+        try:
+            found = decode(_State, journal_folder.unsealed(path))
+            if journal_folder.intact(self._folder, found.files):
+                state = found
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            logger.warning("%s: damaged", path)
+        if state.reached.step:
+            logger.info("%s: continuing after %d steps", self._folder, state.reached.step)
+        elif path.exists():
+            logger.warning("%s: the training starts over", self._folder)
+        journal_folder.drop_all_but(self._folder, {_STATE, *state.files} if state.files else {})
+        return state
+
+    def tensors(self) -> TensorFile:
+        """The file of the state that is there, for reading."""
+        assert self._file is not None
+        return TensorFile.open(self._folder / self._file)
+
+    def is_due(self) -> bool:
+        """It is time to write a state; the same for all ranks."""
+        past = time.monotonic() - self._since
+        return self._ranks.share(
+            _Due(self._fits and past >= max(_EVERY_SECONDS, _EVERY_WRITES * self._wrote))
+        ).due
+
+    def keep(
+        self, reached: Reached, kinds: Mapping[str, Kind], whole: Callable[[str], Tensor]
+    ) -> None:
+        """Write a state, and drop the one before.
+
+        Args:
+            reached: how far the training has come.
+            kinds: name -> dtype and shape of each tensor.
+            whole: gives a tensor by its name; called by all ranks, for one after the other.
+        """
+        began = time.monotonic()
+        name = f"step-{reached.step:06d}.safetensors"
+        needed = bytes_of(kinds) + self._room
+        free = shutil.disk_usage(self._folder).free if self._ranks.first else 0
+        self._fits = self._ranks.share(_Due(free >= needed)).due
+        if not self._fits:
+            logger.warning(
+                "%s: not kept, because the disk has %d MB left and the training's state and the "
+                "model take %d MB; if this run is ended, the training starts over",
+                self._folder,
+                free // 10**6,
+                needed // 10**6,
+            )
+            return
+        file = TensorFile.create(self._folder / name, kinds) if self._ranks.first else None
+        for one in kinds:
+            tensor = whole(one)
+            if file is not None:
+                file.write(one, tensor)
+        if file is not None:
+            with file:
+                file.sync()
+            state = _State(reached, {name: file_record(file.path)})
+            journal_folder.seal(self._folder / _STATE, encode(state))
+            journal_folder.drop_all_but(self._folder, {_STATE, name})
+        self._ranks.wait()
+        self._file, self.reached = name, reached
+        self._since = time.monotonic()
+        self._wrote = self._since - began
