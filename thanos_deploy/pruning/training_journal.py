@@ -144,11 +144,13 @@ class TrainingJournal:
         self._fits = self._ranks.share(_Due(free >= needed)).due
         if not self._fits:
             logger.warning(
-                "%s: not kept, because the disk has %d MB left and the training's state and the "
-                "model take %d MB; if this run is ended, the training starts over",
+                "%s: the training's state is not kept, because the disk has %d MB left, and the "
+                "state and the model take %d MB; if this run is ended, the training goes on from "
+                "step %d",
                 self._folder,
                 free // 10**6,
                 needed // 10**6,
+                self.reached.step,
             )
             return
         file = TensorFile.create(self._folder / name, kinds) if self._ranks.first else None

@@ -30,7 +30,7 @@ from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.start import part
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune_messages import Begun, Folders, Threads
-from thanos_deploy.stages.prune_work import BLOCKS, SURVEY, THREADS, Pruned, Work
+from thanos_deploy.stages.prune_work import BLOCKS, SURVEY, THREADS, WALKS, Pruned, Work
 from thanos_deploy.stages.request import PruneRequest
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _prune(
         model, kept = folder / layout.MODEL, bundle.journal(layout.PRUNE)
         model.mkdir()
         kept.mkdir(exist_ok=True)
-        files.require_disk(folder, work.disk_bytes - files.size(kept))
+        files.require_disk(folder, work.disk_bytes - sum(files.size(kept / one) for one in WALKS))
         begun = current().share(Begun(Folders(kept.absolute(), folder.absolute())))
         pruned = work.run(model, kept, announce)
         files.write_record(folder / layout.LAYERS, pruned.blocks)

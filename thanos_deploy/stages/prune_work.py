@@ -53,8 +53,8 @@ from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
 from thanos_deploy.stages.training import Journals, recover_checkpoint, train_scales_checkpoint
 
-# Folders of the journals.
-SURVEY, BLOCKS, QUANTISED = "survey", "blocks", "quantised"
+# Folders of the journals that a walk keeps.
+WALKS = SURVEY, BLOCKS, QUANTISED = "survey", "blocks", "quantised"
 
 # In what a journal belongs to, the number of threads.
 THREADS = "threads"

@@ -182,7 +182,7 @@ def test_a_disk_without_room_is_said_and_ends_nothing(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     train(tmp_path / "one", journal, silent)
     assert [path.name for path in (tmp_path / "journal").iterdir()] == ["journal.json"]
-    assert caplog.text.count("if this run is ended, the training starts over") == 1
+    assert caplog.text.count("if this run is ended, the training goes on from step 0") == 1
 
 
 def test_a_state_waits_for_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
