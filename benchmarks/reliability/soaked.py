@@ -122,7 +122,7 @@ def judged(
         Figure("of these, answered otherwise", good["wrong"], most=0),
         Figure("of these, lost: not answered, or not by 200 or 503", lost, most=0),
         Figure("other requests", sum(others.values())),
-        Figure("of these, connections that a replica's end cut off", others[BROKEN]),
+        Figure("of these, refused or cut off, because a replica had ended", others[BROKEN]),
         Figure("of these, answered 5xx other than 503", wrong, most=0),
         Figure("replicas that were ended and started", sum(ends.values())),
         Figure("of these, ended otherwise than with exit code 0", sum(ends.values()) - ends[0],
