@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from thanos_deploy.bundle import names, record
 from thanos_deploy.bundle.codec import decode, encode, loads
@@ -13,6 +14,8 @@ from thanos_deploy.bundle.files import FileRecord, Json, file_record, replace_js
 logger = logging.getLogger(__name__)
 
 _OWNER = "journal.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,17 @@ def unsealed(path: Path) -> Json:
     if content.sha256 != sha256_of(content.entry):
         raise ValueError(f"SHA-256 {content.sha256}")
     return content.entry
+
+
+def found(path: Path, cls: type[T]) -> T | None:
+    """The record that `seal` wrote; None without one, or of one that is damaged, which is said."""
+    try:
+        return decode(cls, unsealed(path))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        logger.warning("%s: damaged", path)
+        return None
 
 
 def intact(folder: Path, files: Mapping[str, FileRecord]) -> bool:

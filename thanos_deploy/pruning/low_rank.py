@@ -65,6 +65,10 @@ class LowRank:
 
     def resume(self) -> None:
         """See `recover.Student`."""
+        self._note_added()
+
+    def _note_added(self) -> None:
+        """The weights have the products of U and V as they are now."""
         for pair, added in zip(self._pairs, self._added, strict=True):
             for now, before in zip(pair, added, strict=True):
                 before.copy_(now)
@@ -76,4 +80,4 @@ class LowRank:
         ):
             change = (pair[0] @ pair[1]).sub_(added[0] @ added[1])
             self._learner.own(name).add_(self._learner.rows(change, name) * kept)
-        self.resume()
+        self._note_added()

@@ -201,7 +201,7 @@ def distil(
         student_of: what learns of it; only the weights of the blocks' linear layers have gradients.
     """
     started = time.perf_counter()
-    before = journal.reached.seconds if journal else 0.0
+    before = 0.0 if journal is None else journal.reached.seconds
     model, teacher = (load_model(one.folder, device) for one in (learning, dense))
     require_plain_head(teacher)
     model.requires_grad_(False)
@@ -308,10 +308,9 @@ def _train(
     return nats
 
 
-def _together(divergence: Sequence[Tensor]) -> list[float]:
+def _together(divergence: list[Tensor]) -> list[float]:
     """All ranks' divergence in each step, of what each has of it."""
-    own = _Divergence(tuple(torch.stack(list(divergence)).tolist()) if divergence else ())
-    by_rank = current().gather(own)
+    by_rank = current().gather(_Divergence(tuple(torch.stack(divergence).tolist())))
     return [math.fsum(parts) for parts in zip(*(one.nats for one in by_rank), strict=True)]
 
 

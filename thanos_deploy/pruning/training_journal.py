@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import decode, encode
+from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.files import FileRecord, Json, file_record
 from thanos_deploy.calibration import journal_folder
 from thanos_deploy.model.tensorfile import Kind, TensorFile, bytes_of
@@ -67,10 +67,10 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True)
-class _Due:
-    """The first rank's clock says that it is time."""
+class _Answer:
+    """What the first rank, which has the clock and the disk, says for all."""
 
-    due: bool
+    yes: bool
 
 
 class TrainingJournal:
@@ -100,14 +100,9 @@ class TrainingJournal:
     def _opened(self, owner: Json) -> _State:
         journal_folder.claim(self._folder, owner)
         state, path = _State(), self._folder / _STATE
-        try:
-            found = decode(_State, journal_folder.unsealed(path))
-            if journal_folder.intact(self._folder, found.files):
-                state = found
-        except FileNotFoundError:
-            pass
-        except ValueError:
-            logger.warning("%s: damaged", path)
+        found = journal_folder.found(path, _State)
+        if found is not None and journal_folder.intact(self._folder, found.files):
+            state = found
         if state.reached.step:
             logger.info("%s: continuing after %d steps", self._folder, state.reached.step)
         elif path.exists():
@@ -124,8 +119,8 @@ class TrainingJournal:
         """It is time to write a state; the same for all ranks."""
         past = time.monotonic() - self._since
         return self._ranks.share(
-            _Due(self._fits and past >= max(_EVERY_SECONDS, _EVERY_WRITES * self._wrote))
-        ).due
+            _Answer(self._fits and past >= max(_EVERY_SECONDS, _EVERY_WRITES * self._wrote))
+        ).yes
 
     def keep(
         self, reached: Reached, kinds: Mapping[str, Kind], whole: Callable[[str], Tensor]
@@ -139,19 +134,9 @@ class TrainingJournal:
         """
         began = time.monotonic()
         name = f"step-{reached.step:06d}.safetensors"
-        needed = bytes_of(kinds) + self._room
-        free = shutil.disk_usage(self._folder).free if self._ranks.first else 0
-        self._fits = self._ranks.share(_Due(free >= needed)).due
+        fits = self._has_room(bytes_of(kinds) + self._room) if self._ranks.first else False
+        self._fits = self._ranks.share(_Answer(fits)).yes
         if not self._fits:
-            logger.warning(
-                "%s: the training's state is not kept, because the disk has %d MB left, and the "
-                "state and the model take %d MB; if this run is ended, the training goes on from "
-                "step %d",
-                self._folder,
-                free // 10**6,
-                needed // 10**6,
-                self.reached.step,
-            )
             return
         file = TensorFile.create(self._folder / name, kinds) if self._ranks.first else None
         for one in kinds:
@@ -168,3 +153,18 @@ class TrainingJournal:
         self._file, self.reached = name, reached
         self._since = time.monotonic()
         self._wrote = self._since - began
+
+    def _has_room(self, needed: int) -> bool:
+        """The disk has so many bytes left; otherwise that is said."""
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            logger.warning(
+                "%s: the training's state is not kept, because the disk has %d MB left, and the "
+                "state and the model take %d MB; if this run is ended, the training goes on from "
+                "step %d",
+                self._folder,
+                free // 10**6,
+                needed // 10**6,
+                self.reached.step,
+            )
+        return free >= needed

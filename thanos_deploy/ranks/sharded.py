@@ -141,7 +141,7 @@ class Sharded:
         weight = self.model.get_parameter(name)
         if not isinstance(weight, DTensor):
             return rows
-        shape = torch.Size((len(weight), *rows.shape[1:]))
+        shape = torch.Size(self.shape(Part(rows, name)))
         parts = DTensor.from_local(
             rows.contiguous(),
             weight.device_mesh,

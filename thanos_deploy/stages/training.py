@@ -4,7 +4,6 @@ The remaining weights, and where the model was quantised its scales.
 """
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from thanos_deploy.bundle import files, layout
-from thanos_deploy.bundle.codec import decode, encode, loads
+from thanos_deploy.bundle.codec import encode, loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration import journal_folder
 from thanos_deploy.calibration.frame import frame_of
@@ -31,8 +30,6 @@ from thanos_deploy.pruning.train_scales import train_scales
 from thanos_deploy.pruning.training_journal import TrainingJournal
 from thanos_deploy.ranks.group import current
 from thanos_deploy.stages.request import PruneRequest
-
-logger = logging.getLogger(__name__)
 
 _OWN_TEXT = "the dense model's own text"
 
@@ -172,12 +169,7 @@ def _own_text(
     found = _Drawn()
     if ranks.first:
         journal_folder.claim(folder, journals.owner)
-        try:
-            found = decode(_Drawn, journal_folder.unsealed(kept))
-        except FileNotFoundError:
-            pass
-        except ValueError:
-            logger.warning("%s: damaged, so the text is written anew", kept)
+        found = journal_folder.found(kept, _Drawn) or found
     found = ranks.share(found)
     if not found.rows:
         found = _drawn(source, text, request, announce)
