@@ -13,6 +13,7 @@ that they reach, each parser in a process of its own. A finding is
 Inputs that reached new lines are kept in out/fuzzing/NAME, so that a later run continues from them.
 Prints for each parser how many inputs were tried, how many edges of its control flow they reached
 and what was found, adds that to FILE (benchmarks/results/fuzzing.json) and to the table in
-docs/reliability.md, and ends with exit code 1 if something was found. Found inputs are in
-out/fuzzing/NAME.found; each becomes a test.
+docs/reliability.md, and ends with exit code 1 if something was found. A later call goes on until
+every parser had its minutes without a finding. Found inputs are in out/fuzzing/NAME.found; each
+becomes a test.
 """

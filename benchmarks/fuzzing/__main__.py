@@ -164,7 +164,10 @@ def main() -> int:
     )
     reader.add_argument("--only", nargs="+", choices=list(PARSERS), default=list(PARSERS))
     reader.add_argument(
-        "--minutes", type=float, default=30, help="processor time for each parser (30)"
+        "--minutes",
+        type=float,
+        default=_ENOUGH_MINUTES,
+        help=f"processor time for each parser, earlier calls included ({_ENOUGH_MINUTES})",
     )
     reader.add_argument(
         "--processes", type=int, default=1, help="parsers that run beside each other (1)"
@@ -188,7 +191,9 @@ def main() -> int:
 
     def fuzz(name: str) -> None:
         nonlocal outcomes, found
-        for outcome in run(name, options.minutes * 60, options.kept):
+        earlier = outcomes.parsers.get(name, Outcome())
+        spent = 0.0 if earlier.found else earlier.seconds
+        for outcome in run(name, options.minutes * 60 - spent, options.kept):
             with lock:
                 outcomes = outcomes.plus(name, outcome)
                 found |= bool(outcome.found)
