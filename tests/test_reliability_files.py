@@ -118,7 +118,7 @@ def test_of_each_kind_as_many_files_are_damaged(
     monkeypatch.setattr(mutations, "GOAL", 3 * 2 * mutations.BATCH)
     monkeypatch.setattr(mutations, "victims", lambda *_: [])
     monkeypatch.setattr(mutations, "batch", ended)
-    done = {"of these: quick": 2.0 * mutations.BATCH}
+    done = {"damaged files: quick": 2.0 * mutations.BATCH}
     setting = Setting(lambda: tmp_path, tmp_path, 60.0, 0, done)
     found = [one.figures[-1] for one in mutations.run(setting)]
     assert {figure.least for figure in found} == {3 * mutations.BATCH}

@@ -28,7 +28,7 @@ _LARGE = 1 << 30
 _BY_NAME = {work.name: work for work in WORKS}
 _WORKS = tuple(_BY_NAME[name] for name in ("prune-export", "prune-best", "shrink"))
 
-_FAULTS = "other ends than exit code 5, or other bytes afterwards"
+_FAULTS = "runs with another exit code than 5, or with other bytes afterwards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _found(one: Filled, pages: int, *, counts: bool) -> Slice:
 
 
 def _small(work: str) -> str:
-    return f"{work}: sizes of disks, in pages, that are too small"
+    return f"{work}: disk sizes that are too small, in pages"
 
 
 def _tried(work: str) -> str:
@@ -185,6 +185,6 @@ def _used(folder: Path) -> int:
 
 PART = Part(
     "disk-full",
-    "A disk that is full at any write ends a command with exit code 5, and nothing is lost.",
+    "If the disk is full at any write, the command ends with exit code 5, and nothing is lost.",
     run,
 )

@@ -26,7 +26,7 @@ _LOOK_SECONDS = 0.005
 
 GOAL = 500
 _KILLS = "kills"
-_ENDED = "commands that had ended before their kill, not counted"
+_ENDED = "commands that finished before the kill, not counted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Killed:
         after: seconds from its start to the end of it.
         ended: it had ended before, so that nothing was killed.
         entries: blocks that were in a journal when it was killed.
-        again: of these, done again by the second run.
+        again: of these, computed again by the second run.
         fault: what was wrong; empty if nothing was.
     """
 
@@ -62,16 +62,16 @@ def run(setting: Setting) -> Iterator[Slice]:
         kills += not one.ended
         yield Slice(
             [
-                Figure("commands, each killed in turn", len(WORKS), joined="last"),
+                Figure("different commands", len(WORKS), joined="last"),
                 Figure(_KILLS, int(not one.ended), least=GOAL),
                 Figure(_ENDED, int(one.ended)),
                 Figure(
-                    "second runs that ended otherwise, or with other bytes",
+                    "repeated runs that failed, or wrote other bytes",
                     int(bool(one.fault)),
                     most=0,
                 ),
-                Figure("blocks in a journal when the first run was killed", one.entries),
-                Figure("of these, done again", one.again, most=0),
+                Figure("blocks in the journal at the moment of the kill", one.entries),
+                Figure("of these, computed again", one.again, most=0),
             ],
             [str(one)] if one.fault else [],
         )
@@ -135,6 +135,7 @@ def _watched(out: Path) -> Iterator[set[tuple[str, int]]]:
 
 PART = Part(
     "kills",
-    "A command that is killed at any moment goes on when it is repeated, to the same bytes.",
+    "A command that is killed at any moment continues when it is repeated, and writes the same "
+    "bytes.",
     run,
 )

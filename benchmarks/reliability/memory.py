@@ -45,7 +45,7 @@ WORKS = (
     Work("structured", ("prune", "{model}", "--pattern", "structured:0.25", *_TEXT, "-o", "{out}")),
 )
 
-_FAULTS = "other ends than exit code 0 or 5, or 5 without the number that is needed"
+_FAULTS = "runs with another exit code, or with 5 without the memory that is needed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,9 @@ def run(setting: Setting) -> Iterator[Slice]:
         needed, ratio = compared(alone, setting.folder / "out")
         yield Slice(
             [
-                Figure(f"{alone.work.name}: GB that are needed by the dry run", needed / 1e9,
-                       joined="last"),
-                Figure(f"{alone.work.name}: the most that was held, in parts of that", ratio,
+                Figure(f"{alone.work.name}: memory needed according to the dry run, GB",
+                       needed / 1e9, joined="last"),
+                Figure(f"{alone.work.name}: peak memory, relative to that", ratio,
                        least=1 - _OFF, most=1 + _OFF, joined="last"),
             ]
         )  # fmt: skip
@@ -105,9 +105,9 @@ def run(setting: Setting) -> Iterator[Slice]:
             one = limited(alone, setting.folder / "out", by, share, needed - held, begun)
             yield Slice(
                 [
-                    Figure("limits of memory", 1, least=len(WORKS) * len(STEPS)),
-                    Figure("of these, enough", int(one.code == 0)),
-                    Figure("of these, too little: exit code 5", int(one.code == 5)),
+                    Figure("memory limits", 1, least=len(WORKS) * len(STEPS)),
+                    Figure("of these, large enough: exit code 0", int(one.code == 0)),
+                    Figure("of these, too small: exit code 5", int(one.code == 5)),
                     Figure(_FAULTS, int(bool(one.fault)), most=0),
                 ],
                 [str(one)] if one.fault else [],
@@ -245,7 +245,7 @@ def join(folder: Path, allowed: int) -> None:
 
 PART = Part(
     "memory",
-    "With too little memory a command ends with exit code 5 and says how much is needed; the dry "
-    "run knows it before.",
+    "With too little memory, a command ends with exit code 5 and says how much it needs; the dry "
+    "run predicts that amount.",
     run,
 )

@@ -103,7 +103,7 @@ def _baits(own: Path) -> tuple[Path, ...]:
 
 
 def _of(kind: str) -> str:
-    return f"of these: {kind}"
+    return f"damaged files: {kind}"
 
 
 def _found(kind: str, ended: Sequence[Ended], least: int) -> Slice:
@@ -114,18 +114,18 @@ def _found(kind: str, ended: Sequence[Ended], least: int) -> Slice:
             Figure("detected", sum(one.how == "detected" for one in ended)),
             Figure("harmless", sum(one.how == "harmless" for one in ended)),
             Figure(
-                "accepted, crashed, too long, too large, or touched what is not theirs",
+                "failures: accepted, crashed, too slow, too large, or touched another file",
                 len(faults),
                 most=0,
             ),
             Figure(
-                "longest, in seconds of a processor",
+                "longest read, processor seconds",
                 max((one.seconds for one in ended), default=0.0),
                 most=MOST_SECONDS,
                 joined="most",
             ),
             Figure(
-                "largest, in GB of memory",
+                "largest memory, GB",
                 max((one.gigabytes for one in ended), default=0.0),
                 most=MOST_GIGABYTES,
                 joined="most",
@@ -282,8 +282,8 @@ def main() -> None:
 
 PART = Part(
     "mutations",
-    "Damage of any file that is read is detected or harmless, within 30 s and 2 GB, and nothing "
-    "else is touched.",
+    "Damage to any file that is read is detected or harmless, within 30 s and 2 GB, and no other "
+    "file is touched.",
     run,
 )
 

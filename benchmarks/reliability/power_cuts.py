@@ -36,7 +36,7 @@ class Restarted:
     Attributes:
         work: its name.
         call: before which the power went, as a number.
-        damaged: files that were not what was last written to them.
+        damaged: files that lost their last writes.
         said: it said which file is damaged, and did not finish.
         fault: what was wrong; empty if nothing was.
     """
@@ -64,15 +64,15 @@ def run(setting: Setting) -> Iterator[Slice]:
         yield Slice(
             [
                 Figure(_CUTS, 1, least=GOAL),
-                Figure("files that were not what was last written to them", one.damaged),
-                Figure("commands that said which file is damaged", int(one.said)),
+                Figure("files that lost their last writes", one.damaged),
+                Figure("repeated commands that named a damaged file", int(one.said)),
                 Figure(
-                    "commands that ended otherwise, or with other bytes",
+                    "repeated commands that failed otherwise, or wrote other bytes",
                     int(bool(one.fault)),
                     most=0,
                 ),
                 Figure(
-                    "calls before which the power can go",
+                    "logged calls, before each of which the power can be cut",
                     sum(len(log.moments) for _, log in logs),
                     joined="last",
                 ),
@@ -121,6 +121,7 @@ def _repeated(alone: Undisturbed, out: Path, *more: str) -> tuple[int | None, st
 
 PART = Part(
     "power-cuts",
-    "After a power cut at any moment a command goes on to the same bytes, or says what is damaged.",
+    "After a power cut at any moment, the repeated command writes the same bytes, or names the "
+    "damaged file.",
     run,
 )

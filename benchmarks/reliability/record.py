@@ -104,7 +104,7 @@ def table(results: Results, parts: Sequence[Part]) -> str:
             f"{_verdict(result)}. {result.seconds / 60:.1f} minutes in {runs}, on "
             f"{result.environment.processor}.",
             "",
-            "| figure | value | to be | |",
+            "| figure | value | required | |",
             "|---|---|---|---|",
             *(
                 f"| {one.name} | {one.value:.6g} | {one.wanted} | "
@@ -120,5 +120,5 @@ def _verdict(result: Result) -> str:
     if result.passed:
         return "PASSED"
     if all(figure.holds or not figure.is_enough for figure in result.figures):
-        return "Not as much as is to be done; nothing was wrong so far"
+        return "Not finished; no failure so far"
     return "FAILED"

@@ -222,9 +222,9 @@ def judged(
     unread = sum(not _is_entry(line) for line in lines)
     figures = [
         Figure("requests of good clients", sum(good.values())),
-        Figure("answers that are not the golden ones", good["wrong"], most=0),
+        Figure("wrong answers", good["wrong"], most=0),
         Figure(
-            "good requests that were refused otherwise than by 503 with Retry-After, or broke off",
+            "good requests that broke off, or were refused other than by 503 with Retry-After",
             sum(good[how] for how in (*wrong, "broken")) - good["wrong"],
             most=0,
         ),
@@ -234,19 +234,21 @@ def judged(
             sum(answers[how] for how in other),
             most=0,
         ),
-        Figure("growth of memory", grown, most=MOST_MEMORY, joined="most"),
-        Figure("slots and places taken in the end", left, most=0),
-        Figure("series of metrics that attackers added", new_series, most=0),
-        Figure("lines of the log that are no JSON", unread, most=0),
-        Figure("lines of the log with the key", log.count(key.encode()), most=0),
-        Figure("p99 of good requests in quiet, ms", 1000 * _p99(quiet), joined="most"),
+        Figure("memory growth, as a fraction", grown, most=MOST_MEMORY, joined="most"),
+        Figure("slots and queue places still taken at the end", left, most=0),
+        Figure("metric series that attackers added", new_series, most=0),
+        Figure("log lines that are not JSON", unread, most=0),
+        Figure("log lines that contain the key", log.count(key.encode()), most=0),
+        Figure(
+            "p99 latency of good requests without an attack, ms", 1000 * _p99(quiet), joined="most"
+        ),
     ]
     for attack, one in seen.items():
         slower = _p99(one) / _p99(quiet) if one.seconds else np.inf
         name = attack.__name__.replace("_", " ")
         figures.append(
             Figure(
-                f"p99 under {name}, times that in quiet",
+                f"p99 latency under {name}, times that without an attack",
                 min(slower, 1e9),
                 most=None if attack in LOADS else MOST_SLOWER,
                 joined="most",
@@ -289,6 +291,6 @@ def _settle(server: Server, key: str) -> float:
 
 PART = Part(
     "server",
-    "`thanos-deploy serve` answers good requests rightly and in time while it is attacked.",
+    "`thanos-deploy serve` answers good requests correctly and in time while it is attacked.",
     run,
 )

@@ -119,15 +119,15 @@ def judged(
     return [
         Figure("minutes", seconds / 60, least=MINUTES),
         Figure("requests with known answers", sum(good.values())),
-        Figure("of these, answered otherwise", good["wrong"], most=0),
+        Figure("of these, answered wrongly", good["wrong"], most=0),
         Figure("of these, lost: not answered, or not by 200 or 503", lost, most=0),
         Figure("other requests", sum(others.values())),
-        Figure("of these, refused or cut off, because a replica had ended", others[BROKEN]),
+        Figure("of these, refused or cut off because a replica was ending", others[BROKEN]),
         Figure("of these, answered 5xx other than 503", wrong, most=0),
-        Figure("replicas that were ended and started", sum(ends.values())),
-        Figure("of these, ended otherwise than with exit code 0", sum(ends.values()) - ends[0],
+        Figure("replicas ended and started again", sum(ends.values())),
+        Figure("of these, with another exit code than 0", sum(ends.values()) - ends[0],
                most=0),
-        Figure("slots and places taken in the end", left, most=0),
+        Figure("slots and queue places still taken at the end", left, most=0),
     ]  # fmt: skip
 
 
@@ -198,6 +198,7 @@ def _asked(urls: Sequence[str], one: Golden, draw: random.Random) -> str:
 
 PART = Part(
     "soak",
-    "With everything at once and replicas that come and go, no answer is lost and none is wrong.",
+    "Under mixed traffic, while replicas are ended and started, no answer is lost, and none is "
+    "wrong.",
     run,
 )

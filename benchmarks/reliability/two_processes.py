@@ -25,7 +25,7 @@ from tests.commands import Command
 from thanos_deploy.bundle import lock
 
 GOAL = 60
-_TURNS = "times that two began"
+_TURNS = "pairs of processes"
 _REFUSED = "of these, one was refused with exit code 4"
 _IN_USE = 4
 _MOST_SECONDS = 1.0
@@ -93,9 +93,11 @@ def run(setting: Setting) -> Iterator[Slice]:
             [
                 Figure(_TURNS, 1),
                 Figure(_REFUSED, int(one.refused), least=GOAL),
-                Figure("other ends, or other bytes", int(bool(one.fault)), most=0),
                 Figure(
-                    "seconds from its look at the folder to its end, at most",
+                    "pairs that ended otherwise, or wrote other bytes", int(bool(one.fault)), most=0
+                ),
+                Figure(
+                    "longest time from opening the folder to the refusal, s",
                     one.seconds,
                     most=_MOST_SECONDS,
                     joined="most",
@@ -187,7 +189,7 @@ def _open_files(process: int) -> set[str]:
 
 PART = Part(
     "two-processes",
-    "Of two that write to one folder, on one machine or on two, one finishes and the other is "
-    "refused at once.",
+    "If two processes write to one folder, on one machine or on two, one of them finishes, and the "
+    "other is refused at once.",
     run,
 )
