@@ -6,8 +6,8 @@
     bundle.export("onnx")
     print(bundle.evaluate("model").pruned.value)
 
-The names in `__all__` are the Python API, which mirrors the commands; see `thanos_deploy.api`. They
-are imported when they are used: this package is imported by every other one, the light runtime
+The names in `__all__` are the Python API, which mirrors the commands; see `thanos_deploy.api`. Each
+name is imported when it is first used: every other package imports this one, the light runtime
 included, so importing it must cost nothing.
 """
 
@@ -106,7 +106,7 @@ if TYPE_CHECKING:
     from thanos_deploy.stages.plan import DryRun
     from thanos_deploy.stages.verify import Verification
 else:
-    # Where the names are, the cheapest first.
+    # Modules that define the names of `__all__`, the cheapest to import first.
     _HOMES = (
         *("errors", "pattern", "check", "api.options", "api.results", "api.functions"),
         *("bundle.record", "measure.quality", "measure.gates", "pruning.result"),

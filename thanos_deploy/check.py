@@ -1,4 +1,4 @@
-"""One line of a check list: what was looked at, how it came out, and what to do about it."""
+"""One line of a check list: what was checked, the outcome, and what to do about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Check:
 
     Attributes:
         name: what was checked.
-        outcome: PASS, FAIL, or SKIP for what could not be checked here.
-        detail: the value seen, or why it was skipped.
-        fix: what to do next, as an instruction; empty where nothing is wrong.
+        outcome: PASS, FAIL, or SKIP if the check could not be made here.
+        detail: the value seen, or why the check was skipped.
+        fix: what to do next, as an instruction; empty if nothing is wrong.
     """
 
     name: str
@@ -25,5 +25,5 @@ class Check:
 
 
 def passed(checks: Iterable[Check]) -> bool:
-    """Nothing failed."""
+    """Return whether no check failed."""
     return all(check.outcome != "FAIL" for check in checks)

@@ -7,11 +7,11 @@
     │   ├── ModelError         3  checkpoint, configuration or weights
     │   ├── CalibrationError   3  calibration or evaluation text
     │   └── HessianError       3  calibration statistics that no damping can save
-    ├── PlatformError          4  the machine lacks something: a package, a GPU, the network; or
-    │                             another process has what is needed: an address, the folder
+    ├── PlatformError          4  the machine lacks a package, a GPU or the network, or another
+    │                             process holds an address or a folder that is needed
     ├── ResourceError          5  out of memory or disk
-    ├── GateError              6  a promise was measured and not kept
-    └── IntegrityError         7  a file is not the one that was written
+    ├── GateError              6  a measurement missed a stated limit
+    └── IntegrityError         7  a file differs from the one whose hash was recorded
 
 The number is the exit code of `thanos-deploy`. Anything else that escapes is a bug: it exits 1
 and keeps its traceback. An interrupted run exits 130 and resumes when the command is repeated.
@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# PyTorch's CPU allocator raises a plain RuntimeError, that of GPUs a type of its own; libraries in
-# Rust and C++ say what the system said.
+# Parts of the messages of out-of-memory errors. PyTorch's CPU allocator raises a plain
+# RuntimeError, its GPU allocator a type of its own; libraries in Rust and C++ pass on the system's
+# message.
 _OUT_OF_MEMORY = (
     *("DefaultCPUAllocator", "CUDA out of memory", "std::bad_alloc"),
     *("Cannot allocate memory", "failed to map segment", "can't start new thread"),
@@ -81,7 +82,7 @@ class HessianError(InputError):
 
 
 class PlatformError(DeployError):
-    """This machine lacks something that the command needs, or another process has it."""
+    """This machine lacks something that the command needs, or another process holds it."""
 
     exit_code = 4
 
@@ -93,7 +94,7 @@ class ResourceError(DeployError):
 
 
 class GateError(DeployError):
-    """Something was measured against a stated limit and missed it."""
+    """A measurement missed a stated limit."""
 
     exit_code = 6
 
@@ -105,7 +106,11 @@ class IntegrityError(DeployError):
 
 
 def of_system(error: Exception) -> DeployError | None:
-    """What an exception of the system or of PyTorch means; None if it is a bug."""
+    """Translate an exception of the operating system or of PyTorch into an error with a fix.
+
+    Returns:
+        None if the exception is a `DeployError` already, or is not recognised and so is a bug.
+    """
     if isinstance(error, DeployError):
         return None
     if isinstance(error, OSError) and error.errno in _FULL:
@@ -135,7 +140,7 @@ def of_system(error: Exception) -> DeployError | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """An allocation failed, as the system, PyTorch and other libraries say it."""
+    """Return whether an error of the system, PyTorch or another library is a failed allocation."""
     if isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno == errno.ENOMEM
     ):
@@ -145,15 +150,18 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def boundary(kind: type[DeployError], what: str, *, fix: str) -> Iterator[None]:
-    """Around a call of a library: whatever it raises says what happened, where, and what to do.
+    """Turn any exception of a library call into an error that says what failed and what to do.
 
-    Libraries index and call whatever a file says, so that a file can make them raise anything.
+    Libraries index and call whatever a file says, so a file can make them raise any exception.
 
     Args:
-        kind: what to raise in its place. Errors of this project and those of the system that
-            `of_system` knows pass as they are.
+        kind: type of the error to raise instead. Errors of this project, and those of the system
+            that `of_system` recognises, pass unchanged.
         what: what did not work, and where.
-        fix: what to do.
+        fix: what to do next, as an instruction.
+
+    Raises:
+        DeployError: of type `kind`, with the original exception as its cause.
     """
     try:
         yield
@@ -164,13 +172,13 @@ def boundary(kind: type[DeployError], what: str, *, fix: str) -> Iterator[None]:
 
 
 def summary(error: Exception) -> str:
-    """The type of an exception and the first paragraph of its text, in one line."""
+    """Return the type of an exception and the first paragraph of its text, in one line."""
     text = " ".join(str(error).strip().partition("\n\n")[0].split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _is_unreadable(path: str | bytes | None) -> bool:
-    """There is such a file or folder, or the way to it is barred."""
+    """Return whether a path exists but may not be read, or its folder may not be entered."""
     if not path:
         return False
     if os.path.exists(path):

@@ -1,8 +1,8 @@
-"""Options: fields of frozen dataclasses that say how they are spelled and what they mean.
+"""Options: fields of frozen dataclasses that carry their flag, help text and range.
 
 The default, the help text, the flag and the range of an option stand beside its field and nowhere
-else. The command line makes its options from them, a report spells its commands with them, a
-manifest keeps the values, and a value out of range is refused wherever the dataclass is built.
+else. The command line builds its options from these fields, a report spells its commands with them,
+and a manifest keeps their values. A value out of range is refused wherever the dataclass is built.
 
     @dataclass(frozen=True, slots=True)
     class Blocks(Options):
@@ -22,17 +22,17 @@ _KEY = "thanos_deploy.option"
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a field's metadata says of an option.
+    """The description of an option in the metadata of its field.
 
     Attributes:
-        flag: its spelling on the command line.
-        help: what it means, for `--help`.
-        metavar: the name of its value in `--help`; None for the name of the type.
-        off: for a bool, the spelling of its opposite; None where it has none.
-        least, most: the smallest and the largest value; None for no bound.
-        above, below: bounds that are not themselves values.
-        prefix: what each value of a list of numbers has before it everywhere but on the command
-            line: "sm" for `--sm 80,86`, which means ("sm80", "sm86").
+        flag: spelling of the option on the command line.
+        help: text for `--help`.
+        metavar: name of the value in `--help`; None for the name of the type.
+        off: for a bool, the flag that switches it off; None if there is no such flag.
+        least, most: inclusive lower and upper bound; None for no bound.
+        above, below: exclusive lower and upper bound; None for no bound.
+        prefix: for a list of numbers, the text before each number everywhere but on the command
+            line: with "sm", `--sm 80,86` means ("sm80", "sm86").
     """
 
     flag: str
@@ -51,10 +51,10 @@ class Option:
     """One option of a dataclass.
 
     Attributes:
-        name: of the field.
-        kind: its type, without None.
-        default: its default.
-        declared: the rest.
+        name: name of the field.
+        kind: type of the field, without None.
+        default: default value.
+        declared: flag, help text and range.
     """
 
     name: str
@@ -69,14 +69,14 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that there are; none where they are not counted."""
+        """The possible values of a `Literal`; empty for every other type."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     def check(self, value: object) -> None:
-        """Refuse a value that the option does not have.
+        """Refuse a value that the option cannot have; None and tuples are not checked.
 
         Raises:
-            UsageError: it is none of the choices, or out of range.
+            UsageError: the value is none of the choices, or out of range.
         """
         said = self.declared
         if value is None or isinstance(value, tuple):
@@ -109,7 +109,7 @@ class Option:
 
 
 class Options:
-    """Base of a set of options, a frozen dataclass whose fields are made by `option`.
+    """Base class of a set of options: a frozen dataclass whose fields are made by `option`.
 
     Raises:
         UsageError: a value is out of range; see `Option.check`.
@@ -118,7 +118,7 @@ class Options:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no option has."""
+        """Check the value of every option."""
         for one in options_of(type(self)):
             one.check(getattr(self, one.name))
 
@@ -137,12 +137,12 @@ def option(
     prefix: str | None = None,
     later: bool = False,
 ) -> Any:
-    """A field of a dataclass that is an option; see `Declared`.
+    """Return a dataclass field that is an option; see `Declared`.
 
     Args:
-        default: its default.
+        default: default value.
         flag, help, metavar, off, least, most, above, below, prefix: see `Declared`.
-        later: there were records before there was the option; see `codec.LATER`.
+        later: whether there are records older than the option; see `codec.LATER`.
     """
     declared = Declared(flag, help, metavar, off, least, most, above, below, prefix)
     return field(default=default, metadata={_KEY: declared, **(LATER if later else {})})
@@ -152,7 +152,7 @@ _known: dict[type, tuple[Option, ...]] = {}
 
 
 def options_of(cls: type) -> tuple[Option, ...]:
-    """The options of a dataclass, in the order of its fields."""
+    """Return the options of a dataclass, in the order of its fields."""
     if cls not in _known:
         hints = get_type_hints(cls)
         _known[cls] = tuple(
@@ -164,30 +164,30 @@ def options_of(cls: type) -> tuple[Option, ...]:
 
 
 def options_by_name(cls: type) -> dict[str, Option]:
-    """The same by the names of the fields."""
+    """Return the options of a dataclass by the names of their fields."""
     return {one.name: one for one in options_of(cls)}
 
 
 def chosen(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given of a dataclass's options.
+    """Select the values that belong to the options of a dataclass.
 
     Args:
         cls: the dataclass.
-        given: values by `Option.keyword`, of any options.
+        given: values by `Option.keyword`; options of other dataclasses may be among them.
 
     Returns:
-        values by the names of fields.
+        maps the name of a field to its value, for the options that are given.
     """
     return {one.name: given[one.keyword] for one in options_of(cls) if one.keyword in given}
 
 
 def keywords(*classes: type) -> set[str]:
-    """The keywords of the options of dataclasses."""
+    """Return the keywords of the options of several dataclasses."""
     return {one.keyword for cls in classes for one in options_of(cls)}
 
 
 def missing(cls: type) -> list[str]:
-    """Fields of a dataclass that are no options, or have no default."""
+    """Return the names of the fields that are not options, or are options without a default."""
     declared = {one.name for one in options_of(cls) if one.default is not MISSING}
     return [one.name for one in fields(cls) if one.name not in declared]
 

@@ -1,12 +1,12 @@
-"""Sparsity patterns: three values, one spelling each.
+"""Sparsity patterns: three kinds, each with one spelling.
 
     unstructured:0.5    the given fraction of all weights is removed, anywhere
     2:4                 2 of every 4 consecutive weights along the input dimension are kept
     structured:0.3      the given fraction of whole input columns is removed
 
-`n:m` keeps n of m, which is NVIDIA's meaning; the research code of SparseGPT, Wanda and Thanos
-counts the weights removed. The readings agree for 2:4 and 4:8 and differ for 1:4, so the fields
-are called `kept` and `group` and never `n` and `m`.
+`n:m` keeps n of m weights, which is NVIDIA's meaning. In the research code of SparseGPT, Wanda and
+Thanos, n counts the weights removed. Both meanings agree for 2:4 and 4:8 and differ for 1:4, so the
+fields are called `kept` and `group` and never `n` and `m`.
 """
 
 import re
@@ -40,7 +40,7 @@ class SemiStructured:
     """Keep `kept` of every `group` consecutive weights along the input dimension.
 
     Raises:
-        PatternError: not 0 < kept < group.
+        PatternError: 0 < kept < group does not hold.
     """
 
     kept: int

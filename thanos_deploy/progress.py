@@ -1,19 +1,19 @@
-"""Progress of long work, without knowing who shows it."""
+"""Callbacks that report the progress of long work, independent of how it is shown."""
 
 from collections.abc import Callable
 
-# Called with the number of steps done and the number in all; the first call has 0 done.
+# Called with the number of steps done and the total number of steps; the first call has 0 done.
 OnProgress = Callable[[int, int], None]
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore the progress that is reported."""
 
 
-# Told the title of a piece of work that starts now, returns where to report its progress.
+# Called with the title of a task that starts now; returns the callback for the task's progress.
 Announce = Callable[[str], OnProgress]
 
 
 def quietly(title: str) -> OnProgress:
-    """Announce nothing."""
+    """Ignore the title and return a callback that ignores the progress."""
     return silent

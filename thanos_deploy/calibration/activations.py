@@ -1,9 +1,10 @@
-"""The calibration data between two blocks: on disk, and in memory where there is enough of it.
+"""The hidden states of the calibration data between two blocks, on disk or in memory.
 
-What enters a block is a safetensors file for each shard, and what leaves it the next ones. On disk
-alone, memory holds a batch or two, however much calibration data there is; what fits is in the
-system's page cache, from which reading it costs a copy. A GPU that has room for all of it is not
-made to wait for that. The journal of a walk keeps the files as they are.
+The hidden states that enter a block are stored in one safetensors file per shard, and so are those
+that leave it. If they are on disk alone, memory holds one or two batches, however much calibration
+data there is: the operating system keeps what fits in its page cache, and a read from there costs a
+copy. A GPU with enough free memory holds all of them and avoids that wait. The journal of a walk
+keeps the files as they are.
 """
 
 from collections import deque
@@ -25,23 +26,24 @@ from thanos_deploy.machine.background import Ahead, Background
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.tensorfile import Kind, TensorFile
 
-# Where the data between two blocks is held.
+# Where the hidden states between two blocks are held.
 Place = Literal["auto", "device", "host", "disk"]
 
-# Of a GPU's free memory, what "auto" takes at most.
+# The largest fraction of a GPU's free memory that "auto" uses.
 _SHARE = 1 / 8
 
-# Batches that may wait for being written while a GPU computes others.
+# Number of batches that may be queued for writing while a GPU computes the next ones.
 _WAITING = 2
 
 
 def holder(place: Place, device: torch.device, size: int) -> torch.device | None:
-    """Where in memory the data is held; None for on disk alone.
+    """Return the device whose memory holds the hidden states, or None to keep them on disk only.
 
     Args:
-        place: what was asked for; "auto" is the memory of a GPU that has plenty, and else the disk.
+        place: the requested place; "auto" is the GPU if its free memory is large enough, and the
+            disk otherwise.
         device: where blocks run.
-        size: bytes of what enters a block and what leaves it together.
+        size: bytes of the hidden states that enter a block plus those that leave it.
     """
     match place:
         case "device":
@@ -54,10 +56,11 @@ def holder(place: Place, device: torch.device, size: int) -> torch.device | None
 
 
 class Activations:
-    """What enters the next block: one tensor for each batch of each model.
+    """The hidden states that enter the next block: one tensor for each batch of each model.
 
-    They are kept in the dtype in which blocks run, or in that of the model's weights if it is
-    smaller. All blocks, a walk's own and those of its rerun, see what was kept, rounding included.
+    They are stored in the dtype in which blocks run, or in the dtype of the model's weights if that
+    is smaller. Every block reads the stored, rounded values, whether they come from memory or from
+    a file, so a resumed walk sees the same numbers as an uninterrupted one.
     """
 
     def __init__(
@@ -75,15 +78,16 @@ class Activations:
         """Begin at a block.
 
         Args:
-            folder: for the files; what enters the block is there.
-            index: number of the block; -1 for what lies before the first one, which nothing enters.
+            folder: where the files are; those with the inputs of the block are there already.
+            index: number of the block; -1 for the embeddings, which come before the first block and
+                read no hidden states.
             kinds: dtype and shape of each tensor, in the order in which they are mostly read.
             forward: the dtype in which blocks run.
-            device: where they run.
-            held_on: keep it in the memory of this device as well; None for on disk alone.
-            filed: write files; without them it must be held.
-            shards: which tensors are this rank's, and in which shard each is; see `ShardFiles`.
-                None for all of them, in one.
+            device: where blocks run.
+            held_on: device whose memory holds the hidden states as well; None for disk only.
+            filed: whether to write files; if not, `held_on` must be set.
+            shards: maps the name of each tensor that belongs to this rank to its shard; see
+                `ShardFiles`. None if all tensors belong to this rank, in one shard.
         """
         assert filed or held_on is not None
         self._device, self._held_on, self._filed = device, held_on, filed
@@ -100,22 +104,22 @@ class Activations:
         self._writing: deque[Future[None]] = deque()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """That of a tensor, which is not read for it."""
+        """Return the shape of a tensor without reading it."""
         return self._kinds[name][1]
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a shape, as `read` would have it."""
+        """Return an uninitialised tensor, with the dtype and device of what `read` returns."""
         return torch.empty(shape, dtype=self._forward, device=self._device)
 
     def read(self, name: str) -> Tensor:
-        """What enters the block, in the dtype in which blocks run."""
+        """Return a batch's hidden states that enter the block, in the dtype in which blocks run."""
         if name in self._held_entering:
             return self._moved(self._held_entering[name])
-        # Of a walk that goes on, what enters its first block is in the file alone.
+        # When a walk resumes, the inputs of its first block are in the files only.
         return self._moved(self._ahead.take(name, self._following.get(name)))
 
     def read_leaving(self, name: str) -> Tensor:
-        """What has left the block, as `read` will have it."""
+        """Return the hidden states of a batch that have left the block, as `read` will later."""
         if name in self._held_leaving:
             return self._moved(self._held_leaving[name])
         self._finish_writing()
@@ -123,10 +127,10 @@ class Activations:
         return self._moved(self._read(self._leaving, name))
 
     def write(self, name: str, hidden: Tensor) -> None:
-        """Set what leaves the block.
+        """Store the hidden states of a batch that leave the block.
 
         Raises:
-            ModelError: a value does not fit the dtype.
+            ModelError: a value does not fit the dtype in which the hidden states are stored.
         """
         dtype, _ = self._kinds[name]
         rounded = hidden.detach().to(dtype)
@@ -151,12 +155,16 @@ class Activations:
                 self._writing.popleft().result()
 
     def advance(self) -> list[TensorFile]:
-        """Go on to the next block, which what left this one enters; return its files, if any."""
+        """Go on to the next block: the outputs of this one become its inputs.
+
+        Returns:
+            the files with the inputs of the next block; none if no files are written.
+        """
         self._finish_writing()
         self._ahead.forget()
         if self._entering is not None:
             self._entering.close()
-        # Kept as long as the block might have had to be done again.
+        # The inputs of the previous block, which will not be processed again now.
         remove(self._folder, self._index - 1, self._shards)
         self._entering, self._leaving = self._leaving, None
         self._held_entering, self._held_leaving = self._held_leaving, {}
@@ -171,7 +179,7 @@ class Activations:
                 file.close()
 
     def _from_file(self, name: str) -> Tensor:
-        """What enters the block, on the host."""
+        """Read the hidden states that enter the block from their file, on the host."""
         if self._entering is None:
             self._entering = ShardFiles.open(self._folder, self._index, self._shards)
         return self._read(self._entering, name)
@@ -191,7 +199,7 @@ class Activations:
 class StoredInputs(BlockInputs):
     """A batch of one model whose hidden states are in `Activations`.
 
-    What leaves a block is read as `left`, and becomes `hidden` when the activations advance.
+    The output of a block is read as `left`, and becomes `hidden` when the activations advance.
     """
 
     def __init__(
@@ -204,11 +212,11 @@ class StoredInputs(BlockInputs):
         counted: bool = True,
         products: torch.dtype | None = None,
     ) -> None:
-        """Begin before the block at which the activations are.
+        """Begin before the current block of the activations.
 
         Args:
-            activations: of all batches.
-            name: of this batch's tensor.
+            activations: the hidden states of all batches.
+            name: name of this batch's tensor in `activations`.
             arguments, shard, counted, products: see `BlockInputs`.
         """
         super().__init__(arguments, shard, counted=counted, products=products)
@@ -237,6 +245,6 @@ class StoredInputs(BlockInputs):
         """See `BlockInputs.leave`.
 
         Raises:
-            ModelError: a value does not fit the dtype in which the activations are kept.
+            ModelError: a value does not fit the dtype in which the hidden states are stored.
         """
         self._activations.write(self._name, hidden)

@@ -1,4 +1,4 @@
-"""What enters the blocks of a model: hidden states, and what else every block is called with."""
+"""The inputs of a model's blocks: hidden states, and the other arguments of each block's call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -24,11 +24,13 @@ class Arguments:
     named: dict[str, Any]
 
     def of(self, rows: slice, batch: int, device: torch.device) -> "Arguments":
-        """Those for some of a batch's sequences: what has one entry for each of them is cut.
+        """Return the arguments for some sequences of a batch, on the block's device.
+
+        Tensors with one entry per sequence are sliced; all others are passed as they are.
 
         Args:
             rows: which sequences.
-            batch: how many there are.
+            batch: number of sequences in the batch.
             device: where the block is.
         """
 
@@ -42,13 +44,14 @@ class Arguments:
 
 
 def shared(arguments: Sequence[Arguments], known: Sequence[Arguments]) -> list[Arguments]:
-    """The arguments of every block, without a second copy of tensors that are known already.
+    """Return the arguments of every block, sharing tensors that equal those of another batch.
 
-    Positions and masks are mostly those of every batch, so memory does not grow with their number.
+    Positions and masks are mostly the same for every batch, so memory does not grow with the number
+    of batches.
 
     Args:
-        arguments: of a batch, for each block.
-        known: of another batch.
+        arguments: the arguments of a batch, for each block.
+        known: the arguments of another batch, for each block.
     """
     found: dict[int, Tensor] = {}
 
@@ -70,15 +73,15 @@ class BlockInputs(ABC):
     """One batch of calibration data on its way through the blocks.
 
     Attributes:
-        arguments: the other arguments of every block; families with several kinds of blocks pass
-            each kind its own. They are taken to the block's device when the batch passes it.
-        shard: number of the shard that it belongs to; see `thanos_deploy.ranks.shards`. Only the
-            rank that has the shard has its hidden states.
-        counted: statistics are taken of it; blocks are only tuned on others, whose shards have
-            the last numbers.
-        products: what factors of products are rounded to on its way; None for the dtype of its
-            hidden states.
-        paused: its forward pass through the next block, if one waits at a layer.
+        arguments: the arguments of each block besides the hidden states; models with several kinds
+            of blocks pass each kind its own. They are moved to the block's device for each call.
+        shard: number of the batch's shard; see `thanos_deploy.ranks.shards`. Only the rank that has
+            the shard has the batch's hidden states.
+        counted: whether the batch enters the statistics. Batches that do not are used for tuning
+            only, and their shards have the last numbers.
+        products: dtype to which the factors of matrix products are rounded in the forward pass;
+            None for the dtype of the hidden states.
+        paused: the batch's forward pass through the block, if it is waiting at a layer.
     """
 
     def __init__(
@@ -96,32 +99,32 @@ class BlockInputs(ABC):
     @property
     @abstractmethod
     def hidden(self) -> Tensor:
-        """[batch, tokens, width], what enters the block, on the block's device."""
+        """The hidden states that enter the block, [batch, tokens, width], on the block's device."""
 
     @property
     @abstractmethod
     def left(self) -> Tensor:
-        """[batch, tokens, width], what has left the block that the batch was run through last."""
+        """The output of the block that the batch passed last, [batch, tokens, width]."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """[batch, tokens, width] of the hidden states."""
+        """The shape of the hidden states: (batch, tokens, width)."""
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a shape, in the dtype and on the device of the hidden states."""
+        """Return an uninitialised tensor, in the dtype and on the device of the hidden states."""
 
     @abstractmethod
     def leave(self, hidden: Tensor) -> None:
-        """Leave the block.
+        """Record the output of the block for this batch.
 
         Args:
-            hidden: [batch, tokens, width], what the block has made of the batch.
+            hidden: [batch, tokens, width], the output of the block.
         """
 
     def forward(self, index: int, block: nn.Module, rows: slice = slice(None)) -> Tensor:
-        """What the block makes of this batch, or of some of its sequences."""
+        """Return the output of the block for this batch, or for some of its sequences."""
         return self.forward_of(self.hidden[rows], index, block, rows, self.products)
 
     def forward_of(
@@ -132,17 +135,19 @@ class BlockInputs(ABC):
         rows: slice,
         products: torch.dtype | None = None,
     ) -> Tensor:
-        """What the block makes of some of its sequences, which need not be on this rank.
+        """Return the output of the block for some sequences of the batch.
+
+        The hidden states are an argument, so that a rank without the batch's shard can run it.
 
         Args:
-            hidden: [sequences, tokens, width], what enters the block of them.
+            hidden: [sequences, tokens, width], the hidden states of these sequences.
             index: number of the block.
             block: the block.
-            rows: which sequences.
+            rows: which sequences of the batch they are.
             products: see `BlockInputs`.
         """
         arguments = self.arguments[index].of(rows, self.shape[0], hidden.device)
-        # A pass that may wait must not enter a context of the whole thread.
+        # autocast is a context of the whole thread, in which other passes run while one waits.
         rounding = (
             nullcontext()
             if products in (None, hidden.dtype)
@@ -155,13 +160,13 @@ class BlockInputs(ABC):
 
 
 class LoadedInputs(BlockInputs):
-    """A batch whose hidden states are in memory; what leaves a block enters the next one."""
+    """A batch whose hidden states are in memory; the output of a block is the next one's input."""
 
     def __init__(self, hidden: Tensor, arguments: list[Arguments]) -> None:
         """Begin before a block.
 
         Args:
-            hidden: [batch, tokens, width], what enters it.
+            hidden: [batch, tokens, width], the hidden states that enter it.
             arguments: see `BlockInputs`.
         """
         super().__init__(arguments)
@@ -174,7 +179,7 @@ class LoadedInputs(BlockInputs):
 
     @property
     def left(self) -> Tensor:
-        """See `BlockInputs.left`; the same as `hidden`, which has moved on."""
+        """See `BlockInputs.left`; the same tensor as `hidden`, which `leave` replaces."""
         return self._hidden
 
     @property
@@ -192,7 +197,7 @@ class LoadedInputs(BlockInputs):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it is called with and passes its input on."""
+    """Stand-in for a block that records its arguments and returns its input."""
 
     def __init__(self, block: nn.Module, calls: list[tuple[Tensor, Arguments]], gives: int) -> None:
         super().__init__()
@@ -215,13 +220,13 @@ class _Recorder(nn.Module):
 def block_inputs(
     model: PreTrainedModel, family: Family, batches: Iterable[Tensor]
 ) -> list[LoadedInputs]:
-    """What enters the first block, and what every block is called with besides, for each batch.
+    """Return, for each batch, the input of the first block and the other arguments of every block.
 
-    Only what lies before the blocks is computed, so the blocks may be without weights.
+    Only the part of the model before the blocks is computed, so the blocks need no weights.
 
     Args:
         model: the causal model; everything outside its blocks must have weights.
-        family: where its blocks are.
+        family: describes where the blocks are.
         batches: int64[batch, tokens] each.
     """
     blocks = blocks_of(model, family)

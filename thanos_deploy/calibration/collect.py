@@ -1,4 +1,4 @@
-"""Run calibration data through a block, and collect the statistics of what its layers read."""
+"""Run calibration data through a block, and collect statistics of its layers' inputs."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,17 +13,24 @@ from thanos_deploy.ranks.group import current
 
 
 class Count:
-    """Statistics of one shard, which a first batch begins.
+    """The statistics of one shard; empty until its first batch.
 
     Attributes:
-        by_name: of a layer, or of whatever else is counted.
+        by_name: maps the name of a layer, or of another module, to its statistics.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, Statistics] = {}
 
     def of(self, name: str, x: Tensor, target: Tensor | None = None) -> Statistics:
-        """Those to which [tokens, cols] are added, and [tokens, cols] beside them if any are."""
+        """Return the statistics under a name, creating empty ones at the first call.
+
+        Args:
+            name: of a layer or another module.
+            x: [tokens, cols], an input of the layer, for its size and device.
+            target: [tokens, dense cols], the same input in the dense model; None to have no
+                `Statistics.cross`.
+        """
         if name not in self.by_name:
             beside = None if target is None else target.shape[1]
             self.by_name[name] = Statistics.empty(x.shape[1], beside, device=x.device)
@@ -37,8 +44,8 @@ class Walk:
     Attributes:
         index: number of the next block.
         block: that block, with weights.
-        batches: what enters it, in the dtype of the weights, of all ranks.
-        left: numbers of the batches that have left it.
+        batches: the batches of all ranks, whose hidden states are in the dtype of these weights.
+        left: numbers of the batches that have left the block.
     """
 
     index: int
@@ -48,26 +55,26 @@ class Walk:
 
     @property
     def own(self) -> list[int]:
-        """Numbers of the batches of this rank."""
+        """Numbers of this rank's batches."""
         return [n for n, batch in enumerate(self.batches) if current().has(batch.shard)]
 
     @property
     def done(self) -> bool:
-        """All of these have left the block."""
+        """Whether all of this rank's batches have left the block."""
         return self.left.issuperset(self.own)
 
     def summed(
         self, names: Sequence[str], count: Callable[[int, BlockInputs, Count], object]
     ) -> dict[str, Statistics]:
-        """The sums of statistics over the batches of which they are taken, on every rank.
+        """Sum statistics over all batches with `counted` set, on every rank.
 
         Args:
-            names: what there are statistics of, in the order of the result.
-            count: called with the number of each batch of this rank, with the batch, and with
-                what it is to add to.
+            names: names of the statistics, in the order of the result.
+            count: called for each batch of this rank with its number, the batch, and the `Count`
+                to which it adds the statistics of the batch.
 
         Returns:
-            by these names.
+            name -> statistics.
         """
         shards = 1 + max(batch.shard for batch in self.batches if batch.counted)
         sums = ShardSums(current(), shards, names)
@@ -89,18 +96,18 @@ def collect(
     last: bool = False,
     routed: Collection[str] = (),
 ) -> dict[str, Statistics]:
-    """Run the data into a block, as far as the last of some linear layers.
+    """Run the data into a block up to the last of some linear layers, and sum their statistics.
 
     Args:
         walk: the model that is being pruned.
         names: linear layers of the block, in the order in which the forward pass reaches them.
         dense: the same data in the dense model, at the same block, for `Statistics.cross`.
-        pause: let the forward passes wait there, and the next `collect` or `advance` go on from
-            there; so no layer before the last of these may change any more.
-        last: no more is wanted of this block; so the dense model's data, for which nothing changes,
-            leaves it at once, and what its passes hold is free.
-        routed: layers of experts. In the dense model the router sends them other tokens, so they
-            have no `Statistics.cross`.
+        pause: whether the forward passes wait at that layer, so that the next `collect` or
+            `advance` continues from there. No layer before it may change any more then.
+        last: whether this is the last call for the block. The dense block does not change, so its
+            data runs to the end of the block in the same pass, which frees the pass's memory.
+        routed: layers of experts. The router of the dense model sends them different tokens, so
+            they have no `Statistics.cross`.
 
     Returns:
         layer name -> statistics.
@@ -123,11 +130,11 @@ def collect(
 
 
 def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
-    """Run the data through a block, and weigh each token by 1 / |h|^2 with h what leaves the block.
+    """Run the data through a block, and weight each token by 1 / |h|^2, with h its block output.
 
-    A layer that writes to the stream of hidden states then counts for what it changes of each
-    token in proportion to that token's size, which is what the next norm makes of it. Blocks
-    become comparable, and the few tokens with huge activations do not outweigh all others.
+    The error of a layer that writes to the residual stream is then relative to the size of each
+    token's hidden state, because the next norm divides by that size. This makes blocks comparable,
+    and the few tokens with huge activations do not outweigh all others.
 
     Args:
         walk: the model.
@@ -149,14 +156,14 @@ def collect_relative(walk: Walk, names: list[str]) -> dict[str, Statistics]:
 
 
 def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, Statistics]:
-    """Run the data through a block, and add up the norms of what some modules are called with.
+    """Run the data through a block, and sum the Euclidean norms of the inputs of some modules.
 
     Args:
         walk: the model.
-        entrances: by a name, a module of the block whose argument is [tokens, cols].
+        entrances: maps a name to a module of the block whose first argument is [tokens, cols].
 
     Returns:
-        by the same names: of one column, the Euclidean norm of each token.
+        maps the same names to statistics of one column, the Euclidean norm of each token.
     """
 
     def count(_: int, batch: BlockInputs, counted: Count) -> None:
@@ -176,24 +183,24 @@ def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, S
 
 
 def advance(walk: Walk) -> None:
-    """Run the data through the block, or through the rest of it where passes wait, once."""
+    """Run all batches that have not left the block to its end, from where their passes wait."""
     for number in walk.own:
         if number not in walk.left:
             _leave(walk, number)
 
 
 def pass_by(walk: Walk) -> None:
-    """Let the data go past the block, unchanged."""
+    """Pass the hidden states on unchanged, without running the block."""
     for number in walk.own:
         walk.batches[number].leave(walk.batches[number].hidden)
         walk.left.add(number)
 
 
 def _leave(walk: Walk, number: int, names: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Take a batch through the block, or the rest of it.
+    """Run a batch to the end of the block, from where its pass waits.
 
     Returns:
-        [tokens, cols] for each name, what these layers read on the way.
+        layer name -> [tokens, cols], its input; for layers that the rest of the pass reaches.
     """
     batch = walk.batches[number]
     inputs: dict[str, Tensor] = {}
@@ -207,7 +214,7 @@ def _leave(walk: Walk, number: int, names: Sequence[str] = ()) -> dict[str, Tens
 def _inputs_of(
     walk: Walk, names: Sequence[str], batch: BlockInputs, *, pause: bool
 ) -> dict[str, Tensor]:
-    """[tokens, cols] for each name, in the dtype of the pass."""
+    """Return the input of each layer, [tokens, cols], in the dtype of the pass."""
     if not pause and batch.paused is None:
         return inputs_until(_forward(walk, batch), walk.block, names)
     batch.paused = batch.paused or Pass(_forward(walk, batch))

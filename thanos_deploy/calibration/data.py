@@ -12,13 +12,14 @@ class Data(Options):
     """Calibration data.
 
     Attributes:
-        calib: "builtin", or what `mixture` describes.
+        calib: the text: "builtin", or a file, data set or mixture as `mixture` describes.
         text_field: the field of a row that holds the text.
-        calib_rows: so many rows of a data set, chosen by the seed; None for all.
-        calib_cut: what segments are cut from: all rows joined, or each from the beginning of a row
-            that is long enough.
-        nsamples, seqlen: segments, and tokens of each.
-        seed: for choosing the segments.
+        calib_rows: number of rows to take from each data set, chosen by the seed; None for all.
+        calib_cut: "packed" cuts segments from all rows joined; "row" takes each segment from the
+            beginning of a row that is long enough.
+        nsamples: number of segments.
+        seqlen: number of tokens in each segment.
+        seed: seed for choosing rows and segments.
     """
 
     calib: str = option(

@@ -1,8 +1,8 @@
-"""What a tokenizer puts before a text, such as `<bos>`, and segments of a text that begin with it.
+"""The special tokens that a tokenizer puts before a text, such as `<bos>`.
 
 A model that was trained with a token in front of each text behaves differently without it. So
-segments for calibration and evaluation begin as the tokenizer begins a text. What it puts behind a
-text is left out: a segment is no whole text.
+segments for calibration and evaluation begin with the same tokens as a text does. Special tokens
+behind a text are left out, because a segment is not a whole text.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-# Texts to look at the frame around; a tokenizer may have no token for one of them.
+# Texts to encode with and without special tokens; a tokenizer may have no token for one of them.
 _PROBES = ("a", "0", ".", " ", "\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The tokens in front of every text.
+    """The special tokens in front of every text.
 
     Attributes:
-        ids: empty for tokenizers that put nothing there.
-        tokens: their spelling.
+        ids: their token ids; empty for tokenizers that put nothing there.
+        tokens: their spellings.
     """
 
     ids: tuple[int, ...] = ()
@@ -35,15 +35,18 @@ class Frame:
         return len(self.ids)
 
     def before(self, contents: "Tensor") -> "Tensor":
-        """Segments of contents, int64[count, tokens], each with the frame in front of it."""
-        import torch  # not needed to read what is recorded of a frame
+        """Put the frame in front of each segment of int64[count, tokens]."""
+        import torch  # imported here, so that records with a frame can be read without PyTorch
 
         frame = torch.tensor(self.ids, dtype=torch.int64).expand(len(contents), -1)
         return torch.cat([frame, contents], dim=1)
 
     @property
     def inputs(self) -> Json:
-        """What a result depends on; nothing where there is no frame, as before there were any."""
+        """The frame's entry in the record of a result's inputs; empty without a frame.
+
+        It is empty then because older records, from before there were frames, have no entry.
+        """
         return {"frame": list(self.ids)} if self.ids else {}
 
 
@@ -51,10 +54,10 @@ NO_FRAME = Frame()
 
 
 def frame_of(tokenizer: "PreTrainedTokenizerBase") -> Frame:
-    """What a tokenizer puts before a text, seen by encoding one with and without special tokens.
+    """Find a tokenizer's frame by encoding a text with and without special tokens.
 
     Raises:
-        ModelError: it does not leave a text in one piece.
+        ModelError: the tokens of the text are not contiguous among those with special tokens.
     """
     for probe in _PROBES:
         bare, framed = (

@@ -1,24 +1,25 @@
-"""The journal of a walk: what is on disk after every block, so that a killed run can resume.
+"""The journal of a walk: a record on disk of every finished block, so that a killed run can resume.
 
-A folder with an entry for every finished block:
+The journal is a folder with an entry for every finished block:
 
-    block-0007.json          its report, and size and SHA-256 of the files of the entry
-    block-0007.safetensors   its parameters as they will be written, where the walk writes any
-    inputs-0008-03.safetensors  the calibration data of shard 3 that enters the next block; see
+    block-0007.json          its report, and the size and SHA-256 of the entry's files
+    block-0007.safetensors   its parameters as they will be written, if the walk writes any
+    inputs-0008-03.safetensors  the hidden states of shard 3 that enter the next block; see
                              `activations`
 
-The JSON is flushed and renamed into place last, so an entry counts as a whole or not at all; damage
-that comes later shows in the hashes. Of the inputs only the newest have to be there: those before
-them are dropped when the next ones are written, and not before their own block counts as finished.
+The JSON is flushed and renamed into place last, so an entry counts as a whole or not at all; later
+damage shows in the hashes. Only the newest inputs have to be there: older ones are removed once the
+block that read them counts as finished.
 
-Flushing and hashing wait for the disk, and inputs of a large model are gigabytes. So a thread does
-that while the next block is worked on, and an entry counts when `finish` has waited for it.
+Flushing and hashing wait for the disk, and the inputs of a large model are gigabytes. So a thread
+does both while the next block is processed, and an entry counts once `finish` has waited for it.
 
-A journal belongs to one model, one calibration text, one set of options and versions. For any
-other it is discarded.
+A journal belongs to one model, one calibration text, one set of options, and one set of versions.
+If any of them differs, the journal is discarded.
 
-Where several ranks walk, they share the folder: each writes the inputs of its own shards, and the
-first one everything else. Files are by shard, not by rank, so another number of ranks can go on.
+Several ranks share the folder: each writes the inputs of its own shards, and rank 0 writes
+everything else. There is one file per shard, not per rank, so a run can resume with another number
+of ranks.
 """
 
 import logging
@@ -50,10 +51,11 @@ class _Entry:
     """An entry of the journal.
 
     Attributes:
-        parameters: the file of the block's own, as they will be written, by its name; none where
+        parameters: maps the name of the file with the block's parameters to its record; empty if
             the walk writes nothing.
-        inputs: the files of what enters the next block; none after the last one.
-        report: on the block.
+        inputs: maps the names of the files with the next block's inputs to their records; empty
+            after the last block.
+        report: the report on the block.
     """
 
     parameters: Mapping[str, FileRecord]
@@ -63,7 +65,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """As one rank tells the others."""
+    """The entries, as the message that rank 0 sends to the others."""
 
     entries: tuple[_Entry, ...] = ()
 
@@ -73,14 +75,15 @@ class Journal(Generic[R]):
 
     Attributes:
         folder: where it is.
-        reports: of the finished blocks, in order; the last one counts when `finish` has returned.
+        reports: the reports on the finished blocks, in order; the last one counts once `finish`
+            has returned.
     """
 
     def __init__(self, folder: Path, owner: Json, report: type[R]) -> None:
-        """Begin a journal, or go on with the one that is there as far as it is intact.
+        """Begin a journal, or continue an existing one after its last intact entry.
 
         Args:
-            folder: for this journal alone.
+            folder: a folder for this journal alone.
             owner: everything that the results of the walk depend on.
             report: type of the reports, a frozen dataclass; see `codec`.
 
@@ -90,7 +93,7 @@ class Journal(Generic[R]):
         self.folder, self._report, self._ranks = folder, report, current()
         self._beside = self._ranks.beside()
         self._thread = Background(None)
-        # As many files at a time as cores: what enters a block of a large model is gigabytes.
+        # Files are flushed and hashed in parallel, because the inputs of a block are gigabytes.
         self._at_a_time = torch.get_num_threads()
         self._pending: Future[None] | None = None
         opened = _Entries(tuple(self._opened(owner)) if self._ranks.first else ())
@@ -98,7 +101,7 @@ class Journal(Generic[R]):
         self.reports = [decode(report, entry.report) for entry in shared.entries]
 
     def _opened(self, owner: Json) -> list[_Entry]:
-        """The intact entries; everything else in the folder is removed."""
+        """Return the intact entries, and remove everything else from the folder."""
         journal_folder.claim(self.folder, owner)
         found = len(list(self.folder.glob("block-*.json")))
         entries = list(self._intact_entries())
@@ -118,8 +121,9 @@ class Journal(Generic[R]):
         return entries
 
     def parameters(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of what was written of a finished block; nothing of one that is gone."""
-        if not self._parameters(index).exists():  # what an entry names is there
+        """Read the parameters of a finished block, by name; none if none were written for it."""
+        # A file that an entry names was found intact, so a missing one was never written.
+        if not self._parameters(index).exists():
             return
         with TensorFile.open(self._parameters(index)) as file:
             for name, (_, shape) in file.kinds.items():
@@ -128,13 +132,14 @@ class Journal(Generic[R]):
     def add(
         self, report: R, parameters: Mapping[str, Tensor], inputs: Sequence[TensorFile]
     ) -> None:
-        """Begin to make the next block count as finished.
+        """Start to write the entry of the next finished block; `finish` waits for it.
 
         Args:
-            report: on it.
-            parameters: as they will be written; none if this rank or the walk writes nothing.
-            inputs: what enters the next block, of this rank's shards; none after the last one. They
-                stay open until `finish` has returned.
+            report: the report on the block.
+            parameters: the block's parameters as they will be written; empty if this rank or the
+                walk writes nothing.
+            inputs: files with the inputs of the block after it, for this rank's shards; empty after
+                the last block. They must stay open until `finish` has returned.
         """
         self.finish()
         written = None
@@ -148,16 +153,16 @@ class Journal(Generic[R]):
         self.reports.append(report)
 
     def finish(self) -> None:
-        """Wait until every block counts as finished, for all ranks.
+        """Wait until every block that was added counts as finished, on all ranks.
 
-        Not before may anybody remove what the last one began with.
+        The inputs of the last block must not be removed before that.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """End the thread when it has done what was begun."""
+        """End the thread, after the work that it has begun."""
         self._thread.close()
 
     def _write(
@@ -179,7 +184,7 @@ class Journal(Generic[R]):
         self._beside.wait()
 
     def _intact_entries(self) -> Iterator[_Entry]:
-        """The entries from the first on, as long as they and their parameters are intact."""
+        """Yield the entries from the first on, as far as they and their parameters are intact."""
         index = 0
         while (path := self._entry(index)).exists():
             try:

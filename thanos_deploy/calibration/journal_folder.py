@@ -1,4 +1,4 @@
-"""A folder of a journal: whose it is, and which of its files are what was written."""
+"""The folder of a journal: its owner, and checks that its files are as they were written."""
 
 import logging
 import shutil
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """The JSON of an entry, and its SHA-256."""
+    """A JSON entry and its SHA-256."""
 
     entry: Json
     sha256: str
 
 
 def claim(folder: Path, owner: Json) -> None:
-    """Make a folder one of a journal; what is there for another owner is removed.
+    """Make a folder the journal of an owner, and remove the content of any other owner.
 
     Args:
-        folder: for this journal alone.
+        folder: a folder for this journal alone.
         owner: everything that the results depend on.
     """
     path = folder / _OWNER
@@ -49,7 +49,7 @@ def claim(folder: Path, owner: Json) -> None:
 
 
 def owner_of(folder: Path) -> Json:
-    """What the results of a journal depend on; nothing if there is no journal, or none to read."""
+    """Return the owner of a journal's folder; empty if there is no journal or it is unreadable."""
     try:
         owner = loads((folder / _OWNER).read_bytes())
     except (OSError, ValueError):
@@ -58,16 +58,16 @@ def owner_of(folder: Path) -> Json:
 
 
 def seal(path: Path, entry: Json) -> None:
-    """Write an entry so that it counts as a whole or not at all."""
+    """Write an entry with its SHA-256, atomically."""
     replace_json(path, encode(_Content(entry, sha256_of(entry))))
 
 
 def unsealed(path: Path) -> Json:
-    """What `seal` wrote.
+    """Read an entry that `seal` wrote.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: that is not what it holds.
+        ValueError: the file is not an entry, or its SHA-256 does not match.
     """
     content = decode(_Content, loads(path.read_bytes()))
     if content.sha256 != sha256_of(content.entry):
@@ -76,7 +76,7 @@ def unsealed(path: Path) -> Json:
 
 
 def found(path: Path, cls: type[T]) -> T | None:
-    """The record that `seal` wrote; None without one, or of one that is damaged, which is said."""
+    """Read a record that `seal` wrote; None if it is missing, or damaged, which is logged."""
     try:
         return decode(cls, unsealed(path))
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def found(path: Path, cls: type[T]) -> T | None:
 
 
 def intact(folder: Path, files: Mapping[str, FileRecord]) -> bool:
-    """The files are there and are what was written; one that is damaged is warned about.
+    """Whether all files exist and have the recorded size and hash; a damaged file is logged.
 
     Raises:
         InputError: a name leads out of the folder.
@@ -110,7 +110,7 @@ def intact(folder: Path, files: Mapping[str, FileRecord]) -> bool:
 
 
 def drop_all_but(folder: Path, kept: Collection[str]) -> None:
-    """Remove every file with another name, but that of the owner."""
+    """Remove every file whose name is not in `kept`, except the record of the owner."""
     for path in folder.iterdir():
         if path.name != _OWNER and path.name not in kept:
             path.unlink()

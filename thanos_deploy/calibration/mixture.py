@@ -1,11 +1,11 @@
-"""What `--calib` and `--eval-text` name: files, data sets of a hub, or several with weights.
+"""The values of `--calib` and `--eval-text`: a file, a data set of a hub, or a weighted mixture.
 
     a.jsonl                       a file
-    wikitext, c4, ultrachat       a data set that everybody knows by this name
+    wikitext, c4, ultrachat       a well-known data set
     hub:NAME[:CONFIG][:SPLIT]     any data set of the hub, or a folder of its files
-    3*a.jsonl + wikitext          several: three segments of four from the first
+    3*a.jsonl + wikitext          a mixture: three of every four segments come from a.jsonl
 
-A file of that name counts before a data set.
+If a file with the name of a data set exists, the file is taken.
 """
 
 import re
@@ -25,10 +25,10 @@ class DataSet:
     """A data set of a hub.
 
     Attributes:
-        name: of its repository, or of a folder.
-        config: one of its configurations; empty for its own.
-        split: the part of it.
-        files: those of the repository that are read; empty for all of the part.
+        name: name of its repository, or of a folder.
+        config: name of one of its configurations; empty for the default one.
+        split: name of the split.
+        files: which files of the repository to read; empty for all files of the split.
     """
 
     name: str
@@ -42,12 +42,12 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the texts that are mixed.
+    """One text of a mixture.
 
     Attributes:
-        name: of a file, or "builtin".
-        data_set: in its place, a data set.
-        weight: its share, in relation to the others'.
+        name: as the user wrote it: the name of a file or of a data set, or "builtin".
+        data_set: the data set, if the name is that of one; None otherwise.
+        weight: its share of the segments, relative to the weights of the other texts.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Part:
 
     @property
     def title(self) -> str:
-        """For the manifest: without the folder of a file."""
+        """The name for the manifest, without the folder of a file."""
         return Path(self.name).name
 
 
-# By the names that everybody has for them: to calibrate on, and to judge on.
+# Well-known data sets by their short names: the part for calibration, and that for evaluation.
 _KNOWN: Mapping[str, tuple[DataSet, DataSet]] = {
     "wikitext": (
         DataSet("Salesforce/wikitext", "wikitext-2-raw-v1"),
         DataSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     ),
-    # One file of 1024 and one of 8, as everybody takes.
+    # One training file of 1024 and one validation file of 8, the usual choice.
     "c4": (
         DataSet("allenai/c4", files="en/c4-train.00000-of-01024.json.gz"),
         DataSet("allenai/c4", files="en/c4-validation.00000-of-00008.json.gz"),
@@ -79,14 +79,14 @@ _KNOWN: Mapping[str, tuple[DataSet, DataSet]] = {
 
 
 def parse(spelling: str, *, held_out: bool = False) -> tuple[Part, ...]:
-    """Read what a user names.
+    """Parse the value of `--calib` or `--eval-text`.
 
     Args:
-        spelling: see the module.
-        held_out: of a data set by its short name, the part to judge on.
+        spelling: the value; see the module for its syntax.
+        held_out: whether a data set's short name means its evaluation part.
 
     Raises:
-        UsageError: it cannot be understood.
+        UsageError: the value does not have that syntax.
     """
     if spelling and Path(spelling).expanduser().exists():
         return (Part(spelling),)
@@ -125,7 +125,7 @@ def _part(spelling: str, held_out: bool) -> Part:
 
 
 def title(spelling: str) -> str:
-    """What the manifest calls it: files by their names."""
+    """Return a mixture's spelling for the manifest, in which files are without their folders."""
     parts = parse(spelling)
     if len(parts) == 1:
         return parts[0].title
@@ -133,9 +133,9 @@ def title(spelling: str) -> str:
 
 
 def shares(weights: Sequence[float], count: int) -> list[int]:
-    """So many things divided by weights, as nearly as whole numbers can.
+    """Divide `count` things in proportion to weights, in whole numbers whose sum is `count`.
 
-    The largest remainders are rounded up (Hamilton's method), so that the sum is `count`.
+    The largest remainders are rounded up (Hamilton's method).
     """
     exact = [count * weight / sum(weights) for weight in weights]
     found = [int(share) for share in exact]

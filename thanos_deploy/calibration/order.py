@@ -1,16 +1,15 @@
-"""In which order the statistics of a block's layers are collected, and how many are held at once.
+"""The order in which the statistics of a block's layers are collected, to bound their memory.
 
-Those of experts are the most: each reads other tokens, so each has a Hessian of its own. They are
-collected for some experts at a time. That changes no result, because what one expert's layers read
-does not depend on the layers of another one.
+Most of that memory is for experts: each expert reads different tokens, so each has its own Hessian.
+Statistics are therefore collected for a few experts at a time. That changes no result, because the
+inputs of one expert's layers do not depend on the layers of another.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from thanos_deploy.model.structure import BlockStructure, Group
 
-# What the Hessians of experts may take that are held at once, in bytes; those of one expert may
-# take more.
+# Bytes that the experts' Hessians may take at one time; a single expert's may exceed it.
 EXPERTS_BYTES = 1 << 30
 
 _FLOAT = 4
@@ -23,15 +22,19 @@ def turns(
     true_sequential: bool,
     room: int = EXPERTS_BYTES,
 ) -> list[list[Group]]:
-    """The groups of layers whose statistics are held at once, turn after turn.
+    """Divide the groups of layers into turns; the statistics of one turn are held at a time.
 
     Args:
-        structure: the block; only layers in `inputs` count.
-        inputs: name of a layer, seen from the block -> how many it has.
-        true_sequential: the layers of a step are pruned before those of the next one are looked
-            at. If not, all statistics are those of the dense block: then experts come first, each
-            with all of its layers, because nothing else in the block reads what they make.
+        structure: the block; layers that are not in `inputs` are left out.
+        inputs: maps the name of a layer, relative to the block, to its number of input features.
+        true_sequential: whether the layers of one step are pruned before the statistics of the
+            next step are collected. If not, all statistics are those of the dense block. Experts
+            come first then, each with all of its layers, because no other layer of the block reads
+            their output.
         room: bytes for the Hessians of experts.
+
+    Returns:
+        the turns, in order: the groups of each.
     """
     steps = [
         [names for group in step if (names := tuple(name for name in group if name in inputs))]
@@ -48,14 +51,14 @@ def turns(
 
 
 def hessian_bytes(turn: Sequence[Group], inputs: Mapping[str, int]) -> int:
-    """What the Hessians of a turn take."""
+    """Bytes of the Hessians of a turn, one for each group of layers."""
     return sum(_FLOAT * inputs[group[0]] ** 2 for group in turn)
 
 
 def _parts(
     structure: BlockStructure, groups: Sequence[Group], inputs: Mapping[str, int], room: int
 ) -> Iterator[list[Group]]:
-    """Groups in their order, those of experts cut into parts; an expert stays whole."""
+    """Divide groups into parts whose Hessians fit into `room`; an expert is never divided."""
     experts: dict[str, list[Group]] = {}
     for group in groups:
         routed = group[0] in structure.routed

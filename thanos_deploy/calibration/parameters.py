@@ -1,4 +1,4 @@
-"""The parameters of a walk: from the checkpoint to the block that is visited, and to the copy."""
+"""Load a walk's parameters from the checkpoint, and write them to its copy."""
 
 from collections.abc import Collection, Iterable, Iterator
 
@@ -18,8 +18,8 @@ class ParameterFiles:
         """Begin before the first block.
 
         Args:
-            checkpoint: what is read.
-            copy: what is written; None to write nothing.
+            checkpoint: the checkpoint to read.
+            copy: the copy to write; None to write nothing.
         """
         self._checkpoint = checkpoint
         self._copy = copy
@@ -31,8 +31,8 @@ class ParameterFiles:
 
         Args:
             module: the module.
-            prefix: what its parameters' full names begin with.
-            skip: a submodule that gets none, by its full name.
+            prefix: prefix of its parameters' full names.
+            skip: full name of a submodule that gets no weights.
             dtype: see `read`.
 
         Raises:
@@ -51,15 +51,15 @@ class ParameterFiles:
         dtype: torch.dtype | None,
         device: torch.device = CPU,
     ) -> dict[str, Tensor]:
-        """The weights of a module, by the names that it has for them.
+        """Read the weights of a module, by their names in the module.
 
         Args:
             module: the module.
-            prefix: what its parameters' full names begin with.
-            skip: a submodule that gets none, by its full name.
-            dtype: of the weights; None for their own where they will be written in that, and
-                float32 for the others.
-            device: where to.
+            prefix: prefix of its parameters' full names.
+            skip: full name of a submodule whose weights are left out.
+            dtype: dtype of the result. None keeps the stored dtype of a weight that is written in
+                the same one and has at most 32 bits, and makes the others float32.
+            device: where to put the weights.
 
         Raises:
             ModelError: a tensor has NaN or infinite entries.
@@ -85,9 +85,15 @@ class ParameterFiles:
     def finished(
         self, module: nn.Module, prefix: str, *, skip: Collection[str]
     ) -> dict[str, Tensor]:
-        """The parameters of a module, on the host, as they are to be written; none without a copy.
+        """Return a module's parameters on the host, as they will be written; none without a copy.
 
-        Those to skip are left to `copy_rest`.
+        Args:
+            module: the module.
+            prefix: prefix of its parameters' full names.
+            skip: names of parameters, relative to the module, that are left to `copy_rest`.
+
+        Returns:
+            name in the checkpoint -> value.
         """
         if not self._writes:
             return {}
@@ -99,17 +105,17 @@ class ParameterFiles:
         }
 
     def among(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters among tensors, by the names that they have in the checkpoint."""
+        """Keep only the tensors whose names are those of parameters of the checkpoint."""
         return (one for one in tensors if one[0] in self._checkpoint.weights.shapes)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write tensors by the names that they have in the checkpoint."""
+        """Write tensors under their names in the checkpoint."""
         if self._copy is not None and self._writes:
             for name, tensor in tensors:
                 self._copy.write(name, tensor)
 
     def copy_rest(self) -> None:
-        """Write what has not been written yet as it is in the checkpoint."""
+        """Copy every tensor that has not been written yet from the checkpoint."""
         if self._copy is None:
             return
         for name in self._copy.missing:
@@ -128,7 +134,7 @@ class ParameterFiles:
         return self._copy is not None and self._copy.writes
 
     def _own_dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype if it is read and written in the same one of 32 bits or less."""
+        """The stored dtype if it is written in the same and has at most 32 bits; else float32."""
         dtype = self._dtype(name)
         same = dtype == self._checkpoint.weights.dtypes[name]
         return dtype if same and dtype.itemsize <= torch.float32.itemsize else torch.float32

@@ -1,11 +1,13 @@
-"""Forward passes that stop where they reach a layer.
+"""Forward passes that stop when they reach a layer.
 
-A layer's statistics are wanted when all layers before it are final. So the pass of every batch
-stops there, and the layer is pruned. Where there is memory for it, passes wait there and go on
-afterwards, so that nothing is computed twice: each such pass has a greenlet, which keeps its calls
-as they are while others run, so the code of a block needs to know nothing of it. One runs at a
-time, in one thread: results do not depend on timing. Elsewhere a pass is broken off and the next
-one starts at the block's input, which takes longer, gives the same numbers, and needs no greenlets.
+The statistics of a layer are collected when all layers before it are final. So the forward pass of
+every batch stops at that layer, and the layer is pruned.
+
+If there is enough memory, the passes wait there and continue afterwards, so that nothing is
+computed twice. Each waiting pass has a greenlet, which keeps its call stack while others run, so
+the code of a block needs no change. One greenlet runs at a time, in one thread, so results do not
+depend on timing. Otherwise a pass is aborted, and the next one starts at the block's input: that
+takes longer, gives the same numbers, and needs no greenlets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,28 +20,28 @@ from thanos_deploy.model.linear import entrance
 
 
 def can_wait() -> bool:
-    """The package greenlet is there, without which every pass starts at the block's input."""
+    """Whether the package greenlet is installed; without it, every pass starts at the input."""
     return find_spec("greenlet") is not None
 
 
 class Pass:
-    """One forward pass on its way through a block, which can wait in it."""
+    """A forward pass through a block that can wait at a layer."""
 
     def __init__(self, forward: Callable[[], Tensor]) -> None:
         """Prepare a pass; nothing runs yet."""
-        from greenlet import greenlet  # only here, so that nothing else needs it
+        from greenlet import greenlet  # optional dependency
 
         self._greenlet = greenlet(forward)
 
     def until(self, block: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-        """Go on as far as the last of some layers, none of which has been passed, and wait there.
+        """Continue to the last of some layers, and wait before it runs.
 
         Args:
-            block: what the pass runs through.
-            names: layers of it, in the order in which the pass reaches them.
+            block: the block of the pass.
+            names: layers of it that the pass has not reached yet, in the order of the pass.
 
         Returns:
-            layer name -> [tokens, cols], what it reads.
+            layer name -> [tokens, cols], its input.
         """
         inputs: dict[str, Tensor] = {}
         with recorded(block, names, inputs, at_last=self._wait):
@@ -47,7 +49,7 @@ class Pass:
         return inputs
 
     def finish(self) -> Tensor:
-        """Go on to the end; what leaves the block."""
+        """Continue to the end, and return the output of the block."""
         hidden: Tensor = self._greenlet.switch()
         return hidden
 
@@ -56,13 +58,13 @@ class Pass:
 
 
 class _ReachedError(Exception):
-    """Ends a pass that has reached what it was started for."""
+    """Aborts a pass at the last layer that it was started for."""
 
 
 def inputs_until(
     forward: Callable[[], Tensor], block: nn.Module, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Run a block as far as the last of some layers, and break off.
+    """Run a block up to the last of some layers, and abort the pass there.
 
     Args:
         forward: runs the block.
@@ -70,7 +72,7 @@ def inputs_until(
         names: layers of it, in the order in which a pass reaches them.
 
     Returns:
-        layer name -> [tokens, cols], what it reads.
+        layer name -> [tokens, cols], its input.
     """
     inputs: dict[str, Tensor] = {}
     with recorded(block, names, inputs, at_last=_break_off), suppress(_ReachedError):
@@ -94,13 +96,13 @@ def recorded(
     *,
     at_last: Callable[[], None] = _go_on,
 ) -> Iterator[None]:
-    """Keep what the named layers read while the block runs, [tokens, cols] each.
+    """Record the inputs of the named layers while the block runs.
 
     Args:
         block: where the layers are.
         names: the layers, in the order in which a pass reaches them.
-        inputs: where to keep it.
-        at_last: what to do at the last of them, before it runs.
+        inputs: filled with layer name -> [tokens, cols], its input.
+        at_last: called when the pass reaches the last layer, before that layer runs.
     """
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

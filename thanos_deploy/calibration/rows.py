@@ -1,32 +1,32 @@
-"""Rows of data sets as texts: what a row may hold, and how a conversation becomes a text.
+"""Rows of data sets as texts: the supported fields, and how a conversation becomes a text.
 
-A row is an object with fields. It has a text in the field that is named for it, or else, under the
-names that data sets have for them, a conversation (`messages`, or ShareGPT's `conversations`) or a
-`prompt` and its `completion`. A conversation is written by the model's own chat template.
+A row is an object with fields. Its text is in the field that the user names. If that is missing, it
+is a conversation (`messages`, or ShareGPT's `conversations`), or a `prompt` and its `completion`.
+A conversation becomes text through the model's own chat template.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# {"role": ..., "content": ...} for every message -> the text.
+# A chat template: maps the messages, {"role": ..., "content": ...} each, to the text.
 Template = Callable[[Sequence[Mapping[str, str]]], str]
 
 _MESSAGES = ("messages", "conversations")
 _PROMPT, _COMPLETION = "prompt", "completion"
 
-# What ShareGPT calls the roles.
+# ShareGPT's names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
 _JSON_TYPES = {bool: "a truth value", int: "a number", float: "a number", list: "a list"}
 
 
 class RowError(ValueError):
-    """A row that has no text; says what it has instead, and what to do.
+    """A row has no text.
 
     Attributes:
-        said: what the row has.
-        fix: what to do.
+        said: what the row has instead.
+        fix: what the user can do.
     """
 
     def __init__(self, said: str, fix: str) -> None:
@@ -35,15 +35,15 @@ class RowError(ValueError):
 
 
 def text_of(row: object, field: str, template: Template | None) -> str:
-    """The text of a row.
+    """Return the text of a row.
 
     Args:
-        row: what was read.
-        field: that holds the text, or a conversation.
-        template: of the model; None if it has none.
+        row: the decoded row, of any JSON type.
+        field: name of the field that holds the text, or a conversation.
+        template: the model's chat template; None if it has none.
 
     Raises:
-        RowError: it has none.
+        RowError: the row has no text.
     """
     if not isinstance(row, dict):
         raise RowError(
@@ -82,7 +82,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]], template: Template | No
 
 
 def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, str]:
-    """A message by the names that templates know."""
+    """Return a message with the field and role names that chat templates expect."""
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
@@ -105,7 +105,7 @@ def _text(field: str, value: object) -> str:
 
 
 def _no_text(value: object) -> str:
-    """What a field holds instead of a text, in words; empty if it is one."""
+    """Describe why a field's value is not a text, for a message; empty if it is one."""
     if value is None:
         return "is null, not a text"
     if not isinstance(value, str):

@@ -21,23 +21,25 @@ def segments(
 ) -> Tensor:
     """Cut a text into segments of equal length, without overlap.
 
-    Each begins as the tokenizer begins a text; see `frame`.
+    Each segment begins with the tokenizer's special tokens; see `frame`.
 
     Args:
-        text: the text, tokenized as a whole.
-        tokenizer: the model's.
-        count: how many segments to take.
-        length: tokens of each, with those that the tokenizer puts in front.
-        seed: for choosing segments from the whole text; None takes the first ones.
-        by_row: each is the beginning of a row that is long enough.
-        further: how many more to take, as far as there are more.
+        text: the text; tokenized as a whole, or by rows if `by_row` is set.
+        tokenizer: the model's tokenizer.
+        count: number of segments to take.
+        length: tokens in each segment, including the special tokens in front.
+        seed: seed for choosing segments from the whole text; None takes the first ones.
+        by_row: whether each segment is the beginning of a row that is long enough.
+        further: number of additional segments to take; fewer if the text has fewer.
 
     Returns:
-        int64[count, length], in the order of the text; and behind these the further ones, again in
-        that order. The first ones do not depend on how many follow.
+        int64[count + further, length], or fewer rows if the text has fewer further segments. The
+        first `count` segments are in the order of the text and do not depend on `further`; the
+        further ones follow, again in the order of the text.
 
     Raises:
-        CalibrationError: the text is too short, or a segment would be.
+        CalibrationError: the text has too few segments, or a segment would have no token of the
+            text.
     """
     every = every_segment(text, tokenizer, length=length, by_row=by_row)
     if len(every) < count and by_row:
@@ -64,7 +66,11 @@ def segments(
 def every_segment(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, length: int, by_row: bool = False
 ) -> Tensor:
-    """All the segments that `segments` picks from; int64[available, length]."""
+    """Return all segments of a text, from which `segments` chooses; int64[available, length].
+
+    Raises:
+        CalibrationError: a segment would have no token of the text.
+    """
     frame = frame_of(tokenizer)
     if length <= len(frame):
         raise CalibrationError(
@@ -90,7 +96,7 @@ def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def _encoded(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    # verbose=False: that the text as a whole is longer than the model's context is intended.
+    # verbose=False: no warning that the whole text is longer than the model's context.
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 

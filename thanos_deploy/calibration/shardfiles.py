@@ -1,4 +1,4 @@
-"""Tensors in a file for each shard, so that another number of ranks can go on with them."""
+"""Tensors in one file per shard, so that a run can resume with another number of ranks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from thanos_deploy.model.tensorfile import Kind, TensorFile
 
 
 class ShardFiles:
-    """What enters one block, of this rank's shards; read and written by the names of its tensors.
+    """The files with the hidden states that enter one block, for this rank's shards.
 
     Attributes:
-        files: one for each shard, in their order.
+        files: one for each shard, in the order of the shards.
     """
 
     def __init__(self, files: Mapping[int, TensorFile]) -> None:
@@ -23,13 +23,13 @@ class ShardFiles:
     def create(
         cls, folder: Path, index: int, kinds: Mapping[str, Kind], shards: Mapping[str, int]
     ) -> "ShardFiles":
-        """Begin the files; those that are there are overwritten.
+        """Create the files, and overwrite existing ones.
 
         Args:
-            folder: for them.
+            folder: where the files are.
             index: number of the block.
-            kinds: dtype and shape of each tensor.
-            shards: which tensors are this rank's, and in which shard each is.
+            kinds: maps the name of each tensor to its dtype and shape.
+            shards: maps the name of each tensor that belongs to this rank to its shard.
         """
         return cls(
             {
@@ -62,7 +62,7 @@ class ShardFiles:
 
 
 def remove(folder: Path, index: int, shards: Mapping[str, int]) -> None:
-    """Remove the files of a block if they are there; see `ShardFiles.create`."""
+    """Remove the files of a block, if they exist; for the arguments see `ShardFiles.create`."""
     for shard in set(shards.values()):
         _path(folder, index, shard).unlink(missing_ok=True)
 

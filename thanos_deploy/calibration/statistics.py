@@ -1,4 +1,4 @@
-"""What calibration keeps of the inputs of a linear layer: sums that can be added up."""
+"""Calibration statistics of a linear layer's input, as sums over tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from thanos_deploy.machine.precision import products_in
 from thanos_deploy.ranks.group import Ranks
 from thanos_deploy.ranks.sums import OrderedSum
 
-# Columns of a Gram matrix that are multiplied at once: few enough to spare most of what lies below
-# the diagonal, enough for the product to run at full speed.
+# Columns of a Gram matrix that are computed in one product: few enough to skip most of the lower
+# triangle, and enough for the product to run at full speed.
 _COLUMNS = 512
 
-# Of the calibration text, for each input of an expert's layer. With fewer, its Hessian has no
-# inverse but by damping, and what is fitted to few tokens harms all others: so nothing is fitted.
+# Calibration tokens that an expert's layer needs per input feature. With fewer, its Hessian is
+# singular without damping, and a fit to so few tokens harms all other tokens. So nothing is fitted.
 LEAST_TOKENS = 1
 
 
 def _runs(cols: int) -> list[tuple[int, int]]:
-    """Columns in runs of about as many as are multiplied at once: first, and one after the last."""
+    """Divide the columns into runs of about `_COLUMNS`; the start and stop of each."""
     count = max(1, cols // _COLUMNS)
     return [(cols * k // count, cols * (k + 1) // count) for k in range(count)]
 
@@ -33,12 +33,11 @@ class Statistics:
 
     Attributes:
         mass: the number of tokens, or the sum of their weights.
-        hessian: float32[cols, cols], the sum of x x^T over all tokens; complete below its diagonal
-            once `complete` has been called.
+        hessian: float32[cols, cols], the sum of x x^T over all tokens; its lower triangle is only
+            valid once `complete` has been called.
         total: float32[cols], the sum of x.
-        cross: float32[dense cols, cols], the sum of y x^T; None if the dense model was not asked
-            for.
-        dense_total: float32[dense cols], the sum of y; the same.
+        cross: float32[dense cols, cols], the sum of y x^T; None without the dense model.
+        dense_total: float32[dense cols], the sum of y; None without the dense model.
     """
 
     mass: float
@@ -51,7 +50,13 @@ class Statistics:
     def empty(
         cls, cols: int, dense_cols: int | None = None, *, device: torch.device = CPU
     ) -> "Statistics":
-        """Of no tokens, for inputs that are on a device."""
+        """Return the statistics of no tokens.
+
+        Args:
+            cols: number of input features of the layer.
+            dense_cols: number of its input features in the dense model; None without that model.
+            device: where the inputs are.
+        """
         zeros = partial(torch.zeros, device=device)
         return cls(
             mass=0.0,
@@ -62,8 +67,13 @@ class Statistics:
         )
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
-        """Count some tokens; float32 or bfloat16 [tokens, cols] each."""
-        # Products of bfloat16 numbers lose nothing where they are multiplied as such.
+        """Add some tokens.
+
+        Args:
+            x: float32 or bfloat16 [tokens, cols], the inputs.
+            y: [tokens, dense cols], the inputs in the dense model; None without that model.
+        """
+        # Factors that were bfloat16 already lose nothing if the product rounds them to bfloat16.
         with products_in(x.dtype):
             self._add(x.float(), None if y is None else y.float())
 
@@ -78,24 +88,24 @@ class Statistics:
             self.dense_total += y.sum(dim=0)
 
     def add_weighted(self, x: Tensor, weight: Tensor) -> None:
-        """Count some tokens, float32[tokens, cols], each with its weight, float32[tokens, 1]."""
+        """Add some tokens, float32[tokens, cols], each with its weight, float32[tokens, 1]."""
         self.mass += weight.sum().item()
         self._add_product(weight * x, x)
         self.total += (weight * x).sum(dim=0)
 
     def _add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add left^T right, which is symmetric, on and above the diagonal."""
+        """Add the upper triangle of left^T right, which is symmetric, to the Hessian."""
         for start, stop in _runs(right.shape[1]):
             self.hessian[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:])
 
     @property
     def _sums(self) -> list[Tensor]:
-        """Everything that is added up, but for the mass."""
+        """All sums except the mass."""
         found = (self.hessian, self.total, self.cross, self.dense_total)
         return [tensor for tensor in found if tensor is not None]
 
     def complete(self) -> None:
-        """Fill in what is below the diagonal of the Hessian, when all tokens have been counted."""
+        """Fill in the lower triangle of the Hessian, after the last token has been added."""
         for start, stop in _runs(len(self.hessian)):
             block = self.hessian[start:stop, start:stop]
             block.copy_(block.triu() + block.triu(1).T)
@@ -103,9 +113,9 @@ class Statistics:
 
     @property
     def too_few(self) -> str:
-        """Why nothing can be fitted to so few tokens; empty if something can.
+        """Why there are too few tokens to fit a weight to, as text; empty if there are enough.
 
-        Only the tokens that a router sends to an expert can be so few.
+        This concerns the layers of experts, which see only the tokens that the router sends them.
         """
         tokens, inputs = int(self.mass), len(self.hessian)
         if not tokens:
@@ -121,7 +131,10 @@ class Statistics:
         return ""
 
     def centred(self) -> "Statistics":
-        """The same around the means: what is left for a weight to explain beside a free bias."""
+        """Return a copy whose products of x and y are taken around their means.
+
+        A layer with a free bias is fitted with these, because the bias takes up the means.
+        """
         cross = self.cross
         if cross is not None:
             assert self.dense_total is not None
@@ -132,25 +145,25 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class _Masses:
-    """What one rank counted in its turns; see `Statistics.mass`.
+    """The masses that one rank counted; see `Statistics.mass`.
 
     Attributes:
-        by_name: of each layer, turn after turn.
+        by_name: maps the name of each layer to its mass in each of the rank's turns.
     """
 
     by_name: Mapping[str, tuple[float, ...]]
 
 
 class ShardSums:
-    """Statistics of layers, summed shard by shard in one order, whichever rank counts a shard."""
+    """Statistics of layers, summed in the order of the shards, whichever rank has a shard."""
 
     def __init__(self, ranks: Ranks, shards: int, names: Sequence[str]) -> None:
         """Begin with no shard.
 
         Args:
-            ranks: those that count.
-            shards: how many there are.
-            names: of the layers, in the order of the result.
+            ranks: the ranks among which the shards are divided.
+            shards: number of shards.
+            names: names of the layers, in the order of the result.
         """
         self._ranks, self._names = ranks, names
         self._order = OrderedSum(ranks, shards)
@@ -164,7 +177,7 @@ class ShardSums:
         return [self._order.mine(turn) for turn in range(self._order.turns)]
 
     def add(self, part: Mapping[str, Statistics]) -> None:
-        """Add what this rank counted in the next turn; nothing where it had no shard."""
+        """Add the statistics of this rank's shard in the next turn; empty if it had no shard."""
         counted = bool(part)
         if counted:
             self._latest = dict(part)
@@ -178,7 +191,7 @@ class ShardSums:
             self._sums[name].add(statistics._sums)
 
     def finish(self) -> dict[str, Statistics]:
-        """The statistics of all shards, on every rank."""
+        """Return the statistics of all shards, by layer name, on every rank."""
         self._latest = {}
         by_rank = self._ranks.gather(_Masses(self._masses))
         finished = {}

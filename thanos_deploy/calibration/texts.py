@@ -1,8 +1,8 @@
-"""Texts to calibrate and to judge on: the built-in one, and files.
+"""Texts for calibration and evaluation: the built-in text, and files.
 
-The suffix of a file says how it is read, in capital letters or not, and `.gz` behind it that it is
-compressed. What has no text to be read as it stands is refused, so that nothing is calibrated on
-the syntax of a format. What rows may hold, `rows` says.
+The suffix of a file, in upper or lower case, selects the reader; a further `.gz` means that the
+file is compressed. Formats other than plain text and rows are refused, so that no model is
+calibrated on the syntax of a file format. `rows` describes what a row may contain.
 """
 
 import gzip
@@ -19,10 +19,10 @@ from thanos_deploy.errors import CalibrationError, PlatformError, boundary
 
 BUILTIN = "builtin"
 
-# Between two rows.
+# Separates two rows in the joined text.
 _JOIN = "\n\n"
 
-# Every so many-th topic of the built-in text is kept for evaluation.
+# One in this many topics of the built-in text is held out for evaluation.
 _HELD_OUT_EVERY = 4
 
 
@@ -31,9 +31,9 @@ class Text:
     """A text and where it came from, for messages and for the manifest.
 
     Attributes:
-        origin: where it came from.
-        content: all of it; rows are joined by blank lines.
-        rows: those of a data set; none where the text has none.
+        origin: name of the file, data set or built-in text.
+        content: the whole text; rows are joined by blank lines.
+        rows: the texts of its rows; empty for a text without rows.
     """
 
     origin: str
@@ -42,10 +42,10 @@ class Text:
 
     @classmethod
     def of_rows(cls, origin: str, rows: Iterable[str]) -> "Text":
-        """The text of a data set.
+        """Join the rows of a data set to a text.
 
         Raises:
-            CalibrationError: there is nothing in it.
+            CalibrationError: all rows are blank.
         """
         rows = tuple(rows)
         content = _JOIN.join(rows)
@@ -54,10 +54,10 @@ class Text:
         return cls(origin, content, rows)
 
     def sample(self, count: int, seed: int) -> "Text":
-        """Some of its rows, in an order that the seed decides.
+        """Return a text of `count` of its rows, chosen and ordered by the seed.
 
         Raises:
-            CalibrationError: it has fewer.
+            CalibrationError: it has fewer rows.
         """
         if len(self.rows) < count:
             raise CalibrationError(
@@ -69,18 +69,21 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """Hash of the text itself."""
+        """SHA-256 of the content, as hexadecimal digits."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
 def builtin_text(*, held_out: bool = False) -> Text:
-    """The language reference that every CPython carries, so that nothing has to be downloaded.
+    """Return the Python language reference that comes with CPython, so that nothing is downloaded.
 
-    Its topics overlap, so every paragraph is used once, in the first topic (by name) that has it;
-    one topic in four is held out for evaluation. The calibration part and the held-out part
-    have no paragraph in common.
+    Its topics overlap, so every paragraph is used once, in the first topic (by name) that has it.
+    One topic in four is held out for evaluation. The calibration part and the held-out part have no
+    paragraph in common.
 
     Source: `pydoc_data.topics` of the Python standard library.
+
+    Args:
+        held_out: whether to return the held-out part; if not, the calibration part.
     """
     from pydoc_data.topics import topics
 
@@ -95,7 +98,7 @@ def builtin_text(*, held_out: bool = False) -> Text:
     return Text(f"{BUILTIN} ({'held-out' if held_out else 'calibration'} part)", "\n\n".join(parts))
 
 
-# Files that are nothing but text; with one JSON object in every line; with a list of them; tables.
+# Suffixes of plain text, of one JSON object per line, of a JSON list of objects, and of tables.
 _PLAIN = ("", ".txt", ".text", ".md", ".rst", ".raw")
 _LINES = (".jsonl", ".ndjson")
 _LIST = (".json",)
@@ -106,7 +109,7 @@ _TABLE = "write its texts to a .jsonl, one JSON object per line with the text in
 _ARCHIVE = "unpack it; a .txt or .jsonl may be compressed with gzip"
 _DOCUMENT = "write the text alone to a .txt"
 
-# Other suffixes: what such a file is, and what to do.
+# Suffixes that are refused: what such a file is, and what the user can do.
 _OTHERS = {
     **dict.fromkeys((".csv", ".tsv", ".xlsx"), ("a table", _TABLE)),
     **dict.fromkeys((".arrow", ".feather"), ("a binary table", _TABLE)),
@@ -118,7 +121,7 @@ _OTHERS = {
     ),
 }
 
-# What a file begins with that is no UTF-8 text, whatever its name says.
+# First bytes of files that are not UTF-8 text: what such a file is, and what the user can do.
 _BEGINNINGS = (
     (b"\x1f\x8b", "gzip data", "let its name end with .gz"),
     (b"PAR1", "a Parquet table", "let its name end with .parquet"),
@@ -136,19 +139,19 @@ _BEGINNINGS = (
 
 
 def read_text(path: Path, *, text_field: str = "text", template: Template | None = None) -> Text:
-    """A text file as it is, or the rows of a data set, joined by blank lines.
+    """Read a plain text file as it is, or the rows of a data set, joined by blank lines.
 
-    Rows are those of JSON Lines, of a list in JSON, or of Parquet; see `rows` for what they hold. A
+    Rows are read from JSON Lines, from a JSON list, or from Parquet; see `rows` for their fields. A
     byte order mark at the beginning is not part of the text.
 
     Args:
         path: the file.
-        text_field: of a row, that holds its text.
-        template: of the model, for conversations; None if it has none.
+        text_field: name of the field of a row that holds its text.
+        template: the model's chat template, for conversations; None if it has none.
 
     Raises:
-        CalibrationError: the file is missing or empty, of a kind that is not read, not UTF-8, or
-            has a row without a text.
+        CalibrationError: the file is missing, empty or not UTF-8, its format is not supported, or
+            a row has no text.
         PlatformError: the package that reads Parquet is not installed.
     """
     kind = _kind(path)
@@ -170,14 +173,14 @@ def read_text(path: Path, *, text_field: str = "text", template: Template | None
 def texts_of(
     found: Iterable[tuple[str, object]], text_field: str, template: Template | None
 ) -> Iterator[str]:
-    """The text of every row.
+    """Yield the text of every row.
 
     Args:
-        found: where each row is, in words, and what it holds.
+        found: for each row its place, as text for messages, and its decoded content.
         text_field, template: see `read_text`.
 
     Raises:
-        CalibrationError: a row has none.
+        CalibrationError: a row has no text.
     """
     for place, row in found:
         try:
@@ -187,19 +190,20 @@ def texts_of(
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how to read a file; that before `.gz` if it is compressed."""
+    """Return the suffix that selects the reader, in lower case and without a final `.gz`."""
     name = Path(path.name.lower())
     return Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
 
 
 def _bytes(path: Path) -> bytes:
-    """The content of a file of a kind that is read, decompressed.
+    """Return the content of a file in a supported format, decompressed.
 
     Raises:
-        CalibrationError: it is missing, of another kind, or not the gzip data it is called.
+        CalibrationError: the file is missing or in another format, or is called `.gz` and is not
+            gzip data.
     """
     try:
-        path.stat()  # a file that is missing is that above all
+        path.stat()  # first, so that a missing file is reported as missing
         kind = _kind(path)
         if kind not in _READ and not path.is_dir():
             what, fix = _OTHERS.get(
@@ -228,10 +232,10 @@ def _bytes(path: Path) -> bytes:
 
 
 def _decoded(path: Path, content: bytes) -> str:
-    """UTF-8 text, without its byte order mark.
+    """Decode UTF-8 text, without its byte order mark.
 
     Raises:
-        CalibrationError: it is something else.
+        CalibrationError: the content is not UTF-8 text.
     """
     for beginning, what, fix in _BEGINNINGS:
         if content.startswith(beginning):
@@ -251,7 +255,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _lines(path: Path, content: str) -> Iterator[tuple[str, object]]:
-    # Not splitlines: texts may hold U+2028, U+0085 and others that it takes for ends of lines.
+    # Not splitlines: it also splits at U+2028, U+0085 and others, which texts may contain.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip(" \t\r"):
             continue

@@ -1,18 +1,18 @@
-"""Tune a block as a whole: a few steps of all its layers, towards the dense block.
+"""Tune a block as a whole: a few gradient steps on all its layers, towards the dense block.
 
-Layers are pruned or quantised one at a time, each with the best update that one layer can have.
-What that leaves is what layers can do for each other: here all of them move together, so that what
-leaves the block comes nearer to what leaves it in the dense model. What a step changes of a layer
-is up to its `Learner`: here the weights that pruning has kept, where zeros stay zero.
+Layers are pruned or quantised one at a time, each with the best update for that layer alone. Here
+all layers change together, so that they can compensate for each other and the output of the block
+comes nearer to that of the dense block. A `Learner` decides what the steps change in a layer; the
+one in this module, `Kept`, changes the weights that pruning has kept, and zeros stay zero.
 
-Every token counts by its error relative to its size, |z - t|^2 / |t|^2 with t what leaves the dense
-block, because the norm that follows divides by it. Adam takes each step on another part of the
-calibration data; its rate falls linearly to 0. A block whose error is not less afterwards is put
-back to what it was.
+The loss of a token is its relative error |z - t|^2 / |t|^2, with z the output of the block and t
+that of the dense block, because the next norm divides by the size of t. Adam takes each step on
+another part of the calibration data, with a learning rate that falls linearly to 0. If the error of
+a block is not lower afterwards, the block is restored.
 
-The sequences of a step are cut into parts, the same for every number of ranks. A rank that has none
-of them gets its part from the rank that has; their gradients are added up in one order, and every
-rank takes the step for some of the weights.
+The sequences of a step are cut into parts, in the same way for every number of ranks. The rank that
+has the batch sends the other ranks their parts. The gradients of the parts are summed in one fixed
+order, and every rank updates some of the weights.
 
 Source of the idea: Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv
 2402.12419.
@@ -34,14 +34,15 @@ from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.spread import even
 from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
-# Tokens that a step looks at; a segment at least.
+# Tokens of one step; a step uses at least one segment.
 TOKENS_PER_STEP = 1024
 
-# Parts of a step, if it looks at so many sequences.
+# Parts into which the sequences of a step are cut; fewer if the step has fewer sequences.
 _PARTS = 4
 
-# Of the weights that pruning has kept, a fraction of their root mean square, so that it fits models
-# of any scale. Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see benchmarks/LOG.md.
+# Learning rate, as a fraction of the root mean square of a layer's kept weights, so that it suits
+# models of any scale. Chosen on held-out C4 documents with SmolLM2-135M at 2:4; see
+# benchmarks/LOG.md.
 _RATE = 1e-2
 _BETAS = (0.9, 0.95)
 
@@ -51,8 +52,8 @@ class Learned:
     """Numbers that Adam changes, in place.
 
     Attributes:
-        values: float32.
-        rate: the first step's.
+        values: float32, the numbers.
+        rate: learning rate of the first step.
     """
 
     values: Tensor
@@ -60,34 +61,34 @@ class Learned:
 
 
 class Learner(Protocol):
-    """A layer's weight while its block is tuned, as a function of what steps change."""
+    """A layer's weight while its block is tuned, as a function of learned numbers."""
 
     @property
     def learned(self) -> Sequence[Learned]:
-        """What steps change, the same tensors every time."""
+        """The numbers that the optimiser changes; the same tensors at every call."""
         ...
 
     def receive(self, gradient: Tensor) -> None:
-        """Give everything that is learned its gradient.
+        """Set the gradients of the learned numbers; called by all ranks.
 
         Args:
-            gradient: float32, this rank's run of the gradient by the weight as the layer stores it;
-                see `run_of`. All ranks receive theirs at once.
+            gradient: float32, this rank's run of the gradient with respect to the weight as the
+                layer stores it; see `run_of`.
         """
         ...
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """[outputs, inputs], what the layer multiplies by now, on all ranks."""
+        """Return the layer's current weight, [outputs, inputs]; called by all ranks."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What tuning a block did.
+    """The effect of tuning a block.
 
     Attributes:
-        before, after: the mean over the tokens that were judged of |z - t|^2 / |t|^2. Where it is
-            not less afterwards, the block is as it was before.
+        before, after: mean of |z - t|^2 / |t|^2 over the tokens on which the error is measured,
+            before and after the steps. If it is not lower afterwards, the block was restored.
     """
 
     before: float
@@ -95,20 +96,20 @@ class Tuned:
 
     @property
     def better(self) -> bool:
-        """The block is tuned; written so that NaN is not better."""
+        """Whether the steps lowered the error; False if it is NaN."""
         return self.after < self.before
 
 
 def tune(visit: Visit, linears: Collection[str], steps: int) -> Tuned | None:
-    """Tune the kept weights of a block, in place, when all of its layers have been pruned.
+    """Tune the kept weights of a block, in place, after all of its layers have been pruned.
 
     Args:
-        visit: the block; its dense copy is run to the end.
-        linears: names of the layers, seen from the block.
-        steps: how many steps.
+        visit: the block; the data of the dense model is run to the end of its copy of the block.
+        linears: names of the layers, relative to the block.
+        steps: number of steps.
 
     Returns:
-        what that did; None if no weight is left.
+        the errors before and after; None if every weight is zero.
 
     Raises:
         ModelError: a value does not fit the dtype in which it is stored.
@@ -119,18 +120,18 @@ def tune(visit: Visit, linears: Collection[str], steps: int) -> Tuned | None:
 
 
 class Kept:
-    """The weights of a layer that are not zero; each rank takes the steps for a run of them."""
+    """The non-zero weights of a layer, as a `Learner`; each rank updates a run of the entries."""
 
     def __init__(self, linear: nn.Module) -> None:
         """Begin with the weight as it is.
 
         Args:
-            linear: the layer, of which one weight at least is not zero.
+            linear: the layer; at least one of its weights is not zero.
         """
         self._linear = linear
         weight = linear.get_parameter("weight").float()
         self._shape = weight.shape
-        # A copy, as the layer has to stay as it is until the end.
+        # A copy, because the layer itself must not change until the steps are done.
         self._run = run_of(current(), weight).clone()
         self._kept = self._run != 0
         self.learned = (Learned(self._run, _RATE * _root_mean_square(weight)),)
@@ -146,12 +147,15 @@ class Kept:
 
 
 def learn(visit: Visit, learners: Mapping[str, Learner], steps: int) -> Tuned:
-    """Take steps for some layers of a block together, and write what they have become.
+    """Take steps on some layers of a block together, and write the tuned weights.
 
     Args:
-        visit: the block; its dense copy is run to the end.
-        learners: by the names of the layers, seen from the block; one at least.
-        steps: how many steps.
+        visit: the block; the data of the dense model is run to the end of its copy of the block.
+        learners: maps the name of each layer, relative to the block, to its learner; at least one.
+        steps: number of steps.
+
+    Returns:
+        the errors before and after; if the error is not lower, the old weights were written.
 
     Raises:
         ModelError: a value does not fit the dtype in which it is stored.
@@ -160,7 +164,7 @@ def learn(visit: Visit, learners: Mapping[str, Learner], steps: int) -> Tuned:
     assert dense is not None
     advance(dense)
     for batch in walk.batches:
-        batch.paused = None  # what waits in the block has passed layers that change now
+        batch.paused = None  # a waiting pass has run layers that change now
     modules = [walk.block.get_submodule(name) for name in learners]
     running = [module.get_parameter("weight") for module in modules]
     learned = [one for learner in learners.values() for one in learner.learned]
@@ -178,7 +182,8 @@ def learn(visit: Visit, learners: Mapping[str, Learner], steps: int) -> Tuned:
             into.copy_(learner.weight(into.dtype))
 
     walk.block.requires_grad_(False)
-    # In another dtype it is a copy of the block that runs, and the block stays as it is meanwhile.
+    # The old weights, to restore. If blocks run in another dtype, a copy of the block runs, and the
+    # block itself still has them.
     begun = [
         matrix(visit.block.get_submodule(name)).clone() if walk.block is visit.block else None
         for name in learners
@@ -208,13 +213,13 @@ def learn(visit: Visit, learners: Mapping[str, Learner], steps: int) -> Tuned:
 
 @dataclass(frozen=True, slots=True)
 class _Errors:
-    """What a rank says of a block: the mean error of the first sequence of each of its batches."""
+    """One rank's message: the mean error of the first sequence of each of its batches."""
 
     of_batches: tuple[float, ...]
 
 
 def _error(visit: Visit, dense: Walk) -> float:
-    """The mean over tokens of the first sequence of every batch; the same on all ranks."""
+    """The mean error over the tokens of every batch's first sequence; the same on all ranks."""
     own: list[float] = []
     for number in visit.walk.own:
         batch, one = visit.walk.batches[number], slice(0, 1)
@@ -224,11 +229,11 @@ def _error(visit: Visit, dense: Walk) -> float:
         relative = _relative(left, dense.batches[number].left[one])
         own.append(relative.double().mean().item())
     every = [error for said in current().gather(_Errors(tuple(own))) for error in said.of_batches]
-    return math.fsum(every) / len(every)  # whose last bit no order of terms changes
+    return math.fsum(every) / len(every)  # exact, so the order of the ranks does not matter
 
 
 def _relative(left: Tensor, target: Tensor) -> Tensor:
-    """[sequences, tokens], |z - t|^2 / |t|^2 of what leaves a block and what should."""
+    """|z - t|^2 / |t|^2 of every token, [sequences, tokens], with z `left` and t `target`."""
     target = target.float()
     error = (left.float() - target).square().sum(dim=-1)
     return error / target.square().sum(dim=-1).clamp(min=1e-30)
@@ -237,14 +242,14 @@ def _relative(left: Tensor, target: Tensor) -> Tensor:
 def _gradients(
     visit: Visit, dense: Walk, number: int, rows: slice, running: Sequence[Tensor]
 ) -> list[Tensor]:
-    """This rank's run of the gradient of a step's loss by each weight; float32.
+    """Return this rank's run of the gradient of a step's loss, for each weight; float32.
 
     Args:
         visit: the block.
         dense: the data that has left the dense block.
-        number: of a batch.
-        rows: some of its sequences.
-        running: the weights.
+        number: number of the batch.
+        rows: the sequences of the batch that the step uses.
+        running: the weights of the block that runs.
     """
     ranks, batch, beside = current(), visit.walk.batches[number], dense.batches[number]
     first, stop, _ = rows.indices(batch.shape[0])
@@ -275,14 +280,14 @@ def _handed_over(
     turn: int,
     holder: int,
 ) -> tuple[Tensor, Tensor] | None:
-    """What enters the block and what should leave it of this rank's part in a turn.
+    """Return the input and the target output of this rank's part in a turn; None without a part.
 
-    The rank that has the batch gives the others theirs.
+    The rank that has the batch sends the other ranks their parts.
 
     Args:
-        batch: that all parts are of.
-        whole: the same of the batch; None on ranks that do not have it.
-        parts: the sequences of each.
+        batch: the batch.
+        whole: input and target output of the whole batch; None on ranks that do not have it.
+        parts: the sequences of each part.
         turn: see `OrderedSum`.
         holder: the rank that has the batch.
     """
@@ -305,7 +310,7 @@ def _handed_over(
 
 
 def _parts(batches: Sequence[BlockInputs], steps: int) -> Iterator[tuple[int, slice]]:
-    """For every step the number of a batch and some of its sequences, from all over the data."""
+    """Yield the batch number and the sequences of every step, spread over all of the data."""
     parts = []
     for number, batch in enumerate(batches):
         count, length, _ = batch.shape
@@ -317,5 +322,5 @@ def _parts(batches: Sequence[BlockInputs], steps: int) -> Iterator[tuple[int, sl
 
 
 def _root_mean_square(weight: Tensor) -> float:
-    """Of the entries that are not zero; of which there is one at least."""
+    """Root mean square of the non-zero entries, of which there must be at least one."""
     return float((weight.square().sum() / weight.count_nonzero()).sqrt())

@@ -1,4 +1,4 @@
-"""One block on the walk through a model, to be changed in place, and where its time goes."""
+"""One block during a walk through a model, to be changed in place, and the time spent on it."""
 
 import time
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Clock:
 
     Attributes:
         seconds: activity -> seconds.
-        device: where the work is done, which is waited for.
+        device: where the work runs; `measure` synchronises with it.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Clock:
 
     @contextmanager
     def measure(self, activity: str) -> Iterator[None]:
-        """Add the time until the end of the `with` statement."""
+        """Add the time of the body of the `with` statement to an activity."""
         started = time.perf_counter()
         yield
         devices.wait(self.device)
@@ -40,28 +40,27 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One block on the walk, to be changed in place.
+    """One block during a walk, to be changed in place.
 
     Attributes:
-        index: its number.
+        index: number of the block.
         structure: its linear layers.
-        block: its weights: in float32 where it runs in that; else, as no value of theirs would be
-            another one, in the dtype in which they are stored if that is also the one in which they
-            will be written.
-        walk: the calibration data that enters it, at a copy of the block if that runs in another
-            dtype than these.
-        dense: the same data in the dense model, at its own copy of the block; None if that was not
-            asked for.
-        dtypes: name of each of its parameters -> the dtype in which it will be written.
-        can_wait: forward passes may wait inside the block; see `sizes.can_wait`.
-        clock: where its time went; the walk adds "forward" and "journal" when it goes on to the
-            next block.
-        untouched: names of parameters that are to be written as they are in the checkpoint, to the
-            last bit.
-        tuned_in: what factors of products are rounded to while it is tuned; None for the dtype in
-            which it runs.
-        beside: tensors that the journal keeps with the block's parameters; on the host, by names
-            that no parameter has.
+        block: the block, with its weights. They are float32 if blocks run in float32. Otherwise a
+            weight keeps its stored dtype if it will be written in the same one, which loses
+            nothing, and is float32 if not.
+        walk: the calibration data at this block; its `block` is a copy in the dtype in which blocks
+            run, if that differs from the dtype of any weight.
+        dense: the same data in the dense model, with its own copy of the block; None if it was not
+            requested.
+        dtypes: maps the name of each parameter to the dtype in which it will be written.
+        can_wait: whether forward passes may wait inside the block; see `sizes.can_wait`.
+        clock: time by activity; the walk adds "forward" and "journal" when it goes on to the next
+            block.
+        untouched: names of parameters to copy from the checkpoint bit by bit.
+        tuned_in: dtype to which the factors of matrix products are rounded while the block is
+            tuned; None for the dtype in which it runs.
+        beside: further tensors for the journal to keep with the block's parameters; on the host,
+            under names that no parameter has.
     """
 
     index: int
@@ -78,12 +77,12 @@ class Visit:
 
     @property
     def prefix(self) -> str:
-        """What its parameters' full names begin with."""
+        """Prefix of the full names of the block's parameters."""
         return self.structure.prefix
 
     @property
     def walks(self) -> list[Walk]:
-        """The data on its ways through the block and, if it was asked for, the dense one."""
+        """The walk of the pruned model and, if there is one, that of the dense model."""
         return [self.walk] if self.dense is None else [self.walk, self.dense]
 
     @property
@@ -92,18 +91,18 @@ class Visit:
         return self.clock.device
 
     def write(self, linear: str, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Give a linear layer another matrix of the same shape, here and in the block that runs.
+        """Replace the weight of a linear layer, here and in the block that runs.
 
         Args:
-            linear: its name, seen from the block.
-            weight: [outputs, inputs], or some of its rows.
-            rows: which.
+            linear: name of the layer, relative to the block.
+            weight: [outputs, inputs] of the same shape as before, or some of its rows.
+            rows: which rows `weight` has.
 
         Returns:
-            [outputs, inputs], the values that will be stored; a view of the layer's own rows.
+            [outputs, inputs], these rows as they will be stored; a view of the layer's weight.
 
         Raises:
-            ModelError: a value does not fit the dtype.
+            ModelError: a value does not fit the dtype in which the weight is stored.
         """
         own = matrix(self.block.get_submodule(linear))[rows]
         own.copy_(self.stored(f"{linear}.weight", weight))
@@ -112,7 +111,7 @@ class Visit:
         return own
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter's new value as it will be written; see `rounding.rounded`.
+        """Round a parameter's new value to the dtype in which it is written; see `rounded`.
 
         Raises:
             ModelError: a value does not fit the dtype.

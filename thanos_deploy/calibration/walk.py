@@ -1,10 +1,11 @@
 """Walk a checkpoint block by block with calibration data, one block's weights in memory at a time.
 
-A GPU, if there is one, holds that block, what is made of it, the batch that passes, and the next
-block, which is read meanwhile. The file of weights and the embeddings stay with the host, and so
-does the data between two blocks unless the GPU has plenty of memory.
+A GPU, if there is one, holds the current block, its copies and the tensors computed for it, the
+batch that passes it, and the next block, which is read meanwhile. The checkpoint and the embeddings
+stay on the host, and so do the hidden states between two blocks unless the GPU has enough memory.
 
-Each block sees the data as the blocks before it, changed or not, pass it on.
+The hidden states that enter a block are the outputs of the blocks before it, as those are now,
+changed or not.
 """
 
 import math
@@ -56,23 +57,23 @@ def visit_blocks(
     hold: Place = "auto",
     on_progress: OnProgress = silent,
 ) -> list[R]:
-    """Work on every block in order; what is done to it counts for the blocks after it.
+    """Call `work` on every block in order; later blocks see the outputs of the changed ones.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        work: what to do to a block; returns the report on it.
-        copy: where to write every block once it has been worked on, and at the end all that lies
-            outside the blocks, unchanged; None to write nothing.
-        further: int64[count, length], tokens that blocks are only tuned on; None for none.
-        tuned_in: see `Visit`; the further tokens pass blocks in it as well.
-        with_dense: run the data through the unchanged blocks as well.
+        work: processes a block, in place, and returns the report on it.
+        copy: where to write every processed block, and at the end, unchanged, everything outside
+            the blocks; None to write nothing.
+        further: int64[count, length], tokens that are used for tuning only; None for none.
+        tuned_in: see `Visit`; the further tokens pass the blocks in this dtype as well.
+        with_dense: whether to run the data through the unchanged blocks as well.
         forward: the dtype in which blocks run, float32 or bfloat16.
-        journal: where to keep every finished block and its report; blocks that it has already are
-            not worked on again.
-        device: where blocks are while they are worked on.
-        hold: where the data between two blocks is; see `activations.holder`.
-        on_progress: told of every finished block.
+        journal: where to keep every finished block and its report; the blocks that it already has
+            are not processed again.
+        device: where a block is while it is processed.
+        hold: where the hidden states between two blocks are; see `activations.holder`.
+        on_progress: called after every finished block.
 
     Returns:
         the report on each block, in order.
@@ -99,7 +100,7 @@ def visit_blocks(
         hold=hold,
     ):
         reports.append(work(visit))
-        if journal is not None:  # so that at most one block is lost of those that are told
+        if journal is not None:  # so that a kill loses at most one of the blocks reported as done
             journal.finish()
         on_progress(len(reports), count)
     return reports
@@ -116,7 +117,7 @@ def visits(
     device: torch.device = CPU,
     hold: Place = "auto",
 ) -> Iterator[Visit]:
-    """The visits of `visit_blocks`, for who may stop before the last block and writes nothing.
+    """Yield the visits of `visit_blocks`, for callers that may stop early and write nothing.
 
     Args and Raises: see `visit_blocks`.
     """
@@ -150,10 +151,11 @@ def _visits(
     device: torch.device,
     hold: Place,
 ) -> Iterator[Visit]:
-    """Visit every block in order that is not in the journal yet.
+    """Yield a visit to every block that is not in the journal yet, in order.
 
     Args:
-        reports: with a journal, it has a report on every block once its visit has ended.
+        reports: with a journal, the caller's list, to which it adds the report on a block before it
+            asks for the next visit.
         checkpoint, segments, copy, further, tuned_in, with_dense, forward, journal, device, hold:
             see `visit_blocks`.
     """
@@ -247,10 +249,13 @@ def _enter(
     hold: Place,
     filed: bool,
 ) -> tuple[Activations, dict[str, list[BlockInputs]]]:
-    """The calibration data before a block, and its batches on their ways through the models.
+    """Prepare the calibration data before a block.
 
-    What enters a block that is not the first one is in the folder. If nobody goes on from there,
-    files are written only of what is not held in memory.
+    For a block other than the first one, the hidden states are read from the files in `folder`.
+    With `filed` False, files are written only if the hidden states are not held in memory.
+
+    Returns:
+        the activations, and for each model, "pruned" and perhaps "dense", its batches.
     """
     further = segments[:0] if further is None else further
     count, length = segments.shape
@@ -307,14 +312,14 @@ def _leave(
     journal: Journal[R] | None,
     reports: Sequence[R],
 ) -> None:
-    """Take the data through a block that has been visited, write the block, and let go of it.
+    """Run the data through a block that has been visited, write the block, and free its memory.
 
     Args:
         visit: the block.
-        files: where it goes.
-        activations: what is to enter the next block; None if there is none.
-        journal: where to keep it as well.
-        reports: with a journal, on every block as far as this one.
+        files: where to write the block.
+        activations: the hidden states to pass on; None after the last block.
+        journal: where to keep the block as well.
+        reports: with a journal, the reports on all blocks up to this one.
     """
     leaving: Sequence[TensorFile] = ()
     with visit.clock.measure("forward"):

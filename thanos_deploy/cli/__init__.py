@@ -1,10 +1,10 @@
-"""The command `thanos-deploy`: each subcommand parses, calls one function of `stages`, prints.
+"""The command `thanos-deploy`: each subcommand parses its options, calls the API and prints.
 
-A subcommand is one file here with a `command`; a new file is a new subcommand. A file whose name
-begins with an underscore is part of others.
+Every module of this package that defines `command` is a subcommand; a new module is a new
+subcommand. Modules whose names begin with an underscore are shared by the subcommands.
 
-Results go to standard output, progress and errors to standard error. What is heavy is imported by
-the subcommand that needs it, so that `--help` answers at once.
+Results go to standard output, progress and errors to standard error. Heavy libraries are imported
+by the subcommand that needs them, so that `--help` answers at once.
 """
 
 import os
@@ -24,32 +24,35 @@ from thanos_deploy.errors import DeployError, of_system
 
 INTERRUPTED = 130
 
-# What a shell shows of a command that SIGPIPE ends.
+# The exit code that a shell shows for a command that SIGPIPE ended.
 UNREAD = 141
 
 
 class _UnreadError(Exception):
-    """Nobody reads the standard output any more, as after `| head`."""
+    """Standard output is a pipe whose reader has closed it, as `| head` does."""
 
 
 class _Commands(click.Group):
-    """The subcommands."""
+    """The group of all subcommands."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run one; click would end the program with exit code 1 where nobody reads."""
+        """Run a subcommand and flush its output.
+
+        A closed output pipe is raised as `_UnreadError`; click would exit with code 1.
+        """
         try:
             done = super().invoke(ctx)
-            if sys.stdout is not None:  # as after `>&-`
+            if sys.stdout is not None:  # it is None after `>&-`
                 sys.stdout.flush()
         except BrokenPipeError as error:
             if not _is_read(sys.stdout.fileno()):
                 raise _UnreadError from error
-            raise  # another pipe's
+            raise  # from another pipe
         return done
 
 
 def _is_read(descriptor: int) -> bool:
-    """Whether what is written to a file descriptor has a reader; only a pipe can lose it."""
+    """Whether a file descriptor still has a reader; only a pipe can lose its reader."""
     watched = select.poll()
     watched.register(descriptor, 0)
     return not any(event & select.POLLERR for _, event in watched.poll(0))
@@ -80,7 +83,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what its encoding lacks is escaped
+        if isinstance(stream, TextIOWrapper):  # escape characters that its encoding lacks
             stream.reconfigure(errors="backslashreplace")
     sys.exit(_run())
 
@@ -96,7 +99,7 @@ def _run() -> int:
     except DeployError as error:
         return _fail(error)
     except _UnreadError:
-        # Or the interpreter would complain of what it cannot write at its end.
+        # Otherwise the interpreter would report an error when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except (KeyboardInterrupt, click.Abort):

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of layers that stay dense under a budget."""
+"""The table that shows in a terminal which layers stay dense under a budget."""
 
 from math import isnan
 
@@ -9,7 +9,7 @@ from thanos_deploy.pruning.budget import HEADS, Choices, bought, cells
 
 
 def show_choices(choices: Choices) -> None:
-    """Print what was decided about each group of layers, kind by kind, and what that brings."""
+    """Print the decisions about the groups of layers, by kind of layer, and what they save."""
     table = Table(title="What pruning each group of layers saves and changes")
     for name in HEADS:
         table.add_column(name, overflow="fold")

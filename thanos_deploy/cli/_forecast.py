@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of a forecast."""
+"""Tables and sentences that show a forecast in a terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from thanos_deploy.pruning.budget import joined
 
 
 def show_forecast(forecast: Forecast, *, layers: bool) -> None:
-    """Print a forecast and what it means; with every layer if asked for."""
+    """Print a forecast and its verdict, and the time of every layer if `layers` is true."""
     console = Console()
     names = list(forecast.block_parameters)
     title = (
@@ -90,7 +90,10 @@ def _forecast_cell(time: Seconds | Layer, dense: float) -> str:
 
 
 def _savings_table(forecast: Forecast, name: str) -> Table:
-    """What pruning the layers that read one input saves of each pass, in all blocks together."""
+    """Return the time that pruning each group of layers saves in each pass, over all blocks.
+
+    A group is the layers that read the same input.
+    """
     passes = {
         f"{phase}, batch {step.batch}": found
         for step in forecast.passes

@@ -1,4 +1,4 @@
-"""What subcommands share: options, the requests made from them, and the frame that they run in.
+"""Shared by the subcommands: options, their conversion to arguments of the API, and the session.
 
 The options of pruning are in `thanos_deploy.cli._pruning`.
 """
@@ -43,7 +43,7 @@ session_options = several(
         "-v", "--verbose", is_flag=True, help="Also log details, such as the error of every block."
     ),
 )
-# How a terminal is used, which is nothing to the Python API.
+# Options that concern the terminal or the process, and not the Python API.
 _SESSION = ("offline", "as_json", "quiet", "verbose", "processes")
 
 common_options = several(
@@ -69,7 +69,11 @@ device_option = with_default(PruneRequest, "device")
 
 
 def evaluation_options(*, short: bool = False) -> Callable[[F], F]:
-    """Options for the evaluation text and its length, with short names too if `short`."""
+    """Return the options for the evaluation text and its length.
+
+    Args:
+        short: add short names, such as --text for --eval-text.
+    """
 
     def names(name: str) -> list[str]:
         return [f"--eval-{name}", *([f"--{name}", name] if short else [])]
@@ -137,10 +141,11 @@ benchmark_options = several(
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the Python API that a command was given.
+    """Return the options that were given as keyword arguments for the Python API.
 
     Args:
-        options: of the command, called as there; what was not given is None or empty.
+        options: all options of the command, by the names of the API's arguments; an option that
+            was not given is None or empty.
     """
     return {
         name: _flat(value)
@@ -150,7 +155,7 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(value: Any) -> Any:
-    """One tuple of what an option gave that takes several numbers and may be given often."""
+    """Join the values of an option that takes a list of numbers and may be repeated."""
     if isinstance(value, tuple) and isinstance(value[0], tuple):
         return tuple(chain(*value))
     return value
@@ -158,9 +163,9 @@ def _flat(value: Any) -> Any:
 
 @contextmanager
 def session(options: dict[str, Any]) -> "Iterator[Announce]":
-    """What every command that works needs: quiet libraries, logging, progress."""
+    """Set up offline mode, processes, logging and progress for the work of a command."""
     if options["offline"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
     spread_over(options.get("processes"))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     level = logging.INFO if options["verbose"] else logging.WARNING
@@ -171,7 +176,7 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
 
 
 def told(announce: "Announce") -> "Progress":
-    """Progress as the Python API tells it, shown by what is announced to."""
+    """Return a progress callback for the Python API that shows progress through `announce`."""
     under_way: dict[str, OnProgress] = {}
 
     def progress(title: str, done: int, total: int) -> None:
@@ -183,7 +188,7 @@ def told(announce: "Announce") -> "Progress":
 
 
 def emit(options: dict[str, Any], value: Shown, show: "Callable[[Shown], None]") -> None:
-    """Print a record, or what is JSON already, for people or as JSON."""
+    """Print a result with `show`, or as JSON if --json was given."""
     if options["as_json"]:
         click.echo(json.dumps(encode(value), indent=2, allow_nan=False))
     else:

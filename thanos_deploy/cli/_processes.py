@@ -1,4 +1,4 @@
-"""Several processes for one command."""
+"""Run one command in several processes."""
 
 import sys
 
@@ -17,10 +17,13 @@ processes_option = click.option(
 
 
 def spread_over(processes: int | None) -> None:
-    """Run this command in several processes, if that is asked for and this is none of them.
+    """Run this command in several processes, unless this process is already one of them.
+
+    Args:
+        processes: number of processes; None if the user did not give one.
 
     Raises:
-        click.exceptions.Exit: they have done it; with their exit code.
+        click.exceptions.Exit: the processes that were started have ended; with their exit code.
         UsageError: torchrun has started another number of processes.
         DeployError: see `launch.launch`.
     """
@@ -43,7 +46,7 @@ def spread_over(processes: int | None) -> None:
 
 
 def speaks() -> bool:
-    """This process may print: it is the only one, or the first of several."""
+    """Whether this process may print: it is the only one, or the first of several."""
     from thanos_deploy.ranks.start import follows
 
     return not follows()

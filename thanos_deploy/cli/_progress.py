@@ -1,7 +1,4 @@
-"""What a person at a terminal sees while a command works: progress, notes, errors.
-
-All of it goes to standard error.
-"""
+"""Progress, notes and errors of a command, on standard error."""
 
 import logging
 import sys
@@ -22,7 +19,7 @@ from rich.progress import (
 
 from thanos_deploy.progress import OnProgress, silent
 
-# Without a terminal, a line at most so often.
+# Least time in seconds between two lines of progress where there is no terminal.
 _SECONDS_BETWEEN_LINES = 10.0
 
 _errors = Console(stderr=True)
@@ -40,14 +37,14 @@ def quiet_libraries() -> None:
 
 
 class Announcer:
-    """Shows the tasks one after the other, each with a bar and its remaining time."""
+    """Shows the progress of tasks: as bars with the remaining time, as lines, or not at all."""
 
     def __init__(self, bars: Progress | None, *, quiet: bool) -> None:
         self._bars = bars
         self._quiet = quiet
 
     def __call__(self, title: str) -> OnProgress:
-        """Start a piece of work; see `progress.Announce`."""
+        """Start a task and return its progress callback; see `progress.Announce`."""
         if self._quiet:
             return silent
         return self._lines(title) if self._bars is None else self._bar(self._bars, title)
@@ -78,7 +75,7 @@ class Announcer:
 
 @contextmanager
 def announcer(*, quiet: bool) -> Iterator[Announcer]:
-    """Progress on standard error: bars on a terminal, else a line now and then."""
+    """Show progress on standard error: as bars in a terminal, else as a line now and then."""
     if quiet or not _errors.is_terminal:
         yield Announcer(None, quiet=quiet)
         return

@@ -1,6 +1,6 @@
-"""The options of pruning, made from the dataclasses that declare them, and the request they make.
+"""The options of pruning, made from the dataclasses that declare them.
 
-An option of a method stands in the method's file and nowhere else; see `thanos_deploy.methods`.
+The options of a pruning method are declared in the method's file only; see `thanos_deploy.methods`.
 """
 
 import click

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of pruning: what was done, or what a dry run would do."""
+"""Tables that show a finished pruning or a dry run of one in a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def show_pruned(result: PruneResult) -> None:
-    """Print what was pruned; of a shrunk model with the widths of its blocks."""
+    """Print the result of pruning; for a shrunk model also the widths of its blocks."""
     if result.choices is not None:
         show_choices(result.choices)
     if result.widths is not None:
@@ -39,7 +39,7 @@ def show_pruned(result: PruneResult) -> None:
 
 
 def _of_pruned(result: PruneResult) -> Iterator[tuple[str, str]]:
-    """Names and values, in the order in which they are printed."""
+    """Yield names and values, in the order in which they are printed."""
     if result.layers is not None and result.weights is not None:
         yield "linear layers", f"{result.layers}, with {result.weights:,} weights"
     if result.sparsity is not None:
@@ -84,7 +84,7 @@ def _of_pruned(result: PruneResult) -> Iterator[tuple[str, str]]:
 
 
 def _of_parts(parts: PartBytes) -> Iterator[tuple[str, str]]:
-    """Sizes of the two models, in all and by part."""
+    """Yield the sizes of the dense and the pruned model, in total and by part."""
     whole = sum(parts.dense.values()), sum(parts.pruned.values())
     sizes = {"weights": whole} | {
         f"  {name}": (parts.dense[name], pruned) for name, pruned in parts.pruned.items()
@@ -108,7 +108,7 @@ def _listed(patterns: Mapping[str, int]) -> str:
 
 
 def show_plan(plan: "DryRun") -> None:
-    """Print what would be pruned; for a shrunk model with the widths of its blocks."""
+    """Print a dry run of pruning; for a shrunk model also the widths of its blocks."""
     estimate = plan.estimate
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in estimate.seconds.items())
     values = encode(replace(plan, widths=None, choices=None)) | {

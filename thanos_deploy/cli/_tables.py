@@ -1,6 +1,6 @@
-"""What a person at a terminal sees of a result: tables and sentences on standard output.
+"""Tables and sentences that show results in a terminal, on standard output.
 
-It brings numpy, so commands import it when they have something to show.
+This module imports numpy, so commands import it only when they have something to show.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,11 @@ _STYLES = {"PASS": "green", "FAIL": "bold red", "SKIP": "dim"}
 
 
 def show_report(report: Report) -> None:
-    """Print a report's figures; of one model its verdict and texts too, of several the headline."""
+    """Print the figures and notices of a report.
+
+    A report on one model is printed with its verdict and sample texts, a report on several models
+    with its headline.
+    """
     console = Console()
     for model in report.models:
         console.print(_figures(model))
@@ -77,7 +81,7 @@ def _figures(model: ModelReport) -> Table:
 
 
 def show_bench(run: JudgedRun) -> None:
-    """Print a run of bench as one table, what it was measured on, its status and its gates."""
+    """Print a benchmark run as a table, with its machine, its status and its gates."""
     console = Console()
     table = Table(
         title=f"run {run.run}: {run.rounds} rounds in turns, {run.provider}",
@@ -106,7 +110,7 @@ def show_bench(run: JudgedRun) -> None:
 
 
 def _add_metric(table: Table, scenario: ScenarioTimes, metric: str, *, indent: str) -> None:
-    """A row for every model."""
+    """Add a row for every model with its times in one metric."""
     for number, (label, times) in enumerate(scenario.results.items()):
         measured, ratio = times.metrics[metric], times.ratio.get(metric)
         in_seconds = measured.unit == "s"
@@ -125,11 +129,11 @@ def _add_metric(table: Table, scenario: ScenarioTimes, metric: str, *, indent: s
 
 
 def _add_memory(table: Table, run: Run, figure: str) -> None:
-    """A row for every model."""
+    """Add a row for every model with one of its sizes; none if a model lacks it."""
     per_token = figure == "cache"
     name = "cache_bytes_per_token" if per_token else f"{figure.replace(' ', '_')}_bytes"
     sizes = {label: getattr(subject, name) for label, subject in run.subjects.items()}
-    if None in sizes.values():  # of a GPU that is not there, or a system that does not say
+    if None in sizes.values():  # there is no GPU, or the system does not report it
         return
     title = "kv cache, kB/token" if per_token else f"{figure}, MB"
     for number, (label, size) in enumerate(sizes.items()):
@@ -143,7 +147,7 @@ def _add_memory(table: Table, run: Run, figure: str) -> None:
 
 
 def _circumstances(run: Run) -> Iterator[str]:
-    """What a run was measured on, and what its ceilings are made from."""
+    """Yield lines about the machine of a run and about the peak rates behind its ceilings."""
     environment, machine = run.environment, run.machine
     yield (
         f"threads: {environment.threads} on {environment.cores} cores of "
@@ -180,7 +184,7 @@ def _circumstances(run: Run) -> Iterator[str]:
 
 
 def show_table(table: target.Table) -> None:
-    """Print what a target says of its export."""
+    """Print the table that a target makes of its export."""
     shown = Table(title=table.title or None, show_header=bool(table.columns))
     for name in table.columns:
         shown.add_column(name)
@@ -190,7 +194,7 @@ def show_table(table: target.Table) -> None:
 
 
 def show_checks(checks: Sequence[Check]) -> None:
-    """Print a check list, and below it what to do about what failed or was skipped."""
+    """Print a table of checks, and below it how to fix those that failed or were skipped."""
     table = Table(show_edge=False)
     for name in ("", "check", "seen"):
         table.add_column(name, overflow="fold")
@@ -204,7 +208,7 @@ def show_checks(checks: Sequence[Check]) -> None:
 
 
 def show_layers(engines: Mapping[str, Sequence[LayerProof]]) -> None:
-    """Print what became of every linear layer in every engine."""
+    """Print the verdict on every linear layer in every engine."""
     for name, layers in engines.items():
         table = Table(title=name)
         for column in ("layer", "shape", "2:4", "verdict", "why", "in the engine"):
@@ -253,7 +257,7 @@ def show_quality(
 
 
 def _show_text(columns: Mapping[str, TextQuality]) -> None:
-    """A column for each model; of what is a comparison, only in that of the pruned one."""
+    """Print a column for each model; comparisons are in the column of the pruned model only."""
     first = next(iter(columns.values()))
     where = f"{first.text}: {first.segments} segments of {first.length} tokens"
     table = Table("", *columns, title=where)

@@ -1,4 +1,4 @@
-"""The options of `export` and `prune-export`, made from what the targets say of themselves."""
+"""The options of `export` and `prune-export`, made from the declarations of the targets."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_origin
@@ -15,10 +15,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
-    """`--target`, and every option that a target has.
+    """Return a decorator that adds `--target` and the options of all targets.
 
     Args:
-        leave_out: names of fields whose flags the command uses for something else.
+        leave_out: names of option fields whose flags the command uses for something else.
     """
     takers: dict[str, list[Target[Any, Any]]] = {}
     for target in targets.every():
@@ -37,7 +37,7 @@ def target_options(*, leave_out: Sequence[str] = ()) -> Callable[[F], F]:
 
 
 def summaries() -> str:
-    """The targets for --help, one line each."""
+    """Return one line for each target, for --help."""
     every = targets.every()
     width = max(len(target.name) for target in every)
     return "\n".join(
@@ -55,7 +55,7 @@ def _option(name: str, takers: Sequence[Target[Any, Any]]) -> Callable[[F], F]:
 
 
 def _type(option: Option, takers: Sequence[Target[Any, Any]]) -> Any:
-    """How the values of an option are read: from its type, and dtypes from the targets."""
+    """Return the click type of an option; the choices of dtype are those of its targets."""
     if option.name == "dtype":
         return click.Choice(list(dict.fromkeys(one for each in takers for one in each.dtypes)))
     if option.choices:

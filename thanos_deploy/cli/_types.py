@@ -1,4 +1,4 @@
-"""What values of options may be, and options made from the fields that declare them."""
+"""Parameter types of the options, and options made from the fields that declare them."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -21,7 +21,7 @@ class PatternType(click.ParamType[pattern.Pattern]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> pattern.Pattern:
-        """Read the spelling; a bad one is a usage error."""
+        """Parse a pattern; a bad spelling is a usage error."""
         if not isinstance(value, str):
             return value  # type: ignore[no-any-return]  # click may hand over a converted value
         try:
@@ -31,14 +31,14 @@ class PatternType(click.ParamType[pattern.Pattern]):
 
 
 class CountsType(click.ParamType[tuple[int, ...]]):
-    """A list of positive whole numbers, separated by commas."""
+    """A list of positive integers, separated by commas."""
 
     name = "N[,N...]"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """Read the numbers; anything else is a usage error."""
+        """Parse the numbers; anything else is a usage error."""
         if not isinstance(value, str):
             return value  # type: ignore[no-any-return]  # click may hand over a converted value
         numbers = value.split(",")
@@ -48,15 +48,15 @@ class CountsType(click.ParamType[tuple[int, ...]]):
 
 
 def several(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Join several option decorators into one; `--help` shows them in this order."""
+    """Join option decorators into one; `--help` shows their options in this order."""
     return lambda command: reduce(lambda inner, wrap: wrap(inner), reversed(decorators), command)
 
 
 def with_default(cls: type, field: str) -> Callable[[F], F]:
-    """The option of one field of a dataclass; where it is not given, it has its default.
+    """Return the option of one field of a dataclass, with the default of the field.
 
     Args:
-        cls: the dataclass.
+        cls: dataclass that declares the option.
         field: name of the field.
     """
     (one,) = (one for one in options_of(cls) if one.name == field)
@@ -71,11 +71,12 @@ def with_default(cls: type, field: str) -> Callable[[F], F]:
 
 
 def if_given(cls: type, *, default: str | None = None) -> Callable[[F], F]:
-    """The options of a dataclass; those that are not given are None, or empty where many may be.
+    """Return the options of a dataclass; see `unset` for the value of an option not given.
 
     Args:
-        cls: the dataclass.
-        default: what they are then, in words; None for the default of each field.
+        cls: dataclass that declares the options.
+        default: text for --help that describes the default of all options; None for the default
+            of each field.
     """
     return several(
         *(unset(one, one.declared.help, default or _said(one.default)) for one in options_of(cls))
@@ -83,12 +84,12 @@ def if_given(cls: type, *, default: str | None = None) -> Callable[[F], F]:
 
 
 def unset(one: Option, help: str, default: str | None) -> Callable[[F], F]:
-    """An option that is None where it is not given, or empty where many may be given.
+    """Return an option whose value is None, or an empty tuple if it takes many, unless given.
 
     Args:
-        one: the option.
-        help: what it means.
-        default: what it is then, in words; None to say nothing of it.
+        one: declaration of the option.
+        help: its help text.
+        default: text for --help that describes the default; None for no such text.
     """
     said = one.declared
     many = get_origin(one.kind) is tuple
@@ -104,12 +105,12 @@ def unset(one: Option, help: str, default: str | None) -> Callable[[F], F]:
 
 
 def _said(default: object) -> str | None:
-    """A default in words, unless it is none."""
+    """Return a default as text; None if the option has no default."""
     return None if default in (None, (), "") else str(default)
 
 
 def _type(one: Option) -> click.ParamType[Any] | type:
-    """What click reads an option with."""
+    """Return the click type of an option, with its choices or its range."""
     said = one.declared
     if one.choices:
         return click.Choice(one.choices)

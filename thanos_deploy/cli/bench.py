@@ -17,7 +17,7 @@ from thanos_deploy.cli._options import (
 )
 from thanos_deploy.cli._types import several
 
-# In the order in which they are shown.
+# In the order in which --help shows them.
 _KINDS = ("prefill", "decode", "generate", "open-loop")
 
 _run_options = several(

@@ -1,4 +1,4 @@
-"""`thanos-deploy doctor`: what each target needs, and whether this machine has it."""
+"""`thanos-deploy doctor`: check whether this machine has what each target needs."""
 
 from pathlib import Path
 from typing import Any

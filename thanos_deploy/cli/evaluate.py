@@ -1,4 +1,4 @@
-"""`thanos-deploy eval`: perplexity and tasks, dense and pruned, in PyTorch and as exported."""
+"""`thanos-deploy eval`: measure perplexity or task scores of a checkpoint or an exported graph."""
 
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO

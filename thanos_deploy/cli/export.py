@@ -1,4 +1,4 @@
-"""`thanos-deploy export`: the pruned model of a bundle, for one target."""
+"""`thanos-deploy export`: export the pruned model of a bundle for one target."""
 
 import os
 from pathlib import Path

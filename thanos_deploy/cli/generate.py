@@ -1,4 +1,4 @@
-"""`thanos-deploy generate`: text from the exported model."""
+"""`thanos-deploy generate`: generate text with the exported model."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`thanos-deploy gpu-check`: test on this GPU what the project says about GPUs."""
+"""`thanos-deploy gpu-check`: test this project's claims about GPUs on this GPU."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,9 +48,9 @@ def command(
     """Check on this GPU whether kernels and engines compute correctly, and how fast they are.
 
     Packages, drivers and GPUs are checked first. Then these steps run, each in a process of its
-    own: card, peaks, correctness, gemm, model, pruning and tensorrt-models, which need no bundle,
-    and ort-cuda, tensorrt and ort-tensorrt, which do. A table shows PASS, FAIL or SKIP and the
-    reason for each step. The figures are written as JSON row by row, so a step that fails keeps
+    own: card, peaks, correctness, gemm, model, pruning, walk and tensorrt-models, which need no
+    bundle, and ort-cuda, tensorrt and ort-tensorrt, which do. A table shows PASS, FAIL or SKIP and
+    the reason for each step. The figures are written as JSON row by row, so a step that fails keeps
     what it has measured.
 
     Exit codes: 4 nothing could run, 6 something failed.

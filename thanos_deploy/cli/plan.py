@@ -21,14 +21,14 @@ from thanos_deploy.pattern import parse
 
 
 class Integers(click.ParamType[tuple[int, ...]]):
-    """Positive whole numbers with commas between them."""
+    """A list of positive integers, separated by commas."""
 
     name = "integers"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """Read them; anything else is a usage error."""
+        """Parse the numbers; anything else is a usage error."""
         if isinstance(value, tuple):
             return value
         try:

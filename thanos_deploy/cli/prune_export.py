@@ -1,4 +1,4 @@
-"""`thanos-deploy prune-export`: every stage, from a dense model to its report."""
+"""`thanos-deploy prune-export`: run every stage, from a dense model to its report."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ from thanos_deploy.cli._targets import target_options
 @model_argument
 @out_option
 @pruning_options
-@target_options(leave_out=("dtype", "batch"))  # of the checkpoint, and of what is timed
+@target_options(leave_out=("dtype", "batch"))  # here --dtype is the checkpoint's, --batch bench's
 @evaluation_options()
 @benchmark_options
 @revision_option
@@ -54,7 +54,7 @@ def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
         if chosen.gpu and not dry_run:
             for check in preflight.of_target(chosen):
                 if check.outcome != "PASS":
-                    # Said before minutes of work; the engine is the last of it.
+                    # Printed before minutes of work, because the engine is built last.
                     _progress.show_note(
                         f"{check.name}: {check.detail}; all stages before the engine are still run"
                     )

@@ -1,4 +1,4 @@
-"""`thanos-deploy report`: one page about a bundle, or about several side by side."""
+"""`thanos-deploy report`: write a report on a bundle, or on several side by side."""
 
 from pathlib import Path
 

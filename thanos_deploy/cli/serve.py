@@ -252,7 +252,7 @@ def command(
 
 
 def _reread(keys: "Keys", file: Path) -> None:
-    """Take the keys that are in the file now; those from before stay if it cannot be read."""
+    """Read the file of API keys again; the old keys stay if it cannot be read."""
     from runtime.server.access import read_keys
 
     log = logging.getLogger(__name__)

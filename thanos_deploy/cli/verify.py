@@ -1,4 +1,4 @@
-"""`thanos-deploy verify`: check everything that a bundle says about itself."""
+"""`thanos-deploy verify`: check a bundle's files against its records."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from thanos_deploy.cli._options import (
 
 
 class Fraction(click.ParamType[float]):
-    """A fraction, written as such or in per cent."""
+    """A fraction between 0 and 1, or a percentage."""
 
     name = "fraction"
 

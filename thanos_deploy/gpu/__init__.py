@@ -1,4 +1,5 @@
-"""NVIDIA GPUs: which are there, what they do while they work, and what was measured on them.
+"""NVIDIA GPUs: those of this machine, their state during a run, and records of measurements.
 
-Anybody may call it. It needs no PyTorch and no GPU; `thanos_deploy.gpu_check` is what measures.
+Every package may import it. It needs neither PyTorch nor a GPU. The measurements themselves are
+made by `thanos_deploy.gpu_check`.
 """

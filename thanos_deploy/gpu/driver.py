@@ -1,7 +1,8 @@
 """The NVIDIA GPUs of this machine, from the driver. Standard library only.
 
-Installed libraries say nothing about a GPU: ONNX Runtime lists its CUDA provider, and ORT-GenAI
-says that CUDA is available, on machines that have neither. So the driver itself is asked.
+Installed libraries do not show whether there is a GPU. On machines without GPU and driver, ONNX
+Runtime lists its CUDA provider, and ORT-GenAI says that CUDA is available. So this module asks the
+driver itself.
 """
 
 import ctypes
@@ -22,13 +23,13 @@ SPARSE_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU that can be used.
+    """One GPU that is visible to this process.
 
     Attributes:
-        name: as the driver calls it.
+        name: product name, from the driver.
         capability: compute capability, major and minor.
-        memory_bytes: all of its memory.
-        uuid: of this very one, such as "123e4567-e89b-12d3-a456-426614174000".
+        memory_bytes: total memory.
+        uuid: UUID of this device, such as "123e4567-e89b-12d3-a456-426614174000".
     """
 
     name: str
@@ -43,18 +44,19 @@ class Gpu:
 
     @property
     def has_sparse_tensor_cores(self) -> bool:
-        """2:4 can be faster here."""
+        """Whether the GPU has tensor cores for 2:4 sparsity."""
         return self.capability >= SPARSE_CAPABILITY
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What the driver says.
+    """The NVIDIA driver and the GPUs that it shows.
 
     Attributes:
-        cuda: the newest CUDA that it takes, such as "13.0"; None without a driver.
+        cuda: the newest CUDA version that the driver supports, such as "13.0"; None without a
+            driver.
         gpus: the GPUs that are visible to this process (CUDA_VISIBLE_DEVICES counts).
-        problem: why there is none; empty if there is one.
+        problem: why there is no GPU; empty if there is one.
     """
 
     cuda: str | None
@@ -64,7 +66,7 @@ class Driver:
 
 @cache
 def probe() -> Driver:
-    """Ask the driver, once."""
+    """Query the driver; the answer is cached for the life of the process."""
     try:
         cuda = ctypes.CDLL(_DRIVER)
     except OSError:
@@ -80,10 +82,10 @@ def probe() -> Driver:
 
 
 def require() -> Gpu:
-    """The first GPU.
+    """Return the first GPU.
 
     Raises:
-        PlatformError: there is none.
+        PlatformError: there is no GPU.
     """
     found = probe()
     if not found.gpus:

@@ -1,11 +1,11 @@
-"""The published figures of each pattern on GPUs, and the sentences about them.
+"""The published GPU figures of each pattern, and the sentences about them.
 
-The products among them also replace the roofline in `plan`.
+`plan` also uses the measured matrix products, in place of the roofline.
 
-The figures are worked out from the records of benchmarks/results/gpu; `python -m
-benchmarks.gpu_figures` writes them to figures.json beside this file, which is installed with
-the package. So a sentence about a GPU is that of a file, or "not measured (no GPU)". Standard
-library only.
+`python -m benchmarks.gpu_figures` computes the figures from the records in benchmarks/results/gpu
+and writes them to figures.json beside this file, which is installed with the package. So every
+sentence about a GPU is based on a record, or it says "not measured (no GPU)". Standard library
+only.
 """
 
 import json
@@ -26,16 +26,16 @@ FILE = "figures.json"
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass of a pruned model beside the same pass of the dense one, each with its best engine.
+    """One prefill or decode step of a pruned and of the dense model, each with its fastest engine.
 
     Attributes:
         model: "2:4", "structured" or "structured, 2:4".
         dtype: "fp16" or "bf16".
-        phase, batch, tokens: as of `rows.ModelRow`.
-        parameters: of the dense model.
-        removed: fraction of them that was cut out.
-        dense_engine, engine: backend and variant that were fastest.
-        dense_seconds, seconds: median of one pass.
+        phase, batch, tokens: see `rows.ModelRow`.
+        parameters: number of parameters of the dense model.
+        removed: fraction of these parameters that was cut out.
+        dense_engine, engine: fastest backend and variant for each model.
+        dense_seconds, seconds: median time of one pass of each model.
     """
 
     model: str
@@ -52,12 +52,12 @@ class Pass:
 
     @property
     def name(self) -> str:
-        """What was timed, as benchmarks call it."""
+        """Name of the pass, as in benchmarks: "decode-1x512"."""
         return f"{self.phase}-{self.batch}x{self.tokens}"
 
     @property
     def speed(self) -> float:
-        """How many times as fast as the dense model."""
+        """Speed relative to the dense model."""
         return self.dense_seconds / self.seconds
 
 
@@ -67,10 +67,10 @@ class Product:
 
     Attributes:
         dtype: "fp16" or "bf16".
-        tokens, outputs, inputs: the sizes.
-        dense_seconds: median of the dense product.
-        kernel: the fastest for 2:4.
-        seconds: its median.
+        tokens, outputs, inputs: sizes of the product.
+        dense_seconds: median time of the dense product.
+        kernel: the fastest kernel for the 2:4 weight.
+        seconds: median time of that kernel.
     """
 
     dtype: str
@@ -83,18 +83,18 @@ class Product:
 
     @property
     def speed(self) -> float:
-        """How many times as fast as the dense product."""
+        """Speed relative to the dense product."""
         return self.dense_seconds / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """One layer, pruned to 2:4 by Thanos.
+    """Time that Thanos takes to prune one layer to 2:4.
 
     Attributes:
-        preset: whose options were used.
-        outputs, inputs: of the layer.
-        seconds: of the solver.
+        preset: preset whose options were used.
+        outputs, inputs: rows and columns of the layer's weight.
+        seconds: time of the solver.
     """
 
     preset: str
@@ -105,17 +105,17 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one run showed of whole models, of matrix products, and of pruning.
+    """Figures of one run: passes of whole models, matrix products, and pruning.
 
     Attributes:
         card: name of the GPU.
-        date, command: when and how it was measured.
-        reasons: why the times are not to be trusted; empty for a valid run.
-        passes: those that were timed with the dense model too.
-        products: likewise.
-        layers: that were pruned.
-        gram_seconds: of a Hessian, for each token and squared number of inputs; None if none was
-            summed up.
+        date, command: date of the run, and the command that made it.
+        reasons: why the times are not to be trusted; empty for a VALID run.
+        passes: passes of pruned models for which the dense model was timed too.
+        products: matrix products for which the dense kernel was timed too.
+        layers: times of pruning single layers.
+        gram_seconds: time of accumulating a Hessian, divided by the number of tokens and by the
+            square of the number of inputs; None if it was not measured.
     """
 
     card: str
@@ -129,7 +129,7 @@ class Figures:
 
 
 def figures(records: Records) -> Figures | None:
-    """What a run showed; None for a rehearsal, and for a run that did not come to its card."""
+    """Compute the figures of a run; None for a rehearsal or a run that does not name its GPU."""
     card = records.card
     if card is None or records.status == "REHEARSAL":
         return None
@@ -175,7 +175,7 @@ def figures(records: Records) -> Figures | None:
 
 
 def _products(records: Records) -> Iterator[Product]:
-    """The dense product and the fastest kernel for every weight and number of tokens."""
+    """Yield the dense and the fastest other product for every weight and number of tokens."""
     times = (
         KernelTime(row.dtype, row.kernel, row.tokens, row.outputs, row.inputs, row.median)
         for row in records.of(GemmRow)
@@ -195,24 +195,24 @@ def _products(records: Records) -> Iterator[Product]:
 
 
 def to_json(runs: Sequence[Figures]) -> str:
-    """The content of the published file."""
+    """Return the content of figures.json."""
     return json.dumps([encode(run) for run in runs], indent=1) + "\n"
 
 
 def from_json(text: str) -> tuple[Figures, ...]:
-    """What `to_json` wrote."""
+    """Read what `to_json` wrote."""
     return tuple(decode(Figures, run) for run in loads(text))
 
 
 @cache
 def published() -> tuple[Figures, ...]:
-    """The figures of this version of the package, newest run first."""
+    """Return the figures that are installed with this package, newest run first."""
     text = resources.files("thanos_deploy.gpu").joinpath(FILE).read_text(encoding="utf-8")
     return tuple(sorted(from_json(text), key=lambda run: run.date, reverse=True))
 
 
 def measured_as(pattern: Pattern) -> str | None:
-    """The model among the figures that a pattern makes; None for one that no GPU speeds up."""
+    """Return the model in the figures that has a pattern; None if no model in them has it."""
     match pattern:
         case SemiStructured(2, 4):
             return "2:4"
@@ -222,11 +222,11 @@ def measured_as(pattern: Pattern) -> str | None:
 
 
 def sentences(pattern: Pattern, *, card: str | None = None) -> Iterator[str]:
-    """What was measured of a pattern, a sentence for each run; none if nothing was.
+    """Yield a sentence about a pattern for each run that measured it.
 
     Args:
-        pattern: of a pruned model.
-        card: on this GPU only; None for all.
+        pattern: pattern of a pruned model.
+        card: name of the only GPU to speak of; None for all.
     """
     model = measured_as(pattern)
     for run in published():
@@ -236,7 +236,7 @@ def sentences(pattern: Pattern, *, card: str | None = None) -> Iterator[str]:
 
 
 def on_gpu(pattern: Pattern) -> str:
-    """The published figures of a pattern, or that there are none."""
+    """Return the sentences about a pattern, or the statement that it was not measured."""
     return " ".join(sentences(pattern)) or f"On a GPU: {NOT_MEASURED}."
 
 

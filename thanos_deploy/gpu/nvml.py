@@ -1,4 +1,4 @@
-"""The state of a GPU while it works, from NVIDIA's management library."""
+"""The state of a GPU while it works, from NVIDIA's management library (NVML)."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -9,8 +9,8 @@ from thanos_deploy.gpu import driver as gpu
 
 NOT_MEASURED = "not measured (no GPU)"
 
-# Reasons to lower the clock that are no trouble: nothing to do, a clock that was asked for, and the
-# power limit of the card, at which it works whenever it has much to do.
+# Reasons for a lower clock that do not make a measurement invalid: an idle GPU, a clock that the
+# user has set, and the power limit of the card, which it always reaches under full load.
 _HARMLESS = (
     "GpuIdle",
     "ApplicationsClocksSetting",
@@ -20,23 +20,25 @@ _HARMLESS = (
     "All",
 )
 
-# Fraction of the last moments (up to a second) in which a kernel ran.
+# Largest utilisation before a run: the fraction of the last second or less in which a kernel ran.
 _MOST_BUSY = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A GPU at one moment.
+    """The state of a GPU at one moment.
 
     Attributes:
-        clock_hz: of its multiprocessors.
-        power_watts: that it draws; None where it does not say.
-        throttle_reasons: why its clock is lower than it could be.
-        memory_bytes: that processes hold on it, by process number.
-        processes: the numbers of all that compute on it. Those of another container, and in a
-            container with process numbers of its own all, are numbers of the host or left out.
-        used_bytes: of its memory, by everybody; None where it does not say.
-        busy: fraction of the last moments in which a kernel ran; None likewise.
+        clock_hz: clock of its multiprocessors.
+        power_watts: power draw; None where the GPU does not report it.
+        throttle_reasons: why its clock is lower than it could be, without harmless reasons.
+        memory_bytes: memory that each process holds on the GPU, by process id.
+        processes: ids of the processes that compute on the GPU. A process of another container
+            has its id on the host or is missing. In a container with process ids of its own, that
+            holds for all processes.
+        used_bytes: memory in use by all processes; None where the GPU does not report it.
+        busy: fraction of the last second or less in which a kernel ran; None where the GPU does
+            not report it.
     """
 
     clock_hz: float
@@ -50,12 +52,13 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The most memory of a GPU that some processes held.
+    """Peak GPU memory of some processes together.
 
     Attributes:
-        bytes: all of them together.
-        by: "process" as the driver counts it for each, or "device" for what the whole GPU had in
-            use beyond what it had before, which is others' too if they came meanwhile.
+        bytes: the peak of their sum.
+        by: how it was counted. "process": by the driver, for each process. "device": as the growth
+            of the memory in use on the whole GPU, which includes other processes that started
+            meanwhile.
     """
 
     bytes: int
@@ -67,9 +70,9 @@ class Limits:
     """The limits of a GPU, and the version of its driver.
 
     Attributes:
-        driver: its version.
-        power_watts: that it may draw; None where it does not say.
-        clock_hz: of its multiprocessors.
+        driver: version of the driver.
+        power_watts: power limit; None where the GPU does not report it.
+        clock_hz: highest clock of its multiprocessors.
     """
 
     driver: str
@@ -78,14 +81,16 @@ class Limits:
 
 
 class Monitor:
-    """Watches the GPU that CUDA calls the first; CUDA_VISIBLE_DEVICES may hide and reorder them.
+    """Reads the state of the first GPU in CUDA's order.
+
+    CUDA_VISIBLE_DEVICES may hide and reorder GPUs for CUDA, but not for NVML.
 
     Attributes:
-        name: its model.
+        name: product name of the GPU.
     """
 
     def __init__(self, nvml: Any) -> None:
-        """Made by `probe`.
+        """Find the GPU; use `probe` to make a monitor.
 
         Args:
             nvml: the module `pynvml`, initialised.
@@ -96,7 +101,7 @@ class Monitor:
 
     @classmethod
     def probe(cls) -> Self | None:
-        """The GPU; None without one, or without the package nvidia-ml-py."""
+        """Return a monitor; None without a GPU, or without the package nvidia-ml-py."""
         try:
             import pynvml
         except ImportError:
@@ -108,7 +113,7 @@ class Monitor:
             return None
 
     def limits(self) -> Limits:
-        """What it may do at most."""
+        """Return the limits of the GPU."""
         nvml = self._nvml
         try:
             power = nvml.nvmlDeviceGetPowerManagementLimit(self._device) / 1e3
@@ -118,7 +123,7 @@ class Monitor:
         return Limits(str(nvml.nvmlSystemGetDriverVersion()), power, clock_hz)
 
     def read(self) -> Reading:
-        """Its state now."""
+        """Read the current state of the GPU."""
         nvml, device = self._nvml, self._device
         reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(device)
         names = {
@@ -147,7 +152,7 @@ class Monitor:
         )
 
     def _or_none(self, question: Callable[[], int]) -> int | None:
-        """What not every GPU answers."""
+        """Return the answer to a query; None if the GPU does not support it."""
         try:
             return question()
         except self._nvml.NVMLError:
@@ -155,7 +160,7 @@ class Monitor:
 
 
 def _first(nvml: Any) -> Any:
-    """The library's handle of the first GPU that is visible."""
+    """Return NVML's handle of the first GPU that is visible to CUDA."""
     visible = gpu.probe().gpus
     if not visible or nvml.nvmlDeviceGetCount() == 1:
         return nvml.nvmlDeviceGetHandleByIndex(0)
@@ -163,12 +168,12 @@ def _first(nvml: Any) -> Any:
 
 
 def held(before: Reading, readings: Iterable[Reading], processes: Collection[int]) -> Held | None:
-    """The most memory that our processes held together; None where nothing says.
+    """Return the peak GPU memory of some processes together; None where nothing reports it.
 
     Args:
-        before: when they were not there yet.
-        readings: while they were.
-        processes: their numbers.
+        before: a reading from before the processes started.
+        readings: readings while they ran.
+        processes: ids of the processes.
     """
     readings = list(readings)
     if readings and all(number in one.memory_bytes for one in readings for number in processes):
@@ -183,12 +188,12 @@ def held(before: Reading, readings: Iterable[Reading], processes: Collection[int
 
 
 def reasons(before: Reading, readings: Sequence[Reading], processes: Collection[int]) -> list[str]:
-    """Why what was timed on a GPU is not to be trusted; empty if nothing speaks against it.
+    """Return the reasons why times on a GPU are not to be trusted; empty if there are none.
 
     Args:
-        before: before anything of ours had used it.
-        readings: while our processes used it.
-        processes: their numbers.
+        before: a reading from before our processes used the GPU.
+        readings: readings while they used it.
+        processes: ids of our processes.
     """
     found = []
     if others := _strangers(before, {os.getpid()} & {*before.processes}):
@@ -207,10 +212,11 @@ def reasons(before: Reading, readings: Sequence[Reading], processes: Collection[
 
 
 def _strangers(reading: Reading, own: Collection[int]) -> str:
-    """Who else computes on the GPU; empty if nobody is known to.
+    """Name the other processes that compute on the GPU; empty if none is known.
 
-    Where the driver numbers processes as the host does and not as our container, ours are among
-    those that look like strangers: there are others only if there are more of them than of ours.
+    In a container, the driver may report the process ids of the host. Our own processes then look
+    like strangers, so there are other processes only if there are more strangers than processes of
+    ours that were not found.
     """
     strangers = [number for number in reading.processes if number not in own]
     unseen = [number for number in own if number not in reading.processes]

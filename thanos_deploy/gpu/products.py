@@ -1,4 +1,4 @@
-"""Matrix products that were timed on a GPU: the dense kernel beside the fastest other one."""
+"""Timed matrix products on a GPU: the dense kernel beside the fastest other kernel."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ DENSE = "dense"
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
-    """One kernel's product [tokens, inputs] x [inputs, outputs] on one GPU.
+    """Time of one kernel for a product [tokens, inputs] x [inputs, outputs] on one GPU.
 
     Attributes:
         dtype: "fp16" or "bf16".
-        kernel: `DENSE`, or another.
-        tokens, outputs, inputs: the sizes.
-        seconds: median of one product.
+        kernel: `DENSE`, or the name of another kernel.
+        tokens, outputs, inputs: sizes of the product.
+        seconds: median time of one product.
     """
 
     dtype: str
@@ -26,9 +26,10 @@ class KernelTime:
 
 
 def beside_dense(times: Iterable[KernelTime]) -> Iterator[tuple[KernelTime, KernelTime | None]]:
-    """The dense kernel and the fastest other, by dtype and sizes; None if there is no other.
+    """Yield the dense kernel and the fastest other kernel for each dtype and size.
 
-    A kernel that was timed twice counts with the later time. What has no dense time is left out.
+    The second is None if no other kernel was timed. If a kernel was timed twice, the later time
+    counts. Sizes without a dense time are left out.
     """
     timed: dict[tuple[str, int, int, int], dict[str, KernelTime]] = {}
     for one in times:

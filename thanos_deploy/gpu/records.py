@@ -1,9 +1,9 @@
-"""What was measured on a GPU: the rows, one journal while they are measured, one document after.
+"""Records of a measurement run on a GPU: a journal during the run, one document after it.
 
-    journal   JSON lines: a row is on disk before the next one is measured
-    document  one JSON value, as benchmarks/results/gpu/*.json and `gpu-check` have it
+    journal   JSON lines: every row is on disk before the next one is measured
+    document  one JSON value: benchmarks/results/gpu/*.json, and what `gpu-check` writes
 
-Everything that prints or uses such a figure reads it from here. Standard library only.
+Everything that prints or uses such a figure reads it through this module. Standard library only.
 """
 
 import json
@@ -38,12 +38,12 @@ class Records:
 
     @property
     def card(self) -> Card | None:
-        """What was measured on; None where the run did not come so far."""
+        """The GPU that was measured; None if the run ended before it was recorded."""
         return next(iter(self.of(Card)), None)
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the times are not to be trusted; empty if nothing speaks against them."""
+        """Why the times are not to be trusted; empty if there is no such reason."""
         found = dict[str, None]()
         if self.card is None:
             found["the records do not say which GPU was measured"] = None
@@ -58,19 +58,19 @@ class Records:
 
     @property
     def status(self) -> Status:
-        """VALID, or INVALID for times that are not to be trusted, or REHEARSAL."""
+        """REHEARSAL for a run on a CPU, INVALID if there are `reasons`, else VALID."""
         if self.card is not None and self.card.device != "cuda":
             return "REHEARSAL"
         return "INVALID" if self.reasons else "VALID"
 
 
 class Journal:
-    """Rows as they come: each is on disk when `add` returns."""
+    """A file to which rows are appended; each is on disk when `add` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Append to a file, which need not be there.
+        """Open a file to append to; it is created if it does not exist.
 
-        A line that another writer was killed in is cut off first.
+        An incomplete last line, left by a writer that was killed, is cut off first.
         """
         with path.open("ab+") as file:
             file.seek(0)
@@ -78,7 +78,7 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: Row) -> None:
-        """Write a row."""
+        """Write a row and flush it to disk."""
         self._file.write(json.dumps(_encoded(row)) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -96,12 +96,12 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[Row, ...]:
-    """The rows of a journal; none if it is not there.
+    """Read the rows of a journal; empty if the file does not exist.
 
-    Its writer may have been killed, so a last line that is not whole is left out.
+    An incomplete last line is left out, because the writer may have been killed.
 
     Raises:
-        InputError: another line cannot be understood.
+        InputError: another line cannot be read as a row.
     """
     if not path.exists():
         return ()
@@ -111,7 +111,7 @@ def read_journal(path: Path) -> tuple[Row, ...]:
 
 
 def write(path: Path, records: Records) -> None:
-    """Write the document of a run, in one step."""
+    """Write the document of a run and rename it into place when it is complete."""
     document = {
         "format": FORMAT,
         "status": records.status,
@@ -127,7 +127,7 @@ def read(path: Path) -> Records:
     """Read the document of a run.
 
     Raises:
-        InputError: it cannot be read, or is of a format that this version does not know.
+        InputError: it cannot be read, or it has a format that this version does not know.
     """
     try:
         document = loads(path.read_bytes())
@@ -150,12 +150,12 @@ def read(path: Path) -> Records:
 
 
 def read_all(folder: Path) -> tuple[Records, ...]:
-    """The documents of a folder, by name; none if it is not there."""
+    """Read the documents of a folder in the order of their names; empty if it does not exist."""
     return tuple(read(path) for path in sorted(folder.glob("*.json")))
 
 
 def joined(journals: Iterable[Path]) -> Records:
-    """The rows of several journals, one after the other."""
+    """Read the rows of several journals, one journal after the other."""
     return Records(tuple(row for path in journals for row in read_journal(path)))
 
 

@@ -1,4 +1,4 @@
-"""The rows of what is measured on a GPU, one frozen value each."""
+"""The rows of a measurement run on a GPU: one frozen dataclass for each kind of row."""
 
 import statistics
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from thanos_deploy.check import Outcome
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What was measured on.
+    """The GPU of a run, with its driver and the versions of the libraries.
 
     Attributes:
-        name: of the GPU; of a rehearsal, the processor.
-        device: "cuda"; "cpu" for a rehearsal, of which no time means anything.
-        capability: compute capability, major and minor; (0, 0) for a rehearsal.
-        memory_bytes: all of its memory.
-        driver: version of the driver.
-        driver_cuda: the newest CUDA that the driver takes.
-        torch, torch_cuda, triton, transformers, python: versions; None for what is not there.
-        power_limit_watts: None where the card does not say.
-        most_clock_hz: the highest clock of the multiprocessors; None likewise.
-        date: of the run, in UTC, such as "2026-11-30".
-        command: that measures the same again.
+        name: name of the GPU; in a rehearsal, of the processor.
+        device: "cuda"; "cpu" in a rehearsal, whose times mean nothing.
+        capability: compute capability, major and minor; (0, 0) in a rehearsal.
+        memory_bytes: total memory of the device.
+        driver: version of the driver; None where NVML does not tell it.
+        driver_cuda: the newest CUDA version that the driver supports; None without a driver.
+        torch, torch_cuda, triton, transformers, python: versions; None for a missing package.
+        power_limit_watts: power limit; None where NVML does not tell it.
+        most_clock_hz: highest clock of the multiprocessors; None where NVML does not tell it.
+        date: date of the run in UTC, such as "2026-11-30".
+        command: command that repeats the measurement.
     """
 
     name: str
@@ -46,12 +46,14 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """What the card can do at best, measured.
+    """Measured peak rates of the GPU.
 
     Attributes:
-        copy_bytes_per_second: read and written, of a copy that no cache holds.
-        gemm_dtype, gemm_size: rows and columns of the square matrices that were multiplied.
-        gemm_flops_per_second: of that product.
+        copy_bytes_per_second: bytes read plus bytes written by a copy that is larger than any
+            cache.
+        gemm_dtype, gemm_size: dtype, and number of rows and of columns, of the square matrices
+            that were multiplied.
+        gemm_flops_per_second: rate of that matrix product.
     """
 
     copy_bytes_per_second: float
@@ -62,17 +64,17 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """How a step came out, and how the card was while it ran.
+    """Outcome of a step, and the state of the GPU while it ran.
 
     Attributes:
-        step: its name.
-        outcome: PASS, FAIL, or SKIP for what could not be done here.
-        detail: what was seen, or why it did not go through.
+        step: name of the step.
+        outcome: PASS, FAIL, or SKIP for a step that could not run here.
+        detail: the result, or why the step failed or was skipped.
         fix: what to do next; empty where nothing is wrong.
-        seconds: wall time, the start of its process included.
-        clocks_hz: lowest and highest seen of the multiprocessors; None where nobody says.
+        seconds: wall time, including the start of the step's process.
+        clocks_hz: lowest and highest clock of the multiprocessors that was read; None if none was.
         throttle_reasons: why the clock was lower than it could be.
-        other_processes: what else used the GPU, one text each.
+        other_processes: descriptions of the other processes that used the GPU.
     """
 
     step: str
@@ -90,9 +92,9 @@ class CheckRow:
     """One thing that was checked inside a step.
 
     Attributes:
-        step: that checked it.
+        step: name of the step.
         name: what was checked.
-        outcome, detail, fix: as of `StepRow`.
+        outcome, detail, fix: see `StepRow`.
     """
 
     step: str
@@ -104,16 +106,16 @@ class CheckRow:
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """A kernel's product beside the same one in float64.
+    """Error of a kernel's product x W^T against the same product in float64.
 
     Attributes:
         kernel: a key of `runtime.kernels.linears.MAKERS`, or "dense".
         dtype: "fp16" or "bf16".
-        outputs, inputs: of the weight.
+        outputs, inputs: rows and columns of the weight W.
         tokens: rows of x.
-        error: ||out - ref|| / ||ref||, Frobenius; None where there is no product.
-        limit: what it must not exceed.
-        reason: why there is no product; None where there is one.
+        error: ||out - ref|| / ||ref||, Frobenius norm; None if the kernel gave no product.
+        limit: largest error that passes.
+        reason: why the kernel gave no product; None if it gave one.
     """
 
     kernel: str
@@ -127,7 +129,7 @@ class KernelRow:
 
     @property
     def outcome(self) -> Outcome:
-        """PASS, FAIL, or SKIP for a product that the kernel does not take."""
+        """PASS or FAIL by the error; SKIP if the kernel gave no product."""
         if self.error is None:
             return "SKIP"
         return "PASS" if self.error <= self.limit else "FAIL"  # NaN fails
@@ -135,13 +137,13 @@ class KernelRow:
 
 @dataclass(frozen=True, slots=True)
 class GemmRow:
-    """y = x W^T with a 2:4 weight W, timed.
+    """Times of a kernel for y = x W^T with a 2:4 weight W.
 
     Attributes:
-        kernel, dtype, outputs, inputs, tokens: as of `KernelRow`.
-        seconds: of one product, each sample; None where it was not timed.
-        error: as of `KernelRow`.
-        reason: why it was not timed.
+        kernel, dtype, outputs, inputs, tokens: see `KernelRow`.
+        seconds: time of one product, for each sample; None if it was not timed.
+        error: see `KernelRow`.
+        reason: why it was not timed; None if it was.
     """
 
     kernel: str
@@ -155,26 +157,28 @@ class GemmRow:
 
     @property
     def median(self) -> float:
-        """Seconds; NaN where it was not timed."""
+        """Median time in seconds; NaN if it was not timed."""
         return statistics.median(self.seconds) if self.seconds else nan
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One pass of a whole model, timed.
+    """Times of one prefill or decode step of a whole model.
 
     Attributes:
         model: "dense", "2:4", "structured" or "structured, 2:4".
         engine: backend and variant, such as "torch:sparse".
         dtype: "fp16" or "bf16".
-        blocks: how many the model has.
-        parameters: of the whole model, zeros included.
+        blocks: number of blocks of the model.
+        parameters: number of parameters of the whole model, zeros included.
         phase: "prefill" or "decode".
-        batch: sequences.
-        tokens: of each prompt in prefill; before the timed steps in decode.
-        seconds: of one prefill, or of one decode step; None where it was not timed.
-        memory_bytes: the most that the process held on the GPU; None where nobody says.
-        reason: why it was not timed.
+        batch: number of sequences.
+        tokens: tokens of each prompt in prefill; tokens in the KV cache before the timed steps in
+            decode.
+        seconds: time of one prefill or of one decode step, for each sample; None if it was not
+            timed.
+        memory_bytes: peak GPU memory of the process; None where it was not measured.
+        reason: why it was not timed; None if it was.
     """
 
     model: str
@@ -191,22 +195,22 @@ class ModelRow:
 
     @property
     def median(self) -> float:
-        """Seconds; NaN where it was not timed."""
+        """Median time in seconds; NaN if it was not timed."""
         return statistics.median(self.seconds) if self.seconds else nan
 
 
 @dataclass(frozen=True, slots=True)
 class PruningRow:
-    """One layer, pruned.
+    """Time and loss of pruning one layer.
 
     Attributes:
-        method: such as "thanos".
-        preset: whose options were used, such as "fast".
-        pattern: such as "2:4".
-        outputs, inputs: of the layer.
-        seconds: of the solver alone; None where it failed.
-        loss: the output error that is left, relative to that of an empty layer.
-        reason: why it failed.
+        method: pruning method, such as "thanos".
+        preset: preset whose options were used, such as "fast".
+        pattern: sparsity pattern, such as "2:4".
+        outputs, inputs: rows and columns of the layer's weight.
+        seconds: time of the solver alone; None if it failed.
+        loss: output error of the pruned layer, relative to that of a layer of zeros.
+        reason: why it failed; None if it did not.
     """
 
     method: str
@@ -221,12 +225,12 @@ class PruningRow:
 
 @dataclass(frozen=True, slots=True)
 class HessianRow:
-    """The statistics of a layer's inputs, summed up.
+    """Time of accumulating the Hessian of a layer's inputs.
 
     Attributes:
-        inputs: columns of the layer.
-        tokens: that were added.
-        seconds: in all.
+        inputs: columns of the layer's weight.
+        tokens: number of tokens that were added.
+        seconds: time for all tokens.
     """
 
     inputs: int
@@ -236,16 +240,17 @@ class HessianRow:
 
 @dataclass(frozen=True, slots=True)
 class WalkRow:
-    """One block of a model, pruned from its calibration data to the next block.
+    """Time and memory of pruning one block, from its inputs to those of the next block.
 
     Attributes:
-        method, preset, pattern: as of `PruningRow`.
-        hidden, channels: of the block, whose other sizes are those of Llama 3 8B.
-        tokens: of calibration data.
-        block: its number.
-        seconds: by activity; see `pruning.layers.ACTIVITIES`.
-        memory_bytes: the most that tensors held on the GPU, in all blocks; None where nobody says.
-        host_bytes: the most that the process held of the host's memory so far.
+        method, preset, pattern: see `PruningRow`.
+        hidden, channels: hidden size and feed-forward channels of the block. Its other sizes are
+            those of Llama 3 8B.
+        tokens: number of tokens in the calibration data.
+        block: index of the block.
+        seconds: time by activity; see `pruning.layers.ACTIVITIES`.
+        memory_bytes: peak memory of tensors on the GPU over all blocks; None without a GPU.
+        host_bytes: peak host memory of the process so far.
     """
 
     method: str
@@ -273,7 +278,7 @@ Row = (
     | WalkRow
 )
 
-# How each kind of row is named in files.
+# Name of each kind of row in files.
 KINDS: Mapping[str, type[Row]] = {
     "card": Card,
     "peaks": Peaks,

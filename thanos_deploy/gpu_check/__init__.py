@@ -1,24 +1,24 @@
-"""One command on a GPU: does what this project says of GPUs hold on this one?
+"""The steps of `thanos-deploy gpu-check`, which tests this project's claims about GPUs on this GPU.
 
     preflight          packages, drivers, GPUs
-    card               what there is; in every choice of steps
-    peaks              the bandwidth of a copy, the speed of a large product
-    correctness:KERNEL products with 2:4 weights against float64
-    gemm:KERNEL        how long they take, the dense product among them
+    card               the GPU, its driver and the versions; runs with every choice of steps
+    peaks              bandwidth of a copy, and rate of a large matrix product
+    correctness:KERNEL products with 2:4 weights, compared with float64
+    gemm:KERNEL        times of such products, and of the dense product
     model:MODEL        whole models of large layers: dense, 2:4, structured, both, and compiled
-    pruning            seconds a layer on the GPU, and that it prunes as the CPU does
-    walk:PRESET        the same of whole blocks of the 8B model's sizes, with their memory
-    ort-cuda           ONNX Runtime on CUDA computes what it computes on the CPU
-    tensorrt           dense and sparse engines of one graph: the verdict on every layer, agreement,
-                       and speed
-    ort-tensorrt       ONNX Runtime's TensorRT provider, and that its second start loads what the
-                       first one built
+    pruning            time to prune a layer on the GPU, and agreement with the CPU
+    walk:PRESET        time and memory to prune whole blocks of the 8B model's sizes, and agreement
+                       with the CPU
+    ort-cuda           ONNX Runtime on CUDA: agreement with the CPU, and speed
+    tensorrt           dense and sparse engines of one graph: sparse kernels, agreement, and speed
+    ort-tensorrt       ONNX Runtime's TensorRT provider: agreement, and that its second start loads
+                       the engine that the first one built
     tensorrt-models    the whole models as TensorRT engines
 
-A step that needs what is not there is skipped with the reason, before it makes anything; a step
-that goes wrong keeps its rows and loses nothing of the others. That a dense kernel is faster than a
-sparse one is a result and no failure. The same measuring functions, with larger sizes, are what
-`python -m benchmarks.gpu_campaign` runs.
+A step that lacks something is skipped with the reason, before it does any work. A step that fails
+keeps its rows and does not affect the other steps. A dense kernel that is faster than a sparse one
+is a result, not a failure. `python -m benchmarks.gpu_campaign` runs the same measuring functions
+with larger sizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ from thanos_deploy.progress import Announce, quietly
 COMMAND = "thanos-deploy gpu-check"
 CARD, PREFLIGHT = "card", "preflight"
 
-# For all steps, one after the other.
+# Time limit for all steps together.
 SECONDS = 1200.0
 
 STEPS: tuple[Step, ...] = (
@@ -107,8 +107,8 @@ STEPS: tuple[Step, ...] = (
     ),
 )
 
-# What a step can need, and which lines of `preflight` say that it is there. The last of them are
-# tried where preflight cannot tell.
+# What a step can need -> the checks of `preflight` that show whether it is there. Something that
+# none of them reports as missing counts as there, so the step tries it.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "gpu": ("GPU", "GPU 0", "PyTorch on CUDA"),
     "sparse": ("GPU 0: sparse tensor cores",),
@@ -126,22 +126,22 @@ def run(
     log: Path | None = None,
     announce: Announce = quietly,
 ) -> Records:
-    """See what there is, and do the steps on the GPU.
+    """Run the preflight checks, then the steps on the GPU.
 
     Args:
-        todo: some of `STEPS`, or steps like them.
-        journal: where each row is written as it is measured; one that is there is replaced.
-        bundle: with the stage onnx finished; None if there is none. It is not changed, except by
-            the graph in fp16 that engines are made from.
-        seconds: for all steps.
-        log: where what they print goes; None for standard error.
-        announce: told of every step.
+        todo: some of `STEPS`, or similar steps.
+        journal: file to which each row is written as it is measured; an existing file is replaced.
+        bundle: a bundle with the stage onnx finished; None if there is none. It is not changed,
+            except that the graph in fp16 from which engines are built is added.
+        seconds: time limit for all steps together.
+        log: file for what the steps print; None for standard error.
+        announce: called with the name of every step.
 
     Returns:
-        All rows; the first are those of the preflight.
+        All rows, those of the preflight first.
 
     Raises:
-        UsageError: the time is too short for any step.
+        UsageError: the time limit is too short for any step.
     """
     journal.unlink(missing_ok=True)
     checks = preflight.checks()
@@ -160,7 +160,7 @@ def run(
 
 
 def missing(checks: Sequence[Check], bundle: Path | None) -> dict[str, Missing]:
-    """What steps can need and is not there, with the reason."""
+    """Return what steps can need and is missing here, with the reason."""
     found = {
         need: Missing(f"not measured ({check.name}: {check.detail})", check.fix)
         for need, names in _NEEDS.items()
@@ -178,11 +178,11 @@ def missing(checks: Sequence[Check], bundle: Path | None) -> dict[str, Missing]:
 
 
 def require_passed(records: Records) -> None:
-    """Refuse a run that is not as it should be.
+    """Check that a run measured something and that nothing failed.
 
     Raises:
-        PlatformError: no step but that of the card could be done.
-        GateError: something failed.
+        PlatformError: no step could run, except perhaps the step "card".
+        GateError: a check or a step failed.
     """
     ends = records.of(StepRow)
     others = [row for row in ends if row.step != CARD]
@@ -195,7 +195,7 @@ def require_passed(records: Records) -> None:
 
 
 def lines(records: Records) -> list[Check]:
-    """What came of it, for people: the preflight, each step and what failed in it, a verdict."""
+    """Return the lines of the result table: preflight, steps with their failures, and a verdict."""
     found = []
     for row in records.rows:
         if isinstance(row, CheckRow) and (row.step == PREFLIGHT or row.outcome != "PASS"):

@@ -1,6 +1,6 @@
-"""What steps are forked with: imported once, so that none of them pays for it again.
+"""Modules that the fork server imports once, so that no step has to import them again.
 
-Importing these touches no GPU.
+Importing them does not touch the GPU.
 """
 
 import torch  # noqa: F401

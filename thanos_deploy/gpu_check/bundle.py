@@ -1,4 +1,4 @@
-"""What a bundle's graphs do on a GPU: whether engines agree with the CPU, and how fast they are."""
+"""Engines of a bundle's graph on a GPU: whether they agree with the CPU, and their speed."""
 
 import os
 import statistics
@@ -17,7 +17,7 @@ from thanos_deploy.gpu.rows import CheckRow, Row
 from thanos_deploy.gpu_check.steps import Task
 from thanos_deploy.measure.latency import Decode, Prefill, Scenario
 
-# Of the range of the logits: products in TF32 or fp16 against products in fp32.
+# Largest difference of logits from products in TF32 or fp16 and in fp32, relative to their range.
 AGREEMENT = 2e-2
 
 _PROMPT, _STEPS = 16, 16
@@ -25,7 +25,7 @@ _TURNS, _WARMUP = 20, 3
 
 
 def onnxruntime_cuda(task: Task) -> Iterator[Row]:
-    """ONNX Runtime on CUDA beside the CPU; a rehearsal compares the CPU with itself."""
+    """Compare ONNX Runtime on CUDA with the CPU; a rehearsal compares the CPU with itself."""
     assert task.bundle is not None
     engine = open_engine(task.bundle, provider=task.device)
     yield agreement("ort-cuda", "agrees with the CPU", open_engine(task.bundle), engine)
@@ -35,7 +35,10 @@ def onnxruntime_cuda(task: Task) -> Iterator[Row]:
 
 
 def tensorrt(task: Task) -> Iterator[Row]:
-    """Dense and sparse engines of one graph, as products and as convolutions."""
+    """Build, compare and time dense and sparse engines of one graph.
+
+    Each form of the graph is tried: linear layers as matrix products, and as convolutions.
+    """
     import exporters.tensorrt.engine
     from exporters.options import EngineRequest
     from exporters.targets.tensorrt import LIBRARY
@@ -62,7 +65,7 @@ def tensorrt(task: Task) -> Iterator[Row]:
             yield agreement(
                 "tensorrt", f"{form}, {kind}, agrees with ONNX Runtime", reference, engine
             )
-            # With room for the steps after it, in a model that takes hardly more tokens.
+            # A shorter prompt if the model's longest sequence has no room for the decode steps.
             prompt = min(build.profiles[0].sequence.usual, engine.max_sequence - _STEPS)
             seconds[kind] = time_scenarios(engine, (Prefill(1, prompt), Decode(1, prompt, _STEPS)))
         yield _sparse_kernels(form, build)
@@ -78,7 +81,7 @@ def tensorrt(task: Task) -> Iterator[Row]:
 
 
 def _sparse_kernels(form: str, build: BuildRecord) -> CheckRow:
-    """Whether the builder's log says what became of the layers with 2:4."""
+    """Check that the builder's log reports which kernels run the layers with 2:4."""
     silent = all(layer.verdict == "not reported" for layer in build.layers)
     failed = silent and build.summary.pattern_holds
     return CheckRow(
@@ -93,7 +96,10 @@ def _sparse_kernels(form: str, build: BuildRecord) -> CheckRow:
 
 
 def onnxruntime_tensorrt(task: Task) -> Iterator[Row]:
-    """ONNX Runtime's TensorRT provider, started twice: the second loads what the first built."""
+    """Start ONNX Runtime's TensorRT provider twice, and compare it with the CPU.
+
+    The second start has to load the engine that the first one built.
+    """
     assert task.bundle is not None
     starts = []
     with _cache(task.folder):
@@ -115,7 +121,7 @@ def onnxruntime_tensorrt(task: Task) -> Iterator[Row]:
 
 
 def agreement(step: str, name: str, reference: Engine, engine: Engine) -> CheckRow:
-    """Whether two engines compute the same."""
+    """Check that the logits of two engines agree."""
     error = disagreement(reference, engine)
     agrees = error <= AGREEMENT
     return CheckRow(
@@ -128,15 +134,16 @@ def agreement(step: str, name: str, reference: Engine, engine: Engine) -> CheckR
 
 
 def disagreement(reference: Engine, engine: Engine, *, vocabulary: int = 256) -> float:
-    """Largest difference of the logits over a prompt and some steps, relative to their range.
+    """Return the largest difference of the logits of two engines, relative to their range.
 
-    Both are given the same tokens throughout, those that the reference likes best.
+    The logits are those after a prompt and after some decode steps. Both engines get the same
+    tokens: in each step, the most likely one of the reference.
     """
     ids = (np.arange(_PROMPT, dtype=np.int64)[None] * 7 + 1) % vocabulary
     want, got = reference.prefill(ids), engine.prefill(ids)
     worst = 0.0
     for step in range(_STEPS + 1):
-        # Written so that NaN is not lost.
+        # np.maximum keeps NaN, which max would lose.
         worst = float(np.maximum(worst, np.abs(want - got).max() / np.ptp(want)))
         if step < _STEPS:
             token = want.argmax(axis=1)
@@ -145,7 +152,7 @@ def disagreement(reference: Engine, engine: Engine, *, vocabulary: int = 256) ->
 
 
 def time_scenarios(engine: Engine, scenarios: tuple[Scenario, ...]) -> dict[str, float]:
-    """Median seconds of each scenario's headline."""
+    """Return the median time in seconds of each scenario's headline metric, by scenario."""
     medians = {}
     for scenario in scenarios:
         turns = [scenario.take(engine, turn)[scenario.headline] for turn in range(_WARMUP + _TURNS)]
@@ -157,7 +164,7 @@ def time_scenarios(engine: Engine, scenarios: tuple[Scenario, ...]) -> dict[str,
 
 @contextmanager
 def _cache(folder: Path) -> Iterator[None]:
-    """An empty cache, so that the first start builds."""
+    """Use an empty folder as the cache, so that the first start has to build its engine."""
     before = os.environ.get("THANOS_DEPLOY_CACHE")
     os.environ["THANOS_DEPLOY_CACHE"] = str(folder)
     try:

@@ -1,4 +1,4 @@
-"""What is measured on, and what it can do at best."""
+"""The GPU that is measured, and its peak rates."""
 
 import platform
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from thanos_deploy.machine import environment
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is moved and multiplied for the peaks.
+    """Sizes of the copy and of the matrix product that measure the peak rates.
 
     Attributes:
-        copy_bytes: of the copy, far more than any cache.
-        gemm: rows and columns of the matrices.
-        samples: of each.
+        copy_bytes: bytes to copy, far more than any cache holds.
+        gemm: rows and columns of the square matrices.
+        samples: number of timed runs of each.
     """
 
     copy_bytes: int = 4 << 30
@@ -33,22 +33,22 @@ class Sizes:
 
 
 def rows(command: str, task: Task) -> Iterator[Row]:
-    """The card.
+    """Yield the record of the GPU.
 
     Args:
-        command: that measures the same again.
-        task: see `Step`.
+        command: command that repeats the measurement.
+        task: see `steps.Task`.
     """
     yield describe(task.device, command)
 
 
 def peak_rows(sizes: Sizes, task: Task) -> Iterator[Row]:
-    """What the card can do at best."""
+    """Yield the measured peak rates of the GPU."""
     yield peaks(sizes, task.device)
 
 
 def describe(device: str, command: str) -> Card:
-    """What there is."""
+    """Describe the device, its driver and the versions of the libraries."""
     date = datetime.now(UTC).date().isoformat()
     on_gpu = device == "cuda"
     properties = torch.cuda.get_device_properties(0) if on_gpu else None
@@ -76,7 +76,7 @@ def describe(device: str, command: str) -> Card:
 
 
 def peaks(sizes: Sizes, device: str) -> Peaks:
-    """Measure a copy, and a product of square matrices of random numbers."""
+    """Measure the rates of a copy, and of a product of random square matrices in bf16."""
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copy = _median(partial(target.copy_, source), sizes.samples)
@@ -94,8 +94,8 @@ def peaks(sizes: Sizes, device: str) -> Peaks:
 
 
 def _median(call: Callable[[], object], samples: int) -> float:
-    """Seconds of one call."""
-    call()  # libraries set themselves up at the first one
+    """Return the median time of one call, in seconds."""
+    call()  # libraries initialise themselves in the first call
     return median(timing.replayed([call], samples=samples, warmup=3))
 
 

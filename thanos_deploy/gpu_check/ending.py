@@ -1,4 +1,4 @@
-"""How a step comes out, in the process that does it."""
+"""Measure the rows of a step and determine its outcome, in the process of that step."""
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from thanos_deploy.gpu.rows import CheckRow, KernelRow, Row
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What a step's process says when it ends by itself."""
+    """The outcome that the process of a step reports when it ends on its own; see `StepRow`."""
 
     outcome: Outcome
     detail: str
@@ -21,11 +21,11 @@ class Ending:
 
 
 def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
-    """Write a step's rows as they are measured, and say how they are.
+    """Write the rows of a step as they are measured, and return its outcome.
 
     Args:
-        measured: measures, a row at a time; whatever it raises is an ending too.
-        journal: where rows are appended.
+        measured: measures and yields the rows; an exception from it becomes the outcome.
+        journal: file to which the rows are appended.
     """
     rows: list[Row] = []
     try:
@@ -37,7 +37,7 @@ def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
         return Ending("FAIL" if rows else "SKIP", error.message, error.fix)
     except DeployError as error:
         return Ending("FAIL", error.message, error.fix)
-    except Exception as error:  # whatever a driver or a library throws is a finding
+    except Exception as error:  # any exception of a driver or library is a result
         traceback.print_exc()
         kept = f"; {len(rows)} rows are kept" if rows else ""
         first = (str(error) or "no message").splitlines()[0]
@@ -52,7 +52,7 @@ def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
 
 
 def _summed(rows: Sequence[Row]) -> Ending:
-    """The outcome of a step that went through, from those of its rows."""
+    """Return the outcome of a step that ran to its end, from the outcomes of its rows."""
     judged = [row for row in rows if isinstance(row, CheckRow | KernelRow)]
     failed = [row for row in judged if row.outcome == "FAIL"]
     measured = [row for row in rows if _is_measured(row)]
@@ -84,7 +84,7 @@ def _is_measured(row: Row) -> bool:
 
 
 def _reason(rows: Sequence[Row]) -> str:
-    """Why the first row that was not measured was not."""
+    """Return the reason of the first row that was not measured."""
     for row in rows:
         if isinstance(row, CheckRow) and row.outcome == "SKIP":
             return f"{row.name}: {row.detail}"

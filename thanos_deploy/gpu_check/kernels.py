@@ -1,4 +1,4 @@
-"""Products with 2:4 weights: each kernel against float64, and how long it takes."""
+"""Products with 2:4 weights: the error of each kernel against float64, and its time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from runtime.kernels.timing import GemmTime
 from thanos_deploy.gpu.rows import CheckRow, GemmRow, KernelRow, Row
 from thanos_deploy.gpu_check.steps import Task
 
-# What is compared with the dense product, each in a process of its own.
+# The kernels for 2:4 weights, each measured in a process of its own.
 KERNELS = tuple(linears.MAKERS)
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Which products.
+    """The products to compute.
 
     Attributes:
-        shapes: outputs and inputs of the weights.
-        tokens: rows of x.
-        dtypes: "fp16" and "bf16".
-        samples: timed runs of each, where they are timed.
+        shapes: outputs and inputs of each weight.
+        tokens: numbers of rows of x.
+        dtypes: "fp16", "bf16" or both.
+        samples: number of timed runs of each product; `correctness` does not time them.
     """
 
     shapes: tuple[tuple[int, int], ...] = timing.SHAPES
@@ -29,7 +29,7 @@ class Grid:
     samples: int = 50
 
 
-# Sizes that meet every edge of the kernels' tiles, and two layers of an 8B model.
+# Sizes that cover the boundaries of the kernels' tiles, and two layers of an 8B model.
 CORRECTNESS = Grid(
     shapes=((37, 148), (130, 68), (300, 1000), (1024, 4096), (4096, 14336)),
     tokens=(1, 2, 4, 5, 16, 17, 64, 256, 2048),
@@ -38,9 +38,9 @@ CORRECTNESS = Grid(
 
 
 def correctness(kernel: str, grid: Grid, task: Task) -> Iterator[Row]:
-    """A kernel's products beside those in float64.
+    """Yield the errors of a kernel's products against the same products in float64.
 
-    What the kernel says that it does not take is a row with the reason.
+    A product that the kernel refuses is a row with the reason.
     """
     for found in _measured(kernel, grid, task, samples=0):
         yield KernelRow(
@@ -58,7 +58,7 @@ def correctness(kernel: str, grid: Grid, task: Task) -> Iterator[Row]:
 
 
 def gemm(kernel: str, grid: Grid, task: Task) -> Iterator[Row]:
-    """How long a kernel's products take; "dense" is what every other is compared with."""
+    """Yield the times of a kernel's products; "dense" gives the times to compare others with."""
     for found in _measured(kernel, grid, task, samples=grid.samples):
         yield GemmRow(
             kernel,
@@ -96,7 +96,7 @@ def _failure(step: str, found: GemmTime) -> CheckRow:
 
 
 def speeds(rows: Sequence[GemmRow]) -> dict[GemmRow, float]:
-    """How many times as fast as the dense product each is, where both were timed."""
+    """Return the speed of each product relative to the dense one, where both were timed."""
     dense = {_size(row): row.median for row in rows if row.kernel == "dense" and row.seconds}
     return {
         row: dense[_size(row)] / row.median

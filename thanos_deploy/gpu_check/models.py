@@ -1,4 +1,4 @@
-"""Whole models of large layers, made on the device: dense, 2:4, structured, and both."""
+"""Times of whole models of large layers: dense, 2:4, structured, and both."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from thanos_deploy.measure.latency import Decode, Prefill
 from thanos_deploy.model.checkpoint import DTYPES
 from thanos_deploy.solver.mask import smallest_in_groups
 
-# What is made, and which variants of the torch engine run it. `mma-sp` holds one copy of a weight,
-# 9/16 of its bytes; `sparse` may hold two, for the kernels that are the fastest.
+# Model -> variants of the torch engine that run it. `mma-sp` holds one copy of a weight, in 9/16 of
+# its bytes; `sparse` may hold two, for the kernels that are the fastest.
 MODELS = {
     "dense": ("eager",),
     "2:4": ("sparse", "mma-sp"),
@@ -32,17 +32,18 @@ MODELS = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A model of the shapes of Llama 3 8B, and what is timed.
+    """Sizes of a model with the shapes of Llama 3 8B, and the scenarios to time.
 
     Attributes:
-        hidden, channels, heads, kv_heads, head_size: of a block.
-        kept_heads, kept_channels: the parts that are left of the structured model; together that
-            is 70 % of a block.
-        blocks: how many.
-        vocabulary: how many tokens there are.
-        dtype: of the weights.
-        scenarios: what is timed.
-        turns: of each scenario, after as many as `warmup`.
+        hidden, channels, heads, kv_heads, head_size: sizes of a block.
+        kept_heads, kept_channels: fractions of the heads and channels that the structured model
+            keeps; together they keep 70 % of a block's parameters.
+        blocks: number of blocks.
+        vocabulary: number of tokens in the vocabulary.
+        dtype: dtype of the weights.
+        scenarios: scenarios to time.
+        turns: timed turns of each scenario.
+        warmup: turns of each scenario before these.
     """
 
     hidden: int = 4096
@@ -66,21 +67,21 @@ class Sizes:
 
 
 def step(name: str) -> str:
-    """The step of a model; a comma would part two steps on the command line."""
+    """Return the name of a model's step, without a comma, which separates names of steps."""
     return f"model:{name.replace(', ', '+')}"
 
 
 def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ()) -> Iterator[Row]:
-    """One model, timed.
+    """Time one model in every variant and scenario.
 
     Args:
         name: a key of `MODELS`.
-        sizes: of the model.
-        task: see `Step`.
-        variants: of the torch engine; none for that of `MODELS`.
+        sizes: sizes of the model, and the scenarios.
+        task: see `steps.Task`.
+        variants: variants of the torch engine; empty for those in `MODELS`.
     """
     for variant in variants or MODELS[name]:
-        # Made anew for each: an engine exchanges the model's layers.
+        # Each variant gets a new model, because an engine replaces the model's layers.
         model = make(name, sizes, task.device)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         row = partial(ModelRow, name, f"torch:{variant}", sizes.dtype, sizes.blocks, parameters)
@@ -94,7 +95,7 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
             for scenario in sizes.scenarios:
                 yield row(*pass_of(scenario), None, None, refusal.message)
             continue
-        # What serving takes counts, and not what packing and the choice of kernels took before.
+        # The peak is that of running the model, without packing and the choice of kernels before.
         _forget_held(task.device)
         for scenario in sizes.scenarios:
             try:
@@ -110,7 +111,7 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
                     "read the log, and report this with the name of the GPU and the "
                     "versions of the packages",
                 )
-                devices.wait(torch.device(task.device))  # an error that stays is raised again
+                devices.wait(torch.device(task.device))  # raises a CUDA error that persists
             else:
                 yield row(*pass_of(scenario), timed, _held(task.device))
         del model, engine
@@ -118,22 +119,22 @@ def rows(name: str, sizes: Sizes, task: Task, *, variants: tuple[str, ...] = ())
 
 
 def pass_of(scenario: Prefill | Decode) -> tuple[Literal["prefill", "decode"], int, int]:
-    """Phase, batch and tokens, as `ModelRow` has them."""
+    """Return phase, batch and tokens of a scenario for a `ModelRow`."""
     if isinstance(scenario, Prefill):
         return "prefill", scenario.batch, scenario.prompt
     return "decode", scenario.batch, scenario.past
 
 
 def samples(engine: Engine, scenario: Prefill | Decode, sizes: Sizes) -> tuple[float, ...]:
-    """Seconds of each prefill or step."""
+    """Return the seconds of each timed prefill or decode step."""
     turns = [scenario.take(engine, turn) for turn in range(sizes.warmup + sizes.turns)]
     return tuple(sample for turn in turns[sizes.warmup :] for sample in turn[scenario.headline])
 
 
 def make(name: str, sizes: Sizes, device: str) -> LlamaForCausalLM:
-    """A random model in inference mode, on a device.
+    """Make a model of random weights on a device, in inference mode.
 
-    What it says is nonsense; how long it takes does not depend on that.
+    The values of the weights do not affect its times.
     """
     structured = name.startswith("structured")
     heads = sizes.kept_heads if structured else 1
@@ -166,7 +167,7 @@ def make(name: str, sizes: Sizes, device: str) -> LlamaForCausalLM:
 
 
 def linears(model: LlamaForCausalLM) -> list[str]:
-    """The full names of the linear layers of the blocks."""
+    """Return the full names of the linear layers of the blocks."""
     return [
         name
         for name, module in model.named_modules()
@@ -185,5 +186,5 @@ def _forget_held(device: str) -> None:
 
 
 def _held(device: str) -> int | None:
-    """The most memory that was taken for tensors at once, since it was forgotten."""
+    """Return the peak memory reserved for tensors since `_forget_held`; None on a CPU."""
     return torch.cuda.max_memory_reserved() if device == "cuda" else None

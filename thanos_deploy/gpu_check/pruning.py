@@ -1,4 +1,4 @@
-"""How long Thanos takes on a layer, and that it gives on a GPU what it gives on the CPU."""
+"""Time that Thanos takes to prune a layer on a GPU, and agreement with the CPU."""
 
 import time
 from collections.abc import Iterator
@@ -18,25 +18,25 @@ from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
 _METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
 
-# Sums in another order choose otherwise where two weights are as good as each other. So many of
-# the mask's entries, and so much of the loss, may differ for it.
+# Sums in another order can change the choice between two weights that are equally good. For that
+# reason, these fractions of the mask's entries and of the loss may differ.
 _MASK_LIMIT, _LOSS_LIMIT = 1e-2, 1e-3
 
-# Tokens that are added to a Hessian at once.
+# Number of tokens that are added to a Hessian at once.
 _TOKENS_AT_ONCE = 8192
 
-# Those that solve a layer in different ways.
+# The presets that differ in how they solve a layer.
 PRESETS = ("best", "fast", "paper")
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is pruned.
+    """Sizes of the layers to prune.
 
     Attributes:
-        layers: outputs and inputs.
-        compared: rows and columns of the layer that the CPU prunes, too.
-        hessian: columns and tokens of the statistics that are timed.
+        layers: outputs and inputs of each timed layer.
+        compared: rows and columns of the layer that is pruned on the CPU too.
+        hessian: columns and tokens of the Hessian whose accumulation is timed.
     """
 
     layers: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -45,7 +45,10 @@ class Sizes:
 
 
 def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
-    """The comparison with the CPU, the Hessian, its factoring, each layer and preset in seconds."""
+    """Yield the comparison with the CPU, and the times.
+
+    Timed are the accumulation of a Hessian, its factorisation, and each preset on each layer.
+    """
     yield compare(sizes.compared, task.device)
     yield accumulate(*sizes.hessian, task.device)
     widest = max(inputs for _, inputs in sizes.layers)
@@ -68,7 +71,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
 
 
 def problem(outputs: int, inputs: int, device: str) -> LayerProblem:
-    """A layer of random weights, whose inputs go together and differ in size as a model's do."""
+    """Make a random layer whose inputs are correlated and differ in scale, as in a model."""
     generator = torch.Generator(device).manual_seed(outputs + inputs)
 
     def random(*shape: int) -> Tensor:
@@ -90,7 +93,7 @@ def solve(layer: LayerProblem, preset: str) -> LayerResult:
 
 
 def accumulate(columns: int, tokens: int, device: str) -> HessianRow:
-    """Time the statistics of so many tokens in bfloat16."""
+    """Time the accumulation of the statistics of a number of tokens in bfloat16."""
     at_once = min(tokens, _TOKENS_AT_ONCE)
     x = torch.randn(at_once, columns, dtype=torch.bfloat16, device=device)
     statistics = Statistics.empty(columns, device=torch.device(device))
@@ -105,7 +108,7 @@ def accumulate(columns: int, tokens: int, device: str) -> HessianRow:
 
 
 def factoring(columns: int, device: str) -> CheckRow:
-    """How much of the time of the widest layer its factorisation in float64 takes; the second."""
+    """Time the factorisation of a Hessian in float64, the second time that it is computed."""
     layer = problem(1, columns, device)
     for _ in range(2):
         devices.wait(torch.device(device))
@@ -117,7 +120,7 @@ def factoring(columns: int, device: str) -> CheckRow:
 
 
 def compare(size: int, device: str) -> CheckRow:
-    """The same layer here and on the CPU."""
+    """Prune the same layer on this device and on the CPU, and compare masks and losses."""
     here = problem(size, size, device)
     there = LayerProblem(here.weight.cpu(), here.hessian.cpu(), "layer")
     ours, theirs = solve(here, "fast"), solve(there, "fast")

@@ -1,8 +1,8 @@
-"""Steps that are measured one after the other, each in a process of its own.
+"""Run the steps of a measurement one after the other, each in a process of its own.
 
-A crash, a CUDA error that no later call recovers from, or a step that does not end loses that step
-alone: its rows are on disk one by one, and the next step begins in a fresh process. The processes
-are forked from one that has imported everything and touched no GPU, so a step begins at once.
+A crash, a CUDA error that no later call recovers from, or a step that hangs affects that step only:
+its rows are on disk one by one, and the next step starts in a fresh process. A fork server starts
+the processes. It has imported all libraries and has not touched the GPU, so a step starts at once.
 """
 
 import ctypes
@@ -28,19 +28,19 @@ from thanos_deploy.gpu.rows import Row, StepRow
 from thanos_deploy.gpu_check.ending import Ending, measure
 from thanos_deploy.progress import Announce, quietly
 
-# A step is stopped when it has taken so many times what it usually takes.
+# A step is stopped after this many times its usual duration.
 _PATIENCE = 2.0
 
-# What a step may take to end when it is asked to, before it is killed; in seconds.
+# Seconds that a step has to end after SIGTERM, before SIGKILL.
 _GRACE = 3.0
 
-# How often a running step is looked at, in seconds.
+# Seconds between two readings of the GPU while a step runs.
 _LOOK = 0.25
 
-# What the driver may take to forget a process that has ended, in seconds.
+# Seconds for which the driver may still list a process that has ended.
 _FORGET = 5.0
 
-# Fraction of the last moments in which a kernel ran, while nothing of ours was there.
+# Largest utilisation, as a fraction, of a GPU that counts as unused while no step runs.
 _MOST_BUSY = 0.05
 
 _PR_SET_PDEATHSIG = 1
@@ -48,12 +48,12 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a step is told.
+    """The arguments of a step.
 
     Attributes:
         device: "cuda"; "cpu" in a rehearsal.
-        bundle: to check with; None if there is none.
-        folder: an empty one for the step's files, which is removed after it.
+        bundle: the bundle to check; None if there is none.
+        folder: empty folder for the step's files; it is removed after the step.
     """
 
     device: str
@@ -63,15 +63,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something to measure.
+    """One step of a measurement.
 
     Attributes:
-        name: on the command line and in files; "family:member" is also chosen by its family.
-        seconds: that it usually takes.
-        rows: measures, a row at a time; a function of a module, or a `partial` of one, because it
-            is sent to another process.
-        needs: keys of what can be missing, see `run`.
-        always: done with any choice of steps, because no other can be judged without it.
+        name: name on the command line and in files; "family:member" can also be chosen by its
+            family.
+        seconds: usual duration.
+        rows: measures and yields the rows; a function of a module, or a `partial` of one, because
+            it is sent to another process.
+        needs: what the step needs, as keys of the argument `missing` of `run`.
+        always: run with every choice of steps, because no other step can be judged without it.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why a step cannot be done here, and what to do about it."""
+    """Why a step cannot run here, and what to do about it."""
 
     reason: str
     fix: str
@@ -92,15 +93,15 @@ class Missing:
 def choose(
     steps: Sequence[Step], *, only: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> list[Step]:
-    """The steps that are asked for, in their own order.
+    """Return the chosen steps, in the order of `steps`.
 
     Args:
-        steps: all of them.
-        only: names or families to take, beside those that are always taken; empty for all.
+        steps: all steps.
+        only: names or families to take, in addition to the steps with `always`; empty for all.
         skip: names or families to leave out.
 
     Raises:
-        UsageError: there is no such step, or none is left.
+        UsageError: a name is unknown, or no step is left but those with `always`.
     """
     known = dict.fromkeys(name for step in steps for name in sorted(_names(step)))
     for name in (*only, *skip):
@@ -133,21 +134,23 @@ def run(
     card: nvml.Monitor | None = None,
     announce: Announce = quietly,
 ) -> None:
-    """Do the steps, and write what each measures and how it came out to a journal.
+    """Run the steps, and append the rows and the outcome of each to a journal.
 
     Args:
-        steps: in this order.
-        task: what they are told; each gets a folder of its own.
-        journal: where rows are appended.
-        seconds: for all of them; a step that usually takes more than what is left is left out.
-        missing: by key of `Step.needs`, what is not there.
-        log: where what the steps print goes; None for this process's standard error.
-        card: is read while steps run; None where nothing can be read.
-        announce: told of every step, in seconds.
+        steps: the steps, in the order in which they run.
+        task: arguments of all steps; each step gets a folder of its own.
+        journal: file to which the rows are appended.
+        seconds: time limit for all steps together. A step whose usual duration is longer than the
+            time left is skipped.
+        missing: what is missing on this machine, by key of `Step.needs`.
+        log: file for what the steps print; None for this process's standard error.
+        card: monitor of the GPU, read while steps run; None if the GPU cannot be monitored.
+        announce: called with the name of every step; progress is counted in seconds.
 
     Raises:
-        UsageError: the time is too short for any step that could be done.
-        KeyboardInterrupt: a signal asked for it; the running step is ended, and its row says so.
+        UsageError: the time limit is too short for any step that could run.
+        KeyboardInterrupt: the user interrupted the run. The running step is ended and recorded as
+            interrupted first.
     """
     missing = missing or {}
     possible = [
@@ -210,7 +213,7 @@ def _one(
     card: nvml.Monitor | None,
     announce: Announce,
 ) -> StepRow:
-    """Do a step, and look at the card before, while and after."""
+    """Run one step in a process, and read the GPU before, during and after it."""
     limit = min(left, _PATIENCE * step.seconds)
     others = _others(card)
     started = time.monotonic()
@@ -247,7 +250,7 @@ def _one(
             f"the process of this step {_death(process.exitcode)}; {len(rows)} rows are kept",
             "read the end of the log",
         )
-    # An idle card rests its clock.
+    # Readings of an idle GPU do not count, because its clock is lowered.
     clocks = [reading.clock_hz for reading in readings if reading.busy is None or reading.busy]
     return StepRow(
         step=step.name,
@@ -264,14 +267,14 @@ def _one(
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
-    """Where processes come from: a server that has imported what steps need, and no more."""
+    """Return the context of the fork server that has imported the modules of `_preloaded`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["thanos_deploy.gpu_check._preloaded"])
     return context
 
 
 def _import_once() -> None:
-    """Wait until the server of processes is ready, so that no step's time has its imports in it."""
+    """Start the fork server and wait for its imports, so that no step's time includes them."""
     process = _context().Process(target=_nothing)
     process.start()
     process.join()
@@ -282,9 +285,9 @@ def _nothing() -> None:
 
 
 def _child(step: Step, task: Task, journal: Path, log: Path | None, pipe: Connection) -> None:
-    """The process of a step."""
-    os.setpgid(0, 0)  # so that what it starts is stopped with it
-    if sys.platform == "linux":  # and it is stopped with what started it
+    """Run a step; this is the main function of its process."""
+    os.setpgid(0, 0)  # processes that the step starts are stopped with it
+    if sys.platform == "linux":  # the step is killed when its parent, the fork server, ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if log is not None:
@@ -302,26 +305,26 @@ def _child(step: Step, task: Task, journal: Path, log: Path | None, pipe: Connec
 
 
 def _own(journal: Path, step: Step) -> Iterator[Row]:
-    """The rows since the last step ended."""
+    """Yield the rows of the current step: those after the last `StepRow`."""
     rows = read_journal(journal)
     last = max((n for n, row in enumerate(rows, 1) if isinstance(row, StepRow)), default=0)
     yield from rows[last:]
 
 
 def _stop(process: ForkServerProcess) -> None:
-    """End a process and all that it started."""
+    """End a process and all processes in its group."""
     assert process.pid is not None
     for number, wait in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        with suppress(ProcessLookupError):  # if it has no group of its own yet
+        with suppress(ProcessLookupError):  # for a process that has not made its group yet
             if process.is_alive():
                 os.kill(process.pid, number)
         process.join(wait)
 
 
 def _heard(pipe: Connection) -> Ending | None:
-    """What a process said at its end; None if it did not come to that."""
+    """Return the outcome that a process has sent; None if it ended without one."""
     try:
         if not pipe.poll():
             return None
@@ -341,15 +344,19 @@ def _death(code: int | None) -> str:
 
 
 def _reading(card: nvml.Monitor | None) -> nvml.Reading | None:
-    """How the card is; None where it does not say, which is no reason to lose a step."""
+    """Read the state of the GPU; None on any error, since monitoring must not fail a step."""
     try:
         return None if card is None else card.read()
-    except Exception:  # of a library that need not be installed
+    except Exception:  # NVML's exceptions are in a package that need not be installed
         return None
 
 
 def _others(card: nvml.Monitor | None) -> tuple[str, ...]:
-    """What is on the card while nothing of ours is."""
+    """Name what uses the GPU while no step runs; empty if nothing does.
+
+    The driver may still list a process that has just ended, so this waits some seconds for the GPU
+    to become free.
+    """
     ends = time.monotonic() + _FORGET
     while (reading := _reading(card)) is not None:
         busy = reading.busy or 0.0
@@ -362,6 +369,6 @@ def _others(card: nvml.Monitor | None) -> tuple[str, ...]:
                 for pid in reading.processes
             ) or (
                 f"kernels of other processes ran {busy:.0%} of the time",
-            )  # not told to a container
+            )  # a container may not see the other processes
         time.sleep(_LOOK)
     return ()

@@ -1,4 +1,4 @@
-"""Pruning a whole model on the GPU: that it prunes as the CPU does, seconds a block, and memory."""
+"""Pruning of a whole model on the GPU: agreement with the CPU, time per block, and memory."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -23,31 +23,31 @@ from thanos_deploy.pruning.result import PrunedBlock
 
 _METHOD, _PATTERN = "thanos", SemiStructured(2, 4)
 
-# Those that are timed.
+# The presets that are timed.
 PRESETS = ("fast", "best")
 
-# Steps of tuning that these take at most.
+# Largest number of tuning steps in these runs.
 _STEPS = 16
 
-# Relative size of a change of the embeddings, of the order of what float32 sums in another order
-# make of a layer's inputs. Choices of the first block carry over to the next, so even this moves
-# a percent or more of the masks on the CPU alone.
+# Relative change of the embeddings that imitates rounding: about the difference that float32 sums
+# in another order make in a layer's inputs. Choices in the first block affect the next one, so even
+# this changes a percent or more of the mask entries on the CPU alone.
 _ROUNDING = 1e-6
 
-# How many times as far apart as that GPU and CPU may be; and what is always allowed, of the entries
-# of all masks and of the error of a layer.
+# GPU and CPU may differ this many times as much as rounding alone makes two prunings differ, and
+# always by this fraction of the mask entries and of the error of a layer.
 _TIMES, _ALLOWED = 3.0, 1e-2
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is pruned.
+    """Sizes of the models to prune, and of the calibration data.
 
     Attributes:
-        model: the one that is timed; a small vocabulary, since embeddings stay with the host.
-        segments: number and length of its calibration segments.
-        seconds: after which no further block is begun.
-        compared: the one that the CPU prunes, too, on two segments of 64 tokens.
+        model: the timed model. Its vocabulary is small, because the embeddings stay on the host.
+        segments: number and length in tokens of its calibration segments.
+        seconds: time after which no further block is begun.
+        compared: the small model that is pruned on the CPU too, on 8 segments of 128 tokens.
     """
 
     model: models.Sizes = field(default_factory=lambda: models.Sizes(blocks=4, vocabulary=1024))
@@ -62,11 +62,11 @@ class Sizes:
 
 
 class _TimeIsUpError(Exception):
-    """Ends a walk that has taken the time that it was given."""
+    """Raised to end a pruning run whose time is up."""
 
 
 def rows(preset: str, sizes: Sizes, task: Task) -> Iterator[Row]:
-    """The comparison with the CPU, and each block of the timed model."""
+    """Yield the comparison with the CPU, then time and memory of each block of the timed model."""
     yield compare(preset, sizes.compared, task)
     folder = task.folder / "model"
     make(folder, sizes.model, task.device)
@@ -74,20 +74,20 @@ def rows(preset: str, sizes: Sizes, task: Task) -> Iterator[Row]:
 
 
 def make(folder: Path, sizes: models.Sizes, device: str) -> None:
-    """Write a model of random weights."""
+    """Write a model of random weights to a folder."""
     models.make("dense", sizes, device).save_pretrained(folder)
 
 
 def random_segments(count: int, length: int, vocabulary: int) -> Tensor:
-    """int64[count, length], always the same."""
+    """Return random token ids, int64[count, length], the same ones in every call."""
     return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
-    """A small model, pruned here and on the CPU: masks, and the error of every layer.
+    """Prune a small model on this device and on the CPU, and compare masks and layer errors.
 
-    How far apart they may be follows from a model whose embeddings were changed by rounding alone,
-    pruned on the CPU.
+    The limits follow from a third pruning: the same model on the CPU, with embeddings that were
+    changed by as much as rounding.
     """
     dense, rounded = task.folder / "compared", task.folder / "rounded"
     make(dense, sizes, "cpu")
@@ -120,14 +120,14 @@ def compare(preset: str, sizes: models.Sizes, task: Task) -> CheckRow:
 
 
 def _recipe(preset: str, **given: Any) -> Recipe:
-    """A preset, but with few steps: each takes as long as any other."""
+    """Return the recipe of a preset with few tuning steps, since all steps take equally long."""
     recipe = Recipe.of(_PATTERN, method=_METHOD, preset=preset, **given)
     walk = replace(recipe.walk, tune_steps=min(_STEPS, recipe.walk.tune_steps))
     return replace(recipe, walk=walk)
 
 
 def make_rounded(folder: Path, sizes: models.Sizes) -> None:
-    """Write what `make` writes, with embeddings that differ as rounding makes inputs differ."""
+    """Write the model of `make`, with embeddings that are changed by as much as rounding."""
     model = models.make("dense", sizes, "cpu")
     weight = model.model.embed_tokens.weight
     noise = torch.randn(
@@ -138,10 +138,10 @@ def make_rounded(folder: Path, sizes: models.Sizes) -> None:
 
 
 def limits(usual: tuple[float, float]) -> tuple[float, float]:
-    """How far two prunings of a model may be apart, given how far rounding alone puts them.
+    """Return the largest allowed differences of the masks and of the layer errors.
 
     Args:
-        usual: as `difference` has it, of what `make` and `make_rounded` wrote.
+        usual: `difference` between the pruned models of `make` and `make_rounded`.
     """
     mask, error = (max(_ALLOWED, _TIMES * found) for found in usual)
     return mask, error
@@ -153,11 +153,11 @@ def difference(
     other: Checkpoint,
     found: Sequence[PrunedBlock],
 ) -> tuple[float, float]:
-    """Fraction of the masks that differs, and the largest relative difference of a layer's error.
+    """Return the differing fraction of the masks, and the largest relative error difference.
 
     Args:
         one, other: two pruned models with the same layers.
-        expected, found: what is said of their layers.
+        expected, found: records of the layers of `one` and of `other`.
     """
     differs = entries = 0
     for name in one.linears:
@@ -175,7 +175,10 @@ def difference(
 
 
 def timed(preset: str, folder: Path, sizes: Sizes, task: Task) -> Iterator[WalkRow]:
-    """As many blocks of a model as there is time for, as `prune` does them, journal included."""
+    """Prune as many blocks of a model as there is time for, and yield time and memory of each.
+
+    The blocks are pruned as by the command `prune`, journal included.
+    """
     device = torch.device(task.device)
     recipe = _recipe(preset)
     segments = random_segments(*sizes.segments, sizes.model.vocabulary)

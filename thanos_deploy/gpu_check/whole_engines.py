@@ -1,4 +1,4 @@
-"""Whole models of large layers as TensorRT engines: exported and built only where it is there."""
+"""Whole models of large layers as TensorRT engines."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,15 +17,15 @@ from thanos_deploy.gpu_check.steps import Task
 from thanos_deploy.measure.latency import Prefill
 from thanos_deploy.model.checkpoint import Checkpoint
 
-# Time goes with the number of blocks, and so does what the export takes.
+# Few blocks: the time of a pass is proportional to their number, and the export grows with it.
 SIZES = replace(Sizes(), blocks=4, vocabulary=32000, dtype="fp16")
 
 
 def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
-    """Each model, timed.
+    """Export, build and time each model of `MODELS`.
 
     Raises:
-        PlatformError: TensorRT is not there; nothing was exported.
+        PlatformError: TensorRT is missing; this is found before anything is exported.
     """
     preflight.require(tensorrt.TARGET)
     for name in MODELS:
@@ -50,7 +50,7 @@ def rows(sizes: Sizes, task: Task) -> Iterator[Row]:
 
 
 def _build(path: Path, sizes: Sizes) -> Engine:
-    """Export a model, build its engine, load it."""
+    """Export a model, build its TensorRT engine, and load it."""
     import exporters.onnx.graph
     import exporters.tensorrt.engine
     from runtime.engines import tensorrt as tensorrt_runtime
@@ -58,7 +58,7 @@ def _build(path: Path, sizes: Sizes) -> Engine:
     graph, engine = path / "onnx", path / "engine"
     for folder in (graph, engine):
         folder.mkdir()
-    # The torch engines, whose times stand beside these, compute the last logits only.
+    # Only the last logits, as in the torch engines whose times these are compared with.
     exporters.onnx.graph.export(
         Checkpoint.open(path), graph, pattern=None, dtype="fp16", logits="last"
     )

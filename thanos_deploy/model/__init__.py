@@ -1,5 +1,5 @@
 """Language models on disk: families, weights, tokenizers, shapes, and the pattern of each layer.
 
-Everything above reads and writes models through this package and through nothing else. No code
-that comes with a model is ever run, and no pickle is read.
+All other packages read and write models through this package only. No code that comes with a model
+is ever run, and no pickle is read.
 """

@@ -1,7 +1,6 @@
-"""Which pattern each linear layer of a model gets.
+"""Assign a sparsity pattern to each linear layer of a model.
 
-A layer is selected by its full name, or by `re:` and a regular
-expression that must match the whole
+A selector is the full name of a layer, or `re:` and a regular expression that must match the whole
 full name. A layer without a pattern stays dense: its weight is written exactly as it was.
 """
 
@@ -27,12 +26,12 @@ _NEAREST = 3
 
 @dataclass(frozen=True, slots=True)
 class SparsityFile:
-    """What a file says of some layers.
+    """The content of a file that gives some layers their own patterns.
 
     Attributes:
-        name: of the file.
-        sha256: of its bytes.
-        patterns: a layer's name or `re:` and an expression -> what it is to hold, None for dense.
+        name: name of the file.
+        sha256: SHA-256 of its bytes.
+        patterns: maps a selector to the pattern of the layers that it matches; None for dense.
     """
 
     name: str
@@ -44,7 +43,7 @@ def read_file(path: Path) -> SparsityFile:
     """Read a JSON object of layers and patterns, such as {"re:.*down_proj": "dense"}.
 
     Raises:
-        InputError: the file is missing or no such object; the message says where.
+        InputError: the file is missing or does not hold such an object; the message says where.
     """
     try:
         content = path.read_bytes()
@@ -56,7 +55,7 @@ def read_file(path: Path) -> SparsityFile:
         pairs = loads(content, object_pairs_hook=list)
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})", fix=_EXAMPLE) from error
-    # An object is a list of pairs here, so that a name that comes twice is seen.
+    # JSON objects are read as lists of pairs, so that a repeated name is noticed.
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise InputError(f"{path}: not a JSON object", fix=_EXAMPLE)
     if not pairs:
@@ -91,21 +90,21 @@ def assign(
     ignore: Sequence[str] = (),
     file: SparsityFile | None = None,
 ) -> dict[str, Pattern]:
-    """The pattern of every layer that is to be pruned.
+    """Return the pattern of every layer that is to be pruned.
 
     Args:
-        names: of all linear layers.
-        pattern: of a layer that the file does not name.
-        include: the layers that may be pruned; empty for all.
-        ignore: layers that stay dense.
+        names: full names of all linear layers.
+        pattern: pattern of the layers that the file does not select.
+        include: selectors of the layers that may be pruned; empty for all.
+        ignore: selectors of layers that stay dense.
         file: layers with patterns of their own.
 
     Returns:
-        full name -> pattern, in the order of `names`.
+        maps the full name of a layer to its pattern, in the order of `names`.
 
     Raises:
-        UsageError: a name or an expression calls no layer, a layer is told two things, or no
-            layer is left.
+        UsageError: a selector matches no layer or is not a valid expression, a layer is given two
+            different instructions, or no layer is left to prune.
     """
     included = _union("--include", include, names) if include else set(names)
     ignored = _union("--ignore", ignore, names)
@@ -144,14 +143,14 @@ def assign(
 def every(
     names: Iterable[str], patterns: Pattern | Mapping[str, Pattern] | None
 ) -> dict[str, Pattern]:
-    """One pattern for all layers, or none, as each layer's own."""
+    """Map each layer to its pattern, from one pattern for all of them, a mapping, or None."""
     if isinstance(patterns, Mapping):
         return {name: patterns[name] for name in names if name in patterns}
     return {} if patterns is None else dict.fromkeys(names, patterns)
 
 
 def counts(patterns: Iterable[Pattern | None]) -> dict[str, int]:
-    """How many layers have which pattern; unstructured ones of many fractions are a range."""
+    """Count the layers by pattern; different unstructured fractions count together as one range."""
     of_layers = list(patterns)
     fractions = {its.sparsity for its in of_layers if isinstance(its, Unstructured)}
     span = f"unstructured:{min(fractions):.4f} to {max(fractions):.4f}" if fractions else ""
@@ -164,11 +163,11 @@ def counts(patterns: Iterable[Pattern | None]) -> dict[str, int]:
 
 
 def describe(patterns: Mapping[str, Pattern], layers: int) -> str | None:
-    """What the layers hold, in words; None where that is nothing.
+    """Describe the patterns of the layers in words; None if every layer is dense.
 
     Args:
-        patterns: of the layers that are not dense.
-        layers: how many there are in all.
+        patterns: maps each layer that is not dense to its pattern.
+        layers: number of all linear layers.
     """
     found = counts([*patterns.values(), *[None] * (layers - len(patterns))])
     if not patterns:
@@ -185,10 +184,10 @@ def _union(option: str, selectors: Sequence[str], names: Sequence[str]) -> set[s
 
 
 def _called(where: str, selector: str, names: Sequence[str]) -> list[str]:
-    """The layers that a selector calls.
+    """Return the names of the layers that a selector matches.
 
     Raises:
-        UsageError: there is none, or the expression is none.
+        UsageError: it matches no layer, or the regular expression is invalid.
     """
     expression = selector.removeprefix(_EXPRESSION)
     if selector.startswith(_EXPRESSION):

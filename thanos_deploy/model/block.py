@@ -1,4 +1,7 @@
-"""How wide one block of a model is, and was. Standard library only, so that records can be read."""
+"""Widths of one block before and after a cut.
+
+Standard library only, so that records with widths can be read without PyTorch.
+"""
 
 from dataclasses import dataclass, field
 
@@ -12,8 +15,8 @@ class Widths:
     Attributes:
         heads: query heads.
         kv_heads: key-value heads; divides `heads`.
-        channels: feed-forward channels; of each expert, where there are any.
-        experts: how many there are; 0 for a dense feed-forward network.
+        channels: feed-forward channels; in a block with experts, the channels of each expert.
+        experts: number of experts; 0 for a dense feed-forward network.
     """
 
     heads: int
@@ -23,11 +26,11 @@ class Widths:
 
     @property
     def dropped(self) -> bool:
-        """The block is gone; see `DROPPED`."""
+        """Whether the whole block was dropped; see `DROPPED`."""
         return self == DROPPED
 
 
-# What a block has that was dropped as a whole.
+# Widths of a block that was dropped as a whole.
 DROPPED = Widths(heads=0, kv_heads=0, channels=0)
 
 
@@ -36,9 +39,9 @@ class BlockPlan:
     """The planned widths of one block.
 
     Attributes:
-        before, after: its widths.
-        parameters_before, parameters_after: all of its parameters.
-        predicted_loss: see `sizing.Losses`; of the block alone, in the dense model.
+        before, after: widths of the block.
+        parameters_before, parameters_after: number of its parameters.
+        predicted_loss: loss of cutting this block alone in the dense model; see `sizing.Losses`.
     """
 
     before: Widths

@@ -33,10 +33,11 @@ from thanos_deploy.model.structure import BlockStructure, blocks_of, structures_
 from thanos_deploy.model.weights import Outline, Weights
 from thanos_deploy.model.widths import Widths
 
-# More is damage, and would take memory for a module each before anything else can show it.
+# Higher numbers mean a damaged config.json. Each block or expert takes memory for a module before
+# any other check could notice the damage.
 _MOST_BLOCKS, _MOST_EXPERTS = 4096, 4096
 
-# Tokens, of a model whose configuration names no longest sequence, such as one with ALiBi.
+# Longest sequence, in tokens, of a model whose configuration states none, such as one with ALiBi.
 _WITHOUT_A_LIMIT = 32768
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,9 +48,9 @@ class Checkpoint:
     """A Hugging Face folder that can be pruned.
 
     Attributes:
-        folder: where it is.
-        config: its configuration.
-        family: how its blocks and linear layers are called.
+        folder: the model folder.
+        config: configuration of the model.
+        family: names of its blocks and linear layers.
         weights: its parameters, as they are stored.
         widths: heads and channels of each block.
         blocks: the linear layers of each block.
@@ -64,11 +65,15 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all of its parameters; a tied one counts once."""
+        """Total number of entries in all parameters; a tied parameter counts once."""
         return sum(math.prod(shape) for shape in self.weights.shapes.values())
 
     def bytes_in(self, dtype: str) -> int:
-        """Size of its parameters when stored in a dtype of `DTYPES`; else in each one's own."""
+        """Return the size of the parameters in bytes.
+
+        Args:
+            dtype: a key of `DTYPES`; for any other name, each parameter counts in its own dtype.
+        """
         return sum(
             math.prod(shape) * DTYPES.get(dtype, self.weights.dtypes[name]).itemsize
             for name, shape in self.weights.shapes.items()
@@ -76,19 +81,19 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Read the configuration and the tensors' headers, and no weight.
+        """Read the configuration and the headers of the weight files, but no weights.
 
         Raises:
             ModelError: a file is missing or unreadable, the model type has no family, the
-                configuration describes no model, the row of the family does not describe that, or
-                the weights are not those of that model.
+                configuration does not describe a model, the row of the family does not describe
+                this model, or the weights do not belong to it.
         """
         outline, parameters = cls.describe(folder)
         return dataclasses.replace(outline, weights=Weights(folder, parameters))
 
     @classmethod
     def outline(cls, folder: Path) -> "Checkpoint":
-        """Read the configuration alone, from which every shape and the dtype follow.
+        """Read the configuration alone, which determines every shape and the dtype.
 
         Raises:
             ModelError: see `open`.
@@ -97,7 +102,7 @@ class Checkpoint:
 
     @classmethod
     def describe(cls, folder: Path) -> tuple["Checkpoint", Parameters]:
-        """See `outline`; and what the model calls its parameters."""
+        """Return the result of `outline`, and the names and shapes of the model's parameters."""
         config, family, widths = _configuration(folder)
         bare = cls(folder, config, family, Outline(folder, {}), widths, ())
         with boundary(
@@ -131,18 +136,18 @@ class Checkpoint:
         return block_widths.head_size(self.config)
 
     def skeleton(self, widths: Sequence[Widths] | None = None) -> PreTrainedModel:
-        """The model without its weights: parameters have no storage, buffers are real.
+        """Return the model without weights: parameters have no storage, buffers have values.
 
         Every expert is a module; see `experts.separate`.
 
         Args:
-            widths: other ones than the checkpoint's own.
+            widths: widths of the blocks; None for those of the checkpoint.
 
         Raises:
-            ModelError: its blocks or their experts are not where the row of the family says.
+            ModelError: the blocks or their experts are not where the row of the family says.
         """
         widths = widths or self.widths
-        config = deepcopy(self.config)  # which it writes to
+        config = deepcopy(self.config)  # changed below
         if self.family.experts is not None and widths != self.widths:
             entries = block_widths.describe(config, self.family, widths) or {}
             for name, number in entries.items():
@@ -162,22 +167,26 @@ class Checkpoint:
         return tuple(name for block in self.blocks for name in block.full_names)
 
     def linear(self, name: str) -> Tensor:
-        """[outputs, inputs], the weight of a linear layer by its full name, as it is stored.
+        """Read the weight of a linear layer, [outputs, inputs], in the dtype that it is stored in.
+
+        Args:
+            name: full name of the layer.
 
         Raises:
-            ModelError: the weights do not have it, or it has NaN.
+            ModelError: the weight has NaN or infinite entries, or the checkpoint is an `outline`.
+            KeyError: the model has no such layer.
         """
         stored = self.stored_name(f"{name}.weight")
         weight = self.weights.read([stored])[stored]
         return weight.T if self.family.transposed else weight
 
     def stored_name(self, parameter: str) -> str:
-        """How the weights call a parameter."""
+        """Return the name under which `weights` has a parameter of the model."""
         return self.weights.stored[parameter]
 
 
 def _shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """All names of each parameter, the first being the one that it goes by -> its shape."""
+    """Return `Parameters.shapes`: all names of each parameter -> its shape."""
     named = list(model.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, parameter in named:
@@ -187,7 +196,7 @@ def _shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths, ...]]:
-    """A folder's configuration, its family, and the widths of every block."""
+    """Read and check a folder's configuration; find its family and the widths of every block."""
     path = folder / "config.json"
     names.require_own(folder, error=ModelError)
     if not path.is_file():
@@ -199,7 +208,7 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
     ):
         model_type = str(loads(path.read_bytes()).get("model_type"))
         if row_of(model_type) is None and model_type not in CONFIG_MAPPING:
-            family_of(model_type)  # refuses it, and says which types are known
+            family_of(model_type)  # raises an error that lists the supported types
         config = pretrained.load_config(folder)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             family_of(model_type)
@@ -228,7 +237,7 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, Family, tuple[Widths
 
 
 def _no_model(folder: Path) -> ModelError:
-    """Why a folder without config.json is no model."""
+    """Return the error for a folder without config.json."""
     if (folder / pretrained.ADAPTER).exists():
         return ModelError(
             f"{folder}: is an adapter, not a model: {pretrained.ADAPTER} is there, and no "

@@ -1,4 +1,4 @@
-"""What belongs to a model besides its weights, copied beside new weights."""
+"""Find the files of a model besides its weights, and copy them beside new weights."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,8 @@ from thanos_deploy.errors import ModelError
 from thanos_deploy.model import packed_folder, pretrained, tokenizer_files
 from thanos_deploy.model import widths as block_widths
 
-# What belongs to a model besides its weights: configuration, tokenizer, chat template, licence. Not
-# what a trainer, an adapter, an evaluation or another library's copy of the weights left there.
+# Files of a model besides its weights: configuration, tokenizer, chat template, licence. Files of a
+# trainer, an adapter, an evaluation or another library's copy of the weights are not among them.
 COMPANIONS = (
     *("config.json", "generation_config.json", block_widths.FILE, packed_folder.RECORD),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
@@ -23,7 +23,11 @@ COMPANIONS = (
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model besides its weights; hidden ones are none of it."""
+    """Return the files of a model besides its weights; hidden files are left out.
+
+    Raises:
+        ModelError: a name is not a plain file name; see `bundle.names`.
+    """
     found = sorted(
         path
         for pattern in COMPANIONS
@@ -36,11 +40,16 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Copy configuration, tokenizer and chat template.
+    """Copy the files of `companions`, and adapt them to new weights.
 
-    config.json then states the dtype, if it is a new one, and no way of storing the weights in
-    fewer bits, as they are written in floats. Of the tokenizer the copy states what its files leave
-    to the library that reads them.
+    The copied config.json states the new dtype. The new weights are floats, so entries about
+    quantised storage are removed. Rules of the tokenizer that its files leave to the library are
+    written out; see `pretrained.settle_tokenizer`.
+
+    Args:
+        original: the model folder to copy from.
+        destination: an existing folder.
+        dtype: dtype of the new weights; None if it does not change.
 
     Raises:
         ModelError: config.json is missing or not readable.

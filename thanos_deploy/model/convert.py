@@ -1,6 +1,6 @@
-"""GGUF files, packed folders and models in memory, written as ordinary Hugging Face folders.
+"""Write GGUF files, packed folders and models in memory as ordinary Hugging Face folders.
 
-The language model of a model of texts and images is written by `text_part`.
+`text_part` writes the language model of a vision-language model.
 """
 
 from contextlib import redirect_stderr
@@ -31,12 +31,13 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
         ) from error
 
     try:
-        # The package's own reader takes seconds for a vocabulary.
+        # Check the header here first: the package's reader takes seconds for a vocabulary.
         family_of_gguf(gguf_head.architecture(gguf))
         model, tokenizer = pretrained.load_gguf(gguf)
     except DeployError:
         raise
-    # The readers index and reshape whatever the file says, so a corrupt one raises anything.
+    # The readers index and reshape whatever the file says, so a corrupt file can raise any
+    # exception.
     except Exception as error:
         raise ModelError(
             f"{gguf}: not a readable GGUF file ({summary(error)})",
@@ -62,10 +63,11 @@ def convert_packed(folder: Path, destination: Path) -> None:
 def convert_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destination: Path
 ) -> None:
-    """Write a model of transformers that is in memory, and its tokenizer, each in its own dtype.
+    """Write a transformers model that is in memory, in its own dtype, and its tokenizer.
 
     Raises:
-        UsageError: one of the two is something else, or the model has adapters beside its weights.
+        UsageError: the model or the tokenizer is of another type, or the model has adapters beside
+            its weights.
     """
     for what, value, wanted in (
         ("model", model, PreTrainedModel),

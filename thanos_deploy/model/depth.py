@@ -1,7 +1,7 @@
-"""Models with fewer blocks: what config.json says of them, and what their tensors are called.
+"""Models with fewer blocks: the entries of their config.json and the names of their tensors.
 
-The blocks that are left move up, so that their numbers are without gaps. An entry that has a value
-for each block loses those of the blocks that are gone.
+The remaining blocks are renumbered without gaps. An entry with a value for each block loses the
+values of the removed blocks.
 """
 
 import dataclasses
@@ -23,26 +23,27 @@ _COUNT = "num_hidden_layers"
 # Entries with a value for each block.
 _LISTS = ("layer_types", "no_rope_layers")
 
-# Of a mixture of experts: the numbers of blocks that have none, and that only every so many have.
+# Entries of a mixture of experts: the numbers of the blocks without experts, and the step N if only
+# every N-th block has experts.
 _DENSE, _STEP = "mlp_only_layers", "decoder_sparse_step"
 
-# What tells a module where it is; a key-value cache goes by it.
+# Attribute with the number of a module's block, by which a KV cache is indexed.
 _PLACE = "layer_idx"
 
 
 def describe(checkpoint: Checkpoint, kept: Sequence[int]) -> Json:
-    """The entries of config.json that describe a model of some of a checkpoint's blocks.
+    """Return the entries of config.json that describe a model with some of a checkpoint's blocks.
 
     Args:
         checkpoint: the whole model.
-        kept: rising numbers of the blocks that are left, at least one.
+        kept: numbers of the remaining blocks in rising order, at least one.
 
     Returns:
-        entry -> value.
+        maps the name of an entry to its value.
 
     Raises:
-        UsageError: a block would compute something else at its new place, such as one whose scale
-            depends on its number.
+        UsageError: a block would compute something else at its new position, for example because
+            its scale depends on its number.
     """
     config, count = checkpoint.config, len(checkpoint.blocks)
     entries: Json = {_COUNT: len(kept)}
@@ -61,7 +62,7 @@ def describe(checkpoint: Checkpoint, kept: Sequence[int]) -> Json:
 
 
 def renamed(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, str]:
-    """What the tensors of the blocks that are left are called in the files, by their old names."""
+    """Map the old name of each tensor of the remaining blocks, as in the files, to its new name."""
     weights, family = checkpoint.weights, checkpoint.family
     names: dict[str, str] = {}
     for new, old in enumerate(kept):
@@ -81,10 +82,10 @@ def _numbered(tensor: str, family: Family, old: int, new: int) -> str:
 
 
 def _require_same_blocks(checkpoint: Checkpoint, kept: Sequence[int], entries: Json) -> None:
-    """Refuse blocks that the new configuration would make something else of.
+    """Refuse blocks that would compute something else under the new configuration.
 
     Raises:
-        UsageError: there are such.
+        UsageError: shapes or settings of a block's modules would change.
     """
     config: PretrainedConfig = type(checkpoint.config).from_dict(
         {**checkpoint.config.to_dict(), **entries}
@@ -109,7 +110,7 @@ def _require_same_blocks(checkpoint: Checkpoint, kept: Sequence[int], entries: J
 
 
 def _settings(block: nn.Module) -> dict[str, Any]:
-    """Shapes of a block's parameters, and the numbers, names and flags that its modules keep."""
+    """Collect the shapes of a block's parameters and the simple attributes of its modules."""
     found: dict[str, Any] = {
         name: tuple(parameter.shape) for name, parameter in block.named_parameters()
     }

@@ -1,12 +1,12 @@
-"""What a model of a type without a row looks like, found by one forward pass through it.
+"""Find the structure of a model whose type has no row in `families`, by one forward pass.
 
-The pass computes shapes alone (`FakeTensorMode` of PyTorch), so that a model of any size takes no
-memory. It shows the list of blocks, the linear layers in each, their order, and which of them read
-the same tensor. That is all that patterns which keep shapes need to know. It does not show which
-rows and columns are a head or a channel, so that nothing can be cut out.
+The pass computes shapes alone (`FakeTensorMode` of PyTorch), so a model of any size takes no
+memory. It shows the list of blocks, the linear layers in each block, their order, and which of them
+read the same tensor. Patterns that keep the shapes of weights need nothing else. The pass does not
+show which rows and columns belong to a head or a channel, so heads and channels cannot be removed.
 
-A model is refused that does not fit what `calibration` does: go from block to block, with the
-hidden states alone.
+`calibration` goes from block to block and passes on nothing but the hidden states. A model that
+does not work this way is refused.
 """
 
 import logging
@@ -26,10 +26,10 @@ from thanos_deploy.errors import ModelError, boundary
 from thanos_deploy.model import pretrained
 from thanos_deploy.model.families import Channels, Family, Heads
 
-# Of the batch that passes: sequences, and tokens of each.
+# Shape of the batch for the forward pass: [sequences, tokens].
 _BATCH = (2, 6)
 
-# What the modules of attention are called.
+# Parts of the names of attention modules.
 _ATTENTION = ("attn", "attention")
 
 _FIX = "use a model of a supported type, or add a row for this type: docs/develop/add-a-family.md"
@@ -37,11 +37,15 @@ _FIX = "use a model of a supported type, or add a row for this type: docs/develo
 
 @dataclass(slots=True)
 class _Seen:
-    """What a pass through the blocks shows.
+    """The tensors seen in one forward pass through the blocks.
+
+    All of them stay referenced, so that no two tensors can have the same `id`.
 
     Attributes:
-        entered, left: the hidden states of each block, kept so that no two have one identity.
-        read: of each block, name of a linear layer -> what it read, in the order of the calls.
+        entered: the hidden states that each block was called with.
+        left: the output of each block.
+        read: for each block, maps the name of a linear layer to its input, in the order of the
+            calls.
     """
 
     entered: list[Tensor] = field(default_factory=list)
@@ -53,7 +57,7 @@ def discover(config: PretrainedConfig) -> Family:
     """Describe a model of a type that has no row.
 
     Raises:
-        ModelError: it does not fit, with the reason.
+        ModelError: the structure is not supported; the message has the reason.
     """
     kind = str(config.model_type)
     with (
@@ -102,7 +106,7 @@ def discover(config: PretrainedConfig) -> Family:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the mode logs of an operation that fails, which is in its exception too."""
+    """Silence `FakeTensorMode`'s log of an operation that fails; the exception says the same."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -113,7 +117,11 @@ def _quietly() -> Iterator[None]:
 
 
 def _blocks(model: PreTrainedModel, count: int) -> str:
-    """The name of the one list of as many blocks as the configuration has."""
+    """Return the name of the only outermost `ModuleList` with `count` modules.
+
+    Raises:
+        ValueError: there is no such list, or more than one.
+    """
     lists = [
         name
         for name, module in model.named_modules()
@@ -129,10 +137,10 @@ def _blocks(model: PreTrainedModel, count: int) -> str:
 
 
 def _require_matrices(kind: str, blocks: nn.Module) -> None:
-    """Refuse blocks that keep several matrices in one parameter, as the library keeps experts.
+    """Refuse blocks that keep several matrices in one parameter, as transformers keeps experts.
 
     Raises:
-        ModelError: they do.
+        ModelError: a parameter has more than two dimensions and is not the weight of a convolution.
     """
     for name, parameter in blocks.named_parameters():
         module = blocks.get_submodule(name.rpartition(".")[0])
@@ -175,10 +183,11 @@ def _pass(model: PreTrainedModel, blocks: nn.Module) -> _Seen:
 
 
 def _given(kind: str, seen: _Seen, blocks: nn.Module) -> int:
-    """How many things a block gives; see `Family.gives`.
+    """Return the number of outputs of a block; see `Family.gives`.
 
     Raises:
-        ModelError: the walk from block to block cannot follow the pass.
+        ModelError: the output of a block is not exactly the input of the next block, so a walk from
+            block to block cannot reproduce the pass.
     """
     count = len(list(blocks.children()))
     left = [out[0] if isinstance(out, tuple) and out else out for out in seen.left]
@@ -198,7 +207,13 @@ def _given(kind: str, seen: _Seen, blocks: nn.Module) -> int:
 
 
 def _merged(kind: str, read: Sequence[dict[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
-    """The groups of all blocks in the order of their calls; blocks may differ in what they have."""
+    """Merge the groups of layers with the same input over all blocks, in the order of their calls.
+
+    Blocks may differ in the groups that they have.
+
+    Raises:
+        ModelError: a layer is in different groups in different blocks, or the order differs.
+    """
     groups: list[tuple[str, ...]] = []
     orders = []
     for block in read:
@@ -226,7 +241,7 @@ def _require_all(kind: str, inputs: tuple[tuple[str, ...], ...], blocks: nn.Modu
     """Refuse blocks with linear layers that the pass did not call.
 
     Raises:
-        ModelError: there are such.
+        ModelError: the pass did not call a linear layer.
     """
     known = {name for group in inputs for name in group}
     for name, module in blocks.named_modules():
@@ -241,7 +256,11 @@ def _require_all(kind: str, inputs: tuple[tuple[str, ...], ...], blocks: nn.Modu
 
 
 def _transposed(kind: str, blocks: nn.Module) -> bool:
-    """Whether all layers store their weights as [inputs, outputs]."""
+    """Return whether the layers store their weights as [inputs, outputs].
+
+    Raises:
+        ModelError: the blocks have both kinds of linear layers, or no linear layer.
+    """
     found = {
         isinstance(module, Conv1D)
         for module in blocks.modules()

@@ -1,15 +1,15 @@
-"""What a download leaves behind that did not come to its end."""
+"""Recognise what an interrupted download leaves behind."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-# What git writes in the place of a large file that it has not fetched.
+# Beginning of the pointer file that git writes in the place of a large file that is not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
-# What downloaders add to the name of a file that is not complete.
+# Suffixes that download programs add to the name of an incomplete file.
 _SUFFIXES = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".download")
 
-# Where the hub's own client keeps such files of a folder.
+# Subfolder in which the client of the hub keeps incomplete files of a folder.
 _HUB = ".cache/huggingface/download"
 
 FIX = (
@@ -19,7 +19,11 @@ FIX = (
 
 
 def unfinished(folder: Path) -> str:
-    """The rest of a sentence about a folder that lacks a file; empty if nothing was interrupted."""
+    """Return the end of an error message about a folder that lacks a file.
+
+    Returns:
+        a clause that names an incomplete file; empty if no download was interrupted.
+    """
     left = sorted(path.name for path in _left(folder))
     if not left:
         return ""
@@ -29,7 +33,7 @@ def unfinished(folder: Path) -> str:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file only says where git is to fetch it from."""
+    """Return whether a file is a pointer of Git LFS instead of the content."""
     with path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
@@ -38,7 +42,7 @@ def _left(folder: Path) -> Iterator[Path]:
     for place in (folder, folder / _HUB):
         if place.is_dir():
             yield from (path for path in place.iterdir() if path.suffix in _SUFFIXES)
-    # A snapshot in the hub's cache has links to these.
+    # The files of a snapshot in the hub's cache are links to these blobs.
     blobs = folder.parent.parent / "blobs"
     if folder.parent.name == "snapshots" and blobs.is_dir():
         yield from (path for path in blobs.iterdir() if path.suffix in _SUFFIXES)

@@ -1,9 +1,9 @@
-"""Experts as modules, each of whose linear layers is one, as files keep them.
+"""Mixture-of-experts modules rebuilt so that every matrix of an expert is a linear layer.
 
 transformers keeps the matrices of all experts of a block in two parameters of three dimensions and
-multiplies slices of them, so that there is no layer to name, to prune or to ask what it read.
-`separate` puts a module in the place of each such module that computes the same with one linear
-layer for every matrix. Their weights are views of the slices: writing to one changes the parameter.
+multiplies slices of them. So there is no layer to name, to prune or to hook for its input.
+`separate` replaces each such module by one that computes the same with one linear layer per matrix.
+The weights of these layers are views of the slices: writing to one changes the original parameter.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,26 +20,32 @@ from thanos_deploy.model.structure import blocks_of
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 BIAS = "_bias"
 
-# [tokens, channels] of the gate and of what it gates -> [tokens, channels].
+# Combines the outputs of gate and up, each [tokens, channels], into [tokens, channels].
 Gate = Callable[[Tensor, Tensor], Tensor]
 
 
 class Expert(nn.Module):
-    """One expert: down(gated(gate(x), up(x))).
+    """One expert: down(f(gate(x), up(x))), where f is the gate function.
 
-    `reads`, `channels` and `gives` compute nothing. The first two are called with what gate and up
-    read, and with what down reads, of all experts before any layer of the step multiplies: so all
-    statistics of a step can be had before one of its layers changes. The third is called with what
-    the expert adds to the hidden states, weights of the router included.
+    The modules `reads`, `channels` and `gives` compute nothing; they are places for hooks. They are
+    not called during an export.
+
+    Attributes:
+        reads: is called with the input of gate and up. This happens for all experts before any gate
+            or up layer runs, so that the statistics of all these layers can be collected before one
+            of them changes.
+        channels: is called with the input of down, for all experts before any down layer runs.
+        gives: is called with what the expert adds to the hidden states, already multiplied by the
+            weights of the router.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], names: Experts, gate: Gate) -> None:
-        """Take layers.
+        """Build an expert from its layers.
 
         Args:
-            layers: of it, by their names.
-            names: which is which.
-            gate: what joins the two that make channels.
+            layers: maps the name of a layer to the layer.
+            names: says which name is gate, up and down.
+            gate: combines the outputs of gate and up.
         """
         super().__init__()
         for name, layer in layers.items():
@@ -51,16 +57,16 @@ class Expert(nn.Module):
         self.gives = nn.Identity()
 
     def entrance(self, layer: str) -> nn.Module:
-        """What is called with the input of a layer, as its one argument."""
+        """Return the module that is called with the input of a layer as its only argument."""
         return self.channels if layer == self._names.down else self.reads
 
     def gated(self, states: Tensor) -> Tensor:
-        """[tokens, hidden size] -> [tokens, channels]."""
+        """Compute the channels: [tokens, hidden size] -> [tokens, channels]."""
         gate, up = (self.get_submodule(name) for name in (self._names.gate, self._names.up))
         return self._gate(gate(states), up(states))
 
     def out(self, channels: Tensor) -> Tensor:
-        """[tokens, channels] -> [tokens, hidden size]."""
+        """Apply the down layer: [tokens, channels] -> [tokens, hidden size]."""
         made: Tensor = self.get_submodule(self._names.down)(channels)
         return made
 
@@ -69,12 +75,13 @@ class SeparateExperts(nn.ModuleList):
     """The experts of one block."""
 
     def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of what the chosen experts make of each token.
+        """Compute the weighted sum of the outputs of each token's experts.
 
         Args:
             states: [tokens, hidden size].
-            chosen: int64[tokens, experts of a token], their numbers.
-            weights: [tokens, experts of a token].
+            chosen: int64[tokens, experts per token], the numbers of the experts that the router
+                chose.
+            weights: [tokens, experts per token], the router's weights of these experts.
 
         Returns:
             [tokens, hidden size].
@@ -96,10 +103,10 @@ class SeparateExperts(nn.ModuleList):
 def _without_choice(
     experts: list[Expert], states: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """The same for a graph, whose shapes cannot depend on what the router chooses.
+    """Compute the same sum with shapes that do not depend on the router, for an exported graph.
 
-    Every expert computes every token, and counts with weight 0 where it was not chosen: exact, and
-    as much work as all experts are.
+    Every expert processes every token, with weight 0 if it was not chosen. The result is exact; the
+    cost is that of running all experts.
     """
     total = torch.zeros_like(states)
     for number, expert in enumerate(experts):
@@ -109,15 +116,17 @@ def _without_choice(
 
 
 def separate(model: nn.Module, family: Family) -> None:
-    """Give every block of a model whose family has experts a module for each, in place.
+    """Replace the experts of every block by `SeparateExperts`, in place.
+
+    A model of a family without experts and blocks without experts stay as they are.
 
     Args:
-        model: the causal model, with or without storage; its blocks without experts stay as they
-            are.
-        family: the row that describes it.
+        model: the causal model, with or without storage.
+        family: the row that describes the model.
 
     Raises:
-        ModelError: a block's experts compute something else than `Expert`, or are kept otherwise.
+        ModelError: a block's experts compute something else than `Expert`, or are stored
+            differently.
     """
     if family.experts is None:
         return
@@ -142,7 +151,7 @@ def _separated(held: nn.Module, names: Experts, place: str) -> SeparateExperts:
 
 
 def _layers(own: Mapping[str, Tensor], names: Experts) -> dict[str, nn.Linear]:
-    """The layers of one expert, of views of its part of each parameter."""
+    """Make the layers of one expert from views of its slice of each parameter."""
     if not names.fused:
         gate, up = own[GATE_UP].chunk(2)
         return {names.gate: _linear(gate), names.up: _linear(up), names.down: _linear(own[DOWN])}
@@ -157,7 +166,7 @@ def _layers(own: Mapping[str, Tensor], names: Experts) -> dict[str, nn.Linear]:
 
 
 def _activated(held: nn.Module) -> Gate:
-    """The gate of most experts: activation(gate) * up."""
+    """Return the gate of most experts: activation(gate) * up."""
     activation = held.get_submodule("act_fn")
 
     def gate(gates: Tensor, ups: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def _activated(held: nn.Module) -> Gate:
 
 
 def _interleaved(held: Any) -> Gate:
-    """A gate that the library has for the module alone, of gates and what they gate in turns."""
+    """Return the class's own gate function, which takes gate and up channels interleaved."""
     rule, numbers = type(held)._apply_gate, {"alpha": held.alpha, "limit": held.limit}
 
     def gate(gates: Tensor, ups: Tensor) -> Tensor:
@@ -179,13 +188,13 @@ def _interleaved(held: Any) -> Gate:
 
 
 def _require_known(held: nn.Module, names: Experts, place: str) -> None:
-    """Refuse experts of another kind than the row of the family says.
+    """Refuse experts that are not of the kind that the row of the family describes.
 
-    The library says of what kind its experts are by attributes, which `use_experts_implementation`
-    sets, and by `_apply_gate`, which it adds to classes that have none of their own.
+    transformers marks the kind of its experts by attributes, which `use_experts_implementation`
+    sets, and by `_apply_gate`, which it adds to classes that do not define one.
 
     Raises:
-        ModelError: they are.
+        ModelError: an attribute, the gate function, or the parameters differ.
     """
     shapes = {name: tuple(one.shape) for name, one in held.named_parameters()}
     kinds = {
@@ -222,20 +231,20 @@ def _require_known(held: nn.Module, names: Experts, place: str) -> None:
 
 
 def _sizes(shape: tuple[int, ...], names: Experts) -> tuple[int, int, int]:
-    """Experts, outputs and inputs of a parameter."""
+    """Return the numbers of experts, outputs and inputs of a parameter with this shape."""
     experts, *sides = shape
     inputs, outputs = sides if names.fused else reversed(sides)
     return experts, outputs, inputs
 
 
 def _doubled(down: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The sizes of `gate_up_proj` that go with those of `down_proj`."""
+    """Return the sizes that `gate_up_proj` must have, given those of `down_proj`."""
     experts, hidden, channels = down
     return experts, 2 * channels, hidden
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A layer whose weight is a view, [outputs, inputs], and so is its bias."""
+    """Make a layer whose weight [outputs, inputs] and bias are the given tensors, not copies."""
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)

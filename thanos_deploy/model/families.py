@@ -1,11 +1,11 @@
-"""What is known of each model family: a family is one row, and every fact about it is in the row.
+"""The table of model families: one row for each family, with every fact about it.
 
 What differs between two models of a family is read from the model itself: sizes from the
-configuration, optional parts (biases, tied heads) from the weights, and which linear layers a block
-has from the block; see `structure`. `docs/develop/add-a-family.md` adds a family.
+configuration, optional parts (biases, tied heads) from the weights, and the linear layers of a
+block from the block; see `structure`. `docs/develop/add-a-family.md` shows how to add a family.
 
-The file is longer than others, because the table is, and because a row is read beside the fields
-that it fills.
+The file is longer than others because it holds the whole table, and because a row is easier to read
+beside the fields that it fills.
 """
 
 from collections.abc import Mapping
@@ -14,21 +14,23 @@ from typing import Any, Literal
 
 from thanos_deploy.errors import ModelError
 
-# What models call their output head.
+# Name of the output head in the models of transformers.
 HEAD = "lm_head"
 
-# Stands for the number of an expert in the name of a linear layer.
+# Placeholder for the number of an expert in the name of a linear layer.
 EXPERT = "*"
 
-# How the rows of the queries, keys and values are laid out: three matrices; one matrix with a
-# query, a key and a value for each head in turn; one with all queries, then all keys, all values.
+# How the rows of the queries, keys and values are laid out:
+#   separate  three matrices
+#   by head   one matrix with a query, a key and a value for each head in turn
+#   by part   one matrix with all queries, then all keys, then all values
 Layout = Literal["separate", "by head", "by part"]
 
-# What an attention module keeps of its widths: the number of query heads; of key-value heads; query
-# heads for each of these; channels of all query heads.
+# A number that an attention module stores: query heads, key-value heads, query heads for each
+# key-value head, or channels of all query heads together.
 Width = Literal["heads", "keys", "heads per key", "channels"]
 
-# What programs that serve models demand of the sizes of some; `loaders` has the words.
+# Demands of serving programs on the sizes of some model types; `loaders.DEMANDS` explains them.
 Demand = Literal[
     "another model",
     "channels are 4 x hidden size",
@@ -45,16 +47,17 @@ class Heads:
     """Where a block's attention heads are.
 
     Attributes:
-        producers: the linear layers whose rows make queries, keys and values, in this order.
+        producers: the linear layers whose rows compute queries, keys and values, in this order.
         layout: how these rows are laid out.
-        consumer: the linear layer that reads all heads, each a run of its columns.
+        consumer: the linear layer that reads all heads; each head is a run of its columns.
         count: entry of config.json with the number of query heads.
-        kv_count: entry with the number of key-value heads; None if each query head has its own.
-        free_size: the configuration states the size of a head, so the number of heads can change
-            alone; otherwise it is hidden size / number of heads.
-        kept: attribute of the attention module -> the width that the module keeps there. With
-            "config." in front, an entry of the configuration that the module looks at.
-        fixed: why no head can go; empty if heads can.
+        kv_count: entry of config.json with the number of key-value heads; None if each query head
+            has its own.
+        free_size: whether the configuration states the size of a head, so that the number of heads
+            can change alone. Otherwise the size is hidden size / number of heads.
+        kept: maps an attribute of the attention module to the number that it stores. An attribute
+            that begins with "config." is an entry of the configuration that the module reads.
+        fixed: why no head can be removed; empty if heads can be removed.
     """
 
     producers: tuple[str, ...]
@@ -68,7 +71,7 @@ class Heads:
 
     @property
     def module(self) -> str:
-        """The attention module, seen from the block."""
+        """Name of the attention module, relative to the block."""
         return self.consumer.rpartition(".")[0]
 
 
@@ -78,12 +81,12 @@ class Channels:
 
     Attributes:
         producers: the linear layers with rows for each channel.
-        consumer: the linear layer with one column for each.
-        rows: of each channel in a producer: 2 where one matrix has first the gates of all channels,
-            then what they gate.
+        consumer: the linear layer with one column for each channel.
+        rows: rows for each channel in a producer; 2 if one matrix holds first the gate rows of all
+            channels, then their up rows.
         count: entry of config.json with the number of channels.
-        multiple: the number as a multiple of the hidden size where the configuration leaves it
-            out; None if it never does.
+        multiple: the number of channels divided by the hidden size, for configurations that leave
+            the entry out; None if none does.
     """
 
     producers: tuple[str, ...]
@@ -95,18 +98,20 @@ class Channels:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Feed-forward networks among which a router chooses for each token.
+    """Where a block's experts are: feed-forward networks among which a router chooses per token.
 
-    The library keeps the matrices of all experts of a block in two parameters, `gate_up_proj` and
-    `down_proj`. This project keeps every matrix by itself, as most files do; see `experts`.
+    transformers keeps the matrices of all experts of a block in two parameters, `gate_up_proj` and
+    `down_proj`. This project gives every matrix a layer of its own, as most files do; see
+    `experts`.
 
     Attributes:
-        module: the module with these parameters, seen from the block.
-        gate, up, down: what the three linear layers of an expert are called.
-        router: the module whose weight has a row for each expert, seen from the block.
+        module: name of the module with these parameters, relative to the block.
+        gate, up, down: names of the three linear layers of an expert.
+        router: name of the module whose weight has a row for each expert, relative to the block.
         count: entry of config.json with the number of experts.
-        channels: entry with the channels of an expert.
-        fused: files keep the matrices as the library does, and biases beside them; see `fused`.
+        channels: entry of config.json with the number of channels of an expert.
+        fused: whether files keep the matrices in the two parameters of transformers, with biases
+            beside them; see `fused`.
     """
 
     module: str
@@ -119,24 +124,28 @@ class Experts:
     fused: bool = False
 
     def producers(self, expert: object) -> tuple[str, str]:
-        """The layers of an expert, by its number or `EXPERT`, with a row for each channel."""
+        """Return the layers with a row for each channel.
+
+        Args:
+            expert: number of the expert, or `EXPERT`.
+        """
         return f"{self.module}.{expert}.{self.gate}", f"{self.module}.{expert}.{self.up}"
 
     def consumer(self, expert: object) -> str:
-        """The layer with a column for each channel."""
+        """Return the layer with a column for each channel; see `producers`."""
         return f"{self.module}.{expert}.{self.down}"
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the source of a program that serves models states about some model types.
+    """What the source code of a serving program states about some model types.
 
     Attributes:
-        loader: the name of the program in `loaders`.
-        model_types: those for which its source was read.
-        demand: what it demands of their sizes, beyond what it demands of every model; None for
-            nothing.
-        source: the file of the program that states the demand.
+        loader: name of the program in `loaders`.
+        model_types: the model types for which its source code was read.
+        demand: demand on the sizes of these models, beyond the demands on every model; None if
+            there is none.
+        source: file of the program that states the demand.
     """
 
     loader: str
@@ -147,29 +156,30 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """All that is known of one kind of model.
+    """All that is known of one family of models.
 
     Attributes:
         model_types: values of `model_type` in config.json that this row describes.
-        blocks: dotted name of the list of transformer blocks, seen from the causal model.
+        blocks: dotted name of the list of transformer blocks, relative to the causal model.
         inputs: the linear layers of a block, grouped by the activation that they read and in the
             order in which the forward pass reaches them. Layers of one group share one calibration
             statistic. A layer that a block lacks is left out, so alternatives, such as a dense
             feed-forward network and experts, are all named. `EXPERT` stands for the number of an
             expert.
-        heads: the attention heads: rows of their producers go with columns of their consumer.
-        channels: the same for the feed-forward network.
-        experts: where a block's experts are; None for a family without.
-        transposed: the weights are stored [inputs, outputs], as GPT-2's Conv1D has them.
-        renamed: part of a name in the files -> what the model has in its place.
-        hidden: entry of config.json with the size of the residual stream.
-        positions: entry of config.json with the longest sequence, in tokens.
-        gguf: what GGUF calls the architecture -> the model type, where they differ.
+        heads: the attention heads; removing one removes rows of its producers and columns of its
+            consumer.
+        channels: the feed-forward channels, likewise.
+        experts: where a block's experts are; None for a family without experts.
+        transposed: whether the weights are stored [inputs, outputs], as GPT-2's Conv1D stores them.
+        renamed: maps a part of a tensor's name in the files to the part that the model has instead.
+        hidden: entry of config.json with the hidden size.
+        positions: entry of config.json with the length of the longest sequence, in tokens.
+        gguf: maps the name of the architecture in GGUF to the model type, where the two differ.
         readings: what is known of programs that serve models of this family.
-        gives: how many things a block gives: 1 for the hidden states alone, more for a tuple that
-            begins with them.
-        discovered: it is no row: it was found by a forward pass through one model; see
-            `discovery`. Heads and channels are not known then.
+        gives: number of outputs of a block: 1 for the hidden states alone, more for a tuple that
+            begins with the hidden states.
+        discovered: whether this is not a row of the table but was found by a forward pass through
+            one model; see `discovery`. Its heads and channels are not known.
     """
 
     model_types: tuple[str, ...]
@@ -189,7 +199,7 @@ class Family:
 
     @property
     def base(self) -> str:
-        """Name of the base model, seen from the causal model; some checkpoints leave it out."""
+        """Name of the base model in the causal model; some checkpoints leave out this prefix."""
         return self.blocks.partition(".")[0]
 
 
@@ -306,7 +316,7 @@ _QWEN_MOE = replace(
 
 
 def _of_experts(model_type: str, experts: Experts, **others: Any) -> Family:
-    """A row like llama's whose blocks have experts alone."""
+    """Return a row like that of llama, with experts in the place of the feed-forward network."""
     producers, consumer = experts.producers(EXPERT), experts.consumer(EXPERT)
     return replace(
         _LLAMA,
@@ -389,12 +399,12 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def row_of(model_type: str) -> Family | None:
-    """The row that describes a model type; None if there is none."""
+    """Return the row that describes a model type; None if there is none."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def family_of(model_type: str) -> Family:
-    """The row that describes a model type.
+    """Return the row that describes a model type.
 
     Raises:
         ModelError: no row names the model type.
@@ -409,10 +419,10 @@ def family_of(model_type: str) -> Family:
 
 
 def family_of_gguf(architecture: str) -> Family:
-    """The row that describes what a GGUF file calls its architecture.
+    """Return the row that describes the architecture named in a GGUF file.
 
     Raises:
-        ModelError: no row does.
+        ModelError: no row describes it.
     """
     for family in FAMILIES:
         if architecture in family.gguf:

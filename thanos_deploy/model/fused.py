@@ -1,9 +1,15 @@
-"""Matrices of experts that files keep together in one tensor, as those of gpt_oss do.
+"""Read and write the matrices of single experts in files that keep all experts in one tensor.
 
-The files have what the library has: `gate_up_proj`, [experts, hidden size, 2 x channels], whose
-last axis has a gate and what it gates in turns; `down_proj`, [experts, channels, hidden size]; and
-the biases, `gate_up_proj_bias` and `down_proj_bias`, without the middle axis. All else goes by the
-matrices of single experts, so `weights` reads and writes those as parts of the tensors.
+The files of gpt_oss have the tensors of transformers:
+
+    gate_up_proj       [experts, hidden size, 2 x channels], with gate and up interleaved on the
+                       last axis
+    down_proj          [experts, channels, hidden size]
+    gate_up_proj_bias  [experts, 2 x channels], interleaved likewise
+    down_proj_bias     [experts, hidden size]
+
+All other code works with the matrices of single experts. So `weights` reads and writes each of them
+as a part of such a tensor.
 
 Source: `GptOssExperts` in transformers' modeling_gpt_oss.py.
 """
@@ -20,13 +26,14 @@ from thanos_deploy.model.tensorfile import Entry, TensorFile
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One expert's matrix or bias, in a tensor of a file.
+    """One expert's matrix or bias as a part of a tensor in a file.
 
     Attributes:
-        tensor: name of that.
+        tensor: name of the tensor.
         expert: number of the expert.
-        first, step: of the tensor's last axis, which entries are its outputs.
-        is_bias: it is a bias.
+        first, step: first index and step, on the last axis of the tensor, of the outputs of the
+            part.
+        is_bias: whether the part is a bias.
     """
 
     tensor: str
@@ -36,22 +43,22 @@ class Part:
     is_bias: bool
 
     def read(self, file: TensorFile) -> Tensor:
-        """[outputs, inputs], or [outputs]."""
+        """Read the part: [outputs, inputs], or [outputs] for a bias."""
         return self._of(self._expert(file)).contiguous()
 
     def write(self, file: TensorFile, value: Tensor) -> None:
-        """Put [outputs, inputs], or [outputs], beside what else the tensor has of the expert."""
+        """Write the part, [outputs, inputs] or [outputs]; the rest of the tensor is kept."""
         whole = self._expert(file)
         self._of(whole).copy_(value)
         file.write(self.tensor, whole, self.expert * whole.numel())
 
     def shape(self, tensor: tuple[int, ...]) -> tuple[int, ...]:
-        """Its own, in a tensor of a shape."""
+        """Return the shape of the part, given the shape of the tensor."""
         outputs = tensor[-1] // self.step
         return (outputs,) if self.is_bias else (outputs, tensor[1])
 
     def _expert(self, file: TensorFile) -> Tensor:
-        """All that the tensor has of the expert."""
+        """Read the slice of the tensor that belongs to the expert."""
         _, (_, *sides) = file.kinds[self.tensor]
         size = 1
         for side in sides:
@@ -60,20 +67,20 @@ class Part:
         return file.read(self.tensor, start, start + size).reshape(sides)
 
     def _of(self, whole: Tensor) -> Tensor:
-        """A view of the part."""
+        """Return a view of the part in the slice of its expert."""
         outputs = whole[..., self.first :: self.step]
         return outputs if self.is_bias else outputs.T
 
 
 def parts_of(found: Mapping[str, Entry], names: Experts) -> dict[str, Part]:
-    """The parts of all tensors of experts that files hold.
+    """List the parts of all expert tensors in the files.
 
     Args:
-        found: what they hold, by name.
-        names: of the layers of an expert.
+        found: the entries of the files, by name.
+        names: the names of an expert's layers.
 
     Returns:
-        what the part would be called in a file of its own -> the part.
+        maps the name that a part would have as a tensor of its own to the part.
     """
     return {
         f"{tensor.removesuffix(end)}{part.expert}.{layer}": part
@@ -94,10 +101,13 @@ def _parts(tensor: str, end: str, experts: int, names: Experts) -> Iterator[tupl
 
 
 def whole_shapes(parts: Iterable[tuple[Part, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that parts make up.
+    """Return the shape of each tensor that is made up of parts.
 
     Args:
-        parts: each with its shape; those of one tensor have one shape.
+        parts: each part with its shape; all parts of a tensor have the same shape.
+
+    Returns:
+        maps the name of a tensor to its shape.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for part, (outputs, *inputs) in parts:

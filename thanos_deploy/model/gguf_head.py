@@ -1,9 +1,9 @@
-"""The head of a GGUF file, checked before a library reads it.
+"""Check the header of a GGUF file before a library reads the file.
 
-The format is ggml's (docs/gguf.md of ggml-org/ggml): the magic, a version, the numbers of tensors
-and of values, the values by name, the tensors by name. The package gguf loops over whatever number
-stands there, so that a count of 2^60 in a damaged file would keep it busy for good. transformers
-makes lists as long as the number of blocks.
+The format is ggml's (docs/gguf.md of ggml-org/ggml): the magic number, a version, the numbers of
+tensors and of metadata values, the metadata values by name, the tensors by name. The package gguf
+trusts the counts in the header, so a count of 2^60 in a damaged file would make it loop practically
+for ever. transformers makes lists as long as the number of blocks that the header states.
 """
 
 import os
@@ -18,22 +18,23 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ARCHITECTURE = b"general.architecture"
 _BLOCKS = b".block_count"
-_BLOCK = re.compile(rb"blk\.(\d{1,9})\.")  # Python refuses to read thousands of digits
+_BLOCK = re.compile(rb"blk\.(\d{1,9})\.")  # `int` refuses a text of thousands of digits
 _STRING, _ARRAY = 8, 9
-# How integers are stored, by their type.
+# Format of an integer for `struct`, by the number of its GGUF type.
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
-# Bytes of a value, by its type.
+# Size of a value of fixed size in bytes, by the number of its GGUF type.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-# Arrays of arrays are allowed by the format, and used by nobody to any depth.
+# The format allows arrays of arrays of any depth; no usual file nests them deeply.
 _DEPTH = 8
 
 
 def architecture(path: Path) -> str:
-    """What a file calls the kind of its model, after a look at its whole head; empty for nothing.
+    """Check the whole header and return the architecture that it names; empty if it names none.
 
     Raises:
-        ModelError: the head claims more than the file has, or another number of blocks, or it is no
-            GGUF of a version that is read.
+        ModelError: the file is not GGUF of version 2 or 3, the header announces more bytes than the
+            file has or holds a value of an unknown type, or the number of blocks that it states is
+            not that of its tensors.
         OSError: the file cannot be read.
     """
     if os.path.getsize(path) < len(_MAGIC) + 20:
@@ -65,7 +66,7 @@ def architecture(path: Path) -> str:
 
 
 class _Head:
-    """A place in a file that moves forward and never beyond the end."""
+    """A read position in a file that moves forward and never beyond the end."""
 
     def __init__(self, path: Path, content: mmap) -> None:
         self._path, self._content, self._at = path, content, 0
@@ -109,7 +110,7 @@ class _Head:
         if kind in _SIZES:
             self.skip(_SIZES[kind] * count)
             return
-        for _ in range(count):  # each takes 8 bytes at least, so the end of the file ends this
+        for _ in range(count):  # an element takes at least 8 bytes, so the loop ends with the file
             self.value(kind, depth + 1)
 
 

@@ -1,7 +1,7 @@
-"""The output head: from the last hidden states of a model to its logits.
+"""The output head of a model, which computes logits from the last hidden states.
 
-A row of logits is as long as the vocabulary. Whoever needs many of them keeps the states, which are
-a hundred times smaller, and has the head make a few logits at a time.
+A row of logits is as long as the vocabulary. Code that needs many rows keeps the hidden states,
+which are a hundred times smaller, and computes the logits of a few tokens at a time.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,32 @@ from thanos_deploy.errors import ModelError
 from thanos_deploy.machine.devices import CPU
 from thanos_deploy.model.checkpoint import Checkpoint
 
-# From states[tokens, hidden] to logits[tokens, vocabulary].
+# Computes logits[tokens, vocabulary] from states[tokens, hidden].
 Head = Callable[[Tensor], Tensor]
 
 
 def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[tokens, hidden], what the output head reads; `ids` is int64[segments, length]."""
+    """Compute the input of the output head.
+
+    Args:
+        model: the causal model.
+        ids: int64[segments, length].
+
+    Returns:
+        [segments * length, hidden].
+    """
     states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return states.flatten(0, 1)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model in memory."""
+    """Return the head of a model in memory."""
     linear: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return _with_scale(linear, model.config)
 
 
 def read_head(checkpoint: Checkpoint, device: torch.device = CPU) -> Head:
-    """The head of a checkpoint in float32, without the rest of the model.
+    """Read the head of a checkpoint in float32, without the rest of the model.
 
     Raises:
         ModelError: see `Checkpoint.skeleton`.
@@ -55,10 +63,10 @@ def read_head(checkpoint: Checkpoint, device: torch.device = CPU) -> Head:
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """A model's logits are what `head_of` makes of its last hidden states.
+    """Return whether `head_of` computes a model's logits from its last hidden states.
 
-    So it is for every type with a row; one whose structure was found by a forward pass may scale
-    its logits in some other way.
+    This is true for every model type with a row in `families`. A model whose structure was found by
+    a forward pass may scale its logits in some other way.
     """
     ids = torch.arange(4, device=model.device)[None] % int(model.config.vocab_size)
     expected: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -67,10 +75,10 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def require_plain_head(model: PreTrainedModel) -> None:
-    """Refuse a model that makes its logits otherwise; see `has_plain_head`.
+    """Refuse a model without a plain head; see `has_plain_head`.
 
     Raises:
-        ModelError: it does.
+        ModelError: `head_of` does not give the model's logits.
     """
     if not has_plain_head(model):
         raise ModelError(
@@ -82,7 +90,7 @@ def require_plain_head(model: PreTrainedModel) -> None:
 
 
 def _with_scale(linear: nn.Module, config: PretrainedConfig) -> Head:
-    """The head with what some types do to logits afterwards."""
+    """Return the head with the scaling or soft-capping that some model types apply to logits."""
     cap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
     divisor = getattr(config, "logits_scaling", None)  # of Granite
 

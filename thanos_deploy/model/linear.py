@@ -1,7 +1,7 @@
-"""A linear layer as a matrix [outputs, inputs], whichever class of layer holds it.
+"""Access to a linear layer as a matrix [outputs, inputs], independent of the class of the layer.
 
-A layer is a module: PyTorch's, GPT-2's, or an expert's, whose weight is a slice of a parameter of
-the library; see `experts`.
+A layer is PyTorch's `nn.Linear`, GPT-2's `Conv1D`, or the layer of an expert, whose weight is a
+slice of a larger parameter; see `experts`.
 """
 
 import torch
@@ -12,24 +12,29 @@ from thanos_deploy.model.experts import Expert
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as [outputs, inputs]; a view, so writing to it changes the layer.
+    """Return the weight as [outputs, inputs]; a view, so writing to it changes the layer.
 
-    GPT-2's Conv1D stores it the other way round.
+    GPT-2's `Conv1D` stores the transposed matrix.
     """
     return turned(linear, linear.get_parameter("weight"))
 
 
 def turned(linear: nn.Module, stored: Tensor) -> Tensor:
-    """As [outputs, inputs] a tensor that has the shape of a layer's weight as it is stored."""
+    """Return a tensor as [outputs, inputs]; a view.
+
+    Args:
+        linear: the layer.
+        stored: a tensor with the shape in which the layer stores its weight.
+    """
     return stored.T if isinstance(linear, Conv1D) else stored
 
 
 def entrance(block: nn.Module, name: str) -> nn.Module:
-    """The module that is called with what a linear layer reads, as its first argument.
+    """Return the module whose first argument is the input of a linear layer, as a place for hooks.
 
     Args:
-        block: where the layer is.
-        name: of the layer, seen from the block.
+        block: the block that the layer is in.
+        name: name of the layer, relative to the block.
     """
     parent, _, layer = name.rpartition(".")
     expert = block.get_submodule(parent)

@@ -1,4 +1,4 @@
-"""A whole model, and its tokenizer, in memory."""
+"""Load a whole model and its tokenizer into memory."""
 
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from thanos_deploy.model.weights import shards
 
 
 def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
-    """The whole model in float32 on a device, ready for inference.
+    """Load the whole model in float32 onto a device, ready for inference.
 
-    By the stock loader, unless the folder declares widths that no stock configuration has.
+    The stock class of transformers loads the model. If the folder has a widths.json, a subclass
+    with those widths does. Experts become separate modules; see `experts.separate`.
 
     Raises:
         ModelError: the model does not load.
@@ -37,7 +38,7 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
     if block_widths.declared(folder) is not None:
         own = _declared_class(Checkpoint.open(folder))
     model, missing = pretrained.load_model(folder, own)
-    # The loader only warns about these, and makes the weights up.
+    # The library only warns about missing weights and gives them initial values.
     if missing:
         raise ModelError(
             f"{folder}: the weights lack {len(missing)} tensors, such as {missing[0]}",
@@ -51,7 +52,7 @@ def load_model(folder: Path, device: torch.device = CPU) -> PreTrainedModel:
 
 
 def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    """The stock class of a checkpoint's models, with the widths that the checkpoint declares."""
+    """Make a subclass of the checkpoint's stock class that has the widths of the checkpoint."""
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:  # noqa: N807
@@ -60,13 +61,13 @@ def _declared_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
         family, size = checkpoint.family, checkpoint.head_size
         block_widths.resize(blocks, family, checkpoint.widths, size)
 
-    # The loader renames stored weights for the library's own modules only.
+    # The library renames stored weights only for classes of its own modules, by `__module__`.
     names = {"__init__": __init__, "__module__": stock.__module__}
     return type(stock.__name__, (stock,), names)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
         ModelError: the folder has none that loads without the model's own code.

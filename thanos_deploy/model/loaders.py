@@ -1,11 +1,11 @@
-"""Which other loaders take a checkpoint, judged by its config.json alone.
+"""Judge by config.json alone which other programs, called loaders, can load a checkpoint.
 
-Every demand is one that the loader's own source states, in the file that is named beside it
+Every demand is stated by the loader's own source code, in the file that is named beside the demand
 (vLLM 0.33.0; llama.cpp at 7bca1fd, its quantiser at 007dbbf; text-generation-inference at the
-commits that are named). Demands on every model are here, those on some model types in the rows of
-`thanos_deploy.model.families`. A model that meets all demands is called config-compatible. Where
-the tests of this project serve shrunk models of a type with the loader itself, it is called tested,
-with the version that they run.
+commits that are named). Demands on every model are here; demands on some model types are in the
+rows of `thanos_deploy.model.families`. A model that meets all demands is called config-compatible.
+It is also called tested if the tests of this project serve shrunk models of its type with the
+loader itself; the version that the tests run is named.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,22 +14,22 @@ from dataclasses import dataclass
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.model.families import Demand, family_of, row_of
 
-# As many GPUs as a machine usually has.
+# Most GPUs considered for tensor parallelism: as many as a machine usually has.
 _MOST_GPUS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """What loaders look at, by one name for all families.
+    """The sizes of a model that loaders check, with the same names for all families.
 
     Attributes:
-        hidden: size of the residual stream.
+        hidden: hidden size.
         heads: query heads of a block.
-        kv_heads: its key-value heads.
+        kv_heads: key-value heads of a block.
         head: size of a head.
-        channels: of its feed-forward network.
-        windows: whether each block sees a window of the text alone; none where no block does, or
-            config.json does not say it.
+        channels: feed-forward channels of a block.
+        windows: for each block, whether it uses sliding window attention; empty if config.json has
+            no layer_types.
     """
 
     hidden: int
@@ -41,10 +41,11 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: Json) -> "Dimensions":
-        """Read them from config.json.
+        """Read the sizes from config.json.
 
         Raises:
             ModelError: the model type is not supported.
+            KeyError: an entry with a size is missing.
         """
         family = family_of(config["model_type"])
         hidden, heads = config[family.hidden], config[family.heads.count]
@@ -59,7 +60,7 @@ class Dimensions:
         )
 
     def has_whole(self, step: int) -> bool:
-        """Every so many blocks have no window, and the others do."""
+        """Return whether every `step`-th block has no window and all other blocks have one."""
         return all(own == bool((n + 1) % step) for n, own in enumerate(self.windows))
 
 
@@ -68,12 +69,12 @@ Holds = Callable[[Dimensions], bool]
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a loader demands of every model.
+    """A demand of a loader on a model.
 
     Attributes:
-        demand: in words.
+        demand: the demand in words.
         source: the file of the loader that states it.
-        holds: of the sizes of a model.
+        holds: returns whether a model with the given sizes meets it.
     """
 
     demand: str
@@ -83,11 +84,11 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class Tested:
-    """What was served, and not only read.
+    """The model types that the tests of this project serve with a loader.
 
     Attributes:
-        version: of the loader.
-        model_types: of the models.
+        version: version of the loader in the tests.
+        model_types: types of the models that the tests serve.
     """
 
     version: str
@@ -96,16 +97,15 @@ class Tested:
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """One that reads Hugging Face folders.
+    """A program that loads Hugging Face folders.
 
     Attributes:
-        name: as the rows of the families have it.
-        version: that was read; empty where it has none.
-        command: that loads the folder `model`.
-        constraints: what its source states about the sizes of every model.
-        notes: what follows from the sizes for its options.
-        tested: the version that the tests run, and the model types that they serve with it; see
-            tests/vllm.
+        name: name of the program, as in the rows of the families.
+        version: version of the source code that was read; empty if no version is named.
+        command: command that loads the folder `model`.
+        constraints: demands on the sizes of every model.
+        notes: returns what the sizes of a model mean for the program's options.
+        tested: what the tests serve with the program, see tests/vllm; None for nothing.
     """
 
     name: str
@@ -117,22 +117,23 @@ class Loader:
 
     @property
     def title(self) -> str:
-        """Its name, with its version."""
+        """Name and version of the program."""
         return f"{self.name} {self.version}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderVerdict:
-    """What is known of a model and a loader.
+    """Whether a loader can load a model.
 
     Attributes:
-        loader: its name, with its version.
-        command: that loads the model.
-        compatible: no demand is broken; None if the loader's source was not read for it.
-        tested: the loader with the version that served models of this type in the tests; None if
-            none did, or a demand is broken.
-        reasons: the demands that are broken, with their sources.
-        notes: what follows for the loader's options.
+        loader: name and version of the loader.
+        command: command that loads the model.
+        compatible: whether the model meets all demands; None if the loader's source code was not
+            read for models of this type.
+        tested: name and version of the loader that served models of this type in the tests; None if
+            it served none, or the model does not meet a demand.
+        reasons: the demands that the model does not meet, with their sources.
+        notes: what the sizes of the model mean for the loader's options.
     """
 
     loader: str
@@ -144,7 +145,13 @@ class LoaderVerdict:
 
 
 def judge(config: Json) -> Iterator[LoaderVerdict]:
-    """What each loader would find in a config.json; nothing is known of a type without a row."""
+    """Judge a config.json for each loader.
+
+    For a model type without a row in `families`, `compatible` and `tested` are None.
+
+    Args:
+        config: content of config.json.
+    """
     model_type = config["model_type"]
     family = row_of(model_type)
     if family is None:
@@ -173,12 +180,12 @@ def judge(config: Json) -> Iterator[LoaderVerdict]:
 
 
 def of(config: Json, loader: str) -> LoaderVerdict:
-    """What one loader would find; see `judge`."""
+    """Judge a config.json for one loader; see `judge`."""
     return next(one for one in judge(config) if one.loader.split()[0] == loader)
 
 
 def openvino(model_type: str) -> LoaderVerdict:
-    """What OpenVINO would find: it reads the exported graph in fp32, and not the checkpoint."""
+    """Return the verdict on OpenVINO, which reads the exported fp32 graph, not the checkpoint."""
     version = "OpenVINO 2026.4"
     return LoaderVerdict(
         version,
@@ -202,10 +209,11 @@ def _constraint(demand: Demand, source: str) -> Constraint:
 
 
 def tensor_parallel(sizes: Dimensions) -> tuple[int, ...]:
-    """Over how many GPUs vLLM can split a model.
+    """Return the numbers of GPUs over which vLLM can split a model, up to 8.
 
-    Heads and channels are divided; key-value heads are divided, or repeated where there are fewer
-    than GPUs (vllm/model_executor/models/llama.py and the others; layers/linear.py).
+    Heads and channels are divided among the GPUs. Key-value heads are divided too, or replicated if
+    there are fewer of them than GPUs (vllm/model_executor/models/llama.py and the others;
+    layers/linear.py).
     """
     return tuple(
         gpus
@@ -230,7 +238,7 @@ def _shards(sizes: Dimensions) -> str:
 
 
 def _quantised(sizes: Dimensions) -> str:
-    """Which of ggml's blocks the rows of the matrices are made of (src/llama-quant.cpp)."""
+    """Say which block sizes of ggml divide the rows of the matrices (src/llama-quant.cpp)."""
     rows = sorted({sizes.hidden, sizes.heads * sizes.head, sizes.channels})
     if odd := [row for row in rows if row % 32]:
         return (
@@ -248,7 +256,7 @@ def _listed(numbers: tuple[int, ...] | list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-# What the rows of the families name: in words, and whether it holds.
+# Demands that the rows of the families name: the demand in words, and a function that checks it.
 DEMANDS: Mapping[Demand, tuple[str, Holds]] = {
     "another model": ("it does not support models of this type", lambda _: False),
     "channels are 4 x hidden size": (

@@ -1,4 +1,4 @@
-"""Find a model by what the user calls it: a hub id, a folder, a bundle, or a file."""
+"""Find the model that a user names: a hub id, a folder, a bundle, or a file."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class LocatedModel:
     """A model on this machine.
 
     Attributes:
-        source: where it comes from.
+        source: where the model comes from.
         path: the local folder, or the GGUF file.
     """
 
@@ -31,7 +31,7 @@ class LocatedModel:
 
     @property
     def is_ordinary(self) -> bool:
-        """A language model's Hugging Face folder as transformers loads it."""
+        """Whether the path is a language model's Hugging Face folder that needs no conversion."""
         return (
             self.source.kind != "gguf"
             and not packed_folder.is_packed(self.path)
@@ -43,12 +43,14 @@ class LocatedModel:
 def locate(model: str, *, revision: str | None = None) -> LocatedModel:
     """Find a model: a file, a folder, a bundle, or a hub id, downloaded unless it is cached.
 
-    A file is a `.gguf`, or a `.safetensors` beside its config.json.
+    A file is a `.gguf`, or a `.safetensors` beside its config.json. Whether the weights can be read
+    is not checked here.
 
     Raises:
-        ModelError: there is no such model, or it has no safetensors weights.
-        PlatformError: the hub cannot be reached and the model is not in its local cache, or the
-            hub does not give it to this user.
+        ModelError: there is no such model, its index of weights is not readable, or its folder has
+            a link that leads out of it.
+        PlatformError: the hub cannot be reached and the model is not in its local cache, or this
+            user has no access to the model.
     """
     path = _local(model)
     if path is None:
@@ -62,7 +64,7 @@ def locate(model: str, *, revision: str | None = None) -> LocatedModel:
 
 
 def locate_configuration(model: str, *, revision: str | None = None) -> Path | None:
-    """The folder with a model's config.json; of a hub model nothing else is downloaded.
+    """Find the folder with a model's config.json, without downloading weights.
 
     Returns:
         None for a `.gguf` file, which has its own kind of configuration.
@@ -77,7 +79,7 @@ def locate_configuration(model: str, *, revision: str | None = None) -> Path | N
 
 
 def _local(model: str) -> Path | None:
-    """The file or folder that a user names; None if it can only be a hub id."""
+    """Return the file or folder that a user names; None if it can only be a hub id."""
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return _folder_of(path)
@@ -87,7 +89,7 @@ def _local(model: str) -> Path | None:
             fix="give a model folder, a hub id, a .gguf, or a .safetensors beside its config.json",
         )
     if (path / layout.MANIFEST).is_file() and (path / layout.MODEL).is_dir():
-        return path / layout.MODEL  # a bundle's
+        return path / layout.MODEL  # of a bundle
     if path.exists():
         return path
     if (
@@ -101,10 +103,10 @@ def _local(model: str) -> Path | None:
 
 
 def _folder_of(weights: Path) -> Path:
-    """The folder of a file of weights.
+    """Return the folder of a safetensors file.
 
     Raises:
-        ModelError: it has no config.json, or its weights are in other files.
+        ModelError: the folder has no config.json, or its weights are in other files.
     """
     folder = weights.parent
     if not (folder / "config.json").is_file():
@@ -126,8 +128,8 @@ def _folder_of(weights: Path) -> Path:
 def _fetch(repository: str, revision: str | None) -> Path:
     """Download the files that make up a model, and no other copy of its weights.
 
-    What is cached is not fetched again, and where a connection is cut off, the file is gone on with
-    by another one. Of a process that was killed, whole files are kept.
+    Cached files are not downloaded again. If a connection breaks, the download of the file
+    continues over a new one. After a killed process, the files that were complete are kept.
 
     Raises:
         ModelError, PlatformError: see `locate`.
@@ -137,7 +139,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
         needed = ["*.safetensors"]
     else:
         needed = shards(folder) if (folder / INDEX).exists() else [SINGLE]
-    # Of the same commit, whatever is pushed meanwhile.
+    # The same commit, even if another one was pushed meanwhile.
     folder = _download(repository, folder.name, needed)
     if missing := [name for name in needed if len(needed) > 1 and not (folder / name).exists()]:
         raise PlatformError(
@@ -184,7 +186,7 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
 
 
 def hash_folder(folder: Path) -> str:
-    """One hash over the weights, the configuration and the tokenizer in a folder."""
+    """Return one SHA-256 over the weights, the configuration and the tokenizer in a folder."""
     digest = hashlib.sha256()
     weights = (path for path in folder.glob("*.safetensors") if path.is_file())
     for path in sorted({*weights, *companions(folder)}):

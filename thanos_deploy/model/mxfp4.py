@@ -1,12 +1,16 @@
-"""Weights of gpt_oss in MXFP4, written as a model of ordinary bfloat16 weights.
+"""Convert gpt_oss checkpoints in MXFP4 to checkpoints with ordinary bfloat16 weights.
 
-What is published has two tensors of bytes for each tensor of experts: `gate_up_proj_blocks`,
-[experts, outputs, inputs / 32, 16], with two numbers of 4 bits (E2M1) in a byte, the lower one
-first; and `gate_up_proj_scales`, [experts, outputs, inputs / 32], with the power of two by which a
-block of 32 is multiplied, plus 127. Every value of it is a bfloat16.
+The published checkpoints have two uint8 tensors for each tensor of experts. For `gate_up_proj`:
 
-Source: the MX specification of the Open Compute Project, and `convert_moe_packed_tensors` of the
-library, which does it here.
+    gate_up_proj_blocks  [experts, outputs, inputs / 32, 16]: two 4-bit numbers (E2M1) in each byte,
+                         the first one in the lower half
+    gate_up_proj_scales  [experts, outputs, inputs / 32]: for each block of 32 numbers the exponent
+                         of the power of two that they are multiplied by, plus 127
+
+Every resulting value is exact in bfloat16.
+
+Source: the MX specification of the Open Compute Project, and `convert_moe_packed_tensors` of
+transformers, which does the conversion here.
 """
 
 import math
@@ -25,12 +29,12 @@ from thanos_deploy.model.weights import shards
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
-# Numbers of a block, two in each byte.
+# Numbers in a block; two of them share a byte.
 _BLOCK = 32
 
 
 def is_mxfp4(folder: Path) -> bool:
-    """A model of the type gpt_oss with such weights."""
+    """Return whether a folder has a model of the type gpt_oss with MXFP4 weights."""
     if files.glanced(folder / "config.json").get("model_type") != "gpt_oss":
         return False
     try:
@@ -38,18 +42,18 @@ def is_mxfp4(folder: Path) -> bool:
             name.endswith(_BLOCKS) for shard in shards(folder) for name in entries(folder / shard)
         )
     except ModelError:
-        return False  # whoever opens the model says what is wrong
+        return False  # the error is reported when the model is opened
 
 
 def write_bfloat16(folder: Path, destination: Path) -> None:
-    """Write such a folder as an ordinary one, one expert's matrix in memory at a time.
+    """Write an MXFP4 folder with bfloat16 weights, one expert's matrix in memory at a time.
 
     Args:
-        folder: see `is_mxfp4`.
-        destination: is made.
+        folder: a folder for which `is_mxfp4` is true.
+        destination: the folder to create.
 
     Raises:
-        ModelError: blocks and scales do not go together.
+        ModelError: blocks have no scales, or scales of another dtype or shape.
     """
     destination.mkdir()
     copy_companions(folder, destination, torch.bfloat16)
@@ -87,7 +91,7 @@ def write_bfloat16(folder: Path, destination: Path) -> None:
 
 
 def _experts(blocks: TensorFile, scales: TensorFile, name: str) -> Iterator[Tensor]:
-    """bfloat16[inputs, outputs] of each expert."""
+    """Yield the matrix of each expert, bfloat16[inputs, outputs]."""
     (_, shape), (_, few) = blocks.kinds[name + _BLOCKS], scales.kinds[name + _SCALES]
     size, count = math.prod(shape[1:]), math.prod(few[1:])
     for number in range(shape[0]):
@@ -102,7 +106,7 @@ def _require_pair(folder: Path, blocks: Entry, scales: Entry | None) -> None:
     """Refuse blocks without their scales.
 
     Raises:
-        ModelError: they are missing, or of another shape.
+        ModelError: the scales are missing or of another shape, or one of the two is not uint8.
     """
     fits = (
         scales is not None

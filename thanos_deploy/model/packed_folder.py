@@ -1,4 +1,4 @@
-"""A checkpoint in which n:m weights are stored packed; see `packing` for one matrix."""
+"""Checkpoints in which n:m weights are stored packed; `packing` packs a single weight."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,13 +33,13 @@ _SUFFIX = ".packed.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What `packed.json` holds, beside the SHA-256 of all that.
+    """The content of `packed.json`, without the SHA-256 of this content.
 
     Attributes:
-        format: of the folder.
-        transposed: the packed weights are stored [inputs, outputs].
-        weights: by name, the pattern of each packed one.
-        files: by name, those with the tensors.
+        format: version of the format of the folder.
+        transposed: whether the original weights are stored [inputs, outputs].
+        weights: maps the name of a packed weight to its pattern.
+        files: maps the name of a file with tensors to its size and hash.
     """
 
     format: int
@@ -50,11 +50,12 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What packing a folder did.
+    """The effect of packing a folder.
 
     Attributes:
         packed: names of the weights that were packed.
-        bytes_before, bytes_after: of all safetensors files, without what was dropped.
+        bytes_before, bytes_after: size of all safetensors files before and after packing, in bytes,
+            without dropped tensors.
     """
 
     packed: tuple[str, ...]
@@ -76,11 +77,11 @@ def pack_folder(
     Args:
         source: a model folder.
         destination: an existing folder.
-        patterns: name -> pattern of the weights to pack.
-        files: name -> file name of the tensors that belong to the model; None for all that there
-            are. The others are dropped.
-        transposed: they are stored [inputs, outputs].
-        on_progress: told of every file.
+        patterns: maps the name of each weight to pack to its pattern.
+        files: maps the name of each tensor that belongs to the model to the name of its file; None
+            for all tensors. Other tensors are dropped.
+        transposed: whether the weights are stored [inputs, outputs].
+        on_progress: called after every file.
 
     Raises:
         ModelError: a weight does not hold its pattern, or a file is not readable.
@@ -117,12 +118,15 @@ def pack_folder(
 
 
 def is_packed(folder: Path) -> bool:
-    """A folder that `unpack_folder` reads."""
+    """Return whether `unpack_folder` can read a folder."""
     return (folder / RECORD).exists() or _is_bitmask(folder)
 
 
 def patterns_of(folder: Path) -> dict[str, SemiStructured]:
-    """By the name of a packed weight, its pattern, once every file is seen to be as it was written.
+    """Compare every file with its recorded hash, and return the pattern of each packed weight.
+
+    Returns:
+        maps the name of a packed weight to its pattern.
 
     Raises:
         IntegrityError: a file is not the one that `packed.json` names.
@@ -134,16 +138,17 @@ def patterns_of(folder: Path) -> dict[str, SemiStructured]:
 
 
 def unpack_folder(source: Path, destination: Path, *, on_progress: OnProgress = silent) -> None:
-    """Write ordinary safetensors files, one tensor in memory at a time.
+    """Write a packed folder as ordinary safetensors files, one tensor in memory at a time.
 
     Args:
-        source: a folder that `is_packed`.
+        source: a folder for which `is_packed` is true.
         destination: an existing folder.
-        on_progress: told of every file.
+        on_progress: called after every file.
 
     Raises:
         IntegrityError: a file is not the one that `packed.json` names.
-        ModelError: a file is missing or not readable, or a weight does not fit together.
+        ModelError: a file is missing or not readable, or the parts of a packed weight do not fit
+            together.
     """
     names.require_own(source, error=ModelError)
     record = _read_record(source) if (source / RECORD).exists() else None
@@ -175,7 +180,7 @@ class _File:
     """A safetensors file of which one tensor is in memory at a time.
 
     Attributes:
-        entries: name -> entry.
+        entries: maps the name of a tensor to its entry.
 
     Raises:
         ModelError: the file is missing or not readable.
@@ -186,14 +191,14 @@ class _File:
         self.entries = entries(path)
 
     def keep(self, names: Iterable[str]) -> int:
-        """Take other tensors for none of the file's; returns their bytes."""
+        """Drop the entries of all tensors but the named ones; return the bytes of those dropped."""
         kept = set(names)
         dropped = [entry for entry in self.entries.values() if entry.name not in kept]
         self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
         return sum(entry.end - entry.begin for entry in dropped)
 
     def read(self, name: str) -> Tensor:
-        """A tensor by its name.
+        """Read a tensor by its name.
 
         Raises:
             ModelError: its dtype is not in `DTYPES`.
@@ -205,7 +210,7 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """A tensor to write: its name, its dtype in the format's words, its shape."""
+    """A tensor to write: its name, its dtype as safetensors spells it, its shape."""
 
     name: str
     dtype: str
@@ -239,7 +244,7 @@ def _packed(
 
 
 def _packed_readers(file: _File, record: _Record) -> list[_Reader]:
-    """How to read every tensor of a file that `pack_folder` wrote."""
+    """Return a reader for every tensor of a file that `pack_folder` wrote."""
     transposed = record.transposed
 
     def reader(entry: Entry) -> _Reader:
@@ -269,7 +274,7 @@ def _packed_readers(file: _File, record: _Record) -> list[_Reader]:
 
 
 def _bitmask_readers(file: _File) -> list[_Reader]:
-    """How to read every tensor of a file of compressed-tensors' format sparse-24-bitmask."""
+    """Return a reader for every tensor of a file in the format sparse-24-bitmask; see `packing`."""
 
     def reader(entry: Entry) -> _Reader:
         stem = entry.name.removesuffix(".compressed")
@@ -318,7 +323,7 @@ def _write(path: Path, outputs: list[_Output], tensors: Iterator[Tensor]) -> Non
 
 
 def _require_known(path: Path, name: str, dtype: str) -> None:
-    """Refuse a dtype that is not understood.
+    """Refuse a dtype that cannot be read.
 
     Raises:
         ModelError: it is not in `DTYPES`.

@@ -1,23 +1,24 @@
-"""Weights that keep n of every m, stored as what is kept and where: smaller files, exactly undone.
+"""Lossless packing of n:m sparse weights: the kept values and a bit mask of their positions.
 
 A packed folder holds the model's own configuration and tokenizer, `packed.json`, and for every
-`NAME.safetensors` of the model a `NAME.packed.safetensors`, in which a packed weight W [rows, cols]
-with n of every m kept is two tensors:
+`NAME.safetensors` of the model a `NAME.packed.safetensors`. In that file a weight W [rows, cols] of
+which n of every m entries are kept is two tensors:
 
-    W.values  [rows, cols * n / m], in W's own dtype: of every m columns the n kept entries
-    W.mask    uint8[rows, ceil(cols / 8)]: bit c % 8 (1 is the lowest) of byte c // 8 is set where
+    W.values  [rows, cols * n / m], in W's own dtype: the n kept entries of every m columns
+    W.mask    uint8[rows, ceil(cols / 8)]: bit c % 8 (bit 0 is the lowest) of byte c // 8 is set if
               column c is kept; exactly n bits in every group of m
 
-2:4 in float16 takes 9/16 of the dense size, in int8 5/8. Kept entries may be zero, where a group
-has more than m - n zeros. All other tensors are stored as they are. A weight that is stored
-[inputs, outputs] (GPT-2) is packed transposed, so that groups always run along the rows.
-`packed.json` names the packed weights, their pattern, and the SHA-256 of every file and of itself.
+2:4 in float16 takes 9/16 of the dense size, in int8 5/8. If a group has more than m - n zeros, some
+kept entries are zero. All other tensors are stored as they are. A weight that is stored [inputs,
+outputs] (GPT-2) is packed transposed, so that groups always run along the rows. `packed.json` names
+the packed weights, their pattern, and the SHA-256 of every file and of its own content.
 
 The files are not called `model.safetensors`, because loaders that do not know the layout would take
 the missing weights for new ones and fill them with random numbers.
 
-Also read: the checkpoints of format `sparse-24-bitmask` that compressed-tensors wrote before it
-dropped the format, which has the same two tensors (`compressed`, `bitmask`) and the shape.
+`packed_folder` also reads checkpoints in the format `sparse-24-bitmask`, which compressed-tensors
+wrote before it dropped the format. They have the same two tensors (`compressed`, `bitmask`) and a
+third one with the shape.
 """
 
 import math
@@ -31,11 +32,12 @@ from thanos_deploy.pattern import SemiStructured
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Entries that are looked at at once: choosing what is kept needs some 30 bytes for each.
+# Entries processed at once: choosing the kept entries needs some 30 bytes for each entry.
 _ENTRIES_AT_ONCE = 1 << 22
 
-# What the libraries behind torch's semi-structured tensors take: dtype -> multiples of rows and of
-# columns. For CUTLASS torch also lists float32, with half of every two kept, which is not 2:4.
+# For each library behind torch's semi-structured tensors and each dtype that it takes: the numbers
+# of which rows and columns must be multiples. For CUTLASS torch also lists float32, but keeps one
+# of every two entries there, which is not 2:4.
 SEMI_STRUCTURED_MULTIPLES = {
     "cutlass": {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (16, 128)},
     "cusparselt": {torch.float16: (16, 16), torch.bfloat16: (16, 16), torch.int8: (32, 32)},
@@ -43,12 +45,12 @@ SEMI_STRUCTURED_MULTIPLES = {
 
 
 def pack(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """What is kept of a weight, and where, on the device of the weight.
+    """Pack a weight that holds an n:m pattern, on the device of the weight.
 
     Args:
         weight: [rows, cols] of any dtype of at most 8 bytes; groups run along the rows.
-        pattern: what the weight holds. A zero is an entry whose bits are all 0, so -0.0 is kept.
-        name: for the message.
+        pattern: the pattern. A zero is an entry whose bits are all 0, so -0.0 is kept.
+        name: name of the weight for the error message.
 
     Returns:
         values [rows, cols * kept / group] and mask uint8[rows, ceil(cols / 8)].
@@ -62,10 +64,13 @@ def pack(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> tuple
 
 
 def require_pattern(weight: Tensor, pattern: SemiStructured, name: str = "weight") -> None:
-    """Refuse a weight that does not hold the pattern. The host reads one number from the device.
+    """Refuse a weight that does not hold the pattern.
+
+    A weight that holds it costs a single transfer of one number from the device to the host.
 
     Raises:
-        ModelError: it does not; the message has the first group that is too full.
+        ModelError: the weight does not hold the pattern; the message names the first group with too
+            many non-zeros.
     """
     cols = weight.shape[1]
     kept, group = pattern.kept, pattern.group
@@ -86,25 +91,25 @@ def require_pattern(weight: Tensor, pattern: SemiStructured, name: str = "weight
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:
-    """Some rows at a time."""
+    """Split a weight into parts of some rows."""
     parts: tuple[Tensor, ...] = weight.split(max(1, _ENTRIES_AT_ONCE // max(weight.shape[1], 1)))
     return parts
 
 
 def _present(part: Tensor, group: int) -> Tensor:
-    """Which entries are not zero, bool[groups, group]."""
+    """Return a mask of the entries that are not zero, bool[groups, group]."""
     return (part.contiguous().view(_BITS[part.element_size()]) != 0).reshape(-1, group)
 
 
 def _packed_part(part: Tensor, pattern: SemiStructured) -> tuple[Tensor, Tensor]:
-    """What is kept of some rows that hold the pattern, and the bits that say where."""
+    """Return the kept entries of some rows that hold the pattern, and the bit mask."""
     rows, cols = part.shape
     kept, group = pattern.kept, pattern.group
     present = _present(part, group)
-    # Those that are present, and zeros to fill up, from the first column on.
+    # Keep the non-zeros, and fill up with the first zeros of the group.
     free = kept - present.sum(dim=1, keepdim=True, dtype=torch.int32)
     keep = present | (present.logical_not().cumsum(dim=1, dtype=torch.int32) <= free)
-    # Every entry has a place: the kept ones in their order, the others all behind them.
+    # Index to scatter each entry to: kept entries in their order, all others to one last column.
     place = torch.where(keep, keep.cumsum(dim=1, dtype=torch.int32) - 1, kept).long()
     entries = part.reshape(-1, group)
     values = entries.new_empty(len(entries), kept + 1).scatter_(1, place, entries)[:, :kept]
@@ -112,15 +117,15 @@ def _packed_part(part: Tensor, pattern: SemiStructured) -> tuple[Tensor, Tensor]
 
 
 def _bits(keep: Tensor) -> Tensor:
-    """bool[rows, cols] as bits, uint8[rows, ceil(cols / 8)], the first column the lowest."""
+    """Pack bool[rows, cols] into bits, uint8[rows, ceil(cols / 8)], the first column lowest."""
     keep = torch.nn.functional.pad(keep, (0, -keep.shape[1] % 8))
-    # Of 8 bytes that are 0 or 1, byte i has to become bit 56 + i: shifted by 56 - 7 i. No two of
-    # the 64 products meet in one bit, so nothing is carried.
+    # Eight bytes that are 0 or 1 become one byte: a shift by 56 - 7 i makes byte i bit 56 + i.
+    # No two of the 64 partial products fall on the same bit, so there is no carry.
     return ((keep.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpack(values: Tensor, mask: Tensor, cols: int, name: str = "weight") -> Tensor:
-    """The weight [rows, cols] that `pack` took apart, bit by bit the same.
+    """Return the weight [rows, cols] that `pack` packed, bit by bit the same, on the CPU.
 
     Raises:
         ModelError: the mask does not fit the values.
@@ -151,11 +156,11 @@ def unpack(values: Tensor, mask: Tensor, cols: int, name: str = "weight") -> Ten
 
 
 def unpack_anywhere(values: Tensor, mask: Tensor, cols: int) -> Tensor:
-    """What `unpack` does, on any device and without looking whether the mask fits the values.
+    """Do what `unpack` does on any device, without a check that the mask fits the values.
 
     Args:
         values, mask: as `pack` returned them.
-        cols: of the weight.
+        cols: columns of the weight.
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     keep = ((mask[:, :, None] >> shifts) & 1).reshape(len(mask), -1)[:, :cols].bool()
@@ -165,18 +170,18 @@ def unpack_anywhere(values: Tensor, mask: Tensor, cols: int) -> Tensor:
 
 
 def require_semi_structured(weight: Tensor, library: str, name: str = "weight") -> None:
-    """Refuse what torch's semi-structured tensors cannot hold.
+    """Refuse a weight that torch's semi-structured tensors cannot hold.
 
-    torch checks the shape with a message that names no layer, and takes a weight that is not 2:4
-    without a word and loses what does not fit.
+    The message of torch's own check of the shape names no layer. A weight that is not 2:4 is not
+    refused by torch, which silently loses the entries that do not fit.
 
     Args:
         weight: [rows, cols].
         library: a key of `SEMI_STRUCTURED_MULTIPLES`.
-        name: for the message.
+        name: name of the weight for the error message.
 
     Raises:
-        ModelError: the library does not take its dtype or shape, or it is not 2:4.
+        ModelError: the library does not take the dtype or the shape, or the weight is not 2:4.
     """
     taken = SEMI_STRUCTURED_MULTIPLES[library]
     multiples = taken.get(weight.dtype)
@@ -196,11 +201,11 @@ def require_semi_structured(weight: Tensor, library: str, name: str = "weight") 
 
 
 def to_cutlass(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """A 2:4 weight as torch's semi-structured tensors hold it for CUTLASS.
+    """Compress a 2:4 weight as torch's semi-structured tensors do for CUTLASS.
 
     Args:
         weight: float16, bfloat16 or int8 [rows, cols].
-        name: for the message.
+        name: name of the weight for the error message.
 
     Returns:
         values [rows, cols / 2] and the metadata in the order in which the kernels read it.
@@ -218,7 +223,7 @@ def to_cutlass(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
 
 
 def from_cutlass(values: Tensor, metadata: Tensor) -> Tensor:
-    """The weight that `to_cutlass` took apart."""
+    """Return the dense weight that `to_cutlass` compressed."""
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
     weight: Tensor = sparse_semi_structured_to_dense_cutlass(values, metadata)

@@ -1,4 +1,4 @@
-"""The parameters of a model, and which tensors of its files they are."""
+"""The parameters of a model, and the tensors of its files that store them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,23 +9,23 @@ from thanos_deploy.errors import ModelError
 from thanos_deploy.model.families import HEAD, Family
 from thanos_deploy.model.tensorfile import Entry
 
-# What files may hold besides: masks and frequencies that older versions of the library saved. They
-# have more dimensions than a weight or a bias, or other names.
+# Names of weights and biases. Files may also hold masks and rotary frequencies that older versions
+# of the library saved; those have other names, or more dimensions than a weight or a bias.
 _WEIGHT = re.compile(r"\.(weight|bias)$")
 
-# So many names are shown.
+# Most names shown in an error message.
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a model calls its parameters, and how large they are.
+    """The names and shapes of a model's parameters.
 
     Attributes:
-        shapes: of each parameter all its names, the first being the one that it goes by, a tied one
-            having several -> its shape.
-        family: says what files may call them.
-        ignored: patterns of names that files of this kind of model may have besides.
+        shapes: maps all names of a parameter to its shape. A tied parameter has several names; the
+            first one stands for it everywhere else.
+        family: the row that says how names in files differ from these.
+        ignored: regular expressions for names of further tensors that files of this model may hold.
     """
 
     shapes: Mapping[tuple[str, ...], tuple[int, ...]]
@@ -33,10 +33,13 @@ class Parameters:
     ignored: tuple[str, ...] = ()
 
     def stored(self, found: Iterable[str]) -> dict[str, list[str]]:
-        """The stored tensors of each parameter, by the name that it goes by; others are left out.
+        """Find the stored tensors of each parameter; all other tensors are left out.
 
         Args:
-            found: the names in the files.
+            found: the names of the tensors in the files.
+
+        Returns:
+            maps the first name of a parameter to the names of its stored tensors.
         """
         first = {name: same[0] for same in self.shapes for name in same}
         tensors: dict[str, list[str]] = {}
@@ -46,9 +49,9 @@ class Parameters:
         return tensors
 
     def _own_name(self, stored: str, known: Mapping[str, str]) -> str | None:
-        """The model's name of a stored tensor; None if it has none.
+        """Return the model's name of a stored tensor; None if it has none.
 
-        The base model's name is taken away or put in front where that makes it a name of the model.
+        The prefix of the base model is removed or added if that gives a name of the model.
 
         Source: `rename_source_key` of the library's loader.
         """
@@ -62,19 +65,19 @@ class Parameters:
     def require(
         self, folder: Path, found: Mapping[str, Entry], tensors: Mapping[str, list[str]]
     ) -> None:
-        """Refuse files that are not those of this model.
+        """Refuse files that do not belong to this model.
 
-        The library would make up what they lack and leave out what the model does not have, so that
-        a classifier would become a language model without a head.
+        The library would initialise missing parameters and ignore unknown tensors, so a classifier
+        would become a language model without a trained head.
 
         Args:
-            folder: of the files.
-            found: what they hold, by name.
+            folder: folder of the files.
+            found: the entries of the files, by name.
             tensors: see `stored`.
 
         Raises:
-            ModelError: they lack a parameter, hold a weight or a bias that the model does not have,
-                or one of another shape.
+            ModelError: the files lack a parameter, hold a weight or a bias that the model does not
+                have, or hold a parameter with another shape.
         """
         missing = [same[0] for same in self.shapes if same[0] not in tensors]
         known = {name for same in tensors.values() for name in same}
@@ -114,6 +117,6 @@ class Parameters:
 
 
 def _listed(names: list[str], count: int) -> str:
-    """How many of how many tensors, and the names of some."""
+    """Say how many of all tensors the names are, and list the first of them."""
     more = ", ..." if len(names) > _SHOWN else ""
     return f"{len(names)} of {count} tensors ({', '.join(names[:_SHOWN])}{more})"

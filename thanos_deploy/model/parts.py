@@ -9,7 +9,7 @@ PARTS = ("embeddings", "attention", "mlp", "norms", "head")
 
 
 def part_bytes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of the weights by part, from the headers of the files; biases go with their layer."""
+    """Return the bytes of the weights by part of `PARTS`; a bias counts with its layer."""
     sizes = dict.fromkeys(PARTS, 0)
     weights = checkpoint.weights
     linears = [frozenset(block.linears) for block in checkpoint.blocks]
@@ -26,8 +26,8 @@ def _part(checkpoint: Checkpoint, linears: list[frozenset[str]], name: str, dime
         index, _, layer = module.removeprefix(blocks).partition(".")
         if layer in (*heads.producers, heads.consumer):
             return "attention"
-        # The matrix of a router goes with the experts.
+        # The weight of a router counts with the experts.
         return "mlp" if dimensions > 1 or layer in linears[int(index)] else "norms"
-    if module == HEAD:  # not if it is tied, which goes by the name of the embeddings
+    if module == HEAD:  # a tied head goes by the name of the embeddings
         return "head"
     return "embeddings" if dimensions > 1 else "norms"

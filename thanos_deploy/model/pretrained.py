@@ -1,12 +1,12 @@
-"""The one place where transformers reads a model: its code never runs, and nothing is downloaded.
+"""Load models with transformers, without running code of the model and without a download.
 
-Data sets of a hub are read here too, whose code does not run either; these may be downloaded.
+Data sets of the hub are read here too. Their code does not run either, but they may be downloaded.
 
 A checkpoint can bring Python of its own (`auto_map` in its JSON files, `custom_generate/`), or name
 attention kernels that a library fetches from a hub and runs. transformers asks on the terminal
-whether to run the former unless it is told not to. All that is called here is told so. A model
-whose architecture is the library's own loads without its code; what does not is refused.
-`tests/thanos_deploy/test_pretrained.py` sees to it that nothing else calls `from_pretrained`.
+whether to run the model's own Python, unless it is told not to; every call here tells it not to. A
+model whose architecture is part of transformers loads without its own code. Any other is refused.
+`tests/thanos_deploy/test_pretrained.py` checks that no other module calls `from_pretrained`.
 """
 
 import json
@@ -48,15 +48,15 @@ from thanos_deploy.model import tokenizer_files
 
 ADAPTER = "adapter_config.json"
 
-# What config.json says of weights that are stored in other ways than in floats.
+# Entries of config.json about weights that are not stored as floats.
 STORAGE = ("quantization_config", "compression_config")
 
 
 def require_generation_config(folder: Path) -> None:
-    """Refuse a generation_config.json that nothing could generate by.
+    """Refuse an invalid generation_config.json; a folder need not have one.
 
     Raises:
-        ModelError: it is no JSON object, or its ends of a text are no ids of tokens.
+        ModelError: it is not a JSON object, or `eos_token_id` is not a token id or a list of them.
     """
     path = folder / "generation_config.json"
     if not path.exists():
@@ -76,20 +76,19 @@ def require_generation_config(folder: Path) -> None:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The configuration in a model folder.
+    """Load the configuration of a model folder.
 
-    It says nothing of how weights are stored, as only floats are read. What computes attention is
-    left to the library's choice, whatever the configuration says: there it may name a kernel on a
-    hub.
+    Entries about quantised storage are dropped, as only float weights are read. The attention
+    implementation is left to the library, because the configuration may name a kernel on a hub.
 
     Raises:
-        OSError, ValueError and others of the library: it is missing or not readable.
+        OSError, ValueError and others of the library: the file is missing or not readable.
     """
     config: PretrainedConfig = AutoConfig.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
     config._attn_implementation = None
-    # Left over from the checkpoint that the floats were made from; other weights are refused.
+    # Left over if the floats were made from a quantised checkpoint; quantised weights are refused.
     for key in STORAGE:
         if hasattr(config, key):
             delattr(config, key)
@@ -97,39 +96,40 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def make_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal model with the library's own initial weights."""
+    """Make a causal model with the library's initial weights."""
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return made
 
 
 def make_skeleton(config: PretrainedConfig, *, buffers: bool = True) -> PreTrainedModel:
-    """A causal model whose parameters have no storage.
+    """Make a causal model whose parameters have no storage.
 
     Args:
-        config: of the model.
-        buffers: they have storage, and values.
+        config: configuration of the model.
+        buffers: whether buffers have storage and values.
     """
-    # What has no storage needs no initial values, and computing them takes most of the time.
+    # Without storage no initial values are needed, and computing them takes most of the time.
     with init_empty_weights(include_buffers=not buffers), no_init_weights():
         made = make_model(config)
-    made.tie_weights()  # without storage every parameter has become one of its own
+    made.tie_weights()  # removing the storage separated tied parameters
     return made
 
 
 def load_model(
     folder: Path, own: type[PreTrainedModel] | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The causal model in a folder, in float32, from its safetensors files.
+    """Load the causal model of a folder in float32 from its safetensors files.
 
     Args:
-        folder: the model.
-        own: its class; None for the library's.
+        folder: the model folder.
+        own: class of the model; None for the class that the library chooses.
 
     Returns:
-        the model, and the sorted names of the weights that the files lack, which are made up.
+        the model, and the sorted names of the weights that the files lack. The library gives these
+        initial values.
 
     Raises:
-        ModelError: it does not load, or not without code of its own.
+        ModelError: the model does not load, or not without code of its own.
     """
     require_no_adapter(folder)
     loader: Any = own or AutoModelForCausalLM
@@ -147,10 +147,10 @@ def load_model(
 
 
 def require_no_adapter(folder: Path) -> None:
-    """Refuse a folder with an adapter, which the library would follow to another model.
+    """Refuse a folder with an adapter: the library would load the base model that it names.
 
     Raises:
-        ModelError: it has one.
+        ModelError: the folder has an adapter.
     """
     if (folder / ADAPTER).exists():
         raise ModelError(
@@ -161,14 +161,14 @@ def require_no_adapter(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, of the package tokenizers.
+    """Load the tokenizer of a folder, which must be based on the package tokenizers.
 
-    Where it names a class of its own, tokenizer.json is what the library's class is made from.
-    Where there is no tokenizer.json, the library makes it from the older files.
+    If the tokenizer names a class of its own, the library's generic class is made from
+    tokenizer.json instead. Without a tokenizer.json, the library converts the older files.
 
     Raises:
-        ModelError: there is none that loads without code of its own.
-        PlatformError: the older files are read by a package that is not installed.
+        ModelError: no tokenizer loads without code of its own, or it is of another package.
+        PlatformError: a package that reads the older files cannot be used.
     """
     own = (folder / tokenizer_files.TOKENIZER).is_file()
     alone = own and _code(folder / "tokenizer_config.json")
@@ -179,7 +179,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        tokenizer("a")  # some of what the files say is looked at with the first text only
+        tokenizer("a")  # the library reads some entries only when it tokenises the first text
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         raise ModelError(
             f"{folder}: the tokenizer is a {type(tokenizer).__name__}, which is not based "
@@ -192,7 +192,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _require_sentencepiece(path: Path) -> None:
     """Refuse a SentencePiece model that cannot be read here.
 
-    The library would take it for another format then, and miss the package for that.
+    Without the packages, the library would take the file for another format and report that
+    format's package as missing.
 
     Raises:
         PlatformError: a package is missing, or does not fit another one.
@@ -210,14 +211,19 @@ def _require_sentencepiece(path: Path) -> None:
 
 
 def settle_tokenizer(folder: Path) -> None:
-    """State in a copy of a model what its tokenizer's files leave to the library that reads them.
+    """Write the rules that a tokenizer gets from the library into the files of a model's copy.
 
-    The library builds some tokenizers anew, after a class that tokenizer_config.json or the type
-    of the model names, with rules and special tokens that are in no file. Whoever reads the files
-    without it, as `tokenizer_files` does, is to come to the same ids. So tokenizer.json and
-    tokenizer_config.json are written again where that would not be so, where tokenizer.json cuts or
-    pads texts, and where there are only the files that are older than it, such as merges.txt. A
-    tokenizer that does not load is left to whoever needs it.
+    transformers builds some tokenizers anew, after a class that tokenizer_config.json or the type
+    of the model names, with rules and special tokens that are in no file. A reader without
+    transformers, such as `tokenizer_files`, must come to the same ids.
+
+    So tokenizer.json is rewritten if it gives other ids, if it truncates or pads texts, or if there
+    are only older files such as merges.txt. Special tokens that the files lack are added to
+    tokenizer_config.json. Nothing happens if the tokenizer does not load: the code that needs it
+    reports the error.
+
+    Args:
+        folder: the copy, which is changed in place.
     """
     path = folder / tokenizer_files.TOKENIZER
     try:
@@ -244,7 +250,7 @@ def settle_tokenizer(folder: Path) -> None:
 
 
 def _rules(tokenizer: Tokenizer) -> Json:
-    """All that decides on ids; one way to say that nothing is put around a text."""
+    """Return all rules that decide on ids; no post-processor if it adds no special tokens."""
     rules: Json = loads(tokenizer.to_str())
     around = rules["post_processor"]
     if around and around["type"] == "TemplateProcessing" and not around["special_tokens"]:
@@ -253,13 +259,13 @@ def _rules(tokenizer: Tokenizer) -> Json:
 
 
 def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in a GGUF file, dequantised to float32, and its tokenizer.
+    """Load the model in a GGUF file, dequantised to float32, and its tokenizer.
 
-    Nothing that lies beside the file is looked at.
+    Other files in the same folder are not read.
 
     Raises:
-        ModelError: its head describes another model than its tensors make.
-        whatever the library raises for a file that it cannot read.
+        ModelError: the header describes another model than the tensors of the file.
+        Exception: of any type, from the library, for a file that it cannot read.
     """
     loader: Any = AutoModelForCausalLM
     with TemporaryDirectory() as alone:
@@ -277,7 +283,7 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                     trust_remote_code=False,
                     local_files_only=True,
                 )
-            # The library would make these up.
+            # The library would give these initial values.
             if wrong := sorted(
                 [*information["missing_keys"], *(key for key, *_ in information["mismatched_keys"])]
             ):
@@ -289,12 +295,12 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _require_gguf_weights(gguf: Path, alone: Path) -> None:
-    """Refuse a file whose head describes more weights than it has.
+    """Refuse a file whose header describes more weights than the file has.
 
-    The library would allocate that model before it compares one shape.
+    The library would allocate the described model before it compares any shape.
 
     Raises:
-        ModelError: it is one.
+        ModelError: the file has fewer weights than its header describes.
     """
     from gguf import GGUFReader
 
@@ -317,11 +323,11 @@ def _another_gguf(gguf: Path, why: str) -> ModelError:
 
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Within the `with` statement a GGUF file is parsed once, and names of tensors are listed once.
+    """Cache the parsing of GGUF files and their lists of tensor names within a `with` statement.
 
-    transformers parses all of the file three times (for the configuration, the weights and the
+    transformers parses the whole file three times (for the configuration, the weights and the
     tokenizer), value by value, and lists the names of all tensors anew for every module of the
-    model. Nothing of what is kept is changed by who reads it.
+    model. No caller changes the cached objects.
     """
     import gguf  # an optional package, see `convert.convert_gguf`
 
@@ -336,17 +342,18 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def load_rows(name: str, config: str, split: str, file: str) -> list[object]:
-    """The rows of a data set of the hub, from the local cache where they are there.
+    """Return the rows of a data set of the hub, from the local cache if they are there.
 
     Args:
-        name: of its repository, or a folder.
-        config: one of its configurations; empty for its own.
-        split: the part of it.
-        file: the one that is read; empty for all of the part.
+        name: name of the data set's repository, or a folder.
+        config: one of the configurations of the data set; empty for its default.
+        split: name of the split.
+        file: the only data file to read; empty for all files of the split.
 
     Raises:
         PlatformError: the package datasets is not installed.
-        CalibrationError: there is no such data set, or it cannot be had here.
+        CalibrationError: there is no such data set, or it can neither be found in the cache nor
+            downloaded.
     """
     try:
         from datasets import load_dataset
@@ -374,12 +381,12 @@ def load_rows(name: str, config: str, split: str, file: str) -> list[object]:
 
 @contextmanager
 def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
-    """Turn what the library raises for a folder into one error that says what to do."""
+    """Turn any exception that the library raises for a folder into a `ModelError` with a fix."""
     try:
         yield
     except (DeployError, MemoryError):
         raise
-    # The library indexes and calls whatever the files say, so that they can make it raise anything.
+    # The library indexes and calls whatever the files say, so they can make it raise any exception.
     except Exception as error:
         if code := _code(folder / file):
             raise ModelError(
@@ -396,6 +403,6 @@ def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
 
 
 def _code(path: Path) -> str:
-    """What a JSON file names as code of its own; empty if there is none."""
+    """Return the model's own code that a JSON file names; empty if there is none."""
     named = files.glanced(path).get("auto_map")
     return json.dumps(named) if named else ""

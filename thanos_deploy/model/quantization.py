@@ -1,7 +1,7 @@
-"""What config.json says of a folder with packed 2:4 weights, for vLLM: its `quantization_config`.
+"""The `quantization_config` of a folder with packed 2:4 weights, by which vLLM loads it.
 
-vLLM has a method by the name of `METHOD` when this project's plugin is installed; the layers that
-the entry does not name are dense.
+This project's plugin adds the quantisation method `METHOD` to vLLM. Layers that the entry does not
+name are dense.
 """
 
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ PATTERN = "2:4"
 
 
 def entry(layers: Iterable[str]) -> Json:
-    """The entry for some packed layers, by their full names in the model."""
+    """Return the entry for packed layers, which are given by their full names in the model."""
     return {"quant_method": METHOD, "pattern": PATTERN, "layers": sorted(layers)}
 
 
 def layers_of(quantization: Json) -> frozenset[str]:
-    """The layers that an entry names.
+    """Return the full names of the packed layers in an entry.
 
     Raises:
-        ModelError: it is not an entry of this method.
+        ModelError: the entry is not one of the method `METHOD`.
     """
     layers = quantization.get("layers")
     if (quantization.get("quant_method"), quantization.get("pattern")) != (METHOD, PATTERN) or not (
@@ -39,19 +39,19 @@ def layers_of(quantization: Json) -> frozenset[str]:
 
 
 def require_intact(folder: Path, layers: Iterable[str]) -> None:
-    """Refuse a packed folder that was changed, or is of other layers than its config.json says.
+    """Refuse a packed folder that was changed, or whose config.json names other layers.
 
     Args:
-        folder: where the weights are.
-        layers: that config.json names.
+        folder: the packed folder.
+        layers: full names of the packed layers in config.json.
 
     Raises:
         IntegrityError: a file is not the one that was written.
-        ModelError: the packed weights are those of other layers, or nothing says what was written.
+        ModelError: weights of other layers are packed, or `packed.json` is missing or not readable.
     """
     weights = sorted(packed_folder.patterns_of(folder))
     named = sorted(layers)
-    # Files may leave out the beginning of a name, which is the base model's.
+    # Names in files may lack the prefix of the base model.
     if len(weights) != len(named) or not all(
         f".{layer}.weight".endswith(f".{weight}")
         for layer, weight in zip(named, weights, strict=True)

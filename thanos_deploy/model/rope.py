@@ -1,10 +1,11 @@
 """Rotary embeddings whose frequencies depend on the longest row of a batch.
 
-longrope takes one set of factors for short texts and another one for long texts, and dynamic NTK
-scaling grows with a text that is longer than the model was trained on. transformers computes both
-once for a batch, from the largest position in it, and so does a graph that was traced from it. So
-beyond the point where that begins, a row would change with the texts that it shares a batch with.
-Up to that point it does not. Other kinds (linear, yarn, llama3) are the same for every length.
+longrope uses one set of factors for short texts and another one for long texts. Dynamic NTK scaling
+grows with the length of a text that is longer than the model was trained on. transformers computes
+both once for a batch, from the largest position in it, and so does a graph that was traced from
+transformers. So in a batch with a row longer than a limit, the result of a row depends on the other
+rows. Up to the limit it does not. Other kinds (linear, yarn, llama3) are the same for every length.
+
 Source: `dynamic_rope_update` in transformers' modeling_rope_utils.py.
 """
 
@@ -24,24 +25,24 @@ _LONGROPE, _DYNAMIC = "longrope", "dynamic"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Where the frequencies begin to depend on the longest row.
+    """The length above which the frequencies depend on the longest row of a batch.
 
     Attributes:
-        kind: of rotary embedding.
-        tokens: the longest row that they do not depend on.
+        kind: kind of rotary embedding.
+        tokens: the longest row, in tokens, for which the frequencies are always the same.
     """
 
     kind: str
     tokens: int
 
     def require_alike(self, lengths: NDArray[np.int64]) -> None:
-        """Refuse rows of which one decides on the frequencies of others.
+        """Refuse a batch in which one row would change the frequencies of another.
 
         Args:
-            lengths: int64[rows], tokens of each.
+            lengths: int64[rows], the tokens of each row.
 
         Raises:
-            InputError: they differ in length, and the longest is beyond the change.
+            InputError: the rows differ in length, and the longest has more than `tokens` tokens.
         """
         longest = int(lengths.max())
         if longest > self.tokens and int(lengths.min()) < longest:
@@ -51,14 +52,14 @@ class Change:
             )
 
     def require_never(self, max_sequence: int, bundle: Path) -> None:
-        """Refuse a graph that texts of any length are to share.
+        """Refuse a graph for batches of rows of different lengths if the rows may be too long.
 
         Args:
-            max_sequence: the most tokens of a row that the graph is made for.
-            bundle: its folder, for the message.
+            max_sequence: most tokens of a row that the graph takes.
+            bundle: folder of the graph's bundle, for the error message.
 
         Raises:
-            InputError: rows may be longer than the change.
+            InputError: rows may have more than `tokens` tokens.
         """
         if max_sequence > self.tokens:
             raise InputError(
@@ -78,22 +79,26 @@ class Change:
 
 
 def change_of(configuration: Mapping[str, Any]) -> Change | None:
-    """Where the frequencies of a model begin to depend on the longest row; None if nowhere.
+    """Find the length above which a model's frequencies depend on the longest row.
 
     Args:
-        configuration: the content of its config.json.
+        configuration: content of the model's config.json.
+
+    Returns:
+        None if the frequencies never depend on the longest row.
     """
     return min(_changes(configuration), key=lambda change: change.tokens, default=None)
 
 
 def change_in(bundle: Path) -> Change | None:
-    """The same for the model of a bundle.
+    """Do what `change_of` does for the model of a bundle.
 
-    None for a bundle without a model: that is a dense model's in the cache, which is measured on
-    rows of one length only.
+    Returns:
+        None also for a bundle without a model, which is the bundle of a dense model in the cache.
+        Such a bundle is only measured on rows of one length.
 
     Raises:
-        InputError: its config.json is missing or not readable.
+        InputError: the config.json of the model is missing or not readable.
     """
     if not (bundle / "model").is_dir():
         return None
@@ -108,13 +113,13 @@ def change_in(bundle: Path) -> Change | None:
 
 
 def depends_on_length(rope: Mapping[str, Any]) -> bool:
-    """Whether `rope_parameters` has a kind whose frequencies depend on the longest row."""
+    """Return whether `rope_parameters` has a kind whose frequencies depend on the longest row."""
     kinds = [_kind(its) for its in _parts(rope)]
     return any(kind == _LONGROPE or _DYNAMIC in kind for kind in kinds)
 
 
 def _parts(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The entry, or its parts where each type of layer has one."""
+    """Split an entry that has a part for each type of layer; any other entry is the only part."""
     return [its for its in rope.values() if isinstance(its, dict)] or [rope]
 
 
@@ -123,7 +128,7 @@ def _kind(rope: Mapping[str, Any]) -> str:
 
 
 def _changes(configuration: Mapping[str, Any]) -> Iterator[Change]:
-    # The second is the older name of the entry.
+    # `rope_scaling` is the older name of the entry.
     rope = configuration.get("rope_parameters") or configuration.get("rope_scaling") or {}
     trained = configuration.get("original_max_position_embeddings")
     for its in _parts(rope):

@@ -1,4 +1,4 @@
-"""Parameters in the dtype in which they are stored or run."""
+"""Round parameters to the dtype in which they are stored or run."""
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,16 @@ from thanos_deploy.errors import ModelError
 def rounded(
     tensor: Tensor, dtype: torch.dtype, name: str, *, fix: str = "use --dtype bf16 or fp32"
 ) -> Tensor:
-    """A copy in a dtype, without -0.0.
+    """Return a copy of a tensor in another dtype, with -0.0 replaced by 0.0.
 
-    Kernels that compress 2:4 weights by their bit patterns take -0.0 for a value (vLLM pull
-    request 13198), and a small negative weight can become one when it is rounded.
+    Kernels that compress 2:4 weights by their bit patterns treat -0.0 as a non-zero (vLLM pull
+    request 13198), and a small negative weight can be rounded to -0.0.
 
     Args:
-        tensor: of any shape, finite.
-        dtype: of the copy.
-        name: of the parameter, for the error.
-        fix: the same.
+        tensor: of any shape, with finite entries.
+        dtype: dtype of the copy.
+        name: name of the parameter for the error message.
+        fix: what to do next, for the error message.
 
     Raises:
         ModelError: a value does not fit the dtype.

@@ -1,8 +1,8 @@
-"""Which linear layers each block of a model has, found in the model itself.
+"""Find the linear layers of each block in the model itself.
 
 The row of a family names every linear layer that a block of the family may have. Blocks of one
-model may differ: one has a dense feed-forward network, the next one experts. A block that has what
-the row does not name is refused, so that no layer stays dense without a word.
+model may differ: one has a dense feed-forward network, the next has experts. A block with a linear
+layer that the row does not name is refused, so that no layer silently stays dense.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from thanos_deploy.errors import ModelError
 from thanos_deploy.model.families import EXPERT, Family
 
-# Linear layers that read one input, by their names seen from the block.
+# Names, relative to the block, of linear layers that read the same input.
 Group = tuple[str, ...]
 
 
@@ -24,10 +24,10 @@ class BlockStructure:
     """The linear layers of one block.
 
     Attributes:
-        prefix: what the full names of its layers begin with, such as "model.layers.3.".
-        steps: groups of layers in the order in which the forward pass reaches them. The groups of
-            one step do not depend on each other: there is one group, or one for each expert.
-        routed: layers of experts, which see only the tokens that the router sends there.
+        prefix: prefix of the full names of its layers, such as "model.layers.3.".
+        steps: groups of layers in the order in which the forward pass reaches them. A step is one
+            group, or one group for each expert; the groups of a step do not depend on each other.
+        routed: layers of experts, which see only the tokens that the router sends to them.
     """
 
     prefix: str
@@ -41,20 +41,20 @@ class BlockStructure:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Names of all layers, seen from the block."""
+        """Names of all layers, relative to the block."""
         return tuple(name for group in self.groups for name in group)
 
     @property
     def full_names(self) -> tuple[str, ...]:
-        """Names of all layers, seen from the model."""
+        """Names of all layers, relative to the model."""
         return tuple(self.prefix + name for name in self.linears)
 
 
 def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
-    """The transformer blocks of a causal model.
+    """Return the transformer blocks of a causal model.
 
     Raises:
-        ModelError: they are not where the row of the family says.
+        ModelError: the blocks are not where the row of the family says.
     """
     try:
         found = model.get_submodule(family.blocks)
@@ -70,14 +70,15 @@ def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def structures_of(model: nn.Module, family: Family) -> tuple[BlockStructure, ...]:
-    """The linear layers of every block; see `experts.separate` for those of experts.
+    """Return the linear layers of every block.
 
     Args:
-        model: the causal model; weights are not looked at.
-        family: the row that describes it.
+        model: the causal model, after `experts.separate`; its weights are not read.
+        family: the row that describes the model.
 
     Raises:
-        ModelError: a block has linear layers that the row does not name, or none that it does.
+        ModelError: a block has a linear layer that the row does not name, a parameter with several
+            matrices, or none of the layers that the row names.
     """
     return tuple(
         _block(block, f"{family.blocks}.{index}.", family)
@@ -120,7 +121,7 @@ def _block(block: nn.Module, prefix: str, family: Family) -> BlockStructure:
 
 
 def _groups(names: Iterable[str], found: Iterable[str]) -> Iterator[Group]:
-    """The group that a row names, as far as a block has it; for every expert one."""
+    """Yield the layers of a row's group that a block has; one group per expert for `EXPERT`."""
     names = tuple(names)
     if EXPERT not in names[0]:
         if group := tuple(name for name in names if name in found):

@@ -1,10 +1,10 @@
-"""The safetensors format, for files whose tensors are written and read one by one.
+"""Read and write the tensors of safetensors files one by one.
 
-Tensors are read into memory of their own: the pages of a mapped file count as the process's for as
-long as they are mapped.
+Tensors are copied into memory of their own and files are not memory-mapped, because the pages of a
+mapped file count as memory of the process for as long as they are mapped.
 
-Source: the format's description: 8 bytes little-endian header length, a JSON header padded with
-spaces to 8 bytes, then the tensors without gaps.
+Source: the description of the format: 8 bytes little-endian header length, a JSON header padded
+with spaces to a multiple of 8 bytes, then the tensors without gaps.
 """
 
 import errno
@@ -42,19 +42,19 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Dtype and shape of a tensor.
 Kind = tuple[torch.dtype, tuple[int, ...]]
 
-# Of a checkpoint in several files: which tensor is in which.
+# File of a checkpoint in several files that maps each tensor to its file.
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the head of a file says about a tensor.
+    """The entry of a tensor in the header of a file.
 
     Attributes:
-        name: of the tensor.
-        dtype: in the format's words, such as "BF16"; not always a key of `DTYPES`.
-        shape: its sizes.
-        begin, end: where it lies, in bytes from the start of the file.
+        name: name of the tensor.
+        dtype: dtype as the format spells it, such as "BF16"; not always a key of `DTYPES`.
+        shape: shape of the tensor.
+        begin, end: position of its data, in bytes from the start of the file.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Entry:
 
 
 def entries(path: Path) -> dict[str, Entry]:
-    """What a file of somebody else's holds, by name, checked against the format.
+    """Return the entries of an untrusted file by name, after a check of its format.
 
     Raises:
         ModelError: the file is missing, truncated, or not a safetensors file.
@@ -87,7 +87,7 @@ def entries(path: Path) -> dict[str, Entry]:
 
 
 def _read_head(path: Path) -> dict[str, Entry]:
-    """The entries of a valid file."""
+    """Return the entries of a valid file by name."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = loads(file.read(length))
@@ -100,13 +100,14 @@ def _read_head(path: Path) -> dict[str, Entry]:
 
 
 def head(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """What stands before the tensors.
+    """Make the header of a file.
 
     Args:
-        tensors: name, dtype (a key of `DTYPES`) and shape of each, in the order of the file.
+        tensors: name, dtype (a key of `DTYPES`) and shape of each tensor, in the order of the file.
 
     Returns:
-        the bytes, and name -> where the tensor begins, in bytes from the start of the file.
+        the bytes before the first tensor, and a mapping from the name of each tensor to the
+        position of its data, in bytes from the start of the file.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, begins = 0, {}
@@ -121,18 +122,18 @@ def head(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, di
 
 
 def bytes_of(kinds: Mapping[str, Kind]) -> int:
-    """Size of tensors of these dtypes and shapes, together."""
+    """Return the total size of tensors with these dtypes and shapes, in bytes."""
     return sum(math.prod(shape) * kind.itemsize for kind, shape in kinds.values())
 
 
 class TensorFile:
     """A safetensors file whose tensors are written and read whole or in pieces, in any order.
 
-    All sizes are known when it is created, so each tensor goes straight to its final place.
+    All sizes are known when the file is created, so each tensor is written to its final place.
 
     Attributes:
-        path: the file.
-        kinds: name -> dtype and shape of each tensor.
+        path: path of the file.
+        kinds: maps the name of each tensor to its dtype and shape.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class TensorFile:
 
     @classmethod
     def create(cls, path: Path, kinds: Mapping[str, Kind]) -> "TensorFile":
-        """Begin a file; one that is there is overwritten."""
+        """Create a file and write its header; an existing file is overwritten."""
         data, begins = head((name, NAMES[kind], shape) for name, (kind, shape) in kinds.items())
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         created = cls(path, dict(kinds), begins, descriptor)
@@ -152,7 +153,10 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> "TensorFile":
-        """Open a file, known to be valid, for reading; tensors of other dtypes are left out."""
+        """Open a file that is known to be valid for reading.
+
+        Tensors of a dtype that is not in `DTYPES` are left out.
+        """
         found = {name: one for name, one in _read_head(path).items() if one.dtype in DTYPES}
         kinds = {name: (DTYPES[one.dtype], one.shape) for name, one in found.items()}
         begins = {name: one.begin for name, one in found.items()}
@@ -160,15 +164,18 @@ class TensorFile:
 
     @property
     def size(self) -> int:
-        """Size of all tensors."""
+        """Total size of the tensors, in bytes."""
         return bytes_of(self.kinds)
 
     def fill(self) -> None:
-        """Give a file that was created its final size; what is not written yet reads as zeros."""
+        """Extend a created file to its final size; tensors not yet written read as zeros."""
         os.ftruncate(self._descriptor, min(self._begins.values()) + self.size)
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Write a tensor, or a piece of it from its entry number `start` on; in its dtype."""
+        """Write a tensor, or a piece of it that begins at the entry with index `start`.
+
+        The dtype must be that of the tensor in `kinds`.
+        """
         dtype, shape = self.kinds[name]
         assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
         assert start + tensor.numel() <= math.prod(shape), f"{name}: more than {shape}"
@@ -177,7 +184,14 @@ class TensorFile:
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Entries `start` to `stop` of a tensor; [entries]."""
+        """Read a tensor, or its entries from `start` up to but not including `stop`.
+
+        Returns:
+            [entries], flat, on the CPU.
+
+        Raises:
+            OSError: the file ends before the last of these entries.
+        """
         dtype, shape = self.kinds[name]
         tensor = torch.empty((math.prod(shape) if stop is None else stop) - start, dtype=dtype)
         view, offset = _bytes_of(tensor), self._begins[name] + start * dtype.itemsize
@@ -189,7 +203,7 @@ class TensorFile:
         return tensor
 
     def sync(self) -> None:
-        """Wait until the disk has everything."""
+        """Wait until all data is on the disk."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -197,7 +211,7 @@ class TensorFile:
         os.close(self._descriptor)
 
     def reopen(self) -> None:
-        """Open a file again that was closed, to go on writing it."""
+        """Open the file again after `close`, to continue writing it."""
         self._descriptor = os.open(self.path, os.O_RDWR)
 
     def __enter__(self) -> "TensorFile":
@@ -217,7 +231,7 @@ class TensorFile:
             while view:
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
-        except OSError as error:  # which does not know its file
+        except OSError as error:  # it does not name the file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 

@@ -1,8 +1,8 @@
-"""The language model inside a model of texts and images, written as a model of its own.
+"""Extract the language model of a vision-language model as a model of its own.
 
-Such a model is a tower for images, a projection, and a language model, whose blocks compute what
-those of a known type do. On text alone its positions are those of a text too. So the language model
-is taken out, under the names that the known type has, and everything else goes by that type.
+A vision-language model is an image encoder, a projection, and a language model whose blocks compute
+the same as those of a known model type. On text alone its positions are also those of that type. So
+the language model is written as a model of the known type, under the names that this type uses.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from thanos_deploy.model.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """A kind of model of texts and images.
+    """A type of vision-language model.
 
     Attributes:
-        text: the model type of the language model in it.
-        ignored: patterns of the names of all other weights.
+        text: model type of the language model in it.
+        ignored: regular expressions for the names of all other weights.
     """
 
     text: str
@@ -35,8 +35,8 @@ class Wrapper:
 
 _TOWERS = (r"^(model\.)?(vision_tower|multi_modal_projector)\.", r"^(model\.)?visual\.")
 
-# By model type. Sections of positions for height and width, as Qwen's have them, are all the same
-# for text.
+# Supported vision-language models, by model type. The models of Qwen have separate positions for
+# height and width; for text these are all the same.
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("gemma3_text", _TOWERS),
     "mistral3": Wrapper("mistral", _TOWERS),
@@ -44,28 +44,30 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "qwen3_vl": Wrapper("qwen3", _TOWERS),
 }
 
-# How files of different ages call the language model -> how it is called alone.
+# Prefixes of the language model in files of older and newer versions -> prefixes in a model of its
+# own.
 _RENAMED = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.",
     "model.language_model.": "model.",
 }
 
-# Entries of `rope_parameters` for images, and the older name of one for all.
+# Entries of `rope_parameters` to leave out: those for images, and `type`, the older name of
+# `rope_type`.
 _OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")
 
 
 def wrapper_of(folder: Path) -> Wrapper | None:
-    """The kind of model of texts and images that a folder has; None if it has none."""
+    """Return the type of vision-language model in a folder; None if it has another model."""
     return WRAPPERS.get(str(files.glanced(folder / "config.json").get("model_type")))
 
 
 def write_text_part(folder: Path, destination: Path) -> None:
-    """Write the language model of a folder with a model of texts and images.
+    """Write the language model of a vision-language model as a folder of its own.
 
     Args:
-        folder: see `wrapper_of`.
-        destination: is made.
+        folder: a folder for which `wrapper_of` is not None.
+        destination: the folder to create.
 
     Raises:
         ModelError: the folder is not readable, or its language model is not of the known type.
@@ -102,7 +104,7 @@ def write_text_part(folder: Path, destination: Path) -> None:
 
 
 def _configuration(folder: Path, wrapper: Wrapper) -> dict[str, object]:
-    """config.json of the language model alone."""
+    """Return the config.json of the language model alone."""
     whole = pretrained.load_config(folder)
     inner = whole.get_text_config().to_dict()
     known = AutoConfig.for_model(wrapper.text).to_dict()

@@ -1,14 +1,15 @@
-"""A model's tokenizer, read from its files with the package tokenizers and nothing else.
+"""Read a model's tokenizer from its files, with no package but tokenizers.
 
-`load` makes of tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json
-and the chat templates what transformers' `AutoTokenizer` makes of them (`_from_pretrained` and
-`TokenizersBackend` of transformers 5), where it takes tokenizer.json as it is. Classes that it
-builds anew, such as `LlamaTokenizer`, are written out as files of this kind when a model is copied;
-see `pretrained.settle_tokenizer`.
+The files are tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json and
+the chat templates. The result is that of transformers' `AutoTokenizer` (`_from_pretrained` and
+`TokenizersBackend` of transformers 5) in all cases in which `AutoTokenizer` takes tokenizer.json as
+it is. Some of its classes, such as `LlamaTokenizer`, build the tokenizer anew instead. Those
+tokenizers are written out as files of this kind when a model is copied; see
+`pretrained.settle_tokenizer`.
 
-Some of what the files say is for training and is not applied to a prompt: where tokenizer.json cuts
-and pads texts, and `add_bos_token` and `add_eos_token` beside a tokenizer.json, whose
-post-processor says what is put around a text.
+Some entries of the files are for training and are not applied to a prompt: the truncation and the
+padding of tokenizer.json, and `add_bos_token` and `add_eos_token` beside a tokenizer.json, whose
+post-processor says which tokens are put around a text.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,27 +24,28 @@ CONFIGURATION = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
-TEMPLATES = "additional_chat_templates"  # a folder of named ones
+TEMPLATES = "additional_chat_templates"  # a folder of named templates
 
-# All but the chat templates.
+# Files of the tokenizer without the chat templates.
 TOKENS = (TOKENIZER, CONFIGURATION, SPECIAL_TOKENS, ADDED_TOKENS)
 
-# In the order in which those that the vocabulary lacks get their ids.
+# Named special tokens. Those that the vocabulary lacks get their ids in this order.
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
-# Special tokens without a name, and what that entry was called before.
+# Entry with the special tokens that have no name, and the older name of the entry.
 _EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What the configuration of a tokenizer says of tokens.
+    """The special and added tokens in the configuration of a tokenizer.
 
     Attributes:
-        named: by a name such as `bos_token`, a text or the rules of an `AddedToken`.
-        extra: special tokens without a name, likewise.
-        added: tokens that the vocabulary is to have, in the order of their ids.
-        split: special tokens within a text are text.
+        named: maps a name such as `bos_token` to a text or to the arguments of an `AddedToken`.
+        extra: special tokens without a name, each a text or the arguments of an `AddedToken`.
+        added: arguments of the `AddedToken`s that the vocabulary must have, in the order of their
+            ids.
+        split: whether a special token within a text is tokenised like ordinary text.
     """
 
     named: Mapping[str, Any]
@@ -53,7 +55,7 @@ class Roles:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The files of a model folder that its tokenizer and chat template are read from."""
+    """Return the names of the tokenizer and chat template files that a model folder has."""
     return [
         *(name for name in (*TOKENS, TEMPLATE) if (folder / name).is_file()),
         *sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")),
@@ -61,16 +63,17 @@ def files_in(folder: Path) -> list[str]:
 
 
 def is_template(file: str) -> bool:
-    """Whether a file of a model folder, by its name in it, is a chat template."""
+    """Return whether a file, given by its name in the model folder, is a chat template."""
     return file == TEMPLATE or file.startswith(f"{TEMPLATES}/")
 
 
 def load(folder: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a model folder.
+    """Return the `tokenizers.Tokenizer` of a model folder.
 
     Raises:
         ImportError: the package tokenizers is not installed.
-        Exception: of the package, or for JSON of another form: the files are not readable.
+        Exception: the files are not readable, or their JSON has another form than expected; of
+            any type, the package's own included.
     """
     import tokenizers
 
@@ -89,7 +92,7 @@ def load(folder: Path) -> Any:
         if repr(token) not in same
     ]
     spelled |= {token.content for token in missing}
-    # Of one spelling the library adds every set of rules in turn, and the last one counts.
+    # The library adds all entries with the same text in turn, and the last one counts.
     values: list[Any] = []
     for value in (*roles.named.values(), *roles.extra):
         if _spelling(value) not in spelled and value not in values:
@@ -107,7 +110,7 @@ def load(folder: Path) -> Any:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens of a model folder by their names, such as `bos_token`."""
+    """Return the texts of a model folder's special tokens by names such as `bos_token`."""
     return {
         name: value if isinstance(value, str) else str(value["content"])
         for name, value in _roles(folder).named.items()
@@ -115,9 +118,9 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The template that a model folder has for conversations; None if it has none.
+    """Return the default chat template of a model folder; None if there is none.
 
-    Templates in files of their own count before those in tokenizer_config.json.
+    Template files take precedence over templates in tokenizer_config.json.
 
     Raises:
         OSError, ValueError, TypeError, KeyError: the files are not readable.
@@ -138,12 +141,12 @@ def chat_template(folder: Path) -> str | None:
 
 
 def _roles(folder: Path) -> Roles:
-    """Read what the files beside tokenizer.json say of tokens, and what that says of its own."""
+    """Read the tokens that tokenizer.json and the files beside it name."""
     configuration = _read(folder / CONFIGURATION)
     content = _read(folder / TOKENIZER)
     if not configuration.get(_EXTRA) and _OLDER_EXTRA in configuration:
         configuration[_EXTRA] = configuration.pop(_OLDER_EXTRA)
-    # Of these names alone, special_tokens_map.json does not count before the configuration.
+    # For these names alone, special_tokens_map.json does not override the configuration.
     own = {
         name: configuration.pop(name)
         for name, value in list(configuration.items())
@@ -152,7 +155,7 @@ def _roles(folder: Path) -> Roles:
     if "added_tokens_decoder" in configuration:
         added = {int(id_): rules for id_, rules in configuration["added_tokens_decoder"].items()}
     else:
-        # The older files are looked at only where the newer entry is missing.
+        # The older files are read only if the newer entry is missing.
         _merge(configuration, _read(folder / SPECIAL_TOKENS))
         added = dict(_old_added(folder, configuration))
         added |= {
@@ -186,7 +189,7 @@ def _roles(folder: Path) -> Roles:
 
 
 def _merge(configuration: dict[str, Any], older: Mapping[str, Any]) -> None:
-    """Take special_tokens_map.json over into the configuration; it counts before that."""
+    """Merge special_tokens_map.json into the configuration, whose entries it overrides."""
     for name, value in older.items():
         if name == _EXTRA and isinstance(value, list):
             known = list(configuration.get(name) or [])
@@ -200,7 +203,7 @@ def _merge(configuration: dict[str, Any], older: Mapping[str, Any]) -> None:
 def _old_added(
     folder: Path, configuration: Mapping[str, Any]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The tokens of added_tokens.json by their ids."""
+    """Yield the id and the `AddedToken` arguments of each token in added_tokens.json."""
     special = {_spelling(configuration[name]) for name in _NAMED if configuration.get(name)}
     special |= {_spelling(token) for token in configuration.get(_EXTRA) or ()}
     for token, id_ in _read(folder / ADDED_TOKENS).items():
@@ -213,14 +216,14 @@ def _spelling(token: Any) -> str:
 
 
 def _plain(token: Any) -> Any:
-    """Without the mark that transformers puts on an `AddedToken`."""
+    """Remove the type mark that transformers writes into a serialised `AddedToken`."""
     if not isinstance(token, dict):
         return token
     return {name: value for name, value in token.items() if name != "__type"}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file of JSON, empty where there is none."""
+    """Read a JSON object; empty if there is no such file."""
     content = loads(path.read_bytes()) if path.is_file() else {}
     if not isinstance(content, dict):
         raise TypeError(f"{path.name}: is not a JSON object")

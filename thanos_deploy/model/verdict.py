@@ -1,7 +1,7 @@
-"""Judge whether a weight keeps its pattern in the file that was written.
+"""Judge whether a weight keeps its sparsity pattern in the file that was written.
 
-Every claim of a pattern in a bundle is read back from the tensor that was written, after the cast
-to the checkpoint's dtype and after export, and never taken from the pruning mask.
+Every statement about patterns in a bundle is checked on the tensor that was written, after the cast
+to the checkpoint's dtype and after export. It is never taken from the pruning mask.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructured
 
-if TYPE_CHECKING:  # a server has no torch, and reads verdicts
+if TYPE_CHECKING:  # a server reads verdicts and has no torch
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -22,8 +22,8 @@ class Verdict:
 
     Attributes:
         sparsity: fraction of the entries that are zero.
-        holds: the whole weight keeps the pattern. For n:m: no aligned group of m inputs, in any
-            row, has more than n non-zeros.
+        holds: whether the whole weight keeps the pattern. For n:m: no aligned group of m inputs, in
+            any row, has more than n non-zeros.
     """
 
     sparsity: float
@@ -31,13 +31,13 @@ class Verdict:
 
 
 def judge(nonzero: "NDArray[np.bool_] | Tensor", pattern: Pattern) -> Verdict:
-    """Judge one weight, where it is.
+    """Judge one weight, on the device that it is on.
 
     Args:
         nonzero: bool[rows, cols], the entries that are not zero; cols are the inputs.
-        pattern: what is claimed.
+        pattern: the pattern that the weight should keep.
     """
-    entries: Any = nonzero  # only what arrays of NumPy and of PyTorch have in common is used
+    entries: Any = nonzero  # only methods that NumPy and PyTorch have in common are used
     rows, cols = entries.shape
     size = rows * cols
     zeros = size - int(entries.sum())
@@ -47,7 +47,7 @@ def judge(nonzero: "NDArray[np.bool_] | Tensor", pattern: Pattern) -> Verdict:
                 (entries.reshape(rows, cols // group, group).sum(2) <= kept).all()
             )
         case Unstructured(sparsity):
-            # Methods that choose row by row round down in each.
+            # Methods that choose row by row round down in each row.
             holds = zeros > sparsity * size - rows - 1e-6
         case Structured(sparsity):
             dead = int((~entries.any(0)).sum())

@@ -1,8 +1,8 @@
-"""The tensors of a model folder: which are the model's own, read and written one by one.
+"""Read the parameters of a model folder tensor by tensor.
 
-Files hold more than the parameters of a model: masks and positions that older versions of the
-library saved as buffers, frequencies of rotary embeddings, tied weights twice. Such tensors are
-neither counted nor read nor written, as the library's loader makes them itself.
+Files may hold more than the parameters of a model: masks, positions and rotary frequencies that
+older versions of transformers saved as buffers, and second copies of tied weights. Such tensors are
+neither counted nor read nor written, as the loader of transformers makes them itself.
 """
 
 import math
@@ -23,10 +23,10 @@ from thanos_deploy.model.tensorfile import DTYPES, INDEX, Entry, TensorFile, ent
 
 SINGLE = "model.safetensors"
 
-# What a weight may be stored in.
+# Dtypes in which a weight may be stored.
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
-# Entries of a piece.
+# Entries in one piece of a tensor; see `Weights.pieces`.
 _ENTRIES_AT_ONCE = 1 << 22
 
 
@@ -34,25 +34,25 @@ class Weights:
     """The parameters of a checkpoint folder, read by the names under which they are stored.
 
     Attributes:
-        stored: the model's name of a parameter -> the name under which it is stored.
-        shapes: stored name -> shape.
-        dtypes: stored name -> dtype as stored.
-        files: stored name -> file name of its shard.
-        parts: stored name -> where it is, for what is part of a tensor; such a name is made up, and
-            stands for the part everywhere else.
+        stored: maps the model's name of a parameter to the name under which it is stored.
+        shapes: maps a stored name to the shape.
+        dtypes: maps a stored name to the dtype as stored.
+        files: maps a stored name to the file name of its shard.
+        parts: maps the stored name of an expert's matrix or bias that is a part of a larger tensor
+            to its place there; see `fused`. No tensor in the files has this name.
 
     Raises:
-        ModelError: a file is missing or corrupt, or a parameter is stored in another dtype than
-            float64, float32, float16 or bfloat16, or twice with different values; or what is stored
-            is not the model's, see `Parameters.require`.
+        ModelError: a file is missing or corrupt; a parameter is stored in another dtype than
+            float64, float32, float16 or bfloat16, or twice with different values; or the stored
+            tensors do not belong to the model, see `Parameters.require`.
     """
 
     def __init__(self, folder: Path, parameters: Parameters | None = None) -> None:
-        """Read the heads of the files.
+        """Read the headers of the files.
 
         Args:
             folder: the checkpoint.
-            parameters: the model's; None for whatever is stored.
+            parameters: parameters of the model; None to accept every tensor in the files.
         """
         self.folder = folder
         found, files = self._entries()
@@ -87,15 +87,15 @@ class Weights:
 
     @property
     def tensors(self) -> dict[str, str]:
-        """Name -> file name of its shard, of the tensors that the files really have."""
+        """Maps the name of each tensor in the files to the file name of its shard."""
         return {self.stored_in(name): file for name, file in self.files.items()}
 
     def stored_in(self, name: str) -> str:
-        """The name of the tensor that a stored name is, or is part of."""
+        """Return the name of the tensor in the files that a stored name is, or is a part of."""
         return self.parts[name].tensor if name in self.parts else name
 
     def _entries(self) -> tuple[dict[str, Entry], dict[str, str]]:
-        """What is stored, by name, in the order of the files, and the file name of each."""
+        """Return the entry and the file name of each tensor by name, in the order of the files."""
         found, files = {}, {}
         for shard in shards(self.folder):
             path = self.folder / shard
@@ -119,7 +119,7 @@ class Weights:
         """Refuse integers in the place of a weight, such as `up_proj.qweight`.
 
         Raises:
-            ModelError: there are such.
+            ModelError: a module lacks a parameter and has a tensor of another dtype instead.
         """
         base = f"{parameters.family.base}."
         missing = {
@@ -143,7 +143,7 @@ class Weights:
         """Refuse a parameter that is stored twice with different values.
 
         Raises:
-            ModelError: it is.
+            ModelError: dtypes, shapes or values differ.
         """
         same = (one.dtype, one.shape) == (two.dtype, two.shape)
         if same:
@@ -171,9 +171,17 @@ class Weights:
         dtype: torch.dtype | None = None,
         device: torch.device = CPU,
     ) -> dict[str, Tensor]:
-        """Tensors by name, in a dtype or, if None, in that in which each is stored.
+        """Read tensors by their stored names.
 
-        Pieces go to the device as they are read, so the host holds one at a time.
+        Each piece goes to the device as soon as it is read, so the host holds one piece at a time.
+
+        Args:
+            names: stored names of the tensors.
+            dtype: dtype of the result; None for the dtype in which each tensor is stored.
+            device: device of the result.
+
+        Returns:
+            maps each name to its tensor.
 
         Raises:
             ModelError: a tensor has NaN or infinite entries.
@@ -189,10 +197,10 @@ class Weights:
         return tensors
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in pieces that take little memory: number of the first entry, entries.
+        """Yield a tensor in small pieces: the index of the first entry, and the entries.
 
         Raises:
-            ModelError: the tensor has NaN or infinite entries.
+            ModelError: the tensor has NaN or infinite entries; raised after the last piece.
         """
         entries, bad = math.prod(self.shapes[name]), 0
         path = self.folder / self.files[name]
@@ -217,7 +225,7 @@ class Weights:
 def _in_parts(
     found: Mapping[str, Entry], files: Mapping[str, str], parts: Mapping[str, Part]
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and their files, with parts in the places of the tensors that they are of."""
+    """Replace each tensor that consists of parts by its parts, in entries and file names."""
     of_tensor: dict[str, list[str]] = {}
     for name, part in parts.items():
         of_tensor.setdefault(part.tensor, []).append(name)
@@ -234,18 +242,18 @@ def _in_parts(
 
 
 def _bounds(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The pieces of a tensor: number of the first entry, and of the one after the last."""
+    """Yield the bounds of a tensor's pieces: first entry, and the one after the last entry."""
     entries = math.prod(shape)
     for start in range(0, entries, _ENTRIES_AT_ONCE):
         yield start, min(start + _ENTRIES_AT_ONCE, entries)
 
 
 def shards(folder: Path) -> list[str]:
-    """The names of a checkpoint's safetensors files, each directly in its folder.
+    """Return the file names of a checkpoint's safetensors files, all directly in its folder.
 
     Raises:
-        ModelError: there are none, or the index is not readable or names what is none, or there is
-            a file beside it that loaders take for the whole model.
+        ModelError: there are none, the index is not readable or has an invalid file name, or beside
+            the index there is a file that loaders take for the whole model.
     """
     index = folder / INDEX
     if index.exists():
@@ -277,9 +285,9 @@ def shards(folder: Path) -> list[str]:
 
 
 class Outline(Weights):
-    """The names, shapes and dtype of a model's parameters as its configuration has them, no values.
+    """The names, shapes and dtype of a model's parameters from its configuration, without values.
 
-    Whatever reads a value raises a ModelError.
+    Every method that reads values raises a ModelError.
     """
 
     def __init__(
@@ -291,9 +299,9 @@ class Outline(Weights):
         """Describe parameters.
 
         Args:
-            folder: of the configuration.
-            shapes: name -> shape of each parameter.
-            dtype: of all of them.
+            folder: folder of the configuration.
+            shapes: maps the name of each parameter to its shape.
+            dtype: dtype of all parameters.
         """
         self.folder = folder
         self.stored = {name: name for name in shapes}

@@ -1,4 +1,4 @@
-"""A copy of a checkpoint's files with other values, written tensor by tensor."""
+"""Write a copy of a checkpoint's files with other values, tensor by tensor."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -17,10 +17,14 @@ from thanos_deploy.model.weights import Weights
 class WeightsCopy:
     """A copy of a checkpoint's safetensors files that is filled tensor by tensor, in any order.
 
-    One file is open at a time: large checkpoints have hundreds, and processes may open few.
+    Only one file is open at a time: large checkpoints have hundreds of files, and a process may not
+    be allowed to open so many.
 
-    The files have the names of the original ones, and the model's own tensors in the same order.
-    These are written by their original names, whatever the copy calls them.
+    The files have the names of the original files and hold the model's own tensors in the same
+    order. All methods take the original names of the tensors, even if the copy renames them.
+
+    Attributes:
+        bytes: total size of the tensors in the copy, in bytes; 0 if nothing is written.
     """
 
     def __init__(
@@ -36,11 +40,12 @@ class WeightsCopy:
 
         Args:
             original: the checkpoint to copy.
-            destination: the folder to write to; None to write nothing, where another process does.
-            dtype: what to store, or None to keep each tensor's own.
-            shapes: name -> shape of the tensors that will have another shape.
+            destination: the folder to write to; None to write nothing, if another process writes.
+            dtype: dtype of the copy; None to keep the dtype of each tensor.
+            shapes: maps the name of each tensor that changes its shape to the new shape.
             gone: names of the tensors that the copy does not have.
-            names: of a tensor in the files -> what the copy calls it; None to keep all names.
+            names: maps the name of a tensor in the original files to its name in the copy; None to
+                keep all names.
         """
         self._names = names or {}
         shapes = {**original.shapes, **(shapes or {})}
@@ -87,16 +92,16 @@ class WeightsCopy:
         return list(self._missing)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is written."""
+        """Return the dtype in which a tensor is written."""
         return self._dtypes[name]
 
     @property
     def writes(self) -> bool:
-        """There is a folder to write to; else nothing may be written."""
+        """Whether the copy has files; otherwise nothing may be written."""
         return bool(self._files)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, which must have the dtype `dtype(name)` and the shape it was given."""
+        """Write one tensor, which must have the dtype and the shape that the copy has for it."""
         kind, expected = (tensor.dtype, tuple(tensor.shape)), (self.dtype(name), self._shapes[name])
         assert kind == expected, f"{name}: {kind} instead of {expected}"
         self.write_pieces(name, [(0, tensor)])
@@ -110,14 +115,14 @@ class WeightsCopy:
             file.reopen()
             self._open = file
         for start, piece in pieces:
-            if name in self._parts:  # which are read and written whole
+            if name in self._parts:  # a part comes as a single piece
                 whole = piece.detach().cpu().reshape(self._shapes[name])
                 self._parts[name].write(file, whole)
             else:
                 file.write(self._called(name), piece, start)
 
     def _called(self, tensor: str) -> str:
-        """What a tensor of the original files is called here."""
+        """Return the name in the copy of a tensor of the original files."""
         return self._names.get(tensor, tensor)
 
     def _close(self) -> None:

@@ -1,9 +1,10 @@
-"""How wide the blocks of a model are: attention heads and feed-forward channels.
+"""Widths of a model's blocks: attention heads and feed-forward channels.
 
-A stock config.json has one number for all blocks, and in some families no number of heads apart
-from the hidden size. A model that it cannot describe keeps the config.json of the model that it
-was cut from and declares its widths in widths.json beside it; stock loaders refuse such a folder
-because the shapes of its weights differ, and `load.load_model` reads it.
+A stock config.json has one number for all blocks, and in some families the number of heads cannot
+change without the hidden size. A model that a stock config.json cannot describe keeps the
+config.json of the model that it was cut from, and declares its widths in widths.json beside it.
+Stock loaders refuse such a folder because the shapes of its weights differ; `load.load_model` reads
+it.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class _Table:
 
 
 def of_config(config: PretrainedConfig, family: Family) -> Widths:
-    """What a stock configuration says of every block; 1 of each where heads are not known."""
+    """Return the widths of every block in a stock configuration; 1 of each if heads are unknown."""
     if family.discovered:
         return Widths(heads=1, kv_heads=1, channels=1)
     heads = int(getattr(config, family.heads.count))
@@ -54,7 +55,13 @@ def of_config(config: PretrainedConfig, family: Family) -> Widths:
 
 
 def with_experts(config: PretrainedConfig, family: Family, routed: bool) -> Widths:
-    """The same for a block of a family with experts: one that has some, or a dense one."""
+    """Return the widths of a block of a family with experts.
+
+    Args:
+        config: configuration of the model.
+        family: family of the model.
+        routed: whether the block has experts; otherwise it has a dense feed-forward network.
+    """
     dense = of_config(config, family)
     if not routed or family.experts is None:
         return dense
@@ -64,7 +71,7 @@ def with_experts(config: PretrainedConfig, family: Family, routed: bool) -> Widt
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Channels of one attention head."""
+    """Return the number of channels of one attention head."""
     stated = getattr(config, "head_dim", None)
     return int(stated or config.hidden_size // config.num_attention_heads)
 
@@ -72,12 +79,17 @@ def head_size(config: PretrainedConfig) -> int:
 def describe(
     config: PretrainedConfig, family: Family, blocks: Sequence[Widths]
 ) -> dict[str, int] | None:
-    """The entries of config.json that describe a model of some widths.
+    """Return the entries of a stock config.json that describe a model with these widths.
+
+    Args:
+        config: configuration of the original model.
+        family: family of the model.
+        blocks: widths of each block.
 
     Returns:
-        entry -> value; None if no stock configuration of this family describes them: the blocks
-        differ, the family has no entry for the size of a head, or its own check refuses the
-        numbers.
+        maps the name of an entry to its value. None if no stock configuration of this family
+        describes the widths: the blocks differ, the number of heads differs and the family has no
+        entry for the size of a head, or the configuration class refuses the numbers.
     """
     if family.experts is not None:
         return _of_experts(config, family.experts, blocks)
@@ -101,7 +113,7 @@ def describe(
 def _of_experts(
     config: PretrainedConfig, names: Experts, blocks: Sequence[Widths]
 ) -> dict[str, int] | None:
-    """The entries for experts: how many, and their channels, alike in all blocks that have some."""
+    """Return the entries for experts; None unless all blocks with experts have the same widths."""
     found = {(block.experts, block.channels) for block in blocks if block.experts}
     if len(found) != 1:
         return None
@@ -118,7 +130,7 @@ def declare(folder: Path, blocks: Sequence[Widths]) -> None:
 
 
 def declared(folder: Path) -> tuple[Widths, ...] | None:
-    """What a folder's widths.json says of each block; None if there is none.
+    """Read the widths of each block from a folder's widths.json; None if there is no such file.
 
     Raises:
         ModelError: the file cannot be understood.
@@ -147,12 +159,12 @@ def declared(folder: Path) -> tuple[Widths, ...] | None:
 
 
 def resize(blocks: nn.ModuleList, family: Family, widths: Sequence[Widths], size: int) -> None:
-    """Give the blocks of a model without weights their widths.
+    """Resize the layers of the blocks of a model without weights.
 
     Args:
         blocks: the model's blocks, on the meta device.
-        family: their family.
-        widths: one for each.
+        family: family of the model.
+        widths: the new widths of each block.
         size: channels of one attention head.
     """
     for block, width in zip(blocks, widths, strict=True):
@@ -172,7 +184,13 @@ def resize(blocks: nn.ModuleList, family: Family, widths: Sequence[Widths], size
 
 
 def producer_rows(family: Family, width: Widths, size: int) -> tuple[int, ...]:
-    """Rows of each layer that makes queries, keys and values, in the order of the family."""
+    """Return the rows of each layer in `family.heads.producers`, in the same order.
+
+    Args:
+        family: family of the model.
+        width: widths of the block.
+        size: channels of one attention head.
+    """
     queries, keys = width.heads * size, width.kv_heads * size
     if family.heads.layout == "separate":
         return (queries, keys, keys)
@@ -180,7 +198,14 @@ def producer_rows(family: Family, width: Widths, size: int) -> tuple[int, ...]:
 
 
 def fit_attention(block: nn.Module, family: Family, width: Widths, size: int) -> None:
-    """Tell an attention module how many heads it has now."""
+    """Set the attributes in which a block's attention module stores its widths.
+
+    Args:
+        block: the block.
+        family: family of the model.
+        width: widths of the block.
+        size: channels of one attention head.
+    """
     attention: Any = block.get_submodule(family.heads.module)
     values: dict[Width, int] = {
         "heads": width.heads,

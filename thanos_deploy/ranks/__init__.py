@@ -1,18 +1,18 @@
-"""One piece of work done by several processes, which torchrun starts and calls ranks.
+"""Work in several processes, the ranks of torchrun, with results that do not depend on how many.
 
     shards   which calibration segments are summed together: the same for every number of ranks
-    spread   which rank solves what
-    group    what ranks tell each other
+    spread   which rank solves which rows of which layer
+    group    the ranks, and collective communication between them
     sums     sums whose last bit does not depend on the number of ranks
-    start    meeting the other ranks, or not at all
-    watch    noticing that a rank has ended
+    sharded  a model whose weights are sharded by FSDP2, with gradients summed in a fixed order
+    start    connecting to the other ranks, if there are any
+    watch    detecting that another rank has ended
     launch   starting ranks on this machine
 
-The result of a piece of work does not depend on the number of ranks. Two rules see to that. What is
-computed as one product is always of the same size: a batch of segments, a piece of the rows of a
-layer, some sequences of a step; a rank has some of these, and never a part of one. And what is
-added up is added in one fixed order, by shards, whoever computed it.
+Two rules make results independent of the number of ranks. First, the units of computation always
+have the same size: a batch of segments, a piece of a layer's rows, some sequences of a step. A rank
+gets whole units, never a part of one. Second, sums are added in one fixed order, whichever rank
+computed a term.
 
-Everything else is as PyTorch has it: `torch.distributed` with gloo between processors and NCCL
-between GPUs.
+Everything else is plain `torch.distributed`: gloo between CPUs, and NCCL between GPUs.
 """

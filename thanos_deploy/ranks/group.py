@@ -1,7 +1,7 @@
-"""The ranks that work together, and what they tell each other.
+"""The ranks that work together, and collective communication between them.
 
-Every function here but `current` is called by all ranks in the same order, as PyTorch's collectives
-are. A process by itself is a group of one, for which all of them do nothing.
+Methods that communicate are called by all ranks in the same order, like PyTorch's collectives. A
+process by itself is a group of one rank, for which nothing is sent.
 """
 
 import json
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from thanos_deploy.bundle.codec import Json, decode, encode
 
-# So long a rank waits for another one, which may have to solve a wide layer: `watch` sees who has
-# ended.
+# Timeout of collectives while ranks work: a rank may solve a wide layer while the others wait. A
+# rank that has ended is detected by `watch`, not by this timeout.
 WORK = timedelta(days=7)
 
 T = TypeVar("T")
@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Here:
-    """A rank has come this far."""
+    """The message of a rank that has reached a barrier."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that work together.
+    """A group of ranks that work together, as one of them sees it.
 
     Attributes:
-        rank: its number.
-        size: how many there are.
-        channel: through which they talk; None for the one that everybody has from the beginning.
+        rank: number of this process in the group.
+        size: number of ranks in the group.
+        channel: process group for communication; None for PyTorch's default group.
     """
 
     rank: int
@@ -44,33 +44,33 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """This is the one that writes and speaks."""
+        """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
     def has(self, shard: int) -> bool:
-        """A shard of the calibration data is this process's."""
+        """Whether a shard of the calibration data belongs to this rank."""
         return shard % self.size == self.rank
 
     def turns(self, shards: int) -> int:
-        """How often every rank computes a shard, if they all do so side by side."""
+        """Number of turns for this many shards, if every rank computes one shard in each turn."""
         return -(-shards // self.size)
 
     def gather(self, message: T) -> list[T]:
-        """What every rank has to say, in the order of the ranks.
+        """All-gather a message of each rank; return the messages in the order of the ranks.
 
         Args:
-            message: a frozen dataclass, of the same type for all of them; see `codec`.
+            message: a frozen dataclass, of the same type on all ranks; see `codec`.
         """
         if self.size == 1:
             return [message]
         return [decode(type(message), one) for one in self._gather(encode(message))]
 
     def merge(self, said: Mapping[str, T], kind: type[T]) -> dict[str, T]:
-        """What all ranks have to say of different things, by the names of these.
+        """All-gather the dictionaries of all ranks, whose keys differ, into one.
 
         Args:
-            said: by this rank.
-            kind: type of what is said of one thing, a frozen dataclass; see `codec`.
+            said: this rank's dictionary: name -> message.
+            kind: type of the messages, a frozen dataclass; see `codec`.
         """
         if self.size == 1:
             return dict(said)
@@ -78,7 +78,7 @@ class Ranks:
         return {name: decode(kind, one) for of_rank in every for name, one in of_rank.items()}
 
     def share(self, message: T) -> T:
-        """What rank 0 has to say; nobody reads what the others say, which is of the same type."""
+        """Return rank 0's message; the other ranks pass any message of the same type."""
         return self.gather(message)[0]
 
     def _gather(self, value: Json) -> list[Json]:
@@ -96,18 +96,18 @@ class Ranks:
         ]
 
     def spread(self, tensor: Tensor, source: int) -> None:
-        """Give all ranks, in place, what a tensor of one of them holds.
+        """Broadcast a tensor from one rank to all ranks, in place.
 
         Args:
-            tensor: of the same shape and dtype everywhere; contiguous.
-            source: whose.
+            tensor: of the same shape and dtype on all ranks; contiguous.
+            source: the rank that has the values.
         """
         if self.size > 1:
-            # gloo does not know every dtype
+            # As bytes, because gloo does not support every dtype.
             dist.broadcast(tensor.view(torch.uint8), group=self.channel, group_src=source)
 
     def hand_over(self, tensor: Tensor, source: int, target: int) -> None:
-        """Give one rank, in place, what a tensor of another one holds; nothing to the others."""
+        """Send a contiguous tensor from one rank to another, in place; other ranks do nothing."""
         if source == target or self.rank not in (source, target):
             return
         if self.rank == source:
@@ -116,22 +116,23 @@ class Ranks:
             dist.recv(tensor.view(torch.uint8), source)
 
     def add(self, counts: Tensor) -> Tensor:
-        """The sum of what all have counted, for all of them.
+        """All-reduce integer counts: return their sum over the ranks, on every rank.
 
         Args:
-            counts: integers, of the same shape for all of them; on a GPU the host does not wait.
+            counts: integers, of the same shape on all ranks. On a GPU the host does not wait for
+                the result.
         """
         whole = counts.clone()
         dist.all_reduce(whole, group=self.channel)
         return whole
 
     def team(self, members: tuple[int, ...]) -> "Ranks | None":
-        """Some of the ranks, to work by themselves; None for a rank that is not one of them.
+        """Return a group of some of the ranks, or None on a rank that is not one of them.
 
-        All ranks ask for it, in one order.
+        All ranks call this, in the same order of teams.
 
         Args:
-            members: their numbers, rising; at least two.
+            members: numbers of the ranks, rising; at least two.
         """
         if members not in _teams:
             channel = dist.new_group(list(members), timeout=WORK)
@@ -142,27 +143,30 @@ class Ranks:
         return _teams[members]
 
     def beside(self) -> "Ranks":
-        """The same ranks, to talk in another thread; all of them ask for it at once."""
+        """Return the same ranks with a new process group, for use in another thread.
+
+        All ranks call this together.
+        """
         if self.size == 1:
             return self
         return Ranks(self.rank, self.size, dist.new_group(timeout=WORK))
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait at a barrier until all ranks have reached it."""
         self.gather(_Here())
 
 
 def all_gather(every: Tensor, own: Tensor, channel: dist.ProcessGroup | None = None) -> None:
-    """Gather a tensor of each rank into one of all, in the order of the ranks.
+    """All-gather the tensors of all ranks into one, in the order of the ranks.
 
     Args:
-        every: [ranks * entries], which is written.
-        own: [entries], of this rank; contiguous.
+        every: [ranks * entries], the output.
+        own: [entries], this rank's tensor; contiguous.
         channel: see `Ranks`.
     """
     if hasattr(dist, "all_gather_single"):
         dist.all_gather_single(every, own, group=channel)
-    else:  # as older versions of PyTorch call it
+    else:  # older versions of PyTorch
         dist.all_gather_into_tensor(every, own, group=channel)
 
 
@@ -170,21 +174,21 @@ ALONE = Ranks(0, 1)
 
 _here = [ALONE]
 
-# Those of the ranks that have worked by themselves.
+# The teams that have been made, by the numbers of their members.
 _teams: dict[tuple[int, ...], Ranks | None] = {}
 
 
 def current() -> Ranks:
-    """The ranks that this process works with now."""
+    """Return the group of ranks that this process works with now."""
     return _here[-1]
 
 
 def enter(ranks: Ranks) -> None:
-    """Work with these from now on."""
+    """Make these the current ranks, until `leave`."""
     _here.append(ranks)
 
 
 def leave() -> None:
-    """Work with those again that there were before `enter`."""
+    """Restore the ranks that were current before `enter`."""
     _here.pop()
     _teams.clear()

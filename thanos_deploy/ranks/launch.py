@@ -1,4 +1,4 @@
-"""Starting ranks on this machine, by PyTorch's own launcher, which `torchrun` is as well."""
+"""Start ranks on this machine with PyTorch's elastic launcher, which `torchrun` uses as well."""
 
 import logging
 import os
@@ -9,21 +9,25 @@ from collections.abc import Sequence
 from thanos_deploy.errors import PlatformError, ResourceError
 from thanos_deploy.ranks.start import ALL_THREADS
 
-# What torchrun logs of a worker that has failed is said by the worker itself.
+# Loggers of the launcher. They repeat the error that a failed worker has reported itself.
 _LOGGERS = "torch.distributed.elastic"
 
 
 def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
-    """Run this command in several processes; return its exit code.
+    """Run a command of `thanos-deploy` in several processes.
 
     Args:
-        arguments: of `thanos-deploy`.
-        processes: how many.
-        threads: that PyTorch takes in this process, which are divided among them.
+        arguments: the command-line arguments of `thanos-deploy`.
+        processes: number of processes.
+        threads: number of PyTorch threads in this process, to be divided among the processes.
+
+    Returns:
+        the exit code of the command.
 
     Raises:
-        ResourceError: all processes were killed at once, so that none could say so.
+        ResourceError: a process was killed by SIGKILL, and no other rank has reported it.
         PlatformError: PyTorch was built without `torch.distributed`.
+        KeyboardInterrupt: this process was ended by a signal that the launcher handles.
     """
     import torch.distributed as dist
 
@@ -57,9 +61,9 @@ def launch(arguments: Sequence[str], processes: int, threads: int) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         killed = [rank for rank, code in codes.items() if code == -signal.SIGKILL]
         if not killed:
-            # Those that another one's end has ended have its exit code.
+            # Ranks that end because of a failed one take over its exit code.
             return next((code for code in codes.values() if code > 0), 1)
-        if ResourceError.exit_code not in codes.values():  # nobody was there yet who could say it
+        if ResourceError.exit_code not in codes.values():  # no rank has reported it
             raise ResourceError(
                 f"rank {killed[0]} of {processes} was killed by SIGKILL",
                 fix="repeat the command: finished work is kept. If the system killed it for "

@@ -1,9 +1,9 @@
-"""A model whose blocks several ranks share: each keeps a part of the rows of every weight.
+"""A model whose blocks are sharded over the ranks: each rank keeps some rows of every weight.
 
-That is PyTorch's FSDP2: a block is put together when data passes it, forward and backward, and what
-a rank has learned of it goes to whoever has the rows. Only how gradients are added up differs: in
-the order of the numbered parts of a step, so that their sum does not depend on the number of ranks.
-A process by itself has the whole model, and adds in the same order.
+This is PyTorch's FSDP2: the weights of a block are gathered for its forward and backward pass, and
+the gradients of each row go to the rank that has the row. Only the sum of the gradients differs:
+they are added in the order of the numbered parts of a step, so that the sum does not depend on the
+number of ranks. A process by itself has the whole model, and adds in the same order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from thanos_deploy.ranks.group import current
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """What a rank has of a tensor.
+    """This rank's part of a tensor.
 
     Attributes:
-        tensor: all of it, or this rank's rows.
-        rows_of: the weight that has a row for each of its rows and is shared as it is; None where
-            every rank has all of it.
+        tensor: the whole tensor, or this rank's rows of it.
+        rows_of: name of the weight whose rows correspond to the tensor's and are sharded in the
+            same way; None if every rank has the whole tensor.
     """
 
     tensor: Tensor
@@ -35,25 +35,25 @@ class Part:
 
 
 class Sharded:
-    """A model that is trained on numbered parts of data.
+    """A model that is trained by several ranks, each on some numbered parts of every step.
 
     Attributes:
-        model: it; its blocks are shared, and each rank has the rest.
+        model: the model; its blocks are sharded, and everything else is on every rank.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-        """Share the blocks.
+        """Shard the blocks.
 
         Args:
-            model: whole, and the same on every rank.
-            blocks: of it; only weights in them may have gradients.
+            model: the whole model, the same on every rank.
+            blocks: its blocks; only weights in them may have gradients.
         """
         self.model = model
         self._sums: list[_InOrder] = []
         if current().size == 1:
             return
         for block in blocks:
-            # Each is called by the model itself, so none is within another one.
+            # Each block is called by the model directly; none is nested in another one.
             shared = fully_shard(block, reshard_after_forward=True)
             assert isinstance(shared, FSDPModule)
             self._sums.append(_InOrder())
@@ -62,13 +62,13 @@ class Sharded:
             shared.set_force_sum_reduction_for_comms(True)
 
     def turns(self, parts: int) -> Iterator[int | None]:
-        """The part that this rank is to go back through next; None if there is none for it.
+        """Yield this rank's part for each turn of a step; None if it has no part in that turn.
 
-        Every rank goes back through something in every turn, as all of them are needed to put the
-        blocks together.
+        In every turn every rank must run a backward pass, of any data if it has no part, because
+        all ranks are needed to gather the blocks.
 
         Args:
-            parts: of a step.
+            parts: number of parts of the step.
         """
         ranks = current()
         for turn in range(ranks.turns(parts)):
@@ -80,20 +80,25 @@ class Sharded:
             yield first + ranks.rank if first + ranks.rank < parts else None
 
     def own(self, name: str) -> Tensor:
-        """This rank's rows of a weight, which may be changed in place."""
+        """Return this rank's rows of a weight; changing them in place changes the weight."""
         return _here(self.model.get_parameter(name).detach())
 
     def put(self, name: str, weight: Tensor) -> None:
-        """Give a weight other values, which every rank has; each keeps its rows.
+        """Set the values of a weight; each rank stores its own rows.
 
         Args:
-            name: of the weight.
-            weight: all of it, in the dtype that it has.
+            name: name of the weight.
+            weight: the whole new weight, the same on every rank, in the dtype of the old one.
         """
         self.own(name).copy_(self.rows(weight, name))
 
     def rows(self, tensor: Tensor, name: str) -> Tensor:
-        """This rank's rows of a tensor of a weight's shape, which every rank has."""
+        """Return this rank's rows of a whole tensor that is the same on every rank.
+
+        Args:
+            tensor: the whole tensor, with a row for each row of the weight.
+            name: name of the weight.
+        """
         weight = self.model.get_parameter(name)
         if not isinstance(weight, DTensor):
             return tensor
@@ -102,41 +107,41 @@ class Sharded:
         ).to_local()
 
     def gradient(self, name: str) -> Tensor:
-        """This rank's rows of the sum of a weight's gradients, which may be changed in place."""
+        """Return this rank's rows of a weight's summed gradient, which may be changed in place."""
         gradient = self.model.get_parameter(name).grad
         assert gradient is not None
         return _here(gradient)
 
     def forget_gradients(self) -> None:
-        """Begin anew."""
+        """Clear all gradients."""
         self.model.zero_grad()
 
     def shape(self, part: Part) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Return the shape of the whole tensor of a part."""
         if part.rows_of is None:
             return tuple(part.tensor.shape)
         return (len(self.model.get_parameter(part.rows_of)), *part.tensor.shape[1:])
 
     def gathered(self, part: Part) -> Tensor:
-        """The whole tensor; called by all ranks."""
+        """Return the whole tensor of a part; called by all ranks."""
         return part.tensor if part.rows_of is None else self.whole(part.tensor, part.rows_of)
 
     def fill(self, part: Part, whole: Tensor) -> None:
-        """Make a part one of another tensor, in place.
+        """Copy this rank's rows of a tensor into its part, in place.
 
         Args:
-            part: this rank's.
-            whole: the tensor, which every rank has.
+            part: this rank's part.
+            whole: the whole tensor, the same on every rank.
         """
         rows = whole if part.rows_of is None else self.rows(whole, part.rows_of)
         part.tensor.copy_(rows)
 
     def whole(self, rows: Tensor, name: str) -> Tensor:
-        """What all ranks have of something that has a row for each row of a weight.
+        """All-gather a tensor that is sharded like a weight, by rows.
 
         Args:
-            rows: [rows of this rank, ...].
-            name: of the weight.
+            rows: [rows of this rank, ...], this rank's part.
+            name: name of the weight.
         """
         weight = self.model.get_parameter(name)
         if not isinstance(weight, DTensor):
@@ -158,7 +163,7 @@ def _here(tensor: Tensor) -> Tensor:
 
 
 class _InOrder(ReduceScatter):
-    """Adds up the gradients of one block, for FSDP2 in place of the library's reduction."""
+    """Sums the gradients of one block in a fixed order, in place of FSDP2's reduce-scatter."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -168,8 +173,8 @@ class _InOrder(ReduceScatter):
         """Begin a turn.
 
         Args:
-            first: of a step.
-            present: ranks that have a part in it, the first ones.
+            first: whether it is the first turn of a step.
+            present: number of ranks that have a part in it; these are the first ranks.
         """
         self._present = present
         if first:
@@ -178,7 +183,7 @@ class _InOrder(ReduceScatter):
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Memory for a reduction."""
+        """Allocate a buffer for the reduction."""
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
@@ -189,7 +194,7 @@ class _InOrder(ReduceScatter):
         op: object,
         async_op: bool = False,
     ) -> None:
-        """Give this rank its run of the sum of all parts so far."""
+        """Add this turn's parts to the step's sum, and output this rank's run of it."""
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         for part in received.reshape(group.size(), -1)[: self._present]:

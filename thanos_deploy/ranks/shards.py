@@ -1,9 +1,9 @@
-"""How calibration segments are cut into batches, and batches into shards that are summed as one.
+"""How calibration segments are grouped into batches, and batches into shards.
 
-A batch passes a block as one. The statistics of a shard's batches are added up by whoever has the
-shard, and those of all shards in the order of their numbers. Both depend on the segments alone, not
-on how many ranks there are. Segments on which blocks are only tuned follow in shards of their own,
-so that statistics do not depend on them.
+A batch is one forward pass through a block. The rank that has a shard sums the statistics of its
+batches, and the sums of the shards are added in the order of their numbers. The grouping depends on
+the segments alone, not on the number of ranks. Segments that are used for tuning only follow in
+shards of their own, so that the statistics do not depend on them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from thanos_deploy.errors import UsageError
 # Tokens per forward pass: enough to keep the cores busy, little enough to stay in their caches.
 TOKENS_PER_BATCH = 2048
 
-# As many shards as ranks can have work. Each costs one addition of the statistics.
+# Largest number of shards, and so of ranks that have work. Each shard costs one addition of the
+# statistics.
 _MOST = 32
 
 
@@ -22,9 +23,10 @@ class Batch:
     """Some segments that pass a block together.
 
     Attributes:
-        shard: which is summed as one.
-        first, stop: number of the first segment, and of the one after the last.
-        counted: statistics are taken of it.
+        shard: number of the batch's shard.
+        first: number of the first segment.
+        stop: number of the segment after the last one.
+        counted: whether the batch enters the statistics.
     """
 
     shard: int
@@ -45,17 +47,17 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """How many there are of which statistics are taken; they have the first numbers."""
+        """Number of shards that enter the statistics; they have the first numbers."""
         return 1 + max(batch.shard for batch in self.batches if batch.counted)
 
     @classmethod
     def of(cls, count: int, length: int, further: int = 0) -> "Layout":
-        """That of some segments.
+        """Return the layout of some segments.
 
         Args:
-            count: segments of which statistics are taken, at least one.
-            length: tokens of each.
-            further: segments behind these that blocks are only tuned on.
+            count: number of segments that enter the statistics, at least one.
+            length: number of tokens in each segment.
+            further: number of segments behind these that are used for tuning only.
         """
         together = max(1, TOKENS_PER_BATCH // length)
         batches: list[Batch] = []
@@ -75,14 +77,14 @@ class Layout:
 
     @property
     def _counted(self) -> int:
-        """Segments of which statistics are taken."""
+        """Number of segments that enter the statistics."""
         return max(batch.stop for batch in self.batches if batch.counted)
 
     def require(self, ranks: int) -> None:
-        """Refuse more ranks than there are shards, some of which would have nothing to do.
+        """Refuse more ranks than shards, because the surplus ranks would have nothing to do.
 
         Raises:
-            UsageError: there are more.
+            UsageError: there are more ranks than shards.
         """
         if ranks > self.shards:
             raise UsageError(

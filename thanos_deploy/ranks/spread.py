@@ -1,23 +1,24 @@
-"""Which rank solves what: pure functions of sizes, which all ranks evaluate alike."""
+"""Assign layers, or pieces of their rows, to ranks: pure functions of sizes, the same on all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A layer of more rows than the first is cut in two, and so that no piece has more than the second.
-# Each piece more takes time, and of few rows products run below full speed; a GPU needs more of
-# them to be busy, and only the widest layers of the largest models are cut for it.
+# By device type: a layer with more rows than the first number is cut into at least two pieces, and
+# into so many that, up to `_PIECES`, none has more rows than the second number. Every additional
+# piece costs time, and products of few rows run below full speed. A GPU needs more rows than a CPU
+# to be busy, so that only the widest layers of the largest models are cut for it.
 _CUT = {"cpu": (512, 1024), "cuda": (16384, 16384)}
 
-# Pieces that a layer is cut into at most.
+# Largest number of pieces of a layer.
 _PIECES = 8
 
 
 def pieces(rows: int, device: str) -> tuple[slice, ...]:
-    """The rows of a layer in pieces that are solved by themselves, whoever solves them.
+    """Divide the rows of a layer into pieces that are solved independently.
 
     Args:
-        rows: of the layer.
-        device: type of the device of its tensors.
+        rows: number of rows of the layer.
+        device: type of the device of its tensors, such as "cuda".
     """
     whole, most = _CUT.get(device, _CUT["cuda"])
     count = 1 if rows <= whole else min(_PIECES, max(2, -(-rows // most)))
@@ -25,19 +26,20 @@ def pieces(rows: int, device: str) -> tuple[slice, ...]:
 
 
 def even(count: int, parts: int) -> list[slice]:
-    """So many things, in so many runs or fewer, of nearly equal length."""
+    """Divide `count` things into at most `parts` contiguous runs of nearly equal length."""
     parts = min(count, parts)
     return [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something that one rank solves: some rows of a layer, or all.
+    """A piece of work for one rank: some or all rows of a layer.
 
     Attributes:
-        group: number of the group of layers that read one input, whose Hessian is factored first.
-        layer: number of the layer, of all layers whose turn it is.
-        rows, cols: of what is solved.
+        group: number of the group of layers that read the same input. They share a Hessian, which
+            has to be factored first.
+        layer: number of the layer, among all layers of the turn.
+        rows, cols: shape of the piece of the weight.
     """
 
     group: int
@@ -47,26 +49,30 @@ class Job:
 
 
 def factor_cost(cols: int) -> float:
-    """Seconds that factoring a Hessian takes, in any unit."""
+    """Relative cost of factoring a Hessian, in the unit of `job_cost`."""
     # A Cholesky factor and its inverse, cols^3 / 3 products each, in float64.
     return 4 / 3 * cols**3
 
 
 def job_cost(job: Job) -> float:
-    """The same of solving a job when the Hessian has been factored."""
-    # The products of the preset `best`: eight steps, the errors, the target, and the blocks.
+    """Relative cost of solving a job once its Hessian has been factored."""
+    # Counts the products of the preset `best`: eight steps, the errors, the target, and the blocks.
     return 24.0 * job.rows * job.cols**2
 
 
 def owners(jobs: Sequence[Job], ranks: int) -> tuple[int, ...]:
-    """The rank that solves each job, so that all are done as early as this finds out.
+    """Assign each job to a rank, with a greedy schedule that ends early.
 
-    Either each layer stays with one rank, or the runs of its rows go to several, which then all
-    factor its Hessian and ask each other for what they count. The second only if it ends earlier.
+    Two schedules are compared. In the first, all jobs of a layer go to one rank. In the second,
+    they may go to several ranks, which then all factor the layer's Hessian and exchange counts. The
+    second schedule is taken only if it ends earlier.
 
     Args:
-        jobs: in any order.
-        ranks: how many there are.
+        jobs: the jobs, in any order.
+        ranks: number of ranks.
+
+    Returns:
+        the rank of each job.
     """
     layers: dict[int, list[int]] = {}
     for number, job in enumerate(jobs):
@@ -79,15 +85,16 @@ def owners(jobs: Sequence[Job], ranks: int) -> tuple[int, ...]:
 def _shared_out(
     jobs: Sequence[Job], bundles: Sequence[Sequence[int]], ranks: int
 ) -> tuple[tuple[int, ...], float]:
-    """The rank of each job, and when the last one ends: the largest go first.
+    """Return the rank of each job, and the time at which the last rank ends.
 
-    Each goes to whoever ends it earliest. A rank that has a job of a group factors the Hessian of
-    that group once, for all of them.
+    Bundles are assigned in order of falling cost, each to the rank that would finish it first. A
+    rank that has jobs of a group factors the group's Hessian once, for all of them.
 
     Args:
-        jobs: all of them.
-        bundles: numbers of those, of one group each, that go together.
-        ranks: how many there are.
+        jobs: all jobs.
+        bundles: lists of job numbers; the jobs of a bundle go to the same rank, and belong to the
+            same group.
+        ranks: number of ranks.
     """
     busy = [0.0] * ranks
     factored: list[set[int]] = [set() for _ in range(ranks)]

@@ -1,9 +1,9 @@
-"""Meeting the other ranks, as torchrun's environment says, and parting from them.
+"""Connect to the other ranks, as torchrun's environment variables say, and disconnect from them.
 
     with together():
-        ...  # `group.current()` is what this process works with
+        ...  # `group.current()` is the group of all ranks
 
-Where torchrun did not start the process, it works alone.
+A process that torchrun did not start works alone.
 """
 
 import os
@@ -23,29 +23,32 @@ from thanos_deploy.ranks import group
 from thanos_deploy.ranks.group import Ranks
 from thanos_deploy.ranks.watch import Watch
 
-# So long ranks wait for each other in the beginning; the environment may name other seconds.
+# Timeout for connecting, in seconds, and the environment variable that overrides it.
 _SECONDS = "THANOS_DEPLOY_CONNECT_SECONDS"
 _CONNECT = 60.0
 
-# What `launch` has divided among the ranks of this machine, where the user had not said a number.
+# Environment variable with the number of threads that `launch` has divided among the ranks of this
+# machine; unset if the user had set OMP_NUM_THREADS.
 ALL_THREADS = "THANOS_DEPLOY_ALL_THREADS"
 
-# That of this process while it works together with others.
+# This process's watch while it works with other ranks; empty otherwise.
 _watches: list[Watch] = []
 
-# Where this process has met others, by address, and how often: each time under another name.
+# The rendezvous store for each address, and how often this process has connected. Each connection
+# uses another prefix in the store.
 _stores: dict[str, Store] = {}
 _meetings = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where torchrun has put this process.
+    """This process's position among the processes that torchrun has started.
 
     Attributes:
-        rank, size: its number, and of how many.
-        local_rank: its number on this machine, which is that of its GPU.
-        address: where the ranks meet, HOST:PORT.
+        rank: its number.
+        size: number of processes.
+        local_rank: its number on this machine, which selects its GPU.
+        address: address of the rendezvous, HOST:PORT.
     """
 
     rank: int
@@ -55,10 +58,13 @@ class Place:
 
 
 def place() -> Place | None:
-    """Where torchrun has put this process; None if it did not start it, or started it alone.
+    """Read this process's place from torchrun's environment variables.
+
+    Returns:
+        the place; None if torchrun did not start this process, or started it alone.
 
     Raises:
-        UsageError: its environment lacks something, or has what is no number.
+        UsageError: a variable is missing or is not a number.
     """
     environment = os.environ
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
@@ -80,7 +86,7 @@ def place() -> Place | None:
 
 
 def follows() -> bool:
-    """This process is one of several, and another one speaks and writes."""
+    """Whether this process is a rank other than 0, which prints no messages and writes no files."""
     found = place()
     return found is not None and found.rank != 0
 
@@ -89,11 +95,13 @@ def follows() -> bool:
 def together() -> Iterator[Ranks]:
     """Work together with the other ranks, if torchrun has started any, until `part`.
 
-    A rank whose work fails or is interrupted ends all others, which take over its exit code; that a
-    rank was killed is said by another one, whose exit code is 5.
+    If the work of a rank fails or is interrupted, all other ranks end too, with its exit code. If a
+    rank is killed, another rank reports it, and the others end with exit code 5.
 
     Raises:
         PlatformError: the other ranks cannot be reached.
+        UsageError: the environment is not torchrun's, or the program has initialised
+            `torch.distributed` itself.
         ResourceError: a rank was killed.
     """
     found = place()
@@ -123,7 +131,7 @@ def together() -> Iterator[Ranks]:
 
 
 def part() -> None:
-    """The ranks have nothing more to do together: each goes on, or ends, by itself."""
+    """Disconnect the ranks, after a barrier; from here on each of them works alone."""
     if not _watches:
         return
     group.current().wait()
@@ -136,7 +144,7 @@ def part() -> None:
 
 
 def _meet(found: Place, ranks: Ranks) -> Watch:
-    """Connect all ranks with each other, and look after the others from now on."""
+    """Connect all ranks with each other, and return a watch over the others."""
     global _meetings
     _meetings += 1
     seconds = float(os.environ.get(_SECONDS, _CONNECT))
@@ -172,19 +180,19 @@ def _meet(found: Place, ranks: Ranks) -> Watch:
 
 @dataclass(frozen=True, slots=True)
 class _Depends:
-    """Everything that results depend on, as one rank has it; of any types that JSON has."""
+    """One rank's message: everything that results depend on, in JSON types."""
 
     values: Mapping[str, Any]
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:
-    """Refuse ranks for which something differs that results depend on.
+    """Refuse ranks that differ in something on which results depend.
 
     Args:
-        values: what it is for this rank.
+        values: everything on which results depend, by name, as this rank has it.
 
     Raises:
-        UsageError: it differs; the message says what and where.
+        UsageError: a value differs; the message names it and the rank.
     """
     first, *others = (one.values for one in group.current().gather(_Depends(values)))
     for rank, other in enumerate(others, start=1):
@@ -206,7 +214,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What this process will end with."""
+    """Return the exit code with which this process will end because of an error."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):

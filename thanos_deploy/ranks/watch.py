@@ -1,7 +1,8 @@
-"""Noticing that another rank has ended, so that nobody waits for it for ever.
+"""Detect that another rank has ended, so that no rank waits for it for ever.
 
-The system tells when a process of the same machine ends; a process of another machine gives a sign
-of life every few seconds. What a rank ended with it leaves with the others beforehand, if it can.
+A process on the same machine is watched through the operating system; a process on another machine
+sends a heartbeat every few seconds. A rank that can still do so puts its exit code into the shared
+store before it ends.
 """
 
 import os
@@ -20,35 +21,37 @@ from torch._C._distributed_c10d import Store
 from thanos_deploy.errors import ResourceError
 from thanos_deploy.ranks.group import Ranks
 
-_EVERY = 0.2  # seconds between two looks
-_SIGN_EVERY = 5.0  # seconds between two signs of life
-_SILENCE = 40.0  # seconds without one after which a rank counts as ended
+_EVERY = 0.2  # seconds between two checks
+_SIGN_EVERY = 5.0  # seconds between two heartbeats
+_SILENCE = 40.0  # seconds without a heartbeat after which a rank counts as ended
 
-# A rank that is told of an error waits so long for the end of whoever caused it to be seen.
+# Seconds that a rank with an error waits, to see whether another rank's end was the cause, and that
+# rank 0 waits for the others to read its exit code.
 _EXPLAINED_WITHIN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a rank is; see `_machine`."""
+    """The process of a rank; for `machine` see `_machine`."""
 
     machine: str
     pid: int
 
 
 class Watch:
-    """Looks after the other ranks from a thread of its own; ends this process when one has ended.
+    """A thread that watches the other ranks, and ends this process when one of them has failed.
 
-    Ending it cannot wait until the main thread is back from PyTorch, where it may wait for the
-    rank that is gone.
+    The thread ends the process itself, because the main thread may be inside a collective of
+    PyTorch, waiting for the rank that is gone.
     """
 
     def __init__(self, ranks: Ranks, store: Store) -> None:
-        """Exchange where the ranks are; all of them do it at once.
+        """Exchange the machines and process ids of all ranks; called by all of them together.
 
         Args:
-            ranks: this one among the others.
-            store: where ranks leave what they ended with; used by nobody else in this process.
+            ranks: the group of all ranks.
+            store: where ranks put their exit codes and heartbeats; not used by anything else in
+                this process.
         """
         self._ranks, self._store = ranks, store
         own = _Place(_machine(), os.getpid())
@@ -76,24 +79,24 @@ class Watch:
         self._pause()
 
     def close(self) -> None:
-        """This rank is done, as all others are."""
+        """Stop watching, and record that this rank has finished without an error."""
         self._leave(0)
         self._pause()
 
     def explain(self, error: BaseException, code: int) -> None:
-        """Leave with the others what this rank ends with, unless another one was the cause.
+        """Record this rank's exit code for the others, and find out whether another was the cause.
 
         Args:
-            error: what ends it.
-            code: its exit code.
+            error: the error that ends this rank.
+            code: the exit code for it.
 
         Raises:
-            ResourceError: another rank was killed, which is why.
-            SystemExit: another rank ended by an error, which it has told of.
+            ResourceError: another rank was killed, and this rank is the one to report it.
+            SystemExit: another rank was the cause, and this rank is not the one to report it.
         """
         self._pause()
         if isinstance(error, RuntimeError | KeyboardInterrupt):
-            # Of PyTorch, or from whoever started the ranks: it may be by another one's end.
+            # PyTorch or the launcher may have raised it because another rank has ended.
             until = time.monotonic() + _EXPLAINED_WITHIN
             while not (ended := self._ended()) and time.monotonic() < until:
                 time.sleep(_EVERY)
@@ -107,13 +110,13 @@ class Watch:
         self._linger()
 
     def _linger(self) -> None:
-        """Let the others read what this rank has left: the store goes with rank 0."""
+        """Let the others read this rank's exit code: the store ends with rank 0."""
         until = time.monotonic() + _EXPLAINED_WITHIN
         while self._ranks.rank == 0 and time.monotonic() < until and not self._all_ended():
             time.sleep(_EVERY)
 
     def _all_ended(self) -> bool:
-        """Every other rank has ended, or has left what it is about to end with."""
+        """Whether every other rank has ended, or has recorded an exit code."""
         return all(
             not alive() or self._left(rank) is not None for rank, alive in self._alive.items()
         )
@@ -135,21 +138,22 @@ class Watch:
                 os._exit(code)
 
     def _ended(self) -> dict[int, int | None]:
-        """The ranks that have ended before this one, but for those that were done: exit codes.
+        """Return the exit codes of the other ranks that have ended without finishing.
 
-        One that has left an error is as good as ended.
+        The code is None if the rank recorded none, as when it was killed. A rank that has recorded
+        an error counts as ended.
         """
         gone = [rank for rank, alive in self._alive.items() if not alive() or self._left(rank)]
         left = {rank: self._left(rank) for rank in gone}
         return {rank: code for rank, code in left.items() if code != 0}
 
     def _cause(self, ended: dict[int, int | None]) -> tuple[int, ResourceError | None]:
-        """The exit code of all, and, if that was the cause, that ranks were killed."""
+        """Return the common exit code, and the error to report if ranks were killed."""
         killed = [rank for rank, code in ended.items() if code is None]
         if not killed:
             return next(code for code in ended.values() if code is not None), None
         if 0 in killed:
-            # It keeps the store, so what the others end with is no longer known.
+            # Rank 0 keeps the store, so the exit codes of the others are no longer known.
             killed = [0]
         who = " and ".join(self._names[rank] for rank in killed)
         return ResourceError.exit_code, ResourceError(
@@ -160,13 +164,13 @@ class Watch:
         )
 
     def _speaks(self, ended: dict[int, int | None]) -> bool:
-        """This is the first rank of those that are left, so that it is said once."""
+        """Whether this is the first rank that was not killed, which reports the error for all."""
         if 0 in ended and ended[0] is None:
             return self._ranks.rank == 1
         return all(rank in ended and ended[rank] is None for rank in range(self._ranks.rank))
 
     def _leave(self, code: int) -> None:
-        with suppress(RuntimeError):  # whoever keeps it may be gone
+        with suppress(RuntimeError):  # rank 0, which keeps the store, may be gone
             self._store.set(f"ended-{self._ranks.rank}", str(code))
 
     def _left(self, rank: int) -> int | None:
@@ -184,7 +188,7 @@ class Watch:
                 self._store.set(f"alive-{self._ranks.rank}", f"{now}")
 
     def _gives_signs(self, rank: int) -> Callable[[], bool]:
-        """Whether a rank of another machine lives, by its signs of life."""
+        """Return a check by heartbeat of whether a rank on another machine is alive."""
         name, last, heard, asked = f"alive-{rank}", b"", time.monotonic(), 0.0
 
         def alive() -> bool:
@@ -204,7 +208,7 @@ class Watch:
 
 
 def _process_lives(pid: int) -> Callable[[], bool]:
-    """Whether a process of this machine lives."""
+    """Return a check of whether a process on this machine is alive."""
     if hasattr(os, "pidfd_open"):
         try:
             descriptor = os.pidfd_open(pid)
@@ -225,7 +229,7 @@ def _process_lives(pid: int) -> Callable[[], bool]:
 
 
 def _machine() -> str:
-    """Which machine this is, and which processes on it can see each other."""
+    """Return an id of this machine and its PID namespace; the host name if that is unreadable."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

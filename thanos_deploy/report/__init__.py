@@ -1,19 +1,21 @@
-"""What runs showed, dense beside pruned, as one value that people and machines read.
+"""Reports that compare pruned models with the dense model, for people and for programs.
 
-`thanos_deploy.stages` has it written, and the command line prints parts of it. It measures nothing:
-everything is read from the folder of a bundle.
+`thanos_deploy.stages` calls this package to write reports, and the command line prints parts of
+them. It measures nothing: it reads everything from the folder of a bundle.
 
-sources   what a bundle's folder has beside its manifest
-build     sources -> the report, the value that report.json holds; report.schema.json describes it
-words     what the figures mean, in sentences
-runs      which benchmark run speaks for a model
-pareto    which models another one beats
+model     the dataclasses of report.json, which report.schema.json describes
+sources   the records in a bundle's folder, beside the manifest
+build     makes the report from the sources
+words     sentences that explain the figures
+runs      chooses the benchmark run whose figures are quoted for a model
+pareto    finds the models that other models dominate
 commands  the command lines that make a bundle again
-figures   the report's figures as rows, for whoever prints a table
-charts    pictures, as SVG that follows the page's colours
-labels    where the names of points go in a picture
+figures   the figures of a report as table rows
+charts    charts as inline SVG in the colours of the page
+labels    places the names of points in a chart
 page      the report as one HTML file
 markdown  the report as Markdown
+escape    escapes text from outside for Markdown
 card      the model card of a bundle
-write     all of these as files: in a bundle, or of several bundles
+write     writes all of these files, for one bundle or for several
 """

@@ -1,4 +1,4 @@
-"""The report of one bundle or of several side by side."""
+"""Make the report on one bundle, or on several side by side."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -47,14 +47,14 @@ from thanos_deploy.shrink.result import CutBlock
 
 
 def build(bundles: Sequence[Sources], *, allow_different_models: bool = False) -> Report:
-    """What some bundles show.
+    """Make the report on some bundles.
 
     Args:
-        bundles: one or more.
-        allow_different_models: also of different base models or tokenizers.
+        bundles: sources of one or more bundles.
+        allow_different_models: accept bundles of different base models or tokenizers.
 
     Raises:
-        UsageError: they are of different base models or tokenizers, and that is not allowed.
+        UsageError: the base models or tokenizers differ, and that is not allowed.
     """
     if not allow_different_models:
         _require_one_model(bundles)
@@ -119,7 +119,11 @@ def _model(sources: Sources, label: str) -> ModelReport:
 
 
 def _labels(bundles: Sequence[Sources]) -> list[str]:
-    """A short name for each; as much of pattern, dtype, method and folder as tells them apart."""
+    """Return a distinct label for each bundle.
+
+    A label has the pattern and, as far as is needed to tell the bundles apart, dtype, method and
+    folder.
+    """
     parts = []
     for sources in bundles:
         options = sources.bundle.options(PRUNE)
@@ -150,13 +154,13 @@ def _require_one_model(bundles: Sequence[Sources]) -> None:
 
 
 def _tokenizer(sources: Sources) -> str | None:
-    """The hash of the tokenizer, if there is one."""
+    """Return the SHA-256 of the tokenizer file; None if the bundle has none."""
     found = sources.stages[layout.PRUNE].files.get(layout.TOKENIZER)
     return None if found is None else found.sha256
 
 
 def _differences(models: Sequence[ModelReport]) -> Iterator[str]:
-    """What keeps models from being compared figure by figure."""
+    """Yield warnings about differences that make figures of the models incomparable."""
     if len({model.source.sha256 for model in models}) > 1:
         yield "The base models differ, so differences are not those of the patterns alone."
     if len({model.quality.measured_on for model in models if model.quality}) > 1:
@@ -188,7 +192,7 @@ def _quality(sources: Sources, stage: TextStage) -> Quality | None:
 
 
 def _answers(sources: Sources) -> Iterator[AnsweredQuestions]:
-    """What both models make of the questions about the text."""
+    """Yield the accuracy of both models on each kind of questions about the text."""
     if not sources.has(EVAL):
         return
     pruned, dense = sources.bundle.result(EVAL), sources.bundle.inputs(EVAL).dense
@@ -208,7 +212,7 @@ def _answers(sources: Sources) -> Iterator[AnsweredQuestions]:
 
 
 def _tasks(sources: Sources, stage: TaskStage, runtime: str) -> Iterator[TaskScores]:
-    """The scores of the dense and the pruned model in each task."""
+    """Yield the scores of the dense and the pruned model in each task."""
     if not sources.has(stage):
         return
     found, reference = sources.bundle.result(stage), sources.bundle.inputs(stage).dense
@@ -226,7 +230,7 @@ def _tasks(sources: Sources, stage: TaskStage, runtime: str) -> Iterator[TaskSco
 
 
 def _layer_map(blocks: Sequence[PrunedBlock | CutBlock]) -> LayerMap:
-    """Error and share of what is gone, block by block."""
+    """Return the error and the removed fraction of every layer, block by block."""
     rows = [_row(block) for block in blocks]
     return LayerMap(
         columns=tuple(name for name, _, _ in rows[0]),
@@ -236,7 +240,7 @@ def _layer_map(blocks: Sequence[PrunedBlock | CutBlock]) -> LayerMap:
 
 
 def _row(block: PrunedBlock | CutBlock) -> list[tuple[str, float, float]]:
-    """Name, error, and share of what is gone, of every layer or of heads and channels."""
+    """Return name, error and removed fraction of every layer, or of the heads and the channels."""
     if isinstance(block, PrunedBlock):
         return [
             (_short(layer.name), layer.relative_error, layer.sparsity) for layer in block.layers
@@ -249,14 +253,14 @@ def _row(block: PrunedBlock | CutBlock) -> list[tuple[str, float, float]]:
 
 
 def _short(name: str) -> str:
-    """A linear layer's name seen from its block, from its full name."""
+    """Return the part of a layer's name after the last number, that of its block or expert."""
     parts = name.split(".")
     number = max(index for index, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[number + 1 :])
 
 
 def _widths(sources: Sources) -> CutWidths | None:
-    """What was cut out; None if all shapes are the dense model's."""
+    """Return what was cut out; None if all shapes are the dense model's."""
     widths = sources.bundle.result(PRUNE).widths
     if widths is None:
         return None
@@ -283,7 +287,7 @@ def _range(blocks: Sequence[BlockPlan], part: str) -> WidthRange:
 
 
 def _loaders(sources: Sources) -> tuple[LoaderVerdict, ...]:
-    """What other loaders make of the checkpoint; none if its configuration is not all of it."""
+    """Judge which loaders take the checkpoint; empty if no stock config.json describes it."""
     widths = sources.bundle.result(PRUNE).widths
     if sources.config is None or (widths is not None and not widths.stock_config):
         return ()
@@ -294,7 +298,7 @@ def _loaders(sources: Sources) -> tuple[LoaderVerdict, ...]:
 
 
 def _bytes(sources: Sources) -> FileBytes:
-    """Sizes of the files of the dense and the pruned model; None where it was not seen."""
+    """Return the sizes of the weight files; the dense size of a graph is known only from a run."""
     stages, dense = sources.stages, sources.bundle.result(PRUNE).dense_bytes
     graphs = [
         run.subjects[DENSE].file_bytes for run in sources.runs.values() if DENSE in run.subjects
@@ -319,7 +323,7 @@ def _size(record: StageRecord, *endings: str) -> int:
 
 
 def _dtype(sources: Sources) -> str | None:
-    """Of the exported graph, if there is one."""
+    """Return the dtype of the exported graph; None if there is no graph."""
     return exported_with(sources.bundle).dtype if layout.ONNX in sources.stages else None
 
 
@@ -344,7 +348,7 @@ def _export(sources: Sources) -> ExportSummary | None:
 
 
 def _doubted(sources: Sources, name: str, run: Run) -> Run:
-    """A run; one that is finished and that the manifest does not have does not count."""
+    """Return a run, marked INVALID if it is finished but not in the manifest."""
     if name not in sources.unrecorded or run.status == "INTERRUPTED":
         return run
     doubt = f"{name} is not in the manifest, so it may be of another model"

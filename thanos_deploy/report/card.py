@@ -1,4 +1,4 @@
-"""The model card: what the pruned model is, how good, how large, and how to load it."""
+"""The model card: quality, size and speed of the pruned model, and how to load it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +16,11 @@ from thanos_deploy.report.runs import quoted, quoted_on_gpu
 
 
 def write(report: Report) -> str:
-    """README.md of a bundle, from its report."""
+    """Return the content of README.md of a bundle.
+
+    Args:
+        report: report on this bundle alone.
+    """
     (model,) = report.models
     table = "\n".join(
         f"| {figure.title} | {shown(figure.dense, figure.unit)} | "
@@ -56,7 +60,7 @@ energy of the output that it aims at in the median and {layers.worst_relative_er
 
 
 def _how(model: ModelReport) -> Iterator[str]:
-    """How the figures came about."""
+    """Yield sentences that say how the figures were measured."""
     if quality := model.quality:
         yield (
             f"Perplexity: {quality.segments} segments of {quality.length} tokens of "
@@ -80,7 +84,7 @@ def _how(model: ModelReport) -> Iterator[str]:
 
 
 def _examples(tasks: Sequence[TaskScores]) -> list[str]:
-    """How many examples of each task, every task once."""
+    """Return the number of examples and the name of each task, once per task."""
     return list({score.task: f"{score.samples} {score.task}" for score in tasks}.values())
 
 
@@ -212,7 +216,7 @@ it and no flag is needed.{_others(model)}"""
 
 
 def _others(model: ModelReport) -> str:
-    """What other loaders make of the checkpoint."""
+    """Return a table of the other loaders and whether they take the checkpoint."""
     if not model.loaders:
         return ""
     rows = "\n".join(

@@ -1,8 +1,8 @@
-"""Pictures of a report, as inline SVG that takes its colours and its font from the page.
+"""Charts of a report, as inline SVG that takes its colours and its font from the page.
 
-Colours are written as stand-ins, which become CSS variables in the end; so one picture serves the
-light and the dark theme and print. Text stays text. No picture is the only place of a figure: each
-stands beside a table.
+Colours are drawn as placeholders, which are replaced by CSS variables at the end. So one chart
+serves the light theme, the dark theme and print. Text stays text. No figure is in a chart alone:
+each chart stands beside a table.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from thanos_deploy.report.figures import metric_title
 from thanos_deploy.report.labels import Anchor, Box, NoRoomError, place
 from thanos_deploy.report.model import LayerMap, Plot, PlotPoint
 
-# It speaks of its caches, which are nothing to a reader of reports.
+# matplotlib logs messages about its caches, which do not concern the user.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
-# Stand-in -> what the page calls the colour.
+# Placeholder colour -> CSS variable of the page.
 _INK, _MUTED, _LINE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _ACCENT: "--accent"}
 
@@ -39,7 +39,7 @@ _STYLE = mpl.RcParams(
         "svg.fonttype": "none",
         "svg.hashsalt": "thanos-deploy",  # the same picture gets the same bytes
         "text.parse_math": False,  # a name may have a dollar sign
-        "font.family": "DejaVu Sans",  # comes with matplotlib; it measures, the page's is shown
+        "font.family": "DejaVu Sans",  # comes with matplotlib; only measures text
         "font.size": 9.0,
         "text.color": _INK,
         "axes.edgecolor": _LINE,
@@ -63,29 +63,29 @@ _STYLE = mpl.RcParams(
         "legend.frameon": False,
     }
 )
-_WIDTH = 7.2  # inches of 72 units
-_LONGEST = 32  # characters of a name
+_WIDTH = 7.2  # inches of 72 SVG units
+_LONGEST = 32  # characters of the longest name that is shown whole
 _NAME = 8.0  # font size of the name of a point
 _NAME_LINE, _BELOW = 1.3 * _NAME, 0.3 * _NAME  # height of its line, and depth below the baseline
-_RADIUS = 5.0  # units around a point that its name leaves free
+_RADIUS = 5.0  # units around a point that names leave free
 _ALIGNMENTS: dict[Anchor, Literal["left", "center", "right"]] = {
     "start": "left",
     "middle": "center",
     "end": "right",
 }
 
-# The dense model is dashed and grey, so that colour is not all that tells the two apart.
+# The dense model is dashed as well as grey, so that colour alone does not tell the two apart.
 _LINES: dict[str, tuple[str, Any]] = {DENSE: (_MUTED, (0, (3, 2))), PRUNED: (_ACCENT, "solid")}
 _OTHERS: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 1)), (0, (5, 1, 1, 1)), (0, (5, 2)))
 
 
 @mpl.rc_context(_STYLE)
 def ratios(run: Run) -> Markup:
-    """The ratio to the dense model with its interval, scenario by scenario."""
+    """Draw the time ratio to the dense model with its confidence interval, for each scenario."""
     rows = [
         (metric_title(scenario, metric), ratio)
         for scenario, metric, ratio in run.ratios
-        if metric != "tokens_per_second"  # the only one where more is better
+        if metric != "tokens_per_second"  # the only metric where more is better
     ]
     figure, axes = _figure(0.28 * len(rows) + 0.7)
     for height, (_, ratio) in enumerate(reversed(rows)):
@@ -111,12 +111,12 @@ def ratios(run: Run) -> Markup:
 
 @mpl.rc_context(_STYLE)
 def distributions(run: Run) -> Markup:
-    """Share of the raw samples that took at most so long, of the baseline and the pruned model."""
+    """Draw the cumulative distributions of the raw samples of the baseline and the pruned model."""
     panels = [
         (scenario, metric)
         for scenario in run.scenarios
         for metric in next(iter(scenario.results.values())).metrics
-        if metric != "tokens_per_second"  # says what the whole answer's time says
+        if metric != "tokens_per_second"  # follows from the time of the whole answer
     ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -149,7 +149,7 @@ def distributions(run: Run) -> Markup:
 
 @mpl.rc_context(_STYLE)
 def layer_maps(layers: LayerMap) -> Markup:
-    """Error and share of what is gone as two maps, blocks down and layers across."""
+    """Draw two heat maps, error and removed fraction, with blocks down and layers across."""
     columns, rows = layers.columns, len(layers.error)
     figure = Figure(figsize=(_WIDTH, 0.125 * rows + 1.7), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -182,7 +182,7 @@ def layer_maps(layers: LayerMap) -> Markup:
 
 @mpl.rc_context(_STYLE)
 def sizes(parts: PartBytes) -> Markup:
-    """Bytes of the checkpoint by part, dense and pruned."""
+    """Draw the bytes of the checkpoint by part, for the dense and the pruned model."""
     figure, axes = _figure(1.45)
     both = {PRUNED: parts.pruned, DENSE: parts.dense}
     names = [name for name in parts.dense if any(sizes[name] for sizes in both.values())]
@@ -209,9 +209,9 @@ def sizes(parts: PartBytes) -> Markup:
 
 @mpl.rc_context(_STYLE)
 def pareto(plots: Sequence[Plot]) -> Markup:
-    """Perplexity against each cost; filled points are on the front, hollow ones are dominated.
+    """Draw perplexity against each cost; filled points are on the front, hollow ones dominated.
 
-    The picture grows in height until no name overlaps another one or a point.
+    The chart grows in height until no name overlaps another name or a point.
     """
     height = 3.0
     while True:
@@ -224,13 +224,13 @@ def pareto(plots: Sequence[Plot]) -> Markup:
 
 
 def _panels(plots: Sequence[Plot], height: float) -> Figure:
-    """One panel for each cost, two in a row.
+    """Draw one panel for each cost, two in a row.
 
     Raises:
         NoRoomError: a panel of this height, in inches, has no room for the names of its points.
     """
     rows = -(-len(plots) // 2)
-    # Names are placed in units of the picture, which are those of SVG with this resolution.
+    # Names are placed in pixels, which at this resolution are the units of the SVG.
     figure = Figure(figsize=(_WIDTH, height * rows), layout="constrained", dpi=72)
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, plot in zip(grid, plots, strict=False):
@@ -270,7 +270,7 @@ def _panels(plots: Sequence[Plot], height: float) -> Figure:
 
 
 def _add_names(figure: Figure, axes: Axes, plot: Plot) -> None:
-    """Write beside each point of a panel what it is called, with a line where that is far away."""
+    """Add the name of each point to a panel, with a line to the point if it is far away."""
     scale, panel = _scale(plot), axes.bbox
 
     def at(cost: float, perplexity: float) -> tuple[float, float]:
@@ -316,17 +316,17 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _brief(name: str) -> str:
-    """A name that leaves room for the picture: both of its ends, where names differ."""
+    """Shorten a long name to its beginning and its end, since names differ there."""
     if len(name) <= _LONGEST:
         return name
     return f"{name[: _LONGEST // 2]}…{name[1 - _LONGEST // 2 :]}"
 
 
 def _svg(figure: Figure, title: str) -> Markup:
-    """A figure as an element for an HTML page, with a name for those who do not see it."""
+    """Return a figure as an SVG element for an HTML page, with a title for screen readers."""
     drawn = io.StringIO()
     with warnings.catch_warnings():
-        # The browser has the glyphs that the measuring font lacks.
+        # The browser has the glyphs that DejaVu Sans lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(
             drawn,
@@ -350,7 +350,7 @@ def _svg(figure: Figure, title: str) -> Markup:
 
 
 def _own_names(svg: str, prefix: str) -> str:
-    """Drop ids that nothing refers to, and tell the others from those of other pictures."""
+    """Drop ids that nothing refers to, and make the others unique on the page by a prefix."""
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
 
     def rename(match: re.Match[str]) -> str:

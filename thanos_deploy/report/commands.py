@@ -1,4 +1,4 @@
-"""The command lines that make a bundle again, from the options that its stages were made with."""
+"""The command lines that make a bundle again, from the recorded options of its stages."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -48,10 +48,11 @@ _BENCH = {
 
 
 def of(sources: Sources) -> list[str]:
-    """One command line a stage, in the order in which they finished.
+    """Return the command lines that make a bundle again, in the order in which its stages finished.
 
-    OUT is the bundle. Models and texts are called as they were then; the manifest has no paths, but
-    the hashes that tell whether a file is the same.
+    Each stage has one command line; the stage bench has one for each run. OUT stands for the
+    bundle. Models and texts have the names that they had then: the manifest records no paths, but
+    it has the hashes that tell whether a file is the same.
     """
     source = sources.bundle.source
     made = []
@@ -74,14 +75,14 @@ def of(sources: Sources) -> list[str]:
             case _:
                 target = targets.of_stage(stage)
                 if target is None or not target.asked_for(stage):
-                    continue  # made along with another stage
+                    continue  # the command line of another stage makes this one too
                 words = ["export", "OUT", "--target", target.name, *_export(target, record)]
         made.append(shlex.join([_TOOL, *words]))
     return made
 
 
 def _export(target: Target[Any, Any], record: StageRecord) -> Iterator[str]:
-    """The target's options, of those that the stage was made with."""
+    """Yield those recorded options of the stage that are options of the target, as words."""
     known = options_by_name(target.options)
     for name, value in record.options.items():
         if name not in known or value is None or value == []:
@@ -95,7 +96,7 @@ def _export(target: Target[Any, Any], record: StageRecord) -> Iterator[str]:
 def _pruning(pruned: PruneOptions) -> Iterator[str]:
     if isinstance(parse(pruned.pattern), Structured) and not pruned.cut:
         yield "--keep-shape"
-    options = encode(replace(pruned, cut=False))  # which is no option
+    options = encode(replace(pruned, cut=False))  # `cut` is a record, not an option
     match options.pop("true_sequential", None):
         case True:
             yield "--true-sequential"
@@ -111,7 +112,8 @@ def _pruning(pruned: PruneOptions) -> Iterator[str]:
         for one in options_of(kind)
     }
     yield from _flags(options, flags)
-    # A record is without later options that do nothing, and the default preset sets some of them.
+    # A record leaves out an option that was added later if it has its default. Where the default
+    # preset sets such an option, the command line has to give that default.
     usual: Sequence[Options] = (CUTS[PRESET].tuning,)
     if not pruned.cut:
         usual = own.preset(PRESET).options, own.preset(PRESET).walk
@@ -125,7 +127,7 @@ def _bench(model: str, request: BenchRequest) -> Iterator[str]:
     if others == [f"{PRUNED}-again"]:
         yield "--aa"
     else:
-        for label in others:  # a bundle is called like its folder
+        for label in others:  # the label of a bundle is the name of its folder
             yield from ("--against", label)
     if DENSE in others:
         yield from ("--dense", model)
@@ -137,7 +139,7 @@ def _bench(model: str, request: BenchRequest) -> Iterator[str]:
 
 
 def _flags(options: Json, names: dict[str, str]) -> Iterator[str]:
-    """Options as words of a command line; None stands for what was left out."""
+    """Yield options as words of a command line; options that are None were not given."""
     for name, value in options.items():
         if value is None:
             continue

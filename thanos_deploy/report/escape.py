@@ -1,25 +1,28 @@
-"""Text of models and users in Markdown, where it may not become markup.
+"""Escape text from models and users for Markdown.
 
-Names, prompts and what a model wrote come from outside; a viewer of Markdown would follow their
-links, load their pictures and, where it lets HTML through, run their scripts.
+Names, prompts and generated texts are not trusted: a Markdown viewer would follow their links, load
+their images and, where it lets HTML through, run their scripts.
 """
 
 import re
 
 
 def literal(text: str) -> str:
-    """Text that Markdown takes literally, on one line."""
+    """Escape text so that Markdown shows it literally, on one line."""
     escaped = re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", text)
     return " ".join(escaped.split())
 
 
 def quote(text: str) -> str:
-    """Lines of text as a quotation, literally."""
+    """Format text as a block quotation that shows it literally."""
     return "\n".join(f"> {literal(line)}" for line in text.strip().splitlines())
 
 
 def code(text: str) -> str:
-    """Text as code within a line: between more backticks than stand in it, on one line."""
+    """Format text as inline code on one line.
+
+    The fence has more backticks than any run of backticks in the text, so the text cannot end it.
+    """
     line = " ".join(text.split())
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
@@ -27,5 +30,5 @@ def code(text: str) -> str:
 
 
 def code_block(lines: str) -> str:
-    """Lines as an indented block of code, which nothing in them can end."""
+    """Format lines as an indented code block, which no text in them can end."""
     return "\n".join(f"    {line}" for line in lines.splitlines())

@@ -1,4 +1,4 @@
-"""The figures of a report as rows, for whoever prints a table of them."""
+"""The figures of a report as rows of a table."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from thanos_deploy.measure.run import DENSE, PRUNED, ScenarioTimes
 from thanos_deploy.report.model import ModelReport
 from thanos_deploy.report.runs import quoted
 
-# Unit in the report -> factor, unit for people, digits.
+# Unit in the report -> factor to the displayed unit, displayed unit, decimals.
 _SCALES = {
     "s": (1e3, "ms", 1),
     "B": (1e-6, "MB", 1),
@@ -41,15 +41,16 @@ AGREEMENT = "same most likely token as the dense model"
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Something measured of the dense and of the pruned model.
+    """One quantity that was measured for the dense and for the pruned model.
 
     Attributes:
-        name: what.
-        unit: "s", "B", "1/s", "nats", "score" for a share or in a task, or "" for a plain number.
-        dense, pruned: the values; None if the dense model's was not measured.
-        ratio: pruned / dense.
-        low, high: confidence interval of the ratio, where there is one.
-        status: of the run that a time is from; only what is VALID counts.
+        name: name of the quantity.
+        unit: "s", "B", "1/s", "nats", "score" (a share, or a score in a task), or "" for a plain
+            number.
+        dense, pruned: the values; `dense` is None if it was not measured.
+        ratio: pruned / dense; None if `dense` is None or 0.
+        low, high: confidence interval of the ratio; None if there is none.
+        status: status of the benchmark run that measured a time; only VALID times count.
     """
 
     name: str
@@ -63,13 +64,13 @@ class Figure:
 
     @property
     def title(self) -> str:
-        """The name with the unit for people."""
+        """The name with the displayed unit."""
         unit = _SCALES[self.unit][1]
         return f"{self.name}, {unit}" if unit and self.unit != "1/s" else self.name
 
 
 def figures(model: ModelReport) -> Iterator[Figure]:
-    """Quality, sizes, times and memory of a model of a report, in this order."""
+    """Yield quality, sizes, times and memory of a model, in this order."""
     if quality := model.quality:
         yield _figure(PERPLEXITY, "", quality.dense, quality.pruned)
     if graph := model.graph_quality:
@@ -111,19 +112,19 @@ def figures(model: ModelReport) -> Iterator[Figure]:
 
 
 def target_titles() -> dict[str, str]:
-    """What the files of each target are called, of those whose bytes are compared."""
+    """Return the row titles of the targets whose sizes are compared, by name of the target."""
     return {target.name: target.size.title for target in targets.every() if target.size}
 
 
 def metric_title(scenario: ScenarioTimes, metric: str) -> str:
-    """A scenario and what was timed in it."""
+    """Return the title of a metric that was timed in a scenario."""
     if metric == scenario.kind:
         return scenario.name
     return f"{scenario.name}, {_METRICS.get(metric, metric.replace('_', ' '))}"
 
 
 def shown(value: float | None, unit: str) -> str:
-    """A value as people read it, without its unit."""
+    """Format a value in the displayed unit, without the unit."""
     if value is None:
         return "not measured"
     factor, _, digits = _SCALES[unit]
@@ -131,7 +132,7 @@ def shown(value: float | None, unit: str) -> str:
 
 
 def shown_ratio(figure: Figure) -> str:
-    """A ratio with its interval where there is one, and with what speaks against it."""
+    """Format a ratio with its confidence interval, and the status of a run that is not VALID."""
     if figure.ratio is None:
         return ""
     span = "" if figure.low is None else f" ({figure.low:.3f} to {figure.high:.3f})"

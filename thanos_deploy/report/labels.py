@@ -1,7 +1,7 @@
-"""Where the names of points go, so that none overlaps another one or a point.
+"""Placement of the names of points in a chart, without overlaps with names or points.
 
-One after the other, each gets the place nearest to its point that is still free. Nothing is drawn
-by chance, so that the same points get the same places.
+The names are placed one after the other, each at the free place nearest to its point. There is no
+random choice, so the same points always give the same places.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,15 @@ from typing import Literal
 
 Anchor = Literal["start", "middle", "end"]
 
-# Steps between the places that are tried, in units of the picture.
+# Steps between the places that are tried, in units of the chart.
 _ACROSS, _DOWN = 4, 3
 
-# The distance between a point and a name that needs no line to it.
+# Largest distance from the edge of a point to its name at which no line has to join them.
 _BESIDE = 3.0
 
 
 class NoRoomError(ValueError):
-    """A picture is too small for all names."""
+    """The chart is too small for all names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Box:
     bottom: float
 
     def overlaps(self, other: "Box") -> bool:
-        """They have more than an edge in common."""
+        """Whether two boxes overlap; boxes that only touch do not."""
         return (
             self.left < other.right
             and other.left < self.right
@@ -49,13 +49,14 @@ class Box:
         )
 
     def nearest(self, x: float, y: float) -> tuple[float, float]:
-        """The place in it that is nearest to another one."""
+        """Return the place in the box that is nearest to (x, y)."""
         return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
 
     def anchored(self, x: float) -> tuple[Anchor, float]:
-        """Which end of the name in it is fixed, and where: the one that is nearer to its point.
+        """Return which end of the name in the box is fixed, and the x of that end.
 
-        A font that is narrower than the one that was measured then leaves room at the other end.
+        It is the end nearer to the point at `x`. If the page shows the name in a narrower font than
+        the one that measured the box, the gap is at the other end.
         """
         if x < self.left:
             return "start", self.left
@@ -64,7 +65,7 @@ class Box:
         return "middle", (self.left + self.right) / 2
 
     def lead(self, x: float, y: float, radius: float) -> tuple[float, float] | None:
-        """Where a line from a point to its name ends; None for a name that is beside its point."""
+        """Return where a line from a point to its name ends; None if the name needs no line."""
         near = self.nearest(x, y)
         return near if hypot(near[0] - x, near[1] - y) > radius + _BESIDE else None
 
@@ -77,14 +78,14 @@ def place(
     radius: float,
     free: Sequence[Box] = (),
 ) -> list[Box]:
-    """A box for the name of every point.
+    """Return a box for the name of every point, in the order of the points.
 
     Args:
-        points: x and y.
+        points: x and y of each point.
         sizes: width and height of each name.
-        within: what names must not leave.
-        radius: of a point.
-        free: what is to be left free beside the points.
+        within: the area that names must not leave.
+        radius: half the side of the square around a point that names leave free.
+        free: further areas that names leave free.
 
     Raises:
         NoRoomError: there is no room for a name.
@@ -92,7 +93,7 @@ def place(
     taken = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     taken += free
     found: dict[int, Box] = {}
-    # From the right, where the crowd usually is not, and from above.
+    # From right to left, because there are usually fewer points on the right; then from the top.
     for number in sorted(range(len(points)), key=lambda one: (-points[one][0], points[one][1])):
         for box in _places(*points[number], *sizes[number], within, radius):
             if not any(box.overlaps(other) for other in taken):
@@ -107,7 +108,7 @@ def place(
 def _places(
     x: float, y: float, width: float, height: float, within: Box, radius: float
 ) -> Iterator[Box]:
-    """Boxes of a size, nearest to a point first: to its right and left, then all others."""
+    """Yield candidate boxes: right and left of the point, then all others, nearest first."""
     for left in (x + radius + 2, x - radius - 2 - width):
         box = Box(left, y - height / 2, left + width, y + height / 2)
         if box in within:

@@ -1,4 +1,4 @@
-"""The report as Markdown: the page's sentences and tables, without its pictures."""
+"""The report as Markdown: the sentences and tables of the page, without its charts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -13,7 +13,7 @@ from thanos_deploy.report.runs import quoted
 
 
 def render(report: Report) -> str:
-    """Markdown of a report."""
+    """Return a report as Markdown."""
     models = report.models
     blocks = [
         f"# {literal(report.title)}",

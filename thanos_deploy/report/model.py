@@ -1,6 +1,6 @@
-"""The report as a value: what report.json holds. report.schema.json describes every entry.
+"""The dataclasses of report.json; report.schema.json describes every entry.
 
-Bytes are bytes, times are seconds, ratios are pruned / dense, None is not measured.
+Sizes are in bytes and times in seconds. Ratios are pruned / dense. None means not measured.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ FORMAT: Final = "thanos-deploy/report/1"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Bytes of the dense and of the pruned model; None where the dense one's were not seen."""
+    """Bytes of the dense and of the pruned model; `dense` is None where it is not known."""
 
     dense: int | None
     pruned: int
@@ -34,12 +34,12 @@ class Quality:
     """Perplexity of the dense and the pruned model.
 
     Attributes:
-        text: where the text is from.
-        segments, length: how many, and tokens of each.
-        frame: tokens that each begins with.
-        dense, pruned: the values.
+        text: name of the evaluation text.
+        segments, length: number of segments, and number of tokens in each.
+        frame: special tokens that each segment begins with; they are not scored.
+        dense, pruned: perplexity of each model.
         ratio: pruned / dense.
-        measure: what is measured.
+        measure: name of the measure.
     """
 
     text: str
@@ -53,19 +53,20 @@ class Quality:
 
     @property
     def measured_on(self) -> tuple[str, int, int, tuple[str, ...]]:
-        """What two perplexities have to share to be comparable."""
+        """The conditions that two comparable perplexities share."""
         return self.text, self.segments, self.length, self.frame
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredQuestions:
-    """The dense and the pruned model on questions made from the text.
+    """Accuracy of the dense and the pruned model on questions made from the evaluation text.
 
     Attributes:
         kind: "last words" or "multiple choice"; see `measure.cloze` and `measure.choices`.
-        questions: how many.
-        dense, pruned: shares of right answers, with their intervals.
-        change: of that share, on the same questions, with its interval.
+        questions: number of questions.
+        dense, pruned: share of right answers of each model, with its confidence interval.
+        change: share of the pruned model minus that of the dense model on the same questions,
+            with its confidence interval.
     """
 
     kind: Literal["last words", "multiple choice"]
@@ -77,13 +78,14 @@ class AnsweredQuestions:
 
 @dataclass(frozen=True, slots=True)
 class TaskScores:
-    """The dense and the pruned model in one task by one metric.
+    """Scores of the dense and the pruned model in one task by one metric.
 
     Attributes:
         task, metric, samples: see `quality.Score`.
-        runtime: what ran the model, "torch" or "onnx".
-        dense, pruned: what they reached.
-        dense_stderr, pruned_stderr: the library's estimates.
+        runtime: "torch" if the checkpoints were run, "onnx" if the exported graphs were.
+        dense, pruned: score of each model.
+        dense_stderr, pruned_stderr: standard errors as lm-evaluation-harness estimates them;
+            None where it gives none.
     """
 
     task: str
@@ -98,12 +100,13 @@ class TaskScores:
 
 @dataclass(frozen=True, slots=True)
 class LayerMap:
-    """A row for each block, a column for each linear layer, or for heads and channels.
+    """Error and removed fraction of every layer, with one row for each block.
 
     Attributes:
-        columns: names.
-        error: relative errors of the output.
-        gone: fractions that are gone.
+        columns: names of the linear layers of the first block, relative to the block or expert;
+            "heads" and "channels" where these were cut out.
+        error: relative error of the output, by block and column.
+        gone: fraction of the weights, heads or channels that was removed, by block and column.
     """
 
     columns: tuple[str, ...]
@@ -113,7 +116,7 @@ class LayerMap:
 
 @dataclass(frozen=True, slots=True)
 class WidthRange:
-    """The different widths that blocks had and have, in ascending order."""
+    """The distinct widths of the blocks before and after pruning, each in ascending order."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -121,15 +124,17 @@ class WidthRange:
 
 @dataclass(frozen=True, slots=True)
 class CutWidths:
-    """What was cut out.
+    """The heads, channels, experts and blocks that structured pruning cut out.
 
     Attributes:
-        removed: fraction of the blocks' parameters.
-        stock_config: a stock config.json describes the result.
-        block_parameters_before, block_parameters_after: of all blocks together.
-        heads, kv_heads, channels: the widths.
-        experts: the same, of the blocks that have some; None if none does.
-        dropped: numbers of the blocks that are gone as a whole, which the widths leave out.
+        removed: fraction of the blocks' parameters that was cut out.
+        stock_config: whether a stock config.json describes the pruned model.
+        block_parameters_before, block_parameters_after: parameters of all blocks together.
+        heads, kv_heads, channels: numbers of heads, key-value heads and channels of a block.
+        experts: numbers of experts of a block, over the blocks that have experts; None if none
+            has.
+        dropped: indices of the blocks that were removed as a whole. The widths above leave these
+            blocks out.
     """
 
     removed: float
@@ -144,31 +149,36 @@ class CutWidths:
 
     @property
     def drops_experts(self) -> bool:
-        """Experts were cut out, and not channels or heads."""
+        """Whether whole experts were cut out, rather than heads and channels."""
         return self.experts is not None and self.experts.before != self.experts.after
 
 
 @dataclass(frozen=True, slots=True)
 class FileBytes:
-    """Of the weight files: of the checkpoint, and by name of a target, of what was exported."""
+    """Sizes of the weight files.
+
+    Attributes:
+        model: of the checkpoint.
+        targets: of the exported files, by name of the target.
+    """
 
     model: Pair
     targets: Mapping[str, Pair] = field(default_factory=dict, metadata=OTHERS)
 
     @property
     def deployed(self) -> Pair:
-        """Of the graph, or of the checkpoint if there is none."""
+        """Sizes of the ONNX graph, or of the checkpoint if no graph was exported."""
         return self.targets.get(ONNX, self.model)
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far ONNX Runtime and PyTorch are apart.
+    """Difference between the outputs of ONNX Runtime and of PyTorch, relative to their range.
 
     Attributes:
-        limit: the most that is allowed.
-        cases: how many were compared.
-        worst: the largest difference.
+        limit: largest difference that is allowed.
+        cases: number of inputs that were compared.
+        worst: largest difference that was found.
     """
 
     limit: float
@@ -181,12 +191,13 @@ class ExportSummary:
     """The exported graph.
 
     Attributes:
-        dtype: of its weights.
-        rounding: how far rounding moved the results, by what is rounded.
-        weights: how many it has.
-        weights_on_pattern: in how many the pattern holds, read from the file; None where none is
-            claimed.
-        parity: with PyTorch.
+        dtype: dtype of its weights.
+        rounding: how far rounding to int8 moves the logits, relative to their range, by what is
+            rounded: "weights" or "activations".
+        weights: number of linear layers in the graph.
+        weights_on_pattern: number of those whose weights keep their pattern, read back from the
+            file; None where no weight is claimed to have a pattern.
+        parity: comparison with PyTorch.
     """
 
     dtype: str
@@ -198,7 +209,7 @@ class ExportSummary:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """What was not measured, why, and the command that changes it, if one does."""
+    """What was not measured, why, and the command that measures it; None if no command does."""
 
     what: str
     why: str
@@ -207,37 +218,39 @@ class Gap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
-    """What is known of one pruned model.
+    """Everything that the report says about one pruned model.
 
     Attributes:
-        label: unique in the report.
+        label: name of the model, unique in the report.
         source: the base model.
-        pattern, method: what it was pruned to and by what.
-        quality: of the checkpoint, in PyTorch.
-        graph_quality: of the exported graph.
-        fidelity: of the checkpoint to the dense model; None where it was not measured.
-        answers: of both about the text; none where nothing was asked.
-        tasks: scores.
-        linear_layers: what became of them.
-        layer_map: the same, block by block.
+        pattern, method: sparsity pattern and pruning method.
+        quality: perplexity of the checkpoint, in PyTorch.
+        graph_quality: perplexity of the exported graph, in ONNX Runtime.
+        fidelity: how close the checkpoint is to the dense model; None if it was not measured.
+        answers: accuracy of both models on questions about the text; empty if none were asked.
+        tasks: scores of both models in tasks of lm-evaluation-harness.
+        linear_layers: summary of the pruned linear layers.
+        layer_map: error and removed fraction of every layer, block by block.
         widths: what was cut out; None if all shapes are the dense model's.
-        choices: which layers stayed dense under a budget, and what each choice bought; None where
-            there was no budget.
-        loaders: what other loaders make of the checkpoint.
-        bytes: of the files.
-        parts: bytes of the checkpoint by part.
-        export: the graph.
-        bench: the runs, without raw samples.
-        kernels: build.json of every engine.
-        sample: what the models write.
-        stale: stages that were made from an earlier model and are left out.
-        commands: what makes the bundle again.
-        seconds: of the stages, by name.
-        options: of the stages, by name.
-        environment: what it was pruned on.
-        quoted_run: name of the run whose figures stand for the model.
-        headline, verdict: what it comes to, in sentences.
-        not_measured: what a reader may look for in vain.
+        choices: which layers stayed dense under a budget, and what each of these choices saves and
+            costs; None if there was no budget.
+        loaders: whether other loaders take the checkpoint.
+        bytes: sizes of the weight files.
+        parts: bytes of the checkpoint by part, such as "embeddings" and "attention".
+        export: the exported graph.
+        bench: the benchmark runs, without raw samples.
+        kernels: contents of build.json of every engine.
+        sample: texts that the models generated from one prompt.
+        stale: names of the stages that were made from an earlier version of the model; their
+            results are left out.
+        commands: command lines that make the bundle again.
+        seconds: duration of each stage, by name.
+        options: options of each stage, by name.
+        environment: the machine and the library versions with which the model was pruned.
+        quoted_run: name of the benchmark run whose figures are quoted for the model; None if there
+            is none.
+        headline, verdict: the results in one sentence, and in several.
+        not_measured: what was not measured, with the reasons.
     """
 
     label: str
@@ -273,14 +286,14 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class PlotPoint:
-    """A model as a pair of quality and cost, both the lower the better.
+    """One model as a point of perplexity and cost; lower is better for both.
 
     Attributes:
-        label: of the model.
-        perplexity: its quality.
-        cost, low, high: estimate and interval.
-        valid: the run that the cost is from counts.
-        dominated_by: labels of those that make it pointless.
+        label: label of the model.
+        perplexity: its perplexity.
+        cost, low, high: estimate of the cost, and its confidence interval.
+        valid: whether the benchmark run that measured the cost is VALID.
+        dominated_by: labels of the models that dominate this one; see `pareto`.
     """
 
     label: str
@@ -294,13 +307,13 @@ class PlotPoint:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Quality against one cost.
+    """Perplexity against one cost.
 
     Attributes:
-        cost: its name.
-        unit: "B" for bytes, else as it is written.
-        points: the models that can be compared, the dense one first.
-        left_out: labels of the others.
+        cost: name of the cost.
+        unit: "B" for bytes, else the unit as the report prints it.
+        points: the models that can be compared, the dense model first.
+        left_out: labels of the models that cannot.
     """
 
     cost: str
@@ -314,13 +327,13 @@ class Report:
     """The report on one bundle, or on several side by side.
 
     Attributes:
-        format: format of this record.
-        made_with: version of thanos-deploy.
-        title: what the report is about.
-        headline: the verdict in one sentence.
-        notices: notices that a reader must not overlook.
-        models: one for each bundle.
-        pareto: quality against each cost; empty for one model.
+        format: name and version of the format of this record.
+        made_with: version of thanos-deploy that wrote it.
+        title: title of the report.
+        headline: the result in one sentence.
+        notices: warnings that a reader must not overlook.
+        models: one entry for each bundle.
+        pareto: perplexity against each cost; empty for a report on one bundle.
     """
 
     format: Literal["thanos-deploy/report/1"]

@@ -1,4 +1,7 @@
-"""The report as one HTML file: works from disk, loads nothing, runs one script that it names."""
+"""The report as one HTML file that opens from disk and loads no other file.
+
+Its content security policy allows one inline script, by its hash.
+"""
 
 import base64
 import hashlib
@@ -31,11 +34,11 @@ from thanos_deploy.report.sources import Sources
 
 
 def render(report: Report, bundles: Sequence[Sources]) -> str:
-    """The page of a report.
+    """Return the HTML page of a report.
 
     Args:
-        report: what `build.build` made of the bundles.
-        bundles: for the raw samples.
+        report: the report that `build.build` made from `bundles`.
+        bundles: sources of the raw samples, in the order of `report.models`.
     """
     environment = Environment(
         loader=PackageLoader("thanos_deploy.report", ""),
@@ -50,7 +53,7 @@ def render(report: Report, bundles: Sequence[Sources]) -> str:
         _view(model, sources, f"model-{number}")
         for number, (model, sources) in enumerate(zip(report.models, bundles, strict=True), start=1)
     ]
-    # The policy allows this very script, so that nothing else runs whatever a name contains.
+    # The policy allows only the script with this hash, so that no name can inject another one.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(
         report=report,
@@ -68,7 +71,14 @@ def render(report: Report, bundles: Sequence[Sources]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """A figure to look at first: its name, its ratio, what stands below, and its run's status."""
+    """One key figure at the top of a model's section.
+
+    Attributes:
+        name: name of the figure.
+        times: ratio to the dense model, such as "0.55x".
+        note: smaller text below the ratio.
+        status: status of the benchmark run that the figure is from.
+    """
 
     name: str
     times: str
@@ -78,19 +88,20 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A model with its pictures.
+    """Everything that the template needs for one model.
 
     Attributes:
-        model: what is known of it.
-        id: of its place on the page.
-        on_gpu: what is known of it on a GPU, in sentences.
-        figures: all of them.
-        tiles: those to look at first.
-        runs: each with its pictures and their captions.
-        map: the picture of the layers.
-        sizes: that of the parts; None where they are not known.
-        choices: what each kind of choice bought, row by row; none where there was no budget.
-        machine: what it was pruned on, as rows.
+        model: the model's part of the report.
+        id: HTML id of its section.
+        on_gpu: sentences about its speed on a GPU.
+        figures: all figures, for the table.
+        tiles: the key figures.
+        runs: the benchmark runs, each with its charts and their captions.
+        map: chart of the error and the removed fraction of every layer.
+        sizes: chart of the checkpoint's bytes by part; None if they are not known.
+        choices: rows of the table of layers that stay dense under a budget; empty without a
+            budget.
+        machine: the machine that pruned the model, as names and values.
     """
 
     model: ModelReport
@@ -107,7 +118,13 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """A cell of the comparison: what it is sorted by, what it shows, and what stands below."""
+    """One cell of the comparison table.
+
+    Attributes:
+        value: the value to sort by; None if it was not measured.
+        text: the text that the cell shows.
+        note: smaller text below it.
+    """
 
     value: float | None
     text: str
@@ -116,7 +133,14 @@ class _Cell:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row of the comparison: a model, its place on the page, its cells, what is said of it."""
+    """One row of the comparison table.
+
+    Attributes:
+        label: label of the model.
+        id: HTML id of the model's section; None for the dense model, which has none.
+        cells: one cell for each column.
+        mark: a remark on the model, such as "dominated".
+    """
 
     label: str
     id: str | None
@@ -165,7 +189,7 @@ def _pictures(run: Run) -> list[tuple[Markup, str]]:
 
 
 def _tiles(model: ModelReport) -> list[_Tile]:
-    """The few figures to look at first: quality, both speeds, size, memory."""
+    """Return the key figures: perplexity, times of prefill and decode, size, peak memory."""
     wanted = (
         PERPLEXITY,
         *(name for name, _ in quoted_times(quoted(model))),
@@ -200,7 +224,7 @@ def _columns(report: Report) -> list[str]:
 
 
 def _compared(report: Report) -> dict[str, Figure]:
-    """The figures to put side by side, by name, as the first model that has them shows them."""
+    """Return the compared figures by name, each taken from the first model that has it."""
     found: dict[str, Figure] = {}
     files = (CHECKPOINT, *target_titles().values())
     for model in report.models:
@@ -213,7 +237,7 @@ def _compared(report: Report) -> dict[str, Figure]:
 
 
 def _rows(report: Report) -> list[_Row]:
-    """The dense model and the others, with a cell for each column."""
+    """Return a row for the dense model, then one for each pruned model."""
     compared = _compared(report)
     points = [point for plot in report.pareto for point in plot.points]
     better = {point.label for point in points if not point.dominated_by}
@@ -237,7 +261,10 @@ def _dense_cell(figure: Figure) -> _Cell:
 
 
 def _cell(figure: Figure | None) -> _Cell:
-    """A value with its ratio; of a time the ratio alone, as milliseconds differ between runs."""
+    """Return the cell of a figure: its value with the ratio to the dense model.
+
+    Times show the ratio only, because milliseconds cannot be compared between runs.
+    """
     if figure is None:
         return _Cell(None, "not measured")
     if figure.unit != "s":

@@ -1,8 +1,9 @@
-"""Which models dominate others: quality against cost.
+"""Pareto dominance between models: perplexity against cost.
 
-A cost is known exactly (bytes) or up to an interval (a ratio of times). One model dominates another
-if it is better in quality while the other is not shown to cost less, or as good while it is shown
-to cost less. "Shown" means that the intervals do not overlap: noise puts nobody on the front.
+A cost is known exactly (bytes) or with a confidence interval (a ratio of times). Model A dominates
+model B in two cases: A has the better perplexity and B is not shown to cost less, or both have the
+same perplexity and A is shown to cost less. A model is shown to cost less if its interval lies
+below that of the other one without overlap, so noise alone cannot put a model on the front.
 """
 
 from collections import Counter
@@ -18,24 +19,25 @@ from thanos_deploy.report.runs import quoted
 
 
 def dominates(one: PlotPoint, other: PlotPoint) -> bool:
-    """Whether one model dominates the other."""
+    """Whether the model `one` dominates the model `other`."""
     if one.perplexity < other.perplexity:
         return not other.high < one.low
     return one.perplexity == other.perplexity and one.high < other.low
 
 
 def front(points: Sequence[PlotPoint]) -> list[PlotPoint]:
-    """The points that no other dominates, better perplexities first."""
+    """Return the points that no other point dominates, best perplexity first."""
     best = [one for one in points if not any(dominates(other, one) for other in points)]
     return sorted(best, key=lambda point: (point.perplexity, point.cost))
 
 
 def plots(models: Sequence[ModelReport]) -> list[Plot]:
-    """Perplexity against time and against size, for the models that can be compared.
+    """Return a plot of perplexity against each cost, for the models that can be compared.
 
-    Against what a graph costs stands the graph's own perplexity where its weights are rounded.
-    Left out are models whose perplexity is not known or is of another text than that of most, and
-    those without the cost in question.
+    Costs of a graph are plotted against the perplexity of the graph itself if its weights are
+    rounded, and against that of the checkpoint otherwise. A plot leaves out the models whose
+    perplexity is not known or was measured on another text than that of most models, and the
+    models without this cost.
     """
     made = []
     for of, of_kind in ((_of_graph, _graph_costs), (_of_checkpoint, _checkpoint_costs)):
@@ -64,17 +66,17 @@ def plots(models: Sequence[ModelReport]) -> list[Plot]:
     return made
 
 
-# Estimate, low, high, and whether it is from a run that counts.
+# Estimate, low, high, and whether the run that measured it is VALID.
 _Cost = tuple[float, float, float, bool]
-# Name, unit, dtype of the dense model, its cost, and the costs of the models by label.
+# Name of the cost, its unit, dtype and cost of the dense model, and costs of the models by label.
 _Costs = tuple[str, str, str, float, dict[str, _Cost]]
 
-# A graph in one of these has the perplexity of its checkpoint.
+# A graph in one of these dtypes is taken to have the perplexity of its checkpoint.
 _FLOATS = ("fp32", "fp16")
 
 
 def _of_graph(model: ModelReport) -> Quality | None:
-    """The quality of the graph, which is the checkpoint's unless its weights are rounded."""
+    """Return the graph's own perplexity if its weights are rounded, else the checkpoint's."""
     rounded = model.export is not None and model.export.dtype not in _FLOATS
     return model.graph_quality if rounded else model.quality
 
@@ -86,14 +88,14 @@ def _of_checkpoint(model: ModelReport) -> Quality | None:
 def _comparable(
     models: Sequence[ModelReport], of: Callable[[ModelReport], Quality | None]
 ) -> list[ModelReport]:
-    """The models whose quality is of the text that most share."""
+    """Return the models whose perplexity was measured as that of most models was."""
     texts = Counter(quality.measured_on for model in models if (quality := of(model)))
     common = texts.most_common(1)[0][0] if texts else None
     return [model for model in models if (quality := of(model)) and quality.measured_on == common]
 
 
 def _dense_perplexity(models: Sequence[ModelReport], dtype: str) -> list[float]:
-    """Of the dense model in that dtype; none where it was not measured."""
+    """Return the perplexity of the dense model in a dtype; empty if it was not measured."""
     if dtype in _FLOATS:
         return [one.quality.dense for one in models if one.quality][:1]
     return [
@@ -105,7 +107,7 @@ def _dense_perplexity(models: Sequence[ModelReport], dtype: str) -> list[float]:
 
 def _graph_costs(models: Sequence[ModelReport]) -> Iterator[_Costs]:
     yield from _times(models)
-    # Of the largest of the dense graphs that were seen.
+    # The dense graph of the ONNX plot is the largest one that any run has timed.
     graphs = [
         run.subjects[DENSE] for model in models for run in model.bench if DENSE in run.subjects
     ]
@@ -115,7 +117,7 @@ def _graph_costs(models: Sequence[ModelReport]) -> Iterator[_Costs]:
 
 
 def _checkpoint_costs(models: Sequence[ModelReport]) -> Iterator[_Costs]:
-    """Bytes of the checkpoints, packed where they were."""
+    """Yield the sizes of the checkpoints, of the packed ones where there are any."""
     beside = [target.name for target in targets.every() if _is_checkpoint(target.size)]
     yield from _size(
         "checkpoint", "fp32", {model.label: _checkpoint(model, beside) for model in models}
@@ -123,7 +125,10 @@ def _checkpoint_costs(models: Sequence[ModelReport]) -> Iterator[_Costs]:
 
 
 def _times(models: Sequence[ModelReport]) -> Iterator[_Costs]:
-    """Time of prefill and of decode, in the scenario that most models share, beside one graph."""
+    """Yield the times of prefill and of decode.
+
+    Each is for the scenario and the dtype of the dense graph that most models share.
+    """
     found: dict[tuple[str, str, str], dict[str, _Cost]] = {}
     for model in models:
         run = quoted(model)
@@ -142,7 +147,7 @@ def _times(models: Sequence[ModelReport]) -> Iterator[_Costs]:
 
 
 def _checkpoint(model: ModelReport, beside: Sequence[str]) -> Pair:
-    """Of the smallest form of the checkpoint that there is."""
+    """Return the size of the first exported form of the checkpoint, or of the checkpoint itself."""
     found = (model.bytes.targets[name] for name in beside if name in model.bytes.targets)
     return next(found, model.bytes.model)
 

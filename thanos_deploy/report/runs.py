@@ -1,4 +1,4 @@
-"""Which benchmark run speaks for a model, and what it says of it."""
+"""The choice of the benchmark run whose figures are quoted for a model."""
 
 from collections.abc import Iterable
 
@@ -7,20 +7,20 @@ from thanos_deploy.report.model import ModelReport
 
 
 def quoted(model: ModelReport) -> Run | None:
-    """The run whose figures stand for a model: the last valid one beside the dense model.
+    """Return the last VALID run that compares a model with the dense one.
 
-    Where none is valid, the last one.
+    If none is VALID, return the last of them; None if there is no such run.
     """
     return _last(_beside(model))
 
 
 def quoted_on_gpu(model: ModelReport) -> Run | None:
-    """The same, of the runs on a GPU."""
+    """Return what `quoted` returns, from the runs on a GPU only."""
     return _last(run for run in _beside(model) if not run.on_cpu)
 
 
 def quoted_times(run: Run | None) -> list[tuple[str, Interval]]:
-    """Name and ratio of the first prefill and of the first decode scenario."""
+    """Return name and time ratio of the first prefill and of the first decode scenario of a run."""
     found: dict[str, tuple[str, Interval]] = {}
     for scenario, metric, ratio in run.ratios if run else ():
         if metric == scenario.headline:
@@ -29,7 +29,7 @@ def quoted_times(run: Run | None) -> list[tuple[str, Interval]]:
 
 
 def _beside(model: ModelReport) -> list[Run]:
-    """The runs beside the dense model."""
+    """Return the runs whose baseline is the dense model."""
     return [
         run
         for run in model.bench
@@ -38,7 +38,7 @@ def _beside(model: ModelReport) -> list[Run]:
 
 
 def _last(runs: Iterable[Run]) -> Run | None:
-    """The last valid one; where none is valid, the last one."""
+    """Return the last VALID run; if none is VALID, the last run."""
     given = list(runs)
     found = [run for run in given if run.status == "VALID"] or given
     return found[-1] if found else None

@@ -1,4 +1,4 @@
-"""What a report is made from: a bundle, and its records that are too long for the manifest."""
+"""The sources of a report: a bundle, and its records that are too long for the manifest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,16 +26,16 @@ class Sources:
 
     Attributes:
         bundle: the bundle.
-        stages: its stages that are about the model as it is now.
-        stale: names of the stages that were made from an earlier one.
-        blocks: layers.json, one entry a block.
-        config: of the pruned model; None if it is not in the bundle.
-        weights: those of the exported graph, from export.json.
-        runs: content of bench/<run>.json, raw samples included, by the file's name, in the order in
-            which they were measured; those that were interrupted are last.
-        unrecorded: names of the runs that the manifest does not have.
-        sample: the texts that the models wrote, if any.
-        engines: content of engines/*/build.json, by the file's name.
+        stages: finished stages that were made from the current model.
+        stale: names of the stages that were made from an earlier version of the model.
+        blocks: content of layers.json, one entry for each block.
+        config: config.json of the pruned model; None if it is not in the bundle.
+        weights: the weights of the exported graph, from export.json.
+        runs: content of bench/<run>.json with raw samples, by path in the bundle. Recorded
+            runs come first, in the order in which they were measured.
+        unrecorded: paths of the runs that are not in the manifest, such as interrupted ones.
+        sample: the texts that the models generated; None if there are none.
+        engines: content of engines/*/build.json, by path in the bundle.
     """
 
     bundle: Bundle
@@ -50,12 +50,12 @@ class Sources:
     engines: Mapping[str, BuildRecord] = field(default_factory=dict)
 
     def has(self, stage: Stage[Options, Inputs, Result]) -> bool:
-        """The stage is finished, and about the model as it is now."""
+        """Whether a stage is finished and was made from the current model."""
         return stage.name in self.stages
 
 
 def read(bundle: Bundle) -> Sources:
-    """Collect the records of a bundle; stages that are not finished are left out.
+    """Read the records of a bundle; stages that are not finished are left out.
 
     Raises:
         InputError: nothing was pruned yet, or a record is not readable.
@@ -69,7 +69,7 @@ def read(bundle: Bundle) -> Sources:
     ]
     stale = tuple(name for name in known if _is_stale(bundle, name))
     stages = {name: bundle.stages[name] for name in known if name not in stale}
-    # Without a stage there may be a run that was interrupted.
+    # If the stage bench is not finished, there may still be the file of an interrupted run.
     measured = BENCH.name in stages or not bundle.has(BENCH)
     runs = _runs(bundle, finished=BENCH.name in stages) if measured else {}
     return Sources(
@@ -97,14 +97,14 @@ def read(bundle: Bundle) -> Sources:
 
 
 def _weights(bundle: Bundle) -> Sequence[WeightRecord]:
-    """The weights of the exported graph."""
+    """Read the weights of the exported graph."""
     name = f"{layout.ONNX}/{layout.GRAPH_RECORD}"
     bundle.verify_file(name)
     return read_graph_record(bundle.path / name).weights
 
 
 def _runs(bundle: Bundle, *, finished: bool) -> dict[str, Run]:
-    """Those of the stage, in its order, and what else is in the folder."""
+    """Read the runs of the stage bench in its order, then the other runs in its folder."""
     known = [layout.run(name) for name in bundle.result(BENCH).runs] if finished else []
     found = {}
     for name in dict.fromkeys((*known, *_names(bundle, f"{layout.BENCH}/*.json"))):
@@ -114,9 +114,10 @@ def _runs(bundle: Bundle, *, finished: bool) -> dict[str, Run]:
 
 
 def share(bundles: Sequence[Sources]) -> list[Sources]:
-    """Let each bundle have the runs of the others in which its own graph was timed too.
+    """Add to each bundle those runs of the other bundles that timed its graph too.
 
-    `bench A --against B` leaves one run, in A; seen from B it is a run of B beside A.
+    `bench A --against dense --against B` writes one run, into bundle A. A report on both bundles
+    shows it for B too, as a run of B with the same baseline. B as the baseline gets no such run.
     """
     return [replace(one, runs={**_runs_of_others(one, bundles), **one.runs}) for one in bundles]
 
@@ -137,7 +138,13 @@ def _runs_of_others(one: Sources, bundles: Sequence[Sources]) -> dict[str, Run]:
 
 
 def _seen_from(run: Run, label: str, owner: str) -> Run:
-    """A run of another bundle, its owner, as one of the subject `label` beside the baseline."""
+    """Return a run of another bundle as a run of the subject `label` beside the baseline.
+
+    Args:
+        run: the run.
+        label: label that this bundle's graph has in the run; it becomes "pruned".
+        owner: name of the bundle that the run belongs to.
+    """
     baseline = owner if run.baseline == PRUNED else run.baseline
     renamed = {run.baseline: baseline, label: PRUNED}
 
@@ -155,8 +162,8 @@ def _seen_from(run: Run, label: str, owner: str) -> Run:
 
 
 def _is_stale(bundle: Bundle, stage: str) -> bool:
-    """A stage was made from another model or another graph than the bundle has now."""
-    if stage in (layout.PRUNE, layout.REPORT):  # the first one reads the dense model, the last all
+    """Whether a stage was made from another model or graph than the bundle has now."""
+    if stage in (layout.PRUNE, layout.REPORT):  # prune reads the dense model, report everything
         return False
     if stage == BENCH.name:
         return any(
@@ -170,7 +177,7 @@ def _is_stale(bundle: Bundle, stage: str) -> bool:
 
 
 def _is_current_graph(bundle: Bundle, hashes: Mapping[str, str]) -> bool:
-    """The graph with these hashes is the one that is there, and it is of the model."""
+    """Whether these are the hashes of the bundle's graph, and the graph is of its current model."""
     return (
         layout.ONNX in bundle.stages
         and not _is_stale(bundle, layout.ONNX)
@@ -191,15 +198,15 @@ def _is_there(bundle: Bundle, name: str) -> bool:
 
 
 def _read(bundle: Bundle, name: str, cls: type[T]) -> T:
-    """A record, compared with its hash where the manifest has one."""
+    """Read a record and check its hash if the manifest has it."""
     return record_in(bundle.path / name, _content(bundle, name), cls)
 
 
 def _versioned(bundle: Bundle, name: str, form: str, cls: type[T]) -> T | None:
-    """A record that says its format; None for a file of somebody else.
+    """Read a record that names its format; None for a file that is no record of this format.
 
     Raises:
-        InputError: it is of another version.
+        InputError: it is a record of another version of the format.
     """
     content = _content(bundle, name)
     found = str(content.get("format")) if isinstance(content, dict) else ""

@@ -1,4 +1,4 @@
-"""What the figures of a report mean, in sentences."""
+"""Sentences that explain the figures of a report."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ from thanos_deploy.report.model import (
 )
 from thanos_deploy.report.runs import quoted_on_gpu, quoted_times
 
-# Stage -> what it measures, and the command that does it.
+# Stage -> what it measures, and the command that runs it.
 _STAGES = {
     layout.EVAL: ("perplexity", "thanos-deploy eval OUT --dense MODEL"),
     layout.BENCH: ("latency and memory", "thanos-deploy bench OUT"),
@@ -34,7 +34,7 @@ _STAGES = {
 
 
 def title(models: Sequence[ModelReport]) -> str:
-    """What a report is about."""
+    """Return the title of a report: the base models, and the pattern or the number of models."""
     names = ", ".join(dict.fromkeys(model.source.name for model in models))
     if len(models) > 1:
         return f"{names}: {len(models)} models side by side"
@@ -42,7 +42,7 @@ def title(models: Sequence[ModelReport]) -> str:
 
 
 def headline(model: ModelReport, run: Run | None) -> str:
-    """The result of one model, in one sentence."""
+    """Return the result of one model in one sentence."""
     clauses = []
     if quality := model.quality:
         clauses.append(
@@ -66,7 +66,7 @@ def headline(model: ModelReport, run: Run | None) -> str:
 
 
 def comparison(models: Sequence[ModelReport], plots: Sequence[Plot]) -> str:
-    """What several models come to: which are worth their loss of quality, and by what."""
+    """Say which of several models are worth their loss of quality, and by which costs."""
     points = [point for plot in plots for point in plot.points]
     if not points:
         return f"{len(models)} models; nothing was measured that can be compared."
@@ -101,9 +101,9 @@ def _and(names: Sequence[str]) -> str:
 
 
 def notices(model: ModelReport) -> Iterator[str]:
-    """Warnings that a reader must not overlook."""
+    """Yield the warnings that a reader must not overlook."""
     for run in model.bench:
-        if run.status != "VALID" and run.owner is None:  # whose own notice it is
+        if run.status != "VALID" and run.owner is None:  # else its owner's report warns
             reasons = "; ".join(run.reasons) or "no reason was recorded"
             yield (
                 f"{run.status}: the timing run {run.run!r} of {model.label} does not "
@@ -119,12 +119,17 @@ def notices(model: ModelReport) -> Iterator[str]:
 
 
 def not_measured(model: ModelReport) -> list[Gap]:
-    """What was not measured, why, and the command that measures it."""
+    """Return what was not measured, why, and the command that measures it."""
     return list(_gaps(model))
 
 
 def verdict(model: ModelReport, run: Run | None) -> list[str]:
-    """What the figures of one model mean, one sentence each."""
+    """Return the sentences that explain the figures of one model.
+
+    Args:
+        model: the model's part of the report.
+        run: the benchmark run that is quoted for it; None if there is none.
+    """
     return [
         *_of_quality(model.quality),
         *_of_fidelity(model.fidelity),
@@ -141,13 +146,13 @@ def verdict(model: ModelReport, run: Run | None) -> list[str]:
 
 
 def on_gpu(model: ModelReport) -> str:
-    """GPU figures of a model: its own run, then the published figures of its pattern."""
+    """Describe a model on a GPU: its own run, then the published figures of its pattern."""
     found = [*_of_own_gpu(model), *_of_gpus(model)]
     return " ".join(found) or f"On a GPU: {NOT_MEASURED}."
 
 
 def retried(retry: Retry) -> str:
-    """How a layer was solved whose statistics did not allow what was asked for."""
+    """Say how a layer was solved whose statistics did not allow the requested solution."""
     layer, solver, failures = retry.layer, retry.solver, "; ".join(retry.failures)
     if retry.damping:
         how = f"{layer} was solved with damping {retry.damping:g}"
@@ -157,7 +162,7 @@ def retried(retry: Retry) -> str:
 
 
 def interval(ratio: Interval) -> str:
-    """A ratio with its confidence interval."""
+    """Format a ratio with its confidence interval."""
     return f"{ratio.estimate:.2f}x ({ratio.low:.2f}x to {ratio.high:.2f}x)"
 
 
@@ -186,14 +191,17 @@ def _gaps(model: ModelReport) -> Iterator[Gap]:
 
 
 def _gaps_of_targets(model: ModelReport) -> Iterator[Gap]:
-    """What targets that were not exported would show, once for those that show the same."""
+    """Yield what the targets that were not exported would measure.
+
+    Targets that measure the same thing share one gap.
+    """
     known = {
         target.missing.what
         for stage in model.seconds
         if (target := targets.of_stage(stage)) is not None
         if target.missing is not None and target.asked_for(stage)
     }
-    # The first of several is the one to name: rather one that works on any machine.
+    # The gap names the first such target, so targets that need no GPU come first.
     for target in sorted(targets.every(), key=lambda target: target.gpu):
         missing = target.missing
         if missing is not None and missing.what not in known and _takes(target, model):
@@ -203,7 +211,7 @@ def _gaps_of_targets(model: ModelReport) -> Iterator[Gap]:
 
 
 def _takes(target: Target[Any, Any], model: ModelReport) -> bool:
-    """The target is for such a model, as far as the report knows what its layers hold."""
+    """Whether a target takes the model, judged by the pattern that holds in its layers."""
     holds = bool(model.linear_layers.pattern_holds)
     try:
         target.refuse([parse(model.pattern)] if holds else [])
@@ -247,7 +255,7 @@ def _of_answers(asked: AnsweredQuestions) -> str:
 def _of_graph(
     quality: Quality | None, graph: Quality | None, export: ExportSummary | None
 ) -> Iterator[str]:
-    """Whether the graph has the quality that its checkpoint has."""
+    """Compare the perplexity of the exported graph with that of the checkpoint."""
     if quality and graph and export and quality.measured_on == graph.measured_on:
         yield (
             f"The exported {export.dtype} graph itself, run by ONNX Runtime on the same text, "
@@ -271,14 +279,17 @@ def _of_times(run: Run | None) -> Iterator[str]:
 
 
 def _of_own_gpu(model: ModelReport, *, quoted: Run | None = None) -> Iterator[str]:
-    """The run of this very model on a GPU, where it is not the one that was quoted already."""
+    """Describe the model's own benchmark run on a GPU, unless it is `quoted` already."""
     run = quoted_on_gpu(model)
     if run is not None and (quoted is None or run.run != quoted.run):
         yield from _of_times(run)
 
 
 def _of_gpus(model: ModelReport) -> Iterator[str]:
-    """What was measured of the pattern on GPUs, first on the one that this model ran on."""
+    """Yield the published figures of the model's pattern on GPUs.
+
+    Figures of the GPU on which this model was timed come first.
+    """
     pattern, own = parse(model.pattern), quoted_on_gpu(model)
     if not _gpus_matter(model):
         return
@@ -290,7 +301,7 @@ def _of_gpus(model: ModelReport) -> Iterator[str]:
 
 
 def _gpus_matter(model: ModelReport) -> bool:
-    """A GPU can be faster by what was removed: 2:4 throughout, or parts that were cut out."""
+    """Whether a GPU can profit: 2:4 holds everywhere, or heads, channels or blocks were cut."""
     match parse(model.pattern):
         case SemiStructured(2, 4):
             return bool(model.linear_layers.pattern_holds)
@@ -300,7 +311,7 @@ def _gpus_matter(model: ModelReport) -> bool:
 
 
 def _of_cuts(widths: CutWidths) -> Iterator[str]:
-    """What cutting heads and channels out means."""
+    """Explain the effect of cutting out blocks, experts, or heads and channels."""
     if widths.dropped:
         count = len(widths.dropped)
         yield (
@@ -333,7 +344,7 @@ def _of_cuts(widths: CutWidths) -> Iterator[str]:
 
 
 def _of_zeros(model: ModelReport) -> Iterator[str]:
-    """What zeros in matrices of the dense model's shapes mean."""
+    """Explain the effect of zeros in matrices that keep the shapes of the dense model."""
     pattern = parse(model.pattern)
     found = model.linear_layers.patterns or {}
     if len(found) > 1:
@@ -370,7 +381,7 @@ def _of_zeros(model: ModelReport) -> Iterator[str]:
 
 
 def _of_sizes(sizes: FileBytes) -> Iterator[str]:
-    """What targets say of their bytes beside the dense model's."""
+    """Yield each exported target's sentence about its size relative to the dense model."""
     for target in targets.every():
         size = sizes.targets.get(target.name)
         if size and size.dense and target.size is not None and target.size.sentence:
@@ -378,7 +389,7 @@ def _of_sizes(sizes: FileBytes) -> Iterator[str]:
 
 
 def _outcome(ratio: Interval) -> str:
-    """What an interval shows."""
+    """Say whether a confidence interval of a time ratio shows a difference."""
     if ratio.high < 1.0 or ratio.low > 1.0:
         return f"takes {interval(ratio)} the time"
     return f"shows no difference ({ratio.low:.2f}x to {ratio.high:.2f}x the time)"

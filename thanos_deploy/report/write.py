@@ -1,4 +1,4 @@
-"""The files of a report: in the bundle that it is about, or where several bundles are compared."""
+"""Write the files of a report: into a bundle, or to a given path for a report on several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from thanos_deploy.report.sources import Sources
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """What a report is made with: the format of report.json and the version of thanos-deploy."""
+    """Options of the stage report: format of report.json, and version of thanos-deploy."""
 
     format: str
     made_with: str
@@ -25,21 +25,21 @@ class ReportOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReportResult:
-    """What the manifest has of a report."""
+    """The part of a report that the manifest records."""
 
     headline: str
     notices: tuple[str, ...]
 
 
-# A report reads what every other stage left, so its inputs are when these finished, by name; and
-# the hashes of runs that are of no stage.
+# A report reads the results of all other stages. Its inputs are therefore the time at which each
+# of them finished, by name, and the hashes of the runs that belong to no stage.
 REPORT: Stage[ReportOptions, dict[str, str], ReportResult] = Stage(
     layout.REPORT, ReportOptions, dict[str, str], ReportResult
 )
 
 
 def write_report(bundle: Bundle) -> Report:
-    """Put what the finished stages say into the report and the model card; return the report.
+    """Write the report and the model card from the finished stages; return the report.
 
     Raises:
         InputError: nothing was pruned yet, or a record is not readable.
@@ -60,7 +60,7 @@ def write_report(bundle: Bundle) -> Report:
         options=ReportOptions(FORMAT, __version__),
         inputs={
             **{name: one.finished for name, one in bundle.stages.items() if name != REPORT.name},
-            # An interrupted benchmark is no stage.
+            # An interrupted benchmark run belongs to no stage.
             **{name: files.sha256(bundle.path / name) for name in read.unrecorded},
         },
         overwrite=True,
@@ -75,17 +75,18 @@ def compare(
     allow_different_models: bool = False,
     overwrite: bool = False,
 ) -> Report:
-    """Write one report of some bundles, as HTML and, beside it, as Markdown and JSON.
+    """Write one report on some bundles, as HTML and, beside it, as Markdown and JSON.
 
     Args:
-        bundles: their folders; nothing is written there.
-        destination: the HTML file.
+        bundles: folders of the bundles; nothing is written into them.
+        destination: path of the HTML file.
         allow_different_models: see `build.build`.
-        overwrite: replace files that are there.
+        overwrite: replace existing files.
 
     Raises:
-        UsageError: the bundles are of different models, or the files cannot be put there.
-        InputError: a bundle has nothing pruned yet, or cannot be read.
+        UsageError: the bundles are of different models, the path does not end in .html, or a file
+            exists already.
+        InputError: nothing was pruned in a bundle yet, or a bundle cannot be read.
         IntegrityError: a record was changed since it was written.
     """
     _refuse(destination, overwrite)
@@ -117,7 +118,7 @@ def _refuse(destination: Path, overwrite: bool) -> None:
 
 
 def _write(report: Report, read: Sequence[Sources], html: Path, text: Path) -> None:
-    """The page, and Markdown and JSON of one name."""
+    """Write the page, the Markdown, and beside the Markdown the JSON."""
     html.write_text(page.render(report, read), encoding="utf-8")
     text.write_text(markdown.render(report), encoding="utf-8")
     files.write_record(text.with_suffix(".json"), report)

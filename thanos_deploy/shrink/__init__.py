@@ -1,5 +1,5 @@
-"""Structured pruning: how wide each block becomes, and cutting heads and channels out.
+"""Structured pruning: choose the widths of each block, and cut heads and channels out.
 
-`thanos_deploy.stages` calls it. `survey` finds what every block would lose, `sizing` chooses the
-widths, and `cut` makes the model, which is an ordinary smaller one.
+`thanos_deploy.stages` calls it. `survey` measures what every block would lose at which widths,
+`sizing` chooses the widths, and `cut` makes the smaller model, which is an ordinary one.
 """

@@ -1,13 +1,14 @@
 """Cut attention heads and feed-forward channels out of a model, and refit the rest.
 
-In every block: collect statistics, decide which heads stay and refit the layer that reads them,
-cut the layers that make them; collect again with the smaller attention, do the same with the
-feed-forward channels. Later blocks see the smaller ones. Cutting a producer changes no result,
-because nothing reads what it made any more.
+In every block, first the heads: collect statistics, choose the heads that stay, refit the layer
+that reads them (the consumer), and cut the layers that compute them (the producers). Then collect
+again with the smaller attention, and do the same for the feed-forward channels. Later blocks see
+the outputs of the blocks that are already cut. Cutting the producers changes no output, because
+nothing reads the rows that are removed.
 
-    survey.survey  what every block would lose at which widths: one walk through the dense model
-    sizing.plan    the widths of every block, chosen by that
-    cut.shrink     the walk that cuts, and writes an ordinary model folder of smaller tensors
+    survey.survey  a walk through the dense model: what every block would lose at which widths
+    sizing.plan    choose the widths of every block from these losses
+    cut.shrink     the walk that cuts, and writes an ordinary model folder with smaller tensors
 """
 
 import logging
@@ -55,8 +56,9 @@ def check(checkpoint: Checkpoint) -> None:
     """Refuse a model whose blocks cannot be cut, before anything is computed.
 
     Raises:
-        ModelError: queries, keys and values are not laid out as the family describes, or the
-            blocks already differ.
+        ModelError: the family's structure was discovered rather than described, the rows of
+            queries, keys and values are not laid out as the family describes, or the blocks already
+            have different widths.
     """
     family, size = checkpoint.family, checkpoint.head_size
     if family.discovered:
@@ -104,21 +106,26 @@ def shrink(
     journal: Journal[CutBlock] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[CutBlock]:
-    """Cut a model down to a plan and write it: an ordinary model folder where the plan is stock.
+    """Cut a model down to a plan, and write it as a model folder.
+
+    Stock libraries can load the folder if the plan is `stock`.
 
     Args:
         checkpoint: the dense model.
         segments: int64[count, length], calibration tokens.
         destination: an empty folder; None for a rank that writes nothing.
         plan: the widths of each block.
-        fit: how to refit what is left.
-        tuning: steps of all of it together, block by block.
-        further: int64[count, length], tokens that blocks are only tuned on; None for none.
-        dtype: what to store, or None to keep each tensor's own.
+        fit: how to refit the layers.
+        tuning: how to tune each block as a whole after its cut.
+        further: int64[count, length], tokens that are used for tuning only; None for none.
+        dtype: dtype to store, or None to keep each tensor's own.
         device: where each block is while it is cut.
-        hold: where the data between two blocks is; see `activations.holder`.
-        journal: see `layers.prune`.
-        on_progress: told of every finished block.
+        hold: where the hidden states between two blocks are; see `activations.holder`.
+        journal: see `walk.visit_blocks`.
+        on_progress: called after every finished block.
+
+    Returns:
+        the result of each block, in order.
 
     Raises:
         ModelError: weights are missing, have NaN, or do not have the layout of their family.
@@ -146,7 +153,7 @@ def shrink(
     tuned = tuning.tune_steps > 0
 
     def work(visit: Visit) -> CutBlock:
-        # Before the first block that is dropped nothing differs from the dense model.
+        # Blocks before the first dropped one equal the dense model's, so they need no tuning.
         same = plan.drops_blocks and kept[: visit.index + 1] == (*range(visit.index + 1),)
         with memory_for(f"block {visit.index}"):
             width, steps = plan.widths[visit.index], NO_TUNING if same else tuning
@@ -184,7 +191,7 @@ def shrink(
 def cut(
     visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit, tuning: Tuning = NO_TUNING
 ) -> CutBlock:
-    """Cut one block down to a width, and tune what is left, in place; see `shrink`."""
+    """Cut one block down to the widths `after`, and tune it as a whole, in place; see `shrink`."""
     if after.dropped:
         return _drop(visit, checkpoint.widths[visit.index])
     if checkpoint.family.experts is None:
@@ -192,7 +199,7 @@ def cut(
     else:
         report = experts.cut(visit, checkpoint, after, fit)
     if tuning.tune_steps:
-        there = dict(visit.block.named_modules())  # experts may have gone
+        there = dict(visit.block.named_modules())  # some experts may have been removed
         left = [name for name in visit.structure.linears if name in there]
         with visit.clock.measure("tune"):
             tune(visit, left, tuning.tune_steps)
@@ -200,7 +207,7 @@ def cut(
 
 
 def _drop(visit: Visit, before: Widths) -> CutBlock:
-    """Let the data go past a block, of which nothing is written."""
+    """Drop a block: pass the hidden states on unchanged, and write none of its parameters."""
     with visit.clock.measure("collect"):
         pass_by(visit.walk)
     visit.untouched.update(name for name, _ in visit.block.named_parameters())
@@ -236,9 +243,9 @@ class _Cutter:
     """Cuts one block.
 
     Attributes:
-        heads, channels: int64[count], those that stay.
+        heads, channels: int64[count], numbers of the query heads and channels that stay.
         heads_error, channels_error: relative errors of the layers that read them.
-        damping: the most that was used.
+        damping: the largest damping that was used.
     """
 
     def __init__(
@@ -250,7 +257,7 @@ class _Cutter:
         self.heads_error = self.channels_error = self.damping = 0.0
 
     def run(self, size: int) -> None:
-        """Layer by layer in the order of the forward pass; `size` is that of a head."""
+        """Cut or refit layer by layer in the order of the forward pass; `size` is the head size."""
         before, after = self._before, self._after
         layouts_differ = (before.heads, before.kv_heads) != (after.heads, after.kv_heads)
         for group in self._family.inputs:
@@ -265,10 +272,7 @@ class _Cutter:
                 self._aim(group)
 
     def _aim(self, group: tuple[str, ...]) -> None:
-        """Bring the outputs of layers that lose no input nearer to the dense model's.
-
-        Each by the rank that it falls to.
-        """
+        """Refit layers that lose no input towards the dense model's outputs, divided over ranks."""
         statistics, visit, ranks = self._collect(group[0]), self._visit, current()
         factors: dict[bool, dict[tuple[float, str], Factor]] = {True: {}, False: {}}
         with visit.clock.measure("solve"):
@@ -321,16 +325,18 @@ class _Cutter:
 
 
 def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Tensor]:
-    """The rows of each producer that belong to the query heads that stay, and to their keys.
+    """Return the rows of each producer that belong to the heads that stay.
+
+    These are the rows of the kept query heads, and of the key-value heads that they use.
 
     Args:
-        heads: how the family lays them out.
-        kept: int64[count], query heads, rising.
+        heads: how the family lays out the heads.
+        kept: int64[count], numbers of the query heads that stay, rising.
         before: widths before the cut.
-        size: channels of one head.
+        size: head size, in rows of a producer.
 
     Returns:
-        int64 each, in the order of `heads.producers`.
+        int64 row numbers for each producer, in the order of `heads.producers`.
     """
 
     def rows(numbers: Tensor, length: int) -> Tensor:
@@ -350,7 +356,7 @@ def head_rows(heads: Heads, kept: Tensor, before: Widths, size: int) -> list[Ten
 
 
 def _describe(checkpoint: Checkpoint, destination: Path, plan: Plan) -> None:
-    """Put the widths where a loader finds them."""
+    """Record the new widths in config.json, or in `widths.FILE` if config.json cannot hold them."""
     if plan.drops_blocks:
         entries: Json | None = depth.describe(checkpoint, plan.kept)
     else:
@@ -361,7 +367,7 @@ def _describe(checkpoint: Checkpoint, destination: Path, plan: Plan) -> None:
     else:
         path = destination / "config.json"
         written = loads(path.read_bytes())
-        # Of the names that the library has for one entry, those that stand there.
+        # Where the library knows an entry by two names, only names already in the file are written.
         known = checkpoint.config.attribute_map or {}
         aliases = {one for pair in known.items() for one in pair if written.keys() & set(pair)}
         unsaid = {name for name in entries if name in aliases and name not in written}

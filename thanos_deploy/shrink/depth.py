@@ -1,18 +1,18 @@
-"""Drop whole blocks: which ones, by what the model's last hidden states lose with each.
+"""Choose whole blocks to drop, by how much each changes the model's last hidden states.
 
-Each block in turn is left out, and the tokens pass the rest. What this changes is the mean of
-|z - t|^2 / |t|^2 over the tokens, with t what leaves the last block of the dense model and z what
-leaves the last one now. The block that changes least is dropped; then each of the others is left
-out as well, and so on, until enough parameters are gone.
+Each block is left out in turn, and some tokens pass the other blocks. The change is the mean of
+|z - t|^2 / |t|^2 over the tokens, with t the output of the dense model's last block and z the last
+output without that block. The block with the smallest change is dropped. Then the search is
+repeated with the blocks that are left, until enough parameters are gone.
 
-A model without one block is the same before that block. So one walk tries all of them: the data of
-every trial goes along from its block on, and each block is read once. For each block that is
-dropped this takes half as many passes through the model as there are blocks, with few tokens.
+A model without one block equals the whole model up to that block. So one walk tries all of them:
+the hidden states of a trial branch off at its block, and each block is read once. For each dropped
+block this costs half as many passes through the model as there are blocks, with few tokens.
 
-Choosing one block after the other by what the whole model loses is the search of "SLEB" (Song and
-others, 2024, arXiv 2402.09025), which compares what both models predict. "ShortGPT" (Men and
-others, 2024, arXiv 2403.03853) looks only at what a block changes of what enters it, which takes
-one pass; benchmarks/LOG.md compares the two.
+Greedy removal by the change of the whole model is the search of "SLEB" (Song and others, 2024,
+arXiv 2402.09025), which compares the predictions of both models. "ShortGPT" (Men and others, 2024,
+arXiv 2403.03853) compares only the input and output of each block, which takes one pass;
+benchmarks/LOG.md compares the two.
 """
 
 import math
@@ -38,20 +38,20 @@ from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.ranks.group import current
 from thanos_deploy.shrink.sizing import Plan
 
-# Tokens that every block is tried with, in pieces of this length: many contexts rather than long
-# ones. All of them pass a block at once.
+# Tokens of a trial, and tokens per sequence: many contexts rather than long ones. All of them pass
+# a block at once.
 TOKENS, LENGTH = 2048, 256
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One block that goes.
+    """One block that is removed.
 
     Attributes:
         block: its number in the dense model.
-        change: of the last hidden states relative to their size, with the blocks before it in the
-            list gone as well.
-        seconds: time that it took to find it, by activity.
+        change: relative change of the last hidden states, without this block and without the blocks
+            that were removed before it.
+        seconds: time of the search for it, by activity.
     """
 
     block: int
@@ -60,10 +60,10 @@ class Removal:
 
 
 def check(checkpoint: Checkpoint, fraction: float) -> None:
-    """Refuse a fraction for which no block would be left, before anything is computed.
+    """Refuse a fraction that would leave no block, before anything is computed.
 
     Raises:
-        UsageError: it is such.
+        UsageError: no block would be left.
     """
     sizes = block_parameters(checkpoint)
     most = 1.0 - min(sizes) / sum(sizes)
@@ -76,7 +76,7 @@ def check(checkpoint: Checkpoint, fraction: float) -> None:
 
 
 def block_parameters(checkpoint: Checkpoint) -> list[int]:
-    """Parameters of each block, from the headers of its weights."""
+    """Return the number of parameters of each block, from the shapes in the checkpoint."""
     sizes = [0] * len(checkpoint.blocks)
     numbers = {block.prefix: number for number, block in enumerate(checkpoint.blocks)}
     for name, stored in checkpoint.weights.stored.items():
@@ -97,15 +97,18 @@ def survey(
     journal: Journal[Removal] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Removal]:
-    """Which blocks go, in the order in which they were chosen.
+    """Choose the blocks to remove.
 
     Args:
         checkpoint: the dense model.
-        segments: int64[count, length], calibration tokens, of which the first few are looked at.
-        fraction: of the parameters of all blocks, what has to go at least.
+        segments: int64[count, length], calibration tokens; only the first `TOKENS` or so are used.
+        fraction: smallest fraction of the parameters of all blocks to remove.
         device: where each block is while tokens pass it.
-        journal: where to keep every block that was chosen; those that it has are not chosen again.
-        on_progress: told of every block that was chosen.
+        journal: where to keep every choice; the search continues after the choices that it has.
+        on_progress: called after every choice.
+
+    Returns:
+        the removed blocks, in the order in which they were chosen.
 
     Raises:
         UsageError: see `check`.
@@ -125,7 +128,7 @@ def survey(
         with clock.measure("collect"):
             left = [n for n in range(len(sizes)) if n not in {one.block for one in found}]
             changes = trials.without_each(left)
-        # Of equal ones the first, on all ranks.
+        # If two changes are equal, all ranks choose the first block.
         block = min(changes, key=lambda number: (changes[number], number))
         found.append(Removal(block, changes[block], clock.seconds))
         if journal is not None:
@@ -139,7 +142,9 @@ def survey(
 
 
 def plan(checkpoint: Checkpoint, removals: Sequence[Removal]) -> Plan:
-    """The plan of a model without some blocks; what each of them adds to the change is its loss.
+    """Return the plan of a model without some blocks.
+
+    The predicted loss of a removed block is the increase of the change that its removal caused.
 
     Raises:
         UsageError: no config.json describes such a model; see `depth.describe`.
@@ -172,13 +177,13 @@ def plan(checkpoint: Checkpoint, removals: Sequence[Removal]) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    """What a rank says: by the number of a block, what changes if it is left out."""
+    """One rank's message: maps the number of a block to the change if it is left out."""
 
     of_blocks: Mapping[int, float]
 
 
 class _Trials:
-    """Some tokens on their way through a model without one or another of its blocks."""
+    """Runs some tokens through a model with one or another of its blocks left out."""
 
     def __init__(self, checkpoint: Checkpoint, segments: Tensor, device: torch.device) -> None:
         self._checkpoint, self._device = checkpoint, device
@@ -198,12 +203,13 @@ class _Trials:
         self._dense = self._through(everything, ())[None]
 
     def without_each(self, left: Sequence[int]) -> dict[int, float]:
-        """By the number of each block, what changes if it is left out and the others stay.
-
-        Each is tried by the rank that it falls to.
+        """Return the change if each block alone is left out; the trials are divided over ranks.
 
         Args:
-            left: rising numbers of the blocks that the model has.
+            left: numbers of the blocks that the model still has, rising.
+
+        Returns:
+            number of the block -> change.
         """
         ranks = current()
         ends = self._through(left, left[ranks.rank :: ranks.size])
@@ -220,7 +226,11 @@ class _Trials:
         return {number: said[number] for number in left}
 
     def _through(self, left: Sequence[int], tried: Sequence[int]) -> dict[int | None, Tensor]:
-        """What leaves the last block: with all that are left (None), and without each one tried."""
+        """Return the last hidden states with all blocks of `left`, and without each of `tried`.
+
+        Returns:
+            number of the block that was left out, or None -> [sequences, tokens, width].
+        """
         blocks = blocks_of(self._model, self._checkpoint.family)
         ways: dict[int | None, Tensor] = {None: self._entering}
         for number in left:

@@ -1,18 +1,19 @@
 """Cut experts out of a model, or channels out of its experts.
 
-Experts go by REAP's score, the mean of what an expert adds to the tokens that the router sends it:
+Experts are removed by their REAP score, the mean norm of what an expert adds to the tokens that the
+router sends to it:
 
     S_j = 1 / |X_j| * sum over x in X_j of g_j(x) * |f_j(x)|
 
-with X_j the tokens that expert j is chosen for, g_j(x) its weight as the model takes it, f_j its
-output and |.| the Euclidean norm; 0 where there is no token. Source: "REAP the Experts" (Lasby and
-others, 2025, arXiv 2510.13999), equation 9. In every block the same number stays, with the rows of
-the router that belong to them, so that only the number of experts changes in config.json. Nothing
-is refitted. Scores are taken in the model as far as it is cut, block by block.
+with X_j the tokens for which expert j is chosen, g_j(x) its router weight as the model uses it, f_j
+its output and |.| the Euclidean norm; S_j is 0 if there is no token. Source: "REAP the Experts"
+(Lasby and others, 2025, arXiv 2510.13999), equation 9. The same number of experts stays in every
+block, with their rows of the router, so that only the number of experts changes in config.json.
+Nothing is refitted. The scores of a block are measured after the blocks before it have been cut.
 
-Channels go from every expert by the price that `cut` has for those of a dense network, with the
+Channels are removed from every expert by the same cost as in `cut` for a dense network, with the
 Hessian of the tokens that the expert saw, and the layer that reads them is refitted. The same
-number stays in every expert of every block.
+number of channels stays in every expert of every block.
 """
 
 import math
@@ -42,16 +43,19 @@ from thanos_deploy.solver.hessian import factor
 
 
 def planned(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> tuple[Widths, ...]:
-    """The widths at which at least a fraction of all blocks' parameters is gone, and no more.
+    """Return the largest widths at which at least a fraction of all blocks' parameters is removed.
 
     Args:
         checkpoint: a model with experts.
-        fraction: of the parameters of all blocks.
-        sizing: what goes: experts, or with the part "ffn" channels of every expert.
+        fraction: fraction of the parameters of all blocks.
+        sizing: what to remove: channels of every expert if its part is "ffn", else experts.
+
+    Returns:
+        the widths of every block.
 
     Raises:
-        UsageError: too little would be left, or what is asked for has no meaning with experts; the
-            message has the nearest valid choice.
+        UsageError: too few experts or channels would be left, or the sizing cannot be used with
+            experts; the message names a valid choice.
     """
     names = _names(checkpoint)
     if sizing.part == "heads" or sizing.allocation != "uniform":
@@ -96,7 +100,7 @@ def planned(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> tuple[Wi
 
 
 def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing, fit: Fit) -> None:
-    """Refuse what could not be done, before anything is computed.
+    """Refuse a cut that cannot be made, before anything is computed.
 
     Raises:
         UsageError: see `planned` and `check_fit`.
@@ -106,10 +110,10 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing, fit: Fit) -> 
 
 
 def check_fit(checkpoint: Checkpoint, fit: Fit) -> None:
-    """Refuse what cannot be done to what is left of a model with experts.
+    """Refuse a refit that is impossible in a model with experts.
 
     Raises:
-        UsageError: layers are to aim at the dense model's outputs.
+        UsageError: `fit.dense_target` is not 0.
     """
     if fit.dense_target:
         raise UsageError(
@@ -121,7 +125,7 @@ def check_fit(checkpoint: Checkpoint, fit: Fit) -> None:
 
 
 def block_parameters(checkpoint: Checkpoint, width: Widths, index: int) -> int:
-    """Parameters of a block, at its own width or at a smaller one."""
+    """Return the number of parameters of a block at its own widths or at smaller ones."""
     names, before = _names(checkpoint), checkpoint.widths[index]
     own = _sizes(checkpoint, index)
     if not before.experts:
@@ -132,7 +136,7 @@ def block_parameters(checkpoint: Checkpoint, width: Widths, index: int) -> int:
 
 
 def scores(visit: Visit, names: Experts) -> list[Statistics]:
-    """What each expert adds to its tokens: `mass` counts them, `total` sums g * |f|."""
+    """Measure what each expert adds to its tokens: `mass` is their number, `total` sums g * |f|."""
     experts = _experts(visit, names)
     entrances = {str(number): expert.gives for number, expert in enumerate(experts)}
     with visit.clock.measure("collect"):
@@ -140,7 +144,7 @@ def scores(visit: Visit, names: Experts) -> list[Statistics]:
 
 
 def cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlock:
-    """Cut one block down to a width, in place; see `shrink`."""
+    """Cut one block down to the widths `after`, in place; see `cut.shrink`."""
     names, before = _names(checkpoint), checkpoint.widths[visit.index]
     experts: tuple[int, ...] = ()
     channels: tuple[tuple[int, ...], ...] = ()
@@ -171,19 +175,19 @@ def cut(visit: Visit, checkpoint: Checkpoint, after: Widths, fit: Fit) -> CutBlo
 
 
 def score(one: Statistics) -> float:
-    """REAP's S_j."""
+    """REAP's score S_j of an expert; see the module."""
     return one.total.item() / one.mass if one.mass else 0.0
 
 
 def dropped(found: Sequence[Statistics], left: int) -> float:
-    """The share of the sum of g * |f| that goes with the experts that score lowest."""
+    """Return the share of the sum of g * |f| that is lost if the `left` best experts stay."""
     by_score = sorted(found, key=score, reverse=True)
     whole = sum(one.total.item() for one in found)
     return sum(one.total.item() for one in by_score[left:]) / whole if whole else 0.0
 
 
 def _keep(visit: Visit, names: Experts, found: Sequence[Statistics], count: int) -> tuple[int, ...]:
-    """Keep the experts that score highest, and the rows of the router that are theirs."""
+    """Keep the `count` experts with the highest scores, and their rows of the router."""
     experts = _experts(visit, names)
     order = sorted(range(len(experts)), key=lambda number: (-score(found[number]), number))
     kept = sorted(order[:count])
@@ -198,13 +202,13 @@ def _keep(visit: Visit, names: Experts, found: Sequence[Statistics], count: int)
 
 @dataclass(frozen=True, slots=True)
 class _Narrowed:
-    """What became of one expert, but for its weights.
+    """The result of cutting one expert, without its weights.
 
     Attributes:
-        kept: the channels that stay.
-        error: relative error of the layer that reads them.
-        damping: that was used.
-        unfitted: why it was not refitted; empty if it was.
+        kept: numbers of the channels that stay.
+        error: relative error of the layer that reads them; 0 if it was not refitted.
+        damping: the damping that was used.
+        unfitted: why the layer was not refitted; empty if it was.
     """
 
     kept: tuple[int, ...]
@@ -217,10 +221,10 @@ class _Narrower:
     """Cuts channels out of every expert of a block.
 
     Attributes:
-        channels: those that stay, of each expert in turn.
+        channels: for each expert, the numbers of the channels that stay.
         error: the largest relative error of a layer that was refitted.
-        damping: the most that was used.
-        unfitted: name of a layer that was not refitted -> why.
+        damping: the largest damping that was used.
+        unfitted: maps the name of each layer that was not refitted to the reason.
     """
 
     def __init__(self, visit: Visit, names: Experts, left: int, fit: Fit) -> None:
@@ -230,7 +234,7 @@ class _Narrower:
         self.error = self.damping = 0.0
 
     def run(self) -> None:
-        """Expert by expert, each by a rank of its own: none reads what another one gives."""
+        """Cut all experts, divided over the ranks: no expert reads the output of another."""
         visit, names, ranks = self._visit, self._names, current()
         consumers = {names.consumer(number) for number in range(len(_experts(visit, names)))}
         inputs = {
@@ -250,7 +254,7 @@ class _Narrower:
                     self._take(name, said[name], place % ranks.size)
 
     def _take(self, consumer: str, narrowed: "_Narrowed", owner: int) -> None:
-        """Go on with what one rank has made of an expert, on all ranks."""
+        """Take over, on all ranks, the expert that its owner has cut, and cut its producers."""
         visit, number = self._visit, len(self.channels)
         kept = torch.tensor(narrowed.kept, device=visit.device)
         if owner != current().rank:
@@ -266,7 +270,7 @@ class _Narrower:
         self.damping = max(self.damping, narrowed.damping)
 
     def _fitted(self, consumer: str, statistics: Statistics) -> "_Narrowed":
-        """Cut an expert's channels out of the layer that reads them, and fit what is left."""
+        """Cut channels out of the layer of an expert that reads them, and refit that layer."""
         if why := statistics.too_few:
             kept = self._without_fit(consumer, statistics)
             return _Narrowed(tuple(kept.tolist()), 0.0, 0.0, why)
@@ -279,7 +283,7 @@ class _Narrower:
         return _Narrowed(tuple(kept.tolist()), error, factored.damping, "")
 
     def _without_fit(self, consumer: str, statistics: Statistics) -> Tensor:
-        """Keep the channels with the most energy of weight times input, as Wanda scores them."""
+        """Keep the channels with the highest energy of weight times input, as in Wanda's score."""
         layer = self._visit.block.get_submodule(consumer)
         weight = matrix(layer)
         energy = statistics.hessian.diagonal() if statistics.mass else torch.ones_like(weight[0])
@@ -305,7 +309,7 @@ def _experts(visit: Visit, names: Experts) -> list[Expert]:
 
 
 def _sizes(checkpoint: Checkpoint, index: int) -> dict[str, int]:
-    """Parameter -> its numbers, of a block."""
+    """Map the name of each parameter of a block, relative to it, to its number of entries."""
     weights, prefix = checkpoint.weights, f"{checkpoint.family.blocks}.{index}."
     return {
         name.removeprefix(prefix): math.prod(weights.shapes[stored])
@@ -315,7 +319,10 @@ def _sizes(checkpoint: Checkpoint, index: int) -> dict[str, int]:
 
 
 def _prices(checkpoint: Checkpoint, names: Experts) -> tuple[int, int, int]:
-    """Parameters of all blocks, of one expert with what the router has for it, of its channels."""
+    """Count the parameters of all blocks, of one expert, and of one channel of an expert.
+
+    An expert's own rows of the router are counted with it.
+    """
     indices = range(len(checkpoint.widths))
     whole = sum(sum(_sizes(checkpoint, index).values()) for index in indices)
     index = next(index for index in indices if checkpoint.widths[index].experts)

@@ -1,4 +1,4 @@
-"""What is to be cut out of a model, and how: values that need no PyTorch."""
+"""Options of structured pruning: what to cut out of a model, and how. They need no PyTorch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ class Sizing(Options):
 
     Attributes:
         part: what may be cut.
-        multiple: what the number of feed-forward channels of a block is a multiple of; None for
-            the largest power of two up to `steps.FRIENDLY_MULTIPLE` that divides the model's own.
-        allocation: "uniform", the same widths in every block; "loss", each block its own, for the
-            same number of parameters in all; or "blocks", whole blocks go, see `depth`.
+        multiple: the number of feed-forward channels that stay is a multiple of this; None for the
+            largest power of two up to `steps.FRIENDLY_MULTIPLE` that divides the dense model's
+            number.
+        allocation: "uniform" for the same widths in every block; "loss" for different widths by
+            block, with the same total number of parameters; or "blocks" to remove whole blocks, see
+            `depth`.
 
     Raises:
-        UsageError: whole blocks are to go, and what of a block may go as well.
+        UsageError: a value is out of range, or whole blocks are to be removed and `part` or
+            `multiple` is set as well.
     """
 
     part: Part = option(
@@ -49,7 +52,7 @@ class Sizing(Options):
     allocation: Allocation = "uniform"
 
     def __post_init__(self) -> None:
-        """Refuse what no option has, and what has no meaning together."""
+        """Refuse values out of range, and options that exclude each other."""
         Options.__post_init__(self)
         if self.drops_blocks and (self.part != "both" or self.multiple is not None):
             unused = "--shrink" if self.part != "both" else "--ffn-multiple"
@@ -61,17 +64,18 @@ class Sizing(Options):
 
     @property
     def drops_blocks(self) -> bool:
-        """Whole blocks go."""
+        """Whether whole blocks are removed."""
         return self.allocation == "blocks"
 
 
 @dataclass(frozen=True, slots=True)
 class Fit(Damping):
-    """How what is left of a model is refitted.
+    """How the layers of a cut model are refitted.
 
     Attributes:
-        dense_target: how far every linear layer, cut or not, aims at the output that it has in the
-            dense model; see `hessian.retarget`. What measured best; see benchmarks/LOG.md.
+        dense_target: how far the target of every linear layer, cut or not, is moved towards its
+            output in the dense model, 0 to 1; see `hessian.retarget`. The default measured best;
+            see benchmarks/LOG.md.
     """
 
     dense_target: float = option(
@@ -81,18 +85,19 @@ class Fit(Damping):
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A way to cut.
+    """A preset for structured pruning.
 
     Attributes:
-        tuning: steps of all that is left of a block.
-        recover: segments to train the remaining weights on afterwards; see `recover.recover`.
+        tuning: how to tune each block as a whole after its cut.
+        recover: number of segments on which to train the remaining weights of the model afterwards;
+            see `recover.recover`.
     """
 
     tuning: Tuning = NO_TUNING
     recover: int = 0
 
 
-# What measured best; see benchmarks/LOG.md. The presets of pruning have the same names.
+# The values that measured best; see benchmarks/LOG.md. The presets of pruning have the same names.
 PRESETS = {
     "fast": Preset(),
     "best": Preset(Tuning(tune_steps=240, tune_nsamples=224)),
@@ -102,13 +107,13 @@ PRESETS = {
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What to cut out, and how.
+    """What to cut out of a model, and how.
 
     Attributes:
         pattern: the fraction of the blocks' parameters to remove.
         sizing: how to choose the widths.
-        fit: how to refit what is left.
-        tuning: steps of all that is left of a block.
+        fit: how to refit the layers.
+        tuning: how to tune each block as a whole after its cut.
     """
 
     METHOD: ClassVar[str] = "thanos"
@@ -127,16 +132,17 @@ class Cut:
         allocation: Allocation = "uniform",
         **given: Any,
     ) -> Cut:
-        """A preset, but for what is given.
+        """Return a preset with some of its options replaced.
 
         Args:
-            pattern: the fraction.
+            pattern: the fraction of the blocks' parameters to remove.
             preset: one of `PRESETS`.
             allocation: see `Sizing`.
             given: options of `Sizing`, `Fit` and `Tuning`, by their keywords; see `option.Option`.
 
         Raises:
-            UsageError: a value is out of range.
+            UsageError: the preset does not exist, a value is out of range, or options exclude each
+                other.
         """
         if preset not in PRESETS:
             raise UsageError(
@@ -150,19 +156,19 @@ class Cut:
 
     @property
     def method(self) -> str:
-        """The method whose update refits what is left."""
+        """The method whose update refits the layers."""
         return self.METHOD
 
     @property
     def surveys(self) -> bool:
-        """A walk through the dense model decides what each block loses."""
+        """Whether a walk through the dense model measures the losses before the cut; always."""
         return True
 
     @property
     def walks_dense(self) -> bool:
-        """The calibration data passes the dense model as well."""
+        """Whether the calibration data passes the dense model as well."""
         return self.fit.dense_target > 0.0 or self.tuning.tune_steps > 0
 
     def forward_on(self, device: torch.device) -> str:
-        """What blocks run in on calibration data; statistics of cutting need float32."""
+        """The dtype in which blocks run on calibration data; cutting needs float32 statistics."""
         return "fp32"

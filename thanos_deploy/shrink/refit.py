@@ -1,4 +1,4 @@
-"""A linear layer that gets another weight, and perhaps fewer inputs."""
+"""Refit a linear layer: give it another weight, and perhaps fewer inputs."""
 
 import dataclasses
 
@@ -13,11 +13,12 @@ from thanos_deploy.solver.layer import Factor, LayerProblem, relative_error
 
 
 class RefittedLayer:
-    """A linear layer on its way to another weight, and perhaps to fewer inputs.
+    """A linear layer that is being refitted, perhaps to fewer inputs.
 
     Attributes:
-        problem: the weight that it aims at and the Hessian of its input, in float64; around the
-            means where it has a bias, which takes over what is lost on average.
+        problem: the target weight and the Hessian of the layer's input, in float64. If the layer
+            has a bias, the Hessian is taken around the mean of the input, because the bias takes up
+            the mean error.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class RefittedLayer:
 
         Args:
             visit: the block.
-            name: of the layer, seen from the block.
-            statistics: of its input.
-            dense_target: how far it aims at the output that it has in the dense model; see
-                `hessian.retarget`.
-            factors: see `LayerProblem`; of layers with a bias, or of layers without.
+            name: name of the layer, relative to the block.
+            statistics: statistics of its input.
+            dense_target: 0 to 1, how far the target is moved towards the layer's output in the
+                dense model; see `hessian.retarget`.
+            factors: see `LayerProblem`. Layers with a bias and layers without must not share one,
+                because their Hessians differ.
         """
         self._visit, self._name = visit, name
         self._layer = visit.block.get_submodule(name)
@@ -55,11 +57,17 @@ class RefittedLayer:
         self._output = weight @ wanted
 
     def write(self, weight: Tensor, left: Tensor) -> float:
-        """Give the layer a new weight, on the inputs that are left; return its relative error.
+        """Replace the layer's weight, keep only some inputs, and correct the bias.
 
         Args:
-            weight: float64[rows, cols], zero where an input is gone.
-            left: bool[cols].
+            weight: float64[rows, cols], zero in the columns of removed inputs.
+            left: bool[cols], True for the inputs that stay.
+
+        Returns:
+            the relative error with respect to the target weight.
+
+        Raises:
+            ModelError: a value does not fit the dtype in which it is stored.
         """
         rounded = self._visit.stored(f"{self._name}.weight", weight)
         bias = None
@@ -71,12 +79,12 @@ class RefittedLayer:
 
 
 def spread(visit: Visit, name: str, owner: int) -> None:
-    """Give all ranks the weight and the bias of a layer that one of them has refitted.
+    """Broadcast the weight and the bias of a layer from the rank that has refitted it.
 
     Args:
         visit: the block.
-        name: of the layer, seen from the block; of the same shape on all ranks.
-        owner: whose.
+        name: name of the layer, relative to the block; of the same shape on all ranks.
+        owner: the rank that has refitted the layer.
     """
     if current().size == 1:
         return

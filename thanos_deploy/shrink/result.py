@@ -1,4 +1,4 @@
-"""What became of the blocks that something was cut out of, as layers.json of a bundle has it.
+"""The result of cutting a block, as layers.json of a bundle records it.
 
 Standard library only, so that a report needs no PyTorch.
 """
@@ -12,23 +12,23 @@ from thanos_deploy.model.block import Widths
 
 @dataclass(frozen=True, slots=True)
 class CutBlock:
-    """One block as it was cut.
+    """One block after the cut.
 
     Attributes:
-        before, after: its widths.
-        heads: the query heads that stayed, by their numbers in the dense model.
-        channels: the feed-forward channels that stayed, the same.
-        heads_error, channels_error: fraction of the energy of the output that the layer aims at,
-            on the calibration data, that the refitted layer misses.
-        damping: the most that was used.
-        seconds: time by activity: "collect", "solve", "forward", "journal"; see
-            `layers.ACTIVITIES`.
-        experts: the experts that stayed, by their numbers in the dense model; empty where none
-            went. `channels_error` is the share of what all experts add to the hidden states that
-            went with the others then; see `experts.dropped`.
-        expert_channels: of every expert the channels that stayed; empty where none went.
-            `channels_error` is the largest of all experts then.
-        unfitted: layers of experts that were not refitted -> why.
+        before, after: widths of the block before and after the cut.
+        heads: numbers, in the dense model, of the query heads that stayed.
+        channels: numbers, in the dense model, of the feed-forward channels that stayed.
+        heads_error, channels_error: relative error of the refitted layer that reads the heads or
+            the channels: the energy of the difference from the target output, as a fraction of the
+            target output's energy, on the calibration data.
+        damping: the largest damping that was used.
+        seconds: time by activity; see `layers.ACTIVITIES`.
+        experts: numbers, in the dense model, of the experts that stayed; empty if none was removed.
+            If any was, `channels_error` is instead the share of all experts' contribution to the
+            hidden states that is lost with the removed ones; see `experts.dropped`.
+        expert_channels: for each expert, numbers of the channels that stayed; empty if none was
+            removed. If any was, `channels_error` is the largest error of an expert.
+        unfitted: maps the name of each layer of an expert that was not refitted to the reason.
     """
 
     before: Widths

@@ -1,4 +1,4 @@
-"""How many feed-forward channels may stay."""
+"""The numbers of feed-forward channels to which a block may be cut."""
 
 import math
 
@@ -7,12 +7,12 @@ FRIENDLY_MULTIPLE = 64
 
 
 def channel_steps(channels: int, multiple: int | None) -> range:
-    """Numbers of feed-forward channels that can stay, falling, from the most down.
+    """Return the numbers of channels that can stay, in falling order and below `channels`.
 
     Args:
-        channels: that there are.
-        multiple: the number is a multiple of this; None for the largest power of two that divides
-            the model's own number, at most `FRIENDLY_MULTIPLE`.
+        channels: number of channels before the cut.
+        multiple: every number is a multiple of this; None for the largest power of two that divides
+            `channels`, at most `FRIENDLY_MULTIPLE`.
     """
     multiple = multiple or math.gcd(FRIENDLY_MULTIPLE, channels)
     return range((channels - 1) // multiple * multiple, 0, -multiple)

@@ -1,4 +1,4 @@
-"""What every block of the dense model would lose at which widths: one walk before the cut."""
+"""Measure what every block of the dense model would lose at which widths: a walk before the cut."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ from thanos_deploy.solver.hessian import factor
 
 @dataclass(frozen=True, slots=True)
 class _Lost:
-    """What one rank has found out of a block; see `Losses`.
+    """One rank's message: the losses of a block that it has computed; see `Losses`.
 
     Attributes:
-        channels: by those that stay.
-        heads: where all key-value heads stay, and
-        heads_with_fewer_keys: where some go, by those that stay.
+        channels: number of channels that stay -> loss.
+        heads: as in `Losses`, for cuts that keep all key-value heads.
+        heads_with_fewer_keys: as in `Losses`, for cuts that remove key-value heads.
     """
 
     channels: Mapping[int, float]
@@ -52,17 +52,20 @@ def survey(
     journal: Journal[Losses] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Losses]:
-    """What every block of the dense model would lose at which widths.
+    """Measure what every block of the dense model would lose at which widths.
 
     Args:
-        checkpoint: the model.
+        checkpoint: the dense model.
         segments: int64[count, length], calibration tokens.
         multiple: see `Sizing`.
         damping: see `thanos_deploy.solver.hessian.factor`.
         device: where each block is while it is surveyed.
-        hold: where the data between two blocks is; see `activations.holder`.
-        journal: see `layers.prune`.
-        on_progress: told of every finished block.
+        hold: where the hidden states between two blocks are; see `activations.holder`.
+        journal: see `walk.visit_blocks`.
+        on_progress: called after every finished block.
+
+    Returns:
+        the losses of each block, in order.
 
     Raises:
         HessianError: the calibration statistics cannot be used.
@@ -101,7 +104,7 @@ def survey(
             return number % ranks.size == ranks.rank
 
         with visit.clock.measure("solve"):
-            # Heads go one by one, in two ways. Each of the three by the rank that it falls to.
+            # Three independent eliminations, one rank each: channels, and two ways to drop heads.
             said = ranks.gather(
                 _Lost(
                     of_channels() if falls_to_me(0) else {},
@@ -130,7 +133,7 @@ def survey(
 
 
 def _of_experts(visit: Visit, checkpoint: Checkpoint) -> Losses:
-    """What a block would lose with each number of experts."""
+    """Measure what a block would lose with each number of experts."""
     names, width = checkpoint.family.experts, checkpoint.widths[visit.index]
     if names is None or not width.experts:
         visit.clock.seconds.setdefault("collect", 0.0)
