@@ -1,12 +1,13 @@
-"""How wide the blocks of a model become when parameters are cut out of them.
+"""Choose the widths to which the blocks of a model are cut.
 
-The widths are chosen by what each block would lose, before anything is cut; see
-`thanos_deploy.shrink` for how that is measured and for the cutting itself.
+The widths are chosen before anything is cut, from what each block would lose; `survey` measures
+these losses, and `cut` makes the model.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from thanos_deploy.errors import UsageError
 from thanos_deploy.model import widths
@@ -17,18 +18,18 @@ from thanos_deploy.shrink import experts
 from thanos_deploy.shrink.options import Part, Sizing
 from thanos_deploy.shrink.steps import channel_steps
 
-# What a change of the attention's output does to a model, as a multiple of what an equal change of
-# the feed-forward network's output does: 1.5 to 2.2 measured; see benchmarks/LOG.md.
+# How much more a change of the attention output harms a model than an equal change of the
+# feed-forward output: a factor of 1.5 to 2.2 was measured; see benchmarks/LOG.md.
 HEADS_WEIGHT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Parameters of one block.
+    """Numbers of parameters of one block and its parts.
 
     Attributes:
-        block: all of them.
-        head: of one query head, without its key and value unless it has its own.
+        block: of the whole block.
+        head: of one query head; with its key and value if each query head has its own.
         kv_head: of one key-value head; 0 if each query head has its own.
         channel: of one feed-forward channel.
     """
@@ -39,7 +40,7 @@ class Cost:
     channel: int
 
     def removed(self, before: Widths, after: Widths) -> int:
-        """Parameters that a cut removes."""
+        """Return the number of parameters that a cut removes."""
         return (
             (before.heads - after.heads) * self.head
             + (before.kv_heads - after.kv_heads) * self.kv_head
@@ -49,16 +50,18 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """How much a cut would change what leaves a block: |change|^2 / |hidden state|^2 of a token.
+    """How much a cut would change the output of a block, for each width.
 
-    Means over the calibration tokens, after the refit.
+    A loss is the mean of |change|^2 / |hidden state|^2 over the calibration tokens, after the
+    refit.
 
     Attributes:
-        heads: key-value heads that stay -> query heads that stay -> change.
-        channels: feed-forward channels that stay -> change.
-        seconds: time that it took to find out, by activity; see `layers.ACTIVITIES`.
-        experts: of a block with experts, those that stay -> the share of what all experts add to
-            the hidden states that goes; see `experts.dropped`. The others are empty then.
+        heads: key-value heads that stay -> query heads that stay -> loss.
+        channels: feed-forward channels that stay -> loss.
+        seconds: time of the measurement, by activity; see `layers.ACTIVITIES`.
+        experts: for a block with experts, number of experts that stay -> the share of all experts'
+            contribution to the hidden states that is lost; see `experts.dropped`. `heads` and
+            `channels` are empty then.
     """
 
     heads: Mapping[int, Mapping[int, float]]
@@ -67,7 +70,7 @@ class Losses:
     experts: Mapping[int, float] = field(default_factory=dict)
 
     def of(self, width: Widths) -> float:
-        """The loss at a width, both parts together; NaN where nobody has measured it."""
+        """Return the loss of attention and feed-forward together; NaN if it was not measured."""
         if not self.heads:
             return self.experts.get(width.experts, math.nan)
         attention = self.heads[width.kv_heads][width.heads]
@@ -79,8 +82,8 @@ class Plan:
     """The planned widths of a model.
 
     Attributes:
-        blocks: one for each block.
-        stock: a stock config.json describes the result.
+        blocks: the planned widths of each block.
+        stock: whether a stock config.json can describe the result.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -88,33 +91,33 @@ class Plan:
 
     @property
     def widths(self) -> tuple[Widths, ...]:
-        """The widths of the result."""
+        """The widths of every block after the cut."""
         return tuple(block.after for block in self.blocks)
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The numbers of the blocks that stay, however wide."""
+        """The numbers of the blocks that are not dropped."""
         return tuple(number for number, one in enumerate(self.blocks) if not one.after.dropped)
 
     @property
     def drops_blocks(self) -> bool:
-        """Whole blocks go."""
+        """Whether whole blocks are dropped."""
         return len(self.kept) < len(self.blocks)
 
     @property
     def widths_of_kept(self) -> tuple[Widths, ...]:
-        """The same as `widths`, with dropped blocks as wide as they were."""
+        """The same as `widths`, but with the old widths for blocks that are dropped."""
         return tuple(one.before if one.after.dropped else one.after for one in self.blocks)
 
     @property
     def removed(self) -> float:
-        """Fraction of the blocks' parameters that goes."""
+        """Fraction of the blocks' parameters that is removed."""
         before = sum(block.parameters_before for block in self.blocks)
         return 1.0 - sum(block.parameters_after for block in self.blocks) / before
 
 
 def cost(checkpoint: Checkpoint, index: int) -> Cost:
-    """What the parts of one block cost, from the headers of its weights."""
+    """Count the parameters of one block and its parts, from the shapes in the checkpoint."""
     family, width = checkpoint.family, checkpoint.widths[index]
     prefix = f"{family.blocks}.{index}."
     sizes = {
@@ -124,7 +127,7 @@ def cost(checkpoint: Checkpoint, index: int) -> Cost:
     }
 
     def parameters(layer: str, of: int, *, bias: bool = True) -> int:
-        """Parameters of a layer for each of `of` equal parts."""
+        """Return the parameters of one of `of` equal parts of a layer."""
         names = [f"{prefix}{layer}.weight", *([f"{prefix}{layer}.bias"] if bias else [])]
         return sum(sizes.get(name, 0) for name in names) // of
 
@@ -147,7 +150,7 @@ def cost(checkpoint: Checkpoint, index: int) -> Cost:
 
 
 def layouts(width: Widths) -> list[tuple[int, int]]:
-    """(query heads, key-value heads) that can stay, the most first: see `drop_heads`."""
+    """Return the (query heads, key-value heads) that can stay, largest first; see `drop_heads`."""
     group = width.heads // width.kv_heads
     same_groups = {(group * kept, kept) for kept in range(1, width.kv_heads + 1)}
     smaller_groups = {(kept * width.kv_heads, width.kv_heads) for kept in range(1, group + 1)}
@@ -155,19 +158,20 @@ def layouts(width: Widths) -> list[tuple[int, int]]:
 
 
 def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[Widths]:
-    """Widths at which at least a fraction of a block's parameters is gone, and no more than needed.
+    """Return the widths that remove at least a fraction of a block's parameters, and little more.
 
-    For each number of heads the largest number of channels that does it.
+    There is one candidate for each possible number of heads, with the largest number of channels
+    that removes enough.
 
     Args:
         checkpoint: the model, all of whose blocks have the same widths.
-        fraction: of a block's parameters.
-        sizing: what may be cut, but no head where the family says that none can go; with its
-            allocation "uniform" only what a stock config.json can
-            describe, unless heads are cut of a family for which it cannot.
+        fraction: fraction of a block's parameters.
+        sizing: what may be cut. Heads are never cut if the family forbids it. With the allocation
+            "uniform", only widths that a stock config.json can describe are returned, unless the
+            part is "heads" and the family's config.json does not state the head size.
 
     Raises:
-        UsageError: there are none; the message has the nearest valid choice.
+        UsageError: there are no such widths; the message names the largest possible fraction.
     """
     width, prices, part = checkpoint.widths[0], cost(checkpoint, 0), sizing.part
     stock, steps = _stock_only(checkpoint, sizing), channel_steps(width.channels, sizing.multiple)
@@ -200,7 +204,9 @@ def candidates(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> list[
 
 
 def even(checkpoint: Checkpoint, fraction: float) -> tuple[Widths, ...]:
-    """Of each block, the candidate that cuts heads and channels most alike, with nothing measured.
+    """Return, for each block, the candidate that cuts heads and channels most evenly.
+
+    This needs no measured losses. In a model with experts, experts are removed instead.
 
     Raises:
         UsageError: see `candidates`.
@@ -217,12 +223,12 @@ def even(checkpoint: Checkpoint, fraction: float) -> tuple[Widths, ...]:
 
 
 def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
-    """Refuse what `plan` could not do, before anything is computed.
+    """Refuse a cut that `plan` could not make, before anything is computed.
 
     Raises:
-        UsageError: nothing would be left, or there are fewer channels than they are to be a
-            multiple of; or heads alone are to go, of a family whose heads have to stay; or experts
-            of a model without.
+        UsageError: nothing would be left; the multiple is larger than the number of channels; only
+            heads are to be cut and the family forbids it; or experts are to be cut out of a model
+            without experts.
     """
     if checkpoint.family.experts is not None:
         experts.planned(checkpoint, fraction, sizing)
@@ -247,7 +253,7 @@ def check(checkpoint: Checkpoint, fraction: float, sizing: Sizing) -> None:
 
 
 def _stock_only(checkpoint: Checkpoint, sizing: Sizing) -> bool:
-    """Keep to what a stock config.json can describe, unless the user asked for what it cannot."""
+    """Whether only widths are allowed that a stock config.json can describe."""
     heads_alone = sizing.part == "heads" and not checkpoint.family.heads.free_size
     return sizing.allocation == "uniform" and not heads_alone
 
@@ -262,9 +268,9 @@ def plan(
 
     Args:
         checkpoint: the model.
-        losses: of each block, from `survey`.
-        fraction: of the blocks' parameters to remove.
-        sizing: how to choose.
+        losses: the losses of each block, from `survey`.
+        fraction: fraction of the blocks' parameters to remove.
+        sizing: how to choose the widths.
 
     Raises:
         UsageError: see `check`.
@@ -289,7 +295,7 @@ def plan(
 
 
 def _of_experts(checkpoint: Checkpoint, losses: Sequence[Losses], after: Sequence[Widths]) -> Plan:
-    """A plan of widths that depend on no loss; a block that keeps its width loses nothing."""
+    """Return the plan for given widths of a model with experts, with its predicted losses."""
     blocks = [
         BlockPlan(
             before,
@@ -309,32 +315,59 @@ def _of_experts(checkpoint: Checkpoint, losses: Sequence[Losses], after: Sequenc
 def _by_loss(
     checkpoint: Checkpoint, losses: Sequence[Losses], fraction: float, part: Part
 ) -> list[Widths]:
-    """Cut again and again where a parameter costs least, until enough are gone."""
+    """Cut greedily where the loss per removed parameter is smallest, until enough are removed.
+
+    Not every layout of heads can be reached from every other one, so a step is left out if the
+    parameters that are still missing could not be removed after it.
+    """
     after = list(checkpoint.widths)
     prices = [cost(checkpoint, index) for index in range(len(after))]
     missing = math.ceil(fraction * sum(price.block for price in prices) - 1e-6)
 
-    def narrower(index: int) -> Iterator[Widths]:
-        width = after[index]
+    def fewer_heads(index: int, width: Widths) -> Iterator[Widths]:
         if part != "ffn" and not checkpoint.family.heads.fixed:
             for kv_heads, changes in losses[index].heads.items():
                 for heads in changes:
                     fits = heads <= width.heads and kv_heads <= width.kv_heads
                     if fits and (heads, kv_heads) != (width.heads, width.kv_heads):
                         yield Widths(heads, kv_heads, width.channels)
+
+    def fewer_channels(index: int, width: Widths) -> Iterator[Widths]:
         if part != "heads":
             for channels in losses[index].channels:
                 if channels < width.channels:
                     yield Widths(width.heads, width.kv_heads, channels)
 
+    @cache
+    def removable(index: int, width: Widths) -> int:
+        """Return the largest number of parameters that a block can still lose."""
+        return sum(
+            max((prices[index].removed(width, one) for one in fewer(index, width)), default=0)
+            for fewer in (fewer_heads, fewer_channels)
+        )
+
+    spare = sum(removable(index, width) for index, width in enumerate(after)) - missing
+
+    def given_up(index: int, width: Widths) -> int:
+        """Return how many parameters become impossible to remove by a step."""
+        removed = prices[index].removed(after[index], width)
+        return removable(index, after[index]) - removed - removable(index, width)
+
     while missing > 0:
         index, width = min(
-            ((index, width) for index in range(len(after)) for width in narrower(index)),
+            (
+                (index, width)
+                for index in range(len(after))
+                for fewer in (fewer_heads, fewer_channels)
+                for width in fewer(index, after[index])
+                if given_up(index, width) <= spare
+            ),
             key=lambda step: (
                 (losses[step[0]].of(step[1]) - losses[step[0]].of(after[step[0]]))
                 / prices[step[0]].removed(after[step[0]], step[1])
             ),
         )
+        spare -= given_up(index, width)
         missing -= prices[index].removed(after[index], width)
         after[index] = width
     return after

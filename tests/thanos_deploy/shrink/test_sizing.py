@@ -117,6 +117,42 @@ def test_a_plan_by_loss_spends_the_same_parameters_where_they_cost_less(tiny_lla
     assert predicted[1] < predicted[0]
 
 
+@pytest.mark.parametrize("part", ["heads", "both"])
+@pytest.mark.parametrize("spared", ["query heads", "key-value heads", "channels"])
+def test_a_plan_by_loss_removes_the_most_that_is_possible(
+    make_model: MakeModel, part: Part, spared: str
+) -> None:
+    # From (7, 1) no layout is left, and more can be removed by way of (4, 2) to (2, 2).
+    checkpoint = Checkpoint.open(
+        make_model("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2)
+    )
+    before = checkpoint.widths[0]
+    losses = [
+        Losses(
+            {
+                kept: {
+                    heads: (spared == "query heads") * (before.heads - heads)
+                    + (spared == "key-value heads") * (before.kv_heads - kept)
+                    for heads, same in layouts(before)
+                    if same == kept
+                }
+                for _, kept in layouts(before)
+            },
+            {
+                left: float((spared == "channels") * (before.channels - left))
+                for left in (before.channels, *channel_steps(before.channels, 8))
+            },
+            {},
+        )
+        for _ in checkpoint.widths
+    ]
+    with pytest.raises(UsageError) as caught:
+        sizing.check(checkpoint, 0.999, Sizing(part, 8, "loss"))
+    most = float(caught.value.fix.split("structured:")[1].split(",")[0])
+    for fraction in (most, most / 2):
+        assert plan(checkpoint, losses, fraction, Sizing(part, 8, "loss")).removed >= fraction
+
+
 @pytest.mark.parametrize("model_type", ["opt", "gpt2", "gpt_neox"])
 def test_where_a_stock_configuration_has_no_fewer_heads_both_means_channels(
     make_model: MakeModel, model_type: str
