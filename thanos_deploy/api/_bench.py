@@ -1,4 +1,4 @@
-"""A benchmark from its options to what became of its gates."""
+"""The implementation of `Bundle.bench`, from the options to the outcomes of the gates."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +17,8 @@ from thanos_deploy.stages import bench as stage
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.evaluate import qualities
 
-# What takes less than five minutes on 2 cores for a model of 135 million parameters and another.
+# Defaults with which comparing a model of 135 million parameters with another one takes less than
+# five minutes on 2 cores.
 _PROMPTS, _PASTS = (32, 128), (128, 512)
 
 
@@ -33,7 +34,7 @@ def bench(
     overwrite: bool,
     progress: Progress | None,
 ) -> JudgedRun:
-    """See `Bundle.bench`; `request` has its options that say what to time."""
+    """Implement `Bundle.bench`; `request` holds its options that say what to time."""
     if aa and (against or dense is not None):
         raise UsageError(
             "--aa with --against or --dense: --aa compares OUT with itself",
@@ -47,7 +48,7 @@ def bench(
     source = Dense(_requests.model(dense)) if dense is not None else None
     announce = _requests.announce(progress)
     with ExitStack() as stack:
-        bundle = manifest.Bundle.open(out)  # claiming would create one
+        bundle = manifest.Bundle.open(out)  # because `claim` would create a missing bundle
         bundle = stack.enter_context(
             manifest.claim(out, source.source if source else bundle.source)
         )

@@ -1,7 +1,7 @@
-"""What every public function does with its arguments and its errors.
+"""Checks of arguments and translation of errors, for every public function.
 
-The command line refuses a value outside a list or a range before anything runs; so does the API,
-from the annotations of its functions: a `Literal` is a list of choices, and `Range` a range.
+The command line refuses a value outside its choices or its range before anything runs. The API does
+the same from the annotations of its functions: `Literal` lists choices, and `Range` gives a range.
 """
 
 import functools
@@ -19,7 +19,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Range:
-    """Numbers from `low` to `high`, or without an upper end; `low` itself too unless `open_low`."""
+    """The numbers from `low` to `high`; no upper bound if `high` is None.
+
+    `low` itself is excluded if `open_low` is true.
+    """
 
     low: float
     high: float | None = None
@@ -42,12 +45,12 @@ Positive = Annotated[int, Range(1)]
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of the API: refuses bad arguments, and raises the errors that it promises.
+    """Decorate a function of the API: check its arguments and translate its errors.
 
-    Raises:
-        UsageError: an argument is outside its list of choices or its range.
+    The decorated function raises:
+        UsageError: an argument is outside its choices or its range.
         TypeError: there is no such argument.
-        DeployError: what the function raises; a full disk and the like as what it means.
+        DeployError: see the function; errors of the system, such as a full disk, are translated.
     """
     signature = inspect.signature(function)
     known = dict(parameters(function))
@@ -65,7 +68,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def parameters(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
-    """Name and annotation of every argument, those of `**options: Unpack[...]` one by one."""
+    """Yield the name and annotation of each argument; `**options: Unpack[...]` is expanded."""
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             assert get_origin(parameter.annotation) is Unpack
@@ -77,7 +80,7 @@ def parameters(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise what an error of the system means, where it means something that a user can mend."""
+    """Translate an error of the system that a user can fix into a `DeployError`."""
     try:
         yield
     except Exception as error:
@@ -87,7 +90,7 @@ def translated() -> Iterator[None]:
 
 
 def _check(name: str, value: object, annotation: Any) -> None:
-    """Refuse a value that its annotation does not allow, as far as that is said in values."""
+    """Refuse a value that is outside the choices or the range of its annotation."""
     if value is None:
         return
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -110,7 +113,8 @@ def _check(name: str, value: object, annotation: Any) -> None:
         for entry in value:  # type: ignore[attr-defined]
             _check(name, entry, arguments[0])
     elif origin is not None and not (isinstance(origin, type) and issubclass(origin, Mapping)):
-        # A union: None, which was dealt with, and what else the value may be.
+        # A union, usually with None, which was handled above: check against its one other member
+        # that has choices, a range or entries.
         others = [one for one in arguments if get_origin(one) in (Literal, Annotated) or _many(one)]
         if len(others) == 1:
             _check(name, value, others[0])

@@ -1,4 +1,4 @@
-"""The one place where keyword arguments become what the stages are asked for."""
+"""Conversion of the API's keyword arguments into the requests of the stages."""
 
 import inspect
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def announce(progress: Progress | None) -> Announce:
-    """Progress as the stages tell it."""
+    """Adapt a progress callback to the form in which the stages report progress."""
     if progress is None:
         return quietly
 
@@ -38,19 +38,19 @@ def announce(progress: Progress | None) -> Announce:
 
 
 def pattern(value: PatternLike) -> Pattern:
-    """A pattern from its spelling.
+    """Return a pattern, parsed if it is given as text.
 
     Raises:
-        PatternError: it cannot be read.
+        PatternError: the text is not a pattern.
     """
     return parse(value) if isinstance(value, str) else value
 
 
 def model(value: ModelLike) -> "str | LocatedModel":
-    """A model as the stages find it; one in memory is written to the cache.
+    """Return a model as the stages take it; a model in memory is first written to the cache.
 
     Raises:
-        UsageError: neither a name, nor a path, nor a model and its tokenizer.
+        UsageError: the value is neither a name, nor a path, nor a pair of model and tokenizer.
         DeployError: see `dense.hold`.
     """
     if isinstance(value, str | os.PathLike):
@@ -66,7 +66,9 @@ def model(value: ModelLike) -> "str | LocatedModel":
 
 
 def prune_request(wanted: PatternLike, options: Mapping[str, Any]) -> "PruneRequest":
-    """How to prune; the options of every method are known, whether `PruneOptions` has them or not.
+    """Build the request of the stage prune.
+
+    The options of every method are accepted, even those that `PruneOptions` does not list.
 
     Raises:
         UsageError: there is no such option, options contradict each other, or a value is out of
@@ -78,18 +80,18 @@ def prune_request(wanted: PatternLike, options: Mapping[str, Any]) -> "PruneRequ
 
 
 def eval_request(options: Mapping[str, Any]) -> "EvalRequest":
-    """Which text to judge on, and how much of it."""
+    """Build the request for an evaluation on a text."""
     from thanos_deploy.measure.options import EvalRequest
 
     return EvalRequest(**plain(options))
 
 
 def bench_request(options: Mapping[str, Any], **defaults: Any) -> "BenchRequest":
-    """What to time.
+    """Build the request for a benchmark.
 
     Args:
-        options: called as the command's; None for what was not given.
-        defaults: where they differ from the request's own.
+        options: values by the names of the command's options; None for an option not given.
+        defaults: defaults that differ from those of `BenchRequest`, by its fields.
     """
     from thanos_deploy.measure.options import BenchRequest
 
@@ -101,7 +103,7 @@ def bench_request(options: Mapping[str, Any], **defaults: Any) -> "BenchRequest"
 
 
 def export_request(options: Mapping[str, Any]) -> dict[str, object]:
-    """What is asked of a target, by the names of its fields; see `Target.request`."""
+    """Rename export options to the fields of the targets' option classes; see `Target.request`."""
     from exporters import targets
     from thanos_deploy.option import options_of
 
@@ -118,7 +120,7 @@ def export_request(options: Mapping[str, Any]) -> dict[str, object]:
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given: sequences as tuples, paths as text."""
+    """Drop options that are None, and turn sequences into tuples and paths into text."""
 
     def entry(value: Any) -> Any:
         if isinstance(value, os.PathLike):
@@ -137,10 +139,10 @@ def quality_request(
     limit: int | None,
     **text: Any,
 ) -> "EvalRequest | TaskRequest":
-    """Perplexity on a text, or tasks.
+    """Build the request for an evaluation on a text, or on tasks if any are given.
 
     Raises:
-        UsageError: options that are for something else.
+        UsageError: an option has no effect together with the others.
     """
     from thanos_deploy.measure.options import EvalRequest, TaskRequest
 
@@ -164,10 +166,11 @@ def quality_request(
 
 
 def server(runtime: str, url: str | None) -> str | None:
-    """The address of the server that runs a model; None where none does.
+    """Return the address of the server that runs the model; None for other runtimes.
 
     Raises:
-        UsageError: there is an address without a server, or a server without one.
+        UsageError: the runtime is "vllm" without an address, or an address is given for another
+            runtime.
     """
     if (runtime == "vllm") != (url is not None):
         raise UsageError(
@@ -181,7 +184,7 @@ def server(runtime: str, url: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What `prune_export` is asked for, stage by stage."""
+    """The requests of `prune_export` for its stages."""
 
     prune: "PruneRequest"
     evaluation: "EvalRequest"
@@ -191,7 +194,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, wanted: PatternLike, options: PruneExportOptions) -> "Pipeline":
-        """From the keyword arguments."""
+        """Build the requests from the keyword arguments."""
 
         def part(*names: str, prefix: str = "") -> dict[str, Any]:
             given: Mapping[str, Any] = options

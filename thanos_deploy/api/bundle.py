@@ -1,6 +1,6 @@
-"""A bundle as a handle: what the commands do to one, as methods.
+"""A handle of a bundle: the commands that work on one bundle, as methods.
 
-More than half of the file is the documentation of these methods, so it is longer than others.
+This file is longer than others because more than half of it is documentation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Bundle:
-    """A bundle: the folder that `prune` and `prune_export` make, and what can be done with it.
+    """A bundle: the folder that `prune` and `prune_export` write.
 
-    A handle holds the path and nothing else: every method and property reads `manifest.json` again,
-    so it sees what other processes did. Calling a method again does no work twice: it confirms what
-    exists, or refuses other options unless `overwrite` is true.
+    This handle holds only the path: every method and property reads `manifest.json` again, so it
+    sees the changes of other processes. A stage that is finished is not made again: a repeated call
+    checks and returns it, or refuses other options unless `overwrite` is true.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -39,7 +39,7 @@ class Bundle:
 
         Raises:
             InputError: there is no bundle at this path, this version cannot read its format, or a
-                file name in it leads out of its folder.
+                file name or link in it leads out of its folder.
         """
         from thanos_deploy.bundle import manifest
 
@@ -55,7 +55,7 @@ class Bundle:
 
         Raises:
             InputError: there is no bundle at this path, this version cannot read its format, or a
-                file name in it leads out of its folder.
+                file name or link in it leads out of its folder.
         """
         return cls(path)
 
@@ -66,7 +66,7 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The folder of the pruned model, an ordinary checkpoint; see `load_model`."""
+        """The folder of the pruned model, a Hugging Face checkpoint; see `load_model`."""
         return self._path / "model"
 
     @property
@@ -78,10 +78,10 @@ class Bundle:
 
     @property
     def pruned(self) -> "PruneResult":
-        """The results of pruning, in numbers: what became of the model's layers.
+        """The figures of the stage prune, such as the sparsity and the errors of the layers.
 
         Raises:
-            InputError: nothing has been pruned yet.
+            InputError: the bundle has no pruned model yet.
         """
         from thanos_deploy.bundle import manifest
         from thanos_deploy.pruning.result import PRUNE
@@ -107,21 +107,23 @@ class Bundle:
         Args:
             target: "onnx", "genai", "gguf", "packed", "triton", "vllm", "tensorrt" or
                 "tensorrt-rtx".
-            overwrite: export again if the export was made with other options.
-            progress: called with the progress; see `Progress`.
+            overwrite: replace an export that was made with other options.
+            progress: see `Progress`.
             options: see `ExportOptions`.
 
         Returns:
-            the finished stage: its files by path, its seconds, and its result, a record that
-            belongs to the target.
+            the finished stage: its files by path, its duration in seconds, and its result, a record
+            of the target's own type.
 
         Raises:
-            UsageError: the options do not fit the target, or the export was made with other
-                options.
-            InputError: nothing has been pruned yet.
-            PlatformError: the machine lacks what the target needs, or another process writes to
+            UsageError: the options do not fit the target, or an export with other options exists
+                and `overwrite` is false.
+            InputError: the bundle has no pruned model yet.
+            GateError: the export does not pass the target's own checks.
+            IntegrityError: a file of the existing export was changed, and `overwrite` is false.
+            PlatformError: the machine lacks what the target needs, or another process is writing to
                 the bundle.
-            ResourceError: the disk or memory is full.
+            ResourceError: there is not enough memory or disk space.
         """
         from exporters import targets
         from thanos_deploy.bundle import manifest
@@ -156,36 +158,37 @@ class Bundle:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> "Compared[TextQuality] | Compared[TaskQuality]":
-        """Measure the pruned model beside the dense one, and keep the results; the command `eval`.
+        """Measure the quality of the pruned and the dense model; the command `eval`.
 
-        To measure one model by itself, see `evaluate`.
+        The results are kept in the bundle. To measure a single model, see the function `evaluate`.
 
         Args:
             dense: the model that the bundle was made from.
             runtime: what runs the models: "torch", or "onnx" for their exported graphs.
-            device: where PyTorch computes: "auto", "cpu" or "cuda[:N]"; ONNX graphs run on the CPU.
-            text: text for perplexity: a path, or "builtin", the part of the built-in text that
-                calibration never sees.
-            text_field: field of a row that holds the text.
+            device: device on which PyTorch computes: "auto", "cpu" or "cuda[:N]". ONNX graphs run
+                on the CPU.
+            text: text to measure quality on: a path, or "builtin", the part of the built-in text
+                that is never used for calibration.
+            text_field: name of the field that holds the text in each row.
             segments: number of segments of the text.
-            seqlen: tokens in each segment.
+            seqlen: number of tokens in each segment.
             questions: largest number of multiple-choice questions to make from the segments.
-            tasks: names of tasks of lm-evaluation-harness, to run instead of perplexity.
-            task_folder: a folder of task files that the harness does not have. They can name
-                Python code that is run.
+            tasks: names of lm-evaluation-harness tasks to run instead of measuring on a text.
+            task_folder: folder of task files that the harness does not have. Task files can name
+                Python code, which is then run.
             limit: largest number of examples of each task; None for all.
             revision: branch, tag or commit of the dense model, if it comes from the hub.
-            overwrite: replace results on another text or other tasks.
-            progress: called with the progress; see `Progress`.
+            overwrite: replace earlier results that were made with other options.
+            progress: see `Progress`.
 
         Returns:
             the results of both models.
 
         Raises:
-            UsageError: the options contradict each other or earlier results, or the bundle was made
-                from another model.
+            UsageError: the options contradict each other or those of earlier results, the bundle
+                was made from another model, or the pruned model was calibrated on this text.
             CalibrationError: the text cannot be read or is too short.
-            InputError: nothing has been pruned yet, or, with "onnx", nothing exported.
+            InputError: the bundle has no pruned model yet, or, with "onnx", no exported graph.
         """
         from thanos_deploy.report.write import write_report
         from thanos_deploy.stages import evaluate as stage
@@ -250,36 +253,39 @@ class Bundle:
         """Time the exported model beside others, each in a process of its own; the command `bench`.
 
         Args:
-            against: what to compare with: folders of bundles, or "dense"; the first is the
-                baseline. Empty for the dense model.
+            against: models to compare with: folders of bundles, or "dense" for the dense model. The
+                first is the baseline. Empty for the dense model alone.
             dense: the dense model; needed only if the cache has no export of it yet.
-            aa: measure the bundle against itself: the ratios should be 1.
-            allow_different_models: compare bundles of different base models or tokenizers.
-            run: name of the run and its file; None for "full", or "aa".
-            scenario: what to time.
+            aa: measure the bundle against itself (an A/A test); all ratios should be 1.
+            allow_different_models: compare bundles even if their base models or tokenizers differ.
+            run: name of the run and of its file; None for "full", or for "aa" if `aa` is true.
+            scenario: the scenarios to time.
             batch: batch sizes.
-            prompt: tokens in each timed prompt; None for (32, 128).
-            past: tokens in the kv cache before the timed decode steps; None for those of `prompt`
-                if given, else (128, 512).
-            new_tokens: number of decode steps, and of tokens in each answer.
-            rounds: timed rounds of each model.
-            sample_prompt: prompt of the sample text.
-            requests: open-loop: requests in each round.
-            rate: open-loop: requests a second; None for half of what the baseline can answer.
-            driver: open-loop: "poisson", or "loadgen" for MLPerf LoadGen.
+            prompt: number of tokens in each timed prompt; None for (32, 128).
+            past: number of tokens in the KV cache before the timed decode steps; None for the
+                values of `prompt` if it is given, else (128, 512).
+            new_tokens: number of timed decode steps, and of tokens in each answer.
+            rounds: number of timed rounds for each model.
+            sample_prompt: prompt from which each model generates a sample text.
+            requests: in open-loop, number of requests in each round.
+            rate: in open-loop, requests per second; None for half of what the baseline can answer.
+            driver: in open-loop, source of the requests: "poisson", or "loadgen" for MLPerf
+                LoadGen.
             provider: execution provider of ONNX Runtime.
-            threads: number of threads on a CPU; None for one for each processor.
-            gate: limits, like "decode.p50.ratio<0.8"; the command's help lists what they can name.
-            overwrite: repeat a run of that name if it was made with other options.
-            check: raise if a gate is missed; False to look at the run's `gates`.
-            progress: called with the progress; see `Progress`.
+            threads: number of threads on a CPU; None for one per processor.
+            gate: limits such as "decode.p50.ratio<0.8"; the command's help lists the metrics.
+            overwrite: replace a run of the same name that was made with other options.
+            check: raise an error if a gate is missed; False to inspect the run's `gates` instead.
+            progress: see `Progress`.
 
         Returns:
             the run, without its raw samples, and the outcomes of the gates.
 
         Raises:
-            UsageError: the options contradict each other, or a gate is not written as one.
-            InputError: nothing has been exported to ONNX yet, or the cache has no dense export.
+            UsageError: the options contradict each other, a gate cannot be parsed, or a run of the
+                same name with other options exists and `overwrite` is false.
+            InputError: the bundle has no ONNX graph yet, or the cache has no export of the dense
+                model.
             PlatformError: the driver or the provider is not available.
             GateError: a gate was missed, and `check` is true.
         """
@@ -317,11 +323,11 @@ class Bundle:
         """Write the report and the model card from the finished stages; the command `report`.
 
         Returns:
-            what is in `report/report.json`; `report/index.html` is the page.
+            the content of `report/report.json`. The page is `report/index.html`.
 
         Raises:
-            InputError: nothing has been pruned yet, or a record is not readable.
-            IntegrityError: a record was changed since it was written.
+            InputError: the bundle has no pruned model yet, or a record is unreadable.
+            IntegrityError: a record was changed after it was written.
         """
         from thanos_deploy.bundle import manifest
         from thanos_deploy.report.write import write_report
@@ -337,18 +343,22 @@ class Bundle:
         check: bool = True,
         progress: Progress | None = None,
     ) -> "Verification":
-        """Check the bundle from its files: hashes, patterns, sparse layers; the command `verify`.
+        """Check the bundle's files: hashes, patterns and sparse layers; the command `verify`.
 
         Args:
-            require_sparse: the fraction of the linear layers that has to be proven to run on sparse
+            require_sparse: the fraction of the linear layers that must be proven to run on sparse
                 tensor cores, in every engine; None to require nothing.
-            check: raise for the first check that failed; False to look at the result.
-            progress: called with the progress; see `Progress`.
+            check: raise an error for the first failed check; False returns the result instead.
+            progress: see `Progress`.
+
+        Returns:
+            the checks, and the verdict on every linear layer of every engine.
 
         Raises:
-            InputError: nothing has been pruned yet.
+            InputError: the bundle has no pruned model yet.
             IntegrityError: a file is missing or was changed, and `check` is true.
-            GateError: a pattern does not hold or `require_sparse` is not met, and `check` is true.
+            GateError: another check failed, such as a pattern that does not hold or
+                `require_sparse`, and `check` is true.
         """
         from thanos_deploy.bundle import manifest
         from thanos_deploy.stages import verify as stage
@@ -378,31 +388,31 @@ class Bundle:
         verify: bool = True,
         on_text: Callable[[str], object] | None = None,
     ) -> str:
-        """Continue a prompt with the exported model; the command `generate`.
+        """Generate text from a prompt with the exported model; the command `generate`.
 
-        Needs numpy, tokenizers and onnxruntime only.
+        This needs only the packages numpy, tokenizers and onnxruntime.
 
         Args:
             prompt: passed to the model as it is, without a chat template.
             new_tokens: largest number of tokens to generate.
-            temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
+            temperature: 0 always takes the most likely token; above 0, tokens are sampled.
             top_k: sample from this many of the most likely tokens; 0 for all tokens.
-            top_p: sample from the most likely tokens whose probabilities add up to this.
+            top_p: sample from the most likely tokens whose probabilities add up to this value.
             min_p: sample from tokens at least this fraction as likely as the most likely one.
-            repetition_penalty: above 1, repetitions become less likely.
+            repetition_penalty: values above 1 make repetitions less likely.
             seed: seed for sampling.
             stop: texts that end the answer.
             provider: execution provider of ONNX Runtime; "tensorrt" is its TensorRT provider.
-            verify: check the hashes of the files first.
-            on_text: called with each piece of the answer as soon as it is final.
+            verify: compare the files with their recorded hashes first.
+            on_text: called with each piece of the answer as soon as the piece is final.
 
         Returns:
             the answer, without the prompt.
 
         Raises:
             UsageError: a value is out of range, or the prompt is empty.
-            InputError: nothing has been exported to ONNX yet.
-            IntegrityError: a file was changed.
+            InputError: the bundle has no ONNX graph yet.
+            IntegrityError: a file was changed after it was written.
             PlatformError: the provider is not available.
         """
         from runtime.engine import open_engine

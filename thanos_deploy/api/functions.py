@@ -1,6 +1,6 @@
-"""The functions of the API: commands that begin with a model, or with several bundles.
+"""The functions of the API. Commands that work on one bundle are methods of `Bundle`.
 
-More than half of the file is the documentation of these functions, so it is longer than others.
+This file is longer than others because more than half of it is documentation.
 """
 
 from collections.abc import Sequence
@@ -44,36 +44,40 @@ def prune(
     progress: Progress | None = None,
     **options: Unpack[PruneOptions],
 ) -> Bundle:
-    """Prune a model into `out/model`, an ordinary checkpoint; the command `prune`.
+    """Prune a model and write the checkpoint to `out/model`; the command `prune`.
 
-    Repeating the call continues where it was interrupted, and does no work twice. In a program that
-    torchrun has started, all processes prune together; only the first one writes and calls
+    Repeating the call continues an interrupted run and does not repeat finished work. In a program
+    started by torchrun, all ranks prune together; only rank 0 writes the bundle and calls
     `progress`.
 
     Args:
-        model: a hub id, a local Hugging Face folder, a packed folder, a `.gguf` file, or the pair
-            of a `transformers` model and its tokenizer, which are not changed. No code that comes
-            with a model is run.
-        pattern: "n:m", which keeps n of every m weights, "unstructured:FRACTION",
-            "structured:FRACTION", or a `Pattern`.
+        model: a hub id, a local Hugging Face folder, a packed folder, a `.gguf` file, or a pair
+            (`transformers` model, tokenizer), neither of which is changed. Code that comes with a
+            model is never run.
+        pattern: "n:m", which keeps n of every m consecutive weights; "unstructured:FRACTION" or
+            "structured:FRACTION", which remove this fraction; or a `SemiStructured`,
+            `Unstructured` or `Structured` object.
         out: folder for the bundle.
         revision: branch, tag or commit of a hub model.
-        overwrite: repeat stages that were made with other options.
-        progress: called with the title of a piece of work, the steps done and the steps in all.
+        overwrite: replace what an earlier run wrote to `out` with other options or from another
+            model.
+        progress: called with the title of the current task, its finished steps and its total
+            steps; see `Progress`.
         options: see `PruneOptions`.
 
     Returns:
-        the bundle.
+        the bundle in `out`.
 
     Raises:
-        UsageError: the options contradict each other, or contradict what is in `out` already.
-        ModelError: the model is missing, not readable, not supported, or does not fit the pattern.
-        CalibrationError: the text is missing, not readable or too short.
-        HessianError: the calibration statistics are not finite, or no damping makes them positive
-            definite.
+        UsageError: the options contradict each other or the content of `out`.
+        ModelError: the model is missing, unreadable or unsupported, or does not fit the pattern.
+        CalibrationError: the calibration text is missing, unreadable or too short.
+        HessianError: the calibration statistics are not finite, or no damping makes the Hessian
+            positive definite.
+        IntegrityError: a file of the finished stage was changed, and `overwrite` is false.
         PlatformError: a package, the device or the network is not available, or another process
-            writes to `out`.
-        ResourceError: memory or the disk is full.
+            is writing to `out`.
+        ResourceError: there is not enough memory or disk space.
     """
     from thanos_deploy.bundle import manifest
     from thanos_deploy.ranks.start import together
@@ -102,15 +106,19 @@ def dry_run_prune(
     progress: Progress | None = None,
     **options: Unpack[PruneOptions],
 ) -> "DryRun":
-    """Say what `prune` would do, and the time, memory and disk it takes; `prune --dry-run`.
+    """Plan a run of `prune`: what it would do, its time, memory and disk; `prune --dry-run`.
 
-    With a structured pattern this measures what each block would lose. Nothing is written to `out`.
+    Nothing is written to `out`. If the pattern is structured and `keep_shape` is false, the plan
+    takes a pass through the dense model, which measures what each block would lose.
 
     Args:
         model, pattern, out, revision, progress, options: see `prune`.
 
+    Returns:
+        the plan.
+
     Raises:
-        DeployError: what `prune` would refuse.
+        DeployError: the errors of `prune` that can be found without pruning.
     """
     from thanos_deploy.stages.plan import plan_prune
 
@@ -141,11 +149,11 @@ def prune_export(
         options: see `PruneExportOptions`.
 
     Returns:
-        the bundle, with `report/` in it.
+        the bundle, with the report in its folder `report/`.
 
     Raises:
-        DeployError: what `prune` and the methods of `Bundle` raise. Whatever can be refused before
-            the work begins, is refused then.
+        DeployError: see `prune` and the methods of `Bundle`. Errors that can be found beforehand
+            are raised before any work begins.
     """
     from thanos_deploy.stages import pipeline
 
@@ -176,13 +184,18 @@ def dry_run_prune_export(
     progress: Progress | None = None,
     **options: Unpack[PruneExportOptions],
 ) -> "DryRun":
-    """Say what `prune_export` would do, and what that takes; `prune-export --dry-run`.
+    """Plan a run of `prune_export`: its stages and their cost; `prune-export --dry-run`.
+
+    Nothing is written to `out`.
 
     Args:
         model, pattern, out, revision, overwrite, progress, options: see `prune_export`.
 
+    Returns:
+        the plan.
+
     Raises:
-        DeployError: what `prune_export` would refuse.
+        DeployError: the errors of `prune_export` that can be found without pruning.
     """
     from thanos_deploy.stages import pipeline
 
@@ -207,24 +220,24 @@ def export(
     to: str | PathLike[str],
     progress: Progress | None = None,
 ) -> "ExportResult":
-    """Export a model without a bundle that is already sparse; the command `export` with `--to`.
+    """Export an already sparse model that is not in a bundle; the command `export` with `--to`.
 
-    To export a model from its bundle, see `Bundle.export`.
+    To export the model of a bundle, see `Bundle.export`.
 
     Args:
-        model: see `prune`; also a checkpoint of compressed-tensors in the format sparse-24-bitmask.
-        target: "vllm".
+        model: see `prune`; also a compressed-tensors checkpoint in the format sparse-24-bitmask.
+        target: "vllm", the only target that can be made without a bundle.
         to: the folder to write, which must not exist yet.
-        progress: called with the progress; see `Progress`.
+        progress: see `Progress`.
 
     Returns:
-        the result, a record that belongs to the target.
+        the target's own record of the export.
 
     Raises:
         UsageError: the target takes bundles only, the folder exists, no layer is 2:4, or the
             program that loads the folder would refuse the model.
-        ModelError: the model is missing, not readable or not supported.
-        ResourceError: the disk is too small.
+        ModelError: the model is missing, unreadable or unsupported.
+        ResourceError: there is not enough disk space.
     """
     from thanos_deploy.stages.export import convert
 
@@ -252,17 +265,23 @@ def evaluate(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> "TextQuality | TaskQuality":
-    """Measure the quality of one model by itself; the command `eval` without `--dense`.
+    """Measure the quality of a single model; the command `eval` without `--dense`.
 
-    If the model is the folder of a bundle, nothing is written to the bundle; see `Bundle.evaluate`.
+    If `model` is the folder of a bundle, its pruned model is measured and nothing is written to
+    the bundle. To compare with the dense model and keep the results, see `Bundle.evaluate`.
 
     Args:
         model: see `prune`; or the folder of a bundle.
-        runtime: see `Bundle.evaluate`; or "vllm" for a running server.
-        url: address of that server, such as "http://127.0.0.1:8000"; for "vllm" only.
+        runtime: what runs the model: "torch", "onnx" for its exported graph, or "vllm" for a
+            running vLLM server.
+        url: address of the vLLM server, such as "http://127.0.0.1:8000"; required for "vllm", and
+            for "vllm" only.
         device, text, text_field, segments, seqlen, questions, tasks, task_folder, limit, progress:
             see `Bundle.evaluate`.
         revision: branch, tag or commit of a hub model.
+
+    Returns:
+        the quality on a text, or, if `tasks` are given, the scores in these tasks.
 
     Raises:
         DeployError: see `Bundle.evaluate`.
@@ -296,21 +315,21 @@ def compare(
     allow_different_models: bool = False,
     overwrite: bool = False,
 ) -> "Report":
-    """Write one page about several bundles side by side; the command `report` with `--output`.
+    """Write one page that compares several bundles; the command `report` with `--output`.
 
     Args:
-        bundles: the bundles, or their folders; nothing is written there.
-        output: the page, FILE.html; FILE.md and FILE.json are written beside it.
-        allow_different_models: put bundles of different base models or tokenizers side by side.
-        overwrite: replace FILE if it exists.
+        bundles: the bundles, or their folders; nothing is written to them.
+        output: path of the page, FILE.html; FILE.md and FILE.json are written beside it.
+        allow_different_models: compare bundles even if their base models or tokenizers differ.
+        overwrite: replace these files if they exist.
 
     Returns:
-        what is in FILE.json.
+        the content of FILE.json.
 
     Raises:
-        UsageError: the bundles are of different models, or the files cannot be written there.
-        InputError: nothing has been pruned in a bundle yet, or it cannot be read.
-        IntegrityError: a record was changed since it was written.
+        UsageError: the bundles are of different models, or the files cannot be written.
+        InputError: a bundle has no pruned model yet, or cannot be read.
+        IntegrityError: a record was changed after it was written.
     """
     from thanos_deploy.report.write import compare
 
@@ -340,37 +359,37 @@ def plan(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> "Forecast":
-    """Forecast how fast a model would be on a GPU, without that GPU; the command `plan`.
+    """Forecast the speed of a model on a GPU that need not be present; the command `plan`.
 
-    Only the model's configuration is read, so the weights are not needed either.
+    Only the model's configuration is read, not its weights; a GGUF file is converted first.
 
     Args:
         model: see `prune`.
         gpu: name of a GPU, such as "H100".
         pattern: patterns to compare with the dense model.
         batch: batch sizes; one forecast for each.
-        prompt: tokens in each prompt.
-        new_tokens: tokens generated after the prompt.
+        prompt: number of tokens in each prompt.
+        new_tokens: number of tokens generated after each prompt.
         dtype: dtype of the blocks' linear layers.
-        measured: a file with times of matrix products that were measured on that GPU, such as
-            `gpu-check` writes. Default: the measurements published with this project, if they
-            include that GPU.
-        prune: also forecast the time and memory that pruning to 2:4 takes on that GPU, for each
-            preset.
-        gpus: number of GPUs that prune together.
-        nsamples: number of calibration segments for pruning.
-        seqlen: tokens in each segment.
+        measured: path of a file with times of matrix products measured on that GPU, as `gpu-check`
+            writes it. Default: the measurements published with this project, if they include that
+            GPU.
+        prune: also forecast the time and memory of pruning to 2:4 on that GPU, for the presets
+            "fast" and "best".
+        gpus: with `prune`: number of GPUs that prune together.
+        nsamples: with `prune`: number of calibration segments.
+        seqlen: with `prune`: number of tokens in each calibration segment.
         revision: branch, tag or commit of a hub model.
-        progress: called with the progress of converting a GGUF file; see `Progress`.
+        progress: called while a GGUF file is converted; see `Progress`.
 
     Returns:
         the forecast.
 
     Raises:
-        UsageError: the GPU is not known, it does not support the dtype, the model takes fewer
-            tokens than were asked for, or pruning cannot be forecast because no layer was pruned on
-            that GPU.
-        ModelError: the model is missing or not supported.
+        UsageError: the GPU is unknown or does not support the dtype, the model takes fewer tokens
+            than were asked for, or `prune` is true and the published measurements have no layer
+            that was pruned on that GPU.
+        ModelError: the model is missing or unsupported.
         InputError: the measurements cannot be read.
     """
     from thanos_deploy.forecast import datasheets
@@ -405,18 +424,19 @@ def plan(
 
 @public
 def doctor(out: "str | PathLike[str] | Bundle | None" = None, *, check: bool = True) -> Diagnosis:
-    """Check what this machine has for each target; the command `doctor`.
+    """Check whether this machine has what each target needs; the command `doctor`.
 
     Args:
-        out: a bundle, to check also whether there is enough memory and disk to build its engine.
-        check: raise for the first part that would fail; False to look at the result.
+        out: a bundle; if given, also check whether there is enough memory and disk space to build
+            an engine from its graph.
+        check: raise an error for the first failed check; False returns the result instead.
 
     Returns:
-        a check for each part; a part that is missing is SKIP, with a way to get it.
+        one check for each component. A missing component is SKIP, with a way to install it.
 
     Raises:
         InputError: `out` is not a bundle, or has no ONNX graph yet.
-        PlatformError: something that is installed would fail, and `check` is true.
+        PlatformError: an installed component would fail, and `check` is true.
     """
     from exporters import preflight
     from thanos_deploy.bundle import manifest
@@ -434,18 +454,21 @@ def doctor(out: "str | PathLike[str] | Bundle | None" = None, *, check: bool = T
 def load_model(
     folder: str | PathLike[str], device: "str | torch.device" = "cpu"
 ) -> "PreTrainedModel":
-    """Load the model in a folder into memory, in float32 and ready for inference.
+    """Load a model from a folder into memory, in float32 and in evaluation mode.
 
-    `AutoModelForCausalLM.from_pretrained` does the same for every checkpoint of a bundle except one
+    `AutoModelForCausalLM.from_pretrained` loads every checkpoint of a bundle as well, except one
     whose blocks differ in width (`allocation="loss"`), which only this function loads.
 
     Args:
-        folder: an ordinary checkpoint, such as `Bundle.model_path`.
-        device: a device of PyTorch.
+        folder: a Hugging Face checkpoint, such as `Bundle.model_path`.
+        device: a PyTorch device.
+
+    Returns:
+        the model.
 
     Raises:
-        ModelError: the model does not load.
-        ResourceError: it does not fit into the GPU's memory.
+        ModelError: the model cannot be loaded.
+        ResourceError: the model does not fit into the GPU's memory.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What the functions of the API return, where no stage has a record of it."""
+"""Results of API functions for which no stage defines a record."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from thanos_deploy.bundle.engine_record import EngineResult
     from thanos_deploy.bundle.graph_record import GraphResult
 
-    # What the targets say of a finished export.
+    # The targets' records of a finished export.
     ExportResult: TypeAlias = (
         CompressedResult
         | EngineResult
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What this machine has for each target.
+    """The result of `doctor`: whether this machine has what each target needs.
 
     Attributes:
-        checks: one for every part that was checked.
+        checks: one check for each component.
     """
 
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that is installed would fail; a missing part is not a failure."""
+        """Whether no check failed; a missing component is not a failure."""
         return passed(self.checks)
 
     def require(self) -> "Diagnosis":
         """Return this diagnosis if it passed.
 
         Raises:
-            PlatformError: something that is installed would fail.
+            PlatformError: an installed component would fail.
         """
         for check in self.checks:
             if check.outcome == "FAIL":

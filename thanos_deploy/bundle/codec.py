@@ -1,11 +1,11 @@
-"""Frozen dataclasses as JSON and back, checked field by field.
+"""Convert frozen dataclasses to JSON and back, checked field by field.
 
-Every record that this project writes is a frozen dataclass, and this is the one way in and out of
-JSON. A field may be a bool, int, float, str, None, a `Literal`, a `Path`, another dataclass, a
-homogeneous or fixed tuple, a sequence (read as a tuple), a mapping from str or int, or a union of
-these. Floats that JSON lacks are written as "nan", "inf" and "-inf".
+Every record that this project writes is a frozen dataclass, and only this module converts records
+to and from JSON. A field may be a bool, int, float, str, None, a `Literal`, a `Path`, another
+dataclass, a homogeneous or fixed tuple, a sequence (read as a tuple), a mapping from str or int, or
+a union of these. Floats that JSON lacks are written as "nan", "inf" and "-inf".
 
-A field's metadata may say more of its form in JSON: `LATER`, `OTHERS`, `called`.
+The metadata of a field can change its form in JSON: see `LATER`, `OTHERS` and `called`.
 """
 
 import json
@@ -20,12 +20,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 Json = dict[str, Any]
 
-# Metadata of a field that is left out of the JSON while it has its default. It is for what was
-# added later: a record without it says the same as the records from before.
+# Metadata of a field that is left out of the JSON while it has its default. It is for fields that
+# were added later, so that older records and new records with the default are the same.
 LATER: Mapping[str, object] = {"thanos_deploy.later": True}
 
-# Metadata of the one field, a mapping, that holds every entry that no other field is called like.
-# It is for records whose entries depend on something else, such as the options of a method.
+# Metadata of a field, a mapping, that holds every entry whose name is no other field's. A dataclass
+# has at most one. It is for records whose entries vary, such as the options of a method.
 OTHERS: Mapping[str, object] = {"thanos_deploy.others": True}
 
 _CALLED = "thanos_deploy.called"
@@ -34,23 +34,23 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def called(name: str) -> Mapping[str, object]:
-    """Metadata of a field that has another name in JSON, which Python does not take."""
+    """Return metadata for a field whose name in JSON is `name`, which is no Python identifier."""
     return {_CALLED: name}
 
 
 class UnknownFormatError(ValueError):
-    """A record of a format that this version does not read."""
+    """A record has a format that this version cannot read."""
 
 
 def loads(content: bytes | str, **options: Any) -> Any:
-    """A JSON text, as `json.loads` reads it, for what somebody else may have written.
+    """Read JSON from an untrusted source, as `json.loads` does.
 
     Args:
-        content: the text.
-        options: of `json.loads`.
+        content: the JSON text.
+        options: options of `json.loads`.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than Python's reader goes.
+        ValueError: the text is not JSON, or is nested deeper than Python's parser supports.
     """
     try:
         return json.loads(content, **options)
@@ -59,7 +59,7 @@ def loads(content: bytes | str, **options: Any) -> Any:
 
 
 def encode(value: object) -> Json:
-    """A dataclass as a JSON object, fields in the order of their definition; or a mapping.
+    """Convert a dataclass or a mapping to a JSON object; fields keep the order of their definition.
 
     Raises:
         TypeError: a value in it has no form in JSON.
@@ -79,21 +79,21 @@ def encode(value: object) -> Json:
 
 
 def decode(cls: type[T], value: object) -> T:
-    """A JSON object as a dataclass, or as whatever else a field may be.
+    """Convert a JSON value to a dataclass, or to any other type that a field may have.
 
     Raises:
         ValueError: a field is missing, unknown, or of another type; the message names its place,
-            such as `layers[3].rows`, and what was seen.
+            such as `layers[3].rows`, and the value found there.
     """
     found: T = _decoded(cls, value, "")
     return found
 
 
 def decode_format(cls: type[T], value: object, known: int | str) -> T:
-    """A record with a field `format`, which this version reads in one format.
+    """Decode a record whose field `format` must have the value `known`.
 
     Raises:
-        UnknownFormatError: it is of another format.
+        UnknownFormatError: the field has another value.
         ValueError: see `decode`.
     """
     found = value.get("format") if isinstance(value, dict) else None
@@ -148,7 +148,7 @@ def _decoded(hint: Any, value: object, place: str) -> Any:
 
 
 def _key(hint: Any, key: str, place: str) -> str | int:
-    """A key of a mapping; JSON writes a number as text."""
+    """Convert a key of a mapping; in JSON, numbers are text there."""
     if hint is not int:
         return key
     try:
@@ -158,7 +158,7 @@ def _key(hint: Any, key: str, place: str) -> str | int:
 
 
 def _is_plain(hint: Any, value: object, origin: Any, arguments: tuple[Any, ...]) -> bool:
-    """The value stands for itself."""
+    """Whether the value matches a type whose JSON form is the value itself, or a path's text."""
     if origin is Literal:
         return value in arguments
     if hint is bool:
@@ -171,7 +171,10 @@ def _is_plain(hint: Any, value: object, origin: Any, arguments: tuple[Any, ...])
 
 
 def _one_of(hints: tuple[Any, ...], value: object, place: str) -> Any:
-    """The first member of a union that takes the value; integers stay integers."""
+    """Decode with the first member of a union that accepts the value.
+
+    `float` is tried last, so that integers stay integers.
+    """
     seen = _unfit(value, place)
     for hint in sorted(hints, key=lambda hint: hint is float):
         try:
@@ -205,7 +208,7 @@ def _record(cls: type, value: object, place: str) -> Any:
 
 @cache
 def _fields(cls: type) -> dict[str, tuple[str, Any, bool]]:
-    """Name in JSON -> the field's own name, its type, and whether there is no default."""
+    """Map the name of each field in JSON to (attribute, type, whether it has no default)."""
     hints = get_type_hints(cls)
     return {
         _name(field): (
@@ -220,7 +223,7 @@ def _fields(cls: type) -> dict[str, tuple[str, Any, bool]]:
 
 @cache
 def _rest(cls: type) -> tuple[str, Any] | None:
-    """The field that holds all other entries, and its type."""
+    """Return the attribute and the type of the field with metadata `OTHERS`, if there is one."""
     hints = get_type_hints(cls)
     found = [field.name for field in fields(cls) if _says(field, OTHERS)]
     return (found[0], hints[found[0]]) if found else None
@@ -245,7 +248,7 @@ def _class(origin: Any) -> type:
 
 
 def _kinds(origin: Any, arguments: tuple[Any, ...], length: int) -> Iterator[Any]:
-    """The types of the entries of a sequence, which is read as a tuple."""
+    """Yield the type of each entry of a tuple or sequence with this number of entries."""
     if origin is Sequence or arguments[1:] == (Ellipsis,):
         yield from arguments[:1] * length
     else:

@@ -1,4 +1,4 @@
-"""What is recorded of a TensorRT engine: build.json beside it, and the result of its stage."""
+"""The records of a TensorRT engine: build.json beside it, and the result of its stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,7 +14,7 @@ Choice = Literal["picked", "eligible", "not eligible", "not reported"]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A size that varies: its least, usual and largest value."""
+    """The range of a dynamic dimension: its smallest, usual and largest size."""
 
     least: int
     usual: int
@@ -23,14 +23,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One way to run the graph of `exporters.onnx`.
+    """An optimisation profile for the graph of `exporters.onnx`.
 
     Attributes:
         name: "prefill" or "decode".
-        batch: sequences at once.
-        sequence: tokens that are read.
-        past: tokens that are cached.
-        longest: the most tokens of a sequence, cached and read together.
+        batch: batch sizes.
+        sequence: numbers of new tokens in each sequence.
+        past: numbers of tokens in the KV cache.
+        longest: maximum length of a sequence, cached and new tokens together.
     """
 
     name: str
@@ -42,16 +42,18 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class LayerProof:
-    """The verdict on one linear layer.
+    """The verdict on one linear layer of an engine: whether a sparse kernel runs it.
 
     Attributes:
-        name: in the model.
-        shape: outputs and inputs.
-        pattern_holds: 2:4 holds in the graph.
-        verdict: "picked": a sparse kernel runs it. "eligible": one was possible and a dense one was
-            chosen. "not eligible": none is possible. "not reported": nobody says.
-        reason: in one line.
-        engine_layer: the layer of the engine that does its work, with the kind; empty if unknown.
+        name: name of the layer in the model.
+        shape: number of outputs, number of inputs.
+        pattern_holds: whether the weight in the graph is 2:4.
+        verdict: "picked": a sparse kernel runs the layer. "eligible": a sparse kernel was possible,
+            but a dense kernel was chosen. "not eligible": no sparse kernel is possible. "not
+            reported": it is unknown which kernel runs the layer.
+        reason: reason for the verdict, in one line.
+        engine_layer: name and kind of the engine's layer that computes this layer; empty if
+            unknown.
     """
 
     name: str
@@ -64,7 +66,7 @@ class LayerProof:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How many linear layers there are, hold 2:4, could run sparse, and do run sparse."""
+    """Number of linear layers: all, those that are 2:4, could run sparse, and do run sparse."""
 
     layers: int
     pattern_holds: int
@@ -73,7 +75,7 @@ class Summary:
 
     @classmethod
     def of(cls, layers: Sequence[LayerProof]) -> "Summary":
-        """Count the verdicts; what was picked was eligible too."""
+        """Count the verdicts; layers that were picked count as eligible too."""
         verdicts = [layer.verdict for layer in layers]
         picked = verdicts.count("picked")
         return cls(
@@ -92,24 +94,24 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What both records of an engine have.
+    """The fields that both records of an engine have.
 
     Attributes:
-        format: of build.json.
-        target: the name of the target.
-        library: version of the library that built it.
-        arch: the GPUs that it was built for, such as "sm90".
-        dtype: of the graph.
-        sparse_weights: the builder was allowed to use sparse kernels.
-        sparse_form: how the linear layers are written; see `exporters.options.EngineRequest`.
-        compatibility: likewise.
-        max_sequence: the most tokens, prompt and answer together.
-        seconds: of the build.
-        peak_memory_bytes: of the builder on the host.
-        engine_bytes: of the file.
-        network_layers: layers of the graph as the library read it.
-        engine_layers: layers of the finished engine; 0 where nobody listed them.
-        summary: the verdicts, counted.
+        format: format of build.json.
+        target: name of the target.
+        library: version of the library that built the engine.
+        arch: GPU architectures that the engine was built for, such as "sm90".
+        dtype: dtype of the graph.
+        sparse_weights: whether the builder was allowed to use sparse kernels.
+        sparse_form: form of the linear layers; see `exporters.options.EngineRequest`.
+        compatibility: where else the engine may run; see `exporters.options.EngineRequest`.
+        max_sequence: maximum sequence length in tokens, prompt and answer together.
+        seconds: duration of the build.
+        peak_memory_bytes: peak host memory of the builder.
+        engine_bytes: size of the engine file.
+        network_layers: number of layers of the graph as the library parsed it.
+        engine_layers: number of layers of the finished engine; 0 if they were not listed.
+        summary: counts of the verdicts.
     """
 
     format: str
@@ -131,10 +133,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult(Built):
-    """What the manifest has of an engine.
+    """The result of an engine's stage, for the manifest.
 
     Attributes:
-        trial_seconds: by form, the time from prompt to last token; empty where one form was built.
+        trial_seconds: time from the prompt to the last token, for each form of the linear layers;
+            empty if only one form was built.
     """
 
     trial_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -145,7 +148,7 @@ class BuildRecord(Built):
     """The content of build.json.
 
     Attributes:
-        profiles: for prefill and for decode.
+        profiles: the optimisation profiles for prefill and for decode.
         layers: the verdict on every linear layer.
     """
 
@@ -153,16 +156,16 @@ class BuildRecord(Built):
     layers: tuple[LayerProof, ...]
 
     def result(self, trial_seconds: Mapping[str, float]) -> EngineResult:
-        """The short form for the manifest."""
+        """Return the result of the stage, without the profiles and the layers."""
         shared = {each.name: getattr(self, each.name) for each in fields(Built)}
         return EngineResult(**shared, trial_seconds=trial_seconds)
 
 
 def read_build(folder: Path) -> BuildRecord:
-    """The content of build.json.
+    """Read the build.json in the folder of an engine.
 
     Raises:
-        InputError: it is missing or not readable.
+        InputError: the file is missing or unreadable.
     """
     path = folder / BUILD
     try:

@@ -1,4 +1,4 @@
-"""Files of a bundle: their hashes, JSON written whole or not at all, and room on the disk."""
+"""Files of a bundle: their hashes, JSON that is replaced atomically, and disk space."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from thanos_deploy.errors import InputError, ResourceError
 
 T = TypeVar("T")
 
-# What begins like this was not finished, and is removed by the next writer.
+# Prefix of the names of unfinished files and folders, which the next writer removes.
 PARTIAL = ".partial-"
 
 
@@ -28,26 +28,26 @@ class FileRecord:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(value: Mapping[str, object]) -> str:
-    """Hexadecimal SHA-256 of a JSON-ready value, independent of key order."""
+    """Return the hexadecimal SHA-256 of a JSON-ready value, independent of its key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON, refusing NaN, which is no JSON."""
+    """Write a value as indented JSON; NaN and infinity, which JSON lacks, are refused."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def glanced(path: Path) -> Json:
-    """The object in a JSON file of somebody else's, to see what kind of thing it describes.
+    """Return the JSON object in an untrusted file, to find out what kind of data it describes.
 
-    Empty where the file cannot be read or holds something else: whoever reads it in earnest says
-    what is wrong with it.
+    Empty if the file is unreadable or contains something else. No error is raised here, because the
+    code that reads the file later explains what is wrong.
     """
     try:
         content = loads(path.read_bytes())
@@ -57,16 +57,16 @@ def glanced(path: Path) -> Json:
 
 
 def read_record(path: Path, cls: type[T]) -> T:
-    """The record in a JSON file; see `codec.decode` for what its type may be.
+    """Read a record from a JSON file; see `codec.decode` for the possible types.
 
     Raises:
-        InputError: there is no such file, or it holds something else; the message says where.
+        InputError: the file is missing or contains something else; the message says where.
     """
     return record_in(path, read_json(path), cls)
 
 
 def record_in(path: Path, content: object, cls: type[T]) -> T:
-    """The record that a JSON file was found to hold; see `read_record`."""
+    """Decode a record from the content of a JSON file that was read before; see `read_record`."""
     try:
         return decode(cls, content)
     except ValueError as error:
@@ -74,10 +74,10 @@ def record_in(path: Path, content: object, cls: type[T]) -> T:
 
 
 def read_json(path: Path) -> object:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
 
     Raises:
-        InputError: there is no such file, or it is no JSON.
+        InputError: the file is missing or is not JSON.
     """
     try:
         content: object = loads(path.read_bytes())
@@ -87,7 +87,7 @@ def read_json(path: Path) -> object:
 
 
 def write_record(path: Path, record: object) -> None:
-    """Write a record so that `read_record` reads it."""
+    """Write a record, or a list of records, to a JSON file that `read_record` can read."""
     write_json(
         path,
         [encode(one) for one in record] if isinstance(record, list | tuple) else encode(record),
@@ -103,7 +103,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def replace_json(path: Path, value: object) -> None:
-    """Write a value as JSON so that the file has the old or the new one, whatever happens."""
+    """Replace the value in a JSON file atomically: a crash leaves the old or the new content."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     write_json(partial, value)
     sync(partial)
@@ -112,17 +112,17 @@ def replace_json(path: Path, value: object) -> None:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and hash of a file."""
+    """Return the size and the hash of a file."""
     return FileRecord(path.stat().st_size, sha256(path))
 
 
 def size(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 if there is none."""
+    """Return the total size of the files below a folder, in bytes; 0 if there is no such folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def link(source: Path, destination: Path) -> None:
-    """Give a file a second name; copy it where the file system cannot do that."""
+    """Create a hard link to a file, or a copy if the file system cannot link."""
     try:
         os.link(source, destination)
     except OSError:
@@ -133,7 +133,7 @@ def require_disk(folder: Path, needed: int) -> None:
     """Refuse work that would fill the disk.
 
     Raises:
-        ResourceError: fewer than `needed` bytes are free.
+        ResourceError: fewer than `needed` bytes are free on the disk of the folder.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -146,7 +146,7 @@ def require_disk(folder: Path, needed: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or the names in a folder, on the disk now."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

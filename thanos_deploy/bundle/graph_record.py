@@ -1,4 +1,4 @@
-"""What is recorded of an exported ONNX graph: export.json, and the result of its stage."""
+"""The records of an exported ONNX graph: export.json, and the result of its stage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ class ParityCase:
     """One comparison of ONNX Runtime with PyTorch; errors are relative to the range of the values.
 
     Attributes:
-        name: what the case shows.
-        batch, past, sequence: its shape.
-        logits_error, cache_error: largest absolute difference over max - min of PyTorch's values,
-            at positions that are not padding.
-        first_differing: the first output, in the order in which the network computes them, that
-            is off by more than the limit; None if none is.
+        name: what the case tests.
+        batch, past, sequence: batch size, tokens in the KV cache, and new tokens.
+        logits_error, cache_error: largest absolute difference, divided by max - min of PyTorch's
+            values, at positions that are not padding.
+        first_differing: the first output, in the order in which the network computes them, whose
+            error exceeds the limit; None if no error does.
     """
 
     name: str
@@ -32,15 +32,15 @@ class ParityCase:
 
 @dataclass(frozen=True, slots=True)
 class WeightRecord:
-    """A linear layer's weight in the written file.
+    """The weight of a linear layer in the written file.
 
     Attributes:
         name: the layer's full name in the model.
-        shape: as it lies in the file.
-        input_axis: the axis that is summed over, along which n:m groups run.
+        shape: shape of the weight in the file.
+        input_axis: the axis of the inputs, which is summed over and along which n:m groups run.
         sparsity: fraction of zeros.
-        pattern: what it is claimed to hold; None for a dense one.
-        pattern_holds: the pattern holds everywhere; None likewise.
+        pattern: the pattern that the weight should have; None for a dense layer.
+        pattern_holds: whether the pattern holds everywhere; None for a dense layer.
     """
 
     name: str
@@ -53,7 +53,7 @@ class WeightRecord:
 
 @dataclass(frozen=True, slots=True)
 class CacheBlock:
-    """What one block keeps for each token: heads, and the length of a key and of a value."""
+    """The KV cache of one block for each token: heads, and the lengths of a key and of a value."""
 
     heads: int
     key_dim: int
@@ -62,7 +62,7 @@ class CacheBlock:
 
 @dataclass(frozen=True, slots=True)
 class CacheRecord:
-    """The kv cache of a graph: each block, and the bytes for each token in all of them."""
+    """The KV cache of a graph: each block, and the bytes for each token in all blocks together."""
 
     blocks: tuple[CacheBlock, ...]
     bytes_per_token: int
@@ -73,26 +73,32 @@ class GraphRecord:
     """The content of export.json.
 
     Attributes:
-        opset: of ONNX.
-        dtype: of the weights; see `exporters.options.ExportRequest`.
-        pattern: what the linear layers are claimed to hold, in words; None for nothing.
-        max_sequence: the most tokens, prompt and answer together, that the graph is meant for.
-        logits: "all" or "last".
-        graph: "neutral", or "ort" with operators of ONNX Runtime alone; see `exporters.onnx.graph`.
-        neutral_because: why it is neutral though "ort" was asked for; None if it was not.
-        cache: the kv cache.
-        rounding: how far int8 moves the logits, relative to their range: "weights", "activations".
-        quantised: names of the layers whose activations are int8 too; None where none can be.
+        opset: version of the ONNX opset.
+        dtype: dtype of the weights; see `exporters.options.ExportRequest`.
+        pattern: the patterns that the linear layers should have, in words; None without any.
+        max_sequence: the maximum sequence length of the graph in tokens, prompt and answer
+            together.
+        logits: "all" or "last"; see `exporters.onnx.graph`.
+        graph: "neutral", or "ort" with operators that only ONNX Runtime has; see
+            `exporters.onnx.graph`.
+        neutral_because: why the graph is neutral although "ort" was requested; None if the graph
+            is what was requested.
+        cache: the KV cache.
+        rounding: how far quantisation moves the logits, relative to their range, by its cause:
+            "weights", "activations".
+        quantised: names of the layers whose activations are int8 as well; None if the dtype has no
+            such layers.
         parity_limit: the largest error that is accepted.
         parity: the comparisons with PyTorch.
-        weights: the linear layers as they lie in the file.
+        weights: the weights of the linear layers as they are stored in the file.
     """
 
     opset: int
     dtype: str
     pattern: str | None
     max_sequence: int
-    logits: str = "all"  # the first graphs have all and do not say so; likewise what has a default
+    # The fields with defaults are missing in older records, and the defaults describe those graphs.
+    logits: str = "all"
     graph: str = "neutral"
     neutral_because: str | None = None
     cache: CacheRecord
@@ -105,11 +111,11 @@ class GraphRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphResult:
-    """What the manifest has of an exported graph; for the attributes see `GraphRecord`.
+    """The summary of a graph's record for the manifest; for other attributes see `GraphRecord`.
 
     Attributes:
         cache_bytes_per_token: `GraphRecord.cache.bytes_per_token`.
-        weights: how many linear layers there are.
+        weights: number of linear layers.
     """
 
     max_sequence: int
@@ -124,7 +130,7 @@ class GraphResult:
 
     @classmethod
     def of(cls, record: GraphRecord) -> "GraphResult":
-        """The short form of a record."""
+        """Summarise a record."""
         return cls(
             max_sequence=record.max_sequence,
             cache_bytes_per_token=record.cache.bytes_per_token,
@@ -139,20 +145,20 @@ class GraphResult:
 
     @property
     def worst_logits_error(self) -> float:
-        """The largest error of the logits in any comparison."""
+        """The largest error of the logits in all comparisons."""
         return max(case.logits_error for case in self.parity)
 
 
 def read_graph_record(path: Path) -> GraphRecord:
-    """The content of an export.json.
+    """Read an export.json.
 
     Raises:
-        InputError: it is missing or not readable.
+        InputError: the file is missing or unreadable.
     """
     try:
         content = loads(path.read_bytes())
         for weight in content["weights"]:
-            # Weights had no pattern of their own while all had the same.
+            # In older records, one pattern stands for all weights.
             weight.setdefault("pattern", content["pattern"])
         return decode(GraphRecord, content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,12 +1,15 @@
-"""One writer of a folder, on one machine or on several that share it. Standard library only.
+"""Ensure that a folder has only one writer, also if several machines share the folder.
 
-Two locks are held. The system's, on the file `.lock`, is gone with its process, but a network file
-system may not have it, or keep it to one machine. So the writer also leaves a note of who it is,
-`.lock-owner`, which is there whole or not at all because it comes by a hard link, or by creating it
-where links are missing. Its time is renewed while its writer lives. A note counts for nothing when
+A writer holds two locks. The first is the system's lock (flock) on the file `.lock`. It ends with
+the process, but a network file system may not support it, or only within one machine. So the writer
+also creates the file `.lock-owner`, called the note, which identifies the process. The note is
+created by a hard link, so it appears complete or not at all; a file system without links creates it
+exclusively instead. Its modification time is renewed while the writer lives. A note is expired when
 
-- its process is on this machine and is gone; or
-- it has not been renewed for `EXPIRY_SECONDS`, by the clock of the disk that the folder is on.
+- its process was on this machine and has ended; or
+- it was not renewed for `EXPIRY_SECONDS`, by the clock of the file system of the folder.
+
+Standard library only.
 """
 
 import _thread
@@ -27,7 +30,7 @@ from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.files import sync
 from thanos_deploy.errors import PlatformError
 
-# What the names of both files, and of those that are left of them, begin with.
+# Prefix of the names of both files, and of temporary files that killed processes leave.
 LOCK = ".lock"
 
 EXPIRY_SECONDS = 60.0
@@ -39,15 +42,15 @@ _FIX = "wait for it to finish, or give another folder with -o"
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who writes.
+    """The process that writes to a folder.
 
     Attributes:
-        host: name of the machine, for people.
-        machine: what no other machine has, nor this one after it was started again; of a container,
-            what no other one has.
-        process: number of the process.
-        started: when the process was, in ticks since the machine was.
-        token: of this one claim.
+        host: name of the machine, for messages.
+        machine: identifier of the machine since it was booted, and of the container if there is
+            one; see `_machine`.
+        process: process id.
+        started: start time of the process, in clock ticks since boot; 0 if unknown.
+        token: random identifier of this claim.
     """
 
     host: str
@@ -58,7 +61,7 @@ class Owner:
 
     @classmethod
     def here(cls) -> "Owner":
-        """This process, with a token of its own."""
+        """Return this process as an owner, with a new token."""
         process = os.getpid()
         return cls(
             socket.gethostname(), _machine(), process, _started(process) or 0, uuid.uuid4().hex
@@ -66,26 +69,27 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Its process is known to have ended."""
+        """Whether the process is known to have ended."""
         return self.machine == _machine() and _started(self.process) != self.started
 
 
 class Lock:
-    """A folder that this process writes to."""
+    """The lock on a folder that this process writes to; a thread renews its note."""
 
     def __init__(self, folder: Path, owner: Owner) -> None:
         self._folder, self._owner = folder, owner
         self._over = threading.Event()
-        # Without memory for it the note is not renewed, and another machine may take over, which
-        # `require` sees. `threading.Thread.start` would wait for ever for a thread that dies so.
+        # If there is no memory for the thread, the note is not renewed, and another machine may
+        # take over; `require` detects that. `threading.Thread.start` would wait for ever for a
+        # thread that dies for lack of memory.
         with suppress(RuntimeError):
             _thread.start_new_thread(self._renew, ())
 
     def require(self) -> None:
-        """Refuse to go on where another process has taken the folder over.
+        """Refuse to go on if another process has taken over the folder.
 
         Raises:
-            PlatformError: this process was stopped for so long that another one did.
+            PlatformError: another process took over, because the note of this one had expired.
         """
         if (owner := _read(_note(self._folder))) != self._owner:
             raise PlatformError(
@@ -95,37 +99,37 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock, so that other processes can write."""
         self._over.set()
         if _read(_note(self._folder)) == self._owner:
             _note(self._folder).unlink(missing_ok=True)
 
     def _renew(self) -> None:
-        # A disk or memory that comes back in time is no reason to end.
+        # Failures of the disk or a lack of memory may pass, so the thread goes on.
         while not self._is_over():
             with suppress(OSError, MemoryError):
                 if _read(_note(self._folder)) == self._owner:
                     os.utime(_note(self._folder))
 
     def _is_over(self) -> bool:
-        """Wait until the next time; whether the lock was released meanwhile."""
+        """Wait for one period, and return whether the lock was released meanwhile."""
         try:
             return self._over.wait(_BEAT_SECONDS)
-        except (MemoryError, RuntimeError):  # `wait` allocates what it waits for
+        except (MemoryError, RuntimeError):  # `wait` allocates a lock
             time.sleep(_BEAT_SECONDS)
             return self._over.is_set()
 
 
 @contextmanager
 def hold(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
-    """Be the one that writes to a folder.
+    """Lock a folder for writing, inside the `with` block.
 
     Args:
-        folder: one that is there.
-        wait: wait for another process instead of refusing.
+        folder: an existing folder.
+        wait: wait while another process has the lock, instead of raising an error.
 
     Raises:
-        PlatformError: another process writes there.
+        PlatformError: another process is writing to the folder.
     """
     with (folder / LOCK).open("a") as file:
         while True:
@@ -147,28 +151,31 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
 
 
 def _flock(descriptor: int) -> bool:
-    """Take the system's lock; where there is none, the note alone decides."""
+    """Take the system's lock and return whether it is free.
+
+    True also if the file system has no such locks; then the note alone decides.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # ENOLCK, EOPNOTSUPP, or whatever else a network file system says
+    except OSError:  # ENOLCK, EOPNOTSUPP, or another error of a network file system
         pass
     return True
 
 
 def _take(folder: Path, owner: Owner) -> Owner | None:
-    """Leave a note; whose is there instead, or None when it is done.
+    """Create the note; return None, or the owner of a note that has not expired.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder is not writable.
     """
     note = _note(folder)
     own = folder / f"{LOCK}-{owner.token}"
     try:
         own.write_text(json.dumps(encode(owner)))
-        sync(own)  # or a power cut leaves a note that says nothing
-        os.utime(own)  # a network file system then takes the time of its server
+        sync(own)  # otherwise a power cut could leave an empty note
+        os.utime(own)  # makes a network file system use the time of its server
         _tidy(folder, own)
         while True:
             if _left(own, note):
@@ -182,7 +189,7 @@ def _take(folder: Path, owner: Owner) -> Owner | None:
 
 
 def _left(own: Path, note: Path) -> bool:
-    """Leave the note, unless one is there."""
+    """Create `note` with the content of `own`; return False if `note` exists already."""
     try:
         os.link(own, note)
     except FileExistsError:
@@ -198,14 +205,17 @@ def _left(own: Path, note: Path) -> bool:
 
 
 def _counts(note: Path, owner: Owner | None, own: Path) -> bool:
-    """Whoever left the note may still be writing; None for one that cannot be read."""
+    """Whether a note has not expired; its owner is None if the note cannot be read."""
     if owner is not None and owner.machine == _machine():
         return not owner.is_gone
     return _age(note, own) < EXPIRY_SECONDS
 
 
 def _age(file: Path, own: Path) -> float:
-    """Seconds since a file was written, by the clock of the disk; endless where it is gone."""
+    """Return the seconds since a file was modified; infinite if the file is gone.
+
+    The current time is that of the file system, which sets the modification time of `own`.
+    """
     os.utime(own)
     try:
         return own.stat().st_mtime - file.stat().st_mtime
@@ -214,16 +224,17 @@ def _age(file: Path, own: Path) -> float:
 
 
 def _tidy(folder: Path, own: Path) -> None:
-    """Remove what killed processes left."""
+    """Remove the temporary files of killed processes."""
     for path in folder.glob(f"{LOCK}-*"):
         if path not in (own, _note(folder)) and _age(path, own) > EXPIRY_SECONDS:
             path.unlink(missing_ok=True)
 
 
 def _set_aside(folder: Path, note: Path, other: Owner | None, own: Path) -> None:
-    """Remove a note that counts for nothing, and no other one that has come in its place.
+    """Remove an expired note, but not a new note that has replaced it meanwhile.
 
-    Only one process at a time may do that, or two would remove each other's.
+    Only one process at a time may do this, or two processes would remove each other's new notes.
+    The file `.lock-aside` gives the right to do it.
     """
     right = folder / f"{LOCK}-aside"
     if not _left(own, right):
@@ -238,7 +249,7 @@ def _set_aside(folder: Path, note: Path, other: Owner | None, own: Path) -> None
         right.unlink(missing_ok=True)
 
 
-# A note that somebody is writing where links are missing, or that is damaged.
+# Owner of a note that is damaged, or is still being written on a file system without links.
 _UNREADABLE = Owner("", "", 0, 0, "")
 
 
@@ -254,14 +265,14 @@ def _read(note: Path) -> Owner | None:
 
 
 def _who(owner: Owner | None) -> str:
-    """Another process, for a message."""
+    """Describe another process for a message."""
     if owner is None or not owner.host:
         return "another process"
     return f"another process ({owner.process} on {owner.host})"
 
 
 def _machine() -> str:
-    """What this machine has alone, until it is started again."""
+    """Return an identifier of this machine since boot; on Linux also of its PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -270,15 +281,15 @@ def _machine() -> str:
 
 
 def _started(process: int) -> int | None:
-    """When a process of this machine was started, in ticks; None if there is none.
+    """Return the start time of a process, in clock ticks since boot; None if it does not exist.
 
-    Where the system does not say, 0 for one that is there.
+    0 for an existing process whose start time the system does not tell.
     """
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return None
-    except OSError:  # somebody else's
+    except OSError:  # the process exists and belongs to another user
         pass
     try:
         stat = Path(f"/proc/{process}/stat").read_text()

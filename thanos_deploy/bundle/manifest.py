@@ -1,10 +1,10 @@
 """The bundle: one output folder, its stages, and the hash of every file in it.
 
-A bundle is built stage by stage. A stage writes into a hidden folder beside its destination; when
-it is complete its files are flushed, hashed and renamed into place, and only then does
-`manifest.json` say that the stage is done. Whatever moment a run is killed at, the manifest names
-complete stages only, and repeating the command continues from there. A long stage may keep a
-journal in another hidden folder, which outlives a run that is killed.
+A bundle is built stage by stage. A stage writes into a hidden folder beside its destination. When
+the stage is complete, its files are flushed, hashed and renamed into place, and only then does
+`manifest.json` name the stage. So the manifest names only complete stages, even if a run is killed
+at any moment, and repeating the command continues after the last complete stage. A long stage may
+keep a journal in another hidden folder, which remains when a run is killed.
 
 Nothing in a manifest is an absolute path, so a bundle can be moved.
 """
@@ -55,9 +55,9 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        source: the model that it was made from.
+        source: the model that the bundle was made from.
         stages: the finished stages by name, in the order in which they finished.
-        held: what keeps others from writing there; None for a bundle that is only read.
+        held: the lock against other writers; None for a bundle that is only read.
     """
 
     path: Path
@@ -70,30 +70,30 @@ class Bundle:
         """Read a bundle.
 
         Raises:
-            InputError: there is no bundle, it is of a format that this version cannot read, or a
-                name in it or a link leads out of its folder.
+            InputError: there is no bundle, this version cannot read its format, or a file name or
+                link in it leads out of its folder.
         """
         manifest = read_manifest(path)
         return cls(path, manifest.source, manifest.stages)
 
     def has(self, stage: Stage[Options, Inputs, Result]) -> bool:
-        """The stage is finished."""
+        """Whether the stage is finished."""
         return stage.name in self.stages
 
     def options(self, stage: Stage[Options, Inputs, Result]) -> Options:
-        """What a finished stage was made with.
+        """Return the options of a finished stage.
 
         Raises:
-            InputError: the manifest has something else there.
+            InputError: what the manifest has there is not of the stage's type.
         """
         return self._read(stage, "options", self.stages[stage.name].options, stage.options)
 
     def inputs(self, stage: Stage[Options, Inputs, Result]) -> Inputs:
-        """The hashes of what a finished stage read; see `options`."""
+        """Return the hashes of the inputs of a finished stage; for errors see `options`."""
         return self._read(stage, "inputs", self.stages[stage.name].inputs, stage.inputs)
 
     def result(self, stage: Stage[Options, Inputs, Result]) -> Result:
-        """What a finished stage reports; see `options`."""
+        """Return the result of a finished stage; for errors see `options`."""
         return self._read(stage, "result", self.stages[stage.name].result, stage.result)
 
     def _read(
@@ -109,10 +109,14 @@ class Bundle:
             ) from error
 
     def require(self, stage: str, command: str) -> StageRecord:
-        """The record of a stage that must be finished.
+        """Return the record of a stage that must be finished.
+
+        Args:
+            stage: name of the stage.
+            command: the command that finishes it, for the message.
 
         Raises:
-            InputError: it is not; the message names the command that finishes it.
+            InputError: the stage is not finished.
         """
         if stage not in self.stages:
             raise InputError(
@@ -121,7 +125,7 @@ class Bundle:
         return self.stages[stage]
 
     def stages_of(self, folder: str) -> list[str]:
-        """The finished stages that wrote into a folder of the bundle."""
+        """Return the names of the finished stages that wrote into a folder of the bundle."""
         return [
             stage
             for stage, record in self.stages.items()
@@ -130,7 +134,7 @@ class Bundle:
 
     @property
     def model_sha256(self) -> str:
-        """One hash for the pruned model: over the hashes of its files."""
+        """The hash of the pruned model, computed from the hashes of its files."""
         files = self.stages[layout.PRUNE].files
         model = f"{layout.MODEL}/"
         return sha256_of(
@@ -138,32 +142,38 @@ class Bundle:
         )
 
     def hashes(self, stage: str) -> dict[str, str]:
-        """The hashes of the files of a finished stage, by name."""
+        """Return the hashes of the files of a finished stage, by path."""
         return {name: file.sha256 for name, file in self.stages[stage].files.items()}
 
     @property
     def graph_sha256(self) -> dict[str, str]:
-        """The hashes of the files of the exported graph."""
+        """The hashes of the files of the exported ONNX graph, by path."""
         return self.hashes(layout.ONNX)
 
     def source_of(self, engine: str) -> str:
-        """The stage with the graph that an engine was built from; it may be gone."""
+        """Return the name of the stage whose graph an engine was built from.
+
+        The bundle may no longer have this stage.
+
+        Raises:
+            InputError: the manifest names no valid stage there.
+        """
         found = next((name for name in self.stages[engine].inputs if name != "model"), None)
         return names.plain(found, self.path / MANIFEST)
 
     def source_is_current(self, engine: str) -> bool:
-        """The graph that an engine was built from is the one that is there."""
+        """Whether the bundle still has the graph that an engine was built from, unchanged."""
         source = self.source_of(engine)
         return source in self.stages and self.hashes(source) == self.stages[engine].inputs[source]
 
     def recorded(self, name: str) -> bool:
-        """A finished stage wrote this file, so its hash is known."""
+        """Whether a finished stage wrote this file, so that its hash is known."""
         return any(name in record.files for record in self.stages.values())
 
     def unrecorded(self, folder: str) -> list[str]:
-        """The files below a folder of the bundle that no finished stage wrote, sorted.
+        """Return the files below a folder of the bundle that no finished stage wrote, sorted.
 
-        Hidden ones do not count: nothing in a bundle is called like that, and nothing reads them.
+        Hidden files are left out: no stage writes files with such names, and nothing reads them.
         """
         found = (path.relative_to(self.path) for path in (self.path / folder).rglob("*"))
         return sorted(
@@ -177,10 +187,10 @@ class Bundle:
     def check(
         self, stage: Stage[Options, Inputs, Result] | str, options: object, *, overwrite: bool
     ) -> None:
-        """Refuse options that differ from those a finished stage was made with.
+        """Refuse options that differ from those of a finished stage.
 
         Raises:
-            UsageError: they differ and may not be overwritten.
+            UsageError: the options differ and `overwrite` is false.
         """
         name = stage if isinstance(stage, str) else stage.name
         done, wanted = self.stages.get(name), encode(options)
@@ -223,20 +233,23 @@ class Bundle:
         inputs: object,
         overwrite: bool = False,
     ) -> StageRecord:
-        """The record of a stage, produced now unless it is already there and intact.
+        """Make a stage, unless it is finished and intact, and return its record.
+
+        A finished stage with the same options but other inputs is made again.
 
         Args:
-            stage: which; by name alone for one whose records are of no type.
+            stage: the stage; its name alone if its records have no type.
             produce: writes the stage's files into the folder that it is given and returns the
                 stage's result. Every entry of that folder replaces the entry of the same name in
-                the bundle; in a folder that other stages wrote to as well, its entries do.
-            options: what the stage is made with.
-            inputs: hashes of what it reads.
-            overwrite: redo a stage that was made with other options or whose files changed.
+                the bundle. A folder in which other stages have files is not replaced as a whole:
+                only its entries are.
+            options: the options of the stage.
+            inputs: hashes of what the stage reads.
+            overwrite: redo a stage that was made with other options or whose files were changed.
 
         Raises:
-            UsageError: made with other options, and not `overwrite`.
-            IntegrityError: a file changed since the stage was made, and not `overwrite`.
+            UsageError: the stage was made with other options, and `overwrite` is false.
+            IntegrityError: a file was changed after the stage was made, and `overwrite` is false.
         """
         name = stage if isinstance(stage, str) else stage.name
         self.check(name, options, overwrite=overwrite)
@@ -267,7 +280,7 @@ class Bundle:
             )
             self._replace(name, partial, record)
             shutil.rmtree(self.journal(name), ignore_errors=True)
-        except (InputError, UsageError):  # the same run would end there again
+        except (InputError, UsageError):  # resuming would fail again at the same point
             shutil.rmtree(self.journal(name), ignore_errors=True)
             raise
         finally:
@@ -275,15 +288,15 @@ class Bundle:
         return record
 
     def journal(self, stage: str) -> Path:
-        """The folder of a stage's journal, from which it resumes; removed when it is finished."""
+        """Return the folder of a stage's journal, which is removed when the stage is finished."""
         return self.path / f"{_JOURNAL}{stage}"
 
     def verify(self, *stages: str) -> None:
-        """Hash the files of the named stages, or of all, and compare.
+        """Compare the files of the named stages, or of all stages, with their recorded hashes.
 
         Raises:
-            IntegrityError: a file is missing or differs, or no stage wrote it and it lies where a
-                model, a graph or an engine is read from; the message names it.
+            IntegrityError: a file is missing or differs, or a file that no stage wrote is in a
+                folder from which a model, a graph or an engine is loaded. The message names it.
         """
         for stage in stages or tuple(self.stages):
             files = self.stages[stage].files
@@ -293,10 +306,10 @@ class Bundle:
                 self.refuse(self.unrecorded(folder))
 
     def refuse(self, unrecorded: Iterable[str]) -> None:
-        """Refuse files that no stage wrote, where there are any.
+        """Refuse the given files, which no stage wrote; do nothing if there are none.
 
         Raises:
-            IntegrityError: there are; the message names the first.
+            IntegrityError: there is a file; the message names the first one.
         """
         for name in unrecorded:
             raise IntegrityError(
@@ -307,11 +320,11 @@ class Bundle:
             )
 
     def verify_file(self, name: str) -> None:
-        """Hash one file of whichever stage wrote it, and compare.
+        """Compare one file with its recorded hash.
 
         Raises:
-            InputError: no stage wrote such a file.
-            IntegrityError: it is missing or differs.
+            InputError: no stage wrote this file.
+            IntegrityError: the file is missing or differs.
         """
         for stage, record in self.stages.items():
             if name in record.files:
@@ -340,8 +353,8 @@ class Bundle:
     def _replace(self, stage: str, partial: Path, record: StageRecord) -> None:
         if self.held is not None:
             self.held.require()
-        # While entries are being moved the stage must not count as done, and without a manifest
-        # nobody would take the folder for a bundle.
+        # While its files are moved, the manifest must not name the stage. A manifest must exist
+        # from the start, because a folder with files and no manifest is refused as a bundle.
         if self.stages.pop(stage, None) is not None or not (self.path / MANIFEST).exists():
             self._save()
         others = {name for other in self.stages.values() for name in other.files}
@@ -357,18 +370,19 @@ class Bundle:
 def claim(
     path: Path, source: Source, *, overwrite: bool = False, wait: bool = False
 ) -> Iterator[Bundle]:
-    """Open or create the bundle at `path` for writing; no other process can until this one ends.
+    """Open or create the bundle at `path` and lock it for writing inside the `with` block.
 
     Args:
-        path: the output folder; it may not exist yet.
+        path: the output folder; it need not exist yet.
         source: the model that the bundle is made from.
-        overwrite: start over when the folder holds a bundle of another model.
-        wait: wait for another process instead of refusing.
+        overwrite: start over if the folder contains a bundle of another model.
+        wait: wait while another process has the lock, instead of raising `PlatformError`.
 
     Raises:
-        UsageError: the folder holds something else, or a bundle of another model.
-        InputError: a name in its manifest or a link leads out of the folder.
-        PlatformError: another process is writing there, on this machine or on another one.
+        UsageError: the folder contains something other than a bundle, or, unless `overwrite`, a
+            bundle of another model.
+        InputError: the manifest is unreadable, or a file name or link leads out of the folder.
+        PlatformError: another process, on this machine or on another one, is writing there.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file", fix="give a folder with -o")
@@ -380,7 +394,7 @@ def claim(
             fix="give a new or empty folder with -o; nothing was changed there",
         )
     path.mkdir(parents=True, exist_ok=True)
-    names.require_own(path)  # before a link is written through
+    names.require_own(path)  # before anything is written through a link
     with lock.hold(path, wait=wait) as held:
         for leftover in path.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

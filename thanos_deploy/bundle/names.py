@@ -1,14 +1,15 @@
-"""Names that come out of files: shards of an index, files of a manifest, data of a graph.
+"""Checks of file names that are read from files: shards of an index, files of a manifest or graph.
 
-Whoever wrote a checkpoint or a bundle chose these names and the links beside them. Two rules keep
-what is read and written inside its folder:
+The author of a checkpoint or a bundle chooses these names and the links beside them, so they are
+not trusted. Two rules keep all reading and writing inside the folder:
 
-    plain    a name is relative, has no part that leads elsewhere, and means the same everywhere
-    own      a folder's entries are files and folders, or links to such entries of its own
+    plain    a name is relative, has no part that leads elsewhere, and means the same on every
+             system
+    own      the entries of a folder are files, folders, and links to other entries of the folder
 
-A folder in the hub's cache may also link to that repository's blobs, which is how the cache is
-laid out: snapshots/REVISION/FILE -> ../../blobs/HASH. The path of the folder itself is the user's
-and may lead through any links. Standard library only.
+A folder in the hub's cache may also link to the blobs of its repository, which is the layout of
+that cache: snapshots/REVISION/FILE -> ../../blobs/HASH. The path of the folder itself comes from
+the user and may contain any links. Standard library only.
 """
 
 import os
@@ -20,10 +21,10 @@ from pathlib import Path
 
 from thanos_deploy.errors import InputError
 
-# What every usual file system takes: bytes of one part, bytes of a whole name.
+# Limits of the usual file systems: bytes of one part of a name, and of a whole name.
 _PART, _WHOLE = 255, 1024
 
-# Names of devices, not of files, where a folder may be taken to.
+# Names that stand for devices on Windows, to which a folder may be copied.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -35,17 +36,17 @@ def plain(
     suffix: str = "",
     error: type[InputError] = InputError,
 ) -> str:
-    """A name that is nothing but the name of a file in the folder that it is of.
+    """Return a name if it can only be the name of a file inside its folder; refuse any other.
 
     Args:
-        name: as it was read.
-        source: what it was read from, for the message.
-        nested: subfolders are allowed, separated by slashes.
-        suffix: what it has to end with.
-        error: type of the error.
+        name: the value that was read.
+        source: the file that it was read from, for the message.
+        nested: allow subfolders, separated by slashes.
+        suffix: required end of the name.
+        error: type of the error to raise.
 
     Raises:
-        InputError: it is not such a name.
+        InputError: the value is not such a name.
     """
     problem = _problem(name, nested=nested, suffix=suffix)
     if problem:
@@ -61,10 +62,10 @@ def plain(
 def distinct(
     names: Iterable[str], source: Path | str, *, error: type[InputError] = InputError
 ) -> None:
-    """Refuse names that are one and the same file where capital letters do not count.
+    """Refuse names that mean the same file on file systems that ignore case or accent encoding.
 
     Raises:
-        InputError: there are such names.
+        InputError: two names differ only in this way.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -78,11 +79,11 @@ def distinct(
 
 
 def require_own(folder: Path, *, error: type[InputError] = InputError) -> None:
-    """Refuse a folder with a link that leads out of it or nowhere, or with a device in it.
+    """Refuse a folder that contains a device, a broken link, or a link that leads out of it.
 
     Args:
-        folder: one that is there.
-        error: type of the error.
+        folder: an existing folder.
+        error: type of the error to raise.
 
     Raises:
         InputError: there is such an entry; the message names it.
@@ -98,7 +99,7 @@ def require_own(folder: Path, *, error: type[InputError] = InputError) -> None:
 
 
 def _problem(name: object, *, nested: bool, suffix: str) -> str:
-    """What is wrong with a name, in words; empty if nothing is."""
+    """Say what is wrong with a name; empty if nothing is."""
     if not isinstance(name, str) or not name:
         return "it is not a string"
     try:
@@ -133,7 +134,7 @@ def _shown(name: object) -> str:
 
 
 def _blobs(root: Path) -> Iterator[Path]:
-    """Where the hub's cache keeps the contents of the snapshot that a folder is, or is in."""
+    """Yield the folder of blobs if a folder is, or lies in, a snapshot of the hub's cache."""
     for place in (root, *root.parents):
         if place.parent.name == "snapshots":
             yield place.parent.parent / "blobs"
@@ -141,14 +142,14 @@ def _blobs(root: Path) -> Iterator[Path]:
 
 
 def _entries(root: Path) -> Iterator[Path]:
-    """All entries of a folder and its subfolders; no link is followed."""
+    """Yield all entries of a folder and its subfolders, without following links."""
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):
             yield Path(place, name)
 
 
 def _foreign(path: Path, homes: list[Path]) -> str | None:
-    """What is wrong with an entry, in words."""
+    """Say what is wrong with an entry of a folder; None if nothing is."""
     try:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
@@ -157,7 +158,7 @@ def _foreign(path: Path, homes: list[Path]) -> str | None:
                 return f"a link out of its folder, to {os.readlink(path)}"
             mode = target.stat().st_mode
     except FileNotFoundError:
-        # Gone since the folder was listed, unless it is a link to nothing.
+        # The entry is a broken link, or was removed after the folder was listed.
         return "a link to a file that is missing" if path.is_symlink() else None
     except (OSError, RuntimeError):  # RuntimeError: before Python 3.13
         return "a link that leads back to itself"

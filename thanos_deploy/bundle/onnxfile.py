@@ -1,7 +1,7 @@
-"""Where an ONNX file says that the data of its tensors lie. Standard library only.
+"""Check the names of the external data files of an ONNX file. Standard library only.
 
-Tensors may keep their data in another file, whose name the ONNX file holds. Not every library
-that reads such files refuses names that lead out of the folder, so they are looked at first.
+A tensor may keep its data in another file, whose name is stored in the ONNX file. Not every library
+that reads ONNX files refuses names that lead out of the folder, so this module checks them first.
 
 Sources: onnx.proto3 of ONNX 1.23 for the numbers of the fields, and the description of Protocol
 Buffers' encoding.
@@ -13,7 +13,8 @@ from pathlib import Path
 from thanos_deploy.bundle import names
 from thanos_deploy.errors import InputError
 
-# By message: field number -> message in that field, as far as tensors can be below it.
+# For each message: field number -> message in that field, for all fields below which a tensor can
+# occur.
 _MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
@@ -32,19 +33,20 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "TensorProto": {13: "StringStringEntryProto"},
     "StringStringEntryProto": {},
 }
-_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # how a field is encoded
-_KEY, _VALUE = 1, 2
-_DEEPEST = 64  # messages in messages
+_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types of Protocol Buffers
+_KEY, _VALUE = 1, 2  # fields of StringStringEntryProto
+_DEEPEST = 64  # limit for the nesting of messages
 
 
 def require_own_data(path: Path) -> None:
-    """Refuse an ONNX file with data outside its folder.
+    """Refuse an ONNX file that reads data from outside its folder.
 
     Args:
-        path: one that is there.
+        path: an existing file.
 
     Raises:
-        InputError: a tensor's data are to be read from elsewhere, or the file is damaged.
+        InputError: the data of a tensor, or a link in the folder, lead elsewhere, or the file is
+            damaged.
     """
     names.require_own(path.parent)
     try:
@@ -58,10 +60,10 @@ def require_own_data(path: Path) -> None:
 
 
 def locations(content: bytes) -> Iterator[str]:
-    """The names of the files with data, as often as a tensor names them.
+    """Yield the name of the external data file of each tensor that has one.
 
     Raises:
-        ValueError, IndexError: the content is no ONNX file.
+        ValueError, IndexError: the content is not an ONNX file.
     """
     for entry in _below(memoryview(content), "ModelProto", 0):
         fields = dict(_fields(entry))
@@ -70,7 +72,7 @@ def locations(content: bytes) -> Iterator[str]:
 
 
 def _below(content: memoryview, message: str, depth: int) -> Iterator[memoryview]:
-    """Every entry of every tensor in a message that says where its data are."""
+    """Yield the entries (key and value) about external data of all tensors below a message."""
     if message == "StringStringEntryProto":
         yield content
         return
@@ -83,7 +85,7 @@ def _below(content: memoryview, message: str, depth: int) -> Iterator[memoryview
 
 
 def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of the fields of a message that hold bytes; the others are passed over."""
+    """Yield the number and the content of each field of a message that holds bytes."""
     place = 0
     while place < len(content):
         key, place = _varint(content, place)
@@ -105,7 +107,7 @@ def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(content: memoryview, place: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the lowest first; and the place after it."""
+    """Decode a varint (groups of seven bits, lowest first); return it and the next position."""
     number = 0
     for shift in range(0, 70, 7):
         byte = content[place]

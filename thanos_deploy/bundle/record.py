@@ -1,4 +1,4 @@
-"""What the manifest of a bundle records, and how it is read."""
+"""The records in the manifest of a bundle, and how the manifest is read."""
 
 import os
 import re
@@ -25,13 +25,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Stage(Generic[Options, Inputs, Result]):
-    """A kind of stage: what it is called in a manifest, and what is recorded of it.
+    """A kind of stage: its name in a manifest, and the types of its records.
 
     Attributes:
-        name: in the manifest.
-        options: the type of what it is made with; see `codec` for what a type may be.
-        inputs: the type of the hashes of what it reads.
-        result: the type of what it reports.
+        name: name of the stage in the manifest.
+        options: type of its options; see `codec` for the possible types.
+        inputs: type of the record with the hashes of its inputs.
+        result: type of its result.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Source:
 
     Attributes:
         kind: "hub", "folder", "gguf" or "memory".
-        name: what the user called it; for a local path, its last part; for a model in memory, what
-            it was loaded from.
+        name: the hub id; for a local path, its last part; for a model in memory, the last part of
+            the name that it was loaded from, or its class.
         revision: commit of a hub model, else empty.
         sha256: hash over the weights, the configuration and the tokenizer.
     """
@@ -71,9 +71,9 @@ class StageRecord:
 
     Attributes:
         options: all options that a user can set.
-        inputs: hashes of what the stage read; when one changes, the stage is stale.
-        files: relative path -> record, for every file of the stage.
-        result: what the stage reports.
+        inputs: hashes of what the stage read; when one of them changes, the stage is stale.
+        files: size and hash of every file of the stage, by path relative to the bundle.
+        result: the result of the stage.
         seconds: wall time.
         finished: UTC time, ISO 8601.
         environment: libraries and machine.
@@ -93,9 +93,9 @@ class Exported(Generic[Result]):
     """A finished export.
 
     Attributes:
-        stage: what the manifest calls it.
-        result: what the target says of it; a record of the target's own.
-        files: path in the bundle -> size and hash.
+        stage: name of its stage in the manifest.
+        result: the result of the stage, a record of the target's own type.
+        files: size and hash of each file, by path relative to the bundle.
         seconds: wall time.
     """
 
@@ -107,7 +107,7 @@ class Exported(Generic[Result]):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     format: int
     source: Source
@@ -115,15 +115,15 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in the folder of a bundle.
+    """Read the manifest in the folder of a bundle.
 
     Raises:
-        InputError: there is no bundle, it is of a format that this version cannot read, or a
-            name in it or a link leads out of its folder.
+        InputError: there is no bundle, this version cannot read its format, or a file name or link
+            in it leads out of its folder.
     """
     try:
         if os.path.lexists(path / MANIFEST):
-            names.require_own(path)  # before anything is read
+            names.require_own(path)  # before any file is read through a link
         content = loads((path / MANIFEST).read_bytes())
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
             raise InputError(
@@ -147,7 +147,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def differences(before: Json, now: Json) -> str:
-    """The differences between two sets of options, as text for a message."""
+    """Describe the differences between two sets of options, for a message."""
     return ", ".join(
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -156,14 +156,19 @@ def differences(before: Json, now: Json) -> str:
 
 
 def _require_plain(manifest: Path, source: Source, stages: Mapping[str, StageRecord]) -> None:
-    """Refuse what is used as the name of a file or folder and is none."""
+    """Refuse strings that are used as names of files or folders and are not safe as such.
+
+    Raises:
+        InputError: a stage or a file has such a name.
+        ValueError: a string that has to be a SHA-256 hash is none.
+    """
     files = {name: file for record in stages.values() for name, file in record.files.items()}
     for stage in stages:
         names.plain(stage, manifest)
     for name in files:
         names.plain(name, manifest, nested=True)
     names.distinct(files, manifest)
-    # Folders of the cache are called by the hash of what they were made from.
+    # Hashes are checked too, because folders of the cache are named after them.
     hashes = [file.sha256 for file in files.values()] + [source.sha256] * bool(source.sha256)
     for sha256 in hashes:
         if not _SHA256.fullmatch(sha256):

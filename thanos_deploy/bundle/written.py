@@ -1,4 +1,4 @@
-"""What a stage wrote into its hidden folder: flushed, hashed, and moved into the bundle."""
+"""Flush and hash the files that a stage wrote to its hidden folder, and move them to the bundle."""
 
 import shutil
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from thanos_deploy.bundle.files import FileRecord, file_record, sync
 
 
 def flushed(folder: Path) -> dict[str, FileRecord]:
-    """The files below a folder by relative path, when they and their folders are on the disk."""
+    """Flush everything below a folder to the disk; return the records of its files by path."""
     records = {}
     for path in sorted(folder.rglob("*")):
         sync(path)
@@ -18,13 +18,13 @@ def flushed(folder: Path) -> dict[str, FileRecord]:
 
 
 def move(folder: Path, destination: Path, others: Collection[str]) -> None:
-    """Move the entries of a folder into another, each in place of the entry of its name there.
+    """Move the entries of a folder to a bundle, where each replaces the entry of the same name.
 
     Args:
-        folder: what a stage wrote.
-        destination: the bundle.
-        others: paths in the bundle of the files of other stages. In a folder that holds some of
-            them, it is its entries that are moved, so that they stay.
+        folder: the folder with the files of a stage.
+        destination: the folder of the bundle.
+        others: paths of the files of other stages, relative to the bundle. A folder that contains
+            any of them is not replaced as a whole: its entries are moved one by one.
     """
     for entry in sorted(folder.iterdir()):
         _move(entry, destination, Path(entry.name), others)

@@ -1,5 +1,5 @@
-"""What a pattern will bring and cost on hardware that is not here, computed from sizes.
+"""Forecast the speed and the cost of pruning on hardware that is not present, from model sizes.
 
-`thanos-deploy plan` and the dry runs call it. Nothing here is a measurement; what was measured on
-GPUs replaces a forecast where there is such a figure.
+`thanos-deploy plan` and the dry runs call it. A forecast is not a measurement. Where a figure was
+measured on the GPU in question, it replaces the forecast.
 """

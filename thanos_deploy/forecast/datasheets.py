@@ -1,7 +1,7 @@
-"""What the makers of GPUs publish about them: arithmetic, bandwidth, memory.
+"""GPU data sheets: peak arithmetic, memory bandwidth and memory size, as the vendor publishes them.
 
-Peaks are those of dense matrices on tensor cores, accumulated in float32, at the boost clock. The
-sheets that state only figures "with sparsity" state twice the dense ones.
+Peaks are for dense matrix products on tensor cores, accumulated in float32, at the boost clock. A
+sheet that states only figures "with sparsity" states twice the dense figures.
 """
 
 import re
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 
 from thanos_deploy.errors import UsageError
 
-# What 2:4 sparsity multiplies a peak by, on every GPU below (L40S: the sheet rounds to 2.02).
+# Ratio of the 2:4 sparse peak to the dense peak, on every GPU below (L40S: rounded, its sheet has
+# 2.02).
 SPARSE_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Datasheet:
-    """What is published about one GPU.
+    """The published figures of one GPU.
 
     Attributes:
-        name: what `--gpu` calls it.
-        product: what its driver calls it.
-        peak: dtype -> dense floating-point (or integer) operations per second.
-        bandwidth: of its memory, bytes per second.
-        memory: bytes.
+        name: its name for `--gpu`.
+        product: its name in NVIDIA's driver.
+        peak: maps a dtype to dense floating-point (or integer) operations per second.
+        bandwidth: memory bandwidth in bytes per second.
+        memory: memory size in bytes.
         source: the document with these figures.
     """
 
@@ -36,7 +37,7 @@ class Datasheet:
 
 
 def _peaks(sixteen: float, int8: float, fp8: float | None = None) -> dict[str, float]:
-    """Peaks from TFLOPS; int8 and fp8 have no entry where the tensor cores do not take them."""
+    """Peaks by dtype, from TFLOPS; None for a dtype that the tensor cores do not support."""
     known = {"fp16": sixteen, "bf16": sixteen, "int8": int8, "fp8": fp8}
     return {dtype: value * 1e12 for dtype, value in known.items() if value is not None}
 
@@ -65,10 +66,12 @@ GPUS = (
 
 
 def find(name: str) -> Datasheet:
-    """The data sheet of a GPU by either of its names; capitals, spaces and hyphens do not matter.
+    """Find the data sheet of a GPU by its `name` or its `product`.
+
+    Only letters and digits of the name count, without regard to case.
 
     Raises:
-        UsageError: it is not in the table.
+        UsageError: the GPU is not in the table.
     """
     for gpu in GPUS:
         if _plain(name) in (_plain(gpu.name), _plain(gpu.product)):

@@ -1,4 +1,4 @@
-"""Refuse to prune where there is too little memory, and say so where that shows only later."""
+"""Check the free memory before pruning, and explain an out-of-memory error during it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,18 +9,18 @@ from thanos_deploy.errors import DeployError, ResourceError, is_out_of_memory, s
 from thanos_deploy.forecast.memory import DENSE, TUNED, WAITING, Memory, Term, total
 from thanos_deploy.machine import devices, host_memory
 
-# What reading the texts takes, and libraries in passing. Some of these end the process without a
-# word where they get no memory, so that it has to be there before they are called.
+# Memory for reading the texts and for temporary allocations of libraries. Some libraries end the
+# process without a message when an allocation fails, so this memory has to be free beforehand.
 _PASSING, _TEXTS = "texts and libraries", 128 << 20
 
 _LARGER = "end other programs, or use a larger machine or a larger memory limit"
 
 
 def require_to_begin() -> None:
-    """Refuse a machine on which a model cannot even be looked at, before it is known what it needs.
+    """Refuse a machine that lacks the memory even to read a model, before its needs are known.
 
     Raises:
-        ResourceError: the host has less free memory than libraries take in passing.
+        ResourceError: the host has less free memory than the texts and the libraries take.
     """
     there, needed = host_memory.free_bytes(), (Term(_PASSING, _TEXTS),)
     if there is not None and total(needed) > there:
@@ -28,14 +28,14 @@ def require_to_begin() -> None:
 
 
 def require(memory: Memory, device: torch.device) -> None:
-    """Refuse a machine with less free memory than is needed, before anything is computed.
+    """Refuse a machine with less free memory than pruning needs, before anything is computed.
 
     Args:
-        memory: that will be held, beside what the process holds already.
-        device: where.
+        memory: peak memory of the work, on top of what the process holds already.
+        device: the device that computes.
 
     Raises:
-        ResourceError: the GPU or the host has less.
+        ResourceError: the GPU or the host has less free memory.
     """
     there, host = host_memory.free_bytes(), (*memory.host, Term(_PASSING, _TEXTS))
     if there is not None and total(host) > there:
@@ -47,10 +47,13 @@ def require(memory: Memory, device: torch.device) -> None:
 
 @contextmanager
 def explained(memory: Memory) -> Iterator[None]:
-    """Around the work: an allocation that fails says how much all of it needs.
+    """Turn a failed allocation in the `with` statement into an error with the memory needed.
+
+    Args:
+        memory: peak memory of the work, on top of what the process holds already.
 
     Raises:
-        ResourceError: one failed.
+        ResourceError: an allocation failed.
     """
     try:
         yield
@@ -74,7 +77,7 @@ def _too_little(place: str, needed: Sequence[Term], free: int, other: str) -> Re
 
 
 def _told(needed: Sequence[Term]) -> str:
-    """The terms, the largest first."""
+    """The terms and their sizes for a message, the largest first."""
     largest = sorted(needed, key=lambda term: -term.bytes)
     return ", ".join(f"{term.name} {_gigabytes(term.bytes)}" for term in largest)
 
@@ -84,7 +87,7 @@ def _gigabytes(size: int) -> str:
 
 
 def _lower(needed: Sequence[Term], other: str) -> str:
-    """What makes the terms smaller, or else something else."""
+    """A hint for the user: options that make these terms smaller, then other measures."""
     there = {term.name for term in needed}
     options = [
         option

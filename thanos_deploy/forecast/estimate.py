@@ -1,20 +1,21 @@
-"""Estimate the seconds and the memory that pruning a model will take on this machine.
+"""Estimate the time and the memory that pruning a model will take on this machine.
 
-Of cutting: the survey, which has been walked by then, took what it will take again; two blocks are
-cut with as many tokens as pass at once, which makes solving no quicker; and this process has held
-by then what cutting holds.
+Cutting (structured pruning): the survey of all blocks has run before the estimate, and counts with
+its measured time. Two blocks are cut with one batch of tokens, which does not shorten the solver's
+time. The memory estimate is the peak of this process, because by then it has done the same work.
 
-Of everything else, the seconds: two blocks are walked with few tokens, as pruning walks them, which
-gives what collecting statistics and going on to the next block take of a token; and leading parts
-of their layers, of several sizes, are pruned with these statistics. What a layer of [rows, cols]
-takes is fitted to the latter by
+Setting weights to zero, time: a trial walk passes few tokens through two blocks, as pruning does.
+It gives the seconds per token for collecting statistics and for the forward pass to the next block.
+Then leading parts of these layers, of several sizes, are pruned with these statistics. The seconds
+of a layer [rows, cols] are a fit to these measurements:
 
     a cols^3 + b rows cols^2 + c rows cols + d cols
 
-for factoring, for updating, for choosing and block solves, and for what each column costs.
+The terms stand for factoring the Hessian, for updating weights, for choosing a mask with the block
+solves, and for the constant cost of each column.
 
-And the memory: counted from the shapes, on top of what the process holds already; see
-`forecast.memory`.
+Setting weights to zero, memory: counted from the shapes, on top of what the process holds already;
+see `forecast.memory`.
 """
 
 import math
@@ -57,34 +58,36 @@ from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.layer import LayerProblem
 from thanos_deploy.solver.quantise import quantise
 
-# Multiplications of a trial pass through a block: a fraction of a second on any machine.
+# Multiplications of a trial pass through a block. They take a fraction of a second on any machine.
 _TRIAL_PRODUCTS = 5e9
 
-# The parts that are pruned have at most so many rows and columns. The first is nearly all
-# factoring, whose share grows fastest with the width.
+# Most rows and columns of the layer parts that are pruned in a trial. The first is nearly all
+# factoring, whose share of the time grows fastest with the width.
 _TRIAL_SIZES = ((64, 1024), (512, 512), (64, 512), (256, 256))
 
-# Steps that blocks are tuned with: so many that judging a block before and after is about the share
-# of it that it is of several hundred steps on more text.
+# Tuning steps of a trial. Tuning also judges the block before and after its steps; with this many
+# steps, that takes about the same share of the time as with several hundred steps on more text.
 _TRIAL_STEPS = 4
 
-# What is measured of a pass by itself.
+# The activity of the clock for one forward pass by itself.
 _PASS = "pass"
 
-# The first time is a warm-up.
+# Runs of each trial; the first one is a warm-up.
 _REPEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What pruning will take.
+    """The time and the memory that pruning will take.
 
     Attributes:
-        seconds: by activity: "collect", "solve", "tune" and "forward" as in `layers.ACTIVITIES`;
-            "survey", the walk before, of OWL or of cutting; "quantize", the walk afterwards.
-        memory: the most that the process will hold.
-        token_seconds: one token on its way through one dense block, statistics included.
-        basis: what this is derived from.
+        seconds: maps an activity to its seconds: "collect", "solve", "tune" and "forward" as in
+            `layers.ACTIVITIES`; "survey" for a walk through the dense model before pruning;
+            "quantize" for the walk afterwards.
+        memory: peak memory of the process.
+        token_seconds: seconds of one token in one dense block; for setting weights to zero, the
+            statistics are included.
+        basis: what the estimate is derived from, in words.
     """
 
     seconds: Mapping[str, float]
@@ -95,7 +98,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Trial:
-    """What a walk with few tokens took, and what it saw of the last block's layers."""
+    """The times of a trial walk, and the weight and statistics of each layer that it visited."""
 
     seconds: Mapping[str, float]
     layers: Mapping[str, tuple[Tensor, Statistics]]
@@ -114,22 +117,22 @@ def estimate(
     device: torch.device,
     place: Place = "auto",
 ) -> Estimate:
-    """Measure pruning for a moment, and estimate the whole from it.
+    """Estimate what setting weights to zero takes, from a short trial; see the module.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        recipe: how it is to be pruned; for what is to be cut see `estimate_cutting`.
-        patterns: of the layers that are to be pruned, by full name.
-        further: segments that blocks are only tuned on.
-        grid: what all layers are to be quantised to afterwards; None for nothing.
-        dtype: what is to be stored; None for each tensor's own.
-        device: where it is to be done.
-        place: where the calibration data is to wait between two blocks.
+        recipe: how the model is to be pruned. For structured pruning see `estimate_cutting`.
+        patterns: maps the full name of each layer that is to be pruned to its pattern.
+        further: number of segments that are used for tuning only.
+        grid: grid that all layers are quantised to after pruning; None for no quantising.
+        dtype: dtype of the stored weights; None to keep the dtype of each tensor.
+        device: device that computes.
+        place: where the calibration data is kept between two blocks.
     """
     resident, started = environment.resident_memory_bytes() or 0, time.perf_counter()
     blocks = len(checkpoint.blocks)
-    # What is pruned of any block stands for all.
+    # Short names of the layers that are pruned in at least one block; all blocks count alike.
     linears = short_names(checkpoint, patterns)
     visited = [
         block for block in checkpoint.blocks if not patterns.keys().isdisjoint(block.full_names)
@@ -148,7 +151,8 @@ def estimate(
         "forward": (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing),
     }
     if recipe.tries_layers:
-        # Once more, and a part of the data through a block for each of its groups.
+        # The survey prunes every block once more, and passes a share of the data through the block
+        # for each of its groups.
         passes = SHARE * (1 + len(checkpoint.blocks[0].groups))
         trying = len(visited) * share * passes * trial.seconds.get("forward", 0.0)
         again = seconds["collect"] + seconds["solve"] + seconds["forward"]
@@ -158,7 +162,7 @@ def estimate(
         survey = _walk(checkpoint, few, every, Walk(), forward=torch.float32, device=device)
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     if grid is not None:
-        # A walk of its own, whose blocks are tuned like those that were pruned.
+        # Quantising is a second walk, and tunes every block as pruning does.
         walked = share * trial.seconds["collect"] + steps + passing
         seconds["quantize"] = (
             blocks * walked
@@ -200,22 +204,22 @@ def estimate_cutting(
     further: int = 0,
     device: torch.device,
 ) -> Estimate:
-    """Measure cutting for a moment, and estimate the whole from it.
+    """Estimate what cutting (structured pruning) takes, from a short trial; see the module.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        fit: how what is left is to be refitted.
-        surveyed: seconds that the survey before it took this process.
-        plan: the widths of each block.
-        tuning: steps of what is left of a block.
-        further: segments that blocks are only tuned on.
-        device: where it is to be done.
+        fit: how the remaining weights are refitted.
+        surveyed: seconds that the survey took, which this process has already run.
+        plan: the planned widths of each block.
+        tuning: tuning steps of each block after it is cut.
+        further: number of segments that are used for tuning only.
+        device: device that computes.
     """
     started, blocks = time.perf_counter(), len(plan.kept)
     few = segments[: max(1, TOKENS_PER_BATCH // segments.shape[1])]
     share = segments.numel() / few.numel()
-    # What becomes of one block stands for all, where they are alike.
+    # The widths of the median block stand for all blocks, except in a model with experts.
     kept = (plan.blocks[number] for number in plan.kept)
     after = sorted(kept, key=lambda block: block.parameters_after)[blocks // 2].after
     alike = checkpoint.family.experts is None
@@ -250,7 +254,7 @@ def estimate_cutting(
 
 
 def _few(checkpoint: Checkpoint, segments: Tensor) -> Tensor:
-    """int64[count, length]: so few calibration tokens that a block is passed at once."""
+    """int64[count, length], few enough calibration tokens for one short pass through a block."""
     weights = math.prod(max(linear_shapes(checkpoint).values(), key=math.prod))
     linears = max(len(block.linears) for block in checkpoint.blocks)
     tokens = min(TOKENS_PER_BATCH, max(1, int(_TRIAL_PRODUCTS / (weights * linears))))
@@ -267,7 +271,7 @@ def _walk(
     forward: torch.dtype,
     device: torch.device,
 ) -> _Trial:
-    """Walk two blocks and prune nothing."""
+    """Walk through two blocks without pruning them."""
     layers: dict[str, tuple[Tensor, Statistics]] = {}
 
     def work(visit: Visit) -> None:
@@ -289,7 +293,7 @@ def _walk(
 
 
 def _quicker(walk: Iterator[Visit], work: Callable[[Visit], object]) -> dict[str, float]:
-    """Seconds by activity that working on two blocks takes, of which the quicker counts."""
+    """Seconds by activity of work on one block: the minimum over the first two blocks."""
     clocks = []
     for visit in islice(walk, _REPEATS):
         work(visit)
@@ -299,7 +303,10 @@ def _quicker(walk: Iterator[Visit], work: Callable[[Visit], object]) -> dict[str
 
 
 def _pass(visit: Visit, how: Tuning) -> None:
-    """Measure one pass of the data through a block, if segments may be only tuned on."""
+    """Time one forward pass of the data through a block, if there is tuning.
+
+    Segments that are used for tuning only pass each block this way.
+    """
     if how.tune_steps:
         with visit.clock.measure(_PASS):
             for batch in visit.walk.batches:
@@ -307,7 +314,7 @@ def _pass(visit: Visit, how: Tuning) -> None:
 
 
 def _tuning(trial: Mapping[str, float], few: Tensor, segments: Tensor, steps: int) -> float:
-    """Seconds that the steps take for a block."""
+    """Seconds of the tuning steps of one block, scaled from those of the trial."""
     tried, taken = (
         min(data.numel(), max(1, TOKENS_PER_STEP // data.shape[1]) * data.shape[1])
         for data in (few, segments)
@@ -322,7 +329,7 @@ def _solving(
     patterns: Mapping[str, Pattern],
     forward: torch.dtype,
 ) -> float:
-    """Seconds that the solver takes for all layers."""
+    """Seconds of the solver for all layers that are pruned."""
     method = methods.load(recipe.method)
     ((pattern, _),) = Counter(patterns.values()).most_common(1)
 
@@ -350,14 +357,14 @@ def _fitted(
     *,
     multiple: int,
 ) -> float:
-    """Seconds that work on layers takes, from what it takes on leading parts of some.
+    """Seconds of some work on all given layers, fitted to its times on parts of a few layers.
 
     Args:
         checkpoint: the model.
-        trial: the layers that are tried, with statistics.
-        work: on the weight of a part, and the statistics of its whole layer.
-        layers: full names of those that are to be worked on.
-        multiple: that divides the columns of a part.
+        trial: layers to take the parts from, with statistics.
+        work: does the work; takes the weight of a part and the statistics of its whole layer.
+        layers: full names of the layers that the work is to be done on.
+        multiple: the number of columns of a part is a multiple of this.
     """
     terms, times = [], []
     for most_rows, most_cols in _TRIAL_SIZES:
@@ -374,7 +381,7 @@ def _fitted(
             seconds = min(seconds, time.perf_counter() - started)
         terms.append(_terms(rows, cols))
         times.append(seconds)
-    # Relative errors count, so that the small parts do as well.
+    # Minimise relative errors, so that small parts count as much as large ones.
     factors, _ = nnls(np.array(terms) / np.array(times)[:, None], np.ones(len(times)))
     shapes = linear_shapes(checkpoint)
     return float(sum(_terms(*shapes[name]) @ factors for name in layers))

@@ -1,4 +1,4 @@
-"""Forecast what a pattern brings on a GPU, from the sizes of a model and `roofline`."""
+"""Forecast the speed and memory of a pruned model on a GPU, from its sizes and `roofline`."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,18 +28,18 @@ from thanos_deploy.shrink import sizing
 # The variant with which the others are compared.
 DENSE = "dense"
 
-# Less than this is no help.
+# A pattern with a lower speedup than this is reported as no help.
 _NOTICEABLE = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model as a pattern leaves it.
+    """A model after pruning to a pattern, or the dense model.
 
     Attributes:
         name: the pattern, or "dense".
-        architecture: its sizes.
-        sparse: its linear layers are 2:4.
+        architecture: sizes of the model.
+        sparse: whether its linear layers are 2:4.
     """
 
     name: str
@@ -48,10 +48,15 @@ class Variant:
 
 
 def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None) -> Architecture:
-    """The sizes of a checkpoint, or of what it would be at other widths.
+    """The sizes of a checkpoint's model, or of the same model with other widths.
+
+    Args:
+        checkpoint: the model.
+        widths: widths of each block; None for those of the checkpoint.
 
     Raises:
-        ModelError: its model type has no row, so that the sizes of its heads are not known.
+        ModelError: the model type is not in the table of families, so that the sizes of its
+            attention heads are unknown.
     """
     if checkpoint.family.discovered:
         raise ModelError(
@@ -70,7 +75,8 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
         for group in structure.groups:
             shapes = [matrix(block.get_submodule(name)).shape for name in group]
             gemms.append(Gemm(" + ".join(group), sum(rows for rows, _ in shapes), shapes[0][1]))
-        # Two norms, each of which reads its input and the residual and writes both.
+        # Each of the two norms reads its input and the residual, and writes both. The activation
+        # function reads all producers' outputs and writes one tensor.
         gated = family.channels.rows * len(family.channels.producers)
         elementwise = 8 * gemms[0].inputs + (gated + 1) * width.channels
         found.append(Block(tuple(gemms), width, checkpoint.head_size, elementwise))
@@ -80,10 +86,11 @@ def architecture(checkpoint: Checkpoint, widths: Sequence[Widths] | None = None)
 
 
 def variant(checkpoint: Checkpoint, pattern: Pattern) -> Variant:
-    """The model after pruning to a pattern.
+    """Return the model as it is after pruning to a pattern.
 
     Raises:
-        UsageError: structured, and nothing would be left, or the blocks differ already.
+        UsageError: the pattern is structured, and it would leave nothing, or the model's blocks
+            already differ in width.
     """
     if not isinstance(pattern, Structured):
         return Variant(str(pattern), architecture(checkpoint), is_two_of_four(pattern))
@@ -97,7 +104,7 @@ def variant(checkpoint: Checkpoint, pattern: Pattern) -> Variant:
 
 
 def is_two_of_four(pattern: Pattern) -> bool:
-    """Whether every weight with this pattern is 2:4 too, the one that tensor cores know."""
+    """Whether every weight with this pattern is also 2:4, the pattern of sparse tensor cores."""
     return (
         isinstance(pattern, SemiStructured)
         and 4 % pattern.group == 0
@@ -106,19 +113,19 @@ def is_two_of_four(pattern: Pattern) -> bool:
 
 
 def forecast(variant: Variant, step: Step, setting: Setting) -> tuple[Layer, ...]:
-    """One pass, layer by layer."""
+    """Forecast one forward pass, layer by layer."""
     work = kernels(variant.architecture, step, setting.dtype)
     return tuple(layer(kernel, setting, sparse=variant.sparse) for kernel in work)
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What is asked of the model.
+    """The generation request that a forecast is for.
 
     Attributes:
-        batches: sequences at once; one forecast for each.
-        prompt: tokens of each.
-        new_tokens: tokens that are generated after it.
+        batches: batch sizes in sequences; there is one forecast for each.
+        prompt: tokens of each prompt.
+        new_tokens: tokens that are generated after each prompt.
     """
 
     batches: tuple[int, ...]
@@ -126,7 +133,7 @@ class Generation:
     new_tokens: int
 
     def steps(self, batch: int) -> dict[str, Step]:
-        """The two kinds of passes; decoding at its middle."""
+        """The prefill pass, and the decode pass halfway through the new tokens."""
         return {
             "prefill": Step(batch, self.prompt, 0),
             "decode": Step(batch, 1, self.prompt + self.new_tokens // 2),
@@ -135,7 +142,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class ForecastGpu:
-    """The GPU of a forecast, and where its figures are from."""
+    """The GPU of a forecast and the source of its figures; see `Datasheet`."""
 
     name: str
     product: str
@@ -144,7 +151,7 @@ class ForecastGpu:
 
 @dataclass(frozen=True, slots=True)
 class EqualBlocks:
-    """So many blocks of these widths."""
+    """A number of blocks that have the same widths."""
 
     blocks: int
     heads: int
@@ -154,7 +161,7 @@ class EqualBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """What is likely, and at best; they differ for 2:4 only."""
+    """The likely time and the shortest possible time; they differ for 2:4 only."""
 
     likely: float
     best: float
@@ -162,14 +169,16 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class BatchForecast:
-    """The forecast at one batch; mappings are by variant, "dense" or a pattern.
+    """The forecast for one batch size.
+
+    The innermost mappings are by variant: "dense" or a pattern.
 
     Attributes:
-        batch: sequences.
-        memory_bytes: at the end of the request.
-        fits: whether the GPU has that much.
-        seconds: of "prefill", of "decode", one token, and of the whole "request".
-        layers: of the two kinds of passes.
+        batch: number of sequences.
+        memory_bytes: bytes of weights and KV cache at the end of the request.
+        fits: whether the GPU has that much memory.
+        seconds: seconds of "prefill", of "decode" (one token) and of the whole "request".
+        layers: the layers of "prefill" and of "decode".
     """
 
     batch: int
@@ -186,7 +195,7 @@ class Forecast:
     Attributes:
         model: name of the model, as the user gave it.
         gpu: the GPU, and the source of its figures.
-        dtype: of the blocks' linear layers.
+        dtype: dtype of the blocks' linear layers.
         prompt, new_tokens: tokens in each prompt, and tokens generated after it.
         measured_products: number of measured matrix products that could replace the roofline.
         widths: widths of the blocks, by variant.
@@ -219,17 +228,18 @@ def plan(
     *,
     model: str = "",
 ) -> Forecast:
-    """The forecast of a model, dense and with patterns.
+    """Forecast a generation request for the dense model and for each pattern.
 
     Args:
-        checkpoint: its sizes.
-        patterns: what to compare with the dense model.
-        setting: the GPU, the dtype and what was measured.
-        request: what is asked of the model.
-        model: what the user calls it.
+        checkpoint: the dense model; only its sizes count.
+        patterns: patterns to compare with the dense model.
+        setting: the GPU, the dtype and the measured products.
+        request: the prompts and new tokens.
+        model: the name that the user gave the model.
 
     Raises:
-        UsageError: see `variant`; or the request is longer than the model allows.
+        UsageError: see `variant`; or the request has more tokens than the model takes.
+        ModelError: see `architecture`.
     """
     tokens = request.prompt + request.new_tokens
     if tokens > checkpoint.max_positions:
@@ -274,7 +284,7 @@ def plan(
 def _at_batch(
     variants: Sequence[Variant], batch: int, setting: Setting, request: Generation
 ) -> BatchForecast:
-    """Memory, and time of a prefill, a decode and the whole request, at one batch."""
+    """Forecast memory and times for one batch size."""
     longest = batch * (request.prompt + request.new_tokens)
     memory = {one.name: one.architecture.memory(setting.dtype, longest) for one in variants}
     layers = {
@@ -285,7 +295,7 @@ def _at_batch(
         phase: {name: _sum(found) for name, found in of_variants.items()}
         for phase, of_variants in layers.items()
     }
-    # The first new token comes with the prefill.
+    # The prefill makes the first new token.
     rest, prefill, decode = request.new_tokens - 1, seconds["prefill"], seconds["decode"]
     seconds["request"] = {
         name: Seconds(
@@ -307,19 +317,19 @@ def _sum(layers: Sequence[Layer]) -> Seconds:
 
 
 def _measured(pattern: Pattern, product: str) -> str:
-    """What was measured of a pattern on the GPU of a plan."""
+    """A sentence with the published measurements of a pattern on a GPU."""
     found = " ".join(gpu_figures.sentences(pattern, card=product))
     return f"{pattern} on {product}: {found or NOT_MEASURED}"
 
 
 def _bound(layers: Sequence[Layer]) -> str:
-    """What most of the time of a pass goes to."""
+    """The bound ("compute", "memory" or "launch") with the largest share of a pass's time."""
     bounds = {one.bound for one in layers}
     return max(bounds, key=lambda bound: sum(one.likely for one in layers if one.bound == bound))
 
 
 def _sentence(phase: str, batch: int, bound: str, times: Mapping[str, Seconds]) -> str:
-    """What every pattern brings to one pass."""
+    """A sentence with the forecast speedup of one pass by every pattern."""
     dense = times[DENSE].likely
     parts = []
     for name, time in times.items():

@@ -1,7 +1,7 @@
-"""Matrix products that were measured on a GPU, for `plan`: those of a file, or the published ones.
+"""Matrix products that were measured on a GPU, for `plan`: from a file, or the published ones.
 
-A file is a document of `gpu.records`, as the GPU campaign and `gpu-check` write it, or the table of
-benchmarks/semi_structured.py.
+A file is either a document of `gpu.records`, which the GPU campaign and `gpu-check` write, or the
+table that benchmarks/semi_structured.py writes.
 """
 
 import math
@@ -21,15 +21,16 @@ from thanos_deploy.gpu.rows import GemmRow
 
 
 def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measurement, ...]:
-    """Measured products of a GPU and a dtype.
+    """Read a file's measured products for one GPU and one dtype.
 
     Args:
         path: the file.
-        gpu: what has to have been measured on.
-        dtype: "fp16", "bf16", ..., likewise.
+        gpu: the GPU that the products must have been measured on.
+        dtype: the dtype that the products must have, such as "fp16" or "bf16".
 
     Raises:
-        InputError: the file cannot be understood, its times do not count, or it has none of them.
+        InputError: the file cannot be read, its measurements are not valid, or it has no usable
+            product for this GPU and dtype.
     """
     products = list(_read(path))
     times = (one for name, one in products if one.dtype == dtype and _is(gpu, name))
@@ -55,11 +56,14 @@ def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measureme
 
 
 def published_measurements(gpu: Datasheet, dtype: str) -> tuple[Measurement, ...]:
-    """The products of the newest published run on a GPU that counts; none if there is no such run.
+    """Return the products of the newest valid published run on a GPU with a dtype.
 
     Args:
-        gpu: what has to have been measured on.
-        dtype: "fp16", "bf16", ..., likewise.
+        gpu: the GPU that the products must have been measured on.
+        dtype: the dtype that the products must have, such as "fp16" or "bf16".
+
+    Returns:
+        the products; empty if there is no such run.
     """
     for run in gpu_figures.published():
         if _is(gpu, run.card) and not run.reasons:
@@ -76,7 +80,7 @@ def published_measurements(gpu: Datasheet, dtype: str) -> tuple[Measurement, ...
 
 
 def _read(path: Path) -> Iterator[tuple[str, KernelTime]]:
-    """The products of a file, of either kind, each with the name of its GPU."""
+    """The products of a file of either format, each with the name of its GPU."""
     try:
         document = loads(path.read_bytes())
         if "rows" not in document:
@@ -104,7 +108,10 @@ def _read(path: Path) -> Iterator[tuple[str, KernelTime]]:
 
 
 def _of_table(document: Any) -> Iterator[tuple[str, KernelTime]]:
-    """Those of benchmarks/semi_structured.py, and of `gpu-check` before it wrote records."""
+    """The products of a table of benchmarks/semi_structured.py, or of an old `gpu-check`.
+
+    `gpu-check` wrote such tables before it wrote `gpu.records`.
+    """
     table = document.get("steps", {}).get("gemm", document)
     for record in table["records"]:
         if record["seconds"]:

@@ -1,7 +1,8 @@
-"""What pruning a model holds at once in the memory of the device and of the host, term by term.
+"""Peak memory of a pruning run on the device and on the host, as a list of terms.
 
-Counted from shapes alone, so it can be known of a model that is not here. A walk holds one block,
-what is computed of it, and a batch; which part of the work holds most decides.
+It is counted from shapes alone, so the weights of the model need not be present. A walk holds one
+block, what is computed for that block, and a batch. The peak is that of the part of the work
+(collecting statistics, solving or tuning) that holds most.
 """
 
 import math
@@ -36,45 +37,47 @@ BEFORE = "this process before pruning begins"
 
 _FLOAT, _DOUBLE = 4, 8
 
-# Matrices [cols, cols] of float64, or as much memory, that are alive while a layer is solved: the
-# factor, and half of one for products while it is made, or for the last fit's copy of the Hessian.
+# Memory that is alive while a layer is solved, in float64 matrices [cols, cols]: the factor of the
+# Hessian, and half a matrix for products while the factor is computed, or for the Hessian's copy in
+# the last fit.
 _SOLVING = 1.5
 
-# Numbers beside each weight of a layer while it is solved: what it was, is and will be, its scores.
+# Numbers for each weight of a layer while it is solved: the original weight, the current one, the
+# result, and the score.
 _BESIDE = 4
 
-# Numbers beside each weight of those rows that conjugate gradients solve together: where they are,
-# the residual, the direction and its image, what is kept and fixed, a product, the result.
+# Numbers for each weight of the rows that conjugate gradients solve together: the iterate, the
+# residual, the direction and its image, the mask, the fixed part, a product, the result.
 _GRADIENTS = 8
 
-# Float32 numbers for each weight of a block while it is tuned: its value, its gradient, what Adam
-# keeps, and of fewer bits a mask, or code and zero point. Where the block runs in float32 itself,
-# also the value that it began with.
+# Float32 numbers for each weight of a block while it is tuned: the value, the gradient, Adam's two
+# moments, and one for smaller data (a mask, or a code and a zero point). Where the block runs in
+# float32, also the value before tuning.
 _TUNING, _TUNING_FLOAT32 = 5, 6
 
-# Matrices [cols, cols] of float64 that are alive while inputs are eliminated from a layer: Hessian,
-# that of the dense model's input, factor, inverse, the inverse of a trial, a product.
+# Float64 matrices [cols, cols] alive while inputs are eliminated from a layer: the Hessian,
+# that of the dense model's input, the factor, the inverse, the inverse of a trial, a product.
 _ELIMINATING = 6
 
-# Terms that an option makes smaller.
+# Names of terms that an option of the user can make smaller.
 TUNED = "tuning: weights, masks, gradients, moments"
 DENSE = "the dense block"
 WAITING = "calibration data between blocks"
 
-# Float32 vectors as wide as the hidden states that are kept for each token while it is tuned on.
+# Float32 vectors of the hidden size that norms and the loss keep for each token of a tuning step.
 _NORMS = 6
 
-# What cuBLAS and cuSOLVER take for themselves.
+# Workspaces of cuBLAS and cuSOLVER.
 LIBRARIES = 192 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """Something that is held in memory.
+    """One part of the memory.
 
     Attributes:
-        name: what it is.
-        bytes: its size.
+        name: what is held, for messages.
+        bytes: size in bytes.
     """
 
     name: str
@@ -83,33 +86,33 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is held at once when most is held.
+    """Peak memory, as lists of terms.
 
     Attributes:
-        device: in the memory of a GPU; on a CPU nothing.
-        host: in the memory of the process.
+        device: terms in the memory of the GPU; empty if the CPU computes.
+        host: terms in the host memory of the process.
     """
 
     device: tuple[Term, ...]
     host: tuple[Term, ...]
 
     def beside(self, resident: int) -> "Memory":
-        """With what the process holds already."""
+        """Add the resident memory, in bytes, that the process holds already."""
         return Memory(self.device, (Term(BEFORE, resident), *self.host))
 
     @property
     def device_bytes(self) -> int:
-        """All of the device's."""
+        """Sum of the device's terms."""
         return total(self.device)
 
     @property
     def host_bytes(self) -> int:
-        """All of the host's."""
+        """Sum of the host's terms."""
         return total(self.host)
 
 
 def total(terms: Iterable[Term]) -> int:
-    """Their sum in bytes."""
+    """Sum of some terms in bytes."""
     return sum(term.bytes for term in terms)
 
 
@@ -126,23 +129,23 @@ def of_pruning(
     place: Place,
     tries: bool = False,
 ) -> Memory:
-    """What setting weights to zero holds.
+    """Peak memory of a walk that prunes weights to zero in place.
 
     Args:
-        checkpoint: the model; its configuration is enough.
-        segments: int64[count, length], calibration tokens; only their number counts.
-        linears: names of the layers that are pruned, seen from the block.
-        walk: how the model is walked.
-        further: segments that blocks are only tuned on.
-        forward: the dtype in which blocks run.
-        dtype: what is stored; None for each tensor's own.
-        device: where it is done.
-        place: where the calibration data is between two blocks.
-        tries: the layers are only tried, and stay as they were; see `pruning.sensitivity`.
+        checkpoint: the model; the tensors of its weights are not read.
+        segments: int64[count, length], calibration tokens; only the shape counts.
+        linears: names of the layers that are pruned, relative to the block.
+        walk: options of the walk.
+        further: number of segments that are used for tuning only.
+        forward: dtype in which blocks run.
+        dtype: dtype of the stored weights; None to keep the dtype of each tensor.
+        device: device that computes.
+        place: where the calibration data is kept between two blocks.
+        tries: layers are pruned for a trial and then restored; see `pruning.sensitivity`.
     """
-    ways = 1 + walk.with_dense  # the pruned model's way, and the dense one's
+    ways = 1 + walk.with_dense  # the data passes the pruned model, and perhaps the dense one too
     shapes = linear_shapes(checkpoint)
-    block = max(  # the largest of those that are pruned
+    block = max(  # the largest block that has layers to prune
         (block for block in checkpoint.blocks if not set(block.linears).isdisjoint(linears)),
         key=lambda block: sum(math.prod(shapes[name]) for name in block.full_names),
     )
@@ -182,7 +185,7 @@ def of_pruning(
     statistics = Term("statistics of inputs", ways * most)
     shards = Layout.of(*segments.shape).shards
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
-    # What layers read is kept until every way has passed, what they make for a moment.
+    # Inputs of layers are kept for both models until both have passed; outputs only for a moment.
     passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
     largest = max(math.prod(shapes[name]) for name in pruned)
     beside = _BESIDE * largest + _GRADIENTS * _together(largest, device)
@@ -216,7 +219,12 @@ def of_recipe(
     device: torch.device,
     place: Place,
 ) -> Memory:
-    """What a recipe holds, with the walk before it, if there is one; see `of_pruning`."""
+    """Peak memory of a recipe, including the walk that tries layers first, if there is one.
+
+    Args:
+        recipe: how the model is pruned.
+        checkpoint, segments, linears, further, dtype, device, place: see `of_pruning`.
+    """
     of_walk = partial(
         of_pruning,
         checkpoint,
@@ -245,11 +253,17 @@ def of_cutting(
     device: torch.device,
     place: Place,
 ) -> Memory:
-    """What cutting heads and channels out holds, in float32; for the arguments see `of_pruning`."""
+    """Peak memory of cutting out heads, channels or experts, in float32.
+
+    Args:
+        fit: how the remaining weights are refitted.
+        tuning: tuning steps of each block after it is cut.
+        checkpoint, segments, further, device, place: see `of_pruning`.
+    """
     aims = 1 + (fit.dense_target > 0.0)
     ways = 2 if tuning.tune_steps else aims
     shapes = linear_shapes(checkpoint)
-    block = max(  # without experts, they are all alike
+    block = max(  # the largest one; without experts, all blocks are alike
         checkpoint.blocks,
         key=lambda block: sum(math.prod(shapes[name]) for name in block.full_names),
     )
@@ -287,7 +301,7 @@ def of_cutting(
 
 
 def of_trials(checkpoint: Checkpoint, device: torch.device) -> Memory:
-    """What trying the model without each of its blocks holds; see `depth.survey`."""
+    """Peak memory of trying the model without each of its blocks; see `depth.survey`."""
     shapes, config = linear_shapes(checkpoint), checkpoint.config
     size = (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32).itemsize
     weights = max(
@@ -313,16 +327,16 @@ def of_trials(checkpoint: Checkpoint, device: torch.device) -> Memory:
 def _tuning(
     checkpoint: Checkpoint, segments: Tensor, weights: int, made: int, forward: torch.dtype
 ) -> list[Term]:
-    """What tuning a block holds beside it.
+    """Memory of tuning a block, in addition to the block itself.
 
     Args:
         checkpoint, segments, forward: see `of_pruning`.
-        weights: of the block.
-        made: numbers that its layers read and make of a token.
+        weights: number of weights of the block.
+        made: for one token, the number of all inputs and outputs of the block's layers.
     """
     step = max(TOKENS_PER_STEP, segments.shape[1])
     numbers = _TUNING_FLOAT32 if forward is torch.float32 else _TUNING
-    # Float32 numbers of norms and of the loss.
+    # Bytes for each token, for norms and the loss.
     stream = _FLOAT * _NORMS * int(checkpoint.config.hidden_size)
     return [
         Term(TUNED, numbers * _FLOAT * weights),
@@ -333,7 +347,7 @@ def _tuning(
 
 
 def _together(entries: int, device: torch.device) -> int:
-    """Weights of a layer that conjugate gradients solve together; few on a CPU."""
+    """Weights of a layer that conjugate gradients solve together; too few on a CPU to count."""
     return min(entries, entries_together(device)) if device.type != "cpu" else 0
 
 
@@ -347,7 +361,13 @@ def _memory(
     device: torch.device,
     place: Place,
 ) -> Memory:
-    """On a CPU the host holds what else the device does."""
+    """Split the terms between device and host, and add those of the data between two blocks.
+
+    Args:
+        held: terms of the device; if the CPU computes, they are in host memory too.
+        ways: 2 if the data passes the dense model as well, otherwise 1.
+        checkpoint, segments, further, forward, device, place: see `of_pruning`.
+    """
     config = checkpoint.config
     embedding = Term(
         "the embedding, before the first block",

@@ -1,15 +1,16 @@
-"""Forecast what pruning a model to 2:4 takes on GPUs, from what one GPU took for single layers.
+"""Forecast what pruning a model to 2:4 takes on GPUs, from measured times of single layers.
 
-- Measured: the solver's seconds for a layer, to which a cols^3 + b rows cols^2 + c rows cols +
-  d cols is fitted; and the seconds of one Hessian, which grow with tokens x cols^2.
-- As the code does it: which rank solves which rows (`ranks.spread`), how the segments are shared
-  (`ranks.shards`), the bytes that ranks exchange, and what is held in memory (`forecast.memory`).
+- Measured on one GPU: the solver's seconds for a layer, to which a cols^3 + b rows cols^2 +
+  c rows cols + d cols is fitted; and the seconds of one Hessian, which grow with tokens x cols^2.
+- Computed as the code does it: which rank solves which rows (`ranks.spread`), how segments are
+  shared among ranks (`ranks.shards`), the bytes that ranks exchange, and the peak memory
+  (`forecast.memory`).
 - From data sheets: the peak of bfloat16 products, of which forward and backward passes are assumed
-  to reach 40 %; NVLink's 450 GB/s in each direction within a node, and 50 GB/s for each GPU
+  to reach 40 %; NVLink's 450 GB/s in each direction within a node; and 50 GB/s for each GPU
   between nodes (NVIDIA DGX H100: eight ConnectX-7 of 400 Gb/s).
-- Assumed: three passes through a block where passes do not wait in it, for the pruned model and, by
-  preset `best`, for the dense one.
-- Left out: reading and writing the model, the host's work between products.
+- Assumed: forward passes do not wait inside a block, so each block takes three of them. With preset
+  `best`, the dense model takes as many.
+- Left out: reading and writing the model, and the host's work between products.
 """
 
 import math
@@ -45,22 +46,27 @@ _GPUS_OF_A_NODE = 8
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """Seconds of the solver on one GPU: factors of cols^3, rows cols^2, rows cols and cols."""
+    """Seconds of the solver on one GPU, as a function of a layer's size.
+
+    Attributes:
+        factors: coefficients of cols^3, rows cols^2, rows cols and cols.
+    """
 
     factors: tuple[float, float, float, float]
 
     @classmethod
     def fit(cls, measured: Sequence[LayerTime]) -> "LayerCost":
-        """The factors, none below 0, with which the relative errors are smallest.
+        """Fit the coefficients to measured times, by least squares of the relative errors.
 
-        Least squares for every choice of the factors that are not 0; few enough to try them all.
+        No coefficient is negative. Every subset of the four terms is fitted, and the best fit
+        without a negative coefficient is taken.
         """
         terms = np.array([_terms(one.outputs, one.inputs) / one.seconds for one in measured])
         best, least = np.zeros(4), float(len(measured))
         for count in range(1, 5):
             for chosen in combinations(range(4), count):
                 columns = list(chosen)
-                # Of columns of one size, or small ones would be taken for nothing.
+                # Scale the columns to norm 1, or lstsq would treat small ones as zero.
                 sizes = np.linalg.norm(terms[:, columns], axis=0)
                 found, *_ = np.linalg.lstsq(terms[:, columns] / sizes, np.ones(len(measured)))
                 error = float(np.square(terms[:, columns] / sizes @ found - 1).sum())
@@ -71,15 +77,15 @@ class LayerCost:
         return cls((a, b, c, d))
 
     def factor(self, cols: int) -> float:
-        """Of factoring a Hessian."""
+        """Seconds of factoring a Hessian [cols, cols]."""
         return self.factors[0] * cols**3
 
     def job(self, job: Job) -> float:
-        """Of solving some rows when that is done."""
+        """Seconds of solving a job, whose Hessian has been factored."""
         return float(_terms(job.rows, job.cols)[1:] @ np.array(self.factors[1:]))
 
     def layer(self, rows: int, cols: int) -> float:
-        """Of a layer by itself."""
+        """Seconds of a whole layer, factoring included."""
         return self.factor(cols) + self.job(Job(0, 0, rows, cols))
 
 
@@ -89,14 +95,14 @@ def _terms(rows: int, cols: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is forecast: the GPUs, and the calibration data.
+    """The GPUs and the calibration data of a forecast.
 
     Attributes:
-        gpus: of all nodes together.
-        nsamples, seqlen: segments, and tokens of each.
-        cost: of the solver on one of the GPUs.
-        gram: seconds of one Hessian for each token and squared input.
-        peak: bfloat16 operations per second.
+        gpus: number of GPUs on all nodes together.
+        nsamples, seqlen: number of calibration segments, and tokens in each.
+        cost: times of the solver on one of the GPUs.
+        gram: seconds of one Hessian, divided by tokens x inputs^2.
+        peak: dense bfloat16 operations per second of one GPU.
     """
 
     gpus: int
@@ -108,29 +114,29 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of the calibration data."""
+        """Number of tokens in the calibration data."""
         return self.nsamples * self.seqlen
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second that one GPU sends to the others."""
+        """Bytes per second that one GPU can send to the others."""
         return _NVLINK if self.gpus <= _GPUS_OF_A_NODE else _NETWORK
 
 
 @dataclass(frozen=True, slots=True)
 class PruningForecast:
-    """What pruning a whole model to 2:4 takes.
+    """The time and memory that pruning a whole model to 2:4 takes.
 
     Attributes:
-        preset: of the method Thanos.
-        gpus: how many.
-        nsamples, seqlen: calibration segments, and tokens of each.
-        seconds: by what they go to: "statistics", "passes", "solver", "tuning" and "exchange".
-        total_seconds: their sum.
-        device_bytes, host_bytes: the most that each GPU and its process hold, with the data between
-            two blocks on disk.
-        fits: whether the GPU has that much.
-        basis: what was measured of it, and how far the fit is from that.
+        preset: preset of the method Thanos.
+        gpus: number of GPUs.
+        nsamples, seqlen: number of calibration segments, and tokens in each.
+        seconds: seconds by activity: "statistics", "passes", "solver", "tuning" and "exchange".
+        total_seconds: sum of these seconds.
+        device_bytes, host_bytes: peak memory of each GPU and of its process, with the calibration
+            data between two blocks on disk.
+        fits: whether the GPU has `device_bytes` of memory.
+        basis: the measurements behind the forecast, and the largest error of the fit to them.
     """
 
     preset: str
@@ -148,16 +154,17 @@ class PruningForecast:
 def plan(
     checkpoint: Checkpoint, gpu: Datasheet, *, gpus: int, nsamples: int, seqlen: int
 ) -> tuple[PruningForecast, ...]:
-    """What pruning a model to 2:4 takes by each preset.
+    """Forecast what pruning a model to 2:4 takes with each of `PRESETS`.
 
     Args:
-        checkpoint: its sizes.
-        gpu: what each rank has.
-        gpus: how many there are.
-        nsamples, seqlen: calibration segments, and tokens of each.
+        checkpoint: the model; only its sizes count.
+        gpu: the GPU of each rank.
+        gpus: number of ranks, each with one GPU.
+        nsamples, seqlen: number of calibration segments, and tokens in each.
 
     Raises:
-        UsageError: no solver was measured on that GPU, or there are more GPUs than batches.
+        UsageError: no published run has measured the solver on that GPU, or there are more GPUs
+            than shards of calibration data.
     """
     Layout.of(nsamples, seqlen).require(gpus)
     run = next(
@@ -220,10 +227,16 @@ def _of_preset(
 
 
 def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, float]:
-    """Seconds that pruning to 2:4 takes, by activity; every block is taken for the first one."""
+    """Seconds of pruning to 2:4 by activity; every block counts like the first one.
+
+    Args:
+        checkpoint: the model; only its sizes count.
+        walk: options of the walk through the model.
+        setting: the GPUs and the calibration data.
+    """
     shapes, block, gpus = linear_shapes(checkpoint), checkpoint.blocks[0], setting.gpus
     shards = Layout.of(setting.nsamples, setting.seqlen).shards
-    share = math.ceil(shards / gpus) / shards  # of the data, that the busiest rank has
+    share = math.ceil(shards / gpus) / shards  # fraction of the data that the busiest rank has
     ways = 1 + walk.with_dense
     statistics = solver = exchange = 0.0
     for step in block.steps:
@@ -231,7 +244,7 @@ def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, f
         for number, group in enumerate(step):
             cols = shapes[block.prefix + group[0]][1]
             sums = 1 + bool(walk.dense_target)
-            # The Hessian is symmetric, so it takes half of what the cross-Gram matrix takes.
+            # The Hessian is symmetric, so it takes half the time of the cross-Gram matrix.
             statistics += share * setting.tokens * cols**2 * setting.gram * (2 * sums - 1)
             exchanged = 4 * sums * cols**2 * (math.ceil(shards / gpus) + 1) * (gpus - 1) / gpus
             exchange += exchanged / setting.bandwidth
@@ -246,7 +259,7 @@ def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, f
                     exchange += 2 * rows * cols / setting.bandwidth
         solver += _slowest(jobs, setting)
     weights = sum(math.prod(shapes[block.prefix + name]) for name in block.linears)
-    # What is only tuned on passes each model once.
+    # Segments that are used for tuning only pass each model once.
     further = walk.further(setting.nsamples)
     layout = Layout.of(setting.nsamples, setting.seqlen, further)
     alone = 1 + max(batch.shard for batch in layout.batches) - shards
@@ -269,7 +282,7 @@ def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, f
 
 
 def _slowest(jobs: list[Job], setting: Setting) -> float:
-    """Seconds of the rank that solves longest."""
+    """Seconds of the slowest rank."""
     busy = [0.0] * setting.gpus
     factored: set[tuple[int, int]] = set()
     for job, rank in zip(jobs, spread.owners(jobs, setting.gpus), strict=True):

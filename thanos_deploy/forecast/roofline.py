@@ -1,18 +1,18 @@
-"""Forecast how long the kernels of a model take on a GPU: a roofline.
+"""Forecast the times of a model's kernels on a GPU with the roofline model.
 
-A kernel takes as long as its arithmetic or its memory traffic, whichever is longer, and a constant
-(Williams, Waterman and Patterson, "Roofline", 2009; `Efficiency` has the factors):
+A kernel takes the time of its arithmetic or of its memory traffic, whichever is longer, plus a
+constant (Williams, Waterman and Patterson, "Roofline", 2009; `Efficiency` has the factors):
 
     seconds = max(operations / (compute * peak), bytes / (bandwidth * peak bandwidth)) + kernel
 
-Layers that read the same input are one kernel; norms with their residuals and the activation
-function are three; attention is one, over the whole past. Only the last token of a prompt gets
-logits. With int8 and fp8 the blocks' linear layers have weights and inputs of one byte, and
-everything else stays in 16 bits.
+Linear layers that read the same input count as one kernel; the two norms with their residuals and
+the activation function as three; attention over the whole past as one. Only the last token of a
+prompt gets logits. With int8 and fp8, the blocks' linear layers have weights and inputs of one
+byte, and everything else stays in 16 bits.
 
-For 2:4 there are two figures. At best, sparse tensor cores reach twice the dense speed and weights
-are read without their zeros. Likely is what has been reported: arithmetic is faster by less, and
-kernels that wait for memory gain nothing, because engines then keep the dense ones
+For 2:4 there are two figures. The best case: sparse tensor cores reach twice the dense speed, and
+weights are read without their zeros. The likely case is what has been reported: the arithmetic
+gains less, and memory-bound kernels gain nothing, because engines then keep the dense kernels
 (TensorRT-LLM#1802, pytorch#153825).
 """
 
@@ -27,19 +27,21 @@ from thanos_deploy.shrink.steps import FRIENDLY_MULTIPLE
 
 BITS = {"fp16": 16, "bf16": 16, "int8": 8, "fp8": 8}
 
-# A measured product stands for those whose sizes are all within this factor of its own.
+# A measured product replaces the roofline for products whose m, n and k are all within this factor
+# of its own.
 _NEAR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """The fractions of the published figures that real kernels reach.
+    """The fractions of a GPU's published figures that real kernels reach.
 
     Attributes:
-        compute16, compute8: fraction of the peak that large matrix products reach, by bits.
+        compute16, compute8: fraction of the peak that large matrix products reach, in 16 and in 8
+            bits.
         bandwidth: fraction of the memory bandwidth.
-        kernel_seconds: what a kernel takes beside: its launch, its ramp-up and its tail.
-        sparse_gain: how much faster 2:4 kernels are where arithmetic is what takes the time.
+        kernel_seconds: constant time of a kernel: its launch, its ramp-up and its tail.
+        sparse_gain: likely speedup of compute-bound products by 2:4.
     """
 
     compute16: float
@@ -65,7 +67,7 @@ class Gemm:
 
     @property
     def takes_sparsity(self) -> bool:
-        """Sparse kernels accept the sizes."""
+        """Whether sparse kernels accept a matrix of these sizes."""
         return self.outputs % FRIENDLY_MULTIPLE == 0 and self.inputs % FRIENDLY_MULTIPLE == 0
 
 
@@ -74,10 +76,11 @@ class Block:
     """One transformer block.
 
     Attributes:
-        gemms: its linear layers.
-        widths: heads and channels.
+        gemms: the linear layers; layers that read the same input are one entry.
+        widths: numbers of heads and of feed-forward channels.
         head_size: channels of one head.
-        elementwise: numbers that norms, residuals and activation read and write for one token.
+        elementwise: numbers that norms, residuals and the activation function read and write for
+            one token.
     """
 
     gemms: tuple[Gemm, ...]
@@ -91,9 +94,9 @@ class Architecture:
     """The sizes of a model.
 
     Attributes:
-        blocks: each kind of block, and how many of it there are.
-        head: the layer that makes the logits.
-        parameters: all of them.
+        blocks: the distinct blocks, each with the number of its occurrences.
+        head: the output head, which computes the logits.
+        parameters: number of all parameters.
     """
 
     blocks: tuple[tuple[Block, int], ...]
@@ -102,7 +105,7 @@ class Architecture:
 
     @property
     def block_parameters(self) -> int:
-        """Weights of the blocks' linear layers."""
+        """Number of weights in the blocks' linear layers."""
         return sum(
             count * gemm.outputs * gemm.inputs
             for block, count in self.blocks
@@ -110,7 +113,12 @@ class Architecture:
         )
 
     def memory(self, dtype: str, tokens: int) -> float:
-        """Bytes of the weights, and of the kv cache of so many tokens."""
+        """Bytes of the weights and of a KV cache.
+
+        Args:
+            dtype: dtype of the blocks' linear layers; everything else has 16 bits.
+            tokens: number of tokens in the KV cache, over all sequences.
+        """
         rest = self.parameters - self.block_parameters
         cache = sum(
             count * 2 * block.widths.kv_heads * block.head_size for block, count in self.blocks
@@ -120,12 +128,12 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass through a model.
+    """The sizes of one forward pass through a model.
 
     Attributes:
-        batch: sequences.
-        tokens: new ones of each.
-        past: tokens of each that are in the kv cache.
+        batch: number of sequences.
+        tokens: new tokens of each sequence.
+        past: tokens of each sequence that are in the KV cache already.
     """
 
     batch: int
@@ -135,19 +143,19 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What one kernel does.
+    """The work of one kernel; all figures are for one run of it.
 
     Attributes:
-        name: of the layers.
-        times: how often it runs in a pass.
-        operations: floating-point or integer.
-        weights: bytes that sparsity could halve.
-        traffic: bytes of activations and cache.
-        bits: of its inputs.
-        gemm: its weight matrix, if it has one.
-        rows: of what is multiplied by it.
-        launches: kernels that it really is.
-        prunable: its weights can be 2:4.
+        name: names of the layers that it computes.
+        times: number of runs in a pass.
+        operations: floating-point or integer operations.
+        weights: bytes of weights.
+        traffic: bytes of activations and KV cache.
+        bits: bits of each input.
+        gemm: the weight matrix, if it has one.
+        rows: rows of the matrix that is multiplied by the weight.
+        launches: number of GPU kernels that are counted together here.
+        prunable: whether the weights can be 2:4.
     """
 
     name: str
@@ -164,7 +172,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Seconds of a product [m, k] x [k, n] on a GPU: dense, and with the fastest 2:4 kernel."""
+    """Measured seconds of a product [m, k] x [k, n]: dense, and with the fastest 2:4 kernel."""
 
     m: int
     n: int
@@ -175,15 +183,15 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The forecast of one kernel, over all blocks.
+    """The forecast of one kernel, over all its runs in a pass.
 
     Attributes:
-        name: of the layers.
-        times: how often it runs.
-        shape: m, n and k of a product.
-        bound: what takes the time when it is dense: "compute", "memory" or "launch".
+        name: names of the layers that it computes.
+        times: number of runs.
+        shape: m, n and k of a matrix product; None for other kernels.
+        bound: largest part of the dense kernel's time: "compute", "memory" or "launch".
         likely, best: seconds of all runs; they differ for 2:4 only.
-        measured: a measured product stands for it.
+        measured: whether the times are those of a measured product, scaled to this size.
     """
 
     name: str
@@ -197,13 +205,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a forecast is for.
+    """The GPU and the arithmetic of a forecast.
 
     Attributes:
-        gpu: to run on.
-        dtype: of the blocks' linear layers: "fp16", "bf16", "int8" or "fp8".
-        measured: products that were measured there.
-        efficiency: of the GPU.
+        gpu: the GPU that runs the model.
+        dtype: dtype of the blocks' linear layers: "fp16", "bf16", "int8" or "fp8".
+        measured: products that were measured on this GPU in this dtype.
+        efficiency: fractions of the published figures that kernels reach.
     """
 
     gpu: Datasheet
@@ -220,13 +228,14 @@ class Setting:
 
 
 def kernels(model: Architecture, step: Step, dtype: str) -> Iterator[Kernel]:
-    """What one pass computes."""
+    """The kernels of one forward pass, in the dtype of the blocks' linear layers."""
     rows = step.batch * step.tokens
     for block, count in model.blocks:
         for gemm in block.gemms:
             yield product(gemm, rows, dtype, count)
         width, size = block.widths, block.head_size
-        seen = step.past + (step.tokens + 1) / 2  # causal: half of the new ones on average
+        # Causal attention: a new token sees half of the new tokens on average.
+        seen = step.past + (step.tokens + 1) / 2
         cached = 2 * step.batch * (step.past + step.tokens) * width.kv_heads * size
         yield Kernel(
             "attention",
@@ -241,7 +250,7 @@ def kernels(model: Architecture, step: Step, dtype: str) -> Iterator[Kernel]:
 
 
 def product(gemm: Gemm, rows: int, dtype: str, times: int = 1, *, prunable: bool = True) -> Kernel:
-    """A matrix product, of a number of rows with a layer's weight."""
+    """The kernel that multiplies a number of rows by a layer's weight."""
     bits = BITS[dtype]
     return Kernel(
         gemm.name,
@@ -259,13 +268,13 @@ def product(gemm: Gemm, rows: int, dtype: str, times: int = 1, *, prunable: bool
 def _parts(
     kernel: Kernel, setting: Setting, gain: float = 1.0, stored: float = 1.0
 ) -> dict[str, float]:
-    """Seconds of one run that go to arithmetic, to memory and to the launch.
+    """Seconds of one run for arithmetic, for memory traffic and for launches.
 
     Args:
-        kernel: what runs.
-        setting: on what.
-        gain: what sparsity multiplies the speed of the arithmetic by.
-        stored: fraction of the weights' bytes that are read.
+        kernel: the kernel.
+        setting: the GPU and the dtype.
+        gain: speedup of the arithmetic by sparsity.
+        stored: fraction of the weights' bytes that is stored and read.
     """
     gpu, reached = setting.gpu, setting.efficiency
     peak = (
@@ -282,13 +291,26 @@ def _parts(
 
 
 def seconds(kernel: Kernel, setting: Setting, gain: float = 1.0, stored: float = 1.0) -> float:
-    """Seconds of one run by the roofline; see `_parts` for the arguments."""
+    """Seconds of one run by the roofline.
+
+    Args:
+        kernel: the kernel.
+        setting: the GPU and the dtype.
+        gain: speedup of the arithmetic by sparsity.
+        stored: fraction of the weights' bytes that is stored and read.
+    """
     parts = _parts(kernel, setting, gain, stored)
     return max(parts["compute"], parts["memory"]) + parts["launch"]
 
 
 def layer(kernel: Kernel, setting: Setting, *, sparse: bool) -> Layer:
-    """The forecast of one kernel."""
+    """Forecast one kernel.
+
+    Args:
+        kernel: the kernel.
+        setting: the GPU, the dtype and the measured products.
+        sparse: whether the weights are 2:4; without effect where sparse kernels cannot run it.
+    """
     parts, gemm = _parts(kernel, setting), kernel.gemm
     dense = seconds(kernel, setting)
     sparse = sparse and kernel.prunable and gemm is not None and gemm.takes_sparsity
@@ -300,7 +322,7 @@ def layer(kernel: Kernel, setting: Setting, *, sparse: bool) -> Layer:
         likely = best = took * dense / seconds(known, setting)
     elif sparse:
         likely = seconds(kernel, setting, gain=setting.efficiency.sparse_gain)
-        packed = 0.5 + 1 / kernel.bits  # half of the values, and two bits for each
+        packed = 0.5 + 1 / kernel.bits  # half of the values, and two bits of index for each
         best = seconds(kernel, setting, gain=SPARSE_FACTOR, stored=packed)
     else:
         likely = best = dense
@@ -316,7 +338,7 @@ def layer(kernel: Kernel, setting: Setting, *, sparse: bool) -> Layer:
 
 
 def _nearest(kernel: Kernel, setting: Setting) -> Measurement | None:
-    """The measured product with the most similar sizes, if all of them are near."""
+    """The measured product with the most similar sizes; None if none is within `_NEAR`."""
     gemm = kernel.gemm
     assert gemm is not None
 

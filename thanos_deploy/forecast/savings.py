@@ -1,4 +1,4 @@
-"""The time that pruning each group of layers would save on a GPU, from sizes and `roofline`."""
+"""Forecast the time that pruning each group of layers would save on a GPU, with `roofline`."""
 
 import math
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ _DTYPE = "bf16"
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """What pruning each group of layers would save of a step.
+    """The seconds of a step that pruning each group of layers would save.
 
     Attributes:
-        dense: seconds of the step of the dense model.
-        seconds: by the full names of a group's layers, what pruning them saves; not above 0 where
-            it saves nothing.
-        measured: how many of these are from measured products.
+        dense: seconds of the step with the dense model.
+        seconds: maps a group, as the full names of its layers, to the seconds that pruning the
+            group saves; 0 or negative where pruning saves no time.
+        measured: number of groups whose figure is from measured products.
         purpose: the step and the GPU, in words.
     """
 
@@ -43,19 +43,19 @@ class Savings:
 
     @property
     def fastest(self) -> float:
-        """How many times as fast the step becomes if every group is pruned that saves time."""
+        """Speedup of the step over the dense model if all groups that save time are pruned."""
         most = sum(max(0.0, saved) for saved in self.seconds.values())
         return self.dense / (self.dense - most)
 
     def room(self, budget: Budget) -> float:
-        """Seconds that may be given up of all that could be saved.
+        """Seconds of the possible savings that layers left dense may give up within a budget.
 
         Raises:
-            UsageError: even pruning everything is not fast enough.
+            UsageError: even pruning every group that saves time does not reach the budget's speed.
         """
         most = sum(max(0.0, saved) for saved in self.seconds.values())
         left = most - self.dense * (1.0 - 1.0 / budget.speed)
-        # What is forecast is not that exact; so a speed may be asked for as it was printed.
+        # The tolerance lets a user ask for the largest speed as it is printed, with two decimals.
         if most <= 0.0 or self.fastest < budget.speed - 0.005:
             down = math.floor(100 * self.fastest) / 100
             raise UsageError(
@@ -70,25 +70,25 @@ class Savings:
         return max(0.0, left)
 
     def choices(self, budget: Budget, groups: tuple[Choice, ...]) -> Choices:
-        """What was decided about the groups, as a record."""
+        """Return the record of the decisions about all groups."""
         return Choices("seconds", self.dense, self.purpose, budget.speed, groups, self.measured)
 
 
 def savings(checkpoint: Checkpoint, patterns: Mapping[str, Pattern], budget: Budget) -> Savings:
-    """What pruning each group of layers would save.
+    """Forecast the time that pruning each group of layers would save.
 
-    Servers multiply the layers that read one input as one; so a group saves time only if each of
-    its layers becomes 2:4.
+    A group is the layers of a block that read one input. Servers compute a group as one matrix
+    product, so it saves time only if each of its layers becomes 2:4.
 
     Args:
         checkpoint: the dense model.
-        patterns: what each layer is to be pruned to, by its full name.
-        budget: the step and the GPU.
+        patterns: maps the full name of each layer that is to be pruned to its pattern.
+        budget: the step, the GPU, and the file of measured products if there is one.
 
     Raises:
-        UsageError: the GPU is not known.
+        UsageError: the GPU is not in the table of data sheets.
         InputError: the file of measured products cannot be used.
-        ModelError: nothing can be forecast for such a model.
+        ModelError: the model type cannot be forecast; see `architecture`.
     """
     gpu = datasheets.find(budget.gpu)
     known = (

@@ -1,5 +1,5 @@
-"""The machine that this process runs on: processor, memory, devices, how still it is.
+"""The machine that this process runs on: processor, memory, devices, and how undisturbed it is.
 
-Anybody may call it. It imports neither transformers nor anything of a model; `environment` is part
-of a server image and imports nothing but the standard library.
+Every other package may import this one. It imports neither transformers nor any code about models.
+`environment` is part of a server image and needs only the standard library.
 """

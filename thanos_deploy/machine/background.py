@@ -1,8 +1,8 @@
-"""Reading and writing while something else is computed.
+"""Read and write tensors in a background thread while a device computes.
 
-A GPU leaves the host idle, so files are read ahead and written in a thread. A processor computes
-itself: there tensors are read and written when it is asked for, and nothing is held in memory
-early. What only waits for a disk is done in a thread beside either.
+While a GPU computes, the host is idle, so a thread reads files ahead and writes them. On a CPU such
+a thread would compete with the computation, so tensors are read and written at the time of the call
+and no memory is held early. Work that only waits for a disk gets a thread with either device.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,35 +17,35 @@ T = TypeVar("T")
 
 
 def has_time(device: torch.device) -> bool:
-    """The host has nothing else to do while this device computes."""
+    """Whether the host is idle while this device computes."""
     return device.type == "cuda"
 
 
 class Background:
-    """One thread beside a GPU that computes, with a stream of its own to move tensors in.
+    """One thread that works while a GPU computes, with its own CUDA stream for copying tensors.
 
-    What it moves to the GPU is there when the future has its result.
+    Once a future has its result, all copies to the GPU that the call made are complete.
     """
 
     def __init__(self, device: torch.device | None) -> None:
-        """Begin with nothing to do.
+        """Start without any work.
 
         Args:
-            device: where the computing is done; None for calls that move no tensors, which have a
-                thread whatever computes.
+            device: the device that computes. With a CPU there is no thread, and calls run at once.
+                None for calls that move no tensors: they always run in a thread.
         """
         beside_gpu = device is not None and has_time(device)
         self._pool = ThreadPoolExecutor(1) if beside_gpu or device is None else None
-        # One for all calls: each stream has memory of its own.
+        # One stream for all calls, because PyTorch's allocator keeps a memory pool per stream.
         self._stream = torch.cuda.Stream(device) if beside_gpu else None
 
     @property
     def parallel(self) -> bool:
-        """Calls run beside what is computed; if not, at once."""
+        """Whether calls run in the thread; if not, `start` runs them before it returns."""
         return self._pool is not None
 
     def start(self, call: Callable[[], T]) -> "Future[T]":
-        """Have a call done after those that were started before."""
+        """Run a call after all calls that were started before it."""
         if self._pool is not None:
             return self._pool.submit(self._done, call)
         future: Future[T] = Future()
@@ -53,21 +53,21 @@ class Background:
         return future
 
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        """Keep the memory of tensors that calls have made until what uses them now is done."""
+        """Keep the memory of tensors made by calls until the current stream has used them."""
         if self._stream is not None:
             for tensor in tensors:
                 if tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def close(self) -> None:
-        """Wait for what was started, and end the thread."""
+        """Wait for the running call, cancel calls that have not begun, and end the thread."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def _done(self, call: Callable[[], T]) -> T:
         if self._stream is None:
             return call()
-        # What the call reads of the GPU may still be computed there.
+        # The default stream may still be computing the tensors that the call reads.
         self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             result = call()
@@ -76,24 +76,24 @@ class Background:
 
 
 class Ahead(Generic[K, T]):
-    """Reads what is expected to be asked for next, one thing ahead."""
+    """A reader that reads one item ahead: the one expected to be asked for next."""
 
     def __init__(self, read: Callable[[K], T], background: Background) -> None:
-        """Begin with nothing read.
+        """Start with nothing read.
 
         Args:
-            read: reads a thing.
-            background: where it is done.
+            read: reads the item with a given key.
+            background: runs the reads.
         """
         self._read, self._background = read, background
         self._coming: tuple[K, Future[T]] | None = None
 
     def take(self, which: K, following: K | None) -> T:
-        """A thing, which may have been read already.
+        """Return an item, which may have been read ahead, and start to read the next one.
 
         Args:
-            which: the thing.
-            following: what will probably be asked for after it; None for nothing.
+            which: the key of the item.
+            following: the key that will probably be asked for next; None to read nothing ahead.
         """
         coming, self._coming = self._coming, None
         taken = (
@@ -106,7 +106,7 @@ class Ahead(Generic[K, T]):
         return taken
 
     def forget(self) -> None:
-        """Wait for what is being read, and drop it."""
+        """Wait for the item that is being read ahead, and drop it."""
         coming, self._coming = self._coming, None
         if coming is not None:
             coming[1].result()

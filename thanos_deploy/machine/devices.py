@@ -16,23 +16,24 @@ _ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 
 
 def check(name: str) -> None:
-    """Refuse a text that names no device.
+    """Refuse a name that is not one of "auto", "cpu", "cuda" and "cuda:N".
 
     Raises:
-        UsageError: it names no device.
+        UsageError: the name is none of these.
     """
     if not _SPELLING.fullmatch(name):
         raise UsageError(f"--device {name!r}", fix="use auto, cpu, cuda or cuda:N such as cuda:0")
 
 
 def choose(name: str) -> torch.device:
-    """The device that a user asks for: "auto" is the first GPU where there is one.
+    """Return the device that a user asks for: "auto" is the first GPU, or the CPU without a GPU.
 
-    For one of several processes that torchrun has started it is the GPU of its number.
+    In one of several processes started by torchrun, "auto" and "cuda" are the GPU whose index is
+    the process's local rank.
 
     Raises:
-        UsageError: it is no spelling of a device.
-        PlatformError: that GPU is not there.
+        UsageError: the name is not that of a device, or it is "cuda:N" in one of several processes.
+        PlatformError: PyTorch does not see that GPU.
     """
     check(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -56,27 +57,29 @@ def choose(name: str) -> torch.device:
 
 
 def _local_rank() -> int | None:
-    """The number on this machine of one of several processes; None for a process by itself."""
+    """The local rank of this process; None if it is the only process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def describe(device: torch.device) -> str:
-    """For manifests and messages, such as "cpu" or "cuda:0 (NVIDIA H100 80GB HBM3)"."""
+    """Return a device's name for messages: "cpu" or "cuda:0 (NVIDIA H100 80GB HBM3)"."""
     if device.type == "cpu":
         return "cpu"
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has finished all its work; a device without a queue always has."""
+    """Wait until the device has finished all queued work; a CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that nobody has taken, what this process has kept of freed tensors included.
+    """Bytes of GPU memory that this process can still allocate.
+
+    This includes the memory of freed tensors that PyTorch's allocator has kept for reuse.
 
     Args:
         device: a GPU.
@@ -87,13 +90,13 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Say what a GPU's memory did not suffice for.
+    """Turn PyTorch's out-of-memory error of a GPU into one that says what was being done.
 
     Args:
-        what: what is being worked on, for the message.
+        what: the work in the `with` statement, for the message.
 
     Raises:
-        ResourceError: the GPU had no memory left.
+        ResourceError: the GPU ran out of memory.
     """
     try:
         yield
@@ -109,7 +112,12 @@ def memory_for(what: str) -> Iterator[None]:
 
 
 def recorded(wish: str) -> dict[str, str]:
-    """For the manifest: a GPU rounds otherwise than a processor, so a result says if it is of one.
+    """Return the manifest's entry for a device: its type if it is a GPU, nothing for the CPU.
+
+    A GPU rounds differently from a CPU, so a record says whether its result was made on a GPU.
+
+    Args:
+        wish: the device as the user named it; see `choose`.
 
     Raises:
         UsageError, PlatformError: see `choose`.

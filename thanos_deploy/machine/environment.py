@@ -1,4 +1,4 @@
-"""What a result was made on: libraries, processor, memory. Standard library only."""
+"""The libraries, the processor and the memory behind a result. Standard library only."""
 
 import ctypes
 import os
@@ -14,10 +14,11 @@ from typing import ClassVar
 from thanos_deploy import __version__
 from thanos_deploy.bundle.codec import called
 
-# Larger tensors come from the system and go back to it: glibc's DEFAULT_MMAP_THRESHOLD_MAX.
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger tensors are mapped from the system one by one, and go
+# back to it when they are freed.
 HEAP_TENSOR_BYTES = 32 << 20
 
-# The libraries that can change a result.
+# The libraries whose version can change a result.
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -43,11 +44,11 @@ class Environment:
     Attributes:
         thanos_deploy: version of this tool.
         python: version of Python.
-        libraries: name -> version, of those that can change a result.
+        libraries: maps the name of each installed library that can change a result to its version.
         platform: the operating system.
-        processor: its model.
-        cores: processors that the process may use.
-        memory_bytes: of the machine.
+        processor: model name of the processor.
+        cores: number of cores that the process may use.
+        memory_bytes: physical memory of the machine.
     """
 
     thanos_deploy: str = field(metadata=called("thanos-deploy"))
@@ -61,7 +62,7 @@ class Environment:
 
 @cache
 def describe() -> Environment:
-    """What this process runs on."""
+    """Describe what this process runs on."""
     return Environment(
         thanos_deploy=__version__,
         python=platform.python_version(),
@@ -74,7 +75,10 @@ def describe() -> Environment:
 
 
 def cache_folder() -> Path:
-    """For what can be made again: $THANOS_DEPLOY_CACHE, else a part of the user's cache folder."""
+    """The folder for files that can be made again.
+
+    It is $THANOS_DEPLOY_CACHE if that is set, and otherwise a folder in the user's cache folder.
+    """
     if own := os.environ.get("THANOS_DEPLOY_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -82,17 +86,17 @@ def cache_folder() -> Path:
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def peak_memory_bytes() -> int:
-    """The most resident memory that this process has held so far.
+    """Peak resident memory of this process so far.
 
-    Linux's own high-water mark of the process image is preferred to getrusage: there the figure of
-    a freshly started process begins at its parent's.
+    Linux's VmHWM is preferred to getrusage, whose figure for a new process starts at the peak of
+    its parent process.
     """
     if (peak := _status_bytes("VmHWM")) is not None:
         return peak
@@ -103,18 +107,19 @@ def peak_memory_bytes() -> int:
 
 
 def resident_memory_bytes() -> int | None:
-    """The resident memory of this process now; None where the system does not say."""
+    """Resident memory of this process now; None where the system does not report it."""
     return _status_bytes("VmRSS")
 
 
 def return_freed_memory(*, at_least: int = 0) -> None:
-    """Let glibc give freed memory back to the system; elsewhere do nothing.
+    """Make glibc return freed heap memory to the system; with another C library, do nothing.
 
-    Freed tensors of up to `HEAP_TENSOR_BYTES` leave holes in its heap that stay resident until
-    somebody asks. Memory that is given back and needed again soon costs time.
+    Freed tensors of up to `HEAP_TENSOR_BYTES` leave holes in glibc's heap, which stay resident
+    until they are trimmed. Returning memory that is needed again soon costs time.
 
     Args:
-        at_least: bytes; where less has been freed, or nobody can say how much, do nothing.
+        at_least: bytes. If it is not 0, do nothing where less has been freed, or where the C
+            library cannot report how much has been freed.
     """
     with suppress(OSError, AttributeError):
         if not at_least or _freed_bytes() >= at_least:
@@ -122,10 +127,10 @@ def return_freed_memory(*, at_least: int = 0) -> None:
 
 
 def _freed_bytes() -> int:
-    """What glibc has kept of memory that the main thread allocated and that was freed.
+    """Bytes freed in the main thread's heap that glibc has kept.
 
     Raises:
-        OSError, AttributeError: the C library is another one, or older.
+        OSError, AttributeError: the C library is not glibc, or older than glibc 2.33.
     """
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
@@ -133,7 +138,7 @@ def _freed_bytes() -> int:
 
 
 class _Mallinfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc 2.33 and newer; `fordblks` is what is free, in bytes."""
+    """`struct mallinfo2` of glibc 2.33 and newer; `fordblks` is the number of free bytes."""
 
     _fields_: ClassVar = [
         (name, ctypes.c_size_t)

@@ -1,20 +1,26 @@
-"""How much more memory this process may take: of the machine, of its container, of its own limits.
+"""How much more host memory this process can take.
 
-Linux only; elsewhere nobody knows. Standard library only.
+Limits are the machine's memory, the memory limits of the control groups (containers), and the
+process's own resource limits. Linux only; on other systems the answer is "unknown". Standard
+library only.
 """
 
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-# A limit above this is none: what the kernel calls unlimited differs by version.
+# A control group's limit above this counts as none: the number that the kernel writes for
+# "unlimited" differs by version.
 _UNLIMITED = 1 << 60
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
-    """What can be taken before an allocation fails or the process is killed; None for unknown."""
+    """Bytes that can be allocated before allocation fails or the process is killed, or None.
+
+    None means that the number is unknown.
+    """
     return min(_limits(), default=None)
 
 
@@ -31,7 +37,7 @@ def _limits() -> Iterator[int]:
 
 
 def _of_groups() -> Iterator[int]:
-    """Of every control group that the process is in; files that it can drop count as free."""
+    """Free bytes of every control group of the process; inactive file cache counts as free."""
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, name = line.split(":", 2)
         if controllers == "":  # version 2
@@ -42,7 +48,7 @@ def _of_groups() -> Iterator[int]:
         else:
             continue
         place = root / name.lstrip("/")
-        # In a container the name is often that of the host, and its own files are at the root.
+        # In a container the name is often the host's, and the container's files are at the root.
         for folder in (place, *place.parents) if place.is_dir() else (root,):
             most, taken = _number(folder / limit), _number(folder / used)
             if most is not None and taken is not None and most < _UNLIMITED:
@@ -58,7 +64,7 @@ def _number(path: Path) -> int | None:
 
 
 def _table(path: Path, *, scale: int = 1) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """The numbers of a file by name, from lines that have a name and a number."""
     rows = (line.replace(":", " ").split() for line in _lines(path))
     return {row[0]: scale * int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 

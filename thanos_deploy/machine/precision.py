@@ -1,4 +1,4 @@
-"""The precision of matrix products: float32 factors, or rounded ones, which can be faster."""
+"""Precision of matrix products: float32 factors, or factors rounded to fewer bits for speed."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,25 +13,25 @@ _AMPERE = (8, 0)
 
 
 def multiplies_bfloat16(device: torch.device = _CPU) -> bool:
-    """This device multiplies bfloat16 numbers itself; float32 ones take it longer."""
+    """Whether the device has instructions for bfloat16 products, which are faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= _AMPERE
     capabilities = torch.cpu.get_capabilities()
-    # As x86 and Arm call it.
+    # The names on x86 and on Arm.
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Products of float32 matrices with factors that may be rounded to a dtype, and float32 sums.
+    """Let products of float32 matrices round their factors to a dtype; sums stay in float32.
 
-    For bfloat16, processors round factors to bfloat16 (8 significant bits) and GPUs to TF32 (11),
-    because PyTorch lets cuBLAS round float32 factors to nothing else. So a GPU is at least as
-    exact, and on either device products of numbers that were bfloat16 already lose nothing. For
-    float32 nothing is rounded, whatever the process was set to before ("ieee").
+    For bfloat16, CPUs round factors to bfloat16 (8 significant bits). GPUs round them to TF32 (11
+    significant bits), because PyTorch lets cuBLAS round float32 factors to nothing else. So a GPU
+    is at least as exact as a CPU, and on both, products of numbers that are bfloat16 already lose
+    nothing. For float32 nothing is rounded ("ieee"), whatever the process's setting was before.
 
-    Rounded only where that is faster. Products of other dtypes than float32 are as they are:
-    factorisations, which are in float64, never change.
+    A backend rounds only where that is faster. Products of dtypes other than float32 do not change,
+    so factorisations, which are in float64, are not affected.
 
     Source: the precisions that each backend takes, `torch.backends` of PyTorch 2.11 and 2.13.
 
@@ -48,7 +48,7 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _set(matmul: Any, precision: str) -> Iterator[None]:
-    """Have one backend multiply in a precision."""
+    """Set the float32 precision of one backend's matrix products, and restore it afterwards."""
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
     try:

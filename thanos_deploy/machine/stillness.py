@@ -1,6 +1,6 @@
-"""Whether the machine was undisturbed while something was timed, from the counters of Linux.
+"""Whether the machine was undisturbed during a timed run, judged from Linux's counters.
 
-A figure that cannot be read (another system, a container without the file, no permission) is None,
+A counter that cannot be read (another system, a container without the file, no permission) is None,
 and nothing is concluded from it. Standard library only.
 """
 
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Fractions of all processors' time. A busy neighbour on one core of two is 0.5.
+# Limits, as fractions of all cores' time. A process that keeps one core of two busy uses 0.5.
 _MOST_OTHER_LOAD = 0.05
 _MOST_STOLEN = 0.02
 
-# Of the highest clock seen.
+# Limit of the lowest clock, as a fraction of the highest clock of the run.
 _LOWEST_CLOCK = 0.9
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
-# What in /proc/cpuinfo speeds up arithmetic: x86's, and Arm's names.
+# How the names of vector and matrix extensions in /proc/cpuinfo begin, on x86 and on Arm.
 _ARITHMETIC = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
 
 
@@ -29,12 +29,13 @@ class Reading:
     """The machine's counters at one moment.
 
     Attributes:
-        time: in seconds, of a clock that only goes forward.
-        own_seconds: processor time that the measured processes and this one have used.
-        busy_seconds: of all processors, by everybody.
-        stolen_seconds: of all processors, taken by the machine under a virtual one.
-        clock_hz: mean of the processors now.
-        throttle_events: how often a processor was slowed down for heat.
+        time: seconds of a monotonic clock.
+        own_seconds: CPU time that the measured processes and this process have used.
+        busy_seconds: CPU time that all processes have used, over all cores.
+        stolen_seconds: CPU time that the hypervisor has taken from this virtual machine, over all
+            cores.
+        clock_hz: mean clock of the cores at this moment.
+        throttle_events: number of times that a core was throttled because of heat.
     """
 
     time: float
@@ -47,13 +48,13 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Stillness:
-    """What readings from first to last show.
+    """How undisturbed the machine was from the first reading to the last.
 
     Attributes:
-        other_load: fraction of all processors' time that other processes used.
-        stolen: fraction that the machine under a virtual one took.
-        clock_hz: lowest and highest.
-        throttle_events: during the readings.
+        other_load: fraction of all cores' time that other processes used.
+        stolen: fraction of all cores' time that the hypervisor took from this virtual machine.
+        clock_hz: lowest and highest clock of the readings.
+        throttle_events: number of thermal throttle events during the run.
     """
 
     other_load: float | None
@@ -63,7 +64,7 @@ class Stillness:
 
     @property
     def reasons(self) -> list[str]:
-        """The reasons not to trust the times; empty if there are none."""
+        """The reasons not to trust the measured times; empty if there are none."""
         found = []
         if self.other_load is not None and self.other_load > _MOST_OTHER_LOAD:
             found.append(
@@ -87,8 +88,8 @@ def read(own_seconds: float, *, root: Path = Path("/")) -> Reading:
     """Read the counters.
 
     Args:
-        own_seconds: processor time of the measured processes so far.
-        root: where proc and sys are.
+        own_seconds: CPU time of the measured processes and this one so far.
+        root: folder that contains `proc` and `sys`.
     """
     busy, stolen = _processor_seconds(root)
     return Reading(
@@ -97,13 +98,13 @@ def read(own_seconds: float, *, root: Path = Path("/")) -> Reading:
 
 
 def judge(readings: Sequence[Reading]) -> Stillness:
-    """Compare the readings of a run, in their order; at least two."""
+    """Judge a run by its readings: at least two, in chronological order."""
     first, last = readings[0], readings[-1]
     whole = (last.time - first.time) * (os.cpu_count() or 1)
     other = stolen = throttled = None
     if first.busy_seconds is not None and last.busy_seconds is not None:
         busy = last.busy_seconds - first.busy_seconds
-        # The counters tick a hundred times a second, so a little less than nothing may be left.
+        # The counters have a coarse tick (mostly 10 ms), so this may be slightly negative.
         other = max(0.0, busy - (last.own_seconds - first.own_seconds)) / whole
     if first.stolen_seconds is not None and last.stolen_seconds is not None:
         stolen = (last.stolen_seconds - first.stolen_seconds) / whole
@@ -114,13 +115,13 @@ def judge(readings: Sequence[Reading]) -> Stillness:
 
 
 def governor(*, root: Path = Path("/")) -> str | None:
-    """What decides on the processors' clock."""
+    """The Linux frequency governor of the first core, which decides on its clock."""
     name = _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return None if name is None else name.strip()
 
 
 def arithmetic_flags(*, root: Path = Path("/")) -> list[str]:
-    """The processor's extensions for arithmetic on vectors and matrices."""
+    """The processor's vector and matrix extensions, such as avx512f."""
     for line in (_text(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
@@ -129,7 +130,7 @@ def arithmetic_flags(*, root: Path = Path("/")) -> list[str]:
 
 
 def _processor_seconds(root: Path) -> tuple[float | None, float | None]:
-    """Busy and stolen time of all processors since the machine started."""
+    """Busy and stolen seconds of all cores since the machine started."""
     for line in (_text(root / "proc/stat") or "").splitlines():
         if line.startswith("cpu "):
             user, nice, system, _, _, interrupts, soft, stolen = map(int, line.split()[1:9])

@@ -1,5 +1,5 @@
-"""Measuring: perplexity, tasks, latency, memory, and the statistics that make figures comparable.
+"""Measure models: perplexity, tasks, latency and memory, with statistics to compare them.
 
-`thanos_deploy.stages` and the benchmarks call it. It runs models through `runtime` and knows
-nothing of how they were pruned or exported.
+`thanos_deploy.stages` and the benchmarks call it. It runs exported models through `runtime`, and
+does not depend on how they were pruned or exported.
 """

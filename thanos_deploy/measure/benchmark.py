@@ -1,7 +1,8 @@
 """Measure bundles side by side, compare them, and judge whether the figures can be trusted.
 
-A run is one record. It is VALID, or INVALID with reasons when the machine moved while it was
-measured or when an engine differs from itself, or INTERRUPTED with the rounds that were complete.
+The result of a run is one record with a status. A run is VALID; or INVALID with reasons, if the
+machine was disturbed or, in an A/A run, an engine differs from itself; or INTERRUPTED, with the
+rounds that were complete.
 """
 
 import os
@@ -35,7 +36,7 @@ from thanos_deploy.measure.run import (
 )
 from thanos_deploy.progress import OnProgress, silent
 
-# An open loop is offered this much of what the baseline can take.
+# Request rate of an open loop, as a fraction of the highest rate that the baseline can serve.
 _UTILISATION = 0.5
 
 
@@ -47,19 +48,20 @@ def measure(
     same: bool = False,
     on_progress: OnProgress = silent,
 ) -> Run:
-    """Measure exported bundles in turns.
+    """Measure exported bundles, which take turns in every round.
 
     Args:
-        bundles: their folders by label; the first is the baseline.
-        subjects: what is known of each without running it.
-        request: what to measure.
-        same: they are all the same, so every ratio should be 1 (an A/A run); the intervals are
-            then widened so that all of them together hold 1 with the usual probability.
-        on_progress: told of every round.
+        bundles: maps a label to a bundle folder; the first one is the baseline.
+        subjects: by label, the facts about each model that are known without running it.
+        request: the scenarios, and how to run them.
+        same: whether all bundles are the same model (an A/A run), so that every ratio should be 1.
+            The confidence intervals are then widened, so that all of them together contain 1 with
+            the usual probability.
+        on_progress: called after every round.
 
     Raises:
         DeployError: a model cannot be loaded.
-        KeyboardInterrupt: before one round was complete.
+        KeyboardInterrupt: the user interrupted before the first round was complete.
     """
     on_progress(0, request.rounds)
     threads = request.threads or environment.cores()
@@ -101,7 +103,7 @@ def measure(
                 raise
         processes, loaded = engines.processes, engines.loaded
     still = stillness.judge(readings)
-    # This process is on the GPU too if it measured the ceilings there.
+    # This process uses the GPU too if it has measured the ceilings there.
     on_gpu = {*processes.values(), *([os.getpid()] if machine else [])}
     level = _level(scenarios, len(bundles)) if same else statistics.LEVEL
     compared = tuple(
@@ -127,7 +129,7 @@ def measure(
     measured = {}
     for label, subject in subjects.items():
         held = without_models and nvml.held(without_models, on_device, [processes[label]])
-        # What the whole GPU holds is of all models together.
+        # A figure for the whole GPU is the memory of all models together.
         own = held if held and (held.by == "process" or len(processes) == 1) else None
         measured[label] = replace(
             subject,
@@ -157,11 +159,11 @@ def measure(
 def _warm_up(
     engines: Engines, request: BenchRequest, baseline: str
 ) -> tuple[list[Scenario], dict[str, WarmUp]]:
-    """Turns that do not count; then the rate of an open loop is known."""
+    """Warm up every scenario; choose an open loop's request rate from its warm-up."""
     scenarios: list[Scenario] = []
     warm = {}
     for scenario in request.scenarios:
-        # Waiting warms nothing.
+        # Waiting for arrivals warms nothing up, so an open loop is warmed up without it.
         work = scenario.unloaded if isinstance(scenario, OpenLoop) else scenario
         warm[scenario.name] = engines.warm_up(work, at_most=request.warmup)
         if isinstance(scenario, OpenLoop) and scenario.offered_per_second is None:
@@ -185,7 +187,7 @@ def _times(
     machine: Machine | None,
     dtypes: Mapping[str, str],
 ) -> ScenarioTimes:
-    """What one scenario showed of every model."""
+    """Summarise one scenario for every model."""
     samples = {
         label: {
             metric: [value for one in rounds for value in one[label][metric]]
@@ -243,16 +245,19 @@ def _metric(name: str, samples: Sequence[float]) -> Metric:
 
 
 def _level(scenarios: Sequence[Scenario], subjects: int) -> float:
-    """Of each interval, so that all together miss no oftener than one usually does (Bonferroni)."""
+    """Confidence level of each interval of an A/A run, with Bonferroni's correction.
+
+    All intervals together then miss at most as often as one interval of `statistics.LEVEL` does.
+    """
     intervals = (subjects - 1) * sum(len(scenario.metrics) for scenario in scenarios)
     return 1 - (1 - statistics.LEVEL) / intervals
 
 
 def _drifts(scenarios: Sequence[ScenarioTimes], baseline: str, rounds: int) -> list[str]:
-    """Where the baseline did not stay what it was."""
+    """Messages about the scenarios in which the baseline's times drifted."""
     found = []
     for scenario in scenarios:
-        if scenario.kind == OpenLoop.kind:  # whose arrivals differ from round to round
+        if scenario.kind == OpenLoop.kind:  # its arrivals differ from round to round
             continue
         headline = scenario.results[baseline].metrics[scenario.headline]
         moved = statistics.drift(headline.samples, rounds=rounds)
@@ -265,7 +270,7 @@ def _drifts(scenarios: Sequence[ScenarioTimes], baseline: str, rounds: int) -> l
 
 
 def _differences(scenarios: Sequence[ScenarioTimes]) -> list[str]:
-    """Where a model differs from itself."""
+    """Messages about the ratios of an A/A run whose interval does not contain 1."""
     return [
         f"{scenario.name}: {metric} of {label} is {_shown(ratio)} of the same model's"
         for scenario in scenarios

@@ -1,9 +1,11 @@
-"""The limit of every engine: bytes and operations counted in the graph, at this machine's speed.
+"""The performance ceiling of a graph on this machine: a roofline for every engine that runs it.
 
-A step has to read every weight and the kv cache of what came before, to write the kv cache of its
-own tokens, and to multiply. It takes at least as long as the slower of the two: the roofline of
-Williams, Waterman and Patterson (2009). Everything else that an engine does is left out, so the
-ceiling is one: activations, normalisations, the softmax, and what caches of the processor save.
+Bytes and operations are counted in the graph; bandwidth and peak arithmetic are measured. A step
+has to read every weight and the KV cache of earlier tokens, to write the KV cache of its own
+tokens, and to multiply. It takes at least as long as the slower of memory traffic and arithmetic
+(Williams, Waterman and Patterson, "Roofline", 2009). Everything else that an engine does is left
+out, so the time is a lower bound: activations, normalisations and the softmax. Reads that processor
+caches save are not counted either.
 """
 
 import math
@@ -24,15 +26,15 @@ from thanos_deploy.measure.run import Ceiling
 
 _REPEATS = 8
 
-# Rows and columns of the square matrices that are multiplied for the peak: enough to fill the
-# machine, and no longer than a second on it.
+# Rows and columns of the square matrices that are multiplied to measure the peak: large enough to
+# fill the device, small enough to take less than a second.
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 
-# Calls in one CUDA graph, so that starting it is a small part of what is timed.
+# Calls in one CUDA graph, so that its launch is a small part of the measured time.
 _CALLS = 4
 
-# Kind of arithmetic -> dtype of the matrices, and that of `precision.products_in`, which on a GPU
-# rounds float32 factors to TF32 where it is bfloat16.
+# Kind of arithmetic -> dtype of the matrices, and argument of `precision.products_in`. On a GPU,
+# bfloat16 as the argument means that float32 factors are rounded to TF32.
 _KINDS = {
     "fp32": (torch.float32, torch.float32),
     "tf32": (torch.float32, torch.bfloat16),
@@ -42,12 +44,13 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The bandwidth and the matrix speed of this machine, measured.
+    """The measured memory bandwidth and peak arithmetic of this machine.
 
     Attributes:
-        memory_bandwidth_bytes_per_second: reading as much memory as the graph has weights, so that
-            caches help as much as they help the engine.
-        gemm_flops_per_second: by kind of arithmetic ("fp32", "tf32", "fp16"), of a matrix product.
+        memory_bandwidth_bytes_per_second: bandwidth of reading as much memory as the graph has
+            weights, so that caches help here as much as they help the engine.
+        gemm_flops_per_second: speed of a matrix product, by kind of arithmetic ("fp32", "tf32",
+            "fp16").
     """
 
     memory_bandwidth_bytes_per_second: float
@@ -56,14 +59,16 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a graph has to do, by where it grows.
+    """The work of a graph, by the quantity that it grows with.
 
     Attributes:
-        weight_bytes: read in every step.
-        cache_bytes_per_token: of the kv cache of one sequence.
-        flops_per_token: of all layers with weights that see every token.
-        flops_per_sequence: of the output head, where the graph has it for the last token only.
-        flops_per_pair: of attention, for every pair of a token and one that it may look at.
+        weight_bytes: bytes of weights that every step reads.
+        cache_bytes_per_token: bytes of KV cache for each token of each sequence.
+        flops_per_token: operations of the layers with weights, for each token.
+        flops_per_sequence: operations of the output head for each sequence, if the graph computes
+            logits for the last token only; otherwise 0, and `flops_per_token` includes the head.
+        flops_per_pair: operations of attention, for each pair of a new token and a token of its
+            sequence. Masked pairs count, because a graph with plain products computes them.
     """
 
     weight_bytes: int
@@ -73,12 +78,12 @@ class Work:
     flops_per_sequence: int = 0
 
     def step(self, *, batch: int, tokens: int, past: int) -> tuple[int, int]:
-        """Bytes and floating point operations of one step.
+        """Bytes moved and floating-point operations of one step.
 
         Args:
-            batch: sequences.
-            tokens: new ones of each sequence.
-            past: those before.
+            batch: number of sequences.
+            tokens: new tokens of each sequence.
+            past: tokens of each sequence in the KV cache.
         """
         moved = self.weight_bytes + batch * (past + tokens) * self.cache_bytes_per_token
         flops = batch * tokens * (self.flops_per_token + (past + tokens) * self.flops_per_pair)
@@ -87,14 +92,17 @@ class Work:
 
 
 def computed_in(dtype: str, *, provider: str) -> str:
-    """In which kind of arithmetic ONNX Runtime multiplies.
+    """Return the kind of arithmetic that ONNX Runtime uses for matrix products.
 
-    A CPU computes in float32, whatever the weights are held in. On a GPU what is not fp16 is
+    On a CPU it is float32, whatever the dtype of the weights. On a GPU, graphs other than fp16 are
     multiplied in TF32, ONNX Runtime's default there (`use_tf32`).
 
     Args:
-        dtype: of the graph: "fp32", "fp16" or "int8".
-        provider: "cpu", or one that runs on a GPU.
+        dtype: dtype of the graph: "fp32", "fp16" or "int8".
+        provider: "cpu", or the name of a provider that runs on a GPU.
+
+    Returns:
+        a key of `Machine.gemm_flops_per_second`.
     """
     if provider == "cpu":
         return "fp32"
@@ -102,13 +110,14 @@ def computed_in(dtype: str, *, provider: str) -> str:
 
 
 def ceiling(work: Work, scenario: Scenario, machine: Machine, arithmetic: str) -> Ceiling | None:
-    """The ceiling of what a scenario times; None where waiting is part of it.
+    """The ceiling of the headline time of a scenario; None for an open loop, which also waits.
 
     Args:
-        work: of the graph.
-        scenario: decode is taken in the middle of its steps; generate as a whole.
-        machine: what this machine can do.
-        arithmetic: that the graph computes in, a key of the machine's peaks.
+        work: work of the graph.
+        scenario: the scenario. The ceiling of decode is that of its middle step, and the ceiling
+            of generate is that of all its steps.
+        machine: bandwidth and peak arithmetic of this machine.
+        arithmetic: kind of arithmetic of the graph, a key of `machine.gemm_flops_per_second`.
     """
     match scenario:
         case Prefill():
@@ -116,7 +125,7 @@ def ceiling(work: Work, scenario: Scenario, machine: Machine, arithmetic: str) -
         case Decode():
             steps = [(1, scenario.past + scenario.new_tokens // 2)]
         case Generate():
-            # The last token is not read any more.
+            # No step reads the last new token.
             last = scenario.prompt + scenario.new_tokens - 1
             steps = [(scenario.prompt, 0), *((1, past) for past in range(scenario.prompt, last))]
         case OpenLoop():
@@ -136,15 +145,18 @@ def ceiling(work: Work, scenario: Scenario, machine: Machine, arithmetic: str) -
 
 
 def count(path: Path, *, cache_bytes_per_token: int) -> Work:
-    """Count what a graph of `exporters.onnx` has to do; its weights are not read.
+    """Count the work of a graph that `exporters.onnx` has written; weights are not read.
+
+    The attention of a neutral graph is counted. That of an "ort" graph, which is the operator
+    GroupQueryAttention, is not, so the ceiling is then a looser bound.
 
     Args:
-        path: the model.
-        cache_bytes_per_token: as export.json has it.
+        path: the ONNX file.
+        cache_bytes_per_token: bytes of KV cache for each token of a sequence, as in export.json.
     """
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    # The output head may be a transpose of the embedding.
+    # The weight of the output head may be a transpose of the embedding.
     source = {name: name for name in weights}
     for node in graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
@@ -155,10 +167,10 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
     }
     reader = {name: node for node in graph.node for name in node.input}
     read: set[str] = set()
-    flops: dict[str, int] = {}  # of the layers with weights, by their output
+    flops: dict[str, int] = {}  # for one token, of each layer with weights, by name of its output
     flops_per_pair = 0
     for node in graph.node:
-        if node.op_type != "Gather":  # which reads single rows
+        if node.op_type != "Gather":  # a Gather reads single rows only
             read.update(source[name] for name in node.input if name in source)
         match node.op_type:
             case "MatMulNBits":
@@ -166,9 +178,10 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
                 flops[node.output[0]] = 2 * sizes["K"] * sizes["N"]
             case "MatMul" | "Gemm" if node.input[1] in source:
                 flops[node.output[0]] = 2 * math.prod(weights[source[node.input[1]]].dims)
-            # Attention is two products of equal work, scores and mix; the shape of what is mixed,
-            # [batch, heads, sequence, dim], is always in the file. Queries that share a value are
-            # stacked for the product, and that is their shape when they are apart again.
+            # Attention is two products of equal work: the scores, and the weighted sum of values.
+            # Only the second one's result has the shape [batch, heads, sequence, dim], which is
+            # always in the file, so it counts for both. Query heads that share a value head are
+            # stacked for the product; then the Reshape behind it has that shape.
             case "MatMul":
                 after = reader[node.output[0]]
                 mixed = after.output[0] if after.op_type == "Reshape" else node.output[0]
@@ -186,13 +199,13 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
 
 
 def _is_of_last(graph: onnx.GraphProto) -> bool:
-    """Whether there are logits after the last token only."""
+    """Whether the graph computes logits for the last token only."""
     (logits,) = (value for value in graph.output if value.name == "logits")
     return bool(logits.type.tensor_type.shape.dim[1].dim_value == 1)
 
 
 def _head(graph: onnx.GraphProto, products: Collection[str]) -> str:
-    """The output of the product that the logits are made of, which some models then cap."""
+    """The name of the output head's product; some models cap it before it becomes the logits."""
     maker = {name: node for node in graph.node for name in node.output}
     name = "logits"
     while name not in products:
@@ -201,12 +214,12 @@ def _head(graph: onnx.GraphProto, products: Collection[str]) -> str:
 
 
 def measure(weight_bytes: int, *, provider: str, threads: int) -> Machine | None:
-    """What this machine can do at best; None for a GPU that PyTorch cannot use.
+    """Measure bandwidth and peak arithmetic; None for a GPU that PyTorch cannot use.
 
     Args:
-        weight_bytes: how much memory to read.
+        weight_bytes: bytes of memory to read for the bandwidth.
         provider: "cpu" or "cuda".
-        threads: how many of them work, on a CPU.
+        threads: number of threads on a CPU.
     """
     if provider == "cuda" and not torch.cuda.is_available():
         return None
@@ -224,7 +237,12 @@ def measure(weight_bytes: int, *, provider: str, threads: int) -> Machine | None
 
 
 def _bandwidth(size: int, device: str) -> float:
-    """Bytes per second: the best of several products of a matrix of that size with a vector."""
+    """Bytes per second of the fastest of several products of a matrix with a vector.
+
+    Args:
+        size: bytes of the matrix.
+        device: "cpu" or "cuda".
+    """
     columns = _MATRIX["cpu"]
     matrix = _random(max(1, size // (4 * columns)), columns, device=device)
     vector = _random(columns, 1, device=device)
@@ -232,9 +250,9 @@ def _bandwidth(size: int, device: str) -> float:
 
 
 def _gemm(kind: str, device: str) -> float:
-    """Operations per second of the best of several products of random square matrices.
+    """Operations per second of the fastest of several products of random square matrices.
 
-    Random, because a GPU draws less power and clocks higher on numbers that are all the same.
+    They are random because a GPU draws less power and clocks higher on numbers that are all equal.
     """
     dtype, rounded_to = _KINDS[kind]
     size = _MATRIX[device]
@@ -249,7 +267,7 @@ def _random(rows: int, columns: int, *, device: str) -> Tensor:
 
 
 def _fastest(call: Callable[[], Tensor], device: str) -> float:
-    """Seconds of the fastest of several calls, after one that does not count."""
+    """Seconds of the fastest of several calls, after a warm-up call."""
     call()
     if device == "cuda":
         return min(timing.replayed([call] * _CALLS, samples=_REPEATS, warmup=1))

@@ -1,11 +1,11 @@
-"""Multiple choice: a model has to tell how a passage goes on from how others go on.
+"""Multiple choice: a model has to recognise the true continuation of a passage among four.
 
 The questions are made from the text that perplexity is measured on. Each has a beginning of
-`BEFORE` tokens and four continuations of `AFTER` tokens: the one that follows there, and three that
-follow elsewhere in the same segment, so that they are about the same things. All begin where a word
-does. Places are drawn with a seed, those of a question so far apart that none is in another one's
-beginning. The answer is the continuation of the largest probability, which all being equally long
-need no correction for.
+`BEFORE` tokens and four continuations of `AFTER` tokens: the true one, and three from elsewhere in
+the same segment, so that they are about the same subject. All continuations begin at the beginning
+of a word. Their places are drawn with a fixed seed; the four continuations of a question overlap
+neither one another nor its beginning. A model's answer is the continuation with the largest
+probability. All continuations have equally many tokens, so the length needs no correction.
 """
 
 import random
@@ -23,17 +23,17 @@ BEFORE, AFTER = 24, 6
 CHOICES = 4
 _SEED = 0
 
-# Questions that a model reads at once.
+# Questions in a batch.
 _AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Questions:
-    """Multiple choice.
+    """Multiple-choice questions, as tokens.
 
     Attributes:
-        beginnings: int64[count, frame + BEFORE], tokens.
-        continuations: int64[count, CHOICES, AFTER]; the first is right.
+        beginnings: int64[count, frame + BEFORE].
+        continuations: int64[count, CHOICES, AFTER]; the first choice is the right one.
     """
 
     beginnings: Tensor
@@ -46,14 +46,14 @@ class Questions:
 def questions(
     content: str, offsets: Sequence[Sequence[Offset]], ids: Tensor, *, frame: int, count: int
 ) -> Questions:
-    """Questions about the segments of a text; see the module.
+    """Make questions from the segments of a text; see the module.
 
     Args:
         content: the text.
-        offsets: of each segment, where the tokens behind its frame are in the text.
-        ids: int64[segments, length], with the frame in front of each.
-        frame: tokens of it.
-        count: of questions; there are fewer where the segments have no place for more.
+        offsets: for each segment, the offsets in the text of the tokens after its frame.
+        ids: int64[segments, length], the segments, each with the frame in front of it.
+        frame: number of tokens of the frame.
+        count: the most questions; there are fewer if the segments have no place for more.
     """
     own = ids[:, frame:]
     places = [
@@ -80,7 +80,7 @@ def questions(
 
 
 def _begins_word(content: str, offset: Offset) -> bool:
-    """A token is the beginning of a word: a letter behind what is no part of one."""
+    """Whether a token begins a word: with a letter, after a character that is no part of a word."""
     token = content[slice(*offset)]
     word = token.lstrip()
     at = offset[0] + len(token) - len(word)
@@ -89,7 +89,10 @@ def _begins_word(content: str, offset: Offset) -> bool:
 
 
 def _elsewhere(places: Sequence[int], at: int, draw: random.Random) -> list[int] | None:
-    """Places whose continuations neither overlap this question's tokens nor each other's."""
+    """Draw the places of the wrong continuations; None if there are too few.
+
+    They overlap neither one another nor the tokens of the question, which surround `at`.
+    """
     apart = [one for one in places if one + AFTER <= at - BEFORE or one >= at + AFTER]
     found: list[int] = []
     for one in draw.sample(apart, len(apart)):
@@ -104,9 +107,17 @@ def _elsewhere(places: Sequence[int], at: int, draw: random.Random) -> list[int]
 def answered(
     model: PreTrainedModel, asked: Questions, *, on_progress: OnProgress = silent
 ) -> list[bool]:
-    """Which questions a model answers right.
+    """Answer the questions with a model.
 
-    A beginning is read once for its four continuations.
+    The model reads each beginning once for its four continuations.
+
+    Args:
+        model: in evaluation mode.
+        asked: the questions.
+        on_progress: called after every batch of questions.
+
+    Returns:
+        for each question, whether the model's answer is right.
     """
     found: list[bool] = []
     on_progress(0, len(asked))
@@ -119,7 +130,7 @@ def answered(
 
 
 def _log_probabilities(model: PreTrainedModel, beginnings: Tensor, continuations: Tensor) -> Tensor:
-    """float32[count, choices], of each continuation after its beginning."""
+    """float32[count, choices], the log-probability of each continuation after its beginning."""
     count, choices, _ = continuations.shape
     after = continuations.flatten(0, 1).to(model.device)
     read = model(input_ids=beginnings.to(model.device), use_cache=True, logits_to_keep=1)

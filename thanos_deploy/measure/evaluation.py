@@ -1,6 +1,6 @@
-"""The runtimes of an evaluation, and the one that is ONNX Runtime with the exported graph.
+"""The runtimes of an evaluation, and how to read segments with ONNX Runtime.
 
-What a server runs is measured by `thanos_deploy.measure.served`.
+`thanos_deploy.measure.served` measures models on a running server.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ RUNTIMES = ("torch", "onnx")
 
 
 def graph_reader(bundle: Path) -> Read:
-    """The graph of a bundle on ONNX Runtime, so that it reads segments; see `open_graph`."""
+    """Return a function that reads segments with a bundle's graph; see `open_graph`."""
     graph = open_graph(bundle)
 
     def read(ids: Tensor) -> Iterator[Tensor]:
@@ -28,10 +28,10 @@ def graph_reader(bundle: Path) -> Read:
 
 
 def open_graph(bundle: Path) -> Graph:
-    """The graph of a bundle, compared with its hash.
+    """Open the graph of a bundle with ONNX Runtime, after checking its hash.
 
     Raises:
-        InputError: there is no graph.
+        InputError: there is no graph, or it computes logits for the last token only.
         IntegrityError: the graph is not the one that was exported.
     """
     require_stage(bundle, onnxruntime, verify=True)

@@ -1,7 +1,7 @@
-"""A model examined on a text: perplexity, last words, multiple choice, and beside the dense model.
+"""Measure a model on a text: perplexity, last words, multiple choice, fidelity to the dense model.
 
-The segments are read once, and everything but multiple choice and the texts that the dense model
-writes is taken from the logits of that pass.
+The model reads the segments once, and most figures are taken from the logits of that pass. Multiple
+choice, and the texts that the dense model writes, need passes of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,14 +25,14 @@ from thanos_deploy.progress import OnProgress, silent
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examination:
-    """What models are asked.
+    """The segments and the questions of an evaluation.
 
     Attributes:
-        origin: of the text.
-        ids: int64[count, length], its first segments.
-        frame: what each begins with.
-        words: which words to say.
-        questions: of multiple choice.
+        origin: name of the text.
+        ids: int64[count, length], tokens of the first segments of the text.
+        frame: special tokens that each segment begins with.
+        words: the last words to predict; see `measure.cloze`.
+        questions: the multiple-choice questions; see `measure.choices`.
     """
 
     origin: str
@@ -51,14 +51,14 @@ class Examination:
         *,
         questions: int,
     ) -> "Examination":
-        """Make it from a text.
+        """Make an examination from a text and its segments.
 
         Args:
-            text: where the segments are from.
-            tokenizer: that cut them.
-            ids: int64[count, length], the first ones, without overlap.
-            frame: what each begins with.
-            questions: of multiple choice, at most.
+            text: the text.
+            tokenizer: the tokenizer that made the segments.
+            ids: int64[count, length], the first segments of the text, without overlap.
+            frame: special tokens that each segment begins with.
+            questions: the most multiple-choice questions.
         """
         own = ids.shape[1] - len(frame)
         encoded = tokenizer(
@@ -83,14 +83,14 @@ def examine(
     *,
     on_progress: OnProgress = silent,
 ) -> TextQuality:
-    """Ask a model.
+    """Measure a model, and compare it with the dense model that it was made from.
 
     Args:
         model: in evaluation mode.
-        examination: what to ask it.
-        dense: what the model that it was made from said; None to compare it with nothing.
-        head: of that model, on the device of this one.
-        on_progress: told of every finished segment.
+        examination: the segments and the questions.
+        dense: outputs of the dense model; None to measure the model without a comparison.
+        head: output head of the dense model, on the device of `model`; None for no divergence.
+        on_progress: called after every segment.
     """
     read = reader(model)
     divergence = None
@@ -115,14 +115,13 @@ def examine_dense(
     *,
     on_progress: OnProgress = silent,
 ) -> tuple[TextQuality, Outputs]:
-    """Ask a dense model, and keep what others are compared with.
+    """Measure a dense model, and return its outputs to compare pruned models with.
 
     Args:
         model: in evaluation mode.
-        examination: what to ask it.
-        longest: tokens that it takes.
-        on_progress: told of every finished segment.
-
+        examination: the segments and the questions.
+        longest: the most tokens that the model takes.
+        on_progress: called after every segment.
     """
     head = head_of(model)
     kept: list[Tensor] = []
@@ -146,11 +145,11 @@ def examine_dense(
 
 @dataclass(frozen=True, slots=True)
 class _Quality:
-    """What one model has shown.
+    """The results of one model.
 
     Attributes:
-        text: its perplexity and how it came about.
-        words, choices: whether each answer is right.
+        text: the perplexity and the sizes of the text.
+        words, choices: for each question, whether the model's answer is right.
     """
 
     text: TextQuality
@@ -159,11 +158,11 @@ class _Quality:
 
     @property
     def summary(self) -> TextQuality:
-        """Of this model by itself."""
+        """The results without a comparison."""
         return replace(self.text, words=_answers(self.words), choices=_answers(self.choices))
 
     def beside(self, dense: Outputs, near: Fidelity) -> TextQuality:
-        """Of this model and how it differs from the dense one."""
+        """The results compared with those of the dense model."""
         return replace(
             self.text,
             words=_answers(self.words, dense.words),
@@ -178,13 +177,16 @@ def _read(
     divergence: Divergence | None,
     on_progress: OnProgress,
 ) -> tuple[float, Tensor]:
-    """The perplexity, and int64[count, length], the likeliest token after each.
+    """Let a model read the segments.
 
     Args:
-        read: of the model.
-        examination: what it reads.
-        divergence: from the dense model, to add to; None for none.
+        read: reads a segment with the model.
+        examination: the segments.
+        divergence: divergence from the dense model, to which this adds; None to measure none.
         on_progress: see `examine`.
+
+    Returns:
+        the perplexity, and int64[count, length], the likeliest token after each token.
     """
     ids, frame = examination.ids, len(examination.frame)
     likeliest = torch.empty_like(ids)
@@ -211,7 +213,7 @@ def _read(
 def _quality(
     model: PreTrainedModel, examination: Examination, value: float, likeliest: Tensor
 ) -> _Quality:
-    """What a model has shown, after it has answered multiple choice too."""
+    """Let a model answer the multiple-choice questions, and collect all of its results."""
     ids = examination.ids
     count, length = ids.shape
     text = TextQuality(examination.origin, value, count, length, examination.frame)
@@ -220,7 +222,7 @@ def _quality(
 
 
 def _answers(right: Sequence[bool], before: Tensor | None = None) -> Answers | None:
-    """What answers come to, beside those of the dense model; None where nothing was asked."""
+    """Summarise answers, compared with the dense model's if given; None without questions."""
     if not right:
         return None
     return Answers(

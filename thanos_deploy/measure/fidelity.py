@@ -1,16 +1,18 @@
-"""How far a model is from the dense one that it was made from: divergence and agreement.
+"""How far a model is from the dense model that it was made from: divergence and agreement.
 
-Perplexity asks what a model makes of a text. A model can have nearly the dense one's perplexity and
-still say other things (arXiv 2407.09141), so these compare the two models themselves:
+Perplexity measures how well a model predicts a text. A model can have nearly the perplexity of the
+dense model and still predict other tokens (arXiv 2407.09141). So these figures compare the two
+models directly:
 
-- the Kullback-Leibler divergence of the next token's distribution from the dense model's, in nats
-  per token of the text that perplexity is measured on;
-- at how many of its positions both have the same likeliest token;
-- the same on texts that the dense model wrote itself, greedily: how many tokens of them the model
-  would have written after those before, and how many it would before the first that differs.
+- the Kullback-Leibler divergence of the model's next-token distribution from the dense model's, in
+  nats per token of the text that perplexity is measured on;
+- the fraction of the positions in that text at which both models have the same likeliest token;
+- on texts that the dense model wrote greedily: how many tokens the model would also have written,
+  given the tokens before, and how many of them stand before the first difference.
 
-The dense model's part of this is `Outputs`, which are made once and kept: its last hidden states
-rather than its logits, which its head makes again a few at a time.
+The dense model's side of the comparison is `Outputs`, made once and kept in a file. It has the last
+hidden states instead of the logits, because they are much smaller; the output head computes logits
+from them again, a few at a time.
 """
 
 from dataclasses import dataclass, fields
@@ -25,24 +27,25 @@ from thanos_deploy.errors import InputError, boundary
 from thanos_deploy.measure.quality import Fidelity
 from thanos_deploy.model.head import Head
 
-# Of a segment, what the dense model goes on from, and by how many tokens at most.
+# Tokens of a segment that the dense model continues, and the most tokens that it writes.
 _PROMPT = 32
 _WRITTEN = 256
 
-# Texts that it writes.
+# Texts that the dense model writes.
 _TEXTS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """What a dense model makes of segments.
+    """The outputs of a dense model for the segments and questions of an evaluation.
 
     Attributes:
-        states: float32[count, length, hidden], what its head reads after every token; None if it
-            makes its logits otherwise (see `has_plain_head`), so that no divergence can be had.
-        likeliest: int64[count, length], the likeliest token after each.
-        written: int64[texts, prompt + tokens], beginnings of segments and how it goes on.
-        words, choices: bool[questions], which ones it answers right.
+        states: float32[count, length, hidden], the last hidden state after every token, which the
+            output head reads; None if the model computes its logits in another way (see
+            `has_plain_head`), so that no divergence can be computed.
+        likeliest: int64[count, length], the likeliest token after each token.
+        written: int64[texts, prompt + tokens], beginnings of segments and their continuations.
+        words, choices: bool[questions], whether each answer is right.
     """
 
     states: Tensor | None
@@ -52,7 +55,7 @@ class Outputs:
     choices: Tensor
 
     def write(self, path: Path) -> None:
-        """Keep them."""
+        """Write the outputs to a safetensors file."""
         tensors = {one.name: getattr(self, one.name) for one in fields(self)}
         save_file(
             {name: one.contiguous() for name, one in tensors.items() if one is not None}, path
@@ -60,10 +63,10 @@ class Outputs:
 
     @classmethod
     def read(cls, path: Path) -> "Outputs":
-        """What `write` has kept.
+        """Read a file that `write` has written.
 
         Raises:
-            InputError: it is not there or not readable.
+            InputError: the file is missing or cannot be read.
         """
         with boundary(
             InputError,
@@ -75,26 +78,27 @@ class Outputs:
 
 
 class Divergence:
-    """Adds up the divergence from a dense model, a part of the positions at a time."""
+    """The mean divergence from a dense model, added up some positions at a time."""
 
     def __init__(self, states: Tensor, head: Head) -> None:
-        """Begin.
+        """Start without any position.
 
         Args:
-            states: of the dense model; see `Outputs`.
-            head: of the dense model, on the device of the other one.
+            states: last hidden states of the dense model; see `Outputs`.
+            head: output head of the dense model, on the device of the model that is compared.
         """
         self._states, self._head = states, head
         self._nats: float | Tensor = 0.0
         self._positions = 0
 
     def add(self, segment: int, first: int, log_p: Tensor) -> None:
-        """Add some positions of a segment.
+        """Add some consecutive positions of a segment.
 
         Args:
-            segment: its number.
-            first: of the positions.
-            log_p: float32[positions, vocabulary], the model's log-probabilities after them.
+            segment: index of the segment.
+            first: the first position.
+            log_p: float32[positions, vocabulary], log-probabilities of the next token at each of
+                these positions, of the model that is compared.
         """
         states = self._states[segment, first : first + len(log_p)].to(log_p.device)
         log_q = self._head(states).float().log_softmax(dim=-1)
@@ -104,20 +108,20 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """Nats per token."""
+        """The mean divergence in nats per token."""
         return float(self._nats) / self._positions
 
 
 @torch.inference_mode()
 def written_by(model: PreTrainedModel, segments: Tensor, longest: int) -> Tensor:
-    """Beginnings of segments, and how a model goes on, always with the likeliest token.
+    """Continue the beginnings of segments greedily with a model.
 
-    Nothing ends a text before `_WRITTEN` tokens, or as many as the model takes.
+    Each text gets `_WRITTEN` tokens, or as many as the model takes; no token ends it earlier.
 
     Args:
-        model: the dense one.
-        segments: int64[count, length], of which the first ones are begun with.
-        longest: tokens that the model takes.
+        model: the dense model.
+        segments: int64[count, length]; the first `_TEXTS` of them are used.
+        longest: the most tokens that the model takes.
 
     Returns:
         int64[texts, prompt + tokens].
@@ -135,14 +139,16 @@ def written_by(model: PreTrainedModel, segments: Tensor, longest: int) -> Tensor
 def compared(
     divergence: float | None, outputs: Outputs, likeliest: Tensor, continued: Tensor, frame: int
 ) -> Fidelity:
-    """How far a model is from the dense one.
+    """Compare a model's likeliest tokens with those of the dense model.
 
     Args:
-        divergence: nats per token; None where it is not known.
-        outputs: of the dense model.
-        likeliest: int64[count, length], the model's likeliest token after each of the segments'.
-        continued: int64[texts, prompt + tokens], the same for the texts that the dense one wrote.
-        frame: tokens at the beginning of a segment that do not count.
+        divergence: nats per token; None if it is unknown.
+        outputs: outputs of the dense model.
+        likeliest: int64[count, length], the model's likeliest token after each token of the
+            segments.
+        continued: int64[texts, prompt + tokens], the model's likeliest token after each token of
+            the texts that the dense model wrote.
+        frame: number of tokens of the frame; predictions of its tokens do not count.
     """
     first = max(frame, 1) - 1
     same = likeliest[:, first:-1] == outputs.likeliest[:, first:-1]

@@ -1,10 +1,11 @@
-"""Gates: limits on what was measured, for a CI job that must fail when they are missed.
+"""Gates: limits on measured values, for a CI job that must fail when a limit is missed.
 
     [SCENARIO:]METRIC.STATISTIC[.ratio] COMPARISON NUMBER       decode.p50.ratio<0.8
     FIGURE[.ratio] COMPARISON NUMBER                            ppl.ratio<1.1
 
-With `.ratio` a value is the bundle's over the baseline's, else the bundle's own, in seconds, bytes
-or tokens per second. Without a scenario a gate holds for every one that has the metric.
+With `.ratio`, the value is that of the bundle divided by that of the baseline. Otherwise it is the
+bundle's own: times in seconds, sizes in bytes, and throughput in tokens per second. A gate without
+a scenario applies to every scenario that has the metric.
 """
 
 import re
@@ -25,7 +26,7 @@ FIGURES = (
     "cache_bytes_per_token",
     "gpu_peak_bytes",
 )
-# Perplexity, shares of right answers, divergence from the dense model, and agreement with it.
+# Perplexity, fractions of right answers, divergence from the dense model, and agreement with it.
 QUALITIES = ("ppl", "words", "choices", "kl", "agreement")
 
 KNOWN = (
@@ -48,16 +49,16 @@ _GATE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A limit.
+    """A limit on one measured value.
 
     Attributes:
-        text: as it was given.
-        scenario: the only one that it is for; None for all that have the metric.
+        text: the gate as the user wrote it.
+        scenario: name of the scenario that the gate applies to; None for all that have the metric.
         name: a metric, a figure, or a quality.
-        statistic: a key of `STATISTICS`; None where there is only one value.
-        relative: the value is that of the bundle over that of the baseline.
-        comparison: a key of what can be compared.
-        limit: what to compare with.
+        statistic: a key of `STATISTICS`; None for figures and qualities, which have one value.
+        relative: whether the value is the ratio of the bundle's to the baseline's.
+        comparison: "<", "<=", ">" or ">=".
+        limit: the right side of the comparison.
     """
 
     text: str
@@ -69,20 +70,21 @@ class Gate:
     limit: float
 
     def holds(self, value: float) -> bool:
-        """The value keeps the limit."""
+        """Whether a value satisfies the limit."""
         return bool(_COMPARISONS[self.comparison](value, self.limit))
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a gate in one scenario.
+    """The result of a gate, for one scenario.
 
     Attributes:
-        gate: as it was given.
-        scenario: where the value is from; empty if it is of no scenario.
-        value: None if it was not measured.
-        held: False also where nothing was measured, or not reliably.
-        reason: why a value does not count; empty if it does.
+        gate: the gate as the user wrote it.
+        scenario: name of the scenario; empty for a figure or a quality.
+        value: the measured value; None if it was not measured.
+        held: whether the value satisfies the limit; False also without a value, or if the value
+            does not count.
+        reason: why the gate is missed whatever its value; empty if the value counts.
     """
 
     gate: str
@@ -101,27 +103,27 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedRun(Run):
-    """A run and what became of the gates that it was asked to pass."""
+    """A run, and the outcomes of its gates."""
 
     gates: tuple[Outcome, ...]
 
     @classmethod
     def of(cls, run: Run, gates: Sequence[Outcome]) -> "JudgedRun":
-        """A run with outcomes."""
+        """Add outcomes to a run."""
         return cls(
             **{field.name: getattr(run, field.name) for field in fields(run)}, gates=tuple(gates)
         )
 
     @property
     def passed(self) -> bool:
-        """Every gate was held."""
+        """Whether all gates are held."""
         return all(outcome.held for outcome in self.gates)
 
     def require(self) -> "JudgedRun":
-        """The same run.
+        """Return this run if all gates are held.
 
         Raises:
-            GateError: a gate was missed.
+            GateError: a gate is missed.
         """
         if not self.passed:
             raise GateError(
@@ -133,10 +135,10 @@ class JudgedRun(Run):
 
 
 def parse(text: str) -> Gate:
-    """Read a gate.
+    """Parse the text of a gate.
 
     Raises:
-        UsageError: it is not a gate, or no measurement has that name.
+        UsageError: the text is not a gate, or no measured value has that name.
     """
     match = _GATE.fullmatch(text.strip())
     if match is None or (limit := _number(match.group("limit"))) is None:
@@ -159,10 +161,14 @@ def parse(text: str) -> Gate:
 
 
 def check(gates: Sequence[Gate], scenarios: Sequence[Scenario]) -> None:
-    """Refuse gates on what a run does not measure.
+    """Refuse gates on metrics that a run does not measure.
+
+    Args:
+        gates: the gates.
+        scenarios: the scenarios of the run.
 
     Raises:
-        UsageError: there is such a gate.
+        UsageError: no scenario of a gate has its metric.
     """
     for gate in gates:
         if gate.statistic is None:
@@ -183,13 +189,13 @@ def judge(
     subject: str,
     quality: Mapping[str, Mapping[str, float]],
 ) -> list[Outcome]:
-    """Judge gates.
+    """Judge gates by the values of a run.
 
     Args:
-        gates: that `check` has let pass.
-        run: of a bench.
-        subject: label of the bundle that they are about.
-        quality: by name and label, as far as it is known.
+        gates: gates that have passed `check`.
+        run: the run.
+        subject: label of the bundle that the gates are about.
+        quality: the known qualities: name -> label of the model -> value.
     """
     return [
         outcome
@@ -208,7 +214,7 @@ def _outcomes(
             else {label: getattr(one, gate.name) for label, one in run.subjects.items()}
         )
         return [_outcome(gate, "", values.get(subject), values.get(run.baseline), reason="")]
-    # Sizes do not depend on the machine standing still; times do.
+    # Times count only in a VALID run; sizes do not depend on an undisturbed machine.
     reason = "" if run.status == "VALID" else f"the run is {run.status}"
     statistic = STATISTICS[gate.statistic]
     found = []

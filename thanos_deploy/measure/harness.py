@@ -1,7 +1,8 @@
-"""lm-evaluation-harness on a checkpoint or on an exported graph, zero-shot.
+"""Run lm-evaluation-harness on a checkpoint or on an exported graph, zero-shot.
 
-Tasks, prompts, batching and metrics are the library's. All that it asks of a model of transformers
-is to be called with ids and to generate, so an exported graph only needs these two verbs.
+Tasks, prompts, batching and metrics are the library's. From a model of transformers it needs only
+two methods: `__call__` on token ids, and `generate`. So an adapter with these two methods makes an
+exported graph usable.
 """
 
 import logging
@@ -31,16 +32,16 @@ from thanos_deploy.measure.quality import Score, TaskQuality
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.load import load_model, load_tokenizer
 
-# Of what a task draws at random; the library's own default.
+# Seed for the random choices of a task; the library's own default.
 _SEED = 1234
 
 
 class GraphModel:
-    """An exported graph with the two verbs that the library asks a model of transformers for.
+    """An adapter that gives an exported graph the methods of a model of transformers.
 
     Attributes:
-        config: of the model that was exported.
-        device: where ids come from and logits go to.
+        config: configuration of the exported model.
+        device: device of the token ids and of the logits.
     """
 
     device = torch.device("cpu")
@@ -51,7 +52,7 @@ class GraphModel:
         self._engine = OnnxRuntimeEngine(graph)
 
     def __call__(self, input_ids: Tensor) -> CausalLMOutput:
-        """Logits after every token of int64[batch, tokens]."""
+        """Compute the logits after every token of int64[batch, tokens]."""
         rows = [np.concatenate(list(self._graph.read(row))) for row in input_ids.numpy()]
         return CausalLMOutput(logits=torch.from_numpy(np.stack(rows)))
 
@@ -64,10 +65,17 @@ class GraphModel:
         do_sample: bool | None = None,
         **_: object,
     ) -> Tensor:
-        """Continue int64[batch, tokens] greedily, to `max_length` tokens or till the criteria hold.
+        """Continue int64[batch, tokens] greedily.
+
+        Args:
+            input_ids: int64[batch, tokens], the prompts.
+            attention_mask: [batch, tokens], 0 for padding.
+            max_length: the most tokens of a sequence, prompt included.
+            stopping_criteria: generation ends early when they hold for every sequence.
+            do_sample: whether the task asks for sampling, which is refused.
 
         Raises:
-            UsageError: the task wants samples.
+            UsageError: the task asks for sampling.
         """
         if do_sample:
             raise UsageError(
@@ -88,7 +96,7 @@ class GraphModel:
 
 
 def library() -> ModuleType:
-    """The module of lm-evaluation-harness.
+    """Import lm-evaluation-harness.
 
     Raises:
         PlatformError: it is not installed.
@@ -104,19 +112,20 @@ def library() -> ModuleType:
 
 
 def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -> TaskQuality:
-    """Run tasks.
+    """Run tasks and return the scores.
 
     Args:
-        bundle: has the graph, for "onnx".
-        model: the checkpoint, for "torch", and the tokenizer.
-        request: which tasks.
+        bundle: bundle with the exported graph, for the runtime "onnx".
+        model: checkpoint with the weights, for the runtime "torch", and with the tokenizer.
+        request: the tasks.
         runtime: one of `evaluation.RUNTIMES`.
 
     Raises:
-        PlatformError: the library is not installed, or a task's data are on a hub that cannot be
-            reached.
-        UsageError: there is no such task.
-        InputError: a task's files cannot be read, or do not fit its data or the model.
+        PlatformError: the library is not installed, or the data of a task are on a hub that cannot
+            be reached.
+        UsageError: there is no such task, or it asks for sampling, which "onnx" cannot do.
+        InputError: the files of a task cannot be read, or do not fit its data or the model.
+        ResourceError: the GPU ran out of memory.
     """
     tasks = _load(request)
     from lm_eval.evaluator import evaluate
@@ -129,7 +138,7 @@ def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -
                 limit=request.limit,
                 log_samples=False,
             )
-    # The second is the library's way to say that an answer does not fit into the model's window.
+    # The library raises AssertionError if an answer does not fit into the model's context window.
     except (jinja2.TemplateError, AssertionError) as error:
         raise InputError(
             f"--tasks {','.join(request.tasks)}: a task does not fit its data or the model "
@@ -140,19 +149,19 @@ def score(bundle: Path, model: Checkpoint, request: TaskRequest, runtime: str) -
 
 
 def require(request: TaskRequest) -> None:
-    """Refuse names that are no tasks.
+    """Refuse names of tasks that do not exist.
 
     Raises:
         PlatformError: the library is not installed.
         UsageError: there is no such task.
-        InputError: the folder is not there.
+        InputError: the folder of task files does not exist.
     """
     _index(request)
 
 
 @cache
 def _index(request: TaskRequest) -> Any:
-    """The library's index of tasks: those of the folder, and its own where they are asked for."""
+    """The index of the folder's tasks, and of the library's own if some of these are asked for."""
     library()
     from lm_eval.tasks import TaskManager
 
@@ -160,7 +169,7 @@ def _index(request: TaskRequest) -> Any:
         if not Path(request.folder).is_dir():
             raise InputError(f"{request.folder}: no such folder", fix="give a folder of YAML files")
         own = TaskManager(include_path=request.folder, include_defaults=False)
-        if set(request.tasks) <= set(own.all_tasks):  # its own are thousands of files
+        if set(request.tasks) <= set(own.all_tasks):  # the library's own are thousands
             return own
     index = TaskManager(include_path=request.folder)
     if unknown := sorted(set(request.tasks) - set(index.all_tasks)):
@@ -184,7 +193,7 @@ def _load(request: TaskRequest) -> Any:
             fix="run the command once on a machine that reaches the hub and copy that "
             "machine's $HF_HOME here, or give tasks with local data (--task-folder)",
         ) from error
-    # A task's file may name any class and any loader, so there is no telling what fails.
+    # The file of a task may name any class and any loader, which can raise any exception.
     except Exception as error:
         raise InputError(
             f"--tasks {','.join(request.tasks)}: cannot be loaded "
@@ -207,20 +216,23 @@ def _language_model(bundle: Path, model: Checkpoint, request: TaskRequest, runti
         pretrained, longest = GraphModel(graph, model.config), graph.max_sequence
     else:
         pretrained = load_model(model.folder, devices.choose(request.device))
-    # One at a time: nothing is padded, and on a CPU a batch takes as long as its rows.
+    # Batch size 1 needs no padding, and on a CPU a batch takes as long as its rows one by one.
     return HFLM(
         pretrained=pretrained,
         tokenizer=load_tokenizer(model.folder),
         max_length=longest,
         batch_size=1,
-        # Texts are framed as the tokenizer frames them.
+        # None leaves it to the tokenizer whether a text begins with special tokens.
         add_bos_token=None,
         trust_remote_code=False,
     )
 
 
 def _scores(found: files.Json) -> Iterator[Score]:
-    """The library's results: by task, "metric,filter" -> value and "metric_stderr,filter"."""
+    """The scores in the library's results.
+
+    For each task these map "metric,filter" to a value, and "metric_stderr,filter" to its error.
+    """
     for task, entries in found["results"].items():
         for key, value in entries.items():
             metric, _, selection = key.partition(",")

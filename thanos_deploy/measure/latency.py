@@ -1,16 +1,17 @@
 """The scenarios of a benchmark. Each takes one turn at a time and returns raw samples.
 
-    prefill    one batch of prompts                        prefill
-    decode     some steps after a given past               decode, one for each step
-    generate   prompts and answers, as their users see it  ttft, inter_token, total and
-                                                           tokens_per_second
-    open-loop  requests that come when they like, whether  ttft and request, counted from the
-               or not the engine is ready (`load`)         moment a request was due; and span, that
-                                                           of the whole turn
+    Scenario   One turn                                Samples
+    prefill    one batch of prompts                    prefill
+    decode     some decode steps after a given past    decode, one for each step
+    generate   a batch of prompts and their answers    ttft, inter_token, total and
+                                                       tokens_per_second
+    open-loop  requests that arrive at random times,   ttft and request, both counted from the
+               whether or not the engine is ready      time at which a request was due; span, the
+               (see `traffic`)                         duration of the whole turn
 
-All samples are seconds but tokens_per_second. The `headline` of a scenario is the metric that
-stands for it. Which tokens they are does not matter for the time a
-dense transformer takes, so prompts are token 0 throughout, and answers are greedy.
+Samples are in seconds, except tokens_per_second. The `headline` of a scenario is the metric that
+represents it where only one is shown. The time of a dense transformer does not depend on which
+tokens it reads, so prompts consist of token 0 only; answers are greedy.
 """
 
 import time
@@ -23,17 +24,17 @@ from runtime.engine import Engine
 from runtime.generate import generate_batch
 from thanos_deploy.measure import traffic
 
-# Metric -> raw samples in the order in which they were taken.
+# Metric -> raw samples, in the order in which they were taken.
 Samples = dict[str, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Read a batch of prompts.
+    """Prefill a batch of prompts.
 
     Attributes:
-        batch: sequences at once.
-        prompt: tokens of each.
+        batch: number of sequences.
+        prompt: tokens of each prompt.
     """
 
     kind: ClassVar[str] = "prefill"
@@ -45,16 +46,16 @@ class Prefill:
 
     @property
     def name(self) -> str:
-        """Unique among scenarios."""
+        """A name that no other scenario of a run has."""
         return f"{self.kind}-{self.batch}x{self.prompt}"
 
     @property
     def tokens(self) -> int:
-        """Of the longest sequence."""
+        """Tokens of the longest sequence, prompt and answer together."""
         return self.prompt
 
     def take(self, engine: Engine, turn: int) -> Samples:
-        """One turn: one prefill."""
+        """Take one turn: one prefill."""
         started = time.perf_counter()
         engine.prefill(np.zeros((self.batch, self.prompt), dtype=np.int64))
         return {"prefill": [time.perf_counter() - started]}
@@ -62,12 +63,12 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Append tokens one by one to sequences that are there already.
+    """Decode some tokens one by one, after a prefill that is not timed.
 
     Attributes:
-        batch: sequences at once.
-        past: tokens of each before the first step.
-        new_tokens: steps.
+        batch: number of sequences.
+        past: tokens of each sequence before the first decode step.
+        new_tokens: number of decode steps.
     """
 
     kind: ClassVar[str] = "decode"
@@ -80,16 +81,16 @@ class Decode:
 
     @property
     def name(self) -> str:
-        """Unique among scenarios."""
+        """A name that no other scenario of a run has."""
         return f"{self.kind}-{self.batch}x{self.past}"
 
     @property
     def tokens(self) -> int:
-        """Of the longest sequence."""
+        """Tokens of the longest sequence, prompt and answer together."""
         return self.past + self.new_tokens
 
     def take(self, engine: Engine, turn: int) -> Samples:
-        """One turn: the past, which is not timed, and all steps."""
+        """Take one turn: an untimed prefill of the past, then all decode steps."""
         logits = engine.prefill(np.zeros((self.batch, self.past), dtype=np.int64))
         seconds = []
         for _ in range(self.new_tokens):
@@ -102,10 +103,10 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Answer a batch of prompts, with everything that `runtime.generate` does on the way.
+    """Answer a batch of prompts with `runtime.generate`, whose own work is timed too.
 
     Attributes:
-        batch: sequences at once.
+        batch: number of sequences.
         prompt: tokens of each prompt.
         new_tokens: tokens of each answer.
     """
@@ -120,21 +121,21 @@ class Generate:
 
     @property
     def name(self) -> str:
-        """Unique among scenarios."""
+        """A name that no other scenario of a run has."""
         return f"{self.kind}-{self.size}"
 
     @property
     def size(self) -> str:
-        """Sequences, tokens of each prompt and of each answer."""
+        """The number of sequences, and the tokens of each prompt and answer, such as "1x128+16"."""
         return f"{self.batch}x{self.prompt}+{self.new_tokens}"
 
     @property
     def tokens(self) -> int:
-        """Of the longest sequence."""
+        """Tokens of the longest sequence, prompt and answer together."""
         return self.prompt + self.new_tokens
 
     def take(self, engine: Engine, turn: int) -> Samples:
-        """One turn: one batch of answers."""
+        """Take one turn: one batch of answers."""
         prompts = [[0] * self.prompt] * self.batch
         times = [time.perf_counter()]
         for _ in generate_batch(engine, prompts, new_tokens=self.new_tokens):
@@ -151,15 +152,15 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class OpenLoop:
-    """Serve requests one after the other while they arrive at random.
+    """Serve requests that arrive at random times, one after the other.
 
     Attributes:
         prompt: tokens of each prompt.
         new_tokens: tokens of each answer.
-        requests: in one turn, which begins with an idle engine.
-        offered_per_second: mean rate of arrival; None until it has been found out what the engines
-            can take.
-        driver: what makes the requests and times them; one of `traffic.DRIVERS`.
+        requests: number of requests in one turn; every turn begins with an idle engine.
+        offered_per_second: mean arrival rate in requests per second; None until it is derived from
+            the baseline's time in the warm-up.
+        driver: what makes the arrivals and takes the times; a key of `traffic.DRIVERS`.
     """
 
     kind: ClassVar[str] = "open-loop"
@@ -175,21 +176,21 @@ class OpenLoop:
 
     @property
     def name(self) -> str:
-        """Unique among scenarios."""
+        """A name that no other scenario of a run has."""
         return f"{self.kind}-{self.unloaded.size}"
 
     @property
     def tokens(self) -> int:
-        """Of the longest sequence."""
+        """Tokens of the longest sequence, prompt and answer together."""
         return self.unloaded.tokens
 
     @property
     def unloaded(self) -> Generate:
-        """The work of one request."""
+        """The work of one request, without waiting for arrivals."""
         return Generate(self.batch, self.prompt, self.new_tokens)
 
     def take(self, engine: Engine, turn: int) -> Samples:
-        """One turn; the same turn has the same arrivals, whatever the engine."""
+        """Take one turn; its arrivals depend on the turn's number only, not on the engine."""
         assert self.offered_per_second is not None
         prompts = [[0] * self.prompt]
         served = traffic.DRIVERS[self.driver](

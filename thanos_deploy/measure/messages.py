@@ -1,6 +1,7 @@
-"""What `measure.paired` asks a process that runs `measure.worker`, and what that one answers.
+"""Messages between `measure.paired` and its worker processes, which run `measure.worker`.
 
-Each is a line of JSON. A worker answers once it has loaded its engine, and then every request.
+Each message is one line of JSON. A worker sends one reply when it has loaded its engine, and then
+one reply to each request.
 """
 
 import json
@@ -13,11 +14,12 @@ from thanos_deploy.measure.latency import Scenario
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Take a turn at a scenario.
+    """An order to take one turn at a scenario.
 
     Attributes:
-        scenario: which; no two kinds have the same fields.
-        number: of the turn; see `latency`.
+        scenario: the scenario. Its kind is recognised by its fields, so no two kinds may have the
+            same fields.
+        number: number of the turn; see `latency`.
     """
 
     scenario: Scenario
@@ -26,17 +28,17 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A turn, or None to be told of the memory alone."""
+    """A request to a worker: a turn to take, or None to report memory and CPU time only."""
 
     turn: Turn | None
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine is loaded.
+    """The news that the engine is loaded.
 
     Attributes:
-        load_seconds: from the start of loading until ready, hashing included.
+        load_seconds: seconds from the start of loading until ready, hashing included.
     """
 
     load_seconds: float
@@ -44,7 +46,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A turn is over.
+    """The result of a turn.
 
     Attributes:
         samples: see `latency.Samples`.
@@ -55,7 +57,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A `DeployError` ended the worker, with this message, remedy and exit code."""
+    """The `DeployError` that has ended the worker: its message, fix and exit code."""
 
     message: str
     fix: str
@@ -64,13 +66,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer.
+    """A reply of a worker.
 
     Attributes:
-        said: what was asked for; None where that was the memory.
-        peak_memory_bytes: the most resident memory of the process so far.
-        resident_memory_bytes: now; None where the system does not say.
-        cpu_seconds: processor time of the process so far.
+        said: the answer itself; None if only memory and CPU time were asked for.
+        peak_memory_bytes: peak resident memory of the process so far.
+        resident_memory_bytes: resident memory now; None where the system does not report it.
+        cpu_seconds: CPU time of the process so far.
     """
 
     said: Ready | Taken | Failed | None
@@ -80,15 +82,15 @@ class Reply:
 
 
 def line(message: Request | Reply) -> str:
-    """A message as the line that is sent."""
+    """Encode a message as a line of JSON."""
     return json.dumps(encode(message)) + "\n"
 
 
 def request(line: str) -> Request:
-    """The request in a line."""
+    """Decode the request in a line of JSON."""
     return decode(Request, json.loads(line))
 
 
 def reply(line: str) -> Reply:
-    """The reply in a line."""
+    """Decode the reply in a line of JSON."""
     return decode(Reply, json.loads(line))

@@ -1,4 +1,4 @@
-"""What a user asks of a measurement: perplexity, tasks, times."""
+"""A user's options for measurements: quality on a text, tasks, and times."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,15 @@ _RUN = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """Which text to measure quality on: "builtin" or a path, how much of it, and where.
+    """The options of a quality measurement on a text.
 
     Attributes:
-        questions: of multiple choice, at most; see `measure.choices`.
+        text: "builtin", a path, or the name of a data set; see `stages.texts.open_texts`.
+        text_field: the field of a row that has its text, in files with rows.
+        segments: number of segments.
+        seqlen: tokens in each segment.
+        device: where the model runs; see `devices.choose`.
+        questions: the most multiple-choice questions; see `measure.choices`.
     """
 
     text: str = BUILTIN
@@ -31,17 +36,20 @@ class EvalRequest:
 
     @property
     def recorded(self) -> "EvalRequest":
-        """For the manifest: the text by its name, not its path, and the device if it is a GPU."""
+        """The options for the manifest: the name of the text instead of its path.
+
+        The device is recorded only if it is a GPU.
+        """
         return replace(self, text=Path(self.text).name, device=_recorded(self.device))
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """Which tasks of lm-evaluation-harness to run, zero-shot.
+    """The options of a run of tasks of lm-evaluation-harness, zero-shot.
 
     Attributes:
-        tasks: their names.
-        folder: with task files that the library does not have; None for none.
+        tasks: names of the tasks.
+        folder: folder with task files in addition to the library's own, or None.
         limit: the most examples of each task; None for all.
         device: where the checkpoint runs; see `devices.choose`.
     """
@@ -53,7 +61,7 @@ class TaskRequest:
 
     @property
     def files(self) -> dict[str, str]:
-        """Hashes of the files in the folder, by name."""
+        """SHA-256 hashes of all files in the folder, by path relative to the folder."""
         if self.folder is None:
             return {}
         return {
@@ -64,31 +72,35 @@ class TaskRequest:
 
     @property
     def recorded(self) -> "TaskRequest":
-        """For the manifest: the folder by its name, not its path, and the device if it is a GPU."""
+        """The options for the manifest: the name of the folder instead of its path.
+
+        The device is recorded only if it is a GPU.
+        """
         folder = None if self.folder is None else Path(self.folder).name
         return replace(self, folder=folder, device=_recorded(self.device))
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """What to time, against what, how often; the defaults are those of `prune-export`.
+    """The options of a benchmark run; the defaults are those of `prune-export`.
 
     Attributes:
-        run: name of the run, and of its file.
-        kinds: of scenarios, keys of `thanos_deploy.measure.latency.KINDS`.
-        batches: sequences at once; open-loop has one.
-        prompts: tokens of a prompt; open-loop takes the first.
-        pasts: tokens before the first timed step of decode; None for those of the prompts.
-        new_tokens: steps of decode, tokens of an answer.
-        rounds: that count.
-        warmup: the most that do not.
-        requests: of open-loop in one round.
-        rate: requests a second; None for half of what the baseline can take.
-        driver: of open-loop; see `thanos_deploy.measure.traffic`.
-        provider: what to run on.
-        threads: that compute on a CPU; None for one on each processor.
-        sample_prompt, sample_tokens: of the sample text.
-        subjects: labels of what is compared, as the manifest has them; empty before that is known.
+        run: name of the run and of its file.
+        kinds: kinds of scenarios, keys of `thanos_deploy.measure.latency.KINDS`.
+        batches: batch sizes; open-loop always has one sequence at a time.
+        prompts: prompt lengths in tokens; open-loop takes the first one.
+        pasts: tokens before the first timed step of decode; None to use `prompts`.
+        new_tokens: steps of decode, and tokens of an answer of generate and open-loop.
+        rounds: rounds that are measured.
+        warmup: the most warm-up rounds.
+        requests: requests of open-loop in one round.
+        rate: requests per second of open-loop; None for half of what the baseline can serve.
+        driver: driver of open-loop; see `thanos_deploy.measure.traffic`.
+        provider: execution provider of ONNX Runtime: "cpu" or "cuda".
+        threads: threads that compute on a CPU; None for one per core.
+        sample_prompt, sample_tokens: prompt of the sample text, and tokens to generate after it.
+        subjects: labels of the models that are compared; set when the options are recorded, and
+            empty before.
     """
 
     run: str = "latency"
@@ -110,7 +122,7 @@ class BenchRequest:
 
     @property
     def scenarios(self) -> list[Scenario]:
-        """Every combination of the grids, by kind."""
+        """The scenarios of every kind, with every combination of its sizes."""
         of_kind: dict[str, list[Scenario]] = {
             "prefill": [Prefill(*size) for size in product(self.batches, self.prompts)],
             "decode": [
@@ -127,13 +139,13 @@ class BenchRequest:
         return [scenario for kind in self.kinds for scenario in of_kind[kind]]
 
     def check(self, max_tokens: int) -> None:
-        """Refuse what the models do not take, and names that are none.
+        """Refuse an invalid name of the run, and scenarios that are too long for the models.
 
         Args:
-            max_tokens: the most tokens that every model takes.
+            max_tokens: the most tokens of a sequence that every model takes.
 
         Raises:
-            UsageError: there is such a thing.
+            UsageError: the name is invalid, or a scenario has more tokens.
         """
         if not _RUN.fullmatch(self.run) or self.run == "sample":
             raise UsageError(
@@ -150,7 +162,7 @@ class BenchRequest:
 
 
 def _recorded(device: str) -> str:
-    """A kind of GPU, or "auto" for the processor, which a record leaves out."""
-    from thanos_deploy.machine import devices  # brings PyTorch, which reading records needs not
+    """The type of a GPU; for the CPU "auto", the default, which a record leaves out."""
+    from thanos_deploy.machine import devices  # imports PyTorch, not needed for records
 
     return devices.recorded(device).get("device", "auto")

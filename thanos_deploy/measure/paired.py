@@ -1,8 +1,9 @@
 """Several engines side by side: each in a fresh process of its own, taking turns.
 
-Turns make what the machine does meanwhile (clock changes, other load) fall on all alike: in every
-round each engine has its turn at each scenario, in an order that rotates from round to round and is
-reversed every other one. A process of its own makes memory the engine's and nobody else's.
+In every round each engine takes one turn at each scenario. So disturbances of the machine (clock
+changes, other load) affect all engines alike. The order of the engines rotates from round to round,
+and every second round it is reversed. With a process for each engine, the memory of a process is
+that of its engine alone.
 """
 
 import subprocess
@@ -18,19 +19,19 @@ from thanos_deploy.measure import messages
 from thanos_deploy.measure.latency import Samples, Scenario
 from thanos_deploy.measure.messages import Failed, Ready, Reply, Request, Taken, Turn
 
-# Name of the scenario -> label of the engine -> samples.
+# The samples of one round: name of the scenario -> label of the engine -> samples.
 Round = dict[str, dict[str, Samples]]
 
-# A turn this much faster than every one before says that the engine is not warm yet.
+# An engine is not warm yet if its turn took less than this fraction of its fastest turn before.
 _STILL_FASTER = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading took.
+    """The time and memory that loading an engine took.
 
     Attributes:
-        load_seconds: from the start of loading until ready, hashing included.
+        load_seconds: seconds from the start of loading until ready, hashing included.
         load_peak_bytes: peak resident memory of the process until then.
     """
 
@@ -40,11 +41,11 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of a process that has done its work.
+    """The memory of an engine's process after its work.
 
     Attributes:
-        steady_bytes: resident memory now; None where the system does not say.
-        peak_bytes: the most there ever was.
+        steady_bytes: resident memory now; None where the system does not report it.
+        peak_bytes: peak resident memory.
     """
 
     steady_bytes: int | None
@@ -53,12 +54,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """Turns that do not count.
+    """The warm-up of all engines for one scenario.
 
     Attributes:
-        rounds: how many there were.
-        stable: the last one was not clearly faster than all before.
-        last: its samples, by label.
+        rounds: number of rounds.
+        stable: whether in the last round no engine was clearly faster than in all rounds before.
+        last: samples of the last round, by label of the engine.
     """
 
     rounds: int
@@ -74,15 +75,15 @@ def opened(
     provider: str = "cpu",
     threads: int | None = None,
 ) -> Iterator["Engines"]:
-    """Load the exported models of some bundles, one after the other.
+    """Load the exported models of some bundles, one after the other, and end them afterwards.
 
     Args:
-        bundles: label -> bundle folder.
+        bundles: maps a label to a bundle folder.
         backend, provider: see `runtime.engine.open_engine`.
-        threads: how many compute on a CPU; None for as many as there are processors.
+        threads: threads that compute on a CPU; None for one per core.
 
     Raises:
-        DeployError: an engine cannot be loaded; as its own process reported it.
+        DeployError: an engine cannot be loaded; this is the error that its process reported.
     """
     with ExitStack() as stack:
         workers, loaded = {}, {}
@@ -99,30 +100,30 @@ class Engines:
     """Loaded engines that take turns.
 
     Attributes:
-        loaded: what loading each of them took.
+        loaded: time and memory of loading, by label.
     """
 
     def __init__(self, workers: Mapping[str, "_Worker"], loaded: Mapping[str, Loaded]) -> None:
-        """Made by `opened`."""
+        """Keep the workers; `opened` is the way to make engines."""
         self._workers = workers
         self.loaded = loaded
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time that the engines have used so far."""
+        """CPU time that all engines together have used so far."""
         return sum(worker.cpu_seconds for worker in self._workers.values())
 
     @property
     def processes(self) -> dict[str, int]:
-        """Their process numbers."""
+        """The process IDs of the engines, by label."""
         return {label: worker.process for label, worker in self._workers.items()}
 
     def warm_up(self, scenario: Scenario, *, at_most: int) -> WarmUp:
-        """Take turns until no engine is getting faster any more.
+        """Take turns at a scenario until no engine becomes faster any more.
 
         Args:
-            scenario: what to take turns at.
-            at_most: rounds.
+            scenario: the scenario.
+            at_most: the most rounds; at least 1.
         """
         fastest: dict[str, float] = {}
         for number in range(1, at_most + 1):
@@ -140,16 +141,16 @@ class Engines:
         return WarmUp(number, stable, last)
 
     def take_turns(self, scenarios: Sequence[Scenario], number: int) -> Round:
-        """One round: a turn of every engine at every scenario.
+        """Take one round: one turn of every engine at every scenario.
 
         Args:
-            scenarios: with names that differ.
-            number: of the round, which decides on the order.
+            scenarios: the scenarios, each with a different name.
+            number: number of the round, which determines the order of the engines.
         """
         return {scenario.name: self._turns(scenario, number) for scenario in scenarios}
 
     def memory(self) -> dict[str, Memory]:
-        """Memory of every engine."""
+        """Memory of every engine, by label."""
         replies = {label: worker.ask(Request(None)) for label, worker in self._workers.items()}
         return {
             label: Memory(reply.resident_memory_bytes, reply.peak_memory_bytes)
@@ -171,19 +172,23 @@ def _samples(reply: Reply) -> Samples:
 
 
 def order(labels: Sequence[str], number: int) -> list[str]:
-    """Whose turn is when in a round: everybody is first, and before everybody else, as often."""
+    """Order engines for a round, so that over all rounds no position or pair is favoured.
+
+    Over 2 x len(labels) rounds, each engine takes each position twice, and each of two engines is
+    before the other equally often.
+    """
     start = number // 2 % len(labels)
     turned = [*labels[start:], *labels[:start]]
     return turned if number % 2 == 0 else turned[::-1]
 
 
 class _Worker:
-    """A process running `thanos_deploy.measure.worker`, spoken to in lines of JSON."""
+    """A process that runs `thanos_deploy.measure.worker`; see `messages` for the protocol."""
 
     def __init__(self, bundle: Path, *arguments: str) -> None:
         self._bundle = bundle
         self.cpu_seconds = 0.0
-        # -P: a folder called `runtime` where the user happens to be is not ours.
+        # -P: do not import a folder called `runtime` from the current directory.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "thanos_deploy.measure.worker", str(bundle), *arguments],
             stdin=subprocess.PIPE,
@@ -193,7 +198,7 @@ class _Worker:
 
     @property
     def process(self) -> int:
-        """Its number."""
+        """The process ID."""
         return self._process.pid
 
     def ask(self, request: Request) -> Reply:
@@ -233,8 +238,8 @@ class _Worker:
 
 
 class _RemoteError(DeployError):
-    """A DeployError of the measuring process, with its exit code."""
+    """A DeployError that a worker process reported, with the same exit code."""
 
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.message, fix=failed.fix)
-        self.exit_code = failed.exit_code  # type: ignore[misc]  # the remote class's own
+        self.exit_code = failed.exit_code  # type: ignore[misc]  # that of the worker's class

@@ -1,4 +1,4 @@
-"""The quality number that goes with every speed number."""
+"""Perplexity over segments of a text."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from thanos_deploy.progress import OnProgress, silent
 
-# From the tokens of a segment, int64[tokens], to the logits after each of them, in order and a part
+# Maps the tokens of a segment, int64[tokens], to the logits after each token, in order and a part
 # at a time, float[part, vocabulary].
 Read = Callable[[Tensor], Iterable[Tensor]]
 
-# From the tokens of a segment, int64[tokens], to minus the log-probability of each but the first,
-# in order and a part at a time, float[part].
+# Maps the tokens of a segment, int64[tokens], to the negative log-probability of each token but the
+# first, in order and a part at a time, float[part].
 Losses = Callable[[Tensor], Iterable[Tensor]]
 
 # Positions whose log-probabilities are held at once: a row of logits is vocabulary-sized.
@@ -28,8 +28,8 @@ class Perplexity:
 
     Attributes:
         value: exp of the mean negative log-likelihood of the tokens that are scored.
-        segments: how many segments.
-        length: tokens of each.
+        segments: number of segments.
+        length: tokens in each segment.
     """
 
     value: float
@@ -40,12 +40,12 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
 ) -> Perplexity:
-    """Measure a model of PyTorch; see `perplexity_of`."""
+    """Measure the perplexity of a PyTorch model; see `perplexity_of`."""
     return perplexity_of(losses_of(reader(model)), segments, frame=frame, on_progress=on_progress)
 
 
 def reader(model: PreTrainedModel) -> Read:
-    """A causal model, in evaluation mode, as something that reads segments."""
+    """Return a function that reads segments with a causal model in evaluation mode."""
 
     def read(ids: Tensor) -> Iterable[Tensor]:
         with torch.inference_mode():
@@ -56,7 +56,7 @@ def reader(model: PreTrainedModel) -> Read:
 
 
 def losses_of(read: Read) -> Losses:
-    """What a model's logits say of the tokens that it reads."""
+    """Return a function that computes losses from the logits of `read`."""
 
     def losses(ids: Tensor) -> Iterable[Tensor]:
         following = ids[1:]
@@ -72,24 +72,25 @@ def losses_of(read: Read) -> Losses:
 def perplexity_of(
     losses: Losses, segments: Tensor, *, frame: int = 0, on_progress: OnProgress = silent
 ) -> Perplexity:
-    """Measure whatever knows the losses of segments, one segment at a time.
+    """Measure perplexity from a model's losses, one segment at a time.
 
     This is the protocol of the SparseGPT, Wanda and Thanos papers: windows that do not overlap,
-    each scored on its own. Scored is every token of the text that something precedes: all that
-    come after a frame (see `frame`), or without one all but a window's first. The frame's own
-    tokens are not. lm-evaluation-harness scores all tokens of a text too, with a token in front of
-    each window; llama.cpp puts BOS in the place of a window's first token and scores the second
-    half of the window only.
+    each scored on its own. Every token of the text that another token precedes is scored: with a
+    frame, all tokens after it; without one, all but the first of a window. Tokens of the frame are
+    not scored. lm-evaluation-harness also scores all tokens of a text, with a token in front of
+    each window; llama.cpp replaces the first token of a window by BOS, and scores only the second
+    half of the window.
 
     Args:
-        losses: of the model; see `losses_of`.
+        losses: computes the losses of a segment; see `losses_of`.
         segments: int64[count, length].
-        frame: how many tokens at the beginning of each are its frame. 0 and 1 come to the same.
-        on_progress: told of every finished segment.
+        frame: number of tokens at the beginning of each segment that are its frame. 0 and 1 give
+            the same result.
+        on_progress: called after every segment.
     """
     count, length = segments.shape
     first = max(frame, 1)
-    total: float | Tensor = 0.0  # on the device of the losses, which is read at the end
+    total: float | Tensor = 0.0  # stays on the device of the losses until the end
     on_progress(0, count)
     for done, ids in enumerate(segments, start=1):
         unscored = first - 1

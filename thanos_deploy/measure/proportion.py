@@ -1,4 +1,4 @@
-"""Intervals of the share of questions that a model answers right, and of what it lost of it."""
+"""Confidence intervals of the share of right answers, and of its change between two models."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ _LEVEL = 0.95
 
 
 def share(right: int, count: int) -> Interval:
-    """A share with the score interval of Wilson, which is in [0, 1] even where all are right.
+    """A share of right answers with Wilson's score interval, which never leaves [0, 1].
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     1927.
 
     Args:
-        right: of the questions.
-        count: of them; at least 1.
+        right: number of questions that are answered right.
+        count: number of all questions; at least 1.
     """
     p, z = right / count, _Z
     scale = 1 + z * z / count
@@ -30,18 +30,18 @@ def share(right: int, count: int) -> Interval:
 
 
 def change(before: Sequence[bool], after: Sequence[bool]) -> Interval:
-    """What a share changed by from one model to another, on the same questions.
+    """The change of the share of right answers from one model to another, on the same questions.
 
-    Only questions that one of them answers right and the other wrong say something of it, so this
-    interval is narrower than those of the two shares suggest. It is Wald's for matched pairs, with
-    half an observation added to each of the four cells.
+    Only questions that exactly one of the models answers right carry information about the change,
+    so this interval is narrower than the intervals of the two shares suggest. It is Wald's interval
+    for matched pairs, with half an observation added to each of the four cells.
 
     Source: A. Agresti and Y. Min, "Simple improved confidence intervals for comparing matched
     proportions", Statistics in Medicine 24, 2005.
 
     Args:
-        before: whether each answer of the one is right; at least one.
-        after: of the other, in the same order.
+        before: for each question, whether the first model's answer is right; at least one question.
+        after: the same for the second model, in the same order.
     """
     pairs = list(zip(before, after, strict=True))
     lost, won = pairs.count((True, False)) + 0.5, pairs.count((False, True)) + 0.5

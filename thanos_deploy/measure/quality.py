@@ -1,4 +1,4 @@
-"""What an evaluation leaves in a bundle: perplexity on a text, or scores in tasks."""
+"""Records of an evaluation in a bundle: quality on a text, or scores on tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """How many questions of a kind a model answers right.
+    """How many questions of one kind a model answers right.
 
     Attributes:
-        questions: how many there are.
-        accuracy: the share of right answers; see `proportion.share`.
-        change: of that share from the dense model's; see `proportion.change`. None for a model by
-            itself.
+        questions: number of questions.
+        accuracy: share of right answers; see `proportion.share`.
+        change: change of that share from the dense model to this one; see `proportion.change`. None
+            if the model is not compared with a dense one.
     """
 
     questions: int
@@ -32,16 +32,18 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How far a model is from the dense one; see `measure.fidelity`.
+    """How far a model is from the dense model; see `measure.fidelity`.
 
     Attributes:
-        divergence: nats per token of the text; None where the dense model makes its logits in a
-            way that is not known (see `has_plain_head`).
-        agreement: share of its positions at which both have the same likeliest token.
-        texts: that the dense model wrote.
-        tokens: of each.
-        continued: how many of these the model would have written after those before, on average.
-        before_first: how many before the first that differs, on average.
+        divergence: Kullback-Leibler divergence in nats per token of the text; None if the dense
+            model computes its logits in an unknown way (see `has_plain_head`).
+        agreement: share of the text's positions at which both models have the same likeliest token.
+        texts: number of texts that the dense model wrote.
+        tokens: tokens that it wrote in each text.
+        continued: mean number of tokens in such a text that the model would also have written,
+            given the tokens before.
+        before_first: mean number of tokens in such a text before the first one that the model
+            would not have written.
     """
 
     divergence: float | None
@@ -61,11 +63,11 @@ class TextQuality:
         value: the perplexity.
         segments: number of segments.
         length: tokens in each segment.
-        frame: special tokens that each segment begins with; none in records of versions that
-            recorded none.
+        frame: special tokens that each segment begins with; empty in records of old versions, which
+            did not record it.
         words, choices: answers about the text, see `measure.cloze` and `measure.choices`; None if
             there were no questions, or none were asked.
-        fidelity: comparison with the dense model; None for a model by itself.
+        fidelity: comparison with the dense model; None if the model is not compared.
     """
 
     text: str
@@ -93,13 +95,13 @@ class TextQuality:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The score of a model in one task by one metric.
+    """The score of a model on one task by one metric.
 
     Attributes:
-        task, metric: as the library calls them.
-        value: in the metric's own unit.
-        stderr: the library's estimate; None if it has none.
-        samples: how many examples.
+        task, metric: the library's names; a filter other than "none" is added to the metric.
+        value: the score, in the metric's own unit.
+        stderr: the library's estimate of the standard error; None if it has none.
+        samples: number of examples.
     """
 
     task: str
@@ -118,13 +120,13 @@ class TaskQuality:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextInputs:
-    """What an evaluation on a text read.
+    """The inputs of an evaluation on a text.
 
     Attributes:
         model: hash of the pruned model; None for a dense one.
-        dense: what was measured of the dense model; None for itself.
+        dense: results of the dense model; None if this is the evaluation of the dense model.
         text: hash of the text.
-        frame: ids that segments begin with.
+        frame: ids of the special tokens that segments begin with.
         onnx: hashes of the files of the graph that was run; empty for PyTorch.
     """
 
@@ -137,10 +139,11 @@ class TextInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInputs:
-    """What an evaluation in tasks read; see `TextInputs`.
+    """The inputs of an evaluation on tasks.
 
     Attributes:
-        tasks: hashes of the files of tasks.
+        model, dense, onnx: see `TextInputs`.
+        tasks: hashes of the task files in the user's folder, by name.
     """
 
     model: str | None = field(default=None, metadata=LATER)
@@ -161,7 +164,7 @@ TextStage = Stage[EvalRequest, TextInputs, TextQuality]
 TaskStage = Stage[TaskRequest, TaskInputs, TaskQuality]
 
 EVAL: TextStage = Stage(layout.EVAL, EvalRequest, TextInputs, TextQuality)
-# Of a dense model alone: the same, with what others are compared with.
+# The evaluation of a dense model, which also keeps the outputs that others are compared with.
 EVAL_DENSE: TextStage = Stage(f"{layout.EVAL}-dense", EvalRequest, TextInputs, TextQuality)
 EVAL_ONNX: TextStage = Stage(f"{layout.EVAL}-onnx", EvalRequest, TextInputs, TextQuality)
 EVAL_TASKS: TaskStage = Stage(f"{layout.EVAL}-tasks", TaskRequest, TaskInputs, TaskQuality)
@@ -169,6 +172,6 @@ EVAL_TASKS_ONNX: TaskStage = Stage(
     f"{layout.EVAL}-tasks-onnx", TaskRequest, TaskInputs, TaskQuality
 )
 
-# By what runs the model; see `evaluation.RUNTIMES`.
+# The stages by runtime; see `evaluation.RUNTIMES`.
 TEXT_STAGES: Mapping[str, TextStage] = {"torch": EVAL, "onnx": EVAL_ONNX}
 TASK_STAGES: Mapping[str, TaskStage] = {"torch": EVAL_TASKS, "onnx": EVAL_TASKS_ONNX}

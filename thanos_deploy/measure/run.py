@@ -1,6 +1,6 @@
-"""A run of bench as it is kept in a bundle: what was measured of which models, on what.
+"""The record of a benchmark run in a bundle: the measurements, the models and the machine.
 
-The whole run, raw samples included, is a file; the manifest has it without them.
+A file has the whole run with its raw samples; the manifest has the run without them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,11 +17,11 @@ from thanos_deploy.measure.options import BenchRequest
 
 FORMAT: Final = "thanos-deploy/bench/1"
 
-# What a bundle and the model that it was made from are called where they are compared.
+# The labels of a bundle's model, and of the dense model that it was made from, in a comparison.
 PRUNED = "pruned"
 DENSE = "dense"
 
-# What ONNX Runtime calls the provider that is no GPU.
+# ONNX Runtime's name of the CPU provider.
 CPU_PROVIDER = "CPUExecutionProvider"
 
 Status = Literal["VALID", "INVALID", "INTERRUPTED"]
@@ -29,7 +29,7 @@ Status = Literal["VALID", "INVALID", "INTERRUPTED"]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and the interval that holds the true value with a probability of `level`."""
+    """An estimate with its confidence interval, from `low` to `high`, at confidence `level`."""
 
     estimate: float
     low: float
@@ -45,10 +45,10 @@ class Ceiling:
     """The shortest time that a scenario can take.
 
     Attributes:
-        bytes: moved to and from memory.
-        flops: floating point operations.
-        seconds: at this machine's best.
-        bound: "memory" or "compute", whichever most of the time goes to.
+        bytes: bytes moved to and from memory.
+        flops: floating-point operations.
+        seconds: lower bound of the time, at the machine's measured bandwidth and peak arithmetic.
+        bound: "memory" or "compute", whichever takes more of these seconds.
     """
 
     bytes: int
@@ -59,13 +59,13 @@ class Ceiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """What was timed of one model in one scenario.
+    """The samples of one metric, of one model in one scenario.
 
     Attributes:
-        unit: of the values.
-        samples: the raw ones, in the order in which they were taken; none in a manifest.
-        count: how many there are.
-        median, p90, p99: of the samples.
+        unit: unit of the samples: seconds, or per second.
+        samples: raw samples in the order in which they were taken; empty in a manifest.
+        count: number of samples.
+        median, p90, p99: median, 90th and 99th percentile of the samples.
     """
 
     unit: Literal["s", "1/s"]
@@ -78,15 +78,16 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class ModelTimes:
-    """One model in one scenario.
+    """The results of one model in one scenario.
 
     Attributes:
-        metrics: by name.
-        ratio: of the median over the baseline's, by metric; none for the baseline itself, and
-            none where there was one round only.
-        ceiling: the least that the headline can take; None where that is not known.
-        of_ceiling: that over the median that was measured.
-        achieved_per_second: requests that were answered, in an open loop.
+        metrics: the metrics by name.
+        ratio: by metric, the model's median divided by the baseline's; empty for the baseline
+            itself, and if there was only one round.
+        ceiling: lower bound of the headline metric's time; None if it is unknown.
+        of_ceiling: the ceiling's seconds divided by the measured median of the headline metric; 1
+            would be as fast as possible.
+        achieved_per_second: answered requests per second in an open loop; otherwise None.
     """
 
     metrics: Mapping[str, Metric]
@@ -98,11 +99,11 @@ class ModelTimes:
 
 @dataclass(frozen=True, slots=True)
 class WarmUpRecord:
-    """Turns that did not count.
+    """The warm-up of a scenario.
 
     Attributes:
-        rounds: how many there were.
-        stable: the last one was not clearly faster than all before.
+        rounds: number of rounds.
+        stable: whether in the last round no engine was clearly faster than in all rounds before.
     """
 
     rounds: int
@@ -111,14 +112,14 @@ class WarmUpRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioTimes:
-    """All models in one scenario.
+    """The results of all models in one scenario.
 
     Attributes:
-        name, kind, headline: of the scenario; see `latency`.
-        batch, prompt, past, new_tokens: its sizes, 0 for what it does not have.
-        requests, offered_per_second, driver: of an open loop; else None.
-        warmup: how it began.
-        results: by label of the model.
+        name, kind, headline: those of the scenario; see `latency`.
+        batch, prompt, past, new_tokens: sizes of the scenario, 0 for a size that it does not have.
+        requests, offered_per_second, driver: see `latency.OpenLoop`; None for other scenarios.
+        warmup: the warm-up before the first round.
+        results: results by label of the model.
     """
 
     name: str
@@ -140,16 +141,16 @@ class Subject:
     """A model that was measured.
 
     Attributes:
-        model, sha256: the base model's name and hash.
-        pattern, method: what it was pruned to and by what; None for a dense model.
-        dtype: of the graph.
-        file_bytes: of the graph and its weights.
-        cache_bytes_per_token: of the kv cache of one sequence.
-        load_seconds: from the start of loading until ready, hashing included.
+        model, sha256: name and hash of the base model.
+        pattern, method: the sparsity pattern and the pruning method; None for a dense model.
+        dtype: dtype of the exported graph.
+        file_bytes: bytes of the graph's files, weights included.
+        cache_bytes_per_token: bytes of KV cache for each token of a sequence.
+        load_seconds: seconds from the start of loading until ready, hashing included.
         load_peak_bytes: peak resident memory of the process until then.
-        steady_bytes: resident memory after the work; None where nobody said.
-        peak_bytes: the most there ever was; None likewise.
-        gpu_peak_bytes: the most memory of a GPU; None where it is not known of this model alone.
+        steady_bytes: resident memory after the work; None if it is unknown.
+        peak_bytes: peak resident memory of the process; None if it is unknown.
+        gpu_peak_bytes: peak GPU memory; None if it is not known for this model alone.
     """
 
     model: str
@@ -168,12 +169,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class BenchEnvironment(Environment):
-    """What a run was measured on.
+    """The software and the machine of a run; see `Environment` for the other attributes.
 
     Attributes:
-        threads: that computed on a CPU; None where it was not recorded.
-        governor: what decided on the processors' clock; None where nobody says.
-        cpu_flags: the processor's extensions for arithmetic.
+        threads: threads that computed on a CPU; None if it was not recorded.
+        governor: Linux frequency governor of the CPU; None if it is unknown.
+        cpu_flags: vector and matrix extensions of the processor.
     """
 
     threads: int | None = None
@@ -182,18 +183,19 @@ class BenchEnvironment(Environment):
 
     @property
     def computing_threads(self) -> int:
-        """As many as were asked for, or one for each core."""
+        """The recorded number of threads, or else one per core."""
         return self.threads or self.cores
 
 
 @dataclass(frozen=True, slots=True)
 class BenchMachine:
-    """How fast the machine is at best, and whether it held still.
+    """The peak speed of the machine, and how undisturbed it was during the run.
 
     Attributes:
-        memory_bandwidth_bytes_per_second: reading as much memory as the graph has weights; None
-            where it was not measured.
-        gemm_flops_per_second: of a matrix product, by kind of arithmetic.
+        memory_bandwidth_bytes_per_second: bandwidth of reading as much memory as the graph has
+            weights; None if it was not measured.
+        gemm_flops_per_second: speed of a matrix product, by kind of arithmetic; empty if it was not
+            measured.
         other_load, stolen, clock_hz, throttle_events: see `stillness.Stillness`.
     """
 
@@ -210,11 +212,11 @@ class BenchGpu:
     """The GPU of a run.
 
     Attributes:
-        name: its model.
-        clock_hz: lowest and highest.
-        power_watts: the same of what it drew; None where it does not say.
+        name: product name of the GPU.
+        clock_hz: lowest and highest clock.
+        power_watts: lowest and highest power draw; None if the GPU does not report it.
         throttle_reasons: why its clock was lower than it could be.
-        memory_of_all_models: the most that they held together; None where nothing says.
+        memory_of_all_models: peak GPU memory of all models together; None if it is unknown.
     """
 
     name: str
@@ -229,18 +231,18 @@ class Run:
     """A run: VALID; INVALID with reasons; or INTERRUPTED, with the rounds that were complete.
 
     Attributes:
-        format: of this record.
-        run: its name.
-        status: whether its times count.
-        reasons: why they do not.
-        backend, provider: what ran the models.
-        baseline: the label that ratios are to.
-        rounds: that were complete.
-        request: what was asked for.
-        environment, machine, gpu: what it was measured on; no GPU is None.
+        format: version of the record's format.
+        run: name of the run.
+        status: whether the measured times count.
+        reasons: why they do not count; empty for a valid run.
+        backend, provider: the backend and the execution provider that ran the models.
+        baseline: label of the model to which ratios are.
+        rounds: number of complete rounds.
+        request: the user's options.
+        environment, machine, gpu: what the run was measured on; `gpu` is None without a GPU.
         subjects: the models by label, the baseline first.
-        scenarios: what was measured of them.
-        owner: the bundle that the run is from, where it is shown in the report of another one.
+        scenarios: the results of each scenario.
+        owner: the bundle that the run is from, if it is shown in the report of another bundle.
     """
 
     format: Literal["thanos-deploy/bench/1"] = FORMAT
@@ -260,10 +262,11 @@ class Run:
     scenarios: tuple[ScenarioTimes, ...]
 
     def __post_init__(self) -> None:
-        """Refuse times of models that the run does not have, and ratios of times that it lacks.
+        """Refuse an inconsistent record.
 
         Raises:
-            ValueError: there are such.
+            ValueError: there are results of a model that is not one of the subjects, or a ratio
+                without the times of both the model and the baseline.
         """
         for scenario in self.scenarios:
             if others := sorted(set(scenario.results) - set(self.subjects)):
@@ -278,19 +281,19 @@ class Run:
 
     @property
     def on_cpu(self) -> bool:
-        """No GPU ran the models."""
+        """Whether the models ran on the CPU."""
         return self.provider == CPU_PROVIDER
 
     @property
     def processor(self) -> str:
-        """What computed: a GPU, or the CPU."""
+        """Name of the processor that ran the models: a CPU or a GPU."""
         if self.on_cpu:
             return self.environment.processor
         return self.gpu.name if self.gpu else "a GPU of unknown name"
 
     @property
     def ratios(self) -> Iterator[tuple[ScenarioTimes, str, Interval]]:
-        """Scenario, name of the metric and the pruned model's ratio, for all that have one."""
+        """Every ratio of the pruned model, with its scenario and the name of its metric."""
         for scenario in self.scenarios:
             if PRUNED in scenario.results:
                 for metric, ratio in scenario.results[PRUNED].ratio.items():
@@ -298,17 +301,17 @@ class Run:
 
     @property
     def without_samples(self) -> "Run":
-        """The run for the manifest and for people."""
+        """The run without raw samples, for the manifest and for reports."""
         return replace(self, scenarios=tuple(map(_without_samples, self.scenarios)))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The texts that models wrote.
+    """The texts that models wrote after the same prompt.
 
     Attributes:
-        prompt: what they went on from.
-        texts: what each wrote, by label.
+        prompt: the prompt.
+        texts: the text of each model, by label.
     """
 
     prompt: str
@@ -317,26 +320,29 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """What the stage bench reports.
+    """The result of the stage bench.
 
     Attributes:
-        runs: by name, in the order in which they were measured, without their raw samples.
-        sample: what the models write.
+        runs: runs by name, in the order in which they were measured, without raw samples.
+        sample: the texts that the models wrote.
     """
 
     runs: Mapping[str, Run]
     sample: Sample
 
 
-# Options and inputs are of each run: its request with the labels of what was compared, and by label
-# the hashes of the files of the graph.
+# The options map the name of each run to its request. The inputs map the name of each run to a map
+# from the label of each model to the hashes of its graph's files.
 BENCH: Stage[dict[str, BenchRequest], dict[str, dict[str, dict[str, str]]], BenchResult] = Stage(
     layout.BENCH, dict[str, BenchRequest], dict[str, dict[str, dict[str, str]]], BenchResult
 )
 
 
 def has_named_runs(bundle: Bundle) -> bool:
-    """The stage bench is finished, and not from before runs had names; such a one is not read."""
+    """Whether a bundle has finished runs with names.
+
+    Runs of old versions, which had no names, are ignored.
+    """
     return bundle.has(BENCH) and "runs" in bundle.stages[BENCH.name].result
 
 

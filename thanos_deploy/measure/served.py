@@ -1,4 +1,4 @@
-"""What a running server of vLLM says of a text: the log-probability of each of its tokens."""
+"""Read the log-probability of each token of a text from a running vLLM server."""
 
 import json
 from contextlib import closing
@@ -14,7 +14,7 @@ from thanos_deploy.bundle.codec import loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
-# Longer than one segment takes on a CPU.
+# Timeout of a request: longer than one segment takes on a CPU.
 _SECONDS = 600.0
 
 _SCHEMES = {"http": client.HTTPConnection, "https": client.HTTPSConnection}
@@ -24,13 +24,13 @@ _START = "start it with `vllm serve FOLDER`, and give its address, such as http:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model that a server of vLLM has.
+    """A model on a vLLM server.
 
     Attributes:
-        url: of the server, without a path.
-        model: what the server calls the model.
-        root: what the server was started with: a folder on its machine, or a name.
-        longest: tokens of a prompt and its answer, at most.
+        url: address of the server, without a path.
+        model: the server's name of the model.
+        root: the model that the server was started with: a folder on its machine, or a name.
+        longest: the most tokens of a prompt and its answer together.
     """
 
     url: str
@@ -40,12 +40,15 @@ class Served:
 
     @classmethod
     def at(cls, url: str) -> "Served":
-        """The one model of a server.
+        """Find the model of a server that has exactly one.
+
+        Args:
+            url: address of the server, such as http://127.0.0.1:8000.
 
         Raises:
-            UsageError: the address is none, or the server has another number of models.
-            PlatformError: nothing answers there.
-            InputError: what answers is not vLLM.
+            UsageError: the address is not valid, or the server does not have exactly one model.
+            PlatformError: nothing answers at the address.
+            InputError: the server reports an error, or does not answer as vLLM does.
         """
         models = _asked(url, "/v1/models", None).get("data")
         if not isinstance(models, list) or len(models) != 1:
@@ -61,13 +64,16 @@ class Served:
         return cls(url, name, root, longest)
 
     def require(self, *folders: Path) -> None:
-        """Refuse a server of another model, as far as that can be seen from here.
+        """Refuse a server that runs another model, as far as this machine can tell.
+
+        A server on another machine may have the model at a different path, so only a folder that
+        exists on this machine is compared.
 
         Args:
-            folders: those that hold the model; a server on another machine may call them otherwise.
+            folders: folders of the model that is to be measured.
 
         Raises:
-            UsageError: it serves another folder of this machine.
+            UsageError: the server runs another folder of this machine.
         """
         root = Path(self.root)
         if root.is_dir() and root.resolve() not in {folder.resolve() for folder in folders}:
@@ -79,7 +85,7 @@ class Served:
             )
 
     def losses(self, ids: Tensor) -> Tensor:
-        """Minus the log-probability of every token but the first.
+        """Request the negative log-probability of every token but the first.
 
         Args:
             ids: int64[tokens].
@@ -88,9 +94,9 @@ class Served:
             float64[tokens - 1].
 
         Raises:
-            UsageError: the server takes no prompt of that length.
-            PlatformError: it does not answer any more.
-            InputError: it does not take the tokens, or answers otherwise than vLLM does.
+            UsageError: the server does not take a prompt of this length.
+            PlatformError: the server does not answer any more.
+            InputError: the server refuses the tokens, or does not answer as vLLM does.
         """
         if len(ids) >= self.longest:
             raise UsageError(
@@ -102,7 +108,8 @@ class Served:
         asked = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         answer = _asked(self.url, "/v1/completions", {**asked, "prompt_logprobs": 0})
         try:
-            # A dictionary for every token, of the likeliest and of the one that is there.
+            # With `prompt_logprobs` 0, there is one dictionary for each token of the prompt, which
+            # contains the log-probability of that token; it is None for the first token.
             told = answer["choices"][0]["prompt_logprobs"]
             pairs = list(zip(told, prompt, strict=True))
             found = [of[str(token)]["logprob"] for of, token in pairs[1:]]
@@ -116,7 +123,11 @@ class Served:
 
 
 def _asked(url: str, path: str, body: Json | None) -> Json:
-    """The JSON that a server answers with; see `Served`."""
+    """Request a path of a server (by POST if there is a body), and return the JSON object.
+
+    Raises:
+        UsageError, PlatformError, InputError: see `Served.at`.
+    """
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES or not parts.netloc or parts.path.strip("/"):
         raise UsageError(f"--url {url}: not the address of a server", fix=_START)

@@ -1,7 +1,7 @@
-"""Statistics of two series of samples that took turns: percentiles, ratios, intervals, drift.
+"""Statistics of two models that took turns: percentiles, ratios, confidence intervals, drift.
 
-Samples of one round are not independent (they share the moment, the caches, the clock), so what is
-resampled is rounds, and a round's samples of both things stay together.
+Samples of one round are not independent: they share the moment, the caches and the clock. So the
+bootstrap resamples whole rounds, and keeps both models' samples of a round together.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ LEVEL = 0.95
 
 _RESAMPLES = 2000
 
-# Samples have drifted if their median moved by more than this fraction, and so steadily that chance
-# would do it in fewer runs than this.
+# Samples have drifted if their median has moved by more than the first fraction, and the p-value of
+# the trend over the rounds is below the second.
 MOST_DRIFT = 0.05
 _CHANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Median and tail of a set of samples, in their unit."""
+    """Median, 90th and 99th percentile of some samples, in the unit of the samples."""
 
     count: int
     median: float
@@ -35,11 +35,11 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How samples moved while they were taken.
+    """The trend of samples over the rounds.
 
     Attributes:
-        change: of the median, from the first third of the rounds to the last, as a fraction.
-        p_value: how likely so clear an order of the rounds is where nothing moves.
+        change: relative change of the median from the first third of the rounds to the last third.
+        p_value: p-value of Spearman's rank correlation between the rounds and their medians.
     """
 
     change: float
@@ -47,12 +47,12 @@ class Drift:
 
     @property
     def is_clear(self) -> bool:
-        """It is too large to be left out of account, and no chance."""
+        """Whether the change is too large to be ignored and the trend is significant."""
         return abs(self.change) > MOST_DRIFT and self.p_value < _CHANCE
 
 
 def summarise(samples: Sequence[float]) -> Summary:
-    """Median, 90th and 99th percentile."""
+    """Compute the median, the 90th and the 99th percentile."""
     median, p90, p99 = np.percentile(samples, [50, 90, 99])
     return Summary(len(samples), float(median), float(p90), float(p99))
 
@@ -60,17 +60,17 @@ def summarise(samples: Sequence[float]) -> Summary:
 def ratio(
     subject: Sequence[float], baseline: Sequence[float], *, rounds: int, level: float = LEVEL
 ) -> Interval:
-    """Median of the subject over median of the baseline, with a bootstrap interval.
+    """The subject's median divided by the baseline's, with a bootstrap confidence interval.
 
-    The percentile interval is taken: the corrections of BCa come from leaving one round out at a
-    time, which says nothing useful about a median (Efron, "The Jackknife, the Bootstrap and Other
-    Resampling Plans", 1982, section 3.4).
+    It is the percentile interval. The acceleration of BCa comes from the jackknife, which leaves
+    out one round at a time and gives nothing useful for a median (Efron, "The Jackknife, the
+    Bootstrap and Other Resampling Plans", 1982, section 3.4).
 
     Args:
-        subject: its samples, as many in each round, in the order of the rounds.
-        baseline: likewise.
-        rounds: how many rounds the samples are from; at least 2.
-        level: of the interval.
+        subject: samples of the subject in the order of the rounds, equally many in each round.
+        baseline: samples of the baseline, likewise.
+        rounds: number of rounds; at least 2.
+        level: confidence level of the interval.
     """
     of_subject, of_baseline = (np.reshape(samples, (rounds, -1)) for samples in (subject, baseline))
 
@@ -97,11 +97,11 @@ def ratio(
 
 
 def drift(samples: Sequence[float], *, rounds: int) -> Drift | None:
-    """How samples moved from round to round; None where there are fewer than 6 rounds.
+    """The trend of samples over the rounds; None if there are fewer than 6 rounds.
 
     Args:
-        samples: as many in each round, in the order of the rounds.
-        rounds: how many.
+        samples: samples in the order of the rounds, equally many in each round.
+        rounds: number of rounds.
     """
     third = rounds // 3
     if third < 2:

@@ -1,8 +1,8 @@
-"""Open-loop load: requests arrive when they are due, whether or not the one before is answered.
+"""Open-loop load: requests arrive at scheduled times, whether or not earlier ones are answered.
 
-A request's clock starts when it was due, so time spent waiting for the engine counts. Requests are
-answered one after the other, in the order of their arrival. A driver makes the arrivals and takes
-the times; both here draw them from a Poisson process.
+The latency of a request counts from the time at which it was due, so it includes the wait for the
+engine. Requests are answered one after the other, in the order of their arrival. A driver makes the
+arrivals and takes the times. There are two, and both draw the arrivals from a Poisson process.
 """
 
 import queue
@@ -20,13 +20,19 @@ import numpy as np
 from thanos_deploy.bundle.codec import loads
 from thanos_deploy.errors import PlatformError
 
-# Starts one answer; every item is one more token of it.
+# Starts one answer; the iterator yields once for each token.
 Answer = Callable[[], Iterator[object]]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """When things happened to a request, in seconds from the first arrival."""
+    """The times of one request, in seconds from the first arrival.
+
+    Attributes:
+        due: when the request arrived.
+        first_token: when the first token of the answer was there.
+        finished: when the last token of the answer was there.
+    """
 
     due: float
     first_token: float
@@ -34,20 +40,20 @@ class Request:
 
 
 def arrivals(requests: int, per_second: float, *, seed: int) -> list[float]:
-    """Seconds at which requests arrive: exponential gaps, the first arrival at 0."""
+    """Draw arrival times in seconds: the first is 0, the gaps are exponentially distributed."""
     gaps = np.random.default_rng(seed).exponential(1 / per_second, requests - 1)
     times: list[float] = np.concatenate([[0.0], np.cumsum(gaps)]).tolist()
     return times
 
 
 def poisson(answer: Answer, *, requests: int, per_second: float, seed: int) -> list[Request]:
-    """Drive the load with our own clock.
+    """Drive the load with the built-in client.
 
     Args:
-        answer: what one request asks for.
-        requests: how many.
-        per_second: their mean rate.
-        seed: of the arrivals.
+        answer: starts the answer to one request.
+        requests: number of requests.
+        per_second: mean number of arrivals per second.
+        seed: seed of the arrival times.
     """
     started = time.perf_counter()
     served = []
@@ -62,7 +68,7 @@ def poisson(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
 
 
 def loadgen_library() -> Any:
-    """The module of MLPerf LoadGen.
+    """Import MLPerf LoadGen.
 
     Raises:
         PlatformError: it is not installed.
@@ -77,10 +83,10 @@ def loadgen_library() -> Any:
 
 
 def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> list[Request]:
-    """Drive the load with MLPerf LoadGen's server scenario; arrivals and times are LoadGen's own.
+    """Drive the load with the server scenario of MLPerf LoadGen, which also takes the times.
 
-    The times are read from the trace that LoadGen writes. Its verdict is left aside: that asks for
-    hundreds of requests and for a limit on latency.
+    The times are read from the trace that LoadGen writes. LoadGen's verdict is ignored, because it
+    requires hundreds of requests and a limit on latency.
 
     Args:
         answer, requests, per_second, seed: as in `poisson`.
@@ -121,7 +127,7 @@ def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
             logs.log_output.outdir = folder
             logs.log_output.copy_summary_to_stdout = False
             server.start()
-            # Without a name LoadGen would read a file of the user's, if there is one.
+            # Without this name LoadGen would read an audit.config of the user, if there is one.
             lg.StartTestWithLogSettings(system, library, settings, logs, f"{folder}/audit.config")
             return read_trace(Path(folder) / "mlperf_log_trace.json")
     finally:
@@ -132,10 +138,10 @@ def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
 
 
 def read_trace(path: Path) -> list[Request]:
-    """The requests in a trace of LoadGen.
+    """Read the requests in a trace of LoadGen.
 
-    A request is one line "Sample" and one line "Token_Latency" with the same time stamp, which is
-    when it was due. The file as a whole is no valid JSON.
+    Each request has one line "Sample" and one line "Token_Latency". Both have the same time stamp,
+    which is when the request was due. The file as a whole is not valid JSON.
     """
     finished: dict[float, float] = {}
     first: dict[float, float] = {}

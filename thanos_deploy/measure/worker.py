@@ -15,13 +15,19 @@ from thanos_deploy.errors import DeployError
 from thanos_deploy.machine.environment import peak_memory_bytes, resident_memory_bytes
 from thanos_deploy.measure.messages import Failed, Ready, Reply, Taken, line, request
 
-# Of looking whether the backend's threads are at rest.
+# Length and most repetitions of the pauses in which the backend's threads should come to rest.
 _NAP_SECONDS = 0.005
 _MOST_NAPS = 100
 
 
 def main(bundle: str, backend: str, provider: str, threads: str) -> None:
-    """Load the engine, then answer requests until standard input ends."""
+    """Load the engine, then answer requests until standard input ends.
+
+    Args:
+        bundle: folder of the bundle.
+        backend, provider: see `runtime.engine.open_engine`.
+        threads: number of threads on a CPU, as a decimal number.
+    """
     started = time.perf_counter()
     try:
         engine = open_engine(Path(bundle), backend=backend, provider=provider, threads=int(threads))
@@ -39,7 +45,7 @@ def main(bundle: str, backend: str, provider: str, threads: str) -> None:
 
 
 def _come_to_rest() -> None:
-    """Wait for the backend's threads to stop spinning, which would slow down whoever is next."""
+    """Wait until the backend's threads stop spinning, which would slow down the next engine."""
     for _ in range(_MOST_NAPS):
         before = time.process_time()
         time.sleep(_NAP_SECONDS)
@@ -48,7 +54,7 @@ def _come_to_rest() -> None:
 
 
 def _say(said: Ready | Taken | Failed | None) -> None:
-    # The kernel brings both up to date now and then, the peak not always first.
+    # The kernel updates both counters now and then, so the peak may lag behind the current size.
     resident = resident_memory_bytes()
     peak = max(peak_memory_bytes(), resident or 0)
     reply = Reply(said, peak, resident, time.process_time())
@@ -56,9 +62,9 @@ def _say(said: Ready | Taken | Failed | None) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches every process of the terminal; whoever started this one ends it.
+    # Ctrl-C reaches every process of the terminal; the parent process ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         main(*sys.argv[1:])
     except BrokenPipeError:
-        os._exit(0)  # nobody listens any more, and closing standard output would say so again
+        os._exit(0)  # the parent is gone, and closing standard output would raise again

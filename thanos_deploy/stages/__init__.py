@@ -1,6 +1,6 @@
-"""The stages of a bundle, one per file; `thanos_deploy.stages.pipeline` puts them in a row.
+"""The stages of a bundle, one per file; `thanos_deploy.stages.pipeline` runs all of them in order.
 
-`thanos_deploy.api` calls them, and through it the command line does. A stage has a request, which
-says what is asked for, and a result, which the manifest of the bundle keeps; the packages below do
-the work itself.
+`thanos_deploy.api` calls the stages, and the command line calls the API. Each stage takes a request
+with the options of the user, and has a result, which the manifest of the bundle records. The work
+itself is done by other packages, such as `thanos_deploy.pruning`.
 """

@@ -1,4 +1,4 @@
-"""The stage bench: exported models measured in turns."""
+"""The stage bench: measure exported models, which take turns."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -43,21 +43,23 @@ def compared(
     different_models: bool = False,
     announce: Announce = quietly,
 ) -> dict[str, Bundle]:
-    """A bundle, called pruned, and what it is compared with; the first of these is the baseline.
+    """Return a bundle and the bundles to compare it with, by label, the baseline first.
 
     Args:
-        bundle: with the stage onnx finished.
-        against: "dense" for the model that the bundle was made from, else folders of bundles.
-        dense: that model; None for what the cache has of it.
+        bundle: a bundle whose stage onnx is finished; its label is "pruned".
+        against: "dense" for the model that the bundle was made from, else folders of bundles. The
+            first entry is the baseline.
+        dense: the dense model, exported if needed; None to use only an export that the cache has.
         different_models: allow bundles of another base model or with another tokenizer.
-        announce: told of every piece of work.
+        announce: told of each task.
 
     Returns:
-        bundles by label, the baseline first; a further bundle is called like its folder.
+        bundles by label, the baseline first. The label of another bundle is the name of its folder.
 
     Raises:
-        InputError: a bundle is not there, or its graph, or the dense model's.
-        UsageError: a bundle is compared with itself, two have one name, or their models differ.
+        InputError: a bundle, its graph, or the graph of the dense model is missing.
+        UsageError: a bundle is compared with itself, two bundles have the same label, or their
+            models differ.
     """
     others: dict[str, Bundle] = {}
     for name in against:
@@ -75,7 +77,7 @@ def compared(
         if not different_models:
             _require_same_model(bundle, other)
         others[label] = other
-    if DENSE in others:  # the last to be looked at, because its export takes minutes
+    if DENSE in others:  # after all other checks, because its export takes minutes
         others[DENSE] = _dense_export(bundle, dense, announce)
     baseline, *further = others
     return {
@@ -93,23 +95,24 @@ def bench(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> Run:
-    """Measure exported models in turns and keep the run in a bundle, unless that is done.
+    """Measure exported models in turns and keep the run in a bundle, unless it is finished.
 
     Args:
-        bundle: keeps the run, beside its runs of other names.
-        subjects: `compared`, or the bundle alone under several names.
+        bundle: the bundle that keeps the run, beside its runs of other names.
+        subjects: the result of `compared`, or the bundle alone under several labels.
         request: what to measure.
-        overwrite: redo a run of that name that was made with other options.
-        announce: told of every piece of work.
+        overwrite: redo a run of the same name that was made with other options.
+        announce: told of each task.
 
     Returns:
         the run without its raw samples.
 
     Raises:
-        UsageError: the models do not take the request, or a run of that name was made with other
-            options, and not `overwrite`.
-        PlatformError: the driver of the load is not installed.
-        KeyboardInterrupt: the rounds that were complete are in `bench/RUN.interrupted.json`.
+        UsageError: the sequences of the request are too long for a model, or a run of the same name
+            was made with other options and `overwrite` is false.
+        PlatformError: the load driver is not installed.
+        KeyboardInterrupt: the user interrupted; if a round was complete, the complete rounds are in
+            `bench/RUN.interrupted.json`.
     """
     request.check(min(max_sequence(one) for one in subjects.values()))
     if request.driver == "loadgen":
@@ -152,7 +155,7 @@ def bench(
         produce,
         options=options,
         inputs=inputs,
-        # A run more or less is no contradiction.
+        # Another set of runs is no contradiction; options of a run were compared by `check_bench`.
         overwrite=overwrite or (done is not None and done.options.keys() != options.keys()),
     )
     return bundle.result(BENCH).runs[request.run]
@@ -164,7 +167,7 @@ def check_bench(
     """Refuse options that differ from those of a finished run of the same name.
 
     Raises:
-        UsageError: they differ and may not be overwritten.
+        UsageError: the options differ and `overwrite` is false.
     """
     before = _finished_runs(bundle).get(request.run)
     now = replace(request, subjects=tuple(subjects))
@@ -177,7 +180,7 @@ def check_bench(
 
 
 def describe(bundle: Bundle) -> Subject:
-    """The facts about an exported bundle that need no run."""
+    """Return the facts about an exported bundle that are known without a run."""
     pruned = bundle.options(PRUNE) if bundle.has(PRUNE) else None
     graph = bundle.stages[layout.ONNX]
     return Subject(
@@ -194,7 +197,7 @@ def describe(bundle: Bundle) -> Subject:
 
 
 def max_sequence(bundle: Bundle) -> int:
-    """The most tokens that the exported graph of a bundle takes."""
+    """Return the maximum sequence length of a bundle's exported graph, in tokens."""
     return _graph_result(bundle).max_sequence
 
 
@@ -212,9 +215,9 @@ class _FinishedRun:
 
 
 def _finished_runs(bundle: Bundle) -> dict[str, _FinishedRun]:
-    """The runs of the stage bench, in the order in which they were measured.
+    """Return the runs of the stage bench by name, in the order in which they were measured.
 
-    There is none in a stage that is from before runs had names.
+    Empty for a stage written by versions in which runs had no names.
     """
     if not has_named_runs(bundle):
         return {}
@@ -230,7 +233,7 @@ def _finished_runs(bundle: Bundle) -> dict[str, _FinishedRun]:
 def _other_runs(
     bundle: Bundle, finished: Mapping[str, _FinishedRun], name: str
 ) -> dict[str, _FinishedRun]:
-    """The runs of other names that are of the graph that the bundle has now."""
+    """Return the runs with other names that measured the bundle's current graph."""
     return {
         other: run
         for other, run in finished.items()
@@ -239,7 +242,7 @@ def _other_runs(
 
 
 def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchRequest) -> Sample:
-    """What the subjects make of the sample prompt, beside what others made of it before."""
+    """Generate the sample text of each subject, and keep earlier texts for the same prompt."""
     before = bundle.result(BENCH).sample if has_named_runs(bundle) else None
     return Sample(
         request.sample_prompt,
@@ -248,7 +251,7 @@ def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchReque
             **{
                 label: _sample(
                     subject.path,
-                    # The cache has the dense model's files only where it converted them.
+                    # The dense model's own bundle has its tokenizer only if it was converted.
                     (subject if subject.has(PRUNE) else bundle).path,
                     request,
                 )
@@ -259,23 +262,24 @@ def _samples(bundle: Bundle, subjects: Mapping[str, Bundle], request: BenchReque
 
 
 def _sample(bundle: Path, tokenized_by: Path, request: BenchRequest) -> str:
-    """What the exported model of a bundle makes of the sample prompt, read as `generate` reads it.
+    """Generate the sample text of a bundle's exported model.
 
     Args:
-        bundle: has the graph.
-        tokenized_by: the bundle that has the tokenizer.
-        request: the prompt, and how many tokens of answer.
+        bundle: folder of the bundle with the graph.
+        tokenized_by: folder of the bundle with the tokenizer.
+        request: the sample prompt, and the number of tokens to generate.
     """
     model = tokenized_by / layout.MODEL
     tokenizer = load_tokenizer(model)
-    # `generate` has no other way; a model without tokenizer.json is still to be measured.
+    # Encode as the command `generate` does, which needs tokenizer.json; a model without that file
+    # can still be measured.
     prompt = (
         open_tokenizer(tokenized_by, verify=False).encode(request.sample_prompt)
         if (tokenized_by / layout.TOKENIZER).is_file()
         else tokenizer(request.sample_prompt)["input_ids"]
     )
     ids = generate(
-        # The hashes have just been compared.
+        # Not verified again: the hashes were compared a moment ago.
         open_engine(bundle, verify=False),
         prompt,
         new_tokens=request.sample_tokens,
@@ -302,7 +306,11 @@ def _require_same_model(bundle: Bundle, other: Bundle) -> None:
 
 
 def _dense_export(bundle: Bundle, dense: Dense | None, announce: Announce) -> Bundle:
-    """The dense model's bundle, exported like a pruned one."""
+    """Return the dense model's bundle in the cache, with a graph exported like the pruned one.
+
+    Raises:
+        InputError: the cache has no such graph, and `dense` is None.
+    """
     wanted = exported_with(bundle)
     if dense is not None:
         export_dense(dense, wanted, announce)

@@ -1,4 +1,4 @@
-"""What the stage prune does to a checkpoint, each part of it by itself."""
+"""The steps of the stage prune on a checkpoint, one function each, and their needs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +55,8 @@ def prune_checkpoint(
 ) -> list[PrunedBlock]:
     """Prune a checkpoint by a recipe, on given calibration tokens; see `layers.prune`.
 
-    Where a walk before decides what each block or layer loses, `outliers` or `sensitivity` is the
-    journal of that.
+    If the recipe needs a walk that first decides what each block or layer loses, the walk keeps its
+    progress in the journal `outliers` (OWL) or `sensitivity` (a budget or `keep_dense`).
     """
     patterns: Mapping[str, Pattern] = assigned(source, recipe)
     if recipe.owl is not None:
@@ -110,7 +110,7 @@ def survey_blocks(
     hold: Place = "auto",
     journal: Journal[Losses] | None = None,
 ) -> list[Losses]:
-    """What each block would lose at which widths; the same for every fraction to remove."""
+    """Measure what each block would lose at each width, whatever fraction is to be removed."""
     return survey(
         source,
         ids,
@@ -132,7 +132,7 @@ def survey_depth(
     device: torch.device = devices.CPU,
     journal: Journal[Removal] | None = None,
 ) -> list[Removal]:
-    """Which blocks are dropped as a whole; see `depth.survey`."""
+    """Choose the blocks that are dropped as a whole; see `depth.survey`."""
     return depth.survey(
         source,
         ids,
@@ -144,7 +144,7 @@ def survey_depth(
 
 
 def plan_widths(source: Checkpoint, losses: Sequence[Losses], cut: Cut) -> Plan:
-    """How wide the blocks of a shrunk model will be."""
+    """Choose the widths of the blocks of the shrunk model."""
     return sizing.plan(source, losses, cut.pattern.sparsity, cut.sizing)
 
 
@@ -190,9 +190,10 @@ def quantise_checkpoint(
     further: Tensor | None = None,
     journal: Journal[QuantisedBlock] | None = None,
 ) -> Quantisation:
-    """Quantise the model in a folder, in place of itself; all ranks do it, and the first writes.
+    """Quantise the model in a folder and replace it by the quantised model.
 
-    Blocks are tuned with as many steps as after pruning, on the same text.
+    All ranks work together, and rank 0 writes the model and its codes. Blocks are tuned with as
+    many steps as after pruning, on the same text.
     """
     first = current().first
     quantised = folder.with_name(f"{folder.name}-quantised")
@@ -218,12 +219,12 @@ def quantise_checkpoint(
 
 
 def check(source: Checkpoint, request: PruneRequest) -> None:
-    """Refuse what `prune` would refuse, as far as configuration and headers show it.
+    """Refuse a request that cannot be carried out, as far as configuration and headers show it.
 
     Raises:
         UsageError: the options do not fit the model.
-        ModelError: the model cannot be pruned so.
-        PlatformError: the device is not there.
+        ModelError: the model cannot be pruned in this way.
+        PlatformError: the device is not available.
     """
     devices.choose(request.device)
     match request.how:
@@ -247,13 +248,15 @@ def check(source: Checkpoint, request: PruneRequest) -> None:
 
 
 def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneRequest) -> int:
-    """Room on the disk that the pruned model and the journals take while it is made.
+    """Return the disk space that the stage prune takes while it runs, in bytes.
+
+    This counts the pruned model, its later versions and the journals.
 
     Args:
         source: the dense model.
-        ids: int64[count, length], what statistics are taken of.
-        further: int64[count, length], what blocks are only tuned on.
-        request: what is asked for.
+        ids: int64[count, length], the segments from which statistics are collected.
+        further: int64[count, length], the segments used only to tune blocks.
+        request: the options of the stage.
     """
     how = request.how
     tokens = ids.numel() + further.numel()
@@ -262,10 +265,10 @@ def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneR
     if how.surveys:
         activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
     models, tuned = 2, how.tuning.tune_steps > 0
-    if request.grid is not None:  # another model and its journal, while the pruned one is read
+    if request.grid is not None:  # the quantised model and its journal, beside the pruned model
         activations += activation_bytes(source, tokens, forward, with_dense=tuned)
         models += 2
-    if request.recover:  # the trained one, while the one before it is read
+    if request.recover:  # the trained model, beside the model that it is trained from
         models += 1
     return models * source.bytes_in(request.dtype) + activations
 
@@ -273,7 +276,7 @@ def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneR
 def memory_of(
     source: Checkpoint, ids: Tensor, further: int, request: PruneRequest, device: torch.device
 ) -> Memory:
-    """What the stage will hold at once."""
+    """Return the peak memory of the stage; see `forecast.memory`."""
     match request.how:
         case Cut(fit=fit, tuning=tuning, sizing=widths):
             held = memory.of_cutting(
@@ -301,10 +304,10 @@ def memory_of(
 
 
 def _check_columns(recipe: Recipe, patterns: Mapping[str, Pattern]) -> None:
-    """Refuse a file that asks for columns of zeros where the rest has none.
+    """Refuse a sparsity file with structured patterns if the recipe's own is not structured.
 
     Raises:
-        UsageError: it does.
+        UsageError: the file has such a pattern.
     """
     columns = [name for name, its in patterns.items() if isinstance(its, Structured)]
     if columns and not isinstance(recipe.pattern, Structured):

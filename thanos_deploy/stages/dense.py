@@ -1,7 +1,7 @@
 """The dense model that a bundle is made from.
 
-It is itself a bundle, in a cache folder named after its hash, so several runs on one model convert,
-export and evaluate it once.
+The dense model has a bundle of its own, in a cache folder named after its hash. So several runs on
+one model convert, export and evaluate it only once.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,24 +28,29 @@ _IMPORT: Stage[Nothing, Nothing, Nothing] = Stage("import", Nothing, Nothing, No
 
 
 def dense_folder(sha256: str) -> Path:
-    """Where the bundle of the dense model with that hash is."""
+    """Return the cache folder for the bundle of the dense model with this hash."""
     return environment.cache_folder() / sha256[:16]
 
 
 class Dense:
-    """The model that a bundle is made from, and its own bundle in the cache.
+    """The dense model that a bundle is made from, and the dense model's own bundle in the cache.
 
     Attributes:
-        source: where it comes from.
+        source: kind, name and hash of the model.
         is_ordinary: see `LocatedModel.is_ordinary`.
-        folder: its bundle in the cache.
+        folder: the folder of the model's bundle in the cache.
     """
 
     def __init__(self, model: str | LocatedModel, *, revision: str | None = None) -> None:
-        """Find a model; see `locate.locate` for what it may be and what is raised.
+        """Find a model.
+
+        Args:
+            model: a model that was located already, or what `locate.locate` takes.
+            revision: branch, tag or commit of a hub model.
 
         Raises:
             ResourceError: there is hardly any memory left.
+            DeployError: see `locate.locate`.
         """
         enough.require_to_begin()
         located = model if isinstance(model, LocatedModel) else locate(model, revision=revision)
@@ -55,7 +60,7 @@ class Dense:
         self._checkpoint: Checkpoint | None = None
 
     def checkpoint(self, announce: Announce = quietly) -> Checkpoint:
-        """The language model as a Hugging Face folder; anything else is converted once."""
+        """Return the language model as a Hugging Face checkpoint, converted once if it is none."""
         if self._checkpoint is None:
             if not self.is_ordinary:
                 self._convert(announce)
@@ -66,7 +71,7 @@ class Dense:
 
     @contextmanager
     def claim(self) -> Iterator[Bundle]:
-        """Its bundle in the cache, for this process alone; another one's turn is waited for."""
+        """Claim the model's bundle in the cache; wait while another process has it."""
         with manifest.claim(self.folder, self.source, wait=True) as bundle:
             yield bundle
 
@@ -90,21 +95,21 @@ class Dense:
 
 
 def hold(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LocatedModel:
-    """Write a model that is in memory to the cache, into a folder that is named by its hash.
+    """Write a model that is in memory to the cache, into a folder named after its hash.
 
-    The same model is there once, however often it is given.
+    The same model is stored only once, however often it is given.
 
     Raises:
         UsageError: see `convert.convert_memory`.
-        ModelError: it is of a type that is not supported.
-        ResourceError: the disk is too small.
+        ModelError: the type of the model is not supported.
+        ResourceError: there is not enough disk space.
     """
     cache = environment.cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=cache, prefix=files.PARTIAL) as partial:
         written = Path(partial) / layout.MODEL
         convert_memory(model, tokenizer, written)
-        Checkpoint.open(written)  # or it is refused before it is kept
+        Checkpoint.open(written)  # refuse an unsupported model before it enters the cache
         sha256 = hash_folder(written)
         folder = dense_folder(sha256)
         name = Path(model.name_or_path or "").name or type(model).__name__
@@ -123,14 +128,14 @@ def hold(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LocatedM
 def reopen(
     out: Path, model: str | LocatedModel, *, revision: str | None = None
 ) -> Iterator[tuple[Bundle, Dense]]:
-    """A bundle for further stages, and the dense model that it was made from; see `Dense`.
+    """Claim an existing bundle for further stages, and find the dense model that it was made from.
 
     Raises:
-        InputError: there is no bundle.
-        UsageError: it was made from another model.
-        PlatformError: another process is writing there.
+        InputError: there is no bundle at `out`.
+        UsageError: the bundle was made from another model.
+        PlatformError: another process is writing to the bundle.
     """
-    Bundle.open(out)  # claiming would create one
+    Bundle.open(out)  # because `claim` would create a missing bundle
     dense = Dense(model, revision=revision)
     with manifest.claim(out, dense.source) as bundle:
         yield bundle, dense

@@ -1,4 +1,4 @@
-"""The stages eval: quality of the pruned model, beside the dense one's."""
+"""The eval stages: quality of the pruned model compared with that of the dense model."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -86,16 +86,19 @@ def evaluate(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> Compared[TextQuality] | Compared[TaskQuality]:
-    """Measure the quality of the dense and the pruned model, unless that is done.
+    """Measure the quality of the dense and the pruned model, unless the stage is finished.
 
     Args:
-        bundle: with the stage prune finished; for "onnx" with the stage onnx too.
-        dense: the model that it was made from.
-        request: perplexity on a text, or tasks.
-        runtime: one of `evaluation.RUNTIMES`. For "onnx" the dense model is exported like the
-            bundle's own graph.
-        overwrite: redo what was made with other options.
-        announce: told of every piece of work.
+        bundle: a bundle whose stage prune is finished; for "onnx" its stage onnx too.
+        dense: the model that the bundle was made from.
+        request: a text to measure quality on, or tasks.
+        runtime: one of `evaluation.RUNTIMES`. For "onnx" the dense model is exported with the
+            options of the bundle's graph.
+        overwrite: redo a stage that was made with other options.
+        announce: told of each task.
+
+    Raises:
+        DeployError: see `thanos_deploy.api.bundle.Bundle.evaluate`.
     """
     if isinstance(request, TaskRequest):
         return judge_both(bundle, dense, _by_tasks(request, runtime), overwrite, announce)
@@ -116,10 +119,11 @@ def evaluate_alone(
     revision: str | None = None,
     announce: Announce = quietly,
 ) -> TextQuality | TaskQuality:
-    """Measure the quality of one model, or of a bundle's pruned one, beside nothing else.
+    """Measure the quality of a single model, without a comparison.
 
-    Of a bundle nothing is kept: what it keeps is beside the dense model; see `evaluate`. For the
-    revision see `Dense`.
+    If `model` is the folder of a bundle, its pruned model is measured and nothing is written to the
+    bundle, which keeps only comparisons with the dense model; see `evaluate`. For `revision` see
+    `Dense`.
     """
     if isinstance(request, TaskRequest):
         return judge_alone(model, revision, _by_tasks(request, runtime), announce)
@@ -135,18 +139,19 @@ def evaluate_served(
     revision: str | None = None,
     announce: Announce = quietly,
 ) -> TextQuality:
-    """Measure what a server of vLLM makes of a model, beside nothing else; nothing is kept.
+    """Measure the perplexity of a model on a running vLLM server; nothing is kept.
 
     Args:
-        model: that is served, or a bundle of which it is the folder for vLLM or the model.
-        request: which text.
-        url: of the server.
+        model: the model that the server runs, or a bundle whose folder for vLLM or pruned model the
+            server runs.
+        request: which text to measure on.
+        url: address of the server.
         revision: see `Dense`.
-        announce: told of every segment.
+        announce: told of the measurement, whose steps are segments.
 
     Raises:
-        UsageError: tasks are asked for, the server has another model, or it takes no segments of
-            that length.
+        UsageError: tasks are requested, the server runs another model, or it does not take segments
+            of this length.
         DeployError: see `Served` and `evaluate_alone`.
     """
     if isinstance(request, TaskRequest):
@@ -173,9 +178,10 @@ def evaluate_served(
 
 
 def qualities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, dict[str, float]]:
-    """Quality by name and label, as far as it is known on the text that the bundle was judged on.
+    """Return the quality values of `gates.QUALITIES` by name and label, as far as they are known.
 
-    Names are those of `gates.QUALITIES`.
+    Only evaluations with the options and on the text of the bundle's own evaluation count; without
+    one, the result is empty.
     """
     found: dict[str, dict[str, float]] = {}
     if not bundle.has(EVAL):
@@ -195,7 +201,7 @@ def qualities(bundle: Bundle, subjects: Mapping[str, Bundle]) -> dict[str, dict[
 def _by_text(
     text: Text, request: EvalRequest, runtime: str, announce: Announce
 ) -> Judge[EvalRequest, TextInputs, TextQuality]:
-    """Each model by itself; a graph by its perplexity alone."""
+    """Return the judge that measures each model alone on a text; a graph only by its perplexity."""
 
     def inputs(
         model: Checkpoint,
@@ -234,7 +240,7 @@ def _beside_dense(
     request: EvalRequest,
     announce: Announce,
 ) -> Judge[EvalRequest, TextInputs, TextQuality]:
-    """A pruned model beside the dense one, whose outputs are kept with it."""
+    """Return a judge that also compares the pruned model with the dense model's stored outputs."""
 
     def measure_dense(_: Path, folder: Path | None, model: Checkpoint, title: str) -> TextQuality:
         assert folder is not None
@@ -251,7 +257,7 @@ def _beside_dense(
 
     def measure(_: Path, __: Path | None, model: Checkpoint, title: str) -> TextQuality:
         source = dense.checkpoint(announce)
-        with dense.claim() as bundle:  # another process may have put those of another text there
+        with dense.claim() as bundle:  # another process may have stored outputs on another text
             keep(bundle, source, of_dense, None, overwrite=True)
             outputs = Outputs.read(bundle.path / layout.OUTPUTS)
         examination = _examination(text, model, request)
@@ -266,7 +272,7 @@ def _beside_dense(
 
 
 def _examination(text: Text, model: Checkpoint, request: EvalRequest) -> Examination:
-    """What a model is asked about a text."""
+    """Prepare the segments and the questions about a text for a model."""
     ids, _, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     tokenizer = load_tokenizer(model.folder)
     return Examination.of(text, tokenizer, ids, frame, questions=request.questions)
@@ -277,14 +283,14 @@ def _loaded(model: Checkpoint, request: EvalRequest) -> PreTrainedModel:
 
 
 def _memory(title: str, request: EvalRequest) -> AbstractContextManager[None]:
-    """Says what did not fit, where it does not."""
+    """Name the model and the segment length in an out-of-memory error."""
     return devices.memory_for(f"{title}, {request.seqlen} tokens at once")
 
 
 def _text_quality(
     losses: Losses, model: Checkpoint, text: Text, request: EvalRequest, on_progress: OnProgress
 ) -> TextQuality:
-    """Perplexity alone, of whatever runs a model, on segments that its tokenizer cuts."""
+    """Measure only the perplexity, from the losses that any runtime computes for the segments."""
     ids, _, frame = segments_for(model, text, request.segments, request.seqlen, seed=None)
     found = perplexity_of(losses, ids, frame=len(frame), on_progress=on_progress)
     return TextQuality(text.origin, found.value, found.segments, found.length, frame)
@@ -300,6 +306,6 @@ def _by_tasks(request: TaskRequest, runtime: str) -> Judge[TaskRequest, TaskInpu
         inputs=lambda _, sha256, dense, graph: TaskInputs(
             model=sha256, dense=dense, tasks=request.files, onnx=graph
         ),
-        # The library shows bars of its own.
+        # The harness shows its own progress bars.
         measure=lambda bundle, _, model, __: harness.score(bundle, model, request, runtime),
     )

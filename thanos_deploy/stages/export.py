@@ -1,7 +1,7 @@
-"""The export stages of a bundle; what they are called and what they write, each target says.
+"""The export stages of a bundle. Each target defines the names and the files of its stages.
 
-An export needs nothing but the bundle: the folder can be copied to the machine with the GPU and
-finished there.
+An export needs nothing but the bundle, so the folder can be copied to the machine with the GPU and
+exported there.
 """
 
 from pathlib import Path
@@ -30,18 +30,18 @@ def export(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> Exported[Any]:
-    """Export the pruned model to a target, unless that is done.
+    """Export the pruned model to a target, unless the stage is finished.
 
     Args:
-        bundle: with the stage prune finished, claimed for writing.
+        bundle: a bundle whose stage prune is finished, claimed for writing.
         target: one of `exporters.targets.names()`.
         request: the target's options, such as an `ExportRequest` or an `EngineRequest`; None for
             the target's defaults.
-        overwrite: redo what was made with other options.
-        announce: told of every piece of work.
+        overwrite: redo an export that was made with other options.
+        announce: told of each task.
 
     Returns:
-        the finished stage; its result is a `Target.result`.
+        the finished stage; the type of its result is `Target.result`.
 
     Raises:
         UsageError: there is no such target, or it does not take the request.
@@ -62,19 +62,19 @@ def convert(
     target: str,
     announce: Announce = quietly,
 ) -> Any:
-    """Write a target's folder from a model that is sparse already, without a bundle.
+    """Write a target's folder from an already sparse model that is not in a bundle.
 
     Args:
-        model: see `locate.locate`.
-        destination: the folder, which must not be there yet.
-        target: one of those with `convert`.
-        announce: told of every piece of work.
+        model: a model that was located already, or what `locate.locate` takes.
+        destination: the folder to write, which must not exist yet.
+        target: name of a target with a function `convert`.
+        announce: told of each task.
 
     Returns:
-        the result that the stage of a bundle would have, a `Target.result`.
+        the result that the stage of a bundle would have; its type is `Target.result`.
 
     Raises:
-        UsageError: the target takes bundles only, or the folder is there.
+        UsageError: the target takes bundles only, or the folder exists.
         DeployError: see `Target.convert` and `locate.locate`.
     """
     write = targets.get(target).convert
@@ -98,7 +98,7 @@ def convert(
 
 
 def export_dense(dense: Dense, request: ExportRequest, announce: Announce) -> Exported[GraphResult]:
-    """ONNX of a dense model, in its own bundle."""
+    """Export a dense model to ONNX, in its own bundle in the cache."""
     checkpoint = dense.checkpoint(announce)
     with dense.claim() as bundle:
         return graph.export(

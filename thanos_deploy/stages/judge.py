@@ -1,4 +1,4 @@
-"""How a stage eval judges models: the pruned beside the dense one, or one by itself."""
+"""How an eval stage judges models: the pruned model and the dense model, or a single model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,18 +25,19 @@ class Judge(Generic[Options, Inputs, Result]):
     """A way to measure quality.
 
     Attributes:
-        stage: that keeps what was measured.
-        file: of that stage, in the bundle.
-        options: what the stage is made with.
+        stage: the stage that keeps the results.
+        file: path of the stage's file with the results, relative to the bundle.
+        options: the options of the stage.
         runtime: one of `evaluation.RUNTIMES`.
-        require: refuses what quality cannot be judged by, before anything takes time; from the
-            hash of the text that the model was calibrated on, if there is one.
-        inputs: what is read, from the model, its hash (None for a dense one), what was measured of
-            the dense model, and the hashes of the graph that is run.
-        measure: from the bundle, the folder for the stage's files if anything is kept, the model,
-            and its title in progress lines.
-        of_dense: how the dense model is measured, where a pruned one is beside it; None for the
-            same way.
+        require: refuses a text or tasks that quality cannot be judged by, before any work. Called
+            with the hash of the text that the model was calibrated on, or None.
+        inputs: returns the inputs of the stage. Called with the model, its hash (None for a dense
+            model), the result of the dense model (None for the dense model itself), and the hashes
+            of the graph's files (empty if none is run).
+        measure: measures a model. Called with the folder of the bundle, the folder for the stage's
+            files (None if nothing is kept), the model, and its title for progress lines.
+        of_dense: the judge of the dense model when a pruned model is compared with it; None for
+            this judge.
     """
 
     stage: Stage[Options, Inputs, Result]
@@ -56,7 +57,7 @@ def judge_both(
     overwrite: bool,
     announce: Announce,
 ) -> Compared[Result]:
-    """What a judge says of the pruned and of the dense model, both kept."""
+    """Judge the pruned and the dense model; each result is kept in the model's own bundle."""
     bundle.require(layout.PRUNE, "`thanos-deploy prune`")
     if judge.runtime == "onnx":
         bundle.require(layout.ONNX, f"`thanos-deploy export {bundle.path} --target onnx`")
@@ -75,7 +76,11 @@ def judge_alone(
     judge: Judge[Options, Inputs, Result],
     announce: Announce,
 ) -> Result:
-    """What a judge says of one model, or of a bundle's pruned one, of which nothing is kept."""
+    """Judge a single model.
+
+    If it is the folder of a bundle, judge the pruned model and keep nothing. The result of a dense
+    model is kept in its own bundle in the cache.
+    """
     if isinstance(model, str) and (Path(model) / layout.MANIFEST).exists():
         folder = Path(model)
         bundle = Bundle.open(folder)
@@ -93,7 +98,7 @@ def judge_dense(
     graph: ExportRequest | None,
     announce: Announce,
 ) -> Result:
-    """Quality of the dense model, or of its graph, kept in its own bundle."""
+    """Judge the dense model, or its graph if `graph` is given; keep the result in its bundle."""
     if graph is not None:
         export_dense(dense, graph, announce)
     checkpoint = dense.checkpoint(announce)
@@ -109,7 +114,11 @@ def keep(
     *,
     overwrite: bool,
 ) -> Result:
-    """Quality of a model, kept in its bundle beside that of the dense one, if there is one."""
+    """Judge a model and keep the result in a bundle, unless the stage is finished.
+
+    The file of a pruned model also contains `reference`, the result of the dense model, which is
+    None for a dense model.
+    """
     sha256 = None if reference is None else bundle.model_sha256
     beside: Json = {} if reference is None else {"model": sha256, "dense": encode(reference)}
 

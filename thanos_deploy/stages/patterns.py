@@ -1,4 +1,4 @@
-"""What each linear layer is to be pruned to: as asked for, and after a survey of the model."""
+"""The pattern of each linear layer: as requested, and as a survey of the model changes it."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ from thanos_deploy.pruning.sensitivity import Sensitivity
 
 
 def assigned(source: Checkpoint, recipe: Recipe) -> dict[str, Pattern]:
-    """What is asked of every linear layer that is to be pruned, by its full name."""
+    """Return the requested pattern of each linear layer that is to be pruned, by full name."""
     return assignment.assign(
         source.linears,
         recipe.pattern,
@@ -32,17 +32,17 @@ def assigned(source: Checkpoint, recipe: Recipe) -> dict[str, Pattern]:
 
 
 def sparsity_file(recipe: Recipe) -> assignment.SparsityFile | None:
-    """The file of layers with patterns of their own, if a recipe names one."""
+    """Read the recipe's file with patterns for single layers; None if it names no file."""
     if recipe.layers.sparsity_file is None:
         return None
     return assignment.read_file(Path(recipe.layers.sparsity_file).expanduser())
 
 
 def measured_hash(recipe: Recipe) -> str | None:
-    """SHA-256 of the file of measured matrix products that a budget names, if it names one.
+    """Return the SHA-256 of the budget's file of measured matrix products; None without a file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     if recipe.budget is None or recipe.budget.measured is None:
         return None
@@ -62,7 +62,15 @@ def allocated(
     layers: Collection[str],
     outliers: Sequence[Outliers],
 ) -> Mapping[str, Pattern]:
-    """The pattern of every layer, by how many outliers each block has."""
+    """Return the pattern that OWL gives each layer, from the outliers counted in each block.
+
+    Args:
+        source: the dense model.
+        how: the options of OWL.
+        sparsity: the sparsity of the whole model.
+        layers: full names of the layers that are to be pruned.
+        outliers: the outliers of every block, in order.
+    """
     shapes = pruning.linear_shapes(source)
     blocks = [
         {name: math.prod(shapes[name]) for name in block.full_names if name in layers}
@@ -72,12 +80,12 @@ def allocated(
 
 
 def choices_of(source: Checkpoint, recipe: Recipe, tried: Sequence[Sensitivity]) -> Choices:
-    """Which layers stay dense: under a budget of time or, with --keep-dense, of weights.
+    """Choose the layers that stay dense, under a budget of time or, with --keep-dense, of weights.
 
     Args:
         source: the dense model.
-        recipe: with either of them.
-        tried: what pruning each group of layers changes, of every block.
+        recipe: a recipe with one of these two budgets.
+        tried: for every block, how much pruning each group of layers changes the model.
     """
     if recipe.budget is None:
         share, weights = recipe.layers.keep_dense, sensitive.weights_of(tried)
@@ -90,10 +98,12 @@ def choices_of(source: Checkpoint, recipe: Recipe, tried: Sequence[Sensitivity])
 
 
 def possible_choices(source: Checkpoint, recipe: Recipe) -> Choices | None:
-    """What each group of layers would save, with nothing measured of what pruning it costs.
+    """Return what pruning each group of layers would save, without measuring the loss it causes.
+
+    A group that would save nothing is marked as dense. None without a budget of time.
 
     Raises:
-        UsageError: no choice of layers is as fast as the budget wants.
+        UsageError: even pruning all layers does not reach the speed of the budget.
     """
     if recipe.budget is None:
         return None

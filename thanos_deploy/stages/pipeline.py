@@ -1,15 +1,15 @@
-"""The stages of a bundle, from a dense model to a report; each is done once and kept.
+"""The pipeline from a dense model to a report. Each stage is done once, and its files are kept.
 
     import   a GGUF file or a packed folder is unpacked       (in the cache)
     prune    model/, layers.json
     eval     eval/perplexity.json
-    eval-onnx, eval-tasks, eval-tasks-onnx    eval/            (only if asked for)
+    eval-onnx, eval-tasks, eval-tasks-onnx    eval/            (only by other commands)
     onnx     onnx/                                            (of the dense model: in the cache)
     and for another target its own stage; see `exporters.targets`    (only if asked for)
     bench    bench/RUN.json for every run, bench/sample.json
     report   report/{index.html,report.md,report.json}, README.md
 
-Each is a file of `thanos_deploy.stages`; here they are in a row.
+Most stages have a file of their own in `thanos_deploy.stages`; this file runs them in order.
 """
 
 from collections.abc import Mapping
@@ -60,10 +60,10 @@ def prune_export(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> Report | None:
-    """Every stage, from a dense model to its report. Repeating the call continues or confirms it.
+    """Run all stages, from a dense model to its report.
 
-    Where there are several ranks, they prune together, and the first one does the rest; the others
-    have no report.
+    Repeating the call continues an interrupted run, or confirms the finished stages. With several
+    ranks, all of them prune together, and rank 0 runs the other stages.
 
     Args:
         model, revision: the dense model; see `Dense`.
@@ -71,18 +71,21 @@ def prune_export(
         request: how to prune.
         evaluation: what to measure the quality on.
         benchmarking: what to time.
-        target: what to export to beside ONNX, which is what is timed.
-        asked: by name of one of the target's options, what differs from its defaults; see
+        target: target to export to in addition to ONNX. Only the ONNX graph is timed.
+        asked: options of the target that differ from their defaults, by field name; see
             `exporters.target.Target.request`.
-        overwrite: redo what was made with other options.
-        announce: told of every piece of work.
+        overwrite: redo stages that were made with other options.
+        announce: told of each task.
+
+    Returns:
+        the report; None on ranks other than 0.
 
     Raises:
-        DeployError: of any kind; whatever can be refused before the work begins is refused then.
+        DeployError: any kind. Errors that can be found beforehand are raised before any work.
     """
     chosen = targets.get(target)
     chosen.refuse([request.how.pattern])
-    if not chosen.gpu:  # else the export may be finished where the GPU is
+    if not chosen.gpu:  # the export to a GPU target may be finished on another machine
         preflight.require(chosen)
     with together() as ranks, ExitStack() as stack:
         dense = Dense(model, revision=revision)
@@ -101,7 +104,7 @@ def prune_export(
             except PlatformError as error:
                 if name == ONNX:
                     raise
-                lacking = error  # the rest does not need this export, and is not to be lost
+                lacking = error  # the later stages do not need this export: raise it after them
         subjects = compared(bundle, [DENSE], dense, announce=announce)
         bench(bundle, subjects, benchmarking, overwrite=overwrite, announce=announce)
         finished = write_report(bundle)
@@ -113,10 +116,10 @@ def prune_export(
 def _exports(
     bundle: Bundle, target: Target[Any, Any], asked: Mapping[str, object]
 ) -> dict[str, object]:
-    """By name of a target, its options: of the graph, which is timed in any case, and of another.
+    """Return the export options by target: for ONNX, whose graph is always timed, and `target`.
 
     Raises:
-        UsageError: the target does not take what was asked for.
+        UsageError: the target does not take one of the options.
     """
     graph = targets.get(ONNX)
     of_graph = asked if target.options is graph.options else {}
@@ -134,7 +137,7 @@ def plan(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> DryRun:
-    """What `prune_export` would do, and whether it would be refused; writes nothing to `out`."""
+    """Plan `prune_export`, and refuse what it would refuse; nothing is written to `out`."""
     dense = Dense(model, revision=revision)
     bundle = Bundle.open(out) if (out / manifest.MANIFEST).exists() else Bundle(out, dense.source)
     _refuse_beforehand(bundle, dense, request, evaluation, benchmarking, overwrite, announce)
@@ -158,7 +161,7 @@ def _refuse_beforehand(
     overwrite: bool,
     announce: Announce,
 ) -> None:
-    """Raise now what a later stage would raise after minutes of work."""
+    """Raise errors now that a later stage would raise after minutes of work."""
     bundle.check(PRUNE, request.to_json(), overwrite=overwrite)
     bundle.check(EVAL, evaluation.recorded, overwrite=overwrite)
     check_bench(bundle, benchmarking, [DENSE, PRUNED], overwrite=overwrite)

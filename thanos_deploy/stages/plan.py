@@ -41,7 +41,7 @@ from thanos_deploy.stages.texts import calibration
 
 
 def outline(model: str | LocatedModel, *, revision: str | None, announce: Announce) -> Checkpoint:
-    """The sizes of a model, from its configuration alone; only a GGUF file is converted first."""
+    """Return a model's shapes, from its configuration alone; a GGUF file is converted first."""
     if isinstance(model, LocatedModel):
         return Checkpoint.outline(model.path)
     folder = locate_configuration(model, revision=revision)
@@ -52,15 +52,15 @@ def outline(model: str | LocatedModel, *, revision: str | None, announce: Announ
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What the stages would take.
+    """The estimated time and memory of the stages.
 
     Attributes:
-        seconds: by activity of the stage prune, and of the stage eval.
-        total_seconds: their sum.
-        memory_bytes: the most that the process would hold of the host's memory.
-        memory: that, and the most that would be held of a GPU's memory, term by term.
-        basis: what this is derived from.
-        not_estimated: stages that take time as well.
+        seconds: time of each activity of the stage prune, and of the stage eval.
+        total_seconds: sum of `seconds`.
+        memory_bytes: peak host memory of the process.
+        memory: peak memory of the host and of the GPU, each as a list of terms.
+        basis: what the estimate is derived from.
+        not_estimated: stages and steps whose time is not in the estimate.
     """
 
     seconds: Mapping[str, float]
@@ -80,8 +80,7 @@ class DryRun:
         model_type: type of the model in its configuration, followed by "(discovered)" if the type
             has no row in `model.families`.
         parameters: number of parameters of the dense model.
-        linear_layers, linear_weights: number of linear layers that would be pruned, and of their
-            weights.
+        linear_layers, linear_weights: number of linear layers in the blocks, and of their weights.
         prune: the options of the stage prune, as the manifest would record them.
         device: device that would compute.
         disk_bytes_needed, disk_bytes_free: bytes on the disk of the bundle; the part that the
@@ -90,14 +89,17 @@ class DryRun:
         widths: what each block would keep; None if nothing is cut out.
         patterns: number of layers by the pattern that they would be pruned to; None if heads and
             channels are cut out.
-        layers_left_dense: names of the layers that would stay dense.
-        linear_weights_removed: number of weights that would be set to zero.
-        choices: what pruning each group of layers would save, with `budget`. What pruning them
-            changes is not measured; groups that would save nothing would stay dense.
+        layers_left_dense: names of the layers that would stay dense; None if heads and channels
+            are cut out.
+        linear_weights_removed: number of weights that would be set to zero; None if heads and
+            channels are cut out.
+        choices: with `budget`, what pruning each group of layers would save; else None. The loss
+            that pruning a group causes is not measured here; groups that would save nothing would
+            stay dense.
         eval, bench: the options of these stages; None for the stage prune alone.
-        stages: state of each stage; None for the stage prune alone.
+        stages: "done" or "to do" for each stage; None for the stage prune alone.
         cache: the folder in the cache for the dense model's files; None for the stage prune alone.
-        cache_bytes_needed: bytes that are needed there.
+        cache_bytes_needed: bytes needed in this folder; None for the stage prune alone.
     """
 
     model: Source
@@ -130,10 +132,10 @@ def plan_prune(
     revision: str | None = None,
     announce: Announce = quietly,
 ) -> DryRun:
-    """What `prune` would do, and whether it would be refused; writes nothing to `out`.
+    """Plan the stage prune, and refuse what `prune` would refuse; nothing is written to `out`.
 
-    For a model that is to be shrunk this includes the widths of every block and the loss that is
-    predicted for them, from a walk through the dense model.
+    If heads, channels or blocks are to be cut out, the plan includes the widths of every block and
+    the loss predicted for them, which takes a walk through the dense model.
     """
     dense = Dense(model, revision=revision)
     check(dense.checkpoint(announce), request)
@@ -147,7 +149,7 @@ def plan_pruning(
     announce: Announce,
     evaluation: EvalRequest | None = None,
 ) -> DryRun:
-    """What would be pruned, and what that takes; with an evaluation the stages after it as well."""
+    """Plan the stage prune; with an evaluation, estimate the stages after it as well."""
     source, device = dense.checkpoint(announce), request.chosen_device
     entries = {name: math.prod(shape) for name, shape in pruning.linear_shapes(source).items()}
     taken = calibration(source, request.data, request.how.tuning.further(request.data.nsamples))
@@ -221,7 +223,8 @@ def _estimated(
 ) -> Taken:
     seconds = dict(found.seconds)
     if evaluation is not None:
-        # The dense and the pruned model; the output head is as much work as its share of weights.
+        # The dense and the pruned model are evaluated. The output head is counted as so many more
+        # blocks as its weights amount to.
         blocks = source.config.num_hidden_layers
         weights = sum(math.prod(shape) for shape in pruning.linear_shapes(source).values())
         head = source.config.vocab_size * source.config.hidden_size * blocks / weights
@@ -242,5 +245,5 @@ def _estimated(
 
 
 def _existing(path: Path) -> Path:
-    """The path itself or the nearest parent that exists."""
+    """Return the path itself or its nearest parent that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

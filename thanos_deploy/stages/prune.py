@@ -1,4 +1,4 @@
-"""The stage prune: a sparse or smaller checkpoint, and a report of each layer."""
+"""The stage prune: write a sparse or smaller checkpoint, and a report on each layer."""
 
 import logging
 from collections.abc import Iterator
@@ -44,9 +44,9 @@ def prune(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> StageRecord:
-    """Prune the model into the bundle, unless that is done.
+    """Prune the model into the bundle, unless the stage is finished.
 
-    Where there are several ranks, this is the first one, and the others `follow`.
+    With several ranks, rank 0 calls this function, and the other ranks call `follow`.
     """
     with _threads_of(bundle.journal(layout.PRUNE)):
         return _prune(bundle, dense, request, overwrite=overwrite, announce=announce)
@@ -90,11 +90,11 @@ def _prune(
 
 
 def follow(dense: Dense, request: PruneRequest) -> None:
-    """Prune the model with the rank that writes; this is another one.
+    """Take part in pruning as a rank other than 0, which writes nothing to the bundle.
 
     Raises:
-        UsageError: the folder of that one is not there for this one.
-        DeployError: what `prune` raises.
+        UsageError: the folder that rank 0 writes to does not exist on this machine.
+        DeployError: see `prune`.
     """
     with _threads_of(None):
         _follow(dense, request)
@@ -110,14 +110,14 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
                 "rank 0 writes to it",
                 fix="give a folder with -o that all machines share",
             )
-        (kept / f".rank-{current().rank}").touch()  # now rather than after a block
+        (kept / f".rank-{current().rank}").touch()  # fail now if it is not writable
         work.run(None, kept, quietly)
         work.finish(folders.stage, kept, quietly)
     part()
 
 
 def _threads_before(kept: Path) -> int | None:
-    """With how many threads the journals in a folder were begun; None if there are none."""
+    """Return the number of threads with which the journals were begun; None without journals."""
     for name in (BLOCKS, SURVEY):
         if owner := owner_of(kept / name):
             threads = owner.get(THREADS)
@@ -127,9 +127,10 @@ def _threads_before(kept: Path) -> int | None:
 
 @contextmanager
 def _threads_of(kept: Path | None) -> Iterator[None]:
-    """Go on with as many threads as a journal was begun with, whatever the number of ranks is now.
+    """Use the number of threads with which an interrupted run began, on all ranks.
 
-    The last bit of a product depends on the number of threads.
+    The last bit of a matrix product depends on the number of threads, and a run that continues may
+    have another number of ranks.
 
     Args:
         kept: folder of the journals; None on ranks that do not open it.
@@ -152,7 +153,7 @@ def _result(
     quantisation: Quantisation | None,
     model: Path,
 ) -> PruneResult:
-    """What the stage reports."""
+    """Assemble the result of the stage."""
     summed, blocks, survey = pruned.summed, pruned.blocks, pruned.survey
 
     def spent(activity: str) -> float:

@@ -1,4 +1,4 @@
-"""What rank 0 tells the others when several of them prune one model."""
+"""The messages of rank 0 to the other ranks when several ranks prune one model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Where rank 0 prunes to.
+    """The folders to which rank 0 writes.
 
     Attributes:
         journals: folder of the journals.
-        stage: folder that becomes that of the stage.
+        stage: hidden folder with the files of the stage, until the stage is finished.
     """
 
     journals: Path
@@ -19,13 +19,13 @@ class Folders:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What rank 0 has begun; with None, nothing, as it was done before."""
+    """Where rank 0 has begun to prune; None if the stage was finished already."""
 
     folders: Folders | None
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """With how many threads each rank is to go on; None for as many as it has."""
+    """The number of threads that each rank has to use; None for as many as it has now."""
 
     count: int | None

@@ -1,4 +1,4 @@
-"""What the stage prune has to do, as every rank knows it, and what becomes of the model."""
+"""The work of the stage prune, described identically on every rank, and its results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,23 +53,23 @@ from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.texts import Calibration, calibration
 from thanos_deploy.stages.training import Journals, recover_checkpoint, train_scales_checkpoint
 
-# Folders of the journals that a walk keeps.
+# Names of the folders with the journals of the walks.
 WALKS = SURVEY, BLOCKS, QUANTISED = "survey", "blocks", "quantised"
 
-# In what a journal belongs to, the number of threads.
+# Key of the number of threads in `Work.owner`.
 THREADS = "threads"
 
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What became of a model.
+    """The result of pruning or shrinking a model.
 
     Attributes:
-        blocks: of it.
-        summed: the same, summed up.
-        widths: what was cut out; None for nothing.
-        survey: journal of a walk before, if there was one.
-        choices: which layers stayed dense under a budget; None where there was none.
+        blocks: report on each block.
+        summed: summary of these reports.
+        widths: the widths of the blocks before and after cutting; None if nothing was cut out.
+        survey: journal of the walk that decided what each block loses; None without such a walk.
+        choices: which layers stayed dense under a budget or `keep_dense`; None without both.
     """
 
     blocks: Sequence[PrunedBlock | CutBlock]
@@ -81,15 +81,15 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What is to be done, as every rank knows it.
+    """The work of the stage prune, the same on every rank.
 
     Attributes:
         source: the dense model.
-        request: what was asked for.
-        calibration: the text, and what is taken of it.
-        memory: that is held at once, beside what the process holds already.
-        inputs: hashes of what is read.
-        owner: everything that the result depends on.
+        request: the options of the user.
+        calibration: the calibration text and its segments.
+        memory: peak memory of the work, in addition to what the process holds already.
+        inputs: hashes of the files and texts that are read.
+        owner: everything that the result depends on; a journal of other work is discarded.
     """
 
     source: Checkpoint
@@ -101,7 +101,7 @@ class Work:
 
     @classmethod
     def of(cls, dense: Dense, request: PruneRequest, announce: Announce) -> "Work":
-        """Read what there is to read, and refuse ranks for which it differs.
+        """Read the model and the calibration text, and refuse ranks that differ from each other.
 
         Raises:
             DeployError: see `check`, `calibration`, `same_everywhere` and `Layout.require`.
@@ -113,7 +113,7 @@ class Work:
             own, measured = sparsity_file(request.how), measured_hash(request.how)
         device, data = request.chosen_device, request.data
         further = request.how.tuning.further(data.nsamples)
-        # Sizes that cannot be are refused with the text.
+        # Impossible sizes are clamped here, and refused when the text is cut.
         sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
         segments = torch.empty(sizes, dtype=torch.int64, device="meta")
         needed = memory_of(source, segments, further, request, device)
@@ -137,28 +137,28 @@ class Work:
 
     @property
     def device(self) -> torch.device:
-        """Where it is done."""
+        """The device that computes."""
         return self.request.chosen_device
 
     @property
     def tune_segments(self) -> int:
-        """That blocks are tuned on."""
+        """Number of segments on which blocks are tuned; 0 without tuning."""
         tuned = self.request.how.tuning.tune_steps > 0
         return len(self.calibration.ids) + len(self.calibration.further) if tuned else 0
 
     @property
     def disk_bytes(self) -> int:
-        """Room that the model and the journals take."""
+        """Disk space that the model and the journals take, in bytes."""
         taken = self.calibration
         return disk_bytes(self.source, taken.ids, taken.further, self.request)
 
     def run(self, model: Path | None, kept: Path, announce: Announce) -> Pruned:
-        """Prune.
+        """Prune or shrink the model, together with the other ranks.
 
         Args:
             model: an empty folder for the pruned model; None on ranks that write nothing.
             kept: folder of the journals.
-            announce: told of every piece of work.
+            announce: told of each task.
         """
         source, how, owner = self.source, self.request.how, self.owner
         ids, further = self.calibration.ids, self.calibration.further
@@ -225,15 +225,15 @@ class Work:
     def finish(
         self, folder: Path, kept: Path, announce: Announce
     ) -> tuple[Recovery | None, Quantisation | None]:
-        """Train what is left and quantise it, where that is asked for; all ranks together.
+        """Train the remaining weights and quantise the model, as requested; all ranks together.
 
         Args:
-            folder: of the stage, in which the first rank has written the pruned model.
+            folder: folder of the stage, to which rank 0 writes the pruned model.
             kept: folder of the journals.
-            announce: told of every piece of work.
+            announce: told of each task.
         """
         request, model, taken = self.request, folder / layout.MODEL, self.calibration
-        current().wait()  # until it is written
+        current().wait()  # until rank 0 has written the model
         recovery, journals = None, Journals(kept, self.owner)
         if request.recover:
             recovery = recover_checkpoint(
@@ -261,7 +261,7 @@ class Work:
 
 
 def versions(device: torch.device) -> Json:
-    """What else the last bit of a result depends on: code, device, number of threads."""
+    """Return the versions, the device and the number of threads, on which results also depend."""
     made_with = environment.describe()
     return {
         "thanos-deploy": made_with.thanos_deploy,

@@ -1,4 +1,4 @@
-"""What a user asks of the stage prune, as one value; nothing here needs PyTorch to be imported."""
+"""The request of the stage prune: all of its options. Importing this module needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ ALLOCATIONS = ("uniform", "loss", "blocks", "owl")
 
 @dataclass(frozen=True, slots=True)
 class PruneRequest(Options):
-    """What to do to a model, on which text, and what to store.
+    """How to prune a model, on which text, and what to store.
 
     Attributes:
-        how: what to set to zero, or what to cut out.
-        data: what to calibrate on.
-        recover: number of segments of the calibration text to train the remaining weights on; see
-            `recover.recover`.
-        recover_text: the calibration text in that place, or what the dense model writes; see
-            `own_text`.
-        recover_rank: of the updates that are trained, see `low_rank`; 0 for the weights themselves.
-        quantize: what to quantise to, see `solver.grid`; "none" for nothing.
-        dtype: what to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
-        device: where to do it; see `devices.choose`.
-        activations: where the calibration data waits between two blocks; see `activations.holder`.
-            No result depends on it, so a manifest does not have it.
+        how: what to set to zero (a recipe), or what to cut out.
+        data: the calibration data.
+        recover: number of segments to train the remaining weights on; see `recover.recover`.
+        recover_text: the text of these segments: the calibration text, or text that the dense model
+            generates; see `own_text`.
+        recover_rank: rank of the updates that are trained, see `low_rank`; 0 trains the weights
+            themselves.
+        quantize: the quantisation grid, see `solver.grid`; "none" for no quantisation.
+        dtype: dtype to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
+        device: device to compute on; see `devices.choose`.
+        activations: where the activations of the calibration data are kept between two blocks; see
+            `activations.holder`. No result depends on it, so the manifest does not record it.
 
     Raises:
         UsageError: a value is out of range.
@@ -122,22 +122,22 @@ class PruneRequest(Options):
         allocation: str | None = None,
         **given: Any,
     ) -> PruneRequest:
-        """A preset of a method, but for what is given.
+        """Build a request from a preset of a method and the options that replace its defaults.
 
         Args:
-            pattern: the sparsity pattern; a structured one cuts heads and channels out.
+            pattern: the sparsity pattern; a structured pattern cuts heads and channels out.
             method: name of a method.
             preset: one of `methods.PRESET_NAMES`.
-            keep_shape: set columns to zero for a structured pattern.
-            allocation: how much each layer or block loses: "uniform", all alike; "loss" and
-                "blocks" for what is cut out, see `Sizing`; "owl" for unstructured patterns, see
-                `Owl`.
+            keep_shape: for a structured pattern, set columns to zero instead.
+            allocation: how the sparsity is spread over layers or blocks: "uniform", the same
+                everywhere; "loss" and "blocks" for what is cut out, see `Sizing`; "owl" for
+                unstructured patterns, see `Owl`. None for "uniform".
             given: any other option of the command `prune` by its keyword: `block_size` for
                 `--block-size`.
 
         Raises:
-            UsageError: there is no such option, options have no meaning together, or a value is
-                out of range.
+            UsageError: there is no such option, options contradict each other, or a value is out
+                of range.
         """
         if allocation not in (None, *ALLOCATIONS):
             raise UsageError(
@@ -162,7 +162,7 @@ class PruneRequest(Options):
         return cls(how, Data(**chosen(Data, given)), **{"recover": recover, **chosen(cls, given)})
 
     def __post_init__(self) -> None:
-        """Refuse what no option has."""
+        """Check the value of each option, and refuse options of `recover` without `recover`."""
         Options.__post_init__(self)
         if self.quantize != "none":
             parse_grid(self.quantize)
@@ -181,12 +181,12 @@ class PruneRequest(Options):
 
     @property
     def grid(self) -> Grid | None:
-        """What to quantise to; None for nothing."""
+        """The quantisation grid; None for no quantisation."""
         return None if self.quantize == "none" else parse_grid(self.quantize)
 
     @property
     def chosen_device(self) -> torch.device:
-        """The device of this machine.
+        """The device of this machine that `device` names.
 
         Raises:
             UsageError, PlatformError: see `devices.choose`.
@@ -197,11 +197,11 @@ class PruneRequest(Options):
 
     @property
     def forward(self) -> str:
-        """What blocks run in on calibration data on this machine: "fp32" or "bf16"."""
+        """Precision in which blocks run on calibration data on this machine: "fp32" or "bf16"."""
         return self.how.forward_on(self.chosen_device)
 
     def to_json(self) -> Json:
-        """For the manifest: resolved and flat, and a file by its name, not its path."""
+        """Return the options for the manifest: resolved, flat, and with file names, not paths."""
         from thanos_deploy.machine import devices
 
         how: Json = {"pattern": str(self.how.pattern), "method": self.how.method}
@@ -234,10 +234,10 @@ class PruneRequest(Options):
 
     @classmethod
     def from_json(cls, options: Json) -> PruneRequest:
-        """The request whose `to_json` has been recorded.
+        """Rebuild a request from what `to_json` returned.
 
         Raises:
-            ValueError: it is none; see `codec.decode`.
+            ValueError: `options` is not such a record; see `codec.decode`.
         """
         pattern = parse(options["pattern"])
         how: Recipe | Cut
@@ -272,7 +272,10 @@ _OWL = "owl_"
 
 
 def _recorded(data: Data) -> Json:
-    """Calibration data for the manifest; what older records do not have, only where it counts."""
+    """Return the calibration data for the manifest.
+
+    Options that older records do not have are left out while they have their defaults.
+    """
     usual = encode(Data())
     newer = {name for name in ("calib_rows", "calib_cut") if getattr(data, name) == usual[name]}
     found = {name: value for name, value in encode(data).items() if name not in newer}
@@ -280,7 +283,7 @@ def _recorded(data: Data) -> Json:
 
 
 def _part(cls: type[Any], options: Mapping[str, Any]) -> Any:
-    """A dataclass from those of many values that are called like its fields."""
+    """Decode a dataclass from the options that have the names of its fields; ignore all others."""
     own = {field.name for field in fields(cls)}
     return decode(cls, {name: value for name, value in options.items() if name in own})
 
@@ -292,10 +295,10 @@ def _check_cut(
     method: str,
     allocation: str | None,
 ) -> None:
-    """Refuse what has no meaning where heads and channels are cut out.
+    """Refuse options that have no meaning when heads and channels are cut out.
 
     Raises:
-        UsageError: something is asked for that has none.
+        UsageError: such an option is given.
     """
     if allocation == "owl":
         raise UsageError(
@@ -331,10 +334,10 @@ def _check_cut(
 def _check_zeros(
     kind: str, given: Mapping[str, Any], *, method: str, allocation: str | None
 ) -> None:
-    """Refuse what has no meaning where weights are set to zero.
+    """Refuse options that have no meaning when weights are set to zero.
 
     Raises:
-        UsageError: something is asked for that has none.
+        UsageError: such an option is given.
     """
     if allocation in ("loss", "blocks"):
         raise _only_for_cuts(f"--allocation {allocation}", kind)

@@ -1,4 +1,4 @@
-"""The figures of the stage prune, summed up for people and for the manifest."""
+"""Summaries of the reports on all blocks, for the result of the stage prune."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from thanos_deploy.solver.damping import damping_of
 
 
 def of_layers(blocks: Sequence[PrunedBlock], recipe: Recipe) -> LayersSummary:
-    """Of a model pruned to zeros: how many layers hold what, and how far off they are."""
+    """Summarise a model pruned to zeros: the patterns of its layers, and their errors."""
     layers = [layer for block in blocks for layer in block.layers]
     patterns = patterns_in(blocks, recipe.pattern)
     pruned = [layer for layer in layers if layer.name in patterns]
@@ -46,7 +46,7 @@ def of_layers(blocks: Sequence[PrunedBlock], recipe: Recipe) -> LayersSummary:
 
 
 def of_cuts(blocks: Sequence[CutBlock]) -> LayersSummary:
-    """Of a model that was cut: how far off its blocks are."""
+    """Summarise the errors of the blocks of a model that was cut."""
     routed = any(block.before.experts for block in blocks)
     errors = {
         f"block {index}, {part}": error
@@ -76,7 +76,7 @@ def _errors(block: CutBlock) -> tuple[tuple[str, float], ...]:
 
 
 def of_widths(plan: Plan) -> WidthsSummary:
-    """Of planned widths: one row for each block, and the parameters that they come to."""
+    """Summarise planned widths: one row for each block, and the number of parameters."""
     return WidthsSummary(
         removed=plan.removed,
         stock_config=plan.stock,

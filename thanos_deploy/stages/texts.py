@@ -1,4 +1,7 @@
-"""The texts that a request names: read, cut, and kept apart."""
+"""Read the texts that a request names, and cut them into segments for a model.
+
+A model is not judged on the text that it was calibrated on; see `require_other_text`.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +33,15 @@ logger = logging.getLogger(__name__)
 def open_texts(
     name: str, text_field: str, *, held_out: bool, source: Checkpoint | None
 ) -> list[tuple[Part, Text]]:
-    """The texts of that name, each with its share; see `mixture`.
+    """Read the texts that a name describes, each with its share of the mixture; see `mixture`.
 
     Args:
-        name: "builtin", a path, a data set, or several.
+        name: "builtin", a path, a data set, or several of these with weights.
         text_field: see `texts.read_text`.
-        held_out: of the built-in text and of data sets with a short name, the part to judge on.
-        source: the model, whose chat template conversations are written with; None to refuse them.
+        held_out: for the built-in text and for data sets with a short name, take the part for
+            evaluation instead of the part for calibration.
+        source: the model whose chat template turns conversations into text; None to refuse
+            conversations.
 
     Raises:
         CalibrationError, PlatformError, UsageError: see `texts.read_text`, `pretrained.load_rows`
@@ -60,10 +65,10 @@ def open_texts(
 
 @contextmanager
 def _template(source: Checkpoint | None) -> Iterator[Template | None]:
-    """How the model writes a conversation; None if it has no chat template.
+    """Yield the function that renders a conversation; None if the model has no chat template.
 
-    Its template is a program that came with it, so it runs in a process with a limit of time and
-    memory for each conversation.
+    A chat template is a program that comes with the model, so it runs in a separate process with a
+    limit of time and memory for each conversation.
     """
     tokenizer = None if source is None else load_tokenizer(source.folder)
     if source is None or tokenizer is None or not tokenizer.chat_template:
@@ -71,7 +76,7 @@ def _template(source: Checkpoint | None) -> Iterator[Template | None]:
         return
     with ExitStack() as stack:
 
-        @cache  # a text without conversations needs none
+        @cache  # started at the first conversation; most texts have none
         def rendering() -> Rendering:
             with boundary(
                 ModelError, f"{source.folder}: its chat template is not readable", fix="mend it"
@@ -99,14 +104,14 @@ def _template(source: Checkpoint | None) -> Iterator[Template | None]:
 def open_text(
     name: str, text_field: str, *, held_out: bool, source: Checkpoint | None = None
 ) -> Text:
-    """All of the texts of that name as one; see `open_texts`."""
+    """Read all texts that a name describes, joined into one; see `open_texts`."""
     return joined(
         [text for _, text in open_texts(name, text_field, held_out=held_out, source=source)]
     )
 
 
 def joined(texts: Sequence[Text]) -> Text:
-    """Several texts as one."""
+    """Join several texts into one."""
     if len(texts) == 1:
         return texts[0]
     return Text(
@@ -118,13 +123,13 @@ def joined(texts: Sequence[Text]) -> Text:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """What a model is calibrated on.
+    """The calibration data of a model.
 
     Attributes:
-        text: all of it.
-        ids: int64[count, length], what statistics are taken of.
-        further: int64[count, length], what blocks are only tuned on.
-        frame: what each segment begins with.
+        text: the whole calibration text.
+        ids: int64[count, length], the segments from which statistics are collected.
+        further: int64[count, length], further segments, used only to tune blocks.
+        frame: the special tokens that each segment begins with.
     """
 
     text: Text
@@ -134,12 +139,13 @@ class Calibration:
 
 
 def calibration(source: Checkpoint, data: Data, further: int = 0) -> Calibration:
-    """The text that a model is to be calibrated on, and what is taken of it.
+    """Read the calibration text of a model and cut it into segments.
 
     Args:
         source: the model.
-        data: which text, and how much.
-        further: segments that blocks are only tuned on, as far as the text has so many.
+        data: which text to take, and how much of it.
+        further: number of further segments, used only to tune blocks; fewer are returned if the
+            text is too short.
 
     Raises:
         CalibrationError, UsageError: see `open_texts` and `segments_for`.
@@ -179,7 +185,7 @@ def require_other_text(text: Text, calibration_sha256: str | None) -> None:
     """Refuse to judge a model on the text that it was calibrated on.
 
     Raises:
-        UsageError: it is the same one, by its hash.
+        UsageError: the hash of `text` is that of the calibration text.
     """
     if text.sha256 == calibration_sha256:
         raise UsageError(
@@ -202,12 +208,13 @@ def segments_for(
     """Cut a text into segments for a model; see `segments.segments`.
 
     Returns:
-        int64[count, length]; the further ones; and what each of them begins with.
+        the segments, int64[count, length]; the further segments, int64[at most `further`, length];
+        and the special tokens that each segment begins with.
 
     Raises:
         CalibrationError: the text is too short.
-        ModelError: the tokenizer makes tokens that the model has no embedding for.
-        UsageError: the model does not take segments of that length.
+        ModelError: the text has tokens for which the model has no embedding.
+        UsageError: the model does not take segments of this length.
     """
     tokenizer = load_tokenizer(source.folder)
     frame = frame_of(tokenizer)
@@ -228,12 +235,13 @@ def segments_for(
 def _require_embeddings(
     source: Checkpoint, ids: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse tokens that the model has no embedding for.
+    """Refuse tokens for which the model has no embedding.
 
-    Only those that occur: many tokenizers have tokens beyond it that no text has.
+    Only tokens that occur in the segments are checked: many tokenizers define tokens beyond the
+    embedding matrix that no text contains.
 
     Raises:
-        ModelError: there are such.
+        ModelError: such a token occurs.
     """
     largest, rows = int(ids.max()), int(source.config.vocab_size)
     if largest >= rows:
@@ -247,5 +255,5 @@ def _require_embeddings(
 
 
 def frame_for(source: Checkpoint) -> Frame:
-    """What segments for a model begin with."""
+    """Return the special tokens that segments for a model begin with."""
     return frame_of(load_tokenizer(source.folder))

@@ -1,6 +1,7 @@
-"""What the stage prune trains with the dense model as the teacher, after everything else.
+"""Training in the stage prune, with the dense model as the teacher.
 
-The remaining weights, and where the model was quantised its scales.
+The remaining weights are trained after pruning, and the scales of a quantised model after
+quantisation.
 """
 
 import json
@@ -33,16 +34,16 @@ from thanos_deploy.stages.request import PruneRequest
 
 _OWN_TEXT = "the dense model's own text"
 
-# Folders of the journals.
+# Names of the folders with the journals.
 _TRAINED, _SCALES, _TEXT = "trained", "scales", "own-text"
 
 
 @dataclass(frozen=True, slots=True)
 class Journals:
-    """Those of the trainings of a run.
+    """The journals of the trainings of one run.
 
     Attributes:
-        folder: that all of them are in.
+        folder: the folder that contains all of them.
         owner: everything that the result depends on.
     """
 
@@ -50,11 +51,12 @@ class Journals:
     owner: Json
 
     def training(self, name: str, *written: Path) -> TrainingJournal:
-        """That of one training.
+        """Open the journal of one training.
 
         Args:
-            name: of its folder.
-            written: folders that the training will write anew, beside what is there.
+            name: name of the journal's folder.
+            written: existing folders of which the training will write a new version beside the old
+                one; the journal leaves room for them on the disk.
         """
         room = sum(map(files.size, written))
         return TrainingJournal(self.folder / name, self.owner, room=room)
@@ -62,11 +64,11 @@ class Journals:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """Text that the dense model wrote.
+    """Text that the dense model generated.
 
     Attributes:
-        rows: of it; none where nothing was written yet.
-        drawn: how many pieces it wrote, those that were not taken among them.
+        rows: the pieces that were kept; empty if nothing was generated yet.
+        drawn: number of generated pieces, including those that were dropped.
     """
 
     rows: tuple[str, ...] = ()
@@ -81,11 +83,18 @@ def recover_checkpoint(
     announce: Announce = quietly,
     journals: Journals | None = None,
 ) -> Recovery:
-    """Train the pruned model in a folder, in place of itself, on any part of a text.
+    """Train the pruned model in a folder and replace it by the trained model.
 
-    The text is the calibration's, or one that the dense model writes after it, which is kept beside
-    the folder. All ranks do it, and the first one writes. Without journals nothing is gone on with
-    that was begun before.
+    All ranks train together, and rank 0 writes.
+
+    Args:
+        source: the dense model, the teacher.
+        text: the calibration text. The model is trained on it, or on text that the dense model
+            generates from it, which rank 0 writes beside the folder.
+        folder: the pruned model.
+        request: what to train, and on how many segments.
+        announce: told of each task.
+        journals: keep the progress on the disk; None starts from the beginning and keeps nothing.
     """
     tokenizer, first = load_tokenizer(source.folder), current().first
     lessons, drawn = text, None
@@ -124,9 +133,10 @@ def train_scales_checkpoint(
     announce: Announce = quietly,
     journals: Journals | None = None,
 ) -> Recovery:
-    """Train the scales of the quantised model in a folder, in place of itself and of its codes.
+    """Train the scales of a quantised model, and replace the model and its codes.
 
-    On the same text as what was left; all ranks do it, and the first one writes.
+    The text is the one that `recover_checkpoint` trained on. All ranks train together, and rank 0
+    writes. For the arguments see `recover_checkpoint`; `codes` is the folder of the codes.
     """
     first, lessons = current().first, text
     if request.recover_text != "calib":
@@ -161,7 +171,7 @@ def _own_text(
     announce: Announce,
     journals: Journals | None,
 ) -> _Drawn:
-    """What the dense model writes, as much as is trained on, unless it is written already."""
+    """Let the dense model generate the training text, unless the journal has it already."""
     if journals is None:
         return _drawn(source, text, request, announce)
     folder, ranks = journals.folder / _TEXT, current()
@@ -179,17 +189,18 @@ def _own_text(
 
 
 def _drawn(source: Checkpoint, text: Text, request: PruneRequest, announce: Announce) -> _Drawn:
-    """See `own_text.own_text`."""
+    """Let the dense model generate the training text; see `own_text.own_text`."""
     tokenizer, length, seed = load_tokenizer(source.folder), request.data.seqlen, request.data.seed
     pieces = every_segment(text, tokenizer, length=length)
     chat = request.recover_text == "chat"
     begin = beginnings(pieces, len(frame_of(tokenizer)), tokenizer, chat=chat, seed=seed)
     device = request.chosen_device
     with devices.memory_for("the dense model, which generates text"):
-        # Half the bytes to read for every token, where that is no slower.
+        # bfloat16 halves the bytes to read for each token; used where its products are not slower.
         dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         rows, drawn = own_text(
-            load_model(source.folder, device).to(dtype),  # type: ignore[arg-type]  # self is lost in a wrapper
+            # mypy: a wrapper of `to` hides its argument `self`.
+            load_model(source.folder, device).to(dtype),  # type: ignore[arg-type]
             tokenizer,
             begin,
             Habits.of(pieces, tokenizer),
@@ -202,7 +213,7 @@ def _drawn(source: Checkpoint, text: Text, request: PruneRequest, announce: Anno
 
 
 def replace_checkpoint(folder: Path, finished: Path) -> None:
-    """Put a finished folder in the place of the one that all ranks have read."""
+    """Replace a folder by a finished one, as soon as all ranks have read the old folder."""
     current().wait()
     if current().first:
         shutil.rmtree(folder)

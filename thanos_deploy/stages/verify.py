@@ -1,8 +1,8 @@
-"""Check a bundle from its files: is everything that it says about itself still true?
+"""Check whether the claims in a bundle's manifest still hold for its files.
 
-files      every file against the hash that was recorded when it was written
-pattern    every linear layer of the checkpoint
-targets    what each target checks of its own stages; see `exporters.target.Target.verify`
+files      every file has the hash that was recorded when it was written
+pattern    every linear layer of the checkpoint has its pattern
+targets    each target checks its own stages; see `exporters.target.Target.verify`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +25,16 @@ from thanos_deploy.progress import OnProgress, silent
 def verify(
     bundle: Bundle, *, require_sparse: float | None = None, on_progress: OnProgress = silent
 ) -> list[Check]:
-    """Every check that the bundle allows.
+    """Run all checks that apply to a bundle.
 
     Args:
-        bundle: with the stage prune finished.
-        require_sparse: the fraction of the linear layers that has to run on sparse tensor cores,
-            in every engine; None for no such demand.
-        on_progress: told of every stage.
+        bundle: a bundle whose stage prune is finished.
+        require_sparse: the fraction of the linear layers that must be proven to run on sparse
+            tensor cores, in every engine; None to require nothing.
+        on_progress: called before each stage and at the end.
+
+    Raises:
+        InputError: nothing has been pruned yet, or a file with the recorded hash is unreadable.
     """
     bundle.require(PRUNE, "`thanos-deploy prune`")
     checks: list[Check] = []
@@ -39,7 +42,7 @@ def verify(
     for index, stage in enumerate(stages):
         on_progress(index, len(stages))
         checks.append(_files(bundle, stage))
-        # What is in changed files is not worth a word.
+        # The contents of changed files are not checked.
         if checks[-1].outcome == "PASS":
             checks += _contents(bundle, stage)
     on_progress(len(stages), len(stages))
@@ -49,7 +52,7 @@ def verify(
 
 
 def proofs(bundle: Bundle) -> dict[str, Sequence[LayerProof]]:
-    """The verdict on every linear layer of every engine, by the name of its stage."""
+    """Return the verdicts on the linear layers of each engine, by the name of its stage."""
     return {
         stage: target.proof(bundle, stage)
         for stage in bundle.stages
@@ -119,12 +122,12 @@ def _demand(bundle: Bundle, fraction: float) -> Iterator[Check]:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found, for machines.
+    """The result of checking a bundle.
 
     Attributes:
-        bundle: name of its folder.
-        checks: all of them.
-        engines: the verdict on every layer of every engine, by the name of its stage.
+        bundle: name of the bundle's folder.
+        checks: all checks.
+        engines: the verdicts on the linear layers of each engine, by the name of its stage.
     """
 
     bundle: str
@@ -133,15 +136,15 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Nothing failed."""
+        """Whether no check failed."""
         return passed(self.checks)
 
     def require(self) -> "Verification":
-        """The same verification.
+        """Return this verification if it passed.
 
         Raises:
             IntegrityError: a file is missing or was changed.
-            GateError: a pattern does not hold, or a demand is missed.
+            GateError: another check failed, such as a pattern or the required sparse fraction.
         """
         for check in self.checks:
             if check.outcome == "FAIL":
@@ -151,5 +154,5 @@ class Verification:
 
 
 def verification(checks: Sequence[Check], bundle: Bundle) -> Verification:
-    """The checks, and the verdict on every layer of every engine."""
+    """Combine the checks with the verdicts on the layers of every engine."""
     return Verification(bundle.path.name, tuple(checks), proofs(bundle))
