@@ -1,5 +1,6 @@
-"""Exporters: what writes a pruned model in the formats that other software runs.
+"""Exporters: write a pruned model in the formats that other software runs.
 
-`targets` has one file for each format; the other packages are what these files call. Stages, the
-report and the command line ask `exporters.target` for them and know none by name.
+`targets` has one file for each format; the other packages do the work for these files. Stages, the
+report and the command line go through the contract in `exporters.target` and know no format by
+name.
 """

@@ -1,11 +1,11 @@
-"""Codes of 4 or 8 bits in bytes, as every format here has them: the first in the lower half."""
+"""Pack codes of 4 or 8 bits into bytes; of two 4-bit codes, the first is in the lower half."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def pack(codes: NDArray[np.int16], bits: int) -> NDArray[np.uint8]:
-    """uint8[rows, cols * bits / 8, rounded up].
+    """Pack codes into uint8[rows, cols * bits / 8, rounded up].
 
     Args:
         codes: [rows, cols], from 0 to 2^bits - 1.
@@ -20,7 +20,7 @@ def pack(codes: NDArray[np.int16], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.generic], bits: int) -> NDArray[np.int16]:
-    """int16[rows, cols], the reverse of `pack`; with one more column where that was added."""
+    """Unpack to int16[rows, cols]; a column that `pack` added to an odd number is not removed."""
     values = packed.astype(np.int16)
     if bits == 8:
         return values

@@ -1,8 +1,11 @@
 """A quantised checkpoint in the format pack-quantized of compressed-tensors.
 
-Stock transformers, vLLM and others load it. Of a layer NAME the files have, in place of its weight,
-`NAME.weight_packed`, int32[rows, cols * bits / 32] (codes from the lowest bits of each number on),
-`NAME.weight_scale`, [rows, groups] in the dtype of the weight, and `NAME.weight_shape`, int64[2].
+Stock transformers, vLLM and others load it. Three tensors replace the weight of a layer NAME:
+
+    NAME.weight_packed  int32[rows, cols * bits / 32], codes from the lowest bits of each word on
+    NAME.weight_scale   [rows, groups], in the dtype of the weight
+    NAME.weight_shape   int64[2]
+
 The codes are those that the model was quantised to; nothing is rounded again.
 """
 
@@ -40,17 +43,17 @@ def export(
     *,
     on_progress: OnProgress = silent,
 ) -> CompressedResult:
-    """Write the folder, one file of weights in memory at a time.
+    """Write the folder, with one file of weights in memory at a time.
 
     Args:
-        checkpoint: the model, with the values of the codes.
-        codes: of the same model.
+        checkpoint: the quantised model; its weights have the values that the codes stand for.
+        codes: the codes of the same model.
         destination: an existing folder.
-        on_progress: told of every file.
+        on_progress: called after every file.
 
     Raises:
         UsageError: the format cannot hold the model; see `require_held`.
-        InputError: the codes are not those of the model.
+        InputError: the codes do not belong to the model.
     """
     require_held(checkpoint, codes.grid)
     copy_companions(checkpoint.folder, destination, None)
@@ -88,11 +91,11 @@ def export(
 
 
 def require_held(checkpoint: Checkpoint, grid: Grid) -> None:
-    """Refuse what the format cannot hold.
+    """Refuse a model or a grid that the format cannot hold.
 
     Raises:
-        UsageError: stock loaders do not take the model or the grid, its weights lie
-            [inputs, outputs] or are those of all experts in one tensor, or its inputs do not
+        UsageError: stock loaders do not take the model or the grid; weights are stored as
+            [inputs, outputs], or as one tensor for all experts; or the inputs of a layer do not
             divide into whole groups.
     """
     if not grid.symmetric:
@@ -130,7 +133,7 @@ def require_held(checkpoint: Checkpoint, grid: Grid) -> None:
 
 
 def _entry(grid: Grid) -> Json:
-    """`quantization_config` of config.json."""
+    """The entry `quantization_config` of config.json."""
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -155,7 +158,7 @@ def _entry(grid: Grid) -> Json:
 
 
 def _parts(quantised: Quantised, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What stands for a weight, by the ends of names."""
+    """The tensors that replace a weight, by suffix of their name."""
     codes = quantised.codes.numpy() + 2 ** (quantised.grid.bits - 1)
     return {
         ".weight_packed": _words(codes, quantised.grid.bits),
@@ -165,7 +168,7 @@ def _parts(quantised: Quantised, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _words(codes: NDArray[np.int16], width: int) -> Tensor:
-    """int32[rows, words]; the last word is filled up with zeros."""
+    """Pack codes into int32[rows, words]; the last word of a row is padded with zero bits."""
     packed = bits.pack(codes, width)
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return torch.from_numpy(packed.view("<i4").astype(np.int32))

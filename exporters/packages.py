@@ -1,4 +1,4 @@
-"""Packages that are there on some machines only."""
+"""Optional packages, which are installed on some machines only."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,7 +10,7 @@ class Package:
     """A Python package that a target needs.
 
     Attributes:
-        module: what is imported.
+        module: name of the module to import.
         extra: the extra of thanos-deploy that installs it.
     """
 
@@ -19,7 +19,7 @@ class Package:
 
     @property
     def on_pypi(self) -> str:
-        """The name on PyPI of a package that is called like its module."""
+        """Name on PyPI; right only for packages that are named like their module."""
         return self.module.replace("_", "-")
 
     def load(self) -> ModuleType:
@@ -31,8 +31,8 @@ def load(name: str) -> ModuleType:
     """Import a package.
 
     Raises:
-        ImportError, OSError: it or what it is linked against is missing. A folder of its name that
-            happens to be on the path is not the package.
+        ImportError, OSError: the package or a library that it is linked against is missing. An
+            unrelated folder of the same name on the path counts as missing.
     """
     module = import_module(name)
     if module.__file__ is None:

@@ -1,4 +1,4 @@
-"""A checkpoint that stores only the kept n:m weights and their places: 9/16 of float16 at 2:4.
+"""A checkpoint that stores only the kept n:m weights and a bit mask: 9/16 of float16 at 2:4.
 
 The layout is described in `thanos_deploy.model.packing`. MODEL on the command line may be such a
 folder.
@@ -32,13 +32,13 @@ def export(
     Args:
         checkpoint: the model.
         destination: an existing folder.
-        pattern: what all linear layers hold, or each by its full name, or None for nothing.
-        on_progress: told of every finished step.
+        pattern: the pattern of all linear layers, or of each by its full name; None for no pattern.
+        on_progress: called after every finished step.
 
     Raises:
         UsageError: no layer holds n:m, or the files have the matrices of all experts in one tensor.
         ModelError: a weight does not hold the pattern.
-        GateError: what is unpacked differs from the checkpoint.
+        GateError: the unpacked folder differs from the checkpoint.
     """
     patterns = every(checkpoint.linears, pattern)
     refuse(patterns.values())
@@ -74,10 +74,10 @@ def export(
 
 
 def require_same(original: Weights, packed: Path) -> None:
-    """Unpack a packed folder again, and compare.
+    """Unpack a packed folder to a temporary folder, and compare every tensor with the original.
 
     Raises:
-        GateError: a tensor is not the original's.
+        GateError: a tensor differs.
     """
     # Beside the packed folder, because /tmp may be small.
     with TemporaryDirectory(dir=packed.parent) as scratch:

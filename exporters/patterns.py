@@ -1,4 +1,4 @@
-"""What the linear layers of a bundle are claimed to hold, and whether they do."""
+"""The patterns that the linear layers of a bundle are claimed to hold, and a check that they do."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def claimed(bundle: Bundle) -> dict[str, Pattern]:
-    """By full name, the pattern of every linear layer that holds one."""
+    """Return the pattern of every linear layer that holds one, by full name of the layer."""
     off = _left_dense(bundle)
     return {name: pattern for name, pattern in patterns_of(bundle).items() if name not in off}
 
@@ -27,13 +27,13 @@ def check(
     stage: str,
     judge: Callable[[Shapes, Mapping[str, Pattern]], Mapping[str, Verdict]],
 ) -> Check:
-    """Whether every linear layer still holds its pattern in the files of a stage.
+    """Check that every linear layer still holds its pattern in the files of a stage.
 
     Args:
-        bundle: with the stage prune finished.
-        stage: whose files are judged, for the name of the check.
-        judge: reads them: given outputs and inputs of every linear layer and the patterns, both by
-            full name, returns a verdict on each layer with a pattern.
+        bundle: a bundle whose stage prune is finished.
+        stage: name of the stage with the files; used for the name of the check.
+        judge: reads the files. It takes the shapes (outputs, inputs) of all linear layers and their
+            patterns, both by full name, and returns a verdict on each layer that has a pattern.
     """
     name = f"{stage}: pattern"
     if bundle.options(PRUNE).cut:
@@ -60,5 +60,5 @@ def check(
 
 
 def _left_dense(bundle: Bundle) -> set[str]:
-    """Layers with rows that were left dense on purpose, so that no pattern holds."""
+    """Layers in which some rows were left dense on purpose, so the pattern does not hold."""
     return set(bundle.result(PRUNE).layers_off_pattern or ())

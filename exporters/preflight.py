@@ -1,4 +1,4 @@
-"""Check before any work what this machine has for each target: one line each, with a fix."""
+"""Check, before any work, whether this machine has what each target needs; with a fix for each."""
 
 import re
 import shutil
@@ -24,11 +24,11 @@ _ON_CUDA = "ONNX Runtime on CUDA"
 
 
 def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> list[Check]:
-    """Everything, from the packages to the GPU.
+    """Check packages, GPUs and drivers, and the room for building an engine.
 
     Args:
-        graph_bytes: size of the graph that an engine is to be built from; None to leave out what
-            depends on it.
+        graph_bytes: size of the graph that an engine is to be built from; None to leave out the
+            checks of memory and disk.
         folder: where the engine would be written; None likewise.
     """
     found = [
@@ -44,15 +44,15 @@ def checks(*, graph_bytes: int | None = None, folder: Path | None = None) -> lis
 
 
 def of_target(target: Target[Any, Any]) -> list[Check]:
-    """What a target needs of this machine: its packages, and where it works on a GPU, that GPU."""
+    """Check the packages that a target needs and, for a target that needs a GPU, the GPUs."""
     return [*_packages(target), *(_gpus() if target.gpu else ())]
 
 
 def require(target: Target[Any, Any]) -> None:
-    """Refuse what cannot be exported here.
+    """Refuse a target that this machine cannot export to.
 
     Raises:
-        PlatformError: something that the target needs is not there.
+        PlatformError: something that the target needs is missing.
     """
     for check in of_target(target):
         if check.outcome != "PASS":
@@ -60,7 +60,7 @@ def require(target: Target[Any, Any]) -> None:
 
 
 def _onnxruntime() -> Iterator[Check]:
-    """Which package it is: one of them alone is fine, and only one of them knows CUDA."""
+    """Check that exactly one package of ONNX Runtime is installed, and whether it supports CUDA."""
     installed = [name for name in _ONNXRUNTIMES if _version(name)]
     named = " and ".join(f"{name} {_version(name)}" for name in installed)
     match installed:
@@ -86,7 +86,7 @@ def _onnxruntime() -> Iterator[Check]:
 
 
 def _packages(target: Target[Any, Any]) -> Iterator[Check]:
-    """Whether what the target needs beside thanos-deploy is installed and works."""
+    """Check that the packages of a target are installed and can be imported."""
     for package in target.packages:
         try:
             module = package.load()
@@ -105,7 +105,7 @@ def _packages(target: Target[Any, Any]) -> Iterator[Check]:
 
 
 def _onnxruntime_tensorrt() -> Check:
-    """Whether the provider finds the major version of TensorRT that it is linked against."""
+    """Check that the installed TensorRT has the major version that the provider is linked with."""
     name = "ONNX Runtime with TensorRT"
     try:
         installed = tensorrt.LIBRARY.package.load().__version__
@@ -134,7 +134,7 @@ def _onnxruntime_tensorrt() -> Check:
 
 
 def _linked_tensorrt() -> str | None:
-    """The major version that ONNX Runtime's provider names in its file; None without one."""
+    """Major version of TensorRT that ONNX Runtime's provider is linked with; None without one."""
     package = util.find_spec("onnxruntime")
     if package is None or package.origin is None:
         return None
@@ -174,7 +174,7 @@ def _gpus() -> Iterator[Check]:
 
 
 def _drivers() -> Iterator[Check]:
-    """Whether the driver is new enough for the CUDA that each library was built with."""
+    """Check that the driver is new enough for the CUDA version that each library was built with."""
     found = gpu.probe()
     if found.cuda is None or not found.gpus:
         return
@@ -189,9 +189,9 @@ def _drivers() -> Iterator[Check]:
 
 
 def _driver(name: str, built_with: str, driver: str) -> Check:
-    """Whether a driver runs a library: what was built with its own major version, or an older one.
+    """Check that a driver runs a library: same major version of CUDA, or an older one.
 
-    What a newer minor version compiled to PTX it refuses (NVIDIA, "CUDA Compatibility").
+    With a newer minor version it runs machine code but refuses PTX (NVIDIA, "CUDA Compatibility").
     """
     wanted, has = (tuple(map(int, text.split(".")[:2])) for text in (built_with, driver))
     detail = f"built with CUDA {built_with}, the driver takes CUDA {driver}"
@@ -208,14 +208,14 @@ def _driver(name: str, built_with: str, driver: str) -> Check:
 
 
 def _cuda_of_torch() -> str | None:
-    """None for a build that knows no CUDA."""
+    """Version of CUDA that PyTorch was built with; None for a build without CUDA."""
     import torch
 
     return torch.version.cuda
 
 
 def _cuda_of_ort() -> str | None:
-    """None without ONNX Runtime, or for a build that knows no CUDA."""
+    """Version of CUDA of ONNX Runtime; None if it is not installed, or built without CUDA."""
     try:
         import onnxruntime
     except ImportError:

@@ -2,8 +2,7 @@
 
 A target is one file in `exporters.targets` with one `TARGET`. The command line, the pipeline, the
 checks of `verify` and `doctor`, and the report read it from there and know no target by its name.
-What such a file imports at its top is imported by `--help`, so heavy libraries are imported inside
-its functions.
+`--help` imports these files, so they import heavy libraries inside their functions.
 """
 
 import re
@@ -40,14 +39,14 @@ class Export(Protocol[Asked, Said]):
     """Writes the stage of a target, unless it is there already.
 
     Args:
-        bundle: with the stage prune finished, claimed for writing.
+        bundle: a bundle whose stage prune is finished, claimed for writing.
         request: the target's own options, complete and checked.
-        overwrite: redo what was made with other options.
-        announce: told of every piece of work.
+        overwrite: redo a stage that was made with other options.
+        announce: called with the title of every task that starts.
 
     Raises:
-        DeployError: PlatformError for what the machine lacks, UsageError for what cannot be meant,
-            GateError for a result that is not what it should be.
+        DeployError: PlatformError if the machine lacks something, UsageError for options or models
+            that the target does not take, GateError for a result that fails a check.
     """
 
     def __call__(
@@ -61,10 +60,11 @@ class Size:
     """The files of a target whose bytes a report compares with the dense model's.
 
     Attributes:
-        title: of the row in the report.
-        endings: of the files that hold the model.
-        beside: what the dense model has of the kind: its checkpoint, or its exported graph.
-        sentence: for the verdict, with {ratio}: bytes over the dense model's; empty for none.
+        title: title of the row in the report.
+        endings: file name suffixes of the files that hold the model.
+        beside: the files of the dense model to compare with: its checkpoint, or its exported graph.
+        sentence: sentence for the report's verdict; {ratio} stands for the bytes over those of the
+            dense model. Empty for none.
     """
 
     title: str
@@ -75,11 +75,11 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What a report without this target's stage does not know.
+    """The entry of a report for a target whose stage is missing.
 
     Attributes:
-        what: was not measured.
-        why: in a few words.
+        what: the property that was not measured.
+        why: the reason, in a few words.
     """
 
     what: str
@@ -88,12 +88,12 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What the command line shows of a finished export; no columns for a list of names and values.
+    """A table that the command line prints after a finished export.
 
     Attributes:
-        title: above it.
-        columns: heads.
-        rows: as many cells in each as there are columns, or two.
+        title: title above the table.
+        columns: column headings; empty for a list of names and values.
+        rows: one cell for each column; without columns, a name and a value.
     """
 
     title: str
@@ -109,33 +109,36 @@ def takes_everything(patterns: Iterable[Pattern]) -> None:
 class Target(Generic[Options, Result]):
     """One format to export to.
 
-    Its stages are called by its name, or, where there can be several, by its name and a suffix:
+    The stage of a target has the target's name. A target with several stages adds a suffix to each:
     `tensorrt-sm90`.
 
     Attributes:
-        name: of the target: lower-case words with hyphens; the file's name with underscores.
+        name: lower-case words with hyphens; the name of the target's file has underscores instead.
         summary: one line of --help, without a full stop.
-        writes: where in the bundle, for --help, such as "onnx".
-        options: the dataclass of what a user may ask; see `exporters.options`.
-        result: the dataclass of what is said of a finished stage.
-        packages: what has to be installed beside thanos-deploy itself.
-        gpu: it works on the GPU that is to run the result, so that a bundle may be finished on
-            another machine.
+        writes: path in the bundle, for --help, such as "onnx".
+        options: dataclass of the options that a user may set; see `exporters.options`.
+        result: dataclass of the result of a finished stage.
+        packages: packages that have to be installed beside thanos-deploy itself.
+        gpu: whether the export needs the GPU that will run the result, so that a bundle may have to
+            be finished on another machine.
         export: writes the stage.
-        verify: the checks of a finished stage, beside the hashes of its files, which are compared
-            before. Called with the bundle and the name of the stage.
-        size: what a report says of its bytes; None for nothing.
-        missing: what a report says where the stage is not there; None for nothing.
-        dtypes: the values of the option dtype that it takes, the default first; none if it has no
+        verify: runs the checks of a finished stage. Called with the bundle and the name of the
+            stage, after the hashes of its files were compared.
+        size: the files whose bytes a report compares; None for none.
+        missing: the entry of a report for a missing stage; None for no entry.
+        dtypes: accepted values of the option dtype, the default first; empty if the target has no
             such option.
-        several: there can be a stage for each of several machines, each with a suffix.
-        defaults: the options of a user who asks for nothing; None for the dataclass's own.
-        refuse: raises UsageError for a model that it cannot take, by what the linear layers hold.
-        show: what the command line prints of a stage's result; None for its names and values.
-        proof: the verdict on every linear layer of a finished stage: does a sparse kernel run it?
-            None for a target of which nobody says.
-        convert: writes its empty folder from a checkpoint that is sparse already and has no bundle,
-            and returns what a stage's result would be; None for a target that only takes bundles.
+        several: whether there can be several stages, one for each machine or GPU, told apart by a
+            suffix.
+        defaults: returns the default options for a bundle; None for the defaults of the dataclass.
+        refuse: raises UsageError for a model that the target cannot take. Called with the patterns
+            of its linear layers.
+        show: returns the table that the command line prints of a result; None for a list of the
+            result's fields.
+        proof: returns for every linear layer of a finished stage whether a sparse kernel runs it;
+            None for a target that does not report this.
+        convert: writes a folder from a checkpoint that is sparse already and has no bundle, and
+            returns the same result as a stage; None for a target that takes only bundles.
     """
 
     name: str
@@ -161,17 +164,17 @@ class Target(Generic[Options, Result]):
         """Refuse a target that does not keep the contract.
 
         Raises:
-            TypeError: the message names everything that is wrong.
+            TypeError: the target breaks the contract; the message names every problem.
         """
         if problems := "; ".join(self._problems()):
             raise TypeError(f"target {self.name!r}: {problems}")
 
     def request(self, bundle: Bundle, given: Mapping[str, object]) -> Options:
-        """The complete options for what a user gave.
+        """Complete the options that a user gave with defaults, and check them.
 
         Args:
-            bundle: on which defaults may depend.
-            given: by name of a field of `options`; what is left out has its default.
+            bundle: the bundle to export, on which defaults may depend.
+            given: values by name of a field of `options`; missing fields get their default.
 
         Raises:
             UsageError: the target has no such option, or does not take the value.
@@ -190,10 +193,10 @@ class Target(Generic[Options, Result]):
         return asked
 
     def check(self, request: object) -> None:
-        """Refuse options that are not of this target.
+        """Refuse options that this target does not take.
 
         Raises:
-            UsageError: they are of another type, or a value is not one that the target takes.
+            UsageError: the options are of another type, or the target does not take a value.
         """
         if not isinstance(request, self.options):
             raise UsageError(
@@ -214,11 +217,11 @@ class Target(Generic[Options, Result]):
             )
 
     def owns(self, stage: str) -> bool:
-        """The stage is called like this target, with or without a suffix."""
+        """Whether a stage has the name of this target, with or without a suffix."""
         return stage == self.name or stage.startswith(f"{self.name}-")
 
     def asked_for(self, stage: str) -> bool:
-        """One of its stages that a user asked for, not one that was made for another target."""
+        """Whether a user asked for this stage of the target; False if another target needed it."""
         return self.owns(stage) and self.several == (stage != self.name)
 
     def _problems(self) -> Iterator[str]:
@@ -258,21 +261,22 @@ def write_stage(
     folder: str | None = None,
     overwrite: bool = False,
 ) -> Exported[Result]:
-    """A stage of a bundle that is one folder, written now unless it is there and intact.
+    """Write a stage of a bundle that is one folder, unless it is there and intact.
 
     Args:
-        bundle: claimed for writing.
-        stage: its name.
-        write: fills the empty folder that it is given and returns the result.
-        result: the type of that, a dataclass.
-        inputs: hashes of what it reads.
-        bytes_needed: on the disk, at most; asked for only if there is something to write.
-        options: a dataclass: what the stage is made with.
-        folder: relative to the bundle; None for the stage's name.
-        overwrite: redo what was made with other options.
+        bundle: the bundle, claimed for writing.
+        stage: name of the stage.
+        write: fills the empty folder that it is given, and returns the result.
+        result: type of the result, a dataclass.
+        inputs: hashes of the files that the stage reads.
+        bytes_needed: returns the most bytes that the stage takes on the disk; called only if there
+            is something to write.
+        options: the options that the stage is made with, a dataclass.
+        folder: path of the folder in the bundle; None for the stage's name.
+        overwrite: redo a stage that was made with other options.
 
     Raises:
-        ResourceError: the disk has no room for it.
+        ResourceError: the disk has no room for the stage.
         UsageError, IntegrityError: see `Bundle.run`.
     """
 
@@ -288,10 +292,10 @@ def write_stage(
 
 
 def stage_bytes(bundle: Bundle, stage: str) -> int:
-    """The bytes of the files of a finished stage."""
+    """Return the total bytes of the files of a finished stage."""
     return sum(file.bytes for file in bundle.stages[stage].files.values())
 
 
 def no_checks(bundle: Bundle, stage: str) -> Iterator[Check]:
-    """For a target of which nothing can be checked but the hashes of its files."""
+    """Yield nothing: for a target with nothing to check but the hashes of its files."""
     yield from ()

@@ -1,10 +1,11 @@
 """A folder that vLLM serves: 2:4 weights packed for this project's plugin, others as stored.
 
-vLLM runs the layers that read the same activation as one (queries, keys and values; gate and up).
-Where not all of them are 2:4, all of them are stored dense, and so are experts.
+vLLM fuses the layers that read the same activation into one (queries, keys and values; gate and
+up). If any layer of such a group is not 2:4, the whole group is stored dense. Experts are always
+stored dense.
 
-A model without 2:4 layers needs no plugin: its weights are the files of `model/` under a second
-name, so that they take no more room.
+A model without 2:4 layers needs no plugin: its weight files are hard links to the files of `model/`
+where the file system allows, so they take no extra room.
 """
 
 from collections.abc import Mapping
@@ -32,8 +33,8 @@ def require_served(checkpoint: Checkpoint) -> None:
     """Refuse a model that vLLM would refuse.
 
     Raises:
-        UsageError: its sizes are none that vLLM takes; the message has vLLM's own demand and the
-            file of its source that states it.
+        UsageError: vLLM does not take the sizes of the model; the message has vLLM's requirement
+            and the file of its source that states it.
     """
     folder = checkpoint.folder
     if block_widths.declared(folder) is not None:
@@ -63,13 +64,13 @@ def export(
     """Write the folder, and unpack it again to see that nothing changed.
 
     Args:
-        checkpoint: the model, which `require_served` lets through.
+        checkpoint: a model that `require_served` accepts.
         destination: an empty folder.
-        patterns: by full name, what linear layers hold.
-        on_progress: told before and after.
+        patterns: the patterns of the linear layers, by full name.
+        on_progress: called before and after each of the two steps.
 
     Raises:
-        ModelError: a weight does not hold the pattern that is claimed.
+        ModelError: a weight does not hold the claimed pattern.
         GateError: unpacking gives other weights.
     """
     on_progress(0, 2)
@@ -94,10 +95,10 @@ def export(
 
 
 def found_in(checkpoint: Checkpoint) -> dict[str, Pattern]:
-    """The linear layers whose weights are 2:4, whoever pruned them, by full name.
+    """Find the linear layers whose weights are 2:4, by full name; any tool may have pruned them.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no linear layer is 2:4.
     """
     found: dict[str, Pattern] = {
         name: _TWO_FOUR
@@ -113,7 +114,7 @@ def found_in(checkpoint: Checkpoint) -> dict[str, Pattern]:
 
 
 def _whole_groups(checkpoint: Checkpoint, two_four: set[str]) -> set[str]:
-    """The 2:4 layers but for experts, and for those that vLLM runs as one with others."""
+    """The 2:4 layers that can be packed: no experts, and only whole groups that vLLM fuses."""
     return {
         name
         for block in checkpoint.blocks
@@ -139,7 +140,7 @@ def _pack(checkpoint: Checkpoint, destination: Path, layers: set[str]) -> tuple[
 
 
 def _link(checkpoint: Checkpoint, destination: Path) -> int:
-    """Give the files of the weights a second name; returns their bytes."""
+    """Link the weight files into the folder, and return their total bytes."""
     shards = sorted(set(checkpoint.weights.files.values()))
     for name in [*shards, *([INDEX] if (checkpoint.folder / INDEX).exists() else [])]:
         files.link(checkpoint.folder / name, destination / name)

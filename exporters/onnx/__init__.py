@@ -1,5 +1,5 @@
-"""ONNX: one graph for prefill and decode, its types, and the proof that it agrees with PyTorch.
+"""ONNX: one graph for prefill and decode, its dtypes, and the check that it agrees with PyTorch.
 
-`graph.export` is what others call; the other files are its steps. Every other target with a graph
-starts from its result.
+`graph.export` is the entry point; the other files are its steps. Every other target with a graph
+starts from the files that it writes.
 """

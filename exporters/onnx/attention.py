@@ -1,13 +1,15 @@
 """Attention as ONNX Runtime's own operator, GroupQueryAttention.
 
-It appends keys and values to the cache and attends in one step. Where past and present are one
-buffer it writes into that, so a step copies no cache; and every row of a batch has a length of its
-own. It knows causal attention over everything or a window, and heads that share keys; rotary
-embeddings it applies itself, from a table. A model is run once before its graph is traced, to see
-whether its attention is of that kind; the trace then has the operator in its place.
+The operator appends keys and values to the KV cache and attends in one step. Where past and present
+are one buffer, it writes the new tokens into that buffer, so a step copies no cache. Every row of a
+batch has its own length. The operator supports causal attention over all tokens or over a sliding
+window, and heads that share keys (GQA); it applies rotary embeddings itself, from a table.
 
-Source: the schema of the operator in ONNX Runtime (com.microsoft); what its CPU kernel does with
-rows of different lengths is held by `tests/exporters/onnx/test_attention.py`.
+A model is run once before its graph is traced, to see whether the operator computes its attention.
+If it does, the trace has the operator in place of the model's own attention.
+
+Source: the schema of the operator in ONNX Runtime (com.microsoft). The behaviour of its CPU kernel
+with rows of different lengths is pinned by `tests/exporters/onnx/test_attention.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,25 +27,26 @@ from exporters.onnx import rotary
 from exporters.onnx.rotary import Rotation, Tables
 from thanos_deploy.model import rope
 
-# What transformers calls this implementation of attention.
+# Name under which transformers knows this implementation of attention.
 NAME = "onnxruntime"
 
-# The CPU kernel takes heads of a multiple of so many channels.
+# The CPU kernel needs the channels of a head to be a multiple of this.
 _CHANNELS = 8
 
 
 class UnfitError(Exception):
-    """The operator does not compute the attention of a model; the message says why."""
+    """The operator cannot compute the attention of a model; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the operator has to know of a model, beside what attention is called with.
+    """What the operator needs to know of a model beyond the arguments of one attention call.
 
     Attributes:
-        windows: of each block, how many tokens a token sees, itself included; None for all.
-        rotations: of each block; None where nothing is rotated, or the graph does it itself.
-        tables: of the rotations.
+        windows: for each block, how many tokens a token sees, itself included; None for all.
+        rotations: for each block, the rotary embedding that the operator applies; None where
+            nothing is rotated, or where other nodes of the graph rotate.
+        tables: cosines and sines that the rotations refer to.
     """
 
     windows: tuple[int | None, ...]
@@ -53,14 +56,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """What attention is called with.
+    """The arguments of one attention call.
 
     Attributes:
         query: [batch, heads, sequence, dim].
         key, value: [batch, key-value heads, sequence, dim].
-        mask: what `_Call.mask` has given.
-        scale: that the products of queries and keys are multiplied by.
-        softcap: that they are capped at; None for no cap.
+        mask: the object that `_Call.mask` returned.
+        scale: factor on the products of queries and keys.
+        softcap: cap on these products; None for no cap.
     """
 
     query: Tensor
@@ -72,16 +75,20 @@ class Asked:
 
 
 class _Call(Protocol):
-    """What stands for attention during one run of a model."""
+    """Replaces masks and attention during one run of a model."""
 
     def mask(self, visible: Callable[..., Tensor]) -> Tensor | None:
-        """The mask of a kind of attention, by what says which tokens see which."""
+        """Return the mask for one kind of attention.
+
+        Args:
+            visible: transformers' mask function: whether a query position sees a key position.
+        """
 
     def attend(self, asked: Asked) -> Tensor:
-        """The next block's attention, [batch, sequence, heads, dim].
+        """Return the attention of the next block, [batch, sequence, heads, dim].
 
         Raises:
-            UnfitError: it is not of the kind that the operator knows.
+            UnfitError: the operator cannot compute this attention.
         """
 
 
@@ -99,7 +106,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it."""
+    """Attention with the signature that transformers calls."""
     if s_aux is not None:
         raise UnfitError("its attention has attention sinks")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -117,7 +124,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 @contextmanager
 def implemented(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Within the `with` statement, the model has another implementation of attention."""
+    """Within the `with` statement, the model uses the implementation of attention called `name`."""
     usual = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -136,14 +143,14 @@ def _answered_by(call: _Call) -> Iterator[None]:
 
 
 def plan(model: PreTrainedModel, positions: int) -> Plan:
-    """See what the attention of a model is like.
+    """Run a model once and plan how the operator computes its attention.
 
     Args:
-        model: in float32.
+        model: the model, in float32.
         positions: the longest sequence that the graph is meant for.
 
     Raises:
-        UnfitError: the operator does not compute it.
+        UnfitError: the operator cannot compute the model's attention.
     """
     change = rope.change_of(model.config.to_dict())
     if change is not None and change.tokens < positions:
@@ -177,12 +184,12 @@ def plan(model: PreTrainedModel, positions: int) -> Plan:
 
 @dataclass(slots=True)
 class _Survey:
-    """What attention is called with, block by block.
+    """Records the attention of a model, block by block; see `_Call`.
 
     Attributes:
-        rotations: since the last block's attention.
-        before: of each block, what was rotated before its attention.
-        visible: of each block, what says which tokens see which.
+        rotations: rotations made since the attention of the last block.
+        before: for each block, the rotations made before its attention.
+        visible: for each block, its mask function; see `_Call.mask`.
     """
 
     rotations: list[rotary.Seen] = field(default_factory=list)
@@ -191,12 +198,12 @@ class _Survey:
     _masks: list[tuple[Tensor, Callable[..., Tensor]]] = field(default_factory=list)
 
     def mask(self, visible: Callable[..., Tensor]) -> Tensor:
-        """See `_Call.mask`; something to know the function by when attention is called with it."""
+        """See `_Call.mask`; a new tensor, whose identity tells later which function it is for."""
         self._masks.append((torch.zeros(()), visible))
         return self._masks[-1][0]
 
     def attend(self, asked: Asked) -> Tensor:
-        """See `_Call.attend`; the values do not matter."""
+        """See `_Call.attend`; returns zeros, since only the arguments matter."""
         query, key, value = asked.query, asked.key, asked.value
         dim = query.shape[3]
         if key.shape != value.shape or key.shape[3] != dim or query.shape[1] % key.shape[1]:
@@ -218,7 +225,7 @@ def _window(visible: Callable[..., Tensor], positions: int) -> int | None:
     """How many tokens a token sees, itself included; None for all.
 
     Raises:
-        UnfitError: those that it sees are not the last ones.
+        UnfitError: a token sees other tokens than the most recent ones.
     """
     zero, others = torch.tensor(0), torch.arange(positions)
     size = int(visible(zero, zero, torch.tensor(positions - 1), others).sum())
@@ -230,18 +237,18 @@ def _window(visible: Callable[..., Tensor], positions: int) -> int | None:
 
 
 class WithCacheInPlace(nn.Module):
-    """A causal model whose attention is the operator; called as `trace.WithFlatCache` is.
+    """A causal model whose attention is the operator; has the signature of `trace.WithFlatCache`.
 
     Padding is on the right of a row, and the mask has as many ones as the row has tokens.
     """
 
     def __init__(self, model: PreTrainedModel, made: Plan, *, logits: str) -> None:
-        """Wrap a model that has this implementation of attention.
+        """Wrap a model that uses this implementation of attention.
 
         Args:
             model: the model.
-            made: its plan.
-            logits: "all", or "last" for those after the last token of each row only.
+            made: the plan of the model.
+            logits: "all", or "last" for only the logits after the last token of each row.
         """
         super().__init__()
         self.model = model
@@ -254,7 +261,7 @@ class WithCacheInPlace(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """The logits, then keys and values of every block, those of the past included."""
+        """Return the logits, then keys and values of every block, past tokens included."""
         last = attention_mask.sum(dim=1) - 1
         call = _Traced(
             self._plan,
@@ -285,7 +292,7 @@ class WithCacheInPlace(nn.Module):
 
 
 class _Past(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
-    """The cache of one block, to which the operator appends, so that nobody else has to."""
+    """The cache of one block; it does not append, because the operator does."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -295,21 +302,21 @@ class _Past(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """What is new, as it is."""
+        """Return the new keys and values unchanged."""
         return key_states, value_states
 
 
 @dataclass(slots=True)
 class _Traced:
-    """Attention during a trace.
+    """Puts the operator in place of attention during a trace; see `_Call`.
 
     Attributes:
-        plan: of the model.
-        past: key 0, value 0, key 1, ...
-        last: int32[batch], how many tokens each row has, less one.
-        total: int32[1], the most of them.
-        tables: of the plan, as parts of the traced module.
-        present: what the operator made of the past.
+        plan: the plan of the model.
+        past: the cache before the step: key 0, value 0, key 1, ...
+        last: int32[batch], the number of tokens of each row, less one.
+        total: int32[1], the length of the attention mask.
+        tables: tables of the plan, as buffers of the traced module.
+        present: the cache after the step, in the order of `past`; grows with every block.
     """
 
     plan: Plan
@@ -320,7 +327,7 @@ class _Traced:
     present: list[Tensor] = field(default_factory=list)
 
     def mask(self, visible: Callable[..., Tensor]) -> None:
-        """See `_Call.mask`; none is needed."""
+        """See `_Call.mask`; the operator needs none."""
 
     def attend(self, asked: Asked) -> Tensor:
         """See `_Call.attend`."""
@@ -361,7 +368,7 @@ class _Traced:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """[batch, heads, sequence, dim] as [batch, sequence, heads * dim]."""
+    """Reshape [batch, heads, sequence, dim] to [batch, sequence, heads * dim]."""
     batch, heads, sequence, dim = tensor.shape
     return tensor.transpose(1, 2).reshape(batch, sequence, heads * dim)
 
@@ -372,7 +379,7 @@ def _head_reads(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
 
     Args:
         model: the model.
-        places: int64[batch], which one.
+        places: int64[batch], the index of that token in the new tokens of its row.
     """
 
     def gather(_: nn.Module, given: tuple[Tensor]) -> Tensor:

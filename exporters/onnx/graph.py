@@ -1,4 +1,4 @@
-"""One ONNX graph for prefill and decode, with the kv cache as explicit inputs and outputs.
+"""One ONNX graph for prefill and decode, with the KV cache as explicit inputs and outputs.
 
     inputs   input_ids                int64[batch, sequence]
              attention_mask           int64[batch, past + sequence]
@@ -9,23 +9,23 @@
              present.0.key            float[batch, heads, past + sequence, dim]
              present.0.value          the same; and so on for every block
 
-Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 or float16, as asked
-for. That is a neutral graph; where it has padding, that is on the left of a row.
+Prefill is the case past = 0, decode the case sequence = 1. `float` is float32 or float16, depending
+on the dtype asked for. A graph as above is called neutral; its padding is on the left of a row.
 
 A graph for ONNX Runtime alone ("ort", see `exporters.onnx.attention`) has the same inputs and
 outputs, with padding on the right: `attention_mask` has as many ones as a row has tokens, and the
-new tokens of a row are written to the cache behind its last one. The cache may be one buffer of any
-length for past and present, and is then written in place; else present is as above. Where there are
-several rows, either all begin, or each gets one token.
+new tokens of a row are written to the cache behind its last token. Past and present may be one
+buffer of any length, which is then written in place; otherwise present has the shape above. In a
+batch of several rows, either all rows start with an empty cache, or each gets one token.
 
 `heads` and `dim` may differ from block to block; they are taken from the cache that the model
 itself makes, never from its configuration. Every weight keeps its name in the model, and the
 pattern is judged on the file that was written.
 
 Generating text needs the logits after the last token only, and the output head is one of the
-largest products of a prefill, so a graph can be exported that computes nothing else of it (`logits`
-"last"). Perplexity needs the logits after every token ("all"). Which of the two a graph is, shows
-in the second dimension of its logits. It is fixed when the graph is exported: as an input of the
+largest products of a prefill. With `logits` "last", the graph applies the head to the last token
+only; with "all" it gives the logits after every token, which perplexity needs. The second dimension
+of the logits shows which of the two a graph has. The choice is fixed at export: as an input of the
 graph it would make that dimension depend on a value, for which TensorRT, Triton and ORT-GenAI would
 each need settings of their own.
 """
@@ -59,10 +59,10 @@ from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.grid import Grid
 
-# After which tokens there are logits: after every one, or after the last only.
+# Logits after every token, or after the last token only.
 LOGITS = ("all", "last")
 
-# Of the kv cache, the logits, and all weights that are not quantised.
+# Dtype of the KV cache, the logits, and all weights that are not quantised.
 _FLOATS = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -71,15 +71,15 @@ _FLOATS = {
     "int8-qdq": torch.float16,
 }
 
-# What the ranges of activations are taken from, for int8-qdq: segments and tokens of each.
+# Calibration data for the activation ranges of int8-qdq: number of segments, and tokens in each.
 _SEGMENTS, _TOKENS = 8, 256
 
 _STEPS = 4
 
-# What weights of these dtypes are rounded to where the model was not quantised.
+# Grid that the weights are rounded to for each dtype, if the model was not quantised.
 GRIDS = {"int8": Grid(8), "int4": Grid(4), "int8-qdq": Grid(8, None)}
 
-# What the output head is rounded to in both, where the graph is for ONNX Runtime alone.
+# Grid of the output head in int8 and int4 graphs for ONNX Runtime alone.
 _HEAD = Grid(8)
 
 
@@ -101,24 +101,24 @@ def export(
     Args:
         checkpoint: the model to export.
         destination: an existing folder.
-        pattern: what all linear layers are claimed to hold, or each by its full name, or None for
-            nothing.
-        dtype: one of `parity.LIMITS`, of the weights; the cache and the logits are float16 for
-            fp16 and int8-qdq, else float32. int8 and int4 (for ONNX Runtime, see `nbits`) and
-            int8-qdq (for engines, see `qdq`) are for the linear layers of the blocks; in a graph
+        pattern: the pattern claimed for all linear layers, or for each layer by its full name;
+            None for no pattern.
+        dtype: dtype of the weights, a key of `parity.LIMITS`; the cache and the logits are float16
+            for fp16 and int8-qdq, else float32. int8 and int4 (for ONNX Runtime, see `nbits`) and
+            int8-qdq (for engines, see `qdq`) apply to the linear layers of the blocks; in a graph
             for ONNX Runtime alone the output head has 8 bits too.
         max_sequence: the most tokens, prompt and answer together, that the graph is meant for;
             None for all that the model takes.
         logits: one of `LOGITS`.
         graph: "neutral", or "ort" for ONNX Runtime's own attention where it fits the model; where
             it does not, the graph is neutral and the record says why.
-        codes: those of a model that was quantised, for int8, int4 and int8-qdq; None where they
-            are to round its weights.
-        origin: what else the graph's metadata says of where it comes from.
-        on_progress: told of every finished step.
+        codes: for int8, int4 and int8-qdq: the codes of a quantised model, or None to round the
+            weights here.
+        origin: further entries for the graph's metadata that say where it comes from.
+        on_progress: called after every finished step.
 
     Returns:
-        the content of export.json.
+        The content of export.json.
 
     Raises:
         UsageError: the model does not take sequences of `max_sequence`.
@@ -164,7 +164,7 @@ def export(
             found[head] = round_to(_matrix(model.get_submodule(head)).detach(), _HEAD)
         write = qdq.quantise if dtype == "int8-qdq" else nbits.write
         write(destination / GRAPH, {f"{name}.weight": one for name, one in found.items()})
-        # A float16 graph rounds what it makes of the codes.
+        # A float16 graph dequantises to float16, so the values are rounded likewise.
         values = {name: one.weight.to(_FLOATS[dtype]) for name, one in found.items()}
         rounding = _rounded(destination / GRAPH, model, values, graph)
     weights = _weights.read(destination / GRAPH, model, checkpoint.linears, patterns)
@@ -202,15 +202,15 @@ def export(
 def judge_file(
     path: Path, shapes: Mapping[str, tuple[int, int]], patterns: Mapping[str, Pattern]
 ) -> dict[str, Verdict]:
-    """Judge linear layers of an exported file.
+    """Judge whether the linear layers of an exported file hold their patterns.
 
     Args:
         path: the ONNX file.
-        shapes: by name of a layer, its outputs and inputs.
-        patterns: by name of a layer, what it is claimed to hold.
+        shapes: maps the name of a layer to its shape (outputs, inputs).
+        patterns: maps the name of a layer to the pattern that it is claimed to hold.
 
     Returns:
-        by name, of the layers that have a pattern.
+        A verdict on each layer that has a pattern, by name.
     """
     onnxfile.require_own_data(path)
     initializers = _weights.initializers_of(path)
@@ -221,7 +221,7 @@ def judge_file(
 
 
 def _observe(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, qdq.Ranges]:
-    """The linear layers whose input can be rounded to int8, and what was seen around them."""
+    """Activation ranges of the linear layers whose input can be rounded to int8, by full name."""
     ids = segments(
         builtin_text(),
         load_tokenizer(checkpoint.folder),
@@ -240,10 +240,10 @@ def _codes(
     checkpoint: Checkpoint,
     codes: Codes | None,
 ) -> dict[str, Quantised]:
-    """By full name, the codes of linear layers.
+    """Return the codes of linear layers, by full name.
 
     Raises:
-        UsageError: the model was quantised to something that the dtype does not hold.
+        UsageError: the model was quantised to a grid that the dtype does not hold.
     """
     grid = GRIDS[dtype]
     if codes is None:
@@ -266,10 +266,11 @@ def _codes(
 def _rounded(
     path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], graph: str
 ) -> dict[str, float]:
-    """Give the model the weights that the file has.
+    """Replace weights of the model by the rounded ones that the file has.
 
     Returns:
-        "weights": how far that moves the logits, relative to their range.
+        "weights": largest difference of the logits that the rounding makes, relative to their
+            range.
     """
     moved = _worst_logits(path, model, graph)
     for name, weight in weights.items():
@@ -278,9 +279,10 @@ def _rounded(
 
 
 def _head(model: PreTrainedModel) -> str | None:
-    """The module with the weight of the output head, which may be the embedding; None for none.
+    """Name of the module that owns the output head's weight; with tied weights, the embedding.
 
-    Once the blocks are of few bits it is the largest weight that a token reads.
+    It is worth quantising: once the blocks have few bits, it is the largest weight that a token
+    reads. None for a tied weight whose rows do not divide into whole groups.
     """
     output: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = output.weight is model.get_input_embeddings().weight
@@ -292,7 +294,7 @@ def _head(model: PreTrainedModel) -> str | None:
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """[out, in], or [tokens, in] of an embedding."""
+    """The weight of a module, [out, in]; for an embedding [tokens, in]."""
     return module.weight if isinstance(module, nn.Embedding) else matrix(module)
 
 
@@ -304,7 +306,7 @@ def _worst_logits(path: Path, model: PreTrainedModel, graph: str) -> float:
 def _plan(
     model: PreTrainedModel, dtype: str, longest: int
 ) -> tuple[attention.Plan | None, str | None]:
-    """How ONNX Runtime's attention is to compute the model's; or None, and why it is not to."""
+    """The plan for ONNX Runtime's attention, or None and the reason why it cannot be used."""
     if _FLOATS[dtype] is not torch.float32:
         return None, f"{dtype} is for GPUs, and ONNX Runtime's attention is used on CPUs"
     try:
@@ -314,7 +316,7 @@ def _plan(
 
 
 def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
-    """The most tokens that the graph is meant for."""
+    """The most tokens, prompt and answer together, that the graph is meant for."""
     if asked is not None and not 1 <= asked <= checkpoint.max_positions:
         raise UsageError(
             f"--max-seq {asked}: the model takes 1 to {checkpoint.max_positions} tokens",
@@ -324,7 +326,7 @@ def _longest(checkpoint: Checkpoint, asked: int | None) -> int:
 
 
 def _cache_record(model: PreTrainedModel, dtype: torch.dtype) -> CacheRecord:
-    """What the kv cache needs, as the model itself makes it."""
+    """Shapes and bytes of the KV cache, taken from a cache that the model itself makes."""
     tensors = trace.empty_cache(model, 1, 1)
     return CacheRecord(
         blocks=tuple(

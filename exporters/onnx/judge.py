@@ -17,7 +17,11 @@ from thanos_deploy.pattern import Pattern
 
 
 def require_names(path: Path, model: PreTrainedModel) -> None:
-    """Every parameter lies in the file under its own name, and no other matrix does."""
+    """Require that the file has every parameter under its own name, and no other matrix.
+
+    Raises:
+        GateError: a parameter is missing, or a matrix is not a weight of the model.
+    """
     shapes = {
         name: list(value.const_value.shape.numpy())
         for name, value in initializers_of(path).items()
@@ -30,7 +34,7 @@ def require_names(path: Path, model: PreTrainedModel) -> None:
     ]
     known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     known |= {name for name in shapes if rotary.is_table(name)}
-    # A vector stays one with axes of length 1 about it: rotary frequencies are broadcast like that.
+    # A vector with extra axes of length 1 is no matrix: rotary frequencies are broadcast like that.
     foreign = [
         name
         for name, shape in shapes.items()
@@ -46,14 +50,24 @@ def require_names(path: Path, model: PreTrainedModel) -> None:
 
 
 def initializers_of(path: Path) -> Mapping[str, ir.Value]:
-    """The constants of a graph by name; their data stay in the file until they are read."""
+    """Return the initializers of a graph by name; their data stay in the file until read."""
     return ir.load(path).graph.initializers
 
 
 def read(
     path: Path, model: PreTrainedModel, names: Sequence[str], patterns: Mapping[str, Pattern]
 ) -> list[WeightRecord]:
-    """Find every pruned layer's weight in the written file, and judge it there."""
+    """Find the weight of every linear layer in the written file, and judge its pattern there.
+
+    Args:
+        path: the ONNX file.
+        model: the model that was exported.
+        names: full names of the linear layers.
+        patterns: the claimed patterns, by full name; a layer may have none.
+
+    Raises:
+        GateError: a weight does not hold its pattern, or feeds something else than a linear layer.
+    """
     initializers = initializers_of(path)
     records = []
     for name in names:
@@ -82,7 +96,20 @@ def read(
 def nonzero(
     initializers: Mapping[str, ir.Value], weight: str, inputs: int
 ) -> tuple[tuple[int, ...], int, NDArray[np.bool_]]:
-    """A weight's shape in the file, the axis that is summed over, and bool[out, in]: not zero."""
+    """Find the nonzero entries of a weight in an exported graph.
+
+    Args:
+        initializers: the initializers of the graph.
+        weight: name of the weight in the model.
+        inputs: number of input features of its layer.
+
+    Returns:
+        The shape of the weight in the file, its axis of input features, and bool[out, in]: true
+        where an entry is not zero.
+
+    Raises:
+        GateError: the weight feeds something else than a linear layer.
+    """
     if weight in initializers:
         value = initializers[weight]
         assert value.const_value is not None

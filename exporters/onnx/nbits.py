@@ -1,14 +1,15 @@
-"""Weights of 8 and 4 bits in an exported graph: ONNX Runtime's operator for them.
+"""Weights of 8 and 4 bits in an exported graph, for ONNX Runtime's operator MatMulNBits.
 
 before: MatMul(x, W) with W float32 [in, out]
 after:  MatMulNBits(x, Q, S) or MatMulNBits(x, Q, S, Z) with S float32[out, blocks],
         W[i, o] = (Q[o, i] - Z[o, i // group]) * S[o, i // group]
 
 Q is uint8[out, blocks, group * bits / 8] and Z uint8[out, blocks * bits / 8, rounded up]; of two
-codes of 4 bits in a byte the first is the lower half. Without Z it is 2^(bits - 1). MatMulNBits is
-an operator of ONNX Runtime (com.microsoft), which TensorRT does not read.
+codes of 4 bits in a byte, the first is in the lower half. Without the input Z, the zero point is
+2^(bits - 1). MatMulNBits is an operator of ONNX Runtime (com.microsoft), which TensorRT does not
+read.
 
-An output head that is the embedding transposed shares its codes, which are of 8 bits, with it:
+An output head that is the transposed embedding shares its 8-bit codes with the embedding:
 
 before: Gather(W, ids), MatMul(x, Transpose(W)) with W float32 [tokens, in]
 after:  GatherBlockQuantized(Reshape(Q), ids, S), MatMulNBits(x, Q, S)
@@ -29,25 +30,26 @@ from thanos_deploy.solver.codes import Quantised
 DOMAIN = "com.microsoft"
 OPERATOR = "MatMulNBits"
 
-# Of the parts of a weight, after its name.
+# Suffixes of the initializers that replace a weight; the codes by number of bits.
 _CODES = {8: "_Q8", 4: "_Q4"}
 _SCALES, _ZEROS = "_scales", "_zero_points"
 
-# accuracy_level: 4 rounds the activations to int8 too. With float32 activations the CPU kernel was
-# slower than the one for float32 weights (benchmarks/LOG.md).
+# Value of accuracy_level with which the activations are rounded to int8 too. With float32
+# activations the CPU kernel was slower than the kernel for float32 weights (benchmarks/LOG.md).
 _INTEGER_KERNELS = 4
 
 
-# Inputs in a block of a weight whose rows have one scale each, which the operator does not know.
+# Block size for a weight with one scale for each row, since the operator needs blocks.
 _BLOCK = 128
 
 
 def write(path: Path, weights: Mapping[str, Quantised]) -> None:
-    """Replace weights of a written graph, with activations that stay in float32.
+    """Replace weights of a written graph by codes, in place; activations stay in float32.
 
     Args:
         path: the ONNX file, with its data beside it.
-        weights: by the name of a weight that MatMul reads, as it is or transposed.
+        weights: maps the name of a weight, which a MatMul reads directly or through a Transpose, to
+            its codes.
     """
     weights = {
         name: one.grouped(_BLOCK) if one.grid.group is None else one
@@ -81,7 +83,7 @@ def write(path: Path, weights: Mapping[str, Quantised]) -> None:
 
 
 def use_integer_kernels(path: Path) -> None:
-    """Let the activations be rounded to int8 as well, which is what makes the graph fast."""
+    """Let ONNX Runtime round the activations to int8 as well, which makes the graph fast."""
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         if node.op_type == OPERATOR:
@@ -90,19 +92,21 @@ def use_integer_kernels(path: Path) -> None:
 
 
 def parts(weight: str) -> tuple[str, ...]:
-    """The names that the parts of a quantised weight can have."""
+    """Return the names that the initializers of a quantised weight can have."""
     return tuple(f"{weight}{part}" for part in (*_CODES.values(), _SCALES, _ZEROS))
 
 
 def levels(
     initializers: Mapping[str, NDArray[np.generic]], weight: str, inputs: int
 ) -> NDArray[np.int16]:
-    """int16[out, in]: how many scales each entry of a quantised weight is; 0 for a zero.
+    """Return code minus zero point for each entry of a quantised weight: int16[out, in].
+
+    An entry of 0 stands for a weight of exactly zero.
 
     Args:
-        initializers: of the graph.
-        weight: its name before.
-        inputs: its number of inputs; the last block may be longer.
+        initializers: the initializers of the graph, by name.
+        weight: name of the weight before it was quantised.
+        inputs: number of input features; the last block is padded beyond them.
     """
     width = 4 if f"{weight}{_CODES[4]}" in initializers else 8
     packed, scales = (initializers[f"{weight}{part}"] for part in (_CODES[width], _SCALES))
@@ -118,7 +122,7 @@ def levels(
 
 
 def _replace(node: onnx.NodeProto, quantised: Quantised) -> None:
-    """Turn a MatMul into the operator."""
+    """Turn a MatMul into a MatMulNBits, in place."""
     name, grid = node.input[1], quantised.grid
     outputs, inputs = quantised.codes.shape
     parts = [_CODES[grid.bits], _SCALES, *([] if grid.symmetric else [_ZEROS])]
@@ -131,7 +135,7 @@ def _replace(node: onnx.NodeProto, quantised: Quantised) -> None:
 
 
 def _share_rows(graph: onnx.GraphProto, name: str, quantised: Quantised) -> None:
-    """Let an embedding look its rows up in the codes of the output head."""
+    """Let the embedding look up its rows in the codes of the output head."""
     grid = quantised.grid
     codes, scales = f"{name}{_CODES[grid.bits]}", f"{name}{_SCALES}"
     rows, shape = f"{codes}_rows", f"{codes}_rows_shape"
@@ -156,7 +160,7 @@ def _initializers(name: str, quantised: Quantised) -> list[onnx.TensorProto]:
     rows, cols = codes.shape
     blocks, group = grid.groups(cols), grid.width(cols)
     zeros = (quantised.zero.numpy() + middle).astype(np.int16)
-    # What is added to the last block counts for nothing.
+    # The padding of the last block has no effect: the operator multiplies K inputs only.
     padded = np.pad(codes, ((0, 0), (0, blocks * group - cols)), constant_values=middle)
     found: dict[str, NDArray[Any]] = {
         _CODES[grid.bits]: bits.pack(padded, grid.bits).reshape(rows, blocks, -1),

@@ -15,22 +15,23 @@ from exporters.onnx.trace import WithFlatCache, empty_cache
 from thanos_deploy.bundle.graph_record import ParityCase
 from thanos_deploy.errors import GateError, boundary
 
-# Largest difference between ONNX Runtime and PyTorch (in float32, on the same weights), relative
-# to the values' range.
+# Largest accepted difference between ONNX Runtime and PyTorch (in float32, on the same weights),
+# relative to the range of the expected values.
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-4, "int4": 1e-4, "int8-qdq": 5e-3}
 
 
 def compare(
     path: Path, model: PreTrainedModel, limit: float, *, graph: str = "neutral"
 ) -> Iterator[ParityCase]:
-    """Run ONNX Runtime beside PyTorch: prefill, chunked prefill, decode, and rows that differ.
+    """Run ONNX Runtime beside PyTorch: prefill, chunked prefill, decode, and a padded batch.
 
     Args:
         path: the ONNX file.
-        model: in float32.
-        limit: the largest error, relative to the spread of the expected values.
-        graph: "neutral", which has padding on the left, or "ort", which has it on the right and
-            writes the cache of the padded rows in place; see `exporters.onnx.graph`.
+        model: the model, in float32.
+        limit: the largest accepted error, relative to the range of the expected values; a case
+            names the first output beyond it.
+        graph: "neutral", with padding on the left, or "ort", with padding on the right; the padded
+            batch of the latter is run with the cache in place. See `exporters.onnx.graph`.
     """
     run = _Session(path)
     text = _sample(model, rows=3, length=12)
@@ -50,14 +51,14 @@ def compare(
         else:
             actual = run(*given)
         real = mask.bool()
-        # The graph may give the logits after the last token only; PyTorch's are all there.
+        # The graph may give the logits after the last token only; PyTorch gives all.
         kept = actual[0].shape[1]
         seen = real[:, -kept:]
         errors = {"logits": _relative(expected[0][:, -kept:][seen], actual[0][seen.numpy()])}
         for output, want, got in zip(run.present, expected[1:], actual[1:], strict=True):
             # [batch, heads, total, dim]: bring the token axis beside the batch axis.
             errors[output] = _relative(want.transpose(1, 2)[real], got.swapaxes(1, 2)[real.numpy()])
-        # Written so that NaN is beyond the limit.
+        # `not <=` instead of `>`, so that NaN counts as beyond the limit.
         beyond = [output for output in (*run.present, "logits") if not errors[output] <= limit]
         compared = ParityCase(
             name,
@@ -93,7 +94,7 @@ class _Session:
     """A graph on ONNX Runtime's CPU provider.
 
     Attributes:
-        present: names of the outputs with the cache.
+        present: names of the outputs that hold the cache.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +118,7 @@ class _Session:
     def __call__(
         self, ids: Array, mask: Array, positions: Array, past: Sequence[Array]
     ) -> list[Array]:
-        """The logits and the longer cache."""
+        """Return the logits, then the cache with the new tokens appended."""
         cache = [one.astype(self._stored) for one in past]
         feeds = dict(zip(self._inputs, (ids, mask, positions, *cache), strict=True))
         outputs: list[Array] = self._session.run(None, feeds)
@@ -132,11 +133,11 @@ class _Session:
         *,
         in_place: bool,
     ) -> list[Array]:
-        """The same of rows whose padding is on the left in all that is given and in the result.
+        """Run a graph that needs padding on the right; arguments and results have it on the left.
 
         Args:
-            ids, mask, positions, past: as for a call.
-            in_place: past and present are one buffer, with more room than is needed.
+            ids, mask, positions, past: as for `__call__`.
+            in_place: let past and present be one buffer, with more room than is needed.
         """
         sizes = (mask == 0).sum(axis=1)
         ids, positions = (
@@ -163,7 +164,7 @@ class _Session:
         buffers = []
         for before, after, one in zip(self._inputs[3:], self.present, past, strict=True):
             batch, heads, length, dim = one.shape
-            # What is nobody's may be anything.
+            # NaN wherever no token lies: the graph must not read there.
             buffer = np.full((batch, heads, total + 3, dim), np.nan, self._stored)
             buffer[:, :, :length] = one
             bound = ("cpu", 0, self._stored, buffer.shape, buffer.ctypes.data)
@@ -175,16 +176,16 @@ class _Session:
 
 
 def _rolled(array: Array, by: NDArray[np.integer[Any]], *, axis: int) -> Array:
-    """Every row of a batch rolled by its own number of tokens."""
+    """Roll every row of a batch by its own number of tokens along an axis."""
     rows = [np.roll(row, int(shift), axis - 1) for row, shift in zip(array, by, strict=True)]
     return np.stack(rows)
 
 
 def _sample(model: PreTrainedModel, *, rows: int, length: int) -> Tensor:
-    """int64[rows, length], sampled from the model itself with a fixed seed.
+    """Sample token ids from the model itself, with a fixed seed: int64[rows, length].
 
-    Tokens drawn evenly from the vocabulary are nothing that a trained model has seen: now and then
-    one of them sits on an edge where float32 rounding alone moves the logits by 1e-5.
+    Tokens drawn evenly from the vocabulary are unlike any text that a trained model has seen: with
+    some of them, float32 rounding alone moves the logits by 1e-5.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
@@ -205,12 +206,12 @@ def require(path: Path, cases: Sequence[ParityCase], limit: float) -> None:
     """Refuse a graph that does not compute what the model computes.
 
     Args:
-        path: the graph, for the message.
-        cases: how it compared; see `compare`.
-        limit: the largest error, relative to the spread of the expected values.
+        path: path of the graph, for the message.
+        cases: the results of `compare`.
+        limit: the limit that `compare` was called with, for the message.
 
     Raises:
-        GateError: a greedy token or more than the limit differs.
+        GateError: in some case an output differs by more than the limit.
     """
     for case in cases:
         if case.first_differing is not None:

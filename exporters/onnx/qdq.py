@@ -4,16 +4,20 @@ before: MatMul(x, W) with W float16 [in, out]
 after:  MatMul(DQ(Q(x)), DQ(W8)) with W8 int8[in, out] and a scale for each output, and, for 2:4
         weights, DQ(Q(.)) around the result as well
 
-Scales are symmetric, so a zero stays exactly zero and n:m patterns survive. The codes are those of
-a model that was quantised with one scale for each output, or else rounded. Scales of activations
-are one number a tensor, from the largest magnitude that was seen on the calibration part of the
-built-in text, whatever text the model was pruned with: engines multiply int8 by int8 and
-scale once, afterwards. Language models have a few activations that are larger than all others by
-orders of magnitude, and rounding to steps of that size would leave nothing of the others: a tensor
-whose tokens lose more than `WORST_ERROR` of their energy stays as it is, and so does a layer that
-reads it. TensorRT takes a sparse int8 kernel only where the result is int8 too: NVIDIA's
-Model-Optimizer, README of its example for sparse int8 (TensorRT 10.14: 140 of 196 eligible layers
-with quantised results).
+Quantisation is symmetric, so a zero stays exactly zero and n:m patterns survive. The codes of the
+weights are those of a model that was quantised with one scale for each output; a model that was not
+quantised is rounded to such codes.
+
+An activation tensor has a single scale, because engines multiply int8 by int8 and scale once,
+afterwards. It comes from the largest magnitude that was seen on the calibration part of the
+built-in text, whatever text the model was pruned with. Language models have a few activations that
+are larger than all others by orders of magnitude, and rounding to steps of that size would leave
+nothing of the others. So a tensor whose tokens lose `WORST_ERROR` of their energy or more, on
+average, is not quantised, and neither is a layer that reads it.
+
+TensorRT takes a sparse int8 kernel only where the result is int8 too: NVIDIA's Model-Optimizer,
+README of its example for sparse int8 (TensorRT 10.14: 140 of 196 eligible layers with quantised
+results).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,11 +41,11 @@ WORST_ERROR = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What was seen of one activation.
+    """Range of one activation tensor, as observed on the calibration data.
 
     Attributes:
-        largest: magnitude.
-        error: of rounding to int8: mean over tokens of the part of a token's energy that is lost.
+        largest: largest magnitude.
+        error: mean over tokens of the fraction of a token's energy that rounding to int8 loses.
     """
 
     largest: float
@@ -49,25 +53,27 @@ class Range:
 
     @property
     def fits(self) -> bool:
-        """Little enough is lost."""
+        """Whether rounding to int8 loses less than `WORST_ERROR`."""
         return self.error < WORST_ERROR
 
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """What goes into and comes out of a linear layer."""
+    """Ranges of the input and the output of a linear layer."""
 
     input: Range
     output: Range
 
 
 def observe(model: nn.Module, names: Sequence[str], ids: Tensor) -> dict[str, Ranges]:
-    """Run a model, twice, and look at what goes into and comes out of its linear layers.
+    """Measure the ranges of the inputs and outputs of linear layers.
+
+    The model is run twice: for the largest magnitudes, then for the errors of rounding with them.
 
     Args:
-        model: in float32.
-        names: of the layers.
-        ids: int64[segments, tokens], read one segment after the other.
+        model: the model, in float32.
+        names: full names of the layers.
+        ids: int64[segments, tokens], run one segment at a time.
     """
     largest = {name: [0.0, 0.0] for name in names}
     errors = {name: [0.0, 0.0] for name in names}
@@ -94,11 +100,13 @@ def observe(model: nn.Module, names: Sequence[str], ids: Tensor) -> dict[str, Ra
 
 
 def lost(values: Tensor, largest: float) -> float:
-    """Mean over tokens of the part of a token's energy that is lost by rounding to int8.
+    """Return the mean over tokens of the fraction of energy that rounding to int8 loses.
+
+    The energy of a token is the sum of the squares of its channels.
 
     Args:
         values: float[..., tokens, channels].
-        largest: the magnitude that becomes 127.
+        largest: the magnitude that maps to code 127.
     """
     step = (largest or 1.0) / LARGEST
     rounded = (values / step).round().clamp(-LARGEST, LARGEST) * step
@@ -116,12 +124,12 @@ def _hook(
 
 
 def quantise(path: Path, weights: Mapping[str, Quantised]) -> None:
-    """Put codes for weights of a written graph, in place, still with float activations.
+    """Replace weights of a written graph by int8 codes, in place; activations stay float.
 
     Args:
-        path: the graph.
-        weights: by name, with symmetric codes of 8 bits and one scale for each row, whose numbers
-            every float dtype has.
+        path: the ONNX file.
+        weights: maps the name of a weight to symmetric 8-bit codes with one scale for each row; the
+            scales must be exact in every float dtype.
     """
     model = ir.load(path)
     for name, quantised in weights.items():
@@ -143,15 +151,15 @@ def quantise(path: Path, weights: Mapping[str, Quantised]) -> None:
 def quantise_activations(
     path: Path, ranges: Mapping[str, Ranges], *, results: Collection[str]
 ) -> None:
-    """Quantise what goes into linear layers of a written graph, in place.
+    """Quantise the inputs of linear layers of a written graph, in place.
 
     Args:
-        path: the graph.
-        ranges: by name of a layer, as `observe` returned them.
-        results: names of the layers of which what comes out is quantised too, where it fits.
+        path: the ONNX file.
+        ranges: maps the name of a layer to its ranges, as `observe` returned them.
+        results: names of the layers whose output is quantised too, if it fits; see `Range.fits`.
     """
     model = ir.load(path)
-    rounded: dict[ir.Value, ir.Value] = {}  # q, k and v read the same
+    rounded: dict[ir.Value, ir.Value] = {}  # q, k and v read the same tensor
     for node in list(model.graph):
         if node.op_type != "MatMul" or node.name is None or node.name not in ranges:
             continue
@@ -192,6 +200,6 @@ def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Valu
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Write a graph back beside its data, which it may still be reading."""
+    """Write a graph back to its file; its data are read first, since their file is overwritten."""
     ir.external_data.load_to_model(model)
     ir.save(model, path, external_data=f"{path.name}.data")

@@ -1,10 +1,11 @@
-"""A graph of many equal blocks, from the trace of a model that has three of them.
+"""Build the graph of a model with many equal blocks from the trace of its first three.
 
-Tracing a block takes PyTorch some two seconds of a processor, so a model of 30 blocks takes a
-minute, and one of 80 three. Where all blocks are alike in everything but their weights, three tell
-the rest: the first may also hold what all share, such as sizes; the third differs from the second
-in what is a block's own (weights, cache, the stream that enters it) and in nothing else. Each
-further block is a copy of the third with its own weights, cache and stream.
+Tracing a block takes PyTorch some two seconds of processor time, so a model of 30 blocks takes a
+minute, and one of 80 blocks three. Where all blocks are alike in everything but their weights, the
+trace of three blocks is enough. The first may also hold nodes that all blocks share, such as the
+computation of sizes. The third differs from the second only in its weights, its cache and the
+hidden states that enter it. Each further block is a copy of the third with its own weights, cache
+and hidden states.
 """
 
 import ast
@@ -23,16 +24,16 @@ from thanos_deploy.model.structure import blocks_of
 # How many blocks are traced.
 TRACED = 3
 
-# Where the exporter says which module a node comes from.
+# Metadata key under which the exporter records the modules that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class NotRepeatingError(Exception):
-    """The second and the third block of a trace differ in more than what is a block's own."""
+    """The second and the third block of a trace differ in more than weights, cache and input."""
 
 
 def blocks_are_alike(model: PreTrainedModel) -> bool:
-    """Whether all blocks are known to be of one structure, and are more than need to be traced."""
+    """Whether all blocks are known to have one structure, and there are more than `TRACED`."""
     if row_of(model.config.model_type) is None:
         return False
     blocks = _blocks(model)
@@ -57,17 +58,17 @@ def shortened(model: PreTrainedModel) -> Iterator[None]:
 
 
 def lengthen(model: ir.Model, blocks: str, count: int) -> None:
-    """Give the raw graph of a shortened model the blocks that it lacks, without their weights.
+    """Add the missing blocks to the raw graph of a shortened model, without their weights.
 
     Args:
-        model: as the exporter leaves it; changed in place.
-        blocks: what the exporter calls the list of blocks.
-        count: how many blocks the model has.
+        model: the exporter's graph of the shortened model; changed in place.
+        blocks: name of the list of blocks in the exporter's scopes.
+        count: number of blocks of the whole model.
 
     Raises:
-        NotRepeatingError: the second and the third block do not tell what the fourth is like.
+        NotRepeatingError: the second and the third block do not follow one pattern.
     """
-    # The cache comes to its block through one.
+    # Otherwise the cache reaches its block through an Identity node.
     common_passes.IdentityEliminationPass()(model)
     graph = model.graph
     second, third = (_nodes_of(graph, f"{blocks}.{index}") for index in (TRACED - 2, TRACED - 1))
@@ -87,7 +88,7 @@ def lengthen(model: ir.Model, blocks: str, count: int) -> None:
     ]
     after = third[-1]
     for index in range(TRACED, count):
-        # By what the third block reads, what stands for it in the copy.
+        # Maps the id of a value that the third block reads to the value that the copy reads.
         instead = dict(zip(map(id, _results(second)), results, strict=True))
         for value in own:
             added = _like(value, _renumbered(value, blocks, index))
@@ -121,10 +122,10 @@ def lengthen(model: ir.Model, blocks: str, count: int) -> None:
 
 
 def _require_alike(second: Sequence[ir.Node], third: Sequence[ir.Node], blocks: str) -> None:
-    """See that the third block reads what the second does, one block further on.
+    """Require that the third block reads the same values as the second, one block further on.
 
     Raises:
-        NotRepeatingError: it does not.
+        NotRepeatingError: the blocks differ.
     """
     made = {id(value): place for place, value in enumerate(_results(second))}
     further = {id(value): place for place, value in enumerate(_results(third))}
@@ -136,7 +137,7 @@ def _require_alike(second: Sequence[ir.Node], third: Sequence[ir.Node], blocks: 
             return False
         if id(other) in further:
             return made.get(id(one)) == further[id(other)]
-        # The stream; the second block has it from the first.
+        # The hidden states: the second block reads those that the first has made.
         if id(other) in made:
             return id(one) not in made and one.producer() is not None
         return other.name == _renumbered(one, blocks, TRACED - 1)
@@ -155,7 +156,7 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _kind(block: nn.Module) -> str:
-    """All that a trace of a block depends on, but for its number."""
+    """Return everything that a trace of a block depends on except its number, as text."""
     modules = [
         (
             name,
@@ -176,7 +177,7 @@ def _kind(block: nn.Module) -> str:
 
 
 def _nodes_of(graph: ir.Graph, block: str) -> list[ir.Node]:
-    """The nodes of one block, in their order."""
+    """The nodes of one block, in graph order."""
     return [
         node for node in graph if block in ast.literal_eval(node.metadata_props.get(_SCOPES, "()"))
     ]
@@ -193,7 +194,7 @@ def _is_of_third(value: ir.Value, blocks: str) -> bool:
 
 
 def _renumbered(value: ir.Value, blocks: str, index: int) -> str:
-    """The name that a weight or a part of the cache has in another block; others keep theirs."""
+    """The name of the same weight or cache tensor in another block; other names are unchanged."""
     return re.sub(
         rf"^({re.escape(blocks)}|past_key_values|present)\.\d+\.",
         rf"\g<1>.{index}.",

@@ -1,8 +1,8 @@
 """Rotary embeddings that ONNX Runtime's attention applies itself, from a table.
 
-transformers' models make cosines and sines of the positions with one module, and rotate queries and
-keys by them with one function, whose form differs from type to type. What the function does is seen
-from what it makes of random numbers, so nothing has to be known of the types.
+The models of transformers compute cosines and sines of the positions in one module, and rotate
+queries and keys in one function, whose code differs from model type to model type. How the function
+pairs channels is found by calling it on random numbers, so no list of model types is needed.
 """
 
 import re
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 PARTS = ("cos", "sin")
 
-# What transformers calls the function, wherever there is one.
+# Name of the rotating function in the modelling files of transformers.
 _ROTATE = "apply_rotary_pos_emb"
 
-# The CPU kernel takes multiples of these.
+# The CPU kernel needs the channels of a head, and its rotated pairs, to be multiples of these.
 _CHANNELS, _PAIRS = 16, 8
 
 # Cosines and sines of every position: float32[positions, pairs] each.
@@ -31,11 +31,12 @@ Tables = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """How the operator is to rotate.
+    """How the operator rotates the queries and keys of a block.
 
     Attributes:
-        table: the number of its tables.
-        interleaved: neighbours are a pair; else a channel and the one half of all further on.
+        table: index of the tables with the cosines and sines.
+        interleaved: neighbouring channels form a pair; otherwise channel i of the first half and
+            channel i of the second half of the rotated channels.
     """
 
     table: int
@@ -44,11 +45,11 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A rotation that a model made.
+    """A rotation that was observed in a run of a model.
 
     Attributes:
-        angles: makes cosines and sines of positions; None if that is not known.
-        interleaved: see `Rotation`; None for another way than these two.
+        angles: computes its cosines and sines; None if their origin is not known.
+        interleaved: see `Rotation`; None if the operator cannot do this rotation.
     """
 
     angles: "_Angles | None"
@@ -57,13 +58,13 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Angles:
-    """A call of the module that makes cosines and sines."""
+    """The function that computes cosines and sines, with the arguments beside the positions."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     options: tuple[object, ...]
 
     def tables(self, positions: int) -> Tables | None:
-        """For all positions; None if they are not the same angles twice over."""
+        """Tables for positions from 0 on; None if the two halves of the channels differ."""
         places = torch.arange(positions)[None]
         cos, sin = self.forward(torch.zeros(1), places, *self.options)
         halves = [part[0].chunk(2, dim=-1) for part in (cos, sin)]
@@ -73,20 +74,21 @@ class _Angles:
 
 
 def name(index: int, part: str) -> str:
-    """What a table is called in a graph; see `PARTS`."""
+    """Return the name of a table in a graph; `part` is one of `PARTS`."""
     return f"rotary_{index}_{part}"
 
 
 def is_table(initializer: str) -> bool:
-    """Whether a constant of a graph is called like a table."""
+    """Whether an initializer of a graph has the name of a table."""
     return re.fullmatch(r"rotary_\d+_(cos|sin)", initializer) is not None
 
 
 @contextmanager
 def without_dynamic_scaling(model: PreTrainedModel) -> Iterator[None]:
-    """Leave dynamic NTK scaling out, which begins beyond `max_position_embeddings`.
+    """Within the `with` statement, switch off dynamic NTK scaling.
 
-    No graph is made for texts of such a length, and a trace cannot follow what it decides on them.
+    It begins beyond `max_position_embeddings`. No graph is made for texts of such a length, and a
+    trace cannot follow a decision that depends on the length.
     """
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
     kinds: list[Any] = [module.rope_type for module in modules]
@@ -109,7 +111,7 @@ def _static(kind: str) -> str:
 
 @contextmanager
 def watched(model: PreTrainedModel, seen: list[Seen]) -> Iterator[None]:
-    """Within the `with` statement, what the model rotates is noted."""
+    """Within the `with` statement, append every rotation that the model makes to `seen`."""
     angles: list[tuple[Tensor, _Angles]] = []
 
     def note_angles(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +145,7 @@ def watched(model: PreTrainedModel, seen: list[Seen]) -> Iterator[None]:
 
 @contextmanager
 def left_out(model: PreTrainedModel) -> Iterator[None]:
-    """Within the `with` statement, the model leaves queries and keys as they are."""
+    """Within the `with` statement, the model does not rotate queries and keys."""
 
     def leave(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return q, k
@@ -157,11 +159,13 @@ def left_out(model: PreTrainedModel) -> Iterator[None]:
 def tables_of(
     blocks: Sequence[Sequence[Seen]], positions: int
 ) -> tuple[tuple[Rotation | None, ...], tuple[Tables, ...]]:
-    """How the operator is to rotate in each block; nowhere, if it cannot everywhere.
+    """Return the operator's rotation for each block, and the tables that they refer to.
+
+    If the operator cannot do the rotation of some block, it rotates in none.
 
     Args:
-        blocks: what was rotated before the attention of each.
-        positions: that the tables are for.
+        blocks: for each block, the rotations observed before its attention.
+        positions: number of positions in the tables.
     """
     nowhere = (None,) * len(blocks), ()
     tables: dict[_Angles, Tables] = {}
@@ -183,7 +187,13 @@ def tables_of(
 
 
 def _interleaved(rotate: Callable[..., Any], like: Tensor, cos: Tensor, sin: Tensor) -> bool | None:
-    """See `Rotation.interleaved`; None if the operator cannot do it."""
+    """Find `Rotation.interleaved` of a rotating function; None if the operator cannot do it.
+
+    Args:
+        rotate: the function.
+        like: float[batch, heads, sequence, dim], for the shape of the random numbers.
+        cos, sin: [batch, sequence, rotated channels].
+    """
     pairs = cos.shape[-1] // 2
     if like.shape[-1] % _CHANNELS or pairs % _PAIRS or 2 * pairs > like.shape[-1]:
         return None
@@ -204,7 +214,7 @@ def _interleaved(rotate: Callable[..., Any], like: Tensor, cos: Tensor, sin: Ten
 
 
 def _codes(model: PreTrainedModel) -> list[ModuleType]:
-    """The files of transformers that the model's modules are from, and that rotate."""
+    """Python modules that define the model's classes and have the rotating function."""
     files = {sys.modules[type(module).__module__] for module in model.modules()}
     return sorted(
         (code for code in files if hasattr(code, _ROTATE)), key=lambda code: code.__name__
@@ -213,7 +223,7 @@ def _codes(model: PreTrainedModel) -> list[ModuleType]:
 
 @contextmanager
 def _instead(owner: Any, attribute: str, value: object) -> Iterator[None]:
-    """Within the `with` statement, an object has another attribute."""
+    """Within the `with` statement, an attribute of an object has another value."""
     own = vars(owner).get(attribute)
     setattr(owner, attribute, value)
     try:

@@ -1,7 +1,7 @@
 """Rewrites of a traced graph to fewer nodes, or to forms that runtimes fuse when they load it.
 
-Only plain ONNX operators go in and out, so every runtime still takes the graph. Each rewrite is
-two functions: what is looked for, and what takes its place.
+Only standard ONNX operators go in and out, so every runtime still takes the graph. Each rewrite is
+two functions: the pattern that is looked for, and its replacement.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def _with_repeated_keys(
 
 
 def _with_keys(op: Any, queries: ir.Value, keys: ir.Value, **_: Any) -> Any:
-    """Queries that share a key: one taller product with it, and no copies of it.
+    """Multiply all queries that share a key head with it at once, without copies of the keys.
 
     before: keys [b, kv heads, t, d] -> Unsqueeze -> Expand -> Reshape [b, heads, t, d] -> Transpose
             -> MatMul with queries [b, heads, s, d]
@@ -53,7 +53,7 @@ def _with_repeated_values(
 
 
 def _with_values(op: Any, weights: ir.Value, values: ir.Value, **_: Any) -> Any:
-    """What queries with a shared value read, likewise.
+    """Multiply all attention weights that share a value head with it at once, without copies.
 
     before: values [b, kv heads, t, d] -> Unsqueeze -> Expand -> Reshape [b, heads, t, d]
             -> MatMul with weights [b, heads, s, t]
@@ -73,7 +73,7 @@ def _know_their_heads(context: Any, **found: ir.Value) -> bool:
 
 
 def _heads(tensor: ir.Value) -> int | None:
-    """The second size of a tensor of four; None if it is not known."""
+    """The second dimension of a 4-D tensor; None if it is not known."""
     if tensor.shape is None or len(tensor.shape) != 4:
         return None
     heads = tensor.shape[1]
@@ -81,14 +81,14 @@ def _heads(tensor: ir.Value) -> int | None:
 
 
 def _with_heads(op: Any, tensor: Any, heads: int | None) -> Any:
-    """Rows of several heads under one another, or apart again: [b, heads, rows, size]."""
-    # 0 takes a size over; -1 is what is left.
+    """Reshape to [b, heads, rows, size]: stack the rows of several heads, or split them again."""
+    # In a Reshape, 0 keeps a dimension and -1 takes the rest.
     shape = ir.tensor(np.array([0, heads, -1, 0], np.int64))
     return op.Reshape(tensor, op.Constant(value=shape))
 
 
 def _turned_twice(op: Any, x: Any) -> Any:
-    """Heads that are brought to the front for attention, and back again for its operator."""
+    """Heads that the model moves to axis 1, and that are moved back for ONNX Runtime's operator."""
     return op.Transpose(op.Transpose(x, perm=[0, 2, 1, 3]), perm=[0, 2, 1, 3])
 
 
@@ -109,10 +109,11 @@ def _masked_by_lowest(op: Any, visible: Any, zero: Any, lowest: Any) -> Any:
 
 
 def _masked_by_half(op: Any, visible: ir.Value, zero: ir.Value, lowest: ir.Value) -> Any:
-    """A mask to which scores can be added within the range of the dtype.
+    """A mask that can be added to scores without overflow of the dtype.
 
-    The lowest float16 and a score of -16 add up to -inf, and softmax of a row of -inf, as padding
-    on the left sees, is NaN, which would reach the rows of real tokens through the kv cache.
+    The lowest float16 and a score of -16 add up to -inf. With padding on the left, all scores of a
+    padded row are then -inf and their softmax is NaN, which would reach the rows of real tokens
+    through the KV cache.
 
     before: Where(visible, 0, lowest number)
     after:  Where(visible, 0, half of it)
@@ -132,7 +133,7 @@ def _is_lowest(context: Any, lowest: ir.Value, **_: Any) -> bool:
 def apply(graph: ir.Model) -> None:
     """Apply all rewrites, in place."""
     for rules in (
-        (collapse_slice_rule,),  # slices of everything hide what the others look for
+        (collapse_slice_rule,),  # slices of a whole tensor hide the patterns of the other rules
         (
             *RewriteRule(_times_reciprocal, _divided).commute(),
             RewriteRule(_with_repeated_keys, _with_keys, _know_their_heads),

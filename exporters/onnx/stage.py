@@ -36,20 +36,20 @@ def export(
     overwrite: bool,
     announce: Announce,
 ) -> Exported[GraphResult]:
-    """The ONNX graph of a model, dense or pruned, in a folder that is called like its stage.
+    """Export a model, dense or pruned, to ONNX as a stage of a bundle.
 
     Args:
-        bundle: where it goes, claimed for writing.
-        model: what is exported.
-        request: how it is exported.
-        patterns: by full name, what linear layers are claimed to hold.
-        origin: what the graph's metadata says of where it comes from.
-        inputs: hashes of what the stage reads.
-        title: what the model is called in progress lines.
-        codes: the folder with the codes of a quantised model; None for one that is not.
-        stage: the name of the stage.
-        overwrite: redo what was made with other options.
-        announce: told of the work.
+        bundle: the bundle, claimed for writing.
+        model: the model to export.
+        request: options of the graph.
+        patterns: claimed patterns of the linear layers, by full name.
+        origin: entries for the graph's metadata that say where it comes from.
+        inputs: hashes of the files that the stage reads.
+        title: name of the model in progress lines.
+        codes: the folder with the codes of a quantised model; None for a model without codes.
+        stage: name of the stage and of its folder.
+        overwrite: redo a stage that was made with other options.
+        announce: called with the title of every task that starts.
 
     Raises:
         UsageError, ModelError, GateError: see `exporters.onnx.graph.export`.
@@ -90,7 +90,7 @@ def export_pruned(
     overwrite: bool,
     announce: Announce,
 ) -> Exported[GraphResult]:
-    """The graph of the pruned model of a bundle; see `export`."""
+    """Export the pruned model of a bundle; see `export`."""
     return export(
         bundle,
         Checkpoint.open(bundle.path / MODEL),
@@ -110,7 +110,7 @@ def export_pruned(
 
 
 def verify(bundle: Bundle, stage: str) -> Iterator[Check]:
-    """Whether the graph holds its patterns, and whether it agreed with PyTorch when it was made."""
+    """Check that the graph holds its patterns, and that it agreed with PyTorch at export."""
     yield check(bundle, stage, partial(onnx.judge_file, bundle.path / stage / GRAPH))
     result = bundle.result(replace(GRAPHS, name=stage))
     agrees = result.worst_logits_error <= result.parity_limit

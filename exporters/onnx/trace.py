@@ -1,4 +1,4 @@
-"""The graph of a causal model: traced by PyTorch's exporter, then made small."""
+"""The graph of a causal model: traced by PyTorch's exporter, then simplified."""
 
 import gc
 import logging
@@ -20,10 +20,10 @@ from thanos_deploy.model.families import family_of
 
 logger = logging.getLogger(__name__)
 
-# What ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
+# The opset that ONNX Runtime, TensorRT, TensorRT-RTX and OpenVINO all take.
 OPSET = 20
 
-# What the exporter puts before the names of a model's weights: the attribute of `WithFlatCache`.
+# Prefix of weight names in the exporter's graph: the attribute of `WithFlatCache` for the model.
 _ATTRIBUTE = "model."
 
 
@@ -35,7 +35,7 @@ class WithFlatCache(nn.Module):
 
         Args:
             model: the model.
-            logits: "all", or "last" for those after the last token only.
+            logits: "all", or "last" for only the logits after the last token.
         """
         super().__init__()
         self.model = model
@@ -44,7 +44,7 @@ class WithFlatCache(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """The logits, then keys and values of every block, those of the past included."""
+        """Return the logits, then keys and values of every block, past tokens included."""
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -61,9 +61,15 @@ def _flat(cache: DynamicCache) -> list[Tensor]:
 
 
 def empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
-    """A cache of zeros whose heads and dims are those that each block really has."""
+    """Return a cache of zeros, with the heads and head sizes that each block really has.
+
+    Args:
+        model: the model, which is run once to see them.
+        batch: number of rows.
+        past: number of tokens in the cache.
+    """
     with torch.inference_mode():
-        # Without the configuration no block's cache is cut to its window: every length is `past`.
+        # DynamicCache without the configuration cuts no block's cache to its sliding window.
         seen = model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache())
     return [
         torch.zeros(batch, tensor.shape[1], past, tensor.shape[3], dtype=tensor.dtype)
@@ -71,23 +77,29 @@ def empty_cache(model: PreTrainedModel, batch: int, past: int) -> list[Tensor]:
     ]
 
 
-# The graphs that were traced last, by what they depend on, without weights. Two, because a dense
-# and a pruned model can be exported in turns for two purposes.
+# The graphs that were traced last, without weights, by `_structure`. Two, because a dense and a
+# pruned model can be exported in turns for two purposes.
 _KEPT = 2
 _traced: dict[str, ir.Model] = {}
 
 
 def trace(model: PreTrainedModel, *, logits: str, plan: attention.Plan | None = None) -> ir.Model:
-    """The exporter's raw graph, with the inputs and outputs that `exporters.onnx` describes.
+    """Trace a model, or reuse a recent trace of an equal structure with the model's own weights.
 
-    A trace sees the configuration and the shapes of the weights, and never their values. So a model
-    that differs from one of the last in values only, as a pruned one does from the dense one, gets
-    the same graph with its own weights; a trace takes longer than all else in an export.
+    A trace depends on the configuration and the shapes of the weights, never on their values. So a
+    pruned model gets the same graph as the dense one, with its own weights. This matters because
+    tracing takes longer than everything else in an export.
 
     Args:
         model: the model.
         logits: as for `WithFlatCache`.
-        plan: for a graph with ONNX Runtime's attention; None for a neutral one.
+        plan: the plan for a graph with ONNX Runtime's attention; None for a neutral graph.
+
+    Returns:
+        The exporter's raw graph, with the inputs and outputs that `exporters.onnx.graph` describes.
+
+    Raises:
+        ModelError: PyTorch's exporter cannot trace the model.
     """
     key = _structure(model, logits, plan)
     if key in _traced:
@@ -101,8 +113,8 @@ def trace(model: PreTrainedModel, *, logits: str, plan: attention.Plan | None = 
 
 
 def _structure(model: PreTrainedModel, logits: str, plan: attention.Plan | None = None) -> str:
-    """All that a trace depends on."""
-    # What else a plan holds follows from the configuration.
+    """Return everything that a trace depends on, as text."""
+    # The rest of a plan follows from the configuration.
     positions = plan and [len(cosines) for cosines, _ in plan.tables]
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -115,7 +127,7 @@ def _structure(model: PreTrainedModel, logits: str, plan: attention.Plan | None 
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones by each of their names."""
+    """Parameters and buffers by name; a tied tensor under each of its names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -123,7 +135,7 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _initializers(graph: ir.Model, model: PreTrainedModel) -> Iterator[tuple[ir.Value, Tensor]]:
-    """The initializers that are parameters or buffers of the model, and not constants of code."""
+    """The initializers that are parameters or buffers of the model, each with its tensor."""
     tensors = _tensors(model)
     for name, value in graph.graph.initializers.items():
         tensor = tensors.get(name.removeprefix(_ATTRIBUTE))
@@ -132,7 +144,7 @@ def _initializers(graph: ir.Model, model: PreTrainedModel) -> Iterator[tuple[ir.
 
 
 def _without_weights(graph: ir.Model, model: PreTrainedModel) -> ir.Model:
-    """Let go of the weights, and of what the exporter notes of where nodes come from."""
+    """Drop the weights of a graph, and the exporter's notes on the origin of nodes, in place."""
     for value, _ in _initializers(graph, model):
         value.const_value = None
     for value in graph.graph.initializers.values():
@@ -146,7 +158,7 @@ def _without_weights(graph: ir.Model, model: PreTrainedModel) -> ir.Model:
 
 
 def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
-    """A copy of a graph without weights that has those of a model, not copied."""
+    """Copy a graph without weights and give it those of a model; the tensors are shared."""
     graph = bare.clone()
     for value, tensor in _initializers(graph, model):
         value.const_value = ir.tensor(tensor.detach(), name=value.name)
@@ -154,7 +166,7 @@ def _with_weights(bare: ir.Model, model: PreTrainedModel) -> ir.Model:
 
 
 def _whole(model: PreTrainedModel, logits: str, plan: attention.Plan | None) -> ir.Model:
-    """The raw graph of a model; of blocks that are all alike, only a few are traced."""
+    """Trace the raw graph of a model; where all blocks are alike, only a few are traced."""
     if not repeat.blocks_are_alike(model):
         return _trace(model, logits, plan)
     with repeat.shortened(model):
@@ -169,7 +181,7 @@ def _whole(model: PreTrainedModel, logits: str, plan: attention.Plan | None) -> 
 
 
 def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = None) -> ir.Model:
-    # 0 and 1 would be taken for constants, so every dynamic size of the example is at least 2.
+    # The exporter treats sizes 0 and 1 as constants, so every dynamic size here is at least 2.
     batch, past, sequence = 2, 5, 3
     seen = empty_cache(model, batch, past)
     example = (
@@ -182,8 +194,9 @@ def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = No
     scaling = rotary.without_dynamic_scaling(model)
     wrapped: nn.Module
     if plan is None:
-        # Step by step, attention is fewer nodes than the exporter's own decomposition of it, which
-        # turns the keys by way of their shape, scales them, and looks for NaN after the softmax.
+        # Eager attention gives fewer nodes than the exporter's decomposition of fused attention,
+        # which transposes the keys by way of their shape, scales them, and looks for NaN after the
+        # softmax.
         implemented = attention.implemented(model, "eager")
         wrapped = WithFlatCache(model, logits=logits)
     else:
@@ -197,7 +210,7 @@ def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = No
         "ordinary Hugging Face checkpoint",
     )
     with untraceable, scaling, implemented, _quickly(), warnings.catch_warnings():
-        # The exporter warns about its own internals; the result is compared with the model below.
+        # The exporter warns about its own internals; the graph is compared with the model later.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             wrapped.eval(),
@@ -224,20 +237,20 @@ def _trace(model: PreTrainedModel, logits: str, plan: attention.Plan | None = No
     if plan is not None:
         for value in program.model.graph.outputs[1:]:
             assert value.shape is not None
-            # Not past and sequence together, where past and present are one buffer.
+            # Past and present may be one buffer, so the length is not past + sequence.
             value.shape = ir.Shape([*value.shape[:2], "present", value.shape[3]])
     return program.model
 
 
 @contextmanager
 def _quickly() -> Iterator[None]:
-    """Within the `with` statement PyTorch traces in two thirds of the time.
+    """Within the `with` statement, PyTorch traces in two thirds of the usual time.
 
-    It looks every operation up in a cache, by sizes that are formulas here: their comparison takes
-    longer than what is looked up. And the many small objects of a trace are looked through for
-    garbage again and again, together with all that was imported.
+    PyTorch's fake tensor cache is off: it looks up every operation by its sizes, which are symbolic
+    here, and comparing them takes longer than computing the cached result. The garbage collector is
+    off: it would scan the many small objects of a trace, and all imported modules, again and again.
     """
-    from torch._dynamo import config as dynamo_config  # takes long, and not everybody traces
+    from torch._dynamo import config as dynamo_config  # a slow import, needed for tracing only
 
     collecting = gc.isenabled()
     gc.disable()
@@ -250,19 +263,19 @@ def _quickly() -> Iterator[None]:
 
 
 def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
-    """Make the exporter's raw graph small, and keep the names of the weights.
+    """Simplify the exporter's raw graph in place, and keep the names of the weights.
 
     before: weight "model.lm.layers.0.fc1.weight" [out, in] -> Transpose -> MatMul; thousands of
             constants, casts and repeated shape computations
             weight "model.lm.layers.0.fc2.weight" [out, in] -> Gemm
     after:  weight "lm.layers.0.fc1.weight" [in, out] -> MatMul
             weight "lm.layers.0.fc2.weight" [in, out] -> MatMul -> Add
-            and what `simplify` describes
+            and the rewrites of `exporters.onnx.simplify`
 
     The exporter's own optimiser takes as long as the export itself (mostly rules that match nothing
     here), loses the names, and ends with a graph of the same size and speed.
     """
-    # The exporter calls tied parameters by one of their names, and not by that of the model.
+    # A tied parameter has several names, and the exporter may use another one than the model.
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     own_names = {
         name: owners[id(parameter)]
@@ -279,7 +292,7 @@ def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
             _split_gemm(graph.graph, node)
     for node in list(graph.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        # A tied output head is the embedding transposed: folding it would store it twice.
+        # A tied output head reads the transposed embedding: folding would store it twice.
         if weight is None or weight.name not in weights or len(weight.uses()) != 1:
             continue
         _transpose(weight, node.attributes["perm"].as_ints())
@@ -287,7 +300,8 @@ def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
         graph.graph.remove(node, safe=True)
     fold_constants(
         graph,
-        # Gemma adds 1 to the weights of its norms; folded, they would be no weights of the model.
+        # Gemma adds 1 to the weights of its norms; folded, they would no longer be weights of the
+        # model.
         should_fold=lambda node: (
             False
             if any(value is not None and value.name in names for value in node.inputs)
@@ -307,12 +321,15 @@ def simplify(graph: ir.Model, model: PreTrainedModel) -> None:
     for node in graph.graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is not None and weight.name in names:
-            # Whoever builds an engine speaks of nodes; let them be called as the model calls them.
+            # Messages of engine builders name nodes, so a node gets the name of its layer.
             node.name = weight.name.removesuffix(".weight")
 
 
 def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
-    """One form for all linear layers: Gemm(x, W, b) becomes Add(MatMul(x, W), b); b is optional."""
+    """Turn Gemm(x, W, b) into Add(MatMul(x, W), b), so all linear layers look alike.
+
+    The bias b is optional. A Gemm that is no linear layer is left as it is.
+    """
     x, weight, *bias = gemm.inputs
     assert weight is not None
     alpha, beta, flipped = (gemm.attributes.get(key) for key in ("alpha", "beta", "transA"))

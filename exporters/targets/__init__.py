@@ -1,6 +1,6 @@
-"""The targets, one file each; see `exporters.target.Target` for what such a file has.
+"""The targets, one file each; `exporters.target.Target` describes what such a file defines.
 
-A new file with a `TARGET` is a new target: the command line, the pipeline, `verify`, `doctor` and
+To add a target, add a file with a `TARGET`: the command line, the pipeline, `verify`, `doctor` and
 the report find it here.
 """
 
@@ -14,15 +14,15 @@ from thanos_deploy.errors import UsageError
 
 
 def names() -> list[str]:
-    """Names of the targets, sorted."""
+    """Return the names of all targets, sorted."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def get(name: str) -> Target[Any, Any]:
-    """A target by its name.
+    """Return a target by its name.
 
     Raises:
-        UsageError: there is none; the message names those that are spelled nearly like it.
+        UsageError: there is no such target; the message names similar ones.
         TypeError: its file does not keep the contract.
     """
     if name not in names():
@@ -40,11 +40,11 @@ def get(name: str) -> Target[Any, Any]:
 
 
 def every() -> list[Target[Any, Any]]:
-    """All targets, sorted by name."""
+    """Return all targets, sorted by name."""
     return [get(name) for name in names()]
 
 
 def of_stage(stage: str) -> Target[Any, Any] | None:
-    """The target that a stage of a bundle is of; None for a stage that exports nothing."""
+    """Return the target that owns a stage of a bundle; None for a stage that is no export."""
     owners = [target for target in every() if target.owns(stage)]
     return max(owners, key=lambda target: len(target.name), default=None)

@@ -1,4 +1,4 @@
-"""compressed-tensors: the quantised checkpoint as transformers and vLLM load it."""
+"""compressed-tensors: the quantised checkpoint in a format that transformers and vLLM load."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ _NAME = "compressed-tensors"
 
 @dataclass(frozen=True, slots=True)
 class CompressedResult:
-    """What is in the folder.
+    """Content of the written folder.
 
     Attributes:
-        grid: what the layers are quantised to.
-        layers: how many are.
-        bytes_before, bytes_after: of all safetensors files.
-        ratio: bytes after over bytes before.
+        grid: the grid that the layers are quantised to.
+        layers: number of quantised layers.
+        bytes_before, bytes_after: total bytes of the safetensors files of the model and of the
+            folder.
+        ratio: bytes_after / bytes_before.
     """
 
     grid: str

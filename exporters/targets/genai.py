@@ -16,13 +16,13 @@ _NAME = "genai"
 
 @dataclass(frozen=True, slots=True)
 class GenaiResult:
-    """How far ORT-GenAI and ONNX Runtime are apart.
+    """Agreement of ORT-GenAI with ONNX Runtime.
 
     Attributes:
-        dtype: of the graph.
+        dtype: dtype of the graph.
         logits_error: largest difference of the logits, relative to their range.
-        limit: the largest that is accepted.
-        tokens: that were compared.
+        limit: the largest logits_error that is accepted.
+        tokens: number of tokens that were compared.
     """
 
     dtype: str

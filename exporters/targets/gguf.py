@@ -1,4 +1,4 @@
-"""GGUF: one file with the model and its tokenizer, for llama.cpp and what is built on it."""
+"""GGUF: one file with the model and its tokenizer, for llama.cpp and programs built on it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ GgufDtype = Literal["q8_0", "q4_k_m", "q4_0", "q4_1", "bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class GgufResult:
-    """What was written, and how near it is to PyTorch.
+    """Content of the written file, and its agreement with PyTorch.
 
     Attributes:
-        dtype: that was asked for.
-        architecture: what GGUF calls the kind of model.
-        types: what its tensors are stored in -> how many are.
-        own_widths: each block has widths of its own in the file.
-        kept_codes: how many layers have the codes that the model was quantised to.
-        conversion_error: largest difference of llama.cpp's logits of the float32 file from those of
-            PyTorch, relative to their range.
-        limit: the largest that is accepted.
-        stored_error: the same of the file as it is stored.
+        dtype: the type that was asked for.
+        architecture: GGUF's name for the kind of model.
+        types: maps a tensor type of GGUF to the number of tensors stored in it.
+        own_widths: whether the file gives widths for each block.
+        kept_codes: number of layers that keep the codes that the model was quantised to.
+        conversion_error: largest difference between the logits of llama.cpp on the file in float32
+            and those of PyTorch, relative to their range.
+        limit: the largest conversion_error that is accepted.
+        stored_error: the same difference for the file as it is stored.
     """
 
     dtype: str
@@ -49,7 +49,7 @@ class GgufResult:
 
 @dataclass(frozen=True, slots=True)
 class GgufRequest:
-    """What most matrices of the file are stored in.
+    """The type that most matrices of the file are stored in.
 
     Attributes:
         dtype: a float type, or one of llama.cpp's types of 8 and 4 bits.
@@ -90,7 +90,7 @@ def _export(
 
 
 def _fitting(bundle: Bundle) -> GgufRequest:
-    """The type that keeps the codes of a quantised model; the default for one that is not."""
+    """Choose the type that keeps the codes of a quantised model; without codes, the default."""
     from exporters import gguf_blocks
     from thanos_deploy.pruning.result import PRUNE
     from thanos_deploy.solver.grid import parse
@@ -101,7 +101,7 @@ def _fitting(bundle: Bundle) -> GgufRequest:
 
 
 def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
-    """What the file's tensors are stored in is what was recorded."""
+    """Check that the file has as many tensors of each type as were recorded at export."""
     from exporters import gguf
 
     name, fix = f"{stage}: tensors", "export again with --overwrite"

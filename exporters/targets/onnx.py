@@ -1,4 +1,4 @@
-"""ONNX: the graph that everything else is made from."""
+"""ONNX: the graph that engines and the other targets with a graph start from."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def _verify(bundle: Bundle, stage: str) -> Iterator[Check]:
 
 
 def _show(graph: GraphResult) -> Table:
-    """How far ONNX Runtime and PyTorch are apart."""
+    """Table of the differences between ONNX Runtime and PyTorch, case by case."""
     kind = f"{graph.graph} graph"
     if graph.neutral_because is not None:
         kind += f" ({graph.neutral_because})"

@@ -18,13 +18,13 @@ _NAME = "packed"
 
 @dataclass(frozen=True, slots=True)
 class PackedResult:
-    """What packing a checkpoint did.
+    """Content of the packed checkpoint.
 
     Attributes:
-        packed: how many weights were packed.
-        bytes_before, bytes_after: of all safetensors files.
-        pattern: what the linear layers hold, in words; None for nothing.
-        ratio: bytes after over bytes before.
+        packed: number of weights that were packed.
+        bytes_before, bytes_after: total bytes of the safetensors files before and after packing.
+        pattern: description of the patterns of the linear layers; None for no pattern.
+        ratio: bytes_after / bytes_before.
     """
 
     packed: int
@@ -35,13 +35,13 @@ class PackedResult:
 
 
 def refuse(patterns: Iterable[Pattern]) -> None:
-    """Refuse a model of which nothing can be packed.
+    """Refuse a model in which no layer can be packed.
 
     Args:
-        patterns: what its linear layers hold.
+        patterns: the patterns of its linear layers.
 
     Raises:
-        UsageError: none is n:m.
+        UsageError: no pattern is n:m.
     """
     found = list(patterns)
     if not any(isinstance(pattern, SemiStructured) for pattern in found):

@@ -6,7 +6,7 @@ from exporters.tensorrt.library import Library
 
 LIBRARY = Library("tensorrt-rtx", Package("tensorrt_rtx", extra="rtx"), ahead_of_time=True)
 
-# What the library builds for; it has no H100 (sm90) and no B200 (sm100).
+# The GPUs that the library builds for; it supports neither H100 (sm90) nor B200 (sm100).
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 
 

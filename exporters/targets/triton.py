@@ -20,11 +20,11 @@ _NAME = "triton"
 
 @dataclass(frozen=True, slots=True)
 class TritonResult:
-    """What became of the repository.
+    """Content of the written model repository.
 
     Attributes:
-        models: name -> backend of Triton.
-        left_out: engine -> why it is not in the repository.
+        models: maps the name of a model to its Triton backend.
+        left_out: maps the stage of an engine to the reason why it is not in the repository.
     """
 
     models: Mapping[str, str]
@@ -43,7 +43,8 @@ def _export(
     from thanos_deploy.pruning.result import PRUNE
 
     export_pruned(bundle, request, overwrite=overwrite, announce=announce)
-    # The text model runs on this project's runtime, the graph on whatever Triton has.
+    # The text model runs any graph with this project's runtime. The ONNX model runs on Triton's own
+    # backend, so its graph must be neutral.
     graph = _neutral_graph(bundle, request, overwrite=overwrite, announce=announce)
     left_out = dict(_unfit(bundle))
     engines = {
@@ -79,7 +80,7 @@ def _export(
             "model": bundle.model_sha256,
             **{stage: bundle.hashes(stage) for stage in (ONNX, graph, *engines)},
         },
-        # Twice the graph, where a file cannot have two names.
+        # Twice the files, for file systems without hard links.
         bytes_needed=lambda: 2 * sum(stage_bytes(bundle, one) for one in (ONNX, graph, *engines)),
         options=NoOptions(),
         overwrite=overwrite,
@@ -89,7 +90,7 @@ def _export(
 def _neutral_graph(
     bundle: Bundle, request: ExportRequest, *, overwrite: bool, announce: Announce
 ) -> str:
-    """The stage with a neutral graph, which is exported now if that of the bundle is not."""
+    """Return the stage with a neutral graph; export one if the bundle's graph is not neutral."""
     from exporters.onnx.stage import export_pruned
     from thanos_deploy.bundle.graph_record import read_graph_record
 
@@ -102,7 +103,7 @@ def _neutral_graph(
 
 
 def _unfit(bundle: Bundle) -> Iterator[tuple[str, str]]:
-    """The engines that do not go into a repository, and why."""
+    """Stages of the engines that cannot go into a repository, each with the reason."""
     for stage in _stages(bundle, tensorrt_rtx.TARGET):
         yield stage, "Triton has no backend for TensorRT-RTX"
     for stage in _stages(bundle, tensorrt.TARGET):

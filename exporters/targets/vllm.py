@@ -23,14 +23,15 @@ _NAME = VLLM
 
 @dataclass(frozen=True, slots=True)
 class VllmResult:
-    """What is in the folder.
+    """Content of the written folder.
 
     Attributes:
-        packed, dense: how many linear layers are stored in which way.
-        dense_beside: layers that are 2:4 but stored dense, because vLLM runs them as one with
-            others that are not, or they are experts.
-        bytes_before, bytes_after: of all safetensors files.
-        ratio: bytes after over bytes before.
+        packed, dense: number of linear layers that are stored packed, and dense.
+        dense_beside: layers that are 2:4 but stored dense: vLLM fuses them with layers that are not
+            2:4, or they are experts.
+        bytes_before, bytes_after: total bytes of the safetensors files of the model and of the
+            folder.
+        ratio: bytes_after / bytes_before.
     """
 
     packed: int

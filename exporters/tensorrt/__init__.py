@@ -1,5 +1,4 @@
 """TensorRT and TensorRT-RTX: engines of the ONNX graph, and the proof of which layers run sparse.
 
-`engine.export` is what others call; the other files are its steps. The builder runs in a process of
-its own.
+`engine.export` is the entry point; the other files are its steps. The builder runs in a subprocess.
 """

@@ -1,14 +1,14 @@
-"""Build one TensorRT engine, in a process of its own.
+"""Build one TensorRT engine; this module is the program of a subprocess.
 
     python -m exporters.tensorrt.builder ORDER.json
 
-The library is native code that runs for minutes: in a process of its own it can be interrupted, a
-crash is an exit code, and its memory is given back and can be measured. The Python interface of the
-packages `tensorrt` (10.13 and later, 11.x) and `tensorrt_rtx` is the same but for what is looked
-up with `hasattr` here.
+The library is native code that runs for minutes. In a subprocess it can be interrupted, a crash is
+an exit code, and its memory is given back and can be measured. The packages `tensorrt` (10.13 and
+later, 11.x) and `tensorrt_rtx` have the same Python interface, except for the attributes that are
+looked up with `hasattr` or `getattr` here.
 
-Progress goes to standard output, one JSON array [done, total] a line. What failed is the last line,
-a `Failure`.
+Progress goes to standard output, one JSON array [done, total] on each line. If the build fails, the
+last line is a `Failure`.
 """
 
 import json
@@ -23,22 +23,23 @@ from thanos_deploy.bundle.files import read_record, write_record
 from thanos_deploy.bundle.layout import ENGINE_LAYERS
 from thanos_deploy.machine import environment
 
-# The result, a `Result`, beside the files that the order names.
+# The file with the `Result`, in the working directory.
 RESULT = "result.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to build; every path is relative to the working directory.
+    """The input of a build; every path is relative to the working directory.
 
     Attributes:
         module: the Python package of the library.
         graph: the ONNX file.
-        engine, log, timing_cache: files to write; a timing cache that is there is used.
-        sparse: let the builder look at sparse weights.
+        engine, log, timing_cache: files to write; an existing timing cache is used.
+        sparse: let the builder use sparse kernels (the flag SPARSE_WEIGHTS).
         compatibility: one of `exporters.options.Compatibility`.
-        architectures: such as "sm86"; empty for the GPU of this machine.
-        profiles: by profile and input, its smallest, usual and largest shape.
+        architectures: GPUs to build for, such as "sm86"; empty for the GPU of this machine.
+        profiles: for each optimisation profile, the smallest, the usual and the largest shape of
+            every input, by name.
     """
 
     module: str
@@ -54,12 +55,12 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of an order.
+    """The outcome of a successful build.
 
     Attributes:
         library: version of the library.
-        network_layers: layers of the graph as the library read it.
-        peak_memory_bytes: of this process.
+        network_layers: number of layers of the network that the library parsed from the graph.
+        peak_memory_bytes: peak memory of the builder's process.
     """
 
     library: str
@@ -72,10 +73,11 @@ Kind = Literal["machine", "memory", "graph", "usage"]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Something that the caller turns into an error for the user.
+    """The outcome of a failed build, which the caller turns into an error for the user.
 
     Attributes:
-        kind: "machine" (it lacks something), "memory", "graph" (it cannot be built) or "usage".
+        kind: "machine" (it lacks something), "memory" (it ran out), "graph" (it cannot be built) or
+            "usage" (the library does not support an option).
         message: what failed.
     """
 
@@ -84,7 +86,7 @@ class Failure:
 
 
 class _BuildError(Exception):
-    """What a `Failure` is made of."""
+    """Raised inside the builder; `main` prints it as a `Failure`."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -92,7 +94,7 @@ class _BuildError(Exception):
 
 
 def main(order_path: str) -> int:
-    """Carry out an order; returns the exit code."""
+    """Build the engine that an order describes, and return the exit code."""
     order = read_record(Path(order_path), Order)
     try:
         result = _build(order)
@@ -112,7 +114,7 @@ def _build(order: Order) -> Result:
         logger = _logger(trt, log)
         try:
             builder = trt.Builder(logger)
-        except TypeError as error:  # pybind11's way to say that the library returned a null pointer
+        except TypeError as error:  # pybind11 raises this if the library returns a null pointer
             raise _BuildError(
                 "machine", "TensorRT makes no builder: there is no NVIDIA driver or no GPU"
             ) from error
@@ -141,7 +143,7 @@ def _build(order: Order) -> Result:
             config.add_optimization_profile(profile)
         stored = Path(order.timing_cache)
         cache = config.create_timing_cache(stored.read_bytes() if stored.exists() else b"")
-        # A cache of another GPU or version is not an error: it is left unused.
+        # A cache of another GPU or version is no error: the library does not use it.
         config.set_timing_cache(cache, False)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
@@ -198,7 +200,10 @@ def _monitor(trt: Any) -> Any:
 
 
 def _network_flags(trt: Any) -> int:
-    """Types come from the graph. From version 11 on there is nothing else and no flag for it."""
+    """Flags for a strongly typed network, whose dtypes come from the graph.
+
+    Where the library has no such flag, all networks are strongly typed.
+    """
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -233,10 +238,10 @@ def _set_architectures(trt: Any, config: Any, architectures: tuple[str, ...]) ->
 
 
 def _inspect(trt: Any, logger: Any, plan: Any) -> str | None:
-    """The inspector's JSON; None where no GPU can load the engine."""
+    """JSON of the engine inspector; None where no GPU can load the engine."""
     try:
         engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    except TypeError:  # no driver, no runtime; see `_build`
+    except TypeError:  # without a driver there is no runtime; see the builder in `_build`
         return None
     if engine is None:
         return None
@@ -256,7 +261,7 @@ def _last_error(log: str) -> str:
 
 
 def _kind(reason: str) -> Kind:
-    """What the library's own words are about."""
+    """Classify an error message of the library."""
     if "Unable to load library" in reason:  # the lean runtime, for engines of any version
         return "machine"
     return "memory" if "OutOfMemory" in reason or "out of memory" in reason else "graph"

@@ -1,4 +1,4 @@
-"""What the targets that build engines share in their contracts."""
+"""The part of the contract that all targets share that build engines."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,20 +12,22 @@ from thanos_deploy.bundle.record import Exported
 from thanos_deploy.check import Check
 from thanos_deploy.progress import Announce
 
-# What an engine is built for, such as ("sm90",), of a bundle and what was asked for.
+# Returns the GPUs to build for, such as ("sm90",), from the bundle and the GPUs that a user asked
+# for.
 Architectures = Callable[[Bundle, tuple[str, ...]], tuple[str, ...]]
 
 
 def target(
     library: Library, *, summary: str, gpu: bool, architectures: Architectures
 ) -> Target[EngineRequest, EngineResult]:
-    """The contract of a target that builds engines with a library.
+    """Return the contract of a target that builds engines with a library.
 
     Args:
         library: the library.
         summary: see `Target`.
         gpu: see `Target`.
-        architectures: called when the engine is about to be built.
+        architectures: chooses the GPUs to build for; called when the graph is exported and the
+            engine is about to be built.
     """
 
     def export(
@@ -67,7 +69,7 @@ def target(
 
 
 def proof(bundle: Bundle, stage: str) -> tuple[LayerProof, ...]:
-    """The verdict on every linear layer, as it was given when the engine was built.
+    """Return the verdicts on all linear layers that were recorded when the engine was built.
 
     Raises:
         InputError: the record of the build is not readable.
@@ -76,7 +78,7 @@ def proof(bundle: Bundle, stage: str) -> tuple[LayerProof, ...]:
 
 
 def show(built: EngineResult) -> Table:
-    """How an engine was built, and how many layers run sparse."""
+    """Return a table of how an engine was built and how many of its layers run sparse."""
     summary = built.summary
     rows = {
         "engine": f"{built.target} {built.library} for {', '.join(built.arch)}",

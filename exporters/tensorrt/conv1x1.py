@@ -1,8 +1,8 @@
-"""The same linear layers, written as 1x1 convolutions.
+"""Rewrite the linear layers of a graph as 1x1 convolutions.
 
 TensorRT has had sparse kernels for convolutions longer than for matrix products, and the compiler
-that takes over the products of a transformer used to ignore sparsity (NVIDIA/TensorRT issue 2271).
-Which form is faster is for a GPU to say.
+that takes over the matrix products of a transformer used to ignore sparsity (NVIDIA/TensorRT issue
+2271). Which form is faster has to be measured on a GPU.
 """
 
 from collections.abc import Collection
@@ -20,14 +20,14 @@ def rewrite(source: Path, destination: Path, *, weights: Collection[str], data: 
     after:  Transpose -> [batch, in, sequence] -> Unsqueeze -> [batch, in, sequence, 1]
             -> Conv with W^T [out, in, 1, 1] -> [batch, out, sequence, 1] -> Squeeze -> Transpose
 
-    GPT-2 has its tokens in one row, x [tokens, in]; there no axes have to be swapped. A quantised
-    W8 goes through the same DequantizeLinear as before, along its other axis.
+    In GPT-2, x is 2-D, [tokens, in], so the transposes are left out. A quantised weight still goes
+    through its DequantizeLinear, with axis 0 instead of 1.
 
     Args:
         source: the graph to read.
         destination: the graph to write.
-        weights: names of the matrices.
-        data: name of the file beside it that holds the weights.
+        weights: names of the weights whose MatMul is rewritten.
+        data: name of the file for the weights, beside the written graph.
     """
     model = ir.load(source)
     graph = model.graph
@@ -35,7 +35,7 @@ def rewrite(source: Path, destination: Path, *, weights: Collection[str], data: 
         if node.op_type == "MatMul":
             _replace(graph, node, weights)
     for simplify in (
-        # q, k and v read the same input; it is turned once.
+        # q, k and v read the same input, so it is transposed only once.
         common_passes.CommonSubexpressionEliminationPass(),
         common_passes.RemoveUnusedNodesPass(),
     ):
@@ -81,7 +81,7 @@ def _replace(graph: ir.Graph, product: ir.Node, weights: Collection[str]) -> Non
 
 
 def _axes(graph: ir.Graph, *axes: int) -> ir.Value:
-    """The constant axes, made once."""
+    """The initializer with these axes; created at the first call."""
     name = f"axes_{'_'.join(map(str, axes))}"
     if name not in graph.initializers:
         tensor = ir.Tensor(np.array(axes, dtype=np.int64), name=name)

@@ -1,14 +1,14 @@
 """A TensorRT engine of a bundle's graph, and the proof of which layers run sparse.
 
-    model.engine    what the GPU loads
+    model.engine    the engine that the GPU loads
     build.json      how it was built, its profiles, and the verdict on every linear layer
-    build.log       what the builder said, in full
-    layers.json     the finished engine's layers, where a GPU could load it
-    timing.cache    how long kernels took, for a faster and repeatable next build
+    build.log       the full log of the builder
+    layers.json     the layers of the finished engine, if a GPU could load it
+    timing.cache    measured times of kernels, for a faster and repeatable next build
     model.onnx      with its data, only if the linear layers were rewritten for this engine
 
-TensorRT builds on and for the GPU of this machine. TensorRT-RTX builds ahead of time, without one,
-for the GPUs that are named; its kernels are chosen when the engine is loaded there.
+TensorRT builds on the GPU of this machine, and for it. TensorRT-RTX builds ahead of time, without a
+GPU, for the GPUs that are named; it chooses kernels when the engine is loaded on one of them.
 """
 
 import os
@@ -71,21 +71,22 @@ def export(
     """Build an engine and judge every linear layer.
 
     Args:
-        onnx: the folder that `exporters.onnx.graph.export` wrote; its types are the engine's.
+        onnx: the folder that `exporters.onnx.graph.export` wrote; the engine has its dtypes.
         destination: an existing folder.
-        library: that builds it.
-        architectures: what it is built for, such as "sm90"; the GPU of this machine for a library
-            that builds for nothing else.
-        batch, prompt: see `profiles.profiles`; None for prompts of 128 and up to 1024 tokens, as
-            far as the graph is meant for them.
-        sparse: let the builder use sparse kernels; None if any linear layer holds 2:4 in the graph.
-        form: one of `FORMS`, how the linear layers are written.
+        library: the library that builds the engine.
+        architectures: GPUs to build for, such as "sm90"; only the GPU of this machine for a library
+            that does not build ahead of time.
+        batch, prompt: see `profiles.profiles`. A prompt of None means 128 tokens, and 1024 at most,
+            or the longest sequence of the graph if that is shorter.
+        sparse: let the builder use sparse kernels; None to do so if any linear layer holds 2:4 in
+            the graph.
+        form: form of the linear layers, one of `FORMS`.
         compatibility: one of `exporters.options.Compatibility`.
-        timing_cache: of an earlier build, to start from.
-        on_progress: told of the builder's steps.
+        timing_cache: timing cache of an earlier build, to start from.
+        on_progress: called with the builder's progress.
 
     Returns:
-        the content of build.json.
+        The content of build.json.
 
     Raises:
         PlatformError: the library, the driver or the GPU is missing, or the library crashed.
@@ -146,20 +147,20 @@ def export(
 def proof_of(
     folder: Path, weights: Sequence[proof.Weight], *, sparse: bool, library: Library
 ) -> tuple[int, tuple[LayerProof, ...]]:
-    """The verdict on every linear layer, from what was kept of a build.
+    """Judge every linear layer from the files of a build.
 
     Args:
-        folder: with the builder's log and, if there is one, the inspector's JSON.
-        weights: the linear layers, as they lie in the graph.
-        sparse: the builder was told to use sparse kernels.
-        library: that built the engine.
+        folder: the folder with the builder's log and, if there is one, the inspector's JSON.
+        weights: the weights of the linear layers in the graph.
+        sparse: whether the builder was allowed to use sparse kernels.
+        library: the library that built the engine.
 
     Returns:
-        how many layers the engine has, as far as they are listed, and the verdicts.
+        The number of layers of the engine that the files list, and the verdicts.
     """
     log = (folder / BUILD_LOG).read_text(encoding="utf-8").splitlines()
     inspected = folder / ENGINE_LAYERS
-    # As inspected on a GPU, else as listed in the builder's log.
+    # The inspector's list if a GPU loaded the engine, else the list in the builder's log.
     found = (
         _buildlog.inspected_layers(inspected.read_text(encoding="utf-8"))
         if inspected.exists()
@@ -177,14 +178,15 @@ def proof_of(
 
 
 def read_weights(graph: Path, names: Sequence[str]) -> list[proof.Weight]:
-    """Look at linear layers in an ONNX file.
+    """Read the weights of linear layers from an ONNX file, and count their 2:4 groups.
 
     Args:
-        graph: the file, its layers written as products [in, out] or convolutions [out, in, 1, 1].
-        names: of the layers.
+        graph: the file; a layer is a MatMul [in, out] or a convolution [out, in, 1, 1].
+        names: full names of the layers.
 
     Raises:
-        InputError: the file is damaged, its data are elsewhere, or a layer is no matrix there.
+        InputError: the file is damaged, its data lie outside its folder, or it has no matrix for a
+            layer.
     """
     onnxfile.require_own_data(graph)
     try:
@@ -209,7 +211,7 @@ def _matrix(initializers: Mapping[str, ir.Value], graph: Path, name: str) -> NDA
 
 
 def _inputs(graph: Path) -> dict[str, list[int | str]]:
-    """Every input's dimensions: numbers, and names where they vary."""
+    """Dimensions of every input, by name: a number, or the name of a dynamic dimension."""
     dims: dict[str, list[int | str]] = {}
     for value in ir.load(graph).graph.inputs:
         assert value.name is not None
@@ -221,12 +223,12 @@ def _inputs(graph: Path) -> dict[str, list[int | str]]:
 def _carry_out(
     order: Order, library: Library, folder: Path, on_progress: OnProgress
 ) -> builder.Result:
-    """Run the builder in a process of its own; see `builder`."""
+    """Run the builder in a subprocess; see `builder`."""
     files.write_record(folder / _ORDER, order)
     on_progress(0, 1)
     last = ""
     with subprocess.Popen(
-        # -P: a folder called `exporters` where the engine is written is not ours.
+        # -P: do not import a folder `exporters` that happens to lie in the working directory.
         [sys.executable, "-P", "-m", "exporters.tensorrt.builder", _ORDER],
         cwd=folder,
         stdout=subprocess.PIPE,

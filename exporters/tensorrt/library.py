@@ -10,11 +10,11 @@ class Library:
     """A library with TensorRT's Python interface.
 
     Attributes:
-        target: the name of the target that it builds for.
-        package: its Python package.
-        ahead_of_time: it builds on any machine for the GPUs that are named, and kernels are chosen
-            when the engine is loaded there. Otherwise it builds on and for the GPU of this machine
-            and times the kernels.
+        target: name of the target that uses the library.
+        package: Python package of the library.
+        ahead_of_time: True if it builds on any machine for the GPUs that are named, and chooses
+            kernels when the engine is loaded. False if it builds for the GPU of this machine, and
+            times kernels on it.
     """
 
     target: str

@@ -1,18 +1,19 @@
-"""Read what TensorRT reports about an engine, while it builds the engine and afterwards.
+"""Parse TensorRT's reports about an engine: the builder's log and the inspector's JSON.
 
-Three sources, each in the wordings of several generations:
+There are three sources, each in the wordings of several generations of TensorRT:
 
-    (Sparsity) lines   which layers have weights that fit sparse tensor cores, and which were given
-                       a sparse kernel. TensorRT 8 and 9 name the layers, later ones count them as
-                       well, and some builds only count.
-    timings            of the kernels ("tactics") that were tried for a layer, in the verbose log.
-    layers             of the finished engine: the inspector's JSON where a GPU can load the engine,
-                       else the listing at the end of the verbose log, which the builder writes
-                       without one.
+    (Sparsity) lines   the layers whose weights fit sparse tensor cores, and the layers that were
+                       given a sparse kernel. TensorRT 8 and 9 name the layers, later versions also
+                       count them, and some builds only count.
+    timings            times of the kernels ("tactics") that were tried for a layer, in the verbose
+                       log.
+    layers             the layers of the finished engine: the inspector's JSON where a GPU can load
+                       the engine; otherwise the listing at the end of the verbose log, which the
+                       builder writes without a GPU too.
 
-A layer of the engine is often several nodes of the graph: names are joined by " + " or "+", carry
-suffixes (" [profile 1]", and "_myl1_9" of the compiler), and the nodes stand in its metadata as
-"[ONNX Layer: NAME]".
+A layer of the engine often does the work of several nodes of the graph. Its name then joins their
+names by " + " or "+", with suffixes (" [profile 1]", or "_myl1_9" of the compiler), and its
+metadata list the nodes as "[ONNX Layer: NAME]".
 """
 
 import re
@@ -47,11 +48,13 @@ _SUFFIX = re.compile(r"(?:_myl\d+_\d+| \[profile \d+\])+$")
 
 @dataclass(frozen=True, slots=True)
 class SparsityLines:
-    """What the last (Sparsity) lines of a log say; there is a pair for every selection of kernels.
+    """Content of the last pair of (Sparsity) lines of a log.
+
+    The builder writes a pair for every selection of kernels.
 
     Attributes:
-        eligible, chosen: nodes of the graph that are named; empty where the log only counts.
-        eligible_count, chosen_count: layers of the engine; None if the log does not say.
+        eligible, chosen: nodes of the graph that the lines name; empty if they only count.
+        eligible_count, chosen_count: numbers of layers of the engine; None without such a line.
     """
 
     eligible: frozenset[str]
@@ -62,7 +65,7 @@ class SparsityLines:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The fastest kernels that were tried for a layer, in seconds; None where none was tried."""
+    """Times of the fastest dense and sparse kernel of a layer, in seconds; None if not tried."""
 
     dense: float | None
     sparse: float | None
@@ -73,11 +76,11 @@ class EngineLayer:
     """One layer of a finished engine.
 
     Attributes:
-        name: as the engine calls it.
-        kind: such as "gemm" or "kgen".
-        kernel: the name of its kernel; empty if it is chosen when the engine is loaded.
-        sparse: it uses sparse tensor cores.
-        nodes: the nodes of the graph that it does the work of.
+        name: name of the layer in the engine.
+        kind: type of the layer, such as "gemm" or "kgen".
+        kernel: name of its kernel; empty if it is chosen when the engine is loaded.
+        sparse: whether its kernel uses sparse tensor cores.
+        nodes: nodes of the graph whose work the layer does.
     """
 
     name: str
@@ -88,7 +91,7 @@ class EngineLayer:
 
 
 def sparsity_lines(log: Iterable[str]) -> SparsityLines:
-    """Read the (Sparsity) lines of a builder's log."""
+    """Parse the (Sparsity) lines of a builder's log."""
     eligible: frozenset[str] = frozenset()
     chosen: frozenset[str] = frozenset()
     eligible_count = chosen_count = None
@@ -102,7 +105,7 @@ def sparsity_lines(log: Iterable[str]) -> SparsityLines:
 
 
 def timings(log: Iterable[str]) -> dict[str, Timing]:
-    """The fastest dense and sparse kernel of every node for which several were timed."""
+    """Parse the times of kernels: the fastest dense and sparse kernel of every node with any."""
     best: dict[tuple[str, bool], float] = {}
     kernels: dict[str, str] = {}
     layer = ""
@@ -126,7 +129,7 @@ def timings(log: Iterable[str]) -> dict[str, Timing]:
 
 
 def listed_layers(log: Iterable[str]) -> list[EngineLayer]:
-    """The layers from the listing at the end of a verbose log."""
+    """Parse the listing of the engine's layers at the end of a verbose log."""
     layers = []
     for line in log:
         if match := _LISTED.search(line):
@@ -143,10 +146,10 @@ def listed_layers(log: Iterable[str]) -> list[EngineLayer]:
 
 
 def inspected_layers(text: str) -> list[EngineLayer]:
-    """The layers from the JSON of TensorRT's engine inspector, at detailed verbosity.
+    """Parse the engine's layers from the JSON of TensorRT's engine inspector.
 
     Raises:
-        InputError: it is something else.
+        InputError: the text is not such JSON.
     """
     with boundary(
         InputError,
@@ -161,12 +164,12 @@ def inspected_layers(text: str) -> list[EngineLayer]:
                 metadata=layer.get("Metadata", ""),
             )
             for layer in loads(text)["Layers"]
-            if isinstance(layer, dict)  # only names where the engine was built without detail
+            if isinstance(layer, dict)  # a layer is a bare name unless verbosity is DETAILED
         ]
 
 
 def nodes_of(name: str) -> frozenset[str]:
-    """The nodes of the graph in the name of one layer of an engine."""
+    """Split the name of an engine's layer into the names of the graph's nodes."""
     return frozenset(
         _SUFFIX.sub("", part.strip()) for part in re.split(r"\s\+\s|\+", name) if part.strip()
     )

@@ -1,9 +1,9 @@
-"""Which shapes an engine takes, and which it is tuned for.
+"""The shapes that an engine takes, and those that it is tuned for.
 
-TensorRT wants the smallest, the usual and the largest shape of every input. A language model runs
-in two ways, and each gets a profile of its own: a prefill reads a whole prompt with nothing cached,
-a decode step reads one token with everything before it cached. One profile for both would reserve
-memory for a longest prompt on top of a full cache, which never happens, and would be tuned for
+TensorRT wants the smallest, the usual and the largest shape of every input (min, opt and max in its
+terms). Prefill and decode each get a profile: prefill reads a whole prompt with an empty KV cache,
+decode reads one token with all earlier tokens cached. A single profile for both would reserve
+memory for the longest prompt on top of a full cache, which never occurs, and would be tuned for
 neither.
 """
 
@@ -16,11 +16,11 @@ Shape = tuple[int, ...]
 
 
 def shapes(profile: Profile, dims: Sequence[int | str]) -> tuple[Shape, Shape, Shape]:
-    """The smallest, the usual and the largest shape of an input in a profile.
+    """Return the smallest, the usual and the largest shape of an input in a profile.
 
     Args:
-        profile: a way to run the graph.
-        dims: the input's dimensions in the graph: a number, or one of the names "batch",
+        profile: the profile for prefill or decode.
+        dims: dimensions of the input in the graph: each a number, or one of the names "batch",
             "sequence", "past" and "total".
     """
     batch, sequence, past = profile.batch, profile.sequence, profile.past
@@ -42,11 +42,11 @@ def shapes(profile: Profile, dims: Sequence[int | str]) -> tuple[Shape, Shape, S
 
 
 def profiles(batch: Sequence[int], prompt: Sequence[int], longest: int) -> tuple[Profile, Profile]:
-    """The profiles for prefill and decode.
+    """Return the profiles for prefill and decode.
 
     Args:
-        batch: sequences at once: the usual number first, the largest is the most.
-        prompt: tokens of a prompt, likewise.
+        batch: batch sizes: the first is the usual one, the maximum is the largest one.
+        prompt: lengths of a prompt in tokens, likewise.
         longest: the most tokens of a sequence, prompt and answer together.
 
     Raises:

@@ -1,8 +1,10 @@
-"""Which layers of an engine run on sparse tensor cores, and why the others do not.
+"""Find which layers of an engine run on sparse tensor cores, and why the others do not.
 
-Three things have to be true of a layer, and each has its own witness: its weights hold 2:4 in the
-very file that the engine was built from (read back here), TensorRT takes it for eligible (its log),
-and TensorRT preferred a sparse kernel (the finished engine's kernel names, or the log).
+A layer runs sparse if three conditions hold, each with its own evidence:
+
+1. Its weights hold 2:4 in the very file that the engine was built from. Evidence: the file itself.
+2. TensorRT considers it eligible. Evidence: the builder's log.
+3. TensorRT chose a sparse kernel. Evidence: the kernel names of the finished engine, or the log.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +18,25 @@ from thanos_deploy.bundle.engine_record import Choice, LayerProof
 
 GROUP, KEPT = 4, 2
 
-# Sparse tensor cores multiply 16 or more inputs at a time, by outputs in steps of 8: PTX ISA,
-# mma.sp. TensorRT has no sparse kernels for other multiples.
+# Sparse tensor cores multiply at least 16 inputs at a time, for outputs in steps of 8 (PTX ISA,
+# mma.sp). TensorRT has no sparse kernels for other multiples.
 INPUT_MULTIPLE, OUTPUT_MULTIPLE = 16, 8
 
-# Sparse kernels start to win at about this size, say TensorRT's maintainers (NVIDIA/TensorRT issue
-# 3849); a reason to expect a dense kernel, not to refuse a sparse one.
+# According to TensorRT's maintainers, sparse kernels start to win at about this size
+# (NVIDIA/TensorRT issue 3849). Below it a dense kernel is likely, but a sparse one is possible.
 SMALL = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A linear layer as it lies in the graph.
+    """The weight of a linear layer in the graph.
 
     Attributes:
-        name: of the layer in the model, and of its node in the graph.
-        outputs, inputs: its size.
-        dtype: numpy's name of what it is stored in.
-        groups: aligned groups of four inputs, over all outputs.
-        dense_groups: those of them with more than two non-zeros.
+        name: name of the layer in the model, and of its node in the graph.
+        outputs, inputs: number of output and input features.
+        dtype: numpy's name of the dtype that it is stored in.
+        groups: number of aligned groups of four inputs, over all outputs.
+        dense_groups: number of these groups with more than two nonzeros.
     """
 
     name: str
@@ -46,15 +48,15 @@ class Weight:
 
     @property
     def holds(self) -> bool:
-        """Every aligned group of four inputs has at least two zeros."""
+        """Whether every aligned group of four inputs has at least two zeros."""
         return self.inputs % GROUP == 0 and self.dense_groups == 0
 
 
 def weight(name: str, values: NDArray[np.generic]) -> Weight:
-    """Look at a matrix of the graph.
+    """Count the 2:4 groups of a weight.
 
     Args:
-        name: of its layer.
+        name: name of its layer.
         values: [outputs, inputs].
     """
     outputs, inputs = values.shape
@@ -79,14 +81,13 @@ def prove(
     sparse_allowed: bool,
     kernels_known: bool,
 ) -> list[LayerProof]:
-    """Decide about every linear layer.
+    """Decide for every linear layer whether a sparse kernel runs it.
 
     Args:
-        weights: the layers, as they lie in the graph.
-        lines, timings, layers: what TensorRT said; see `log`.
-        sparse_allowed: the builder was told to look at sparse weights.
-        kernels_known: the kernels were chosen when the engine was built, and not left to the
-            machine that loads it.
+        weights: the weights of the layers in the graph.
+        lines, timings, layers: TensorRT's reports; see `log`.
+        sparse_allowed: whether the builder was allowed to use sparse kernels.
+        kernels_known: whether kernels were chosen at build time, not when the engine is loaded.
     """
     hosts: dict[str, EngineLayer] = {}
     # The engine may hold a layer once for each profile; a sparse kernel in one is enough.
@@ -147,7 +148,7 @@ def _judge(
         return "not reported", "the engine was built without allowing sparse weights"
     if not kernels_known:
         return "not reported", "kernels are chosen when the engine is loaded on its GPU"
-    everyone = lines.eligible_count and not lines.eligible  # counted, and no one named
+    everyone = lines.eligible_count and not lines.eligible  # the log counts layers without names
     if entry.name in lines.eligible or everyone:
         return "eligible", _slower(entry, timing)
     return "not reported", "TensorRT's log does not mention it, neither as eligible nor as sparse"

@@ -1,4 +1,4 @@
-"""An engine as a stage of its bundle: export it, and look at it again."""
+"""An engine as a stage of its bundle: export it, and verify it later."""
 
 import shutil
 import statistics
@@ -21,7 +21,7 @@ from thanos_deploy.gpu import driver
 from thanos_deploy.measure.latency import Generate
 from thanos_deploy.progress import Announce, quietly
 
-# To choose between two forms of an engine: a prompt and this many tokens, so often.
+# A trial of a form of the linear layers: generate this many tokens, this many times.
 _TRIAL_TOKENS, _TRIAL_ROUNDS = 32, 20
 
 _REBUILD = "build the engine again with `thanos-deploy export --overwrite`"
@@ -36,19 +36,19 @@ def export(
     overwrite: bool,
     announce: Announce,
 ) -> Exported[EngineResult]:
-    """An engine of the pruned model, and before it the graph that it is made from.
+    """Export the graph of the pruned model if need be, and build an engine from it.
 
     Args:
-        bundle: with the stage prune finished, claimed for writing.
-        request: what it is built for.
-        library: that builds it.
-        architectures: the GPUs to build for, looked up when the graph is there, or an error.
-        overwrite: redo what was made with other options.
-        announce: told of every piece of work.
+        bundle: a bundle whose stage prune is finished, claimed for writing.
+        request: options of the engine.
+        library: the library that builds it.
+        architectures: returns the GPUs to build for, or raises; called after the graph is exported.
+        overwrite: redo stages that were made with other options.
+        announce: called with the title of every task that starts.
 
     Raises:
-        DeployError: see `exporters.tensorrt.engine.export`; PlatformError also where the form is to
-            be chosen and there is no GPU.
+        DeployError: see `exporters.tensorrt.engine.export`; PlatformError also if the form is
+            "auto" and there is no GPU.
     """
     source = export_graph(bundle, request, overwrite=overwrite, announce=announce)
     for_gpus = architectures()
@@ -83,7 +83,7 @@ def export(
         result=EngineResult,
         folder=folder,
         inputs={"model": bundle.model_sha256, source: bundle.hashes(source)},
-        # The engine, its timing cache and log, and the graph again if it is rewritten.
+        # The engine, its timing cache and log, and a copy of the graph if it is rewritten.
         bytes_needed=lambda: 3 * stage_bytes(bundle, source),
         options=request,
         overwrite=overwrite,
@@ -97,10 +97,10 @@ def export_graph(
     overwrite: bool = False,
     announce: Announce = quietly,
 ) -> str:
-    """The stage with the graph that an engine is made from, which is exported now if need be."""
+    """Return the stage with the graph that an engine is built from; export it if need be."""
     own = neutral_like(bundle)
     wanted = ExportRequest(request.dtype, request.max_sequence or own.max_sequence, request.logits)
-    # The graph of the bundle serves as it is, if it is of the right kind.
+    # The bundle's own graph is used if it was made with the same options.
     last = "-last" if request.logits == "last" else ""
     stage = ONNX if own == wanted else f"{ONNX}-{request.dtype}{last}"
     export_pruned(bundle, wanted, stage=stage, overwrite=overwrite, announce=announce)
@@ -108,7 +108,7 @@ def export_graph(
 
 
 def verify(bundle: Bundle, stage: str, *, library: Library) -> Iterator[Check]:
-    """From which graph an engine is, and whether its verdicts are those that its own log gives."""
+    """Check that an engine is built from the current graph, and that its log gives its verdicts."""
     folder = bundle.path / engine_folder(stage)
     source = bundle.source_of(stage)
     yield _source(bundle, stage, source)
@@ -144,7 +144,7 @@ def _source(bundle: Bundle, stage: str, source: str) -> Check:
 
 
 def _fastest(build: Callable[[Path, str], BuildRecord], destination: Path) -> EngineResult:
-    """Build an engine of each form and keep the one that is faster from prompt to last token."""
+    """Build an engine of each form, and keep the one that generates a whole answer faster."""
     records, seconds = {}, {}
     for form in engine.FORMS:
         folder = destination / form
@@ -152,10 +152,10 @@ def _fastest(build: Callable[[Path, str], BuildRecord], destination: Path) -> En
         records[form] = build(folder, form)
         loaded = tensorrt_runtime.open_folder(folder)
         prefill = records[form].profiles[0]
-        # With room for the answer, in a model that takes hardly more tokens.
+        # Leave room for the answer, even if the model takes hardly more tokens.
         prompt = min(prefill.sequence.usual, loaded.max_sequence - _TRIAL_TOKENS)
         work = Generate(prefill.batch.usual, max(prompt, 1), _TRIAL_TOKENS)
-        # The first turn warms up.
+        # The first turn is a warm-up.
         turns = [work.take(loaded, turn)["total"][0] for turn in range(1 + _TRIAL_ROUNDS)]
         seconds[form] = statistics.median(turns[1:])
     fastest = min(seconds, key=seconds.__getitem__)

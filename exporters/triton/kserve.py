@@ -1,7 +1,7 @@
 """Write an InferenceService for KServe that serves a Triton model repository.
 
-KServe's own runtime for Triton starts the server on the folder that `storageUri` names; of its
-models only `text` is loaded, so that an engine for another GPU is no reason to be not ready.
+KServe's own runtime for Triton starts the server on the folder that `storageUri` names. Only the
+model `text` is loaded, so an engine for another GPU cannot keep the server from getting ready.
 """
 
 import re
@@ -11,17 +11,18 @@ import yaml
 
 from thanos_deploy import __version__
 
-_NAME_LENGTH = 40  # KServe makes longer names of it, and a host name's part has at most 63
+# KServe appends to the name, and a label of a host name has at most 63 characters.
+_NAME_LENGTH = 40
 
 
 def write(path: Path, *, name: str, model: str, memory_bytes: int) -> None:
     """Write the InferenceService.
 
     Args:
-        path: the file.
-        name: what the service is called after.
-        model: the one that is loaded.
-        memory_bytes: what the server needs.
+        path: the file to write.
+        name: a name from which the name of the service is made; see `service_name`.
+        model: the model of the repository that is loaded.
+        memory_bytes: memory that the server needs; both the request and the limit.
     """
     label = service_name(name)
     memory = f"{-(-memory_bytes // 2**20)}Mi"
@@ -46,7 +47,7 @@ def write(path: Path, *, name: str, model: str, memory_bytes: int) -> None:
 
 
 def service_name(name: str) -> str:
-    """A name that KServe takes: small letters, digits and hyphens, a letter first."""
+    """Make a name that KServe takes: lower-case letters, digits and hyphens, a letter first."""
     label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     if not label[:1].isalpha():
         label = f"model-{label}"

@@ -1,14 +1,15 @@
 """A model repository for Triton Inference Server, and an InferenceService for KServe.
 
-    text/              text, by `runtime` in Triton's Python backend: in pieces, as it is made
-    onnx/              the graph, for Triton's ONNX Runtime backend, on a GPU with TensorRT
+    text/              generates text with `runtime` in Triton's Python backend, and streams it
+    onnx/              the graph, for Triton's ONNX Runtime backend; on a GPU with TensorRT
     tensorrt-ARCH/     an engine, for Triton's TensorRT backend
-    kserve.yaml        an InferenceService with the model text
+    kserve.yaml        an InferenceService that serves the model text
 
-Triton loads the folder of a model alone and may copy it elsewhere first. So each is whole, and the
-repository can be moved: `text` has the part of the bundle that it reads and the code that it runs.
-Only the weights of `text` and `onnx` are one file with two names, where the file system can do
-that; onnx refuses to read such a file, ONNX Runtime does not.
+Triton loads the folder of each model alone, and may copy it elsewhere first. So every folder is
+self-contained, and the repository can be moved: `text` has the part of the bundle that it reads and
+the code that it runs. The weights of `text` and `onnx` are one file with two names (hard links)
+where the graph is the same and the file system allows it. The package onnx refuses to read such a
+file; ONNX Runtime reads it.
 """
 
 import ast
@@ -40,12 +41,12 @@ from thanos_deploy.model.rope import change_in
 from thanos_deploy.progress import OnProgress, silent
 
 CONFIG = "config.pbtxt"
-TEXT = "text"  # the model beside the graph, which is called like its folder, and the engines
+TEXT = "text"  # name of the text model; the graph and the engines have the names of their stages
 KSERVE = "kserve.yaml"
 
-# Texts that `text` makes at once, and texts that may wait; its config.pbtxt can be changed.
+# Texts that `text` generates at once, and that may wait in its queue; config.pbtxt can be edited.
 _SLOTS, _QUEUE = 8, 64
-_PACKAGES = ("runtime", "thanos_deploy")  # whose modules go with its model
+_PACKAGES = ("runtime", "thanos_deploy")  # packages whose modules are copied with the text model
 _READ_BY_TEXT = (
     manifest.MANIFEST,
     *(f"{ONNX}/{name}" for name in (GRAPH, GRAPH_DATA, GRAPH_RECORD)),
@@ -65,8 +66,8 @@ class Engine:
     """An engine of a bundle.
 
     Attributes:
-        folder: that `exporters.tensorrt.engine.export` wrote.
-        graph: the folder with the graph that it was built from.
+        folder: the folder that `exporters.tensorrt.engine.export` wrote.
+        graph: the folder with the graph that the engine was built from.
     """
 
     folder: Path
@@ -88,23 +89,26 @@ def export(
     """Write the repository.
 
     Args:
-        bundle: its folder, with a graph and a tokenizer.
+        bundle: folder of the bundle, which has a graph and a tokenizer.
         destination: an existing folder.
-        name: of the InferenceService.
-        graph: the folder of the bundle with the neutral graph; the text model has that in `onnx`.
-        engines: by the name of their model.
-        tensorrt_options: of ONNX Runtime's TensorRT provider, for the graph.
-        text_options: what a request for text may set beside the prompt, and of which type it is.
-        text_model: the Python model; the modules that it imports from its own packages go with it.
-        on_progress: told of the beginning and the end.
+        name: a name from which the name of the InferenceService is made.
+        graph: the folder of the bundle with the neutral graph, for the model `onnx`; the text model
+            uses the graph in the bundle's folder `onnx`.
+        engines: the engines, by name of their model in the repository.
+        tensorrt_options: options of ONNX Runtime's TensorRT provider, for the model `onnx`.
+        text_options: the sampling options that a request to the text model may set, and their
+            types.
+        text_model: file of the Python model; modules of this project that it imports are copied
+            with it.
+        on_progress: called at the beginning and at the end.
 
     Returns:
-        the backend of every model.
+        The backend of every model, by name.
 
     Raises:
         PlatformError: tritonclient is not installed.
-        InputError: the model has no tokenizer.json, or texts that share a batch would not get what
-            they get alone; see `thanos_deploy.model.rope`.
+        InputError: the model has no tokenizer.json, or its rotary embedding would make a text in a
+            batch depend on the other texts; see `thanos_deploy.model.rope`.
     """
     types = library()
     record = read_graph_record(bundle / ONNX / GRAPH_RECORD)
@@ -141,7 +145,7 @@ def export(
         destination / KSERVE,
         name=name,
         model=TEXT,
-        # While it loads the graph, ONNX Runtime may hold a matrix twice.
+        # ONNX Runtime may hold each matrix twice while it loads the graph.
         memory_bytes=2 * (bundle / ONNX / GRAPH_DATA).stat().st_size + cache,
     )
     on_progress(len(configs), len(configs))
@@ -149,7 +153,7 @@ def export(
 
 
 def library() -> ModuleType:
-    """The protobuf types of a model's configuration.
+    """Import the protobuf types of a model's configuration.
 
     Raises:
         PlatformError: tritonclient is not installed.
@@ -183,7 +187,7 @@ def _text(types: Any, options: Mapping[str, type]) -> Any:
             types.ModelOutput(name=name, data_type="TYPE_STRING", dims=[1])
             for name in ("text", "finish_reason")
         ],
-        # One, whatever it runs on: its texts share the steps of one batch.
+        # A single instance on any machine: all texts share the steps of one batch.
         instance_group=[types.ModelInstanceGroup(kind="KIND_CPU", count=1)],
         model_transaction_policy=types.ModelTransactionPolicy(decoupled=True),
         parameters={
@@ -199,7 +203,7 @@ def _text(types: Any, options: Mapping[str, type]) -> Any:
 
 def _graph(types: Any, graph: Path, tensorrt_options: Mapping[str, str]) -> Any:
     options = dict(tensorrt_options)
-    # The one option for which the backend has a name of its own.
+    # Triton's backend has its own name for this option only.
     precision = "FP16" if options.pop("trt_fp16_enable") == "1" else "FP32"
     accelerators = types.ModelOptimizationPolicy.ExecutionAccelerators
     return types.ModelConfig(
@@ -229,17 +233,17 @@ def _engine(types: Any, engine: Engine) -> Any:
             types.ModelInstanceGroup(
                 kind="KIND_GPU",
                 count=1,
-                # All of them, so that Triton takes the one that fits: prefill or decode.
+                # All profiles, so that Triton picks the one that fits: prefill or decode.
                 profile=[str(index) for index in range(len(profiles))],
             )
         ],
-        # Before the same model on ONNX Runtime, where both share a GPU.
+        # Goes before the same model on ONNX Runtime if both share a GPU.
         optimization=types.ModelOptimizationPolicy(priority="PRIORITY_MAX"),
     )
 
 
 def _tensors(types: Any, graph: Path) -> dict[str, list[Any]]:
-    """Inputs and outputs as the graph has them; there is no dimension that Triton may batch."""
+    """Inputs and outputs with all dimensions of the graph; Triton does not batch requests."""
     onnxfile.require_own_data(graph)
     content = ir.load(graph).graph
     return {
@@ -270,10 +274,10 @@ def _begin(model: Path, config: Any) -> Path:
 
 
 def _code(module: Path) -> set[Path]:
-    """The files of `runtime.triton_model`, and of all that it imports from our packages."""
+    """The file of the text model, and the files of all modules of this project that it imports."""
     root = module.parent.parent
     found: set[Path] = set()
-    # `runtime.engine` imports the engine by its name.
+    # `runtime.engine` imports this module by its name, which the search below does not see.
     left = [module, module.parent / "engines" / "onnxruntime.py"]
     while left:
         path = left.pop()
@@ -285,7 +289,7 @@ def _code(module: Path) -> set[Path]:
                 case ast.Import(names):
                     imported = [alias.name for alias in names]
                 case ast.ImportFrom(package, names):
-                    # Each may be a module, or something in one.
+                    # Each name may be a module, or an object of the module `package`.
                     imported = [f"{package}.{alias.name}" for alias in names]
                 case _:
                     continue

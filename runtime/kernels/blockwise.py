@@ -1,12 +1,13 @@
-"""y = x W^T + b with W 2:4, on a CPU: some rows of W at a time are unpacked and multiplied.
+"""y = x W^T + b with W 2:4 on a CPU: a block of rows of W is unpacked and multiplied at a time.
 
-No dense copy of W is ever whole, so W takes 9/16 of its bytes in 16 bits (17/32 in 32 bits), and
-the rows that are unpacked stay in the cache of a core until they are multiplied.
+There is never a dense copy of all of W, so W takes 9/16 of its dense bytes in 16-bit dtypes (17/32
+in float32). The unpacked rows stay in the cache of a core until they are multiplied.
 
-PyTorch has no instruction for what 2:4 needs, so its operators have to work on long runs of
-entries. The four columns of every group are therefore kept apart: kept values are two planes, first
-and second [rows, groups], the unpacked rows are four, and x is put into the same order of columns.
-Column c of a group holds, by the bits of its mask, what `runtime.kernels.prefill` says.
+PyTorch has no operator for 2:4, and its elementwise operators are fast only on long runs of
+entries. So the layout keeps the columns of a group in separate planes: the first and the second
+kept value of every group are two planes [rows, groups], the unpacked rows are four, and x is
+reordered to match. `runtime.kernels.prefill` says how the mask bits of a group give the values of
+its columns.
 """
 
 import torch
@@ -23,7 +24,8 @@ _KEPT = 2
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
-# Of unpacked rows. Fewer take longer in calls of operators, more leave the cache of a core.
+# Bytes of a block of unpacked rows: a smaller block spends more time in calls of operators, a
+# larger one does not fit the cache of a core.
 _BYTES_AT_ONCE = 1 << 20
 
 
@@ -31,14 +33,14 @@ def hold(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Pack a 2:4 matrix.
 
     Args:
-        weight: one of `DTYPES` [rows, columns], 2:4 along the columns.
-        name: for the message.
+        weight: [rows, columns] with a dtype of `DTYPES`, 2:4 along the columns.
+        name: name of the weight, for the message of an error.
 
     Returns:
-        planes and codes; see `from_packed`.
+        Planes and codes; see `from_packed`.
 
     Raises:
-        InputError: another dtype.
+        InputError: the dtype is not one of `DTYPES`.
         ModelError: the weight is not 2:4.
     """
     if weight.dtype not in DTYPES:
@@ -51,16 +53,16 @@ def hold(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
 
 
 def from_packed(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What `thanos_deploy.model.packing.pack` returns at 2:4, in the order that is multiplied.
+    """Reorder a weight that `thanos_deploy.model.packing.pack` packed at 2:4 for `linear`.
 
     Args:
         values: [rows, columns / 2].
         mask: uint8[rows, ceil(columns / 8)].
 
     Returns:
-        planes [2, rows, groups], the first and the second kept value of every group; and codes
-        uint8[rows, ceil(groups / 2)], the four bits of group g in the lower half of byte g, or in
-        the upper half of byte g - ceil(groups / 2).
+        Planes [2, rows, groups], the first and the second kept value of every group; and codes
+        uint8[rows, ceil(groups / 2)], with the four mask bits of group g in the lower half of byte
+        g or, for the second half of the groups, in the upper half of byte g - ceil(groups / 2).
     """
     rows, kept = values.shape
     groups = kept // _KEPT
@@ -76,12 +78,12 @@ def linear(x: Tensor, planes: Tensor, codes: Tensor, bias: Tensor | None = None)
     """Return x W^T + bias.
 
     Args:
-        x: the weight's dtype [tokens, inputs].
-        planes, codes: of the weight [outputs, inputs]; see `from_packed`.
+        x: [tokens, inputs] in the weight's dtype.
+        planes, codes: the weight [outputs, inputs] as `from_packed` returns it.
         bias: [outputs].
 
     Returns:
-        the weight's dtype [tokens, outputs].
+        [tokens, outputs] in the weight's dtype.
     """
     _, rows, groups = planes.shape
     tokens = len(x)
@@ -98,17 +100,18 @@ def linear(x: Tensor, planes: Tensor, codes: Tensor, bias: Tensor | None = None)
 
 
 def _unpack(planes: Tensor, codes: Tensor, out: Tensor) -> None:
-    """Write some rows [rows, four columns, groups].
+    """Unpack some rows into `out` [rows, four columns, groups].
 
-    Entries are selected by integer instructions on their bits, because PyTorch runs those on whole
-    vectors, and `torch.where` entry by entry at some fifteen times the time.
+    Entries are selected by bitwise operations, because PyTorch vectorises those; `torch.where`
+    works entry by entry and takes some fifteen times as long.
     """
     first, second = planes.view(_BITS[planes.element_size()])
     groups = first.shape[1]
     halves = codes.view(torch.int8)
-    # Of two groups in a byte the upper one's bits are four places higher.
+    # The mask bits of every group in bits 4 to 7 of a byte: those of the lower halves are shifted.
     whole = torch.cat([halves << 4, halves], dim=1)[:, :groups]
-    # All bits where the column is kept, or none: its bit becomes the sign, which is drawn out.
+    # For each column all bits set where it is kept, else none: the column's mask bit is shifted to
+    # the sign bit, and an arithmetic right shift spreads it.
     kept = [((whole << (3 - column)) >> 7).to(first.dtype) for column in range(GROUP)]
     columns = out.view(first.dtype).unbind(dim=1)
     differ = first ^ second

@@ -1,13 +1,13 @@
-"""Which kernel multiplies fastest, for each shape of a layer and number of tokens: by measurement.
+"""Choose the fastest kernel for each shape of a layer and number of tokens, by measurement.
 
-No kernel wins everywhere: at one token a product waits for the weight to be read, at thousands for
-the tensor cores, and a library may lose to the dense product at what it was not tuned for. So all
-of them are timed once on the GPU at hand, and the result is kept in a file for the next start.
+No kernel wins everywhere: at one token a product is limited by reading the weight, at thousands by
+the tensor cores, and a library may lose to the dense product at sizes that it was not tuned for. So
+all kernels are timed once on the GPU at hand, and the result is kept in a file for the next start.
 
-Every kernel reads the weight in a layout of its own, so a layer holds a copy for each kernel that
-it uses: at most two, and of all such selections the one with the fewest bytes among those that are
-within `WORTH` of the fastest. How fast a selection is, is the geometric mean over the buckets of
-tokens, each at its faster kernel.
+Every kernel reads the weight in a layout of its own, so a layer holds a copy of the weight for each
+kernel that it uses, two at most. The time of such a selection of kernels is the geometric mean over
+the buckets of tokens, each with its faster kernel. Among the selections whose time is within
+`WORTH` of the fastest, the one with the fewest bytes is chosen.
 """
 
 import logging
@@ -41,40 +41,41 @@ FORMAT = "thanos-deploy/kernels/1"
 FILE = "kernels.json"
 DENSE = "dense"
 
-# Never faster than the library's search, which includes it.
+# Not a candidate: the search of cuSPARSELt includes this algorithm.
 _COMPARISON = "cusparselt-first"
 
-# The most tokens of each bucket, and what the bucket beyond is measured at.
+# The most tokens of each bucket, and the number of tokens at which the last bucket is measured.
 ENDS = (1, 4, 16, 64, 256)
 _BEYOND = 2048
 TOKENS = (*ENDS, _BEYOND)
 
-# Of time: what another copy of the weights has to gain.
+# Fraction of the time that a second copy of the weight has to save.
 WORTH = 0.03
 
-# Bits of a weight in 16 bits: 2:4 keeps half of them, and 2 bits of index or mask for each.
+# Bits for each entry of a 16-bit weight. 2:4 keeps half of the entries, and 2 bits of index or mask
+# for each kept entry.
 _DENSE_BITS = 16
 _SPARSE_BITS = 9
 
-# Of a product's time, each of a graph of many products.
+# Samples of a kernel's time and runs before them; each replays a CUDA graph of many products.
 _SAMPLES = 20
 _WARMUP = 3
 
-# Libraries refuse with RuntimeError, ours with DeployError.
+# Exceptions for unsupported sizes: libraries raise RuntimeError, our kernels DeployError.
 _REFUSALS = (DeployError, RuntimeError, ImportError)
 
 Maker = Callable[[Tensor, str], Multiply]
-# Calls that do the same on different copies of a weight -> seconds of one.
+# Takes calls that multiply with different copies of one weight; returns the seconds of one call.
 Clock = Callable[[Sequence[Callable[[], object]]], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a linear layer.
+    """Shape and dtype of the weight of a linear layer.
 
     Attributes:
-        outputs, inputs: of its weight.
-        dtype: of its weight, a key of `timing.DTYPES`.
+        outputs, inputs: number of output and input features.
+        dtype: a key of `timing.DTYPES`.
     """
 
     outputs: int
@@ -83,10 +84,10 @@ class Shape:
 
     @classmethod
     def of(cls, weight: Tensor, name: str = "weight") -> "Shape":
-        """The shape of a weight [outputs, inputs].
+        """Return the shape of a weight [outputs, inputs].
 
         Raises:
-            InputError: no kernel for 2:4 takes its dtype.
+            InputError: no kernel for 2:4 takes the dtype.
         """
         require_dtype(weight, name)
         (dtype,) = (key for key, dtype in timing.DTYPES.items() if dtype == weight.dtype)
@@ -96,12 +97,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One kernel on one shape.
+    """Times of one kernel on one shape.
 
     Attributes:
         kernel: `DENSE` or a key of `linears.MAKERS`.
-        seconds: of one product in each bucket; None where there is none.
-        reason: why the first of those is missing; None if all are there.
+        seconds: seconds of one product in each bucket; None where the kernel could not be timed.
+        reason: why the first missing time is missing; None if no time is.
     """
 
     kernel: str
@@ -111,12 +112,12 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured and chosen for one shape.
+    """Measurements and choice for one shape.
 
     Attributes:
-        shape: of the layers.
-        chosen: the kernel for each bucket.
-        timed: all that were tried.
+        shape: shape of the layers.
+        chosen: name of the kernel for each bucket.
+        timed: times of all candidates.
     """
 
     shape: Shape
@@ -126,7 +127,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a measurement holds for.
+    """GPU and versions for which a measurement is valid.
 
     Attributes:
         card: name of the GPU.
@@ -140,7 +141,7 @@ class Origin:
 
     @classmethod
     def here(cls) -> "Origin":
-        """The current GPU and what is installed."""
+        """Return the current GPU and the installed versions."""
         libraries = environment.describe().libraries
         return cls(
             torch.cuda.get_device_name(), torch.__version__, libraries.get("triton"), __version__
@@ -149,7 +150,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The content of the file: what was measured, and what that holds for."""
+    """The content of the file: measurements, and the GPU and versions that they are valid for."""
 
     format: str
     origin: Origin
@@ -157,27 +158,27 @@ class _Table:
 
 
 def bucket(tokens: int) -> int:
-    """Index of the bucket for a number of tokens."""
+    """Return the index of the bucket for a number of tokens."""
     return bisect_left(ENDS, tokens)
 
 
 def dense(weight: Tensor, name: str) -> Multiply:
-    """Multiply with a weight as it is; a maker like those of `linears.MAKERS`."""
+    """Make the dense product of a weight; a maker like those of `linears.MAKERS`."""
     held = weight.contiguous()
     return lambda x, bias: nn.functional.linear(x, held, bias)
 
 
 def makers() -> dict[str, Maker]:
-    """The kernels to choose from: the dense product, and all for 2:4 but one to compare with."""
+    """Return the candidates: the dense product and the 2:4 kernels, except `_COMPARISON`."""
     others = {name: make for name, make in linears.MAKERS.items() if name != _COMPARISON}
     return {DENSE: dense, **others}
 
 
 def fastest(timed: Sequence[Timed]) -> tuple[str, ...]:
-    """The kernel for each bucket, by the rule in the module's docstring.
+    """Choose the kernel for each bucket, by the rule in the module's docstring.
 
     Args:
-        timed: all kernels; at least one has a time in every bucket.
+        timed: times of all candidates; at least one kernel has a time in every bucket.
     """
     seconds = {one.kernel: [inf if t is None else t for t in one.seconds] for one in timed}
     selections = {
@@ -198,7 +199,7 @@ def fastest(timed: Sequence[Timed]) -> tuple[str, ...]:
 
 
 def bits(kernels: Iterable[str]) -> int:
-    """Of a weight in 16 bits that is held for each of some different kernels."""
+    """Return the bits for each entry of a 16-bit weight that is held once for each kernel."""
     return sum(_DENSE_BITS if kernel == DENSE else _SPARSE_BITS for kernel in set(kernels))
 
 
@@ -210,17 +211,16 @@ def measure(
     device: str = "cuda",
     on_progress: OnProgress = silent,
 ) -> tuple[Row, ...]:
-    """Time kernels on random 2:4 weights, and choose.
+    """Time kernels on random 2:4 weights, and choose one for each bucket.
 
-    A kernel that refuses a shape, or whose product is not that of the weight, has no time but a
-    reason.
+    A kernel that refuses a shape, or whose product is wrong, gets a reason instead of a time.
 
     Args:
-        shapes: of the layers.
-        clock: says how long a call takes.
-        candidates: what to choose from; the dense product is one of them.
-        device: where to measure.
-        on_progress: told of every shape.
+        shapes: shapes of the layers.
+        clock: measures the seconds of one call.
+        candidates: makers of the kernels to choose from, by name; includes the dense product.
+        device: device to measure on.
+        on_progress: called after every shape.
     """
     rows = []
     on_progress(0, len(shapes))
@@ -237,11 +237,11 @@ def measure(
 
 
 def _time(kernel: str, make: Maker, weight: Tensor, dtype: str, clock: Clock) -> Timed:
-    """One kernel on one weight, in every bucket."""
+    """Time one kernel on one weight, in every bucket."""
     seconds: list[float | None] = []
     reasons = []
     try:
-        # As many that the cache of the GPU holds none of them when its turn comes.
+        # Enough copies that none is still in the GPU's cache when its turn comes again.
         copies = [make(weight.clone(), "weight") for _ in range(timing.rotation(weight))]
     except _REFUSALS as refusal:
         return Timed(kernel, (None,) * len(TOKENS), _reason(refusal))
@@ -249,7 +249,7 @@ def _time(kernel: str, make: Maker, weight: Tensor, dtype: str, clock: Clock) ->
         try:
             seconds.append(_seconds(copies, weight, tokens, dtype, clock))
         except _REFUSALS as refusal:
-            if kernel == DENSE:  # nothing would be left to choose
+            if kernel == DENSE:  # it must work, as the other kernels may all refuse
                 raise
             seconds.append(None)
             reasons.append(f"{tokens} tokens: {_reason(refusal)}")
@@ -275,16 +275,16 @@ def _reason(refusal: Exception) -> str:
 
 
 def replayed(calls: Sequence[Callable[[], object]]) -> float:
-    """The clock of a GPU: the median second of one call, within a CUDA graph of all."""
+    """Return the median seconds of one call in a CUDA graph of all calls; the clock for a GPU."""
     times = -(-timing.LEAST_CALLS // len(calls))
     return median(timing.replayed([*calls] * times, samples=_SAMPLES, warmup=_WARMUP))
 
 
 def read(path: Path, origin: Origin) -> tuple[Row, ...]:
-    """What a file says that was measured on the same GPU with the same versions; else nothing.
+    """Read the rows of a file that was measured on the same GPU with the same versions.
 
-    A file of another origin or that cannot be read is no error, because all of it can be measured
-    anew; the log says so.
+    A file of another origin, or one that cannot be read, is no error, because everything can be
+    measured again: the result is empty and a warning is logged.
     """
     try:
         table = decode_format(_Table, loads(path.read_bytes()), FORMAT)
@@ -310,16 +310,16 @@ def read(path: Path, origin: Origin) -> tuple[Row, ...]:
 
 
 def write(path: Path, origin: Origin, rows: Sequence[Row]) -> None:
-    """Keep what was measured, for `read`."""
+    """Write rows to a file, for `read`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.replace_json(path, encode(_Table(FORMAT, origin, tuple(rows))))
 
 
 def _require_known(rows: Sequence[Row]) -> None:
-    """Refuse rows whose choice is not of a kernel that was timed and is still there.
+    """Refuse rows that choose a kernel that was not timed or no longer exists.
 
     Raises:
-        ValueError: one is.
+        ValueError: there is such a row, or one with another number of buckets.
     """
     for row in rows:
         known = {one.kernel for one in row.timed} & makers().keys()
@@ -328,15 +328,15 @@ def _require_known(rows: Sequence[Row]) -> None:
 
 
 def folder(keep: Path | None, architecture: str) -> Path:
-    """Where to keep what is measured.
+    """Return the folder for the file of measurements.
 
     Args:
         keep: the folder of a bundle's engines; None if there is no bundle.
-        architecture: of the GPU, such as "sm90".
+        architecture: architecture of the GPU, such as "sm90".
 
     Returns:
-        a folder in there, or in the cache folder of thanos-deploy where the bundle cannot be
-        written to.
+        A folder in `keep`, or in the cache folder of thanos-deploy if there is no bundle or it
+        cannot be written to.
     """
     if keep is None or not os.access(keep if keep.exists() else keep.parent, os.W_OK):
         keep = environment.cache_folder()
@@ -349,13 +349,13 @@ def rows_for(
     origin: Origin,
     measured: Callable[[Sequence[Shape]], tuple[Row, ...]],
 ) -> dict[Shape, Row]:
-    """The rows of some shapes, from a file as far as it has them.
+    """Return the rows for some shapes: from a file, and measured if the file lacks them.
 
-    The log says where they come from and what memory the layers will take.
+    The memory that the layers will take is logged.
 
     Args:
-        shapes: of all layers.
-        path: of the file; it has all rows afterwards.
+        shapes: shapes of all layers, repeated for every layer.
+        path: the file; it has all rows afterwards.
         origin: this GPU and these versions.
         measured: measures the shapes that are missing.
     """
@@ -375,12 +375,12 @@ def rows_for(
 
 
 def replace(model: nn.Module, names: Sequence[str], rows: Mapping[Shape, Row]) -> None:
-    """Exchange linear layers, one at a time, for ones that multiply with what was chosen.
+    """Replace linear layers, one at a time, by layers that multiply with the chosen kernels.
 
     Args:
-        model: where they are.
-        names: their full names.
-        rows: for the shape of each.
+        model: the model; changed in place.
+        names: full names of the layers.
+        rows: a row for the shape of every layer.
 
     Raises:
         InputError: a weight is not 2:4; the message names the layer.
@@ -391,16 +391,16 @@ def replace(model: nn.Module, names: Sequence[str], rows: Mapping[Shape, Row]) -
         chosen = rows[Shape.of(weight, name)].chosen
         held = {kernel: known[kernel](weight, name) for kernel in dict.fromkeys(chosen)}
         by_bucket = [held[kernel] for kernel in chosen]
-        # A branch on a shape: a CUDA graph records the kernel of its own number of tokens.
+        # A branch on a shape, so a CUDA graph records the kernel for its number of tokens.
         return lambda x, bias: by_bucket[bucket(len(x))](x, bias)
 
     linears.exchange(model, names, make)
 
 
 def shapes_of(model: nn.Module, names: Sequence[str]) -> list[Shape]:
-    """The shape of each of some linear layers.
+    """Return the shape of each of some linear layers.
 
     Raises:
-        InputError: no kernel for 2:4 takes the dtype of one.
+        InputError: no kernel for 2:4 takes the dtype of a layer.
     """
     return [Shape.of(matrix(model.get_submodule(name)), name) for name in names]

@@ -1,6 +1,6 @@
-"""CUDA C++ of this folder, compiled on first use for the GPU at hand, and launched.
+"""Compile the CUDA C++ files of this folder on first use for the GPU at hand, and launch kernels.
 
-NVRTC compiles it, which comes with CUDA builds of PyTorch; no CUDA toolkit is needed.
+NVRTC compiles them. It comes with CUDA builds of PyTorch, so no CUDA toolkit is needed.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from thanos_deploy.errors import PlatformError
 
 FOLDER = Path(__file__).parent
 
-# Names of cuda.h.
+# Values of enumerations in cuda.h.
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _TENSOR_MAP_UINT16 = 1
 _SWIZZLES = {64: 2, 128: 3}
@@ -26,15 +26,15 @@ _TENSOR_MAP_ALIGNMENT = 64
 
 Grid = tuple[int, int, int]
 TensorMap = ctypes.Array[ctypes.c_char]
-# Of a grid, with tensors and tensor maps, and numbers after them.
+# Launches a kernel on a grid; its arguments are tensors and tensor maps, and numbers after them.
 Launch = Callable[[Grid, Sequence[Tensor | TensorMap | None], Sequence[int]], None]
 
 
 def target(capability: tuple[int, int]) -> str:
-    """What to compile for on a GPU of a compute capability; only sm_90a has wgmma.
+    """Return the architecture to compile for, such as "sm_80"; Hopper needs sm_90a for wgmma.
 
     Raises:
-        PlatformError: it has no sparse tensor cores.
+        PlatformError: a GPU of this compute capability has no sparse tensor cores.
     """
     major, minor = capability
     if major < 8:
@@ -47,15 +47,15 @@ def target(capability: tuple[int, int]) -> str:
 
 
 def compile(source: str, architecture: str, nvrtc: ctypes.CDLL) -> bytes:
-    """A source file of this folder as a cubin.
+    """Compile a source file of this folder to a cubin.
 
     Args:
-        source: its name.
-        architecture: a `target`.
-        nvrtc: the library.
+        source: name of the file.
+        architecture: see `target`.
+        nvrtc: the library NVRTC.
 
     Raises:
-        PlatformError: it does not compile, with the compiler's log.
+        PlatformError: the file does not compile; the message has the compiler's log.
     """
     headers = sorted(FOLDER.glob("*.cuh"))
     strings = ctypes.c_char_p * len(headers)
@@ -89,17 +89,16 @@ def compile(source: str, architecture: str, nvrtc: ctypes.CDLL) -> bytes:
 
 @cache
 def kernel(device: int, source: str, name: str, threads: int, shared_bytes: int) -> Launch:
-    """Compile for a device, which is the current one, and return what launches a kernel.
+    """Compile a kernel for a device, and return the function that launches it.
 
-    Nothing but the first call for a source and a name does anything that a CUDA graph could not
-    capture.
+    A CUDA graph can capture everything but the first call for a source and a name.
 
     Args:
-        device: its index.
-        source: name of the file.
-        name: of the kernel.
-        threads: of a block.
-        shared_bytes: dynamic shared memory of a block.
+        device: index of the device, which must be the current one.
+        source: name of the source file.
+        name: name of the kernel.
+        threads: threads of a block.
+        shared_bytes: bytes of dynamic shared memory of a block.
 
     Raises:
         PlatformError: the kernel cannot be compiled or loaded here.
@@ -132,18 +131,19 @@ def kernel(device: int, source: str, name: str, threads: int, shared_bytes: int)
 
 
 def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> TensorMap:
-    """What TMA is told of a matrix: how to copy boxes of it, with zeros where they reach outside.
+    """Make a TMA descriptor of a matrix, for copies of boxes with zeros outside the matrix.
 
     Args:
-        matrix: 16 bit [rows, columns], contiguous, aligned to 16 bytes as all its rows are.
-        box_rows, box_columns: of a box; 32 or 64 columns, whose pieces of 16 bytes are swizzled.
+        matrix: [rows, columns] of 16-bit entries, contiguous, every row aligned to 16 bytes.
+        box_rows, box_columns: size of a box; it has 32 or 64 columns, and its pieces of 16 bytes
+            are swizzled.
 
     Raises:
-        PlatformError: the driver does not take it.
+        PlatformError: the driver does not take the matrix or the box.
     """
     cuda = _library("libcuda.so.1")
     rows, columns = matrix.shape
-    # The driver wants it aligned.
+    # The driver wants the descriptor aligned.
     space = ctypes.create_string_buffer(_TENSOR_MAP_BYTES + _TENSOR_MAP_ALIGNMENT)
     offset = -ctypes.addressof(space) % _TENSOR_MAP_ALIGNMENT
     result = (ctypes.c_char * _TENSOR_MAP_BYTES).from_buffer(space, offset)
@@ -182,7 +182,7 @@ def _module(device: int, source: str) -> ctypes.c_void_p:
 
 
 def not_loaded(source: str, architecture: str, cuda: ctypes.CDLL, result: int) -> PlatformError:
-    """The error that says that the driver does not take what the toolkit made."""
+    """Return the error for a cubin that the driver refuses, with the versions of both."""
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     driver = f"{version.value // 1000}.{version.value % 1000 // 10}"

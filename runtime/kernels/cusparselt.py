@@ -1,12 +1,13 @@
-"""y = x W^T + b with W 2:4, by cuSPARSELt, through torch's operators and not its tensor subclass.
+"""y = x W^T + b with W 2:4 by cuSPARSELt, through torch's operators and not its tensor subclass.
 
-The subclass always takes algorithm 0, splits nothing, and returns a transposed view, which later
-attention kernels copy or refuse. Here the library searches, by running, for the fastest algorithm
-and division of the columns, once for each shape and power of two that the tokens are padded to.
+The subclass always uses algorithm 0 without split-K, and returns a transposed view, which attention
+kernels copy or refuse. Here the library searches for the fastest algorithm and split-K by running
+them, once for each shape and number of tokens, rounded up to a power of two.
 
-In bf16 the library writes the result as [tokens, outputs]. In fp16 it compiles every product anew
-for that, 0.25 s each on an H100, and its search ends the process with an illegal instruction
-(torch 2.11, cuSPARSELt 0.8, every size that was tried); there the result is transposed afterwards.
+In bf16 the library writes the result as [tokens, outputs]. In fp16, writing that layout makes it
+compile every product anew, 0.25 s each on an H100, and its search ends the process with an illegal
+instruction (torch 2.11, cuSPARSELt 0.8, every size that was tried). So in fp16 the library writes
+[outputs, tokens], and the result is transposed afterwards.
 """
 
 from dataclasses import dataclass
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# As torch pads them: `SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS`.
+# Tokens are padded to this multiple, as torch does it; see
+# `SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS`.
 _TOKENS_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """How cuSPARSELt multiplies; the defaults are what torch takes without a search.
+    """Algorithm settings of cuSPARSELt; the defaults are those of torch without a search.
 
     Attributes:
-        number: of the algorithm, up to the library's largest.
-        split_k: into how many parts the columns are divided.
-        split_k_mode: whether one kernel adds the parts or two; -1 leaves it to the library.
+        number: the library's number of the algorithm.
+        split_k: number of parts that the columns are divided into.
+        split_k_mode: whether one kernel or two add the parts; -1 leaves it to the library.
     """
 
     number: int = 0
@@ -36,7 +38,7 @@ class Algorithm:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """What an algorithm is searched for."""
+    """The sizes and dtype of a product; an algorithm is searched once for each."""
 
     outputs: int
     inputs: int
@@ -51,11 +53,11 @@ _found: dict[_Product, Algorithm] = {}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CusparseltWeight:
-    """A 2:4 matrix as the library stores it.
+    """A 2:4 matrix in the library's layout.
 
     Attributes:
         compressed: kept values and metadata.
-        rows, columns: of the matrix.
+        rows, columns: size of the dense matrix.
     """
 
     compressed: Tensor
@@ -67,8 +69,9 @@ class CusparseltWeight:
         """Compress a matrix.
 
         Args:
-            weight: [rows, columns], on a GPU, that `packing.require_semi_structured` lets through:
-                the library checks no pattern, and loses what does not fit.
+            weight: [rows, columns] on a GPU. The caller has checked it with
+                `packing.require_semi_structured`, since the library checks no pattern and drops
+                entries beyond two in a group.
         """
         return cls(torch._cslt_compress(weight.detach().contiguous()), *weight.shape)
 
@@ -79,13 +82,14 @@ def linear(
     """Return x W^T + bias.
 
     Args:
-        x: the weight's dtype [tokens, inputs], on a GPU.
+        x: [tokens, inputs] in the weight's dtype, on a GPU.
         weight: [outputs, inputs].
-        bias: the weight's dtype [outputs].
-        search: for the fastest algorithm, if that was not done yet; or take torch's default.
+        bias: [outputs] in the weight's dtype.
+        search: use the fastest algorithm, which the first call for a size searches; False for
+            torch's default.
 
     Returns:
-        the weight's dtype [tokens, outputs], contiguous.
+        [tokens, outputs] in the weight's dtype, contiguous.
     """
     tokens = len(x)
     assert x.shape[1] == weight.columns
@@ -105,12 +109,12 @@ def linear(
 
 
 def _writes_transposed(dtype: torch.dtype) -> bool:
-    """The library writes [tokens, outputs], and not [outputs, tokens], without harm."""
+    """Whether to let the library write [tokens, outputs]; see the module's docstring on fp16."""
     return dtype != torch.float16
 
 
 def _searched(dense: Tensor, weight: CusparseltWeight, bias: Tensor | None) -> Algorithm:
-    """The fastest algorithm for dense [inputs, padded tokens]."""
+    """The fastest algorithm for a dense operand [inputs, padded tokens]."""
     tokens = 1 << (dense.shape[1] - 1).bit_length()
     product = _Product(
         weight.rows, weight.columns, tokens, dense.dtype, bias is not None, dense.device

@@ -1,27 +1,30 @@
-"""y = x W^T + b for one token, with W 2:4: a Triton kernel that reads 9/16 of W's bytes.
+"""y = x W^T + b for one token with W 2:4: a Triton kernel that reads 9/16 of W's bytes.
 
-Decoding waits for the weights to come from memory, and 2:4 in 16 bits is 9/16 of them. Sparse
-tensor cores would not help: they save multiplications, and nothing waits for those. Each kept value
-picks its partner out of four inputs by two selects on the bits of the mask,
+Decoding is limited by reading the weights from memory, and a 2:4 weight in 16 bits has 9/16 of the
+dense bytes. Sparse tensor cores would not help: they save multiplications, which are not the
+bottleneck. Each kept value picks its input out of four by two selects on the bits of the mask,
 
     first of the group    x[bit 0 ? 0 : bit 1 ? 1 : 2]
     second of the group   x[bit 3 ? 3 : bit 2 ? 2 : 1]
 
-which takes no gather and no table.
+without a gather or a table.
 
-All threads of a block lie along the columns: a thread holds 16 columns, of each of `ROWS` rows of W
-(a load of 16 bytes and one of 2) and of x (two loads of 16 bytes). So the columns are split within
-the block already; 1024 rows fill 256 blocks, no partial sums pass through memory, and the sum is
-the same each time. Tiles are [pairs of words, 2]: the last axis is what one load takes, and
-`tl.split` hands its halves to the thread that loaded them. Rows are no axis of a tile, because how
-Triton deals out a tile of three axes among threads changed between its versions, and if tiles do
-not agree they are exchanged through shared memory. So the loop has no barrier, and all loads of W
-in an iteration are on their way before the first is used.
+All threads of a block lie along the columns. A thread holds 16 columns of each of `ROWS` rows of W
+(a load of 16 bytes and one of 2 for each row) and of x (two loads of 16 bytes). So the columns are
+already divided within the block: 1024 rows fill 256 blocks, no partial sums pass through memory,
+and the result is deterministic.
 
-That it is for one token only follows from the instructions for a group of four columns, of which an
+Tiles are [pairs of words, 2]: one load takes the last axis, and `tl.split` gives its halves to the
+thread that loaded them. Rows are not an axis of a tile, because the way Triton distributes a tile
+of three axes among threads changed between its versions, and tiles with different distributions are
+exchanged through shared memory. As it is, the loop has no barrier, and all loads of W in an
+iteration are issued before the first is used.
+
+The kernel is for one token only, because of the instructions that a group of four columns takes. An
 H100 (3.35 TB/s, 132 processors issuing 128 lanes at 1.755 GHz) has time for 40 while it reads the
-group's 4.5 bytes: 22 for one token. Selecting for two takes some 30, and for four 48, where the
-kernel in `prefill` takes 24 to 32 for up to 16: `python -m benchmarks.kernel_resources` counts.
+group's 4.5 bytes. One token takes 22, two tokens would take some 30, and four tokens 48, where the
+kernel in `prefill` takes 24 to 32 for up to 16 tokens. `python -m benchmarks.kernel_resources`
+counts them.
 """
 
 from functools import partial
@@ -35,15 +38,15 @@ from runtime.kernels.packed import PackedWeight, aligned
 
 MOST_TOKENS = 1
 
-# Of W, in a block.
+# Rows of W in a block.
 ROWS = 4
 
-# A tenth of Triton's own times: what the configurations differ in shows within a few runs.
+# Milliseconds, a tenth of Triton's defaults: a few runs show how the configurations differ.
 bench = partial(triton.testing.do_bench, warmup=3, rep=10)
 
 
 def tunable(configs: list[triton.Config]) -> list[triton.Config]:
-    """The configurations to choose from by measuring; the interpreter can measure nothing."""
+    """Return the configurations to tune over: one in the interpreter, which cannot measure."""
     return configs[:1] if triton.knobs.runtime.interpret else configs
 
 
@@ -55,13 +58,13 @@ CONFIGS = [
 
 @triton.jit
 def entry(word, at: tl.constexpr, dtype: tl.constexpr):
-    """One of the four 16-bit numbers of an int64, float32."""
+    """One of the four 16-bit numbers of an int64, as float32."""
     return ((word >> (16 * at)) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def add_group(sums, x, word, bits, slot: tl.constexpr, dtype: tl.constexpr):
-    """Add the products of four columns: x int64, and the first or second half of W's words."""
+    """Add the products of a group of four columns: x (int64) and half `slot` of W's words."""
     x0 = entry(x, 0, dtype)
     x1 = entry(x, 1, dtype)
     x2 = entry(x, 2, dtype)
@@ -76,7 +79,7 @@ def add_group(sums, x, word, bits, slot: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def add_row(sums, words, mask, inside, x0, x1, x2, x3, dtype: tl.constexpr):
-    """Add the products of a row's pairs of words, at pointers [pairs, 2], and four groups of x."""
+    """Add the products of one row: pairs of words at pointers [pairs, 2], and four groups of x."""
     word0, word1 = tl.split(tl.load(words, mask=inside, other=0))
     bits0, bits1 = tl.split(tl.load(mask, mask=inside, other=0))
     sums = add_group(sums, x0, word0, bits0, 0, dtype)
@@ -100,9 +103,9 @@ def kernel(
     BLOCK_P: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One token times four rows of the weight, BLOCK_P pairs of words of each row at a time.
+    """Multiply one token with four rows of the weight, BLOCK_P pairs of words at a time.
 
-    x is int64 [tokens, groups], four columns each; a row of the weight is `pairs` times 2 words.
+    x is int64[tokens, groups], four columns in each; a row of the weight has 2 * `pairs` words.
     """
     dtype: tl.constexpr = y.dtype.element_ty
     n = tl.program_id(0) * 4
@@ -117,7 +120,7 @@ def kernel(
     sums1 = tl.zeros((BLOCK_P,), tl.float32)
     sums2 = tl.zeros((BLOCK_P,), tl.float32)
     sums3 = tl.zeros((BLOCK_P,), tl.float32)
-    # Of a row beyond the last nothing is read.
+    # Nothing is read of rows beyond the last one.
     pairs1 = tl.where(n + 1 < outputs, pairs, 0)
     pairs2 = tl.where(n + 2 < outputs, pairs, 0)
     pairs3 = tl.where(n + 3 < outputs, pairs, 0)
@@ -145,12 +148,13 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     """Return x W^T + bias, summed in float32.
 
     Args:
-        x: the weight's dtype [tokens, inputs]; more tokens than `MOST_TOKENS` are read one by one.
+        x: [tokens, inputs] in the weight's dtype; if there are more tokens than `MOST_TOKENS`, W is
+            read again for each.
         weight: [outputs, inputs].
         bias: [outputs].
 
     Returns:
-        the weight's dtype [tokens, outputs].
+        [tokens, outputs] in the weight's dtype.
     """
     y = weight.product(x, bias)
     tokens = len(x)

@@ -1,15 +1,15 @@
-"""The linear layers of a model, exchanged for ones that multiply with 2:4 weights.
+"""Replace the linear layers of a model by layers that multiply with 2:4 weights.
 
     cutlass           torch's semi-structured tensors; compute capability 8.x only
     cusparselt        cuSPARSELt, with the algorithm that it finds fastest for each size
-    cusparselt-first  cuSPARSELt with its first algorithm, as torch takes it, to compare with
+    cusparselt-first  cuSPARSELt with its first algorithm, torch's default, for comparison
     triton            this project's Triton kernels
-    mma-sp            this project's kernel in CUDA C++
+    mma-sp            this project's kernels in CUDA C++
     blockwise         on a CPU; see `runtime.kernels.blockwise`
 
-All return contiguous [tokens, outputs], and can be captured in a CUDA graph once they were called
-for that number of tokens: the first call compiles, tunes or searches. All are called through the
-one operator of `runtime.kernels.operator`, which `torch.compile` does not look into.
+All return contiguous [tokens, outputs]. A CUDA graph can capture a call after the first call for
+the same number of tokens, which compiles, tunes or searches. All are called through the operator of
+`runtime.kernels.operator`, which is opaque to `torch.compile`.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ from thanos_deploy.model.linear import matrix
 # x [tokens, inputs], bias [outputs] or None -> [tokens, outputs]
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
 
-# The kernel for CPUs, which is none of the makers to choose from on a GPU.
+# The kernel for CPUs; not in `MAKERS`, which are for GPUs.
 BLOCKWISE = "blockwise"
 
 # libtorch: "Supported only on GPUs with compute capability 8.x".
@@ -34,7 +34,7 @@ _CUTLASS_MAJOR = 8
 
 
 class SparseLinear(nn.Module):
-    """A linear layer whose weight is held by what multiplies with it."""
+    """A linear layer that multiplies with a packed weight, which its `Multiply` holds."""
 
     def __init__(self, multiply: Multiply, bias: Tensor | None) -> None:
         super().__init__()
@@ -42,19 +42,20 @@ class SparseLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
+        """Map x [..., inputs] to [..., outputs]."""
         return self._multiply(x.reshape(-1, x.shape[-1]), self.bias).reshape(*x.shape[:-1], -1)
 
 
 def require(maker: str, device: torch.device) -> None:
-    """Refuse a device on which the kernels of a maker do not run.
+    """Refuse a device on which a kernel does not run.
 
     Args:
         maker: a key of `MAKERS`, "sparse" for any of them, or `BLOCKWISE`.
-        device: where the weights are.
+        device: the device of the weights.
 
     Raises:
-        PlatformError: it is no NVIDIA GPU, or one without such kernels, or a package is missing.
+        PlatformError: the device is of the wrong kind, the kernel does not support it, or a package
+            is missing.
     """
     if maker == BLOCKWISE:
         _require_cpu(device)
@@ -105,19 +106,19 @@ def _require_triton() -> None:
 
 
 def _interprets() -> bool:
-    """Triton's interpreter stands in for a GPU."""
+    """Whether Triton's interpreter runs the kernels instead of a GPU."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
 def make(kernel: str, weight: Tensor, name: str) -> Held:
-    """What multiplies with a weight.
+    """Pack a weight for a kernel; the result multiplies with it.
 
     Args:
         kernel: a key of `MAKERS`, or `BLOCKWISE`.
         weight: [outputs, inputs].
-        name: for the message.
+        name: name of the layer, for the message of an error.
 
     Raises:
         InputError: the kernel does not take the shape or dtype, or the weight is not 2:4.
@@ -133,15 +134,15 @@ MAKERS: dict[str, Callable[[Tensor, str], Multiply]] = {
 
 
 def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
-    """Exchange linear layers for ones that multiply with one kernel; see `exchange`.
+    """Replace linear layers by layers that multiply with one kernel; see `exchange`.
 
     Args:
-        model: where they are.
-        names: their full names.
+        model: the model; changed in place.
+        names: full names of the layers.
         maker: a key of `MAKERS`, or `BLOCKWISE`.
 
     Raises:
-        InputError: a weight is not 2:4, or of a shape or dtype that is not taken; the message
+        InputError: a weight is not 2:4, or the kernel does not take its shape or dtype; the message
             names the layer.
         PlatformError: see `require`.
     """
@@ -151,12 +152,15 @@ def replace(model: nn.Module, names: Iterable[str], maker: str) -> None:
 def exchange(
     model: nn.Module, names: Iterable[str], make: Callable[[Tensor, str], Multiply]
 ) -> None:
-    """Exchange linear layers, one at a time, so that one weight at most is there twice.
+    """Replace linear layers by `SparseLinear`.
+
+    One layer is replaced at a time, so at most one weight is in memory both dense and packed.
 
     Args:
-        model: where they are.
-        names: their full names.
-        make: what multiplies, given a weight [outputs, inputs] and the name of its layer.
+        model: the model; changed in place.
+        names: full names of the layers.
+        make: takes a weight [outputs, inputs] and the name of its layer, and returns the function
+            that multiplies with it.
     """
     for name in names:
         linear = model.get_submodule(name)

@@ -1,10 +1,10 @@
 """The operator `thanos_deploy::sparse_linear`: y = x W^T + b with W 2:4, by any of the kernels.
 
-PyTorch sees one operator with tensors as inputs and a rule for the shape of its output, so
-`torch.compile` and CUDA graphs go through, and which kernel runs is decided inside, by the number
-of tokens. This project's engines and its plugin for vLLM both call it.
+PyTorch sees one operator with tensors as inputs and a rule for the shape of its output, so it works
+with `torch.compile` and CUDA graphs. The operator decides by the number of tokens which kernel
+runs. This project's engines and its plugin for vLLM both call it.
 
-How a kernel holds a weight is its own affair: some tensors, in a row of `_KERNELS` below.
+Every kernel has its own layout of a weight, a list of tensors; see `_KERNELS`.
 """
 
 import warnings
@@ -27,10 +27,12 @@ class _Kernel:
     """One way to multiply with a 2:4 weight.
 
     Attributes:
-        check: refuses a weight [outputs, inputs] before the device is looked at.
-        hold: the tensors that hold a weight; the name is for messages.
-        tensors: how many these are.
-        multiply: x [tokens, inputs], these tensors, bias or None, outputs -> [tokens, outputs].
+        check: refuses a weight [outputs, inputs] that the kernel does not take. Called with the
+            weight and its name, before the device is checked.
+        hold: packs a weight into tensors. Called with the weight and its name.
+        tensors: number of these tensors.
+        multiply: returns [tokens, outputs]. Called with x [tokens, inputs], the tensors, the bias
+            or None, and the number of outputs.
     """
 
     check: Callable[[Tensor, str], None]
@@ -41,12 +43,12 @@ class _Kernel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """A weight as kernels hold it.
+    """A weight in the layout of one kernel, or of several for different numbers of tokens.
 
     Attributes:
-        plan: which kernel runs; see `plan_of`.
-        tensors: of each kernel of the plan, in the order in which the plan first names them.
-        outputs: rows of the weight.
+        plan: the kernel for each number of tokens; see `plan_of`.
+        tensors: tensors of all kernels of the plan, in the order in which it first names them.
+        outputs: number of rows of the weight.
     """
 
     plan: str
@@ -54,19 +56,19 @@ class Held:
     outputs: int
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """X [tokens, inputs] -> [tokens, outputs]."""
+        """Multiply: x [tokens, inputs] gives [tokens, outputs]."""
         return sparse_linear(x, list(self.tensors), bias, self.plan, self.outputs)
 
 
 def hold(
     kernel: str, weight: Tensor, name: str, *, before: Callable[[], None] = lambda: None
 ) -> Held:
-    """Hold a weight as one kernel does.
+    """Pack a weight in the layout of one kernel.
 
     Args:
         kernel: one of `kernels()`.
         weight: [outputs, inputs].
-        name: for the message.
+        name: name of the weight, for the message of an error.
         before: called between the check of the weight and the work on the device.
 
     Raises:
@@ -79,12 +81,12 @@ def hold(
 
 
 def by_tokens(held: Sequence[Held], ends: Sequence[int]) -> Held:
-    """One product that takes another kernel for another number of tokens.
+    """Combine several kernels into one product that picks a kernel by the number of tokens.
 
     Args:
-        held: one weight as single kernels hold it, for each range of tokens; the same object where
-            two ranges have the same kernel.
-        ends: the last number of tokens of each range but the last one, rising.
+        held: for each range of numbers of tokens, the weight in the layout of its kernel; the same
+            object for ranges with the same kernel.
+        ends: the most tokens of each range except the last, ascending.
     """
     names = [one.plan for one in held]
     tensors = {one.plan: one.tensors for one in held}
@@ -93,7 +95,12 @@ def by_tokens(held: Sequence[Held], ends: Sequence[int]) -> Held:
 
 
 def plan_of(kernels: Sequence[str], ends: Sequence[int]) -> str:
-    """Kernels and the most tokens that each is for, such as "triton:1,mma-sp:16,cusparselt"."""
+    """Encode kernels and the most tokens of each, such as "triton:1,mma-sp:16,cusparselt".
+
+    Args:
+        kernels: the kernel for each range of numbers of tokens.
+        ends: see `by_tokens`.
+    """
     ranges = [
         f"{kernel}:{end}"
         for kernel, end, following in zip(kernels, ends, kernels[1:], strict=False)
@@ -103,7 +110,7 @@ def plan_of(kernels: Sequence[str], ends: Sequence[int]) -> str:
 
 
 def kernels() -> list[str]:
-    """Names of all kernels."""
+    """Return the names of all kernels."""
     return list(_KERNELS)
 
 
@@ -113,14 +120,14 @@ def sparse_linear(
     """Call the operator.
 
     Args:
-        x: the weight's dtype [tokens, inputs].
-        held: the weight as the kernels of the plan hold it, see `Held`.
+        x: [tokens, inputs] in the weight's dtype.
+        held: the weight in the layouts of the plan's kernels; see `Held.tensors`.
         bias: [outputs].
-        plan: see `plan_of`.
-        outputs: rows of the weight.
+        plan: the kernel for each number of tokens; see `plan_of`.
+        outputs: number of rows of the weight.
 
     Returns:
-        contiguous [tokens, outputs].
+        Contiguous [tokens, outputs].
     """
     y: Tensor = torch.ops.thanos_deploy.sparse_linear(x, held, bias, plan, outputs)
     return y
@@ -128,7 +135,7 @@ def sparse_linear(
 
 @lru_cache
 def _ranges(plan: str) -> tuple[tuple[float, str, slice], ...]:
-    """The most tokens of each range of a plan, its kernel, and where this one's tensors are."""
+    """Parse a plan: the most tokens of each range, its kernel, and the slice of its tensors."""
     places: dict[str, slice] = {}
     ranges = []
     for part in plan.split(","):
@@ -158,7 +165,7 @@ torch.library.register_fake(OPERATOR)(_shape)
 
 
 def _no_check(weight: Tensor, name: str) -> None:
-    """What holds the weight looks at it."""
+    """Check nothing: `_Kernel.hold` checks the weight."""
 
 
 def _library(name: str) -> Callable[[Tensor, str], None]:
@@ -190,13 +197,13 @@ def _cutlass(x: Tensor, held: Sequence[Tensor], bias: Tensor | None, outputs: in
             meta_t=None,
             compressed_swizzled_bitmask=None,
         )
-    # torch returns a transposed view.
+    # torch's operator returns a transposed view.
     return nn.functional.linear(x, sparse, bias).contiguous()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that this part of it may change."""
+    """Within the `with` statement, torch does not warn that the API of its tensors may change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
         yield
@@ -237,7 +244,7 @@ def _hold_triton(weight: Tensor, name: str) -> tuple[Tensor, ...]:
 
 
 def _triton(x: Tensor, held: Sequence[Tensor], bias: Tensor | None, outputs: int) -> Tensor:
-    """By one of the two Triton kernels: one for few tokens, one for many."""
+    """Multiply with the Triton kernel for the number of tokens: `decode` or `prefill`."""
     from runtime.kernels import decode, prefill
     from runtime.kernels.packed import PackedWeight
 
@@ -276,7 +283,7 @@ def _blockwise(x: Tensor, held: Sequence[Tensor], bias: Tensor | None, outputs: 
     return blockwise.linear(x, planes, codes, bias)
 
 
-# What a kernel imports may be missing, so it is imported when it is used.
+# The packages of a kernel may be missing, so the functions above import them when they are called.
 _KERNELS: dict[str, _Kernel] = {
     "dense": _Kernel(_no_check, _hold_dense, 1, _dense),
     "cutlass": _Kernel(_library("cutlass"), _hold_cutlass, 2, _cutlass),

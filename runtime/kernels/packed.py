@@ -1,8 +1,9 @@
-"""A 2:4 weight on a device, as the kernels read it: as `thanos_deploy.model.packing`, padded.
+"""A 2:4 weight in the layout of the Triton kernels: that of `thanos_deploy.model.packing`, padded.
 
-Of 8 columns the 4 kept values are one int64 and the 4 + 4 mask bits one byte, so a kernel finds
-both at the same index. The 2-bit indices of `mma.sp` would take the same space; kernels without it
-are better off with the mask, because they select by single bits and never need an index.
+The 4 kept values of 8 columns are one int64, and their 4 + 4 mask bits are one byte, so a kernel
+finds both at the same index. The 2-bit indices of `mma.sp` would take the same space. Kernels
+without `mma.sp` work better with the mask, because they select by single bits and never need an
+index.
 """
 
 from dataclasses import dataclass
@@ -17,17 +18,17 @@ from thanos_deploy.pattern import SemiStructured
 _COLUMNS_PER_WORD = 8
 
 # Columns are padded to this multiple: every row then begins at a multiple of 128 bytes of values
-# and of 16 bytes of mask, which is what Triton needs to know before it loads 16 bytes at once.
+# and of 16 bytes of mask. Triton loads 16 bytes at once only if it knows such an alignment.
 _COLUMNS_MULTIPLE = 128
 
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 def require_dtype(weight: Tensor, name: str) -> None:
-    """Refuse a weight that no 2:4 kernel takes.
+    """Refuse a weight whose dtype no 2:4 kernel takes.
 
     Raises:
-        InputError: it is not one of `DTYPES`.
+        InputError: the dtype is not one of `DTYPES`.
     """
     if weight.dtype not in DTYPES:
         raise InputError(
@@ -37,7 +38,7 @@ def require_dtype(weight: Tensor, name: str) -> None:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and from a multiple of 16 bytes on, as loads of 16 bytes need it."""
+    """Return x contiguous and aligned to 16 bytes, as loads of 16 bytes need it."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -49,8 +50,8 @@ class PackedWeight:
     Attributes:
         words: int64[rows, padded columns / 8], the kept values of 8 columns each.
         mask: uint8[rows, padded columns / 8], bit c of a byte is set where column c is kept.
-        columns: of the matrix itself.
-        dtype: of the values, one of `DTYPES`.
+        columns: number of columns of the matrix, without padding.
+        dtype: dtype of the values, one of `DTYPES`.
     """
 
     words: Tensor
@@ -60,15 +61,18 @@ class PackedWeight:
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix."""
+        """Number of rows of the matrix."""
         return self.words.shape[0]
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Memory for x W^T + bias: the weight's dtype [tokens, rows].
+        """Check the operands of x W^T + bias, and allocate the result.
 
         Args:
-            x: the weight's dtype [tokens, columns].
+            x: [tokens, columns] in the weight's dtype.
             bias: [rows], contiguous.
+
+        Returns:
+            Uninitialised [tokens, rows] in the weight's dtype.
         """
         tokens, inputs = x.shape
         assert (inputs, x.dtype) == (self.columns, self.dtype)
@@ -80,11 +84,11 @@ class PackedWeight:
         """Pack a matrix, on the device where it is.
 
         Args:
-            weight: one of `DTYPES` [rows, columns], 2:4 along the columns.
-            name: for the message.
+            weight: [rows, columns] with a dtype of `DTYPES`, 2:4 along the columns.
+            name: name of the weight, for the message of an error.
 
         Raises:
-            InputError: another dtype.
+            InputError: the dtype is not one of `DTYPES`.
             ModelError: the weight is not 2:4.
         """
         require_dtype(weight, name)

@@ -1,12 +1,12 @@
-"""y = x W^T + b for several tokens, with W 2:4: a Triton kernel that unpacks W in registers.
+"""y = x W^T + b for several tokens with W 2:4: a Triton kernel that unpacks W in registers.
 
-Triton has no `mma.sp`, so this saves the bandwidth and the memory of the weights (9/16 of them is
-read) and not one multiplication: the zeros are put back into a tile in registers, and dense tensor
-cores multiply it. For up to 16 tokens that takes 24 to 32 instructions for a group of four columns,
-however many tokens there are, of which an H100 has time for 40 while it reads the group: see
-`decode`. Few tokens have few tiles, so their columns are divided among blocks: see `split_k`.
+Triton has no `mma.sp`, so this kernel saves bandwidth and memory of the weights (it reads 9/16 of
+their bytes) but no multiplications: it puts the zeros back into a tile in registers, and dense
+tensor cores multiply the tile. For up to 16 tokens, whatever their number, that takes 24 to 32
+instructions for a group of four columns. An H100 has time for 40 while it reads the group; see
+`decode`. Few tokens have few tiles, so the columns are divided among blocks; see `split_k`.
 
-Column c of a group holds, by the bits of its mask:
+The columns of a group are, by the bits of its mask:
 
     0   bit 0 ? first : 0                        2   bit 2 ? (bit 3 ? first : second) : 0
     1   bit 1 ? (bit 0 ? second : first) : 0     3   bit 3 ? second : 0
@@ -23,10 +23,10 @@ from runtime.kernels.packed import PackedWeight
 
 MOST_TOKENS_AT_ONCE = 128
 
-# Tensor cores multiply 16 rows at least.
+# A tile for tensor cores has at least 16 rows.
 LEAST_TOKENS_AT_ONCE = 16
 
-# Rows of the smaller tiles, by which it is decided into how many parts the columns are divided.
+# Rows of the smallest tile in `CONFIGS`; the number of splits is chosen for it.
 _ROWS = 64
 
 CONFIGS = [
@@ -41,7 +41,7 @@ CONFIGS = [
 
 @triton.jit
 def group(words, bits, slot: tl.constexpr):
-    """The first or second group of 8 columns: bits of its two values, uint16, and its mask."""
+    """One of the two groups of 8 columns: the bits of its two values (uint16), and its mask."""
     pair = words >> (32 * slot)
     return (
         (pair & 0xFFFF).to(tl.uint16),
@@ -52,7 +52,7 @@ def group(words, bits, slot: tl.constexpr):
 
 @triton.jit
 def columns(words, bits, slot: tl.constexpr):
-    """The four columns of the first or second group of 8, uint16."""
+    """The four columns of one of the two groups of 8 columns, as bits (uint16)."""
     first, second, kept = group(words, bits, slot)
     zero = tl.zeros_like(first)
     return (
@@ -81,11 +81,11 @@ def kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """BLOCK_M tokens times BLOCK_N rows of the weight, BLOCK_U words of a row at a time.
+    """Multiply BLOCK_M tokens with BLOCK_N rows of the weight, BLOCK_U words of a row at a time.
 
     y is [splits, tokens, outputs]; a block sums `words_per_split` words of each of its rows.
     """
-    # Programs that follow each other share rows of the weight, and all of x stays in the L2 cache.
+    # Consecutive programs share rows of the weight, and all of x stays in the L2 cache.
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
@@ -95,7 +95,7 @@ def kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     begin = split * words_per_split
     for start in range(begin, min(begin + words_per_split, words_per_row), BLOCK_U):
-        # Words of a row and of a split are multiples of BLOCK_U.
+        # Rows and splits are multiples of BLOCK_U words, so `u` needs no mask.
         u = start + tl.arange(0, BLOCK_U)
         inside = (n < outputs)[:, None]
         word = tl.load(words + row_n + u[None, :], mask=inside, other=0)
@@ -126,21 +126,22 @@ def linear(
     """Return x W^T + bias, summed in float32.
 
     Args:
-        x: the weight's dtype [tokens, inputs].
+        x: [tokens, inputs] in the weight's dtype.
         weight: [outputs, inputs].
         bias: [outputs].
-        blocks: how many keep the GPU busy, if the tiles are fewer; None for what it has room for.
+        blocks: number of blocks that keep the GPU busy, for split-K; None for a number that fits
+            the GPU.
 
     Returns:
-        the weight's dtype [tokens, outputs].
+        [tokens, outputs] in the weight's dtype.
     """
     y = weight.product(x, bias)
     tokens, inputs = x.shape
     block_m = min(max(LEAST_TOKENS_AT_ONCE, triton.next_power_of_2(tokens)), MOST_TOKENS_AT_ONCE)
     tiles_m = triton.cdiv(tokens, block_m)
     if blocks is None:
-        # Blocks of 16 tokens wait for memory, four of them to hide its latency; larger ones compute
-        # more on what they read, and write more partial sums.
+        # Blocks of 16 tokens are limited by memory, and four on a multiprocessor hide its latency.
+        # Larger blocks compute more on the bytes that they read, and write more partial sums.
         blocks = split_k.processors(x.device) * max(1, 64 // block_m)
     words = weight.words.shape[1]
     per_split = split_k.words_per_split(words, tiles_m * triton.cdiv(weight.rows, _ROWS), blocks)

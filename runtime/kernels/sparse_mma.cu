@@ -1,12 +1,12 @@
 // y = x W^T + b with W 2:4, by mma.sp of 16 x 8 x 32, on every GPU from compute capability 8.0 on:
-// the kernel for few tokens, where reading W is all that takes time.
+// the kernel for few tokens, where reading W is the bottleneck.
 //
-// A block makes 128 rows of W times 8, 16, 32 or 64 tokens, in steps of 64 columns, of which three
-// are on their way while one is multiplied (cp.async). Each of the four warps makes 32 rows for all
-// tokens or, of 64 tokens, 64 rows for half of them. Where the rows are too few to occupy the GPU,
-// gridDim.z blocks share a tile.
+// A block multiplies 128 rows of W with 8, 16, 32 or 64 tokens, in steps of 64 columns. While one
+// step is multiplied, three more are being copied to shared memory (cp.async). Each of the four
+// warps computes 32 rows for all tokens; with 64 tokens, 64 rows for half of them. Where there are
+// too few tiles to occupy the GPU, gridDim.z blocks share a tile (split-K).
 //
-// For the arguments and the layout of W see sparse_tile.cuh.
+// The arguments and the layout of W are described in sparse_tile.cuh.
 
 #include "sparse_tile.cuh"
 
@@ -17,7 +17,7 @@ constexpr int THREADS = 128;
 
 #ifndef SIMULATED
 
-// 16 bytes to shared memory, in the background; zeros where `inside` is false.
+// Copy 16 bytes to shared memory asynchronously; write zeros if `inside` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                  "l"(from), "r"(inside ? 16 : 0)
@@ -26,13 +26,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
-// Wait until at most `left` of the committed groups of copies are on their way.
+// Wait until at most `left` of the committed groups of copies are unfinished.
 template <int left>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
 
-// Four 8 x 8 matrices; lane 8 i + r points at row r of matrix i.
+// Load four 8 x 8 matrices; lane 8 i + r points at row r of matrix i.
 __device__ __forceinline__ void load_matrices(u32 (&to)[4], const u16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -48,7 +48,8 @@ __device__ __forceinline__ void load_matrices(u32 (&to)[4], const u16* row) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), \
                    "r"(b[3]), "r"(metadata), "n"(selector))
 
-// sums += a b, where a is 2:4 and `metadata` of lanes 4 g + 2 selector and the next says where.
+// sums += a b, where a is 2:4. The `metadata` of lanes 4 g + 2 selector and 4 g + 2 selector + 1
+// give the columns of a's values.
 template <bool bfloat, int selector>
 __device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[4],
                                          u32 metadata) {
@@ -61,8 +62,8 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&a)[4], co
 
 #endif
 
-// Pieces of 16 bytes change places within a row, so that the eight rows of a matrix are in
-// different banks: a row of values has 4 pieces and two rows make up all banks, a row of x has 8.
+// Swizzling: pieces of 16 bytes change places within a row, so that the eight rows of a matrix are
+// in different banks. A row of values has 4 pieces, so two rows cover all banks; a row of x has 8.
 __device__ __forceinline__ int values_at(int row, int piece) {
     return row * (BLOCK_COLUMNS / 2) + (piece ^ (row >> 1 & 3)) * 8;
 }
@@ -83,7 +84,7 @@ __device__ __forceinline__ void sparse_linear(const u16* values, const u32* meta
                                               const u16* bias, u16* y, Sums* partial, u32* arrivals,
                                               int rows, int columns, int tokens, int inputs,
                                               int outputs) {
-    // Tiles of 16 rows and 8 tokens of a warp.
+    // A warp has row_tiles x token_tiles tiles of 16 rows and 8 tokens.
     constexpr int token_warps = block_tokens > 32 ? 2 : 1, row_warps = 4 / token_warps;
     constexpr int row_tiles = BLOCK_ROWS / row_warps / 16;
     constexpr int token_tiles = block_tokens / token_warps / 8;
@@ -128,7 +129,7 @@ __device__ __forceinline__ void sparse_linear(const u16* values, const u32* meta
     }
     for (int step = 0; step < steps; ++step) {
         wait_for_copies<STAGES - 2>();
-        // After this, step's stage is there for all, and the one before it is read by none.
+        // After this barrier, all threads see this step's stage, and none reads the one before it.
         __syncthreads();
         if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
         commit_copies();
@@ -169,7 +170,7 @@ __device__ __forceinline__ void sparse_linear(const u16* values, const u32* meta
         gather(flat, shares, THREADS);
     }
 
-    // No copy is on its way any more, so the stages' memory is free once all have multiplied.
+    // All copies have finished, so the stages' memory can be reused once all warps have multiplied.
     u16* staged = reinterpret_cast<u16*>(shared_memory);
     __syncthreads();
 #pragma unroll

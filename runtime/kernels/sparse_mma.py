@@ -1,6 +1,6 @@
 """y = x W^T + b with W 2:4 on sparse tensor cores, by two kernels in CUDA C++.
 
-`sparse_mma.cu` runs from compute capability 8.0 on, and is made for few tokens; `sparse_wgmma.cu`
+`sparse_mma.cu` runs from compute capability 8.0 on and is tuned for few tokens; `sparse_wgmma.cu`
 is for many tokens on Hopper. Both read the same packed weight.
 """
 
@@ -19,22 +19,22 @@ BLOCK_ROWS = 128
 BLOCK_COLUMNS = 64
 _ROWS_OF_WGMMA = 64
 
-# The host pads the rows of x to this, so that they are aligned to 16 bytes.
+# The host pads the inputs of x to this multiple, so that its rows are aligned to 16 bytes.
 _INPUTS_MULTIPLE = 8
 
-# A block that shares its tile with others should have at least so many steps of columns: fewer
-# do not fill its pipeline, and each of the blocks leaves sums that have to be read again.
+# With split-K, a block should have at least this many steps of columns: fewer do not fill its
+# pipeline, and every split writes partial sums that have to be read again.
 _STEPS_AT_LEAST = 4
 
-# The tiles that several blocks may share; where they are more, they fill any GPU by themselves.
+# Split-K is used for at most this many tiles of y; more tiles fill any GPU by themselves.
 _SHARED_TILES_AT_MOST = 1024
 
-# More tokens than these go to wgmma where there is one: with fewer, reading W is all that counts.
+# Up to this many tokens `sparse_mma.cu` is used even on Hopper: reading W is then the bottleneck.
 _TOKENS_OF_MMA = 16
 
-# In clock cycles of an H100, for the choice among the kernels for wgmma: what shared memory takes
-# in and gives out, what a multiprocessor writes and reads of sums that are shared, and what it
-# costs to start a block and to wait for the others.
+# Cost model of an H100, in clock cycles, for the choice among the kernels for wgmma: bytes that
+# shared memory reads or writes in a cycle, bytes of partial sums that a multiprocessor reads or
+# writes in a cycle, and the cycles to start a block and to wait for the other splits of a tile.
 _SHARED_BYTES_A_CYCLE = 115
 _PARTIAL_BYTES_A_CYCLE = 32
 _CYCLES_TO_START = 2500
@@ -43,14 +43,14 @@ _CYCLES_TO_SHARE = 1500
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel for a block of tokens, as its source has it.
+    """A kernel for a certain number of tokens in a block, with the constants of its source.
 
     Attributes:
-        family: name of the source file, without suffix, and beginning of the kernel's name.
-        tokens: of a block.
-        threads: of a block.
-        other_bytes: of shared memory, beside the stages.
-        blocks_wanted: on a multiprocessor, for enough copies to be on their way.
+        family: name of the source file without suffix, and prefix of the kernel's name.
+        tokens: tokens of a block.
+        threads: threads of a block.
+        other_bytes: bytes of shared memory beside the stages.
+        blocks_wanted: blocks on a multiprocessor that keep enough copies in flight.
     """
 
     family: str
@@ -66,39 +66,39 @@ class Kernel:
 
     @property
     def stage_bytes(self) -> int:
-        """Of a step of columns: values, metadata and x."""
+        """Bytes of shared memory for one step of columns: values, metadata and x."""
         metadata = BLOCK_ROWS * BLOCK_COLUMNS // 32 * 4
         return (BLOCK_ROWS // 2 + self.tokens) * BLOCK_COLUMNS * 2 + metadata
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block."""
+        """Bytes of shared memory of a block."""
         return _STAGES * self.stage_bytes + self.other_bytes
 
     def name(self, dtype: torch.dtype) -> str:
-        """Of the function."""
+        """Return the name of the kernel function for a dtype."""
         return f"{self.family}_{self.tokens}_{str(dtype).removeprefix('torch.')}"
 
 
 _STAGES = 4
 
-# The more tokens, the more sums of float32 are left and read again by blocks that share a tile.
+# With more tokens, split-K writes and reads more partial sums, so fewer blocks are wanted.
 MMA = tuple(
     Kernel("sparse_mma", tokens, 128, 0, blocks)
     for tokens, blocks in ((8, 2), (16, 2), (32, 1), (64, 1))
 )
-# Beside the stages there are two barriers of 8 bytes for each.
+# Each stage has two barriers of 8 bytes beside its data.
 WGMMA = tuple(Kernel("sparse_wgmma", tokens, 288, _STAGES * 2 * 8, 1) for tokens in (64, 128, 256))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a product is launched.
+    """Launch configuration of a product.
 
     Attributes:
-        kernel: by which kernel.
-        row_blocks, token_blocks: tiles of y.
-        splits: blocks that share a tile.
+        kernel: the kernel to launch.
+        row_blocks, token_blocks: number of tiles of y along rows of W and along tokens.
+        splits: number of blocks that share a tile (split-K).
     """
 
     kernel: Kernel
@@ -108,7 +108,7 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """Of y."""
+        """Number of tiles of y."""
         return self.row_blocks * self.token_blocks
 
 
@@ -116,15 +116,15 @@ class Plan:
 def plan(
     rows: int, columns: int, tokens: int, capability: tuple[int, int], multiprocessors: int
 ) -> Plan:
-    """Choose a kernel by the number of tokens, and occupy the GPU.
+    """Choose a kernel by the number of tokens, and the number of splits that occupies the GPU.
 
-    Every product asks, and the answer is that of the sizes alone, so it is worked out once.
+    Every product calls this. The result depends only on the arguments, so it is cached.
 
     Args:
-        rows, columns: of the padded weight.
-        tokens: of x.
+        rows, columns: size of the padded weight.
+        tokens: number of rows of x.
         capability: compute capability of the GPU.
-        multiprocessors: of the GPU.
+        multiprocessors: number of multiprocessors of the GPU.
     """
     row_blocks, steps = rows // BLOCK_ROWS, columns // BLOCK_COLUMNS
 
@@ -132,7 +132,7 @@ def plan(
         return Plan(kernel, row_blocks, -(-tokens // kernel.tokens), splits)
 
     def most_splits(kernel: Kernel) -> int:
-        """As many as run at a time."""
+        """The most splits whose blocks all run at the same time."""
         tiles = of(kernel, 1).tiles
         if tiles > _SHARED_TILES_AT_MOST:
             return 1
@@ -150,14 +150,15 @@ def plan(
 
 
 def _cycles(plan: Plan, steps: int, multiprocessors: int) -> float:
-    """About what a product by wgmma takes.
+    """Estimate the clock cycles of a product by wgmma.
 
-    Shared memory is what it waits for: a step writes its stage, and reads x for every 64 rows of W.
+    Shared memory is the bottleneck: a step writes its stage and reads it, x once for every 64 rows
+    of W.
 
     Args:
-        plan: the product.
-        steps: of columns, of all splits.
-        multiprocessors: of the GPU.
+        plan: the launch configuration.
+        steps: number of steps of columns, over all splits.
+        multiprocessors: number of multiprocessors of the GPU.
     """
     kernel = plan.kernel
     inputs_again = (BLOCK_ROWS // _ROWS_OF_WGMMA - 1) * kernel.tokens * BLOCK_COLUMNS * 2
@@ -174,14 +175,15 @@ def _cycles(plan: Plan, steps: int, multiprocessors: int) -> float:
 class SparseMmaWeight:
     """A 2:4 matrix, padded with zeros to whole blocks of the kernels.
 
-    Products with one weight must not run on two streams at a time, because the blocks that share a
-    tile count themselves in it.
+    Products with one weight must not run on two streams at the same time, because they share the
+    counters in `arrivals`.
 
     Attributes:
         values: [padded rows, padded columns / 2].
         metadata: int16[padded rows, padded columns / 16], in the order of `to_cutlass`.
-        arrivals: int32, zeros whenever no product runs.
-        rows, columns: of the matrix itself.
+        arrivals: int32[tiles], counts the blocks of each tile that are done; zeros whenever no
+            product runs.
+        rows, columns: size of the matrix without padding.
     """
 
     values: Tensor
@@ -195,11 +197,11 @@ class SparseMmaWeight:
         """Pack a matrix, on the device where it is.
 
         Args:
-            weight: one of `packed.DTYPES` [rows, columns], 2:4 along the columns.
-            name: for the message.
+            weight: [rows, columns] with a dtype of `packed.DTYPES`, 2:4 along the columns.
+            name: name of the weight, for the message of an error.
 
         Raises:
-            InputError: another dtype.
+            InputError: the dtype is not one of `packed.DTYPES`.
             ModelError: the weight is not 2:4.
         """
         require_dtype(weight, name)
@@ -211,17 +213,17 @@ class SparseMmaWeight:
 
 
 def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + bias, summed in float32, and the same each time.
+    """Return x W^T + bias, summed in float32; the result is deterministic.
 
-    After the first call for a number of tokens a CUDA graph can capture it.
+    A CUDA graph can capture a call after the first call for the same number of tokens.
 
     Args:
-        x: the weight's dtype [tokens, inputs], on a GPU.
+        x: [tokens, inputs] in the weight's dtype, on a GPU.
         weight: [outputs, inputs].
-        bias: the weight's dtype [outputs].
+        bias: [outputs] in the weight's dtype.
 
     Returns:
-        the weight's dtype [tokens, outputs].
+        [tokens, outputs] in the weight's dtype.
 
     Raises:
         PlatformError: the kernel cannot be compiled or loaded here.
@@ -261,7 +263,10 @@ def linear(x: Tensor, weight: SparseMmaWeight, bias: Tensor | None = None) -> Te
 
 
 def readable(x: Tensor) -> Tensor:
-    """An x whose rows the kernels can read in pieces of 16 bytes; itself, as models have it."""
+    """Return x with contiguous rows that are aligned to 16 bytes; padded or copied only if need be.
+
+    The kernels read rows in pieces of 16 bytes.
+    """
     if missing := -x.shape[1] % _INPUTS_MULTIPLE:
         x = torch.nn.functional.pad(x, (0, missing))
     x = x.contiguous()
@@ -269,7 +274,7 @@ def readable(x: Tensor) -> Tensor:
 
 
 def _partial(x: Tensor, chosen: Plan) -> Tensor | None:
-    """Room for the sums of the blocks that share a tile."""
+    """Allocate the workspace for the partial sums of split-K; None without splits."""
     if chosen.splits == 1:
         return None
     sums = chosen.kernel.tokens * BLOCK_ROWS

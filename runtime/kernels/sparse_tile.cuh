@@ -1,22 +1,22 @@
 #pragma once
 
-// What sparse_mma.cu and sparse_wgmma.cu share: how a 2:4 weight is held, and how a finished tile
-// of y gets to memory. There are no includes of a toolkit, so NVRTC needs none.
+// Shared by sparse_mma.cu and sparse_wgmma.cu: the layout of a 2:4 weight, and the writing of a
+// finished tile of y to memory. It includes no header of a CUDA toolkit, so NVRTC needs none.
 //
-// Both take their sparse operand on the left, so what is computed is y^T = W x^T.
+// mma.sp and wgmma take their sparse operand on the left, so the kernels compute y^T = W x^T.
 //
 //   values    16 bit [rows, columns / 2], the kept entries
-//   metadata  32 bit [columns / 32, rows], as torch.sparse has it for CUTLASS: of every 32 rows and
-//             32 columns 32 words, one a lane; lanes 4 g and 4 g + 1 hold columns 0-15 and 16-31 of
-//             rows g (low half) and g + 8 (high half), lanes 4 g + 2 and 4 g + 3 those of rows
-//             g + 16 and g + 24. That is what mma.sp takes from the lanes that its selector names,
-//             so that one word a lane serves two of them.
+//   metadata  32 bit [columns / 32, rows], in the order of torch.sparse for CUTLASS. Every 32 rows
+//             and 32 columns have 32 words, one for each lane: lanes 4 g and 4 g + 1 hold columns
+//             0-15 and 16-31 of rows g (low half) and g + 8 (high half), lanes 4 g + 2 and 4 g + 3
+//             the same columns of rows g + 16 and g + 24. mma.sp reads the lanes that its selector
+//             names, so one word in each lane serves two mma.sp.
 //   x         16 bit [tokens, inputs]
 //   bias      16 bit [outputs], or null
 //   y         16 bit [tokens, outputs]
 //
-// rows are a multiple of 128 and columns of 64 (the host pads with zeros); outputs <= rows and
-// inputs <= columns; inputs are a multiple of 8; all arrays are aligned to 16 bytes.
+// rows is a multiple of 128 and columns of 64 (the host pads with zeros); outputs <= rows and
+// inputs <= columns; inputs is a multiple of 8; all arrays are aligned to 16 bytes.
 //
 // Sources: PTX ISA, "Matrix multiply-accumulate operation using mma.sp instruction": fragments and
 // metadata of .m16n8k32 for .f16 and .bf16. torch/sparse/_semi_structured_conversions.py: the order
@@ -30,12 +30,12 @@ using i64 = long long;
 constexpr int BLOCK_ROWS = 128;
 constexpr int BLOCK_COLUMNS = 64;
 
-// 16 bytes at once.
+// 16 bytes, for one load or store.
 struct alignas(16) Piece {
     u16 entries[8];
 };
 
-// What the hardware does. A test on the CPU gives these functions by itself.
+// Functions of the hardware. The simulation of the tests on a CPU defines its own versions of them.
 #ifndef SIMULATED
 
 alignas(1024) extern __shared__ unsigned char shared_memory[];
@@ -68,36 +68,38 @@ __device__ __forceinline__ u16 narrow(float value) {
 
 #endif
 
-// A finished tile in shared memory: a row of it is a token's outputs. The 8 entries more put what
-// the lanes of a warp write in different banks.
+// Length of a row of a finished tile in shared memory, which has the outputs of one token. The 8
+// extra entries put the entries that the lanes of a warp write into different banks.
 constexpr int STAGED_ROW = BLOCK_ROWS + 8;
 
-// Four sums at once.
+// Four sums, for one load or store.
 struct alignas(16) Sums {
     float of[4];
 };
 
-// Where the blocks that share a tile, each with some of the columns, leave their sums. The last to
-// arrive adds them up in the order of the columns, so that the result is the same each time.
+// Split-K: the workspace of the blocks that share a tile. Each block multiplies a range of the
+// columns and writes its partial sums. The last block to arrive adds them up in the order of the
+// columns, so the result is deterministic.
 //
-//   partial   [tiles, splits, sums of a tile], or null where there is one split
-//   arrivals  [tiles], zeros before and after
+//   partial   [tiles, splits, sums of a tile], or null if there is one split
+//   arrivals  [tiles], zeros before and after a launch
 struct Shares {
     Sums* partial;
     u32* arrivals;
     int tile, split, splits;
 
-    // The sums of one split, of a thread: those of one tile of 16 x 8 are `threads` apart.
+    // This thread's sums of one split. The sums of its successive tiles of 16 x 8 lie `threads`
+    // apart.
     __device__ __forceinline__ Sums* of(int which, int tiles_of_a_thread, int threads) const {
         return partial + (i64(tile) * splits + which) * tiles_of_a_thread * threads + threadIdx.x;
     }
 
-    // All threads say that the sums of their block are written. True in the last of the blocks,
-    // which then sees those of all.
+    // Announce that the sums of this block are written; all threads call it. Return true in the
+    // last block to arrive, which then sees the sums of all blocks.
     __device__ __forceinline__ bool arrive_last() const {
         __threadfence();
         __syncthreads();
-        // Wraps around to 0, for the next launch.
+        // atomicInc wraps around to 0, for the next launch.
         const bool last =
             threadIdx.x == 0 && atomicInc(&arrivals[tile], splits - 1) == u32(splits - 1);
         const bool all_there = __syncthreads_or(last);
@@ -123,26 +125,26 @@ __device__ __forceinline__ void add(float (&sums)[count][4], const Sums* more, i
     }
 }
 
-// Add up what every split left, from zero, in the order of the columns.
+// Add up the partial sums of all splits, from zero, in the order of the columns.
 template <int count>
 __device__ __forceinline__ void gather(float (&sums)[count][4], const Shares& shares, int threads) {
 #pragma unroll
     for (int i = 0; i < count; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
-    // Several are on their way at once, as far as registers allow it: each takes the latency of the L2
-    // cache.
+    // The loop is unrolled as far as registers allow, so that several loads are in flight at once
+    // and their L2 latency overlaps.
     constexpr int ahead = count <= 8 ? 4 : 1;
 #pragma unroll ahead
     for (int which = 0; which < shares.splits; ++which)
         add(sums, shares.of(which, count, threads), threads);
 }
 
-// Where a tile of y lies.
+// Position of a tile of y.
 struct Place {
     int first_row, first_token;
 };
 
-// Round the sums of 16 rows and 8 tokens, after adding the bias, and put them into the tile.
-// Register r of a lane: row lane / 4 + 8 (r / 2), token 2 (lane % 4) + r % 2.
+// Add the bias to the sums of 16 rows and 8 tokens, round them, and put them into the staged tile.
+// Register r of a lane holds row lane / 4 + 8 (r / 2) and token 2 (lane % 4) + r % 2.
 template <bool bfloat>
 __device__ __forceinline__ void stage_sums(u16* staged, const float (&sums)[4], int row, int token,
                                            const float (&bias)[2], int lane) {
@@ -152,7 +154,7 @@ __device__ __forceinline__ void stage_sums(u16* staged, const float (&sums)[4], 
             narrow<bfloat>(sums[r] + bias[r / 2]);
 }
 
-// The bias of the two rows of a lane, of 16 from `row` on.
+// Load the bias of the two rows that a lane holds of the 16 rows from `row` on.
 template <bool bfloat>
 __device__ __forceinline__ void load_bias(float (&to)[2], const u16* bias, int row, int outputs,
                                           int lane) {
@@ -163,7 +165,7 @@ __device__ __forceinline__ void load_bias(float (&to)[2], const u16* bias, int r
     }
 }
 
-// Write a staged tile, 16 bytes at once where the rows of y allow it.
+// Write a staged tile to y, 16 bytes at once where the rows of y are aligned to 16 bytes.
 template <int block_tokens, int threads>
 __device__ __forceinline__ void write_tile(const u16* staged, u16* y, Place at, int tokens,
                                            int outputs, int thread) {

@@ -1,15 +1,16 @@
 // y = x W^T + b with W 2:4, by wgmma.mma_async.sp on Hopper (sm_90a): the kernel for many tokens,
-// where multiplying takes the time.
+// where multiplying is the bottleneck.
 //
-// A block makes 128 rows of W times 64, 128 or 256 tokens, in steps of 64 columns. One warp fetches
-// (TMA), up to four steps ahead, and two warpgroups multiply, each 64 rows by wgmma of
-// 64 x tokens x 32, both operands in shared memory. A stage goes round between them: `full` says
-// that its copies have arrived, `empty` that every warp has multiplied it. While one warpgroup waits
-// for its products, those of the other are made. Where the tiles are too few to occupy the GPU,
-// gridDim.z blocks share one.
+// A block multiplies 128 rows of W with 64, 128 or 256 tokens, in steps of 64 columns. One producer
+// warp copies the operands by TMA, up to four steps ahead. Two consumer warpgroups multiply 64 rows
+// each, by wgmma of 64 x tokens x 32 with both operands in shared memory. The stages are a ring
+// buffer: the barrier `full` of a stage says that its copies have arrived, `empty` that every
+// consumer warp has multiplied it. While one warpgroup waits for its products, the tensor cores
+// compute those of the other. Where there are too few tiles to occupy the GPU, gridDim.z blocks
+// share a tile (split-K).
 //
-// For the layout of W see sparse_tile.cuh. A warp of wgmma takes 16 rows, and the lanes 4 g and
-// 4 g + 1 of it say where the values of rows g and g + 8 are.
+// The layout of W is described in sparse_tile.cuh. In wgmma a warp holds 16 rows, and its lanes 4 g
+// and 4 g + 1 give the columns of the values of rows g and g + 8.
 //
 // Sources: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions": fragments, matrix
 // descriptors and swizzling of wgmma; "Data Movement and Conversion Instructions: Bulk copy";
@@ -25,21 +26,21 @@ constexpr int THREADS = CONSUMERS + 32;
 
 #ifndef SIMULATED
 
-// What the driver makes of an address, sizes and a swizzling; opaque.
+// A TMA descriptor, which the driver makes from an address, sizes and a swizzle mode; opaque.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
 using Barrier = u64;
 
-// A barrier whose phase ends after `arrivals` and all bytes that were announced.
+// Make a barrier whose phase ends after `arrivals` arrivals and all bytes that were announced.
 __device__ __forceinline__ void make_barrier(Barrier* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(arrivals)
                  : "memory");
 }
 
-// Barriers that were made become visible to TMA.
+// Make the new barriers visible to TMA.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -49,7 +50,7 @@ __device__ __forceinline__ void arrive(Barrier* barrier) {
                  : "memory");
 }
 
-// Arrive, and announce copies of so many bytes.
+// Arrive, and announce copies of `bytes` bytes in all.
 __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -57,7 +58,7 @@ __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
         : "memory");
 }
 
-// Wait for the end of a phase, the first being number 0.
+// Wait for the end of a phase; the first phase is number 0.
 __device__ __forceinline__ void wait_for_phase(Barrier* barrier, int phase) {
     u32 done;
     do {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void wait_for_phase(Barrier* barrier, int phase) {
     } while (!done);
 }
 
-// Copy a box of a matrix, zeros where it is outside of it.
+// Copy a box of a matrix, with zeros where the box reaches outside the matrix.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* from, int column, int row,
                                          Barrier* barrier) {
     asm volatile(
@@ -89,8 +90,9 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
         : "memory");
 }
 
-// A matrix in shared memory, of rows of 64 or 128 bytes of which pieces of 16 change places as TMA
-// puts them: bits 4 and 5 of an address by bits 7 and 8, or bits 4-6 by bits 7-9.
+// The wgmma descriptor of a matrix in shared memory with rows of 64 or 128 bytes, swizzled by TMA
+// in pieces of 16 bytes: bits 4 and 5 of an address are XORed with bits 7 and 8 (64 bytes), or bits
+// 4-6 with bits 7-9 (128 bytes).
 using Matrix = u64;
 
 template <int row_bytes>
@@ -109,7 +111,7 @@ __device__ __forceinline__ void commit_products() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Wait until at most `left` of the committed groups of products are on their way.
+// Wait until at most `left` of the committed groups of products are unfinished.
 template <int left>
 __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
@@ -138,7 +140,8 @@ __device__ __forceinline__ void wait_for_products() {
              "%120, %121, %122, %123, %124, %125, %126, %127",                                 \
              "%128, %129, %130", SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24))
 
-// sums += a b for the 64 rows of a warpgroup; `metadata` of lanes 4 g and 4 g + 1 says where a's are.
+// sums += a b for the 64 rows of a warpgroup; the `metadata` of lanes 4 g and 4 g + 1 give the
+// columns of a's values.
 template <bool bfloat, int tiles>
 __device__ __forceinline__ void multiply(float (&sums)[tiles][4], Matrix a, Matrix b,
                                          u32 metadata) {
@@ -166,7 +169,7 @@ __device__ __forceinline__ void multiply(float (&sums)[tiles][4], Matrix a, Matr
 
 #endif
 
-// Aligned as TMA's swizzling asks for.
+// Aligned as TMA's swizzling requires.
 template <int block_tokens>
 struct alignas(1024) Stage {
     u16 values[BLOCK_ROWS * BLOCK_COLUMNS / 2];
@@ -180,8 +183,9 @@ struct Shared {
     Barrier full[STAGES], empty[STAGES];
 };
 
-// Blocks that run at a time should read the same rows and tokens, for the sake of the L2 cache: the
-// order goes through all rows with eight tiles of tokens before it takes the next eight.
+// The tile of a block. Blocks that run at the same time should read the same rows and tokens, so
+// that the L2 cache serves them: the order goes through all rows with eight tiles of tokens before
+// it takes the next eight.
 __device__ __forceinline__ Place place(int block, int rows, int tokens, int block_tokens) {
     constexpr int band_width = 8;
     const int high = rows / BLOCK_ROWS, wide = (tokens + block_tokens - 1) / block_tokens;
@@ -230,7 +234,8 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
                            sizeof stage.metadata[half], full);
         }
     } else {
-        // The selector is the same for all warps, so a warp takes the two lanes' words that it needs.
+        // wgmma always reads the metadata of lanes 4 g and 4 g + 1, so a warp with odd number loads
+        // the words of lanes 4 g + 2 and 4 g + 3 into them.
         const int word_at = warp / 2 * 32 + lane / 4 * 4 + warp % 2 * 2 + lane % 2;
         for (int step = 0; step < steps; ++step) {
             const Stage<block_tokens>& stage = shared.stages[step % STAGES];
@@ -246,9 +251,9 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
                         &stage.values[group_row * (BLOCK_COLUMNS / 2) + half * 16]),
                     describe<BLOCK_COLUMNS * 2>(&stage.inputs[half * 32]), words[half]);
             commit_products();
-            // The products read `words`, so these may not change before: with products on their way
-            // while the next words are loaded, ptxas puts a wait behind every one (C7513). Meanwhile
-            // the other warpgroup keeps the tensor cores occupied.
+            // The products read `words`, so these must not change before they finish: if the next
+            // words were loaded while products run, ptxas would put a wait behind every product
+            // (C7513). During this wait the other warpgroup keeps the tensor cores busy.
             wait_for_products<0>();
             __syncwarp();  // all lanes have read their words
             if (lane == 0) arrive(&shared.empty[step % STAGES]);
@@ -264,7 +269,7 @@ __device__ __forceinline__ void sparse_linear(const TensorMap* values, const Ten
         if (consumer) gather(sums, shares, CONSUMERS);
     }
 
-    // Every copy has arrived, so the stages' memory is free once all have multiplied.
+    // All copies have arrived, so the stages' memory can be reused once all warps have multiplied.
     u16* staged = reinterpret_cast<u16*>(shared_memory);
     __syncthreads();
     if (consumer) {

@@ -1,9 +1,9 @@
-"""Split-K: the columns of a product divided among blocks, and their partial sums added.
+"""Split-K for the Triton kernels: divide the columns of W among blocks, and add the partial sums.
 
 A product with few tokens has too few tiles of outputs to keep a GPU busy, so several blocks share a
-tile and each sums a range of the columns. Their sums go to a workspace in float32, and a second
-small kernel adds them in the order of the ranges: the result is the same each time, and both can be
-captured in a CUDA graph.
+tile, and each sums a range of the columns. The partial sums go to a workspace in float32, and a
+second small kernel adds them in the order of the ranges. So the result is deterministic, and a CUDA
+graph can capture both kernels.
 """
 
 from functools import cache
@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Fewer words than these, 256 columns, are not worth a block of their own.
+# A split has at least this many words, which are 256 columns: fewer are not worth a block.
 _LEAST_WORDS = 32
 
 _BLOCK = 256
 
 
 def words_per_split(words: int, tiles: int, blocks: int) -> int:
-    """How many words of each row a block takes, a multiple of `_LEAST_WORDS`.
+    """Return the words of each row for one split, a multiple of `_LEAST_WORDS`.
 
     Args:
-        words: of a row.
-        tiles: blocks that there are without splitting.
-        blocks: that the GPU should have.
+        words: number of words of a row.
+        tiles: number of blocks without splitting.
+        blocks: number of blocks that the GPU should get.
     """
     splits = max(1, blocks // tiles)
     return -(-words // (splits * _LEAST_WORDS)) * _LEAST_WORDS
@@ -33,7 +33,7 @@ def words_per_split(words: int, tiles: int, blocks: int) -> int:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 where Triton's interpreter stands in for it."""
+    """Return the number of multiprocessors of a GPU; 1 where Triton's interpreter replaces it."""
     if device.type != "cuda":
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
@@ -42,7 +42,7 @@ def processors(device: torch.device) -> int:
 
 @triton.jit
 def kernel(partial, bias, y, splits, entries, outputs, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum partial [splits, entries] and the bias to y [tokens, outputs], of as many entries."""
+    """Sum partial [splits, entries] over the splits, add the bias, and write y [entries]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < entries
     total = tl.zeros((BLOCK,), tl.float32)
@@ -55,11 +55,11 @@ def kernel(partial, bias, y, splits, entries, outputs, HAS_BIAS: tl.constexpr, B
 
 
 def add(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write the sum of the splits, plus the bias, to y.
+    """Write the sum over the splits, plus the bias, to y.
 
     Args:
         partial: float32[splits, tokens, outputs].
-        bias: [outputs].
+        bias: [outputs]; None for no bias.
         y: [tokens, outputs].
     """
     kernel[(triton.cdiv(y.numel(), _BLOCK),)](

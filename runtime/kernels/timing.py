@@ -1,4 +1,4 @@
-"""How long y = x W^T takes with a 2:4 W: dense, by torch's libraries, and by our kernels."""
+"""Measure y = x W^T with a 2:4 W: the dense product, torch's libraries, and our kernels."""
 
 import itertools
 import math
@@ -38,21 +38,21 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 KERNELS = ("dense", *linears.MAKERS)
 
-# A layer's weights were last read a whole step ago, so the cache must not hold them: the product
-# goes round among weights that take this many times the cache.
+# In a model, a layer's weights were last read a whole step ago, so the cache does not hold them.
+# Measurements therefore rotate among copies of a weight that take this many times the cache.
 _CACHES = 2
 
-# Captured at least, so that starting a graph, some 10 us, is little beside what it runs.
+# Least number of calls in a CUDA graph, so that starting it (some 10 us) matters little.
 LEAST_CALLS = 16
 
-# Clock cycles that the GPU waits before timed products, some 0.5 ms, while the host launches them.
+# Clock cycles that the GPU waits before timed products (some 0.5 ms), while the host launches them.
 _HEAD_START = 1_000_000
 
 # Rows of the weight that the float64 product takes at once.
 _ROWS_AT_ONCE = 1024
 
-# What kernels raise for sizes, dtypes and devices that they do not take. Anything else is a
-# failure.
+# Exceptions of kernels for sizes, dtypes and devices that they do not support. Any other exception
+# is a failure.
 _REFUSALS = (DeployError, NotImplementedError, ImportError)
 
 # The pairs of columns of a group of four that can be kept.
@@ -61,20 +61,20 @@ _PAIRS = tuple(itertools.combinations(range(4), 2))
 
 @dataclass(frozen=True, slots=True)
 class GemmTime:
-    """One product, measured.
+    """Measurement of one product.
 
     Attributes:
         kernel: "dense", or a key of `linears.MAKERS`.
         dtype: a key of `DTYPES`.
-        outputs, inputs: of W.
-        tokens: rows of x.
-        seconds: of one product, each sample, with weights that no cache holds; None where it was
-            not timed.
-        error: ||out - ref|| / ||ref||, Frobenius, of the product in float64; None where there is no
-            product.
-        reason: why it was not timed.
-        failed: the kernel broke, or its product is wrong; a kernel that does not take a size or a
-            device has not failed.
+        outputs, inputs: size of W.
+        tokens: number of rows of x.
+        seconds: seconds of one product in each sample, with weights that are not in the cache; None
+            if it was not timed.
+        error: relative error ||out - ref|| / ||ref|| in the Frobenius norm, against the product in
+            float64; None if there is no product.
+        reason: why it was not timed; None if it was, or if no timing was asked for.
+        failed: whether the kernel broke or its product is wrong; a kernel that does not support a
+            size or a device has not failed.
     """
 
     kernel: str
@@ -89,15 +89,15 @@ class GemmTime:
 
     @property
     def median(self) -> float:
-        """Seconds; NaN where there are none."""
+        """Median of the seconds; NaN without samples."""
         return median(self.seconds) if self.seconds else nan
 
 
 def limit(dtype: str) -> float:
-    """The largest `GemmTime.error` of a right product.
+    """Return the largest `GemmTime.error` of a correct product: one unit in the last place.
 
-    Rounding it to 16 bits is off by half a unit in the last place at most. The other half is for
-    libraries that round partial sums as well.
+    Rounding the product to 16 bits is off by half a unit at most. The other half is for libraries
+    that also round partial sums.
     """
     return torch.finfo(DTYPES[dtype]).eps
 
@@ -113,24 +113,24 @@ def measure(
     warmup: int = 10,
     on_progress: OnProgress = silent,
 ) -> Iterator[GemmTime]:
-    """Check and time kernels with random 2:4 weights; a row comes as soon as it is measured.
+    """Check and time kernels with random 2:4 weights; yield every result as soon as it is there.
 
-    A kernel that refuses, or fails, or whose product is not that of float64, has no time but a
-    reason.
+    A kernel that refuses or fails, or whose product is wrong, gets a reason instead of a time.
 
     Args:
         shapes: outputs and inputs of the weights.
-        tokens: rows of x.
+        tokens: numbers of rows of x.
         dtypes: keys of `DTYPES`.
-        kernels: of `KERNELS`.
-        device: "cuda"; or "cpu", to rehearse with small shapes: no time means anything there.
-        samples: timed runs of each; with 0 the products are checked and not timed.
-        warmup: runs before them.
-        on_progress: told of every weight.
+        kernels: names from `KERNELS`.
+        device: "cuda", or "cpu" to rehearse with small shapes; times on a CPU mean nothing.
+        samples: number of timed runs; with 0 the products are checked but not timed.
+        warmup: number of runs before the timed ones.
+        on_progress: called after every weight.
 
     Raises:
         PlatformError: there is no GPU.
-        RuntimeError: the GPU does not go on after a kernel failed; its row has come before.
+        RuntimeError: the GPU is unusable after a kernel failed; the result of that kernel was
+            yielded before.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise PlatformError(
@@ -160,9 +160,9 @@ def random_two_four(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """A matrix that keeps two random entries of every four, the same each time on one device."""
+    """Return a random 2:4 matrix [outputs, inputs], the same for one seed and kind of device."""
     generator = torch.Generator(device).manual_seed(seed)
-    # In float32, because torch draws zeros now and then in float16.
+    # Drawn in float32, because in float16 torch draws exact zeros now and then.
     groups = torch.randn(outputs * inputs // 4, 4, device=device, generator=generator).to(dtype)
     which = torch.randint(
         len(_PAIRS), (len(groups),), dtype=torch.int32, device=device, generator=generator
@@ -174,7 +174,7 @@ def random_two_four(
 
 
 def product_in_float64(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T [tokens, outputs] in float64, widening some rows of W at a time."""
+    """Return x W^T [tokens, outputs] in float64, converting a block of rows of W at a time."""
     wide = x.double()
     return torch.cat([wide @ rows.double().T for rows in weight.split(_ROWS_AT_ONCE)], dim=1)
 
@@ -182,17 +182,17 @@ def product_in_float64(x: Tensor, weight: Tensor) -> Tensor:
 def replayed(
     calls: Sequence[Callable[[], object]], *, samples: int, warmup: int
 ) -> tuple[float, ...]:
-    """Seconds of one call, in each sample.
+    """Return the seconds of one call for each sample.
 
-    On a GPU all calls are captured in one CUDA graph, and a sample is a replay of it between two
-    events, which the host has launched before it begins. Without a GPU they are called one after
-    the other, under the host's clock; that is for rehearsals.
+    On a GPU all calls are captured in one CUDA graph. A sample is a replay of the graph between two
+    events, all of which the host has launched before the GPU begins. Without a GPU the calls run
+    one after the other and the host's clock times them; that is for rehearsals.
 
     Args:
-        calls: the same work on different data, so that no cache helps; what a first call compiles
-            or searches was done before.
-        samples: how many to time.
-        warmup: how many to run before them.
+        calls: the same work on different data, so that no cache helps. Each kernel was called
+            before, so nothing is left to compile or search.
+        samples: number of timed replays.
+        warmup: number of replays before them.
     """
     if not torch.cuda.is_available():
         return tuple(_host_seconds(calls) for _ in range(warmup + samples))[warmup:]
@@ -223,7 +223,7 @@ def _host_seconds(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def rotation(weight: Tensor) -> int:
-    """How many copies of a weight, packed or dense, are more than the GPU's L2 cache holds."""
+    """Return a number of copies of a weight that exceeds the GPU's L2 cache, packed or dense."""
     if not weight.is_cuda:
         return 2
     cache: int = torch.cuda.get_device_properties(weight.device).L2_cache_size
@@ -237,7 +237,7 @@ def _dense(weight: Tensor, name: str) -> Multiply:
 
 
 def _make(kernel: str, weight: Tensor, samples: int) -> list[Multiply] | Exception:
-    """A kernel on copies of a weight, as many as timing takes; or why not."""
+    """Make a kernel on as many copies of a weight as timing takes; or return the exception."""
     make = _dense if kernel == "dense" else linears.MAKERS[kernel]
     try:
         return [make(weight, "weight") for _ in range(rotation(weight) if samples else 1)]
@@ -254,7 +254,7 @@ def _measured(
     samples: int,
     warmup: int,
 ) -> GemmTime:
-    """The row of one kernel."""
+    """Check and time one kernel for one x."""
     row = partial(GemmTime, kernel, dtype, expected.shape[1], x.shape[1], len(x))
     if isinstance(multiplies, Exception):
         return row(None, None, _reason(multiplies), not isinstance(multiplies, _REFUSALS))
@@ -276,7 +276,7 @@ def _measured(
 
 
 def _random_x(tokens: int, weight: Tensor) -> Tensor:
-    """Rows of x, others for each number of them."""
+    """Random x [tokens, inputs], seeded by the number of tokens."""
     generator = torch.Generator(weight.device).manual_seed(tokens)
     return torch.randn(
         tokens, weight.shape[1], dtype=weight.dtype, device=weight.device, generator=generator
@@ -285,11 +285,14 @@ def _random_x(tokens: int, weight: Tensor) -> Tensor:
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """New tensors hold NaN: what a kernel leaves out shows. A mode of torch's that is for this."""
+    """Within the `with` statement, torch fills new tensors with NaN.
+
+    So entries that a kernel does not write show. It is a feature of torch's deterministic mode.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
-        # Of dense libraries, that they may not be deterministic.
+        # Dense libraries warn that they may not be deterministic.
         warnings.simplefilter("ignore", UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

@@ -1,7 +1,8 @@
-"""2:4 in vLLM: `pip install thanos-deploy` beside it, and `vllm serve OUT/vllm` does the rest.
+"""Plugin that runs packed 2:4 weights in vLLM.
 
-vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. Nothing
-else in this project imports vLLM, and nothing here is imported without it.
+With thanos-deploy installed beside vLLM, `vllm serve OUT/vllm` loads a packed model. vLLM calls
+`register` in each of its processes, through the entry point `vllm.general_plugins`. Only this
+package imports vLLM, and nothing imports this package unless vLLM is there.
 """
 
 import logging
@@ -16,9 +17,9 @@ _WARNED = "THANOS_DEPLOY_VLLM_WARNED"
 
 
 def register() -> None:
-    """Tell vLLM of the quantisation method; a second call changes nothing.
+    """Register the quantisation method with vLLM; a second call changes nothing.
 
-    A version of vLLM that the tests do not run is warned of once, in the first process.
+    Warns once, in the first process, if the tests do not run with this version of vLLM.
     """
     from importlib.metadata import PackageNotFoundError, version
 
@@ -34,7 +35,7 @@ def register() -> None:
 
 
 def warn_of(version: str) -> None:
-    """Say once that a version of vLLM was not tested; the processes that it starts keep quiet."""
+    """Warn once that a version of vLLM was not tested; child processes do not warn again."""
     if any(version == one or version.startswith(f"{one}.") for one in TESTED):
         return
     if os.environ.setdefault(_WARNED, str(os.getpid())) == str(os.getpid()):

@@ -1,4 +1,4 @@
-"""The quantisation method: which layers of a model hold packed 2:4 weights.
+"""The quantisation method for vLLM: it knows which layers of a model have packed 2:4 weights.
 
 vLLM makes a `TwoFourConfig` from the `quantization_config` of config.json, and asks it for the
 method of every layer.
@@ -25,10 +25,11 @@ from thanos_deploy.model import quantization
 
 
 class TwoFourConfig(QuantizationConfig):
-    """What config.json says of packed layers.
+    """The `quantization_config` of a folder with packed layers.
 
     Attributes:
-        layers: their full names, as vLLM calls the parts that it fuses.
+        layers: full names of the packed layers of the checkpoint, before vLLM fuses them. The names
+            are those of config.json until vLLM calls `apply_vllm_mapper`.
     """
 
     def __init__(self, layers: frozenset[str]) -> None:
@@ -36,40 +37,41 @@ class TwoFourConfig(QuantizationConfig):
         self.layers = layers
 
     def get_name(self) -> str:
-        """The name in config.json."""
+        """Return the name of the method in config.json."""
         return quantization.METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What the kernels of this machine multiply."""
+        """Return the dtypes that the kernels of this machine support."""
         on_cpu = [torch.float32] if current_platform.is_cpu() else []
         return [torch.bfloat16, torch.float16, *on_cpu]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Compute capability, as vLLM writes it: 80 for 8.0."""
+        """Return the least compute capability as vLLM writes it: 80 for 8.0."""
         major, minor = driver.SPARSE_CAPABILITY
         return 10 * major + minor
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: all is in config.json."""
+        """Return no further files: everything is in config.json."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TwoFourConfig":
-        """Read the entry of config.json.
+        """Read the entry `quantization_config` of config.json.
 
         Raises:
-            ModelError: it is not of this method.
+            ModelError: the entry is not of this method.
         """
         return cls(quantization.layers_of(config))
 
     def maybe_update_config(
         self, model_name: str, hf_config: object = None, revision: str | None = None
     ) -> None:
-        """Refuse a folder whose files are not as they were written, before any weight is used.
+        """Refuse a folder whose files changed after export, before any weight is used.
 
-        Models of the hub are fetched later, and compared with their hashes by its own client.
+        Models of the Hugging Face Hub are not checked here: they are fetched later, and its client
+        compares them with their hashes.
 
         Raises:
             IntegrityError: a file is not the one that was written.
@@ -79,14 +81,14 @@ class TwoFourConfig(QuantizationConfig):
             quantization.require_intact(Path(model_name), self.layers)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Call the layers as vLLM's model does."""
+        """Translate the names of the layers from config.json to those of vLLM's model."""
         self.layers = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.layers)))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Ours for a packed layer, vLLM's own for a dense one, nothing for what is not linear.
+        """Return the method of a layer: ours if packed, vLLM's if dense, None if not linear.
 
         Raises:
-            UsageError: the layer is fused from packed and dense ones, or LoRA is asked for.
+            UsageError: the layer is fused from packed and dense layers, or LoRA is asked for.
         """
         if not isinstance(layer, LinearBase):
             return None
@@ -106,14 +108,14 @@ class TwoFourConfig(QuantizationConfig):
         return TwoFourLinearMethod(prefix)
 
     def _parts(self, prefix: str) -> list[str]:
-        """The layers of the checkpoint that a layer of vLLM is made of."""
+        """Full names of the checkpoint's layers that vLLM fuses into one layer."""
         parent, _, name = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}.{part}" if parent else part for part in parts]
 
 
 def register() -> None:
-    """Make vLLM know the method by its name, and what it cannot do before it starts an engine."""
+    """Register the method with vLLM, and a check that refuses LoRA before an engine starts."""
     register_quantization_config(quantization.METHOD)(TwoFourConfig)
     if LoRAConfig.verify_with_model_config is not _verify_adapters:
         LoRAConfig.verify_with_model_config = _verify_adapters
@@ -123,9 +125,10 @@ _verify = LoRAConfig.verify_with_model_config
 
 
 def _verify_adapters(self: LoRAConfig, model_config: Any) -> None:
-    """What vLLM asks where it has adapters and a model, before any other process begins.
+    """Refuse LoRA for a model with packed layers; replaces a check of vLLM.
 
-    A layer refuses adapters as well, but in a worker, whose words are far from the last line.
+    vLLM calls it before it starts other processes. `TwoFourConfig.get_quant_method` refuses LoRA
+    too, but in a worker process, whose message is not among the last lines of the output.
 
     Raises:
         UsageError: layers of the model are packed.

@@ -1,8 +1,8 @@
-"""In which order a loaded weight is kept, and which kernels multiply with it.
+"""Choose the kernels for a loaded weight, and bring the weight into their layout.
 
 On a CPU there is one kernel. On a GPU it is chosen by measurement for each shape and number of
-tokens, as for the engine `torch:sparse`; see `runtime.kernels.choice`. But the dense product is
-left out, because it would need the dense weight beside the packed one.
+tokens, as for the engine `torch:sparse`; see `runtime.kernels.choice`. Unlike there, the dense
+product is not a candidate, because it would need the dense weight beside the packed one.
 """
 
 import torch
@@ -14,12 +14,12 @@ from thanos_deploy.model.packing import unpack_anywhere
 
 
 def held_by(values: Tensor, mask: Tensor, name: str) -> Held:
-    """A weight in the order that this machine's kernels read.
+    """Bring a packed weight into the layout of this machine's kernels.
 
     Args:
-        values: [outputs, inputs / 2], on the device where it is to stay.
+        values: [outputs, inputs / 2], on the device that is to hold the weight.
         mask: uint8[outputs, ceil(inputs / 8)]; see `thanos_deploy.model.packing`.
-        name: of the layer, for messages.
+        name: name of the layer, for messages.
     """
     if values.device.type == "cpu":
         return Held("blockwise", blockwise.from_packed(values, mask), len(values))
@@ -30,7 +30,7 @@ def held_by(values: Tensor, mask: Tensor, name: str) -> Held:
 
 
 def _chosen(weight: Tensor, name: str) -> tuple[str, ...]:
-    """The kernel for each bucket of tokens, measured unless a file has it."""
+    """The kernel for each bucket of tokens; measured unless a file has the measurements."""
     shape = choice.Shape.of(weight, name)
     capability = torch.cuda.get_device_capability(weight.device)
     rows = choice.rows_for(

@@ -1,10 +1,10 @@
 """Linear layers of vLLM that multiply with packed 2:4 weights.
 
-The weight of such a layer is two parameters, `weight.values` and `weight.mask`, as the files have
-them; see `thanos_deploy.model.packing`. Rows are outputs in both, so vLLM's own loaders find the
-rows of fused and of column-parallel layers; and both have a run of columns for each rank of a
-row-parallel layer. When all are loaded, they are put in the order that the kernels of the machine
-read, and go.
+While vLLM loads a model, the weight of such a layer is two parameters, `weight.values` and
+`weight.mask`, in the layout of the files; see `thanos_deploy.model.packing`. In both, rows are
+outputs, so vLLM's own loaders find the rows of fused and of column-parallel layers; and each rank
+of a row-parallel layer gets a contiguous range of columns. After loading, tensors in the layout of
+the machine's kernels replace the two parameters.
 """
 
 from typing import Any
@@ -21,16 +21,16 @@ from runtime.kernels.operator import sparse_linear
 from runtime.vllm_plugin.layout import held_by
 from thanos_deploy.errors import UsageError
 
-# Columns whose places are one byte of the mask.
+# Columns for each byte of the mask.
 _COLUMNS = 8
 
 
 @register_weight_loader_v2_supported_method
 class TwoFourLinearMethod(LinearMethodBase):
-    """How vLLM makes, loads and runs a packed layer.
+    """Creates, loads and runs a packed layer for vLLM.
 
     Attributes:
-        name: of the layer, for messages.
+        name: name of the layer, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,10 +46,10 @@ class TwoFourLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Make the parameters that vLLM loads.
+        """Create the parameters that vLLM loads.
 
         Raises:
-            UsageError: tensor parallelism would cut through a byte of the mask.
+            UsageError: tensor parallelism would split a byte of the mask between two ranks.
         """
         rows, columns = sum(output_partition_sizes), input_size_per_partition
         if columns != input_size and columns % _COLUMNS:
@@ -72,7 +72,7 @@ class TwoFourLinearMethod(LinearMethodBase):
         layer.weight.register_parameter("mask", parameter(-(-columns // _COLUMNS), torch.uint8))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight as the kernels read it, and nothing else of it."""
+        """Replace the loaded parameters by tensors in the layout of the kernels."""
         held = held_by(layer.weight.values.data, layer.weight.mask.data, self.name)
         del layer.weight
         for number, tensor in enumerate(held.tensors):
@@ -80,7 +80,7 @@ class TwoFourLinearMethod(LinearMethodBase):
         layer.plan, layer.outputs, layer.tensors = held.plan, held.outputs, len(held.tensors)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X [..., inputs] -> [..., outputs]."""
+        """Multiply: x [..., inputs] gives [..., outputs]."""
         held = [getattr(layer, f"held_{number}") for number in range(layer.tensors)]
         y = sparse_linear(x.reshape(-1, x.shape[-1]), held, bias, layer.plan, layer.outputs)
         return y.reshape([*x.shape[:-1], layer.outputs])
